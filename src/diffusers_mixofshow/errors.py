@@ -1,0 +1,33 @@
+"""Every error that a user can cause: what we got, what we expected, what to do."""
+
+
+class MixOfShowError(Exception):
+    """Base class of all errors raised on purpose by this package."""
+
+
+class ConceptError(MixOfShowError, ValueError):
+    """A concept's name, token or placeholder is malformed, unknown or taken."""
+
+
+class EDLoRAFormatError(MixOfShowError, ValueError):
+    """A file is no valid ED-LoRA, or does not fit the model it is meant for."""
+
+
+class RegionError(MixOfShowError, ValueError):
+    """A region's box, mask or prompt cannot be used."""
+
+
+class ConfigurationError(MixOfShowError, ValueError):
+    """A setting is unknown, out of range or contradicts another."""
+
+
+class TrainingDataError(MixOfShowError, ValueError):
+    """Photos, captions or masks cannot be used for training."""
+
+
+class FusionError(MixOfShowError, ValueError):
+    """Concepts cannot be fused with each other or with this model."""
+
+
+class MissingExtraError(MixOfShowError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""

@@ -1,0 +1,73 @@
+"""The only owner of which layers are adapted, how they are named, and in which order they stand.
+
+A *site* is a linear layer that a LoRA may adapt. Its name is the component's name in the pipeline, a dot, and
+the module's path, e.g. ``unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`` or
+``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. Text-encoder names always carry ``text_model.``,
+whether or not the installed transformers has a module of that name (it is gone since 5.6).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_TEXT_SITE = re.compile(r"encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)")
+_UNET_SITE = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+_STAGES = ("down_blocks", "mid_block", "up_blocks")
+
+
+def components_with_sites(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Pick the pipeline components whose attention layers a concept adapts: text encoders, then the U-Net."""
+    found = {name: components.get(name) for name in (*_TEXT_ENCODERS, "unet")}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def canonical_name(component: str, path: str) -> str:
+    """Site name of a module path inside a component, the same under every transformers version."""
+    if component in _TEXT_ENCODERS:
+        path = "text_model." + path.removeprefix("text_model.")
+    return f"{component}.{path}"
+
+
+def adapted_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Find every linear layer that an ED-LoRA adapts: q, k, v and out of all attention modules.
+
+    Args:
+        components: ``pipeline.components`` or any mapping with ``unet`` and ``text_encoder``; absent ones are
+            left out. A layer already wrapped by PEFT counts under its own name.
+
+    Returns:
+        Site name to module, text encoders first, then the U-Net in the order down, mid, up.
+    """
+    sites: dict[str, nn.Module] = {}
+    for component, model in components_with_sites(components).items():
+        pattern = _UNET_SITE if component == "unet" else _TEXT_SITE
+        paths = {path.removeprefix("text_model."): (path, module) for path, module in model.named_modules()}
+        names = [short for short in paths if pattern.fullmatch(short)]
+        if component == "unet":
+            names.sort(key=_stage_of)
+        for short in names:
+            path, module = paths[short]
+            sites[canonical_name(component, path)] = module
+    return sites
+
+
+def cross_attention_layers(unet: nn.Module) -> tuple[str, ...]:
+    """Name the U-Net's cross-attention modules in the paper's order: down, mid, up (section 3.3.1, from P+).
+
+    Works for any denoiser with the same blocks; a ControlNet's layers are the first ones of its U-Net.
+
+    Returns:
+        Module paths such as ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``; layer k of a layer-wise
+        embedding belongs to the k-th of them.
+    """
+    paths = [path for path, _ in unet.named_modules() if path.endswith(".attn2")]
+    return tuple(sorted(paths, key=_stage_of))
+
+
+def _stage_of(path: str) -> int:
+    return _STAGES.index(path.partition(".")[0])
