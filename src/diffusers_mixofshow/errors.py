@@ -13,6 +13,10 @@ class EDLoRAFormatError(MixOfShowError, ValueError):
     """A file is no valid ED-LoRA, or does not fit the model it is meant for."""
 
 
+class EDLoRANotFoundError(MixOfShowError, FileNotFoundError):
+    """There is no ED-LoRA at the given path or Hub id, or it cannot be reached."""
+
+
 class RegionError(MixOfShowError, ValueError):
     """A region's box, mask or prompt cannot be used."""
 

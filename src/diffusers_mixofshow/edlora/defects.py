@@ -1,0 +1,151 @@
+"""What can be wrong with an ED-LoRA, in itself and against a model: every defect is named, none is repaired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.sites import adapted_layers, components_with_sites, cross_attention_layers
+
+
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_NAMES_SHOWN = 6
+
+
+def raise_if_any(defects: Collection[str], *, subject: str, remedy: str) -> None:
+    """Raise one `EDLoRAFormatError` that lists all defects of the subject, or return if there are none."""
+    if defects:
+        raise EDLoRAFormatError(f"{subject}: " + "; ".join(defects) + f". {remedy}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Count and quote names, the first few of many: ``3 (a, b, c)``."""
+    names = list(names)
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"{len(names)} ({shown}{', ...' if len(names) > _NAMES_SHOWN else ''})"
+
+
+def content_defects(
+    concepts: Collection[Concept],
+    embeddings: Mapping[str, torch.Tensor],
+    lora: Mapping[str, LowRank],
+    layers: Collection[str],
+) -> list[str]:
+    """Find what contradicts itself inside an ED-LoRA: names, shapes, dtypes, ranks, numbers that are not finite."""
+    return [*_embedding_defects(concepts, embeddings, len(layers)), *_lora_defects(lora), *_layer_defects(layers)]
+
+
+def fit_defects(
+    embeddings: Mapping[str, torch.Tensor],
+    lora: Mapping[str, LowRank],
+    layers: tuple[str, ...],
+    components: Mapping[str, object],
+) -> list[str]:
+    """Find what keeps an ED-LoRA from being used with a model; components that are not given are not checked."""
+    models = components_with_sites(components)
+    if not models:
+        return [f"the model has none of {', '.join(COMPONENTS)}, got {listed(map(str, components))}"]
+    defects = []
+    if "unet" in models and layers != cross_attention_layers(models["unet"]):
+        defects.append(_layer_mismatch(layers, cross_attention_layers(models["unet"])))
+    if "text_encoder" in models:
+        defects += _width_defects(embeddings, models["text_encoder"])
+    return defects + _site_defects(lora, adapted_layers(components), models)
+
+
+def _embedding_defects(
+    concepts: Collection[Concept], embeddings: Mapping[str, torch.Tensor], layers: int
+) -> list[str]:
+    defects = [] if concepts else ["it holds no concept"]
+    tokens = [token for concept in concepts for token in concept.tokens]
+    if missing := [token for token in tokens if token not in embeddings]:
+        defects.append(f"missing embeddings: {listed(missing)}")
+    if surplus := [token for token in embeddings if token not in tokens]:
+        defects.append(f"embeddings of tokens that no concept has: {listed(surplus)}")
+    misshapen = [
+        f"{token} {tuple(rows.shape)}" for token, rows in embeddings.items() if rows.dim() != 2 or len(rows) != layers
+    ]
+    if misshapen:
+        defects.append(f"embeddings not of shape (layers = {layers}, dim): {listed(misshapen)}")
+    elif len({rows.shape[1] for rows in embeddings.values()}) > 1:
+        defects.append(f"embeddings differ in width: {listed(f'{t} {r.shape[1]}' for t, r in embeddings.items())}")
+    return defects + _number_defects("embeddings", embeddings)
+
+
+def _lora_defects(lora: Mapping[str, LowRank]) -> list[str]:
+    defects = []
+    if strange := [site for site in lora if site.partition(".")[0] not in COMPONENTS]:
+        defects.append(f"layers of no known component ({', '.join(COMPONENTS)}): {listed(strange)}")
+    misshapen = [
+        f"{site} down {tuple(update.down.shape)} up {tuple(update.up.shape)}"
+        for site, update in lora.items()
+        if not _is_pair(update)
+    ]
+    if misshapen:
+        defects.append(f"not a pair of (rank, in) and (out, rank) with one rank >= 1: {listed(misshapen)}")
+    if endless := [f"{site} {update.alpha}" for site, update in lora.items() if not math.isfinite(update.alpha)]:
+        defects.append(f"alpha is not finite: {listed(endless)}")
+    tensors = {f"{site}.down": update.down for site, update in lora.items()}
+    tensors |= {f"{site}.up": update.up for site, update in lora.items()}
+    return defects + _number_defects("LoRA matrices", tensors)
+
+
+def _is_pair(update: LowRank) -> bool:
+    both_matrices = update.down.dim() == 2 and update.up.dim() == 2
+    return both_matrices and update.down.shape[0] == update.up.shape[1] >= 1
+
+
+def _number_defects(what: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    defects = []
+    if odd := [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        defects.append(f"{what} not in a floating dtype ({', '.join(map(str, DTYPES))}): {listed(odd)}")
+    elif endless := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        defects.append(f"{what} with values that are not finite: {listed(endless)}")
+    return defects
+
+
+def _layer_defects(layers: Collection[str]) -> list[str]:
+    defects = [] if layers else ["it names no cross-attention layers"]
+    if len(set(layers)) != len(layers):
+        defects.append("it names a cross-attention layer twice")
+    return defects
+
+
+def _layer_mismatch(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
+    if len(ours) != len(theirs):
+        return f"it has embeddings for {len(ours)} cross-attention layers, the model has {len(theirs)}"
+    differing = [f"{mine} is {other} in the model" for mine, other in zip(ours, theirs, strict=True) if mine != other]
+    return f"cross-attention layers differ from the model's: {listed(differing)}"
+
+
+def _width_defects(embeddings: Mapping[str, torch.Tensor], text_encoder: nn.Module) -> list[str]:
+    width = text_encoder.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+    wrong = [f"{token} {rows.shape[-1]}" for token, rows in embeddings.items() if rows.shape[-1] != width]
+    return [f"embeddings must have the text encoder's width {width}: {listed(wrong)}"] if wrong else []
+
+
+def _site_defects(
+    lora: Mapping[str, LowRank], sites: Mapping[str, nn.Module], models: Mapping[str, nn.Module]
+) -> list[str]:
+    of_given = {site: update for site, update in lora.items() if site.partition(".")[0] in models}
+    defects = []
+    if absent := [site for site in of_given if site not in sites]:
+        defects.append(f"layers that the model does not have: {listed(absent)}")
+    misfits = []
+    for site, update in of_given.items():
+        if site in sites:
+            ours = (update.up.shape[0], update.down.shape[1])
+            theirs = (sites[site].out_features, sites[site].in_features)
+            if ours != theirs:
+                misfits.append(f"{site} {ours}, in the model {theirs}")
+    if misfits:
+        defects.append(f"layers of another (out, in) size: {listed(misfits)}")
+    return defects

@@ -1,0 +1,206 @@
+"""Reading and writing ``edlora.safetensors``.
+
+Tensors: ``unet.<path>.lora_A.weight`` and ``.lora_B.weight``, ``text_encoder.text_model.<path>...`` (PEFT's names,
+which stock diffusers loads), and ``edlora.embeddings.<token>``, shape (layers, dim). Header metadata: one JSON
+string under ``edlora`` (see `header`).
+
+Stock loaders take alpha == rank where nothing else is said, so the file's ``lora_B`` holds alpha / rank * up. The
+header keeps alpha where dividing by alpha / rank gives `up` back bit for bit (every power of two), else the pack is
+read back with alpha == rank and the same update to one rounding.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora import defects, header
+from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+from diffusers_mixofshow.sites import canonical_name
+
+
+FILE_NAME = "edlora.safetensors"
+
+_HEADER_KEY = "edlora"
+_EMBEDDINGS = "edlora.embeddings."
+_DOWN = ".lora_A.weight"
+_UP = ".lora_B.weight"
+
+_Pairs = dict[str, dict[str, torch.Tensor]]
+
+
+class Contents(TypedDict):
+    """The fields of an `EDLoRA`, as they stand in a file."""
+
+    concepts: tuple[Concept, ...]
+    embeddings: Mapping[str, torch.Tensor]
+    lora: Mapping[str, LowRank]
+    base_model: str
+    layers: tuple[str, ...]
+    training: Mapping[str, object]
+
+
+def write(path: Path, contents: Contents) -> None:
+    """Write a pack; the file appears whole or not at all.
+
+    Raises:
+        EDLoRAFormatError: If the pack contradicts itself.
+    """
+    lora = contents["lora"]
+    found = defects.content_defects(contents["concepts"], contents["embeddings"], lora, contents["layers"])
+    defects.raise_if_any(found, subject="This ED-LoRA cannot be saved", remedy="Nothing was written.")
+    folded = {site: _folded(update) for site, update in lora.items()}
+    text = header.Header(
+        concepts=contents["concepts"],
+        base_model=contents["base_model"],
+        layers=contents["layers"],
+        lora={site: (lora[site].rank, alpha) for site, (_, alpha) in folded.items()},
+        training=contents["training"],
+    ).to_json()
+    tensors = {_EMBEDDINGS + token: rows for token, rows in contents["embeddings"].items()}
+    for site, (up, _) in folded.items():
+        tensors |= {site + _DOWN: lora[site].down, site + _UP: up}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    _replace(path, tensors, {"format": "pt", _HEADER_KEY: text})
+
+
+def read(path: Path) -> Contents:
+    """Read a pack and check it.
+
+    Raises:
+        EDLoRAFormatError: Lists every defect of the file.
+    """
+    metadata, tensors = _load(path)
+    if _HEADER_KEY in metadata:
+        head, found = header.parse(metadata[_HEADER_KEY])
+    else:
+        head, found = header.EMPTY, [f"it has no {_HEADER_KEY!r} header, so it is no ED-LoRA"]
+    embeddings, pairs, surprising = _sort(tensors)
+    announced = {_canonical(site): numbers for site, numbers in head.lora.items()}
+    lora = _joined(pairs, announced)
+    if not found:
+        found += _differences(pairs, announced)
+        found += defects.content_defects(head.concepts, embeddings, lora, head.layers)
+    defects.raise_if_any(
+        [*found, *surprising],
+        subject=str(path),
+        remedy=f"Expected an ED-LoRA of format {header.FORMAT_VERSION}, as written by EDLoRA.save_pretrained().",
+    )
+    return Contents(
+        concepts=head.concepts,
+        embeddings=embeddings,
+        lora={site: _unfolded(update) for site, update in lora.items()},
+        base_model=head.base_model,
+        layers=head.layers,
+        training=head.training,
+    )
+
+
+def _folded(update: LowRank) -> tuple[torch.Tensor, float]:
+    """The update's `up` times alpha / rank, and the alpha that undoes it on reading."""
+    if update.scaling == 1:
+        return update.up, update.alpha
+    folded = update.up * update.scaling
+    is_exact = torch.equal(folded / update.scaling, update.up) if update.scaling else False
+    return folded, update.alpha if is_exact else float(update.rank)
+
+
+def _unfolded(update: LowRank) -> LowRank:
+    if update.scaling == 1:
+        return update
+    return LowRank(down=update.down, up=update.up / update.scaling, alpha=update.alpha)
+
+
+def _replace(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write to a temporary name beside `path`, flush to the disk, and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(serialize(tensors, metadata=metadata))
+            out.flush()
+            os.fsync(out.fileno())
+            os.fchmod(out.fileno(), 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+    except FileNotFoundError as error:
+        raise EDLoRANotFoundError(
+            f"{path} does not exist. Give a folder with {FILE_NAME}, a safetensors file, or a Hub id such as "
+            "'user/edlora-potter'."
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise EDLoRAFormatError(
+            f"{path} cannot be read as safetensors: {error}. Expected an ED-LoRA as written by "
+            "EDLoRA.save_pretrained(); copy or download the file again."
+        ) from error
+
+
+def _sort(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], _Pairs, list[str]]:
+    """Sort tensors by name into embeddings and halves of LoRA pairs; list the names that are neither."""
+    embeddings: dict[str, torch.Tensor] = {}
+    pairs: _Pairs = {}
+    unexpected, twice = [], []
+    for name, tensor in tensors.items():
+        ending = next((ending for ending in (_DOWN, _UP) if name.endswith(ending)), None)
+        if name.startswith(_EMBEDDINGS):
+            embeddings[name.removeprefix(_EMBEDDINGS)] = tensor
+        elif ending is None:
+            unexpected.append(name)
+        elif ending in pairs.setdefault(site := _canonical(name.removesuffix(ending)), {}):
+            twice.append(site + ending)
+        else:
+            pairs[site][ending] = tensor
+    found = [f"unexpected tensors: {defects.listed(unexpected)}"] if unexpected else []
+    if twice:
+        found.append(f"tensors given under both spellings of the text encoder: {defects.listed(twice)}")
+    return embeddings, pairs, found
+
+
+def _canonical(site: str) -> str:
+    component, _, path = site.partition(".")
+    return canonical_name(component, path)
+
+
+def _differences(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> list[str]:
+    """List what the header announces and the file does not hold, and the reverse."""
+    found = []
+    announced = [(site, ending) for site in lora for ending in (_DOWN, _UP)]
+    if missing := [site + ending for site, ending in announced if ending not in pairs.get(site, {})]:
+        found.append(f"missing tensors: {defects.listed(missing)}")
+    if unannounced := [site for site in pairs if site not in lora]:
+        found.append(f"layers that its header does not name: {defects.listed(unannounced)}")
+    ranks = {site: half[_DOWN].shape[:1] for site, half in pairs.items() if _DOWN in half and site in lora}
+    if wrong := [f"{site} {tuple(rank)}, not {lora[site][0]}" for site, rank in ranks.items() if rank != lora[site][:1]]:
+        found.append(f"ranks differ from the header's: {defects.listed(wrong)}")
+    return found
+
+
+def _joined(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> dict[str, LowRank]:
+    return {
+        site: LowRank(down=halves[_DOWN], up=halves[_UP], alpha=lora[site][1])
+        for site, halves in pairs.items()
+        if site in lora and len(halves) == 2
+    }

@@ -1,0 +1,183 @@
+"""The JSON in the header of an ED-LoRA file: what the tensors cannot say. Nothing in it is trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import TypeVar
+
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
+
+
+FORMAT_VERSION = 1
+
+_LIBRARIES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft")
+_LONGEST = 16 * 2**20
+
+_Fallback = TypeVar("_Fallback")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """Everything of an ED-LoRA beside its tensors.
+
+    Args:
+        concepts: The concepts it holds.
+        base_model: Id of the model it was tuned on.
+        layers: The U-Net's cross-attention layers, down, mid, up.
+        lora: Site name to the rank and alpha of its update; alpha equals the rank where the file's matrices hold
+            the whole update.
+        training: Settings and measurements, JSON values only.
+    """
+
+    concepts: tuple[Concept, ...]
+    base_model: str
+    layers: tuple[str, ...]
+    lora: Mapping[str, tuple[int, float]]
+    training: Mapping[str, object]
+
+    def to_json(self) -> str:
+        """Write the header; raises `EDLoRAFormatError` if the training record is not made of JSON values."""
+        values = {
+            "format_version": FORMAT_VERSION,
+            "concepts": [asdict(concept) for concept in self.concepts],
+            "base_model": self.base_model,
+            "layers": list(self.layers),
+            "lora": {site: {"rank": rank, "alpha": alpha} for site, (rank, alpha) in self.lora.items()},
+            "training": dict(self.training),
+            "versions": _installed_versions(),
+        }
+        try:
+            return json.dumps(values, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EDLoRAFormatError(
+                f"The training record must be made of JSON values (finite numbers, strings, lists, dicts): {error}. "
+                "Convert tensors, paths and the like before saving."
+            ) from error
+
+
+EMPTY = Header(concepts=(), base_model="", layers=(), lora={}, training={})
+
+
+def parse(text: str) -> tuple[Header, list[str]]:
+    """Read a header and list everything that is wrong with it.
+
+    Args:
+        text: The JSON string from the file.
+
+    Returns:
+        The header, with empty values where it is defective, and the defects.
+    """
+    values = _decode(text)
+    if not isinstance(values, dict):
+        return EMPTY, ["its header is no JSON object"]
+    version = values.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        return EMPTY, [f"format version {_short(version)}, this release reads {FORMAT_VERSION}"]
+    reader = _Reader(values)
+    header = Header(
+        concepts=reader.concepts(),
+        base_model=reader.string("base_model"),
+        layers=reader.strings("layers"),
+        lora=reader.ranks_and_alphas(),
+        training=reader.mapping("training"),
+    )
+    return header, reader.defects
+
+
+class _Reader:
+    """Takes typed values out of decoded JSON and notes what is missing or of another type."""
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        self.values = values
+        self.defects: list[str] = []
+
+    def string(self, key: str) -> str:
+        value = self.values.get(key)
+        return value if isinstance(value, str) else self._note(key, "a string", "")
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        value = self.values.get(key)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        return self._note(key, "a list of strings", ())
+
+    def mapping(self, key: str) -> Mapping[str, object]:
+        value = self.values.get(key)
+        return value if isinstance(value, dict) else self._note(key, "an object", {})
+
+    def ranks_and_alphas(self) -> dict[str, tuple[int, float]]:
+        entries = self.values.get("lora")
+        if isinstance(entries, dict) and all(_is_rank_and_alpha(entry) for entry in entries.values()):
+            return {site: (entry["rank"], float(entry["alpha"])) for site, entry in entries.items()}
+        return self._note("lora", "an object of layer names, each with a whole rank and a finite alpha", {})
+
+    def concepts(self) -> tuple[Concept, ...]:
+        entries = self.values.get("concepts")
+        if not isinstance(entries, list):
+            return self._note("concepts", "a list of objects", ())
+        found = []
+        for number, entry in enumerate(entries):
+            if _is_concept_entry(entry):
+                try:
+                    found.append(Concept(**(entry | {"tokens": tuple(entry["tokens"])})))
+                except ConceptError as error:
+                    self.defects.append(str(error))
+            else:
+                self._note(f"concepts[{number}]", "an object with placeholder, tokens, class_word and kind", None)
+        return tuple(found)
+
+    def _note(self, key: str, expected: str, fallback: _Fallback) -> _Fallback:
+        name = key.partition("[")[0]
+        got = _short(self.values[name]) if name in self.values else "nothing"
+        self.defects.append(f"header field {key!r} must be {expected}, got {got}")
+        return fallback
+
+
+def _decode(text: str) -> object:
+    if len(text) > _LONGEST:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_rank_and_alpha(entry: object) -> bool:
+    if not (isinstance(entry, dict) and set(entry) == {"rank", "alpha"}):
+        return False
+    if type(entry["rank"]) is not int or type(entry["alpha"]) not in (int, float):
+        return False
+    try:
+        return math.isfinite(float(entry["alpha"]))
+    except OverflowError:
+        return False
+
+
+def _is_concept_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"placeholder", "tokens", "class_word", "kind"}
+        and all(isinstance(entry[key], str) for key in ("placeholder", "class_word", "kind"))
+        and isinstance(entry["tokens"], list)
+        and all(isinstance(token, str) for token in entry["tokens"])
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            versions[library] = "not installed"
+    return versions

@@ -1,0 +1,274 @@
+"""Low-rank updates on a model that is not ours: merged for a while, or beside its layers as PEFT adapters."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.sites import adapted_layers, canonical_name, components_with_sites
+
+
+_TRAINING_ADAPTER = "edlora_training"
+
+
+def low_rank_delta(update: LowRank) -> torch.Tensor:
+    """Weight change ``alpha / rank * up @ down`` of one layer, shape (out, in), in float32 or better."""
+    dtype = torch.promote_types(update.up.dtype, torch.float32)
+    return update.scaling * (update.up.to(dtype) @ update.down.to(dtype))
+
+
+@contextmanager
+def merged(components: Mapping[str, object], edlora: EDLoRA, scale: float = 1.0) -> Iterator[None]:
+    """Add the ED-LoRA's updates to the weights inside the block; afterwards every weight is what it was, bit for bit.
+
+    The embeddings are not touched. Layers that carry PEFT adapters keep them; the update goes to the base weight.
+
+    Args:
+        components: ``pipeline.components``, or a part of them; updates of what is not given are left out.
+        edlora: Whose updates to add.
+        scale: Factor on every update.
+
+    Raises:
+        EDLoRAFormatError: If the ED-LoRA does not fit the model.
+    """
+    edlora.check_fits(components)
+    layers = adapted_layers(components)
+    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        for site in edlora.lora.keys() & layers.keys():
+            weight = _base_layer(layers[site]).weight
+            _refuse_offloaded(weight, site)
+            delta = scale * low_rank_delta(edlora.lora[site]).to(weight.device)
+            originals.append((weight, weight.data))
+            weight.data = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
+        yield
+    finally:
+        for weight, original in reversed(originals):
+            weight.data = original.to(weight.device)
+
+
+def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, scale: float = 1.0) -> None:
+    """Put the ED-LoRA's updates beside the layers as PEFT adapters, active together with those already active.
+
+    diffusers' own methods see them: ``get_list_adapters``, ``set_adapters``, ``cross_attention_kwargs={"scale": ...}``.
+    They do not require gradients, and neither flags of the base weights nor the global random state change.
+
+    Args:
+        components: ``pipeline.components``, or a part of them; updates of what is not given are left out.
+        edlora: Whose updates to inject.
+        adapter_name: PEFT's name for them; letters, digits, ``_`` and ``-``.
+        scale: Factor on every update.
+
+    Raises:
+        EDLoRAFormatError: If the ED-LoRA does not fit the model; the model is unchanged.
+        ConfigurationError: If the name is taken or malformed; the model is unchanged.
+    """
+    edlora.check_fits(components)
+    shapes = {site: (update.rank, update.alpha) for site, update in edlora.lora.items()}
+    _check_name(components, adapter_name)
+    try:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten here
+            layers = _add_adapter(components, adapter_name, shapes)
+        for site, layer in layers.items():
+            update = edlora.lora[site]
+            _fill(layer.lora_A[adapter_name], update.down, like=layer.get_base_layer().weight)
+            _fill(layer.lora_B[adapter_name], update.up, like=layer.get_base_layer().weight)
+            layer.set_scale(adapter_name, scale)
+    except BaseException:
+        eject(components, adapter_name)
+        raise
+
+
+def eject(components: Mapping[str, object], adapter_name: str) -> None:
+    """Take an adapter out again: layers without any other adapter become the very modules they were.
+
+    Other adapters stay as they are. Components that do not have the adapter are left alone, so that it does no harm
+    if the user has deleted it with diffusers' own methods before.
+    """
+    for model in components_with_sites(components).values():
+        with _gradient_flags_kept(model):
+            for path, layer in list(model.named_modules()):
+                if isinstance(layer, LoraLayer):
+                    _delete_from_layer(layer, adapter_name)
+                    if not layer.lora_A and not layer.lora_embedding_A:
+                        _replace_module(model, path, layer.get_base_layer())
+        _forget(model, adapter_name)
+
+
+@dataclass(frozen=True)
+class TrainableLoRA:
+    """Fresh LoRA layers inside a model, to be trained.
+
+    Args:
+        layers: Site name to PEFT's layer.
+        adapter_name: PEFT's name for the adapter.
+        alpha: PEFT's ``lora_alpha``, the same for all layers.
+    """
+
+    layers: Mapping[str, LoraLayer]
+    adapter_name: str
+    alpha: float
+
+    def parameters(self, component: str) -> list[nn.Parameter]:
+        """The trainable matrices inside one component, ``text_encoder`` or ``unet``."""
+        return [
+            matrices[self.adapter_name].weight
+            for site, layer in self.layers.items()
+            if site.partition(".")[0] == component
+            for matrices in (layer.lora_A, layer.lora_B)
+        ]
+
+    def read(self) -> dict[str, LowRank]:
+        """Copy the present values to the CPU: site name to update."""
+        return {
+            site: LowRank(
+                down=layer.lora_A[self.adapter_name].weight.detach().cpu().clone(),
+                up=layer.lora_B[self.adapter_name].weight.detach().cpu().clone(),
+                alpha=self.alpha,
+            )
+            for site, layer in self.layers.items()
+        }
+
+
+@contextmanager
+def trainable(components: Mapping[str, object], rank: int, alpha: float) -> Iterator[TrainableLoRA]:
+    """Give every adapted layer a fresh LoRA in float32 inside the block: `down` random, `up` zero, so no effect yet.
+
+    Inside the block only these matrices require gradients; afterwards modules and flags are what they were.
+
+    Args:
+        components: ``pipeline.components``, or a part of them.
+        rank: Rank of every update.
+        alpha: Updates are scaled by alpha / rank.
+    """
+    if rank < 1:
+        raise ConfigurationError(f"The rank of a LoRA must be at least 1, got {rank}.")
+    _check_name(components, _TRAINING_ADAPTER)
+    shapes = {site: (rank, alpha) for site in adapted_layers(components)}
+    with ExitStack() as stack:
+        for model in components_with_sites(components).values():
+            stack.enter_context(_gradient_flags_kept(model))
+            model.requires_grad_(False)
+        stack.callback(eject, components, _TRAINING_ADAPTER)
+        layers = _add_adapter(components, _TRAINING_ADAPTER, shapes)
+        for layer in layers.values():
+            for matrices in (layer.lora_A, layer.lora_B):
+                matrices[_TRAINING_ADAPTER].to(torch.float32).requires_grad_(True)
+        yield TrainableLoRA(layers=layers, adapter_name=_TRAINING_ADAPTER, alpha=alpha)
+
+
+def _add_adapter(
+    components: Mapping[str, object], adapter_name: str, shapes: Mapping[str, tuple[int, float]]
+) -> dict[str, LoraLayer]:
+    """Inject PEFT layers of the given (rank, alpha) and return them by site; the base's gradient flags stay."""
+    for component, model in components_with_sites(components).items():
+        paths = {canonical_name(component, path): path for path, _ in model.named_modules()}
+        wanted = {paths[site]: shape for site, shape in shapes.items() if site.partition(".")[0] == component}
+        for path in wanted:
+            _refuse_offloaded(_base_layer(model.get_submodule(path)).weight, path)
+        if wanted:
+            with _gradient_flags_kept(model):
+                _inject_into(model, adapter_name, wanted)
+    layers = adapted_layers(components)
+    return {site: layers[site] for site in shapes if site in layers}
+
+
+def _inject_into(model: nn.Module, adapter_name: str, shapes: Mapping[str, tuple[int, float]]) -> None:
+    """Inject into one model at exactly the given module paths, each with its own (rank, alpha)."""
+    usual_rank, usual_alpha = Counter(shapes.values()).most_common(1)[0][0]
+    config = LoraConfig(
+        r=usual_rank,
+        lora_alpha=usual_alpha,  # type: ignore[arg-type]
+        target_modules="|".join(re.escape(path) for path in shapes),  # a string is matched as a whole
+        rank_pattern={f"^{re.escape(path)}": rank for path, (rank, _) in shapes.items() if rank != usual_rank},
+        alpha_pattern={f"^{re.escape(path)}": alpha for path, (_, alpha) in shapes.items() if alpha != usual_alpha},
+    )
+    active = _active_adapters(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, adapter_name)
+    model._hf_peft_config_loaded = True  # what the adapter methods of diffusers and transformers ask for
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter([*active, adapter_name])
+            layer.train(layer.get_base_layer().training)
+
+
+def _fill(linear: nn.Linear, matrix: torch.Tensor, *, like: torch.Tensor) -> None:
+    linear.to(like.dtype if like.is_floating_point() else matrix.dtype).requires_grad_(False)
+    linear.weight.data.copy_(matrix)
+
+
+def _delete_from_layer(layer: LoraLayer, adapter_name: str) -> None:
+    """Delete one adapter of a layer; of the others, those stay active that are (PEFT would wake a sleeping one)."""
+    active = [name for name in layer.active_adapters if name != adapter_name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f"Adapter {re.escape(adapter_name)} was active")
+        layer.delete_adapter(adapter_name)
+    layer.set_adapter(active)
+
+
+def _replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _forget(model: nn.Module, adapter_name: str) -> None:
+    """Strike an adapter off the model's list, and the list with the last one."""
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+    if "peft_config" in vars(model) and not configs:
+        del model.peft_config
+        vars(model).pop("_hf_peft_config_loaded", None)
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    return next((list(layer.active_adapters) for layer in model.modules() if isinstance(layer, BaseTunerLayer)), [])
+
+
+def _base_layer(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _check_name(components: Mapping[str, object], adapter_name: str) -> None:
+    if not re.fullmatch(r"[\w-]+", adapter_name):
+        raise ConfigurationError(
+            f"Adapter name {adapter_name!r} cannot be used; PEFT takes letters, digits, '_' and '-' only."
+        )
+    taken = {name for model in components_with_sites(components).values() for name in getattr(model, "peft_config", {})}
+    if adapter_name in taken:
+        raise ConfigurationError(
+            f"An adapter named {adapter_name!r} is loaded already (loaded: {', '.join(sorted(taken))}). "
+            "Unload it first, or give this one another adapter_name."
+        )
+
+
+def _refuse_offloaded(weight: torch.Tensor, name: str) -> None:
+    if weight.is_meta:
+        raise ConfigurationError(
+            f"The weights of {name} are not in memory (sequential or disk offload). Load ED-LoRAs before enabling "
+            "sequential offload, or use enable_model_cpu_offload()."
+        )
+
+
+@contextmanager
+def _gradient_flags_kept(model: nn.Module) -> Iterator[None]:
+    """Give every parameter that is there now its present `requires_grad` back at the end."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
