@@ -1,0 +1,176 @@
+"""Loading concepts into a pipeline and taking them out again."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from diffusers_mixofshow.concepts import Concept, check_distinct
+from diffusers_mixofshow.conditioning.tokenize import known_words
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import ConceptError
+from diffusers_mixofshow.lora import eject, inject
+from diffusers_mixofshow.sites import components_with_sites
+
+
+class EDLoRALoader:
+    """Mixin for a diffusers pipeline: ED-LoRAs in, ED-LoRAs out.
+
+    The updates become PEFT adapters, so `set_adapters`, `get_list_adapters` and
+    `cross_attention_kwargs={"scale": ...}` work on them. The embeddings stay beside the model: tokenizer and
+    embedding table are never touched.
+    """
+
+    components: Mapping[str, object]
+    tokenizer: object
+    # Replaced, never changed in place, as this empty one belongs to the class.
+    _edloras: Mapping[str, EDLoRA] = MappingProxyType({})
+
+    @property
+    def concepts(self) -> dict[str, Concept]:
+        """The loaded concepts by placeholder, in the order of loading."""
+        return {
+            concept.placeholder: concept for edlora in self._edloras.values() for concept in edlora.concepts
+        }
+
+    def load_edlora(
+        self,
+        source: str | os.PathLike[str] | EDLoRA,
+        scale: float = 1.0,
+        adapter_name: str | None = None,
+        **hub: object,
+    ) -> None:
+        """Load one ED-LoRA, beside those already loaded.
+
+        Args:
+            source: Hub id, folder or file, or an `EDLoRA` itself.
+            scale: Strength of the weight updates; at 0 only the embeddings act.
+            adapter_name: PEFT's name for the updates; by default made from the concepts' names.
+            hub: Passed to `EDLoRA.from_pretrained`, e.g. `revision`.
+
+        Raises:
+            ConceptError: If a name is taken by a loaded concept or a word of the tokenizer.
+            EDLoRAFormatError: If the file is no ED-LoRA, or made for another model.
+            ConfigurationError: If the adapter name is taken or malformed.
+        """
+        edlora = source if isinstance(source, EDLoRA) else EDLoRA.from_pretrained(source, **hub)
+        check_distinct([*self.concepts.values(), *edlora.concepts])
+        self._refuse_words_of_tokenizer(edlora.concepts)
+        name = adapter_name or _adapter_name(edlora.concepts)
+        inject(self.components, edlora, name, scale)
+        self._edloras = {**self._edloras, name: edlora}
+
+    def unload_edlora(self, names: str | Iterable[str] | None = None) -> None:
+        """Unload ED-LoRAs; the model's modules and weights are then exactly what they were.
+
+        Args:
+            names: One or several placeholders or adapter names; all that are loaded by default. A pack with
+                several concepts goes as a whole.
+
+        Raises:
+            ConceptError: If a name is not loaded; nothing is unloaded then.
+        """
+        for name in self._adapters_of(names):
+            eject(self.components, name)
+            self._edloras = {other: edlora for other, edlora in self._edloras.items() if other != name}
+
+    def save_edlora(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Write a loaded ED-LoRA as it was loaded; its scale is not part of it.
+
+        Args:
+            folder: Where to, see `EDLoRA.save_pretrained`.
+            name: Which one, by placeholder or adapter name; needed if several are loaded.
+
+        Returns:
+            Path of the file written.
+
+        Raises:
+            ConceptError: If no or several ED-LoRAs are meant.
+        """
+        adapters = self._adapters_of(name)
+        if len(adapters) != 1:
+            raise ConceptError(
+                f"save_edlora() writes one ED-LoRA, but {len(adapters)} are loaded{_listed(self._edloras)}. "
+                "Choose one with name=..., or load one first."
+            )
+        return self._edloras[adapters[0]].save_pretrained(folder)
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """Write the pipeline without its concepts, which have files of their own: see `save_edlora`.
+
+        Takes what `DiffusionPipeline.save_pretrained` takes.
+        """
+        with self._without_adapters():
+            super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def _concept_embeddings(self) -> dict[str, torch.Tensor]:
+        """Concept token to its embeddings, shape (layers, dim), of everything loaded."""
+        return {
+            token: rows for edlora in self._edloras.values() for token, rows in edlora.embeddings.items()
+        }
+
+    def _refuse_words_of_tokenizer(self, concepts: Iterable[Concept]) -> None:
+        words = known_words(self.tokenizer)  # type: ignore[arg-type]
+        taken = [name for concept in concepts for name in (concept.placeholder, *concept.tokens) if name in words]
+        if taken:
+            raise ConceptError(
+                f"The tokenizer already knows {', '.join(taken)}, perhaps from load_textual_inversion(). "
+                "Unload that first, or rename the concept."
+            )
+
+    def _adapters_of(self, names: str | Iterable[str] | None) -> list[str]:
+        """Adapter names, each once, for placeholders and adapter names mixed; all of them for None."""
+        if names is None:
+            return list(self._edloras)
+        adapter_of = {
+            concept.placeholder: adapter
+            for adapter, edlora in self._edloras.items()
+            for concept in edlora.concepts
+        } | {adapter: adapter for adapter in self._edloras}
+        wanted = [names] if isinstance(names, str) else list(names)
+        unknown = [name for name in wanted if name not in adapter_of]
+        if unknown:
+            raise ConceptError(f"Not loaded: {', '.join(unknown)}{_listed(adapter_of)}.")
+        return list(dict.fromkeys(adapter_of[name] for name in wanted))
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        """Take the weight updates out for a while; afterwards all are back, as strong and as active as before."""
+        models = components_with_sites(self.components).values()
+        present = {name for model in models for name in getattr(model, "peft_config", {})}
+        states = [
+            (model, path, dict(layer.scaling), list(layer.active_adapters))
+            for model in models
+            for path, layer in model.named_modules()
+            if isinstance(layer, LoraLayer)
+        ]
+        ours = {name: edlora for name, edlora in self._edloras.items() if name in present}
+        try:
+            for name in ours:
+                eject(self.components, name)
+            yield
+        finally:
+            for name, edlora in ours.items():
+                inject(self.components, edlora, name)
+            for model, path, scaling, active in states:
+                layer = model.get_submodule(path)
+                layer.scaling.update(scaling)  # type: ignore[union-attr, operator]
+                layer.set_adapter(active)  # type: ignore[operator]
+
+
+def _adapter_name(concepts: Iterable[Concept]) -> str:
+    """A name that PEFT accepts: letters, digits, '_' and '-'."""
+    return re.sub(r"[^\w-]", "_", "_".join(concept.name for concept in concepts))
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return f" (loaded: {', '.join(names)})" if names else " (nothing is loaded)"

@@ -1,0 +1,195 @@
+"""Layer-wise prompt encoding for pipelines with one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.utils.peft_utils import scale_lora_layers
+from torch import nn
+
+from diffusers_mixofshow.concepts import Concept, mentions_concept, split_prompt
+from diffusers_mixofshow.conditioning.encode import encode_layerwise
+from diffusers_mixofshow.conditioning.tokenize import known_words, tokenize
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.regions import Region
+from diffusers_mixofshow.sites import cross_attention_layers
+
+
+class LayerwisePrompts:
+    """Mixin for a diffusers pipeline: `encode_prompt` for prompts with concepts and for regions.
+
+    Without either it is the parent's `encode_prompt`. Otherwise prompts are encoded here, once for each
+    cross-attention layer and region, to the 3-D stack described in `conditioning.attention`, and the parent
+    repeats and casts it like any given `prompt_embeds`.
+    """
+
+    tokenizer: Any
+    text_encoder: Any
+    unet: nn.Module
+    maybe_convert_prompt: Callable[..., list[str]]
+    concepts: Mapping[str, Concept]
+    _concept_embeddings: Mapping[str, torch.Tensor]
+    # The regions of the call under way.
+    _regions: tuple[Region, ...] = ()
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode prompts like the parent; arguments are the parent's.
+
+        Returns:
+            Positive and negative embeddings, shape (images, tokens, dim), or (images, layers * tokens, dim) if a
+            prompt names a concept. The negative is None without guidance.
+
+        Raises:
+            ConceptError: If a prompt has a bracketed word that is not loaded.
+        """
+        arguments = {"lora_scale": lora_scale, "clip_skip": clip_skip}
+        if self._is_layerwise(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds):
+            batch = _batch_size(prompt, prompt_embeds)
+            with _lora_scaled(self.text_encoder, lora_scale):
+                if prompt_embeds is None:
+                    positive = self._encode(_texts(prompt, batch), clip_skip, device)
+                else:
+                    positive = self._stacked(prompt_embeds)
+                if not do_classifier_free_guidance:
+                    negative = None
+                elif negative_prompt_embeds is None:
+                    # Like the parent, without clip_skip.
+                    negative = self._encode(_texts(negative_prompt, batch), None, device)
+                else:
+                    negative = self._stacked(negative_prompt_embeds)
+                prompt_embeds, negative_prompt_embeds = self._with_regions(positive, negative, clip_skip, device)
+            arguments = {}
+        return super().encode_prompt(  # type: ignore[misc]
+            prompt,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            **arguments,
+        )
+
+    def _is_layerwise(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> bool:
+        """Whether these arguments need more than the parent; complains about unknown bracketed words."""
+        given = [*_as_list(prompt), *_as_list(negative_prompt)]
+        given += [text for region in self._regions for text in (region.prompt, region.negative_prompt) if text]
+        concepts = tuple(self.concepts.values())
+        if any("<" in text for text in given):
+            split_prompt(" ".join(given), concepts, also_known=known_words(self.tokenizer))
+        return (
+            bool(self._regions)
+            or any(mentions_concept(text, concepts) for text in given)
+            or any(self._is_stack(embeds) for embeds in (prompt_embeds, negative_prompt_embeds))
+        )
+
+    @property
+    def _layers(self) -> int:
+        return len(cross_attention_layers(self.unet))
+
+    def _is_stack(self, embeds: torch.Tensor | None) -> bool:
+        return embeds is not None and embeds.shape[1] == self._layers * self.tokenizer.model_max_length
+
+    def _stacked(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Ready-made embeddings as a stack of layers, shape (prompts, layers * tokens, dim)."""
+        tokens = self.tokenizer.model_max_length
+        if self._is_stack(embeds):
+            return embeds
+        if embeds.shape[1] != tokens:
+            raise ConfigurationError(
+                f"Embeddings of shape {tuple(embeds.shape)} cannot be combined with concepts or regions; expected"
+                f" {tokens} tokens, or {self._layers} layers of {tokens} as encode_prompt() makes them."
+            )
+        return embeds.repeat(1, self._layers, 1)
+
+    def _encode(self, texts: Sequence[str], clip_skip: int | None, device: torch.device) -> torch.Tensor:
+        """Encode texts, equal ones once, shape (texts, layers * tokens, dim)."""
+        unique = list(dict.fromkeys(texts))
+        # Spells out textual-inversion tokens of several vectors.
+        converted = self.maybe_convert_prompt(unique, self.tokenizer)
+        tokenized = tokenize(converted, self.tokenizer, self.concepts.values())
+        encoded = encode_layerwise(
+            self.text_encoder, tokenized, self._concept_embeddings, self._layers, clip_skip, device=device
+        )
+        return encoded[[unique.index(text) for text in texts]]
+
+    def _with_regions(
+        self,
+        positive: torch.Tensor,
+        negative: torch.Tensor | None,
+        clip_skip: int | None,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Append the regions' stacks to the global prompt's, shape (prompts, contexts * layers * tokens, dim)."""
+        if not self._regions:
+            return positive, negative
+        batch = len(positive)
+        prompts = self._encode([region.prompt for region in self._regions], clip_skip, device)
+        positive = torch.cat([positive, *(stack.expand(batch, -1, -1).to(positive) for stack in prompts)], dim=1)
+        if negative is None:
+            return positive, None
+        contexts = [negative]
+        for region in self._regions:
+            if region.negative_prompt is None:
+                contexts.append(negative)
+            else:
+                stack = self._encode([region.negative_prompt], None, device)
+                contexts.append(stack.expand(batch, -1, -1).to(negative))
+        return positive, torch.cat(contexts, dim=1)
+
+
+def _batch_size(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+    if prompt_embeds is not None:
+        return len(prompt_embeds)
+    return len(prompt) if isinstance(prompt, list) else 1
+
+
+def _as_list(prompt: str | list[str] | None) -> list[str]:
+    if prompt is None:
+        return []
+    return prompt if isinstance(prompt, list) else [prompt]
+
+
+def _texts(prompt: str | list[str] | None, batch: int) -> list[str]:
+    """One text for each prompt of the batch; none means the empty prompt."""
+    texts = prompt if isinstance(prompt, list) else [prompt or ""] * batch
+    if len(texts) != batch:
+        raise ConfigurationError(
+            f"Got {len(texts)} negative prompts for {batch} prompts; give one text, or as many as prompts."
+        )
+    return texts
+
+
+@contextmanager
+def _lora_scaled(text_encoder: nn.Module, lora_scale: float | None) -> Iterator[None]:
+    """Scale the text encoder's LoRA layers; afterwards every adapter has its own strength back, also after 0."""
+    strengths = [
+        (module.scaling, dict(module.scaling)) for module in text_encoder.modules() if hasattr(module, "scaling")
+    ]
+    try:
+        if lora_scale is not None:
+            scale_lora_layers(text_encoder, lora_scale)
+        yield
+    finally:
+        for scaling, original in strengths:
+            scaling.update(original)

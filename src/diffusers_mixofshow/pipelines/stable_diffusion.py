@@ -1,0 +1,27 @@
+"""Text to image with Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+
+from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.regional import RegionalSampling, regional_signature
+
+
+class MixOfShowPipeline(RegionalSampling, EDLoRALoader, StableDiffusionPipeline):
+    """Stable Diffusion with customised concepts, alone and several together in regions (arXiv:2305.18292).
+
+    Without a concept in the prompt and without regions it is `StableDiffusionPipeline` bit for bit.
+
+    Example:
+        >>> pipe = MixOfShowPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> pipe.load_edlora("user/edlora-potter")
+        >>> pipe("a <potter> in front of the Eiffel tower").images[0]
+    """
+
+    @regional_signature(StableDiffusionPipeline)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaced by the parent's, see `regional_signature`."""
+        return super().__call__(*args, **kwargs)
