@@ -14,7 +14,11 @@ class EDLoRAFormatError(MixOfShowError, ValueError):
 
 
 class EDLoRANotFoundError(MixOfShowError, FileNotFoundError):
-    """There is no ED-LoRA at the given path or Hub id, or it cannot be reached."""
+    """There is no ED-LoRA at the given path or Hub id."""
+
+
+class HubError(MixOfShowError, OSError):
+    """The Hugging Face Hub cannot be reached, or refuses what was asked."""
 
 
 class RegionError(MixOfShowError, ValueError):

@@ -23,10 +23,16 @@ from diffusers_mixofshow.sites import adapted_layers, canonical_name, components
 _TRAINING_ADAPTER = "edlora_training"
 
 
-def low_rank_delta(update: LowRank) -> torch.Tensor:
-    """Weight change ``alpha / rank * up @ down`` of one layer, shape (out, in), in float32 or better."""
-    dtype = torch.promote_types(update.up.dtype, torch.float32)
-    return update.scaling * (update.up.to(dtype) @ update.down.to(dtype))
+def low_rank_delta(update: LowRank, *, like: torch.Tensor | None = None) -> torch.Tensor:
+    """Weight change ``alpha / rank * up @ down`` of one layer, shape (out, in), in float32 or better.
+
+    Args:
+        update: The layer's update.
+        like: A tensor on whose device, and in whose dtype if that is better still, the change is computed.
+    """
+    like = update.up if like is None else like
+    dtype = torch.promote_types(torch.promote_types(update.up.dtype, torch.float32), like.dtype)
+    return update.scaling * (update.up.to(like.device, dtype) @ update.down.to(like.device, dtype))
 
 
 @contextmanager
@@ -48,9 +54,8 @@ def merged(components: Mapping[str, object], edlora: EDLoRA, scale: float = 1.0)
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         for site in edlora.lora.keys() & layers.keys():
-            weight = _base_layer(layers[site]).weight
-            _refuse_offloaded(weight, site)
-            delta = scale * low_rank_delta(edlora.lora[site]).to(weight.device)
+            weight = _base_weight(layers[site], site)
+            delta = scale * low_rank_delta(edlora.lora[site], like=weight)
             originals.append((weight, weight.data))
             weight.data = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
         yield
@@ -62,8 +67,8 @@ def merged(components: Mapping[str, object], edlora: EDLoRA, scale: float = 1.0)
 def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, scale: float = 1.0) -> None:
     """Put the ED-LoRA's updates beside the layers as PEFT adapters, active together with those already active.
 
-    diffusers' own methods see them: ``get_list_adapters``, ``set_adapters``, ``cross_attention_kwargs={"scale": ...}``.
-    They do not require gradients, and neither flags of the base weights nor the global random state change.
+    diffusers' own ``get_list_adapters``, ``set_adapters`` and ``cross_attention_kwargs={"scale": ...}`` see them.
+    They do not require gradients; gradient flags of the base weights and the global random state do not change.
 
     Args:
         components: ``pipeline.components``, or a part of them; updates of what is not given are left out.
@@ -156,7 +161,7 @@ def trainable(components: Mapping[str, object], rank: int, alpha: float) -> Iter
     if rank < 1:
         raise ConfigurationError(f"The rank of a LoRA must be at least 1, got {rank}.")
     _check_name(components, _TRAINING_ADAPTER)
-    shapes = {site: (rank, alpha) for site in adapted_layers(components)}
+    shapes = dict.fromkeys(adapted_layers(components), (rank, alpha))
     with ExitStack() as stack:
         for model in components_with_sites(components).values():
             stack.enter_context(_gradient_flags_kept(model))
@@ -177,7 +182,7 @@ def _add_adapter(
         paths = {canonical_name(component, path): path for path, _ in model.named_modules()}
         wanted = {paths[site]: shape for site, shape in shapes.items() if site.partition(".")[0] == component}
         for path in wanted:
-            _refuse_offloaded(_base_layer(model.get_submodule(path)).weight, path)
+            _base_weight(model.get_submodule(path), path)  # refuses offloaded weights before anything is changed
         if wanted:
             with _gradient_flags_kept(model):
                 _inject_into(model, adapter_name, wanted)
@@ -190,7 +195,7 @@ def _inject_into(model: nn.Module, adapter_name: str, shapes: Mapping[str, tuple
     usual_rank, usual_alpha = Counter(shapes.values()).most_common(1)[0][0]
     config = LoraConfig(
         r=usual_rank,
-        lora_alpha=usual_alpha,  # type: ignore[arg-type]
+        lora_alpha=usual_alpha,
         target_modules="|".join(re.escape(path) for path in shapes),  # a string is matched as a whole
         rank_pattern={f"^{re.escape(path)}": rank for path, (rank, _) in shapes.items() if rank != usual_rank},
         alpha_pattern={f"^{re.escape(path)}": alpha for path, (_, alpha) in shapes.items() if alpha != usual_alpha},
@@ -199,7 +204,7 @@ def _inject_into(model: nn.Module, adapter_name: str, shapes: Mapping[str, tuple
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, adapter_name)
-    model._hf_peft_config_loaded = True  # what the adapter methods of diffusers and transformers ask for
+    vars(model)["_hf_peft_config_loaded"] = True  # what the adapter methods of diffusers and transformers ask for
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.set_adapter([*active, adapter_name])
@@ -238,8 +243,15 @@ def _active_adapters(model: nn.Module) -> list[str]:
     return next((list(layer.active_adapters) for layer in model.modules() if isinstance(layer, BaseTunerLayer)), [])
 
 
-def _base_layer(layer: nn.Module) -> nn.Module:
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+def _base_weight(layer: nn.Module, name: str) -> nn.Parameter:
+    """The layer's own weight, under whatever PEFT has put around it."""
+    weight = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
+    if not isinstance(weight, nn.Parameter) or weight.is_meta:
+        raise ConfigurationError(
+            f"The weights of {name} are not in memory (sequential or disk offload). Load ED-LoRAs before enabling "
+            "sequential offload, or use enable_model_cpu_offload()."
+        )
+    return weight
 
 
 def _check_name(components: Mapping[str, object], adapter_name: str) -> None:
@@ -247,19 +259,12 @@ def _check_name(components: Mapping[str, object], adapter_name: str) -> None:
         raise ConfigurationError(
             f"Adapter name {adapter_name!r} cannot be used; PEFT takes letters, digits, '_' and '-' only."
         )
-    taken = {name for model in components_with_sites(components).values() for name in getattr(model, "peft_config", {})}
+    models = components_with_sites(components).values()
+    taken = {name for model in models for name in getattr(model, "peft_config", {})}
     if adapter_name in taken:
         raise ConfigurationError(
             f"An adapter named {adapter_name!r} is loaded already (loaded: {', '.join(sorted(taken))}). "
             "Unload it first, or give this one another adapter_name."
-        )
-
-
-def _refuse_offloaded(weight: torch.Tensor, name: str) -> None:
-    if weight.is_meta:
-        raise ConfigurationError(
-            f"The weights of {name} are not in memory (sequential or disk offload). Load ED-LoRAs before enabling "
-            "sequential offload, or use enable_model_cpu_offload()."
         )
 
 

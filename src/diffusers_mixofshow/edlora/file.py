@@ -192,8 +192,8 @@ def _differences(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> list[s
         found.append(f"missing tensors: {defects.listed(missing)}")
     if unannounced := [site for site in pairs if site not in lora]:
         found.append(f"layers that its header does not name: {defects.listed(unannounced)}")
-    ranks = {site: half[_DOWN].shape[:1] for site, half in pairs.items() if _DOWN in half and site in lora}
-    if wrong := [f"{site} {tuple(rank)}, not {lora[site][0]}" for site, rank in ranks.items() if rank != lora[site][:1]]:
+    downs = {site: halves[_DOWN].shape for site, halves in pairs.items() if _DOWN in halves and site in lora}
+    if wrong := [site for site, shape in downs.items() if shape[:1] != (lora[site][0],)]:
         found.append(f"ranks differ from the header's: {defects.listed(wrong)}")
     return found
 

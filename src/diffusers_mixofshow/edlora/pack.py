@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Self
 import torch
 
 from diffusers_mixofshow.concepts import Concept, check_distinct
-from diffusers_mixofshow.edlora import defects, file
+from diffusers_mixofshow.edlora import card, defects, file, hub
 from diffusers_mixofshow.edlora.low_rank import LowRank
 
 
@@ -54,9 +55,10 @@ class EDLoRA:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the pack to ``folder/edlora.safetensors``, which stock diffusers reads as a LoRA.
+        """Write the pack to ``folder/edlora.safetensors``, which stock diffusers reads as a LoRA, and a model card.
 
-        The file appears whole or not at all. Tensors keep their dtype.
+        The file appears whole or not at all. Tensors keep their dtype. A README.md that this package did not write
+        is left as it is.
 
         Args:
             folder: Created where it is missing.
@@ -69,24 +71,94 @@ class EDLoRA:
         """
         path = Path(folder) / file.FILE_NAME
         file.write(path, self._contents())
+        self._write_card(path.parent, location=os.fspath(folder))
         return path
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
-        """Read a pack from a folder or a file; tensors come to the CPU in the file's dtype.
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Read a pack; its tensors come to the CPU in the file's dtype.
 
         Args:
-            source: A folder that holds ``edlora.safetensors``, or a safetensors file.
+            source: A folder that holds ``edlora.safetensors``, a safetensors file, or a Hub id such as
+                ``user/edlora-potter``. What exists on disk comes first.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside the repository, or inside the local folder.
+            token: For private repositories; by default the one of ``hf auth login``.
+            cache_dir: Where downloads are kept; by default the Hub client's cache.
+            local_files_only: Take it from the cache and do not ask the Hub.
 
         Raises:
+            EDLoRANotFoundError: If there is nothing at `source`.
             EDLoRAFormatError: If the file is no valid ED-LoRA; names every defect.
+            HubError: If the Hub refuses or cannot be reached.
         """
-        path = Path(source)
-        return cls(**file.read(path / file.FILE_NAME if path.is_dir() else path))
+        if hub.is_repo_id(source):
+            path = hub.download(
+                str(source),
+                file.FILE_NAME,
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        else:
+            path = Path(source, subfolder or "")
+            path = path / file.FILE_NAME if path.is_dir() else path
+        return cls(**file.read(path))
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the pack with its model card, in one commit; creates the repository where it is missing.
+
+        Args:
+            repo_id: ``user/name``, or a name under your own account; by default derived from the concepts:
+                ``edlora-potter``, or ``mixofshow-potter-hermione`` for several.
+            token: By default the one of ``hf auth login``.
+            private: Whether a new repository is private; by default your account's setting.
+            revision: Branch to commit to, created where it is missing; by default ``main``.
+            commit_message: By default names the concepts.
+
+        Returns:
+            The repository's URL.
+
+        Raises:
+            HubError: If the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.save_pretrained(folder)  # whatever is wrong with the pack shows before anything is created
+            repo_id, url = hub.create(
+                repo_id or hub.repo_name(self.concepts), token=token, private=private, revision=revision
+            )
+            self._write_card(folder, location=repo_id)
+            message = commit_message or f"ED-LoRA of {self._names}"
+            hub.upload(folder, repo_id, token=token, revision=revision, message=message)
+        return url
 
     @property
     def _names(self) -> str:
         return ", ".join(concept.placeholder for concept in self.concepts)
+
+    def _write_card(self, folder: Path, *, location: str) -> None:
+        rank = max((update.rank for update in self.lora.values()), default=0)
+        card.write_card(folder, card.model_card(self.concepts, self.base_model, location, rank))
 
     def _contents(self) -> file.Contents:
         return file.Contents(
