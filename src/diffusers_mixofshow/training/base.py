@@ -1,0 +1,83 @@
+"""The base model that training borrows: loading it, refusing what cannot be trained, handing it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.training.config import TOYLAND, TrainingConfig
+
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+_NEEDED = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
+
+
+def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
+    """Load the base model that the config names, in the precision it trains in."""
+    from diffusers import StableDiffusionPipeline
+
+    if config.pretrained_model_name_or_path == TOYLAND:
+        from diffusers_mixofshow import toyland
+
+        return toyland.load_pipeline()
+    dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            config.pretrained_model_name_or_path,
+            torch_dtype=dtypes[config.mixed_precision],
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"The base model {config.pretrained_model_name_or_path!r} cannot be loaded ({error}). Expected a Hub id, "
+            f"a folder with a Stable Diffusion pipeline, or {TOYLAND!r}."
+        ) from error
+
+
+def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
+    """Raise one `ConfigurationError` that lists why this pipeline cannot be trained with this config."""
+    components = pipeline.components
+    defects = [f"it has no {name}" for name in _NEEDED if components.get(name) is None]
+    if components.get("text_encoder_2") is not None:
+        defects.append("it has two text encoders, expected one (SDXL cannot be trained yet)")
+    modules = {name: module for name, module in components.items() if isinstance(module, nn.Module)}
+    offloaded = [name for name, module in modules.items() if hasattr(module, "_hf_hook")]
+    if offloaded:
+        defects.append(f"{', '.join(offloaded)} are offloaded; call pipeline.remove_all_hooks() first")
+    halves = [name for name in ("unet", "text_encoder") if name in modules and _is_half(modules[name])]
+    if halves and config.mixed_precision == "no":
+        defects.append(f"{', '.join(halves)} are in half precision; load it in float32 or set mixed_precision")
+    if not defects and pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+        defects.append(f"its U-Net takes {pipeline.unet.config.in_channels} channels (an inpainting model?)")
+    if defects:
+        raise ConfigurationError("This pipeline cannot be trained: " + "; ".join(defects))
+
+
+@contextmanager
+def borrowed(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+    """Freeze every model and put it in evaluation mode; afterwards gradient flags and modes are what they were."""
+    models = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
+    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.requires_grad_(False)
+            model.eval()
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _is_half(module: nn.Module) -> bool:
+    return next(module.parameters()).dtype in (torch.float16, torch.bfloat16)

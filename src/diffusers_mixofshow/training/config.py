@@ -1,0 +1,217 @@
+"""Every setting of tuning one concept, checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError
+
+
+LR_SCHEDULERS = ("linear", "cosine", "constant")
+PRECISIONS = ("no", "fp16", "bf16")
+TOYLAND = "toyland"
+"""Name of the embedded base model, in place of a Hub id."""
+
+_PRIVATE = ("instance_data_dir", "output_dir")
+_AT_LEAST_ONE = ("resolution", "train_batch_size", "max_train_steps", "captions_per_step", "crop_variants", "rank")
+_NOT_NEGATIVE = (
+    "embedding_phase_steps",
+    "embedding_learning_rate",
+    "text_encoder_lr",
+    "learning_rate",
+    "adam_weight_decay",
+    "lr_warmup_steps",
+    "noise_offset",
+    "initializer_std",
+    "seed",
+)
+_POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to tune one concept as an ED-LoRA (arXiv:2305.18292, sections 3.3.1 and 6.1).
+
+    Names follow diffusers' training scripts where they have one. "Paper" is section 6.1, "reference" the authors'
+    code, "ours" a choice of this package.
+
+    Args:
+        instance_data_dir: Folder with the concept's photos, optional captions beside them (``NAME.txt``, one caption
+            a line, ``<TOK>`` stands for the concept) and optional ``masks/NAME.png`` (white is the concept).
+        concept: The concept's name: ``potter`` or ``<potter>``.
+        class_word: Plain word for what it is; V_class starts from its embedding (paper).
+        kind: One of ``character``, ``pet``, ``object``, ``scene``.
+        pretrained_model_name_or_path: Base model: Hub id, folder, or ``toyland`` for the embedded base.
+        output_dir: Folder that receives the ED-LoRA; None does not save.
+        seed: Seed of every random number of the tuning.
+        resolution: Side of the square training picture, in pixels (512, paper).
+        center_crop: Whether photos that are not square are cropped at the centre; else at random places (reference).
+        crop_variants: How many random crops of a photo are encoded and cached (ours); 1 is enough for square photos.
+        train_batch_size: Pictures per step and process (2 GPUs x 2 in the reference, so 4).
+        captions_per_step: Distinct captions per step at most; the batch repeats photos with other noise and
+            timesteps, so that fewer layer-wise encodings are computed. None: one for every picture.
+        max_train_steps: Optimiser steps with embeddings and LoRA together (800 of batch 4: about 250 repeats of a
+            dozen photos, reference).
+        embedding_phase_steps: Optimiser steps before those, with embeddings alone (0, reference).
+        embedding_learning_rate: Learning rate of the layer-wise embeddings (1e-3, paper).
+        text_encoder_lr: Learning rate of the text encoder's LoRA (1e-5, paper).
+        learning_rate: Learning rate of the U-Net's LoRA (1e-4, paper).
+        lr_scheduler: ``linear`` decay to 0 (reference), ``cosine`` or ``constant``, in each phase.
+        lr_warmup_steps: Optimiser steps of linear warm-up in each phase (0, reference).
+        adam_weight_decay: AdamW's decoupled weight decay of the LoRA (0.01, reference); embeddings have none.
+        max_grad_norm: Gradients are scaled down to this norm (1.0, diffusers' scripts).
+        rank: Rank of every LoRA layer (4, paper).
+        lora_alpha: The LoRA is scaled by lora_alpha / rank (4, so that the scale is 1 as in the reference).
+        noise_offset: Strength of the noise added to whole channels (0.01, paper: crucial for a stable identity).
+        snr_gamma: Clamp of the min-SNR loss weights (arXiv:2303.09556); None: every timestep counts alike (paper).
+        masked_loss: Whether the loss counts only the concept's mask, for photos that have one (reference).
+        initializer_std: Standard deviation of V_rand's first values, in embedding units (0.013, reference).
+        mixed_precision: ``no``, ``fp16`` or ``bf16``, as accelerate understands it.
+
+    Raises:
+        ConfigurationError: Lists every value that is out of range or contradicts another.
+    """
+
+    instance_data_dir: str | Path
+    concept: str
+    class_word: str
+    kind: str = "object"
+    pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    output_dir: str | Path | None = None
+    seed: int = 0
+    resolution: int = 512
+    center_crop: bool = False
+    crop_variants: int = 4
+    train_batch_size: int = 4
+    captions_per_step: int | None = None
+    max_train_steps: int = 800
+    embedding_phase_steps: int = 0
+    embedding_learning_rate: float = 1e-3
+    text_encoder_lr: float = 1e-5
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "linear"
+    lr_warmup_steps: int = 0
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    rank: int = 4
+    lora_alpha: float = 4.0
+    noise_offset: float = 0.01
+    snr_gamma: float | None = None
+    masked_loss: bool = True
+    initializer_std: float = 0.013
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        """Report every defect at once."""
+        defects = [
+            *self._below_limits(),
+            *self._unknown_choices(),
+            *self._contradictions(),
+            *self._concept_defects(),
+        ]
+        if defects:
+            raise ConfigurationError("Training cannot start with these settings: " + "; ".join(defects))
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> TrainingConfig:
+        """Build a config from, for instance, a parsed TOML file.
+
+        Raises:
+            ConfigurationError: If names are unknown or required ones are missing; lists all of them.
+        """
+        known = {setting.name for setting in fields(cls)}
+        defects = []
+        for name in sorted(set(settings) - known):
+            nearest = difflib.get_close_matches(name, known, n=1)
+            defects.append(f"unknown setting {name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
+        missing = [name for name in ("instance_data_dir", "concept", "class_word") if name not in settings]
+        defects += [f"{name!r} is missing" for name in missing]
+        if defects:
+            raise ConfigurationError("Training cannot start with these settings: " + "; ".join(defects))
+        return cls(**settings)
+
+    @classmethod
+    def toyland(cls, **settings: Any) -> TrainingConfig:
+        """Settings for the embedded base, found by measurement; single ones can be replaced.
+
+        The base is small, so its rates are larger and its steps fewer than Stable Diffusion's. One concept takes
+        about a minute on two CPU cores.
+        """
+        return cls.from_mapping(_TOYLAND_SETTINGS | settings)
+
+    @property
+    def concept_to_learn(self) -> Concept:
+        """The concept with its two tokens, V_rand and V_class."""
+        return Concept.from_name(self.concept, self.class_word, kind=self.kind)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of both phases."""
+        return self.embedding_phase_steps + self.max_train_steps
+
+    def as_record(self) -> dict[str, Any]:
+        """The settings as JSON values, without folder names, which are private to whoever trains."""
+        return {name: value for name, value in asdict(self).items() if name not in _PRIVATE}
+
+    def _below_limits(self) -> list[str]:
+        limits = [
+            (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+            (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+            (_POSITIVE, lambda value: value > 0, "above 0"),
+        ]
+        return [
+            f"{name} is {value}, expected {expected}"
+            for names, accepts, expected in limits
+            for name in names
+            if (value := getattr(self, name)) is not None and not accepts(value)
+        ]
+
+    def _unknown_choices(self) -> list[str]:
+        choices = {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": PRECISIONS}
+        return [
+            f"{name} is {value!r}, expected one of {', '.join(known)}"
+            for name, known in choices.items()
+            if (value := getattr(self, name)) not in known
+        ]
+
+    def _contradictions(self) -> list[str]:
+        defects = []
+        if not any((self.embedding_learning_rate, self.text_encoder_lr, self.learning_rate)):
+            defects.append("all three learning rates are 0, so nothing would be learnt")
+        if self.embedding_phase_steps and not self.embedding_learning_rate:
+            defects.append("embedding_phase_steps is set but embedding_learning_rate is 0")
+        if self.resolution % 8:
+            defects.append(f"resolution is {self.resolution}, expected a multiple of 8")
+        if self.captions_per_step is not None and self.captions_per_step > self.train_batch_size:
+            defects.append(
+                f"captions_per_step ({self.captions_per_step}) is larger than "
+                f"train_batch_size ({self.train_batch_size})"
+            )
+        return defects
+
+    def _concept_defects(self) -> list[str]:
+        try:
+            self.concept_to_learn  # noqa: B018 - built for its checks
+        except ConceptError as error:
+            return [str(error)]
+        return []
+
+
+_TOYLAND_SETTINGS: dict[str, Any] = {
+    "pretrained_model_name_or_path": TOYLAND,
+    "resolution": 64,
+    "crop_variants": 1,
+    "train_batch_size": 12,
+    "captions_per_step": 3,
+    "max_train_steps": 250,
+    "embedding_phase_steps": 50,
+    "embedding_learning_rate": 1e-2,
+    "text_encoder_lr": 1e-3,
+    "learning_rate": 1e-2,
+    "lr_warmup_steps": 10,
+}

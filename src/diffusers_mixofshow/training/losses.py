@@ -1,0 +1,102 @@
+"""The mathematics of tuning: noise, targets and losses as pure functions of tensors.
+
+Notation of the paper (arXiv:2305.18292, equation 1): epsilon is `noise`, epsilon_theta(z_t, c(V), t) is `prediction`;
+the concept V enters through the text conditioning.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+def offset_noise(noise: torch.Tensor, channel_noise: torch.Tensor, strength: float) -> torch.Tensor:
+    """Add noise that is constant over the picture, so that the model also learns a latent's overall level.
+
+    The paper calls the offset crucial for encoding a stable identity (section 6.1).
+
+    Args:
+        noise: Standard normal, shape (batch, channels, height, width).
+        channel_noise: Standard normal, shape (batch, channels, 1, 1).
+        strength: Standard deviation of the added part; 0 adds nothing.
+
+    Returns:
+        Shape (batch, channels, height, width).
+    """
+    return noise + strength * channel_noise
+
+
+def denoising_target(
+    prediction_type: str, latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """What the denoiser should predict.
+
+    ``epsilon``: the noise (equation 1). ``v_prediction``: a epsilon - s z_0 with a^2 = alphas_cumprod and
+    a^2 + s^2 = 1 (arXiv:2202.00512). ``sample``: z_0.
+
+    Args:
+        prediction_type: The scheduler's ``prediction_type``.
+        latents: z_0, shape (batch, channels, height, width).
+        noise: epsilon, same shape.
+        alphas_cumprod: Of every picture's timestep, shape (batch,).
+
+    Returns:
+        Shape (batch, channels, height, width).
+
+    Raises:
+        ConfigurationError: If the prediction type is unknown.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return latents
+    if prediction_type == "v_prediction":
+        signal = alphas_cumprod.sqrt().view(-1, 1, 1, 1)
+        spread = (1 - alphas_cumprod).sqrt().view(-1, 1, 1, 1)
+        return signal * noise - spread * latents
+    raise ConfigurationError(
+        f"The base model's scheduler predicts {prediction_type!r}; training knows epsilon, v_prediction and sample."
+    )
+
+
+def denoising_errors(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Equation 1 for every picture: the mean squared error, over the mask alone where there is one.
+
+    Computed in float32. The mask is divided by its own mean, so that a small subject weighs as much as a large one.
+
+    Args:
+        prediction: epsilon_theta (or v_theta), shape (batch, channels, height, width).
+        target: Same shape.
+        mask: Weights in [0, 1], shape (batch, 1, height, width), nowhere zero over a whole picture; None counts
+            every position alike.
+
+    Returns:
+        Shape (batch,).
+    """
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    if mask is not None:
+        errors = errors * (mask / mask.mean(dim=(1, 2, 3), keepdim=True))
+    return errors.mean(dim=(1, 2, 3))
+
+
+def min_snr_weights(prediction_type: str, alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weights that keep easy timesteps from dominating (arXiv:2303.09556, section 3.4).
+
+    The weight of the error in z_0 is min(SNR, gamma) with SNR = a^2 / (1 - a^2): divided by SNR for epsilon, by
+    SNR + 1 for v.
+
+    Args:
+        prediction_type: The scheduler's ``prediction_type``.
+        alphas_cumprod: a^2 of every picture's timestep, shape (batch,).
+        gamma: The clamp; the paper recommends 5.
+
+    Returns:
+        Shape (batch,).
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod).clamp(min=1e-8)
+    clamped = snr.clamp(max=gamma)
+    if prediction_type == "sample":
+        return clamped
+    return clamped / (snr + 1 if prediction_type == "v_prediction" else snr.clamp(min=1e-8))
