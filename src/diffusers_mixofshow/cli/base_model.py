@@ -1,0 +1,59 @@
+"""Finding and loading the base model that a command works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.pipelines import MixOfShowPipeline
+
+TOYLAND = "toyland"
+"""Stands for the base model that ships in the package."""
+
+BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
+
+
+def common_base(concepts: Sequence[EDLoRA]) -> str:
+    """Name the base model that all ED-LoRAs were tuned on.
+
+    Raises:
+        ConfigurationError: If they differ, or there are none.
+    """
+    bases = {edlora.base_model: edlora.concepts[0].placeholder for edlora in concepts}
+    if len(bases) != 1:
+        found = ", ".join(f"{base} ({placeholder})" for base, placeholder in bases.items()) or "none"
+        raise ConfigurationError(f"Expected ED-LoRAs of one base model, got {found}. Name the base with --base.")
+    return next(iter(bases))
+
+
+def load_base(name: str) -> MixOfShowPipeline:
+    """Load a base model as a Mix-of-Show pipeline, on the GPU in fp16 where there is one.
+
+    Raises:
+        ConfigurationError: If it cannot be found or read.
+    """
+    import torch
+
+    from diffusers_mixofshow.pipelines import MixOfShowPipeline
+
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    if name == TOYLAND:
+        from diffusers_mixofshow import toyland
+
+        return toyland.load_pipeline(pipeline_class=MixOfShowPipeline, dtype=torch.float32).to(device)
+    try:
+        return MixOfShowPipeline.from_pretrained(name, torch_dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"The base model {name!r} cannot be loaded ({_first_line(error)}). "
+            f"Expected a Hub id, a folder of a Stable Diffusion pipeline, or {TOYLAND!r}."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

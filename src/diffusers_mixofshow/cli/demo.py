@@ -1,0 +1,30 @@
+"""``mixofshow demo``: the whole method on the embedded base, without a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for photos, ED-LoRAs, pictures and the page.")] = Path(
+        "mixofshow-demo"
+    ),
+    photos: Annotated[Path | None, typer.Option(help="Your own pictures of one concept, in place of a drawn one.")] = None,
+    class_word: Annotated[str | None, typer.Option(help="What your pictures show, e.g. dog.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of tuning and sampling.")] = 0,
+) -> None:
+    """Tune four concepts, fuse them, sample them alone and together, and write a page that shows and measures it.
+
+    Takes some minutes on two CPU cores. Interrupt it at will: started again, it continues.
+
+    Example: mixofshow demo
+    """
+    from rich.console import Console
+
+    from diffusers_mixofshow.demo import DemoSettings, run_demo
+
+    page = run_demo(DemoSettings(folder=output, photos=photos, class_word=class_word, seed=seed), console=Console())
+    typer.echo(f"Open {page.resolve()}")

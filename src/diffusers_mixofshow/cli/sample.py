@@ -1,0 +1,96 @@
+"""``mixofshow sample``: pictures from prompts, concepts and regions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.errors import ConfigurationError, RegionError
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.regions import Region
+
+
+def sample(
+    prompt: Annotated[str, typer.Option(help="What to draw; <name> stands for a concept.")],
+    concepts: Annotated[
+        list[str] | None, typer.Option(help="ED-LoRA or fused pack: Hub id, folder or file. May be repeated.")
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(help="'left,top,right,bottom:prompt' with fractions of the picture. May be repeated."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="PNG file; several pictures get numbers.")] = Path("sample.png"),
+    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP}  [default: the concepts' own]")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.  [default: the model's own]")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.  [default: the model's own]")] = None,
+) -> None:
+    """Sample pictures of one or several concepts, each in its own region.
+
+    Example: mixofshow sample --concepts hogwarts --prompt "two people near the castle" --region
+    "0,0,0.5,1:a <potter>" --region "0.5,0,1,1:a <hermione>" --output castle.png
+    """
+    regions = [parse_region(text) for text in region or []]
+    packs = _read_packs(concepts or [])
+    if base is None and not packs:
+        raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
+    import torch
+
+    pipe = load_base(base or common_base(packs))
+    for pack in packs:
+        pipe.load_edlora(pack)
+    images = pipe(
+        prompt=[prompt] * count,
+        negative_prompt=[negative_prompt] * count,
+        regions=regions or None,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        generator=[torch.Generator().manual_seed(seed + index) for index in range(count)],
+    ).images
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for path, image in zip(numbered(output, count), images, strict=True):
+        image.save(path)
+        typer.echo(f"Wrote {path}")
+
+
+def parse_region(text: str) -> Region:
+    """Read ``left,top,right,bottom:prompt``.
+
+    Raises:
+        RegionError: If the text is not of that form, or the box is not inside the picture.
+    """
+    from diffusers_mixofshow.regions import Region
+
+    numbers, _, prompt = text.partition(":")
+    try:
+        left, top, right, bottom = (float(number) for number in numbers.split(","))
+    except ValueError as error:
+        raise RegionError(
+            f"Region {text!r} is not of the form 'left,top,right,bottom:prompt', e.g. '0,0,0.5,1:a <potter>'."
+        ) from error
+    return Region(prompt.strip(), box=(left, top, right, bottom))
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """One file name for each picture: ``x.png``, or ``x-0.png``, ``x-1.png``, ..."""
+    if count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
+
+
+def _read_packs(sources: list[str]) -> list[EDLoRA]:
+    from diffusers_mixofshow.edlora import EDLoRA
+
+    return [EDLoRA.from_pretrained(source) for source in sources]

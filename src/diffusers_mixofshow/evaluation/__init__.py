@@ -1,0 +1,1 @@
+"""Measuring concepts and fused packs: metrics as pure functions of feature matrices, and who computes the features."""

@@ -1,0 +1,74 @@
+"""Metrics against numbers computed by hand and against the paper's own table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.evaluation import metrics
+
+
+X = torch.tensor([[1.0, 0.0]])
+Y = torch.tensor([[0.0, 3.0]])
+DIAGONAL = torch.tensor([[2.0, 2.0]])
+
+
+def test_clip_score_is_weighted_and_never_negative() -> None:
+    assert metrics.clip_score(X, 5 * X) == pytest.approx(2.5)
+    assert metrics.clip_score(X, -X) == 0.0
+    assert metrics.clip_score(X, DIAGONAL) == pytest.approx(2.5 / 2**0.5)
+    assert metrics.clip_score(torch.cat([X, X]), torch.cat([X, -X])) == pytest.approx(1.25)
+
+
+def test_clip_score_wants_a_text_for_each_picture() -> None:
+    with pytest.raises(ConfigurationError, match="one text for each picture"):
+        metrics.clip_score(X, torch.cat([X, Y]))
+
+
+def test_image_alignment_averages_over_all_pairs() -> None:
+    assert metrics.image_alignment(torch.cat([X, Y]), X) == pytest.approx(0.5)
+    assert metrics.image_alignment(X.half(), DIAGONAL.half()) == pytest.approx(0.5**0.5, abs=1e-3)
+
+
+def test_identity_retention_reproduces_the_papers_table_1() -> None:
+    assert metrics.identity_retention(0.818, 0.843, 0.596) == pytest.approx(0.90, abs=0.005)
+    assert metrics.identity_retention(0.749, 0.843, 0.596) == pytest.approx(0.62, abs=0.005)
+
+
+def test_identity_retention_needs_something_to_keep() -> None:
+    with pytest.raises(ConfigurationError, match="Tune for longer"):
+        metrics.identity_retention(0.5, 0.4, 0.4)
+
+
+def test_nearest_concept_and_retrieval() -> None:
+    references = {"x": torch.cat([X, DIAGONAL]), "y": Y}
+    pictures = torch.tensor([[1.0, 0.1], [0.1, 1.0]])
+    assert metrics.nearest_concept(pictures, references) == ["x", "y"]
+    assert metrics.retrieval_accuracy(pictures, ["x", "x"], references) == 0.5
+
+
+def test_retrieval_refuses_unequal_lengths_and_no_references() -> None:
+    with pytest.raises(ConfigurationError, match="2 expected names"):
+        metrics.retrieval_accuracy(X, ["x", "y"], {"x": X})
+    with pytest.raises(ConfigurationError, match="no references"):
+        metrics.nearest_concept(X, {})
+
+
+def test_attribute_accuracy_counts_the_concepts_attributes_only() -> None:
+    expected = {"eyes": "one", "hat": "crown"}
+    read = [{"eyes": "one", "hat": "bare", "belly": "red"}, {"eyes": "one", "hat": "crown"}]
+    assert metrics.attribute_accuracy(read, expected) == 0.75
+    with pytest.raises(ConfigurationError, match="undefined"):
+        metrics.attribute_accuracy([], expected)
+
+
+@pytest.mark.parametrize("features", [torch.ones(3), torch.ones(0, 2), torch.ones(1, 2, dtype=torch.long)])
+def test_malformed_features_are_refused(features: torch.Tensor) -> None:
+    with pytest.raises(ConfigurationError, match="shape"):
+        metrics.image_alignment(features, X)
+
+
+def test_features_of_two_models_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="one model"):
+        metrics.image_alignment(X, torch.ones(1, 3))
