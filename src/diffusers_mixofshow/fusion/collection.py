@@ -1,0 +1,241 @@
+"""Watch a concept being sampled, and keep the statistics of what its layers saw. The only hooks of fusion."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import nn
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
+from diffusers_mixofshow.sites import adapted_layers, components_with_sites
+
+
+TextTokens = Literal["all", "unpadded"]
+
+
+class FusablePipeline(Protocol):
+    """What fusion needs of a pipeline: its components, and to load, sample and unload a concept."""
+
+    scheduler: Any
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Model components by name."""
+
+    @property
+    def concepts(self) -> Any:
+        """Loaded concepts by placeholder."""
+
+    @property
+    def load_edlora(self) -> Callable[..., Any]:
+        """Method that loads an ED-LoRA."""
+
+    @property
+    def unload_edlora(self) -> Callable[..., Any]:
+        """Method that unloads what was loaded."""
+
+    @property
+    def __call__(self) -> Callable[..., Any]:
+        """Sample pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """How concepts are sampled while their layers are watched.
+
+    Args:
+        steps: Denoising steps of DPM-Solver.
+        guidance_scale: Guidance; above 1 both halves are sampled and recorded.
+        negative_prompt: Prompt of the unconditional half.
+        seeds: Every prompt is sampled once with each of them.
+        batch_size: Pictures sampled together.
+        text_tokens: Which positions of a prompt the text encoder's layers count: ``all`` 77 of them, or only the
+            ``unpadded`` ones, up to the end token.
+        height: Height of the pictures in pixels; the model's own by default.
+        width: Width of the pictures in pixels; the model's own by default.
+    """
+
+    steps: int = 20
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+    seeds: tuple[int, ...] = (0,)
+    batch_size: int = 4
+    text_tokens: TextTokens = "all"
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that would record nothing."""
+        defects = [
+            f"{name} must be at least 1, got {value}"
+            for name, value in (("steps", self.steps), ("batch_size", self.batch_size), ("seeds", len(self.seeds)))
+            if value < 1
+        ]
+        if self.text_tokens not in ("all", "unpadded"):
+            defects.append(f"text_tokens must be 'all' or 'unpadded', got {self.text_tokens!r}")
+        if defects:
+            raise FusionError("Recording: " + "; ".join(defects))
+
+
+def collect(
+    pipe: FusablePipeline,
+    edlora: EDLoRA,
+    prompts: Sequence[str],
+    sites: Sequence[str],
+    recording: Recording,
+    advance: Callable[[int], None] = lambda pictures: None,
+) -> ConceptStatistics:
+    """Sample a concept from prompts alone, with its own LoRA, and gather the inputs of its layers.
+
+    Args:
+        pipe: A pipeline without any concept loaded; it leaves as it came.
+        edlora: What to load, already scaled.
+        prompts: Prompts that name the concept.
+        sites: Layers to watch, see `sites`.
+        recording: How to sample.
+        advance: Called after each denoising step with the number of pictures it moved on.
+
+    Returns:
+        The statistics of every input that the sites read.
+    """
+    statistics = ConceptStatistics()
+    with loaded(pipe, edlora), _quiet_dpm_solver(pipe), watched(pipe, sites, statistics, recording.text_tokens):
+        for batch in _batches(prompts, recording):
+            _sample(pipe, batch, recording, advance)
+    missing = sorted({input_name(site) for site in sites} - set(statistics.inputs))
+    if missing:
+        raise FusionError(f"Layers that sampling never used: {', '.join(missing)}. Is the pipeline complete?")
+    return statistics
+
+
+@contextmanager
+def loaded(pipe: FusablePipeline, edlora: EDLoRA) -> Iterator[None]:
+    """Load an ED-LoRA for the length of a block."""
+    pipe.load_edlora(edlora)
+    try:
+        yield
+    finally:
+        pipe.unload_edlora()
+
+
+@contextmanager
+def without_concepts(pipe: Any) -> Iterator[None]:
+    """Take off every concept that the user had loaded, for the length of a block."""
+    if not pipe.concepts:
+        yield
+        return
+    with pipe._without_adapters():
+        edloras, pipe._edloras = pipe._edloras, {}
+        try:
+            yield
+        finally:
+            pipe._edloras = edloras
+
+
+@contextmanager
+def watched(
+    pipe: FusablePipeline, sites: Sequence[str], statistics: ConceptStatistics, text_tokens: TextTokens = "all"
+) -> Iterator[None]:
+    """Add every input of the sites to the statistics while the block runs; the hooks are gone afterwards.
+
+    Args:
+        pipe: Whose layers to watch, LoRA already loaded.
+        sites: Layers to watch; those that read the same input are watched once.
+        statistics: Where the inputs go.
+        text_tokens: See `Recording`.
+    """
+    modules = adapted_layers(pipe.components)
+    inputs = {input_name(site): site for site in reversed(sites)}
+    with ExitStack() as hooks:
+        counted = _counted_positions(pipe, hooks) if text_tokens == "unpadded" else {}
+        for name, site in inputs.items():
+            positions = counted.get(site.partition(".")[0])
+            hook = modules[site].register_forward_pre_hook(_adder(statistics, name, positions), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+class _Positions:
+    """Which positions of the prompts in the running forward pass of a text encoder are no padding."""
+
+    def __init__(self, end_token: int) -> None:
+        self.mask: torch.Tensor | None = None  # (prompts, 77)
+        self._end_token = end_token
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the text encoder: positions up to and including the first end token count."""
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        ends = (ids == self._end_token).cumsum(dim=-1)
+        self.mask = (ends == 0) | ((ends == 1) & (ids == self._end_token))
+
+
+def _counted_positions(pipe: FusablePipeline, hooks: ExitStack) -> dict[str, _Positions]:
+    counted = {}
+    for component, encoder in components_with_sites(pipe.components).items():
+        if component != "unet":
+            tokenizer = pipe.components[component.replace("text_encoder", "tokenizer")]
+            counted[component] = _Positions(tokenizer.eos_token_id)
+            hook = encoder.register_forward_pre_hook(counted[component], with_kwargs=True)
+            hooks.callback(hook.remove)
+    return counted
+
+
+def _adder(statistics: ConceptStatistics, name: str, positions: _Positions | None) -> Callable[..., None]:
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        features = args[0] if args else next(iter(kwargs.values()))
+        if positions is not None and positions.mask is not None:
+            features = features[positions.mask.to(features.device)]
+        statistics.add(name, features)
+
+    return add
+
+
+@contextmanager
+def _quiet_dpm_solver(pipe: Any) -> Iterator[None]:
+    """Sample with DPM-Solver and without the pipeline's own progress bar; both come back afterwards."""
+    scheduler, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(**bar)
+
+
+def _batches(prompts: Sequence[str], recording: Recording) -> Iterator[tuple[tuple[str, int], ...]]:
+    """Prompts with the seed of their noise; no two pictures share one."""
+    pictures = [
+        (prompt, 1_000_003 * (1 + seed) + index) for seed in recording.seeds for index, prompt in enumerate(prompts)
+    ]
+    remaining = iter(pictures)
+    while batch := tuple(itertools.islice(remaining, recording.batch_size)):
+        yield batch
+
+
+def _sample(
+    pipe: FusablePipeline, batch: Sequence[tuple[str, int]], recording: Recording, advance: Callable[[int], None]
+) -> None:
+    def after_step(_pipe: object, _step: int, _time: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        advance(len(batch))
+        return tensors
+
+    pipe(
+        prompt=[prompt for prompt, _ in batch],
+        negative_prompt=[recording.negative_prompt] * len(batch) if recording.guidance_scale > 1 else None,
+        num_inference_steps=recording.steps,
+        guidance_scale=recording.guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
+        height=recording.height,
+        width=recording.width,
+        output_type="latent",
+        callback_on_step_end=after_step,
+    )

@@ -1,0 +1,91 @@
+"""The prompts that a concept is recorded with. What they never show, fusion does not protect.
+
+None of them is an evaluation prompt of the paper (figure 8), so that its protocol measures held-out prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from diffusers_mixofshow.concepts import KINDS, Concept
+from diffusers_mixofshow.errors import FusionError
+
+
+PLACEHOLDER = "<TOK>"
+"""Stands for the concept in a prompt template, as in the paper's figure 8."""
+
+PromptSet = Sequence[str] | Mapping[str, Sequence[str]]
+"""Templates for every concept, or templates by kind of concept."""
+
+_ANYTHING = (
+    "a photo of a <TOK>",
+    "<TOK>",
+    "a charcoal drawing of a <TOK> on white paper",
+    "a colourful comic book page showing a <TOK>",
+)
+
+RECORDING_PROMPTS: dict[str, tuple[str, ...]] = {
+    "character": (
+        *_ANYTHING,
+        "a portrait of a <TOK> in a library, warm light",
+        "a <TOK> standing in a garden with a castle behind, full body",
+        "a <TOK> riding a bicycle through a city at dusk",
+        "a laughing <TOK> in a raincoat, holding a cup",
+    ),
+    "pet": (
+        *_ANYTHING,
+        "a <TOK> sleeping on a sofa in a living room",
+        "a <TOK> on a mountain meadow, looking at the camera",
+        "a happy <TOK> beside a river, full body",
+        "a <TOK> wearing a scarf in a busy market",
+    ),
+    "object": (
+        *_ANYTHING,
+        "a <TOK> in a living room, soft daylight",
+        "a <TOK> on a wooden floor beside a window",
+        "a <TOK> on a lawn with trees behind",
+        "a man carrying a small blue <TOK>",
+    ),
+    "scene": (
+        *_ANYTHING,
+        "a <TOK> in the morning fog",
+        "a wide view of a <TOK> under a cloudy sky",
+        "a man walking through a <TOK>",
+        "a car in front of a <TOK> at sunset",
+    ),
+}
+"""Default templates by kind: places, styles, actions and properties."""
+
+
+def recording_prompts(concept: Concept, prompts: PromptSet | None = None) -> tuple[str, ...]:
+    """Spell the prompts that one concept is recorded with.
+
+    Args:
+        concept: Whose placeholder goes in for ``<TOK>``.
+        prompts: Templates for all concepts, or by kind; None takes `RECORDING_PROMPTS`.
+
+    Raises:
+        FusionError: If there is no template for the concept's kind, or one does not name the concept.
+    """
+    templates = RECORDING_PROMPTS if prompts is None else prompts
+    if isinstance(templates, Mapping):
+        _check_kinds(templates, concept.kind)
+        templates = templates[concept.kind]
+    if isinstance(templates, str):
+        templates = [templates]
+    nameless = [template for template in templates if PLACEHOLDER not in template]
+    if nameless or not templates:
+        raise FusionError(
+            f"Recording prompts without the concept: {nameless or 'none given'}. "
+            f"Give at least one, and write {PLACEHOLDER} where the concept's name goes, as in 'a photo of a <TOK>'."
+        )
+    return tuple(template.replace(PLACEHOLDER, concept.placeholder) for template in templates)
+
+
+def _check_kinds(templates: Mapping[str, Sequence[str]], wanted: str) -> None:
+    strange = sorted(set(templates) - set(KINDS))
+    if strange or wanted not in templates:
+        raise FusionError(
+            f"Recording prompts by kind: got {', '.join(map(repr, templates)) or 'none'}, need {wanted!r}. "
+            f"The kinds are {', '.join(KINDS)}."
+        )

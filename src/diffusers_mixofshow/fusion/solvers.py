@@ -1,0 +1,131 @@
+"""Gradient fusion as linear algebra: pure functions of Gram matrices and low-rank factors, float64 inside.
+
+Notation, as in arXiv:2305.18292 section 3.3.2: concept i changes a layer's weight W0 by dW_i = B_i A_i, and meets the
+inputs X_i (features as columns). Here up_i = B_i, down_i = s_i A_i with the LoRA's scaling s_i in it, and
+gram_i = X_i X_i^T. An update D = W - W0 is always a pair of factors, D = up @ down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_mixofshow.errors import FusionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """A low-rank update ``up @ down`` of one layer's weight, every scaling already in it.
+
+    Args:
+        down: The paper's s A, shape (rank, in_features); rank 0 is an update of nothing.
+        up: The paper's B, shape (out_features, rank).
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    @property
+    def delta(self) -> torch.Tensor:
+        """The dense update, shape (out_features, in_features)."""
+        return self.up @ self.down
+
+
+def factorise(grams: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
+    """Invert sum_i G_i + lambda I once for all layers that read the same inputs.
+
+    Args:
+        grams: One Gram matrix per concept, each (in_features, in_features).
+        ridge: lambda as a fraction of the mean diagonal of the sum; dimensionless. 0 takes the pseudo-inverse,
+            that is the solution of minimum norm.
+
+    Returns:
+        The symmetric inverse, shape (in_features, in_features), float64.
+
+    Raises:
+        FusionError: If the matrix is numerically singular in spite of a ridge.
+    """
+    total = torch.stack([gram.double() for gram in grams]).sum(dim=0)
+    if ridge == 0:
+        return torch.linalg.pinv(total, hermitian=True)
+    damping = ridge * total.diagonal().mean().clamp_min(torch.finfo(total.dtype).tiny)
+    lower, failure = torch.linalg.cholesky_ex(total + damping * torch.eye(len(total), dtype=total.dtype))
+    if failure.item() or not lower.isfinite().all():
+        raise FusionError(
+            f"The features' Gram matrix ({len(total)} x {len(total)}) cannot be inverted with ridge={ridge:g}. "
+            "Expected finite features and a ridge of 1e-12 or more; check the concepts for NaN or raise the ridge."
+        )
+    return torch.cholesky_inverse(lower)
+
+
+def closed_form(updates: Sequence[Factors], grams: Sequence[torch.Tensor], inverse: torch.Tensor) -> Factors:
+    """The update that reproduces every concept's outputs on its own inputs, exactly as a LoRA of rank sum_i r_i.
+
+    Minimises sum_i |dW_i X_i - D X_i|^2 + lambda |D|^2, the objective of section 3.3.2 plus a ridge. Its normal
+    equation D (sum_i G_i + lambda I) = sum_i B_i s_i A_i G_i leaves the B_i as they are:
+    D = [B_1 .. B_n] . stack_i(s_i A_i G_i (sum_j G_j + lambda I)^-1).
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        grams: One Gram matrix per concept, (in_features, in_features), in the same order.
+        inverse: What `factorise` makes of the same Gram matrices.
+    """
+    met = [update.down.double() @ gram.double() for update, gram in zip(updates, grams, strict=True)]
+    return Factors(down=torch.cat(met) @ inverse, up=_beside(updates))
+
+
+def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Equation 2, W = W0 + sum_i w_i dW_i with sum_i w_i = 1, exactly as a LoRA of rank sum_i r_i.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        weights: One w_i per concept, in the same order.
+    """
+    downs = [weight * update.down.double() for update, weight in zip(updates, weights, strict=True)]
+    return Factors(down=torch.cat(downs), up=_beside(updates))
+
+
+def at_most_full_rank(update: Factors) -> Factors:
+    """Rewrite factors of a rank above the layer's own as factors of exactly the layer's full rank; loses nothing."""
+    full = min(update.up.shape[0], update.down.shape[1])
+    if update.down.shape[0] <= full:
+        return update
+    left, values, right = torch.linalg.svd(update.delta, full_matrices=False)
+    root = values.sqrt()
+    return Factors(down=root[:, None] * right, up=left * root)
+
+
+def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor) -> float:
+    """Relative error that fusion makes in one concept's outputs of one layer.
+
+    sqrt( tr((D - dW_i) G_i (D - dW_i)^T) / tr(dW_i G_i dW_i^T) ) = |D X_i - dW_i X_i|_F / |dW_i X_i|_F, the root of
+    the objective's i-th term relative to leaving W0 as it is; 0 is perfect, 1 no better than W0.
+
+    Args:
+        fused: The fused update D.
+        own: The concept's own update dW_i.
+        gram: The concept's Gram matrix G_i, (in_features, in_features).
+
+    Returns:
+        The ratio; 0 where the concept itself changes nothing and fusion does neither, infinity where only fusion does.
+    """
+    difference = Factors(
+        down=torch.cat([fused.down.double(), -own.down.double()]),
+        up=torch.cat([fused.up.double(), own.up.double()], 1),
+    )
+    error, scale = _energy(difference, gram), _energy(own, gram)
+    if scale == 0:
+        return 0.0 if error == 0 else float("inf")
+    return (error / scale) ** 0.5
+
+
+def _energy(update: Factors, gram: torch.Tensor) -> float:
+    """tr(U K G K^T U^T) for D = U K, never leaving the rank's size."""
+    up, down = update.up.double(), update.down.double()
+    return max(0.0, ((up.T @ up) * (down @ gram.double() @ down.T)).sum().item())
+
+
+def _beside(updates: Sequence[Factors]) -> torch.Tensor:
+    return torch.cat([update.up.double() for update in updates], dim=1)

@@ -1,0 +1,313 @@
+"""Gradient fusion end to end on a tiny pipeline: what it keeps, what it refuses, and that it only borrows."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion import GradientFuser
+from diffusers_mixofshow.fusion.collection import Recording, collect
+from diffusers_mixofshow.fusion.solvers import Factors, relative_residual
+from diffusers_mixofshow.fusion.statistics import input_name
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+
+
+PROMPTS = ("a <TOK>", "two <TOK>")
+CLOSED_FORM = {"steps": 2, "prompts": PROMPTS, "batch_size": 2}
+
+
+@pytest.fixture
+def pipe() -> MixOfShowPipeline:
+    return MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+
+
+def _concept(pipe: MixOfShowPipeline, name: str, seed: int, rank: int = 2) -> EDLoRA:
+    generator = torch.Generator().manual_seed(seed)
+    layers = cross_attention_layers(pipe.unet)
+    concept = Concept.from_name(name, "dog", kind="pet")
+    width = pipe.text_encoder.config.hidden_size
+
+    def update(layer: torch.nn.Linear) -> LowRank:
+        return LowRank(
+            down=0.3 * torch.randn(rank, layer.in_features, generator=generator),
+            up=0.3 * torch.randn(layer.out_features, rank, generator=generator),
+            alpha=2.0 * rank,
+        )
+
+    return EDLoRA(
+        concepts=(concept,),
+        embeddings={token: 0.1 * torch.randn(len(layers), width, generator=generator) for token in concept.tokens},
+        lora={site: update(layer) for site, layer in adapted_layers(pipe.components).items()},
+        base_model="tiny",
+        layers=layers,
+    )
+
+
+def _deltas(edlora: EDLoRA) -> dict[str, torch.Tensor]:
+    return {site: update.scaling * (update.up @ update.down) for site, update in edlora.lora.items()}
+
+
+def _assert_same_deltas(ours: EDLoRA, theirs: EDLoRA, tolerance: float = 1e-4) -> None:
+    mine, others = _deltas(ours), _deltas(theirs)
+    assert mine.keys() == others.keys()
+    for site, delta in mine.items():
+        assert (delta - others[site]).norm() <= tolerance * others[site].norm(), site
+
+
+def _fingerprint(pipe: MixOfShowPipeline) -> str:
+    digest = hashlib.sha256()
+    for component in (pipe.unet, pipe.text_encoder, pipe.vae):
+        for name, tensor in component.state_dict().items():
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        for name, module in component.named_modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            digest.update(f"{name} {type(module).__name__} {len(hooks)} {module.training}".encode())
+            digest.update(type(getattr(module, "processor", None)).__name__.encode())
+    digest.update(f"{type(pipe.scheduler)} {sorted(pipe.concepts)} {pipe.get_list_adapters()}".encode())
+    digest.update(f"{getattr(pipe, '_progress_bar_config', {})} {len(pipe.tokenizer)}".encode())
+    return digest.hexdigest()
+
+
+def test_one_concept_is_its_own_lora_on_the_features(pipe: MixOfShowPipeline) -> None:
+    source = _concept(pipe, "rex", 1)
+    fused = GradientFuser(pipe, ridge=1e-10, **CLOSED_FORM).fuse([source])
+    residuals = fused.training["fusion"]["residuals"]["layers"]
+    assert set(residuals) == set(source.lora)
+    assert max(layer["<rex>"]["fused"] for layer in residuals.values()) < 1e-3
+    assert fused.concepts == source.concepts
+    assert all(torch.equal(fused.embeddings[token], rows) for token, rows in source.embeddings.items())
+
+
+def test_one_fused_concept_samples_like_its_own_lora(pipe: MixOfShowPipeline) -> None:
+    source = _concept(pipe, "rex", 1)
+    fused = GradientFuser(pipe, ridge=1e-8, **CLOSED_FORM).fuse([source])
+
+    def sample(edlora: EDLoRA) -> torch.Tensor:
+        pipe.load_edlora(edlora)
+        noise = torch.Generator().manual_seed(5)
+        latents = pipe("a <rex>", num_inference_steps=2, generator=noise, output_type="latent").images
+        pipe.unload_edlora()
+        return latents
+
+    own, copy = sample(source), sample(fused)
+    plain = sample(replace(source, lora={}))
+    assert (copy - own).norm() < 0.05 * (plain - own).norm()
+
+
+def test_order_of_concepts_does_not_matter(pipe: MixOfShowPipeline) -> None:
+    sources = [_concept(pipe, name, seed, rank) for name, seed, rank in (("rex", 1, 2), ("kit", 2, 3), ("zoe", 3, 2))]
+    fuser = GradientFuser(pipe, **CLOSED_FORM)
+    _assert_same_deltas(fuser.fuse(sources), fuser.fuse(sources[::-1]))
+
+
+def test_gradient_fusion_keeps_every_concept_better_than_the_average(pipe: MixOfShowPipeline) -> None:
+    sources = [_concept(pipe, name, seed) for name, seed in (("rex", 1), ("kit", 2))]
+    fused = GradientFuser(pipe, **CLOSED_FORM).fuse(sources)
+    means = fused.training["fusion"]["residuals"]["mean"]
+    assert set(means) == {"<rex>", "<kit>"}
+    assert all(mean["fused"] < mean["average"] for mean in means.values())
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_result_is_a_pack_that_saves_loads_and_samples(
+    pipe: MixOfShowPipeline, tmp_path: Path, sequential: bool
+) -> None:
+    sources = [_concept(pipe, name, seed) for name, seed in (("rex", 1), ("kit", 2))]
+    fused = GradientFuser(pipe, sequential=sequential, **CLOSED_FORM).fuse(sources)
+    fused.save_pretrained(tmp_path)
+    again = EDLoRA.from_pretrained(tmp_path)
+    _assert_same_deltas(again, fused)
+    assert json.loads(json.dumps(again.training)) == fused.training
+    assert all(update.rank == 4 and update.scaling == 1 for update in fused.lora.values())
+    pipe.load_edlora(again)
+    images = pipe("a <rex> and a <kit>", num_inference_steps=1, output_type="pt").images
+    assert images.isfinite().all()
+
+
+def test_average_is_equation_2_and_samples_nothing(pipe: MixOfShowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(pipe.unet), "forward", _fail)
+    sources = [_concept(pipe, name, seed) for name, seed in (("rex", 1), ("kit", 2))]
+    fused = GradientFuser(pipe).fuse(sources, method="average", weights=[3, 1], scales=[1, 0.5])
+    ours, theirs = (_deltas(source) for source in sources)
+    for site, delta in _deltas(fused).items():
+        torch.testing.assert_close(delta, 0.75 * ours[site] + 0.25 * 0.5 * theirs[site], rtol=1e-4, atol=1e-5)
+
+
+def test_more_rank_than_a_layer_has_is_recompressed(pipe: MixOfShowPipeline) -> None:
+    sources = [_concept(pipe, f"dog{seed}", seed, rank=15) for seed in range(3)]
+    fused = GradientFuser(pipe).fuse(sources, method="average")
+    for site, update in fused.lora.items():
+        assert update.rank == min(45, *update.down.shape[1:], update.up.shape[0]), site
+    expected = [_deltas(source) for source in sources]
+    for site, delta in _deltas(fused).items():
+        torch.testing.assert_close(delta, sum(one[site] for one in expected) / 3, rtol=1e-4, atol=1e-4)
+
+
+def test_packs_can_be_fused_again(pipe: MixOfShowPipeline) -> None:
+    one, two, three = (_concept(pipe, name, seed) for name, seed in (("rex", 1), ("kit", 2), ("zoe", 3)))
+    fuser = GradientFuser(pipe, **CLOSED_FORM)
+    pack = fuser.fuse([one, two], method="average")
+    fused = fuser.fuse([pack, three])
+    assert [concept.name for concept in fused.concepts] == ["rex", "kit", "zoe"]
+    assert set(fused.training["fusion"]["residuals"]["mean"]) == {"<rex>+<kit>", "<zoe>"}
+    assert fused.training["fusion"]["prompts"]["<kit>"] == ["a <kit>", "two <kit>"]
+
+
+def test_layers_that_a_concept_leaves_alone_stay_alone_for_it(pipe: MixOfShowPipeline) -> None:
+    partial, whole = _concept(pipe, "rex", 1), _concept(pipe, "kit", 2)
+    partial = replace(partial, lora={s: u for s, u in partial.lora.items() if s.startswith("unet")})
+    fused = GradientFuser(pipe, **CLOSED_FORM).fuse([partial, whole])
+    text_sites = [site for site in fused.lora if site.startswith("text_encoder")]
+    assert text_sites
+    assert all(fused.lora[site].rank == 2 for site in text_sites)
+    assert fused.training["fusion"]["residuals"]["layers"][text_sites[0]]["<rex>"]["average"] is None
+
+
+@pytest.mark.parametrize("text_tokens", ["all", "unpadded"])
+def test_statistics_are_the_features(pipe: MixOfShowPipeline, text_tokens: str) -> None:
+    source = _concept(pipe, "rex", 1)
+    before = _fingerprint(pipe)
+    recording = Recording(steps=2, text_tokens=text_tokens, batch_size=1)
+    moved: list[int] = []
+    statistics = collect(pipe, source, ["a <rex>"], list(source.lora), recording, moved.append)
+    assert sum(moved) == 2
+    assert set(statistics.inputs) == {input_name(site) for site in source.lora}
+    layers, text = len(source.layers), statistics.inputs[0]
+    # Begin, a, the two tokens and end for each layer's prompt; begin and end for the negative prompt.
+    assert statistics.tokens(text) == (layers * 5 + 2 if text_tokens == "unpadded" else (layers + 1) * 77)
+    keys_values = input_name(f"unet.{source.layers[0]}.to_k")
+    assert statistics.tokens(keys_values) == 2 * 2 * 77  # steps, halves of guidance
+    pipe.load_edlora(source)
+    halves = pipe.encode_prompt("a <rex>", pipe.device, 1, True, "")
+    rows = torch.cat([half[:, :77] for half in halves]).double().flatten(end_dim=1)
+    torch.testing.assert_close(
+        statistics.gram(keys_values), (rows.T @ rows / len(rows)).detach(), rtol=1e-4, atol=1e-6
+    )
+    pipe.unload_edlora()
+    assert _fingerprint(pipe) == before
+
+
+def test_batch_size_does_not_matter(pipe: MixOfShowPipeline) -> None:
+    source = _concept(pipe, "rex", 1)
+    grams = [
+        collect(pipe, source, ["a <rex>", "<rex>"], list(source.lora), Recording(steps=2, batch_size=size))
+        for size in (1, 2)
+    ]
+    for name in grams[0].inputs:
+        if name.startswith("unet"):
+            torch.testing.assert_close(grams[0].gram(name), grams[1].gram(name), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_pipeline_comes_back_as_it_was(
+    pipe: MixOfShowPipeline, failing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.load_edlora(_concept(pipe, "mine", 7), scale=0.7)
+    pipe.set_progress_bar_config(desc="mine")
+    before, latents = _fingerprint(pipe), _latents(pipe)
+    sources = [_concept(pipe, "rex", 1), _concept(pipe, "kit", 2)]
+    fuser = GradientFuser(pipe, **CLOSED_FORM)
+    if failing:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(pipe.unet.mid_block), "forward", _fail)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                fuser.fuse(sources)
+    else:
+        fuser.fuse(sources)
+    assert _fingerprint(pipe) == before
+    assert torch.equal(_latents(pipe), latents)
+
+
+def test_result_does_not_depend_on_what_the_user_had_loaded(pipe: MixOfShowPipeline) -> None:
+    sources = [_concept(pipe, "rex", 1), _concept(pipe, "kit", 2)]
+    fuser = GradientFuser(pipe, **CLOSED_FORM)
+    alone = fuser.fuse(sources)
+    pipe.load_edlora(sources[0])
+    _assert_same_deltas(fuser.fuse(sources), alone)
+    assert list(pipe.concepts) == ["<rex>"]
+
+
+def _latents(pipe: MixOfShowPipeline) -> torch.Tensor:
+    noise = torch.Generator().manual_seed(3)
+    return pipe("a <mine>", num_inference_steps=2, generator=noise, output_type="latent").images
+
+
+def _fail(*args: object, **kwargs: object) -> None:
+    raise RuntimeError("failed on purpose")
+
+
+def _other_base(source: EDLoRA) -> EDLoRA:
+    return replace(source, base_model="other")
+
+
+def _fewer_layers(source: EDLoRA) -> EDLoRA:
+    return replace(source, layers=source.layers[1:], embeddings={t: rows[1:] for t, rows in source.embeddings.items()})
+
+
+def _same_name(source: EDLoRA) -> EDLoRA:
+    return replace(source, concepts=(Concept.from_name("rex", "cat"),))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_base, r"<rex> on 'tiny', <kit> on 'other'"),
+        (_fewer_layers, r"different cross-attention layers \(numbers of layers: <rex> 4, <kit> 3\)"),
+        (_same_name, "Names used twice: <rex>"),
+        (lambda source: _other_base(_fewer_layers(source)), "different base models.*; .*cross-attention layers"),
+    ],
+)
+def test_what_does_not_fit_is_refused_together(
+    pipe: MixOfShowPipeline, change: Callable[[EDLoRA], EDLoRA], message: str
+) -> None:
+    sources = [_concept(pipe, "rex", 1), change(_concept(pipe, "kit", 2))]
+    with pytest.raises(FusionError, match=message):
+        GradientFuser(pipe).fuse(sources)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sources": []}, "none was given"),
+        ({"weights": [1, 2]}, "got 2 weights for 1 ED-LoRAs"),
+        ({"weights": [-1]}, "weights must be finite and above 0"),
+        ({"scales": [float("nan")]}, "scales must be finite"),
+        ({"method": "magic"}, "expected 'closed-form' or 'average'"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    pipe: MixOfShowPipeline, arguments: dict[str, object], message: str
+) -> None:
+    sources = arguments.pop("sources", [_concept(pipe, "rex", 1)])
+    with pytest.raises(FusionError, match=message):
+        GradientFuser(pipe).fuse(sources, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"ridge": -1}, {"steps": 0}, {"seeds": ()}, {"text_tokens": "some"}])
+def test_settings_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, settings: dict[str, object]) -> None:
+    with pytest.raises(FusionError):
+        GradientFuser(pipe, **settings)  # type: ignore[arg-type]
+
+
+def test_residuals_of_the_report_are_those_of_the_pack(pipe: MixOfShowPipeline) -> None:
+    sources = [_concept(pipe, "rex", 1), _concept(pipe, "kit", 2)]
+    fused = GradientFuser(pipe, **CLOSED_FORM).fuse(sources)
+    prompts = ["a <rex>", "two <rex>"]
+    sites = list(sources[0].lora)
+    statistics = collect(pipe, sources[0], prompts, sites, Recording(steps=2, batch_size=2))
+    for site in sites[::7]:
+        own, pack = (
+            Factors(down=edlora.lora[site].scaling * edlora.lora[site].down, up=edlora.lora[site].up)
+            for edlora in (sources[0], fused)
+        )
+        reported = fused.training["fusion"]["residuals"]["layers"][site]["<rex>"]["fused"]
+        assert relative_residual(pack, own, statistics.gram(input_name(site))) == pytest.approx(reported, abs=1e-3)
