@@ -1,0 +1,53 @@
+"""Check what is inside a freshly built sdist and wheel: ``check_distributions.py DIST``."""
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+
+PACKAGE = PurePosixPath("diffusers_mixofshow")
+REQUIRED = ("py.typed", "__init__.py", "cli/__init__.py", "toyland/weights/README.md")
+SDIST_TOP_LEVEL = {
+    *("src", "tests", "examples", "constraints"),
+    *(".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md"),
+    "pyproject.toml",
+}
+JUNK = (".pyc", ".pt", ".pth", ".ckpt", ".log", ".orig", ".rej", ".swp")
+
+
+def problems_of(names: list[str], package: PurePosixPath) -> list[str]:
+    """What is missing under `package` and what does not belong among `names`."""
+    held = set(names)
+    weights = [name for name in names if PurePosixPath(name).is_relative_to(package / "toyland" / "weights")]
+    missing = [f"missing: {package / name}" for name in REQUIRED if str(package / name) not in held]
+    missing += [f"missing: {package}/toyland/weights/**/*{end}" for end in (".safetensors", ".json") if not any(
+        name.endswith(end) for name in weights)]
+    junk = [f"junk: {name}" for name in names if name.endswith(JUNK) or "__pycache__" in name]
+    return missing + junk
+
+
+def main() -> None:
+    """Print the sizes, exit with 1 and the list of problems if there is one."""
+    dist = Path(sys.argv[1])
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    in_wheel = zipfile.ZipFile(wheel).namelist()
+    in_sdist = [name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name]
+    problems = [f"{wheel.name}: {problem}" for problem in problems_of(in_wheel, PACKAGE)]
+    problems += [f"{sdist.name}: {problem}" for problem in problems_of(in_sdist, "src" / PACKAGE)]
+    top_of_wheel = {name.split("/")[0] for name in in_wheel}
+    problems += [
+        f"{wheel.name}: unexpected: {name}"
+        for name in sorted(top_of_wheel - {str(PACKAGE)})
+        if not name.endswith(".dist-info")
+    ]
+    top_of_sdist = {name.split("/")[0] for name in in_sdist}
+    problems += [f"{sdist.name}: unexpected: {name}" for name in sorted(top_of_sdist - SDIST_TOP_LEVEL)]
+    for path, names in ((wheel, in_wheel), (sdist, in_sdist)):
+        print(f"{path.name}: {len(names)} files, {path.stat().st_size / 1e6:.1f} MB")
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+# Every target works on a fresh machine that has only Python 3.11 and pip.
+PYTHON ?= python3
+PINS ?= constraints/current.txt
+VENV ?= .venv
+
+.PHONY: demo test test-oldest lint clean
+
+# torch comes first and pinned, so that no other package picks a build with gigabytes of CUDA.
+$(VENV)/.ready-%: pyproject.toml $(PINS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable ".$(EXTRA_$*)"
+	touch $@
+
+EXTRA_dev := [dev]
+EXTRA_run :=
+
+demo: $(VENV)/.ready-run
+	$(VENV)/bin/mixofshow demo
+
+test: $(VENV)/.ready-dev lint
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+
+lint: $(VENV)/.ready-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test-oldest:
+	$(MAKE) VENV=.venv-oldest PINS=constraints/oldest.txt .venv-oldest/.ready-dev
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+
+clean:
+	rm -rf .venv .venv-oldest build dist

@@ -1,0 +1,55 @@
+"""Several of your own concepts in one picture: ED-LoRA, gradient fusion, regionally controllable sampling.
+
+The method is Mix-of-Show (arXiv:2305.18292). Public names are imported on first use, so that importing the package
+itself is instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.concepts import Concept
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.errors import MixOfShowError
+    from diffusers_mixofshow.fusion.fuser import GradientFuser
+    from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
+    from diffusers_mixofshow.regions import Region
+    from diffusers_mixofshow.training.config import TrainingConfig
+    from diffusers_mixofshow.training.trainer import EDLoRATrainer
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Concept",
+    "EDLoRA",
+    "EDLoRATrainer",
+    "GradientFuser",
+    "MixOfShowError",
+    "MixOfShowPipeline",
+    "Region",
+    "TrainingConfig",
+]
+
+_HOME = {
+    "Concept": "concepts",
+    "EDLoRA": "edlora",
+    "EDLoRATrainer": "training.trainer",
+    "GradientFuser": "fusion.fuser",
+    "MixOfShowError": "errors",
+    "MixOfShowPipeline": "pipelines.stable_diffusion",
+    "Region": "regions",
+    "TrainingConfig": "training.config",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

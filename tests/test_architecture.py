@@ -1,0 +1,168 @@
+"""The shape of the source tree, read with ``ast``: who imports whom, how long functions are, what is not allowed."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import diffusers_mixofshow
+
+
+PACKAGE = "diffusers_mixofshow"
+SOURCE = Path(diffusers_mixofshow.__file__).parent
+
+# A part is a module or a folder at the top of the package. It imports from lower ranks and from itself.
+RANK_OF = {
+    "errors": 0,
+    "concepts": 0,
+    "regions": 0,
+    "sites": 0,
+    "edlora": 1,
+    "interop": 1,
+    "toyland": 1,
+    "lora": 2,
+    "conditioning": 2,
+    "training": 3,
+    "fusion": 3,
+    "pipelines": 3,
+    "evaluation": 3,
+    "demo": 4,
+    "cli": 4,
+}
+# Imports between parts of one rank. Everybody may import errors; interop translates other files to and from the EDLoRA;
+# the verb `demo` of the command line starts the demo.
+SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo")}
+# Parts that use the package as its users do, by `from diffusers_mixofshow import ...`.
+USERS = {"demo", "cli"}
+LONGEST_FUNCTION = 60
+
+FILES = sorted(SOURCE.rglob("*.py"))
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of the module, counted from the top of the package; the package itself is the empty string."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path) for path in FILES}
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def absolute_base(node: ast.ImportFrom, path: Path) -> str:
+    """The module that a ``from ... import`` names, with the dots of a relative import resolved."""
+    if node.level == 0:
+        return node.module or ""
+    package = [PACKAGE, *path.relative_to(SOURCE).parts[:-1]]
+    return ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+
+
+def imported_names(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Full dotted names that are imported anywhere in the file, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute_base(node, path)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imports_of_ours(path: Path, source: str | None = None) -> set[str]:
+    """What a file imports from this package, counted from its top: ``fusion.fuser.GradientFuser``, say."""
+    tree = ast.parse(path.read_text() if source is None else source)
+    prefix = f"{PACKAGE}."
+    names = {name for name in imported_names(tree, path) if f"{name}.".startswith(prefix)}
+    return {name.removeprefix(PACKAGE).removeprefix(".") for name in names}
+
+
+def forbidden_imports(path: Path, source: str | None = None) -> list[str]:
+    """The imports of a file that go against the ranks, each with the reason."""
+    part, found = part_of(module_name(path)), []
+    for name in sorted(imports_of_ours(path, source) - {"__version__"}):
+        target = part_of(name)
+        if target not in RANK_OF:
+            if part not in USERS:
+                found.append(f"{part} imports {PACKAGE}.{name}: from the top level, instead of from its module")
+        elif target != part and RANK_OF[target] >= RANK_OF[part] and (part, target) not in SIDEWAYS:
+            found.append(f"{part} (rank {RANK_OF[part]}) imports {name} (rank {RANK_OF[target]})")
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module to the modules it imports. A package's ``__init__`` does not count as imported by its own modules."""
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        importer = module_name(path)
+        for name in imports_of_ours(path) if importer else ():
+            module = name if name in MODULES else name.rpartition(".")[0]
+            if module and module != importer:
+                graph.setdefault(importer, set()).add(module)
+    return graph
+
+
+def test_every_part_has_a_rank() -> None:
+    parts = {part_of(name) for name in MODULES} - {""}
+    assert parts <= RANK_OF.keys(), "give the new part a rank in this file, and say what its job is in docs/"
+
+
+@every_file
+def test_imports_go_to_lower_ranks(path: Path) -> None:
+    if path != SOURCE / "__init__.py":
+        assert forbidden_imports(path) == []
+
+
+def test_no_import_cycle() -> None:
+    try:
+        TopologicalSorter(import_graph()).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
+
+
+@every_file
+def test_no_module_is_called_utils(path: Path) -> None:
+    assert path.stem not in {"util", "utils", "helper", "helpers", "misc", "common"}
+
+
+@every_file
+def test_functions_are_short(path: Path) -> None:
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    lengths = {f"{f.name} (line {f.lineno})": (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@every_file
+def test_no_assert_statement(path: Path) -> None:
+    asserts = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+    assert asserts == [], "raise an error of errors.py, or RuntimeError for an invariant of our own"
+
+
+@pytest.mark.parametrize(
+    ("importer", "source", "allowed"),
+    [
+        ("fusion/fuser.py", "from diffusers_mixofshow.lora import merged", True),
+        ("fusion/fuser.py", "from diffusers_mixofshow import lora, __version__", True),
+        ("fusion/fuser.py", "from . import solvers", True),
+        ("fusion/fuser.py", "from ..lora import merged", True),
+        ("fusion/fuser.py", "from ..training import config", False),
+        ("fusion/fuser.py", "import diffusers_mixofshow", False),
+        ("fusion/fuser.py", "def f():\n    from diffusers_mixofshow.pipelines.loader import EDLoRALoader", False),
+        ("fusion/fuser.py", "from diffusers_mixofshow import EDLoRA", False),
+        ("cli/fuse.py", "from diffusers_mixofshow import GradientFuser", True),
+        ("lora.py", "from diffusers_mixofshow.conditioning.attention import x", False),
+        ("lora.py", "import diffusers_mixofshow.edlora", True),
+        ("concepts.py", "from diffusers_mixofshow.errors import ConceptError", True),
+        ("errors.py", "from diffusers_mixofshow.concepts import Concept", False),
+        ("interop/kohya.py", "from diffusers_mixofshow.edlora import EDLoRA", True),
+        ("edlora/file.py", "from diffusers_mixofshow.interop import kohya", False),
+    ],
+)
+def test_the_check_itself(importer: str, source: str, allowed: bool) -> None:
+    assert (forbidden_imports(SOURCE / importer, source) == []) is allowed

@@ -1,0 +1,122 @@
+"""The package as installed: version, public names, cost of importing it, and what its files promise each other."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import diffusers_mixofshow
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(diffusers_mixofshow.__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins(name: str) -> dict[str, Version]:
+    lines = (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(package): Version(version) for package, version in pairs}
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_version_is_the_one_that_is_installed() -> None:
+    assert importlib.metadata.version("diffusers-mixofshow") == diffusers_mixofshow.__version__
+
+
+def test_the_changelog_knows_the_version() -> None:
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest.group(1) == diffusers_mixofshow.__version__
+
+
+@pytest.mark.parametrize("name", diffusers_mixofshow.__all__)
+def test_public_name_can_be_imported_and_is_kept(name: str) -> None:
+    value = getattr(diffusers_mixofshow, name)
+    assert value.__name__ == name
+    assert value.__doc__
+    assert vars(diffusers_mixofshow)[name] is value
+
+
+def test_public_names_are_listed_once_for_people_for_type_checkers_and_for_the_lazy_import() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {
+        alias.name: str(node.module)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("diffusers_mixofshow.")
+        for alias in node.names
+    }
+    lazy = {name: f"diffusers_mixofshow.{module}" for name, module in diffusers_mixofshow._MODULE_OF.items()}
+    assert typed == lazy
+    assert sorted(diffusers_mixofshow.__all__) == sorted(lazy)
+    assert set(diffusers_mixofshow.__all__) <= set(dir(diffusers_mixofshow))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'diffusers_mixofshow' has no attribute 'GradientFusor'"):
+        _ = diffusers_mixofshow.GradientFusor
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = {"torch", "numpy", "diffusers", "transformers", "peft", "PIL", "typer", "rich"}
+    imported = run_python("import sys, diffusers_mixofshow; print(*{m.split('.')[0] for m in sys.modules})").split()
+    assert not heavy & set(imported)
+
+
+def test_importing_the_package_takes_less_than_a_third_of_a_second() -> None:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run_python("import diffusers_mixofshow")
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_console_script_is_the_command_line_of_the_package() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="mixofshow")
+    assert callable(script.load())
+
+
+def test_the_oldest_constraints_are_the_floors_of_the_dependencies() -> None:
+    oldest = pins("oldest")
+    floors = {}
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        (specifier,) = requirement.specifier
+        assert specifier.operator == ">=", text
+        floors[canonicalize_name(requirement.name)] = Version(specifier.version)
+    assert {name: oldest[name] for name in floors} == floors
+
+
+@pytest.mark.parametrize("name", ["current", "oldest"])
+def test_the_constraints_satisfy_the_requirements_and_pin_the_tested_torch(name: str) -> None:
+    pinned = pins(name)
+    assert pinned["torch"] == Version("2.13.0")
+    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+        requirement = Requirement(text)
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, text
+
+
+def test_the_commands_of_the_readme_are_targets_of_the_makefile() -> None:
+    commands = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text()))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test"} <= commands
+    assert commands <= targets
