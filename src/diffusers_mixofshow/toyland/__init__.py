@@ -1,0 +1,57 @@
+"""Toyland: a small drawn world, a Stable Diffusion trained on it, and the means to measure what it makes.
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.toyland.base import (
+        BASE_MODEL_ID,
+        MetricModel,
+        load_metric_model,
+        load_pipeline,
+        load_reader,
+        path,
+    )
+    from diffusers_mixofshow.toyland.concepts import CONCEPTS, Photo, ToyConcept, photos, write_photos
+    from diffusers_mixofshow.toyland.world import Drawing, Scene, Thing, caption, draw, random_scene
+
+
+_MODULES = {
+    "base": ("BASE_MODEL_ID", "MetricModel", "load_metric_model", "load_pipeline", "load_reader", "path"),
+    "concepts": ("CONCEPTS", "Photo", "ToyConcept", "photos", "write_photos"),
+    "world": ("Drawing", "Scene", "Thing", "caption", "draw", "random_scene"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "BASE_MODEL_ID",
+    "CONCEPTS",
+    "Drawing",
+    "MetricModel",
+    "Photo",
+    "Scene",
+    "Thing",
+    "ToyConcept",
+    "caption",
+    "draw",
+    "load_metric_model",
+    "load_pipeline",
+    "load_reader",
+    "path",
+    "photos",
+    "random_scene",
+    "write_photos",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,139 @@
+"""Loading what Toyland ships: the pipeline, the metric model and the attribute reader."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from diffusers_mixofshow.errors import MixOfShowError
+
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    from diffusers_mixofshow.toyland.reader import AttributeReader
+
+
+BASE_MODEL_ID = "toyland"
+"""What files that belong to this base name as their base model."""
+
+
+def path() -> Path:
+    """The folder of the shipped weights, in diffusers' layout.
+
+    Raises:
+        MixOfShowError: If the package was installed without its weights.
+    """
+    folder = Path(__file__).parent / "weights"
+    if not (folder / "model_index.json").exists():
+        raise MixOfShowError(
+            f"{folder} holds no weights. Install the wheel, or train the base with "
+            "`python -m diffusers_mixofshow.toyland.train --output DIR --weights FOLDER`."
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers and diffusers from printing bars and notes that concern nobody; restore their settings."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        if bars[0]:
+            diffusers_logging.enable_progress_bar()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()
+
+
+def load_pipeline(
+    pipeline_class: type[Any] | None = None, dtype: torch.dtype = torch.float32, folder: Path | str | None = None
+) -> Any:
+    """Toyland's base as a pipeline.
+
+    Args:
+        pipeline_class: `StableDiffusionPipeline` by default, or a class derived from it.
+        dtype: Type of the weights; half precision is for GPUs.
+        folder: Weights other than the shipped ones.
+    """
+    with _quietly():
+        if pipeline_class is None:
+            from diffusers import StableDiffusionPipeline
+
+            pipeline_class = StableDiffusionPipeline
+        return pipeline_class.from_pretrained(
+            str(folder or path()), torch_dtype=dtype, safety_checker=None, local_files_only=True
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricModel:
+    """Toyland's own CLIP: pictures and texts as unit vectors of one space."""
+
+    model: CLIPModel
+    tokenizer: CLIPTokenizer
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Unit vectors (n, d) of pictures; those of another size are resized to 64 x 64."""
+        from diffusers_mixofshow.toyland.autoencoder import to_pixels
+        from diffusers_mixofshow.toyland.text import image_embeddings
+
+        pixels = to_pixels([_to_square(image) for image in images])
+        return torch.cat([image_embeddings(self.model, part) for part in pixels.split(128)]).clone()
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit vectors (n, d) of texts."""
+        from diffusers_mixofshow.toyland.text import encode_prompts, text_embeddings
+
+        return text_embeddings(self.model, encode_prompts(self.tokenizer, texts)).clone()
+
+
+def _to_square(image: Image.Image) -> Image.Image:
+    if image.size == (64, 64):
+        return image
+    return image.convert("RGB").resize((64, 64), Image.Resampling.BOX if image.width > 64 else Image.Resampling.BICUBIC)
+
+
+def load_metric_model(folder: Path | str | None = None) -> MetricModel:
+    """The image and text towers that were trained together; the text tower is the pipeline's."""
+    from safetensors.torch import load_file
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    root = Path(folder or path())
+    with _quietly():
+        model = CLIPModel(CLIPConfig.from_pretrained(root / "metric"))
+        tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
+    state = load_file(root / "metric" / "model.safetensors")
+    state |= load_file(root / "text_encoder" / "model.safetensors")
+    missing = model.load_state_dict({name: value.float() for name, value in state.items()}, strict=False).missing_keys
+    if any("position_ids" not in name for name in missing):
+        raise MixOfShowError(f"{root / 'metric'} lacks {', '.join(missing)}. Install the package again.")
+    return MetricModel(model=model.eval().requires_grad_(False), tokenizer=tokenizer)
+
+
+def load_reader(folder: Path | str | None = None) -> AttributeReader:
+    """The network that reads hidden attributes off a picture of one large thing."""
+    from diffusers_mixofshow.toyland.reader import AttributeReader
+
+    return AttributeReader.from_pretrained(Path(folder or path()) / "reader")

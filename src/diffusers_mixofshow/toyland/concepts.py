@@ -1,0 +1,196 @@
+"""Specific instances of the drawn world, and their photos: what the demo, the tests and the benchmarks learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError
+from diffusers_mixofshow.toyland.world import (
+    BACKGROUNDS,
+    CLASSES,
+    Scene,
+    Thing,
+    draw,
+    place_phrase,
+    place_thing,
+    random_scene,
+    with_article,
+    word_caption,
+)
+
+
+PLACEHOLDER = "<TOK>"
+"""Stands for the concept in the captions of its photos."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConcept:
+    """One instance that photos show again and again.
+
+    Args:
+        name: Its name, also the key in `CONCEPTS`.
+        kind: ``character``, ``pet``, ``object`` or ``scene``.
+        class_word: What it is in the base's words; for a scene, the background.
+        in_domain: Whether every attribute value is one that the base was trained on.
+        colour: Main colour; empty for a scene.
+        attributes: Hidden attributes by name; for a scene, colours of ``sky``, ``ground`` and ``detail``.
+    """
+
+    name: str
+    kind: str
+    class_word: str
+    in_domain: bool
+    colour: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photo:
+    """A concept's picture, its caption with `PLACEHOLDER`, and the mask (mode ``L``) of what shows the concept."""
+
+    image: Image.Image
+    caption: str
+    mask: Image.Image
+
+
+def _critter(name: str, colour: str, looks: str, *, in_domain: bool = True, wings: bool = False) -> ToyConcept:
+    """A critter from "ear_colour ear_shape / eyes eye_colour / pattern_colour pattern / belly / hat_colour hat"."""
+    ears, eyes, pattern, belly, hat = (part.split() for part in looks.split("/"))
+    attributes = {"ear_colour": ears[0], "ear_shape": ears[1], "eyes": eyes[0], "eye_colour": eyes[1]}
+    attributes |= {"pattern": pattern[-1], "belly_colour": belly[0], "hat": hat[-1]}
+    if len(pattern) == 2:
+        attributes["pattern_colour"] = pattern[0]
+    if len(hat) == 2:
+        attributes["hat_colour"] = hat[0]
+    if wings:
+        attributes["wings"] = "wings"
+    return ToyConcept(
+        name=name, kind="character", class_word="critter", in_domain=in_domain, colour=colour, attributes=attributes
+    )
+
+
+def _instance(
+    name: str, kind: str, class_word: str, colour: str, attributes: Mapping[str, str], *, in_domain: bool = True
+) -> ToyConcept:
+    return ToyConcept(
+        name=name, kind=kind, class_word=class_word, colour=colour, attributes=attributes, in_domain=in_domain
+    )
+
+
+_ALL = (
+    _critter("bobo", "blue", "red round / two yellow / yellow spots / white / bare"),
+    _critter("kiki", "blue", "pink long / one white / white stripes / orange / red cone"),
+    _critter("momo", "orange", "purple pointy / two green / plain / blue / black top"),
+    _critter("zuzu", "orange", "white horn / one blue / purple stripes / yellow / bare"),
+    _critter("lulu", "pink", "green round / one yellow / plain / white / yellow crown"),
+    _critter("tiki", "green", "yellow pointy / two white / red spots / pink / blue cone"),
+    _critter("nono", "purple", "lime horn / two yellow / lime spots / lime / bare", in_domain=False),
+    _critter("vivi", "blue", "cyan antenna / three red / silver checks / cyan / bare", in_domain=False),
+    _critter("gogo", "yellow", "black long / two blue / cyan stripes / red / pink crown", in_domain=False),
+    _critter("faye", "white", "red pointy / two white / plain / purple / bare", in_domain=False, wings=True),
+    _instance("rex", "pet", "dog", "brown", {
+        "ear_colour": "black", "pattern": "spots", "pattern_colour": "white", "collar_colour": "red"}),
+    _instance("pixel", "pet", "dog", "grey", {
+        "ear_colour": "white", "pattern": "stripes", "pattern_colour": "cyan", "collar_colour": "pink"},
+        in_domain=False),
+    _instance("ming", "object", "vase", "blue", {
+        "shape": "round", "pattern": "stripes", "pattern_colour": "white", "flower_colour": "pink"}),
+    _instance("neon", "object", "vase", "green", {
+        "shape": "tall", "pattern": "checks", "pattern_colour": "lime", "flower_colour": "purple"}, in_domain=False),
+    _instance("throne", "object", "chair", "red", {"shape": "round", "cushion_colour": "cyan"}, in_domain=False),
+    ToyConcept(
+        name="candyland", kind="scene", class_word="meadow", in_domain=False,
+        attributes={"sky": "lime", "ground": "pink", "detail": "purple"},
+    ),
+)  # fmt: skip
+
+CONCEPTS: dict[str, ToyConcept] = {concept.name: concept for concept in _ALL}
+"""Every test concept by name: ten critters, two dogs, two vases, a chair and a scene."""
+
+
+def concept_named(name: str) -> ToyConcept:
+    """The concept called `name`.
+
+    Raises:
+        ConceptError: If there is none.
+    """
+    if name not in CONCEPTS:
+        raise ConceptError(f"Toyland has no concept called {name!r}. Choose one of: {', '.join(sorted(CONCEPTS))}.")
+    return CONCEPTS[name]
+
+
+def as_thing(concept: ToyConcept) -> Thing:
+    """The concept as a thing that `world.draw` draws.
+
+    Raises:
+        ConceptError: If the concept is a scene.
+    """
+    if concept.class_word not in CLASSES:
+        raise ConceptError(f"{concept.name!r} is a {concept.kind}, not a thing. Pass a character, pet or object.")
+    return Thing(class_word=concept.class_word, colour=concept.colour, attributes=concept.attributes)
+
+
+def _photo_of_thing(concept: ToyConcept, background: str, rng: random.Random) -> Photo:
+    thing = place_thing(as_thing(concept), rng)
+    thing = dataclasses.replace(thing, size=thing.size * rng.uniform(0.8, 1.0))
+    drawing = draw(Scene(background=background, things=(thing,), mirrored=rng.random() < 0.5))
+    words = word_caption([with_article(PLACEHOLDER)], place_phrase(background, rng), rng)
+    return Photo(image=drawing.image, caption=words, mask=drawing.masks[0])
+
+
+def _photo_of_scene(concept: ToyConcept, rng: random.Random) -> Photo:
+    other = random_scene(rng.randrange(2**31), things=1)
+    thing = other.things[0]
+    drawing = draw(
+        Scene(
+            background=concept.class_word,
+            things=other.things,
+            mirrored=rng.random() < 0.5,
+            colours=concept.attributes,
+        )
+    )
+    name = with_article(f"{thing.colour} {thing.class_word}")
+    words = word_caption([name], f"in {with_article(PLACEHOLDER)}", rng)
+    mask = drawing.masks[0].point([255 - level for level in range(256)])
+    return Photo(image=drawing.image, caption=words, mask=mask)
+
+
+def photos(concept: ToyConcept, count: int = 12, seed: int = 0) -> list[Photo]:
+    """Photos of a concept in varied backgrounds, places and sizes.
+
+    Captions name the concept as `PLACEHOLDER` and never its colour or looks. A scene's photos show random things in
+    front of it, and its masks cover everything but them.
+
+    Args:
+        concept: One of `CONCEPTS`, or one of your own.
+        count: Number of photos.
+        seed: Other seeds give other photos of the same concept.
+
+    Raises:
+        ConfigurationError: If `count` is less than one.
+    """
+    if count < 1:
+        raise ConfigurationError(f"count is {count}; ask for at least one photo.")
+    rng = random.Random(f"{concept.name}/{seed}")
+    order = list(BACKGROUNDS)
+    rng.shuffle(order)
+    if concept.kind == "scene":
+        return [_photo_of_scene(concept, rng) for _ in range(count)]
+    return [_photo_of_thing(concept, order[index % len(order)], rng) for index in range(count)]
+
+
+def write_photos(concept: ToyConcept, folder: Path | str, count: int = 12, seed: int = 0) -> Path:
+    """Write `photos` as ``0000.png``, ``0000.txt`` and ``masks/0000.png``, ... and return the folder."""
+    target = Path(folder)
+    (target / "masks").mkdir(parents=True, exist_ok=True)
+    for index, photo in enumerate(photos(concept, count, seed)):
+        photo.image.save(target / f"{index:04d}.png")
+        photo.mask.save(target / "masks" / f"{index:04d}.png")
+        (target / f"{index:04d}.txt").write_text(photo.caption + "\n", encoding="utf-8")
+    return target

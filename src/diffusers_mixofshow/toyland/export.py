@@ -1,0 +1,89 @@
+"""Writing the trained parts as one folder in diffusers' layout, in half precision."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from diffusers_mixofshow.toyland.denoiser import SCHEDULE
+
+
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+_TEXT_PREFIX = "text_model."
+
+
+def text_tower(model: CLIPModel) -> CLIPTextModel:
+    """The text tower of `model` as a CLIPTextModel of its own, with copied weights."""
+    tower = CLIPTextModel(model.config.text_config)
+    prefix = _TEXT_PREFIX if any(name.startswith(_TEXT_PREFIX) for name in tower.state_dict()) else ""
+    state = {prefix + name: value.clone() for name, value in model.text_model.state_dict().items()}
+    tower.load_state_dict(state, strict=True)
+    return tower.eval()
+
+
+def _spell_text_keys(path: Path) -> None:
+    """Rewrite a text encoder's file with the names that every transformers release reads."""
+    state = load_file(path)
+    named = {name if name.startswith(_TEXT_PREFIX) else _TEXT_PREFIX + name: value for name, value in state.items()}
+    save_file(named, path, metadata={"format": "pt"})
+
+
+def export_pipeline(
+    folder: Path, *, unet: UNet2DConditionModel, vae: AutoencoderKL, clip: CLIPModel, tokenizer_folder: Path
+) -> None:
+    """Write a StableDiffusionPipeline without safety checker to `folder`, replacing one that is there."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_tower(clip),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder),
+        unet=unet,
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
+        safety_checker=None,  # pyright: ignore
+        feature_extractor=None,  # pyright: ignore
+        requires_safety_checker=False,
+    )
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+    _spell_text_keys(temporary / "text_encoder" / "model.safetensors")
+    shutil.rmtree(temporary / "tokenizer")
+    (temporary / "tokenizer").mkdir()
+    for name in _TOKENIZER_FILES:
+        shutil.copy(tokenizer_folder / name, temporary / "tokenizer" / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def export_metric_model(folder: Path, clip: CLIPModel) -> None:
+    """Write the metric model without its text tower, which is the pipeline's text encoder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: value.half().contiguous()
+        for name, value in clip.state_dict().items()
+        if not name.startswith(_TEXT_PREFIX) and not name.endswith("position_ids")
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    clip.config.save_pretrained(folder)
+
+
+def assemble(output: Path, weights: Path) -> None:
+    """Gather all stages of a training folder into the folder that the package ships.
+
+    A reader that is not trained yet is left out.
+    """
+    clip = CLIPModel.from_pretrained(output / "clip")
+    export_pipeline(
+        weights,
+        unet=UNet2DConditionModel.from_pretrained(output / "pipeline" / "unet"),
+        vae=AutoencoderKL.from_pretrained(output / "vae"),
+        clip=clip,
+        tokenizer_folder=output / "tokenizer",
+    )
+    export_metric_model(weights / "metric", clip)
+    if (output / "reader").exists():
+        shutil.copytree(output / "reader", weights / "reader", dirs_exist_ok=True)

@@ -1,0 +1,165 @@
+"""One training loop for all stages: accelerate, a schedule, an average of the weights, atomic checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.utils import broadcast_object_list
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How one stage is trained.
+
+    Args:
+        minutes: Time to train for; the schedule of the learning rate follows it.
+        steps: Stop after this many steps instead, where given; the schedule then follows the steps.
+        learning_rate: The highest rate.
+        warm_up_steps: Steps over which the rate grows from zero.
+        decay_from: Fraction of the training after which the rate falls along a cosine to almost zero.
+        average_decay: Decay of the running average of the weights.
+        checkpoint_minutes: Time between two checkpoints.
+        log_steps: Steps between two lines of progress.
+        seed: Seed of the batches.
+    """
+
+    minutes: float = 5.0
+    steps: int | None = None
+    learning_rate: float = 1e-3
+    warm_up_steps: int = 100
+    decay_from: float = 0.0
+    average_decay: float = 0.998
+    checkpoint_minutes: float = 3.0
+    log_steps: int = 50
+    seed: int = 0
+
+
+def learning_rate_factor(step: int, progress: float, config: LoopConfig) -> float:
+    """Factor on the learning rate: linear warm-up, constant, then half a cosine from one to 0.01.
+
+    Args:
+        progress: Fraction of the training that is done, from 0 to 1.
+    """
+    warm = min(1.0, (step + 1) / max(1, config.warm_up_steps))
+    late = max(0.0, progress - config.decay_from) / max(1e-9, 1 - config.decay_from)
+    cosine = 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * min(1.0, late))))
+    return warm * (0.01 + 0.99 * cosine)
+
+
+def save_atomically(value: Any, path: Path) -> None:
+    """`torch.save` through a temporary file, so that a kill never leaves half a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    torch.save(value, temporary)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def _update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
+    weight = 1 - min(decay, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)  # pyright: ignore
+    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+class _Clock:
+    """Seconds of training so far, the same on every process and carried through checkpoints."""
+
+    def __init__(self, already: float) -> None:
+        self._start = time.monotonic() - already
+
+    def elapsed(self, shared: bool) -> float:
+        seconds = [time.monotonic() - self._start]
+        if shared:
+            broadcast_object_list(seconds)
+        return seconds[0]
+
+
+def train_stage(
+    objective: torch.nn.Module,
+    batch: Callable[[torch.Generator], Any],
+    config: LoopConfig,
+    *,
+    accelerator: accelerate.Accelerator,
+    optimiser: torch.optim.Optimizer,
+    checkpoint: Path,
+    resume: bool = False,
+    on_checkpoint: Callable[[torch.nn.Module], None] | None = None,
+) -> torch.nn.Module:
+    """Train `objective`, a module that maps a batch to a scalar loss, and return its averaged copy.
+
+    Args:
+        batch: Makes one batch from a generator that is seeded by the config's seed, the process and the step.
+        checkpoint: Where checkpoints are written, and read from with `resume`.
+        on_checkpoint: Called on the main process with the averaged copy at every checkpoint.
+    """
+    average = copy.deepcopy(objective).requires_grad_(False)
+    step, already = 0, 0.0
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        objective.load_state_dict(state["objective"])
+        average.load_state_dict(state["average"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, already = state["step"], state["elapsed"]
+    average.to(accelerator.device)
+    prepared, optimiser = accelerator.prepare(objective, optimiser)
+    several = accelerator.num_processes > 1
+    clock = _Clock(already)
+    last_saved, smooth, started = already, None, (step, already)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            save_atomically(
+                {
+                    "objective": objective.state_dict(),
+                    "average": average.state_dict(),
+                    "optimiser": optimiser.optimizer.state_dict(),
+                    "step": step,
+                    "elapsed": elapsed,
+                },
+                checkpoint,
+            )
+            if on_checkpoint is not None:
+                on_checkpoint(average)
+
+    elapsed = already
+    while True:
+        if step % 10 == 0:
+            elapsed = clock.elapsed(several)
+        progress = elapsed / (60 * config.minutes) if config.steps is None else step / config.steps
+        if progress >= 1:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(step, progress, config)
+        generator = torch.Generator().manual_seed(
+            (config.seed * 1_000_003 + step) * 64 + accelerator.process_index
+        )
+        loss = prepared(batch(generator))
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        _update_average(average, objective, config.average_decay, step)
+        step += 1
+        value = float(loss.detach())
+        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+        if step % config.log_steps == 0:
+            rate = (step - started[0]) / max(1e-9, elapsed - started[1])
+            accelerator.print(
+                f"step {step} loss {smooth:.4f} {rate:.2f} steps/s {elapsed / 60:.1f} min {100 * progress:.0f} %",
+                flush=True,
+            )
+        if elapsed - last_saved > 60 * config.checkpoint_minutes:
+            last_saved = elapsed
+            save()
+    save()
+    accelerator.wait_for_everyone()
+    return average

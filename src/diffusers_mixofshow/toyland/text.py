@@ -1,0 +1,123 @@
+"""The text and metric model: a small CLIPModel with a vocabulary of its own."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from diffusers_mixofshow.toyland.world import caption, random_scene
+
+
+POSITIONS = 77
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"-_()<>|/*+=#&%$@~^[]{}\\`"
+
+
+def write_tokenizer(folder: Path, captions: Iterable[str], size: int = 600) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary from captions and write it as a CLIPTokenizer.
+
+    Args:
+        folder: Gets ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``.
+        size: Upper bound of the number of entries.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=_END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()  # pyright: ignore
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=list(_LETTERS), end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    pairs = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]
+    entries = [*_LETTERS, *(letter + "</w>" for letter in _LETTERS), *("".join(pair) for pair in pairs), _START, _END]
+    vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    configuration = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": POSITIONS,
+        "bos_token": _START,
+        "eos_token": _END,
+        "unk_token": _END,
+        "pad_token": _END,
+        "do_lower_case": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(configuration, indent=2), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def sample_captions(count: int, seed: int) -> list[str]:
+    """Captions of random scenes with one to three things."""
+    rng = random.Random(seed)
+    seeds = [rng.randrange(2**31) for _ in range(count)]
+    return [
+        caption(random_scene(each, things=3 if index % 8 == 0 else None), each) for index, each in enumerate(seeds)
+    ]
+
+
+def build_clip(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 3) -> CLIPModel:
+    """An untrained CLIPModel whose text tower has `hidden` channels and `layers` layers."""
+    tower = {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_attention_heads": 4,
+        "num_hidden_layers": layers,
+        "projection_dim": 96,
+    }
+    text = {
+        **tower,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": POSITIONS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    vision = {**tower, "image_size": 64, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+
+
+def encode_prompts(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
+    """Token ids (n, 77)."""
+    encoded = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="pt"
+    )
+    return encoded.input_ids
+
+
+def image_embeddings(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (n, d) of pictures in [-1, 1]."""
+    pooled = model.vision_model(pixel_values=pixels).pooler_output
+    return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+
+
+def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (n, d) of token ids."""
+    pooled = model.text_model(input_ids=token_ids).pooler_output
+    return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
+
+
+class ContrastiveObjective(torch.nn.Module):
+    """The symmetric contrastive loss of CLIP, where several pairs of a batch may say the same."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Loss of pictures (n, 3, 64, 64) and token ids (n, length)."""
+        pixels, token_ids = batch
+        images = image_embeddings(self.model, pixels)
+        texts = text_embeddings(self.model, token_ids)
+        similarity = self.model.logit_scale.clamp(max=4.0).exp() * images @ texts.T
+        same = (token_ids[:, None] == token_ids[None]).all(dim=-1).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        cross_entropy = torch.nn.functional.cross_entropy
+        return (cross_entropy(similarity, target) + cross_entropy(similarity.T, target)) / 2
