@@ -1,0 +1,174 @@
+"""Fusing one layer: streaming Gram matrices and the closed form, against stored features with lstsq and LBFGS.
+
+    python benchmarks/fusion.py                                  # 320 wide, 4 concepts, 16384 tokens each
+    python benchmarks/fusion.py --width 1280 --concepts 14 --tokens 4096
+
+Writes one JSON record to benchmarks/records/. The LBFGS row is the authors' setting for spatial layers: 50 iterations
+from the base weights on all features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_mixofshow.fusion.solvers import Factors, closed_form, factorise
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics
+
+
+RECORDS = Path(__file__).parent / "records"
+RANK = 4
+BATCH = 2048
+LBFGS_ITERATIONS = 50
+
+
+class Problem:
+    """Random updates of one layer, and features with a decaying spectrum, made batch by batch from a seed."""
+
+    def __init__(self, width: int, concepts: int, tokens: int, device: str) -> None:
+        self.width, self.concepts, self.tokens, self.device = width, concepts, tokens, device
+        generator = torch.Generator().manual_seed(0)
+        self.updates = [
+            Factors(
+                down=torch.randn(RANK, width, generator=generator).to(device),
+                up=0.01 * torch.randn(width, RANK, generator=generator).to(device),
+            )
+            for _ in range(concepts)
+        ]
+        decay = torch.logspace(0, -2, width)
+        self.mixing = [
+            (decay[:, None] * torch.linalg.qr(torch.randn(width, width, generator=generator)).Q).to(device)
+            for _ in range(concepts)
+        ]
+
+    def batches(self, concept: int) -> Iterator[torch.Tensor]:
+        """Features of one concept, each batch (tokens, width)."""
+        generator = torch.Generator(self.device).manual_seed(concept)
+        for start in range(0, self.tokens, BATCH):
+            rows = min(BATCH, self.tokens - start)
+            yield torch.randn(rows, self.width, generator=generator, device=self.device) @ self.mixing[concept]
+
+    def objective(self, delta: torch.Tensor) -> float:
+        """Sum of squared output errors, relative to leaving the base weights as they are."""
+        error = scale = 0.0
+        for concept, update in enumerate(self.updates):
+            target = update.delta.double()
+            for rows in self.batches(concept):
+                error += (rows.double() @ (target - delta.double().to(self.device)).T).square().sum().item()
+                scale += (rows.double() @ target.T).square().sum().item()
+        return error / scale
+
+
+def solve_streaming(problem: Problem, ridge: float) -> tuple[torch.Tensor, dict[str, float]]:
+    grams, seconds = [], 0.0
+    for concept in range(problem.concepts):
+        statistics = ConceptStatistics()
+        for rows in problem.batches(concept):
+            seconds += timed(lambda: statistics.add("layer", rows), problem.device)[1]  # noqa: B023
+        grams.append(statistics.gram("layer"))
+    updates = [Factors(down=one.down.cpu(), up=one.up.cpu()) for one in problem.updates]
+    delta, solving = timed(lambda: closed_form(updates, grams, factorise(grams, ridge)).delta, "cpu")
+    held = problem.concepts * problem.width**2 * 8
+    return delta, {"recording_s": seconds, "solving_s": solving, "held_mib": held / 2**20}
+
+
+def solve_lstsq(problem: Problem) -> tuple[torch.Tensor, dict[str, float]]:
+    features, targets = stored(problem)
+    delta, seconds = timed(lambda: torch.linalg.lstsq(features, targets).solution.T, problem.device)
+    return delta, {"solving_s": seconds, "held_mib": held_mib(features, targets)}
+
+
+def solve_lbfgs(problem: Problem) -> tuple[torch.Tensor, dict[str, float]]:
+    features, targets = stored(problem)
+    delta = torch.zeros(problem.width, problem.width, device=problem.device, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [delta], lr=1, max_iter=LBFGS_ITERATIONS, history_size=25, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss = (features @ delta.T - targets).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    _, seconds = timed(lambda: optimiser.step(closure), problem.device)
+    return delta.detach(), {"solving_s": seconds, "held_mib": held_mib(features, targets)}
+
+
+def stored(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """All features and target outputs, each (concepts * tokens, width)."""
+    parts = [torch.cat(list(problem.batches(concept))) for concept in range(problem.concepts)]
+    targets = [rows @ update.delta.T for rows, update in zip(parts, problem.updates, strict=True)]
+    return torch.cat(parts), torch.cat(targets)
+
+
+def held_mib(*tensors: torch.Tensor) -> float:
+    return sum(tensor.nbytes for tensor in tensors) / 2**20
+
+
+def timed(work: Callable[[], Any], device: str) -> tuple[Any, float]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Versions, hardware, commit and command of this run."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=320, help="in and out features of the layer")
+    parser.add_argument("--concepts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=16384, help="recorded tokens per concept")
+    parser.add_argument("--ridge", type=float, default=1e-6)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--record", type=Path, help="where to write the record")
+    arguments = parser.parse_args()
+    problem = Problem(arguments.width, arguments.concepts, arguments.tokens, arguments.device)
+    timed(lambda: torch.randn(256, 256, device=arguments.device) @ torch.eye(256, device=arguments.device), "cpu")
+    solvers = {
+        "streaming Gram, closed form": lambda: solve_streaming(problem, arguments.ridge),
+        "stored features, lstsq": lambda: solve_lstsq(problem),
+        f"stored features, LBFGS {LBFGS_ITERATIONS}": lambda: solve_lbfgs(problem),
+    }
+    settings = {"width": arguments.width, "concepts": arguments.concepts, "tokens": arguments.tokens, "rank": RANK}
+    record: dict[str, Any] = {"run": surroundings(arguments.device), "settings": settings, "results": {}}
+    for name, solve in solvers.items():
+        delta, measured = solve()
+        measured["relative_objective"] = problem.objective(delta)
+        record["results"][name] = measured
+        print(f"{name:32}", "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))
+    path = arguments.record or RECORDS / f"fusion-{arguments.width}x{arguments.concepts}-{arguments.device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"Record: {path}")
+
+
+if __name__ == "__main__":
+    main()
