@@ -29,17 +29,15 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
         return toyland.load_pipeline()
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            config.pretrained_model_name_or_path,
-            torch_dtype=dtypes[config.mixed_precision],
-            safety_checker=None,
-            requires_safety_checker=False,
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            config.pretrained_model_name_or_path, safety_checker=None, requires_safety_checker=False
         )
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"The base model {config.pretrained_model_name_or_path!r} cannot be loaded ({error}). Expected a Hub id, "
             f"a folder with a Stable Diffusion pipeline, or {TOYLAND!r}."
         ) from error
+    return pipeline.to(dtypes[config.mixed_precision])
 
 
 def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:

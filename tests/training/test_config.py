@@ -1,0 +1,81 @@
+"""Settings are checked as a whole, and every defect is named at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.training import TrainingConfig
+
+
+NEEDED = {"instance_data_dir": "photos", "concept": "potter", "class_word": "man"}
+
+
+def test_defaults_are_the_papers() -> None:
+    config = TrainingConfig(**NEEDED)
+    assert (config.embedding_learning_rate, config.text_encoder_lr, config.learning_rate) == (1e-3, 1e-5, 1e-4)
+    assert (config.rank, config.lora_alpha, config.noise_offset) == (4, 4, 0.01)
+
+
+def test_concept_is_spelt_as_two_tokens() -> None:
+    concept = TrainingConfig(**NEEDED, kind="character").concept_to_learn
+    assert (concept.placeholder, concept.tokens) == ("<potter>", ("<potter1>", "<potter2>"))
+    assert (concept.class_word, concept.kind) == ("man", "character")
+
+
+def test_all_defects_are_in_one_error() -> None:
+    wrong = {
+        "rank": 0,
+        "learning_rate": -1.0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler": "step",
+        "mixed_precision": "int8",
+        "resolution": 500,
+        "captions_per_step": 9,
+        "kind": "house",
+    }
+    with pytest.raises(ConfigurationError) as caught:
+        TrainingConfig(**NEEDED, **wrong)
+    for name, value in wrong.items():
+        assert name in str(caught.value)
+        assert str(value) in str(caught.value)
+
+
+def test_nothing_to_learn_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="nothing would be learnt"):
+        TrainingConfig(**NEEDED, embedding_learning_rate=0, text_encoder_lr=0, learning_rate=0)
+
+
+def test_embedding_phase_needs_a_rate() -> None:
+    with pytest.raises(ConfigurationError, match="embedding_phase_steps"):
+        TrainingConfig(**NEEDED, embedding_phase_steps=5, embedding_learning_rate=0)
+
+
+def test_mapping_with_unknown_and_missing_names() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        TrainingConfig.from_mapping({"instance_data_dir": "photos", "lerning_rate": 1e-4, "colour": 1})
+    message = str(caught.value)
+    assert "'lerning_rate' (did you mean 'learning_rate'?)" in message
+    assert "'colour'" in message
+    assert "'concept' is missing" in message
+    assert "'class_word' is missing" in message
+
+
+def test_toyland_settings_can_be_replaced() -> None:
+    config = TrainingConfig.toyland(**NEEDED, max_train_steps=3)
+    assert (config.pretrained_model_name_or_path, config.resolution, config.max_train_steps) == ("toyland", 64, 3)
+    assert TrainingConfig.toyland(**NEEDED).embedding_learning_rate > TrainingConfig(**NEEDED).embedding_learning_rate
+
+
+def test_every_setting_is_documented() -> None:
+    documentation = TrainingConfig.__doc__ or ""
+    assert [f.name for f in dataclasses.fields(TrainingConfig) if f"\n        {f.name}: " not in documentation] == []
+
+
+def test_record_is_json_without_private_folders() -> None:
+    record = TrainingConfig(**NEEDED, output_dir="/home/someone/out").as_record()
+    assert json.loads(json.dumps(record)) == record
+    assert not {"instance_data_dir", "output_dir"} & record.keys()

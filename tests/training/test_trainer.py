@@ -1,0 +1,296 @@
+"""A short training of a tiny model: it learns, is repeatable, and hands the model back as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+from torch import nn
+
+import tiny
+from diffusers_mixofshow.conditioning.attention import layerwise_attention
+from diffusers_mixofshow.conditioning.tokenize import tokenize
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.lora import merged
+from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
+from diffusers_mixofshow.training.batches import cache_photos, random_batches
+from diffusers_mixofshow.training.data import read_photos
+from diffusers_mixofshow.training.learner import Learner, initial_embeddings
+from diffusers_mixofshow.training.trainer import learning_rate_factor
+
+
+CAPTION = "a <TOK>"
+
+
+@pytest.fixture
+def pipeline() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "masks").mkdir(parents=True)
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(CAPTION, encoding="utf-8")
+    Image.linear_gradient("L").save(folder / "masks" / "0.png")
+    return folder
+
+
+def quick(photos: Path, **settings: object) -> TrainingConfig:
+    defaults: dict[str, object] = {
+        "instance_data_dir": photos,
+        "concept": "potter",
+        "class_word": "man",
+        "resolution": 32,
+        "max_train_steps": 2,
+        "embedding_phase_steps": 1,
+        "train_batch_size": 2,
+        "captions_per_step": 1,
+        "embedding_learning_rate": 1e-2,
+        "text_encoder_lr": 1e-3,
+        "learning_rate": 1e-2,
+    }
+    return TrainingConfig.from_mapping(defaults | settings)
+
+
+def fingerprint(pipeline: StableDiffusionPipeline) -> dict[str, object]:
+    """Everything that a training could leave behind in a pipeline."""
+    models = {name: model for name, model in pipeline.components.items() if isinstance(model, nn.Module)}
+    state: dict[str, object] = {"vocabulary": len(pipeline.tokenizer), "scheduler": id(pipeline.scheduler)}
+    for name, model in models.items():
+        digest = hashlib.sha256()
+        for key, value in model.state_dict().items():
+            digest.update(key.encode() + value.numpy().tobytes())
+        state[f"{name} weights"] = digest.hexdigest()
+        state[f"{name} modules"] = [(path, id(module), module.training) for path, module in model.named_modules()]
+        state[f"{name} gradients"] = [(p.requires_grad, p.grad is None) for p in model.parameters()]
+        state[f"{name} hooks"] = sum(
+            len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+        )
+        state[f"{name} attributes"] = sorted(vars(model))
+    state["processors"] = [id(processor) for processor in pipeline.unet.attn_processors.values()]
+    return state
+
+
+def tensors(edlora: EDLoRA) -> dict[str, torch.Tensor]:
+    found = dict(edlora.embeddings)
+    for site, update in edlora.lora.items():
+        found |= {f"{site}.down": update.down, f"{site}.up": update.up}
+    return found
+
+
+def fixed_loss(
+    pipeline: StableDiffusionPipeline, config: TrainingConfig, embeddings: dict[str, torch.Tensor]
+) -> float:
+    """Loss of one large batch that never changes."""
+    photos = read_photos(config.instance_data_dir, config.concept_to_learn)
+    table = sorted({caption for photo in photos for caption in photo.captions})
+    wide = quick(Path(config.instance_data_dir), train_batch_size=16)
+    generator = torch.Generator().manual_seed(99)
+    batch = next(
+        random_batches(cache_photos(photos, table, pipeline.vae, wide), wide, timesteps=1000, generator=generator)
+    )
+    learner = Learner(
+        text_encoder=pipeline.text_encoder,
+        unet=pipeline.unet,
+        embeddings={token: nn.Parameter(value) for token, value in embeddings.items()},
+        captions=tokenize(table, pipeline.tokenizer, [config.concept_to_learn]),
+        scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+        snr_gamma=None,
+    )
+    with torch.no_grad(), layerwise_attention(pipeline.unet):
+        return float(learner(batch))
+
+
+def test_training_lowers_the_loss_on_a_fixed_batch(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    config = quick(photos, max_train_steps=40, embedding_phase_steps=5, train_batch_size=4)
+    start = initial_embeddings(
+        config.concept_to_learn,
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        layers=len(cross_attention_layers(pipeline.unet)),
+        std=config.initializer_std,
+        generator=torch.Generator().manual_seed(0),
+    )
+    before = fixed_loss(pipeline, config, {token: value.detach() for token, value in start.items()})
+    edlora = EDLoRATrainer(config, pipeline).train()
+    with merged(pipeline.components, edlora):
+        after = fixed_loss(pipeline, config, dict(edlora.embeddings))
+    assert after < 0.95 * before
+
+
+def test_result_covers_the_model(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    edlora = EDLoRATrainer(quick(photos, rank=3, lora_alpha=6), pipeline).train()
+    edlora.check_fits(pipeline.components)
+    layers = cross_attention_layers(pipeline.unet)
+    assert edlora.layers == layers
+    assert {token: value.shape for token, value in edlora.embeddings.items()} == {
+        "<potter1>": (len(layers), 32),
+        "<potter2>": (len(layers), 32),
+    }
+    assert edlora.lora.keys() == adapted_layers(pipeline.components).keys()
+    assert {(update.rank, update.alpha) for update in edlora.lora.values()} == {(3, 6)}
+    assert all(update.up.any() for update in edlora.lora.values())
+    assert edlora.training["settings"]["rank"] == 3  # type: ignore[index]
+    assert isinstance(edlora.training["final_loss"], float)
+
+
+def test_embeddings_start_from_noise_and_class_word(pipeline: StableDiffusionPipeline) -> None:
+    concept = TrainingConfig(instance_data_dir="photos", concept="potter", class_word="man").concept_to_learn
+    start = initial_embeddings(
+        concept,
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        layers=3,
+        std=0.013,
+        generator=torch.Generator().manual_seed(0),
+    )
+    ids = pipeline.tokenizer("man", add_special_tokens=False).input_ids
+    assert len(ids) == 3
+    expected = pipeline.text_encoder.get_input_embeddings().weight[ids].mean(dim=0)
+    torch.testing.assert_close(start["<potter2>"], expected.repeat(3, 1))
+    assert torch.equal(start["<potter1>"][0], start["<potter1>"][2])
+    assert 0.5 * 0.013 < start["<potter1>"].std() < 2 * 0.013
+
+
+def test_pipeline_comes_back_as_it_was(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    pipeline.unet.train()
+    pipeline.text_encoder.requires_grad_(False)
+    before = fingerprint(pipeline)
+    random_state = torch.get_rng_state()
+    EDLoRATrainer(quick(photos), pipeline).train()
+    assert fingerprint(pipeline) == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("at_step", [1, 2])
+def test_pipeline_comes_back_after_an_exception(pipeline: StableDiffusionPipeline, photos: Path, at_step: int) -> None:
+    before = fingerprint(pipeline)
+
+    def stop(report: StepReport) -> None:
+        if report.step == at_step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        EDLoRATrainer(quick(photos), pipeline, on_step=stop).train()
+    assert fingerprint(pipeline) == before
+
+
+def test_same_seed_same_result(photos: Path) -> None:
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(results))
+        pipeline = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+        torch.manual_seed(100 + len(results))
+        results.append(tensors(EDLoRATrainer(quick(photos, seed=seed), pipeline).train()))
+    first, again, other = results
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not any(torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_only_the_concept_and_its_lora_get_gradients(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    seen: list[tuple[str, set[str]]] = []
+
+    def look(report: StepReport) -> None:
+        models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
+        named = {
+            f"{component}.{name}"
+            for component, model in models.items()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        seen.append((report.phase, named))
+
+    EDLoRATrainer(quick(photos), pipeline, on_step=look).train()
+    assert seen[0] == ("embeddings", set())
+    phase, named = seen[-1]
+    assert phase == "joint"
+    assert len(named) == 2 * len(adapted_layers(pipeline.components))
+    assert all(".lora_" in name for name in named)
+
+
+def test_rate_of_zero_leaves_its_part_alone(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    edlora = EDLoRATrainer(quick(photos, text_encoder_lr=0.0, embedding_phase_steps=0), pipeline).train()
+    moved = {site.partition(".")[0] for site, update in edlora.lora.items() if update.up.any()}
+    assert moved == {"unet"}
+
+
+def test_steps_are_reported_in_order(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    reports: list[StepReport] = []
+    EDLoRATrainer(quick(photos), pipeline, on_step=reports.append).train()
+    assert [(r.step, r.total_steps, r.phase) for r in reports] == [
+        (1, 3, "embeddings"),
+        (2, 3, "joint"),
+        (3, 3, "joint"),
+    ]
+
+
+def test_result_is_saved_and_read_back(pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path) -> None:
+    edlora = EDLoRATrainer(quick(photos, output_dir=tmp_path / "out"), pipeline).train()
+    read = EDLoRA.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, tensors(read)[name]) for name, value in tensors(edlora).items())
+    assert read.training == edlora.training
+
+
+def test_folder_that_cannot_be_written_is_noticed_first(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("a file", encoding="utf-8")
+    reports: list[StepReport] = []
+    trainer = EDLoRATrainer(quick(photos, output_dir=tmp_path / "taken"), pipeline, on_step=reports.append)
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        trainer.train()
+    assert reports == []
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_schedulers_prediction_type_is_learnt(
+    pipeline: StableDiffusionPipeline, photos: Path, prediction_type: str
+) -> None:
+    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    edlora = EDLoRATrainer(quick(photos, snr_gamma=5.0), pipeline).train()
+    assert edlora.training["final_loss"] > 0  # type: ignore[operator]
+
+
+def test_divergence_is_an_error_and_restores(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    before = fingerprint(pipeline)
+    with pytest.raises(ConfigurationError, match="diverged"):
+        EDLoRATrainer(quick(photos, learning_rate=1e25, max_train_steps=4), pipeline).train()
+    assert fingerprint(pipeline) == before
+
+
+def test_concept_behind_the_end_of_a_caption_is_refused(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    (photos / "0.txt").write_text("long " * 40 + CAPTION, encoding="utf-8")
+    with pytest.raises(TrainingDataError, match="cut off"):
+        EDLoRATrainer(quick(photos), pipeline).train()
+
+
+def test_pipeline_that_cannot_be_trained_is_refused(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    pipeline.unet.half()
+    pipeline.text_encoder._hf_hook = object()
+    with pytest.raises(ConfigurationError) as caught:
+        EDLoRATrainer(quick(photos), pipeline).train()
+    assert "text_encoder are offloaded" in str(caught.value)
+    assert "unet are in half precision" in str(caught.value)
+
+
+def test_base_model_that_does_not_exist_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        EDLoRATrainer(quick(photos, pretrained_model_name_or_path=str(tmp_path / "nowhere"))).train()
+
+
+def test_learning_rates_warm_up_and_decay(photos: Path) -> None:
+    config = quick(photos, lr_warmup_steps=2)
+    factors = [learning_rate_factor(step, 6, config) for step in range(6)]
+    assert factors[0] == pytest.approx(1 / 3)
+    assert factors[2:] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert learning_rate_factor(5, 6, quick(photos, lr_scheduler="constant")) == 1
+    assert learning_rate_factor(3, 6, quick(photos, lr_scheduler="cosine")) == pytest.approx(0.5)
