@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -12,6 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
+from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
@@ -27,24 +28,21 @@ class FusablePipeline(Protocol):
     scheduler: Any
 
     @property
-    def components(self) -> dict[str, Any]:
+    def components(self) -> Mapping[str, Any]:
         """Model components by name."""
 
     @property
-    def concepts(self) -> Any:
+    def concepts(self) -> Mapping[str, Concept]:
         """Loaded concepts by placeholder."""
 
-    @property
-    def load_edlora(self) -> Callable[..., Any]:
-        """Method that loads an ED-LoRA."""
+    def load_edlora(self, source: EDLoRA) -> None:
+        """Load an ED-LoRA."""
 
-    @property
-    def unload_edlora(self) -> Callable[..., Any]:
-        """Method that unloads what was loaded."""
+    def unload_edlora(self) -> None:
+        """Unload everything that was loaded."""
 
-    @property
-    def __call__(self) -> Callable[..., Any]:
-        """Sample pictures."""
+    def __call__(self, **arguments: Any) -> Any:
+        """Sample pictures, with diffusers' arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
