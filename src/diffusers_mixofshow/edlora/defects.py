@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import nn
 
-from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
 from diffusers_mixofshow.sites import adapted_layers, components_with_sites, cross_attention_layers
 
 
@@ -65,6 +65,10 @@ def _embedding_defects(
     concepts: Collection[Concept], embeddings: Mapping[str, torch.Tensor], layers: int
 ) -> list[str]:
     defects = [] if concepts else ["it holds no concept"]
+    try:
+        check_distinct(concepts)
+    except ConceptError as error:
+        defects.append(str(error).rstrip("."))
     tokens = [token for concept in concepts for token in concept.tokens]
     if missing := [token for token in tokens if token not in embeddings]:
         defects.append(f"missing embeddings: {listed(missing)}")
@@ -127,7 +131,7 @@ def _layer_mismatch(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
 
 
 def _width_defects(embeddings: Mapping[str, torch.Tensor], text_encoder: nn.Module) -> list[str]:
-    width = text_encoder.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+    width = text_encoder.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     wrong = [f"{token} {rows.shape[-1]}" for token, rows in embeddings.items() if rows.shape[-1] != width]
     return [f"embeddings must have the text encoder's width {width}: {listed(wrong)}"] if wrong else []
 

@@ -4,9 +4,7 @@ Tensors: ``unet.<path>.lora_A.weight`` and ``.lora_B.weight``, ``text_encoder.te
 which stock diffusers loads), and ``edlora.embeddings.<token>``, shape (layers, dim). Header metadata: one JSON
 string under ``edlora`` (see `header`).
 
-Stock loaders take alpha == rank where nothing else is said, so the file's ``lora_B`` holds alpha / rank * up. The
-header keeps alpha where dividing by alpha / rank gives `up` back bit for bit (every power of two), else the pack is
-read back with alpha == rank and the same update to one rounding.
+Where alpha differs from the rank, diffusers' own metadata says so too (see `stock`).
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.edlora import defects, header
+from diffusers_mixofshow.edlora import defects, header, stock
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 from diffusers_mixofshow.sites import canonical_name
@@ -58,19 +56,18 @@ def write(path: Path, contents: Contents) -> None:
     lora = contents["lora"]
     found = defects.content_defects(contents["concepts"], contents["embeddings"], lora, contents["layers"])
     defects.raise_if_any(found, subject="This ED-LoRA cannot be saved", remedy="Nothing was written.")
-    folded = {site: _folded(update) for site, update in lora.items()}
     text = header.Header(
         concepts=contents["concepts"],
         base_model=contents["base_model"],
         layers=contents["layers"],
-        lora={site: (lora[site].rank, alpha) for site, (_, alpha) in folded.items()},
+        lora={site: (update.rank, float(update.alpha)) for site, update in lora.items()},
         training=contents["training"],
     ).to_json()
     tensors = {_EMBEDDINGS + token: rows for token, rows in contents["embeddings"].items()}
-    for site, (up, _) in folded.items():
-        tensors |= {site + _DOWN: lora[site].down, site + _UP: up}
+    for site, update in lora.items():
+        tensors |= {site + _DOWN: update.down, site + _UP: update.up}
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    _replace(path, tensors, {"format": "pt", _HEADER_KEY: text})
+    _replace(path, tensors, {"format": "pt", _HEADER_KEY: text, **stock.adapter_metadata(lora)})
 
 
 def read(path: Path) -> Contents:
@@ -98,26 +95,11 @@ def read(path: Path) -> Contents:
     return Contents(
         concepts=head.concepts,
         embeddings=embeddings,
-        lora={site: _unfolded(update) for site, update in lora.items()},
+        lora=lora,
         base_model=head.base_model,
         layers=head.layers,
         training=head.training,
     )
-
-
-def _folded(update: LowRank) -> tuple[torch.Tensor, float]:
-    """The update's `up` times alpha / rank, and the alpha that undoes it on reading."""
-    if update.scaling == 1:
-        return update.up, update.alpha
-    folded = update.up * update.scaling
-    is_exact = torch.equal(folded / update.scaling, update.up) if update.scaling else False
-    return folded, update.alpha if is_exact else float(update.rank)
-
-
-def _unfolded(update: LowRank) -> LowRank:
-    if update.scaling == 1:
-        return update
-    return LowRank(down=update.down, up=update.up / update.scaling, alpha=update.alpha)
 
 
 def _replace(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -29,8 +29,7 @@ class Header:
         concepts: The concepts it holds.
         base_model: Id of the model it was tuned on.
         layers: The U-Net's cross-attention layers, down, mid, up.
-        lora: Site name to the rank and alpha of its update; alpha equals the rank where the file's matrices hold
-            the whole update.
+        lora: Site name to the rank and alpha of its update.
         training: Settings and measurements, JSON values only.
     """
 

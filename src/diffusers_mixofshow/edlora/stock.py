@@ -1,0 +1,49 @@
+"""What stock diffusers must be told so that it scales the updates as we do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from diffusers_mixofshow.edlora.low_rank import LowRank
+
+
+_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
+
+
+def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
+    """Safetensors metadata from which `load_lora_weights` makes its PEFT configuration.
+
+    Stock loaders take alpha == rank where nothing is said, so nothing is said where that is right: then other
+    programs, which do not know this metadata, are right as well. Paths are given without ``text_model.``, since PEFT
+    matches the ends of names, and so they hold under every transformers version.
+
+    Args:
+        lora: Site name to update.
+
+    Returns:
+        Nothing, or one entry.
+    """
+    if all(update.alpha == update.rank for update in lora.values()):
+        return {}
+    values: dict[str, object] = {}
+    for component in dict.fromkeys(site.partition(".")[0] for site in lora):
+        shapes = {
+            site.removeprefix(f"{component}.").removeprefix("text_model."): (update.rank, update.alpha)
+            for site, update in lora.items()
+            if site.startswith(f"{component}.")
+        }
+        (usual_rank, usual_alpha), _ = Counter(shapes.values()).most_common(1)[0]
+        ranks = {re.escape(path): rank for path, (rank, _) in shapes.items() if rank != usual_rank}
+        alphas = {re.escape(path): alpha for path, (_, alpha) in shapes.items() if alpha != usual_alpha}
+        config = {
+            "r": usual_rank,
+            "lora_alpha": usual_alpha,
+            "target_modules": list(shapes),
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+        }
+        values |= {f"{component}.{key}": value for key, value in config.items()}
+    return {_KEY: json.dumps(values)}

@@ -1,0 +1,71 @@
+"""Random ED-LoRAs that fit a model, and the two spellings of its text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import cycle
+
+import torch
+from transformers import CLIPTextModelWithProjection
+
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+
+
+def random_pack(
+    components: Mapping[str, object],
+    *names: str,
+    ranks: tuple[int, ...] = (4,),
+    alphas: tuple[float, ...] = (4.0,),
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> EDLoRA:
+    """A pack on every site, with ranks and alphas dealt out in turn."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).mul(0.3).to(dtype)
+
+    concepts = tuple(Concept.from_name(name, "dog", kind="pet") for name in names or ("rex",))
+    layers = cross_attention_layers(components["unet"])
+    shapes = zip(adapted_layers(components).items(), cycle(ranks), cycle(alphas))
+    return EDLoRA(
+        concepts=concepts,
+        embeddings={token: values(len(layers), 32) for concept in concepts for token in concept.tokens},
+        lora={
+            site: LowRank(down=values(rank, layer.in_features), up=values(layer.out_features, rank), alpha=alpha)
+            for (site, layer), rank, alpha in shapes
+        },
+        base_model="someone/tiny",
+        layers=layers,
+        training={"steps": 3, "loss": [0.5, 0.25], "note": "ünïcode"},
+    )
+
+
+def with_nested_text_encoder(components: dict[str, object]) -> dict[str, object]:
+    """The same components with a text encoder with modules under ``text_model.``, as before transformers 5.6."""
+    flat = components["text_encoder"]
+    nested = CLIPTextModelWithProjection(flat.config).eval()
+    state = {key.removeprefix("text_model."): value for key, value in flat.state_dict().items()}
+    nested.text_model.load_state_dict(state)
+    return components | {"text_encoder": nested}
+
+
+def assert_same_pack(one: EDLoRA, other: EDLoRA) -> None:
+    """Every field equal, tensors bit for bit and in the same dtype."""
+    assert (one.concepts, one.base_model, one.layers) == (other.concepts, other.base_model, other.layers)
+    assert dict(one.training) == dict(other.training)
+    assert one.embeddings.keys() == other.embeddings.keys()
+    assert one.lora.keys() == other.lora.keys()
+    for token, rows in one.embeddings.items():
+        assert_identical(rows, other.embeddings[token])
+    for site, update in one.lora.items():
+        assert update.alpha == other.lora[site].alpha
+        assert_identical(update.down, other.lora[site].down)
+        assert_identical(update.up, other.lora[site].up)
+
+
+def assert_identical(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert one.dtype == other.dtype
+    assert torch.equal(one, other)
