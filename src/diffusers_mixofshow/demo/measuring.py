@@ -1,0 +1,95 @@
+"""Stage five: what the pictures show, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from diffusers_mixofshow.demo.photos import photos_of
+from diffusers_mixofshow.demo.sampling import Pictures
+from diffusers_mixofshow.demo.settings import DemoConcept
+from diffusers_mixofshow.evaluation.identity import (
+    Identity,
+    Judge,
+    Subject,
+    concepts_in_regions,
+    mean_identity,
+    measure_identity,
+    region_accuracy,
+    retention,
+)
+from diffusers_mixofshow.evaluation.prompts import column_boxes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Everything measured.
+
+    Args:
+        identity: Method to concept name to identity; the method ``photos`` is the ceiling, held against themselves.
+        mean: Method to the mean over concepts.
+        retention: ``average`` and ``fused`` to the share of identity kept, for every measure.
+        found: Method (``regional``, ``unguided``) to the concept found in every region of every picture.
+        regions: Method to the share of regions, and of whole pictures, with the right concepts.
+    """
+
+    identity: dict[str, dict[str, Identity]]
+    mean: dict[str, Identity]
+    retention: dict[str, dict[str, float | None]]
+    found: dict[str, list[list[str]]]
+    regions: dict[str, dict[str, float]]
+
+    def as_record(self) -> dict[str, Any]:
+        """All numbers as JSON values."""
+        return {
+            "identity": {
+                method: {name: identity.as_record() for name, identity in concepts.items()}
+                for method, concepts in self.identity.items()
+            },
+            "mean_identity": {method: identity.as_record() for method, identity in self.mean.items()},
+            "identity_retention": self.retention,
+            "right_concept_in_region": self.regions,
+            "concepts_found_in_regions": self.found,
+        }
+
+
+def measure_all(concepts: Sequence[DemoConcept], pictures: Pictures, judge: Judge) -> Measures:
+    """Measure the identity of every concept alone, and who stands in which region."""
+    photos = {concept.name: photos_of(concept) for concept in concepts}
+    subjects = [_subject(concept, photos[concept.name], judge) for concept in concepts]
+    alone: Mapping[str, Mapping[str, Sequence[Image.Image]]] = {"photos": photos, **pictures.alone}
+    identity = {
+        method: {
+            subject.name: measure_identity(of_method[subject.name], subject, subjects, judge) for subject in subjects
+        }
+        for method, of_method in alone.items()
+    }
+    mean = {method: mean_identity(list(of_method.values())) for method, of_method in identity.items()}
+    meeting = [subject for subject in subjects if subject.name in pictures.order[0]]
+    boxes = column_boxes(len(meeting))
+    found = {
+        method: concepts_in_regions(images, boxes, meeting, judge)
+        for method, images in (("regional", pictures.regional), ("unguided", pictures.unguided))
+    }
+    return Measures(
+        identity=identity,
+        mean=mean,
+        retention={
+            method: retention(mean[method], mean["single"], mean["class word"]) for method in ("average", "fused")
+        },
+        found=found,
+        regions={method: region_accuracy(names, pictures.order) for method, names in found.items()},
+    )
+
+
+def _subject(concept: DemoConcept, photos: Sequence[Image.Image], judge: Judge) -> Subject:
+    return Subject(
+        name=concept.name,
+        photos=judge.features(photos),
+        attributes=concept.attributes,
+    )
+
+

@@ -1,0 +1,89 @@
+"""Stage one: photos of every concept on disk, drawn or the user's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.demo.settings import OWN_NAME, DemoConcept, DemoSettings
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
+from diffusers_mixofshow.toyland.concepts import concept_named
+from diffusers_mixofshow.toyland.world import HEIGHT
+from diffusers_mixofshow.training.data import read_photos
+
+
+KIND_OF_CLASS = {
+    "critter": "character",
+    "dog": "pet",
+    "cat": "pet",
+    "vase": "object",
+    "chair": "object",
+    "table": "object",
+}
+"""The classes that the embedded base knows, and their kinds."""
+
+
+def prepare_photos(settings: DemoSettings) -> list[DemoConcept]:
+    """Write the photos of every concept to ``folder/photos/NAME`` and say what they show.
+
+    Raises:
+        ConfigurationError: If the base does not know the class of the user's photos.
+        TrainingDataError: If the user's photos cannot be used.
+    """
+    concepts = [_drawn(name, settings) for name in settings.concepts]
+    if settings.photos is None or settings.class_word is None:
+        return concepts
+    own = _own(settings.photos, settings.class_word, settings.folder / "photos" / OWN_NAME)
+    return _with_own(concepts, own)
+
+
+def photos_of(concept: DemoConcept) -> list[Image.Image]:
+    """The concept's photos, in the order of their names."""
+    spelt = Concept.from_name(concept.name, concept.class_word, kind=concept.kind)
+    return [photo.image for photo in read_photos(concept.folder, spelt)]
+
+
+def _drawn(name: str, settings: DemoSettings) -> DemoConcept:
+    concept = concept_named(name)
+    folder = settings.folder / "photos" / name
+    toyland.write_photos(concept, folder, count=settings.photo_count, seed=settings.seed)
+    return DemoConcept(
+        name=name,
+        kind=concept.kind,
+        class_word=concept.class_word,
+        folder=folder,
+        attributes=hidden_attributes(concept),
+    )
+
+
+def _own(source: Path, class_word: str, folder: Path) -> DemoConcept:
+    """Copy the user's photos, cropped to Toyland's square; captions come along, masks as well."""
+    class_word = class_word.strip().lower()
+    if class_word not in KIND_OF_CLASS:
+        raise ConfigurationError(
+            f"The embedded base does not know what a {class_word!r} is. It knows: {', '.join(KIND_OF_CLASS)}. "
+            "For anything else, use `mixofshow train` with a Stable Diffusion base."
+        )
+    concept = Concept.from_name(OWN_NAME, class_word, kind=KIND_OF_CLASS[class_word])
+    photos = read_photos(source, concept)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "masks").mkdir(parents=True)
+    size = (HEIGHT, HEIGHT)
+    for photo in photos:
+        ImageOps.fit(photo.image, size, Image.Resampling.LANCZOS).save(folder / f"{photo.path.stem}.png")
+        (folder / f"{photo.path.stem}.txt").write_text("\n".join(photo.captions) + "\n", encoding="utf-8")
+        if photo.mask is not None:
+            ImageOps.fit(photo.mask, size, Image.Resampling.BOX).save(folder / "masks" / f"{photo.path.stem}.png")
+    return DemoConcept(name=OWN_NAME, kind=concept.kind, class_word=class_word, folder=folder)
+
+
+def _with_own(concepts: list[DemoConcept], own: DemoConcept) -> list[DemoConcept]:
+    """The user's concept takes the place of the last one of its class, else of the last one of all."""
+    same = [index for index, concept in enumerate(concepts) if concept.class_word == own.class_word]
+    place = same[-1] if same else len(concepts) - 1
+    return [*concepts[:place], own, *concepts[place + 1 :]]

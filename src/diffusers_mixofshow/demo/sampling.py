@@ -1,0 +1,140 @@
+"""Stage four: pictures of every concept alone under every method, and of three together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
+from diffusers_mixofshow.evaluation.prompts import (
+    HELD_OUT_PROMPTS,
+    TOGETHER_PLACES,
+    column_boxes,
+    prompt_together,
+    regions_of,
+)
+from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
+
+
+METHODS = {
+    "class word": "The base, prompted with the class word",
+    "single": "Its own ED-LoRA, alone",
+    "average": "Weight average of all ED-LoRAs",
+    "fused": "Gradient fusion of all ED-LoRAs",
+}
+"""How a concept is sampled, in the order of the page."""
+
+WIDTH, HEIGHT = 96, 64
+"""Size of pictures with three concepts."""
+
+_TOGETHER = 3
+_TOGETHER_SEED = 5000
+
+ON_PICTURES = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Everything sampled.
+
+    Args:
+        alone: Method to concept name to pictures.
+        regional: Pictures of several concepts with regions.
+        unguided: The same prompts and seeds without regions.
+        order: For each of those pictures, the concepts from left to right.
+    """
+
+    alone: dict[str, dict[str, list[Image.Image]]]
+    regional: list[Image.Image]
+    unguided: list[Image.Image]
+    order: list[tuple[str, ...]]
+
+
+def picture_count(settings: DemoSettings) -> int:
+    """How many pictures `sample_all` samples."""
+    return len(METHODS) * len(settings.concepts) * settings.pictures + 2 * settings.together
+
+
+def sample_all(
+    pipe: Any,
+    concepts: Sequence[DemoConcept],
+    packs: dict[str, Path],
+    settings: DemoSettings,
+    advance: ON_PICTURES,
+) -> Pictures:
+    """Sample every concept alone under every method, and several together.
+
+    Args:
+        pipe: The base as a Mix-of-Show pipeline, no concept loaded; it leaves so.
+        concepts: The demo's concepts.
+        packs: ``single/NAME``, ``average`` and ``fused`` to ED-LoRAs.
+        settings: The demo's.
+        advance: Told how many pictures were finished.
+    """
+    alone = {method: _sample_alone(pipe, method, concepts, packs, settings, advance) for method in METHODS}
+    order = [orders(concepts)[index % _TOGETHER] for index in range(settings.together)]
+    pipe.load_edlora(packs["fused"])
+    try:
+        regional = _sample_together(pipe, order, settings, advance, with_regions=True)
+        unguided = _sample_together(pipe, order, settings, advance, with_regions=False)
+    finally:
+        pipe.unload_edlora()
+    return Pictures(alone=alone, regional=regional, unguided=unguided, order=order)
+
+
+def orders(concepts: Sequence[DemoConcept]) -> list[tuple[str, ...]]:
+    """The concepts that meet in one picture, in turn at every place."""
+    names = [concept.name for concept in concepts[:_TOGETHER]]
+    return [tuple(names[shift:] + names[:shift]) for shift in range(_TOGETHER)]
+
+
+def _sample_alone(
+    pipe: Any,
+    method: str,
+    concepts: Sequence[DemoConcept],
+    packs: dict[str, Path],
+    settings: DemoSettings,
+    advance: ON_PICTURES,
+) -> dict[str, list[Image.Image]]:
+    sampling = Sampling(
+        steps=settings.steps, guidance_scale=settings.guidance_scale, first_seed=1000 * (settings.seed + 1)
+    )
+    pictures = {}
+    for concept in concepts:
+        if method != "class word":
+            pipe.load_edlora(packs[f"single/{concept.name}" if method == "single" else method])
+        try:
+            subject = concept.class_word if method == "class word" else concept.placeholder
+            prompts = fill_templates(HELD_OUT_PROMPTS, subject, settings.pictures)
+            pictures[concept.name] = sample_pictures(pipe, prompts, sampling, advance=advance)
+        finally:
+            pipe.unload_edlora()
+    return pictures
+
+
+def _sample_together(
+    pipe: Any,
+    order: Sequence[tuple[str, ...]],
+    settings: DemoSettings,
+    advance: ON_PICTURES,
+    *,
+    with_regions: bool,
+) -> list[Image.Image]:
+    sampling = Sampling(
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        first_seed=_TOGETHER_SEED + 1000 * settings.seed,
+        height=HEIGHT,
+        width=WIDTH if len(order[0]) == _TOGETHER else HEIGHT,
+    )
+    pictures = []
+    for index, names in enumerate(order):
+        place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
+        regions = regions_of(names, place, column_boxes(len(names))) if with_regions else None
+        prompts = [prompt_together(names, place)]
+        pictures += sample_pictures(pipe, prompts, sampling, regions=regions, first=index, advance=advance)
+    return pictures

@@ -1,0 +1,222 @@
+"""The demo from its first photo to its page: photos, tuning, fusion, sampling, measuring, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.demo.measuring import Measures
+    from diffusers_mixofshow.demo.sampling import Pictures
+
+_PACKAGES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+_FUSION_BATCH = 8
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Announces stages and measures how long they take."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextmanager
+    def __call__(self, name: str, description: str) -> Iterator[Progress]:
+        """Run one stage under a progress display."""
+        self.console.print(f"[bold]{len(self.seconds) + 1}/6[/bold] {description}")
+        columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        start = time.monotonic()
+        with Progress(*columns, console=self.console) as progress:
+            yield progress
+        self.seconds[name] = round(time.monotonic() - start, 1)
+
+
+def run_demo(settings: DemoSettings, *, console: Console) -> Path:
+    """Run the whole demo; what is finished in its folder is used again.
+
+    Args:
+        settings: What to do.
+        console: Where progress and a summary go.
+
+    Returns:
+        The page, ``folder/index.html``.
+    """
+    console.print("[dim]Starting ...[/dim]")
+    try:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"The demo's folder {settings.folder} cannot be written ({error}).") from error
+    stages = _Stages(console)
+    concepts = _write_photos(settings, stages)
+    singles = _tune(concepts, settings, stages)
+    pictures = _fuse_and_sample(concepts, singles, settings, stages)
+    measures = _measure(concepts, pictures, stages)
+    with stages("report", "Writing the page") as progress:
+        task = progress.add_task("page", total=1)
+        page = _report(concepts, pictures, measures, settings, stages.seconds)
+        progress.advance(task)
+    _print_summary(measures, stages, console)
+    return page
+
+
+def _write_photos(settings: DemoSettings, stages: _Stages) -> list[DemoConcept]:
+    from diffusers_mixofshow.demo.photos import prepare_photos
+
+    with stages("photos", "Photos of every concept") as progress:
+        task = progress.add_task("photos", total=len(settings.concepts))
+        concepts = prepare_photos(settings)
+        progress.update(task, completed=len(concepts))
+    return concepts
+
+
+def _tune(concepts: Sequence[DemoConcept], settings: DemoSettings, stages: _Stages) -> dict[str, Path]:
+    from diffusers_mixofshow.demo.tuning import tune_all, tuning_config
+
+    with stages("tuning", "One ED-LoRA for every concept, from its photos alone") as progress:
+        tasks: dict[str, TaskID] = {
+            each.name: progress.add_task(each.placeholder, total=tuning_config(each, settings).total_steps)
+            for each in concepts
+        }
+
+        def on_step(name: str, step: int, total: int, loss: float) -> None:
+            shown = f"<{name}> loss {loss:.3f}" if loss == loss else f"<{name}>"
+            progress.update(tasks[name], completed=step, total=total, description=shown)
+
+        return tune_all(concepts, settings, on_step)
+
+
+def _fuse_and_sample(
+    concepts: Sequence[DemoConcept], singles: Mapping[str, Path], settings: DemoSettings, stages: _Stages
+) -> Pictures:
+    from diffusers_mixofshow import toyland
+    from diffusers_mixofshow.demo.sampling import picture_count, sample_all
+    from diffusers_mixofshow.pipelines import MixOfShowPipeline
+
+    pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    with stages("fusion", "Fusing all ED-LoRAs into one, without any photo") as progress:
+        task = progress.add_task("packs", total=2)
+        packs = {f"single/{name}": folder for name, folder in singles.items()}
+        for method, name in (("average", "average"), ("closed-form", "fused")):
+            packs[name] = _fused(pipe, list(singles.values()), method, settings.folder / name, settings)
+            progress.advance(task)
+    with stages("sampling", "Every concept alone, and three together") as progress:
+        task = progress.add_task("pictures", total=picture_count(settings))
+        return sample_all(pipe, concepts, packs, settings, lambda count: progress.advance(task, count))
+
+
+def _fused(pipe: Any, singles: Sequence[Path], method: str, folder: Path, settings: DemoSettings) -> Path:
+    """Fuse, unless the folder holds the result of the same ED-LoRAs and settings."""
+    from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
+    from diffusers_mixofshow.fusion import GradientFuser
+
+    arguments = {
+        "prompts": RECORDING_PROMPTS,
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "batch_size": _FUSION_BATCH,
+    } | dict(settings.fusion)
+    digest = hashlib.sha256(json.dumps([method, arguments], sort_keys=True).encode())
+    for single in singles:
+        digest.update((single / "edlora.safetensors").read_bytes())
+    marker = folder / "finished.json"
+    if marker.exists() and marker.read_text(encoding="utf-8") == digest.hexdigest():
+        return folder
+    marker.unlink(missing_ok=True)
+    GradientFuser(pipe, **arguments).fuse([str(single) for single in singles], method=method).save_pretrained(folder)
+    marker.write_text(digest.hexdigest(), encoding="utf-8")
+    return folder
+
+
+def _measure(concepts: Sequence[DemoConcept], pictures: Pictures, stages: _Stages) -> Measures:
+    from diffusers_mixofshow.demo.measuring import measure_all
+    from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
+
+    with stages("measuring", "Measuring identity, alone and in regions") as progress:
+        task = progress.add_task("measures", total=1)
+        measures = measure_all(concepts, pictures, ToylandJudge.load())
+        progress.advance(task)
+    return measures
+
+
+def _report(
+    concepts: Sequence[DemoConcept],
+    pictures: Pictures,
+    measures: Measures,
+    settings: DemoSettings,
+    seconds: Mapping[str, float],
+) -> Path:
+    from diffusers_mixofshow.demo.page import write_page
+    from diffusers_mixofshow.demo.photos import photos_of
+    from diffusers_mixofshow.demo.sheets import write_sheets
+
+    photos = {concept.name: photos_of(concept) for concept in concepts}
+    alone = {
+        concept.name: [photos[concept.name], *(of_method[concept.name] for of_method in pictures.alone.values())]
+        for concept in concepts
+    }
+    write_sheets(settings.folder / "sheets", {**alone, "together": [pictures.regional, pictures.unguided]})
+    report = _record(measures, settings, seconds)
+    (settings.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return write_page(settings.folder / "index.html", concepts, photos, pictures, measures, report)
+
+
+def _record(measures: Measures, settings: DemoSettings, seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": {name: _as_json(value) for name, value in asdict(settings).items()},
+        "seconds": dict(seconds),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        **measures.as_record(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _as_json(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _print_summary(measures: Measures, stages: _Stages, console: Console) -> None:
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.0%}"
+
+    table = Table("identity, mean over concepts", "image alignment", "attributes read", "nearest photos are its own")
+    for method, identity in measures.mean.items():
+        table.add_row(
+            method, f"{identity.alignment:.3f}", percent(identity.attributes), percent(identity.nearest)
+        )
+    console.print(table)
+    for method, kept in measures.retention.items():
+        console.print(
+            f"Identity kept by {method}: {percent(kept['attributes'])} (attributes), "
+            f"{percent(kept['alignment'])} (image alignment)"
+        )
+    console.print(
+        f"Right concept in its region: {percent(measures.regions['regional']['regions'])} with regions, "
+        f"{percent(measures.regions['unguided']['regions'])} without"
+    )
+    console.print(f"[dim]{sum(stages.seconds.values()):.0f} s[/dim]")

@@ -1,0 +1,147 @@
+"""Stage two: one ED-LoRA for every concept, several at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
+from diffusers_mixofshow.errors import TrainingDataError
+from diffusers_mixofshow.training import TrainingConfig
+
+
+ON_STEP = Callable[[str, int, int, float], None]
+"""Told the concept's name, the steps done, the steps in all, and the loss."""
+
+_FINISHED = "finished.json"
+
+
+def tuning_config(concept: DemoConcept, settings: DemoSettings) -> TrainingConfig:
+    """All settings of tuning one of the demo's concepts."""
+    return TrainingConfig.toyland(
+        instance_data_dir=str(concept.folder),
+        concept=concept.name,
+        class_word=concept.class_word,
+        kind=concept.kind,
+        output_dir=str(settings.folder / "concepts" / concept.name),
+        **({"seed": settings.seed} | dict(settings.tuning)),
+    )
+
+
+def fingerprint(config: TrainingConfig) -> str:
+    """Digest of everything that the ED-LoRA depends on: settings, photos and base."""
+    digest = hashlib.sha256(json.dumps(config.as_record(), sort_keys=True).encode())
+    for folder in (Path(config.instance_data_dir), toyland.path()):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(file.relative_to(folder).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def tune_all(concepts: Sequence[DemoConcept], settings: DemoSettings, on_step: ON_STEP) -> dict[str, Path]:
+    """Tune every concept that is not finished yet.
+
+    Args:
+        concepts: What to tune.
+        settings: The demo's.
+        on_step: Told of every optimiser step; once, at the end, for what was finished before.
+
+    Returns:
+        Concept name to the folder of its ED-LoRA.
+    """
+    configs = {concept.name: tuning_config(concept, settings) for concept in concepts}
+    open_ones = {}
+    for name, config in configs.items():
+        if _is_finished(config):
+            on_step(name, config.total_steps, config.total_steps, float("nan"))
+        else:
+            open_ones[name] = config
+    workers = min(settings.workers or os.cpu_count() or 1, max(1, len(open_ones)))
+    with _processes() as running, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_tune, name, config, on_step, running) for name, config in open_ones.items()]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            _end(running)
+            raise
+    return {name: Path(str(config.output_dir)) for name, config in configs.items()}
+
+
+def _is_finished(config: TrainingConfig) -> bool:
+    marker = Path(str(config.output_dir)) / _FINISHED
+    try:
+        return bool(json.loads(marker.read_text(encoding="utf-8"))["fingerprint"] == fingerprint(config))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _tune(name: str, config: TrainingConfig, on_step: ON_STEP, running: list[subprocess.Popen[str]]) -> None:
+    """Run one worker to its end and pass its progress on."""
+    marker = Path(str(config.output_dir)) / _FINISHED
+    marker.unlink(missing_ok=True)
+    on_step(name, 0, config.total_steps, float("nan"))
+    settings = config.as_record() | {
+        "instance_data_dir": str(config.instance_data_dir),
+        "output_dir": str(config.output_dir),
+    }
+    process = _start(settings)
+    running.append(process)
+    failure = "it ended early"
+    for message in _messages(process):
+        if "error" in message:
+            failure = str(message["error"])
+        else:
+            on_step(name, message["step"], message["total"], message["loss"])
+    if process.wait() != 0:
+        raise TrainingDataError(f"Tuning <{name}> failed: {failure}")
+    marker.write_text(json.dumps({"fingerprint": fingerprint(config)}), encoding="utf-8")
+
+
+def _start(settings: Mapping[str, Any]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffusers_mixofshow.demo.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    if process.stdin is not None:
+        process.stdin.write(json.dumps(settings))
+        process.stdin.close()
+    return process
+
+
+def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    for line in process.stdout or ():
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
+@contextmanager
+def _processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Workers that were started; none of them outlives the block."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        yield running
+    finally:
+        _end(running)
+
+
+def _end(running: Sequence[subprocess.Popen[str]]) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.terminate()

@@ -1,0 +1,178 @@
+"""Identity of concepts in sampled pictures: alone under several methods, and each in its region."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.evaluation import metrics
+
+
+Box = tuple[float, float, float, float]
+
+CROP_SHARE = 1.3
+"""Side of the square cut around a region, as a multiple of the region's width."""
+
+
+class Judge(Protocol):
+    """Who looks at pictures."""
+
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features of the metric model, shape (n, d)."""
+
+    def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
+        """For every picture, attribute name to the value read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A concept as the judge knows it.
+
+    Args:
+        name: The concept's name.
+        photos: Features of its photos, shape (m, d).
+        attributes: What the attribute reader should find; empty where it is not known.
+    """
+
+    name: str
+    photos: torch.Tensor
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """How well pictures show a concept; every number from 0 to 1.
+
+    Args:
+        alignment: Mean pairwise cosine with the photos.
+        attributes: Share of the attributes read right; None where they are not known.
+        nearest: Share of pictures whose nearest photos, among all concepts', are its own.
+    """
+
+    alignment: float
+    attributes: float | None
+    nearest: float
+
+    def as_record(self) -> dict[str, float | None]:
+        """Rounded JSON values."""
+        return {name: None if value is None else round(value, 4) for name, value in asdict(self).items()}
+
+
+def measure_identity(
+    pictures: Sequence[Image.Image], subject: Subject, others: Sequence[Subject], judge: Judge
+) -> Identity:
+    """Measure pictures that should show one concept.
+
+    Args:
+        pictures: Sampled pictures.
+        subject: The concept.
+        others: All candidates for the nearest concept, the subject among them.
+        judge: Who looks.
+    """
+    features = judge.features(pictures)
+    references = {other.name: other.photos for other in others}
+    read = judge.read(pictures) if subject.attributes else []
+    return Identity(
+        alignment=metrics.image_alignment(features, subject.photos),
+        attributes=metrics.attribute_accuracy(read, subject.attributes) if subject.attributes else None,
+        nearest=metrics.retrieval_accuracy(features, [subject.name] * len(pictures), references),
+    )
+
+
+def mean_identity(identities: Sequence[Identity]) -> Identity:
+    """Mean over concepts; attributes over those concepts where they are known."""
+    known = [identity.attributes for identity in identities if identity.attributes is not None]
+    return Identity(
+        alignment=sum(identity.alignment for identity in identities) / len(identities),
+        attributes=sum(known) / len(known) if known else None,
+        nearest=sum(identity.nearest for identity in identities) / len(identities),
+    )
+
+
+def retention(fused: Identity, single: Identity, class_word: Identity) -> dict[str, float | None]:
+    """Share of the identity that tuning gained and fusion keeps, for every measure; None where nothing was gained."""
+    kept: dict[str, float | None] = {}
+    for measure in ("alignment", "attributes"):
+        values = [getattr(identity, measure) for identity in (fused, single, class_word)]
+        try:
+            kept[measure] = None if None in values else round(metrics.identity_retention(*values), 4)
+        except ConfigurationError:
+            kept[measure] = None
+    return kept
+
+
+def crop_region(image: Image.Image, box: Box) -> Image.Image:
+    """Cut a square around a region's lower middle, where things stand, as large as the picture is high.
+
+    Args:
+        image: The whole picture.
+        box: Left, top, right, bottom as fractions.
+    """
+    left, _, right, bottom = (
+        fraction * side for fraction, side in zip(box, (image.width, image.height) * 2, strict=True)
+    )
+    side = min(CROP_SHARE * (right - left), image.height, image.width)
+    start = min(max((left + right - side) / 2, 0), image.width - side)
+    corner = (start, bottom - side, start + side, bottom)
+    return image.resize((image.height, image.height), Image.Resampling.BICUBIC, box=corner)
+
+
+def concepts_in_regions(
+    pictures: Sequence[Image.Image], boxes: Sequence[Box], candidates: Sequence[Subject], judge: Judge
+) -> list[list[str]]:
+    """Name the concept that every region shows.
+
+    Where the attributes of all candidates are known, it is the one with most attributes read in the region, ties
+    and all other cases decided by the metric model's nearest photos.
+
+    Args:
+        pictures: Pictures with several concepts.
+        boxes: The regions.
+        candidates: The concepts that a region may show.
+        judge: Who looks.
+
+    Returns:
+        For every picture, one name a region.
+    """
+    crops = [crop_region(picture, box) for picture in pictures for box in boxes]
+    similarity = _similarity(judge.features(crops), candidates)
+    if all(candidate.attributes for candidate in candidates):
+        similarity = similarity + _agreement(crops, candidates, judge)
+    names = [candidates[int(index)].name for index in similarity.argmax(dim=1)]
+    return [names[start : start + len(boxes)] for start in range(0, len(names), len(boxes))]
+
+
+def region_accuracy(found: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Share of regions, and of whole pictures, with the right concepts.
+
+    Args:
+        found: For every picture, one name a region.
+        expected: The right names.
+    """
+    hits = [
+        [name == right for name, right in zip(*rows, strict=True)] for rows in zip(found, expected, strict=True)
+    ]
+    regions = [hit for row in hits for hit in row]
+    return {
+        "regions": round(sum(regions) / len(regions), 4),
+        "whole_pictures": round(sum(all(row) for row in hits) / len(hits), 4),
+    }
+
+
+def _similarity(features: torch.Tensor, candidates: Sequence[Subject]) -> torch.Tensor:
+    """Mean cosine with every candidate's photos, shape (n, candidates)."""
+    return torch.stack([metrics.cosine_matrix(features, each.photos).mean(dim=1) for each in candidates], dim=1)
+
+
+def _agreement(crops: Sequence[Image.Image], candidates: Sequence[Subject], judge: Judge) -> torch.Tensor:
+    """Share of every candidate's attributes read in every crop, shape (n, candidates)."""
+    shares = [
+        [metrics.attribute_accuracy([read], candidate.attributes) for candidate in candidates]
+        for read in judge.read(crops)
+    ]
+    return torch.tensor(shares, dtype=torch.float64)

@@ -1,0 +1,93 @@
+"""Sampling the pictures that are measured: the same prompts and seeds for every method that is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.regions import Region
+
+
+PLACEHOLDER = "<TOK>"
+"""Stands for the concept, or its class word, in a prompt template, as in the paper's figure 8."""
+
+ON_PICTURES = Callable[[int], None]
+"""Told how many pictures were finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are sampled.
+
+    Args:
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance.
+        batch_size: Pictures sampled together.
+        first_seed: Seed of the first picture; the others count on.
+        height: Height in pixels; the model's own by default.
+        width: Width in pixels; the model's own by default.
+    """
+
+    steps: int = 20
+    guidance_scale: float = 7.5
+    batch_size: int = 6
+    first_seed: int = 1
+    height: int | None = None
+    width: int | None = None
+
+
+def fill_templates(templates: Sequence[str], subject: str, count: int) -> list[str]:
+    """Prompts about one subject, the templates in turn.
+
+    Args:
+        templates: Prompts with ``<TOK>``.
+        subject: A placeholder such as ``<potter>``, or a class word.
+        count: Number of prompts.
+    """
+    nameless = [template for template in templates if PLACEHOLDER not in template]
+    if nameless or not templates:
+        raise ConfigurationError(f"Templates without {PLACEHOLDER}: {nameless or 'none given'}. Name the subject so.")
+    return [templates[index % len(templates)].replace(PLACEHOLDER, subject) for index in range(count)]
+
+
+def sample_pictures(
+    pipe: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    regions: Sequence[Region] | None = None,
+    first: int = 0,
+    advance: ON_PICTURES = lambda pictures: None,
+) -> list[Image.Image]:
+    """Sample one picture a prompt; picture k has the seed ``first_seed + first + k`` whatever the batch size.
+
+    Args:
+        pipe: A Mix-of-Show pipeline with the concepts loaded.
+        prompts: One prompt a picture.
+        sampling: How.
+        regions: Regions of every picture.
+        first: Number of the first picture, for its seed.
+        advance: Called after every batch.
+    """
+    pictures: list[Image.Image] = []
+    pipe.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), sampling.batch_size):
+        batch = list(prompts[start : start + sampling.batch_size])
+        seeds = range(sampling.first_seed + first + start, sampling.first_seed + first + start + len(batch))
+        pictures += pipe(
+            prompt=batch,
+            negative_prompt=[""] * len(batch),
+            regions=list(regions) if regions else None,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            height=sampling.height,
+            width=sampling.width,
+        ).images
+        advance(len(batch))
+    return pictures

@@ -1,0 +1,54 @@
+"""Toyland's own judges: its metric model and its attribute reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+import torch
+from PIL import Image
+
+from diffusers_mixofshow import toyland
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.toyland.reader import AttributeReader
+
+
+class ToylandJudge:
+    """Looks at pictures with Toyland's metric model and attribute reader; see `identity.Judge`.
+
+    Args:
+        metric_model: Features of pictures.
+        reader: Attributes of pictures.
+    """
+
+    def __init__(self, metric_model: toyland.MetricModel, reader: AttributeReader) -> None:
+        self._metric_model = metric_model
+        self._reader = reader
+
+    @classmethod
+    def load(cls) -> Self:
+        """Load both from the package."""
+        return cls(toyland.load_metric_model(), toyland.load_reader())
+
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features of the metric model, shape (n, d)."""
+        return self._metric_model.image_features(images)
+
+    def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
+        """For every picture, attribute name to its likeliest value."""
+        likeliest = {name: scores.argmax(dim=1) for name, scores in self._reader.read(images).items()}
+        return [
+            {name: self._reader.vocabulary[name][int(values[index])] for name, values in likeliest.items()}
+            for index in range(len(images))
+        ]
+
+
+def hidden_attributes(concept: toyland.ToyConcept) -> dict[str, str]:
+    """What tells a concept from others of its class: its main colour and the attributes that no caption names."""
+    from diffusers_mixofshow.toyland.concepts import as_thing
+    from diffusers_mixofshow.toyland.reader import labels_of
+
+    labels = labels_of(as_thing(concept), background="")
+    return {name: value for name, value in labels.items() if name not in ("class", "background")}
