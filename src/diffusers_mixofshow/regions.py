@@ -123,20 +123,21 @@ def _mask_defects(mask: Mask) -> list[str]:
 def _pixels_inside(mask: Mask) -> torch.Tensor:
     """Read a mask of any kind as booleans, shape (height, width)."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
+        mask = np.array(mask.convert("L"))
     if not isinstance(mask, np.ndarray | torch.Tensor):
         raise RegionError(f"its mask is a {type(mask).__name__}; expected a PIL image, an array or a tensor")
-    pixels = torch.as_tensor(mask).detach().cpu().squeeze()
-    if pixels.ndim != 2:
+    pixels = torch.as_tensor(mask).detach().cpu()
+    while pixels.ndim > 2 and pixels.shape[0] == 1:
+        pixels = pixels[0]
+    if pixels.ndim != 2 or not pixels.numel():
         raise RegionError(f"its mask has shape {tuple(mask.shape)}; expected (height, width)")
-    if pixels.dtype == torch.bool:
-        return pixels
+    limit = 1 if pixels.is_floating_point() or pixels.dtype == torch.bool else 255
+    pixels = pixels.double()
     low, high = pixels.min().item(), pixels.max().item()
-    limit = 1 if pixels.is_floating_point() else 255
     if not 0 <= low <= high <= limit:
         raise RegionError(f"its mask's values run from {low} to {high}; expected 0 to {limit}")
     # Integers that are 0 or 1 throughout are booleans in disguise.
-    return pixels > 0 if high <= 1 and limit == 255 else pixels > limit / 2
+    return pixels > (0 if limit == 255 and high == 1 else limit / 2)
 
 
 def _cells(region: Region, height: int, width: int) -> torch.Tensor:

@@ -8,10 +8,11 @@ context stand the encodings for layer 0, 1, ... (see `encode`). `regional_attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from diffusers_mixofshow.errors import ConfigurationError, RegionError
 from diffusers_mixofshow.regions import Region, feature_grids, region_weights
 from diffusers_mixofshow.sites import cross_attention_layers
 
+
+# Three thirds are not quite one in float32; what is left is not the global prompt's.
+_ROUNDING = 1e-5
 
 # With an IP-Adapter the text comes together with a list of image embeddings.
 _Conditioning = torch.Tensor | tuple[torch.Tensor, object]
@@ -46,7 +50,9 @@ class RegionPlan:
         """Weights of all contexts on a feature map, shape (contexts, height * width); they sum to 1 in each cell."""
         if (height, width) not in self._known:
             shares = region_weights(self.regions, height, width).flatten(1)
-            self._known[height, width] = torch.cat([1 - shares.sum(dim=0, keepdim=True), shares])
+            rest = 1 - shares.sum(dim=0, keepdim=True)
+            rest = rest.where(rest > _ROUNDING, 0)
+            self._known[height, width] = torch.cat([rest, shares])
         return self._known[height, width]
 
 
@@ -96,8 +102,10 @@ def regional_attention(denoiser: nn.Module, plan: RegionPlan) -> Iterator[None]:
 
 
 @contextmanager
-def _processors_wrapped(denoiser: nn.Module, wrappers: dict[str, Callable[[_Processor], _Processor]]) -> Iterator[None]:
-    layers = {path: denoiser.get_submodule(path) for path in wrappers}
+def _processors_wrapped(
+    denoiser: nn.Module, wrappers: Mapping[str, Callable[[_Processor], _Processor]]
+) -> Iterator[None]:
+    layers: dict[str, Any] = {path: denoiser.get_submodule(path) for path in wrappers}
     originals = {path: layer.processor for path, layer in layers.items()}
     try:
         for path, wrap in wrappers.items():
@@ -108,11 +116,11 @@ def _processors_wrapped(denoiser: nn.Module, wrappers: dict[str, Callable[[_Proc
             _put_back(layers[path], original)
 
 
-def _put_back(layer: nn.Module, original: _Processor) -> None:
+def _put_back(layer: Any, original: _Processor) -> None:
     # A wrapper is a module and so sits among the layer's children, where a plain processor cannot replace it.
     if not isinstance(original, nn.Module):
         layer._modules.pop("processor", None)
-    layer.processor = original  # type: ignore[assignment]
+    layer.processor = original
 
 
 class _WrappingProcessor(nn.Module):
@@ -136,7 +144,6 @@ class _LayerwiseProcessor(_WrappingProcessor):
         hidden_states: torch.Tensor,
         encoder_hidden_states: _Conditioning,
         attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
         ip_adapter_masks: object = None,
     ) -> torch.Tensor:
         text, with_text = _split(encoder_hidden_states)
@@ -147,7 +154,7 @@ class _LayerwiseProcessor(_WrappingProcessor):
                 f"The conditioning has {text.shape[1]} tokens; expected {self.tokens}, or {self.layers} layers of"
                 f" {self.tokens}. Encode it with the pipeline that uses it."
             )
-        return _run(self.inner, attn, hidden_states, with_text(text), attention_mask, temb, ip_adapter_masks)
+        return _run(self.inner, attn, hidden_states, with_text(text), attention_mask, ip_adapter_masks)
 
 
 class _RegionalProcessor(_WrappingProcessor):
@@ -163,26 +170,25 @@ class _RegionalProcessor(_WrappingProcessor):
         hidden_states: torch.Tensor,
         encoder_hidden_states: _Conditioning,
         attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
         ip_adapter_masks: object = None,
     ) -> torch.Tensor:
         text, with_text = _split(encoder_hidden_states)
-        contexts = text.chunk(self.canvas.plan.contexts, dim=1)
-        blended: torch.Tensor | None = None
-        for context, shares in zip(contexts, self.canvas.weights(hidden_states), strict=True):
+        count, positions = self.canvas.plan.contexts, hidden_states.shape[1]
+        if text.shape[1] % count:
+            raise ConfigurationError(
+                f"The conditioning has {text.shape[1]} tokens; expected {count} contexts of equal length, the global"
+                f" prompt's and {count - 1} regions'."
+            )
+        blended = torch.zeros_like(hidden_states)
+        for context, where, shares in self.canvas.shares(hidden_states):
+            stack = text.unflatten(1, (count, -1))[:, context]
             # An IP-Adapter's masks have one value for each position, so with them no position may be left out.
-            where = shares.nonzero()[:, 0] if ip_adapter_masks is None else torch.arange(len(shares))
-            if not len(where) or not shares.any():
-                continue
-            where = where.to(hidden_states.device)
-            queries = hidden_states[:, where] if len(where) < len(shares) else hidden_states
-            output = _run(self.inner, attn, queries, with_text(context), attention_mask, temb, ip_adapter_masks)
-            output = output * shares.to(output)[where, None]
-            if blended is None:
-                blended = output.new_zeros(output.shape[0], len(shares), output.shape[2])
-            blended = blended.index_add(1, where, output)
-        if blended is None:
-            raise RegionError(f"No context reaches a feature map of {hidden_states.shape[1]} cells.")
+            everywhere = len(where) == positions or ip_adapter_masks is not None
+            queries = hidden_states if everywhere else hidden_states[:, where]
+            output = _run(self.inner, attn, queries, with_text(stack), attention_mask, ip_adapter_masks)
+            if everywhere and len(where) < positions:
+                output = output[:, where]
+            blended = blended.index_add(1, where, (output * shares.to(output)[:, None]).to(blended))
         return blended
 
 
@@ -192,21 +198,37 @@ class _Canvas:
     def __init__(self, plan: RegionPlan) -> None:
         self.plan = plan
         self._grids: dict[int, tuple[int, int]] = {}
+        self._known: dict[tuple[tuple[int, int], torch.device], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
 
-    def note_size(self, _denoiser: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+    def note_size(
+        self, _denoiser: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
+    ) -> None:
         """Read the latent's size off the denoiser's arguments."""
         sample = inputs[0] if inputs else named["sample"]
-        self._grids = feature_grids(*sample.shape[-2:])
+        height, width = sample.shape[-2:]
+        self._grids = feature_grids(height, width)
 
-    def weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Weights of all contexts for queries (batch, positions, channels), shape (contexts, positions)."""
-        grid = self._grids.get(hidden_states.shape[1])
+    def shares(self, queries: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Contexts that hold anywhere on the feature map of queries (batch, positions, channels).
+
+        Returns:
+            The context's number, the positions that it reaches, and its weight at each of these.
+        """
+        grid = self._grids.get(queries.shape[1])
         if grid is None:
             raise RegionError(
-                f"A layer has {hidden_states.shape[1]} positions, but the latent's feature maps have"
+                f"A layer has {queries.shape[1]} positions, but the latent's feature maps have"
                 f" {sorted(self._grids)}. Regions need a U-Net that halves its feature maps."
             )
-        return self.plan.weights(*grid)
+        key = (grid, queries.device)
+        if key not in self._known:
+            reached = [(context, row.nonzero()[:, 0], row) for context, row in enumerate(self.plan.weights(*grid))]
+            self._known[key] = [
+                (context, where.to(queries.device), row[where].to(queries.device))
+                for context, where, row in reached
+                if len(where)
+            ]
+        return self._known[key]
 
 
 def _split(conditioning: _Conditioning) -> tuple[torch.Tensor, Callable[[torch.Tensor], _Conditioning]]:
@@ -223,8 +245,7 @@ def _run(
     hidden_states: torch.Tensor,
     conditioning: _Conditioning,
     attention_mask: torch.Tensor | None,
-    temb: torch.Tensor | None,
     ip_adapter_masks: object,
 ) -> torch.Tensor:
     only_if_given = {} if ip_adapter_masks is None else {"ip_adapter_masks": ip_adapter_masks}
-    return inner(attn, hidden_states, conditioning, attention_mask=attention_mask, temb=temb, **only_if_given)
+    return inner(attn, hidden_states, conditioning, attention_mask=attention_mask, **only_if_given)

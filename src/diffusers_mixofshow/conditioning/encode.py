@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def encode_layerwise(
 
 
 def _check_embeddings(
-    text_encoder: nn.Module, tokenized: TokenizedPrompts, embeddings: Mapping[str, torch.Tensor], layers: int
+    text_encoder: Any, tokenized: TokenizedPrompts, embeddings: Mapping[str, torch.Tensor], layers: int
 ) -> None:
     width = text_encoder.get_input_embeddings().embedding_dim
     used = sorted({name for names in tokenized.concept_tokens for name in names.values()})
@@ -79,7 +80,7 @@ def _check_embeddings(
 
 @contextmanager
 def _concepts_written(
-    text_encoder: nn.Module, tokenized: TokenizedPrompts, embeddings: Mapping[str, torch.Tensor], layers: int
+    text_encoder: Any, tokenized: TokenizedPrompts, embeddings: Mapping[str, torch.Tensor], layers: int
 ) -> Iterator[None]:
     """Let the embedding layer answer with the concepts' rows, for ids of shape (prompts * layers, tokens)."""
     places = [
@@ -102,7 +103,7 @@ def _concepts_written(
 
 
 def _hidden_states(
-    text_encoder: nn.Module, ids: torch.Tensor, attention_mask: torch.Tensor, clip_skip: int | None
+    text_encoder: Any, ids: torch.Tensor, attention_mask: torch.Tensor, clip_skip: int | None
 ) -> torch.Tensor:
     """What cross-attention sees of the text, shape (prompts, tokens, dim)."""
     mask = attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None

@@ -120,8 +120,7 @@ def _warn_truncated(ids: list[int], names: Mapping[int, str], tokenizer: PreTrai
     pieces.append(tokenizer.decode(plain))
     removed_text = " ".join(piece.strip() for piece in pieces if piece.strip())
     logger.warning(
-        "The following part of your input was truncated because CLIP can only handle sequences up to"
-        " %d tokens: %s",
+        "The following part of your input was truncated because CLIP can only handle sequences up to %d tokens: %s",
         length,
         [removed_text],
     )

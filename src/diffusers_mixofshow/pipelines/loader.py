@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -29,23 +30,21 @@ class EDLoRALoader:
     """
 
     components: Mapping[str, object]
-    tokenizer: object
+    tokenizer: Any
     # Replaced, never changed in place, as this empty one belongs to the class.
     _edloras: Mapping[str, EDLoRA] = MappingProxyType({})
 
     @property
     def concepts(self) -> dict[str, Concept]:
         """The loaded concepts by placeholder, in the order of loading."""
-        return {
-            concept.placeholder: concept for edlora in self._edloras.values() for concept in edlora.concepts
-        }
+        return {concept.placeholder: concept for edlora in self._edloras.values() for concept in edlora.concepts}
 
     def load_edlora(
         self,
         source: str | os.PathLike[str] | EDLoRA,
         scale: float = 1.0,
         adapter_name: str | None = None,
-        **hub: object,
+        **hub: Any,
     ) -> None:
         """Load one ED-LoRA, beside those already loaded.
 
@@ -113,12 +112,10 @@ class EDLoRALoader:
     @property
     def _concept_embeddings(self) -> dict[str, torch.Tensor]:
         """Concept token to its embeddings, shape (layers, dim), of everything loaded."""
-        return {
-            token: rows for edlora in self._edloras.values() for token, rows in edlora.embeddings.items()
-        }
+        return {token: rows for edlora in self._edloras.values() for token, rows in edlora.embeddings.items()}
 
     def _refuse_words_of_tokenizer(self, concepts: Iterable[Concept]) -> None:
-        words = known_words(self.tokenizer)  # type: ignore[arg-type]
+        words = known_words(self.tokenizer)
         taken = [name for concept in concepts for name in (concept.placeholder, *concept.tokens) if name in words]
         if taken:
             raise ConceptError(
@@ -131,9 +128,7 @@ class EDLoRALoader:
         if names is None:
             return list(self._edloras)
         adapter_of = {
-            concept.placeholder: adapter
-            for adapter, edlora in self._edloras.items()
-            for concept in edlora.concepts
+            concept.placeholder: adapter for adapter, edlora in self._edloras.items() for concept in edlora.concepts
         } | {adapter: adapter for adapter in self._edloras}
         wanted = [names] if isinstance(names, str) else list(names)
         unknown = [name for name in wanted if name not in adapter_of]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.utils.peft_utils import scale_lora_layers
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from diffusers_mixofshow.concepts import Concept, mentions_concept, split_prompt
+from diffusers_mixofshow.concepts import mentions_concept, split_prompt
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import known_words, tokenize
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.regions import Region
 from diffusers_mixofshow.sites import cross_attention_layers
 
 
-class LayerwisePrompts:
+class LayerwisePrompts(EDLoRALoader):
     """Mixin for a diffusers pipeline: `encode_prompt` for prompts with concepts and for regions.
 
     Without either it is the parent's `encode_prompt`. Otherwise prompts are encoded here, once for each
@@ -26,12 +28,9 @@ class LayerwisePrompts:
     repeats and casts it like any given `prompt_embeds`.
     """
 
-    tokenizer: Any
     text_encoder: Any
     unet: nn.Module
     maybe_convert_prompt: Callable[..., list[str]]
-    concepts: Mapping[str, Concept]
-    _concept_embeddings: Mapping[str, torch.Tensor]
     # The regions of the call under way.
     _regions: tuple[Region, ...] = ()
 
@@ -181,10 +180,10 @@ def _texts(prompt: str | list[str] | None, batch: int) -> list[str]:
 
 
 @contextmanager
-def _lora_scaled(text_encoder: nn.Module, lora_scale: float | None) -> Iterator[None]:
+def _lora_scaled(text_encoder: Any, lora_scale: float | None) -> Iterator[None]:
     """Scale the text encoder's LoRA layers; afterwards every adapter has its own strength back, also after 0."""
     strengths = [
-        (module.scaling, dict(module.scaling)) for module in text_encoder.modules() if hasattr(module, "scaling")
+        (module.scaling, dict(module.scaling)) for module in text_encoder.modules() if isinstance(module, LoraLayer)
     ]
     try:
         if lora_scale is not None:

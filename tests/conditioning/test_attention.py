@@ -1,0 +1,138 @@
+"""What each cross-attention layer sees, and how contexts are blended."""
+
+import pytest
+import torch
+
+from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.regions import Region, region_weights
+from diffusers_mixofshow.sites import cross_attention_layers
+
+
+LEFT = Region("left", box=(0, 0, 0.5, 1))
+RIGHT = Region("right", box=(0.5, 0, 1, 1))
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def _context(layers, seed=1):
+    return torch.randn(2, layers * 77, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def _run(unet, noise, context):
+    with torch.no_grad():
+        return unet(noise, 5, encoder_hidden_states=context).sample
+
+
+def _record(unet, seen):
+    """Hooks that note the text which every cross-attention layer projects to keys."""
+    return [
+        unet.get_submodule(path).to_k.register_forward_pre_hook(
+            lambda _module, inputs, path=path: seen.setdefault(path, []).append(inputs[0])
+        )
+        for path in cross_attention_layers(unet)
+    ]
+
+
+def test_layer_k_sees_encoding_k(unet, layers, noise):
+    seen = {}
+    hooks = _record(unet, seen)
+    context = _context(layers)
+    with layerwise_attention(unet):
+        _run(unet, noise, context)
+    for hook in hooks:
+        hook.remove()
+    for layer, path in enumerate(cross_attention_layers(unet)):
+        assert torch.equal(seen[path][0], context[:, layer * 77 : (layer + 1) * 77])
+
+
+def test_the_same_encoding_for_all_layers_is_plain_attention(unet, layers, noise):
+    context = _context(1)
+    expected = _run(unet, noise, context)
+    with layerwise_attention(unet):
+        assert torch.equal(_run(unet, noise, context), expected)
+        assert torch.equal(_run(unet, noise, context.repeat(1, layers, 1)), expected)
+
+
+def test_a_stack_for_another_model_is_refused(unet, layers, noise):
+    with layerwise_attention(unet), pytest.raises(ConfigurationError, match=str((layers + 1) * 77)):
+        _run(unet, noise, _context(layers + 1))
+
+
+def test_processors_come_back_also_on_errors(unet, noise):
+    originals = dict(unet.attn_processors)
+    modules = [name for name, _ in unet.named_modules()]
+    with pytest.raises(ConfigurationError), layerwise_attention(unet), regional_attention(unet, RegionPlan([LEFT])):
+        _run(unet, noise, _context(3))
+    assert all(unet.attn_processors[name] is processor for name, processor in originals.items())
+    assert [name for name, _ in unet.named_modules()] == modules
+    assert not unet._forward_pre_hooks
+
+
+def test_positions_of_a_region_get_plain_attention_with_its_context(unet, layers, noise):
+    contexts = [_context(1, seed) for seed in range(3)]
+    regions = [Region("a", box=(0, 0, 0.4, 0.9)), Region("b", box=(0.6, 0.3, 1, 1))]
+    path = cross_attention_layers(unet)[0]
+    attention = unet.get_submodule(path)
+    queries = []
+    hook = attention.register_forward_hook(lambda _module, inputs, output: queries.append((inputs[0], output)))
+    with regional_attention(unet, RegionPlan(regions)):
+        _run(unet, noise, torch.cat(contexts, dim=1))
+    hook.remove()
+    hidden, output = queries[0]
+    weights = region_weights(regions, 8, 8).flatten(1)
+    with torch.no_grad():
+        plain = [attention(hidden, encoder_hidden_states=context) for context in contexts]
+    for weight, expected in zip([1 - weights.sum(0), *weights], plain, strict=True):
+        inside = weight == 1
+        assert inside.any()
+        assert torch.allclose(output[:, inside], expected[:, inside], atol=1e-6)
+
+
+def test_overlaps_are_the_mean_of_their_contexts(unet, noise):
+    contexts = [_context(1, seed) for seed in range(3)]
+    regions = [Region("a", box=(0, 0, 1, 1)), Region("b", box=(0, 0, 1, 1))]
+    attention = unet.get_submodule(cross_attention_layers(unet)[0])
+    calls = []
+    hook = attention.register_forward_hook(lambda _module, inputs, output: calls.append((inputs[0], output)))
+    with regional_attention(unet, RegionPlan(regions)):
+        _run(unet, noise, torch.cat(contexts, dim=1))
+    hook.remove()
+    hidden, output = calls[0]
+    with torch.no_grad():
+        mean = sum(attention(hidden, encoder_hidden_states=context) for context in contexts[1:]) / 2
+    assert torch.allclose(output, mean, atol=1e-6)
+
+
+def test_each_context_is_computed_only_where_it_holds(unet, noise):
+    path = cross_attention_layers(unet)[0]
+    lengths = []
+    hook = unet.get_submodule(path).to_q.register_forward_hook(
+        lambda _module, _inputs, output: lengths.append(output.shape[1])
+    )
+    with regional_attention(unet, RegionPlan([LEFT, RIGHT])):
+        _run(unet, noise, _context(3))
+    hook.remove()
+    assert lengths == [32, 32]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 8), (10, 22), (2, 6)])
+def test_a_full_region_is_the_prompt_itself_at_any_size(unet, layers, size):
+    noise = torch.randn(2, 4, *size)
+    context = _context(layers)
+    with layerwise_attention(unet):
+        expected = _run(unet, noise, context)
+        with regional_attention(unet, RegionPlan([Region("all", box=(0, 0, 1, 1))])):
+            assert torch.equal(_run(unet, noise, torch.cat([torch.zeros_like(context), context], dim=1)), expected)
+        with regional_attention(unet, RegionPlan([LEFT, RIGHT, Region("x", box=(0.3, 0.4, 0.31, 0.41))])):
+            assert torch.allclose(_run(unet, noise, context.repeat(1, 4, 1)), expected, atol=1e-5)
+
+
+def test_weights_sum_to_one_and_need_no_rounding_leftovers():
+    regions = [Region("a", box=(0, 0, 1, 1))] * 3
+    weights = RegionPlan(regions).weights(4, 4)
+    assert torch.equal(weights[0], torch.zeros(16))
+    assert torch.allclose(RegionPlan([LEFT, *regions]).weights(4, 4).sum(0), torch.ones(16))

@@ -1,0 +1,72 @@
+"""Prompts with concepts as ids: like the tokenizer's own, one place for each concept token."""
+
+import logging
+
+import pytest
+import torch
+
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.conditioning.tokenize import tokenize
+from diffusers_mixofshow.errors import ConceptError
+
+
+PLAIN = ["", "a dog", "  A  dog, on the\tbeach! ", "x" * 74, "x" * 75, "x" * 76, "long " * 40]
+
+
+def test_plain_prompts_get_the_tokenizers_own_ids(tokenizer, concept):
+    ours = tokenize(PLAIN, tokenizer, [concept])
+    theirs = tokenizer(PLAIN, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+    assert torch.equal(ours.ids, theirs.input_ids)
+    assert torch.equal(ours.attention_mask, theirs.attention_mask)
+    assert not any(ours.concept_tokens)
+
+
+def test_each_concept_token_takes_one_place(tokenizer, concept):
+    around = tokenizer("ab, cd").input_ids
+    found = tokenize(["ab <potter>, cd", "<potter2>", "<potter><potter1>"], tokenizer, [concept])
+    assert found.concept_tokens == (
+        {3: "<potter1>", 4: "<potter2>"},
+        {1: "<potter2>"},
+        {1: "<potter1>", 2: "<potter2>", 3: "<potter1>"},
+    )
+    ids = found.ids[0].tolist()
+    assert ids[:3] + ids[5 : found.end_positions[0] + 1] == around
+    assert found.end_positions == (len(around) + 1, 2, 4)
+    assert all(
+        tokenizer.eos_token_id > found.ids[row, place] for row in range(3) for place in found.concept_tokens[row]
+    )
+
+
+def test_a_long_prompt_is_cut_after_the_tokens_are_put_in(tokenizer, concept, caplog):
+    with caplog.at_level(logging.WARNING):
+        tokenize(["x" * 73 + " <potter>"], tokenizer, [concept])
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        found = tokenize(["x" * 74 + " <potter> yz"], tokenizer, [concept])
+    assert found.concept_tokens == ({75: "<potter1>"},)
+    assert found.ids.shape == (1, 77)
+    assert found.ids[0, 76] == tokenizer.eos_token_id
+    assert "truncated because CLIP can only handle sequences up to 77 tokens: ['<potter2> yz']" in caplog.text
+
+
+def test_unknown_words_are_errors_and_added_tokens_are_not(tokenizer, concept):
+    with pytest.raises(ConceptError, match=r"<poter> \(did you mean <potter>\?\).*Loaded concepts: <potter>"):
+        tokenize(["a <poter>"], tokenizer, [concept])
+    tokenizer.add_tokens("<cat-toy>")
+    found = tokenize(["a <cat-toy> <potter>"], tokenizer, [concept])
+    assert found.ids[0, 2] == tokenizer.convert_tokens_to_ids("<cat-toy>")
+    assert found.concept_tokens == ({3: "<potter1>", 4: "<potter2>"},)
+
+
+def test_the_tokenizer_is_left_alone(tokenizer, concept):
+    before = tokenizer.get_vocab()
+    tokenize(["a <potter>"], tokenizer, [concept, Concept.from_name("thanos", "man")])
+    assert tokenizer.get_vocab() == before
+
+
+def test_prompts_can_be_selected(tokenizer, concept):
+    found = tokenize(["a", "<potter>", "b"], tokenizer, [concept])
+    chosen = found.select([1, 0])
+    assert torch.equal(chosen.ids, found.ids[[1, 0]])
+    assert chosen.concept_tokens == (found.concept_tokens[1], {})
+    assert tokenize([], tokenizer, [concept]).ids.shape == (0, 77)

@@ -1,0 +1,63 @@
+"""IP-Adapters keep working inside layer-wise and regional attention."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+from diffusers_mixofshow.regions import Region
+from diffusers_mixofshow.sites import cross_attention_layers
+
+
+WIDTH = 32
+
+
+@pytest.fixture
+def with_image(pipe, make_pack):
+    """The pipeline with one concept and a random IP-Adapter of four tokens."""
+    pipe.load_edlora(make_pack("potter"))
+    unet = pipe.unet
+    torch.manual_seed(0)
+    for path in cross_attention_layers(unet):
+        layer = unet.get_submodule(path)
+        layer.set_processor(IPAdapterAttnProcessor2_0(layer.inner_dim, WIDTH, num_tokens=(4,), scale=1.0))
+    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=WIDTH, num_image_text_embeds=4)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    return pipe
+
+
+def _image(seed=0):
+    return [torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(seed)) * 3]
+
+
+def _mask():
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 16:] = 1
+    return {"ip_adapter_masks": [mask]}
+
+
+def test_without_concepts_it_is_the_parent(with_image, parent, latents):
+    arguments = {"ip_adapter_image_embeds": _image(), "cross_attention_kwargs": _mask()}
+    assert torch.equal(latents(with_image, "a dog", **arguments), latents(parent, "a dog", **arguments))
+
+
+@pytest.mark.parametrize("attention", [None, _mask()], ids=["everywhere", "masked"])
+def test_a_full_region_is_the_prompt_with_the_image(with_image, latents, attention):
+    arguments = {"ip_adapter_image_embeds": _image(), "cross_attention_kwargs": attention}
+    everywhere = [Region("a <potter>", box=(0, 0, 0.4, 1)), Region("a <potter>", box=(0.3, 0, 1, 1))]
+    alone = latents(with_image, "a <potter>", **arguments)
+    assert torch.allclose(latents(with_image, "other", regions=everywhere, **arguments), alone, atol=1e-4)
+    other = latents(with_image, "a <potter>", **{**arguments, "ip_adapter_image_embeds": _image(1)})
+    assert not torch.allclose(other, alone, atol=1e-4)
+
+
+def test_the_adapter_is_back_in_its_place(with_image, latents):
+    weights = {name: value.clone() for name, value in with_image.unet.state_dict().items()}
+    processors = dict(with_image.unet.attn_processors)
+    regions = [Region("a <potter>", box=(0, 0, 0.5, 1))]
+    latents(with_image, "x", regions=regions, ip_adapter_image_embeds=_image())
+    assert all(with_image.unet.attn_processors[name] is processor for name, processor in processors.items())
+    after = with_image.unet.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(after[name], value) for name, value in weights.items())

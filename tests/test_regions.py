@@ -1,0 +1,112 @@
+"""Boxes and masks as weights on feature grids."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.regions import Region, feature_grids, region_weights
+
+
+def _mask(height=64, width=96):
+    mask = np.zeros((height, width), dtype=bool)
+    mask[: height // 2, width // 3 :] = True
+    return mask
+
+
+def test_a_box_holds_the_cells_whose_centres_it_contains():
+    weights = region_weights([Region("a", box=(0.25, 0.5, 1.0, 1.0))], 4, 8)
+    expected = torch.zeros(1, 4, 8)
+    expected[0, 2:, 2:] = 1
+    assert torch.equal(weights, expected)
+
+
+def test_neighbours_share_no_cell_and_leave_no_gap():
+    boxes = [(0, 0, 0.33, 1), (0.33, 0, 0.62, 1), (0.62, 0, 1, 1)]
+    for size in (4, 5, 7, 8, 16, 64):
+        weights = region_weights([Region("a", box=box) for box in boxes], size, size)
+        assert set(weights.unique().tolist()) == {0, 1}
+        assert torch.equal(weights.sum(0), torch.ones(size, size))
+
+
+def test_overlaps_are_averaged():
+    boxes = [(0, 0, 1, 1), (0.5, 0, 1, 1), (0.5, 0.5, 1, 1)]
+    weights = region_weights([Region("a", box=box) for box in boxes], 4, 4)
+    assert weights[:, 0, 0].tolist() == [1, 0, 0]
+    assert weights[:, 0, 3].tolist() == [0.5, 0.5, 0]
+    assert torch.allclose(weights[:, 3, 3], torch.full((3,), 1 / 3))
+
+
+@pytest.mark.parametrize("box", [(0.5, 0, 0.501, 1), (0.999, 0, 1, 1), (0, 0, 0.001, 0.001), (0.3, 0.3, 0.301, 0.301)])
+def test_a_thin_box_reaches_its_nearest_cells(box):
+    for size in (1, 2, 3, 8):
+        weights = region_weights([Region("a", box=box)], size, size)[0]
+        rows, columns = weights.nonzero(as_tuple=True)
+        assert len(columns.unique()) == 1
+        assert abs((columns[0] + 0.5) / size - (box[0] + box[2]) / 2) <= 0.5 / size + 1e-6
+        if box[3] == 1:
+            assert len(rows) == size
+
+
+def test_a_thin_mask_reaches_its_nearest_cells():
+    mask = torch.zeros(64, 64)
+    mask[:, 10] = 1
+    weights = region_weights([Region("a", mask=mask)], 8, 8)[0]
+    assert torch.equal(weights, torch.zeros(8, 8).index_fill(1, torch.tensor([1]), 1))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda mask: mask,
+        lambda mask: mask.astype(np.uint8) * 255,
+        lambda mask: mask.astype(np.uint8),
+        lambda mask: mask.astype(np.float32),
+        lambda mask: Image.fromarray(mask.astype(np.uint8) * 255),
+        lambda mask: Image.fromarray(mask),
+        lambda mask: torch.from_numpy(mask)[None, None],
+        lambda mask: torch.from_numpy(mask).half(),
+    ],
+)
+def test_a_mask_of_any_kind_and_size_is_like_its_box(kind):
+    box = Region("a", box=(1 / 3, 0, 1, 0.5))
+    for size in ((64, 96), (30, 30), (7, 200), (2, 3)):
+        region = Region("a", mask=kind(_mask()))
+        assert torch.equal(region_weights([region], 4, 6), region_weights([box], 4, 6))
+        assert region_weights([region], *size).shape == (1, *size)
+
+
+def test_no_region_has_no_weights():
+    assert region_weights([], 3, 4).shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, ["neither"]),
+        ({"box": (0, 0, 1, 1), "mask": np.ones((2, 2))}, ["both"]),
+        ({"box": (0, 0, 512, 512)}, ["leaves [0, 1]", "fractions"]),
+        ({"box": (0.5, 0.7, 0.5, 0.2)}, ["left 0.5", "top 0.7"]),
+        ({"box": (-0.1, 0.7, 0.5, 0.2), "negative_prompt": 3}, ["leaves", "top 0.7", "int"]),
+        ({"box": (0, 1)}, ["2 values"]),
+        ({"box": "left"}, ["'left'"]),
+        ({"box": (float("nan"), 0, 1, 1)}, ["leaves"]),
+        ({"mask": np.zeros((4, 4))}, ["no pixel"]),
+        ({"mask": np.ones((4, 4, 3))}, ["(4, 4, 3)"]),
+        ({"mask": np.full((4, 4), 255.0)}, ["255.0", "0 to 1"]),
+        ({"mask": "mask.png"}, ["str"]),
+        ({"mask": np.zeros((0, 4))}, ["(0, 4)"]),
+    ],
+)
+def test_every_defect_is_named_at_once(arguments, words):
+    with pytest.raises(RegionError) as error:
+        Region("a cat", **arguments)
+    assert all(word in str(error.value) for word in ["a cat", *words])
+
+
+def test_feature_grids_halve_and_round_up():
+    assert feature_grids(64, 48) == {
+        3072: (64, 48), 768: (32, 24), 192: (16, 12), 48: (8, 6), 12: (4, 3), 4: (2, 2), 1: (1, 1),
+    }  # fmt: skip
+    assert feature_grids(5, 1) == {5: (5, 1), 3: (3, 1), 2: (2, 1), 1: (1, 1)}
