@@ -421,6 +421,18 @@ def test_tensors_of_odd_dimensions(saved):
     assert "not a pair" in refused(path)
 
 
+@pytest.mark.parametrize("dtype", ["F6_E2M3", "F4", "C64", "BOOL", "F8_E4M3", "F99"])
+def test_tensors_of_odd_dtypes(pack, tmp_path, dtype):
+    path = pack.save_pretrained(tmp_path)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["edlora.embeddings.<rex1>"]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    refused(path)
+
+
 def test_reading_unpickles_nothing(tmp_path):
     (tmp_path / FILE).write_bytes(b"")
     torch.save({"edlora": 1}, tmp_path / FILE)

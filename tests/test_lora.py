@@ -256,6 +256,19 @@ def test_ejecting_what_diffusers_has_deleted_does_no_harm(flat):
     inject(flat, packs.random_pack(flat), "rex")
 
 
+def test_fused_adapters_are_refused_in_both_directions(flat):
+    pack, base = packs.random_pack(flat), outputs(flat)
+    pipe = StableDiffusionPipeline(**flat)
+    inject(flat, pack, "rex")
+    pipe.fuse_lora()
+    for action in (lambda: inject(flat, pack, "tom"), lambda: eject(flat, "rex")):
+        with pytest.raises(ConfigurationError, match="unfuse_lora"):
+            action()
+    pipe.unfuse_lora()
+    eject(flat, "rex")
+    torch.testing.assert_close(outputs(flat), base, rtol=1e-4, atol=1e-4)
+
+
 def test_offloaded_weights_are_refused(flat):
     pack = packs.random_pack(flat)
     flat["unet"].to("meta")

@@ -78,8 +78,9 @@ def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, 
 
     Raises:
         EDLoRAFormatError: If the ED-LoRA does not fit the model; the model is unchanged.
-        ConfigurationError: If the name is taken or malformed; the model is unchanged.
+        ConfigurationError: If the name is taken or malformed, or adapters are fused; the model is unchanged.
     """
+    _refuse_fused(components)
     edlora.check_fits(components)
     shapes = {site: (update.rank, update.alpha) for site, update in edlora.lora.items()}
     _check_name(components, adapter_name)
@@ -101,7 +102,11 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
 
     Other adapters stay as they are. Components that do not have the adapter are left alone, so that it does no harm
     if the user has deleted it with diffusers' own methods before.
+
+    Raises:
+        ConfigurationError: If adapters are fused, so that the weights could not be given back as they were.
     """
+    _refuse_fused(components)
     for model in components_with_sites(components).values():
         with _gradient_flags_kept(model):
             for path, layer in list(model.named_modules()):
@@ -160,6 +165,7 @@ def trainable(components: Mapping[str, object], rank: int, alpha: float) -> Iter
     """
     if rank < 1:
         raise ConfigurationError(f"The rank of a LoRA must be at least 1, got {rank}.")
+    _refuse_fused(components)
     _check_name(components, _TRAINING_ADAPTER)
     shapes = dict.fromkeys(adapted_layers(components), (rank, alpha))
     with ExitStack() as stack:
@@ -266,6 +272,16 @@ def _check_name(components: Mapping[str, object], adapter_name: str) -> None:
             f"An adapter named {adapter_name!r} is loaded already (loaded: {', '.join(sorted(taken))}). "
             "Unload it first, or give this one another adapter_name."
         )
+
+
+def _refuse_fused(components: Mapping[str, object]) -> None:
+    """PEFT ignores a new adapter on a fused layer, and deletes a fused one without taking it out of the weight."""
+    for model in components_with_sites(components).values():
+        if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
+            raise ConfigurationError(
+                "LoRA adapters are fused into the model's weights. Call pipe.unfuse_lora() before an ED-LoRA is loaded, "
+                "trained or unloaded, and pipe.fuse_lora() afterwards."
+            )
 
 
 @contextmanager

@@ -147,9 +147,13 @@ def _site_defects(
     for site, update in of_given.items():
         if site in sites:
             ours = (update.up.shape[0], update.down.shape[1])
-            theirs = (sites[site].out_features, sites[site].in_features)
+            theirs = _out_and_in(sites[site])
             if ours != theirs:
                 misfits.append(f"{site} {ours}, in the model {theirs}")
     if misfits:
         defects.append(f"layers of another (out, in) size: {listed(misfits)}")
     return defects
+
+
+def _out_and_in(layer: nn.Module) -> tuple[object, object]:
+    return layer.out_features, layer.in_features

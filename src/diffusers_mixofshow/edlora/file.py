@@ -10,7 +10,7 @@ Where alpha differs from the rank, diffusers' own metadata says so too (see `sto
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -105,23 +105,15 @@ def read(path: Path) -> Contents:
 def _replace(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write to a temporary name beside `path`, flush to the disk, and rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "wb") as out:
+        with temporary.open("xb") as out:
             out.write(serialize(tensors, metadata=metadata))
             out.flush()
             os.fsync(out.fileno())
-            os.fchmod(out.fileno(), 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
