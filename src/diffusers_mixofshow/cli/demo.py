@@ -12,7 +12,9 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for photos, ED-LoRAs, pictures and the page.")] = Path(
         "mixofshow-demo"
     ),
-    photos: Annotated[Path | None, typer.Option(help="Your own pictures of one concept, in place of a drawn one.")] = None,
+    photos: Annotated[
+        Path | None, typer.Option(help="Your own pictures of one concept, in place of a drawn one.")
+    ] = None,
     class_word: Annotated[str | None, typer.Option(help="What your pictures show, e.g. dog.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of tuning and sampling.")] = 0,
 ) -> None:

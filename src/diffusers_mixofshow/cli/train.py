@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    photos: Annotated[Path | None, typer.Argument(help="Folder of photos, captions (NAME.txt), masks/NAME.png.")] = None,
+    photos: Annotated[
+        Path | None, typer.Argument(help="Folder of photos, captions (NAME.txt), masks/NAME.png.")
+    ] = None,
     concept: Annotated[str | None, typer.Option(help="Name of the concept, e.g. potter for <potter>.")] = None,
     class_word: Annotated[str | None, typer.Option(help="Plain word for what it is, e.g. man, dog, chair.")] = None,
     kind: Annotated[str | None, typer.Option(help="character, pet, object or scene.")] = None,

@@ -91,5 +91,3 @@ def _subject(concept: DemoConcept, photos: Sequence[Image.Image], judge: Judge) 
         photos=judge.features(photos),
         attributes=concept.attributes,
     )
-
-

@@ -31,6 +31,7 @@ body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.55 sy
 main { max-width: 1120px; margin: 0 auto; padding: 48px 24px 64px; }
 h1 { font-size: 2.3rem; line-height: 1.15; letter-spacing: -.02em; margin: 0 0 8px; }
 h2 { font-size: 1.35rem; margin: 48px 0 4px; letter-spacing: -.01em; }
+h3 { font-size: 1rem; margin: 0 0 14px; }
 p { max-width: 46em; margin: 4px 0 16px; } .soft, figcaption, th small { color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 16px; margin: 28px 0 8px; }
 .tile, .card { background: var(--paper); border: 1px solid var(--line); border-radius: 14px; padding: 18px 20px; }
@@ -41,7 +42,8 @@ img { display: block; border-radius: 7px; }
 .strip { display: grid; grid-template-columns: repeat(2, 1fr); gap: 5px; width: max-content; }
 .strip img { width: 84px; height: 84px; }
 table { border-collapse: collapse; } .grid td, .grid th { padding: 10px 14px 10px 0; vertical-align: top; }
-th { text-align: left; font-weight: 600; } .grid th { font-size: .93rem; } th small { display: block; font-weight: 400; }
+th { text-align: left; font-weight: 600; } .grid th { font-size: .93rem; }
+th small { display: block; font-weight: 400; }
 .numbers td, .numbers th { padding: 7px 26px 7px 0; border-bottom: 1px solid var(--line); }
 .numbers td { font-variant-numeric: tabular-nums; } .best td { font-weight: 700; }
 .caption { font-size: .82rem; color: var(--soft); margin-top: 6px; line-height: 1.4; }
@@ -92,7 +94,7 @@ def write_page(
 
 def percent(value: float | None) -> str:
     """A share for people; a dash where it is not defined."""
-    return "–" if value is None else f"{value:.0%}".replace("%", "&nbsp;%")
+    return "&ndash;" if value is None else f"{value:.0%}".replace("%", "&nbsp;%")
 
 
 def data_uri(image: Image.Image) -> str:
@@ -192,14 +194,15 @@ def _together(pictures: Pictures, measures: Measures) -> str:
     for method, title in titles.items():
         figures = "".join(
             _figure(image, found, right)
-            for image, found, right in list(
-                zip(images[method], measures.found[method], pictures.order, strict=True)
-            )[:_SHOWN_TOGETHER]
+            for image, found, right in list(zip(images[method], measures.found[method], pictures.order, strict=True))[
+                :_SHOWN_TOGETHER
+            ]
         )
         rates = measures.regions[method]
         sections.append(
             f"<div class='card'><h3>{title}: right concept in {percent(rates['regions'])} of the places, in all "
-            f"places of {percent(rates['whole_pictures'])} of the pictures</h3><div class='pairs'>{figures}</div></div>"
+            f"places of {percent(rates['whole_pictures'])} of the pictures</h3>"
+            f"<div class='pairs'>{figures}</div></div>"
         )
     return (
         "<h2>Together</h2><p class='soft'>One fused model, concepts side by side in equal columns. Under every "
@@ -221,7 +224,7 @@ def _closing(report: Mapping[str, Any]) -> str:
     seconds = ", ".join(f"{escape(name)} {value:.0f} s" for name, value in report["seconds"].items())
     return (
         f"<footer><p>Made by <code>{escape(report['command'])}</code>, seed {int(report['settings']['seed'])}, on "
-        f"{escape(report['machine'])}, Python {escape(report['python'])}: {versions}.</p><p>{seconds}. A stage that "
+        f"{escape(report['machine'])}: {versions}.</p><p>{seconds}. A stage that "
         "was finished before counts only the time to find that out.</p><p>Method: Mix-of-Show, arXiv:2305.18292. "
         "All numbers are in <code>report.json</code>.</p></footer>"
     )

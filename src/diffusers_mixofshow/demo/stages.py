@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +22,8 @@ from diffusers_mixofshow.errors import ConfigurationError
 if TYPE_CHECKING:
     from diffusers_mixofshow.demo.measuring import Measures
     from diffusers_mixofshow.demo.sampling import Pictures
+    from diffusers_mixofshow.fusion.fuser import Method
 
-_PACKAGES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 _FUSION_BATCH = 8
 
 
@@ -113,7 +110,8 @@ def _fuse_and_sample(
     with stages("fusion", "Fusing all ED-LoRAs into one, without any photo") as progress:
         task = progress.add_task("packs", total=2)
         packs = {f"single/{name}": folder for name, folder in singles.items()}
-        for method, name in (("average", "average"), ("closed-form", "fused")):
+        methods: tuple[tuple[Method, str], ...] = (("average", "average"), ("closed-form", "fused"))
+        for method, name in methods:
             packs[name] = _fused(pipe, list(singles.values()), method, settings.folder / name, settings)
             progress.advance(task)
     with stages("sampling", "Every concept alone, and three together") as progress:
@@ -121,12 +119,12 @@ def _fuse_and_sample(
         return sample_all(pipe, concepts, packs, settings, lambda count: progress.advance(task, count))
 
 
-def _fused(pipe: Any, singles: Sequence[Path], method: str, folder: Path, settings: DemoSettings) -> Path:
+def _fused(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:
     """Fuse, unless the folder holds the result of the same ED-LoRAs and settings."""
     from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
     from diffusers_mixofshow.fusion import GradientFuser
 
-    arguments = {
+    arguments: dict[str, Any] = {
         "prompts": RECORDING_PROMPTS,
         "steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
@@ -178,22 +176,16 @@ def _report(
 
 
 def _record(measures: Measures, settings: DemoSettings, seconds: Mapping[str, float]) -> dict[str, Any]:
+    from diffusers_mixofshow.evaluation import record
+
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": record.command(),
         "settings": {name: _as_json(value) for name, value in asdict(settings).items()},
         "seconds": dict(seconds),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": record.versions(),
+        "machine": record.machine(),
         **measures.as_record(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _as_json(value: Any) -> Any:
@@ -206,9 +198,7 @@ def _print_summary(measures: Measures, stages: _Stages, console: Console) -> Non
 
     table = Table("identity, mean over concepts", "image alignment", "attributes read", "nearest photos are its own")
     for method, identity in measures.mean.items():
-        table.add_row(
-            method, f"{identity.alignment:.3f}", percent(identity.attributes), percent(identity.nearest)
-        )
+        table.add_row(method, f"{identity.alignment:.3f}", percent(identity.attributes), percent(identity.nearest))
     console.print(table)
     for method, kept in measures.retention.items():
         console.print(

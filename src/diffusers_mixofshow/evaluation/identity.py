@@ -154,9 +154,7 @@ def region_accuracy(found: Sequence[Sequence[str]], expected: Sequence[Sequence[
         found: For every picture, one name a region.
         expected: The right names.
     """
-    hits = [
-        [name == right for name, right in zip(*rows, strict=True)] for rows in zip(found, expected, strict=True)
-    ]
+    hits = [[name == right for name, right in zip(*rows, strict=True)] for rows in zip(found, expected, strict=True)]
     regions = [hit for row in hits for hit in row]
     return {
         "regions": round(sum(regions) / len(regions), 4),

@@ -36,6 +36,10 @@ class ToylandJudge:
         """Features of the metric model, shape (n, d)."""
         return self._metric_model.image_features(images)
 
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features of the metric model, shape (n, d)."""
+        return self._metric_model.text_features(texts)
+
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
         """For every picture, attribute name to its likeliest value."""
         likeliest = {name: scores.argmax(dim=1) for name, scores in self._reader.read(images).items()}
