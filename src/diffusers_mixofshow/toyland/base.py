@@ -122,7 +122,7 @@ def load_metric_model(folder: Path | str | None = None) -> MetricModel:
 
     root = Path(folder or path())
     with _quietly():
-        model = CLIPModel(CLIPConfig.from_pretrained(root / "metric"))
+        model = CLIPModel(CLIPConfig.from_pretrained(root / "metric")).float()
         tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
     state = load_file(root / "metric" / "model.safetensors")
     state |= load_file(root / "text_encoder" / "model.safetensors")

@@ -84,6 +84,9 @@ def assemble(output: Path, weights: Path) -> None:
         clip=clip,
         tokenizer_folder=output / "tokenizer",
     )
-    export_metric_model(weights / "metric", clip)
+    tuned = output / "metric"
+    export_metric_model(weights / "metric", CLIPModel.from_pretrained(tuned) if tuned.exists() else clip)
+    if (output / "training.json").exists():
+        shutil.copy(output / "training.json", weights / "training.json")
     if (output / "reader").exists():
         shutil.copytree(output / "reader", weights / "reader", dirs_exist_ok=True)

@@ -1,8 +1,8 @@
 """Train Toyland's base from nothing: ``python -m diffusers_mixofshow.toyland.train --output DIR``.
 
 The stages are the autoencoder, the text and metric model, the U-Net and the attribute reader. All of them checkpoint
-and continue with ``--resume``; ``accelerate launch --cpu --num_processes 2 -m diffusers_mixofshow.toyland.train ...``
-averages gradients over processes.
+and continue with ``--resume``; ``torchrun --nproc_per_node 2 -m diffusers_mixofshow.toyland.train ...`` with
+``OMP_NUM_THREADS=1`` averages gradients over processes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Sequence
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import accelerate
@@ -18,6 +24,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTokenizer
 
+from diffusers_mixofshow.toyland.alignment import AlignmentObjective, claim_about, holding
 from diffusers_mixofshow.toyland.autoencoder import (
     AutoencoderObjective,
     build_autoencoder,
@@ -25,12 +32,23 @@ from diffusers_mixofshow.toyland.autoencoder import (
     random_crops,
     reconstruct,
     render_pixels,
+    to_pixels,
     whiten,
 )
 from diffusers_mixofshow.toyland.denoiser import SCHEDULE, DenoisingObjective, build_unet
-from diffusers_mixofshow.toyland.export import export_pipeline, text_tower
+from diffusers_mixofshow.toyland.export import assemble, export_pipeline, text_tower
 from diffusers_mixofshow.toyland.loop import LoopConfig, train_stage
 from diffusers_mixofshow.toyland.optimiser import Muon
+from diffusers_mixofshow.toyland.reader import (
+    AttributeReader,
+    ReaderNetwork,
+    ReaderObjective,
+    attribute_vocabulary,
+    reader_pool,
+    reader_scenes,
+    scene_labels,
+    soft_round_trip,
+)
 from diffusers_mixofshow.toyland.text import (
     ContrastiveObjective,
     build_clip,
@@ -38,7 +56,7 @@ from diffusers_mixofshow.toyland.text import (
     sample_captions,
     write_tokenizer,
 )
-from diffusers_mixofshow.toyland.world import caption, random_scene
+from diffusers_mixofshow.toyland.world import caption, draw, random_scene
 
 
 HELD_OUT_SEED = 900_000_000
@@ -98,8 +116,10 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
     """Stage 2; writes ``output/tokenizer`` and ``output/clip``."""
     accelerator = accelerate.Accelerator()
     torch.manual_seed(config.seed)
-    with accelerator.main_process_first():
-        tokenizer = write_tokenizer(output / "tokenizer", sample_captions(4000, config.seed))
+    if accelerator.is_main_process:
+        write_tokenizer(output / "tokenizer", sample_captions(4000, config.seed))
+    accelerator.wait_for_everyone()
+    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     objective = ContrastiveObjective(build_clip(tokenizer))
     first = accelerator.process_index * pool_size
     wide = pool_size // 8
@@ -192,29 +212,187 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
     )
 
 
+def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
+    """Stage 4; needs stage 1 and writes ``output/reader``."""
+    accelerator = accelerate.Accelerator()
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL.from_pretrained(output / "vae")
+    vocabulary = attribute_vocabulary()
+    sizes = [len(values) for values in vocabulary.values()]
+    objective = ReaderObjective(ReaderNetwork(sum(sizes)), sizes)
+    pool = reader_pool(pool_size, config.seed * 64 + accelerator.process_index, vae)
+    held_out = reader_pool(512, HELD_OUT_SEED, vae)
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.randint(len(pool.pixels), (batch_size,), generator=generator)
+        pixels = soften(pool.pixels[chosen].float() / 127.5 - 1, generator)
+        return pixels.to(accelerator.device), pool.labels[chosen].to(accelerator.device)
+
+    @torch.no_grad()
+    def report(average: torch.nn.Module) -> None:
+        scores = average.model(held_out.pixels.to(accelerator.device).float() / 127.5 - 1).cpu().split(sizes, dim=1)
+        for kind, rows in (("renders", slice(1, None, 2)), ("round trips", slice(0, None, 2))):
+            figures = []
+            for column, name in enumerate(vocabulary):
+                labels = held_out.labels[rows, column]
+                right = (scores[column][rows].argmax(dim=1) == labels)[labels >= 0]
+                figures.append(f"{name} {float(right.float().mean()):.2f}")
+            print(f"held-out accuracy on {kind}: {', '.join(figures)}", flush=True)
+        AttributeReader(copy.deepcopy(average.model).cpu(), vocabulary).save_pretrained(output / "reader")
+
+    train_stage(
+        objective,
+        batch,
+        config,
+        accelerator=accelerator,
+        optimiser=Muon(objective.parameters(), learning_rate=config.learning_rate, weight_decay=0.01),
+        checkpoint=output / "checkpoints" / "reader.pt",
+        resume=resume,
+        on_checkpoint=report,
+    )
+
+
+def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
+    """Stage 5; needs stages 1 and 2, tunes the image tower of ``output/clip`` and writes ``output/metric``."""
+    accelerator = accelerate.Accelerator()
+    torch.manual_seed(config.seed)
+    vae = AutoencoderKL.from_pretrained(output / "vae")
+    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+    sizes = [len(values) for values in attribute_vocabulary().values()]
+    objective = AlignmentObjective(CLIPModel.from_pretrained(output / "clip"), sizes)
+    first = 100_000_000 + accelerator.process_index * pool_size
+    scenes = reader_scenes(pool_size * 3 // 4, first) + [
+        random_scene(seed, things=2) for seed in range(first, first + pool_size // 4)
+    ]
+    labels = scene_labels(scenes)
+    pool = ((to_pixels([draw(scene).image for scene in scenes]) + 1) * 127.5).round().to(torch.uint8)
+    pool[::2] = soft_round_trip(vae, pool[::2], first)
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        chosen = torch.randint(len(pool), (batch_size,), generator=generator)
+        rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
+        shown = [scenes[index] for index in chosen.tolist()]
+        claims = [claim_about(scene, rng) for scene in shown]
+        pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
+        token_ids = encode_prompts(tokenizer, [claim.text for claim in claims])[:, :32]
+        parts = (pixels, token_ids, holding(claims, shown), labels[chosen])
+        return tuple(part.to(accelerator.device) for part in parts)
+
+    def export(average: torch.nn.Module) -> None:
+        copy.deepcopy(average.model).cpu().save_pretrained(output / "metric")
+
+    train_stage(
+        objective,
+        batch,
+        config,
+        accelerator=accelerator,
+        optimiser=Muon(
+            [parameter for parameter in objective.parameters() if parameter.requires_grad],
+            learning_rate=config.learning_rate,
+            weight_decay=0.01,
+        ),
+        checkpoint=output / "checkpoints" / "metric.pt",
+        resume=resume,
+        on_checkpoint=export,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage with the settings that the shipped base was trained with; the command line overrides them."""
+
+    train: Callable[..., None]
+    config: LoopConfig
+    batch_size: int
+    pool_size: int
+
+
+STAGES: dict[str, Stage] = {
+    "autoencoder": Stage(
+        train=train_autoencoder,
+        config=LoopConfig(minutes=9, learning_rate=1.5e-2),
+        batch_size=16,
+        pool_size=8000,
+    ),
+    "text": Stage(
+        train=train_text, config=LoopConfig(minutes=4, learning_rate=1.5e-3), batch_size=64, pool_size=6000
+    ),
+    "unet": Stage(
+        train=train_unet,
+        config=LoopConfig(
+            minutes=90, learning_rate=1e-3, warm_up_steps=200, decay_from=0.65, average_decay=0.999, checkpoint_minutes=4
+        ),
+        batch_size=16,
+        pool_size=18000,
+    ),
+    "reader": Stage(
+        train=train_reader,
+        config=LoopConfig(minutes=9, learning_rate=1e-2, decay_from=0.3),
+        batch_size=48,
+        pool_size=14000,
+    ),
+    "metric": Stage(
+        train=train_metric,
+        config=LoopConfig(minutes=10, learning_rate=3e-3, decay_from=0.3),
+        batch_size=64,
+        pool_size=12000,
+    ),
+}
+"""All stages in the order in which they need each other."""
+
+
+def _record(output: Path, name: str, config: LoopConfig, minutes: float) -> None:
+    """Add to ``output/training.json`` how a stage was trained."""
+    path = output / "training.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    record[name] = {
+        "settings": dataclasses.asdict(config),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "hardware": f"{device}, {platform.machine()}",
+        "torch": torch.__version__,
+        "minutes": round(minutes, 1),
+    }
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m diffusers_mixofshow.toyland.train", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and trained parts")
+    parser.add_argument("--stage", choices=("all", *STAGES, "none"), default="all")
+    parser.add_argument("--weights", type=Path, help="afterwards, gather all parts here in diffusers' layout")
+    parser.add_argument("--resume", action="store_true", help="continue from the stage's checkpoint")
+    parser.add_argument("--batch-size", type=int, help="pictures a step on every process")
+    parser.add_argument("--pool-size", type=int, help="pictures drawn in advance on every process")
+    for field in dataclasses.fields(LoopConfig):
+        kind = int if field.name in ("steps", "seed", "warm_up_steps", "log_steps") else float
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see LoopConfig")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages that the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m diffusers_mixofshow.toyland.train", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--stage", choices=("all", "autoencoder", "text", "unet", "reader"), default="all")
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--pool-size", type=int, default=8000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warm-up-steps", type=int, default=100)
-    parser.add_argument("--decay-from", type=float, default=0.0)
-    parser.add_argument("--average-decay", type=float, default=0.998)
-    parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args(arguments)
-    names = [field.name for field in dataclasses.fields(LoopConfig) if hasattr(options, field.name)]
-    config = LoopConfig(**{name: getattr(options, name) for name in names})
-    stage = {"autoencoder": train_autoencoder, "text": train_text, "unet": train_unet}[options.stage]
-    stage(
-        options.output, config, batch_size=options.batch_size, pool_size=options.pool_size, resume=options.resume
-    )
+    options = vars(_parser().parse_args(arguments))
+    chosen = {"all": list(STAGES), "none": []}.get(options["stage"], [options["stage"]])
+    names = [field.name for field in dataclasses.fields(LoopConfig)]
+    given = {name: options[name] for name in names if options[name] is not None}
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    for name in chosen:
+        stage = STAGES[name]
+        config = dataclasses.replace(stage.config, **given)
+        started = time.monotonic()
+        stage.train(
+            options["output"],
+            config,
+            batch_size=options["batch_size"] or stage.batch_size,
+            pool_size=options["pool_size"] or stage.pool_size,
+            resume=options["resume"],
+        )
+        if main_process:
+            _record(options["output"], name, config, (time.monotonic() - started) / 60)
+        accelerate.PartialState().wait_for_everyone()
+    if options["weights"] is not None and main_process:
+        assemble(options["output"], options["weights"])
 
 
 if __name__ == "__main__":

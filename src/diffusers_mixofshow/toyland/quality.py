@@ -1,0 +1,283 @@
+"""Measure the shipped base on fresh seeds: ``python -m diffusers_mixofshow.toyland.quality``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffusers_mixofshow.toyland.autoencoder import peak_signal_to_noise, reconstruct, to_pixels
+from diffusers_mixofshow.toyland.base import MetricModel, load_metric_model, load_pipeline, load_reader, path
+from diffusers_mixofshow.toyland.concepts import CONCEPTS, photos
+from diffusers_mixofshow.toyland.reader import AttributeReader
+from diffusers_mixofshow.toyland.world import (
+    BACKGROUNDS,
+    CLASSES,
+    MAIN_COLOURS,
+    draw,
+    place_phrase,
+    random_scene,
+    with_article,
+)
+
+
+FRESH_SEED = 950_000_000
+"""First seed of the pictures measured on; training uses none from 900 million on."""
+
+STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleQuality:
+    """Fractions of samples in which the reader finds what the prompt asked for."""
+
+    guidance_scale: float
+    samples: int
+    class_right: float
+    background_right: float
+    colour_right: float
+    colour_right_by_class: dict[str, float]
+    class_right_by_class: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptIdentity:
+    """Mean fraction of a concept's attributes that the reader reads right, before and after one round trip."""
+
+    renders: float
+    round_trip: float
+
+
+def from_pixels(pixels: torch.Tensor) -> list[Image.Image]:
+    """Pictures of (n, 3, height, width) in [-1, 1]."""
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(level) for level in levels]
+
+
+def measure_autoencoder(vae: Any, count: int = 512) -> float:
+    """Mean PSNR in dB over fresh scenes of one or two things."""
+    pixels = to_pixels([draw(random_scene(FRESH_SEED + index)).image for index in range(count)])
+    return peak_signal_to_noise(reconstruct(vae, pixels), pixels)
+
+
+def identity_of(name: str) -> dict[str, str]:
+    """The attributes that make up a concept's identity: its main colour and all hidden ones."""
+    concept = CONCEPTS[name]
+    return {"colour": concept.colour, **concept.attributes}
+
+
+def measure_identity(vae: Any, reader: AttributeReader, count: int = 48) -> dict[str, ConceptIdentity]:
+    """Reader accuracy on fresh photos of every concept but scenes, before and after encode and decode."""
+    results: dict[str, ConceptIdentity] = {}
+    for name, concept in CONCEPTS.items():
+        if concept.kind == "scene":
+            continue
+        images = [photo.image for photo in photos(concept, count, seed=FRESH_SEED)]
+        again = from_pixels(reconstruct(vae, to_pixels(images)))
+        accuracy = [float(reader.agreement(each, identity_of(name)).mean()) for each in (images, again)]
+        results[name] = ConceptIdentity(renders=accuracy[0], round_trip=accuracy[1])
+    return results
+
+
+def measure_zero_shot(metric: MetricModel, count: int = 600) -> float:
+    """Fraction of fresh renders of one thing whose class the metric model names right."""
+    scenes = [random_scene(FRESH_SEED + index, things=1) for index in range(count)]
+    images = metric.image_features([draw(scene).image for scene in scenes])
+    texts = metric.text_features([f"a photo of {with_article(name)}" for name in CLASSES])
+    found = (images @ texts.T).argmax(dim=1).tolist()
+    right = [CLASSES[index] == scene.things[0].class_word for index, scene in zip(found, scenes, strict=True)]
+    return sum(right) / count
+
+
+def balanced_prompts(count: int, seed: int) -> list[dict[str, str]]:
+    """Prompts that go through classes, backgrounds and colours evenly, with what they ask for."""
+    rng = random.Random(seed)
+    wanted: list[dict[str, str]] = []
+    for index in range(count):
+        class_word = CLASSES[index % len(CLASSES)]
+        background = BACKGROUNDS[(index // len(CLASSES)) % len(BACKGROUNDS)]
+        colour = rng.choice(MAIN_COLOURS[class_word])
+        words = f"{with_article(f'{colour} {class_word}')} {place_phrase(background, rng)}"
+        wanted.append({"prompt": words, "class": class_word, "background": background, "colour": colour})
+    return wanted
+
+
+def sample(pipeline: Any, prompts: Sequence[str], guidance_scale: float, seed: int) -> list[Image.Image]:
+    """One picture for every prompt, picture i from seed + i."""
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), 36):
+        part = list(prompts[start : start + 36])
+        generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(part))]
+        images += pipeline(
+            part, num_inference_steps=STEPS, guidance_scale=guidance_scale, generator=generators
+        ).images
+    return images
+
+
+def measure_samples(
+    pipeline: Any, reader: AttributeReader, count: int, guidance_scale: float, seed: int = FRESH_SEED
+) -> tuple[SampleQuality, list[Image.Image]]:
+    """Sample balanced prompts and read class, background and main colour off the pictures."""
+    wanted = balanced_prompts(count, seed)
+    images = sample(pipeline, [each["prompt"] for each in wanted], guidance_scale, seed)
+    found = reader.read(images)
+    right: dict[str, list[bool]] = {}
+    for name in ("class", "background", "colour"):
+        words = [reader.vocabulary[name][index] for index in found[name].argmax(dim=1).tolist()]
+        right[name] = [word == each[name] for word, each in zip(words, wanted, strict=True)]
+
+    def by_class(name: str) -> dict[str, float]:
+        rows = {word: [ok for ok, each in zip(right[name], wanted, strict=True) if each["class"] == word] for word in CLASSES}
+        return {word: round(sum(values) / len(values), 3) for word, values in rows.items() if values}
+
+    quality = SampleQuality(
+        guidance_scale=guidance_scale,
+        samples=count,
+        class_right=sum(right["class"]) / count,
+        background_right=sum(right["background"]) / count,
+        colour_right=sum(right["colour"]) / count,
+        colour_right_by_class=by_class("colour"),
+        class_right_by_class=by_class("class"),
+    )
+    return quality, images
+
+
+def save_sheet(images: Sequence[Image.Image], target: Path, columns: int = 18) -> None:
+    """Write pictures side by side at twice their size."""
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * 64, rows * 64))
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * 64, index // columns * 64))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(target)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%h", "--", "."]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def readme(report: dict[str, Any], weights: Path) -> str:
+    """The text of the README beside the weights: training, sizes and measured quality."""
+    record_file = weights / "training.json"
+    record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
+    lines = [
+        "# Toyland's base",
+        "",
+        "Written by `python -m diffusers_mixofshow.toyland.quality --write-readme`; do not edit.",
+        "A Stable Diffusion in diffusers' layout for 64x64 pictures of a drawn world, with its metric model and "
+        "attribute reader. Trained from nothing by `python -m diffusers_mixofshow.toyland.train --output DIR "
+        "--weights WEIGHTS` (add `torchrun --nproc_per_node 2 -m` to average gradients over processes).",
+        "",
+        "## Training",
+        "| stage | minutes | processes | seed | learning rate | hardware | torch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, stage in record.items():
+        settings = stage["settings"]
+        lines.append(
+            f"| {name} | {stage['minutes']} | {stage['processes']} | {settings['seed']} | "
+            f"{settings['learning_rate']:g} | {stage['hardware']} | {stage['torch']} |"
+        )
+    lines += ["", f"Code: commit {report['commit']} of `toyland/`. All settings: `training.json`.", "", "## Size"]
+    lines += [f"- `{name}`: {size / 1e6:.2f} MB" for name, size in report["sizes"].items()]
+    lines += [f"- together {sum(report['sizes'].values()) / 1e6:.2f} MB", "", "## Measured quality"]
+    samples = report["samples"]
+    identity: dict[str, dict[str, float]] = report["identity"]
+    worst = min(values["round_trip"] - values["renders"] for values in identity.values())
+    lines += [
+        f"On {report['hardware']}, {report['seconds']:.0f} s, seeds from {FRESH_SEED} on (never trained on).",
+        "",
+        "| what | measured | goal |",
+        "|---|---|---|",
+        f"| autoencoder, PSNR on held-out pictures | {report['psnr']:.1f} dB | 28 dB |",
+        f"| identity after one encode and decode, worst concept against its renders | {100 * worst:+.1f} points | "
+        "-3 points |",
+        f"| metric model, zero-shot class on renders | {100 * report['zero_shot']:.1f} % | 97 % |",
+        f"| samples, class right | {100 * samples['class_right']:.1f} % | 90 % |",
+        f"| samples, background right | {100 * samples['background_right']:.1f} % | 90 % |",
+        f"| samples, main colour right | {100 * samples['colour_right']:.1f} % | 80 % |",
+        "",
+        f"{samples['samples']} samples, {STEPS} DPM-Solver steps, guidance {samples['guidance_scale']:g}, "
+        "read by the attribute reader. By class (class right, colour right): "
+        + ", ".join(
+            f"{name} {100 * value:.0f} %, {100 * samples['colour_right_by_class'][name]:.0f} %"
+            for name, value in samples["class_right_by_class"].items()
+        )
+        + ".",
+        "",
+        "| concept | reader on renders | after a round trip |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {100 * values['renders']:.1f} % | {100 * values['round_trip']:.1f} % |"
+        for name, values in identity.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def measure(weights: Path, count: int, guidance_scales: Sequence[float], sheet: Path | None = None) -> dict[str, Any]:
+    """Everything that the README states; of several guidance scales the best, tried on other seeds, is reported."""
+    started = time.monotonic()
+    pipeline = load_pipeline(folder=weights)
+    pipeline.set_progress_bar_config(disable=True)
+    reader, metric = load_reader(weights), load_metric_model(weights)
+    best = guidance_scales[0]
+    if len(guidance_scales) > 1:
+        tried = {
+            scale: measure_samples(pipeline, reader, 72, scale, seed=FRESH_SEED + 1_000_000)[0]
+            for scale in guidance_scales
+        }
+        best = max(tried, key=lambda scale: tried[scale].class_right + tried[scale].colour_right)
+    samples, images = measure_samples(pipeline, reader, count, best)
+    if sheet is not None:
+        save_sheet(images, sheet)
+    files = [file for file in sorted(weights.rglob("*")) if file.is_file() and file.suffix != ".md"]
+    sizes: dict[str, int] = {}
+    for file in files:
+        part = file.relative_to(weights).parts[0]
+        sizes[part] = sizes.get(part, 0) + file.stat().st_size
+    return {
+        "commit": _commit(),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+        "psnr": measure_autoencoder(pipeline.vae),
+        "identity": {name: asdict(value) for name, value in measure_identity(pipeline.vae, reader).items()},
+        "zero_shot": measure_zero_shot(metric),
+        "samples": asdict(samples),
+        "sizes": sizes,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the report as JSON and, if asked to, write the README."""
+    parser = argparse.ArgumentParser(prog="python -m diffusers_mixofshow.toyland.quality", description=__doc__)
+    parser.add_argument("--samples", type=int, default=360)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="several: the best one is reported")
+    parser.add_argument("--weights", type=Path, help="other weights than the shipped ones")
+    parser.add_argument("--sheet", type=Path, help="write the samples as one PNG")
+    parser.add_argument("--write-readme", action="store_true", help="write README.md beside the weights")
+    options = parser.parse_args(arguments)
+    weights: Path = options.weights or path()
+    report = measure(weights, options.samples, options.guidance, options.sheet)
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    if options.write_readme:
+        (weights / "README.md").write_text(readme(report, weights), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The shipped base: small, quick to load, and usable as it comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.errors import ConceptError
+from diffusers_mixofshow.toyland.quality import identity_of
+from diffusers_mixofshow.toyland.world import CLASSES, draw, random_scene
+
+
+def test_everything_together_is_at_most_16_megabytes() -> None:
+    files = [file for file in toyland.path().rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 16e6
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt")]
+
+
+def test_the_pipeline_loads_fast_and_samples_a_picture() -> None:
+    toyland.load_pipeline()
+    started = time.perf_counter()
+    pipeline = toyland.load_pipeline()
+    assert time.perf_counter() - started < 2
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a red critter in a meadow", num_inference_steps=4, generator=torch.manual_seed(0)).images
+    assert images[0].size == (64, 64)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_loading_prints_nothing() -> None:
+    code = "from diffusers_mixofshow import toyland; toyland.load_pipeline(); toyland.load_metric_model()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
+
+
+def test_importing_toyland_imports_nothing_heavy() -> None:
+    code = "import sys, diffusers_mixofshow.toyland; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_metric_model_gives_unit_vectors_of_one_space() -> None:
+    metric = toyland.load_metric_model()
+    images = metric.image_features([draw(random_scene(seed, things=1)).image for seed in range(3)])
+    texts = metric.text_features([f"a photo of a {name}" for name in CLASSES])
+    assert images.shape[1] == texts.shape[1]
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(len(CLASSES)))
+
+
+def test_the_reader_tells_concepts_apart_on_their_photos() -> None:
+    reader = toyland.load_reader()
+    for name in ("bobo", "momo"):
+        images = [photo.image for photo in toyland.photos(toyland.CONCEPTS[name], 6)]
+        other = "momo" if name == "bobo" else "bobo"
+        assert reader.agreement(images, identity_of(name)).mean() > 0.85
+        assert reader.agreement(images, identity_of(other)).mean() < 0.5
+
+
+def test_the_reader_explains_what_it_cannot_read() -> None:
+    images = [draw(random_scene(0)).image]
+    with pytest.raises(ConceptError, match="shoes=red"):
+        toyland.load_reader().agreement(images, {"shoes": "red"})

@@ -1,0 +1,90 @@
+"""Training: every stage runs, continues where it stopped, and what it writes can be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_mixofshow.toyland.autoencoder import build_autoencoder, reconstruct, render_pixels, whiten
+from diffusers_mixofshow.toyland.base import load_metric_model, load_pipeline, load_reader
+from diffusers_mixofshow.toyland.denoiser import velocity_weight
+from diffusers_mixofshow.toyland.loop import LoopConfig, learning_rate_factor
+from diffusers_mixofshow.toyland.optimiser import orthogonalise
+from diffusers_mixofshow.toyland.train import main
+from diffusers_mixofshow.toyland.world import draw, random_scene
+
+
+def _run(folder: Path, stage: str, steps: int, *more: str) -> None:
+    tiny = ["--batch-size", "2", "--pool-size", "24", "--log-steps", "1000"]
+    main(["--output", str(folder), "--stage", stage, "--steps", str(steps), *tiny, *more])
+
+
+def _state(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / f"{stage}.pt", weights_only=True)["objective"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every stage trained for a few steps, and its weights gathered."""
+    folder = tmp_path_factory.mktemp("training")
+    for stage in ("autoencoder", "text", "unet", "reader", "metric"):
+        _run(folder, stage, 2)
+    main(["--output", str(folder), "--stage", "none", "--weights", str(folder / "weights")])
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_training_writes_can_be_loaded_and_sampled(trained: Path) -> None:
+    pipeline = load_pipeline(folder=trained / "weights")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a critter", num_inference_steps=2).images[0].size == (64, 64)
+    images = [draw(random_scene(seed, things=1)).image for seed in range(3)]
+    assert load_metric_model(trained / "weights").image_features(images).shape[0] == 3
+    assert load_reader(trained / "weights").read(images)["class"].shape == (3, 6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", ["autoencoder", "unet"])
+def test_a_resumed_training_equals_one_without_a_break(trained: Path, tmp_path: Path, stage: str) -> None:
+    for part in ("vae", "clip", "tokenizer"):
+        (tmp_path / part).symlink_to(trained / part)
+    if stage == "autoencoder":
+        (tmp_path / "vae").unlink()
+    _run(tmp_path, stage, 5, "--learning-rate", "1e-3", "--decay-from", "0.999")
+    whole = _state(tmp_path, stage)
+    _run(tmp_path, stage, 3, "--learning-rate", "1e-3", "--decay-from", "0.999")
+    _run(tmp_path, stage, 5, "--learning-rate", "1e-3", "--decay-from", "0.999", "--resume")
+    for name, value in _state(tmp_path, stage).items():
+        torch.testing.assert_close(value, whole[name], msg=name)
+
+
+def test_whitening_changes_latents_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model = build_autoencoder().eval()
+    pixels = render_pixels(range(8)).float() / 127.5 - 1
+    before = reconstruct(model, pixels)
+    whiten(model, pixels)
+    torch.testing.assert_close(reconstruct(model, pixels), before, atol=1e-4, rtol=0)
+    latents = model.encode(pixels).latent_dist.mean.detach()
+    torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
+
+
+def test_the_schedule_warms_up_stays_and_falls() -> None:
+    config = LoopConfig(warm_up_steps=10, decay_from=0.5)
+    assert learning_rate_factor(0, 0.0, config) == pytest.approx(0.1)
+    assert learning_rate_factor(50, 0.4, config) == pytest.approx(1.0)
+    assert learning_rate_factor(90, 1.0, config) == pytest.approx(0.01)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(24, 40, generator=torch.Generator().manual_seed(0))))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_velocity_weights_are_one_in_noise_and_limited_in_clean_pictures() -> None:
+    signal = torch.tensor([0.0, 0.5, 0.99])
+    torch.testing.assert_close(velocity_weight(signal), torch.tensor([1.0, 1.0, 0.05]))

@@ -1,0 +1,89 @@
+"""The drawn world: a pure function of a scene, whose captions never give identity away."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from diffusers_mixofshow.toyland.world import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    CLASSES,
+    COLOURS,
+    HEIGHT,
+    MAIN_COLOURS,
+    WIDE,
+    Scene,
+    Thing,
+    caption,
+    draw,
+    random_scene,
+)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_same_seed_draws_the_same_picture(seed: int) -> None:
+    first, second = draw(random_scene(seed)), draw(random_scene(seed))
+    assert first.image.tobytes() == second.image.tobytes()
+    assert first.boxes == second.boxes
+
+
+def test_other_seeds_draw_other_pictures() -> None:
+    assert len({draw(random_scene(seed)).image.tobytes() for seed in range(40)}) == 40
+
+
+@pytest.mark.parametrize("things", [1, 2, 3])
+def test_every_thing_has_a_mask_and_the_box_around_it(things: int) -> None:
+    for seed in range(12):
+        drawing = draw(random_scene(seed, things=things))
+        assert drawing.image.size == ((WIDE if things == 3 else HEIGHT), HEIGHT)
+        assert len(drawing.masks) == len(drawing.boxes) == things
+        for mask, (left, top, right, bottom) in zip(drawing.masks, drawing.boxes, strict=True):
+            assert mask.mode == "L"
+            rows, columns = np.nonzero(np.asarray(mask))
+            assert (left, right) == (columns.min() / mask.width, (columns.max() + 1) / mask.width)
+            assert (top, bottom) == (rows.min() / mask.height, (rows.max() + 1) / mask.height)
+
+
+def test_a_mask_covers_what_the_thing_changes() -> None:
+    scene = random_scene(3, things=1)
+    bare = np.asarray(draw(Scene(background=scene.background, things=(), mirrored=scene.mirrored)).image, dtype=int)
+    drawing = draw(scene)
+    changed = np.abs(np.asarray(drawing.image, dtype=int) - bare).sum(axis=2) > 12
+    assert (np.asarray(drawing.masks[0])[changed] > 0).mean() > 0.97
+
+
+def test_things_of_a_pair_stand_on_their_own_sides() -> None:
+    for seed in range(30):
+        left, right = draw(random_scene(seed, things=2)).boxes
+        assert left[2] <= 0.53
+        assert right[0] >= 0.47
+
+
+def test_captions_name_no_hidden_attribute() -> None:
+    allowed = {colour for colours in MAIN_COLOURS.values() for colour in colours}
+    hidden = {value for values in ATTRIBUTES.values() for choices in values.values() for value in choices} - allowed
+    hidden -= {"one", "two"}  # numerals may count things, never eyes
+    parts = {"ear", "ears", "eye", "eyes", "belly", "pattern", "hat", "collar", "flower", "cushion", "cloth", "leg"}
+    for seed in range(600):
+        scene = random_scene(seed, things=1 + seed % 3)
+        words = set(re.findall("[a-z]+", caption(scene, seed)))
+        assert not words & (hidden | parts)
+        assert {word for word in words if word in COLOURS} <= {thing.colour for thing in scene.things}
+        assert {word for word in words if word in CLASSES} == {thing.class_word for thing in scene.things}
+
+
+def test_a_caption_depends_on_nothing_hidden() -> None:
+    plain = Scene(background="beach", things=(Thing(class_word="critter", colour="red"),))
+    fancy = Scene(
+        background="beach", things=(Thing(class_word="critter", colour="red", attributes={"belly_colour": "blue"}),)
+    )
+    assert [caption(plain, seed) for seed in range(20)] == [caption(fancy, seed) for seed in range(20)]
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_backgrounds_look_different(background: str) -> None:
+    pictures = {name: draw(Scene(background=name, things=())).image.tobytes() for name in BACKGROUNDS}
+    assert sum(picture == pictures[background] for picture in pictures.values()) == 1
