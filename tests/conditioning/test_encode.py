@@ -86,3 +86,24 @@ def test_half_precision_encoder_takes_float_embeddings(text_encoder, tokenizer, 
     tokenized = tokenize(["a <potter>", "b"], tokenizer, [concept])
     stack = encode_layerwise(text_encoder.to(torch.bfloat16), tokenized, embeddings, layers)
     assert stack.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("clip_skip", [None, 1])
+def test_text_encoders_of_both_transformers_generations(
+    text_encoder, tokenizer, concept, embeddings, layers, clip_skip
+):
+    """Before 5.6 the text model was a child of the class that pipelines hold, since then it is that class itself."""
+
+    class Other(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text_model = getattr(text_encoder, "text_model", text_encoder)
+            self.config = text_encoder.config
+            self.get_input_embeddings = text_encoder.get_input_embeddings
+
+        def forward(self, *args, **kwargs):
+            return text_encoder(*args, **kwargs)
+
+    tokenized = tokenize(["a <potter>", "b"], tokenizer, [concept])
+    expected = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
+    assert torch.equal(encode_layerwise(Other(), tokenized, embeddings, layers, clip_skip), expected)

@@ -20,7 +20,7 @@ def potter(pipe, make_pack):
 def test_weights_may_be_away_between_calls(potter, latents):
     """What enable_sequential_cpu_offload() does, with the CPU as the device to run on."""
     expected = latents(potter, "a <potter>", regions=REGIONS)
-    for name in ("text_encoder", "unet"):
+    for name in ("text_encoder", "unet", "vae"):
         accelerate.cpu_offload(getattr(potter, name), torch.device("cpu"), offload_buffers=True)
     assert next(potter.text_encoder.parameters()).is_meta
     assert torch.allclose(latents(potter, "a <potter>", regions=REGIONS), expected, atol=1e-5)

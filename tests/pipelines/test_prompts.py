@@ -8,6 +8,7 @@ import torch
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sites import cross_attention_layers
 
 
@@ -144,3 +145,24 @@ def test_truncation_warns_as_diffusers_does(potter, caplog):
 def test_prompts_can_be_encoded_with_gradients(potter):
     positive, _ = potter.encode_prompt("a <potter>", torch.device("cpu"), 1, False)
     assert positive.requires_grad
+
+
+def test_encoding_and_drawing_may_be_two_pipelines(potter, components, make_pack, latents):
+    """As one does when memory is short: first only the text models, then only the rest."""
+    expected = latents(potter, "a <potter>", negative_prompt="bad")
+    potter.unload_edlora()
+    kinds = ("text_encoder", "tokenizer")
+    only_text = {name: part if name in kinds else None for name, part in components.items()}
+    no_text = {name: None if name in kinds else part for name, part in components.items()}
+    texts = MixOfShowPipeline(**only_text, requires_safety_checker=False)
+    texts.load_edlora(make_pack("potter"))
+    positive, negative = _encode(texts, "a <potter>", negative="bad")
+    pictures = MixOfShowPipeline(**no_text, requires_safety_checker=False)
+    pictures.load_edlora(make_pack("potter"))
+    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    assert torch.allclose(latents(pictures, **given), expected, atol=1e-5)
+
+
+def test_what_is_no_text_gets_the_parents_error(potter):
+    with pytest.raises(ValueError, match="has to be of type `str` or `list`"):
+        potter(("a <potter>",))

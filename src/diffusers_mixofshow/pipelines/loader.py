@@ -115,7 +115,7 @@ class EDLoRALoader:
         return {token: rows for edlora in self._edloras.values() for token, rows in edlora.embeddings.items()}
 
     def _refuse_words_of_tokenizer(self, concepts: Iterable[Concept]) -> None:
-        words = known_words(self.tokenizer)
+        words = frozenset() if self.tokenizer is None else known_words(self.tokenizer)
         taken = [name for concept in concepts for name in (concept.placeholder, *concept.tokens) if name in words]
         if taken:
             raise ConceptError(

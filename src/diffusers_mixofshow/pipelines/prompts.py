@@ -20,6 +20,10 @@ from diffusers_mixofshow.regions import Region
 from diffusers_mixofshow.sites import cross_attention_layers
 
 
+# For a pipeline that was given no tokenizer, only ready-made embeddings.
+_CLIP_TOKENS = 77
+
+
 class LayerwisePrompts(EDLoRALoader):
     """Mixin for a diffusers pipeline: `encode_prompt` for prompts with concepts and for regions.
 
@@ -29,7 +33,7 @@ class LayerwisePrompts(EDLoRALoader):
     """
 
     text_encoder: Any
-    unet: nn.Module
+    unet: nn.Module | None
     maybe_convert_prompt: Callable[..., list[str]]
     # The regions of the call under way.
     _regions: tuple[Region, ...] = ()
@@ -104,20 +108,27 @@ class LayerwisePrompts(EDLoRALoader):
 
     @property
     def _layers(self) -> int:
+        """Number of encodings in a stack."""
+        if self.unet is None:  # a pipeline for encoding only
+            return max((len(rows) for rows in self._concept_embeddings.values()), default=0)
         return len(cross_attention_layers(self.unet))
 
+    @property
+    def _tokens(self) -> int:
+        """Number of tokens of one encoding."""
+        return _CLIP_TOKENS if self.tokenizer is None else self.tokenizer.model_max_length
+
     def _is_stack(self, embeds: torch.Tensor | None) -> bool:
-        return embeds is not None and embeds.shape[1] == self._layers * self.tokenizer.model_max_length
+        return embeds is not None and embeds.shape[1] == self._layers * self._tokens
 
     def _stacked(self, embeds: torch.Tensor) -> torch.Tensor:
         """Ready-made embeddings as a stack of layers, shape (prompts, layers * tokens, dim)."""
-        tokens = self.tokenizer.model_max_length
         if self._is_stack(embeds):
             return embeds
-        if embeds.shape[1] != tokens:
+        if embeds.shape[1] != self._tokens:
             raise ConfigurationError(
                 f"Embeddings of shape {tuple(embeds.shape)} cannot be combined with concepts or regions; expected"
-                f" {tokens} tokens, or {self._layers} layers of {tokens} as encode_prompt() makes them."
+                f" {self._tokens} tokens, or {self._layers} layers of {self._tokens} as encode_prompt() makes them."
             )
         return embeds.repeat(1, self._layers, 1)
 
@@ -164,9 +175,8 @@ def _batch_size(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | No
 
 
 def _as_list(prompt: str | list[str] | None) -> list[str]:
-    if prompt is None:
-        return []
-    return prompt if isinstance(prompt, list) else [prompt]
+    # What is no text at all is left to the parent's own check.
+    return [text for text in (prompt if isinstance(prompt, list) else [prompt]) if isinstance(text, str)]
 
 
 def _texts(prompt: str | list[str] | None, batch: int) -> list[str]:
@@ -182,11 +192,10 @@ def _texts(prompt: str | list[str] | None, batch: int) -> list[str]:
 @contextmanager
 def _lora_scaled(text_encoder: Any, lora_scale: float | None) -> Iterator[None]:
     """Scale the text encoder's LoRA layers; afterwards every adapter has its own strength back, also after 0."""
-    strengths = [
-        (module.scaling, dict(module.scaling)) for module in text_encoder.modules() if isinstance(module, LoraLayer)
-    ]
+    layers = [] if text_encoder is None else text_encoder.modules()
+    strengths = [(module.scaling, dict(module.scaling)) for module in layers if isinstance(module, LoraLayer)]
     try:
-        if lora_scale is not None:
+        if lora_scale is not None and text_encoder is not None:
             scale_lora_layers(text_encoder, lora_scale)
         yield
     finally:

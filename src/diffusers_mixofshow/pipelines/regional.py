@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
-
 from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts
@@ -45,16 +43,14 @@ class RegionalSampling(LayerwisePrompts):
             with ExitStack() as stack:
                 if self._is_layerwise(*(arguments.get(name) for name in names)):
                     for denoiser in self._denoisers():
-                        stack.enter_context(
-                            layerwise_attention(denoiser, self.tokenizer.model_max_length, self._layers)
-                        )
+                        stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layers))
                         if regions:
                             stack.enter_context(regional_attention(denoiser, RegionPlan(regions)))
                 yield
         finally:
             self._regions = outer
 
-    def _denoisers(self) -> list[nn.Module]:
+    def _denoisers(self) -> list[Any]:
         """All models whose cross-attention sees the prompt."""
         return [self.unet]
 
