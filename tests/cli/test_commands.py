@@ -1,0 +1,152 @@
+"""The command line as its users meet it: help, errors, exit codes, and the verbs on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import packs
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from diffusers_mixofshow import cli
+from diffusers_mixofshow.cli.sample import numbered, parse_region
+from diffusers_mixofshow.cli.train import training_config
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, RegionError
+
+
+VERBS = ("train", "fuse", "sample", "inspect", "demo")
+RUN = (sys.executable, "-c", "from diffusers_mixofshow.cli import main; main()")
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path) -> Path:
+    """A folder with a tiny pipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path / "base"
+    StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "100", "NO_COLOR": "1"}
+    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_an_example_in_its_help(verb: str) -> None:
+    result = CliRunner().invoke(cli.app, [verb, "--help"])
+    assert result.exit_code == 0
+    assert f"mixofshow {verb}" in " ".join(result.output.split())
+
+
+def test_help_imports_no_heavy_module() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom diffusers_mixofshow import cli\n"
+        "result = CliRunner().invoke(cli.app, ['train', '--help'])\n"
+        "print(result.exit_code, [name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert result.stdout.split("\n")[0] == "0 []"
+
+
+def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
+    result = run("inspect", "/no/such/file")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_wrong_option_is_a_usage_error() -> None:
+    result = run("fuse", "--nonsense")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.INTERRUPTED
+
+
+def test_parse_region() -> None:
+    region = parse_region("0, 0,0.5,1: a <potter>: smiling")
+    assert region.box == (0.0, 0.0, 0.5, 1.0)
+    assert region.prompt == "a <potter>: smiling"
+
+
+@pytest.mark.parametrize("text", ["a <potter>", "0,0,1:a <potter>", "0,0,x,1:a", "__import__('os'),0,1,1:a"])
+def test_parse_region_says_what_it_expects(text: str) -> None:
+    with pytest.raises(RegionError, match="left,top,right,bottom:prompt"):
+        parse_region(text)
+
+
+def test_several_pictures_get_numbers() -> None:
+    assert numbered(Path("x.png"), 1) == [Path("x.png")]
+    assert numbered(Path("a/x.png"), 2) == [Path("a/x-0.png"), Path("a/x-1.png")]
+
+
+def test_training_on_toyland_takes_its_settings_and_names_the_output() -> None:
+    settings = {"instance_data_dir": "x", "concept": "<bobo>", "class_word": "critter"}
+    config = training_config(settings | {"pretrained_model_name_or_path": "toyland"})
+    assert (config.resolution, config.output_dir) == (64, Path("bobo"))
+    with pytest.raises(ConfigurationError, match="'class_word' is missing"):
+        training_config({"instance_data_dir": "x", "concept": "bobo"})
+
+
+def test_train_reads_toml_and_refuses_unknown_settings(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('concept = "bobo"\nclass_word = "critter"\nrnak = 4\n')
+    result = CliRunner().invoke(cli.app, ["train", "photos", "--config", str(file)])
+    assert isinstance(result.exception, MixOfShowError)
+    assert "did you mean 'rank'" in str(result.exception)
+
+
+def test_inspect_shows_a_pack(tmp_path: Path) -> None:
+    packs.random_pack(tiny.components(), "potter").save_pretrained(tmp_path)
+    result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path), "--json"])
+    summary = json.loads(result.output)
+    assert [concept["placeholder"] for concept in summary["concepts"]] == ["<potter>"]
+    assert summary["bytes"] == (tmp_path / "edlora.safetensors").stat().st_size
+    table = CliRunner().invoke(cli.app, ["inspect", str(tmp_path)])
+    assert "<potter>" in table.output
+
+
+def test_fuse_and_sample_on_a_tiny_model(tmp_path: Path, tiny_base: Path) -> None:
+    for name in ("potter", "hermione"):
+        packs.random_pack(tiny.components(), name).save_pretrained(tmp_path / name)
+    runner = CliRunner()
+    sources = [str(tmp_path / name) for name in ("potter", "hermione")]
+    fused = [*sources, "--base", str(tiny_base), "--output", str(tmp_path / "both"), "--method", "average"]
+    result = runner.invoke(cli.app, ["fuse", *fused], catch_exceptions=False)
+    assert "<potter>, <hermione>" in result.output
+    picture = tmp_path / "out" / "castle.png"
+    options = ["--concepts", str(tmp_path / "both"), "--base", str(tiny_base), "--prompt", "two people"]
+    regions = ["--region", "0,0,0.5,1:a <potter>", "--region", "0.5,0,1,1:a <hermione>"]
+    small = ["--output", str(picture), "--steps", "2", "--count", "2"]
+    result = runner.invoke(cli.app, ["sample", *options, *regions, *small], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert sorted(path.name for path in picture.parent.iterdir()) == ["castle-0.png", "castle-1.png"]
+
+
+def test_a_base_that_does_not_exist_is_an_error_of_ours(tmp_path: Path) -> None:
+    arguments = ["sample", "--base", str(tmp_path), "--prompt", "a castle"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(result.exception, ConfigurationError)
+
+
+def test_sample_wants_concepts_or_a_base() -> None:
+    result = CliRunner().invoke(cli.app, ["sample", "--prompt", "a castle"])
+    assert isinstance(result.exception, ConfigurationError)

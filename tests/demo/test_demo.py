@@ -1,0 +1,87 @@
+"""The demo's stages on the embedded base, as small as they get, and what it does with the user's own photos."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from diffusers_mixofshow.demo import DemoSettings, run_demo
+from diffusers_mixofshow.demo.photos import photos_of, prepare_photos
+from diffusers_mixofshow.demo.tuning import fingerprint, tune_all, tuning_config
+from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+
+
+TINY = {"max_train_steps": 1, "embedding_phase_steps": 1, "train_batch_size": 2, "captions_per_step": 1}
+
+
+def tiny_settings(folder: Path) -> DemoSettings:
+    return DemoSettings(
+        folder=folder,
+        concepts=("bobo", "kiki"),
+        photo_count=2,
+        tuning=TINY,
+        fusion={"prompts": ["a <TOK>"], "steps": 1},
+        pictures=1,
+        together=1,
+        steps=1,
+        workers=2,
+    )
+
+
+def test_the_whole_demo_and_again_from_what_is_finished(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    page = run_demo(settings, console=Console(quiet=True))
+    assert page == tmp_path / "index.html"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["identity_retention"]) == {"average", "fused"}
+    assert set(report["right_concept_in_region"]) == {"regional", "unguided"}
+    assert (tmp_path / "sheets" / "together.png").exists()
+    files = [path for path in tmp_path.rglob("edlora.safetensors")]
+    assert len(files) == 4
+    before = {path: path.stat().st_mtime_ns for path in files}
+
+    steps: list[tuple[str, int, int]] = []
+    tune_all(prepare_photos(settings), settings, lambda name, step, total, loss: steps.append((name, step, total)))
+    assert steps == [("bobo", 2, 2), ("kiki", 2, 2)]
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_a_failing_worker_says_why(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    concepts = prepare_photos(settings)
+    next(concepts[0].folder.glob("*.png")).write_bytes(b"no picture")
+    with pytest.raises(TrainingDataError, match=r"Tuning <bobo> failed: .* no readable picture"):
+        tune_all(concepts, settings, lambda name, step, total, loss: None)
+
+
+def test_other_photos_or_settings_are_another_fingerprint(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    concept = prepare_photos(settings)[0]
+    config = tuning_config(concept, settings)
+    first = fingerprint(config)
+    assert fingerprint(config) == first
+    (concept.folder / "0000.txt").write_text("a photo of a <TOK>\n")
+    assert fingerprint(config) != first
+
+
+def test_own_photos_take_the_place_of_a_concept_of_their_class(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    Image.new("RGB", (90, 120), "brown").save(own / "waldi.jpg")
+    concepts = prepare_photos(DemoSettings(folder=tmp_path / "demo", photos=own, class_word="Dog", photo_count=1))
+    assert [concept.name for concept in concepts] == ["momo", "lulu", "mine", "ming"]
+    assert concepts[2].attributes == {}
+    assert [photo.size for photo in photos_of(concepts[2])] == [(64, 64)]
+    assert "<mine>" in (concepts[2].folder / "waldi.txt").read_text()
+
+
+def test_a_class_that_the_base_does_not_know_is_refused(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    settings = DemoSettings(folder=tmp_path / "demo", photos=own, class_word="unicorn", photo_count=1)
+    with pytest.raises(ConfigurationError, match="critter, dog, cat"):
+        prepare_photos(settings)

@@ -1,0 +1,99 @@
+"""Identity alone and in regions, with a judge that sees nothing but mean colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.evaluation.identity import (
+    Identity,
+    Subject,
+    concepts_in_regions,
+    crop_region,
+    mean_identity,
+    measure_identity,
+    region_accuracy,
+    retention,
+)
+from diffusers_mixofshow.evaluation.prompts import (
+    HELD_OUT_PROMPTS,
+    RECORDING_PROMPTS,
+    column_boxes,
+    prompt_together,
+    regions_of,
+)
+from diffusers_mixofshow.evaluation.sampling import fill_templates
+
+
+class ColourJudge:
+    """Features are the middle pixel; it reads one attribute, whether that is red."""
+
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.tensor([image.getpixel((image.width // 2, image.height // 2)) for image in images]).float() + 1
+
+    def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
+        return [{"red": "yes" if row[0] > row[2] else "no"} for row in self.features(images)]
+
+
+JUDGE = ColourJudge()
+RED, BLUE = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+SUBJECTS = [
+    Subject(name="ruby", photos=JUDGE.features([RED]), attributes={"red": "yes"}),
+    Subject(name="azure", photos=JUDGE.features([BLUE]), attributes={"red": "no"}),
+]
+
+
+def test_identity_of_the_photos_themselves_is_full() -> None:
+    assert measure_identity([RED, RED], SUBJECTS[0], SUBJECTS, JUDGE) == Identity(
+        alignment=pytest.approx(1.0), attributes=1.0, nearest=1.0
+    )
+
+
+def test_identity_of_half_the_right_pictures_is_half() -> None:
+    identity = measure_identity([RED, BLUE], SUBJECTS[0], SUBJECTS, JUDGE)
+    assert (identity.attributes, identity.nearest) == (0.5, 0.5)
+
+
+def test_means_leave_out_unknown_attributes() -> None:
+    known = Identity(alignment=0.5, attributes=0.5, nearest=1.0)
+    unknown = Identity(alignment=1.0, attributes=None, nearest=0.0)
+    assert mean_identity([known, unknown]) == Identity(alignment=0.75, attributes=0.5, nearest=0.5)
+
+
+def test_retention_is_none_where_tuning_gained_nothing() -> None:
+    floor = Identity(alignment=0.5, attributes=0.5, nearest=0.0)
+    single = Identity(alignment=0.9, attributes=0.5, nearest=1.0)
+    fused = Identity(alignment=0.7, attributes=0.9, nearest=1.0)
+    assert retention(fused, single, floor) == {"alignment": 0.5, "attributes": None}
+
+
+def test_concepts_are_found_where_they_stand() -> None:
+    picture = Image.new("RGB", (96, 64), "blue")
+    picture.paste("red", (0, 0, 48, 64))
+    found = concepts_in_regions([picture], column_boxes(2), SUBJECTS, JUDGE)
+    assert found == [["ruby", "azure"]]
+    assert region_accuracy(found, [("ruby", "ruby")]) == {"regions": 0.5, "whole_pictures": 0.0}
+
+
+def test_a_region_is_cut_as_a_square_that_stays_inside() -> None:
+    picture = Image.new("RGB", (96, 64), "blue")
+    picture.paste("red", (64, 22, 96, 64))
+    crop = crop_region(picture, (2 / 3, 0.0, 1.0, 1.0))
+    assert crop.size == (64, 64)
+    assert crop.getpixel((60, 60)) == (255, 0, 0)
+
+
+def test_measured_prompts_are_held_out() -> None:
+    assert not set(HELD_OUT_PROMPTS) & set(RECORDING_PROMPTS)
+
+
+def test_prompts_name_every_concept() -> None:
+    assert prompt_together(("bobo", "kiki", "rex"), "at night") == "a <bobo>, a <kiki> and a <rex> at night"
+    assert [region.prompt for region in regions_of(("bobo",), "at night", column_boxes(1))] == ["a <bobo> at night"]
+    assert fill_templates(("a <TOK>", "<TOK> here"), "dog", 3) == ["a dog", "dog here", "a dog"]
+    with pytest.raises(ConfigurationError, match="<TOK>"):
+        fill_templates(("a dog",), "dog", 1)
