@@ -279,8 +279,8 @@ def _refuse_fused(components: Mapping[str, object]) -> None:
     for model in components_with_sites(components).values():
         if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
             raise ConfigurationError(
-                "LoRA adapters are fused into the model's weights. Call pipe.unfuse_lora() before an ED-LoRA is loaded, "
-                "trained or unloaded, and pipe.fuse_lora() afterwards."
+                "LoRA adapters are fused into the model's weights. Call pipe.unfuse_lora() before an ED-LoRA is "
+                "loaded, trained or unloaded, and pipe.fuse_lora() afterwards."
             )
 
 

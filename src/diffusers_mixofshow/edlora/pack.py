@@ -41,12 +41,16 @@ class EDLoRA:
         check_distinct(self.concepts)
 
     def check_fits(self, components: Mapping[str, object]) -> None:
-        """Raise one `EDLoRAFormatError` that names everything that does not fit the model.
+        """Raise one `EDLoRAFormatError` that names everything that is wrong in itself or does not fit the model.
 
         Args:
             components: ``pipeline.components``, or any mapping with some of ``unet`` and ``text_encoder``;
                 what is not given is not checked.
         """
+        inner = defects.content_defects(self.concepts, self.embeddings, self.lora, self.layers)
+        defects.raise_if_any(
+            inner, subject=f"The ED-LoRA of {self._names} is defective", remedy="Tune it again or load another copy."
+        )
         found = defects.fit_defects(self.embeddings, self.lora, self.layers, components)
         defects.raise_if_any(
             found,
