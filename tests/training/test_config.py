@@ -44,6 +44,14 @@ def test_all_defects_are_in_one_error() -> None:
         assert str(value) in str(caught.value)
 
 
+def test_wrong_types_are_named() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        TrainingConfig.from_mapping(NEEDED | {"rank": "4", "seed": True, "snr_gamma": [5], "masked_loss": 1})
+    for expected in ("rank is '4', expected int", "seed is True", "snr_gamma is [5]", "masked_loss is 1"):
+        assert expected in str(caught.value)
+    assert TrainingConfig(**NEEDED, lora_alpha=4, snr_gamma=5).snr_gamma == 5
+
+
 def test_nothing_to_learn_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="nothing would be learnt"):
         TrainingConfig(**NEEDED, embedding_learning_rate=0, text_encoder_lr=0, learning_rate=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ _NOT_NEGATIVE = (
     "seed",
 )
 _POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma")
+_TYPES: dict[str, Any] = {
+    "str": str,
+    "Path": Path,
+    "int": int,
+    "float": Real,
+    "bool": bool,
+    "None": type(None),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +116,8 @@ class TrainingConfig:
     mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
-        """Report every defect at once."""
-        defects = [
+        """Report every defect at once; values can be judged only where their types are right."""
+        defects = self._wrong_types() or [
             *self._below_limits(),
             *self._unknown_choices(),
             *self._contradictions(),
@@ -157,6 +166,16 @@ class TrainingConfig:
     def as_record(self) -> dict[str, Any]:
         """The settings as JSON values, without folder names, which are private to whoever trains."""
         return {name: value for name, value in asdict(self).items() if name not in _PRIVATE}
+
+    def _wrong_types(self) -> list[str]:
+        defects = []
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            kinds = [_TYPES[name] for name in str(setting.type).split(" | ")]
+            # Python counts True as a number, which no setting means.
+            if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+                defects.append(f"{setting.name} is {value!r}, expected {setting.type}")
+        return defects
 
     def _below_limits(self) -> list[str]:
         limits = [
