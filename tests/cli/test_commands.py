@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import packs
 import pytest
-import tiny
 from typer.testing import CliRunner
 
+import packs
+import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.sample import numbered, parse_region
 from diffusers_mixofshow.cli.train import training_config

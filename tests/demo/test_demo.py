@@ -40,7 +40,7 @@ def test_the_whole_demo_and_again_from_what_is_finished(tmp_path: Path) -> None:
     assert set(report["identity_retention"]) == {"average", "fused"}
     assert set(report["right_concept_in_region"]) == {"regional", "unguided"}
     assert (tmp_path / "sheets" / "together.png").exists()
-    files = [path for path in tmp_path.rglob("edlora.safetensors")]
+    files = list(tmp_path.rglob("edlora.safetensors"))
     assert len(files) == 4
     before = {path: path.stat().st_mtime_ns for path in files}
 
