@@ -88,7 +88,8 @@ def whiten(model: AutoencoderKL, pixels: torch.Tensor) -> None:
     Args:
         pixels: Pictures in [-1, 1] that the statistics are taken from.
     """
-    assert model.quant_conv is not None and model.post_quant_conv is not None
+    assert model.quant_conv is not None
+    assert model.post_quant_conv is not None
     latents = torch.cat([model.encode(part).latent_dist.mean for part in pixels.split(64)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     channels = len(mean)

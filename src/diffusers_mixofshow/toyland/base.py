@@ -112,7 +112,8 @@ class MetricModel:
 def _to_square(image: Image.Image) -> Image.Image:
     if image.size == (64, 64):
         return image
-    return image.convert("RGB").resize((64, 64), Image.Resampling.BOX if image.width > 64 else Image.Resampling.BICUBIC)
+    resampling = Image.Resampling.BOX if image.width > 64 else Image.Resampling.BICUBIC
+    return image.convert("RGB").resize((64, 64), resampling)
 
 
 def load_metric_model(folder: Path | str | None = None) -> MetricModel:

@@ -83,6 +83,19 @@ class _Clock:
         return seconds[0]
 
 
+def _restore(
+    checkpoint: Path, objective: torch.nn.Module, average: torch.nn.Module, optimiser: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Load a checkpoint into the three, if there is one; return its step and seconds of training."""
+    if not checkpoint.exists():
+        return 0, 0.0
+    state = torch.load(checkpoint, weights_only=True)
+    objective.load_state_dict(state["objective"])
+    average.load_state_dict(state["average"])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"], state["elapsed"]
+
+
 def train_stage(
     objective: torch.nn.Module,
     batch: Callable[[torch.Generator], Any],
@@ -102,13 +115,7 @@ def train_stage(
         on_checkpoint: Called on the main process with the averaged copy at every checkpoint.
     """
     average = copy.deepcopy(objective).requires_grad_(False)
-    step, already = 0, 0.0
-    if resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        objective.load_state_dict(state["objective"])
-        average.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, already = state["step"], state["elapsed"]
+    step, already = _restore(checkpoint, objective, average, optimiser) if resume else (0, 0.0)
     average.to(accelerator.device)
     prepared, optimiser = accelerator.prepare(objective, optimiser)
     several = accelerator.num_processes > 1
@@ -139,9 +146,7 @@ def train_stage(
             break
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, progress, config)
-        generator = torch.Generator().manual_seed(
-            (config.seed * 1_000_003 + step) * 64 + accelerator.process_index
-        )
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 64 + accelerator.process_index)
         loss = prepared(batch(generator))
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)

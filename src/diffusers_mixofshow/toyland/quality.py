@@ -120,9 +120,7 @@ def sample(pipeline: Any, prompts: Sequence[str], guidance_scale: float, seed: i
     for start in range(0, len(prompts), 36):
         part = list(prompts[start : start + 36])
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(part))]
-        images += pipeline(
-            part, num_inference_steps=STEPS, guidance_scale=guidance_scale, generator=generators
-        ).images
+        images += pipeline(part, num_inference_steps=STEPS, guidance_scale=guidance_scale, generator=generators).images
     return images
 
 
@@ -139,7 +137,9 @@ def measure_samples(
         right[name] = [word == each[name] for word, each in zip(words, wanted, strict=True)]
 
     def by_class(name: str) -> dict[str, float]:
-        rows = {word: [ok for ok, each in zip(right[name], wanted, strict=True) if each["class"] == word] for word in CLASSES}
+        rows: dict[str, list[bool]] = {word: [] for word in CLASSES}
+        for ok, each in zip(right[name], wanted, strict=True):
+            rows[each["class"]].append(ok)
         return {word: round(sum(values) / len(values), 3) for word, values in rows.items() if values}
 
     quality = SampleQuality(

@@ -221,16 +221,15 @@ class AttributeReader:
         Raises:
             ConceptError: If an attribute or value is not in the vocabulary.
         """
-        unknown = [f"{name}={value}" for name, value in attributes.items() if value not in self.vocabulary.get(name, ())]
+        known = self.vocabulary
+        unknown = [f"{name}={value}" for name, value in attributes.items() if value not in known.get(name, ())]
         if unknown or not attributes:
             raise ConceptError(
                 f"The reader does not know {', '.join(unknown) or 'an empty list of attributes'}. "
                 f"It reads: {', '.join(self.vocabulary)}."
             )
         found = self.read(images)
-        right = [
-            found[name].argmax(dim=1) == self.vocabulary[name].index(value) for name, value in attributes.items()
-        ]
+        right = [found[name].argmax(dim=1) == self.vocabulary[name].index(value) for name, value in attributes.items()]
         return torch.stack(right, dim=1).float().mean(dim=1)
 
 

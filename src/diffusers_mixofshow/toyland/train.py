@@ -314,13 +314,16 @@ STAGES: dict[str, Stage] = {
         batch_size=16,
         pool_size=8000,
     ),
-    "text": Stage(
-        train=train_text, config=LoopConfig(minutes=4, learning_rate=1.5e-3), batch_size=64, pool_size=6000
-    ),
+    "text": Stage(train=train_text, config=LoopConfig(minutes=4, learning_rate=1.5e-3), batch_size=64, pool_size=6000),
     "unet": Stage(
         train=train_unet,
         config=LoopConfig(
-            minutes=90, learning_rate=1e-3, warm_up_steps=200, decay_from=0.65, average_decay=0.999, checkpoint_minutes=4
+            minutes=90,
+            learning_rate=1e-3,
+            warm_up_steps=200,
+            decay_from=0.65,
+            average_decay=0.999,
+            checkpoint_minutes=4,
         ),
         batch_size=16,
         pool_size=18000,

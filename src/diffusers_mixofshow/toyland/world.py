@@ -399,55 +399,93 @@ _PAINTERS = {
 }
 
 
+class _Canvas:
+    """Draws a background's parts in fractions of the picture, swapping sides where the scene is mirrored."""
+
+    def __init__(self, image: Image.Image, mirrored: bool) -> None:
+        self._draw = ImageDraw.Draw(image)
+        self._width, self._height = image.size
+        self._mirrored = mirrored
+
+    def _x(self, x: float) -> float:
+        return (1 - x if self._mirrored else x) * self._width
+
+    def strip(self, top: float, bottom: float, colour: Colour) -> None:
+        """A strip over the whole width."""
+        self._draw.rectangle((0, top * self._height, self._width, bottom * self._height), colour)
+
+    def hill(self, x: float, reach: float, top: float, bottom: float, colour: Colour) -> None:
+        """An ellipse as wide as twice `reach`, both in widths of the picture."""
+        middle, half = self._x(x), reach * self._width
+        self._draw.ellipse((middle - half, top * self._height, middle + half, bottom * self._height), colour)
+
+    def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
+        """A circle whose radius is a fraction of the height."""
+        middle, reach = self._x(x), radius * self._height
+        top = y * self._height - reach
+        self._draw.ellipse((middle - reach, top, middle + reach, top + 2 * reach), colour)
+
+    def shape(self, points: Sequence[Point], colour: Colour) -> None:
+        """A polygon."""
+        self._draw.polygon([(self._x(x), y * self._height) for x, y in points], colour)
+
+
+def _paint_meadow(canvas: _Canvas, ground: Colour, detail: Colour) -> None:
+    canvas.hill(0.25, 0.6, 0.42, 1.4, detail)
+    canvas.strip(0.7, 1.0, ground)
+    for x, y in ((0.06, 0.8), (0.2, 0.93), (0.94, 0.82), (0.8, 0.94)):
+        canvas.disc(x, y, 0.028, (250, 250, 240))
+
+
+def _paint_beach(canvas: _Canvas, ground: Colour, detail: Colour) -> None:
+    canvas.strip(0.42, 0.66, detail)
+    canvas.strip(0.66, 1.0, ground)
+    canvas.disc(0.86, 0.16, 0.1, (255, 228, 90))
+
+
+def _paint_desert(canvas: _Canvas, ground: Colour, detail: Colour) -> None:
+    canvas.strip(0.66, 1.0, ground)
+    canvas.hill(0.7, 0.55, 0.5, 1.1, ground)
+    canvas.shape([(0.07, 0.76), (0.07, 0.26), (0.15, 0.26), (0.15, 0.76)], detail)
+    canvas.shape([(0.0, 0.42), (0.0, 0.5), (0.1, 0.58), (0.1, 0.5)], detail)
+
+
+def _paint_snow(canvas: _Canvas, ground: Colour, detail: Colour) -> None:
+    for x, top in ((0.1, 0.18), (0.9, 0.26), (0.3, 0.36)):
+        canvas.shape([(x - 0.14, 0.72), (x, top), (x + 0.14, 0.72)], detail)
+    canvas.strip(0.68, 1.0, ground)
+
+
+def _paint_night(canvas: _Canvas, ground: Colour, detail: Colour) -> None:
+    canvas.strip(0.72, 1.0, ground)
+    canvas.disc(0.84, 0.17, 0.11, detail)
+    for x, y in ((0.1, 0.12), (0.3, 0.06), (0.06, 0.4), (0.94, 0.46), (0.6, 0.08)):
+        canvas.disc(x, y, 0.02, (255, 255, 255))
+
+
+def _paint_room(canvas: _Canvas, ground: Colour, detail: Colour) -> None:
+    canvas.strip(0.72, 1.0, ground)
+    canvas.shape([(0.04, 0.5), (0.04, 0.08), (0.34, 0.08), (0.34, 0.5)], (250, 250, 245))
+    canvas.shape([(0.07, 0.46), (0.07, 0.12), (0.31, 0.12), (0.31, 0.46)], detail)
+
+
+_BACKGROUND_PAINTERS = {
+    "meadow": _paint_meadow,
+    "beach": _paint_beach,
+    "desert": _paint_desert,
+    "snow": _paint_snow,
+    "night": _paint_night,
+    "room": _paint_room,
+}
+
+
 def _draw_background(image: Image.Image, scene: Scene) -> None:
     """Sky above, ground below, and a few large details that tell the six backgrounds apart."""
-    width, height = image.size
     palette = dict(BACKGROUND_COLOURS[scene.background])
     palette |= {part: COLOURS[name] for part, name in scene.colours.items()}
-    sky, ground, detail = palette["sky"], palette["ground"], palette["detail"]
-    draw = ImageDraw.Draw(image)
-
-    def flip(x: float) -> float:
-        return (1 - x if scene.mirrored else x) * width
-
-    def disc(x: float, y: float, radius: float, colour: Colour) -> None:
-        middle = flip(x)
-        reach = radius * height
-        draw.ellipse((middle - reach, y * height - reach, middle + reach, y * height + reach), colour)
-
-    def shape(points: Sequence[Point], colour: Colour) -> None:
-        draw.polygon([(flip(x), y * height) for x, y in points], colour)
-
-    draw.rectangle((0, 0, width, height), sky)
-    if scene.background == "meadow":
-        middle = flip(0.25)
-        draw.ellipse((middle - 0.6 * width, 0.42 * height, middle + 0.6 * width, 1.4 * height), detail)
-        draw.rectangle((0, 0.7 * height, width, height), ground)
-        for x, y in ((0.06, 0.8), (0.2, 0.93), (0.94, 0.82), (0.8, 0.94)):
-            disc(x, y, 0.028, (250, 250, 240))
-    elif scene.background == "beach":
-        draw.rectangle((0, 0.42 * height, width, 0.66 * height), detail)
-        draw.rectangle((0, 0.66 * height, width, height), ground)
-        disc(0.86, 0.16, 0.1, (255, 228, 90))
-    elif scene.background == "desert":
-        middle = flip(0.7)
-        draw.rectangle((0, 0.66 * height, width, height), ground)
-        draw.ellipse((middle - 0.55 * width, 0.5 * height, middle + 0.55 * width, 1.1 * height), ground)
-        shape([(0.07, 0.76), (0.07, 0.26), (0.15, 0.26), (0.15, 0.76)], detail)
-        shape([(0.0, 0.42), (0.0, 0.5), (0.1, 0.58), (0.1, 0.5)], detail)
-    elif scene.background == "snow":
-        for x, top in ((0.1, 0.18), (0.9, 0.26), (0.3, 0.36)):
-            shape([(x - 0.14, 0.72), (x, top), (x + 0.14, 0.72)], detail)
-        draw.rectangle((0, 0.68 * height, width, height), ground)
-    elif scene.background == "night":
-        draw.rectangle((0, 0.72 * height, width, height), ground)
-        disc(0.84, 0.17, 0.11, detail)
-        for x, y in ((0.1, 0.12), (0.3, 0.06), (0.06, 0.4), (0.94, 0.46), (0.6, 0.08)):
-            disc(x, y, 0.02, (255, 255, 255))
-    else:
-        draw.rectangle((0, 0.72 * height, width, height), ground)
-        shape([(0.04, 0.5), (0.04, 0.08), (0.34, 0.08), (0.34, 0.5)], (250, 250, 245))
-        shape([(0.07, 0.46), (0.07, 0.12), (0.31, 0.12), (0.31, 0.46)], detail)
+    canvas = _Canvas(image, scene.mirrored)
+    canvas.strip(0.0, 1.0, palette["sky"])
+    _BACKGROUND_PAINTERS[scene.background](canvas, palette["ground"], palette["detail"])
 
 
 def _box(mask: Image.Image) -> tuple[float, float, float, float]:
@@ -470,9 +508,7 @@ def draw(scene: Scene) -> Drawing:
         mask = Image.new("L", large)
         _PAINTERS[thing.class_word](_Brush(image, mask, thing), thing)
         masks.append(mask.reduce(_SUPERSAMPLING))
-    return Drawing(
-        image=image.reduce(_SUPERSAMPLING), masks=tuple(masks), boxes=tuple(_box(mask) for mask in masks)
-    )
+    return Drawing(image=image.reduce(_SUPERSAMPLING), masks=tuple(masks), boxes=tuple(_box(mask) for mask in masks))
 
 
 def _random_thing(rng: random.Random) -> Thing:
@@ -521,12 +557,8 @@ def random_scene(seed: int, *, things: int | None = None) -> Scene:
     rng = random.Random(seed)
     count = things if things is not None else (1 if rng.random() < 0.7 else 2)
     width = WIDE if count == 3 else HEIGHT
-    placed = tuple(
-        place_thing(_random_thing(rng), rng, slot=slot, slots=count, width=width) for slot in range(count)
-    )
-    return Scene(
-        background=rng.choice(BACKGROUNDS), things=placed, mirrored=rng.random() < 0.5, width=width
-    )
+    placed = tuple(place_thing(_random_thing(rng), rng, slot=slot, slots=count, width=width) for slot in range(count))
+    return Scene(background=rng.choice(BACKGROUNDS), things=placed, mirrored=rng.random() < 0.5, width=width)
 
 
 def with_article(words: str) -> str:
@@ -573,5 +605,6 @@ def caption(scene: Scene, seed: int) -> str:
     """
     rng = random.Random(seed)
     named = rng.random() < 0.8
-    names = [with_article(f"{thing.colour} {thing.class_word}" if named else thing.class_word) for thing in scene.things]
+    words = [f"{thing.colour} {thing.class_word}" if named else thing.class_word for thing in scene.things]
+    names = [with_article(each) for each in words]
     return word_caption(names, place_phrase(scene.background, rng), rng)
