@@ -3,7 +3,7 @@ PYTHON ?= python3
 PINS ?= constraints/current.txt
 VENV ?= .venv
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest lint constraints clean
 
 # torch comes first and pinned, so that no other package picks a build with gigabytes of CUDA.
 $(VENV)/.ready-%: pyproject.toml $(PINS)
@@ -19,7 +19,7 @@ demo: $(VENV)/.ready-run
 	$(VENV)/bin/mixofshow demo
 
 test: $(VENV)/.ready-dev lint
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
@@ -28,7 +28,10 @@ lint: $(VENV)/.ready-dev
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PINS=constraints/oldest.txt .venv-oldest/.ready-dev
-	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-oldest/bin/python -m pytest
+
+constraints:
+	PYTHON=$(PYTHON) constraints/resolve.sh
 
 clean:
 	rm -rf .venv .venv-oldest build dist

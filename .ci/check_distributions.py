@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 PACKAGE = PurePosixPath("diffusers_mixofshow")
 REQUIRED = ("py.typed", "__init__.py", "cli/__init__.py", "toyland/weights/README.md")
 SDIST_TOP_LEVEL = {
-    *("src", "tests", "examples", "constraints"),
+    *("src", "tests", "examples", "docs", "benchmarks", "constraints"),
     *(".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md"),
     "pyproject.toml",
 }
@@ -21,8 +21,11 @@ def problems_of(names: list[str], package: PurePosixPath) -> list[str]:
     held = set(names)
     weights = [name for name in names if PurePosixPath(name).is_relative_to(package / "toyland" / "weights")]
     missing = [f"missing: {package / name}" for name in REQUIRED if str(package / name) not in held]
-    missing += [f"missing: {package}/toyland/weights/**/*{end}" for end in (".safetensors", ".json") if not any(
-        name.endswith(end) for name in weights)]
+    missing += [
+        f"missing: {package}/toyland/weights/**/*{end}"
+        for end in (".safetensors", ".json")
+        if not any(name.endswith(end) for name in weights)
+    ]
     junk = [f"junk: {name}" for name in names if name.endswith(JUNK) or "__pycache__" in name]
     return missing + junk
 

@@ -12,7 +12,8 @@ import tomllib
 
 with open("pyproject.toml", "rb") as file:
     for requirement in tomllib.load(file)["project"]["dependencies"]:
-        print(requirement.replace(">=", "=="))
+        if not requirement.startswith("torch"):
+            print(requirement.replace(">=", "=="))
 PY
 echo "torch==2.13.0" >"$work/torch.txt"
 

@@ -33,15 +33,27 @@ RANK_OF = {
     "demo": 4,
     "cli": 4,
 }
-# Imports between parts of one rank. Everybody may import errors; interop translates other files to and from the EDLoRA;
-# the verb `demo` of the command line starts the demo.
+# Imports between parts of one rank. Everybody may import errors; interop translates other files to and from an
+# EDLoRA; the verb `demo` of the command line starts the demo.
 SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo")}
 # Parts that use the package as its users do, by `from diffusers_mixofshow import ...`.
 USERS = {"demo", "cli"}
 LONGEST_FUNCTION = 60
 
 FILES = sorted(SOURCE.rglob("*.py"))
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+
+
+def where(path: Path, node: ast.stmt | None = None) -> str:
+    """The file, with the line of the statement, in the form that editors and terminals make a link of."""
+    name = f"src/{PACKAGE}/{path.relative_to(SOURCE).as_posix()}"
+    return name if node is None else f"{name}:{node.lineno}"
+
+
+def every_node() -> Iterator[tuple[Path, ast.AST]]:
+    """Every node of every file of the package."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            yield path, node
 
 
 def module_name(path: Path) -> str:
@@ -90,9 +102,9 @@ def forbidden_imports(path: Path, source: str | None = None) -> list[str]:
         target = part_of(name)
         if target not in RANK_OF:
             if part not in USERS:
-                found.append(f"{part} imports {PACKAGE}.{name}: from the top level, instead of from its module")
+                found.append(f"{where(path)} imports {PACKAGE}.{name}: from the top level, instead of from its module")
         elif target != part and RANK_OF[target] >= RANK_OF[part] and (part, target) not in SIDEWAYS:
-            found.append(f"{part} (rank {RANK_OF[part]}) imports {name} (rank {RANK_OF[target]})")
+            found.append(f"{where(path)} (rank {RANK_OF[part]}) imports {name} (rank {RANK_OF[target]})")
     return found
 
 
@@ -113,10 +125,8 @@ def test_every_part_has_a_rank() -> None:
     assert parts <= RANK_OF.keys(), "give the new part a rank in this file, and say what its job is in docs/"
 
 
-@every_file
-def test_imports_go_to_lower_ranks(path: Path) -> None:
-    if path != SOURCE / "__init__.py":
-        assert forbidden_imports(path) == []
+def test_imports_go_to_lower_ranks() -> None:
+    assert [problem for path in FILES if path != SOURCE / "__init__.py" for problem in forbidden_imports(path)] == []
 
 
 def test_no_import_cycle() -> None:
@@ -126,21 +136,23 @@ def test_no_import_cycle() -> None:
         pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
 
 
-@every_file
-def test_no_module_is_called_utils(path: Path) -> None:
-    assert path.stem not in {"util", "utils", "helper", "helpers", "misc", "common"}
+def test_no_module_is_called_utils() -> None:
+    vague = {"util", "utils", "helper", "helpers", "misc", "common"}
+    assert [where(path) for path in FILES if path.stem in vague] == []
 
 
-@every_file
-def test_functions_are_short(path: Path) -> None:
-    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
-    lengths = {f"{f.name} (line {f.lineno})": (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions}
+def test_functions_are_short() -> None:
+    lengths = {
+        f"{where(path, node)} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for path, node in every_node()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert len(lengths) > len(FILES)
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
-@every_file
-def test_no_assert_statement(path: Path) -> None:
-    asserts = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+def test_no_assert_statement() -> None:
+    asserts = [where(path, node) for path, node in every_node() if isinstance(node, ast.Assert)]
     assert asserts == [], "raise an error of errors.py, or RuntimeError for an invariant of our own"
 
 
