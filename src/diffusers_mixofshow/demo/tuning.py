@@ -96,9 +96,11 @@ def _tune(name: str, config: TrainingConfig, on_step: ON_STEP, running: list[sub
         "instance_data_dir": str(config.instance_data_dir),
         "output_dir": str(config.output_dir),
     }
-    process = _start(settings)
+    log = Path(str(config.output_dir)) / "worker.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = _start(settings, log)
     running.append(process)
-    failure = "it ended early"
+    failure = f"its process ended early, see {log}"
     for message in _messages(process):
         if "error" in message:
             failure = str(message["error"])
@@ -109,16 +111,17 @@ def _tune(name: str, config: TrainingConfig, on_step: ON_STEP, running: list[sub
     marker.write_text(json.dumps({"fingerprint": fingerprint(config)}), encoding="utf-8")
 
 
-def _start(settings: Mapping[str, Any]) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diffusers_mixofshow.demo.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+def _start(settings: Mapping[str, Any], log: Path) -> subprocess.Popen[str]:
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "diffusers_mixofshow.demo.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is the demo's to handle; it ends its workers.
+        )
     if process.stdin is not None:
         process.stdin.write(json.dumps(settings))
         process.stdin.close()
