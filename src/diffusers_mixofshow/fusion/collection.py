@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,6 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
-from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
@@ -31,15 +30,14 @@ class FusablePipeline(Protocol):
     def components(self) -> Mapping[str, Any]:
         """Model components by name."""
 
-    @property
-    def concepts(self) -> Mapping[str, Concept]:
-        """Loaded concepts by placeholder."""
-
     def load_edlora(self, source: EDLoRA) -> None:
         """Load an ED-LoRA."""
 
     def unload_edlora(self) -> None:
         """Unload everything that was loaded."""
+
+    def concepts_set_aside(self) -> AbstractContextManager[None]:
+        """Block without the concepts that the user had loaded."""
 
     def __call__(self, **arguments: Any) -> Any:
         """Sample pictures, with diffusers' arguments."""
@@ -122,20 +120,6 @@ def loaded(pipe: FusablePipeline, edlora: EDLoRA) -> Iterator[None]:
         yield
     finally:
         pipe.unload_edlora()
-
-
-@contextmanager
-def without_concepts(pipe: Any) -> Iterator[None]:
-    """Take off every concept that the user had loaded, for the length of a block."""
-    if not pipe.concepts:
-        yield
-        return
-    with pipe._without_adapters():
-        edloras, pipe._edloras = pipe._edloras, {}
-        try:
-            yield
-        finally:
-            pipe._edloras = edloras
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import FusionError
-from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect, without_concepts
+from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect
 from diffusers_mixofshow.fusion.prompts import PromptSet
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
@@ -130,7 +130,7 @@ class GradientFuser:
         lora: dict[str, LowRank] = {}
         residuals: Residuals = {}
         stages = _stages(_sites(sources), self.recording, sequential=self.sequential)
-        with without_concepts(self.pipe), _progress_bars(sources, stages) as advance:
+        with self.pipe.concepts_set_aside(), _progress_bars(sources, stages) as advance:
             for stage in stages:
                 statistics = [self._record(source, stage, lora, advance) for source in sources]
                 for sites in _by_input(stage.sites):

@@ -109,6 +109,19 @@ class EDLoRALoader:
         with self._without_adapters():
             super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
+    @contextmanager
+    def concepts_set_aside(self) -> Iterator[None]:
+        """Take every concept out for the length of a block; afterwards all are loaded as strong and active as before.
+
+        Inside, other concepts may be loaded, but must be unloaded again.
+        """
+        with self._without_adapters():
+            edloras, self._edloras = self._edloras, {}
+            try:
+                yield
+            finally:
+                self._edloras = edloras
+
     @property
     def _concept_embeddings(self) -> dict[str, torch.Tensor]:
         """Concept token to its embeddings, shape (layers, dim), of everything loaded."""
