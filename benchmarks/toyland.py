@@ -183,7 +183,7 @@ def measure_together(bench: Bench, pack: Any) -> dict[str, Any]:
             pictures = []
             for index, triple in enumerate(triples):
                 place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
-                regions = regions_of(triple, place, boxes) if method == "regions" else None
+                regions = regions_of(triple, boxes) if method == "regions" else None
                 prompts = [prompt_together(triple, place)]
                 sampling = bench.sampling(50_000, WIDE)
                 pictures += sample_pictures(bench.pipe, prompts, sampling, regions=regions, first=index)

@@ -93,7 +93,7 @@ def test_measured_prompts_are_held_out() -> None:
 
 def test_prompts_name_every_concept() -> None:
     assert prompt_together(("bobo", "kiki", "rex"), "at night") == "a <bobo>, a <kiki> and a <rex> at night"
-    assert [region.prompt for region in regions_of(("bobo",), "at night", column_boxes(1))] == ["a <bobo> at night"]
+    assert [region.prompt for region in regions_of(("bobo",), column_boxes(1))] == ["a <bobo>"]
     assert fill_templates(("a <TOK>", "<TOK> here"), "dog", 3) == ["a dog", "dog here", "a dog"]
     with pytest.raises(ConfigurationError, match="<TOK>"):
         fill_templates(("a dog",), "dog", 1)

@@ -134,7 +134,7 @@ def _sample_together(
     pictures = []
     for index, names in enumerate(order):
         place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
-        regions = regions_of(names, place, column_boxes(len(names))) if with_regions else None
+        regions = regions_of(names, column_boxes(len(names))) if with_regions else None
         prompts = [prompt_together(names, place)]
         pictures += sample_pictures(pipe, prompts, sampling, regions=regions, first=index, advance=advance)
     return pictures

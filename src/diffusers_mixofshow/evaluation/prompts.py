@@ -29,6 +29,9 @@ HELD_OUT_PROMPTS = (
 )
 """For measuring: the same backgrounds in wordings that are not among the recorded ones."""
 
+_SKY, _GROUND = 0.25, 0.97
+"""Top and bottom of the regions."""
+
 TOGETHER_PLACES = ("in a meadow", "on the beach", "in the desert", "in the snow", "at night", "in a room")
 
 
@@ -44,10 +47,10 @@ def prompt_together(names: Sequence[str], place: str) -> str:
 
 
 def column_boxes(count: int) -> list[tuple[float, float, float, float]]:
-    """Equal columns from left to right."""
-    return [(index / count, 0.0, (index + 1) / count, 1.0) for index in range(count)]
+    """Equal columns from left to right, as high as things stand in Toyland; the sky above is the global prompt's."""
+    return [(index / count, _SKY, (index + 1) / count, _GROUND) for index in range(count)]
 
 
-def regions_of(names: Sequence[str], place: str, boxes: Sequence[tuple[float, float, float, float]]) -> list[Region]:
-    """One region a concept."""
-    return [Region(f"a <{name}> {place}", box=box) for name, box in zip(names, boxes, strict=True)]
+def regions_of(names: Sequence[str], boxes: Sequence[tuple[float, float, float, float]]) -> list[Region]:
+    """One region a concept; the place is the global prompt's to say."""
+    return [Region(f"a <{name}>", box=box) for name, box in zip(names, boxes, strict=True)]
