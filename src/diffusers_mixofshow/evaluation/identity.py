@@ -118,8 +118,9 @@ def crop_region(image: Image.Image, box: Box) -> Image.Image:
     )
     side = min(CROP_SHARE * (right - left), image.height, image.width)
     start = min(max((left + right - side) / 2, 0), image.width - side)
-    corner = (start, bottom - side, start + side, bottom)
-    return image.resize((image.height, image.height), Image.Resampling.BICUBIC, box=corner)
+    top = min(max(bottom - side, 0), image.height - side)
+    square = (start, top, start + side, top + side)
+    return image.resize((image.height, image.height), Image.Resampling.BICUBIC, box=square)
 
 
 def concepts_in_regions(
