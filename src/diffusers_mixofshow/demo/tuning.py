@@ -23,6 +23,7 @@ ON_STEP = Callable[[str, int, int, float], None]
 """Told the concept's name, the steps done, the steps in all, and the loss."""
 
 _FINISHED = "finished.json"
+_BASE_PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
 
 def tuning_config(concept: DemoConcept, settings: DemoSettings) -> TrainingConfig:
@@ -40,7 +41,8 @@ def tuning_config(concept: DemoConcept, settings: DemoSettings) -> TrainingConfi
 def fingerprint(config: TrainingConfig) -> str:
     """Digest of everything that the ED-LoRA depends on: settings, photos and base."""
     digest = hashlib.sha256(json.dumps(config.as_record(), sort_keys=True).encode())
-    for folder in (Path(config.instance_data_dir), toyland.path()):
+    base = toyland.path()
+    for folder in (Path(config.instance_data_dir), *(base / part for part in _BASE_PARTS)):
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(file.relative_to(folder).as_posix().encode())
             digest.update(file.read_bytes())
