@@ -20,7 +20,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def components(*, seed: int = 0) -> dict[str, object]:
-    """Components for StableDiffusionPipeline: 5 cross-attention layers, 2 text layers, latents of half the size."""
+    """Components for StableDiffusionPipeline: 4 cross-attention layers, 2 text layers, latents of half the size."""
     torch.manual_seed(seed)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -58,7 +58,11 @@ def components(*, seed: int = 0) -> dict[str, object]:
         )
     )
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
     )
     return {
