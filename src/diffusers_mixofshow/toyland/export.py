@@ -43,8 +43,8 @@ def export_pipeline(
         tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder),
         unet=unet,
         scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
-        safety_checker=None,  # pyright: ignore
-        feature_extractor=None,  # pyright: ignore
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
     temporary = folder.with_name(folder.name + ".partial")

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import accelerate
 import torch
 from accelerate.utils import broadcast_object_list
+
+
+Objective = TypeVar("Objective", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def save_atomically(value: Any, path: Path) -> None:
 @torch.no_grad()
 def _update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
     weight = 1 - min(decay, (step + 1) / (step + 10))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)  # pyright: ignore
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
     for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)
 
@@ -97,7 +100,7 @@ def _restore(
 
 
 def train_stage(
-    objective: torch.nn.Module,
+    objective: Objective,
     batch: Callable[[torch.Generator], Any],
     config: LoopConfig,
     *,
@@ -105,8 +108,8 @@ def train_stage(
     optimiser: torch.optim.Optimizer,
     checkpoint: Path,
     resume: bool = False,
-    on_checkpoint: Callable[[torch.nn.Module], None] | None = None,
-) -> torch.nn.Module:
+    on_checkpoint: Callable[[Objective], None] | None = None,
+) -> Objective:
     """Train `objective`, a module that maps a batch to a scalar loss, and return its averaged copy.
 
     Args:
@@ -117,7 +120,7 @@ def train_stage(
     average = copy.deepcopy(objective).requires_grad_(False)
     step, already = _restore(checkpoint, objective, average, optimiser) if resume else (0, 0.0)
     average.to(accelerator.device)
-    prepared, optimiser = accelerator.prepare(objective, optimiser)
+    prepared, stepper = accelerator.prepare(objective, optimiser)
     several = accelerator.num_processes > 1
     clock = _Clock(already)
     last_saved, smooth, started = already, None, (step, already)
@@ -128,7 +131,7 @@ def train_stage(
                 {
                     "objective": objective.state_dict(),
                     "average": average.state_dict(),
-                    "optimiser": optimiser.optimizer.state_dict(),
+                    "optimiser": optimiser.state_dict(),
                     "step": step,
                     "elapsed": elapsed,
                 },
@@ -144,14 +147,14 @@ def train_stage(
         progress = elapsed / (60 * config.minutes) if config.steps is None else step / config.steps
         if progress >= 1:
             break
-        for group in optimiser.param_groups:
+        for group in stepper.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, progress, config)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 64 + accelerator.process_index)
         loss = prepared(batch(generator))
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        stepper.step()
+        stepper.zero_grad()
         _update_average(average, objective, config.average_decay, step)
         step += 1
         value = float(loss.detach())

@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

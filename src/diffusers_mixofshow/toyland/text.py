@@ -27,8 +27,8 @@ def write_tokenizer(folder: Path, captions: Iterable[str], size: int = 600) -> C
         size: Upper bound of the number of entries.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=_END, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()  # pyright: ignore
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=list(_LETTERS), end_of_word_suffix="</w>", show_progress=False
     )

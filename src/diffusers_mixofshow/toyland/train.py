@@ -76,7 +76,7 @@ def train_autoencoder(output: Path, config: LoopConfig, *, batch_size: int, pool
 
     held_out = render_pixels(range(HELD_OUT_SEED, HELD_OUT_SEED + 128)).float() / 127.5 - 1
 
-    def report(average: torch.nn.Module) -> None:
+    def report(average: AutoencoderObjective) -> None:
         result = reconstruct(average.model, held_out.to(accelerator.device)).cpu()
         print(f"held-out PSNR {peak_signal_to_noise(result, held_out):.2f} dB", flush=True)
 
@@ -193,7 +193,7 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         parts = (clean, noise, timesteps, encode_prompts(tokenizer, captions))
         return tuple(part.to(device) for part in parts)
 
-    def export(average: torch.nn.Module) -> None:
+    def export(average: DenoisingObjective) -> None:
         parts = {"unet": average.model, "vae": vae, "clip": clip}
         copies = {name: copy.deepcopy(part).cpu() for name, part in parts.items()}
         export_pipeline(output / "pipeline", tokenizer_folder=output / "tokenizer", **copies)
@@ -229,7 +229,7 @@ def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size
         return pixels.to(accelerator.device), pool.labels[chosen].to(accelerator.device)
 
     @torch.no_grad()
-    def report(average: torch.nn.Module) -> None:
+    def report(average: ReaderObjective) -> None:
         scores = average.model(held_out.pixels.to(accelerator.device).float() / 127.5 - 1).cpu().split(sizes, dim=1)
         for kind, rows in (("renders", slice(1, None, 2)), ("round trips", slice(0, None, 2))):
             figures = []
@@ -278,7 +278,7 @@ def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size
         parts = (pixels, token_ids, holding(claims, shown), labels[chosen])
         return tuple(part.to(accelerator.device) for part in parts)
 
-    def export(average: torch.nn.Module) -> None:
+    def export(average: AlignmentObjective) -> None:
         copy.deepcopy(average.model).cpu().save_pretrained(output / "metric")
 
     train_stage(

@@ -578,6 +578,7 @@ def word_caption(names: Sequence[str], place: str, rng: random.Random) -> str:
         names: The things from left to right, each with its article, e.g. "a red critter".
         place: The place's phrase, e.g. "on a beach".
     """
+    wordings: tuple[str, ...]
     if len(names) == 1:
         wordings = ("{0} {p}", "{0} {p}", "a picture of {0} {p}", "a photo of {0} {p}", "{0}, {p}", "there is {0} {p}")
     elif len(names) == 2:
