@@ -80,7 +80,7 @@ def test_own_photos_take_the_place_of_a_concept_of_their_class(tmp_path: Path) -
     own.mkdir()
     Image.new("RGB", (90, 120), "brown").save(own / "waldi.jpg")
     concepts = prepare_photos(DemoSettings(folder=tmp_path / "demo", photos=own, class_word="Dog", photo_count=1))
-    assert [concept.name for concept in concepts] == ["momo", "lulu", "mine", "ming"]
+    assert [concept.name for concept in concepts] == ["bobo", "kiki", "mine", "ming"]
     assert concepts[2].attributes == {}
     assert [photo.size for photo in photos_of(concepts[2])] == [(64, 64)]
     assert "<mine>" in (concepts[2].folder / "waldi.txt").read_text()

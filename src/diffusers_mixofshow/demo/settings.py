@@ -10,7 +10,7 @@ from typing import Any
 from diffusers_mixofshow.errors import ConfigurationError
 
 
-CONCEPTS = ("momo", "lulu", "rex", "ming")
+CONCEPTS = ("bobo", "kiki", "rex", "ming")
 """Toyland's concepts of the demo: two critters, a dog and a vase."""
 
 OWN_NAME = "mine"
