@@ -43,7 +43,6 @@ def build_autoencoder(widths: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
         mid_block_add_attention=False,
         force_upcast=False,
     )
-    assert model.quant_conv is not None
     with torch.no_grad():
         model.quant_conv.bias[LATENT_CHANNELS:] = -6.0
         model.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
@@ -88,8 +87,6 @@ def whiten(model: AutoencoderKL, pixels: torch.Tensor) -> None:
     Args:
         pixels: Pictures in [-1, 1] that the statistics are taken from.
     """
-    assert model.quant_conv is not None
-    assert model.post_quant_conv is not None
     latents = torch.cat([model.encode(part).latent_dist.mean for part in pixels.split(64)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     channels = len(mean)

@@ -86,6 +86,24 @@ class _Clock:
         return seconds[0]
 
 
+class _ProgressLines:
+    """Prints a line every `log_steps` steps: smoothed loss, steps a second, time, fraction done."""
+
+    def __init__(self, accelerator: accelerate.Accelerator, log_steps: int, step: int, elapsed: float) -> None:
+        self._accelerator, self._log_steps = accelerator, log_steps
+        self._first = (step, elapsed)
+        self._smooth: float | None = None
+
+    def add(self, step: int, loss: float, elapsed: float, progress: float) -> None:
+        self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
+        if step % self._log_steps == 0:
+            rate = (step - self._first[0]) / max(1e-9, elapsed - self._first[1])
+            self._accelerator.print(
+                f"step {step} loss {self._smooth:.4f} {rate:.2f} steps/s {elapsed / 60:.1f} min {100 * progress:.0f} %",
+                flush=True,
+            )
+
+
 def _restore(
     checkpoint: Path, objective: torch.nn.Module, average: torch.nn.Module, optimiser: torch.optim.Optimizer
 ) -> tuple[int, float]:
@@ -123,7 +141,8 @@ def train_stage(
     prepared, stepper = accelerator.prepare(objective, optimiser)
     several = accelerator.num_processes > 1
     clock = _Clock(already)
-    last_saved, smooth, started = already, None, (step, already)
+    progress_lines = _ProgressLines(accelerator, config.log_steps, step, already)
+    last_saved = already
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -150,6 +169,7 @@ def train_stage(
         for group in stepper.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, progress, config)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 64 + accelerator.process_index)
+        torch.manual_seed(generator.initial_seed())  # What the objective draws is the same after a resume, too.
         loss = prepared(batch(generator))
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
@@ -157,14 +177,7 @@ def train_stage(
         stepper.zero_grad()
         _update_average(average, objective, config.average_decay, step)
         step += 1
-        value = float(loss.detach())
-        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
-        if step % config.log_steps == 0:
-            rate = (step - started[0]) / max(1e-9, elapsed - started[1])
-            accelerator.print(
-                f"step {step} loss {smooth:.4f} {rate:.2f} steps/s {elapsed / 60:.1f} min {100 * progress:.0f} %",
-                flush=True,
-            )
+        progress_lines.add(step, float(loss.detach()), elapsed, progress)
         if elapsed - last_saved > 60 * config.checkpoint_minutes:
             last_saved = elapsed
             save()
