@@ -98,10 +98,8 @@ class _ProgressLines:
         self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
         if step % self._log_steps == 0:
             rate = (step - self._first[0]) / max(1e-9, elapsed - self._first[1])
-            self._accelerator.print(
-                f"step {step} loss {self._smooth:.4f} {rate:.2f} steps/s {elapsed / 60:.1f} min {100 * progress:.0f} %",
-                flush=True,
-            )
+            pace = f"{rate:.2f} steps/s {elapsed / 60:.1f} min {100 * progress:.0f} %"
+            self._accelerator.print(f"step {step} loss {self._smooth:.4f} {pace}", flush=True)
 
 
 def _restore(
@@ -139,30 +137,21 @@ def train_stage(
     step, already = _restore(checkpoint, objective, average, optimiser) if resume else (0, 0.0)
     average.to(accelerator.device)
     prepared, stepper = accelerator.prepare(objective, optimiser)
-    several = accelerator.num_processes > 1
     clock = _Clock(already)
     progress_lines = _ProgressLines(accelerator, config.log_steps, step, already)
     last_saved = already
 
     def save() -> None:
-        if accelerator.is_main_process:
-            save_atomically(
-                {
-                    "objective": objective.state_dict(),
-                    "average": average.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "step": step,
-                    "elapsed": elapsed,
-                },
-                checkpoint,
-            )
-            if on_checkpoint is not None:
-                on_checkpoint(average)
+        state: dict[str, Any] = {"objective": objective, "average": average, "optimiser": optimiser}
+        values = {name: part.state_dict() for name, part in state.items()}
+        save_atomically(values | {"step": step, "elapsed": elapsed}, checkpoint)
+        if on_checkpoint is not None:
+            on_checkpoint(average)
 
     elapsed = already
     while True:
         if step % 10 == 0:
-            elapsed = clock.elapsed(several)
+            elapsed = clock.elapsed(accelerator.num_processes > 1)
         progress = elapsed / (60 * config.minutes) if config.steps is None else step / config.steps
         if progress >= 1:
             break
@@ -180,7 +169,9 @@ def train_stage(
         progress_lines.add(step, float(loss.detach()), elapsed, progress)
         if elapsed - last_saved > 60 * config.checkpoint_minutes:
             last_saved = elapsed
-            save()
-    save()
+            if accelerator.is_main_process:
+                save()
+    if accelerator.is_main_process:
+        save()
     accelerator.wait_for_everyone()
     return average
