@@ -116,7 +116,21 @@ def _fuse_and_sample(
             progress.advance(task)
     with stages("sampling", "Every concept alone, and three together") as progress:
         task = progress.add_task("pictures", total=picture_count(settings))
-        return sample_all(pipe, concepts, packs, settings, lambda count: progress.advance(task, count))
+        pictures = sample_all(pipe, concepts, packs, settings, lambda count: progress.advance(task, count))
+        _write_sheets(concepts, pictures, settings)
+    return pictures
+
+
+def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings: DemoSettings) -> None:
+    """One sheet a concept: its photos, then a row a method; and one of several concepts, with and without regions."""
+    from diffusers_mixofshow.demo.photos import photos_of
+    from diffusers_mixofshow.demo.sheets import write_sheets
+
+    alone = {
+        concept.name: [photos_of(concept), *(of_method[concept.name] for of_method in pictures.alone.values())]
+        for concept in concepts
+    }
+    write_sheets(settings.folder / "sheets", {**alone, "together": [pictures.regional, pictures.unguided]})
 
 
 def _fused(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:
@@ -162,14 +176,8 @@ def _report(
 ) -> Path:
     from diffusers_mixofshow.demo.page import write_page
     from diffusers_mixofshow.demo.photos import photos_of
-    from diffusers_mixofshow.demo.sheets import write_sheets
 
     photos = {concept.name: photos_of(concept) for concept in concepts}
-    alone = {
-        concept.name: [photos[concept.name], *(of_method[concept.name] for of_method in pictures.alone.values())]
-        for concept in concepts
-    }
-    write_sheets(settings.folder / "sheets", {**alone, "together": [pictures.regional, pictures.unguided]})
     report = _record(measures, settings, seconds)
     (settings.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return write_page(settings.folder / "index.html", concepts, photos, pictures, measures, report)
