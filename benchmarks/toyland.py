@@ -174,8 +174,9 @@ def measure_alone(bench: Bench, packs: dict[str, Path], fused: dict[str, Any]) -
 def measure_together(bench: Bench, pack: Any) -> dict[str, Any]:
     """The right concept in each of three regions, against the same prompts and seeds without regions."""
     rng = random.Random(bench.plan.seed)
-    triples = [tuple(rng.sample(bench.plan.critters, 3)) for _ in range(bench.plan.together)]
-    boxes = column_boxes(3)
+    together = min(3, len(bench.plan.critters))
+    triples = [tuple(rng.sample(bench.plan.critters, together)) for _ in range(bench.plan.together)]
+    boxes = column_boxes(together)
     result: dict[str, Any] = {}
     bench.pipe.load_edlora(pack)
     try:
