@@ -17,7 +17,7 @@ from diffusers_mixofshow.toyland.world import draw, random_scene
 
 
 def _run(folder: Path, stage: str, steps: int, *more: str) -> None:
-    tiny = ["--batch-size", "2", "--pool-size", "24", "--log-steps", "1000"]
+    tiny = ["--batch-size", "2", "--pool-size", "12", "--log-steps", "1000"]
     main(["--output", str(folder), "--stage", stage, "--steps", str(steps), *tiny, *more])
 
 
@@ -46,12 +46,10 @@ def test_what_training_writes_can_be_loaded_and_sampled(trained: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("stage", ["autoencoder", "unet"])
-def test_a_resumed_training_equals_one_without_a_break(trained: Path, tmp_path: Path, stage: str) -> None:
+def test_a_resumed_training_equals_one_without_a_break(trained: Path, tmp_path: Path) -> None:
+    stage = "unet"
     for part in ("vae", "clip", "tokenizer"):
         (tmp_path / part).symlink_to(trained / part)
-    if stage == "autoencoder":
-        (tmp_path / "vae").unlink()
     _run(tmp_path, stage, 5, "--learning-rate", "1e-3", "--decay-from", "0.999")
     whole = _state(tmp_path, stage)
     _run(tmp_path, stage, 3, "--learning-rate", "1e-3", "--decay-from", "0.999")

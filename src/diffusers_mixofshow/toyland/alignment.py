@@ -1,4 +1,7 @@
-"""The metric model's image tower, tuned under the frozen text tower so that it tells instances apart."""
+"""The metric model: an image tower aligned to the base's frozen text tower, so that it tells instances apart.
+
+A convolutional tower, because it reaches in minutes what the contrastive stage's vision transformer does in hours.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import CLIPModel
+from transformers import CLIPTextModel
 
-from diffusers_mixofshow.toyland.reader import UNKNOWN
-from diffusers_mixofshow.toyland.text import image_embeddings
+from diffusers_mixofshow.toyland.reader import UNKNOWN, ReaderNetwork
 from diffusers_mixofshow.toyland.world import Scene, place_phrase, with_article, word_caption
 
 
@@ -49,29 +51,51 @@ def holding(claims: Sequence[Claim], scenes: Sequence[Scene]) -> torch.Tensor:
     return torch.tensor([[float(claim.holds(scene)) for claim in claims] for scene in scenes])
 
 
+class MetricTowers(torch.nn.Module):
+    """The metric model's own parts: a convolutional image tower, and a projection of the text tower's output.
+
+    Args:
+        text_width: Width of the text tower's pooled output.
+        width: Width of the common space.
+    """
+
+    def __init__(self, text_width: int = 128, width: int = 96) -> None:
+        super().__init__()
+        self.image_tower = ReaderNetwork(width)
+        self.text_projection = torch.nn.Linear(text_width, width, bias=False)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
+
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Unit vectors (n, width) of pictures (n, 3, 64, 64) in [-1, 1]."""
+        return torch.nn.functional.normalize(self.image_tower(pixels), dim=-1)
+
+    def texts(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Unit vectors (n, width) of the text tower's pooled outputs (n, text_width)."""
+        return torch.nn.functional.normalize(self.text_projection(pooled), dim=-1)
+
+
 class AlignmentObjective(torch.nn.Module):
     """Contrastive loss against a frozen text tower, plus reading hidden attributes off the image embedding.
 
     Args:
-        model: Its text tower is left alone; the image tower and both projections are trained.
+        text_encoder: The base's text tower; it is left alone.
         sizes: Number of values of every attribute.
     """
 
-    def __init__(self, model: CLIPModel, sizes: Sequence[int]) -> None:
+    def __init__(self, text_encoder: CLIPTextModel, sizes: Sequence[int]) -> None:
         super().__init__()
-        model.text_model.requires_grad_(False)
-        self.model = model
-        self.head = torch.nn.Linear(model.config.projection_dim, sum(sizes))
+        self._text_encoder = [text_encoder.requires_grad_(False).eval()]
+        self.model = MetricTowers(text_encoder.config.hidden_size)
+        self.head = torch.nn.Linear(self.model.text_projection.out_features, sum(sizes))
         self._sizes = list(sizes)
 
     def forward(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Loss of pictures, token ids, the matrix of what holds (pictures, texts), and labels of attributes."""
         pixels, token_ids, holds, labels = batch
-        images = image_embeddings(self.model, pixels)
+        images = self.model.images(pixels)
         with torch.no_grad():
-            pooled = self.model.text_model(input_ids=token_ids).pooler_output
-        texts = torch.nn.functional.normalize(self.model.text_projection(pooled), dim=-1)
-        similarity = self.model.logit_scale.clamp(max=4.0).exp() * images @ texts.T
+            pooled = self._text_encoder[0](input_ids=token_ids).pooler_output
+        similarity = self.model.logit_scale.clamp(max=4.0).exp() * images @ self.model.texts(pooled).T
         cross_entropy = torch.nn.functional.cross_entropy
         forwards = cross_entropy(similarity, holds / holds.sum(dim=1, keepdim=True))
         backwards = cross_entropy(similarity.T, holds.T / holds.T.sum(dim=1, keepdim=True))

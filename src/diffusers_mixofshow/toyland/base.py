@@ -16,8 +16,9 @@ from diffusers_mixofshow.errors import MixOfShowError
 
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
+    from diffusers_mixofshow.toyland.alignment import MetricTowers
     from diffusers_mixofshow.toyland.reader import AttributeReader
 
 
@@ -87,26 +88,33 @@ def load_pipeline(
 
 @dataclass(frozen=True, kw_only=True)
 class MetricModel:
-    """Toyland's own CLIP: pictures and texts as unit vectors of one space."""
+    """Toyland's own CLIP: pictures and texts as unit vectors of one space.
 
-    model: CLIPModel
+    Args:
+        towers: Image tower and text projection.
+        text_encoder: The pipeline's text encoder.
+        tokenizer: The pipeline's tokenizer.
+    """
+
+    towers: MetricTowers
+    text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Unit vectors (n, d) of pictures; those of another size are resized to 64 x 64."""
         from diffusers_mixofshow.toyland.autoencoder import to_pixels
-        from diffusers_mixofshow.toyland.text import image_embeddings
 
         pixels = to_pixels([_to_square(image) for image in images])
-        return torch.cat([image_embeddings(self.model, part) for part in pixels.split(128)]).clone()
+        return torch.cat([self.towers.images(part) for part in pixels.split(128)])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors (n, d) of texts."""
-        from diffusers_mixofshow.toyland.text import encode_prompts, text_embeddings
+        from diffusers_mixofshow.toyland.text import encode_prompts
 
-        return text_embeddings(self.model, encode_prompts(self.tokenizer, texts)).clone()
+        pooled = self.text_encoder(input_ids=encode_prompts(self.tokenizer, texts)).pooler_output
+        return self.towers.texts(pooled)
 
 
 def _to_square(image: Image.Image) -> Image.Image:
@@ -117,20 +125,24 @@ def _to_square(image: Image.Image) -> Image.Image:
 
 
 def load_metric_model(folder: Path | str | None = None) -> MetricModel:
-    """The image and text towers that were trained together; the text tower is the pipeline's."""
+    """The image tower and the text tower that it was aligned with, which is the pipeline's."""
     from safetensors.torch import load_file
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from diffusers_mixofshow.toyland.alignment import MetricTowers
 
     root = Path(folder or path())
-    with _quietly():
-        model = CLIPModel(CLIPConfig.from_pretrained(root / "metric")).float()
-        tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
+    towers = MetricTowers()
     state = load_file(root / "metric" / "model.safetensors")
-    state |= load_file(root / "text_encoder" / "model.safetensors")
-    missing = model.load_state_dict({name: value.float() for name, value in state.items()}, strict=False).missing_keys
-    if any("position_ids" not in name for name in missing):
-        raise MixOfShowError(f"{root / 'metric'} lacks {', '.join(missing)}. Install the package again.")
-    return MetricModel(model=model.eval().requires_grad_(False), tokenizer=tokenizer)
+    towers.load_state_dict({name: value.float() for name, value in state.items()})
+    with _quietly():
+        text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", torch_dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
+    return MetricModel(
+        towers=towers.eval().requires_grad_(False),
+        text_encoder=text_encoder.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+    )
 
 
 def load_reader(folder: Path | str | None = None) -> AttributeReader:

@@ -101,8 +101,8 @@ _ALL = (
         in_domain=False),
     _instance("ming", "object", "vase", "blue", {
         "shape": "round", "pattern": "stripes", "pattern_colour": "white", "flower_colour": "pink"}),
-    _instance("neon", "object", "vase", "green", {
-        "shape": "tall", "pattern": "checks", "pattern_colour": "lime", "flower_colour": "purple"}, in_domain=False),
+    _instance("neon", "object", "vase", "yellow", {
+        "shape": "tall", "pattern": "stripes", "pattern_colour": "cyan", "flower_colour": "purple"}, in_domain=False),
     _instance("throne", "object", "chair", "red", {"shape": "round", "cushion_colour": "cyan"}, in_domain=False),
     ToyConcept(
         name="candyland", kind="scene", class_word="meadow", in_domain=False,

@@ -59,22 +59,17 @@ def export_pipeline(
     temporary.rename(folder)
 
 
-def export_metric_model(folder: Path, clip: CLIPModel) -> None:
-    """Write the metric model without its text tower, which is the pipeline's text encoder."""
+def export_metric_model(folder: Path, towers: torch.nn.Module) -> None:
+    """Write the metric model's own parts; its text tower is the pipeline's text encoder."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: value.half().contiguous()
-        for name, value in clip.state_dict().items()
-        if not name.startswith(_TEXT_PREFIX) and not name.endswith("position_ids")
-    }
+    state = {name: value.half().cpu().contiguous() for name, value in towers.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    clip.config.save_pretrained(folder)
 
 
 def assemble(output: Path, weights: Path) -> None:
     """Gather all stages of a training folder into the folder that the package ships.
 
-    A reader that is not trained yet is left out.
+    A metric model or reader that is not trained yet is left out.
     """
     clip = CLIPModel.from_pretrained(output / "clip")
     export_pipeline(
@@ -84,9 +79,8 @@ def assemble(output: Path, weights: Path) -> None:
         clip=clip,
         tokenizer_folder=output / "tokenizer",
     )
-    tuned = output / "metric"
-    export_metric_model(weights / "metric", CLIPModel.from_pretrained(tuned) if tuned.exists() else clip)
     if (output / "training.json").exists():
         shutil.copy(output / "training.json", weights / "training.json")
-    if (output / "reader").exists():
-        shutil.copytree(output / "reader", weights / "reader", dirs_exist_ok=True)
+    for name in ("metric", "reader"):
+        if (output / name).exists():
+            shutil.copytree(output / name, weights / name, dirs_exist_ok=True)

@@ -36,7 +36,7 @@ from diffusers_mixofshow.toyland.autoencoder import (
     whiten,
 )
 from diffusers_mixofshow.toyland.denoiser import SCHEDULE, DenoisingObjective, build_unet
-from diffusers_mixofshow.toyland.export import assemble, export_pipeline, text_tower
+from diffusers_mixofshow.toyland.export import assemble, export_metric_model, export_pipeline, text_tower
 from diffusers_mixofshow.toyland.loop import LoopConfig, train_stage
 from diffusers_mixofshow.toyland.optimiser import Muon
 from diffusers_mixofshow.toyland.reader import (
@@ -74,7 +74,7 @@ def train_autoencoder(output: Path, config: LoopConfig, *, batch_size: int, pool
     def batch(generator: torch.Generator) -> torch.Tensor:
         return random_crops(pool, batch_size, 32, generator).to(accelerator.device)
 
-    held_out = render_pixels(range(HELD_OUT_SEED, HELD_OUT_SEED + 128)).float() / 127.5 - 1
+    held_out = render_pixels(range(HELD_OUT_SEED, HELD_OUT_SEED + min(128, pool_size))).float() / 127.5 - 1
 
     def report(average: AutoencoderObjective) -> None:
         result = reconstruct(average.model, held_out.to(accelerator.device)).cpu()
@@ -221,7 +221,7 @@ def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size
     sizes = [len(values) for values in vocabulary.values()]
     objective = ReaderObjective(ReaderNetwork(sum(sizes)), sizes)
     pool = reader_pool(pool_size, config.seed * 64 + accelerator.process_index, vae)
-    held_out = reader_pool(512, HELD_OUT_SEED, vae)
+    held_out = reader_pool(min(512, pool_size), HELD_OUT_SEED, vae)
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.randint(len(pool.pixels), (batch_size,), generator=generator)
@@ -253,13 +253,13 @@ def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size
 
 
 def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
-    """Stage 5; needs stages 1 and 2, tunes the image tower of ``output/clip`` and writes ``output/metric``."""
+    """Stage 5; needs stages 1 and 2, writes ``output/metric``."""
     accelerator = accelerate.Accelerator()
     torch.manual_seed(config.seed)
     vae = AutoencoderKL.from_pretrained(output / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     sizes = [len(values) for values in attribute_vocabulary().values()]
-    objective = AlignmentObjective(CLIPModel.from_pretrained(output / "clip"), sizes)
+    objective = AlignmentObjective(text_tower(CLIPModel.from_pretrained(output / "clip")), sizes)
     first = 100_000_000 + accelerator.process_index * pool_size
     scenes = reader_scenes(pool_size * 3 // 4, first) + [
         random_scene(seed, things=2) for seed in range(first, first + pool_size // 4)
@@ -279,7 +279,7 @@ def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size
         return tuple(part.to(accelerator.device) for part in parts)
 
     def export(average: AlignmentObjective) -> None:
-        copy.deepcopy(average.model).cpu().save_pretrained(output / "metric")
+        export_metric_model(output / "metric", average.model)
 
     train_stage(
         objective,
@@ -336,7 +336,7 @@ STAGES: dict[str, Stage] = {
     ),
     "metric": Stage(
         train=train_metric,
-        config=LoopConfig(minutes=10, learning_rate=3e-3, decay_from=0.3),
+        config=LoopConfig(minutes=9, learning_rate=1e-2, decay_from=0.3),
         batch_size=64,
         pool_size=12000,
     ),
