@@ -300,7 +300,7 @@ def test_settings_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, settin
 
 def test_residuals_of_the_report_are_those_of_the_pack(pipe: MixOfShowPipeline) -> None:
     sources = [_concept(pipe, "rex", 1), _concept(pipe, "kit", 2)]
-    fused = GradientFuser(pipe, **CLOSED_FORM).fuse(sources)
+    fused = GradientFuser(pipe, sequential=False, **CLOSED_FORM).fuse(sources)
     prompts = ["a <rex>", "two <rex>"]
     sites = list(sources[0].lora)
     statistics = collect(pipe, sources[0], prompts, sites, Recording(steps=2, batch_size=2))

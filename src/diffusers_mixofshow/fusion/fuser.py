@@ -55,7 +55,8 @@ class GradientFuser:
         seeds: Every prompt is sampled once with each of them.
         ridge: Weight of small updates against a perfect fit, as a fraction of the mean squared feature.
         sequential: Record the text keys and values on top of the fused text encoder, and the remaining layers on top
-            of both, as the paper does. Otherwise all layers are recorded with the concept's own LoRA, at once.
+            of both, as the paper does. False records all layers with the concept's own LoRA at once; on Toyland it
+            keeps less identity for the same time.
         text_tokens: Whether the text encoder's layers count padding.
         batch_size: Pictures sampled together.
         height: Height of the recorded pictures in pixels; the model's own by default.
@@ -72,7 +73,7 @@ class GradientFuser:
         negative_prompt: str = "",
         seeds: Sequence[int] = (0,),
         ridge: float = 1e-2,
-        sequential: bool = False,
+        sequential: bool = True,
         text_tokens: TextTokens = "all",
         batch_size: int = 4,
         height: int | None = None,
