@@ -6,7 +6,11 @@ import sys
 import time
 
 
-LIGHT = "import sys, diffusers_mixofshow; sys.exit(', '.join({'torch', 'numpy', 'diffusers'} & sys.modules.keys()))"
+LIGHT = """
+import sys
+import diffusers_mixofshow
+sys.exit(", ".join({"torch", "numpy", "diffusers", "transformers"} & sys.modules.keys()) or None)
+"""
 ALLOWED_SECONDS = 0.3
 
 
