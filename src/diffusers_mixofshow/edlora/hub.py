@@ -101,6 +101,11 @@ def _explained(repo_id: str, revision: str | None, token: str | bool | None) -> 
         yield
     except (HTTPError, EntryNotFoundError, HFValidationError, OSError, ValueError) as error:
         raise _explanation(error, repo_id, revision, token) from None
+    except RuntimeError as error:
+        # Where nothing answers, huggingface_hub 1.3 retries with a client that it has closed.
+        if "client has been closed" not in str(error):
+            raise
+        raise _explanation(LocalEntryNotFoundError(str(error)), repo_id, revision, token) from None
 
 
 def _explanation(error: Exception, repo_id: str, revision: str | None, token: str | bool | None) -> MixOfShowError:
