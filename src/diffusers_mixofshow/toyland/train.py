@@ -39,7 +39,6 @@ from diffusers_mixofshow.toyland.denoiser import SCHEDULE, DenoisingObjective, b
 from diffusers_mixofshow.toyland.export import assemble, export_metric_model, export_pipeline, text_tower
 from diffusers_mixofshow.toyland.loop import LoopConfig, train_stage
 from diffusers_mixofshow.toyland.optimiser import Muon
-from diffusers_mixofshow.toyland.provenance import current_commit
 from diffusers_mixofshow.toyland.reader import (
     AttributeReader,
     ReaderNetwork,
@@ -345,7 +344,7 @@ STAGES: dict[str, Stage] = {
 """All stages in the order in which they need each other."""
 
 
-def _record(output: Path, name: str, config: LoopConfig, minutes: float, batch_size: int, pool_size: int) -> None:
+def _record(output: Path, name: str, config: LoopConfig, minutes: float) -> None:
     """Add to ``output/training.json`` how a stage was trained."""
     path = output / "training.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -356,9 +355,6 @@ def _record(output: Path, name: str, config: LoopConfig, minutes: float, batch_s
         "hardware": f"{device}, {platform.machine()}",
         "torch": torch.__version__,
         "minutes": round(minutes, 1),
-        "batch_size": batch_size,
-        "pool_size": pool_size,
-        "commit": current_commit(),
     }
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -387,14 +383,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in chosen:
         stage = STAGES[name]
         config = dataclasses.replace(stage.config, **given)
-        sizes = {
-            "batch_size": options["batch_size"] or stage.batch_size,
-            "pool_size": options["pool_size"] or stage.pool_size,
-        }
         started = time.monotonic()
-        stage.train(options["output"], config, **sizes, resume=options["resume"])
+        stage.train(
+            options["output"],
+            config,
+            batch_size=options["batch_size"] or stage.batch_size,
+            pool_size=options["pool_size"] or stage.pool_size,
+            resume=options["resume"],
+        )
         if main_process:
-            _record(options["output"], name, config, (time.monotonic() - started) / 60, **sizes)
+            _record(options["output"], name, config, (time.monotonic() - started) / 60)
         accelerate.PartialState().wait_for_everyone()
     if options["weights"] is not None and main_process:
         assemble(options["output"], options["weights"])
