@@ -190,8 +190,8 @@ def readme(report: dict[str, Any], weights: Path) -> str:
     for name, stage in record.items():
         settings = stage["settings"]
         lines.append(
-            f"| {name} | {stage['minutes']} | {stage['processes']} | {settings['seed']} | "
-            f"{settings['learning_rate']:g} | {stage['hardware']} | {stage['torch']} |"
+            f"| {name} | {stage['minutes']} | {stage['processes']} | {stage['batch_size']} | {settings['seed']} | "
+            f"{settings['learning_rate']:g} | {stage['hardware']} | {stage['torch']} | {stage['commit']} |"
         )
     lines += ["", f"Code: commit {report['commit']} of `toyland/`. All settings: `training.json`.", "", "## Size"]
     lines += [f"- `{name}`: {size / 1e6:.2f} MB" for name, size in report["sizes"].items()]
