@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,15 @@ from diffusers_mixofshow.toyland.quality import identity_of
 from diffusers_mixofshow.toyland.world import CLASSES, draw, random_scene
 
 
+def _run_python(code: str) -> str:
+    """Standard output and error of `code` in a fresh interpreter that finds the package."""
+    source = str(Path(toyland.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
 def test_everything_together_is_at_most_16_megabytes() -> None:
     files = [file for file in toyland.path().rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 16e6
@@ -23,9 +34,9 @@ def test_everything_together_is_at_most_16_megabytes() -> None:
 
 def test_the_pipeline_loads_fast_and_samples_a_picture() -> None:
     toyland.load_pipeline()
-    started = time.perf_counter()
+    started = time.process_time()  # of this process, so that a busy machine does not count
     pipeline = toyland.load_pipeline()
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline("a red critter in a meadow", num_inference_steps=4, generator=torch.manual_seed(0)).images
     assert images[0].size == (64, 64)
@@ -34,13 +45,12 @@ def test_the_pipeline_loads_fast_and_samples_a_picture() -> None:
 
 def test_loading_prints_nothing() -> None:
     code = "from diffusers_mixofshow import toyland; toyland.load_pipeline(); toyland.load_metric_model()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout + result.stderr == ""
+    assert _run_python(code) == ""
 
 
 def test_importing_toyland_imports_nothing_heavy() -> None:
-    code = "import sys, diffusers_mixofshow.toyland; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, diffusers_mixofshow.toyland; print({'torch', 'diffusers'} & set(sys.modules))"
+    assert _run_python(code).strip() == "set()"
 
 
 def test_the_metric_model_gives_unit_vectors_of_one_space() -> None:

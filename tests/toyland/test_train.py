@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusers_mixofshow.toyland.autoencoder import build_autoencoder, reconstruct, render_pixels, whiten
 from diffusers_mixofshow.toyland.base import load_metric_model, load_pipeline, load_reader
@@ -48,7 +50,7 @@ def test_what_training_writes_can_be_loaded_and_sampled(trained: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_resumed_training_equals_one_without_a_break(trained: Path, tmp_path: Path) -> None:
     stage = "unet"
-    for part in ("vae", "clip", "tokenizer"):
+    for part in ("vae", "text_encoder", "tokenizer"):
         (tmp_path / part).symlink_to(trained / part)
     _run(tmp_path, stage, 5, "--learning-rate", "1e-3", "--decay-from", "0.999")
     whole = _state(tmp_path, stage)
@@ -56,6 +58,17 @@ def test_a_resumed_training_equals_one_without_a_break(trained: Path, tmp_path: 
     _run(tmp_path, stage, 5, "--learning-rate", "1e-3", "--decay-from", "0.999", "--resume")
     for name, value in _state(tmp_path, stage).items():
         torch.testing.assert_close(value, whole[name], msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_goes_on_from_the_weights_of_an_earlier_one(trained: Path, tmp_path: Path) -> None:
+    start = ("--start-from", str(trained / "weights"))
+    _run(tmp_path, "unet", 1, "--learning-rate", "0", *start)
+    now = load_file(tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, value in load_file(trained / "weights" / "unet" / "diffusion_pytorch_model.safetensors").items():
+        torch.testing.assert_close(now[name], value, msg=name)
+    record = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
+    assert record["unet"]["continues"]["settings"]["steps"] == 2
 
 
 def test_whitening_changes_latents_and_nothing_else() -> None:

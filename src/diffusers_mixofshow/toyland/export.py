@@ -34,12 +34,17 @@ def _spell_text_keys(path: Path) -> None:
 
 
 def export_pipeline(
-    folder: Path, *, unet: UNet2DConditionModel, vae: AutoencoderKL, clip: CLIPModel, tokenizer_folder: Path
+    folder: Path,
+    *,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer_folder: Path,
 ) -> None:
     """Write a StableDiffusionPipeline without safety checker to `folder`, replacing one that is there."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_tower(clip),
+        text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(tokenizer_folder),
         unet=unet,
         scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
@@ -66,17 +71,24 @@ def export_metric_model(folder: Path, towers: torch.nn.Module) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def take_over(weights: Path, output: Path) -> None:
+    """Copy the parts of a folder that `assemble` wrote to a training folder, as if they had been trained there."""
+    for part in ("vae", "tokenizer", "text_encoder", "reader", "metric"):
+        shutil.copytree(weights / part, output / part)
+    shutil.copytree(weights / "unet", output / "initial_unet")
+    shutil.copy(weights / "training.json", output / "training.json")
+
+
 def assemble(output: Path, weights: Path) -> None:
     """Gather all stages of a training folder into the folder that the package ships.
 
     A metric model or reader that is not trained yet is left out.
     """
-    clip = CLIPModel.from_pretrained(output / "clip")
     export_pipeline(
         weights,
         unet=UNet2DConditionModel.from_pretrained(output / "pipeline" / "unet"),
         vae=AutoencoderKL.from_pretrained(output / "vae"),
-        clip=clip,
+        text_encoder=CLIPTextModel.from_pretrained(output / "text_encoder"),
         tokenizer_folder=output / "tokenizer",
     )
     if (output / "training.json").exists():

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from PIL import Image
 from diffusers_mixofshow.toyland.autoencoder import peak_signal_to_noise, reconstruct, to_pixels
 from diffusers_mixofshow.toyland.base import MetricModel, load_metric_model, load_pipeline, load_reader, path
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, photos
+from diffusers_mixofshow.toyland.provenance import current_commit
 from diffusers_mixofshow.toyland.reader import AttributeReader
 from diffusers_mixofshow.toyland.world import (
     BACKGROUNDS,
@@ -163,14 +163,6 @@ def save_sheet(images: Sequence[Image.Image], target: Path, columns: int = 18) -
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(target)
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%h", "--", "."]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def readme(report: dict[str, Any], weights: Path) -> str:
     """The text of the README beside the weights: training, sizes and measured quality."""
     record_file = weights / "training.json"
@@ -184,8 +176,8 @@ def readme(report: dict[str, Any], weights: Path) -> str:
         "--weights WEIGHTS` (add `torchrun --nproc_per_node 2 -m` to average gradients over processes).",
         "",
         "## Training",
-        "| stage | minutes | processes | seed | learning rate | hardware | torch |",
-        "|---|---|---|---|---|---|---|",
+        "| stage | minutes | processes | batch a process | seed | learning rate | hardware | torch | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, stage in record.items():
         settings = stage["settings"]
@@ -193,14 +185,20 @@ def readme(report: dict[str, Any], weights: Path) -> str:
             f"| {name} | {stage['minutes']} | {stage['processes']} | {stage['batch_size']} | {settings['seed']} | "
             f"{settings['learning_rate']:g} | {stage['hardware']} | {stage['torch']} | {stage['commit']} |"
         )
-    lines += ["", f"Code: commit {report['commit']} of `toyland/`. All settings: `training.json`.", "", "## Size"]
+    stopped = [
+        f" The stage {name} was stopped after {stage['stopped_after_steps']} steps."
+        for name, stage in record.items()
+        if "stopped_after_steps" in stage
+    ]
+    lines += ["", "All settings: `training.json`." + "".join(stopped), "", "## Size"]
     lines += [f"- `{name}`: {size / 1e6:.2f} MB" for name, size in report["sizes"].items()]
     lines += [f"- together {sum(report['sizes'].values()) / 1e6:.2f} MB", "", "## Measured quality"]
     samples = report["samples"]
     identity: dict[str, dict[str, float]] = report["identity"]
     worst = min(values["round_trip"] - values["renders"] for values in identity.values())
     lines += [
-        f"On {report['hardware']}, {report['seconds']:.0f} s, seeds from {FRESH_SEED} on (never trained on).",
+        f"Commit {report['commit']}, on {report['hardware']}, {report['seconds']:.0f} s, seeds from {FRESH_SEED} on "
+        "(never trained on).",
         "",
         "| what | measured | goal |",
         "|---|---|---|",
@@ -252,7 +250,7 @@ def measure(weights: Path, count: int, guidance_scales: Sequence[float], sheet: 
         part = file.relative_to(weights).parts[0]
         sizes[part] = sizes.get(part, 0) + file.stat().st_size
     return {
-        "commit": _commit(),
+        "commit": current_commit(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "psnr": measure_autoencoder(pipeline.vae),
         "identity": {name: asdict(value) for name, value in measure_identity(pipeline.vae, reader).items()},

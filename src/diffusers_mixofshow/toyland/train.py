@@ -21,8 +21,8 @@ from pathlib import Path
 
 import accelerate
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPModel, CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_mixofshow.toyland.alignment import AlignmentObjective, claim_about, holding
 from diffusers_mixofshow.toyland.autoencoder import (
@@ -36,9 +36,10 @@ from diffusers_mixofshow.toyland.autoencoder import (
     whiten,
 )
 from diffusers_mixofshow.toyland.denoiser import SCHEDULE, DenoisingObjective, build_unet
-from diffusers_mixofshow.toyland.export import assemble, export_metric_model, export_pipeline, text_tower
+from diffusers_mixofshow.toyland.export import assemble, export_metric_model, export_pipeline, take_over, text_tower
 from diffusers_mixofshow.toyland.loop import LoopConfig, train_stage
 from diffusers_mixofshow.toyland.optimiser import Muon
+from diffusers_mixofshow.toyland.provenance import current_commit
 from diffusers_mixofshow.toyland.reader import (
     AttributeReader,
     ReaderNetwork,
@@ -113,7 +114,7 @@ def soften(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
-    """Stage 2; writes ``output/tokenizer`` and ``output/clip``."""
+    """Stage 2; writes ``output/tokenizer`` and ``output/text_encoder``."""
     accelerator = accelerate.Accelerator()
     torch.manual_seed(config.seed)
     if accelerator.is_main_process:
@@ -145,7 +146,7 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         resume=resume,
     )
     if accelerator.is_main_process:
-        average.model.cpu().save_pretrained(output / "clip")
+        text_tower(average.model.cpu()).save_pretrained(output / "text_encoder")
 
 
 @torch.no_grad()
@@ -164,9 +165,11 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
     torch.manual_seed(config.seed)
     device = accelerator.device
     vae = AutoencoderKL.from_pretrained(output / "vae").to(device)
-    clip = CLIPModel.from_pretrained(output / "clip")
+    text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder").float().to(device)
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
-    objective = DenoisingObjective(build_unet(), text_tower(clip).to(device))
+    initial = output / "initial_unet"
+    unet = UNet2DConditionModel.from_pretrained(initial) if initial.exists() else build_unet()
+    objective = DenoisingObjective(unet, text_encoder)
     first = accelerator.process_index * pool_size
     wide = list(range(first, first + pool_size // 6))
     square = list(range(first + len(wide), first + pool_size))
@@ -194,7 +197,7 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         return tuple(part.to(device) for part in parts)
 
     def export(average: DenoisingObjective) -> None:
-        parts = {"unet": average.model, "vae": vae, "clip": clip}
+        parts = {"unet": average.model, "vae": vae, "text_encoder": text_encoder}
         copies = {name: copy.deepcopy(part).cpu() for name, part in parts.items()}
         export_pipeline(output / "pipeline", tokenizer_folder=output / "tokenizer", **copies)
 
@@ -259,7 +262,7 @@ def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size
     vae = AutoencoderKL.from_pretrained(output / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     sizes = [len(values) for values in attribute_vocabulary().values()]
-    objective = AlignmentObjective(text_tower(CLIPModel.from_pretrained(output / "clip")), sizes)
+    objective = AlignmentObjective(CLIPTextModel.from_pretrained(output / "text_encoder").float(), sizes)
     first = 100_000_000 + accelerator.process_index * pool_size
     scenes = reader_scenes(pool_size * 3 // 4, first) + [
         random_scene(seed, things=2) for seed in range(first, first + pool_size // 4)
@@ -344,17 +347,21 @@ STAGES: dict[str, Stage] = {
 """All stages in the order in which they need each other."""
 
 
-def _record(output: Path, name: str, config: LoopConfig, minutes: float) -> None:
+def _record(output: Path, name: str, config: LoopConfig, minutes: float, batch_size: int, pool_size: int) -> None:
     """Add to ``output/training.json`` how a stage was trained."""
     path = output / "training.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    record[name] = {
+    earlier = {"continues": record[name]} if name == "unet" and (output / "initial_unet").exists() else {}
+    record[name] = earlier | {
         "settings": dataclasses.asdict(config),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "hardware": f"{device}, {platform.machine()}",
         "torch": torch.__version__,
         "minutes": round(minutes, 1),
+        "batch_size": batch_size,
+        "pool_size": pool_size,
+        "commit": current_commit(),
     }
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -364,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and trained parts")
     parser.add_argument("--stage", choices=("all", *STAGES, "none"), default="all")
     parser.add_argument("--weights", type=Path, help="afterwards, gather all parts here in diffusers' layout")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="WEIGHTS", help="take all parts over from here first; the U-Net trains on"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the stage's checkpoint")
     parser.add_argument("--batch-size", type=int, help="pictures a step on every process")
     parser.add_argument("--pool-size", type=int, help="pictures drawn in advance on every process")
@@ -380,19 +390,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [field.name for field in dataclasses.fields(LoopConfig)]
     given = {name: options[name] for name in names if options[name] is not None}
     main_process = int(os.environ.get("RANK", "0")) == 0
+    if options["start_from"] is not None and main_process and not (options["output"] / "initial_unet").exists():
+        take_over(options["start_from"], options["output"])
+    accelerate.PartialState().wait_for_everyone()
     for name in chosen:
         stage = STAGES[name]
         config = dataclasses.replace(stage.config, **given)
+        sizes = {
+            "batch_size": options["batch_size"] or stage.batch_size,
+            "pool_size": options["pool_size"] or stage.pool_size,
+        }
         started = time.monotonic()
-        stage.train(
-            options["output"],
-            config,
-            batch_size=options["batch_size"] or stage.batch_size,
-            pool_size=options["pool_size"] or stage.pool_size,
-            resume=options["resume"],
-        )
+        stage.train(options["output"], config, **sizes, resume=options["resume"])
         if main_process:
-            _record(options["output"], name, config, (time.monotonic() - started) / 60)
+            _record(options["output"], name, config, (time.monotonic() - started) / 60, **sizes)
         accelerate.PartialState().wait_for_everyone()
     if options["weights"] is not None and main_process:
         assemble(options["output"], options["weights"])
