@@ -51,7 +51,7 @@ class DemoSettings:
     pictures: int = 12
     together: int = 12
     steps: int = 20
-    guidance_scale: float = 4.0
+    guidance_scale: float = 3.0
     workers: int | None = None
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def _spell_text_keys(path: Path) -> None:
     save_file(named, path, metadata={"format": "pt"})
 
 
+def _forget_origin(path: Path) -> None:
+    """Take the folder of this machine that a model was loaded from out of its configuration."""
+    configuration = json.loads(path.read_text(encoding="utf-8"))
+    configuration.pop("_name_or_path", None)
+    path.write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def export_pipeline(
     folder: Path,
     *,
@@ -56,6 +64,8 @@ def export_pipeline(
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
     _spell_text_keys(temporary / "text_encoder" / "model.safetensors")
+    for part in ("unet", "vae"):
+        _forget_origin(temporary / part / "config.json")
     shutil.rmtree(temporary / "tokenizer")
     (temporary / "tokenizer").mkdir()
     for name in _TOKENIZER_FILES:
