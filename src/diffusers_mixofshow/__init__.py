@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.errors import MixOfShowError
     from diffusers_mixofshow.fusion.fuser import GradientFuser
+    from diffusers_mixofshow.pipelines.adapter import MixOfShowAdapterPipeline
+    from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline
+    from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
+    from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
     from diffusers_mixofshow.regions import Region
     from diffusers_mixofshow.training.config import TrainingConfig
@@ -26,7 +30,11 @@ __all__ = [
     "EDLoRA",
     "EDLoRATrainer",
     "GradientFuser",
+    "MixOfShowAdapterPipeline",
+    "MixOfShowControlNetPipeline",
     "MixOfShowError",
+    "MixOfShowImg2ImgPipeline",
+    "MixOfShowInpaintPipeline",
     "MixOfShowPipeline",
     "Region",
     "TrainingConfig",
@@ -37,7 +45,11 @@ _HOME = {
     "EDLoRA": "edlora",
     "EDLoRATrainer": "training.trainer",
     "GradientFuser": "fusion.fuser",
+    "MixOfShowAdapterPipeline": "pipelines.adapter",
+    "MixOfShowControlNetPipeline": "pipelines.controlnet",
     "MixOfShowError": "errors",
+    "MixOfShowImg2ImgPipeline": "pipelines.image_to_image",
+    "MixOfShowInpaintPipeline": "pipelines.inpainting",
     "MixOfShowPipeline": "pipelines.stable_diffusion",
     "Region": "regions",
     "TrainingConfig": "training.config",

@@ -61,7 +61,7 @@ class LayerwisePrompts(EDLoRALoader):
         """
         arguments = {"lora_scale": lora_scale, "clip_skip": clip_skip}
         if self._is_layerwise(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds):
-            batch = _batch_size(prompt, prompt_embeds)
+            batch = prompt_count(prompt, prompt_embeds)
             with _lora_scaled(self.text_encoder, lora_scale):
                 if prompt_embeds is None:
                     positive = self._encode(_texts(prompt, batch), clip_skip, device)
@@ -168,7 +168,8 @@ class LayerwisePrompts(EDLoRALoader):
         return positive, torch.cat(contexts, dim=1)
 
 
-def _batch_size(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+def prompt_count(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+    """Count the prompts of a call."""
     if prompt_embeds is not None:
         return len(prompt_embeds)
     return len(prompt) if isinstance(prompt, list) else 1

@@ -13,7 +13,8 @@ from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts
 from diffusers_mixofshow.regions import Region
 
 
-_REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally, in regions.
+_REGIONS_TYPE = "list[Region] | None"
+REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally, in regions.
 
         Takes all arguments of the parent, described below, and:
 
@@ -51,28 +52,31 @@ class RegionalSampling(LayerwisePrompts):
             self._regions = outer
 
     def _denoisers(self) -> list[Any]:
-        """All models whose cross-attention sees the prompt."""
-        return [self.unet]
+        """All models whose cross-attention sees the prompt, each once."""
+        controlnet = self.components.get("controlnet")
+        nets = list(getattr(controlnet, "nets", [] if controlnet is None else [controlnet]))
+        return list(dict.fromkeys([self.unet, *nets]))
 
 
-def regional_signature(parent: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a `__call__(self, *args, **kwargs)` its parent pipeline's signature and docstring, plus `regions`.
+def regional_signature(parent: type, doc: str = REGIONS_DOC) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a `__call__(self, ..., *args, **kwargs)` its parent pipeline's signature and docstring, plus `regions`.
 
     Args:
         parent: The diffusers pipeline class.
+        doc: What stands before the parent's docstring.
     """
 
     def decorate(call: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(parent.__call__)
-        regions = inspect.Parameter(
-            "regions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="list[Region] | None"
-        )
-        parameters = list(signature.parameters.values())
-        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*parameters[:at], regions, *parameters[at:]]
-        )
-        call.__doc__ = _REGIONS_DOC + (inspect.getdoc(parent.__call__) or "")
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        own = [given for given in inspect.signature(call).parameters.values() if given.kind not in variable]
+        regions = inspect.Parameter("regions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_REGIONS_TYPE)
+        inherited = inspect.signature(parent.__call__)
+        known = {parameter.name for parameter in own}
+        others = [given for name, given in inherited.parameters.items() if name not in known]
+        # Positional ones, those with names only, then **kwargs; our own first in each kind.
+        parameters = sorted([*own, *others, regions], key=lambda parameter: parameter.kind)
+        call.__signature__ = inherited.replace(parameters=parameters)  # type: ignore[attr-defined]
+        call.__doc__ = doc + (inspect.getdoc(parent.__call__) or "")
         return call
 
     return decorate
