@@ -122,4 +122,4 @@ def test_random_layouts_are_the_equations(double_unet, seed):
             hidden, output = calls[path]
             own = contexts[:, :, number if layers > 1 else 0].unbind(1)
             expected = expected_output(double_unet.get_submodule(path), hidden, own, regions, grid)
-            assert torch.allclose(output, expected, rtol=0, atol=1e-7)
+            assert torch.allclose(output, expected, rtol=0, atol=1e-12)

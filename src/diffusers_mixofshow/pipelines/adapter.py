@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import prompt_count
 from diffusers_mixofshow.pipelines.regional import REGIONS_DOC, RegionalSampling, regional_signature
@@ -104,7 +105,10 @@ class MixOfShowAdapterPipeline(RegionalSampling, EDLoRALoader, StableDiffusionPi
         arguments = signature.bind_partial(self, prompt, height, width, *args, **kwargs).arguments
         pixels = self._condition_pixels(image, height, width)
         height, width = pixels[0].shape[-2:]
-        features = self._adapter_features(pixels, _strengths(adapter_conditioning_scale, len(pixels)))
+        strengths = _strengths(adapter_conditioning_scale, len(pixels))
+        if 0 in strengths:
+            warnings.warn("An adapter with a strength of 0 has no effect.", MixOfShowWarning, stacklevel=3)
+        features = self._adapter_features(pixels, strengths)
         features = [_for_each_picture(feature, arguments) for feature in features]
         with _features_added(self._denoisers()[0], features):
             return super().__call__(prompt, height, width, *args, **kwargs)

@@ -3,56 +3,116 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
-from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts
-from diffusers_mixofshow.regions import Region
+from diffusers_mixofshow.concepts import mentions_concept
+from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
+from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
+from diffusers_mixofshow.conditioning.control import regional_control
+from diffusers_mixofshow.errors import MixOfShowWarning
+from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, prompt_count
+from diffusers_mixofshow.pipelines.remarks import (
+    Regions,
+    control_remarks,
+    layout_remarks,
+    regions_of_prompts,
+    text_remarks,
+)
 
 
-_REGIONS_TYPE = "list[Region] | None"
+_REGIONS_TYPE = "list[Region] | Layout | list[list[Region] | Layout | None] | None"
 REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally, in regions.
 
         Takes all arguments of the parent, described below, and:
 
         Args:
-            regions (`list[Region]`, *optional*):
+            regions (`list[Region]`, `Layout`, or a list of these for each prompt, *optional*):
                 Parts of the picture with prompts of their own. `prompt` holds where no region is, and
-                `negative_prompt` where a region has none. They are the same for all prompts of a batch.
+                `negative_prompt` where a region has none.
         """
 
 
 class RegionalSampling(LayerwisePrompts):
     """Mixin for a diffusers pipeline: `__call__` with `regions`. The loop is the parent's."""
 
-    def __call__(self, *args: Any, regions: Sequence[Region] | None = None, **kwargs: Any) -> Any:
+    vae_scale_factor: int
+    num_timesteps: int
+    # The regions on the U-Net's feature maps, in the call under way.
+    _canvas: Canvas | None = None
+
+    def __call__(self, *args: Any, regions: Regions | None = None, **kwargs: Any) -> Any:
         """See `regional_signature`, which gives each pipeline class its own `__call__`."""
         parent = super().__call__  # type: ignore[misc]
         arguments = inspect.signature(parent).bind_partial(*args, **kwargs).arguments
-        with self._conditioned_call(_checked(regions), arguments):
+        with self._conditioned_call(regions, arguments):
             return parent(*args, **kwargs)
 
+    @property
+    def guidance_scale(self) -> Any:
+        """Strength of guidance; where regions have their own, a map of it, shape (1 or pictures, 1, height, width)."""
+        own = super().guidance_scale  # type: ignore[misc]
+        canvas = self._canvas
+        if canvas is None or canvas.size is None or canvas.device is None:
+            return own
+        if all(region.guidance_scale is None for region in canvas.regions()):
+            return own
+        scales = canvas.map(
+            lambda region: own if region.guidance_scale is None else region.guidance_scale, own, *canvas.size
+        )
+        return scales.to(dtype=canvas.dtype).to(canvas.device)
+
     @contextmanager
-    def _conditioned_call(self, regions: tuple[Region, ...], arguments: Mapping[str, Any]) -> Iterator[None]:
+    def _conditioned_call(self, regions: Regions | None, arguments: Mapping[str, Any]) -> Iterator[None]:
         """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs."""
-        outer, self._regions = self._regions, regions
+        outer, outer_canvas = self._regions, self._canvas
         names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
         try:
+            self._regions = regions_of_prompts(regions, arguments, self.vae_scale_factor)
+            remarks = self._remarks(arguments)
             with ExitStack() as stack:
                 if self._is_layerwise(*(arguments.get(name) for name in names)):
                     for denoiser in self._denoisers():
                         stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layers))
-                        if regions:
-                            stack.enter_context(regional_attention(denoiser, RegionPlan(regions)))
+                    self._canvas = self._enter_regions(stack, arguments) if self._regions else None
                 yield
+            if self._canvas is not None:
+                remarks += layout_remarks(self._canvas)
         finally:
-            self._regions = outer
+            self._regions, self._canvas = outer, outer_canvas
+        if remarks:
+            warnings.warn("; ".join(remarks) + ".", MixOfShowWarning, stacklevel=5)
+
+    def _enter_regions(self, stack: ExitStack, arguments: Mapping[str, Any]) -> Canvas:
+        """Install the attention of the regions for as long as the stack lives."""
+        prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+        pictures = arguments.get("num_images_per_prompt") or 1
+        shared = [RegionPlan(own) for own in self._regions]
+        plans = shared if len(shared) == 1 else [plan for plan in shared[:prompts] for _ in range(pictures)]
+        canvases = [
+            stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps))
+            for denoiser in self._denoisers()
+        ]
+        stack.enter_context(regional_control(self._denoisers()[0], canvases[0]))
+        return canvases[0]
+
+    def _remarks(self, arguments: Mapping[str, Any]) -> list[str]:
+        """What can be said of the call's texts and strengths before it runs."""
+        regions = [region for own in self._regions for region in own]
+        prompt = arguments.get("prompt")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        concepts = tuple(self.concepts.values())
+        control = any(self.components.get(name) is not None for name in ("controlnet", "adapter"))
+        scale = arguments.get("controlnet_conditioning_scale", 1.0)
+        return [
+            *text_remarks(regions, prompts, lambda text: mentions_concept(text, concepts), self.concepts),
+            *control_remarks(regions, scale, control),
+        ]
 
     def _denoisers(self) -> list[Any]:
-        """All models whose cross-attention sees the prompt, each once."""
+        """All models whose cross-attention sees the prompt, each once, the U-Net first."""
         controlnet = self.components.get("controlnet")
         nets = list(getattr(controlnet, "nets", [] if controlnet is None else [controlnet]))
         return list(dict.fromkeys([self.unet, *nets]))
@@ -80,12 +140,3 @@ def regional_signature(parent: type, doc: str = REGIONS_DOC) -> Callable[[Callab
         return call
 
     return decorate
-
-
-def _checked(regions: Sequence[Region] | None) -> tuple[Region, ...]:
-    if regions is None:
-        return ()
-    wrong = [type(region).__name__ for region in regions if not isinstance(region, Region)]
-    if wrong:
-        raise RegionError(f"`regions` holds {', '.join(wrong)}; expected Region(prompt, box=...) or mask=....")
-    return tuple(regions)
