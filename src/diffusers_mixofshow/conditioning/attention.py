@@ -194,22 +194,30 @@ class _StackedProcessor(nn.Module):
 
     def _keys_and_values(self, attn: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all contexts, shape (batch, contexts, tokens, heads, head)."""
+        if torch.compiler.is_compiling():
+            return self._project(attn, text)
         if self._projected is None or not self._projected.is_of(attn, text):
-            stacks = self._contexts(text)
-            keys, values = (
-                project(stacks.flatten(0, 1)).unflatten(0, stacks.shape[:2]).unflatten(-1, (attn.heads, -1))
-                for project in (attn.to_k, attn.to_v)
-            )
-            projected = _Projected(text, _version(text), _strengths(attn), keys, values)
-            if projected.may_be_kept:
-                self._projected = projected
-            return keys, values
-        return self._projected.keys, self._projected.values
+            self._projected = _Projected(text, _version(text), _strengths(attn), *self._project(attn, text))
+        keys, values = self._projected.keys, self._projected.values
+        if self._projected.version is None or keys.requires_grad:
+            self._projected = None
+        return keys, values
+
+    def _project(self, attn: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stacks = self._contexts(text)
+        keys, values = (
+            project(stacks.flatten(0, 1)).unflatten(0, stacks.shape[:2]).unflatten(-1, (attn.heads, -1))
+            for project in (attn.to_k, attn.to_v)
+        )
+        return keys, values
 
 
 @dataclass(frozen=True, eq=False)
 class _Projected:
-    """Keys and values, and what they were made from: a text does not change from step to step."""
+    """Keys and values, and what they were made from: a text does not change from step to step.
+
+    They are not kept where gradients need the projection again, nor where a change of the text would go unseen.
+    """
 
     text: torch.Tensor
     version: int | None
@@ -217,17 +225,13 @@ class _Projected:
     keys: torch.Tensor
     values: torch.Tensor
 
-    @property
-    def may_be_kept(self) -> bool:
-        """Not where gradients need the projection again, nor where a change of the text would go unseen."""
-        return self.version is not None and not self.keys.requires_grad and not torch.compiler.is_compiling()
-
     def is_of(self, attn: Any, text: torch.Tensor) -> bool:
         """Whether this text, unchanged, and these LoRA strengths would give the same again."""
         return self.text is text and self.version == _version(text) and self.strengths == _strengths(attn)
 
 
 def _version(text: torch.Tensor) -> int | None:
+    """Count the text's changes; None where nobody counts them."""
     return None if text.is_inference() else text._version
 
 
