@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
     from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
-    from diffusers_mixofshow.regions import Layout, Region
+    from diffusers_mixofshow.regions import Isolation, Layout, Region
     from diffusers_mixofshow.training.config import TrainingConfig
     from diffusers_mixofshow.training.trainer import EDLoRATrainer
 
@@ -30,6 +30,7 @@ __all__ = [
     "EDLoRA",
     "EDLoRATrainer",
     "GradientFuser",
+    "Isolation",
     "Layout",
     "MixOfShowAdapterPipeline",
     "MixOfShowControlNetPipeline",
@@ -47,6 +48,7 @@ _HOME = {
     "EDLoRA": "edlora",
     "EDLoRATrainer": "training.trainer",
     "GradientFuser": "fusion.fuser",
+    "Isolation": "regions",
     "Layout": "regions",
     "MixOfShowAdapterPipeline": "pipelines.adapter",
     "MixOfShowControlNetPipeline": "pipelines.controlnet",

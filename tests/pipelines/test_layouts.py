@@ -9,7 +9,7 @@ import torch
 import tiny
 from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowControlNetPipeline
-from diffusers_mixofshow.regions import Layout, Region
+from diffusers_mixofshow.regions import Isolation, Layout, Region
 
 
 LEFT, RIGHT, FULL = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0, 0, 1, 1)
@@ -164,3 +164,17 @@ def test_every_defect_of_a_call_is_named_at_once(potter):
     with pytest.raises(RegionError, match="3 lists of regions for 2 prompts"):
         potter(["x", "y"], regions=[[_region()], None, []])
     assert potter._regions == ()
+
+
+def test_isolation_matters_and_is_off_by_default(potter, latents):
+    regions = [_region(), Region("a <potter> here", box=(0.6, 0, 1, 1))]
+    plain = latents(potter, "x", regions=regions)
+    isolated = latents(potter, "x", regions=regions, isolation=Isolation())
+    early = latents(potter, "x", regions=regions, isolation=Isolation(end=0.5))
+    assert not any(
+        torch.allclose(one, other, atol=1e-5) for one, other in [(plain, isolated), (plain, early), (isolated, early)]
+    )
+    assert torch.equal(latents(potter, "x", regions=regions), plain)
+    assert torch.equal(latents(potter, "x", isolation=Isolation()), latents(potter, "x"))
+    with pytest.raises(RegionError, match="bool"):
+        latents(potter, "x", regions=regions, isolation=True)

@@ -24,9 +24,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from diffusers_mixofshow.conditioning.canvas import Canvas, Placement, RegionPlan
+from diffusers_mixofshow.conditioning.canvas import Canvas, Group, Placement, RegionPlan
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.sites import cross_attention_layers
+from diffusers_mixofshow.regions import Isolation
+from diffusers_mixofshow.sites import cross_attention_layers, self_attention_layers
 
 
 __all__ = ["RegionPlan", "layerwise_attention", "regional_attention"]
@@ -34,6 +35,7 @@ __all__ = ["RegionPlan", "layerwise_attention", "regional_attention"]
 # With an IP-Adapter the text comes together with a list of image embeddings.
 _Conditioning = torch.Tensor | tuple[torch.Tensor, object]
 _Processor = Callable[..., torch.Tensor]
+_Wrapper = Callable[[_Processor], _Processor]
 
 
 @contextmanager
@@ -60,7 +62,10 @@ def layerwise_attention(denoiser: nn.Module, tokens: int = 77, layers: int | Non
 
 @contextmanager
 def regional_attention(
-    denoiser: nn.Module, plans: RegionPlan | Sequence[RegionPlan], steps: Callable[[], int] | None = None
+    denoiser: nn.Module,
+    plans: RegionPlan | Sequence[RegionPlan],
+    steps: Callable[[], int] | None = None,
+    isolation: Isolation | None = None,
 ) -> Iterator[Canvas]:
     """Blend the cross-attention of all contexts by the plan's weights (section 3.4).
 
@@ -74,24 +79,27 @@ def regional_attention(
             same pictures in both halves. Plans with fewer regions than others leave the last contexts unused.
         steps: How many times the denoiser will be called, for regions with a start or an end; asked for in the
             first call. Without it they hold all the time.
+        isolation: Whether and where self-attention keeps the regions apart, too.
 
     Yields:
         The plans on the denoiser's feature maps.
     """
-    canvas = Canvas([plans] if isinstance(plans, RegionPlan) else plans, steps)
+    canvas = Canvas([plans] if isinstance(plans, RegionPlan) else plans, steps, isolation)
     hook = denoiser.register_forward_pre_hook(canvas.note_call, with_kwargs=True)
-    wrap = partial(_with_canvas, canvas=canvas)
+    regional: _Wrapper = partial(_with_canvas, canvas=canvas)
+    wrappers = dict.fromkeys(cross_attention_layers(denoiser), regional)
+    if isolation is not None:
+        isolating: _Wrapper = partial(_IsolatingProcessor, canvas=canvas)
+        wrappers |= dict.fromkeys(self_attention_layers(denoiser), isolating)
     try:
-        with _processors_wrapped(denoiser, dict.fromkeys(cross_attention_layers(denoiser), wrap)):
+        with _processors_wrapped(denoiser, wrappers):
             yield canvas
     finally:
         hook.remove()
 
 
 @contextmanager
-def _processors_wrapped(
-    denoiser: nn.Module, wrappers: Mapping[str, Callable[[_Processor], _Processor]]
-) -> Iterator[None]:
+def _processors_wrapped(denoiser: nn.Module, wrappers: Mapping[str, _Wrapper]) -> Iterator[None]:
     layers: dict[str, Any] = {path: denoiser.get_submodule(path) for path in wrappers}
     originals = {path: layer.processor for path, layer in layers.items()}
     try:
@@ -187,10 +195,7 @@ class _StackedProcessor(nn.Module):
             attended = dispatch_attention_fn(queries, keys[:, 0], values[:, 0])
         else:
             attended = _blend_contexts(queries, keys, values, placements)
-        attended = attended.flatten(2).to(queries.dtype)
-        for layer in attn.to_out:  # a projection and dropout
-            attended = layer(attended)
-        return attended / attn.rescale_output_factor
+        return _projected_out(attn, attended)
 
     def _keys_and_values(self, attn: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all contexts, shape (batch, contexts, tokens, heads, head)."""
@@ -210,6 +215,53 @@ class _StackedProcessor(nn.Module):
             for project in (attn.to_k, attn.to_v)
         )
         return keys, values
+
+
+class _IsolatingProcessor(nn.Module):
+    """Self-attention in which the queries of a region do not see the keys of another.
+
+    Args:
+        inner: The processor that was installed.
+        canvas: Who attends to whom.
+    """
+
+    def __init__(self, inner: _Processor, canvas: Canvas) -> None:
+        super().__init__()
+        self.inner, self.canvas = inner, canvas
+
+    def __call__(  # Attention looks at this signature, so nn.Module's own __call__ does not do.
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        groups = self.canvas.groups(hidden_states)
+        if groups is None or attention_mask is not None:
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask)
+        if _is_plain(attn, self.inner):
+            return _attend_in_groups(attn, hidden_states, groups)
+        output = torch.empty_like(hidden_states)
+        for group in groups:
+            rows = hidden_states[group.rows]
+            part = self.inner(attn, rows[:, group.asking], rows[:, group.asked])
+            group.put(output, part)
+        return output
+
+
+def _attend_in_groups(attn: Any, hidden_states: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+    """What `AttnProcessor2_0` computes, each group of queries with its own keys; no mask, so for every backend."""
+    queries, keys, values = (
+        project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    attended = torch.empty_like(queries)
+    for group in groups:
+        of_group = [part[group.rows] for part in (queries, keys, values)]
+        part = dispatch_attention_fn(
+            of_group[0][:, group.asking], of_group[1][:, group.asked], of_group[2][:, group.asked]
+        )
+        group.put(attended, part)
+    return _projected_out(attn, attended)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +300,14 @@ def _is_plain(attn: Any, inner: _Processor) -> bool:
     """Whether the processor is diffusers' plain one, on a layer as the blocks of a U-Net have it."""
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     return type(inner) is AttnProcessor2_0 and not any(extras) and not attn.residual_connection
+
+
+def _projected_out(attn: Any, attended: torch.Tensor) -> torch.Tensor:
+    """Heads (batch, positions, heads, head) to the layer's output (batch, positions, channels)."""
+    output = attended.flatten(2)
+    for layer in attn.to_out:  # a projection and dropout
+        output = layer(output)
+    return output / attn.rescale_output_factor
 
 
 def _with_canvas(inner: _Processor, canvas: Canvas) -> _StackedProcessor:

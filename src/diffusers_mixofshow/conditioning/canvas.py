@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.regions import Region, feature_grids, region_weights
+from diffusers_mixofshow.regions import Isolation, Region, feature_grids, region_weights
+from diffusers_mixofshow.regions.isolation import attention_groups
 
 
 # Three thirds are not quite one; what is left is not the global prompt's.
@@ -98,15 +99,43 @@ class Placement:
         return blended.index_add(1, self.positions, outputs)
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Positions that attend to the same positions, for some rows of a batch.
+
+    Args:
+        rows: The rows of the batch.
+        asking: The queries' positions, shape (n,).
+        asked: The keys' positions, shape (m,).
+    """
+
+    rows: slice | torch.Tensor
+    asking: torch.Tensor
+    asked: torch.Tensor
+
+    def put(self, outputs: torch.Tensor, of_group: torch.Tensor) -> None:
+        """Write what the group's queries gave, (rows, n, ...), into the outputs of all, (batch, positions, ...)."""
+        if isinstance(self.rows, slice):
+            outputs[self.rows, self.asking] = of_group
+        else:
+            outputs[self.rows[:, None], self.asking] = of_group
+
+
 class Canvas:
     """Plans on the feature maps of the forward pass under way.
 
     Args:
         plans: One for all pictures, or one for each.
         steps: How many forward passes there will be, asked for in the first; without it all regions hold.
+        isolation: Whether and where self-attention keeps the regions apart.
     """
 
-    def __init__(self, plans: Sequence[RegionPlan], steps: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        plans: Sequence[RegionPlan],
+        steps: Callable[[], int] | None = None,
+        isolation: Isolation | None = None,
+    ) -> None:
         self.plans = list(plans)
         self.contexts = max(plan.contexts for plan in self.plans)
         self.size: tuple[int, int] | None = None
@@ -114,9 +143,12 @@ class Canvas:
         self.dtype: torch.dtype | None = None
         self.step = -1
         self.steps: int | None = None
-        self._ask_steps = steps if any(plan.changes for plan in self.plans) else None
+        self.isolation = isolation
+        changes = any(plan.changes for plan in self.plans) or (isolation is not None and isolation.changes)
+        self._ask_steps = steps if changes else None
         self._grids: dict[int, tuple[int, int]] = {}
         self._known: dict[tuple[object, ...], list[Placement]] = {}
+        self._known_groups: dict[tuple[object, ...], list[Group]] = {}
 
     def note_call(
         self, _denoiser: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
@@ -132,18 +164,39 @@ class Canvas:
 
     def placements(self, queries: torch.Tensor) -> list[Placement]:
         """Who holds where on the feature map of queries (batch, positions, channels), one for each different plan."""
-        grid = self._grids.get(queries.shape[1])
-        if grid is None:
-            raise RegionError(
-                f"A layer has {queries.shape[1]} positions, but the latent's feature maps have"
-                f" {sorted(self._grids)}. Regions need a U-Net that halves its feature maps."
-            )
+        grid = self._grid_of(queries)
         key = (grid, self._moment(), len(queries), queries.device, queries.dtype)
         if key not in self._known:
             self._known[key] = [
                 _place(self._weights(plan, grid), rows, queries) for plan, rows in self._plans_of_rows(len(queries))
             ]
         return self._known[key]
+
+    def groups(self, queries: torch.Tensor) -> list[Group] | None:
+        """Who attends to whom in self-attention on the feature map of queries; None where all attend to all."""
+        grid = self._grid_of(queries)
+        isolation = self.isolation
+        if isolation is None or self.size is None or not isolation.holds(self.step, self.steps):
+            return None
+        if not isolation.reaches(grid, self.size):
+            return None
+        key = (grid, self._moment(), len(queries), queries.device)
+        if key not in self._known_groups:
+            self._known_groups[key] = [
+                Group(_moved(rows, queries), asking.to(queries.device), asked.to(queries.device))
+                for plan, rows in self._plans_of_rows(len(queries))
+                for asking, asked in attention_groups(self._weights(plan, grid)[1:])
+            ]
+        return self._known_groups[key]
+
+    def _grid_of(self, queries: torch.Tensor) -> tuple[int, int]:
+        grid = self._grids.get(queries.shape[1])
+        if grid is None:
+            raise RegionError(
+                f"A layer has {queries.shape[1]} positions, but the latent's feature maps have"
+                f" {sorted(self._grids)}. Regions need a U-Net that halves its feature maps."
+            )
+        return grid
 
     def map(self, values: Callable[[Region], float], default: float, height: int, width: int) -> torch.Tensor:
         """Blend one number of each region like its attention, with `default` for the global prompt.
@@ -183,6 +236,10 @@ class Canvas:
         ]
 
 
+def _moved(rows: slice | torch.Tensor, queries: torch.Tensor) -> slice | torch.Tensor:
+    return rows if isinstance(rows, slice) else rows.to(queries.device)
+
+
 def _place(weights: torch.Tensor, rows: slice | torch.Tensor, queries: torch.Tensor) -> Placement:
     """Where the contexts with these weights (contexts, positions) hold, on the device and in the dtype of queries."""
     places = [row.nonzero()[:, 0] for row in weights]
@@ -196,7 +253,7 @@ def _place(weights: torch.Tensor, rows: slice | torch.Tensor, queries: torch.Ten
     once = len(positions) == weights.shape[1]
     device = queries.device
     return Placement(
-        rows=rows if isinstance(rows, slice) else rows.to(device),
+        rows=_moved(rows, queries),
         positions=positions.to(device),
         spans=tuple(spans),
         shares=None if (shares == 1).all() else shares.to(queries.dtype).to(device),

@@ -12,7 +12,7 @@ from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
 from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.conditioning.control import regional_control
-from diffusers_mixofshow.errors import MixOfShowWarning
+from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
 from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, prompt_count
 from diffusers_mixofshow.pipelines.remarks import (
     Regions,
@@ -21,9 +21,13 @@ from diffusers_mixofshow.pipelines.remarks import (
     regions_of_prompts,
     text_remarks,
 )
+from diffusers_mixofshow.regions import Isolation
 
 
-_REGIONS_TYPE = "list[Region] | Layout | list[list[Region] | Layout | None] | None"
+_ADDED = {
+    "regions": "list[Region] | Layout | list[list[Region] | Layout | None] | None",
+    "isolation": "Isolation | None",
+}
 REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally, in regions.
 
         Takes all arguments of the parent, described below, and:
@@ -32,6 +36,8 @@ REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally,
             regions (`list[Region]`, `Layout`, or a list of these for each prompt, *optional*):
                 Parts of the picture with prompts of their own. `prompt` holds where no region is, and
                 `negative_prompt` where a region has none.
+            isolation (`Isolation`, *optional*):
+                Whether self-attention, too, keeps the regions apart, and on which feature maps and in which steps.
         """
 
 
@@ -43,11 +49,15 @@ class RegionalSampling(LayerwisePrompts):
     # The regions on the U-Net's feature maps, in the call under way.
     _canvas: Canvas | None = None
 
-    def __call__(self, *args: Any, regions: Regions | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, *args: Any, regions: Regions | None = None, isolation: Isolation | None = None, **kwargs: Any
+    ) -> Any:
         """See `regional_signature`, which gives each pipeline class its own `__call__`."""
         parent = super().__call__  # type: ignore[misc]
         arguments = inspect.signature(parent).bind_partial(*args, **kwargs).arguments
-        with self._conditioned_call(regions, arguments):
+        if not (isolation is None or isinstance(isolation, Isolation)):
+            raise RegionError(f"`isolation` is a {type(isolation).__name__}; expected Isolation(...) or None.")
+        with self._conditioned_call(regions, isolation, arguments):
             return parent(*args, **kwargs)
 
     @property
@@ -65,7 +75,9 @@ class RegionalSampling(LayerwisePrompts):
         return scales.to(dtype=canvas.dtype).to(canvas.device)
 
     @contextmanager
-    def _conditioned_call(self, regions: Regions | None, arguments: Mapping[str, Any]) -> Iterator[None]:
+    def _conditioned_call(
+        self, regions: Regions | None, isolation: Isolation | None, arguments: Mapping[str, Any]
+    ) -> Iterator[None]:
         """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs."""
         outer, outer_canvas = self._regions, self._canvas
         names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
@@ -76,7 +88,7 @@ class RegionalSampling(LayerwisePrompts):
                 if self._is_layerwise(*(arguments.get(name) for name in names)):
                     for denoiser in self._denoisers():
                         stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layers))
-                    self._canvas = self._enter_regions(stack, arguments) if self._regions else None
+                    self._canvas = self._enter_regions(stack, isolation, arguments) if self._regions else None
                 yield
             if self._canvas is not None:
                 remarks += layout_remarks(self._canvas)
@@ -85,14 +97,14 @@ class RegionalSampling(LayerwisePrompts):
         if remarks:
             warnings.warn("; ".join(remarks) + ".", MixOfShowWarning, stacklevel=5)
 
-    def _enter_regions(self, stack: ExitStack, arguments: Mapping[str, Any]) -> Canvas:
+    def _enter_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
         """Install the attention of the regions for as long as the stack lives."""
         prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
         pictures = arguments.get("num_images_per_prompt") or 1
         shared = [RegionPlan(own) for own in self._regions]
         plans = shared if len(shared) == 1 else [plan for plan in shared[:prompts] for _ in range(pictures)]
         canvases = [
-            stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps))
+            stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps, isolation))
             for denoiser in self._denoisers()
         ]
         stack.enter_context(regional_control(self._denoisers()[0], canvases[0]))
@@ -119,7 +131,7 @@ class RegionalSampling(LayerwisePrompts):
 
 
 def regional_signature(parent: type, doc: str = REGIONS_DOC) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a `__call__(self, ..., *args, **kwargs)` its parent pipeline's signature and docstring, plus `regions`.
+    """Give a `__call__(self, ..., *args, **kwargs)` its parent's signature and docstring, with what regions add.
 
     Args:
         parent: The diffusers pipeline class.
@@ -129,12 +141,15 @@ def regional_signature(parent: type, doc: str = REGIONS_DOC) -> Callable[[Callab
     def decorate(call: Callable[..., Any]) -> Callable[..., Any]:
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         own = [given for given in inspect.signature(call).parameters.values() if given.kind not in variable]
-        regions = inspect.Parameter("regions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_REGIONS_TYPE)
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in _ADDED.items()
+        ]
         inherited = inspect.signature(parent.__call__)
         known = {parameter.name for parameter in own}
         others = [given for name, given in inherited.parameters.items() if name not in known]
         # Positional ones, those with names only, then **kwargs; our own first in each kind.
-        parameters = sorted([*own, *others, regions], key=lambda parameter: parameter.kind)
+        parameters = sorted([*own, *others, *added], key=lambda parameter: parameter.kind)
         call.__signature__ = inherited.replace(parameters=parameters)  # type: ignore[attr-defined]
         call.__doc__ = doc + (inspect.getdoc(parent.__call__) or "")
         return call

@@ -78,7 +78,12 @@ class Region:
 
     def holds(self, step: int, steps: int) -> bool:
         """Whether the region holds at step 0, 1, ... of so many: if the whole step lies between start and end."""
-        return self.start <= step / steps and (step + 1) / steps <= self.end + _ROUNDING
+        return whole_step_within(self.start, self.end, step, steps)
+
+
+def whole_step_within(start: float, end: float, step: int, steps: int) -> bool:
+    """Whether step 0, 1, ... of so many lies between two fractions of them (as diffusers counts for ControlNets)."""
+    return start <= step / steps + _ROUNDING and (step + 1) / steps <= end + _ROUNDING
 
 
 def _setting_defects(region: Region) -> list[str]:
