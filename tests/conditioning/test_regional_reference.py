@@ -45,32 +45,52 @@ def is_inside(region, row, column, rows, columns):
     return 2 * int(cell.sum()) >= cell.size
 
 
+def shares_of(regions, row, column, rows, columns):
+    """Weight of each context in a cell, the global prompt first: the highest order takes its part of what is left."""
+    shares, left = [0.0] * (1 + len(regions)), 1.0
+    for order in sorted({region.order for region in regions}, reverse=True):
+        level = [
+            number
+            for number, region in enumerate(regions)
+            if region.order == order and is_inside(region, row, column, rows, columns)
+        ]
+        total = max(1.0, sum(regions[number].weight for number in level))
+        for number in level:
+            shares[1 + number] = left * regions[number].weight / total
+        left -= sum(shares[1 + number] for number in level)
+    shares[0] = left
+    return shares
+
+
 def expected_output(layer, hidden, contexts, regions, grid):
-    """One attention for each position and context: a mean where regions overlap, the global prompt where none is."""
+    """One attention for each position and context, weighed and summed; `regions` are those of each picture."""
     rows, columns = grid
-    output = torch.empty_like(hidden)
+    output = torch.zeros_like(hidden)
     for picture in range(len(hidden)):
         for position in range(rows * columns):
-            cell = (position // columns, position % columns)
-            holding = [1 + i for i, region in enumerate(regions) if is_inside(region, *cell, rows, columns)] or [0]
-            parts = [attention_at(layer, hidden[picture, position], contexts[c][picture]) for c in holding]
-            output[picture, position] = torch.stack(parts).mean(0)
+            shares = shares_of(regions[picture], position // columns, position % columns, rows, columns)
+            for context, share in enumerate(shares):
+                if share > 1e-12:
+                    text = contexts[context][picture]
+                    output[picture, position] += share * attention_at(layer, hidden[picture, position], text)
     return output
 
 
 def random_regions(chance, grid):
-    """One to four boxes and masks, each of them on at least one cell of the feature map."""
+    """Boxes and masks, up to four, each of them on at least one cell of the feature map; half of them plain."""
+    plain = chance.random() < 0.5
     regions = []
     rows, columns = grid
     for number in range(chance.randint(1, 4)):
+        settings = {} if plain else {"weight": chance.choice([0.3, 1, 2]), "order": chance.choice([0, 1])}
         if chance.random() < 0.6:
             left, top = chance.uniform(0, 0.6), chance.uniform(0, 0.6)
             box = (left, top, chance.uniform(left + 0.3, 1), chance.uniform(top + 0.3, 1))
-            region = Region(f"box {number}", box=box)
+            region = Region(f"box {number}", box=box, **settings)
         else:
             mask = np.random.default_rng(chance.randrange(10**6)).random((rows * 3, columns * 3)) < chance.random()
             mask[:3, :3] = True
-            region = Region(f"mask {number}", mask=mask)
+            region = Region(f"mask {number}", mask=mask, **settings)
         if any(is_inside(region, row, column, rows, columns) for row in range(rows) for column in range(columns)):
             regions.append(region)
     return regions
@@ -100,17 +120,19 @@ def test_random_layouts_are_the_equations(double_unet, seed):
     torch.manual_seed(seed)
     size = chance.choice([(8, 8), (12, 8), (6, 10), (4, 16)])
     grid = (size[0] // 2, size[1] // 2)
-    regions = random_regions(chance, grid)
     paths = cross_attention_layers(double_unet)
-    batch, layers = chance.choice([1, 2, 3]), chance.choice([1, len(paths)])
-    contexts = torch.randn(batch, 1 + len(regions), layers, TOKENS, WIDTH, dtype=torch.float64)
+    batch, layers = chance.choice([1, 2, 4]), chance.choice([1, len(paths)])
+    pictures = 2 if batch == 4 else 1  # of each prompt or of all; the other rows are the other half of guidance
+    regions = [random_regions(chance, grid) for _ in range(pictures)]
+    plans = [RegionPlan(own) for own in regions]
+    contexts = torch.randn(batch, max(plan.contexts for plan in plans), layers, TOKENS, WIDTH, dtype=torch.float64)
     noise = torch.randn(batch, 4, *size, dtype=torch.float64)
 
     if seed % 4 == 3:
         double_unet.set_attention_slice("max")
 
     def run():
-        with layerwise_attention(double_unet), regional_attention(double_unet, RegionPlan(regions)):
+        with layerwise_attention(double_unet), regional_attention(double_unet, plans):
             double_unet(noise, 7, encoder_hidden_states=contexts.flatten(1, 3))
 
     try:
@@ -121,5 +143,7 @@ def test_random_layouts_are_the_equations(double_unet, seed):
         for number, path in enumerate(paths):
             hidden, output = calls[path]
             own = contexts[:, :, number if layers > 1 else 0].unbind(1)
-            expected = expected_output(double_unet.get_submodule(path), hidden, own, regions, grid)
+            expected = expected_output(
+                double_unet.get_submodule(path), hidden, own, regions * (batch // pictures), grid
+            )
             assert torch.allclose(output, expected, rtol=0, atol=1e-12)

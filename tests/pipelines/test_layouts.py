@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny
+from diffusers_mixofshow.conditioning.attention import _Projected
 from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowControlNetPipeline
 from diffusers_mixofshow.regions import Isolation, Layout, Region
@@ -178,3 +179,27 @@ def test_isolation_matters_and_is_off_by_default(potter, latents):
     assert torch.equal(latents(potter, "x", isolation=Isolation()), latents(potter, "x"))
     with pytest.raises(RegionError, match="bool"):
         latents(potter, "x", regions=regions, isolation=True)
+
+
+def test_a_change_of_a_loras_strength_between_steps_is_not_missed(potter, latents, monkeypatch):
+    def weaken(pipeline, _step, _timestep, tensors):
+        pipeline.set_adapters(["potter"], [0.0])
+        return tensors
+
+    def run():
+        potter.set_adapters(["potter"], [1.0])
+        return latents(potter, "x", regions=[_region()], callback_on_step_end=weaken)
+
+    kept = run()
+    monkeypatch.setattr(_Projected, "is_of", lambda *_: False)
+    assert torch.equal(run(), kept)
+    plain = latents(potter, "x", regions=[_region()])
+    assert not torch.allclose(plain, kept, atol=1e-5)
+
+
+def test_inference_mode_and_channels_last(potter, latents):
+    expected = latents(potter, "x", regions=[_region()])
+    with torch.inference_mode():
+        assert torch.equal(latents(potter, "x", regions=[_region()]), expected)
+    potter.unet.to(memory_format=torch.channels_last)
+    assert torch.allclose(latents(potter, "x", regions=[_region()]), expected, atol=1e-4)
