@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline
     from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
     from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
+    from diffusers_mixofshow.pipelines.refining import refine_regions
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
     from diffusers_mixofshow.regions import Isolation, Layout, Region
     from diffusers_mixofshow.training.config import TrainingConfig
@@ -41,6 +42,7 @@ __all__ = [
     "MixOfShowWarning",
     "Region",
     "TrainingConfig",
+    "refine_regions",
 ]
 
 _HOME = {
@@ -59,6 +61,7 @@ _HOME = {
     "MixOfShowWarning": "errors",
     "Region": "regions",
     "TrainingConfig": "training.config",
+    "refine_regions": "pipelines.refining",
 }
 
 

@@ -5,6 +5,7 @@ from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline
 from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
 from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.refining import refine_regions
 from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
 
 
@@ -15,4 +16,5 @@ __all__ = [
     "MixOfShowImg2ImgPipeline",
     "MixOfShowInpaintPipeline",
     "MixOfShowPipeline",
+    "refine_regions",
 ]
