@@ -275,3 +275,17 @@ def test_wrong_condition_images_are_refused(build, adapters, arguments, words):
 def test_adapters_have_what_the_plain_pipeline_has():
     for name in ("load_lora_weights", "load_textual_inversion", "load_ip_adapter", "load_edlora", "from_single_file"):
         assert callable(getattr(MixOfShowAdapterPipeline, name))
+
+
+def test_adapters_beside_lora_files_and_textual_inversion(build, make_pack, tmp_path):
+    pipeline = build("adapter")
+    plain = run(pipeline, "a dog", "adapter")
+    make_pack("potter").save_pretrained(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="edlora.safetensors")
+    with_lora = run(pipeline, "a dog", "adapter")
+    assert not torch.allclose(with_lora, plain, atol=1e-4)
+    pipeline.unload_lora_weights()
+    assert torch.allclose(run(pipeline, "a dog", "adapter"), plain, atol=1e-5)
+    pipeline.load_textual_inversion(torch.randn(32, generator=torch.Generator().manual_seed(0)), token="<style>")
+    styled = run(pipeline, "a dog <style>", "adapter")
+    assert not torch.allclose(styled, run(pipeline, "a dog style", "adapter"), atol=1e-4)
