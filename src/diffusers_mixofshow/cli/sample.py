@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.control import CONTROL_HELP, condition_image, parse_control, with_controls
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
 
 
@@ -30,6 +31,7 @@ def sample(
     layout: Annotated[
         Path | None, typer.Option(help="JSON file with prompt, size and regions, see docs/regional_sampling.md.")
     ] = None,
+    control: Annotated[list[str] | None, typer.Option(help=CONTROL_HELP)] = None,
     output: Annotated[Path, typer.Option(help="PNG file; several pictures get numbers.")] = Path("sample.png"),
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP}  [default: the concepts' own]")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.  [default: the layout's]")] = None,
@@ -46,6 +48,7 @@ def sample(
     "0,0,0.5,1:a <potter>" --region "0.5,0,1,1:a <hermione>" --output castle.png
     """
     plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
+    controls = [parse_control(text) for text in control or []]
     packs = _read_packs(concepts or [])
     if base is None and not packs:
         raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
@@ -54,6 +57,11 @@ def sample(
     pipe = load_base(base or common_base(packs))
     for pack in packs:
         pipe.load_edlora(pack)
+    conditions: dict[str, Any] = {}
+    if controls:
+        views = [condition_image(control) for control in controls]
+        pipe = with_controls(pipe, controls)
+        conditions["image"] = views[0] if len(views) == 1 else views
     images = pipe(
         prompt=[plan.prompt] * count,
         negative_prompt=[plan.negative_prompt or ""] * count,
@@ -63,6 +71,7 @@ def sample(
         height=plan.height,
         width=plan.width,
         generator=[torch.Generator().manual_seed(seed + index) for index in range(count)],
+        **conditions,
     ).images
     output.parent.mkdir(parents=True, exist_ok=True)
     for path, image in zip(numbered(output, count), images, strict=True):
