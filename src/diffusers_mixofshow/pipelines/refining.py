@@ -87,27 +87,36 @@ def refine_regions(
         for region in sorted(regions, key=lambda region: region.order)
     ]
     patches = [patch for patch in found if patch is not None]
-    drawn: dict[_Patch, Image.Image] = {}
-    redraw = _image_to_image(pipe)
-    negative = settings.pop("negative_prompt", None) or ""
-    for of_size in dict.fromkeys(patch.size for patch in patches):
-        alike = [patch for patch in patches if patch.size == of_size]
-        for start in range(0, len(alike), batch_size):
-            batch = alike[start : start + batch_size]
-            crops = [images[patch.picture].convert("RGB").crop(patch.box).resize(of_size) for patch in batch]
-            pictures = redraw(
-                [patch.region.prompt for patch in batch],
-                image=crops,
-                negative_prompt=[_negative(patch.region, negative) for patch in batch],
-                strength=strength,
-                generator=generator,
-                **settings,
-            ).images
-            drawn |= dict(zip(batch, pictures, strict=True))
+    call = {**settings, "strength": strength, "generator": generator}
+    drawn = _drawn_anew(_image_to_image(pipe), images, patches, batch_size, call)
     results = [image.convert("RGB") for image in images]
     for patch in patches:
         _paste(results[patch.picture], patch, drawn[patch], feather)
     return results
+
+
+def _drawn_anew(
+    redraw: MixOfShowImg2ImgPipeline,
+    images: Sequence[Image.Image],
+    patches: Sequence[_Patch],
+    batch_size: int,
+    call: dict[str, Any],
+) -> dict[_Patch, Image.Image]:
+    """Every patch enlarged and drawn anew, those of one size together."""
+    drawn: dict[_Patch, Image.Image] = {}
+    negative = call.pop("negative_prompt", None) or ""
+    for size in dict.fromkeys(patch.size for patch in patches):
+        alike = [patch for patch in patches if patch.size == size]
+        for start in range(0, len(alike), batch_size):
+            batch = alike[start : start + batch_size]
+            pictures = redraw(
+                [patch.region.prompt for patch in batch],
+                image=[images[patch.picture].convert("RGB").crop(patch.box).resize(size) for patch in batch],
+                negative_prompt=[_negative(patch.region, negative) for patch in batch],
+                **call,
+            ).images
+            drawn |= dict(zip(batch, pictures, strict=True))
+    return drawn
 
 
 def _check(images: Sequence[object], regions: Sequence[object]) -> None:
