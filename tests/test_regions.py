@@ -7,6 +7,10 @@ from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.regions import Region, feature_grids, region_weights
+from diffusers_mixofshow.regions.weights import resolves
+
+
+FULL = (0, 0, 1, 1)
 
 
 def _mask(height=64, width=96):
@@ -97,6 +101,15 @@ def test_no_region_has_no_weights():
         ({"mask": np.full((4, 4), 255.0)}, ["255.0", "0 to 1"]),
         ({"mask": "mask.png"}, ["str"]),
         ({"mask": np.zeros((0, 4))}, ["(0, 4)"]),
+        (
+            {"box": FULL, "weight": -1, "feather": 2, "order": "top"},
+            ["weight is -1", "feather is 2", "order is 'top'"],
+        ),
+        ({"box": FULL, "weight": 0.0}, ["no effect"]),
+        ({"box": FULL, "start": 0.5, "end": 0.5}, ["never holds", "start 0.5"]),
+        ({"box": FULL, "start": -0.1, "guidance_scale": float("nan")}, ["start is -0.1", "guidance_scale is nan"]),
+        ({"box": FULL, "control_scale": float("inf"), "rounding": "up"}, ["control_scale is inf", "'up'", "inward"]),
+        ({"box": FULL, "rounding": "inward", "feather": 0.1}, ["soft edge"]),
     ],
 )
 def test_every_defect_is_named_at_once(arguments, words):
@@ -110,3 +123,77 @@ def test_feature_grids_halve_and_round_up():
         3072: (64, 48), 768: (32, 24), 192: (16, 12), 48: (8, 6), 12: (4, 3), 4: (2, 2), 1: (1, 1),
     }  # fmt: skip
     assert feature_grids(5, 1) == {5: (5, 1), 3: (3, 1), 2: (2, 1), 1: (1, 1)}
+
+
+def test_weights_share_an_overlap_and_leave_the_rest_to_the_global_prompt():
+    left = Region("a", box=(0, 0, 0.75, 1), weight=0.5)
+    right = Region("b", box=(0.25, 0, 1, 1), weight=1.5)
+    weights = region_weights([left, right], 1, 4, torch.float64)[:, 0]
+    assert weights.tolist() == [[0.5, 0.25, 0.25, 0], [0, 0.75, 0.75, 1]]
+
+
+def test_a_higher_order_lies_on_top():
+    below = [Region("a", box=FULL), Region("b", box=FULL)]
+    top = Region("c", box=(0.5, 0, 1, 1), order=1)
+    veil = Region("d", box=(0.75, 0, 1, 1), order=2, weight=0.5)
+    weights = region_weights([veil, *below, top], 1, 4)[:, 0]
+    assert weights.T.tolist() == [[0, 0.5, 0.5, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 1], [0.5, 0, 0, 0.5]]
+
+
+def test_a_feather_is_a_straight_ramp_centred_on_the_edge():
+    weights = region_weights([Region("a", box=(0.5, 0, 1, 1), feather=0.5)], 2, 8, torch.float64)[0]
+    assert weights[0].tolist() == weights[1].tolist() == [0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]
+
+
+def test_neighbours_with_one_feather_cross_fade():
+    boxes = [(0, 0, 0.33, 1), (0.33, 0, 0.62, 1), (0.62, 0, 1, 1)]
+    weights = region_weights([Region("a", box=box, feather=0.2) for box in boxes], 16, 16)
+    assert torch.allclose(weights.sum(0), torch.ones(16, 16))
+    assert len(weights.unique()) > 3
+
+
+def test_a_soft_mask_is_like_its_soft_box():
+    mask = torch.zeros(240, 240)
+    mask[60:, :180] = 1
+    soft = region_weights([Region("a", mask=mask, feather=0.2)], 8, 8)
+    assert torch.allclose(soft, region_weights([Region("a", box=(0, 0.25, 0.75, 1), feather=0.2)], 8, 8), atol=0.03)
+    sharp = region_weights([Region("a", mask=mask, feather=1e-4)], 8, 8)
+    assert torch.equal(sharp, region_weights([Region("a", mask=mask)], 8, 8))
+
+
+@pytest.mark.parametrize("feather", [0.01, 0.3])
+def test_a_thin_soft_region_is_not_lost(feather):
+    mask = torch.zeros(64, 64)
+    mask[40, 41] = 1
+    for region in (
+        Region("a", box=(0.62, 0.62, 0.64, 0.64), feather=feather),
+        Region("a", mask=mask, feather=feather),
+    ):
+        for size in (1, 2, 8):
+            assert region_weights([region], size, size).sum() > 0
+
+
+def test_rounding_inward_is_that_of_the_authors_code():
+    box = (100 / 512, 0, 301 / 512, 1)
+    mask = np.zeros((512, 512))
+    mask[:, 100:301] = 1
+    for region in (Region("a", box=box, rounding="inward"), Region("a", mask=mask, rounding="inward")):
+        columns = [region_weights([region], size, size)[0, 0].nonzero()[:, 0].tolist() for size in (64, 16, 8, 2)]
+        assert columns == [list(range(13, 37)), list(range(4, 9)), [2, 3], []]
+
+
+def test_a_region_resolves_where_a_cell_is_its_own():
+    thin = Region("a", box=(0.5, 0, 0.51, 1))
+    assert not resolves(thin, 8, 8)
+    assert resolves(thin, 256, 256)
+    dots = torch.zeros(64, 64)
+    dots[::2, ::2] = 1
+    assert resolves(Region("a", mask=dots), 64, 64)
+    assert not resolves(Region("a", mask=dots), 32, 32)
+
+
+def test_a_region_holds_for_whole_steps():
+    early = Region("a", box=FULL, end=0.3)
+    assert [early.holds(step, 10) for step in range(10)] == [True] * 3 + [False] * 7
+    late = Region("a", box=FULL, start=0.5)
+    assert [late.holds(step, 5) for step in range(5)] == [False] * 3 + [True] * 2

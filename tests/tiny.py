@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, T2IAdapter, UNet2DConditionModel
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -75,3 +75,24 @@ def components(*, seed: int = 0) -> dict[str, object]:
         "feature_extractor": None,
         "image_encoder": None,
     }
+
+
+def controlnet(unet: UNet2DConditionModel, *, seed: int = 0) -> ControlNetModel:
+    """A ControlNet for the tiny U-Net, its zero convolutions random so that it has an effect."""
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    for layer in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    return net.eval()
+
+
+def adapter(*, seed: int = 0, in_channels: int = 3) -> T2IAdapter:
+    """A T2I-Adapter for the tiny U-Net: one feature map, for the first block."""
+    torch.manual_seed(seed)
+    return T2IAdapter(
+        in_channels=in_channels,
+        channels=[32],
+        num_res_blocks=1,
+        downscale_factor=4,
+        adapter_type="full_adapter",
+    ).eval()

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusers_mixofshow.concepts import Concept
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.errors import MixOfShowError
+    from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning
     from diffusers_mixofshow.fusion.fuser import GradientFuser
+    from diffusers_mixofshow.pipelines.adapter import MixOfShowAdapterPipeline
+    from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline
+    from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
+    from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
+    from diffusers_mixofshow.pipelines.refining import refine_regions
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
-    from diffusers_mixofshow.regions import Region
+    from diffusers_mixofshow.regions import Isolation, Layout, Region
     from diffusers_mixofshow.training.config import TrainingConfig
     from diffusers_mixofshow.training.trainer import EDLoRATrainer
 
@@ -26,10 +31,18 @@ __all__ = [
     "EDLoRA",
     "EDLoRATrainer",
     "GradientFuser",
+    "Isolation",
+    "Layout",
+    "MixOfShowAdapterPipeline",
+    "MixOfShowControlNetPipeline",
     "MixOfShowError",
+    "MixOfShowImg2ImgPipeline",
+    "MixOfShowInpaintPipeline",
     "MixOfShowPipeline",
+    "MixOfShowWarning",
     "Region",
     "TrainingConfig",
+    "refine_regions",
 ]
 
 _HOME = {
@@ -37,10 +50,18 @@ _HOME = {
     "EDLoRA": "edlora",
     "EDLoRATrainer": "training.trainer",
     "GradientFuser": "fusion.fuser",
+    "Isolation": "regions",
+    "Layout": "regions",
+    "MixOfShowAdapterPipeline": "pipelines.adapter",
+    "MixOfShowControlNetPipeline": "pipelines.controlnet",
     "MixOfShowError": "errors",
+    "MixOfShowImg2ImgPipeline": "pipelines.image_to_image",
+    "MixOfShowInpaintPipeline": "pipelines.inpainting",
     "MixOfShowPipeline": "pipelines.stable_diffusion",
+    "MixOfShowWarning": "errors",
     "Region": "regions",
     "TrainingConfig": "training.config",
+    "refine_regions": "pipelines.refining",
 }
 
 

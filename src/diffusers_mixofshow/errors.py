@@ -39,3 +39,7 @@ class FusionError(MixOfShowError, ValueError):
 
 class MissingExtraError(MixOfShowError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class MixOfShowWarning(UserWarning):
+    """A call runs, but something that it asks for has no effect, or not the one expected."""

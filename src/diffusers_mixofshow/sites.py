@@ -65,7 +65,16 @@ def cross_attention_layers(unet: nn.Module) -> tuple[str, ...]:
         Module paths such as ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``; layer k of a layer-wise
         embedding belongs to the k-th of them.
     """
-    paths = [path for path, _ in unet.named_modules() if path.endswith(".attn2")]
+    return _attention_layers(unet, "attn2")
+
+
+def self_attention_layers(unet: nn.Module) -> tuple[str, ...]:
+    """Name the denoiser's self-attention modules, in the same order as `cross_attention_layers`."""
+    return _attention_layers(unet, "attn1")
+
+
+def _attention_layers(unet: nn.Module, name: str) -> tuple[str, ...]:
+    paths = [path for path, _ in unet.named_modules() if path.endswith(f".{name}")]
     return tuple(sorted(paths, key=_stage_of))
 
 

@@ -17,6 +17,7 @@ from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.sample import numbered, parse_region
 from diffusers_mixofshow.cli.train import training_config
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, RegionError
+from diffusers_mixofshow.regions import Layout, Region
 
 
 VERBS = ("train", "fuse", "sample", "inspect", "demo")
@@ -150,3 +151,23 @@ def test_a_base_that_does_not_exist_is_an_error_of_ours(tmp_path: Path) -> None:
 def test_sample_wants_concepts_or_a_base() -> None:
     result = CliRunner().invoke(cli.app, ["sample", "--prompt", "a castle"])
     assert isinstance(result.exception, ConfigurationError)
+
+
+def test_sample_draws_a_layout_and_options_go_before_it(tmp_path: Path, tiny_base: Path) -> None:
+    from PIL import Image
+
+    regions = (Region("a cat", box=(0, 0, 0.5, 1)),)
+    plan = Layout(regions, prompt="two pets", width=48, height=32).save(tmp_path / "plan.json")
+    options = ["--base", str(tiny_base), "--layout", str(plan), "--steps", "1", "--output", str(tmp_path / "x.png")]
+    more = ["--region", "0.5,0,1,1:a dog", "--height", "16"]
+    result = CliRunner().invoke(cli.app, ["sample", *options, *more], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert Image.open(tmp_path / "x.png").size == (48, 16)
+
+
+def test_sample_wants_a_prompt(tmp_path: Path) -> None:
+    plan = Layout().save(tmp_path / "plan.json")
+    for options in ([], ["--layout", str(plan)]):
+        result = CliRunner().invoke(cli.app, ["sample", "--base", str(tmp_path), *options])
+        assert isinstance(result.exception, ConfigurationError)
+        assert "--prompt" in str(result.exception)

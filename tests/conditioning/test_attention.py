@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import AttnProcessor
 
+from diffusers_mixofshow.conditioning import attention
 from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, RegionError
 from diffusers_mixofshow.regions import Region, region_weights
 from diffusers_mixofshow.sites import cross_attention_layers
 
@@ -107,16 +110,76 @@ def test_overlaps_are_the_mean_of_their_contexts(unet, noise):
     assert torch.allclose(output, mean, atol=1e-6)
 
 
-def test_each_context_is_computed_only_where_it_holds(unet, noise):
+def test_each_context_is_computed_only_where_it_holds(unet, noise, monkeypatch):
+    lengths = []
+
+    def attend(query, key, value):
+        lengths.append(query.shape[1])
+        return dispatch_attention_fn(query, key, value)
+
+    monkeypatch.setattr(attention, "dispatch_attention_fn", attend)
+    with regional_attention(unet, RegionPlan([LEFT, RIGHT])):
+        _run(unet, noise, _context(3))
+    assert lengths == [32, 32] * len(cross_attention_layers(unet))
+
+
+def test_a_foreign_processor_is_run_only_where_its_context_holds(unet, noise):
     path = cross_attention_layers(unet)[0]
     lengths = []
     hook = unet.get_submodule(path).to_q.register_forward_hook(
         lambda _module, _inputs, output: lengths.append(output.shape[1])
     )
+    unet.set_attn_processor(AttnProcessor())
     with regional_attention(unet, RegionPlan([LEFT, RIGHT])):
         _run(unet, noise, _context(3))
     hook.remove()
     assert lengths == [32, 32]
+
+
+def test_keys_of_a_text_are_computed_once_and_anew_for_another_text(unet, layers, noise):
+    calls = []
+    unet.get_submodule(cross_attention_layers(unet)[0]).to_k.register_forward_hook(
+        lambda _module, inputs, _output: calls.append(inputs[0].clone())
+    )
+    context, other = _context(3 * layers), _context(3 * layers, seed=5)
+    with layerwise_attention(unet), regional_attention(unet, RegionPlan([LEFT, RIGHT])):
+        first = _run(unet, noise, context)
+        assert torch.equal(_run(unet, noise, context), first)
+        assert len(calls) == 1
+        changed = _run(unet, noise, other)
+        assert not torch.allclose(changed, first, atol=1e-4)
+        context.copy_(other)
+        assert torch.equal(_run(unet, noise, context), changed)
+    assert len(calls) == 3
+
+
+def test_each_picture_has_its_own_plan(unet, layers):
+    plans = [RegionPlan([LEFT]), RegionPlan([RIGHT, LEFT]), RegionPlan([])]
+    noise = torch.randn(6, 4, 16, 16)
+    context = torch.randn(6, 3 * layers * 77, 32)
+    with layerwise_attention(unet):
+        with regional_attention(unet, plans):
+            together = _run(unet, noise, context)
+        for row in range(6):
+            plan = plans[row % 3]
+            own = context[row : row + 1, : plan.contexts * layers * 77]
+            with regional_attention(unet, plan):
+                assert torch.allclose(_run(unet, noise[row : row + 1], own)[0], together[row], atol=1e-5)
+        with regional_attention(unet, plans), pytest.raises(RegionError, match=r"3 pictures.*batch of 4"):
+            _run(unet, noise[:4], context[:4])
+
+
+def test_regions_hold_from_their_start_to_their_end(unet, noise):
+    contexts = _context(2)
+    timed = RegionPlan([Region("a", box=(0, 0, 0.5, 1), start=0.25, end=0.75)])
+    with regional_attention(unet, RegionPlan([LEFT])):
+        inside = _run(unet, noise, contexts)
+    outside = _run(unet, noise, contexts[:, :77])
+    with regional_attention(unet, timed, steps=lambda: 4) as canvas:
+        seen = [_run(unet, noise, contexts) for _ in range(4)]
+        assert canvas.step == 3
+    for result, expected in zip(seen, [outside, inside, inside, outside], strict=True):
+        assert torch.allclose(result, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 8), (10, 22), (2, 6)])

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.control import CONTROL_HELP, condition_image, parse_control, with_controls
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.regions import Region
+    from diffusers_mixofshow.regions import Layout, Region
 
 
 def sample(
-    prompt: Annotated[str, typer.Option(help="What to draw; <name> stands for a concept.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="What to draw; <name> stands for a concept.  [default: the layout's]")
+    ] = None,
     concepts: Annotated[
         list[str] | None, typer.Option(help="ED-LoRA or fused pack: Hub id, folder or file. May be repeated.")
     ] = None,
@@ -25,22 +28,27 @@ def sample(
         list[str] | None,
         typer.Option(help="'left,top,right,bottom:prompt' with fractions of the picture. May be repeated."),
     ] = None,
+    layout: Annotated[
+        Path | None, typer.Option(help="JSON file with prompt, size and regions, see docs/regional_sampling.md.")
+    ] = None,
+    control: Annotated[list[str] | None, typer.Option(help=CONTROL_HELP)] = None,
     output: Annotated[Path, typer.Option(help="PNG file; several pictures get numbers.")] = Path("sample.png"),
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP}  [default: the concepts' own]")] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.  [default: the layout's]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
-    width: Annotated[int | None, typer.Option(help="Width in pixels.  [default: the model's own]")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.  [default: the model's own]")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.  [default: the layout's or the model's]")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.  [default: likewise]")] = None,
 ) -> None:
     """Sample pictures of one or several concepts, each in its own region.
 
     Example: mixofshow sample --concepts hogwarts --prompt "two people near the castle" --region
     "0,0,0.5,1:a <potter>" --region "0.5,0,1,1:a <hermione>" --output castle.png
     """
-    regions = [parse_region(text) for text in region or []]
+    plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
+    controls = [parse_control(text) for text in control or []]
     packs = _read_packs(concepts or [])
     if base is None and not packs:
         raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
@@ -49,20 +57,49 @@ def sample(
     pipe = load_base(base or common_base(packs))
     for pack in packs:
         pipe.load_edlora(pack)
+    conditions: dict[str, Any] = {}
+    if controls:
+        views = [condition_image(control) for control in controls]
+        pipe = with_controls(pipe, controls)
+        conditions["image"] = views[0] if len(views) == 1 else views
     images = pipe(
-        prompt=[prompt] * count,
-        negative_prompt=[negative_prompt] * count,
-        regions=regions or None,
+        prompt=[plan.prompt] * count,
+        negative_prompt=[plan.negative_prompt or ""] * count,
+        regions=plan,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        height=height,
-        width=width,
+        height=plan.height,
+        width=plan.width,
         generator=[torch.Generator().manual_seed(seed + index) for index in range(count)],
+        **conditions,
     ).images
     output.parent.mkdir(parents=True, exist_ok=True)
     for path, image in zip(numbered(output, count), images, strict=True):
         image.save(path)
         typer.echo(f"Wrote {path}")
+
+
+def _planned(
+    file: Path | None,
+    regions: list[str],
+    prompt: str | None,
+    negative_prompt: str | None,
+    width: int | None,
+    height: int | None,
+) -> Layout:
+    """The layout of the file, with what the options say instead or more."""
+    from diffusers_mixofshow.regions import Layout
+
+    plan = Layout() if file is None else Layout.load(file)
+    if prompt is None and plan.prompt is None:
+        raise ConfigurationError("Got no prompt. Give --prompt, or --layout with a file that has one.")
+    return Layout(
+        (*plan.regions, *(parse_region(text) for text in regions)),
+        prompt=plan.prompt if prompt is None else prompt,
+        negative_prompt=plan.negative_prompt if negative_prompt is None else negative_prompt,
+        width=width or plan.width,
+        height=height or plan.height,
+    )
 
 
 def parse_region(text: str) -> Region:

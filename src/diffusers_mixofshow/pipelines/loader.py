@@ -53,6 +53,17 @@ class EDLoRALoader:
         """The loaded concepts by placeholder, in the order of loading."""
         return {concept.placeholder: concept for edlora in self._edloras.values() for concept in edlora.concepts}
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Make a pipeline of this class from the components of another one, loaded concepts included.
+
+        Takes what `DiffusionPipeline.from_pipe` takes. Both pipelines share the components, so that a concept
+        which one of them unloads loses its weight updates in the other one, too.
+        """
+        made = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        made._edloras = dict(getattr(pipeline, "_edloras", {}))
+        return made
+
     def load_edlora(
         self,
         source: str | os.PathLike[str] | EDLoRA,

@@ -35,8 +35,8 @@ class LayerwisePrompts(EDLoRALoader):
     text_encoder: Any
     unet: nn.Module | None
     maybe_convert_prompt: Callable[..., list[str]]
-    # The regions of the call under way.
-    _regions: tuple[Region, ...] = ()
+    # The regions of the call under way: of all prompts, or of each.
+    _regions: tuple[tuple[Region, ...], ...] = ()
 
     def encode_prompt(
         self,
@@ -61,7 +61,7 @@ class LayerwisePrompts(EDLoRALoader):
         """
         arguments = {"lora_scale": lora_scale, "clip_skip": clip_skip}
         if self._is_layerwise(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds):
-            batch = _batch_size(prompt, prompt_embeds)
+            batch = prompt_count(prompt, prompt_embeds)
             with _lora_scaled(self.text_encoder, lora_scale):
                 if prompt_embeds is None:
                     positive = self._encode(_texts(prompt, batch), clip_skip, device)
@@ -96,12 +96,13 @@ class LayerwisePrompts(EDLoRALoader):
     ) -> bool:
         """Whether these arguments need more than the parent; complains about unknown bracketed words."""
         given = [*_as_list(prompt), *_as_list(negative_prompt)]
-        given += [text for region in self._regions for text in (region.prompt, region.negative_prompt) if text]
+        regions = [region for own in self._regions for region in own]
+        given += [text for region in regions for text in (region.prompt, region.negative_prompt) if text]
         concepts = tuple(self.concepts.values())
         if any("<" in text for text in given):
             split_prompt(" ".join(given), concepts, also_known=known_words(self.tokenizer))
         return (
-            bool(self._regions)
+            bool(regions)
             or any(mentions_concept(text, concepts) for text in given)
             or any(self._is_stack(embeds) for embeds in (prompt_embeds, negative_prompt_embeds))
         )
@@ -153,22 +154,48 @@ class LayerwisePrompts(EDLoRALoader):
         """Append the regions' stacks to the global prompt's, shape (prompts, contexts * layers * tokens, dim)."""
         if not self._regions:
             return positive, negative
-        batch = len(positive)
-        prompts = self._encode([region.prompt for region in self._regions], clip_skip, device)
-        positive = torch.cat([positive, *(stack.expand(batch, -1, -1).to(positive) for stack in prompts)], dim=1)
-        if negative is None:
-            return positive, None
-        contexts = [negative]
-        for region in self._regions:
-            if region.negative_prompt is None:
-                contexts.append(negative)
-            else:
-                stack = self._encode([region.negative_prompt], None, device)
-                contexts.append(stack.expand(batch, -1, -1).to(negative))
-        return positive, torch.cat(contexts, dim=1)
+        regions = self._regions_of_prompts(len(positive))
+        prompts = [[region.prompt for region in own] for own in regions]
+        positive = self._with_texts(positive, prompts, clip_skip, device)
+        if negative is not None:
+            negatives = [[region.negative_prompt for region in own] for own in regions]
+            negative = self._with_texts(negative, negatives, None, device)
+        return positive, negative
+
+    def _regions_of_prompts(self, prompts: int) -> list[tuple[Region, ...]]:
+        """The regions of each prompt of a batch."""
+        return list(self._regions) if len(self._regions) == prompts else list(self._regions) * prompts
+
+    def _with_texts(
+        self,
+        stacks: torch.Tensor,
+        texts: Sequence[Sequence[str | None]],
+        clip_skip: int | None,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Append each prompt's texts to its own stack; where there is none, the stack itself once more.
+
+        Args:
+            stacks: Shape (prompts, layers * tokens, dim).
+            texts: For each prompt the texts of its regions; the shorter lists count as filled up with None.
+            clip_skip: See `encode_layerwise`.
+            device: Where to encode.
+
+        Returns:
+            Shape (prompts, contexts * layers * tokens, dim).
+        """
+        given = list(dict.fromkeys(text for own in texts for text in own if text is not None))
+        encoded = dict(zip(given, self._encode(given, clip_skip, device).to(stacks), strict=True)) if given else {}
+        contexts = [stacks]
+        for number in range(max(len(own) for own in texts)):
+            chosen = [own[number] if number < len(own) else None for own in texts]
+            rows = [row if text is None else encoded[text] for row, text in zip(stacks, chosen, strict=True)]
+            contexts.append(torch.stack(rows))
+        return torch.cat(contexts, dim=1)
 
 
-def _batch_size(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+def prompt_count(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+    """Count the prompts of a call."""
     if prompt_embeds is not None:
         return len(prompt_embeds)
     return len(prompt) if isinstance(prompt, list) else 1

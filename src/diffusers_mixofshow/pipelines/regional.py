@@ -3,85 +3,155 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
-from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts
-from diffusers_mixofshow.regions import Region
+from diffusers_mixofshow.concepts import mentions_concept
+from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
+from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
+from diffusers_mixofshow.conditioning.control import regional_control
+from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
+from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, prompt_count
+from diffusers_mixofshow.pipelines.remarks import (
+    Regions,
+    control_remarks,
+    layout_remarks,
+    regions_of_prompts,
+    text_remarks,
+)
+from diffusers_mixofshow.regions import Isolation
 
 
-_REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally, in regions.
+_ADDED = {
+    "regions": "list[Region] | Layout | list[list[Region] | Layout | None] | None",
+    "isolation": "Isolation | None",
+}
+REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally, in regions.
 
         Takes all arguments of the parent, described below, and:
 
         Args:
-            regions (`list[Region]`, *optional*):
+            regions (`list[Region]`, `Layout`, or a list of these for each prompt, *optional*):
                 Parts of the picture with prompts of their own. `prompt` holds where no region is, and
-                `negative_prompt` where a region has none. They are the same for all prompts of a batch.
+                `negative_prompt` where a region has none.
+            isolation (`Isolation`, *optional*):
+                Whether self-attention, too, keeps the regions apart, and on which feature maps and in which steps.
         """
 
 
 class RegionalSampling(LayerwisePrompts):
     """Mixin for a diffusers pipeline: `__call__` with `regions`. The loop is the parent's."""
 
-    def __call__(self, *args: Any, regions: Sequence[Region] | None = None, **kwargs: Any) -> Any:
+    vae_scale_factor: int
+    num_timesteps: int
+    # The regions on the U-Net's feature maps, in the call under way.
+    _canvas: Canvas | None = None
+
+    def __call__(
+        self, *args: Any, regions: Regions | None = None, isolation: Isolation | None = None, **kwargs: Any
+    ) -> Any:
         """See `regional_signature`, which gives each pipeline class its own `__call__`."""
         parent = super().__call__  # type: ignore[misc]
         arguments = inspect.signature(parent).bind_partial(*args, **kwargs).arguments
-        with self._conditioned_call(_checked(regions), arguments):
+        if not (isolation is None or isinstance(isolation, Isolation)):
+            raise RegionError(f"`isolation` is a {type(isolation).__name__}; expected Isolation(...) or None.")
+        with self._conditioned_call(regions, isolation, arguments):
             return parent(*args, **kwargs)
 
+    @property
+    def guidance_scale(self) -> Any:
+        """Strength of guidance; where regions have their own, a map of it, shape (1 or pictures, 1, height, width)."""
+        own = super().guidance_scale  # type: ignore[misc]
+        canvas = self._canvas
+        if canvas is None or canvas.size is None or canvas.device is None:
+            return own
+        if all(region.guidance_scale is None for region in canvas.regions()):
+            return own
+        scales = canvas.map(
+            lambda region: own if region.guidance_scale is None else region.guidance_scale, own, *canvas.size
+        )
+        return scales.to(dtype=canvas.dtype).to(canvas.device)
+
     @contextmanager
-    def _conditioned_call(self, regions: tuple[Region, ...], arguments: Mapping[str, Any]) -> Iterator[None]:
+    def _conditioned_call(
+        self, regions: Regions | None, isolation: Isolation | None, arguments: Mapping[str, Any]
+    ) -> Iterator[None]:
         """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs."""
-        outer, self._regions = self._regions, regions
+        outer, outer_canvas = self._regions, self._canvas
         names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
         try:
+            self._regions = regions_of_prompts(regions, arguments, self.vae_scale_factor)
+            remarks = self._remarks(arguments)
             with ExitStack() as stack:
                 if self._is_layerwise(*(arguments.get(name) for name in names)):
                     for denoiser in self._denoisers():
                         stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layers))
-                        if regions:
-                            stack.enter_context(regional_attention(denoiser, RegionPlan(regions)))
+                    self._canvas = self._enter_regions(stack, isolation, arguments) if self._regions else None
                 yield
+            if self._canvas is not None:
+                remarks += layout_remarks(self._canvas)
         finally:
-            self._regions = outer
+            self._regions, self._canvas = outer, outer_canvas
+        if remarks:
+            warnings.warn("; ".join(remarks) + ".", MixOfShowWarning, stacklevel=5)
+
+    def _enter_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
+        """Install the attention of the regions for as long as the stack lives."""
+        prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+        pictures = arguments.get("num_images_per_prompt") or 1
+        shared = [RegionPlan(own) for own in self._regions]
+        plans = shared if len(shared) == 1 else [plan for plan in shared[:prompts] for _ in range(pictures)]
+        canvases = [
+            stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps, isolation))
+            for denoiser in self._denoisers()
+        ]
+        stack.enter_context(regional_control(self._denoisers()[0], canvases[0]))
+        return canvases[0]
+
+    def _remarks(self, arguments: Mapping[str, Any]) -> list[str]:
+        """What can be said of the call's texts and strengths before it runs."""
+        regions = [region for own in self._regions for region in own]
+        prompt = arguments.get("prompt")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        concepts = tuple(self.concepts.values())
+        control = any(self.components.get(name) is not None for name in ("controlnet", "adapter"))
+        scale = arguments.get("controlnet_conditioning_scale", 1.0)
+        return [
+            *text_remarks(regions, prompts, lambda text: mentions_concept(text, concepts), self.concepts),
+            *control_remarks(regions, scale, control),
+        ]
 
     def _denoisers(self) -> list[Any]:
-        """All models whose cross-attention sees the prompt."""
-        return [self.unet]
+        """All models whose cross-attention sees the prompt, each once, the U-Net first."""
+        controlnet = self.components.get("controlnet")
+        nets = list(getattr(controlnet, "nets", [] if controlnet is None else [controlnet]))
+        return list(dict.fromkeys([self.unet, *nets]))
 
 
-def regional_signature(parent: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a `__call__(self, *args, **kwargs)` its parent pipeline's signature and docstring, plus `regions`.
+def regional_signature(parent: type, doc: str = REGIONS_DOC) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a `__call__(self, ..., *args, **kwargs)` its parent's signature and docstring, with what regions add.
 
     Args:
         parent: The diffusers pipeline class.
+        doc: What stands before the parent's docstring.
     """
 
     def decorate(call: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(parent.__call__)
-        regions = inspect.Parameter(
-            "regions", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="list[Region] | None"
-        )
-        parameters = list(signature.parameters.values())
-        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*parameters[:at], regions, *parameters[at:]]
-        )
-        call.__doc__ = _REGIONS_DOC + (inspect.getdoc(parent.__call__) or "")
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        own = [given for given in inspect.signature(call).parameters.values() if given.kind not in variable]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in _ADDED.items()
+        ]
+        inherited = inspect.signature(parent.__call__)
+        known = {parameter.name for parameter in own}
+        others = [given for name, given in inherited.parameters.items() if name not in known]
+        # Positional ones, those with names only, then **kwargs; our own first in each kind.
+        parameters = sorted([*own, *others, *added], key=lambda parameter: parameter.kind)
+        call.__signature__ = inherited.replace(parameters=parameters)  # type: ignore[attr-defined]
+        call.__doc__ = doc + (inspect.getdoc(parent.__call__) or "")
         return call
 
     return decorate
-
-
-def _checked(regions: Sequence[Region] | None) -> tuple[Region, ...]:
-    if regions is None:
-        return ()
-    wrong = [type(region).__name__ for region in regions if not isinstance(region, Region)]
-    if wrong:
-        raise RegionError(f"`regions` holds {', '.join(wrong)}; expected Region(prompt, box=...) or mask=....")
-    return tuple(regions)

@@ -1,4 +1,4 @@
-"""Where a prompt holds: boxes and masks, and their weights on a feature grid. Pure geometry."""
+"""A part of the picture with a prompt of its own, and the checks of what it is made from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional
 
 from diffusers_mixofshow.errors import RegionError
 
+
+ROUNDINGS = ("nearest", "inward")
+
+# 0.3 of 10 steps are 3 of them, although 0.1 * 3 is a little more.
+_ROUNDING = 1e-9
 
 Mask = Image.Image | np.ndarray | torch.Tensor
 
@@ -27,6 +31,17 @@ class Region:
         mask: Instead of a box: a picture, array or tensor of any size, shape (height, width); pixels above one
             half of its range (0 to 255 for integers, 0 to 1 otherwise) are inside.
         negative_prompt: What to avoid there; without it the call's own negative prompt holds.
+        weight: Its part among the regions of a place: they share it by their weights where these sum to 1 or more,
+            and leave the rest to the global prompt where they sum to less.
+        feather: Width of its soft edge, as a fraction of the picture's width and height; 0 is a sharp edge. Half of
+            it lies outside the box or mask, so that neighbours with the same feather cross-fade.
+        order: Regions of a higher order lie on top of those below them; those of one order share their overlap.
+        guidance_scale: Strength of guidance there; without it the call's own.
+        start: From which fraction of the steps on it holds.
+        end: Until which fraction of the steps it holds; afterwards what is below it does.
+        control_scale: Factor on the strength of ControlNets and T2I-Adapters there.
+        rounding: Which cells of a feature map are inside. ``"nearest"``: those whose centre is, and at least one.
+            ``"inward"``: those that are wholly inside, as in the authors' code; a region may vanish on small maps.
 
     Raises:
         RegionError: If box or mask cannot be used; names every defect at once.
@@ -36,6 +51,14 @@ class Region:
     box: tuple[float, float, float, float] | None = None
     mask: Mask | None = None
     negative_prompt: str | None = None
+    weight: float = 1.0
+    feather: float = 0.0
+    order: int = 0
+    guidance_scale: float | None = None
+    start: float = 0.0
+    end: float = 1.0
+    control_scale: float = 1.0
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         """Check the texts, the box and the mask."""
@@ -49,48 +72,46 @@ class Region:
             defects += _box_defects(self.box)
         if self.mask is not None:
             defects += _mask_defects(self.mask)
+        defects += _setting_defects(self)
         if defects:
             raise RegionError(f"Region {self.prompt!r}: " + "; ".join(defects) + ".")
 
-
-def region_weights(regions: Sequence[Region], height: int, width: int) -> torch.Tensor:
-    """Weight of every region in every cell of a feature grid.
-
-    A cell belongs to a box if its centre lies inside, and to a mask if at least half of its area does. A region
-    too thin for that gets the cells nearest to it. Regions that share a cell share it equally.
-
-    Args:
-        regions: Any number of regions, also none.
-        height: Rows of the grid.
-        width: Columns of the grid.
-
-    Returns:
-        Shape (regions, height, width), float32 in [0, 1]. The sum over regions is at most 1; the rest of a cell
-        is the global prompt's.
-    """
-    if not regions:
-        return torch.zeros(0, height, width)
-    inside = torch.stack([_cells(region, height, width) for region in regions]).float()
-    return inside / inside.sum(dim=0).clamp(min=1)
+    def holds(self, step: int, steps: int) -> bool:
+        """Whether the region holds at step 0, 1, ... of so many: if the whole step lies between start and end."""
+        return whole_step_within(self.start, self.end, step, steps)
 
 
-def feature_grids(height: int, width: int) -> dict[int, tuple[int, int]]:
-    """Sizes of all feature maps that a U-Net can make of a latent, by their number of cells.
+def whole_step_within(start: float, end: float, step: int, steps: int) -> bool:
+    """Whether step 0, 1, ... of so many lies between two fractions of them (as diffusers counts for ControlNets)."""
+    return start <= step / steps + _ROUNDING and (step + 1) / steps <= end + _ROUNDING
 
-    A stride-2 convolution with padding 1 halves and rounds up.
 
-    Args:
-        height: Rows of the latent.
-        width: Columns of the latent.
-
-    Returns:
-        Cells to (rows, columns), e.g. 4096 to (64, 64), 1024 to (32, 32), ... 1 to (1, 1).
-    """
-    grids = {height * width: (height, width)}
-    while height * width > 1:
-        height, width = math.ceil(height / 2), math.ceil(width / 2)
-        grids[height * width] = (height, width)
-    return grids
+def _setting_defects(region: Region) -> list[str]:
+    ranges = {
+        "weight": (0, math.inf),
+        "feather": (0, 1),
+        "order": (-math.inf, math.inf),
+        "start": (0, 1),
+        "end": (0, 1),
+        "control_scale": (0, math.inf),
+    }
+    if region.guidance_scale is not None:
+        ranges["guidance_scale"] = (0, math.inf)
+    defects = []
+    for name, (low, high) in ranges.items():
+        value = getattr(region, name)
+        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+            expected = f"a number from {low} to {high}" if high <= 1 else f"a finite number{' >= 0' * (low == 0)}"
+            defects.append(f"its {name} is {value!r}; expected {expected}")
+    if region.weight == 0:
+        defects.append("its weight is 0, so that it has no effect; leave it out")
+    if not defects and region.start >= region.end:
+        defects.append(f"it never holds: start {region.start} is not below end {region.end}")
+    if region.rounding not in ROUNDINGS:
+        defects.append(f"its rounding is {region.rounding!r}; expected one of {', '.join(ROUNDINGS)}")
+    if region.rounding == "inward" and region.feather:
+        defects.append("a soft edge is not rounded; use feather or rounding='inward'")
+    return defects
 
 
 def _box_defects(box: Sequence[float]) -> list[str]:
@@ -114,13 +135,13 @@ def _box_defects(box: Sequence[float]) -> list[str]:
 
 def _mask_defects(mask: Mask) -> list[str]:
     try:
-        inside = _pixels_inside(mask)
+        inside = pixels_inside(mask)
     except RegionError as error:
         return [str(error)]
     return [] if inside.any() else ["its mask has no pixel inside (above one half of its range)"]
 
 
-def _pixels_inside(mask: Mask) -> torch.Tensor:
+def pixels_inside(mask: Mask) -> torch.Tensor:
     """Read a mask of any kind as booleans, shape (height, width)."""
     if isinstance(mask, Image.Image):
         mask = np.array(mask.convert("L"))
@@ -138,25 +159,3 @@ def _pixels_inside(mask: Mask) -> torch.Tensor:
         raise RegionError(f"its mask's values run from {low} to {high}; expected 0 to {limit}")
     # Integers that are 0 or 1 throughout are booleans in disguise.
     return pixels > (0 if limit == 255 and high == 1 else limit / 2)
-
-
-def _cells(region: Region, height: int, width: int) -> torch.Tensor:
-    """Which cells belong to the region, booleans of shape (height, width), at least one of them true."""
-    if region.box is not None:
-        left, top, right, bottom = region.box
-        return _centres_between(top, bottom, height)[:, None] & _centres_between(left, right, width)[None, :]
-    if region.mask is None:
-        raise RegionError(f"Region {region.prompt!r} has neither a box nor a mask.")
-    pixels = _pixels_inside(region.mask).float()
-    share = functional.adaptive_avg_pool2d(pixels[None, None], (height, width))[0, 0]
-    # share > 0 somewhere, so a thin mask keeps the cells that hold most of it.
-    return share >= min(0.5, 0.5 * share.max().item())
-
-
-def _centres_between(start: float, end: float, cells: int) -> torch.Tensor:
-    """Which of the equal cells along [0, 1] have their centre in [start, end), or else the cell at the middle."""
-    centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
-    inside = (start <= centres) & (centres < end)
-    if not inside.any():
-        inside[min(int((start + end) / 2 * cells), cells - 1)] = True
-    return inside

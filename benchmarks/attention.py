@@ -1,0 +1,277 @@
+"""What a step of regional sampling costs, beside the plain pipeline and the authors' way, all in one run.
+
+    python benchmarks/attention.py                                  # Toyland on a CPU, under a minute
+    python benchmarks/attention.py --model sd15 --device cuda       # SD 1.5's true sizes, random weights, 512 x 512
+    python benchmarks/attention.py --model sd15 --device cuda --batch 4
+
+Every case is sampled in turn, round after round; the time of a case is the shortest median step of its rounds, the
+first step, in which keys and values are made, left out. On a CPU it is processor time, which other work on the machine
+disturbs little. Ratios are to `StableDiffusionPipeline` with the same LoRA. The authors' way, as
+described in docs/regional_sampling.md, runs the global prompt's attention everywhere, then every region's, with its
+mask, keys, values and softmax made anew in each layer and step. Writes one JSON record to benchmarks/records/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusers_mixofshow import Concept, EDLoRA, MixOfShowPipeline, MixOfShowWarning, Region
+from diffusers_mixofshow.conditioning.attention import RegionPlan
+from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.evaluation.record import command, commit, machine, versions
+from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.toyland import path as toyland_path
+
+
+RECORDS = Path(__file__).parent / "records"
+COLUMNS = [(0.02 + 0.24 * i, 0.1, 0.02 + 0.24 * (i + 1), 0.9) for i in range(4)]
+
+
+class AuthorsProcessor:
+    """One cross-attention layer as the authors' sampler computes it."""
+
+    def __init__(self, layer: int, layers: int, regions: Sequence[Region], size: tuple[int, int]) -> None:
+        self.layer, self.layers, self.regions, self.size = layer, layers, regions, size
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
+    ) -> torch.Tensor:
+        stacks = encoder_hidden_states.unflatten(1, (1 + len(self.regions), self.layers, -1))[:, :, self.layer]
+        shrink = math.isqrt(math.prod(self.size) // hidden_states.shape[1])
+        grid = (self.size[0] // shrink, self.size[1] // shrink)
+        output = self.attend(attn, hidden_states, stacks[:, 0])
+        rewritten = torch.zeros_like(output)
+        count = torch.zeros(math.prod(grid), device=output.device, dtype=output.dtype)
+        for number, region in enumerate(self.regions):
+            inside = RegionPlan([region]).weights(*grid)[1].to(output)
+            where = inside.nonzero()[:, 0]
+            rewritten[:, where] += self.attend(attn, hidden_states[:, where], stacks[:, 1 + number])
+            count += inside
+        blended = torch.where(count[None, :, None] > 0, rewritten / count.clamp(min=1)[None, :, None], output)
+        return attn.to_out[1](attn.to_out[0](blended))
+
+    def attend(self, attn: Any, hidden_states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+        split = [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value)]
+        return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
+class AuthorsWay(MixOfShowPipeline):
+    """The same pipeline with the authors' attention in place of ours; the encoding is ours."""
+
+    def _enter_regions(self, stack: ExitStack, isolation: None, arguments: Any) -> None:
+        size = (arguments["height"] // self.vae_scale_factor, arguments["width"] // self.vae_scale_factor)
+        paths = cross_attention_layers(self.unet)
+        for number, path in enumerate(paths):
+            layer = self.unet.get_submodule(path)
+            wrapper = layer.processor
+            layer._modules.pop("processor")
+            layer.processor = AuthorsProcessor(number, len(paths), self._regions[0], size)
+            stack.callback(restore, layer, wrapper)
+
+
+def restore(layer: Any, wrapper: Any) -> None:
+    layer.processor = wrapper
+
+
+def sd15_components() -> dict[str, Any]:
+    """Random weights in the true sizes of Stable Diffusion 1.5, with Toyland's small tokenizer."""
+    toyland = StableDiffusionPipeline.from_pretrained(toyland_path())
+    text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                          num_attention_heads=12, max_position_embeddings=77, projection_dim=768,
+                          bos_token_id=toyland.tokenizer.bos_token_id, eos_token_id=toyland.tokenizer.eos_token_id,
+                          pad_token_id=toyland.tokenizer.pad_token_id)  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)  # fmt: skip
+    return {
+        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(),
+        "vae": vae.eval(),
+        "text_encoder": CLIPTextModel(text).eval(),
+        "tokenizer": toyland.tokenizer,
+        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+def random_concept(components: dict[str, Any]) -> EDLoRA:
+    """A concept of rank 4 on every site; it need not look like anything."""
+    random = torch.Generator().manual_seed(0)
+    layers = cross_attention_layers(components["unet"])
+    width = components["text_encoder"].get_input_embeddings().embedding_dim
+    concept = Concept.from_name("benchmark", "man")
+    lora = {
+        site: LowRank(
+            down=0.01 * torch.randn(4, layer.in_features, generator=random),
+            up=0.01 * torch.randn(layer.out_features, 4, generator=random),
+            alpha=4.0,
+        )
+        for site, layer in adapted_layers(components).items()
+    }
+    rows = {token: 0.02 * torch.randn(len(layers), width, generator=random) for token in concept.tokens}
+    return EDLoRA(concepts=(concept,), embeddings=rows, lora=lora, base_model="random", layers=layers)
+
+
+def circles(count: int) -> list[np.ndarray]:
+    """Masks of discs in a row, each overlapping its neighbours."""
+    rows, columns = np.mgrid[:256, :256] / 256
+    centres = np.linspace(0.2, 0.8, count)
+    return [(columns - centre) ** 2 + (rows - 0.5) ** 2 < 0.15**2 for centre in centres]
+
+
+def cases(pipes: dict[str, DiffusionPipeline]) -> dict[str, tuple[DiffusionPipeline, dict[str, Any]]]:
+    """What is sampled: name to pipeline and arguments."""
+    ours, authors = pipes["ours"], pipes["authors"]
+    four = [Region("a <benchmark>", box=box) for box in COLUMNS]
+    eight = [Region("a <benchmark>", mask=mask) for mask in circles(8)]
+    return {
+        "StableDiffusionPipeline": (pipes["parent"], {"prompt": "a dog"}),
+        "no concept, no region": (ours, {"prompt": "a dog"}),
+        "StableDiffusionPipeline, same LoRA": (pipes["parent"], {"prompt": "a man", "lora": True}),
+        "one layer-wise concept": (ours, {"prompt": "a <benchmark>", "lora": True}),
+        "4 disjoint regions": (ours, {"prompt": "four", "regions": four, "lora": True}),
+        "4 disjoint regions, authors' way": (authors, {"prompt": "four", "regions": four, "lora": True}),
+        "8 overlapping masks": (ours, {"prompt": "eight", "regions": eight, "lora": True}),
+        "8 overlapping masks, authors' way": (authors, {"prompt": "eight", "regions": eight, "lora": True}),
+    }
+
+
+def sample(pipe: DiffusionPipeline, settings: dict[str, Any], device: str) -> tuple[float, float, torch.Tensor]:
+    """Seconds of the whole call, and of a step (the median without the first), and the latents."""
+    ends = []
+
+    def note(_pipe: object, _step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        ends.append(now(device))
+        return tensors
+
+    start = now(device)
+    random = torch.Generator().manual_seed(0)
+    result = pipe(**settings, generator=random, output_type="latent", callback_on_step_end=note).images
+    total = now(device) - start
+    return total, statistics.median(np.diff(ends)), result
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def build(arguments: argparse.Namespace) -> dict[str, DiffusionPipeline]:
+    """The three pipelines, which share their components."""
+    torch.manual_seed(0)
+    if arguments.model == "toyland":
+        components = dict(StableDiffusionPipeline.from_pretrained(toyland_path()).components)
+    else:
+        components = sd15_components()
+    dtype = torch.float16 if arguments.device == "cuda" else torch.float32
+    ours = MixOfShowPipeline(**components, requires_safety_checker=False).to(arguments.device, dtype)
+    shared = {
+        "parent": StableDiffusionPipeline(**components, requires_safety_checker=False),
+        "authors": AuthorsWay(**components, requires_safety_checker=False),
+    }
+    for pipe in (ours, *shared.values()):
+        pipe.set_progress_bar_config(disable=True)
+    return {"ours": ours, **shared}
+
+
+def measure(pipes: dict[str, DiffusionPipeline], arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of each case, rounds one after another; first the cases without a concept, then those with one."""
+    call = {"num_inference_steps": arguments.steps, "num_images_per_prompt": arguments.batch}
+    call |= {"height": arguments.size, "width": arguments.size}
+    found: dict[str, dict[str, float]] = {}
+    pictures: dict[str, torch.Tensor] = {}
+    for with_lora in (False, True):
+        if with_lora:
+            pack = random_concept(pipes["ours"].components)
+            pipes["ours"].load_edlora(pack)
+            pipes["authors"]._edloras = pipes["ours"]._edloras
+        chosen = {name: case for name, case in cases(pipes).items() if case[1].get("lora", False) is with_lora}
+        for number in range(-1, arguments.rounds):
+            for name, (pipe, settings) in chosen.items():
+                given = {key: value for key, value in settings.items() if key != "lora"}
+                total, step, pictures[name] = sample(pipe, {**given, **call}, arguments.device)
+                if number >= 0:
+                    known = found.setdefault(name, {"call_s": math.inf, "step_s": math.inf})
+                    known["call_s"], known["step_s"] = min(known["call_s"], total), min(known["step_s"], step)
+    check(pictures)
+    return found
+
+
+def check(pictures: dict[str, torch.Tensor]) -> None:
+    """The comparison is one only if both ways draw the same."""
+    if not torch.equal(pictures["no concept, no region"], pictures["StableDiffusionPipeline"]):
+        raise SystemExit("Without concept and region the result is not bit-identical.")
+    for name in ("4 disjoint regions", "8 overlapping masks"):
+        one, other = pictures[name].double().flatten(), pictures[f"{name}, authors' way"].double().flatten()
+        if functional.cosine_similarity(one, other, dim=0) < 0.999:
+            raise SystemExit(f"{name}: the two ways draw different pictures.")
+
+
+def with_ratios(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Each case's step beside the plain pipeline's, with the same LoRA loaded or without."""
+    results = {}
+    for name, seconds in found.items():
+        plain = name in ("StableDiffusionPipeline", "no concept, no region")
+        beside = found["StableDiffusionPipeline" if plain else "StableDiffusionPipeline, same LoRA"]
+        ratios = {
+            "step_ratio": seconds["step_s"] / beside["step_s"],
+            "call_ratio": seconds["call_s"] / beside["call_s"],
+        }
+        results[name] = {key: round(value, 5) for key, value in {**seconds, **ratios}.items()}
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("toyland", "sd15"), default="toyland")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", type=int, help="pixels of a side; the model's own by default")
+    parser.add_argument("--batch", type=int, default=1, help="pictures in one call")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--record", type=Path, help="where to write the record")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", MixOfShowWarning)
+    pipes = build(arguments)
+    unet = pipes["ours"].unet
+    arguments.size = arguments.size or unet.config.sample_size * pipes["ours"].vae_scale_factor
+    results = with_ratios(measure(pipes, arguments))
+    settings = {name: getattr(arguments, name) for name in ("model", "device", "size", "batch", "steps", "rounds")}
+    settings |= {"dtype": str(unet.dtype), "threads": torch.get_num_threads()}
+    settings |= {"cross_attention_layers": len(cross_attention_layers(unet))}
+    run = {"command": command(), "commit": commit(Path(__file__).parent), "machine": machine(), "versions": versions()}
+    run |= {"load": os.getloadavg()[0], "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    for name, row in results.items():
+        print(f"{name:36}", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    path = arguments.record or RECORDS / f"attention-{arguments.model}-{arguments.batch}-{arguments.device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"run": run, "settings": settings, "results": results}, indent=1) + "\n")
+    print(f"Record: {path}")
+
+
+if __name__ == "__main__":
+    main()

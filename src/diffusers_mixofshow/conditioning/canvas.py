@@ -1,0 +1,262 @@
+"""Regions on the feature maps of a denoiser: which context holds at which positions, in the call under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.regions import Isolation, Region, feature_grids, region_weights
+from diffusers_mixofshow.regions.isolation import attention_groups
+
+
+# Three thirds are not quite one; what is left is not the global prompt's.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class RegionPlan:
+    """Which context holds where, on every feature map.
+
+    Args:
+        regions: The regions; context 0 is the global prompt, context i + 1 is region i.
+    """
+
+    regions: Sequence[Region]
+    _known: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def contexts(self) -> int:
+        """Number of contexts: the regions and the global prompt."""
+        return 1 + len(self.regions)
+
+    @property
+    def changes(self) -> bool:
+        """Whether some region holds in a part of the steps only."""
+        return any(region.start > 0 or region.end < 1 for region in self.regions)
+
+    def weights(
+        self, height: int, width: int, step: int = 0, steps: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Weights of all contexts on a feature map; they sum to 1 in each cell.
+
+        Args:
+            height: Rows of the feature map.
+            width: Columns of the feature map.
+            step: The denoising step, from 0.
+            steps: Of so many; without it all regions hold.
+            dtype: Of the result; computed in float64.
+
+        Returns:
+            Shape (contexts, height * width).
+        """
+        holding = tuple(steps is None or region.holds(step, steps) for region in self.regions)
+        key = (height, width, holding)
+        if key not in self._known:
+            present = [region for region, holds in zip(self.regions, holding, strict=True) if holds]
+            shares = torch.zeros(len(self.regions), height * width, dtype=torch.float64)
+            shares[list(holding)] = region_weights(present, height, width, torch.float64).flatten(1)
+            rest = 1 - shares.sum(dim=0, keepdim=True)
+            self._known[key] = torch.cat([rest.where(rest > _ROUNDING, 0), shares])
+        return self._known[key].to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """The positions of every context on one feature map, for some rows of a batch.
+
+    Args:
+        rows: The rows of the batch.
+        positions: Each context's positions one after another, shape (n,).
+        spans: Contexts that hold anywhere, and where their positions stand in `positions`.
+        shares: Weight of the context at each of the positions, shape (n,); None if all are 1.
+        back: Where each position of the feature map stands in `positions`, if each is there once.
+        size: Number of positions of the feature map.
+    """
+
+    rows: slice | torch.Tensor
+    positions: torch.Tensor
+    spans: tuple[tuple[int, slice], ...]
+    shares: torch.Tensor | None
+    back: torch.Tensor | None
+    size: int
+
+    @property
+    def is_sorting(self) -> bool:
+        """Whether queries must be gathered: not where one context holds everywhere."""
+        return len(self.spans) > 1 or len(self.positions) < self.size
+
+    def put_back(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Weigh and sum what the contexts gave, (rows, n, ...), to the feature map's (rows, positions, ...)."""
+        if self.shares is None and self.back is not None:
+            return outputs[:, self.back] if self.is_sorting else outputs
+        if self.shares is not None:
+            outputs = outputs * self.shares.reshape(-1, *[1] * (outputs.ndim - 2))
+        blended = outputs.new_zeros(outputs.shape[0], self.size, *outputs.shape[2:])
+        return blended.index_add(1, self.positions, outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Positions that attend to the same positions, for some rows of a batch.
+
+    Args:
+        rows: The rows of the batch.
+        asking: The queries' positions, shape (n,).
+        asked: The keys' positions, shape (m,).
+    """
+
+    rows: slice | torch.Tensor
+    asking: torch.Tensor
+    asked: torch.Tensor
+
+    def put(self, outputs: torch.Tensor, of_group: torch.Tensor) -> None:
+        """Write what the group's queries gave, (rows, n, ...), into the outputs of all, (batch, positions, ...)."""
+        if isinstance(self.rows, slice):
+            outputs[self.rows, self.asking] = of_group
+        else:
+            outputs[self.rows[:, None], self.asking] = of_group
+
+
+class Canvas:
+    """Plans on the feature maps of the forward pass under way.
+
+    Args:
+        plans: One for all pictures, or one for each.
+        steps: How many forward passes there will be, asked for in the first; without it all regions hold.
+        isolation: Whether and where self-attention keeps the regions apart.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[RegionPlan],
+        steps: Callable[[], int] | None = None,
+        isolation: Isolation | None = None,
+    ) -> None:
+        self.plans = list(plans)
+        self.contexts = max(plan.contexts for plan in self.plans)
+        self.size: tuple[int, int] | None = None
+        self.device: torch.device | None = None
+        self.dtype: torch.dtype | None = None
+        self.step = -1
+        self.steps: int | None = None
+        self.isolation = isolation
+        changes = any(plan.changes for plan in self.plans) or (isolation is not None and isolation.changes)
+        self._ask_steps = steps if changes else None
+        self._grids: dict[int, tuple[int, int]] = {}
+        self._known: dict[tuple[object, ...], list[Placement]] = {}
+        self._known_groups: dict[tuple[object, ...], list[Group]] = {}
+
+    def note_call(
+        self, _denoiser: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
+    ) -> None:
+        """Read the latent's size off the denoiser's arguments, and count the call where that matters."""
+        sample = inputs[0] if inputs else named["sample"]
+        height, width = sample.shape[-2:]
+        self.size, self.device, self.dtype = (height, width), sample.device, sample.dtype
+        self._grids = feature_grids(height, width)
+        if self._ask_steps is not None:
+            self.steps = self._ask_steps() if self.steps is None else self.steps
+            self.step += 1
+
+    def placements(self, queries: torch.Tensor) -> list[Placement]:
+        """Who holds where on the feature map of queries (batch, positions, channels), one for each different plan."""
+        grid = self._grid_of(queries)
+        key = (grid, self._moment(), len(queries), queries.device, queries.dtype)
+        if key not in self._known:
+            self._known[key] = [
+                _place(self._weights(plan, grid), rows, queries) for plan, rows in self._plans_of_rows(len(queries))
+            ]
+        return self._known[key]
+
+    def groups(self, queries: torch.Tensor) -> list[Group] | None:
+        """Who attends to whom in self-attention on the feature map of queries; None where all attend to all."""
+        grid = self._grid_of(queries)
+        isolation = self.isolation
+        if isolation is None or self.size is None or not isolation.holds(self.step, self.steps):
+            return None
+        if not isolation.reaches(grid, self.size):
+            return None
+        key = (grid, self._moment(), len(queries), queries.device)
+        if key not in self._known_groups:
+            self._known_groups[key] = [
+                Group(_moved(rows, queries), asking.to(queries.device), asked.to(queries.device))
+                for plan, rows in self._plans_of_rows(len(queries))
+                for asking, asked in attention_groups(self._weights(plan, grid)[1:])
+            ]
+        return self._known_groups[key]
+
+    def _grid_of(self, queries: torch.Tensor) -> tuple[int, int]:
+        grid = self._grids.get(queries.shape[1])
+        if grid is None:
+            raise RegionError(
+                f"A layer has {queries.shape[1]} positions, but the latent's feature maps have"
+                f" {sorted(self._grids)}. Regions need a U-Net that halves its feature maps."
+            )
+        return grid
+
+    def map(self, values: Callable[[Region], float], default: float, height: int, width: int) -> torch.Tensor:
+        """Blend one number of each region like its attention, with `default` for the global prompt.
+
+        Returns:
+            Shape (plans, 1, height, width), float64: for all pictures, or for each.
+        """
+        maps = []
+        for plan in self.plans:
+            numbers = torch.tensor([default, *(values(region) for region in plan.regions)], dtype=torch.float64)
+            maps.append((numbers @ self._weights(plan, (height, width))).reshape(1, height, width))
+        return torch.stack(maps)
+
+    def regions(self) -> list[Region]:
+        """The regions of all plans, each once."""
+        return list(dict.fromkeys(region for plan in self.plans for region in plan.regions))
+
+    def _moment(self) -> tuple[bool, ...]:
+        """What of the step matters for the weights."""
+        if self.steps is None:
+            return ()
+        return tuple(region.holds(self.step, self.steps) for plan in self.plans for region in plan.regions)
+
+    def _weights(self, plan: RegionPlan, grid: tuple[int, int]) -> torch.Tensor:
+        return plan.weights(*grid, self.step, self.steps, torch.float64)
+
+    def _plans_of_rows(self, rows: int) -> list[tuple[RegionPlan, slice | torch.Tensor]]:
+        """Each different plan with its rows of a batch, which holds the pictures once or more times over."""
+        if rows % len(self.plans):
+            raise RegionError(f"Got regions for {len(self.plans)} pictures, but a batch of {rows}.")
+        if len(set(self.plans)) == 1:
+            return [(self.plans[0], slice(None))]
+        owners = [self.plans[row % len(self.plans)] for row in range(rows)]
+        return [
+            (plan, torch.tensor([row for row, owner in enumerate(owners) if owner is plan]))
+            for plan in dict.fromkeys(self.plans)
+        ]
+
+
+def _moved(rows: slice | torch.Tensor, queries: torch.Tensor) -> slice | torch.Tensor:
+    return rows if isinstance(rows, slice) else rows.to(queries.device)
+
+
+def _place(weights: torch.Tensor, rows: slice | torch.Tensor, queries: torch.Tensor) -> Placement:
+    """Where the contexts with these weights (contexts, positions) hold, on the device and in the dtype of queries."""
+    places = [row.nonzero()[:, 0] for row in weights]
+    spans, end = [], 0
+    for context, place in enumerate(places):
+        if len(place):
+            spans.append((context, slice(end, end + len(place))))
+            end += len(place)
+    positions = torch.cat(places)
+    shares = torch.cat([row[place] for row, place in zip(weights, places, strict=True)])
+    once = len(positions) == weights.shape[1]
+    device = queries.device
+    return Placement(
+        rows=_moved(rows, queries),
+        positions=positions.to(device),
+        spans=tuple(spans),
+        shares=None if (shares == 1).all() else shares.to(queries.dtype).to(device),
+        back=positions.argsort().to(device) if once else None,
+        size=weights.shape[1],
+    )

@@ -1,0 +1,52 @@
+"""Strength of ControlNets and T2I-Adapters by region."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusers_mixofshow.conditioning.canvas import Canvas
+
+
+_RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
+
+
+@contextmanager
+def regional_control(unet: nn.Module, canvas: Canvas) -> Iterator[None]:
+    """Multiply what ControlNets and adapters add to a U-Net by each region's `control_scale`.
+
+    Args:
+        unet: The U-Net; whoever adds the features by a hook must have set it before.
+        canvas: The regions on the U-Net's feature maps, see `regional_attention`.
+    """
+
+    def scaled(feature: torch.Tensor) -> torch.Tensor:
+        scales = canvas.map(lambda region: region.control_scale, 1.0, *feature.shape[-2:]).to(feature)
+        return feature * scales.repeat(len(feature) // len(scales), 1, 1, 1)
+
+    def scale_residuals(
+        _unet: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        changed = {
+            name: scaled(value) if isinstance(value, torch.Tensor) else [scaled(feature) for feature in value]
+            for name, value in named.items()
+            if name in _RESIDUALS and value is not None
+        }
+        return inputs, {**named, **changed}
+
+    if all(region.control_scale == 1 for region in canvas.regions()):
+        yield
+        return
+    hook = unet.register_forward_pre_hook(scale_residuals, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,188 @@
+"""Text to image under the guidance of T2I-Adapters.
+
+diffusers' own pipeline for them knows neither `callback_on_step_end` nor LoRA and textual-inversion loading. This
+one is `StableDiffusionPipeline`, and the adapters' features reach the U-Net beside its arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, MultiAdapter, StableDiffusionPipeline, T2IAdapter, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from torch import nn
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.prompts import prompt_count
+from diffusers_mixofshow.pipelines.regional import REGIONS_DOC, RegionalSampling, regional_signature
+
+
+# Sizes that StableDiffusionPipeline takes.
+_PARENTS_FACTOR = 8
+
+_ADAPTER_DOC = """Call the pipeline with a condition image for each adapter.
+
+        Takes all arguments of `StableDiffusionPipeline`, described below, and:
+
+        Args:
+            image (picture, array, tensor, or a list of them):
+                The condition image, one for all prompts, or a list with one for each prompt. With several adapters a
+                list with one entry for each adapter, each of these as before.
+            adapter_conditioning_scale (`float` or `list[float]`, *optional*, defaults to 1.0):
+                Strength of the adapters, one for all or one for each.
+            adapter_conditioning_factor (`float`, *optional*, defaults to 1.0):
+                Part of the steps, from the first on, in which the adapters act.
+            height (`int`, *optional*):
+                Height of the result; by default the condition image's, rounded down to what the models can do. The
+                same holds for `width`.
+        """
+
+
+class MixOfShowAdapterPipeline(RegionalSampling, EDLoRALoader, StableDiffusionPipeline):
+    """Concepts and regions with one T2I-Adapter, or several as a list (arXiv:2302.08453).
+
+    Args:
+        adapter: One adapter or several; the other components are those of `StableDiffusionPipeline`.
+
+    Example:
+        >>> pipe = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=[pose_adapter, sketch_adapter])
+        >>> pipe("two people", image=[pose, sketch], adapter_conditioning_scale=[1.0, 0.6], regions=[...]).images[0]
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->adapter->unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        adapter: T2IAdapter | MultiAdapter | list[T2IAdapter],
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: Any,
+        feature_extractor: CLIPImageProcessor,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        if isinstance(adapter, list | tuple):
+            adapter = MultiAdapter(adapter) if len(adapter) > 1 else adapter[0]
+        self.register_modules(adapter=adapter)
+
+    @regional_signature(StableDiffusionPipeline, _ADAPTER_DOC + REGIONS_DOC)
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        *args: Any,
+        adapter_conditioning_scale: float | Sequence[float] = 1.0,
+        **kwargs: Any,
+    ) -> Any:
+        """Replaced by the parent's, see `regional_signature`."""
+        signature = inspect.signature(StableDiffusionPipeline.__call__)
+        arguments = signature.bind_partial(self, prompt, height, width, *args, **kwargs).arguments
+        pixels = self._condition_pixels(image, height, width)
+        height, width = pixels[0].shape[-2:]
+        strengths = _strengths(adapter_conditioning_scale, len(pixels))
+        if 0 in strengths:
+            warnings.warn("An adapter with a strength of 0 has no effect.", MixOfShowWarning, stacklevel=3)
+        features = self._adapter_features(pixels, strengths)
+        features = [_for_each_picture(feature, arguments) for feature in features]
+        with _features_added(self._denoisers()[0], features):
+            return super().__call__(prompt, height, width, *args, **kwargs)
+
+    @property
+    def _adapters(self) -> list[T2IAdapter]:
+        return list(self.adapter.adapters) if isinstance(self.adapter, MultiAdapter) else [self.adapter]
+
+    def _condition_pixels(self, image: Any, height: int | None, width: int | None) -> list[torch.Tensor]:
+        """Each adapter's condition images in [0, 1], shape (images, channels, height, width), all of one size."""
+        count = len(self._adapters)
+        images = image if count > 1 else [image]
+        if image is None or not isinstance(images, list | tuple) or len(images) != count:
+            got = f"{len(images)} entries" if isinstance(images, list | tuple) and image is not None else type(image)
+            raise ConfigurationError(
+                f"`image` has {got}; expected {'a list of ' if count > 1 else ''}{count} condition"
+                f" {'images, one for each adapter' if count > 1 else 'image'}."
+            )
+        factor = math.lcm(_PARENTS_FACTOR, self.vae_scale_factor, self.adapter.downscale_factor)
+        pixels: list[torch.Tensor] = []
+        for adapter, given in zip(self._adapters, images, strict=True):
+            gray = adapter.config.in_channels == 1
+            processor = VaeImageProcessor(
+                vae_scale_factor=factor, do_normalize=False, do_convert_grayscale=gray, do_convert_rgb=not gray
+            )
+            pixels.append(processor.preprocess(given, height=height, width=width))
+            height, width = pixels[0].shape[-2:]
+        return pixels
+
+    def _adapter_features(self, pixels: Sequence[torch.Tensor], strengths: Sequence[float]) -> list[torch.Tensor]:
+        """Sum of the adapters' features times their strengths, for each scale (images, channels, height, width)."""
+        total: list[torch.Tensor] = []
+        for adapter, image, strength in zip(self._adapters, pixels, strengths, strict=True):
+            features = adapter(image.to(device=self._execution_device, dtype=adapter.dtype))
+            scaled = [strength * feature for feature in features]
+            total = [one + other for one, other in zip(total, scaled, strict=True)] if total else scaled
+        return total
+
+
+def _strengths(scale: float | Sequence[float], count: int) -> list[float]:
+    strengths = [scale] * count if isinstance(scale, int | float) else list(scale)
+    if len(strengths) != count:
+        raise ConfigurationError(
+            f"`adapter_conditioning_scale` has {len(strengths)} values for {count} adapters; give one, or as many."
+        )
+    return strengths
+
+
+def _for_each_picture(feature: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Repeat what belongs to a prompt for each of its pictures; what belongs to all prompts stays one."""
+    if len(feature) == 1:
+        return feature
+    prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+    if len(feature) != prompts:
+        raise ConfigurationError(
+            f"Got {len(feature)} condition images for {prompts} prompts; give one for each, or one for all."
+        )
+    return feature.repeat_interleave(arguments.get("num_images_per_prompt", 1), dim=0)
+
+
+@contextmanager
+def _features_added(unet: nn.Module, features: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Hand the adapters' features to the U-Net with each call, once for each half of guidance."""
+
+    def add(
+        _unet: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        rows = len(inputs[0] if inputs else named["sample"])
+        # A new list each time, as the U-Net takes its entries out.
+        states = [feature.repeat(rows // len(feature), 1, 1, 1) for feature in features]
+        return inputs, {**named, "down_intrablock_additional_residuals": states}
+
+    hook = unet.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,26 @@
+"""Text to image under the guidance of ControlNets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import StableDiffusionControlNetPipeline
+
+from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.regional import RegionalSampling, regional_signature
+
+
+class MixOfShowControlNetPipeline(RegionalSampling, EDLoRALoader, StableDiffusionControlNetPipeline):
+    """Concepts and regions with one ControlNet, or several as a list (arXiv:2302.05543).
+
+    A ControlNet sees the prompt as the U-Net does: layer by layer and region by region.
+
+    Example:
+        >>> pipe = MixOfShowControlNetPipeline.from_pipe(pipe, controlnet=[openpose, depth])
+        >>> pipe("two people", image=[pose, depth_map], regions=[...]).images[0]
+    """
+
+    @regional_signature(StableDiffusionControlNetPipeline)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaced by the parent's, see `regional_signature`."""
+        return super().__call__(*args, **kwargs)

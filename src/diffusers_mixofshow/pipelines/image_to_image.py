@@ -1,0 +1,24 @@
+"""Image to image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import StableDiffusionImg2ImgPipeline
+
+from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.regional import RegionalSampling, regional_signature
+
+
+class MixOfShowImg2ImgPipeline(RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
+    """Concepts and regions in a picture that is there already.
+
+    Example:
+        >>> pipe = MixOfShowImg2ImgPipeline.from_pipe(pipe)
+        >>> pipe("two people", image=photo, strength=0.6, regions=[...]).images[0]
+    """
+
+    @regional_signature(StableDiffusionImg2ImgPipeline)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaced by the parent's, see `regional_signature`."""
+        return super().__call__(*args, **kwargs)

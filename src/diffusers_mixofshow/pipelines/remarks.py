@@ -1,0 +1,132 @@
+"""What is wrong with a call's regions, and what in them has no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from diffusers_mixofshow.conditioning.canvas import Canvas
+from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.pipelines.prompts import prompt_count
+from diffusers_mixofshow.regions import Layout, Region
+from diffusers_mixofshow.regions.weights import resolves
+
+
+# What a pipeline takes as `regions`: those of all prompts, or for each prompt its own.
+Regions = Sequence[Region] | Layout | Sequence[Sequence[Region] | Layout | None]
+
+
+def regions_of_prompts(
+    regions: Regions | None, arguments: Mapping[str, Any], size_factor: int
+) -> tuple[tuple[Region, ...], ...]:
+    """Sort a call's regions by prompt, and check them against the call's other arguments.
+
+    Args:
+        regions: What the call was given.
+        arguments: The call's other arguments.
+        size_factor: Pixels for each cell of the latent.
+
+    Returns:
+        The regions of all prompts as the only entry, or those of each prompt. No entry without any region.
+
+    Raises:
+        RegionError: Names every defect at once.
+    """
+    if regions is None:
+        return ()
+    if not isinstance(regions, Sequence | Layout):
+        raise RegionError(f"`regions` is a {type(regions).__name__}; expected a list of Region, or a Layout.")
+    nested = not isinstance(regions, Layout) and any(isinstance(entry, list | tuple | Layout) for entry in regions)
+    lists = [_as_tuple(entry) for entry in regions] if nested else [tuple(regions)]
+    found = [region for own in lists for region in own]
+    if not found:
+        return ()
+    defects = _wrong_entries(found)
+    prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+    if nested and len(lists) != prompts:
+        defects.append(f"{len(lists)} lists of regions for {prompts} prompts; give one for each, or one for all")
+    defects += [
+        f"{name} {arguments[name]} is not divisible by {size_factor}, the pixels of a latent cell"
+        for name in ("height", "width")
+        if isinstance(arguments.get(name), int) and arguments[name] % size_factor
+    ]
+    own_guidance = [region for region in found if isinstance(region, Region) and region.guidance_scale is not None]
+    if own_guidance and arguments.get("guidance_scale", 7.5) <= 1:
+        defects.append(
+            f"{_named(own_guidance)} with a guidance_scale of their own in a call without guidance; give the call a"
+            " guidance_scale above 1"
+        )
+    if defects:
+        raise RegionError("`regions`: " + "; ".join(defects) + ".")
+    return tuple(lists)
+
+
+def text_remarks(
+    regions: Iterable[Region], prompts: Iterable[str], names_concept: Callable[[str], bool], loaded: Iterable[str]
+) -> list[str]:
+    """Concepts that are not where one would expect them."""
+    regions, loaded = list(regions), list(loaded)
+    if not regions or not loaded:
+        return []
+    remarks = []
+    without = [region for region in regions if not names_concept(region.prompt)]
+    if without:
+        remarks.append(f"{_named(without)} without any of the loaded concepts ({', '.join(loaded)})")
+    if len(without) == len(regions) and any(names_concept(prompt) for prompt in prompts):
+        remarks.append("only the global prompt names a concept, and it does not hold inside the regions")
+    return remarks
+
+
+def layout_remarks(canvas: Canvas) -> list[str]:
+    """Regions, or a global prompt, that the feature maps or the steps leave no place; after a call."""
+    if canvas.size is None:
+        return []
+    regions = canvas.regions()
+    remarks = []
+    lost = [region for region in regions if not resolves(region, *canvas.size)]
+    if lost:
+        size = f"{canvas.size[0]} x {canvas.size[1]}"
+        remarks.append(f"{_named(lost)} smaller than a cell of the largest feature map ({size})")
+    steps = canvas.steps
+    if steps is not None:
+        never = [region for region in regions if not any(region.holds(step, steps) for step in range(steps))]
+        if never:
+            remarks.append(
+                f"{_named(never)} with start and end within one of the {steps} steps, so that it never holds"
+            )
+    elif all(plan.regions and not plan.weights(*canvas.size)[0].any() for plan in canvas.plans):
+        remarks.append("the regions cover the whole picture, so that the global prompt has no effect")
+    return remarks
+
+
+def control_remarks(regions: Iterable[Region], scale: object, has_control: bool) -> list[str]:
+    """ControlNets, adapters, or a strength for them, that have no effect.
+
+    Args:
+        regions: The regions.
+        scale: Strength of the ControlNets or adapters, one or several.
+        has_control: Whether the pipeline has any.
+    """
+    if not has_control:
+        scaled = [region for region in regions if region.control_scale != 1]
+        return [f"{_named(scaled)} with a control_scale, but the pipeline has no control"] if scaled else []
+    scales = list(scale) if isinstance(scale, list | tuple) else [scale]
+    if any(value == 0 for value in scales):
+        return ["a ControlNet or adapter with a strength of 0 has no effect"]
+    return []
+
+
+def _as_tuple(entry: object) -> tuple[Any, ...]:
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, list | tuple | Layout) else (entry,)
+
+
+def _wrong_entries(found: Iterable[object]) -> list[str]:
+    wrong = [type(entry).__name__ for entry in found if not isinstance(entry, Region)]
+    return [f"{', '.join(wrong)} in the list; expected Region(prompt, box=...) or mask=..."] if wrong else []
+
+
+def _named(regions: Sequence[Region]) -> str:
+    prompts = ", ".join(repr(region.prompt) for region in regions)
+    return f"region {prompts}" if len(regions) == 1 else f"regions {prompts}"

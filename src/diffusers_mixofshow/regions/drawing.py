@@ -1,0 +1,57 @@
+"""Regions as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from diffusers_mixofshow.regions.region import Region
+from diffusers_mixofshow.regions.weights import coverage
+
+
+_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+_OPACITY = 70
+
+
+def draw_regions(regions: Sequence[Region], image: Image.Image) -> Image.Image:
+    """Draw every region over a copy of a picture: a tint, an outline, and its prompt.
+
+    Args:
+        regions: The regions; a soft edge is drawn soft.
+        image: The picture below.
+
+    Returns:
+        An RGB picture of the same size.
+    """
+    picture = image.convert("RGBA")
+    for number, region in enumerate(regions):
+        share = coverage(region, picture.height, picture.width).numpy()
+        tint = Image.new("RGBA", picture.size, _COLOURS[number % len(_COLOURS)])
+        inside = Image.fromarray((share >= 0.5).astype(np.uint8) * 255)
+        edge = np.asarray(inside) - np.asarray(inside.filter(ImageFilter.MinFilter(3)))
+        edge |= _border(np.asarray(inside))
+        alpha = np.maximum((share * _OPACITY).astype(np.uint8), edge)
+        tint.putalpha(Image.fromarray(alpha))
+        picture = Image.alpha_composite(picture, tint)
+    _write_prompts(regions, picture)
+    return picture.convert("RGB")
+
+
+def _border(inside: np.ndarray) -> np.ndarray:
+    """Pixels of the region on the picture's border, as 0 and 255."""
+    border = np.zeros_like(inside)
+    for line in (np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]):
+        border[line] = inside[line]
+    return border
+
+
+def _write_prompts(regions: Sequence[Region], picture: Image.Image) -> None:
+    pen = ImageDraw.Draw(picture)
+    for number, region in enumerate(regions):
+        rows, columns = np.nonzero(coverage(region, picture.height, picture.width).numpy() >= 0.5)
+        if len(rows):
+            corner = (int(columns.min()) + 4, int(rows.min()) + 4)
+            pen.rectangle(pen.textbbox(corner, region.prompt), fill="white")
+            pen.text(corner, region.prompt, fill=_COLOURS[number % len(_COLOURS)])

@@ -1,0 +1,82 @@
+"""Keeping regions apart in self-attention: who may attend to whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.regions.region import whole_step_within
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isolation:
+    """In self-attention, keep the queries of one region from the keys of another (cf. LoRA-Composer, 2403.11627).
+
+    A region's queries attend to its own positions and to those of no region; queries outside of all regions attend
+    everywhere.
+
+    Args:
+        start: From which fraction of the steps on.
+        end: Until which fraction of the steps.
+        scales: On which feature maps, by how many latent cells one of their cells is wide: 1 for maps of the
+            latent's size, 2 for those of half of it, and so on. All by default.
+
+    Raises:
+        RegionError: Names every defect at once.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    scales: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fractions and the scales."""
+        defects = [
+            f"its {name} is {value!r}; expected a number from 0 to 1"
+            for name, value in (("start", self.start), ("end", self.end))
+            if not isinstance(value, int | float) or not 0 <= value <= 1
+        ]
+        if not defects and self.start >= self.end:
+            defects.append(f"it never holds: start {self.start} is not below end {self.end}")
+        scales = () if self.scales is None else tuple(self.scales)
+        wrong = [scale for scale in scales if not isinstance(scale, int) or scale < 1 or scale & (scale - 1)]
+        if wrong or (self.scales is not None and not scales):
+            defects.append(f"its scales are {scales}; expected powers of two, such as (2, 4, 8)")
+        if defects:
+            raise RegionError("Isolation: " + "; ".join(defects) + ".")
+
+    @property
+    def changes(self) -> bool:
+        """Whether it holds in a part of the steps only."""
+        return self.start > 0 or self.end < 1
+
+    def holds(self, step: int, steps: int | None) -> bool:
+        """Whether it holds at step 0, 1, ... of so many; without a number, at all steps."""
+        return steps is None or whole_step_within(self.start, self.end, step, steps)
+
+    def reaches(self, grid: tuple[int, int], latent: tuple[int, int]) -> bool:
+        """Whether it holds on a feature map of this size."""
+        return self.scales is None or 2 ** round(math.log2(latent[0] / grid[0])) in self.scales
+
+
+def attention_groups(weights: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Which positions attend to which: a query to every key that shares a region with it, or is in none.
+
+    Args:
+        weights: Weight of every region at every position, shape (regions, positions); above 0 is inside.
+
+    Returns:
+        Queries and their keys as position numbers; the queries of all groups are all positions, each once.
+    """
+    inside = weights > 0
+    owners, group = inside.T.unique(dim=0, return_inverse=True)
+    free = ~inside.any(dim=0)
+    groups = []
+    for number, owner in enumerate(owners):
+        keys = inside[owner].any(dim=0) | free if owner.any() else torch.ones_like(free)
+        groups.append(((group == number).nonzero()[:, 0], keys.nonzero()[:, 0]))
+    return groups

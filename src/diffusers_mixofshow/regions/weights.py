@@ -1,0 +1,159 @@
+"""Regions as weights on the cells of a feature grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.regions.region import Region, pixels_inside
+
+
+def region_weights(
+    regions: Sequence[Region], height: int, width: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Weight of every region in every cell of a feature grid.
+
+    With m_i the part of a cell that is region i's (see `coverage`) and a_i its weight, regions of one order get
+    w_i = a_i m_i / max(1, sum_j a_j m_j) of what those of a higher order have left of the cell. So plain regions
+    that share a cell share it equally, as in the authors' code.
+
+    Args:
+        regions: Any number of regions, also none.
+        height: Rows of the grid.
+        width: Columns of the grid.
+        dtype: Of the result; computed in float64.
+
+    Returns:
+        Shape (regions, height, width), in [0, 1]. The sum over regions is at most 1; the rest of a cell is the
+        global prompt's.
+    """
+    weights = torch.zeros(len(regions), height, width, dtype=torch.float64)
+    left = torch.ones(height, width, dtype=torch.float64)
+    for order in sorted({region.order for region in regions}, reverse=True):
+        rows = [row for row, region in enumerate(regions) if region.order == order]
+        level = torch.stack([regions[row].weight * coverage(regions[row], height, width) for row in rows])
+        weights[rows] = left * (level / level.sum(dim=0).clamp(min=1))
+        left = left - weights[rows].sum(dim=0)
+    return weights.to(dtype)
+
+
+def coverage(region: Region, height: int, width: int) -> torch.Tensor:
+    """Part of each cell that is the region's, shape (height, width), float64 in [0, 1].
+
+    A cell belongs to a box if its centre lies inside, and to a mask if at least half of its area does. A region
+    too thin for that gets the cells nearest to it. With ``rounding="inward"`` a cell must lie wholly inside. With a
+    feather it is the part of a window of that size around the cell's centre that lies inside; the region goes on
+    beyond the picture's border.
+    """
+    if region.feather:
+        if region.box is not None:
+            soft = _soft_box(region.box, region.feather, height, width)
+        else:
+            soft = _soft_mask(region, height, width)
+        if soft.any():
+            return soft
+    return _cells(region, height, width).double()
+
+
+def feature_grids(height: int, width: int) -> dict[int, tuple[int, int]]:
+    """Sizes of all feature maps that a U-Net can make of a latent, by their number of cells.
+
+    A stride-2 convolution with padding 1 halves and rounds up.
+
+    Args:
+        height: Rows of the latent.
+        width: Columns of the latent.
+
+    Returns:
+        Cells to (rows, columns), e.g. 4096 to (64, 64), 1024 to (32, 32), ... 1 to (1, 1).
+    """
+    grids = {height * width: (height, width)}
+    while height * width > 1:
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+        grids[height * width] = (height, width)
+    return grids
+
+
+def resolves(region: Region, height: int, width: int) -> bool:
+    """Whether the region has a cell of its own on the grid, without being given the nearest one."""
+    if region.box is not None:
+        left, top, right, bottom = region.box
+        return bool(_inside(left, right, width).any() and _inside(top, bottom, height).any())
+    return bool((_mask_share(region, height, width) >= 0.5).any())
+
+
+def _cells(region: Region, height: int, width: int) -> torch.Tensor:
+    """Which cells belong to the region, booleans of shape (height, width)."""
+    inward = region.rounding == "inward"
+    if region.box is not None:
+        left, top, right, bottom = region.box
+        along = _wholly_inside if inward else _centres_between
+        return along(top, bottom, height)[:, None] & along(left, right, width)[None, :]
+    share = _mask_share(region, height, width)
+    # share > 0 somewhere, so a thin mask keeps the cells that hold most of it.
+    return share >= (1 if inward else min(0.5, 0.5 * share.max().item()))
+
+
+def _mask_share(region: Region, height: int, width: int) -> torch.Tensor:
+    """Part of each cell's area that is inside the mask."""
+    return functional.adaptive_avg_pool2d(_mask_pixels(region)[None, None], (height, width))[0, 0]
+
+
+def _mask_pixels(region: Region) -> torch.Tensor:
+    if region.mask is None:
+        raise RegionError(f"Region {region.prompt!r} has neither a box nor a mask.")
+    return pixels_inside(region.mask).double()
+
+
+def _centres(cells: int) -> torch.Tensor:
+    return (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+
+
+def _inside(start: float, end: float, cells: int) -> torch.Tensor:
+    centres = _centres(cells)
+    return (start <= centres) & (centres < end)
+
+
+def _centres_between(start: float, end: float, cells: int) -> torch.Tensor:
+    """Which of the equal cells along [0, 1] have their centre in [start, end), or else the cell at the middle."""
+    inside = _inside(start, end, cells)
+    if not inside.any():
+        inside[min(int((start + end) / 2 * cells), cells - 1)] = True
+    return inside
+
+
+def _wholly_inside(start: float, end: float, cells: int) -> torch.Tensor:
+    """Which of the equal cells along [0, 1] lie in [start, end], counted as the authors' code does."""
+    numbers = torch.arange(cells)
+    return (math.ceil(start * cells) <= numbers) & (numbers < math.floor(end * cells))
+
+
+def _soft_box(box: tuple[float, float, float, float], feather: float, height: int, width: int) -> torch.Tensor:
+    left, top, right, bottom = box
+    return _window_share(top, bottom, height, feather)[:, None] * _window_share(left, right, width, feather)[None, :]
+
+
+def _window_share(start: float, end: float, cells: int, window: float) -> torch.Tensor:
+    """Part of a window around each cell's centre that is in [start, end], which goes on beyond 0 and 1."""
+    centres = _centres(cells)
+    low = centres - window / 2
+    high = centres + window / 2
+    if start > 0:
+        low = low.clamp(min=start)
+    if end < 1:
+        high = high.clamp(max=end)
+    return ((high - low) / window).clamp(0, 1)
+
+
+def _soft_mask(region: Region, height: int, width: int) -> torch.Tensor:
+    pixels = _mask_pixels(region)[None, None]
+    for axis, name in ((-2, "rows"), (-1, "columns")):
+        reach = round(region.feather * pixels.shape[axis] / 2)
+        along = (0, 0, reach, reach) if name == "rows" else (reach, reach, 0, 0)
+        window = (2 * reach + 1, 1) if name == "rows" else (1, 2 * reach + 1)
+        pixels = functional.avg_pool2d(functional.pad(pixels, along, mode="replicate"), window, stride=1)
+    return functional.adaptive_avg_pool2d(pixels, (height, width))[0, 0]

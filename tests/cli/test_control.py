@@ -1,0 +1,86 @@
+"""`mixofshow sample --control`: detectors, ControlNets, and what is said when one is missing."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageOps
+from typer.testing import CliRunner
+
+import tiny
+from diffusers_mixofshow import cli
+from diffusers_mixofshow.cli.control import CONTROLNETS, Control, condition_image, parse_control
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture
+def detectors(monkeypatch):
+    """A stand-in for controlnet_aux whose detectors invert the picture; the names they were made by."""
+    made = []
+
+    class Processor:
+        def __init__(self, name):
+            made.append(name)
+
+        def __call__(self, picture):
+            return ImageOps.invert(picture)
+
+    package, module = types.ModuleType("controlnet_aux"), types.ModuleType("controlnet_aux.processor")
+    module.Processor = Processor
+    monkeypatch.setitem(sys.modules, "controlnet_aux", package)
+    monkeypatch.setitem(sys.modules, "controlnet_aux.processor", module)
+    return made
+
+
+def test_a_control_is_a_detector_a_model_and_a_picture(photo):
+    assert parse_control(f"openpose={photo}") == Control("openpose", CONTROLNETS["openpose"], photo)
+    assert parse_control(f"zoe@some/net={photo}") == Control("zoe", "some/net", photo)
+    for text, word in [
+        ("openpose", "form"),
+        (f"={photo}", "form"),
+        ("openpose=none.png", "no file none.png"),
+        (f"zoe={photo}", "no ControlNet is known for 'zoe'"),
+    ]:
+        with pytest.raises(ConfigurationError, match=word):
+            parse_control(text)
+
+
+def test_a_detector_looks_at_the_picture(photo, detectors):
+    plain, seen = (condition_image(Control(name, "x", photo)) for name in ("image", "canny"))
+    assert plain.getpixel((0, 0)) != seen.getpixel((0, 0))
+    assert detectors == ["canny"]
+
+
+def test_a_missing_extra_is_named(photo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "controlnet_aux", None)
+    with pytest.raises(MissingExtraError, match=r"diffusers-mixofshow\[controlnet\]"):
+        condition_image(Control("canny", "x", photo))
+
+
+def test_sample_follows_several_controls(photo, detectors, tmp_path: Path):
+    components = tiny.components()
+    StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(tmp_path / "base")
+    tiny.controlnet(components["unet"]).save_pretrained(tmp_path / "net")
+    options = ["--base", str(tmp_path / "base"), "--prompt", "x", "--steps", "1", "--width", "32", "--height", "32"]
+
+    def drawn(*more):
+        output = tmp_path / "x.png"
+        result = CliRunner().invoke(cli.app, ["sample", *options, *more, "--output", str(output)])
+        assert result.exit_code == 0, result.exception
+        return Image.open(output).tobytes()
+
+    first = ["--control", f"canny@{tmp_path / 'net'}={photo}"]
+    second = ["--control", f"image@{tmp_path / 'net'}={photo}"]
+    assert len({drawn(), drawn(*first), drawn(*first, *second)}) == 3
+    assert detectors == ["canny", "canny"]
+    missing = CliRunner().invoke(cli.app, ["sample", *options, "--control", f"image@{tmp_path}={photo}"])
+    assert isinstance(missing.exception, ConfigurationError)
