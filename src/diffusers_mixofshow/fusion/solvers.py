@@ -87,14 +87,66 @@ def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Fa
     return Factors(down=torch.cat(downs), up=_beside(updates))
 
 
+def lbfgs(updates: Sequence[Factors], grams: Sequence[torch.Tensor], *, steps: int, history: int = 25) -> Factors:
+    """The paper's solver (section 6.1): LBFGS with strong Wolfe line search from the base weights, stopped early.
+
+    The objective needs no features: |dW_i X_i - D X_i|^2 summed over i is tr(D G D^T) - 2 tr(D R^T) + const, with
+    G = sum_i G_i and R = sum_i dW_i G_i. Every gradient 2 (D G - R) lies in the columns of [B_1 .. B_n] when D does,
+    and D starts at 0; so it is written as D = Q M, with Q an orthonormal basis of those columns, and M is optimised:
+    the same iterates at a fraction of the size.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        grams: One Gram matrix per concept, (in_features, in_features), in the same order.
+        steps: LBFGS iterations; the paper takes 500 for text layers and text keys and values, 50 for the rest.
+        history: Number of past steps that the curvature is estimated from.
+    """
+    basis, mixing = torch.linalg.qr(_beside(updates))  # (out, rank), (rank, sum r_i)
+    met = [update.down.double() @ gram.double() for update, gram in zip(updates, grams, strict=True)]
+    target = mixing @ torch.cat(met)  # (rank, in)
+    gram = torch.stack([one.double() for one in grams]).sum(dim=0)
+    # Scaled as the reference's loss, a mean over output features: the first step of LBFGS depends on it.
+    per_feature = 1 / max(1, basis.shape[0])
+    moving = torch.zeros_like(target, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [moving], lr=1, max_iter=steps, history_size=history, line_search_fn="strong_wolfe", tolerance_grad=1e-12
+    )
+
+    def closure() -> torch.Tensor:
+        image = moving.detach() @ gram
+        moving.grad = 2 * per_feature * (image - target)
+        return per_feature * (moving.detach() * (image - 2 * target)).sum()
+
+    if target.numel():
+        optimiser.step(closure)
+    return Factors(down=moving.detach(), up=basis)
+
+
+def recompressed(update: Factors, max_rank: int) -> tuple[Factors, float]:
+    """The nearest update of at most a rank, by thin QR of both factors and an SVD of the small product.
+
+    Args:
+        update: Factors (rank, in_features) and (out_features, rank).
+        max_rank: At least 1.
+
+    Returns:
+        The factors, their singular values shared by both, and the share of |D|^2 that is kept.
+    """
+    left, inner = torch.linalg.qr(update.up)
+    right, outer = torch.linalg.qr(update.down.T)
+    rotation, values, turned = torch.linalg.svd(inner @ outer.T, full_matrices=False)
+    kept = min(max_rank, len(values))
+    energy = values.square()
+    total = energy.sum().item()
+    root = values[:kept].sqrt()
+    small = Factors(down=root[:, None] * (turned[:kept] @ right.T), up=(left @ rotation[:, :kept]) * root)
+    return small, energy[:kept].sum().item() / total if total > 0 else 1.0
+
+
 def at_most_full_rank(update: Factors) -> Factors:
     """Rewrite factors of a rank above the layer's own as factors of exactly the layer's full rank; loses nothing."""
     full = min(update.up.shape[0], update.down.shape[1])
-    if update.down.shape[0] <= full:
-        return update
-    left, values, right = torch.linalg.svd(update.delta, full_matrices=False)
-    root = values.sqrt()
-    return Factors(down=root[:, None] * right, up=left * root)
+    return update if update.down.shape[0] <= full else recompressed(update, full)[0]
 
 
 def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor) -> float:
@@ -125,6 +177,39 @@ def _energy(update: Factors, gram: torch.Tensor) -> float:
     """tr(U K G K^T U^T) for D = U K, never leaving the rank's size."""
     up, down = update.up.double(), update.down.double()
     return max(0.0, ((up.T @ up) * (down @ gram.double() @ down.T)).sum().item())
+
+
+def condition_number(matrix: torch.Tensor, inverse: torch.Tensor) -> float:
+    """|M|_1 |M^-1|_1, by which relative errors of M can grow in the solution.
+
+    Args:
+        matrix: Shape (in_features, in_features).
+        inverse: Its inverse, of the same shape.
+    """
+    return float(torch.linalg.matrix_norm(matrix, ord=1) * torch.linalg.matrix_norm(inverse, ord=1))
+
+
+def overlaps(updates: Sequence[Factors], grams: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How much concepts ask a layer for something at the same place of its input space; 0 to 1.
+
+    With R_i = dW_i G_i, what the objective asks of the layer for concept i, the overlap of two row spaces, weighted by
+    how much is asked there, is |R_i R_j^T|_F / sqrt(|R_i R_i^T|_F |R_j R_j^T|_F).
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        grams: One Gram matrix per concept, (in_features, in_features), in the same order.
+
+    Returns:
+        Shape (concepts, concepts), symmetric.
+    """
+    rows = [
+        torch.linalg.qr(update.up.double()).R @ update.down.double() @ gram.double()
+        for update, gram in zip(updates, grams, strict=True)
+    ]
+    norms = torch.stack([torch.stack([(one @ other.T).norm() for other in rows]) for one in rows])
+    own = norms.diagonal()
+    scale = (own[:, None] * own).sqrt()
+    return torch.where(scale > 0, norms / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
 
 
 def _beside(updates: Sequence[Factors]) -> torch.Tensor:

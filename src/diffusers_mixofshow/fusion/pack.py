@@ -1,0 +1,163 @@
+"""A fused pack: an ED-LoRA with several concepts that knows what it was made of, and can be made of other things."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.prompts import PromptSet
+from diffusers_mixofshow.fusion.report import FusionReport
+from diffusers_mixofshow.fusion.solving import (
+    MEASURED,
+    Settings,
+    Solution,
+    Statistics,
+    by_input,
+    check_recorded,
+    sites_of,
+    solve_input,
+)
+from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather, mutual_defects
+from diffusers_mixofshow.fusion.statistics import input_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedPack(EDLoRA):
+    """An ED-LoRA that gradient fusion made; the fields of `EDLoRA`, and where they come from.
+
+    Args:
+        sources: What it was fused from. They are not part of its file.
+        settings: How its layers were solved.
+    """
+
+    sources: tuple[Source, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def report(self) -> FusionReport:
+        """What fusion kept of every concept, layer by layer."""
+        return FusionReport.of(self)
+
+    def add(self, source: EDLoRASource, *, prompts: PromptSet | None = None) -> FusedPack:
+        """Fuse one more source in; the result equals a fresh fusion of all of them.
+
+        Args:
+            source: An ED-LoRA with statistics, see `GradientFuser.record`; `FusionSource` gives it a weight.
+            prompts: Recording prompts, only noted in the report.
+
+        Raises:
+            FusionError: If statistics are missing, the source does not fit, or its concept is in the pack already.
+        """
+        (added,) = gather([source], None, prompts=prompts, with_statistics=True)
+        return refused(self, (*self.sources, added))
+
+    def remove(self, name: str) -> FusedPack:
+        """Take one source out; the result equals a fresh fusion of the others.
+
+        Args:
+            name: Placeholder of a concept, e.g. ``<potter>``. A source with several concepts goes as a whole.
+
+        Raises:
+            FusionError: If the name is not in the pack, is all there is in it, or statistics are missing.
+        """
+        leaving = self._source_of(name)
+        return refused(self, tuple(source for source in self.sources if source is not leaving))
+
+    def reweight(self, weights: Mapping[str, float]) -> FusedPack:
+        """Give sources other weights; the result equals a fresh fusion with these weights.
+
+        Args:
+            weights: Placeholder to weight; sources that are not named keep theirs.
+
+        Raises:
+            FusionError: If a name is not in the pack, a weight is not above 0, or statistics are missing.
+        """
+        new = {self._source_of(name).name: weight for name, weight in weights.items()}
+        wrong = {name: weight for name, weight in new.items() if not 0 < weight < float("inf")}
+        if wrong:
+            raise FusionError(f"Weights must be finite and above 0, got {wrong}.")
+        return refused(self, tuple(replace(one, weight=new.get(one.name, one.weight)) for one in self.sources))
+
+    def _source_of(self, name: str) -> Source:
+        for source in self.sources:
+            if name in (source.name, *source.prompts):
+                return source
+        known = ", ".join(source.name for source in self.sources) or "none, as it was read from a file"
+        raise FusionError(f"{name} is no source of this pack; its sources are {known}.")
+
+
+def refused(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
+    """Fuse changed sources again, as a pack was fused, from their statistics alone.
+
+    Raises:
+        FusionError: If they do not fit each other, or statistics are missing.
+    """
+    if defects := mutual_defects([source.edlora for source in sources]):
+        raise FusionError("The pack cannot be changed in this way: " + "; ".join(defects))
+    missing = [source.name for source in sources if source.statistics is None]
+    if missing and pack.settings.method in MEASURED:
+        raise FusionError(
+            f"The pack can only be changed with statistics of every source, recorded with its own LoRA; "
+            f"{len(missing)} have none ({', '.join(missing)}). Fuse with "
+            "GradientFuser(pipe, sequential=False), or all sources anew."
+        )
+    return fuse_recorded(sources, pack.settings, {"sequential": False})
+
+
+def fuse_recorded(
+    sources: tuple[Source, ...],
+    settings: Settings,
+    record: Mapping[str, object],
+    prior: Mapping[str, torch.Tensor] | None = None,
+) -> FusedPack:
+    """Fuse sources from their statistics; without any, where the method does not ask.
+
+    Args:
+        sources: What to fuse.
+        settings: How.
+        record: What else the report says.
+        prior: Input to the Gram matrix whose outputs shall stay the base's, its weight in it.
+    """
+    start, solution, sites = time.perf_counter(), Solution(), sites_of(sources)
+    statistics = _statistics(sources)
+    if statistics:
+        check_recorded(sources, statistics, sites)
+    for group in by_input(sites):
+        solution.add(solve_input(sources, statistics, group, settings, (prior or {}).get(input_name(group[0]))))
+    return packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
+
+
+def packed(
+    sources: tuple[Source, ...], settings: Settings, solution: Solution, record: Mapping[str, object]
+) -> FusedPack:
+    """Put fused layers, and the concepts' embeddings side by side, into a pack with its report."""
+    edloras = [source.edlora for source in sources]
+    embeddings: dict[str, torch.Tensor] = {}
+    for edlora in edloras:
+        embeddings |= edlora.embeddings
+    return FusedPack(
+        concepts=tuple(concept for edlora in edloras for concept in edlora.concepts),
+        embeddings=embeddings,
+        lora=solution.lora,
+        base_model=edloras[0].base_model,
+        layers=edloras[0].layers,
+        training={"fusion": FusionReport.record(sources, settings, solution, record)},
+        sources=sources,
+        settings=settings,
+    )
+
+
+def _statistics(sources: Sequence[Source]) -> Statistics:
+    """Statistics of every source's concepts; nothing unless all sources have them."""
+    if any(source.statistics is None for source in sources):
+        return []
+    return [
+        [source.statistics.concepts[placeholder] for placeholder in source.prompts]
+        for source in sources
+        if source.statistics is not None
+    ]
