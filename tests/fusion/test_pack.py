@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 
 import packs
 import tiny
@@ -14,6 +16,8 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser
 from diffusers_mixofshow.fusion.published import SourceStatistics
+from diffusers_mixofshow.fusion.report import FusionReport
+from diffusers_mixofshow.fusion.solving import METHODS, Method
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
@@ -187,3 +191,53 @@ def test_changes_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, publish
         sequential.remove("<rex>")
     with pytest.raises(FusionError, match=r"1 have none \(<tom>\)"):
         pack.add(concept("tom", 5))
+
+
+def test_reports_read_back_from_a_file(published: list[Path], tmp_path: Path) -> None:
+    pack = GradientFuser(ridge="auto", max_rank=3).fuse(published)
+    pack.save_pretrained(tmp_path / "pack")
+    report = FusionReport.of(EDLoRA.from_pretrained(tmp_path / "pack"))
+    assert report == pack.report
+    layers = report.data["layers"]
+    assert all(0 < numbers["ridge"] < 4 for numbers in layers.values())
+    assert len({numbers["ridge"] for numbers in layers.values()}) > 1
+    assert all(numbers["condition"] >= 1 and 0 < numbers["energy_kept"] <= 1 for numbers in layers.values())
+    assert max(update.rank for update in pack.lora.values()) == 3
+    assert len(report.conflicts) == 3
+    console = Console(record=True, width=160)
+    report.print(console)
+    printed = console.export_text()
+    assert "<rex>" in printed
+    assert "Nearest to a conflict" in printed
+    assert set(report.poor) == {line.split(" ")[1] for line in printed.splitlines() if line.startswith("Warning")}
+    with Image.open(report.heat_map(tmp_path / "map.png")) as picture:
+        assert picture.width > 14 * len(layers)
+    with pytest.raises(FusionError, match="was not fused"):
+        FusionReport.of(EDLoRA.from_pretrained(published[0]))
+    with pytest.raises(FusionError, match="nothing to draw"):
+        GradientFuser().fuse([concept("tom", 5)], method="sum").report.heat_map(tmp_path / "other.png")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_one_signature(published: list[Path], method: Method) -> None:
+    pack = GradientFuser().fuse(published[:2], method=method)
+    assert set(pack.report.residuals) == {"<rex>", "<kit>"}
+    assert pack.training["fusion"]["method"] == method
+    exact = GradientFuser(ridge=1e-9).fuse(published[:2]).report.residuals
+    assert all(mean["fused"] >= exact[name]["fused"] - 0.02 for name, mean in pack.report.residuals.items())
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_prior_keeps_the_base_where_no_concept_is_named(
+    pipe: MixOfShowPipeline, published: list[Path], sequential: bool
+) -> None:
+    settings = RECORDED | {"sequential": sequential, "prior_prompts": ["", "a castle"]}
+    free, held = (GradientFuser(pipe, prior=prior, **settings).fuse(published[:1]) for prior in (0, 10))
+    assert held.report.residuals["<rex>"]["fused"] > free.report.residuals["<rex>"]["fused"]
+    norms = [sum(u.scaling * (u.up @ u.down).norm() for u in pack.lora.values()) for pack in (free, held)]
+    assert norms[1] < 0.7 * norms[0]
+    assert not pipe.concepts
+    if not sequential:
+        same_deltas(held.reweight({"<rex>": 2}), held)
+    with pytest.raises(FusionError, match="needs a pipeline"):
+        GradientFuser(prior=1)

@@ -92,7 +92,7 @@ class Recording:
 
 def collect(
     pipe: FusablePipeline,
-    edlora: EDLoRA,
+    edlora: EDLoRA | None,
     prompts: Sequence[str],
     sites: Sequence[str],
     recording: Recording,
@@ -104,7 +104,7 @@ def collect(
 
     Args:
         pipe: A pipeline without any concept loaded; it leaves as it came.
-        edlora: What to load, already scaled.
+        edlora: What to load, already scaled; None records the base as it is.
         prompts: Prompts that name the concept.
         sites: Layers to watch, see `sites`.
         recording: How to sample.
@@ -127,8 +127,11 @@ def collect(
 
 
 @contextmanager
-def loaded(pipe: FusablePipeline, edlora: EDLoRA) -> Iterator[None]:
-    """Load an ED-LoRA for the length of a block."""
+def loaded(pipe: FusablePipeline, edlora: EDLoRA | None) -> Iterator[None]:
+    """Load an ED-LoRA, or nothing, for the length of a block."""
+    if edlora is None:
+        yield
+        return
     pipe.load_edlora(edlora)
     try:
         yield

@@ -16,7 +16,7 @@ from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect
 from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, packed
-from diffusers_mixofshow.fusion.prompts import PromptSet
+from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts
 from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
@@ -62,6 +62,9 @@ class GradientFuser:
         seeds: Every prompt is sampled once with each of them.
         ridge: Weight of small updates against a perfect fit, as a fraction of the mean squared feature. ``auto``
             keeps every fourth prompt apart while recording and picks the ridge of every layer by it.
+        prior: Weight of keeping the base's outputs on prompts without any concept, relative to all concepts together;
+            0 records none. Prompts without concepts change less then, and concepts are kept less.
+        prior_prompts: Those prompts; the concepts' class words are added. Default: see `prompts`.
         max_rank: Fused updates of a higher rank are cut down to it; the report tells what that loses.
         sequential: Record the text keys and values on top of the fused text encoder, and the remaining layers on top
             of both, as the paper does. False records all layers with the concept's own LoRA at once, so that
@@ -86,6 +89,8 @@ class GradientFuser:
         negative_prompt: str = "",
         seeds: Sequence[int] = (0,),
         ridge: Ridge = 1e-2,
+        prior: float = 0.0,
+        prior_prompts: Sequence[str] | None = None,
         max_rank: int | None = None,
         sequential: bool | None = None,
         statistics: str | os.PathLike[str] | None = None,
@@ -98,8 +103,11 @@ class GradientFuser:
         """Keep the settings; nothing is loaded or sampled yet."""
         if sequential and pipe is None:
             raise FusionError("sequential=True samples with a model; give GradientFuser a pipeline.")
+        if prior < 0 or (prior > 0 and pipe is None):
+            raise FusionError(f"prior must be 0 or more, and above 0 it needs a pipeline to sample; got {prior}.")
         self.pipe = pipe
         self.prompts = prompts
+        self.prior, self.prior_prompts = prior, prior_prompts
         self.sequential = pipe is not None if sequential is None else sequential
         self.statistics = None if statistics is None else Path(statistics)
         self.statistics_bytes = statistics_bytes
@@ -146,7 +154,8 @@ class GradientFuser:
             return self._fuse_in_stages(gathered, settings)
         start = time.perf_counter()
         recorded = self._with_statistics(gathered)
-        return fuse_recorded(recorded, settings, self._record(sequential=False, since=start))
+        prior = self._prior(recorded, sites_of(recorded), self.recording)
+        return fuse_recorded(recorded, settings, self._record(sequential=False, since=start), prior)
 
     def record(self, source: EDLoRASource) -> SourceStatistics:
         """Sample the concepts of one source with its own LoRA, and keep the statistics, for whoever fuses it.
@@ -262,8 +271,9 @@ class GradientFuser:
                 statistics = [
                     self._staged(source, stage, solution.lora, advance, hold_out=hold_out) for source in sources
                 ]
+                prior = self._prior(sources, stage.sites, stage.recording)
                 for sites in by_input(stage.sites):
-                    solution.add(solve_input(sources, statistics, sites, settings))
+                    solution.add(solve_input(sources, statistics, sites, settings, prior.get(input_name(sites[0]))))
         return packed(sources, settings, solution, self._record(sequential=True, since=start))
 
     def _staged(
@@ -284,6 +294,16 @@ class GradientFuser:
             for placeholder, prompts in source.prompts.items()
         ]
 
+    def _prior(self, sources: Sequence[Source], sites: Sequence[str], recording: Recording) -> dict[str, torch.Tensor]:
+        """Gram matrices of the base on prompts without concepts, by input, the prior's weight in them."""
+        if self.prior == 0:
+            return {}
+        concepts = [concept for source in sources for concept in source.edlora.concepts]
+        pipe = self._borrowed()
+        with pipe.concepts_set_aside():
+            statistics = collect(pipe, None, prior_prompts(concepts, self.prior_prompts), sites, recording)
+        return {name: self.prior * statistics.gram(name) for name in statistics.inputs}
+
     def _borrowed(self) -> FusablePipeline:
         if self.pipe is None:
             raise FusionError("This needs a pipeline; give GradientFuser one of the concepts' base model.")
@@ -291,7 +311,7 @@ class GradientFuser:
 
     def _record(self, *, sequential: bool, since: float) -> dict[str, object]:
         """What the report says about recording."""
-        record = {**self.recording.as_json(), "sequential": sequential}
+        record = {**self.recording.as_json(), "sequential": sequential, "prior": self.prior}
         if self.pipe is None:
             record = {"sequential": sequential}
         record["recording_s"] = round(time.perf_counter() - since, 3)

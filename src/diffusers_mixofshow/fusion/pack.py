@@ -33,10 +33,13 @@ class FusedPack(EDLoRA):
     Args:
         sources: What it was fused from. They are not part of its file.
         settings: How its layers were solved.
+        prior: Input to the Gram matrix whose outputs were kept the base's, its weight in it; shape
+            (in_features, in_features).
     """
 
     sources: tuple[Source, ...] = ()
     settings: Settings = field(default_factory=Settings)
+    prior: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def report(self) -> FusionReport:
@@ -106,7 +109,7 @@ def refused(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
             f"{len(missing)} have none ({', '.join(missing)}). Fuse with "
             "GradientFuser(pipe, sequential=False), or all sources anew."
         )
-    return fuse_recorded(sources, pack.settings, {"sequential": False})
+    return fuse_recorded(sources, pack.settings, {"sequential": False}, pack.prior)
 
 
 def fuse_recorded(
@@ -123,13 +126,15 @@ def fuse_recorded(
         record: What else the report says.
         prior: Input to the Gram matrix whose outputs shall stay the base's, its weight in it.
     """
+    prior = {} if prior is None else prior
     start, solution, sites = time.perf_counter(), Solution(), sites_of(sources)
     statistics = _statistics(sources)
     if statistics:
         check_recorded(sources, statistics, sites)
     for group in by_input(sites):
-        solution.add(solve_input(sources, statistics, group, settings, (prior or {}).get(input_name(group[0]))))
-    return packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
+        solution.add(solve_input(sources, statistics, group, settings, prior.get(input_name(group[0]))))
+    pack = packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
+    return replace(pack, prior=prior)
 
 
 def packed(
