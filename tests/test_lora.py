@@ -13,8 +13,9 @@ from torch import nn
 import packs
 import tiny
 from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
-from diffusers_mixofshow.lora import eject, inject, low_rank_delta, merged, trainable
+from diffusers_mixofshow.lora import eject, inject, merged, trainable
 from diffusers_mixofshow.sites import adapted_layers
 
 

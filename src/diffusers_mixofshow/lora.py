@@ -16,23 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.sites import adapted_layers, canonical_name, components_with_sites
 
 
 _TRAINING_ADAPTER = "edlora_training"
-
-
-def low_rank_delta(update: LowRank, *, like: torch.Tensor | None = None) -> torch.Tensor:
-    """Weight change ``alpha / rank * up @ down`` of one layer, shape (out, in), in float32 or better.
-
-    Args:
-        update: The layer's update.
-        like: A tensor on whose device, and in whose dtype if that is better still, the change is computed.
-    """
-    like = update.up if like is None else like
-    dtype = torch.promote_types(torch.promote_types(update.up.dtype, torch.float32), like.dtype)
-    return update.scaling * (update.up.to(like.device, dtype) @ update.down.to(like.device, dtype))
 
 
 @contextmanager

@@ -73,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._route(
             (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
             (r"/api/models/([^/]+/[^/]+)", self._info),
+            (r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", self._info),
+            (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
             (r"/storage/(\w+)", self._fetch),
         )
 
@@ -186,19 +188,32 @@ class _Handler(BaseHTTPRequestHandler):
             url = f"{self.hub.url}/{repo_id}/commit/{commit}"
             self._json(200, {"success": True, "commitOid": commit, "commitUrl": url})
 
-    def _info(self, repo_id: str) -> None:
-        if repository := self._repository(repo_id):
-            commit, _, content = repository.branches["main"][-1]
+    def _info(self, repo_id: str, revision: str = "main") -> None:
+        if found := self._found(repo_id, revision):
+            commit, content = found
             siblings = [{"rfilename": path} for path in content]
-            self._json(200, {"id": repo_id, "sha": commit, "private": repository.private, "siblings": siblings})
+            private = self.hub.repositories[repo_id].private
+            self._json(200, {"id": repo_id, "sha": commit, "private": private, "siblings": siblings})
 
-    def _resolve(self, repo_id: str, revision: str, path: str) -> None:
+    def _tree(self, repo_id: str, revision: str) -> None:
+        if found := self._found(repo_id, revision):
+            content = found[1].items()
+            self._json(200, [{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in content])
+
+    def _found(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """Commit and files of a revision, or None after an answer that refuses it."""
         repository = self._repository(repo_id)
         if repository is None:
             return None
         found = repository.find(revision)
         if found is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return found
+
+    def _resolve(self, repo_id: str, revision: str, path: str) -> None:
+        found = self._found(repo_id, revision)
+        if found is None:
+            return None
         commit, content = found
         headers = {"X-Repo-Commit": commit}
         if path not in content:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.errors import ConfigurationError
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
-
-TOYLAND = "toyland"
-"""Stands for the base model that ships in the package."""
 
 BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
 

@@ -65,7 +65,7 @@ def _mean_norm(embedding: Any) -> float:
 
 def _largest_updates(pack: EDLoRA, count: int) -> dict[str, float]:
     """The layers whose low-rank update has the largest Frobenius norm."""
-    from diffusers_mixofshow.lora import low_rank_delta
+    from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 
     norms = {site: round(float(low_rank_delta(update).float().norm()), 4) for site, update in pack.lora.items()}
     return dict(sorted(norms.items(), key=lambda item: -item[1])[:count])

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.cli.base_model import BASE_HELP, TOYLAND
+from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow.cli.base_model import BASE_HELP
 from diffusers_mixofshow.errors import ConfigurationError
 
 

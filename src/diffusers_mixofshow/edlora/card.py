@@ -8,19 +8,23 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.concepts import Concept
 
 
 CARD_NAME = "README.md"
-TOYLAND = "toyland"
 
 _TAGS = ("mix-of-show", "edlora", "lora", "diffusers", "text-to-image", "stable-diffusion")
 _MARK = "<!-- written by diffusers-mixofshow; remove this line to keep your own changes -->"
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MOST_REGIONS = 3
+_STOCK_PACK = (
+    "Stock diffusers loads the file as a LoRA (`pipe.load_lora_weights(...)`), without the concepts' embeddings."
+)
+_STOCK_MERGED = "`StableDiffusionPipeline.from_pretrained` loads it as well, without the concepts' embeddings."
 
 
-def model_card(concepts: Sequence[Concept], base_model: str, location: str, rank: int) -> ModelCard:
+def model_card(concepts: Sequence[Concept], base_model: str, location: str, rank: int, *, merged: bool) -> ModelCard:
     """Write the card of a pack.
 
     Args:
@@ -28,12 +32,13 @@ def model_card(concepts: Sequence[Concept], base_model: str, location: str, rank
         base_model: Id of the model it was tuned on; becomes a link on the Hub if it has the form of a Hub id.
         location: What the code example loads: the Hub id or the folder.
         rank: The highest rank of its updates.
+        merged: Whether it is a complete pipeline with the updates in its weights.
     """
     names = [concept.placeholder for concept in concepts]
     on_hub = _REPO_ID.fullmatch(base_model) is not None
     data = ModelCardData(
         base_model=base_model if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
+        base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=list(_TAGS),
@@ -43,11 +48,10 @@ def model_card(concepts: Sequence[Concept], base_model: str, location: str, rank
     body = [
         _MARK,
         f"# {_inline(title)}",
-        _summary(len(names), base_model, rank),
+        _summary(len(names), base_model, rank, merged=merged),
         _table(concepts),
-        f"```python\n{example(concepts, base_model, location)}```",
-        "Stock diffusers loads the file as a LoRA (`pipe.load_lora_weights(...)`), without the concepts' embeddings. "
-        "Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
+        f"```python\n{example(concepts, base_model, location, merged=merged)}```",
+        f"{_STOCK_MERGED if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
 
@@ -59,9 +63,12 @@ def write_card(folder: Path, card: ModelCard) -> None:
         path.write_text(str(card), encoding="utf-8")
 
 
-def example(concepts: Sequence[Concept], base_model: str, location: str) -> str:
+def example(concepts: Sequence[Concept], base_model: str, location: str, *, merged: bool) -> str:
     """Python code that loads the pack and draws its concepts, together in regions if there are several."""
-    if base_model == TOYLAND:
+    if merged:
+        imports = "from diffusers_mixofshow import MixOfShowPipeline, Region\n"
+        pipe = f"pipe = MixOfShowPipeline.from_pretrained({location!r})"
+    elif base_model == TOYLAND:
         imports = "from diffusers_mixofshow import MixOfShowPipeline, Region, toyland\n"
         pipe = "pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)"
     else:
@@ -72,8 +79,8 @@ def example(concepts: Sequence[Concept], base_model: str, location: str) -> str:
     return (
         f"import torch\n{imports}\n"
         f'{pipe}.to("cuda" if torch.cuda.is_available() else "cpu")\n'
-        f"pipe.load_edlora({location!r})\n"
-        f"{_call(concepts)}"
+        + ("" if merged else f"pipe.load_edlora({location!r})\n")
+        + f"{_call(concepts)}"
         f'image.save("{concepts[0].name}.png")\n'
     )
 
@@ -90,12 +97,14 @@ def _call(concepts: Sequence[Concept]) -> str:
     return f"image = pipe(\n    {together!r},\n    regions=[\n{regions}    ],\n).images[0]\n"
 
 
-def _summary(count: int, base_model: str, rank: int) -> str:
+def _summary(count: int, base_model: str, rank: int, *, merged: bool) -> str:
     holds = "one concept" if count == 1 else f"{count} concepts, fused so that each keeps its looks"
-    return (
-        f"Holds {holds}: layer-wise embeddings and a LoRA (rank {rank}) for `{_inline(base_model)}`, made with "
-        "diffusers-mixofshow (`pip install diffusers-mixofshow`)."
+    parts = (
+        f"layer-wise embeddings, and `{_inline(base_model)}` with a LoRA of rank {rank} in its weights"
+        if merged
+        else f"layer-wise embeddings and a LoRA (rank {rank}) for `{_inline(base_model)}`"
     )
+    return f"Holds {holds}: {parts}, made with diffusers-mixofshow (`pip install diffusers-mixofshow`)."
 
 
 def _table(concepts: Collection[Concept]) -> str:

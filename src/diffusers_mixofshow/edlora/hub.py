@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -70,6 +70,12 @@ def download(
         )
 
 
+def cached(repo_id: str, filename: str, *, revision: str | None, cache_dir: str | Path | None) -> Path | None:
+    """Path of a repository's file in the cache, without asking the Hub; None if it is not there."""
+    path = try_to_load_from_cache(repo_id, filename, revision=revision, cache_dir=cache_dir)
+    return Path(path) if isinstance(path, str) else None
+
+
 def create(repo_id: str, *, token: str | bool | None, private: bool | None, revision: str | None) -> tuple[str, str]:
     """Create a model repository, and the branch `revision`, unless they exist.
 
@@ -86,7 +92,8 @@ def create(repo_id: str, *, token: str | bool | None, private: bool | None, revi
 
 def upload(folder: Path, repo_id: str, *, token: str | bool | None, revision: str | None, message: str) -> None:
     """Send all files of a folder in one commit."""
-    files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
     with _explained(repo_id, revision, token):
         HfApi(token=token).create_commit(repo_id, files, commit_message=message, revision=revision)
 

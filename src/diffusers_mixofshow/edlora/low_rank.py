@@ -30,3 +30,15 @@ class LowRank:
     def scaling(self) -> float:
         """The factor in front of ``up @ down``: alpha / rank."""
         return self.alpha / self.rank
+
+
+def low_rank_delta(update: LowRank, *, like: torch.Tensor | None = None) -> torch.Tensor:
+    """Weight change ``alpha / rank * up @ down`` of one layer, shape (out, in), in float32 or better.
+
+    Args:
+        update: The layer's update.
+        like: A tensor on whose device, and in whose dtype if that is better still, the change is computed.
+    """
+    like = update.up if like is None else like
+    dtype = torch.promote_types(torch.promote_types(update.up.dtype, torch.float32), like.dtype)
+    return update.scaling * (update.up.to(like.device, dtype) @ update.down.to(like.device, dtype))

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +14,7 @@ import torch
 
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora import card, defects, file, hub
+from diffusers_mixofshow.edlora import merged as merged_pipeline
 from diffusers_mixofshow.edlora.low_rank import LowRank
 
 
@@ -59,7 +60,7 @@ class EDLoRA:
             remedy=f"It was tuned on {self.base_model!r}; load it into that model or one of the same architecture.",
         )
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False) -> Path:
         """Write the pack to ``folder/edlora.safetensors``, which stock diffusers reads as a LoRA, and a model card.
 
         The file appears whole or not at all. Tensors keep their dtype. A README.md that this package did not write
@@ -67,16 +68,28 @@ class EDLoRA:
 
         Args:
             folder: Created where it is missing.
+            merged: Write a complete pipeline instead: the base model with the updates in its weights, in float16.
+                `MixOfShowPipeline.from_pretrained` loads it with its concepts; any program that knows diffusers
+                loads it without them.
 
         Returns:
-            Path of the safetensors file.
+            Path of the safetensors file; in a merged pipeline it holds the embeddings alone.
 
         Raises:
-            EDLoRAFormatError: If the pack contradicts itself; nothing is written then.
+            EDLoRAFormatError: If the pack contradicts itself, or with `merged` does not fit its base model; nothing
+                is written then.
+            ConfigurationError: If `merged` is asked for and the base model cannot be loaded.
         """
         path = Path(folder) / file.FILE_NAME
-        file.write(path, self._contents())
-        self._write_card(path.parent, location=os.fspath(folder))
+        if merged:
+            pipeline = merged_pipeline.load_base(self.base_model)
+            self.check_fits(pipeline.components)
+            merged_pipeline.add_updates(pipeline, self.lora)
+            file.write(path, replace(self, lora={})._contents())
+            merged_pipeline.write(pipeline, path.parent)
+        else:
+            file.write(path, self._contents())
+        self._write_card(path.parent, location=os.fspath(folder), merged=merged)
         return path
 
     @classmethod
@@ -125,6 +138,7 @@ class EDLoRA:
         self,
         repo_id: str | None = None,
         *,
+        merged: bool = False,
         token: str | bool | None = None,
         private: bool | None = None,
         revision: str | None = None,
@@ -135,6 +149,7 @@ class EDLoRA:
         Args:
             repo_id: ``user/name``, or a name under your own account; by default derived from the concepts:
                 ``edlora-potter``, or ``mixofshow-potter-hermione`` for several.
+            merged: Upload a complete pipeline instead, see `save_pretrained`.
             token: By default the one of ``hf auth login``.
             private: Whether a new repository is private; by default your account's setting.
             revision: Branch to commit to, created where it is missing; by default ``main``.
@@ -148,11 +163,11 @@ class EDLoRA:
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            self.save_pretrained(folder)  # whatever is wrong with the pack shows before anything is created
+            self.save_pretrained(folder, merged=merged)  # defects show before anything is created
             repo_id, url = hub.create(
                 repo_id or hub.repo_name(self.concepts), token=token, private=private, revision=revision
             )
-            self._write_card(folder, location=repo_id)
+            self._write_card(folder, location=repo_id, merged=merged)
             message = commit_message or f"ED-LoRA of {self._names}"
             hub.upload(folder, repo_id, token=token, revision=revision, message=message)
         return url
@@ -178,9 +193,10 @@ class EDLoRA:
     def _names(self) -> str:
         return ", ".join(concept.placeholder for concept in self.concepts)
 
-    def _write_card(self, folder: Path, *, location: str) -> None:
+    def _write_card(self, folder: Path, *, location: str, merged: bool) -> None:
         rank = max((update.rank for update in self.lora.values()), default=0)
-        card.write_card(folder, card.model_card(self.concepts, self.base_model, location, rank))
+        text = card.model_card(self.concepts, self.base_model, location, rank, merged=merged)
+        card.write_card(folder, text)
 
     def _contents(self) -> file.Contents:
         return file.Contents(

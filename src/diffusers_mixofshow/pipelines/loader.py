@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.merged import has_concepts
 from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.lora import eject, inject
 from diffusers_mixofshow.sites import components_with_sites
@@ -33,6 +34,19 @@ class EDLoRALoader:
     tokenizer: Any
     # Replaced, never changed in place, as this empty one belongs to the class.
     _edloras: Mapping[str, EDLoRA] = MappingProxyType({})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a pipeline, and its concepts where `EDLoRA.save_pretrained(..., merged=True)` wrote them.
+
+        Takes what `DiffusionPipeline.from_pretrained` takes.
+        """
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if has_concepts(pretrained_model_name_or_path, kwargs.get("revision"), kwargs.get("cache_dir")):
+            shared = ("revision", "token", "cache_dir", "local_files_only")
+            options = {name: kwargs[name] for name in shared if name in kwargs}
+            pipeline.load_edlora(pretrained_model_name_or_path, **options)
+        return pipeline
 
     @property
     def concepts(self) -> dict[str, Concept]:

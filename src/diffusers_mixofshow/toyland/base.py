@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from diffusers_mixofshow.base_models import TOYLAND, location_of
 from diffusers_mixofshow.errors import MixOfShowError
 
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.toyland.reader import AttributeReader
 
 
-BASE_MODEL_ID = "toyland"
+BASE_MODEL_ID = TOYLAND
 """What files that belong to this base name as their base model."""
 
 
@@ -32,7 +33,7 @@ def path() -> Path:
     Raises:
         MixOfShowError: If the package was installed without its weights.
     """
-    folder = Path(__file__).parent / "weights"
+    folder = Path(location_of(TOYLAND))
     if not (folder / "model_index.json").exists():
         raise MixOfShowError(
             f"{folder} holds no weights. Install the wheel, or train the base with "

@@ -163,10 +163,32 @@ def save_sheet(images: Sequence[Image.Image], target: Path, columns: int = 18) -
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(target)
 
 
+def _training_lines(record_file: Path) -> list[str]:
+    """How every stage was trained, as a table; a stage that went on from earlier weights has a row for each part."""
+    record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
+    lines = [
+        "## Training",
+        "| stage | minutes | processes | batch a process | seed | learning rate | hardware | torch | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    stopped = ""
+    for name, last in record.items():
+        parts = [last]
+        while "continues" in parts[0]:
+            parts.insert(0, parts[0]["continues"])
+        for index, stage in enumerate(parts):
+            title = name if index == 0 else f"{name}, continued"
+            settings = stage["settings"]
+            cells = [title, stage["minutes"], stage["processes"], stage["batch_size"], settings["seed"]]
+            cells += [f"{settings['learning_rate']:g}", stage["hardware"], stage["torch"], stage["commit"]]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+            if "stopped_after_steps" in stage:
+                stopped += f" The stage {title} was stopped after {stage['stopped_after_steps']} steps."
+    return [*lines, "", f"All settings: `training.json`.{stopped}"]
+
+
 def readme(report: dict[str, Any], weights: Path) -> str:
     """The text of the README beside the weights: training, sizes and measured quality."""
-    record_file = weights / "training.json"
-    record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
     lines = [
         "# Toyland's base",
         "",
@@ -175,22 +197,10 @@ def readme(report: dict[str, Any], weights: Path) -> str:
         "attribute reader. Trained from nothing by `python -m diffusers_mixofshow.toyland.train --output DIR "
         "--weights WEIGHTS` (add `torchrun --nproc_per_node 2 -m` to average gradients over processes).",
         "",
-        "## Training",
-        "| stage | minutes | processes | batch a process | seed | learning rate | hardware | torch | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *_training_lines(weights / "training.json"),
+        "",
+        "## Size",
     ]
-    for name, stage in record.items():
-        settings = stage["settings"]
-        lines.append(
-            f"| {name} | {stage['minutes']} | {stage['processes']} | {stage['batch_size']} | {settings['seed']} | "
-            f"{settings['learning_rate']:g} | {stage['hardware']} | {stage['torch']} | {stage['commit']} |"
-        )
-    stopped = [
-        f" The stage {name} was stopped after {stage['stopped_after_steps']} steps."
-        for name, stage in record.items()
-        if "stopped_after_steps" in stage
-    ]
-    lines += ["", "All settings: `training.json`." + "".join(stopped), "", "## Size"]
     lines += [f"- `{name}`: {size / 1e6:.2f} MB" for name, size in report["sizes"].items()]
     lines += [f"- together {sum(report['sizes'].values()) / 1e6:.2f} MB", "", "## Measured quality"]
     samples = report["samples"]

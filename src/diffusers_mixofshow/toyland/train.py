@@ -392,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     main_process = int(os.environ.get("RANK", "0")) == 0
     if options["start_from"] is not None and main_process and not (options["output"] / "initial_unet").exists():
         take_over(options["start_from"], options["output"])
-    accelerate.PartialState().wait_for_everyone()
+    accelerate.Accelerator().wait_for_everyone()
     for name in chosen:
         stage = STAGES[name]
         config = dataclasses.replace(stage.config, **given)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.training.config import TOYLAND, TrainingConfig
+from diffusers_mixofshow.training.config import TrainingConfig
 
 
 if TYPE_CHECKING:

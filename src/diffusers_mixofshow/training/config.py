@@ -9,14 +9,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 
 
 LR_SCHEDULERS = ("linear", "cosine", "constant")
 PRECISIONS = ("no", "fp16", "bf16")
-TOYLAND = "toyland"
-"""Name of the embedded base model, in place of a Hub id."""
 
 _PRIVATE = ("instance_data_dir", "output_dir")
 _AT_LEAST_ONE = ("resolution", "train_batch_size", "max_train_steps", "captions_per_step", "crop_variants", "rank")

@@ -1,0 +1,92 @@
+"""A complete pipeline with a pack's updates in its weights, for programs that know nothing of ED-LoRAs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.edlora import hub
+from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.sites import adapted_layers
+
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+_INDEX = "model_index.json"
+_MARK = "_mixofshow_concepts"
+"""In the pipeline's index, where diffusers overlooks names that begin with "_": an ED-LoRA file lies beside it."""
+
+
+def write(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline in float16; every part of the folder is replaced when all are written.
+
+    Args:
+        pipeline: Base model with the updates in its weights.
+        folder: Created where it is missing; its file with the embeddings is for the caller to write.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as temporary:
+        pipeline.to(torch.float16).save_pretrained(temporary)
+        index = Path(temporary) / _INDEX
+        index.write_text(json.dumps({**json.loads(index.read_text()), _MARK: True}, indent=2), encoding="utf-8")
+        for written in Path(temporary).iterdir():
+            target = folder / written.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(written, target)
+
+
+def has_concepts(
+    pipeline: str | os.PathLike[str], revision: str | None = None, cache_dir: str | Path | None = None
+) -> bool:
+    """Whether a pipeline that was loaded, from a folder or the Hub, is a merged one with concepts beside it.
+
+    Args:
+        pipeline: Folder or Hub id; of a Hub id only the cache is asked.
+        revision: What was loaded from the Hub.
+        cache_dir: Where it was downloaded to.
+    """
+    index: Path | None = Path(pipeline) / _INDEX
+    if hub.is_repo_id(pipeline):
+        index = hub.cached(str(pipeline), _INDEX, revision=revision, cache_dir=cache_dir)
+    if index is None or not index.is_file():
+        return False
+    return bool(json.loads(index.read_text(encoding="utf-8")).get(_MARK))
+
+
+def load_base(base_model: str) -> StableDiffusionPipeline:
+    """Load the base model in float32.
+
+    Raises:
+        ConfigurationError: If it cannot be loaded.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(location_of(base_model))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"The base model {base_model!r} cannot be loaded ({error}). merged=True writes a complete pipeline and "
+            "needs the base model, from the Hub or a folder; without it the pack alone is written."
+        ) from error
+    return pipeline.to(torch.float32)
+
+
+@torch.no_grad()
+def add_updates(pipeline: StableDiffusionPipeline, lora: Mapping[str, LowRank]) -> None:
+    """Add every update to its layer's weight, in the weight's dtype."""
+    layers = adapted_layers(pipeline.components)
+    for site, update in lora.items():
+        weight = layers[site].weight
+        weight += low_rank_delta(update, like=weight).view_as(weight)  # type: ignore[operator, arg-type]
