@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
+from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum, ranks_within
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
@@ -48,12 +51,14 @@ class SourceStatistics:
         base_model: Id of the model they were sampled on.
         recording: How they were sampled, JSON values only: prompts by placeholder, seeds, steps, sampler, guidance.
         concepts: Statistics by placeholder.
+        file: Where they were read from; None of what was just recorded.
     """
 
     digest: str
     base_model: str
     recording: Mapping[str, Any]
     concepts: Mapping[str, GramStatistics]
+    file: Path | None = None
 
     def save(self, path: str | os.PathLike[str], *, max_bytes: int | None = DEFAULT_BYTES) -> Path:
         """Write the statistics; the file appears whole or not at all.
@@ -107,7 +112,31 @@ class SourceStatistics:
             base_model=header["base_model"],
             recording=header["recording"],
             concepts=concepts,
+            file=path,
         )
+
+    def copy(self, path: Path) -> None:
+        """Write the same statistics elsewhere, bit for bit where they come from a file."""
+        if self.file is None:
+            self.save(path)
+        elif self.file.resolve() != path.resolve():
+            _replace(path, self.file.read_bytes())
+
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None) -> None:
+        """Upload the statistics beside the ED-LoRA of a repository, created where it is missing.
+
+        Args:
+            repo_id: Where `EDLoRA.push_to_hub` sent the ED-LoRA.
+            token: By default the one of ``hf auth login``.
+            revision: Branch to commit to; by default ``main``.
+
+        Raises:
+            HubError: If the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.copy(statistics_path(Path(folder, FILE_NAME)))
+            repo_id, _ = create(repo_id, token=token, private=None, revision=revision)
+            upload(Path(folder), repo_id, token=token, revision=revision, message="Fusion statistics")
 
 
 class StoredStatistics:
@@ -144,8 +173,11 @@ class StoredStatistics:
         """
         entry = self._inputs[name]
         wanted = [one for one in (PARTS if part is None else (part,)) if one in entry]
-        with safe_open(self._path, framework="pt") as opened:
-            grams = [entry[one]["tokens"] * self._read(opened, name, one) for one in wanted]
+        try:
+            with safe_open(self._path, framework="pt") as opened:
+                grams = [entry[one]["tokens"] * self._read(opened, name, one) for one in wanted]
+        except (SafetensorError, OSError) as error:
+            raise FusionError(f"{self._path} cannot be read any more: {error}. {_REMEDY}") from error
         return torch.stack(grams).sum(dim=0) / self.tokens(name, part)
 
     def tensor_names(self) -> list[str]:

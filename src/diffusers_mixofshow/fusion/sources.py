@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,6 +99,64 @@ def shares(sources: Sequence[Source]) -> list[float]:
     return [source.weight / total for source in sources]
 
 
+def carry(source: Source, folder: Path) -> None:
+    """Write a source and its statistics into a folder, from which `found_source` takes them."""
+    path = source.edlora.save_pretrained(folder)
+    if source.statistics is not None:
+        source.statistics.copy(statistics_path(path))
+
+
+def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subfolder: str) -> Source:
+    """Find a source of a pack again: in the pack's own folder or repository, or where it came from.
+
+    Args:
+        entry: What the pack's report says of it.
+        carrier: Folder or Hub id of the pack.
+        subfolder: Where the pack would carry it.
+
+    Raises:
+        FusionError: If it is at neither place, or another LoRA is.
+    """
+    places = [(carrier, subfolder, 1.0), (entry["origin"], "", entry["scale"])]
+    changed = False
+    for location, part, scale in places:
+        edlora = _edlora_at(location, part)
+        if edlora is not None and _scaled(edlora, scale).digest == entry["digest"]:
+            path = _statistics_at(location, part)
+            concepts = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
+            return Source(
+                edlora=_scaled(edlora, scale),
+                weight=entry["weight"],
+                scale=entry["scale"],
+                prompts=concepts,
+                origin=entry["origin"],
+                statistics=None if path is None else SourceStatistics.load(path),
+            )
+        changed |= edlora is not None
+    fate = "has changed since" if changed else "is gone"
+    raise FusionError(
+        f"The pack was fused from {'+'.join(entry['concepts'])}, which {fate} "
+        f"(it came from {entry['origin'] or 'no file'}). Put it back, or save packs with sources=True, which carries "
+        "them along."
+    )
+
+
+def _edlora_at(location: str | os.PathLike[str], subfolder: str) -> EDLoRA | None:
+    try:
+        return EDLoRA.from_pretrained(location, subfolder=subfolder or None) if location else None
+    except EDLoRANotFoundError:
+        return None
+
+
+def _statistics_at(location: str | os.PathLike[str], subfolder: str = "") -> Path | None:
+    """The file of statistics beside an ED-LoRA, if there is one."""
+    if is_repo_id(location):
+        return _downloaded(str(location), subfolder)
+    path = Path(location, subfolder)
+    path = statistics_path(path / FILE_NAME if path.is_dir() else path)
+    return path if path.exists() else None
+
+
 def gather(
     given: Sequence[EDLoRASource],
     components: Mapping[str, object] | None,
@@ -170,18 +229,21 @@ def _statistics(source: Source, entry: FusionSource) -> SourceStatistics | None:
         if misfits := source.misfits(statistics):
             raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(misfits))
         return statistics
-    path = None if source.home is None else statistics_path(source.home)
-    if is_repo_id(source.origin):
-        path = _downloaded(source.origin)
-    return SourceStatistics.load(path) if path is not None and path.exists() else None
+    path = _statistics_at(source.origin) if source.origin else None
+    return None if path is None else SourceStatistics.load(path)
 
 
-def _downloaded(repo_id: str) -> Path | None:
+def _downloaded(repo_id: str, subfolder: str) -> Path | None:
     """The statistics of a repository on the Hub, if it has any."""
-    name = statistics_path(Path(FILE_NAME)).name
     try:
         return download(
-            repo_id, name, revision=None, subfolder=None, token=None, cache_dir=None, local_files_only=False
+            repo_id,
+            statistics_path(Path(FILE_NAME)).name,
+            revision=None,
+            subfolder=subfolder or None,
+            token=None,
+            cache_dir=None,
+            local_files_only=False,
         )
     except EDLoRANotFoundError:
         return None
