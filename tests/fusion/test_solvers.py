@@ -13,6 +13,7 @@ from diffusers_mixofshow.fusion.solvers import (
     condition_number,
     factorise,
     lbfgs,
+    met_rows,
     overlaps,
     recompressed,
     relative_residual,
@@ -157,15 +158,16 @@ def test_lbfgs_on_statistics_is_lbfgs_on_features() -> None:
         return loss
 
     optimiser.step(closure)
-    few = _objective(lbfgs(updates, _grams(features), steps=5).delta, updates, features)
+    met, total = met_rows(updates, _grams(features)), sum(_grams(features))
+    few = _objective(lbfgs(updates, met, total, steps=5).delta, updates, features)
     assert few == pytest.approx(_objective(dense.detach(), updates, features), rel=0.5)
-    many = _objective(lbfgs(updates, _grams(features), steps=500).delta, updates, features)
+    many = _objective(lbfgs(updates, met, total, steps=500).delta, updates, features)
     assert floor <= many <= floor * (1 + 1e-6) < few
 
 
 def test_lbfgs_of_nothing_is_nothing() -> None:
     nothing = Factors(down=torch.zeros(0, IN).double(), up=torch.zeros(OUT, 0).double())
-    assert not lbfgs([nothing], _grams(_concepts(1)[1]), steps=5).delta.any()
+    assert not lbfgs([nothing], torch.zeros(0, IN).double(), _grams(_concepts(1)[1])[0], steps=5).delta.any()
 
 
 def test_recompression_is_the_nearest_of_its_rank() -> None:
@@ -203,7 +205,8 @@ def test_chosen_ridge_is_the_best_on_held_out_inputs() -> None:
     fresh = [x + 2 * torch.randn(x.shape, generator=generator).double() for x in features]
     fitted, held_out = _grams(features), _grams(fresh)
     values, vectors = torch.linalg.eigh(sum(fitted))
-    ridge, error = chosen_ridge(updates, fitted, held_out, (values, vectors))
+    met, asked = met_rows(updates, fitted), met_rows(updates, held_out)
+    ridge, error = chosen_ridge(updates, met, asked, sum(held_out), (values, vectors))
 
     def relative(candidate: float) -> float:
         delta = closed_form(updates, fitted, factorise(fitted, candidate)).delta
@@ -220,8 +223,8 @@ def test_overlaps_are_those_of_row_spaces() -> None:
     basis = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64)).Q
     apart = [basis[:, : IN // 2], basis[:, IN // 2 :]]
     grams = _grams([part @ part.T @ x for part, x in zip(apart, features, strict=True)])
-    torch.testing.assert_close(overlaps(updates, grams), torch.eye(2).double(), atol=1e-9, rtol=0)
-    same = overlaps([updates[0]] * 2, [grams[0]] * 2)
+    torch.testing.assert_close(overlaps(updates, met_rows(updates, grams)), torch.eye(2).double(), atol=1e-9, rtol=0)
+    same = overlaps([updates[0]] * 2, met_rows([updates[0]] * 2, [grams[0]] * 2))
     torch.testing.assert_close(same, torch.ones(2, 2).double())
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect
-from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, packed
+from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, joined_residuals, packed
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts
 from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solving import (
@@ -31,6 +31,7 @@ from diffusers_mixofshow.fusion.solving import (
 )
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
+from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.sites import adapted_layers
 
 
@@ -212,11 +213,20 @@ class GradientFuser:
             )
         if not missing:
             return sources
-        recorded = {}
-        with self._borrowed().concepts_set_aside(), _progress_bars(missing, [self.recording]) as advance:
-            for source in missing:
+        team, recorded = Team.present(), {}
+        mine = [source for source in team.share(sources).values() if not self._serves(source)]
+        with self._borrowed().concepts_set_aside(), _progress_bars(mine, [self.recording]) as advance:
+            for source in mine:
                 recorded[source.name] = self._kept(source, self._own_statistics(source, advance))
-        return tuple(recorded.get(source.name, source) for source in sources)
+        team.joined(dict.fromkeys(recorded, True))  # the others' files are written now
+        return tuple(recorded.get(source.name) or self._read_again(source) for source in sources)
+
+    def _read_again(self, source: Source) -> Source:
+        """A source with the statistics that another process may have written just now."""
+        path = self._place(source)
+        if self._serves(source) or path is None or not path.exists():
+            return source
+        return replace(source, statistics=SourceStatistics.load(path))
 
     def _serves(self, source: Source) -> bool:
         """Whether a source's statistics are its own, and with a pipeline, of the settings that are asked for."""
@@ -262,18 +272,22 @@ class GradientFuser:
 
     def _fuse_in_stages(self, sources: tuple[Source, ...], settings: Settings) -> FusedPack:
         """The paper's order: what is solved in one stage is in the model when the next one is recorded."""
-        start, solution = time.perf_counter(), Solution()
+        start, solution, team = time.perf_counter(), Solution(), Team.present()
         stages = _stages(sites_of(sources), self.recording)
         recordings = [stage.recording for stage in stages]
-        with self._borrowed().concepts_set_aside(), _progress_bars(sources, recordings) as advance:
+        mine = team.share(sources)
+        with self._borrowed().concepts_set_aside(), _progress_bars([*mine.values()], recordings) as advance:
             for stage in stages:
                 hold_out = settings.ridge == "auto"
                 statistics = [
-                    self._staged(source, stage, solution.lora, advance, hold_out=hold_out) for source in sources
+                    self._staged(source, stage, solution.lora, advance, hold_out=hold_out) if place in mine else []
+                    for place, source in enumerate(sources)
                 ]
                 prior = self._prior(sources, stage.sites, stage.recording)
                 for sites in by_input(stage.sites):
-                    solution.add(solve_input(sources, statistics, sites, settings, prior.get(input_name(sites[0]))))
+                    gram = prior.get(input_name(sites[0]))
+                    solution.add(solve_input(sources, statistics, sites, settings, gram, team))
+        solution.residuals = joined_residuals(solution, team)
         return packed(sources, settings, solution, self._record(sequential=True, since=start))
 
     def _staged(

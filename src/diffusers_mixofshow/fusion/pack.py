@@ -27,6 +27,7 @@ from diffusers_mixofshow.fusion.solving import (
 )
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, carry, found_source, gather, mutual_defects
 from diffusers_mixofshow.fusion.statistics import input_name
+from diffusers_mixofshow.fusion.team import Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +173,13 @@ def fuse_recorded(
     """
     prior = {} if prior is None else prior
     start, solution, sites = time.perf_counter(), Solution(), sites_of(sources)
-    statistics = _statistics(sources)
+    team = Team.present()
+    statistics = _statistics(sources, team)
     if statistics:
         check_recorded(sources, statistics, sites)
     for group in by_input(sites):
-        solution.add(solve_input(sources, statistics, group, settings, prior.get(input_name(group[0]))))
+        solution.add(solve_input(sources, statistics, group, settings, prior.get(input_name(group[0])), team))
+    solution.residuals = joined_residuals(solution, team)
     pack = packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
     return replace(pack, prior=prior)
 
@@ -206,12 +209,21 @@ def _carried(placeholders: Iterable[str]) -> str:
     return "sources/" + "+".join(placeholder[1:-1] for placeholder in placeholders)
 
 
-def _statistics(sources: Sequence[Source]) -> Statistics:
-    """Statistics of every source's concepts; nothing unless all sources have them."""
-    if any(source.statistics is None for source in sources):
-        return []
-    return [
-        [source.statistics.concepts[placeholder] for placeholder in source.prompts]
-        for source in sources
+def joined_residuals(solution: Solution, team: Team) -> dict[str, dict[str, tuple[float, float]]]:
+    """Residuals of all sources, each measured by the process that has it."""
+    found = {(site, name): pair for site, layer in solution.residuals.items() for name, pair in layer.items()}
+    joined: dict[str, dict[str, tuple[float, float]]] = {}
+    for (site, name), pair in team.joined(found).items():
+        joined.setdefault(site, {})[name] = pair
+    return joined
+
+
+def _statistics(sources: Sequence[Source], team: Team) -> Statistics:
+    """Statistics of the concepts of this process's sources; nothing unless all sources have them."""
+    mine = {
+        place: [source.statistics.concepts[placeholder] for placeholder in source.prompts]
+        for place, source in team.share(sources).items()
         if source.statistics is not None
-    ]
+    }
+    recorded = team.joined(dict.fromkeys(mine, True))
+    return [mine.get(place, []) for place in range(len(sources))] if len(recorded) == len(sources) else []

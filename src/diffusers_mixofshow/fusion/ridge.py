@@ -15,8 +15,9 @@ CANDIDATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 3))
 
 def chosen_ridge(
     updates: Sequence[Factors],
-    fitted: Sequence[torch.Tensor],
-    held_out: Sequence[torch.Tensor],
+    met: torch.Tensor,
+    asked: torch.Tensor,
+    held_out: torch.Tensor,
     spectrum: tuple[torch.Tensor, torch.Tensor],
     candidates: Sequence[float] = CANDIDATES,
 ) -> tuple[float, float]:
@@ -28,8 +29,9 @@ def chosen_ridge(
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        fitted: G_i, one per concept, (in_features, in_features), weighted by the concept's share.
-        held_out: H_i, in the same way.
+        met: M of the inputs fitted, (sum_i r_i, in_features), see `met_rows`.
+        asked: The same of the inputs held out.
+        held_out: H, (in_features, in_features).
         spectrum: Eigenvalues s, (in_features,), and eigenvectors V as columns of the matrix that is inverted,
             sum_i G_i with whatever prior was added.
         candidates: Ridges to choose from, relative to the mean of s.
@@ -40,14 +42,19 @@ def chosen_ridge(
     values, vectors = spectrum
     up = torch.cat([update.up.double() for update in updates], dim=1)
     inner = up.T @ up  # (sum r_i, sum r_i)
-    pairs = list(zip(updates, fitted, held_out, strict=True))
-    met = torch.cat([update.down.double() @ gram for update, gram, _ in pairs]) @ vectors
-    asked = torch.cat([update.down.double() @ gram for update, _, gram in pairs]) @ vectors
-    seen = vectors.T @ torch.stack(list(held_out)).sum(dim=0) @ vectors
-    base = sum(float(((u.up.T @ u.up).double() * (u.down @ gram @ u.down.T)).sum()) for u, _, gram in pairs)
+    turned, turned_asked = met @ vectors, asked @ vectors
+    seen = vectors.T @ held_out @ vectors
     errors = []
     for candidate in candidates:
-        rows = met / (values + candidate * values.mean())  # D = U rows V^T
-        errors.append(float((inner * (rows @ seen @ rows.T - 2 * rows @ asked.T)).sum()))
+        rows = turned / (values + candidate * values.mean())  # D = U rows V^T
+        errors.append(float((inner * (rows @ seen @ rows.T - 2 * rows @ turned_asked.T)).sum()))
     best = min(range(len(candidates)), key=errors.__getitem__)
+    base = _own_energy(updates, asked)
     return candidates[best], (errors[best] + base) / base if base > 0 else 0.0
+
+
+def _own_energy(updates: Sequence[Factors], asked: torch.Tensor) -> float:
+    """sum_i tr(dW_i H_i dW_i^T), from the rows s_i A_i H_i."""
+    blocks = asked.split([len(update.down) for update in updates])
+    pairs = zip(updates, blocks, strict=True)
+    return sum(float(((u.up.T @ u.up).double() * (block @ u.down.double().T)).sum()) for u, block in pairs)

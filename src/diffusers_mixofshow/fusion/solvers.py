@@ -72,8 +72,32 @@ def closed_form(updates: Sequence[Factors], grams: Sequence[torch.Tensor], inver
         grams: One Gram matrix per concept, (in_features, in_features), in the same order.
         inverse: What `factorise` makes of the same Gram matrices.
     """
-    met = [update.down.double() @ gram.double() for update, gram in zip(updates, grams, strict=True)]
-    return Factors(down=torch.cat(met) @ inverse, up=_beside(updates))
+    return fused_update(updates, met_rows(updates, grams), inverse)
+
+
+def met_rows(updates: Sequence[Factors], grams: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """What the objective asks of a layer: stack_i(s_i A_i G_i), shape (sum_i r_i, in_features), float64.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        grams: One Gram matrix per concept, (in_features, in_features), in the same order; None leaves its rows 0.
+    """
+    rows = [
+        torch.zeros_like(update.down.double()) if gram is None else update.down.double() @ gram.double()
+        for update, gram in zip(updates, grams, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def fused_update(updates: Sequence[Factors], met: torch.Tensor, inverse: torch.Tensor) -> Factors:
+    """The closed form from sums that may come from elsewhere, see `closed_form`.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        met: See `met_rows`.
+        inverse: See `factorise`.
+    """
+    return Factors(down=met @ inverse, up=_beside(updates))
 
 
 def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -87,7 +111,9 @@ def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Fa
     return Factors(down=torch.cat(downs), up=_beside(updates))
 
 
-def lbfgs(updates: Sequence[Factors], grams: Sequence[torch.Tensor], *, steps: int, history: int = 25) -> Factors:
+def lbfgs(
+    updates: Sequence[Factors], met: torch.Tensor, gram: torch.Tensor, *, steps: int, history: int = 25
+) -> Factors:
     """The paper's solver (section 6.1): LBFGS with strong Wolfe line search from the base weights, stopped early.
 
     The objective needs no features: |dW_i X_i - D X_i|^2 summed over i is tr(D G D^T) - 2 tr(D R^T) + const, with
@@ -97,14 +123,13 @@ def lbfgs(updates: Sequence[Factors], grams: Sequence[torch.Tensor], *, steps: i
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        grams: One Gram matrix per concept, (in_features, in_features), in the same order.
+        met: See `met_rows`, (sum_i r_i, in_features).
+        gram: G, (in_features, in_features).
         steps: LBFGS iterations; the paper takes 500 for text layers and text keys and values, 50 for the rest.
         history: Number of past steps that the curvature is estimated from.
     """
     basis, mixing = torch.linalg.qr(_beside(updates))  # (out, rank), (rank, sum r_i)
-    met = [update.down.double() @ gram.double() for update, gram in zip(updates, grams, strict=True)]
-    target = mixing @ torch.cat(met)  # (rank, in)
-    gram = torch.stack([one.double() for one in grams]).sum(dim=0)
+    target = mixing @ met  # (rank, in)
     # Scaled as the reference's loss, a mean over output features: the first step of LBFGS depends on it.
     per_feature = 1 / max(1, basis.shape[0])
     moving = torch.zeros_like(target, requires_grad=True)
@@ -189,7 +214,7 @@ def condition_number(matrix: torch.Tensor, inverse: torch.Tensor) -> float:
     return float(torch.linalg.matrix_norm(matrix, ord=1) * torch.linalg.matrix_norm(inverse, ord=1))
 
 
-def overlaps(updates: Sequence[Factors], grams: Sequence[torch.Tensor]) -> torch.Tensor:
+def overlaps(updates: Sequence[Factors], met: torch.Tensor) -> torch.Tensor:
     """How much concepts ask a layer for something at the same place of its input space; 0 to 1.
 
     With R_i = dW_i G_i, what the objective asks of the layer for concept i, the overlap of two row spaces, weighted by
@@ -197,15 +222,13 @@ def overlaps(updates: Sequence[Factors], grams: Sequence[torch.Tensor]) -> torch
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        grams: One Gram matrix per concept, (in_features, in_features), in the same order.
+        met: See `met_rows`, (sum_i r_i, in_features).
 
     Returns:
         Shape (concepts, concepts), symmetric.
     """
-    rows = [
-        torch.linalg.qr(update.up.double()).R @ update.down.double() @ gram.double()
-        for update, gram in zip(updates, grams, strict=True)
-    ]
+    blocks = met.split([len(update.down) for update in updates])
+    rows = [torch.linalg.qr(update.up.double()).R @ block for update, block in zip(updates, blocks, strict=True)]
     norms = torch.stack([torch.stack([(one @ other.T).norm() for other in rows]) for one in rows])
     own = norms.diagonal()
     scale = (own[:, None] * own).sqrt()

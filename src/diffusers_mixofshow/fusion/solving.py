@@ -17,17 +17,19 @@ from diffusers_mixofshow.fusion.ridge import chosen_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
     at_most_full_rank,
-    closed_form,
     condition_number,
     factorise,
+    fused_update,
     lbfgs,
+    met_rows,
     overlaps,
     recompressed,
     relative_residual,
     weighted_average,
 )
 from diffusers_mixofshow.fusion.sources import Source, shares
-from diffusers_mixofshow.fusion.statistics import GramStatistics, Part, input_name, summed_gram
+from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part, input_name, summed_gram
+from diffusers_mixofshow.fusion.team import Team
 
 
 Method = Literal["closed-form", "lbfgs", "average", "sum", "ties", "dare", "svd"]
@@ -102,7 +104,7 @@ class Solution:
 
 
 Statistics = Sequence[Sequence[GramStatistics]]
-"""For each source, the statistics of its concepts."""
+"""For each source, the statistics of its concepts; none of a source that another process has."""
 
 
 class SharedInput:
@@ -110,66 +112,99 @@ class SharedInput:
 
     Args:
         name: The input, see `input_name`.
+        width: Its number of features.
         statistics: What was recorded, or nothing for methods that do not ask.
         weights: Share of each source.
         prior: Gram matrix whose outputs shall stay the base's, its weight in it; (in_features, in_features).
+        team: The processes that share the sources.
     """
 
     def __init__(
-        self, name: str, statistics: Statistics, weights: Sequence[float], prior: torch.Tensor | None = None
+        self,
+        name: str,
+        width: int,
+        statistics: Statistics,
+        weights: Sequence[float],
+        prior: torch.Tensor | None = None,
+        team: Team | None = None,
     ) -> None:
         """Read no matrix yet."""
-        self.name, self.weights, self.prior = name, weights, prior
+        self.name, self.width, self.weights, self.prior = name, width, weights, prior
         self._statistics = statistics
+        self._team = Team() if team is None else team
         self._inverses: dict[float, torch.Tensor] = {}
 
     @cached_property
-    def grams(self) -> list[torch.Tensor]:
-        """G_i of each source, (in_features, in_features), its concepts together."""
+    def grams(self) -> list[torch.Tensor | None]:
+        """G_i of each source, (in_features, in_features), its concepts together; None if another process has it."""
         return self._grams(None)
-
-    @cached_property
-    def weighted(self) -> list[torch.Tensor]:
-        """G_i times the source's share."""
-        return self._weighted(self.grams)
 
     @property
     def parts(self) -> set[Part]:
-        """Which parts every concept has."""
-        return set.intersection(*(set(one.parts) for concepts in self._statistics for one in concepts))
+        """Which parts every concept that this process has was recorded in."""
+        mine = [set(one.parts) for concepts in self._statistics for one in concepts]
+        return set.intersection(set(PARTS), *mine)
 
     @cached_property
-    def halves(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Weighted Gram matrices of what is fitted and of what is held out."""
-        return self._weighted(self._grams("fit")), self._weighted(self._grams("held_out"))
+    def total(self) -> torch.Tensor:
+        """Sum of the weighted Gram matrices, and the prior."""
+        return self._total(self.grams)
+
+    def met(self, updates: Sequence[Factors]) -> torch.Tensor:
+        """What the sources ask of a layer, see `met_rows`, weighted; (sum_i r_i, in_features)."""
+        return self._met(updates, self.grams)
+
+    def held_out(self, updates: Sequence[Factors]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a ridge is judged by: rows met when fitting, rows asked for when held out, the latter's Gram matrix."""
+        fitted, held_out = self._halves
+        return self._met(updates, fitted), self._met(updates, held_out), self._held_out_total
 
     @cached_property
     def spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues and eigenvectors of the fitted part, prior included."""
-        total = torch.stack(self._with_prior(self.halves[0])).sum(dim=0)
-        values, vectors = torch.linalg.eigh(total)
+        values, vectors = torch.linalg.eigh(self._total(self._halves[0]))
         return values.clamp_min(0), vectors
 
     def inverse(self, ridge: float) -> torch.Tensor:
         """Inverse of sum_i G_i + prior + lambda I, see `factorise`."""
         if ridge not in self._inverses:
-            self._inverses[ridge] = factorise(self._with_prior(self.weighted), ridge)
+            self._inverses[ridge] = factorise([self.total], ridge)
         return self._inverses[ridge]
 
     def condition(self, ridge: float) -> float:
         """Condition number of the matrix that `inverse` inverts."""
-        total = torch.stack(self._with_prior(self.weighted)).sum(dim=0)
-        damping = ridge * total.diagonal().mean()
-        return condition_number(total + damping * torch.eye(len(total), dtype=total.dtype), self.inverse(ridge))
+        damping = ridge * self.total.diagonal().mean()
+        damped = self.total + damping * torch.eye(self.width, dtype=self.total.dtype)
+        return condition_number(damped, self.inverse(ridge))
 
-    def _with_prior(self, grams: list[torch.Tensor]) -> list[torch.Tensor]:
-        return grams if self.prior is None else [*grams, self.prior]
+    @cached_property
+    def _halves(self) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        return self._grams("fit"), self._grams("held_out")
 
-    def _grams(self, part: Part | None) -> list[torch.Tensor]:
-        return [summed_gram(concepts, self.name, part) for concepts in self._statistics]
+    @cached_property
+    def _held_out_total(self) -> torch.Tensor:
+        return self._team.summed(self._weighted_sum(self._halves[1]))
 
-    def _weighted(self, grams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [weight * gram for weight, gram in zip(self.weights, grams, strict=True)]
+    def _grams(self, part: Part | None) -> list[torch.Tensor | None]:
+        return [summed_gram(concepts, self.name, part) if concepts else None for concepts in self._statistics]
+
+    def _met(self, updates: Sequence[Factors], grams: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        weights = [
+            torch.full((len(update.down), 1), weight, dtype=torch.float64)
+            for update, weight in zip(updates, self.weights, strict=True)
+        ]
+        return self._team.summed(torch.cat(weights) * met_rows(updates, grams))
+
+    def _total(self, grams: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        total = self._team.summed(self._weighted_sum(grams))
+        return total if self.prior is None else total + self.prior
+
+    def _weighted_sum(self, grams: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        total = torch.zeros(self.width, self.width, dtype=torch.float64)
+        for weight, gram in zip(self.weights, grams, strict=True):
+            if gram is not None:
+                total += weight * gram
+        return total
 
 
 def solve_input(
@@ -178,6 +213,7 @@ def solve_input(
     sites: Sequence[str],
     settings: Settings,
     prior: torch.Tensor | None = None,
+    team: Team | None = None,
 ) -> Solution:
     """Fuse the layers that read one input.
 
@@ -187,14 +223,16 @@ def solve_input(
         sites: Layers that share an input.
         settings: How.
         prior: See `SharedInput`.
+        team: See `SharedInput`; the residuals are those of the sources that this process has.
 
     Raises:
         FusionError: If a Gram matrix is singular, or a ridge is to be chosen and nothing was held out.
     """
-    shared = SharedInput(input_name(sites[0]), statistics, shares(sources), prior)
+    width = updates_of(sources, sites[0])[0].down.shape[1]
+    shared = SharedInput(input_name(sites[0]), width, statistics, shares(sources), prior, team)
     solution = Solution()
     if statistics:
-        _check_inputs(shared, sources, sites)
+        _check_inputs(shared, sources)
     for site in sites:
         updates = updates_of(sources, site)
         fused, numbers = SOLVERS[settings.method](shared, updates, settings, site)
@@ -206,9 +244,11 @@ def solve_input(
             solution.residuals[site] = {
                 source.name: (relative_residual(average, own, gram), relative_residual(packed, own, gram))
                 for source, own, gram in zip(sources, updates, shared.grams, strict=True)
+                if gram is not None
             }
     if statistics:
-        solution.overlaps, solution.inputs = _overlaps(sources, updates_of(sources, sites[0]), shared.grams), 1
+        first = updates_of(sources, sites[0])
+        solution.overlaps, solution.inputs = _overlaps(sources, first, shared.met(first)), 1
     return solution
 
 
@@ -248,15 +288,15 @@ def _solve_closed_form(shared: SharedInput, updates: Sequence[Factors], settings
                 "ridge='auto' judges a ridge by inputs that were held out, and these statistics have none. "
                 "Record with two prompts or more for each concept, or give the ridge as a number, such as 1e-2."
             )
-        ridge, error = chosen_ridge(updates, *shared.halves, shared.spectrum)
+        ridge, error = chosen_ridge(updates, *shared.held_out(updates), shared.spectrum)
         numbers["held_out_residual"] = max(0.0, error) ** 0.5
-    fused = closed_form(updates, shared.weighted, shared.inverse(ridge))
+    fused = fused_update(updates, shared.met(updates), shared.inverse(ridge))
     return fused, {"ridge": ridge, "condition": shared.condition(ridge)} | numbers
 
 
 def _solve_lbfgs(shared: SharedInput, updates: Sequence[Factors], settings: Settings, site: str) -> Solved:
     steps = LBFGS_STEPS["text" if is_text_input(shared.name) else "spatial"]
-    return lbfgs(updates, shared.weighted, steps=steps), {"steps": steps}
+    return lbfgs(updates, shared.met(updates), shared.total, steps=steps), {"steps": steps}
 
 
 SOLVERS: Mapping[str, Callable[[SharedInput, Sequence[Factors], Settings, str], Solved]] = {
@@ -286,8 +326,8 @@ def _factors(update: LowRank) -> Factors:
     return Factors(down=update.scaling * update.down.double(), up=update.up.double())
 
 
-def _overlaps(sources: Sequence[Source], updates: Sequence[Factors], grams: Sequence[torch.Tensor]) -> Overlaps:
-    table = overlaps(updates, grams).tolist()
+def _overlaps(sources: Sequence[Source], updates: Sequence[Factors], met: torch.Tensor) -> Overlaps:
+    table = overlaps(updates, met).tolist()
     return {
         (one.name, other.name): table[i][j]
         for i, one in enumerate(sources)
@@ -296,10 +336,11 @@ def _overlaps(sources: Sequence[Source], updates: Sequence[Factors], grams: Sequ
     }
 
 
-def _check_inputs(shared: SharedInput, sources: Sequence[Source], sites: Sequence[str]) -> None:
-    """Refuse statistics that lack the input, or were recorded on layers of another width."""
-    width = updates_of(sources, sites[0])[0].down.shape[1]
-    shapes = {source.name: tuple(gram.shape) for source, gram in zip(sources, shared.grams, strict=True)}
+def _check_inputs(shared: SharedInput, sources: Sequence[Source]) -> None:
+    """Refuse statistics that were recorded on layers of another width."""
+    width = shared.width
+    pairs = zip(sources, shared.grams, strict=True)
+    shapes = {source.name: tuple(gram.shape) for source, gram in pairs if gram is not None}
     wrong = [f"{name} {shape}" for name, shape in shapes.items() if shape != (width, width)]
     if wrong:
         raise FusionError(
