@@ -2,7 +2,7 @@
 
 from diffusers_mixofshow.fusion.fuser import GradientFuser
 from diffusers_mixofshow.fusion.pack import FusedPack
-from diffusers_mixofshow.fusion.sources import FusionSource
+from diffusers_mixofshow.fusion.sources import FusionSource, LoRASource
 
 
-__all__ = ["FusedPack", "FusionSource", "GradientFuser"]
+__all__ = ["FusedPack", "FusionSource", "GradientFuser", "LoRASource"]

@@ -15,7 +15,7 @@ from torch import nn
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part, input_name
-from diffusers_mixofshow.sites import adapted_layers, components_with_sites
+from diffusers_mixofshow.sites import components_with_sites, linear_layers
 
 
 TextTokens = Literal["all", "unpadded"]
@@ -156,7 +156,7 @@ def watched(
         text_tokens: See `Recording`.
         part: Which part of the statistics they go to.
     """
-    modules = adapted_layers(pipe.components)
+    modules = linear_layers(pipe.components)
     inputs = {input_name(site): site for site in reversed(sites)}
     with ExitStack() as hooks:
         counted = _counted_positions(pipe, hooks) if text_tokens == "unpadded" else {}
@@ -195,6 +195,8 @@ def _counted_positions(pipe: FusablePipeline, hooks: ExitStack) -> dict[str, _Po
 def _adder(statistics: ConceptStatistics, name: str, positions: _Positions | None, part: Part) -> Callable[..., None]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features = args[0] if args else next(iter(kwargs.values()))
+        if features.dim() == 4:  # of a 1 x 1 convolution, (batch, channels, height, width)
+            features = features.movedim(1, -1)
         if positions is not None and positions.mask is not None:
             features = features[positions.mask.to(features.device)]
         statistics.add(name, features, part)

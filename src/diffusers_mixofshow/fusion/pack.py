@@ -28,6 +28,7 @@ from diffusers_mixofshow.fusion.solving import (
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, carry, found_source, gather, mutual_defects
 from diffusers_mixofshow.fusion.statistics import input_name
 from diffusers_mixofshow.fusion.team import Team
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class FusedPack(EDLoRA):
     prior: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False, sources: bool = False) -> Path:
-        """Write the pack, see `EDLoRA.save_pretrained`.
+        """Write the pack, see `EDLoRA.save_pretrained`; without any concept, an ordinary LoRA.
 
         Args:
             folder: Created where it is missing.
@@ -58,10 +59,21 @@ class FusedPack(EDLoRA):
         Returns:
             Path of the safetensors file.
         """
+        if not self.concepts:
+            return self._save_plain(Path(folder), merged=merged, sources=sources)
         if sources:
             for source in self.sources:
                 carry(source, Path(folder, _carried(source.prompts)))
         return super().save_pretrained(folder, merged=merged)
+
+    def _save_plain(self, folder: Path, *, merged: bool, sources: bool) -> Path:
+        """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
+        if merged or sources:
+            raise FusionError(
+                "A pack without concepts is written as one plain LoRA; merged and sources are for packs with "
+                "concepts. Load it with load_lora_weights() and use fuse_lora() instead."
+            )
+        return write_lora(folder / PLAIN_NAME, self.lora)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> Self:
@@ -196,8 +208,8 @@ def packed(
         concepts=tuple(concept for edlora in edloras for concept in edlora.concepts),
         embeddings=embeddings,
         lora=solution.lora,
-        base_model=edloras[0].base_model,
-        layers=edloras[0].layers,
+        base_model=next((edlora.base_model for edlora in edloras if edlora.base_model), ""),
+        layers=next((edlora.layers for edlora in edloras if edlora.layers), ()),
         training={"fusion": FusionReport.record(sources, settings, solution, record)},
         sources=sources,
         settings=settings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
 from zlib import crc32
@@ -236,7 +236,9 @@ def solve_input(
     for site in sites:
         updates = updates_of(sources, site)
         fused, numbers = SOLVERS[settings.method](shared, updates, settings, site)
-        solution.lora[site], kept = _low_rank(fused, settings.max_rank)
+        low_rank, kept = _low_rank(fused, settings.max_rank)
+        convolution = any(source.edlora.lora[site].convolution for source in sources if site in source.edlora.lora)
+        solution.lora[site] = replace(low_rank, convolution=convolution)
         solution.layers[site] = numbers | ({} if kept == 1 else {"energy_kept": kept})
         if statistics:
             average = weighted_average(updates, shared.weights)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.concepts import check_distinct
-from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import download, is_repo_id
@@ -20,6 +20,7 @@ from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError, EDLoRANo
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import Factors
+from diffusers_mixofshow.interop.lora_files import read_lora
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,41 @@ class FusionSource:
     statistics: SourceStatistics | str | os.PathLike[str] | None = None
 
 
-EDLoRASource = EDLoRA | FusionSource | str | os.PathLike[str]
+@dataclass(frozen=True)
+class LoRASource:
+    """A plain LoRA to fuse: no learnt embeddings, it acts when its trigger words are in the prompt.
+
+    Args:
+        source: A safetensors file in the names of diffusers, PEFT or kohya / A1111.
+        prompts: Prompts with its trigger words, such as ``photo of sks dog``, to sample while layers are watched.
+        weight: Its share in the objective or the average, relative to the other sources.
+        scale: Factor on all its updates.
+        name: What reports call it; by default the file's name.
+        statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
+    """
+
+    source: str | os.PathLike[str]
+    prompts: Sequence[str]
+    weight: float = 1.0
+    scale: float = 1.0
+    name: str = ""
+    statistics: SourceStatistics | str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a source without a prompt: what it does then is never seen."""
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise FusionError(
+                f"LoRASource({os.fspath(self.source)!r}) needs a list of prompts with its trigger words, such as "
+                f"['photo of sks dog', 'sks dog on the beach'], got {self.prompts!r}."
+            )
+
+    @property
+    def label(self) -> str:
+        """Its name without blanks."""
+        return "_".join((self.name or Path(self.source).stem).split())
+
+
+EDLoRASource = EDLoRA | FusionSource | LoRASource | str | os.PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +214,7 @@ def gather(
     Raises:
         FusionError: If anything does not fit; lists everything that is wrong.
     """
-    entries = [one if isinstance(one, FusionSource) else FusionSource(one) for one in given]
+    entries = [one if isinstance(one, FusionSource | LoRASource) else FusionSource(one) for one in given]
     edloras = [_read(entry) for entry in entries]
     weights = [entry.weight for entry in entries] if weights is None else weights
     scales = [entry.scale for entry in entries] if scales is None else scales
@@ -187,6 +222,7 @@ def gather(
         *_number_defects("weights", weights, len(edloras), positive=True),
         *_number_defects("scales", scales, len(edloras), positive=False),
         *mutual_defects(edloras),
+        *_label_defects(entries),
         *_model_defects(edloras, components),
     ]
     if defects:
@@ -196,7 +232,7 @@ def gather(
             edlora=_scaled(edlora, scale),
             weight=weight,
             scale=scale,
-            prompts={concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts},
+            prompts=_prompts(entry, edlora, prompts),
             origin="" if isinstance(entry.source, EDLoRA) else os.fspath(entry.source),
             home=_home(entry),
         )
@@ -209,11 +245,27 @@ def gather(
     )
 
 
-def _read(entry: FusionSource) -> EDLoRA:
+def _prompts(
+    entry: FusionSource | LoRASource, edlora: EDLoRA, prompts: PromptSet | None
+) -> dict[str, tuple[str, ...]]:
+    if isinstance(entry, LoRASource):
+        return {entry.label: tuple(entry.prompts)}
+    return {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
+
+
+def _read(entry: FusionSource | LoRASource) -> EDLoRA:
+    if isinstance(entry, LoRASource):
+        return EDLoRA(concepts=(), embeddings={}, lora=read_lora(Path(entry.source)), base_model="", layers=())
     return entry.source if isinstance(entry.source, EDLoRA) else EDLoRA.from_pretrained(entry.source)
 
 
-def _home(entry: FusionSource) -> Path | None:
+def _label_defects(entries: Sequence[FusionSource | LoRASource]) -> list[str]:
+    labels = [entry.label for entry in entries if isinstance(entry, LoRASource)]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    return [f"LoRAs named alike: {', '.join(twice)}; give each a name of its own"] if twice else []
+
+
+def _home(entry: FusionSource | LoRASource) -> Path | None:
     """The LoRA's file on this disk; None of an object, and of what lies in the Hub's cache."""
     if isinstance(entry.source, EDLoRA) or is_repo_id(entry.source):
         return None
@@ -221,7 +273,7 @@ def _home(entry: FusionSource) -> Path | None:
     return path / FILE_NAME if path.is_dir() else path
 
 
-def _statistics(source: Source, entry: FusionSource) -> SourceStatistics | None:
+def _statistics(source: Source, entry: FusionSource | LoRASource) -> SourceStatistics | None:
     """Statistics that were given with a source, or lie beside it; those given on purpose must fit it."""
     if entry.statistics is not None:
         given = entry.statistics
@@ -252,10 +304,7 @@ def _downloaded(repo_id: str, subfolder: str) -> Path | None:
 def _scaled(edlora: EDLoRA, scale: float) -> EDLoRA:
     if scale == 1:
         return edlora
-    updates = {
-        site: LowRank(down=update.down, up=update.up, alpha=scale * update.alpha)
-        for site, update in edlora.lora.items()
-    }
+    updates = {site: replace(update, alpha=scale * update.alpha) for site, update in edlora.lora.items()}
     return replace(edlora, lora=updates)
 
 
@@ -274,12 +323,12 @@ def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
     if not edloras:
         return ["none was given; give at least one"]
     defects = []
-    bases = {edlora.base_model: _names(edlora) for edlora in reversed(edloras)}
+    bases = {edlora.base_model: _names(edlora) for edlora in reversed(edloras) if edlora.base_model}
     if len(bases) > 1:
         tuned = ", ".join(f"{names} on {base!r}" for base, names in reversed(bases.items()))
         defects.append(f"they were tuned on different base models ({tuned}); tune them on the same one")
-    if len({edlora.layers for edlora in edloras}) > 1:
-        counts = ", ".join(f"{_names(edlora)} {len(edlora.layers)}" for edlora in edloras)
+    if len({edlora.layers for edlora in edloras if edlora.layers}) > 1:
+        counts = ", ".join(f"{_names(edlora)} {len(edlora.layers)}" for edlora in edloras if edlora.layers)
         defects.append(f"they name different cross-attention layers (numbers of layers: {counts})")
     if misfits := _size_defects(edloras):
         defects.append(f"they were made for layers of different sizes ({', '.join(misfits[:3])})")
@@ -319,4 +368,4 @@ def _model_defects(edloras: Sequence[EDLoRA], components: Mapping[str, object] |
 
 
 def _names(edlora: EDLoRA) -> str:
-    return ", ".join(concept.placeholder for concept in edlora.concepts)
+    return ", ".join(concept.placeholder for concept in edlora.concepts) or "a plain LoRA"
