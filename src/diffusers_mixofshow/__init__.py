@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.errors import MixOfShowError
     from diffusers_mixofshow.fusion.fuser import GradientFuser
+    from diffusers_mixofshow.fusion.pack import FusedPack
+    from diffusers_mixofshow.fusion.sources import FusionSource, LoRASource
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
     from diffusers_mixofshow.regions import Region
     from diffusers_mixofshow.training.config import TrainingConfig
@@ -25,7 +27,10 @@ __all__ = [
     "Concept",
     "EDLoRA",
     "EDLoRATrainer",
+    "FusedPack",
+    "FusionSource",
     "GradientFuser",
+    "LoRASource",
     "MixOfShowError",
     "MixOfShowPipeline",
     "Region",
@@ -36,7 +41,10 @@ _HOME = {
     "Concept": "concepts",
     "EDLoRA": "edlora",
     "EDLoRATrainer": "training.trainer",
+    "FusedPack": "fusion.pack",
+    "FusionSource": "fusion.sources",
     "GradientFuser": "fusion.fuser",
+    "LoRASource": "fusion.sources",
     "MixOfShowError": "errors",
     "MixOfShowPipeline": "pipelines.stable_diffusion",
     "Region": "regions",

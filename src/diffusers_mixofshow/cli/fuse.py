@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,15 +63,19 @@ def fuse(
 ) -> None:
     """Fuse several ED-LoRAs into one pack that holds all their concepts, without any photos.
 
-    Where every one brings statistics (edlora.statistics.safetensors), no model is loaded.
+    Where every one brings statistics (edlora.statistics.safetensors), no model is loaded. Started by
+    `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
 
     Example: mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos --output hogwarts
     """
     from diffusers_mixofshow.edlora import EDLoRA
 
+    writes = _joins_others()
     packs = [EDLoRA.from_pretrained(concept) for concept in concepts]
     fuser = _fuser(concepts, packs, base, features, method, _ridge(ridge), max_rank)
     fused = fuser.fuse(concepts, method=method.value, weights=weight)
+    if not writes:
+        return
     fused.save_pretrained(output)
     if fused.report.residuals:
         fused.report.print()
@@ -78,6 +83,16 @@ def fuse(
         fused.report.heat_map(heat_map)
     names = ", ".join(concept.placeholder for pack in packs for concept in pack.concepts)
     typer.echo(f"Wrote the fused pack of {names} to {output}")
+
+
+def _joins_others() -> bool:
+    """Join the processes that a launcher started beside this one, if any; whether this one writes the result."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    import torch
+    from accelerate import PartialState
+
+    return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
 
 
 def _fuser(
