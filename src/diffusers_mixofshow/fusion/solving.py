@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -107,37 +107,76 @@ Statistics = Sequence[Sequence[GramStatistics]]
 """For each source, the statistics of its concepts; none of a source that another process has."""
 
 
+@dataclass(frozen=True)
+class Sums:
+    """All that the objective needs to know of the sources at one input, their shares in it.
+
+    Args:
+        gram: Sum of the Gram matrices, (in_features, in_features).
+        met: Site to what the sources ask of it, see `met_rows`; (sum_i r_i, in_features).
+    """
+
+    gram: torch.Tensor
+    met: Mapping[str, torch.Tensor]
+
+
 class SharedInput:
     """What all layers that read one input have in common, worked out when it is needed and once for all of them.
 
+    Matrices of the sources are read one at a time and summed, so that memory does not grow with their number.
+
     Args:
-        name: The input, see `input_name`.
-        width: Its number of features.
+        sources: What to fuse.
         statistics: What was recorded, or nothing for methods that do not ask.
-        weights: Share of each source.
+        sites: Layers that share the input.
         prior: Gram matrix whose outputs shall stay the base's, its weight in it; (in_features, in_features).
         team: The processes that share the sources.
     """
 
     def __init__(
         self,
-        name: str,
-        width: int,
+        sources: Sequence[Source],
         statistics: Statistics,
-        weights: Sequence[float],
+        sites: Sequence[str],
         prior: torch.Tensor | None = None,
         team: Team | None = None,
     ) -> None:
         """Read no matrix yet."""
-        self.name, self.width, self.weights, self.prior = name, width, weights, prior
+        self.name, self.prior = input_name(sites[0]), prior
+        self.sources, self.weights = sources, shares(sources)
+        self.updates = {site: updates_of(sources, site) for site in sites}
+        self.width = next(iter(self.updates.values()))[0].down.shape[1]
         self._statistics = statistics
         self._team = Team() if team is None else team
+        self._sums: dict[Part | None, Sums] = {}
         self._inverses: dict[float, torch.Tensor] = {}
 
-    @cached_property
-    def grams(self) -> list[torch.Tensor | None]:
-        """G_i of each source, (in_features, in_features), its concepts together; None if another process has it."""
-        return self._grams(None)
+    def grams(self, part: Part | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Place and Gram matrix, (in_features, in_features), of each source that this process has, one at a time."""
+        for place, concepts in enumerate(self._statistics):
+            if concepts:
+                gram = summed_gram(concepts, self.name, part)
+                if gram.shape != (self.width, self.width):
+                    raise FusionError(
+                        f"Statistics of {self.name} must be {(self.width, self.width)} for these ED-LoRAs, got "
+                        f"{self.sources[place].name} {tuple(gram.shape)}. They were recorded on another model; record "
+                        "them on the one that the ED-LoRAs were tuned on."
+                    )
+                yield place, gram
+
+    def sums(self, part: Part | None = None) -> Sums:
+        """The sums over all sources of all processes."""
+        if part not in self._sums:
+            total = torch.zeros(self.width, self.width, dtype=torch.float64)
+            met = {site: [torch.zeros_like(one.down) for one in updates] for site, updates in self.updates.items()}
+            for place, gram in self.grams(part):
+                total += self.weights[place] * gram
+                for site, updates in self.updates.items():
+                    met[site][place] = self.weights[place] * met_rows([updates[place]], [gram])
+            self._sums[part] = Sums(
+                self._team.summed(total), {site: self._team.summed(torch.cat(rows)) for site, rows in met.items()}
+            )
+        return self._sums[part]
 
     @property
     def parts(self) -> set[Part]:
@@ -147,22 +186,13 @@ class SharedInput:
 
     @cached_property
     def total(self) -> torch.Tensor:
-        """Sum of the weighted Gram matrices, and the prior."""
-        return self._total(self.grams)
-
-    def met(self, updates: Sequence[Factors]) -> torch.Tensor:
-        """What the sources ask of a layer, see `met_rows`, weighted; (sum_i r_i, in_features)."""
-        return self._met(updates, self.grams)
-
-    def held_out(self, updates: Sequence[Factors]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a ridge is judged by: rows met when fitting, rows asked for when held out, the latter's Gram matrix."""
-        fitted, held_out = self._halves
-        return self._met(updates, fitted), self._met(updates, held_out), self._held_out_total
+        """Sum of the Gram matrices, and the prior."""
+        return self._with_prior(self.sums().gram)
 
     @cached_property
     def spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues and eigenvectors of the fitted part, prior included."""
-        values, vectors = torch.linalg.eigh(self._total(self._halves[0]))
+        values, vectors = torch.linalg.eigh(self._with_prior(self.sums("fit").gram))
         return values.clamp_min(0), vectors
 
     def inverse(self, ridge: float) -> torch.Tensor:
@@ -177,34 +207,8 @@ class SharedInput:
         damped = self.total + damping * torch.eye(self.width, dtype=self.total.dtype)
         return condition_number(damped, self.inverse(ridge))
 
-    @cached_property
-    def _halves(self) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-        return self._grams("fit"), self._grams("held_out")
-
-    @cached_property
-    def _held_out_total(self) -> torch.Tensor:
-        return self._team.summed(self._weighted_sum(self._halves[1]))
-
-    def _grams(self, part: Part | None) -> list[torch.Tensor | None]:
-        return [summed_gram(concepts, self.name, part) if concepts else None for concepts in self._statistics]
-
-    def _met(self, updates: Sequence[Factors], grams: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        weights = [
-            torch.full((len(update.down), 1), weight, dtype=torch.float64)
-            for update, weight in zip(updates, self.weights, strict=True)
-        ]
-        return self._team.summed(torch.cat(weights) * met_rows(updates, grams))
-
-    def _total(self, grams: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        total = self._team.summed(self._weighted_sum(grams))
-        return total if self.prior is None else total + self.prior
-
-    def _weighted_sum(self, grams: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        total = torch.zeros(self.width, self.width, dtype=torch.float64)
-        for weight, gram in zip(self.weights, grams, strict=True):
-            if gram is not None:
-                total += weight * gram
-        return total
+    def _with_prior(self, gram: torch.Tensor) -> torch.Tensor:
+        return gram if self.prior is None else gram + self.prior
 
 
 def solve_input(
@@ -228,30 +232,34 @@ def solve_input(
     Raises:
         FusionError: If a Gram matrix is singular, or a ridge is to be chosen and nothing was held out.
     """
-    width = updates_of(sources, sites[0])[0].down.shape[1]
-    shared = SharedInput(input_name(sites[0]), width, statistics, shares(sources), prior, team)
-    solution = Solution()
-    if statistics:
-        _check_inputs(shared, sources)
+    shared, solution = SharedInput(sources, statistics, sites, prior, team), Solution()
     for site in sites:
-        updates = updates_of(sources, site)
-        fused, numbers = SOLVERS[settings.method](shared, updates, settings, site)
+        fused, numbers = SOLVERS[settings.method](shared, site, settings)
         low_rank, kept = _low_rank(fused, settings.max_rank)
         convolution = any(source.edlora.lora[site].convolution for source in sources if site in source.edlora.lora)
         solution.lora[site] = replace(low_rank, convolution=convolution)
         solution.layers[site] = numbers | ({} if kept == 1 else {"energy_kept": kept})
-        if statistics:
-            average = weighted_average(updates, shared.weights)
-            packed = _factors(solution.lora[site])
-            solution.residuals[site] = {
-                source.name: (relative_residual(average, own, gram), relative_residual(packed, own, gram))
-                for source, own, gram in zip(sources, updates, shared.grams, strict=True)
-                if gram is not None
-            }
     if statistics:
-        first = updates_of(sources, sites[0])
-        solution.overlaps, solution.inputs = _overlaps(sources, first, shared.met(first)), 1
+        solution.residuals = _residuals(shared, solution.lora)
+        table = overlaps(shared.updates[sites[0]], shared.sums().met[sites[0]]).tolist()
+        solution.overlaps, solution.inputs = _pairs([source.name for source in sources], table), 1
     return solution
+
+
+def _residuals(shared: SharedInput, lora: Mapping[str, LowRank]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Site to source to relative residual under the weighted average and after fusion."""
+    fused = {site: _factors(lora[site]) for site in shared.updates}
+    average = {site: weighted_average(updates, shared.weights) for site, updates in shared.updates.items()}
+    found: dict[str, dict[str, tuple[float, float]]] = {site: {} for site in shared.updates}
+    for place, gram in shared.grams():
+        name = shared.sources[place].name
+        for site, updates in shared.updates.items():
+            own = updates[place]
+            found[site][name] = (
+                relative_residual(average[site], own, gram),
+                relative_residual(fused[site], own, gram),
+            )
+    return found
 
 
 def by_input(sites: Sequence[str]) -> list[tuple[str, ...]]:
@@ -282,38 +290,39 @@ def is_text_input(name: str) -> bool:
 Solved = tuple[Factors, dict[str, float]]
 
 
-def _solve_closed_form(shared: SharedInput, updates: Sequence[Factors], settings: Settings, site: str) -> Solved:
-    ridge, numbers = settings.ridge, {}
+def _solve_closed_form(shared: SharedInput, site: str, settings: Settings) -> Solved:
+    ridge, numbers, updates = settings.ridge, {}, shared.updates[site]
     if ridge == "auto":
         if shared.parts != {"fit", "held_out"}:
             raise FusionError(
                 "ridge='auto' judges a ridge by inputs that were held out, and these statistics have none. "
                 "Record with two prompts or more for each concept, or give the ridge as a number, such as 1e-2."
             )
-        ridge, error = chosen_ridge(updates, *shared.held_out(updates), shared.spectrum)
+        fitted, asked = shared.sums("fit"), shared.sums("held_out")
+        ridge, error = chosen_ridge(updates, fitted.met[site], asked.met[site], asked.gram, shared.spectrum)
         numbers["held_out_residual"] = max(0.0, error) ** 0.5
-    fused = fused_update(updates, shared.met(updates), shared.inverse(ridge))
+    fused = fused_update(updates, shared.sums().met[site], shared.inverse(ridge))
     return fused, {"ridge": ridge, "condition": shared.condition(ridge)} | numbers
 
 
-def _solve_lbfgs(shared: SharedInput, updates: Sequence[Factors], settings: Settings, site: str) -> Solved:
+def _solve_lbfgs(shared: SharedInput, site: str, settings: Settings) -> Solved:
     steps = LBFGS_STEPS["text" if is_text_input(shared.name) else "spatial"]
-    return lbfgs(updates, shared.met(updates), shared.total, steps=steps), {"steps": steps}
+    return lbfgs(shared.updates[site], shared.sums().met[site], shared.total, steps=steps), {"steps": steps}
 
 
-SOLVERS: Mapping[str, Callable[[SharedInput, Sequence[Factors], Settings, str], Solved]] = {
+SOLVERS: Mapping[str, Callable[[SharedInput, str, Settings], Solved]] = {
     "closed-form": _solve_closed_form,
     "lbfgs": _solve_lbfgs,
-    "average": lambda shared, updates, settings, site: (weighted_average(updates, shared.weights), {}),
-    "sum": lambda shared, updates, settings, site: (summed(updates), {}),
-    "ties": lambda shared, updates, settings, site: (ties_merged(updates, shared.weights), {}),
-    "dare": lambda shared, updates, settings, site: (
-        dare_merged(updates, shared.weights, seed=crc32(site.encode())),
+    "average": lambda shared, site, settings: (weighted_average(shared.updates[site], shared.weights), {}),
+    "sum": lambda shared, site, settings: (summed(shared.updates[site]), {}),
+    "ties": lambda shared, site, settings: (ties_merged(shared.updates[site], shared.weights), {}),
+    "dare": lambda shared, site, settings: (
+        dare_merged(shared.updates[site], shared.weights, seed=crc32(site.encode())),
         {},
     ),
-    "svd": lambda shared, updates, settings, site: (svd_merged(updates, shared.weights), {}),
+    "svd": lambda shared, site, settings: (svd_merged(shared.updates[site], shared.weights), {}),
 }
-"""Method to solver, all with one signature: the input that layers share, one update per source, settings, the site."""
+"""Method to solver, all with one signature: the input and what the sources want there, the layer, settings."""
 
 
 def _low_rank(update: Factors, max_rank: int | None) -> tuple[LowRank, float]:
@@ -328,27 +337,9 @@ def _factors(update: LowRank) -> Factors:
     return Factors(down=update.scaling * update.down.double(), up=update.up.double())
 
 
-def _overlaps(sources: Sequence[Source], updates: Sequence[Factors], met: torch.Tensor) -> Overlaps:
-    table = overlaps(updates, met).tolist()
-    return {
-        (one.name, other.name): table[i][j]
-        for i, one in enumerate(sources)
-        for j, other in enumerate(sources)
-        if i < j
-    }
-
-
-def _check_inputs(shared: SharedInput, sources: Sequence[Source]) -> None:
-    """Refuse statistics that were recorded on layers of another width."""
-    width = shared.width
-    pairs = zip(sources, shared.grams, strict=True)
-    shapes = {source.name: tuple(gram.shape) for source, gram in pairs if gram is not None}
-    wrong = [f"{name} {shape}" for name, shape in shapes.items() if shape != (width, width)]
-    if wrong:
-        raise FusionError(
-            f"Statistics of {shared.name} must be ({width}, {width}) for these ED-LoRAs, got {', '.join(wrong)}. "
-            "They were recorded on another model; record them on the one that the ED-LoRAs were tuned on."
-        )
+def _pairs(names: Sequence[str], table: Sequence[Sequence[float]]) -> Overlaps:
+    """Every pair of names once, from a symmetric table."""
+    return {(one, names[j]): table[i][j] for i, one in enumerate(names) for j in range(i + 1, len(names))}
 
 
 def check_recorded(sources: Sequence[Source], statistics: Statistics, sites: Sequence[str]) -> None:
