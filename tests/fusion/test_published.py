@@ -67,6 +67,7 @@ def test_the_budget_goes_where_energy_is() -> None:
     spectra = {"flat": torch.ones(10), "steep": torch.tensor([100.0] + [0.1] * 9), "none": torch.zeros(4)}
     ranks = ranks_within(spectra, 2 * 10 * 4)
     assert ranks == {"flat": 3, "steep": 1, "none": 0}
+    assert ranks_within(spectra, 2 * 10 * 4, {"flat": 0.01, "steep": 1, "none": 1})["steep"] == 4
     assert ranks_within(spectra, 0) == {"flat": 0, "steep": 0, "none": 0}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum
 from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
 from diffusers_mixofshow.fusion.ridge import CANDIDATES, chosen_ridge
 from diffusers_mixofshow.fusion.solvers import (
@@ -231,3 +232,12 @@ def test_overlaps_are_those_of_row_spaces() -> None:
 def test_condition_number_of_a_diagonal() -> None:
     matrix = torch.diag(torch.tensor([4.0, 0.5]))
     assert condition_number(matrix, matrix.inverse()) == pytest.approx(8)
+
+
+def test_residual_of_a_low_rank_factor_is_that_of_its_matrix() -> None:
+    updates, features = _concepts(2)
+    factor = Spectrum.of(features[0] @ features[0].T).leading(4)
+    expected = relative_residual(updates[1], updates[0], factor.gram())
+    assert relative_residual(updates[1], updates[0], factor) == pytest.approx(expected)
+    both = GramFactor.summed([factor, factor], [1.0, 2.0])
+    torch.testing.assert_close(both.gram(), 3 * factor.gram())

@@ -12,7 +12,8 @@ import math
 import os
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,14 +172,19 @@ class StoredStatistics:
         Raises:
             FusionError: If the file's matrix holds NaN or Inf, or has another shape.
         """
-        entry = self._inputs[name]
-        wanted = [one for one in (PARTS if part is None else (part,)) if one in entry]
-        try:
-            with safe_open(self._path, framework="pt") as opened:
-                grams = [entry[one]["tokens"] * self._read(opened, name, one) for one in wanted]
-        except (SafetensorError, OSError) as error:
-            raise FusionError(f"{self._path} cannot be read any more: {error}. {_REMEDY}") from error
+        wanted = [one for one in (PARTS if part is None else (part,)) if one in self._inputs[name]]
+        with self._opened() as opened:
+            grams = [self.tokens(name, one) * self._gram(opened, name, one) for one in wanted]
         return torch.stack(grams).sum(dim=0) / self.tokens(name, part)
+
+    def factor(self, name: str) -> GramFactor | None:
+        """The Gram matrix of all parts as a low-rank factor; None where the file holds full matrices."""
+        if self._full:
+            return None
+        parts = [part for part in PARTS if part in self._inputs[name]]
+        with self._opened() as opened:
+            factors = [self._factor(opened, name, part) for part in parts]
+        return GramFactor.summed(factors, [self.tokens(name, part) / self.tokens(name) for part in parts])
 
     def tensor_names(self) -> list[str]:
         """Every tensor of the file that belongs to this concept."""
@@ -190,18 +196,27 @@ class StoredStatistics:
             for kind in kinds
         ]
 
-    def _read(self, opened: Any, name: str, part: Part) -> torch.Tensor:
-        def tensor(kind: str) -> torch.Tensor:
-            values: torch.Tensor = opened.get_tensor(_tensor_name(self._placeholder, part, name, kind)).double()
-            if not values.isfinite().all():
-                raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
-            return values
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise FusionError(f"{self._path} cannot be read any more: {error}. {_REMEDY}") from error
 
-        if self._full:
-            return tensor("gram")
+    def _gram(self, opened: Any, name: str, part: Part) -> torch.Tensor:
+        return self._tensor(opened, name, part, "gram") if self._full else self._factor(opened, name, part).gram()
+
+    def _factor(self, opened: Any, name: str, part: Part) -> GramFactor:
         entry = self._inputs[name][part]
-        rows = tensor("rows") * tensor("scale")[:, None]
-        return GramFactor(rows=rows, tail=entry["tail"], energy=entry["energy"]).gram()
+        rows = self._tensor(opened, name, part, "rows") * self._tensor(opened, name, part, "scale")[:, None]
+        return GramFactor(rows=rows, tail=entry["tail"], energy=entry["energy"])
+
+    def _tensor(self, opened: Any, name: str, part: Part, kind: str) -> torch.Tensor:
+        values: torch.Tensor = opened.get_tensor(_tensor_name(self._placeholder, part, name, kind)).double()
+        if not values.isfinite().all():
+            raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
+        return values
 
 
 def _written(
@@ -217,7 +232,8 @@ def _written(
         )
     kept: dict[tuple[str, Part], int] = {}
     if max_bytes is not None:
-        kept = ranks_within({key: _eigenvalues(statistics.gram(*key)) for key in keys}, max_bytes)
+        shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in keys}
+        kept = ranks_within({key: _eigenvalues(statistics.gram(*key)) for key in keys}, max_bytes, shares)
     tensors: dict[str, torch.Tensor] = {}
     entry: dict[str, Any] = {}
     for name, part in keys:

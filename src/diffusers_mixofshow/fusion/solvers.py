@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.compression import GramFactor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +76,15 @@ def closed_form(updates: Sequence[Factors], grams: Sequence[torch.Tensor], inver
     return fused_update(updates, met_rows(updates, grams), inverse)
 
 
-def met_rows(updates: Sequence[Factors], grams: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def met_rows(updates: Sequence[Factors], grams: Sequence[torch.Tensor]) -> torch.Tensor:
     """What the objective asks of a layer: stack_i(s_i A_i G_i), shape (sum_i r_i, in_features), float64.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        grams: One Gram matrix per concept, (in_features, in_features), in the same order; None leaves its rows 0.
+        grams: One Gram matrix per concept, (in_features, in_features), in the same order.
     """
-    rows = [
-        torch.zeros_like(update.down.double()) if gram is None else update.down.double() @ gram.double()
-        for update, gram in zip(updates, grams, strict=True)
-    ]
-    return torch.cat(rows)
+    pairs = zip(updates, grams, strict=True)
+    return torch.cat([update.down.double() @ gram.double() for update, gram in pairs])
 
 
 def fused_update(updates: Sequence[Factors], met: torch.Tensor, inverse: torch.Tensor) -> Factors:
@@ -174,7 +172,7 @@ def at_most_full_rank(update: Factors) -> Factors:
     return update if update.down.shape[0] <= full else recompressed(update, full)[0]
 
 
-def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor) -> float:
+def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor | GramFactor) -> float:
     """Relative error that fusion makes in one concept's outputs of one layer.
 
     sqrt( tr((D - dW_i) G_i (D - dW_i)^T) / tr(dW_i G_i dW_i^T) ) = |D X_i - dW_i X_i|_F / |dW_i X_i|_F, the root of
@@ -183,7 +181,8 @@ def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor) -> float
     Args:
         fused: The fused update D.
         own: The concept's own update dW_i.
-        gram: The concept's Gram matrix G_i, (in_features, in_features).
+        gram: The concept's Gram matrix G_i, (in_features, in_features), or a low-rank factor of it, which makes the
+            cost linear in the width.
 
     Returns:
         The ratio; 0 where the concept itself changes nothing and fusion does neither, infinity where only fusion does.
@@ -198,9 +197,13 @@ def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor) -> float
     return (error / scale) ** 0.5
 
 
-def _energy(update: Factors, gram: torch.Tensor) -> float:
+def _energy(update: Factors, gram: torch.Tensor | GramFactor) -> float:
     """tr(U K G K^T U^T) for D = U K, never leaving the rank's size."""
     up, down = update.up.double(), update.down.double()
+    if isinstance(gram, GramFactor):  # |D F^T|^2 + tail |D|^2
+        inner = up.T @ up
+        met = down @ gram.rows.T
+        return max(0.0, (inner * (met @ met.T + gram.tail * (down @ down.T))).sum().item())
     return max(0.0, ((up.T @ up) * (down @ gram.double() @ down.T)).sum().item())
 
 

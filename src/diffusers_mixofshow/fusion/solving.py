@@ -12,6 +12,7 @@ import torch
 
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.compression import GramFactor
 from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
 from diffusers_mixofshow.fusion.ridge import chosen_ridge
 from diffusers_mixofshow.fusion.solvers import (
@@ -28,7 +29,7 @@ from diffusers_mixofshow.fusion.solvers import (
     weighted_average,
 )
 from diffusers_mixofshow.fusion.sources import Source, shares
-from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part, input_name, summed_gram
+from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part, input_name, summed_factor, summed_gram
 from diffusers_mixofshow.fusion.team import Team
 
 
@@ -164,6 +165,13 @@ class SharedInput:
                     )
                 yield place, gram
 
+    def kept(self) -> Iterator[tuple[int, torch.Tensor | GramFactor]]:
+        """As `grams`, of all parts, but as low-rank factors where they are kept as such."""
+        for place, concepts in enumerate(self._statistics):
+            if concepts:
+                factor = summed_factor(concepts, self.name)
+                yield place, summed_gram(concepts, self.name) if factor is None else factor
+
     def sums(self, part: Part | None = None) -> Sums:
         """The sums over all sources of all processes."""
         if part not in self._sums:
@@ -251,7 +259,7 @@ def _residuals(shared: SharedInput, lora: Mapping[str, LowRank]) -> dict[str, di
     fused = {site: _factors(lora[site]) for site in shared.updates}
     average = {site: weighted_average(updates, shared.weights) for site, updates in shared.updates.items()}
     found: dict[str, dict[str, tuple[float, float]]] = {site: {} for site in shared.updates}
-    for place, gram in shared.grams():
+    for place, gram in shared.kept():
         name = shared.sources[place].name
         for site, updates in shared.updates.items():
             own = updates[place]

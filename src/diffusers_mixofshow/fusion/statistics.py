@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 import torch
+
+from diffusers_mixofshow.fusion.compression import GramFactor
 
 
 Part = Literal["fit", "held_out"]
@@ -56,6 +58,9 @@ class GramStatistics(Protocol):
 
     def gram(self, name: str, part: Part | None = None) -> torch.Tensor:
         """Gram matrix per token, (in_features, in_features), float64, on the CPU; of one part or of all."""
+
+    def factor(self, name: str) -> GramFactor | None:
+        """The Gram matrix of all parts as a low-rank factor, where it is kept as one."""
 
 
 class ConceptStatistics:
@@ -116,6 +121,15 @@ class ConceptStatistics:
             raise KeyError(name)
         total = sum(self._sums[name, one].cpu().double() for one in wanted)
         return torch.as_tensor(total) / self.tokens(name, part)
+
+    def factor(self, name: str) -> None:
+        """None: what is gathered is the matrix itself."""
+
+
+def summed_factor(statistics: Sequence[GramStatistics], name: str) -> GramFactor | None:
+    """Factor of `summed_gram`, of all parts; None unless every concept keeps one."""
+    factors = [factor for one in statistics if (factor := one.factor(name)) is not None]
+    return GramFactor.summed(factors, [1.0] * len(factors)) if len(factors) == len(statistics) else None
 
 
 def summed_gram(statistics: Iterable[GramStatistics], name: str, part: Part | None = None) -> torch.Tensor:
