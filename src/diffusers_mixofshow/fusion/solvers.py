@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -32,6 +33,11 @@ class Factors:
     def delta(self) -> torch.Tensor:
         """The dense update, shape (out_features, in_features)."""
         return self.up @ self.down
+
+    @cached_property
+    def inner(self) -> torch.Tensor:
+        """Inner products of the columns of `up`, shape (rank, rank), float64."""
+        return self.up.double().T @ self.up.double()
 
 
 def factorise(grams: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
@@ -187,24 +193,30 @@ def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor | GramFac
     Returns:
         The ratio; 0 where the concept itself changes nothing and fusion does neither, infinity where only fusion does.
     """
-    difference = Factors(
-        down=torch.cat([fused.down.double(), -own.down.double()]),
-        up=torch.cat([fused.up.double(), own.up.double()], 1),
-    )
-    error, scale = _energy(difference, gram), _energy(own, gram)
+    together, alone, scale = _products(fused, own, gram)
+    error = max(0.0, together - 2 * alone + scale)
     if scale == 0:
         return 0.0 if error == 0 else float("inf")
     return (error / scale) ** 0.5
 
 
-def _energy(update: Factors, gram: torch.Tensor | GramFactor) -> float:
-    """tr(U K G K^T U^T) for D = U K, never leaving the rank's size."""
-    up, down = update.up.double(), update.down.double()
-    if isinstance(gram, GramFactor):  # |D F^T|^2 + tail |D|^2
-        inner = up.T @ up
-        met = down @ gram.rows.T
-        return max(0.0, (inner * (met @ met.T + gram.tail * (down @ down.T))).sum().item())
-    return max(0.0, ((up.T @ up) * (down @ gram.double() @ down.T)).sum().item())
+def _products(fused: Factors, own: Factors, gram: torch.Tensor | GramFactor) -> tuple[float, float, float]:
+    """tr(D G D^T), tr(D G dW^T) and tr(dW G dW^T), never leaving the ranks' size."""
+    wide, narrow = fused.down.double(), own.down.double()
+    if isinstance(gram, GramFactor):  # G = F^T F + tail I
+        seen, own_seen = wide @ gram.rows.T, narrow @ gram.rows.T
+        squares = [seen @ seen.T, seen @ own_seen.T, own_seen @ own_seen.T]
+        squares = [
+            square + gram.tail * (one @ other.T)
+            for square, one, other in zip(squares, (wide, wide, narrow), (wide, narrow, narrow), strict=True)
+        ]
+    else:
+        seen = wide @ gram.double()
+        squares = [seen @ wide.T, seen @ narrow.T, narrow @ gram.double() @ narrow.T]
+    mixed = fused.up.double().T @ own.up.double()
+    inners = (fused.inner, mixed, own.inner)
+    first, second, third = ((inner * square).sum().item() for inner, square in zip(inners, squares, strict=True))
+    return first, second, third
 
 
 def condition_number(matrix: torch.Tensor, inverse: torch.Tensor) -> float:
@@ -230,9 +242,14 @@ def overlaps(updates: Sequence[Factors], met: torch.Tensor) -> torch.Tensor:
     Returns:
         Shape (concepts, concepts), symmetric.
     """
-    blocks = met.split([len(update.down) for update in updates])
-    rows = [torch.linalg.qr(update.up.double()).R @ block for update, block in zip(updates, blocks, strict=True)]
-    norms = torch.stack([torch.stack([(one @ other.T).norm() for other in rows]) for one in rows])
+    ranks = [len(update.down) for update in updates]
+    rows = [
+        torch.linalg.qr(update.up.double()).R @ block for update, block in zip(updates, met.split(ranks), strict=True)
+    ]
+    owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([len(one) for one in rows]))
+    member = torch.nn.functional.one_hot(owner, len(updates)).double()  # (rows, concepts)
+    products = torch.cat(rows) @ torch.cat(rows).T
+    norms = (member.T @ products.square() @ member).sqrt()
     own = norms.diagonal()
     scale = (own[:, None] * own).sqrt()
     return torch.where(scale > 0, norms / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
