@@ -35,6 +35,11 @@ class Factors:
         return self.up @ self.down
 
     @cached_property
+    def outer(self) -> torch.Tensor:
+        """Inner products of the rows of `down`, shape (rank, rank), float64."""
+        return self.down.double() @ self.down.double().T
+
+    @cached_property
     def inner(self) -> torch.Tensor:
         """Inner products of the columns of `up`, shape (rank, rank), float64."""
         return self.up.double().T @ self.up.double()
@@ -205,10 +210,10 @@ def _products(fused: Factors, own: Factors, gram: torch.Tensor | GramFactor) -> 
     wide, narrow = fused.down.double(), own.down.double()
     if isinstance(gram, GramFactor):  # G = F^T F + tail I
         seen, own_seen = wide @ gram.rows.T, narrow @ gram.rows.T
-        squares = [seen @ seen.T, seen @ own_seen.T, own_seen @ own_seen.T]
         squares = [
-            square + gram.tail * (one @ other.T)
-            for square, one, other in zip(squares, (wide, wide, narrow), (wide, narrow, narrow), strict=True)
+            seen @ seen.T + gram.tail * fused.outer,
+            seen @ own_seen.T + gram.tail * (wide @ narrow.T),
+            own_seen @ own_seen.T + gram.tail * own.outer,
         ]
     else:
         seen = wide @ gram.double()
