@@ -2,6 +2,7 @@
 
     python benchmarks/fusion.py                                  # 320 wide, 4 concepts, 16384 tokens each
     python benchmarks/fusion.py --width 1280 --concepts 14 --tokens 4096
+    python benchmarks/fusion.py --scale                          # 2 to 64 concepts from published statistics
 
 Writes one JSON record to benchmarks/records/. The LBFGS row is the authors' setting for spatial layers: 50 iterations
 from the base weights on all features.
@@ -13,8 +14,10 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +25,12 @@ from typing import Any
 
 import torch
 
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.fusion import FusionSource, GradientFuser
+from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors, closed_form, factorise
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
 
 
 RECORDS = Path(__file__).parent / "records"
@@ -112,6 +119,72 @@ def stored(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(parts), torch.cat(targets)
 
 
+SCALES = (2, 4, 8, 16, 32, 64)
+BLOCK = "unet.{place}.attentions.0.transformer_blocks.0.{layer}"
+LAYERS = tuple(f"attn{number}.{name}" for number in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0"))
+PLACES = {"down_blocks.0": 320, "down_blocks.1": 640, "mid_block": 1280}
+TEXT_LAYERS = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
+
+
+def measure_scale() -> dict[str, dict[str, float]]:
+    """Fuse 2 to 64 synthetic ED-LoRAs of one transformer block of each width of SD 1.5 and one text layer."""
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        statistics = synthetic_statistics(Path(folder, "x.statistics.safetensors"))
+        concepts = [synthetic_edlora(number) for number in range(max(SCALES))]
+        for count in SCALES:
+            sources = [published(edlora, statistics) for edlora in concepts[:count]]
+            before = time.process_time()
+            GradientFuser().fuse(sources)
+            seconds = time.process_time() - before  # of the processor: the machine may be shared
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            results[f"{count} concepts"] = {"cpu_s": seconds, "cpu_s_a_concept": seconds / count, "peak_rss_mib": peak}
+            print(f"{count:3} concepts {seconds:6.2f} s  {seconds / count:.3f} s each  peak {peak:.0f} MiB")
+    return results
+
+
+def sizes() -> dict[str, tuple[int, int]]:
+    """Site to (out_features, in_features)."""
+    shapes = {f"text_encoder.text_model.encoder.layers.0.{layer}": (768, 768) for layer in TEXT_LAYERS}
+    for place, width in PLACES.items():
+        for layer in LAYERS:
+            reads_text = layer in ("attn2.to_k", "attn2.to_v")
+            shapes[BLOCK.format(place=place, layer=layer)] = (width, 768 if reads_text else width)
+    return shapes
+
+
+def synthetic_statistics(path: Path) -> SourceStatistics:
+    """One concept's statistics, with a decaying spectrum; all synthetic concepts share them."""
+    generator, concept = torch.Generator().manual_seed(0), ConceptStatistics()
+    for name, width in {input_name(site): shape[1] for site, shape in sizes().items()}.items():
+        features = torch.randn(2048, width, generator=generator) * torch.logspace(0, -2, width)
+        concept.add(name, features)
+    statistics = SourceStatistics(digest="", base_model="synthetic", recording={}, concepts={"<c>": concept})
+    return SourceStatistics.load(statistics.save(path, max_bytes=2_000_000))
+
+
+def synthetic_edlora(number: int) -> EDLoRA:
+    generator = torch.Generator().manual_seed(number)
+    concept = Concept.from_name(f"c{number:02}x", "dog")
+    lora = {
+        site: LowRank(
+            down=torch.randn(RANK, narrow, generator=generator),
+            up=0.01 * torch.randn(wide, RANK, generator=generator),
+            alpha=RANK,
+        )
+        for site, (wide, narrow) in sizes().items()
+    }
+    embeddings = {token: torch.randn(1, 768, generator=generator) for token in concept.tokens}
+    return EDLoRA(concepts=(concept,), embeddings=embeddings, lora=lora, base_model="synthetic", layers=("layer",))
+
+
+def published(edlora: EDLoRA, statistics: SourceStatistics) -> FusionSource:
+    """A source with the shared statistics under its own name and hash."""
+    placeholder, shared = edlora.concepts[0].placeholder, statistics.concepts["<c>"]
+    own = SourceStatistics(digest=edlora.digest, base_model="synthetic", recording={}, concepts={placeholder: shared})
+    return FusionSource(edlora, statistics=own)
+
+
 def held_mib(*tensors: torch.Tensor) -> float:
     return sum(tensor.nbytes for tensor in tensors) / 2**20
 
@@ -148,8 +221,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="recorded tokens per concept")
     parser.add_argument("--ridge", type=float, default=1e-6)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--scale", action="store_true", help="time and memory of 2 to 64 concepts instead")
     parser.add_argument("--record", type=Path, help="where to write the record")
     arguments = parser.parse_args()
+    if arguments.scale:
+        write_record(
+            arguments.record or RECORDS / "fusion-scale-cpu.json",
+            {
+                "run": surroundings("cpu"),
+                "settings": {"rank": RANK, "layers": len(sizes())},
+                "results": measure_scale(),
+            },
+        )
+        return
     problem = Problem(arguments.width, arguments.concepts, arguments.tokens, arguments.device)
     timed(lambda: torch.randn(256, 256, device=arguments.device) @ torch.eye(256, device=arguments.device), "cpu")
     solvers = {
@@ -165,6 +249,10 @@ def main() -> None:
         record["results"][name] = measured
         print(f"{name:32}", "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))
     path = arguments.record or RECORDS / f"fusion-{arguments.width}x{arguments.concepts}-{arguments.device}.json"
+    write_record(path, record)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"Record: {path}")

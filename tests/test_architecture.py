@@ -33,6 +33,7 @@ RANK_OF = {
     "evaluation": 3,
     "demo": 4,
     "cli": 4,
+    "__main__": 5,
 }
 # Imports between parts of one rank. Everybody may import errors; interop translates other files to and from an
 # EDLoRA; the verb `demo` of the command line starts the demo.

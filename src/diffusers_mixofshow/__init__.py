@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning
     from diffusers_mixofshow.fusion.fuser import GradientFuser
+    from diffusers_mixofshow.fusion.pack import FusedPack
+    from diffusers_mixofshow.fusion.sources import FusionSource, LoRASource
     from diffusers_mixofshow.pipelines.adapter import MixOfShowAdapterPipeline
     from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline
     from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
@@ -30,9 +32,12 @@ __all__ = [
     "Concept",
     "EDLoRA",
     "EDLoRATrainer",
+    "FusedPack",
+    "FusionSource",
     "GradientFuser",
     "Isolation",
     "Layout",
+    "LoRASource",
     "MixOfShowAdapterPipeline",
     "MixOfShowControlNetPipeline",
     "MixOfShowError",
@@ -49,11 +54,14 @@ _HOME = {
     "Concept": "concepts",
     "EDLoRA": "edlora",
     "EDLoRATrainer": "training.trainer",
+    "FusedPack": "fusion.pack",
+    "FusionSource": "fusion.sources",
     "GradientFuser": "fusion.fuser",
     "Isolation": "regions",
     "Layout": "regions",
     "MixOfShowAdapterPipeline": "pipelines.adapter",
     "MixOfShowControlNetPipeline": "pipelines.controlnet",
+    "LoRASource": "fusion.sources",
     "MixOfShowError": "errors",
     "MixOfShowImg2ImgPipeline": "pipelines.image_to_image",
     "MixOfShowInpaintPipeline": "pipelines.inpainting",

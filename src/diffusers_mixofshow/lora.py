@@ -18,7 +18,7 @@ from torch import nn
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.sites import adapted_layers, canonical_name, components_with_sites
+from diffusers_mixofshow.sites import adapted_layers, canonical_name, components_with_sites, linear_layers
 
 
 _TRAINING_ADAPTER = "edlora_training"
@@ -39,12 +39,12 @@ def merged(components: Mapping[str, object], edlora: EDLoRA, scale: float = 1.0)
         EDLoRAFormatError: If the ED-LoRA does not fit the model.
     """
     edlora.check_fits(components)
-    layers = adapted_layers(components)
+    layers = linear_layers(components)
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         for site in edlora.lora.keys() & layers.keys():
             weight = _base_weight(layers[site], site)
-            delta = scale * low_rank_delta(edlora.lora[site], like=weight)
+            delta = scale * low_rank_delta(edlora.lora[site], like=weight).reshape(weight.shape)
             originals.append((weight, weight.data))
             weight.data = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
         yield
@@ -181,7 +181,7 @@ def _add_adapter(
         if wanted:
             with _gradient_flags_kept(model):
                 _inject_into(model, adapter_name, wanted)
-    layers = adapted_layers(components)
+    layers = linear_layers(components)
     return {site: layers[site] for site in shapes if site in layers}
 
 
@@ -208,7 +208,7 @@ def _inject_into(model: nn.Module, adapter_name: str, shapes: Mapping[str, tuple
 
 def _fill(linear: nn.Linear, matrix: torch.Tensor, *, like: torch.Tensor) -> None:
     linear.to(like.dtype if like.is_floating_point() else matrix.dtype).requires_grad_(False)
-    linear.weight.data.copy_(matrix)
+    linear.weight.data.copy_(matrix.reshape(linear.weight.shape))
 
 
 def _delete_from_layer(layer: LoraLayer, adapter_name: str) -> None:

@@ -17,6 +17,8 @@ from torch import nn
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _TEXT_SITE = re.compile(r"encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)")
 _UNET_SITE = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+_ANY_TEXT_SITE = re.compile(_TEXT_SITE.pattern + r"|encoder\.layers\.\d+\.mlp\.fc[12]")
+_ANY_UNET_SITE = re.compile(_UNET_SITE.pattern + r"|.*\.(ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj)")
 _STAGES = ("down_blocks", "mid_block", "up_blocks")
 
 
@@ -43,17 +45,27 @@ def adapted_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
     Returns:
         Site name to module, text encoders first, then the U-Net in the order down, mid, up.
     """
-    sites: dict[str, nn.Module] = {}
-    for component, model in components_with_sites(components).items():
-        pattern = _UNET_SITE if component == "unet" else _TEXT_SITE
-        paths = {path.removeprefix("text_model."): (path, module) for path, module in model.named_modules()}
-        names = [short for short in paths if pattern.fullmatch(short)]
-        if component == "unet":
-            names.sort(key=_stage_of)
-        for short in names:
-            path, module = paths[short]
-            sites[canonical_name(component, path)] = module
-    return sites
+    return _matching(components, _TEXT_SITE, _UNET_SITE)
+
+
+def linear_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Find every layer that any LoRA may adapt: those of ED-LoRAs, feed-forward layers and projections.
+
+    Args:
+        components: As in `adapted_layers`.
+
+    Returns:
+        Site name to module, which is linear or a 1 x 1 convolution, in the order of `adapted_layers`.
+    """
+    return _matching(components, _ANY_TEXT_SITE, _ANY_UNET_SITE)
+
+
+def is_linear_site(site: str) -> bool:
+    """Whether a site has the name of a layer that `linear_layers` may find."""
+    component, _, path = site.partition(".")
+    if component == "unet":
+        return path.partition(".")[0] in _STAGES and _ANY_UNET_SITE.fullmatch(path) is not None
+    return component in _TEXT_ENCODERS and _ANY_TEXT_SITE.fullmatch(path.removeprefix("text_model.")) is not None
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[str, ...]:
@@ -76,6 +88,20 @@ def self_attention_layers(unet: nn.Module) -> tuple[str, ...]:
 def _attention_layers(unet: nn.Module, name: str) -> tuple[str, ...]:
     paths = [path for path, _ in unet.named_modules() if path.endswith(f".{name}")]
     return tuple(sorted(paths, key=_stage_of))
+
+
+def _matching(components: Mapping[str, object], text: re.Pattern[str], unet: re.Pattern[str]) -> dict[str, nn.Module]:
+    sites: dict[str, nn.Module] = {}
+    for component, model in components_with_sites(components).items():
+        pattern = unet if component == "unet" else text
+        paths = {path.removeprefix("text_model."): (path, module) for path, module in model.named_modules()}
+        names = [short for short in paths if pattern.fullmatch(short)]
+        if component == "unet":
+            names.sort(key=_stage_of)
+        for short in names:
+            path, module = paths[short]
+            sites[canonical_name(component, path)] = module
+    return sites
 
 
 def _stage_of(path: str) -> int:

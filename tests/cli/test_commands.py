@@ -142,6 +142,32 @@ def test_fuse_and_sample_on_a_tiny_model(tmp_path: Path, tiny_base: Path) -> Non
     assert sorted(path.name for path in picture.parent.iterdir()) == ["castle-0.png", "castle-1.png"]
 
 
+def test_fuse_from_statistics_needs_no_base(tmp_path: Path) -> None:
+    from diffusers_mixofshow import GradientFuser, MixOfShowPipeline
+
+    fuser = GradientFuser(
+        MixOfShowPipeline(**tiny.components(), requires_safety_checker=False),
+        sequential=False,
+        steps=1,
+        prompts="<TOK>",
+    )
+    sources = [tmp_path / name for name in ("potter", "hermione")]
+    for source in sources:
+        packs.random_pack(tiny.components(), source.name).save_pretrained(source)
+        fuser.record(source)
+    arguments = [*map(str, sources), "--output", str(tmp_path / "both"), "--heat-map", str(tmp_path / "map.png")]
+    result = CliRunner().invoke(
+        cli.app, ["fuse", *arguments, "--weight", "2", "--weight", "1"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    assert "Relative residual" in result.output
+    assert (tmp_path / "both" / "edlora.safetensors").exists()
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    (sources[0] / "edlora.statistics.safetensors").unlink()
+    result = CliRunner().invoke(cli.app, ["fuse", *arguments])
+    assert isinstance(result.exception, ConfigurationError)  # 'someone/tiny' is no base model
+
+
 def test_a_base_that_does_not_exist_is_an_error_of_ours(tmp_path: Path) -> None:
     arguments = ["sample", "--base", str(tmp_path), "--prompt", "a castle"]
     result = CliRunner().invoke(cli.app, arguments)

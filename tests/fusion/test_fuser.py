@@ -281,7 +281,7 @@ def test_what_does_not_fit_is_refused_together(
         ({"weights": [1, 2]}, "got 2 weights for 1 ED-LoRAs"),
         ({"weights": [-1]}, "weights must be finite and above 0"),
         ({"scales": [float("nan")]}, "scales must be finite"),
-        ({"method": "magic"}, "expected 'closed-form' or 'average'"),
+        ({"method": "magic"}, "unknown method 'magic', expected 'closed-form', 'lbfgs', 'average'"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(

@@ -4,11 +4,19 @@ import pytest
 import torch
 
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum
+from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
+from diffusers_mixofshow.fusion.ridge import CANDIDATES, chosen_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
     at_most_full_rank,
     closed_form,
+    condition_number,
     factorise,
+    lbfgs,
+    met_rows,
+    overlaps,
+    recompressed,
     relative_residual,
     weighted_average,
 )
@@ -129,3 +137,107 @@ def test_residual_where_a_concept_changes_nothing() -> None:
 def test_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(FusionError, match="NaN"):
         factorise([torch.full((IN, IN), float("nan"))], ridge=1e-2)
+
+
+def _objective(delta: torch.Tensor, updates: list[Factors], features: list[torch.Tensor]) -> float:
+    pairs = zip(updates, features, strict=True)
+    return sum(((update.delta - delta) @ x).square().sum().item() for update, x in pairs)
+
+
+def test_lbfgs_on_statistics_is_lbfgs_on_features() -> None:
+    updates, features = _concepts(3)
+    exact = closed_form(updates, _grams(features), factorise(_grams(features), ridge=0)).delta
+    floor = _objective(exact, updates, features)
+    dense = torch.zeros(OUT, IN, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([dense], lr=1, max_iter=5, history_size=25, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        pairs = zip(updates, features, strict=True)
+        loss = torch.stack([((one.delta - dense) @ x).square().sum() for one, x in pairs]).sum() / OUT
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    met, total = met_rows(updates, _grams(features)), sum(_grams(features))
+    few = _objective(lbfgs(updates, met, total, steps=5).delta, updates, features)
+    assert few == pytest.approx(_objective(dense.detach(), updates, features), rel=0.5)
+    many = _objective(lbfgs(updates, met, total, steps=500).delta, updates, features)
+    assert floor <= many <= floor * (1 + 1e-6) < few
+
+
+def test_lbfgs_of_nothing_is_nothing() -> None:
+    nothing = Factors(down=torch.zeros(0, IN).double(), up=torch.zeros(OUT, 0).double())
+    assert not lbfgs([nothing], torch.zeros(0, IN).double(), _grams(_concepts(1)[1])[0], steps=5).delta.any()
+
+
+def test_recompression_is_the_nearest_of_its_rank() -> None:
+    updates, _ = _concepts(4)
+    whole = summed(updates)
+    small, energy = recompressed(whole, 3)
+    values = torch.linalg.svdvals(whole.delta)
+    assert small.down.shape == (3, IN)
+    torch.testing.assert_close((whole.delta - small.delta).norm(), values[3:].norm())
+    assert energy == pytest.approx((values[:3].square().sum() / values.square().sum()).item())
+
+
+def test_merges_of_the_field_agree_with_their_definition() -> None:
+    updates, _ = _concepts(2)
+    torch.testing.assert_close(summed(updates).delta, updates[0].delta + updates[1].delta)
+    torch.testing.assert_close(ties_merged([updates[0]] * 2, [0.5, 0.5]).delta, _largest(updates[0].delta, 0.2))
+    torch.testing.assert_close(svd_merged(updates, [1, 0]).delta, updates[0].delta)
+    state = torch.get_rng_state()
+    dropped = dare_merged(updates[:1], [1.0], seed=3).delta
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(dropped, dare_merged(updates[:1], [1.0], seed=3).delta)
+    kept = dropped.abs() > 1e-9
+    torch.testing.assert_close(dropped[kept], 2 * updates[0].delta[kept])
+    assert 0.3 < kept.float().mean() < 0.7
+
+
+def _largest(delta: torch.Tensor, share: float) -> torch.Tensor:
+    bound = delta.abs().flatten().sort(descending=True).values[int(share * delta.numel()) - 1]
+    return torch.where(delta.abs() >= bound, delta, 0)
+
+
+def test_chosen_ridge_is_the_best_on_held_out_inputs() -> None:
+    updates, features = _concepts(3, tokens=8)
+    generator = torch.Generator().manual_seed(1)
+    fresh = [x + 2 * torch.randn(x.shape, generator=generator).double() for x in features]
+    fitted, held_out = _grams(features), _grams(fresh)
+    values, vectors = torch.linalg.eigh(sum(fitted))
+    met, asked = met_rows(updates, fitted), met_rows(updates, held_out)
+    ridge, error = chosen_ridge(updates, met, asked, sum(held_out), (values, vectors))
+
+    def relative(candidate: float) -> float:
+        delta = closed_form(updates, fitted, factorise(fitted, candidate)).delta
+        base = sum((update.delta @ x).square().sum().item() for update, x in zip(updates, fresh, strict=True))
+        return _objective(delta, updates, fresh) / base
+
+    assert error == pytest.approx(relative(ridge))
+    assert error == pytest.approx(min(relative(candidate) for candidate in CANDIDATES))
+    assert CANDIDATES[0] < ridge < CANDIDATES[-1]
+
+
+def test_overlaps_are_those_of_row_spaces() -> None:
+    updates, features = _concepts(2)
+    basis = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64)).Q
+    apart = [basis[:, : IN // 2], basis[:, IN // 2 :]]
+    grams = _grams([part @ part.T @ x for part, x in zip(apart, features, strict=True)])
+    torch.testing.assert_close(overlaps(updates, met_rows(updates, grams)), torch.eye(2).double(), atol=1e-9, rtol=0)
+    same = overlaps([updates[0]] * 2, met_rows([updates[0]] * 2, [grams[0]] * 2))
+    torch.testing.assert_close(same, torch.ones(2, 2).double())
+
+
+def test_condition_number_of_a_diagonal() -> None:
+    matrix = torch.diag(torch.tensor([4.0, 0.5]))
+    assert condition_number(matrix, matrix.inverse()) == pytest.approx(8)
+
+
+def test_residual_of_a_low_rank_factor_is_that_of_its_matrix() -> None:
+    updates, features = _concepts(2)
+    factor = Spectrum.of(features[0] @ features[0].T).leading(4)
+    expected = relative_residual(updates[1], updates[0], factor.gram())
+    assert relative_residual(updates[1], updates[0], factor) == pytest.approx(expected)
+    both = GramFactor.summed([factor, factor], [1.0, 2.0])
+    torch.testing.assert_close(both.gram(), 3 * factor.gram())

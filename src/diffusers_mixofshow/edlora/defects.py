@@ -11,7 +11,7 @@ from torch import nn
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
-from diffusers_mixofshow.sites import adapted_layers, components_with_sites, cross_attention_layers
+from diffusers_mixofshow.sites import components_with_sites, cross_attention_layers, linear_layers
 
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet")
@@ -39,7 +39,12 @@ def content_defects(
     lora: Mapping[str, LowRank],
     layers: Collection[str],
 ) -> list[str]:
-    """Find what contradicts itself inside an ED-LoRA: names, shapes, dtypes, ranks, numbers that are not finite."""
+    """Find what contradicts itself inside an ED-LoRA: names, shapes, dtypes, ranks, numbers that are not finite.
+
+    Without concepts, embeddings and layers it is a plain LoRA, which must hold an update then.
+    """
+    if not (concepts or embeddings or layers):
+        return _lora_defects(lora) if lora else ["it holds neither a concept nor an update"]
     return [*_embedding_defects(concepts, embeddings, len(layers)), *_lora_defects(lora), *_layer_defects(layers)]
 
 
@@ -54,11 +59,11 @@ def fit_defects(
     if not models:
         return [f"the model has none of {', '.join(COMPONENTS)}, got {listed(map(str, components))}"]
     defects = []
-    if "unet" in models and layers != cross_attention_layers(models["unet"]):
+    if "unet" in models and layers and layers != cross_attention_layers(models["unet"]):
         defects.append(_layer_mismatch(layers, cross_attention_layers(models["unet"])))
     if "text_encoder" in models:
         defects += _width_defects(embeddings, models["text_encoder"])
-    return defects + _site_defects(lora, adapted_layers(components), models)
+    return defects + _site_defects(lora, linear_layers(components), models)
 
 
 def _embedding_defects(
@@ -156,4 +161,6 @@ def _site_defects(
 
 
 def _out_and_in(layer: nn.Module) -> tuple[object, object]:
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels
     return layer.out_features, layer.in_features

@@ -55,6 +55,7 @@ def write(path: Path, contents: Contents) -> None:
     """
     lora = contents["lora"]
     found = defects.content_defects(contents["concepts"], contents["embeddings"], lora, contents["layers"])
+    found += [] if contents["concepts"] else ["it holds no concept"]
     defects.raise_if_any(found, subject="This ED-LoRA cannot be saved", remedy="Nothing was written.")
     text = header.Header(
         concepts=contents["concepts"],
@@ -65,7 +66,7 @@ def write(path: Path, contents: Contents) -> None:
     ).to_json()
     tensors = {_EMBEDDINGS + token: rows for token, rows in contents["embeddings"].items()}
     for site, update in lora.items():
-        tensors |= {site + _DOWN: update.down, site + _UP: update.up}
+        tensors |= dict(zip((site + _DOWN, site + _UP), update.in_file, strict=True))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     _replace(path, tensors, {"format": "pt", _HEADER_KEY: text, **stock.adapter_metadata(lora)})
 
@@ -87,6 +88,7 @@ def read(path: Path) -> Contents:
     if not found:
         found += _differences(pairs, announced)
         found += defects.content_defects(head.concepts, embeddings, lora, head.layers)
+        found += [] if head.concepts or head.layers or embeddings else ["it holds no concept"]
     defects.raise_if_any(
         [*found, *surprising],
         subject=str(path),
@@ -174,7 +176,7 @@ def _differences(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> list[s
 
 def _joined(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> dict[str, LowRank]:
     return {
-        site: LowRank(down=halves[_DOWN], up=halves[_UP], alpha=lora[site][1])
+        site: LowRank.from_file(halves[_DOWN], halves[_UP], lora[site][1])
         for site, halves in pairs.items()
         if site in lora and len(halves) == 2
     }

@@ -15,11 +15,25 @@ class LowRank:
         down: PEFT's ``lora_A``, the paper's A, shape (rank, in_features).
         up: PEFT's ``lora_B``, the paper's B, shape (out_features, rank).
         alpha: PEFT's ``lora_alpha``; the update is scaled by alpha / rank.
+        convolution: Whether the layer is a 1 x 1 convolution, whose factors files hold with two more axes of 1.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     alpha: float
+    convolution: bool = False
+
+    @classmethod
+    def from_file(cls, down: torch.Tensor, up: torch.Tensor, alpha: float) -> LowRank:
+        """An update as a file holds it, of a linear layer or of a 1 x 1 convolution."""
+        flat = [half[:, :, 0, 0] if half.dim() == 4 and half.shape[2:] == (1, 1) else half for half in (down, up)]
+        return cls(down=flat[0], up=flat[1], alpha=alpha, convolution=flat[0] is not down)
+
+    @property
+    def in_file(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Down and up as files hold them, on the CPU."""
+        down, up = (half.detach().cpu().contiguous() for half in (self.down, self.up))
+        return (down[:, :, None, None], up[:, :, None, None]) if self.convolution else (down, up)
 
     @property
     def rank(self) -> int:

@@ -16,7 +16,7 @@ from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.sites import adapted_layers
+from diffusers_mixofshow.sites import linear_layers
 
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def load_base(base_model: str) -> StableDiffusionPipeline:
 @torch.no_grad()
 def add_updates(pipeline: StableDiffusionPipeline, lora: Mapping[str, LowRank]) -> None:
     """Add every update to its layer's weight, in the weight's dtype."""
-    layers = adapted_layers(pipeline.components)
+    layers = linear_layers(pipeline.components)
     for site, update in lora.items():
         weight = layers[site].weight
         weight += low_rank_delta(update, like=weight).view_as(weight)  # type: ignore[operator, arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -170,6 +171,23 @@ class EDLoRA:
             message = commit_message or f"ED-LoRA of {self._names}"
             hub.upload(folder, repo_id, token=token, revision=revision, message=message)
         return url
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it draws with, embeddings and updates, whatever file they come from."""
+        digest = hashlib.sha256()
+
+        def feed(name: str, tensor: torch.Tensor) -> None:
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+
+        for token, rows in sorted(self.embeddings.items()):
+            feed(token, rows)
+        for site, update in sorted(self.lora.items()):
+            feed(f"{site} {update.scaling!r} down", update.down)
+            feed(f"{site} up", update.up)
+        return digest.hexdigest()
 
     @property
     def _names(self) -> str:

@@ -1,6 +1,8 @@
 """Fusing tuned concepts into one model: record each concept's features, solve, and pack."""
 
 from diffusers_mixofshow.fusion.fuser import GradientFuser
+from diffusers_mixofshow.fusion.pack import FusedPack
+from diffusers_mixofshow.fusion.sources import FusionSource, LoRASource
 
 
-__all__ = ["GradientFuser"]
+__all__ = ["FusedPack", "FusionSource", "GradientFuser", "LoRASource"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,11 +14,14 @@ from torch import nn
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
-from diffusers_mixofshow.sites import adapted_layers, components_with_sites
+from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part, input_name
+from diffusers_mixofshow.sites import components_with_sites, linear_layers
 
 
 TextTokens = Literal["all", "unpadded"]
+SAMPLER = "DPMSolverMultistepScheduler"
+
+_HELD_OUT_EVERY = 4
 
 
 class FusablePipeline(Protocol):
@@ -80,32 +83,43 @@ class Recording:
         if defects:
             raise FusionError("Recording: " + "; ".join(defects))
 
+    def as_json(self) -> dict[str, Any]:
+        """What of it shapes the statistics, as JSON values; the size of batches does not."""
+        values = asdict(self)
+        del values["batch_size"]
+        return values | {"seeds": list(self.seeds), "sampler": SAMPLER}
+
 
 def collect(
     pipe: FusablePipeline,
-    edlora: EDLoRA,
+    edlora: EDLoRA | None,
     prompts: Sequence[str],
     sites: Sequence[str],
     recording: Recording,
     advance: Callable[[int], None] = lambda pictures: None,
+    *,
+    hold_out: bool = False,
 ) -> ConceptStatistics:
     """Sample a concept from prompts alone, with its own LoRA, and gather the inputs of its layers.
 
     Args:
         pipe: A pipeline without any concept loaded; it leaves as it came.
-        edlora: What to load, already scaled.
+        edlora: What to load, already scaled; None records the base as it is.
         prompts: Prompts that name the concept.
         sites: Layers to watch, see `sites`.
         recording: How to sample.
         advance: Called after each denoising step with the number of pictures it moved on.
+        hold_out: Keep every fourth prompt apart, or the last one of fewer, so that a ridge can be judged by it.
 
     Returns:
         The statistics of every input that the sites read.
     """
     statistics = ConceptStatistics()
-    with loaded(pipe, edlora), _quiet_dpm_solver(pipe), watched(pipe, sites, statistics, recording.text_tokens):
-        for batch in _batches(prompts, recording):
-            _sample(pipe, batch, recording, advance)
+    with loaded(pipe, edlora), _quiet_dpm_solver(pipe):
+        for part in PARTS:
+            with watched(pipe, sites, statistics, recording.text_tokens, part):
+                for batch in _batches(_pictures(prompts, recording, part, hold_out=hold_out), recording.batch_size):
+                    _sample(pipe, batch, recording, advance)
     missing = sorted({input_name(site) for site in sites} - set(statistics.inputs))
     if missing:
         raise FusionError(f"Layers that sampling never used: {', '.join(missing)}. Is the pipeline complete?")
@@ -113,8 +127,11 @@ def collect(
 
 
 @contextmanager
-def loaded(pipe: FusablePipeline, edlora: EDLoRA) -> Iterator[None]:
-    """Load an ED-LoRA for the length of a block."""
+def loaded(pipe: FusablePipeline, edlora: EDLoRA | None) -> Iterator[None]:
+    """Load an ED-LoRA, or nothing, for the length of a block."""
+    if edlora is None:
+        yield
+        return
     pipe.load_edlora(edlora)
     try:
         yield
@@ -124,7 +141,11 @@ def loaded(pipe: FusablePipeline, edlora: EDLoRA) -> Iterator[None]:
 
 @contextmanager
 def watched(
-    pipe: FusablePipeline, sites: Sequence[str], statistics: ConceptStatistics, text_tokens: TextTokens = "all"
+    pipe: FusablePipeline,
+    sites: Sequence[str],
+    statistics: ConceptStatistics,
+    text_tokens: TextTokens = "all",
+    part: Part = "fit",
 ) -> Iterator[None]:
     """Add every input of the sites to the statistics while the block runs; the hooks are gone afterwards.
 
@@ -133,14 +154,15 @@ def watched(
         sites: Layers to watch; those that read the same input are watched once.
         statistics: Where the inputs go.
         text_tokens: See `Recording`.
+        part: Which part of the statistics they go to.
     """
-    modules = adapted_layers(pipe.components)
+    modules = linear_layers(pipe.components)
     inputs = {input_name(site): site for site in reversed(sites)}
     with ExitStack() as hooks:
         counted = _counted_positions(pipe, hooks) if text_tokens == "unpadded" else {}
         for name, site in inputs.items():
             positions = counted.get(site.partition(".")[0])
-            hook = modules[site].register_forward_pre_hook(_adder(statistics, name, positions), with_kwargs=True)
+            hook = modules[site].register_forward_pre_hook(_adder(statistics, name, positions, part), with_kwargs=True)
             hooks.callback(hook.remove)
         yield
 
@@ -170,12 +192,14 @@ def _counted_positions(pipe: FusablePipeline, hooks: ExitStack) -> dict[str, _Po
     return counted
 
 
-def _adder(statistics: ConceptStatistics, name: str, positions: _Positions | None) -> Callable[..., None]:
+def _adder(statistics: ConceptStatistics, name: str, positions: _Positions | None, part: Part) -> Callable[..., None]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features = args[0] if args else next(iter(kwargs.values()))
+        if features.dim() == 4:  # of a 1 x 1 convolution, (batch, channels, height, width)
+            features = features.movedim(1, -1)
         if positions is not None and positions.mask is not None:
             features = features[positions.mask.to(features.device)]
-        statistics.add(name, features)
+        statistics.add(name, features, part)
 
     return add
 
@@ -193,13 +217,20 @@ def _quiet_dpm_solver(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**bar)
 
 
-def _batches(prompts: Sequence[str], recording: Recording) -> Iterator[tuple[tuple[str, int], ...]]:
-    """Prompts with the seed of their noise; no two pictures share one."""
-    pictures = [
-        (prompt, 1_000_003 * (1 + seed) + index) for seed in recording.seeds for index, prompt in enumerate(prompts)
-    ]
-    remaining = iter(pictures)
-    while batch := tuple(itertools.islice(remaining, recording.batch_size)):
+def _pictures(
+    prompts: Sequence[str], recording: Recording, part: Part, *, hold_out: bool
+) -> Iterator[tuple[str, int]]:
+    """Prompts of one part with the seed of their noise; no two pictures share one."""
+    every = min(_HELD_OUT_EVERY, len(prompts))
+    for seed in recording.seeds:
+        for index, prompt in enumerate(prompts):
+            held_out = hold_out and every > 1 and index % every == every - 1
+            if held_out == (part == "held_out"):
+                yield prompt, 1_000_003 * (1 + seed) + index
+
+
+def _batches(pictures: Iterator[tuple[str, int]], size: int) -> Iterator[tuple[tuple[str, int], ...]]:
+    while batch := tuple(itertools.islice(pictures, size)):
         yield batch
 
 

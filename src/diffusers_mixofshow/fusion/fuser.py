@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect
-from diffusers_mixofshow.fusion.prompts import PromptSet
-from diffusers_mixofshow.fusion.solvers import (
-    Factors,
-    at_most_full_rank,
-    closed_form,
-    factorise,
-    relative_residual,
-    weighted_average,
+from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, joined_residuals, packed
+from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts
+from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.solving import (
+    MEASURED,
+    Method,
+    Ridge,
+    Settings,
+    Solution,
+    by_input,
+    is_text_input,
+    sites_of,
+    solve_input,
 )
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name, summed_gram
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
+from diffusers_mixofshow.fusion.team import Team
+from diffusers_mixofshow.sites import adapted_layers
 
 
-Method = Literal["closed-form", "average"]
-Residuals = dict[str, dict[str, tuple[float, float]]]
-"""Layer to source to relative residual under the weighted average and after fusion."""
+Advance = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +53,27 @@ class GradientFuser:
     concepts' outputs best. The result is exactly a LoRA, its rank the sum of the concepts' ranks.
 
     Args:
-        pipe: A pipeline of the concepts' base model, such as `MixOfShowPipeline`; it leaves as it came.
+        pipe: A pipeline of the concepts' base model, such as `MixOfShowPipeline`; it leaves as it came. Not needed
+            where every source brings statistics, or for methods that ask for none.
         prompts: Recording prompts with ``<TOK>`` for the concept, for all concepts or by kind. They must span what
             users will ask for: contexts that they never show are not protected. Default: see `prompts`.
         steps: Denoising steps of DPM-Solver.
         guidance_scale: Guidance while recording; above 1 both halves are recorded.
         negative_prompt: Prompt of the unconditional half.
         seeds: Every prompt is sampled once with each of them.
-        ridge: Weight of small updates against a perfect fit, as a fraction of the mean squared feature.
+        ridge: Weight of small updates against a perfect fit, as a fraction of the mean squared feature. ``auto``
+            keeps every fourth prompt apart while recording and picks the ridge of every layer by it.
+        prior: Weight of keeping the base's outputs on prompts without any concept, relative to all concepts together;
+            0 records none. Prompts without concepts change less then, and concepts are kept less.
+        prior_prompts: Those prompts; the concepts' class words are added. Default: see `prompts`.
+        max_rank: Fused updates of a higher rank are cut down to it; the report tells what that loses.
         sequential: Record the text keys and values on top of the fused text encoder, and the remaining layers on top
-            of both, as the paper does. False records all layers with the concept's own LoRA at once; on Toyland it
-            keeps less identity for the same time.
+            of both, as the paper does. False records all layers with the concept's own LoRA at once, so that
+            statistics do not depend on what else is fused: they are taken from beside the sources where they lie, and
+            kept there where they do not. On Toyland that keeps less identity for the same time. Default: True with
+            a pipeline.
+        statistics: Folder in which statistics are kept, instead of beside the sources.
+        statistics_bytes: Size of a concept's kept statistics; None keeps them in full, some 400 MB for SD 1.5.
         text_tokens: Whether the text encoder's layers count padding.
         batch_size: Pictures sampled together.
         height: Height of the recorded pictures in pixels; the model's own by default.
@@ -65,27 +82,37 @@ class GradientFuser:
 
     def __init__(
         self,
-        pipe: FusablePipeline,
+        pipe: FusablePipeline | None = None,
         *,
         prompts: PromptSet | None = None,
         steps: int = 20,
         guidance_scale: float = 7.5,
         negative_prompt: str = "",
         seeds: Sequence[int] = (0,),
-        ridge: float = 1e-2,
-        sequential: bool = True,
+        ridge: Ridge = 1e-2,
+        prior: float = 0.0,
+        prior_prompts: Sequence[str] | None = None,
+        max_rank: int | None = None,
+        sequential: bool | None = None,
+        statistics: str | os.PathLike[str] | None = None,
+        statistics_bytes: int | None = DEFAULT_BYTES,
         text_tokens: TextTokens = "all",
         batch_size: int = 4,
         height: int | None = None,
         width: int | None = None,
     ) -> None:
         """Keep the settings; nothing is loaded or sampled yet."""
-        if ridge < 0:
-            raise FusionError(f"ridge must be 0 or more, got {ridge}. Usual values are 1e-3 to 1e-1.")
+        if sequential and pipe is None:
+            raise FusionError("sequential=True samples with a model; give GradientFuser a pipeline.")
+        if prior < 0 or (prior > 0 and pipe is None):
+            raise FusionError(f"prior must be 0 or more, and above 0 it needs a pipeline to sample; got {prior}.")
         self.pipe = pipe
         self.prompts = prompts
-        self.ridge = ridge
-        self.sequential = sequential
+        self.prior, self.prior_prompts = prior, prior_prompts
+        self.sequential = pipe is not None if sequential is None else sequential
+        self.statistics = None if statistics is None else Path(statistics)
+        self.statistics_bytes = statistics_bytes
+        self.settings = Settings(ridge=ridge, max_rank=max_rank)
         self.recording = Recording(
             steps=steps,
             guidance_scale=guidance_scale,
@@ -104,86 +131,217 @@ class GradientFuser:
         *,
         weights: Sequence[float] | None = None,
         scales: Sequence[float] | None = None,
-    ) -> EDLoRA:
+    ) -> FusedPack:
         """Fuse ED-LoRAs, single concepts or packs, into one pack.
 
         Args:
-            sources: ED-LoRAs, or paths and Hub ids of them.
-            method: ``closed-form`` is gradient fusion; ``average`` is equation 2, which records nothing.
+            sources: ED-LoRAs, or paths and Hub ids of them; `FusionSource` gives one settings of its own.
+            method: ``closed-form`` is gradient fusion, ``lbfgs`` the paper's solver for it. The others see only the
+                updates: ``average`` is equation 2, ``sum``, ``ties``, ``dare`` and ``svd`` are merges of the field.
             weights: Share of each source in the objective or the average; equal by default.
             scales: Factor on all updates of each source; 1 by default.
 
         Returns:
-            One ED-LoRA with all concepts; ``training["fusion"]`` reports settings and residuals.
+            One ED-LoRA with all concepts; its `report` tells settings and residuals.
 
         Raises:
             FusionError: If the sources fit neither each other nor the model; lists everything that is wrong.
         """
-        if method not in ("closed-form", "average"):
-            raise FusionError(f"Unknown fusion method {method!r}; expected 'closed-form' or 'average'.")
-        gathered = gather(sources, self.pipe.components, prompts=self.prompts, weights=weights, scales=scales)
-        if method == "average":
-            return _pack(gathered, _averaged(gathered), {"method": method, "sources": _provenance(gathered)})
-        lora, residuals = self._closed_form(gathered)
-        return _pack(gathered, lora, self._report(gathered, residuals))
+        settings = replace(self.settings, method=method)
+        gathered = self._gather(sources, weights, scales)
+        if method not in MEASURED:
+            return fuse_recorded(gathered, settings, {})
+        if self.sequential:
+            return self._fuse_in_stages(gathered, settings)
+        start = time.perf_counter()
+        recorded = self._with_statistics(gathered)
+        prior = self._prior(recorded, sites_of(recorded), self.recording)
+        return fuse_recorded(recorded, settings, self._record(sequential=False, since=start), prior)
 
-    def _closed_form(self, sources: Sequence[Source]) -> tuple[dict[str, LowRank], Residuals]:
-        lora: dict[str, LowRank] = {}
-        residuals: Residuals = {}
-        stages = _stages(_sites(sources), self.recording, sequential=self.sequential)
-        with self.pipe.concepts_set_aside(), _progress_bars(sources, stages) as advance:
+    def record(self, source: EDLoRASource) -> SourceStatistics:
+        """Sample the concepts of one source with its own LoRA, and keep the statistics, for whoever fuses it.
+
+        A client does this before publishing: the file lies beside the LoRA's, and `GradientFuser().fuse` needs
+        neither a model nor a GPU then. What was recorded before with the same settings is taken as it is.
+
+        Args:
+            source: An ED-LoRA, or a path or Hub id of one.
+
+        Returns:
+            The statistics; `SourceStatistics.save` writes them elsewhere.
+        """
+        (recorded,) = self._with_statistics(self._gather([source], None, None, with_statistics=True))
+        if recorded.statistics is None:
+            raise RuntimeError("Recording left no statistics.")
+        return recorded.statistics
+
+    def _gather(
+        self,
+        sources: Sequence[EDLoRASource],
+        weights: Sequence[float] | None,
+        scales: Sequence[float] | None,
+        *,
+        with_statistics: bool | None = None,
+    ) -> tuple[Source, ...]:
+        gathered = gather(
+            sources,
+            None if self.pipe is None else self.pipe.components,
+            prompts=self.prompts,
+            weights=weights,
+            scales=scales,
+            with_statistics=not self.sequential if with_statistics is None else with_statistics,
+        )
+        return tuple(self._from_folder(source) for source in gathered)
+
+    def _from_folder(self, source: Source) -> Source:
+        path = self._place(source)
+        if source.statistics is None and self.statistics is not None and path is not None and path.exists():
+            return replace(source, statistics=SourceStatistics.load(path))
+        return source
+
+    def _with_statistics(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        """Record what is missing, one source at a time; each is kept before the next one is begun."""
+        missing = [source for source in sources if not self._serves(source)]
+        if missing and self.pipe is None:
+            said = [
+                *(f"{source.name} has none" for source in missing if source.statistics is None),
+                *(defect for source in missing if source.statistics for defect in source.misfits(source.statistics)),
+            ]
+            raise FusionError(
+                f"Without a pipeline every source must bring statistics: {'; '.join(said)}. Record them with "
+                "GradientFuser(pipe).record(source), or give GradientFuser a pipeline of the base model."
+            )
+        if not missing:
+            return sources
+        team, recorded = Team.present(), {}
+        mine = [source for source in team.share(sources).values() if not self._serves(source)]
+        with self._borrowed().concepts_set_aside(), _progress_bars(mine, [self.recording]) as advance:
+            for source in mine:
+                recorded[source.name] = self._kept(source, self._own_statistics(source, advance))
+        team.joined(dict.fromkeys(recorded, True))  # the others' files are written now
+        return tuple(recorded.get(source.name) or self._read_again(source) for source in sources)
+
+    def _read_again(self, source: Source) -> Source:
+        """A source with the statistics that another process may have written just now."""
+        path = self._place(source)
+        if self._serves(source) or path is None or not path.exists():
+            return source
+        return replace(source, statistics=SourceStatistics.load(path))
+
+    def _serves(self, source: Source) -> bool:
+        """Whether a source's statistics are its own, and with a pipeline, of the settings that are asked for."""
+        if source.statistics is None or source.misfits(source.statistics):
+            return False
+        return self.pipe is None or source.statistics.recording == self._recording_of(source)
+
+    def _own_statistics(self, source: Source, advance: Advance) -> SourceStatistics:
+        """Statistics of every layer that an ED-LoRA may adapt, with the source's own LoRA."""
+        pipe = self._borrowed()
+        sites = tuple(dict.fromkeys([*adapted_layers(pipe.components), *source.edlora.lora]))
+        concepts = {
+            placeholder: collect(
+                pipe, source.edlora, prompts, sites, self.recording, _named(advance, placeholder), hold_out=True
+            )
+            for placeholder, prompts in source.prompts.items()
+        }
+        return SourceStatistics(
+            digest=source.edlora.digest,
+            base_model=source.edlora.base_model,
+            recording=self._recording_of(source),
+            concepts=concepts,
+        )
+
+    def _kept(self, source: Source, statistics: SourceStatistics) -> Source:
+        """Write statistics to their place and take them from there; where there is none, they stay in memory."""
+        path = self._place(source)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            statistics = SourceStatistics.load(statistics.save(path, max_bytes=self.statistics_bytes))
+        return replace(source, statistics=statistics)
+
+    def _place(self, source: Source) -> Path | None:
+        if self.statistics is not None:
+            return self.statistics / f"{source.edlora.digest[:16]}.statistics.safetensors"
+        if source.home is None or not os.access(source.home.parent, os.W_OK):
+            return None
+        return statistics_path(source.home)
+
+    def _recording_of(self, source: Source) -> dict[str, object]:
+        prompts = {placeholder: list(prompts) for placeholder, prompts in source.prompts.items()}
+        return {**self.recording.as_json(), "prompts": prompts}
+
+    def _fuse_in_stages(self, sources: tuple[Source, ...], settings: Settings) -> FusedPack:
+        """The paper's order: what is solved in one stage is in the model when the next one is recorded."""
+        start, solution, team = time.perf_counter(), Solution(), Team.present()
+        stages = _stages(sites_of(sources), self.recording)
+        recordings = [stage.recording for stage in stages]
+        mine = team.share(sources)
+        with self._borrowed().concepts_set_aside(), _progress_bars([*mine.values()], recordings) as advance:
             for stage in stages:
-                statistics = [self._record(source, stage, lora, advance) for source in sources]
-                for sites in _by_input(stage.sites):
-                    solved, errors = _solve(sources, statistics, sites, self.ridge)
-                    lora |= solved
-                    residuals |= errors
-        return lora, residuals
+                hold_out = settings.ridge == "auto"
+                statistics = [
+                    self._staged(source, stage, solution.lora, advance, hold_out=hold_out) if place in mine else []
+                    for place, source in enumerate(sources)
+                ]
+                prior = self._prior(sources, stage.sites, stage.recording)
+                for sites in by_input(stage.sites):
+                    gram = prior.get(input_name(sites[0]))
+                    solution.add(solve_input(sources, statistics, sites, settings, gram, team))
+        solution.residuals = joined_residuals(solution, team)
+        return packed(sources, settings, solution, self._record(sequential=True, since=start))
 
-    def _record(
-        self, source: Source, stage: _Stage, fused: Mapping[str, LowRank], advance: Callable[[str, int], None]
+    def _staged(
+        self, source: Source, stage: _Stage, fused: Mapping[str, LowRank], advance: Advance, *, hold_out: bool
     ) -> list[ConceptStatistics]:
         """Statistics of each of the source's concepts, with its own LoRA save where layers are fused already."""
         edlora = replace(source.edlora, lora={**source.edlora.lora, **fused})
         return [
             collect(
-                self.pipe,
+                self._borrowed(),
                 edlora,
                 prompts,
                 stage.sites,
                 stage.recording,
-                advance=lambda pictures, placeholder=placeholder: advance(placeholder, pictures),  # type: ignore[misc]
+                _named(advance, placeholder),
+                hold_out=hold_out,
             )
             for placeholder, prompts in source.prompts.items()
         ]
 
-    def _report(self, sources: Sequence[Source], residuals: Residuals) -> dict[str, object]:
-        recording = self.recording
-        return {
-            "method": "closed-form",
-            "ridge": self.ridge,
-            "sequential": self.sequential,
-            "steps": recording.steps,
-            "guidance_scale": recording.guidance_scale,
-            "negative_prompt": recording.negative_prompt,
-            "seeds": list(recording.seeds),
-            "text_tokens": recording.text_tokens,
-            "prompts": {name: list(prompts) for source in sources for name, prompts in source.prompts.items()},
-            "sources": _provenance(sources),
-            "residuals": _residual_report(sources, residuals),
-        }
+    def _prior(self, sources: Sequence[Source], sites: Sequence[str], recording: Recording) -> dict[str, torch.Tensor]:
+        """Gram matrices of the base on prompts without concepts, by input, the prior's weight in them."""
+        if self.prior == 0:
+            return {}
+        concepts = [concept for source in sources for concept in source.edlora.concepts]
+        pipe = self._borrowed()
+        with pipe.concepts_set_aside():
+            statistics = collect(pipe, None, prior_prompts(concepts, self.prior_prompts), sites, recording)
+        return {name: self.prior * statistics.gram(name) for name in statistics.inputs}
+
+    def _borrowed(self) -> FusablePipeline:
+        if self.pipe is None:
+            raise FusionError("This needs a pipeline; give GradientFuser one of the concepts' base model.")
+        return self.pipe
+
+    def _record(self, *, sequential: bool, since: float) -> dict[str, object]:
+        """What the report says about recording."""
+        record = {**self.recording.as_json(), "sequential": sequential, "prior": self.prior}
+        if self.pipe is None:
+            record = {"sequential": sequential}
+        record["recording_s"] = round(time.perf_counter() - since, 3)
+        if torch.cuda.is_available():
+            record["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
+        return record
 
 
-def _sites(sources: Sequence[Source]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(site for source in sources for site in source.edlora.lora))
+def _named(advance: Advance, placeholder: str) -> Callable[[int], None]:
+    return lambda pictures: advance(placeholder, pictures)
 
 
-def _stages(sites: Sequence[str], recording: Recording, *, sequential: bool) -> tuple[_Stage, ...]:
-    """All layers at once; or text encoder, text keys and values, rest. Text does not change with the step."""
-    if not sequential:
-        return (_Stage(sites=tuple(sites), recording=recording),)
+def _stages(sites: Sequence[str], recording: Recording) -> tuple[_Stage, ...]:
+    """Text encoder, text keys and values, rest. Text does not change with the step."""
     text = tuple(site for site in sites if site.startswith("text_encoder"))
-    keys_values = tuple(site for site in sites if input_name(site).endswith(".attn2.to_k+to_v"))
+    keys_values = tuple(site for site in sites if is_text_input(input_name(site)) and site not in text)
     rest = tuple(site for site in sites if site not in {*text, *keys_values})
     one_step = replace(recording, steps=1, seeds=recording.seeds[:1])
     stages = (
@@ -194,98 +352,8 @@ def _stages(sites: Sequence[str], recording: Recording, *, sequential: bool) -> 
     return tuple(stage for stage in stages if stage.sites)
 
 
-def _by_input(sites: Sequence[str]) -> list[tuple[str, ...]]:
-    groups: dict[str, list[str]] = {}
-    for site in sites:
-        groups.setdefault(input_name(site), []).append(site)
-    return [tuple(group) for group in groups.values()]
-
-
-def _solve(
-    sources: Sequence[Source],
-    statistics: Sequence[Sequence[ConceptStatistics]],
-    sites: Sequence[str],
-    ridge: float,
-) -> tuple[dict[str, LowRank], Residuals]:
-    """Fuse the layers that read one input; the Gram matrices are inverted once for all of them."""
-    name = input_name(sites[0])
-    grams = [summed_gram(concepts, name) for concepts in statistics]
-    weighted = [source.weight * gram for source, gram in zip(sources, grams, strict=True)]
-    inverse = factorise(weighted, ridge)
-    lora, residuals = {}, {}
-    for site in sites:
-        updates = _updates(sources, site)
-        fused = closed_form(updates, weighted, inverse)
-        average = weighted_average(updates, [source.weight for source in sources])
-        residuals[site] = {
-            source.name: (relative_residual(average, own, gram), relative_residual(fused, own, gram))
-            for source, own, gram in zip(sources, updates, grams, strict=True)
-        }
-        lora[site] = _low_rank(fused)
-    return lora, residuals
-
-
-def _averaged(sources: Sequence[Source]) -> dict[str, LowRank]:
-    weights = [source.weight for source in sources]
-    return {site: _low_rank(weighted_average(_updates(sources, site), weights)) for site in _sites(sources)}
-
-
-def _updates(sources: Sequence[Source], site: str) -> list[Factors]:
-    present = next(source.edlora.lora[site] for source in sources if site in source.edlora.lora)
-    shape = (present.up.shape[0], present.down.shape[1])
-    return [source.factors(site, shape) for source in sources]
-
-
-def _low_rank(update: Factors) -> LowRank:
-    update = at_most_full_rank(update)
-    down, up = update.down.float().contiguous(), update.up.float().contiguous()
-    return LowRank(down=down, up=up, alpha=float(len(down)))
-
-
-def _pack(sources: Sequence[Source], lora: Mapping[str, LowRank], report: dict[str, object]) -> EDLoRA:
-    edloras = [source.edlora for source in sources]
-    embeddings: dict[str, torch.Tensor] = {}
-    for edlora in edloras:
-        embeddings |= edlora.embeddings
-    return EDLoRA(
-        concepts=tuple(concept for edlora in edloras for concept in edlora.concepts),
-        embeddings=embeddings,
-        lora=lora,
-        base_model=edloras[0].base_model,
-        layers=edloras[0].layers,
-        training={"fusion": report},
-    )
-
-
-def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
-    return [
-        {
-            "concepts": list(source.prompts),
-            "weight": source.weight,
-            "scale": source.scale,
-            "training": {key: value for key, value in source.edlora.training.items() if key != "fusion"},
-        }
-        for source in sources
-    ]
-
-
-def _residual_report(sources: Sequence[Source], residuals: Residuals) -> dict[str, object]:
-    """Per layer and source, and the mean over layers; null where fusion changes a layer that a source leaves alone."""
-
-    def rounded(pairs: Collection[tuple[float, float]]) -> dict[str, float | None]:
-        means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
-        average, fused = (None if value == float("inf") else round(value, 4) for value in means)
-        return {"average": average, "fused": fused}
-
-    return {
-        "meaning": "|D X_i - dW_i X_i| / |dW_i X_i|: relative output error per source, weighted average and fused",
-        "mean": {source.name: rounded([layer[source.name] for layer in residuals.values()]) for source in sources},
-        "layers": {site: {name: rounded([pair]) for name, pair in layer.items()} for site, layer in residuals.items()},
-    }
-
-
 @contextmanager
-def _progress_bars(sources: Sequence[Source], stages: Sequence[_Stage]) -> Iterator[Callable[[str, int], None]]:
+def _progress_bars(sources: Sequence[Source], recordings: Sequence[Recording]) -> Iterator[Advance]:
     """One bar per concept, counting denoised pictures; silent where the output is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns)
@@ -293,7 +361,7 @@ def _progress_bars(sources: Sequence[Source], stages: Sequence[_Stage]) -> Itera
     tasks = {}
     for source in sources:
         for placeholder, prompts in source.prompts.items():
-            total = len(prompts) * sum(stage.recording.steps * len(stage.recording.seeds) for stage in stages)
+            total = len(prompts) * sum(recording.steps * len(recording.seeds) for recording in recordings)
             tasks[placeholder] = progress.add_task(f"Recording {placeholder}", total=total)
     with progress:
         yield lambda placeholder, pictures: progress.advance(tasks[placeholder], pictures)

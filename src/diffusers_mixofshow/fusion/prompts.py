@@ -5,7 +5,7 @@ None of them is an evaluation prompt of the paper (figure 8), so that its protoc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from diffusers_mixofshow.concepts import KINDS, Concept
 from diffusers_mixofshow.errors import FusionError
@@ -55,6 +55,30 @@ RECORDING_PROMPTS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Default templates by kind: places, styles, actions and properties."""
+
+
+PRIOR_PROMPTS = (
+    "",
+    "a photo",
+    "a portrait of a person",
+    "a street in a city",
+    "a landscape with trees and a river",
+    "a living room with furniture",
+    "an animal in the grass",
+    "a painting of a village",
+)
+"""Captions without any concept, for the prior that keeps the base as it is."""
+
+
+def prior_prompts(concepts: Iterable[Concept], prompts: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Prompts that the base is recorded with: the concepts' class words, and captions without any concept.
+
+    Args:
+        concepts: Whose class words are taken.
+        prompts: Captions; None takes `PRIOR_PROMPTS`.
+    """
+    class_words = dict.fromkeys(f"a photo of a {concept.class_word}" for concept in concepts)
+    return (*class_words, *(PRIOR_PROMPTS if prompts is None else prompts))
 
 
 def recording_prompts(concept: Concept, prompts: PromptSet | None = None) -> tuple[str, ...]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.compression import GramFactor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,16 @@ class Factors:
     def delta(self) -> torch.Tensor:
         """The dense update, shape (out_features, in_features)."""
         return self.up @ self.down
+
+    @cached_property
+    def outer(self) -> torch.Tensor:
+        """Inner products of the rows of `down`, shape (rank, rank), float64."""
+        return self.down.double() @ self.down.double().T
+
+    @cached_property
+    def inner(self) -> torch.Tensor:
+        """Inner products of the columns of `up`, shape (rank, rank), float64."""
+        return self.up.double().T @ self.up.double()
 
 
 def factorise(grams: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
@@ -72,8 +84,29 @@ def closed_form(updates: Sequence[Factors], grams: Sequence[torch.Tensor], inver
         grams: One Gram matrix per concept, (in_features, in_features), in the same order.
         inverse: What `factorise` makes of the same Gram matrices.
     """
-    met = [update.down.double() @ gram.double() for update, gram in zip(updates, grams, strict=True)]
-    return Factors(down=torch.cat(met) @ inverse, up=_beside(updates))
+    return fused_update(updates, met_rows(updates, grams), inverse)
+
+
+def met_rows(updates: Sequence[Factors], grams: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What the objective asks of a layer: stack_i(s_i A_i G_i), shape (sum_i r_i, in_features), float64.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        grams: One Gram matrix per concept, (in_features, in_features), in the same order.
+    """
+    pairs = zip(updates, grams, strict=True)
+    return torch.cat([update.down.double() @ gram.double() for update, gram in pairs])
+
+
+def fused_update(updates: Sequence[Factors], met: torch.Tensor, inverse: torch.Tensor) -> Factors:
+    """The closed form from sums that may come from elsewhere, see `closed_form`.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        met: See `met_rows`.
+        inverse: See `factorise`.
+    """
+    return Factors(down=met @ inverse, up=_beside(updates))
 
 
 def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -87,17 +120,70 @@ def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Fa
     return Factors(down=torch.cat(downs), up=_beside(updates))
 
 
+def lbfgs(
+    updates: Sequence[Factors], met: torch.Tensor, gram: torch.Tensor, *, steps: int, history: int = 25
+) -> Factors:
+    """The paper's solver (section 6.1): LBFGS with strong Wolfe line search from the base weights, stopped early.
+
+    The objective needs no features: |dW_i X_i - D X_i|^2 summed over i is tr(D G D^T) - 2 tr(D R^T) + const, with
+    G = sum_i G_i and R = sum_i dW_i G_i. Every gradient 2 (D G - R) lies in the columns of [B_1 .. B_n] when D does,
+    and D starts at 0; so it is written as D = Q M, with Q an orthonormal basis of those columns, and M is optimised:
+    the same iterates at a fraction of the size.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        met: See `met_rows`, (sum_i r_i, in_features).
+        gram: G, (in_features, in_features).
+        steps: LBFGS iterations; the paper takes 500 for text layers and text keys and values, 50 for the rest.
+        history: Number of past steps that the curvature is estimated from.
+    """
+    basis, mixing = torch.linalg.qr(_beside(updates))  # (out, rank), (rank, sum r_i)
+    target = mixing @ met  # (rank, in)
+    # Scaled as the reference's loss, a mean over output features: the first step of LBFGS depends on it.
+    per_feature = 1 / max(1, basis.shape[0])
+    moving = torch.zeros_like(target, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [moving], lr=1, max_iter=steps, history_size=history, line_search_fn="strong_wolfe", tolerance_grad=1e-12
+    )
+
+    def closure() -> torch.Tensor:
+        image = moving.detach() @ gram
+        moving.grad = 2 * per_feature * (image - target)
+        return per_feature * (moving.detach() * (image - 2 * target)).sum()
+
+    if target.numel():
+        optimiser.step(closure)
+    return Factors(down=moving.detach(), up=basis)
+
+
+def recompressed(update: Factors, max_rank: int) -> tuple[Factors, float]:
+    """The nearest update of at most a rank, by thin QR of both factors and an SVD of the small product.
+
+    Args:
+        update: Factors (rank, in_features) and (out_features, rank).
+        max_rank: At least 1.
+
+    Returns:
+        The factors, their singular values shared by both, and the share of |D|^2 that is kept.
+    """
+    left, inner = torch.linalg.qr(update.up)
+    right, outer = torch.linalg.qr(update.down.T)
+    rotation, values, turned = torch.linalg.svd(inner @ outer.T, full_matrices=False)
+    kept = min(max_rank, len(values))
+    energy = values.square()
+    total = energy.sum().item()
+    root = values[:kept].sqrt()
+    small = Factors(down=root[:, None] * (turned[:kept] @ right.T), up=(left @ rotation[:, :kept]) * root)
+    return small, energy[:kept].sum().item() / total if total > 0 else 1.0
+
+
 def at_most_full_rank(update: Factors) -> Factors:
     """Rewrite factors of a rank above the layer's own as factors of exactly the layer's full rank; loses nothing."""
     full = min(update.up.shape[0], update.down.shape[1])
-    if update.down.shape[0] <= full:
-        return update
-    left, values, right = torch.linalg.svd(update.delta, full_matrices=False)
-    root = values.sqrt()
-    return Factors(down=root[:, None] * right, up=left * root)
+    return update if update.down.shape[0] <= full else recompressed(update, full)[0]
 
 
-def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor) -> float:
+def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor | GramFactor) -> float:
     """Relative error that fusion makes in one concept's outputs of one layer.
 
     sqrt( tr((D - dW_i) G_i (D - dW_i)^T) / tr(dW_i G_i dW_i^T) ) = |D X_i - dW_i X_i|_F / |dW_i X_i|_F, the root of
@@ -106,25 +192,72 @@ def relative_residual(fused: Factors, own: Factors, gram: torch.Tensor) -> float
     Args:
         fused: The fused update D.
         own: The concept's own update dW_i.
-        gram: The concept's Gram matrix G_i, (in_features, in_features).
+        gram: The concept's Gram matrix G_i, (in_features, in_features), or a low-rank factor of it, which makes the
+            cost linear in the width.
 
     Returns:
         The ratio; 0 where the concept itself changes nothing and fusion does neither, infinity where only fusion does.
     """
-    difference = Factors(
-        down=torch.cat([fused.down.double(), -own.down.double()]),
-        up=torch.cat([fused.up.double(), own.up.double()], 1),
-    )
-    error, scale = _energy(difference, gram), _energy(own, gram)
+    together, alone, scale = _products(fused, own, gram)
+    error = max(0.0, together - 2 * alone + scale)
     if scale == 0:
         return 0.0 if error == 0 else float("inf")
     return (error / scale) ** 0.5
 
 
-def _energy(update: Factors, gram: torch.Tensor) -> float:
-    """tr(U K G K^T U^T) for D = U K, never leaving the rank's size."""
-    up, down = update.up.double(), update.down.double()
-    return max(0.0, ((up.T @ up) * (down @ gram.double() @ down.T)).sum().item())
+def _products(fused: Factors, own: Factors, gram: torch.Tensor | GramFactor) -> tuple[float, float, float]:
+    """tr(D G D^T), tr(D G dW^T) and tr(dW G dW^T), never leaving the ranks' size."""
+    wide, narrow = fused.down.double(), own.down.double()
+    if isinstance(gram, GramFactor):  # G = F^T F + tail I
+        seen, own_seen = wide @ gram.rows.T, narrow @ gram.rows.T
+        squares = [
+            seen @ seen.T + gram.tail * fused.outer,
+            seen @ own_seen.T + gram.tail * (wide @ narrow.T),
+            own_seen @ own_seen.T + gram.tail * own.outer,
+        ]
+    else:
+        seen = wide @ gram.double()
+        squares = [seen @ wide.T, seen @ narrow.T, narrow @ gram.double() @ narrow.T]
+    mixed = fused.up.double().T @ own.up.double()
+    inners = (fused.inner, mixed, own.inner)
+    first, second, third = ((inner * square).sum().item() for inner, square in zip(inners, squares, strict=True))
+    return first, second, third
+
+
+def condition_number(matrix: torch.Tensor, inverse: torch.Tensor) -> float:
+    """|M|_1 |M^-1|_1, by which relative errors of M can grow in the solution.
+
+    Args:
+        matrix: Shape (in_features, in_features).
+        inverse: Its inverse, of the same shape.
+    """
+    return float(torch.linalg.matrix_norm(matrix, ord=1) * torch.linalg.matrix_norm(inverse, ord=1))
+
+
+def overlaps(updates: Sequence[Factors], met: torch.Tensor) -> torch.Tensor:
+    """How much concepts ask a layer for something at the same place of its input space; 0 to 1.
+
+    With R_i = dW_i G_i, what the objective asks of the layer for concept i, the overlap of two row spaces, weighted by
+    how much is asked there, is |R_i R_j^T|_F / sqrt(|R_i R_i^T|_F |R_j R_j^T|_F).
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        met: See `met_rows`, (sum_i r_i, in_features).
+
+    Returns:
+        Shape (concepts, concepts), symmetric.
+    """
+    ranks = [len(update.down) for update in updates]
+    rows = [
+        torch.linalg.qr(update.up.double()).R @ block for update, block in zip(updates, met.split(ranks), strict=True)
+    ]
+    owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([len(one) for one in rows]))
+    member = torch.nn.functional.one_hot(owner, len(updates)).double()  # (rows, concepts)
+    products = torch.cat(rows) @ torch.cat(rows).T
+    norms = (member.T @ products.square() @ member).sqrt()
+    own = norms.diagonal()
+    scale = (own[:, None] * own).sqrt()
+    return torch.where(scale > 0, norms / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
 
 
 def _beside(updates: Sequence[Factors]) -> torch.Tensor:

@@ -6,17 +6,75 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffusers_mixofshow.concepts import check_distinct
-from diffusers_mixofshow.edlora import EDLoRA, LowRank
-from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError, FusionError
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.defects import content_defects
+from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.hub import download, is_repo_id
+from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError, EDLoRANotFoundError, FusionError
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
+from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import Factors
+from diffusers_mixofshow.interop.lora_files import read_lora
 
 
-EDLoRASource = EDLoRA | str | os.PathLike[str]
+@dataclass(frozen=True)
+class FusionSource:
+    """An ED-LoRA to fuse, with settings of its own.
+
+    Args:
+        source: An ED-LoRA, or a path or Hub id of one.
+        weight: Its share in the objective or the average, relative to the other sources.
+        scale: Factor on all its updates.
+        statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
+    """
+
+    source: EDLoRA | str | os.PathLike[str]
+    weight: float = 1.0
+    scale: float = 1.0
+    statistics: SourceStatistics | str | os.PathLike[str] | None = None
+
+
+@dataclass(frozen=True)
+class LoRASource:
+    """A plain LoRA to fuse: no learnt embeddings, it acts when its trigger words are in the prompt.
+
+    Args:
+        source: A safetensors file in the names of diffusers, PEFT or kohya / A1111.
+        prompts: Prompts with its trigger words, such as ``photo of sks dog``, to sample while layers are watched.
+        weight: Its share in the objective or the average, relative to the other sources.
+        scale: Factor on all its updates.
+        name: What reports call it; by default the file's name.
+        statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
+    """
+
+    source: str | os.PathLike[str]
+    prompts: Sequence[str]
+    weight: float = 1.0
+    scale: float = 1.0
+    name: str = ""
+    statistics: SourceStatistics | str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a source without a prompt: what it does then is never seen."""
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise FusionError(
+                f"LoRASource({os.fspath(self.source)!r}) needs a list of prompts with its trigger words, such as "
+                f"['photo of sks dog', 'sks dog on the beach'], got {self.prompts!r}."
+            )
+
+    @property
+    def label(self) -> str:
+        """Its name without blanks."""
+        return "_".join((self.name or Path(self.source).stem).split())
+
+
+EDLoRASource = EDLoRA | FusionSource | LoRASource | str | os.PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +83,21 @@ class Source:
 
     Args:
         edlora: The ED-LoRA, its scale already folded in.
-        weight: Its share; the weights of all sources sum to 1.
+        weight: Its share, relative to the other sources.
         scale: What every update was multiplied by.
         prompts: Recording prompts by placeholder.
+        origin: Path or Hub id that it was read from; empty of an object.
+        home: File on this disk beside which its statistics can be kept.
+        statistics: What was recorded of it with its own LoRA.
     """
 
     edlora: EDLoRA
     weight: float
     scale: float
     prompts: Mapping[str, tuple[str, ...]]
+    origin: str = ""
+    home: Path | None = None
+    statistics: SourceStatistics | None = None
 
     @property
     def name(self) -> str:
@@ -52,56 +116,195 @@ class Source:
             return Factors(down=torch.zeros(0, shape[1]).double(), up=torch.zeros(shape[0], 0).double())
         return Factors(down=update.scaling * update.down.cpu().double(), up=update.up.cpu().double())
 
+    def misfits(self, statistics: SourceStatistics) -> list[str]:
+        """Why statistics cannot stand for this source; empty if they can."""
+        if statistics.digest != self.edlora.digest:
+            return [
+                f"the statistics given with {self.name} are of another LoRA (SHA-256 {statistics.digest[:12]}, "
+                f"this one {self.edlora.digest[:12]}{'' if self.scale == 1 else f' at scale {self.scale:g}'})"
+            ]
+        if missing := [placeholder for placeholder in self.prompts if placeholder not in statistics.concepts]:
+            return [f"the statistics given with {self.name} lack {', '.join(missing)}"]
+        return []
+
+
+def shares(sources: Sequence[Source]) -> list[float]:
+    """Weights of the sources as shares that sum to 1."""
+    total = sum(source.weight for source in sources)
+    return [source.weight / total for source in sources]
+
+
+def carry(source: Source, folder: Path) -> None:
+    """Write a source and its statistics into a folder, from which `found_source` takes them."""
+    path = source.edlora.save_pretrained(folder)
+    if source.statistics is not None:
+        source.statistics.copy(statistics_path(path))
+
+
+def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subfolder: str) -> Source:
+    """Find a source of a pack again: in the pack's own folder or repository, or where it came from.
+
+    Args:
+        entry: What the pack's report says of it.
+        carrier: Folder or Hub id of the pack.
+        subfolder: Where the pack would carry it.
+
+    Raises:
+        FusionError: If it is at neither place, or another LoRA is.
+    """
+    places = [(carrier, subfolder, 1.0), (entry["origin"], "", entry["scale"])]
+    changed = False
+    for location, part, scale in places:
+        edlora = _edlora_at(location, part)
+        if edlora is not None and _scaled(edlora, scale).digest == entry["digest"]:
+            path = _statistics_at(location, part)
+            concepts = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
+            return Source(
+                edlora=_scaled(edlora, scale),
+                weight=entry["weight"],
+                scale=entry["scale"],
+                prompts=concepts,
+                origin=entry["origin"],
+                statistics=None if path is None else SourceStatistics.load(path),
+            )
+        changed |= edlora is not None
+    fate = "has changed since" if changed else "is gone"
+    raise FusionError(
+        f"The pack was fused from {'+'.join(entry['concepts'])}, which {fate} "
+        f"(it came from {entry['origin'] or 'no file'}). Put it back, or save packs with sources=True, which carries "
+        "them along."
+    )
+
+
+def _edlora_at(location: str | os.PathLike[str], subfolder: str) -> EDLoRA | None:
+    try:
+        return EDLoRA.from_pretrained(location, subfolder=subfolder or None) if location else None
+    except EDLoRANotFoundError:
+        return None
+
+
+def _statistics_at(location: str | os.PathLike[str], subfolder: str = "") -> Path | None:
+    """The file of statistics beside an ED-LoRA, if there is one."""
+    if is_repo_id(location):
+        return _downloaded(str(location), subfolder)
+    path = Path(location, subfolder)
+    path = statistics_path(path / FILE_NAME if path.is_dir() else path)
+    return path if path.exists() else None
+
 
 def gather(
     given: Sequence[EDLoRASource],
-    components: Mapping[str, object],
+    components: Mapping[str, object] | None,
     *,
     prompts: PromptSet | None,
-    weights: Sequence[float] | None,
-    scales: Sequence[float] | None,
+    weights: Sequence[float] | None = None,
+    scales: Sequence[float] | None = None,
+    with_statistics: bool = False,
 ) -> tuple[Source, ...]:
     """Read the ED-LoRAs and check that they can be fused with each other and with the model.
 
     Args:
         given: ED-LoRAs, or what `EDLoRA.from_pretrained` reads.
-        components: ``pipeline.components`` of the model.
+        components: ``pipeline.components`` of the model; None where there is no model.
         prompts: See `recording_prompts`.
-        weights: Share of each, any positive numbers; equal by default.
-        scales: Factor on all updates of each; 1 by default.
+        weights: Share of each, any positive numbers; by default each one's own, 1.
+        scales: Factor on all updates of each; by default each one's own, 1.
+        with_statistics: Look for statistics beside the sources.
 
     Raises:
         FusionError: If anything does not fit; lists everything that is wrong.
     """
-    edloras = [one if isinstance(one, EDLoRA) else EDLoRA.from_pretrained(one) for one in given]
-    weights = [1.0] * len(edloras) if weights is None else weights
-    scales = [1.0] * len(edloras) if scales is None else scales
+    entries = [one if isinstance(one, FusionSource | LoRASource) else FusionSource(one) for one in given]
+    edloras = [_read(entry) for entry in entries]
+    weights = [entry.weight for entry in entries] if weights is None else weights
+    scales = [entry.scale for entry in entries] if scales is None else scales
     defects = [
         *_number_defects("weights", weights, len(edloras), positive=True),
         *_number_defects("scales", scales, len(edloras), positive=False),
-        *_mutual_defects(edloras),
+        *mutual_defects(edloras),
+        *_label_defects(entries),
         *_model_defects(edloras, components),
     ]
     if defects:
         raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(defects))
-    return tuple(
+    sources = tuple(
         Source(
             edlora=_scaled(edlora, scale),
-            weight=weight / sum(weights),
+            weight=weight,
             scale=scale,
-            prompts={concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts},
+            prompts=_prompts(entry, edlora, prompts),
+            origin="" if isinstance(entry.source, EDLoRA) else os.fspath(entry.source),
+            home=_home(entry),
         )
-        for edlora, weight, scale in zip(edloras, weights, scales, strict=True)
+        for entry, edlora, weight, scale in zip(entries, edloras, weights, scales, strict=True)
     )
+    if not with_statistics:
+        return sources
+    return tuple(
+        replace(source, statistics=_statistics(source, entry)) for source, entry in zip(sources, entries, strict=True)
+    )
+
+
+def _prompts(
+    entry: FusionSource | LoRASource, edlora: EDLoRA, prompts: PromptSet | None
+) -> dict[str, tuple[str, ...]]:
+    if isinstance(entry, LoRASource):
+        return {entry.label: tuple(entry.prompts)}
+    return {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
+
+
+def _read(entry: FusionSource | LoRASource) -> EDLoRA:
+    if isinstance(entry, LoRASource):
+        return EDLoRA(concepts=(), embeddings={}, lora=read_lora(Path(entry.source)), base_model="", layers=())
+    return entry.source if isinstance(entry.source, EDLoRA) else EDLoRA.from_pretrained(entry.source)
+
+
+def _label_defects(entries: Sequence[FusionSource | LoRASource]) -> list[str]:
+    labels = [entry.label for entry in entries if isinstance(entry, LoRASource)]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    return [f"LoRAs named alike: {', '.join(twice)}; give each a name of its own"] if twice else []
+
+
+def _home(entry: FusionSource | LoRASource) -> Path | None:
+    """The LoRA's file on this disk; None of an object, and of what lies in the Hub's cache."""
+    if isinstance(entry.source, EDLoRA) or is_repo_id(entry.source):
+        return None
+    path = Path(entry.source)
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def _statistics(source: Source, entry: FusionSource | LoRASource) -> SourceStatistics | None:
+    """Statistics that were given with a source, or lie beside it; those given on purpose must fit it."""
+    if entry.statistics is not None:
+        given = entry.statistics
+        statistics = given if isinstance(given, SourceStatistics) else SourceStatistics.load(given)
+        if misfits := source.misfits(statistics):
+            raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(misfits))
+        return statistics
+    path = _statistics_at(source.origin) if source.origin else None
+    return None if path is None else SourceStatistics.load(path)
+
+
+def _downloaded(repo_id: str, subfolder: str) -> Path | None:
+    """The statistics of a repository on the Hub, if it has any."""
+    try:
+        return download(
+            repo_id,
+            statistics_path(Path(FILE_NAME)).name,
+            revision=None,
+            subfolder=subfolder or None,
+            token=None,
+            cache_dir=None,
+            local_files_only=False,
+        )
+    except EDLoRANotFoundError:
+        return None
 
 
 def _scaled(edlora: EDLoRA, scale: float) -> EDLoRA:
     if scale == 1:
         return edlora
-    updates = {
-        site: LowRank(down=update.down, up=update.up, alpha=scale * update.alpha)
-        for site, update in edlora.lora.items()
-    }
+    updates = {site: replace(update, alpha=scale * update.alpha) for site, update in edlora.lora.items()}
     return replace(edlora, lora=updates)
 
 
@@ -115,17 +318,20 @@ def _number_defects(what: str, numbers: Sequence[float], count: int, *, positive
     return defects
 
 
-def _mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
+def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
+    """Find what keeps ED-LoRAs from being fused with each other: bases, layers, names, or that there are none."""
     if not edloras:
         return ["none was given; give at least one"]
     defects = []
-    bases = {edlora.base_model: _names(edlora) for edlora in reversed(edloras)}
+    bases = {edlora.base_model: _names(edlora) for edlora in reversed(edloras) if edlora.base_model}
     if len(bases) > 1:
         tuned = ", ".join(f"{names} on {base!r}" for base, names in reversed(bases.items()))
         defects.append(f"they were tuned on different base models ({tuned}); tune them on the same one")
-    if len({edlora.layers for edlora in edloras}) > 1:
-        counts = ", ".join(f"{_names(edlora)} {len(edlora.layers)}" for edlora in edloras)
+    if len({edlora.layers for edlora in edloras if edlora.layers}) > 1:
+        counts = ", ".join(f"{_names(edlora)} {len(edlora.layers)}" for edlora in edloras if edlora.layers)
         defects.append(f"they name different cross-attention layers (numbers of layers: {counts})")
+    if misfits := _size_defects(edloras):
+        defects.append(f"they were made for layers of different sizes ({', '.join(misfits[:3])})")
     try:
         check_distinct(concept for edlora in edloras for concept in edlora.concepts)
     except ConceptError as error:
@@ -133,9 +339,27 @@ def _mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
     return defects
 
 
-def _model_defects(edloras: Sequence[EDLoRA], components: Mapping[str, object]) -> list[str]:
+def _size_defects(edloras: Sequence[EDLoRA]) -> list[str]:
+    sizes: dict[str, dict[tuple[int, int], str]] = {}
+    for edlora in edloras:
+        for site, update in edlora.lora.items():
+            if update.up.dim() == update.down.dim() == 2:
+                sizes.setdefault(site, {})[update.up.shape[0], update.down.shape[1]] = _names(edlora)
+    return [
+        f"{site}: " + ", ".join(f"{names} {size}" for size, names in found.items())
+        for site, found in sizes.items()
+        if len(found) > 1
+    ]
+
+
+def _model_defects(edloras: Sequence[EDLoRA], components: Mapping[str, object] | None) -> list[str]:
+    """Find what is wrong with each ED-LoRA in itself and, where there is a model, with the model."""
     defects = []
     for edlora in edloras:
+        if components is None:
+            inner = content_defects(edlora.concepts, edlora.embeddings, edlora.lora, edlora.layers)
+            defects += [f"the ED-LoRA of {_names(edlora)} is defective: {defect}" for defect in inner]
+            continue
         try:
             edlora.check_fits(components)
         except EDLoRAFormatError as error:
@@ -144,4 +368,4 @@ def _model_defects(edloras: Sequence[EDLoRA], components: Mapping[str, object]) 
 
 
 def _names(edlora: EDLoRA) -> str:
-    return ", ".join(concept.placeholder for concept in edlora.concepts)
+    return ", ".join(concept.placeholder for concept in edlora.concepts) or "a plain LoRA"

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
 
 import torch
 
+from diffusers_mixofshow.fusion.compression import GramFactor
+
+
+Part = Literal["fit", "held_out"]
+"""Inputs of the prompts that are only fitted, and of those by which a ridge can be judged as well."""
+
+PARTS: tuple[Part, ...] = ("fit", "held_out")
 
 _SHARED = re.compile(r"(?P<attention>.*)\.(?P<projection>to_q|to_k|to_v|q_proj|k_proj|v_proj)")
 
@@ -34,6 +42,27 @@ def input_name(site: str) -> str:
     return f"{attention}.q_proj+k_proj+v_proj"
 
 
+class GramStatistics(Protocol):
+    """Gram matrices of one concept's layer inputs, wherever they are kept."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, see `input_name`."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Which parts were recorded."""
+
+    def tokens(self, name: str, part: Part | None = None) -> int:
+        """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
+
+    def gram(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """Gram matrix per token, (in_features, in_features), float64, on the CPU; of one part or of all."""
+
+    def factor(self, name: str) -> GramFactor | None:
+        """The Gram matrix of all parts as a low-rank factor, where it is kept as one."""
+
+
 class ConceptStatistics:
     """Streaming Gram matrices X X^T of one concept's layer inputs; no feature is kept.
 
@@ -42,55 +71,76 @@ class ConceptStatistics:
 
     def __init__(self) -> None:
         """Start with nothing seen."""
-        self._sums: dict[str, torch.Tensor] = {}
-        self._tokens: dict[str, int] = {}
+        self._sums: dict[tuple[str, Part], torch.Tensor] = {}
+        self._tokens: dict[tuple[str, Part], int] = {}
 
-    def add(self, name: str, features: torch.Tensor) -> None:
+    def add(self, name: str, features: torch.Tensor, part: Part = "fit") -> None:
         """Add the features that went into a layer.
 
         Args:
             name: The input's name, see `input_name`.
             features: Any number of tokens, shape (..., in_features).
+            part: What they are for, see `Part`.
         """
         rows = features.detach().flatten(end_dim=-2)  # (tokens, in_features)
         rows = rows.to(torch.float64 if rows.device.type == "cpu" else torch.float32)
         product = rows.T @ rows  # (in_features, in_features)
-        if name not in self._sums:
+        if (name, part) not in self._sums:
             dtype = torch.float32 if rows.device.type == "mps" else torch.float64
-            self._sums[name] = torch.zeros(product.shape, dtype=dtype, device=product.device)
-            self._tokens[name] = 0
-        self._sums[name] += product
-        self._tokens[name] += len(rows)
+            self._sums[name, part] = torch.zeros(product.shape, dtype=dtype, device=product.device)
+            self._tokens[name, part] = 0
+        self._sums[name, part] += product
+        self._tokens[name, part] += len(rows)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs seen so far."""
-        return tuple(self._sums)
+        return tuple(dict.fromkeys(name for name, _ in self._sums))
 
-    def tokens(self, name: str) -> int:
-        """Number of tokens seen at an input; 0 if it was never met."""
-        return self._tokens.get(name, 0)
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parts seen so far."""
+        return tuple(part for part in PARTS if any(part == seen for _, seen in self._sums))
 
-    def gram(self, name: str) -> torch.Tensor:
+    def tokens(self, name: str, part: Part | None = None) -> int:
+        """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
+        return sum(self._tokens.get((name, one), 0) for one in (PARTS if part is None else (part,)))
+
+    def gram(self, name: str, part: Part | None = None) -> torch.Tensor:
         """Gram matrix per token, X X^T / tokens, so that concepts weigh the same however long they were recorded.
 
         Args:
             name: The input's name, see `input_name`.
+            part: Of which inputs; all by default.
 
         Returns:
             Shape (in_features, in_features), float64, on the CPU.
         """
-        return self._sums[name].cpu().double() / self._tokens[name]
+        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._sums]
+        if not wanted:
+            raise KeyError(name)
+        total = sum(self._sums[name, one].cpu().double() for one in wanted)
+        return torch.as_tensor(total) / self.tokens(name, part)
+
+    def factor(self, name: str) -> None:
+        """None: what is gathered is the matrix itself."""
 
 
-def summed_gram(statistics: Iterable[ConceptStatistics], name: str) -> torch.Tensor:
+def summed_factor(statistics: Sequence[GramStatistics], name: str) -> GramFactor | None:
+    """Factor of `summed_gram`, of all parts; None unless every concept keeps one."""
+    factors = [factor for one in statistics if (factor := one.factor(name)) is not None]
+    return GramFactor.summed(factors, [1.0] * len(factors)) if len(factors) == len(statistics) else None
+
+
+def summed_gram(statistics: Iterable[GramStatistics], name: str, part: Part | None = None) -> torch.Tensor:
     """Gram matrix of several concepts that share one update, every concept weighing the same.
 
     Args:
         statistics: One per concept.
         name: The input's name, see `input_name`.
+        part: Of which inputs; all by default.
 
     Returns:
         Shape (in_features, in_features), float64, on the CPU.
     """
-    return torch.stack([one.gram(name) for one in statistics]).sum(dim=0)
+    return torch.stack([one.gram(name, part) for one in statistics]).sum(dim=0)

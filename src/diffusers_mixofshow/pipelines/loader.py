@@ -201,7 +201,7 @@ class EDLoRALoader:
 
 def _adapter_name(concepts: Iterable[Concept]) -> str:
     """A name that PEFT accepts: letters, digits, '_' and '-'."""
-    return re.sub(r"[^\w-]", "_", "_".join(concept.name for concept in concepts))
+    return re.sub(r"[^\w-]", "_", "_".join(concept.name for concept in concepts)) or "lora"
 
 
 def _listed(names: Iterable[str]) -> str:

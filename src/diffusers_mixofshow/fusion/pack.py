@@ -1,0 +1,241 @@
+"""A fused pack: an ED-LoRA with several concepts that knows what it was made of, and can be made of other things."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.prompts import PromptSet
+from diffusers_mixofshow.fusion.report import FusionReport
+from diffusers_mixofshow.fusion.solving import (
+    MEASURED,
+    Settings,
+    Solution,
+    Statistics,
+    by_input,
+    check_recorded,
+    sites_of,
+    solve_input,
+)
+from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, carry, found_source, gather, mutual_defects
+from diffusers_mixofshow.fusion.statistics import input_name
+from diffusers_mixofshow.fusion.team import Team
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedPack(EDLoRA):
+    """An ED-LoRA that gradient fusion made; the fields of `EDLoRA`, and where they come from.
+
+    Args:
+        sources: What it was fused from. They are not part of its file.
+        settings: How its layers were solved.
+        prior: Input to the Gram matrix whose outputs were kept the base's, its weight in it; shape
+            (in_features, in_features).
+    """
+
+    sources: tuple[Source, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    prior: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False, sources: bool = False) -> Path:
+        """Write the pack, see `EDLoRA.save_pretrained`; without any concept, an ordinary LoRA.
+
+        Args:
+            folder: Created where it is missing.
+            merged: Write a complete pipeline instead.
+            sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that the
+                pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it knows where
+                they came from.
+
+        Returns:
+            Path of the safetensors file.
+        """
+        if not self.concepts:
+            return self._save_plain(Path(folder), merged=merged, sources=sources)
+        if sources:
+            for source in self.sources:
+                carry(source, Path(folder, _carried(source.prompts)))
+        return super().save_pretrained(folder, merged=merged)
+
+    def _save_plain(self, folder: Path, *, merged: bool, sources: bool) -> Path:
+        """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
+        if merged or sources:
+            raise FusionError(
+                "A pack without concepts is written as one plain LoRA; merged and sources are for packs with "
+                "concepts. Load it with load_lora_weights() and use fuse_lora() instead."
+            )
+        return write_lora(folder / PLAIN_NAME, self.lora)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> Self:
+        """Read a pack with what it was fused from, so that it can be changed.
+
+        Args:
+            source: A folder, file or Hub id, see `EDLoRA.from_pretrained`.
+            hub: Passed to `EDLoRA.from_pretrained`.
+
+        Raises:
+            FusionError: If it was not fused, or a source is neither carried nor where it came from.
+        """
+        pack = super().from_pretrained(source, **hub)
+        record = FusionReport.of(pack).data
+        settings = Settings(**{key: record[key] for key in ("method", "ridge", "max_rank")})
+        found = [found_source(entry, source, _carried(entry["concepts"])) for entry in record["sources"]]
+        return replace(pack, sources=tuple(found), settings=settings)
+
+    @property
+    def report(self) -> FusionReport:
+        """What fusion kept of every concept, layer by layer."""
+        return FusionReport.of(self)
+
+    def add(self, source: EDLoRASource, *, prompts: PromptSet | None = None) -> FusedPack:
+        """Fuse one more source in; the result equals a fresh fusion of all of them.
+
+        Args:
+            source: An ED-LoRA with statistics, see `GradientFuser.record`; `FusionSource` gives it a weight.
+            prompts: Recording prompts, only noted in the report.
+
+        Raises:
+            FusionError: If statistics are missing, the source does not fit, or its concept is in the pack already.
+        """
+        (added,) = gather([source], None, prompts=prompts, with_statistics=True)
+        return refused(self, (*self.sources, added))
+
+    def remove(self, name: str) -> FusedPack:
+        """Take one source out; the result equals a fresh fusion of the others.
+
+        Args:
+            name: Placeholder of a concept, e.g. ``<potter>``. A source with several concepts goes as a whole.
+
+        Raises:
+            FusionError: If the name is not in the pack, is all there is in it, or statistics are missing.
+        """
+        leaving = self._source_of(name)
+        return refused(self, tuple(source for source in self.sources if source is not leaving))
+
+    def reweight(self, weights: Mapping[str, float]) -> FusedPack:
+        """Give sources other weights; the result equals a fresh fusion with these weights.
+
+        Args:
+            weights: Placeholder to weight; sources that are not named keep theirs.
+
+        Raises:
+            FusionError: If a name is not in the pack, a weight is not above 0, or statistics are missing.
+        """
+        new = {self._source_of(name).name: weight for name, weight in weights.items()}
+        wrong = {name: weight for name, weight in new.items() if not 0 < weight < float("inf")}
+        if wrong:
+            raise FusionError(f"Weights must be finite and above 0, got {wrong}.")
+        return refused(self, tuple(replace(one, weight=new.get(one.name, one.weight)) for one in self.sources))
+
+    def _source_of(self, name: str) -> Source:
+        for source in self.sources:
+            if name in (source.name, *source.prompts):
+                return source
+        known = ", ".join(source.name for source in self.sources) or "none, as it was read from a file"
+        raise FusionError(f"{name} is no source of this pack; its sources are {known}.")
+
+
+def refused(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
+    """Fuse changed sources again, as a pack was fused, from their statistics alone.
+
+    Raises:
+        FusionError: If they do not fit each other, or statistics are missing.
+    """
+    record = pack.report.data
+    if record.get("sequential") or (record.get("prior") and not pack.prior):
+        raise FusionError(
+            "This pack was recorded on top of what was fused already, or with a prior that its file does not hold. It "
+            "cannot be changed from statistics; fuse all sources anew, or with GradientFuser(pipe, sequential=False)."
+        )
+    if defects := mutual_defects([source.edlora for source in sources]):
+        raise FusionError("The pack cannot be changed in this way: " + "; ".join(defects))
+    missing = [source.name for source in sources if source.statistics is None]
+    if missing and pack.settings.method in MEASURED:
+        raise FusionError(
+            f"The pack can only be changed with statistics of every source, recorded with its own LoRA; "
+            f"{len(missing)} have none ({', '.join(missing)}). Fuse with "
+            "GradientFuser(pipe, sequential=False), or all sources anew."
+        )
+    return fuse_recorded(sources, pack.settings, {"sequential": False}, pack.prior)
+
+
+def fuse_recorded(
+    sources: tuple[Source, ...],
+    settings: Settings,
+    record: Mapping[str, object],
+    prior: Mapping[str, torch.Tensor] | None = None,
+) -> FusedPack:
+    """Fuse sources from their statistics; without any, where the method does not ask.
+
+    Args:
+        sources: What to fuse.
+        settings: How.
+        record: What else the report says.
+        prior: Input to the Gram matrix whose outputs shall stay the base's, its weight in it.
+    """
+    prior = {} if prior is None else prior
+    start, solution, sites = time.perf_counter(), Solution(), sites_of(sources)
+    team = Team.present()
+    statistics = _statistics(sources, team)
+    if statistics:
+        check_recorded(sources, statistics, sites)
+    for group in by_input(sites):
+        solution.add(solve_input(sources, statistics, group, settings, prior.get(input_name(group[0])), team))
+    solution.residuals = joined_residuals(solution, team)
+    pack = packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
+    return replace(pack, prior=prior)
+
+
+def packed(
+    sources: tuple[Source, ...], settings: Settings, solution: Solution, record: Mapping[str, object]
+) -> FusedPack:
+    """Put fused layers, and the concepts' embeddings side by side, into a pack with its report."""
+    edloras = [source.edlora for source in sources]
+    embeddings: dict[str, torch.Tensor] = {}
+    for edlora in edloras:
+        embeddings |= edlora.embeddings
+    return FusedPack(
+        concepts=tuple(concept for edlora in edloras for concept in edlora.concepts),
+        embeddings=embeddings,
+        lora=solution.lora,
+        base_model=next((edlora.base_model for edlora in edloras if edlora.base_model), ""),
+        layers=next((edlora.layers for edlora in edloras if edlora.layers), ()),
+        training={"fusion": FusionReport.record(sources, settings, solution, record)},
+        sources=sources,
+        settings=settings,
+    )
+
+
+def _carried(placeholders: Iterable[str]) -> str:
+    """Where a pack carries a source: ``sources/potter``, ``sources/rex+kit``."""
+    return "sources/" + "+".join(placeholder[1:-1] for placeholder in placeholders)
+
+
+def joined_residuals(solution: Solution, team: Team) -> dict[str, dict[str, tuple[float, float]]]:
+    """Residuals of all sources, each measured by the process that has it."""
+    found = {(site, name): pair for site, layer in solution.residuals.items() for name, pair in layer.items()}
+    joined: dict[str, dict[str, tuple[float, float]]] = {}
+    for (site, name), pair in team.joined(found).items():
+        joined.setdefault(site, {})[name] = pair
+    return joined
+
+
+def _statistics(sources: Sequence[Source], team: Team) -> Statistics:
+    """Statistics of the concepts of this process's sources; nothing unless all sources have them."""
+    mine = {
+        place: [source.statistics.concepts[placeholder] for placeholder in source.prompts]
+        for place, source in team.share(sources).items()
+        if source.statistics is not None
+    }
+    recorded = team.joined(dict.fromkeys(mine, True))
+    return [mine.get(place, []) for place in range(len(sources))] if len(recorded) == len(sources) else []

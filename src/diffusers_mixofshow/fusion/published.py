@@ -1,0 +1,309 @@
+"""Fusion statistics as a file beside an ED-LoRA, so that others can fuse it without a model and without a GPU.
+
+One safetensors file a source. Tensors: ``<placeholder>|<part>|<input>|gram``, float32, (in_features, in_features); or,
+as low-rank factors, ``...|rows``, float16, (kept, in_features), each row divided by its entry of ``...|scale``,
+float32, (kept,). Header metadata: one JSON string under ``edlora_statistics``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.hub import create, upload
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum, ranks_within
+from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
+
+
+FORMAT_VERSION = 1
+DEFAULT_BYTES = 10_000_000
+"""Size of a concept's low-rank factors."""
+
+_HEADER_KEY = "edlora_statistics"
+_SUFFIX = ".statistics.safetensors"
+_REMEDY = "Record it again with GradientFuser(pipe, sequential=False), or ask its author for another copy."
+
+
+def statistics_path(lora_file: Path) -> Path:
+    """Where statistics are kept: ``edlora.statistics.safetensors`` beside ``edlora.safetensors``."""
+    return lora_file.with_name(lora_file.name.removesuffix(".safetensors") + _SUFFIX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceStatistics:
+    """What a source publishes beside its LoRA: for each of its concepts, what its layers saw.
+
+    Args:
+        digest: `EDLoRA.digest` of the LoRA that the concepts were sampled with.
+        base_model: Id of the model they were sampled on.
+        recording: How they were sampled, JSON values only: prompts by placeholder, seeds, steps, sampler, guidance.
+        concepts: Statistics by placeholder.
+        file: Where they were read from; None of what was just recorded.
+    """
+
+    digest: str
+    base_model: str
+    recording: Mapping[str, Any]
+    concepts: Mapping[str, GramStatistics]
+    file: Path | None = None
+
+    def save(self, path: str | os.PathLike[str], *, max_bytes: int | None = DEFAULT_BYTES) -> Path:
+        """Write the statistics; the file appears whole or not at all.
+
+        Args:
+            path: The file, see `statistics_path`.
+            max_bytes: Size of one concept's low-rank factors; None writes the matrices in full, as float32.
+
+        Raises:
+            FusionError: If a matrix holds NaN or Inf; nothing is written then.
+        """
+        path = Path(path)
+        tensors: dict[str, torch.Tensor] = {}
+        entries: dict[str, Any] = {}
+        for placeholder, statistics in self.concepts.items():
+            written, entries[placeholder] = _written(placeholder, statistics, max_bytes)
+            tensors |= written
+        header = {
+            "format_version": FORMAT_VERSION,
+            "source": self.digest,
+            "base_model": self.base_model,
+            "recording": dict(self.recording),
+            "form": "full" if max_bytes is None else "low-rank",
+            "concepts": entries,
+        }
+        _replace(path, serialize(tensors, metadata={"format": "pt", _HEADER_KEY: json.dumps(header)}))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SourceStatistics:
+        """Read the header of a file; its matrices are read when they are asked for, one at a time.
+
+        Raises:
+            FusionError: If it is no file of statistics, or contradicts itself; names what is wrong.
+        """
+        path = Path(path)
+        header, names = _opened(path)
+        entries = {placeholder: _entry(path, entry) for placeholder, entry in header["concepts"].items()}
+        concepts = {
+            placeholder: StoredStatistics(path, placeholder, header["form"] == "full", entry)
+            for placeholder, entry in entries.items()
+        }
+        expected = {name for concept in concepts.values() for name in concept.tensor_names()}
+        if expected != names:
+            raise FusionError(
+                f"{path}: its header and its tensors differ: {len(expected - names)} missing, "
+                f"{len(names - expected)} unexpected. {_REMEDY}"
+            )
+        return cls(
+            digest=header["source"],
+            base_model=header["base_model"],
+            recording=header["recording"],
+            concepts=concepts,
+            file=path,
+        )
+
+    def copy(self, path: Path) -> None:
+        """Write the same statistics elsewhere, bit for bit where they come from a file."""
+        if self.file is None:
+            self.save(path)
+        elif self.file.resolve() != path.resolve():
+            _replace(path, self.file.read_bytes())
+
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None) -> None:
+        """Upload the statistics beside the ED-LoRA of a repository, created where it is missing.
+
+        Args:
+            repo_id: Where `EDLoRA.push_to_hub` sent the ED-LoRA.
+            token: By default the one of ``hf auth login``.
+            revision: Branch to commit to; by default ``main``.
+
+        Raises:
+            HubError: If the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.copy(statistics_path(Path(folder, FILE_NAME)))
+            repo_id, _ = create(repo_id, token=token, private=None, revision=revision)
+            upload(Path(folder), repo_id, token=token, revision=revision, message="Fusion statistics")
+
+
+class StoredStatistics:
+    """Statistics of one concept in a file: a matrix is read when it is asked for, and not kept."""
+
+    def __init__(self, path: Path, placeholder: str, full: bool, inputs: Mapping[str, Mapping[Part, Any]]) -> None:
+        """Remember where it is; see `SourceStatistics.load`."""
+        self._path, self._placeholder, self._full, self._inputs = path, placeholder, full, inputs
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs."""
+        return tuple(self._inputs)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Which parts were recorded."""
+        return tuple(part for part in PARTS if any(part in entry for entry in self._inputs.values()))
+
+    def tokens(self, name: str, part: Part | None = None) -> int:
+        """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
+        entry = self._inputs.get(name, {})
+        return sum(entry[one]["tokens"] for one in (PARTS if part is None else (part,)) if one in entry)
+
+    def energy(self, name: str, part: Part) -> float:
+        """Share of the trace that a low-rank factor keeps; 1 of a full matrix."""
+        return float(self._inputs[name][part]["energy"])
+
+    def gram(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """Gram matrix per token, (in_features, in_features), float64, on the CPU; of one part or of all.
+
+        Raises:
+            FusionError: If the file's matrix holds NaN or Inf, or has another shape.
+        """
+        wanted = [one for one in (PARTS if part is None else (part,)) if one in self._inputs[name]]
+        with self._opened() as opened:
+            grams = [self.tokens(name, one) * self._gram(opened, name, one) for one in wanted]
+        return torch.stack(grams).sum(dim=0) / self.tokens(name, part)
+
+    def factor(self, name: str) -> GramFactor | None:
+        """The Gram matrix of all parts as a low-rank factor; None where the file holds full matrices."""
+        if self._full:
+            return None
+        parts = [part for part in PARTS if part in self._inputs[name]]
+        with self._opened() as opened:
+            factors = [self._factor(opened, name, part) for part in parts]
+        return GramFactor.summed(factors, [self.tokens(name, part) / self.tokens(name) for part in parts])
+
+    def tensor_names(self) -> list[str]:
+        """Every tensor of the file that belongs to this concept."""
+        kinds = ("gram",) if self._full else ("rows", "scale")
+        return [
+            _tensor_name(self._placeholder, part, name, kind)
+            for name, entry in self._inputs.items()
+            for part in entry
+            for kind in kinds
+        ]
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise FusionError(f"{self._path} cannot be read any more: {error}. {_REMEDY}") from error
+
+    def _gram(self, opened: Any, name: str, part: Part) -> torch.Tensor:
+        return self._tensor(opened, name, part, "gram") if self._full else self._factor(opened, name, part).gram()
+
+    def _factor(self, opened: Any, name: str, part: Part) -> GramFactor:
+        entry = self._inputs[name][part]
+        rows = self._tensor(opened, name, part, "rows") * self._tensor(opened, name, part, "scale")[:, None]
+        return GramFactor(rows=rows, tail=entry["tail"], energy=entry["energy"])
+
+    def _tensor(self, opened: Any, name: str, part: Part, kind: str) -> torch.Tensor:
+        values: torch.Tensor = opened.get_tensor(_tensor_name(self._placeholder, part, name, kind)).double()
+        if not values.isfinite().all():
+            raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
+        return values
+
+
+def _written(
+    placeholder: str, statistics: GramStatistics, max_bytes: int | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and header entry of one concept."""
+    keys = [(name, part) for name in statistics.inputs for part in PARTS if statistics.tokens(name, part)]
+    endless = [name for name, part in keys if not statistics.gram(name, part).isfinite().all()]
+    if endless:
+        raise FusionError(
+            f"The statistics of {placeholder} hold NaN or Inf at {len(endless)} inputs, first at {endless[0]}. "
+            "Sample the concept alone and look at the picture; in float16 a model may overflow, float32 does not."
+        )
+    kept: dict[tuple[str, Part], int] = {}
+    if max_bytes is not None:
+        shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in keys}
+        kept = ranks_within({key: _eigenvalues(statistics.gram(*key)) for key in keys}, max_bytes, shares)
+    tensors: dict[str, torch.Tensor] = {}
+    entry: dict[str, Any] = {}
+    for name, part in keys:
+        gram = statistics.gram(name, part)
+        numbers = {"tokens": statistics.tokens(name, part), "tail": 0.0, "energy": 1.0}
+        if max_bytes is None:
+            tensors[_tensor_name(placeholder, part, name, "gram")] = gram.float().contiguous()
+        else:
+            factor = Spectrum.of(gram).leading(kept[name, part])
+            scale = factor.rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+            tensors[_tensor_name(placeholder, part, name, "rows")] = (factor.rows / scale[:, None]).half()
+            tensors[_tensor_name(placeholder, part, name, "scale")] = scale.float()
+            numbers |= {"tail": factor.tail, "energy": factor.energy}
+        entry.setdefault(name, {})[part] = numbers
+    return tensors, entry
+
+
+def _eigenvalues(gram: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+
+
+def _tensor_name(placeholder: str, part: Part, name: str, kind: str) -> str:
+    return f"{placeholder}|{part}|{name}|{kind}"
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """Header and tensor names of a file, the header's own fields checked."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            text, names = (opened.metadata() or {}).get(_HEADER_KEY, ""), set(opened.keys())
+        header = json.loads(text)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FusionError(f"{path} cannot be read as fusion statistics: {error}. {_REMEDY}") from error
+    wanted = {"source": str, "base_model": str, "recording": dict, "form": str, "concepts": dict}
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if version != FORMAT_VERSION:
+        raise FusionError(f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}. {_REMEDY}")
+    wrong = [name for name, kind in wanted.items() if not isinstance(header.get(name), kind)]
+    if wrong:
+        raise FusionError(f"{path}: header fields missing or of another type: {', '.join(wrong)}. {_REMEDY}")
+    return header, names
+
+
+def _entry(path: Path, entry: object) -> Mapping[str, Mapping[Part, Any]]:
+    """A concept's entry of the header, every number in it checked."""
+    inputs = entry.items() if isinstance(entry, dict) else [("", None)]
+    sound = all(
+        isinstance(parts, dict)
+        and parts
+        and set(parts) <= set(PARTS)
+        and all(_is_numbers(numbers) for numbers in parts.values())
+        for _, parts in inputs
+    )
+    if not sound:
+        raise FusionError(f"{path}: its header describes the inputs in another way than this release does. {_REMEDY}")
+    return dict(inputs)
+
+
+def _is_numbers(numbers: object) -> bool:
+    if not (isinstance(numbers, dict) and set(numbers) == {"tokens", "tail", "energy"}):
+        return False
+    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers.values())
+    return finite and type(numbers["tokens"]) is int and numbers["tokens"] > 0 and numbers["tail"] >= 0
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, and rename."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

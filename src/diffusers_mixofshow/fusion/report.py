@@ -1,0 +1,206 @@
+"""What fusion kept of every concept: as JSON in the pack, as a table in a terminal, as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.solving import Settings, Solution
+from diffusers_mixofshow.fusion.sources import Source
+
+
+POOR = 0.5
+"""Mean relative residual above which a concept is named in a warning: a quarter of its effect's energy is wrong."""
+
+_PAIRS_SHOWN = 3
+_CELL, _MARGIN = 14, 8
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """The report of a fused pack; ``training["fusion"]`` of its file is the same thing as JSON.
+
+    Args:
+        data: The record, JSON values only.
+    """
+
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, edlora: EDLoRA) -> FusionReport:
+        """The report in an ED-LoRA.
+
+        Raises:
+            FusionError: If it was not fused.
+        """
+        data = edlora.training.get("fusion")
+        if not isinstance(data, Mapping):
+            raise FusionError("This ED-LoRA was not fused, so there is no report of its fusion.")
+        return cls(data)
+
+    @staticmethod
+    def record(
+        sources: Sequence[Source], settings: Settings, solution: Solution, further: Mapping[str, object]
+    ) -> dict[str, object]:
+        """Put a solution into JSON values.
+
+        Args:
+            sources: What was fused.
+            settings: How.
+            solution: What came out.
+            further: Recording settings and times.
+        """
+        record: dict[str, object] = {**asdict(settings), **further, "sources": _provenance(sources)}
+        record["prompts"] = {name: list(prompts) for source in sources for name, prompts in source.prompts.items()}
+        record["layers"] = {
+            site: {key: float(f"{value:.4g}") for key, value in numbers.items()}
+            for site, numbers in solution.layers.items()
+            if numbers
+        }
+        if solution.residuals:
+            record["residuals"] = _residual_report(sources, solution)
+            record["overlaps"] = {
+                f"{one} {other}": round(value / solution.inputs, 4)
+                for (one, other), value in solution.overlaps.items()
+            }
+        return record
+
+    @property
+    def residuals(self) -> Mapping[str, Mapping[str, float | None]]:
+        """Source to its mean relative residual over layers, ``average`` and ``fused``; empty if none was measured."""
+        return dict(self.data.get("residuals", {}).get("mean", {}))
+
+    @property
+    def poor(self) -> tuple[str, ...]:
+        """Sources that the fused layers do not reproduce well, the worst first."""
+        fused = {name: mean["fused"] or 0.0 for name, mean in self.residuals.items()}
+        return tuple(sorted((name for name, value in fused.items() if value > POOR), key=lambda name: -fused[name]))
+
+    @property
+    def conflicts(self) -> tuple[tuple[str, str, float], ...]:
+        """Pairs of sources and how much they ask layers for things at the same place, 0 to 1, the most first."""
+        pairs = [(*pair.split(" "), value) for pair, value in self.data.get("overlaps", {}).items()]
+        return tuple(sorted(((one, other, value) for one, other, value in pairs), key=lambda pair: -pair[2]))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence for every concept that the fused layers do not reproduce well."""
+        return tuple(
+            f"{name} is not reproduced well (mean residual {self.residuals[name]['fused']}, above {POOR:g}): give it "
+            "a larger weight, fuse fewer concepts, or record prompts that are nearer to its use."
+            for name in self.poor
+        )
+
+    def print(self, console: Console | None = None) -> None:
+        """Show a table of the concepts, how each kind of layer keeps them, and warnings."""
+        console = console or Console()
+        groups = sorted({_group(site) for site in self._layers})
+        table = Table("concept", "average", "fused", *groups, title="Relative residual, 0 is perfect")
+        for name, mean in self.residuals.items():
+            table.add_row(
+                name, _number(mean["average"]), _number(mean["fused"]), *(self._mean(name, g) for g in groups)
+            )
+        console.print(table)
+        pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
+        if pairs:
+            console.print(f"Nearest to a conflict (overlap, 0 to 1): {', '.join(pairs)}", markup=False)
+        for warning in self.warnings:
+            console.print(f"Warning: {warning}", style="yellow", markup=False)
+
+    def heat_map(self, path: str | os.PathLike[str]) -> Path:
+        """Draw layers (columns) by concepts (rows) as a PNG: white is kept, red is lost.
+
+        Raises:
+            FusionError: If the pack was fused without statistics, so that nothing was measured.
+        """
+        if not self._layers:
+            raise FusionError("Nothing was measured when this pack was fused, so there is nothing to draw.")
+        names = list(self.residuals)
+        left = _MARGIN + max(7 * len(name) for name in names)
+        size = (left + _CELL * len(self._layers) + _MARGIN, 2 * _MARGIN + _CELL * len(names))
+        picture = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(picture)
+        for row, name in enumerate(names):
+            top = _MARGIN + _CELL * row
+            draw.text((_MARGIN // 2, top + 1), name, fill="black")
+            for column, layer in enumerate(self._layers.values()):
+                place = left + _CELL * column
+                draw.rectangle((place, top, place + _CELL - 2, top + _CELL - 2), fill=_colour(layer[name]["fused"]))
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            picture.save(temporary, format="PNG")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @property
+    def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
+        return dict(self.data.get("residuals", {}).get("layers", {}))
+
+    def _mean(self, name: str, group: str) -> str:
+        values = [layer[name]["fused"] for site, layer in self._layers.items() if _group(site) == group]
+        known = [value for value in values if value is not None]
+        return _number(sum(known) / len(known) if known else None)
+
+
+def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
+    total = sum(source.weight for source in sources)
+    return [
+        {
+            "concepts": list(source.prompts),
+            "weight": source.weight / total,
+            "scale": source.scale,
+            "origin": source.origin,
+            "digest": source.edlora.digest,
+            "training": {key: value for key, value in source.edlora.training.items() if key != "fusion"},
+        }
+        for source in sources
+    ]
+
+
+def _residual_report(sources: Sequence[Source], solution: Solution) -> dict[str, object]:
+    """Per layer and source, and the mean over layers; null where fusion changes a layer that a source leaves alone."""
+
+    def rounded(pairs: Collection[tuple[float, float]]) -> dict[str, float | None]:
+        means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
+        average, fused = (None if value == float("inf") else round(value, 4) for value in means)
+        return {"average": average, "fused": fused}
+
+    layers = solution.residuals
+    return {
+        "meaning": "|D X_i - dW_i X_i| / |dW_i X_i|: relative output error per source, weighted average and fused",
+        "mean": {source.name: rounded([layer[source.name] for layer in layers.values()]) for source in sources},
+        "layers": {site: {name: rounded([pair]) for name, pair in layer.items()} for site, layer in layers.items()},
+    }
+
+
+def _group(site: str) -> str:
+    """Kind of layer: text, cross k v, cross q out, self."""
+    if site.startswith("text_encoder"):
+        return "text"
+    if ".attn2." in site:
+        return "cross k v" if site.endswith(("to_k", "to_v")) else "cross q out"
+    return "self" if ".attn1." in site else "other"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _colour(value: float | None) -> tuple[int, int, int]:
+    """White at 0, red at 1 and above, grey where the concept leaves the layer alone."""
+    if value is None:
+        return (200, 200, 200)
+    fade = round(255 * (1 - min(1.0, value)))
+    return (255, fade, fade)

@@ -1,0 +1,60 @@
+"""The ridge of one layer, chosen by inputs that were held out. Notation as in `solvers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffusers_mixofshow.fusion.solvers import Factors
+
+
+CANDIDATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 3))
+"""From 1e-6 to about 3, four to a decade, as fractions of the mean diagonal of the Gram matrix."""
+
+
+def chosen_ridge(
+    updates: Sequence[Factors],
+    met: torch.Tensor,
+    asked: torch.Tensor,
+    held_out: torch.Tensor,
+    spectrum: tuple[torch.Tensor, torch.Tensor],
+    candidates: Sequence[float] = CANDIDATES,
+) -> tuple[float, float]:
+    """Pick the ridge whose closed form, fitted to one set of inputs, reproduces the outputs of another set best.
+
+    With sum_i G_i = V diag(s) V^T, the solution for every ridge is D = U M V diag(1 / (s + lambda)) V^T, where
+    U = [B_1 .. B_n] and M = stack_i(s_i A_i G_i). Its error on the inputs held out, with H_i their Gram matrices, is
+    tr(D H D^T) - 2 tr(D S^T) + const with H = sum_i H_i and S = U stack_i(s_i A_i H_i): one decomposition serves all.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        met: M of the inputs fitted, (sum_i r_i, in_features), see `met_rows`.
+        asked: The same of the inputs held out.
+        held_out: H, (in_features, in_features).
+        spectrum: Eigenvalues s, (in_features,), and eigenvectors V as columns of the matrix that is inverted,
+            sum_i G_i with whatever prior was added.
+        candidates: Ridges to choose from, relative to the mean of s.
+
+    Returns:
+        The ridge, and its error on the inputs held out relative to leaving the base as it is.
+    """
+    values, vectors = spectrum
+    up = torch.cat([update.up.double() for update in updates], dim=1)
+    inner = up.T @ up  # (sum r_i, sum r_i)
+    turned, turned_asked = met @ vectors, asked @ vectors
+    seen = vectors.T @ held_out @ vectors
+    errors = []
+    for candidate in candidates:
+        rows = turned / (values + candidate * values.mean())  # D = U rows V^T
+        errors.append(float((inner * (rows @ seen @ rows.T - 2 * rows @ turned_asked.T)).sum()))
+    best = min(range(len(candidates)), key=errors.__getitem__)
+    base = _own_energy(updates, asked)
+    return candidates[best], (errors[best] + base) / base if base > 0 else 0.0
+
+
+def _own_energy(updates: Sequence[Factors], asked: torch.Tensor) -> float:
+    """sum_i tr(dW_i H_i dW_i^T), from the rows s_i A_i H_i."""
+    blocks = asked.split([len(update.down) for update in updates])
+    pairs = zip(updates, blocks, strict=True)
+    return sum(float(((u.up.T @ u.up).double() * (block @ u.down.double().T)).sum()) for u, block in pairs)

@@ -1,0 +1,274 @@
+"""Fusing from files without a model, and changing a pack afterwards."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import packs
+import tiny
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser
+from diffusers_mixofshow.fusion.published import SourceStatistics
+from diffusers_mixofshow.fusion.report import FusionReport
+from diffusers_mixofshow.fusion.solving import METHODS, Method
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+
+
+NAMES = ("rex", "kit", "zoe")
+RECORDED = {"steps": 2, "prompts": ("a <TOK>", "two <TOK>"), "batch_size": 2, "sequential": False}
+STATISTICS = "edlora.statistics.safetensors"
+
+
+@pytest.fixture
+def pipe() -> MixOfShowPipeline:
+    return MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three ED-LoRAs, statistics beside them."""
+    fuser = GradientFuser(MixOfShowPipeline(**tiny.components(), requires_safety_checker=False), **RECORDED)
+    parent = tmp_path_factory.mktemp("recorded")
+    for seed, name in enumerate(NAMES):
+        concept(name, seed).save_pretrained(parent / name)
+        fuser.record(parent / name)
+    return parent
+
+
+@pytest.fixture
+def published(recorded: Path, tmp_path: Path) -> list[Path]:
+    """Folders of three ED-LoRAs with statistics beside them, for this test alone."""
+    return [Path(shutil.copytree(recorded / name, tmp_path / name)) for name in NAMES]
+
+
+def concept(name: str, seed: int) -> EDLoRA:
+    return packs.random_pack(tiny.components(), name, ranks=(2,), seed=seed)
+
+
+def same_deltas(ours: EDLoRA, theirs: EDLoRA, tolerance: float = 1e-5) -> None:
+    assert ours.lora.keys() == theirs.lora.keys()
+    for site, update in ours.lora.items():
+        other = theirs.lora[site]
+        mine, expected = (one.scaling * (one.up @ one.down) for one in (update, other))
+        assert (mine - expected).norm() <= tolerance * expected.norm(), site
+
+
+def _fail(*args: object, **kwargs: object) -> None:
+    raise RuntimeError("failed on purpose")
+
+
+def test_statistics_are_kept_and_serve_without_a_pipeline(
+    pipe: MixOfShowPipeline, published: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = SourceStatistics.load(published[0] / STATISTICS)
+    assert header.digest == EDLoRA.from_pretrained(published[0]).digest
+    assert header.recording["prompts"] == {"<rex>": ["a <rex>", "two <rex>"]}
+    assert (header.recording["seeds"], header.recording["steps"], header.recording["guidance_scale"]) == ([0], 2, 7.5)
+    monkeypatch.setattr(type(pipe.unet), "forward", _fail)
+    alone = GradientFuser().fuse(published)
+    same_deltas(GradientFuser(pipe, **RECORDED).fuse(published), alone)
+    assert set(alone.report.residuals) == {"<rex>", "<kit>", "<zoe>"}
+    assert all(mean["fused"] < mean["average"] for mean in alone.report.residuals.values())
+    assert alone.training["fusion"]["sources"][1]["origin"] == str(published[1])
+
+
+def test_what_was_recorded_before_an_interruption_is_not_recorded_again(
+    pipe: MixOfShowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(NAMES[:2]):
+        concept(name, seed).save_pretrained(tmp_path / name)
+    forward, sampled, allowed = type(pipe.unet).forward, 0, 5  # two parts of two steps a concept
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal sampled
+        sampled += 1
+        if sampled > allowed:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    fuser = GradientFuser(pipe, **RECORDED)
+    monkeypatch.setattr(type(pipe.unet), "forward", counting)
+    with pytest.raises(KeyboardInterrupt):
+        fuser.fuse([tmp_path / "rex", tmp_path / "kit"])
+    assert [folder.name for folder in tmp_path.iterdir() if (folder / STATISTICS).exists()] == ["rex"]
+    sampled, allowed = 0, 4
+    fuser.fuse([tmp_path / "rex", tmp_path / "kit"])
+    assert sampled == 4
+
+
+def test_statistics_in_a_folder_of_their_own(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    source = concept("rex", 1)
+    GradientFuser(pipe, statistics=tmp_path / "kept", **RECORDED).fuse([source])
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == [f"{source.digest[:16]}.statistics.safetensors"]
+    GradientFuser(statistics=tmp_path / "kept").fuse([source])
+
+
+def test_without_statistics_or_pipeline_every_source_that_lacks_them_is_named(published: list[Path]) -> None:
+    (published[0] / STATISTICS).unlink()
+    retuned = concept("kit", 9)
+    retuned.save_pretrained(published[1])
+    message = r"<rex> has none; the statistics given with <kit> are of another LoRA \(SHA-256 \w{12}, this one"
+    with pytest.raises(FusionError, match=message):
+        GradientFuser().fuse(published)
+    with pytest.raises(FusionError, match="of another LoRA"):
+        GradientFuser().fuse([FusionSource(retuned, statistics=published[2] / STATISTICS)])
+
+
+def test_statistics_of_other_settings_are_recorded_again(pipe: MixOfShowPipeline, published: list[Path]) -> None:
+    GradientFuser(pipe, **RECORDED | {"steps": 1}).fuse(published[:1])
+    assert SourceStatistics.load(published[0] / STATISTICS).recording["steps"] == 1
+
+
+def test_statistics_belong_to_one_scale(published: list[Path]) -> None:
+    with pytest.raises(FusionError, match=r"at scale 0\.5"):
+        GradientFuser().fuse(published[:1], scales=[0.5])
+
+
+def test_statistics_of_another_model_are_refused(published: list[Path]) -> None:
+    statistics = SourceStatistics.load(published[0] / STATISTICS)
+    source = EDLoRA.from_pretrained(published[0])
+    other = ConceptStatistics()
+    for name in statistics.concepts["<rex>"].inputs:
+        other.add(name, torch.eye(7))
+    wrong = replace(statistics, concepts={"<rex>": other})
+    with pytest.raises(FusionError, match=r"must be \(32, 32\) for these ED-LoRAs, got <rex> \(7, 7\)"):
+        GradientFuser().fuse([FusionSource(source, statistics=wrong)])
+    wrong = replace(statistics, concepts={"<rex>": ConceptStatistics()})
+    with pytest.raises(FusionError, match="Statistics lack inputs of layers that are to be fused: <rex> 24"):
+        GradientFuser().fuse([FusionSource(source, statistics=wrong)])
+
+
+def test_sources_that_do_not_fit_each_other_are_refused_without_a_model(published: list[Path]) -> None:
+    with pytest.raises(FusionError, match="Names used twice: <rex>"):
+        GradientFuser().fuse([published[0], published[0]])
+    source = concept("tom", 5)
+    lora = dict(source.lora)
+    site, update = next(iter(lora.items()))
+    lora[site] = replace(update, down=torch.full_like(update.down, float("nan")))
+    with pytest.raises(FusionError, match="<tom> is defective: LoRA matrices with values that are not finite"):
+        GradientFuser().fuse([replace(source, lora=lora)])
+    lora[site] = replace(update, down=update.down[:, :-1])
+    with pytest.raises(FusionError, match="layers of different sizes"):
+        GradientFuser().fuse([published[0], replace(source, lora=lora)])
+    with pytest.raises(FusionError, match="give GradientFuser a pipeline"):
+        GradientFuser(sequential=True)
+
+
+@pytest.mark.parametrize("weights", [None, (3.0, 1.0)])
+def test_adding_and_removing_equal_a_fresh_fusion(published: list[Path], weights: tuple[float, float] | None) -> None:
+    fuser = GradientFuser()
+    pair = fuser.fuse(published[:2], weights=weights)
+    all_weights = (*(weights or (1.0, 1.0)), 2.0)
+    three = pair.add(FusionSource(published[2], weight=2.0))
+    assert isinstance(three, FusedPack)
+    assert list(three.report.residuals) == ["<rex>", "<kit>", "<zoe>"]
+    same_deltas(three, fuser.fuse(published, weights=all_weights))
+    same_deltas(three.remove("<zoe>"), pair)
+    same_deltas(three.reweight({"<zoe>": 5, "<rex>": 1}), fuser.fuse(published, weights=(1, all_weights[1], 5)))
+    assert [concept.name for concept in three.remove("<rex>").concepts] == ["kit", "zoe"]
+
+
+def test_changes_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, published: list[Path]) -> None:
+    pack = GradientFuser().fuse(published[:2])
+    with pytest.raises(FusionError, match="Names used twice: <rex>"):
+        pack.add(published[0])
+    with pytest.raises(FusionError, match="<zoe> is no source of this pack; its sources are <rex>, <kit>"):
+        pack.remove("<zoe>")
+    with pytest.raises(FusionError, match="finite and above 0"):
+        pack.reweight({"<rex>": 0})
+    with pytest.raises(FusionError, match="none was given"):
+        pack.remove("<rex>").remove("<kit>")
+    sequential = GradientFuser(pipe, **RECORDED | {"sequential": True}).fuse(published[:2])
+    with pytest.raises(FusionError, match="on top of what was fused already"):
+        sequential.remove("<rex>")
+    with pytest.raises(FusionError, match=r"1 have none \(<tom>\)"):
+        pack.add(concept("tom", 5))
+
+
+def test_reports_read_back_from_a_file(published: list[Path], tmp_path: Path) -> None:
+    pack = GradientFuser(ridge="auto", max_rank=3).fuse(published)
+    pack.save_pretrained(tmp_path / "pack")
+    report = FusionReport.of(EDLoRA.from_pretrained(tmp_path / "pack"))
+    assert report == pack.report
+    layers = report.data["layers"]
+    assert all(0 < numbers["ridge"] < 4 for numbers in layers.values())
+    assert len({numbers["ridge"] for numbers in layers.values()}) > 1
+    assert all(numbers["condition"] >= 1 and 0 < numbers["energy_kept"] <= 1 for numbers in layers.values())
+    assert max(update.rank for update in pack.lora.values()) == 3
+    assert len(report.conflicts) == 3
+    console = Console(record=True, width=160)
+    report.print(console)
+    printed = console.export_text()
+    assert "<rex>" in printed
+    assert "Nearest to a conflict" in printed
+    assert set(report.poor) == {line.split(" ")[1] for line in printed.splitlines() if line.startswith("Warning")}
+    with Image.open(report.heat_map(tmp_path / "map.png")) as picture:
+        assert picture.width > 14 * len(layers)
+    with pytest.raises(FusionError, match="was not fused"):
+        FusionReport.of(EDLoRA.from_pretrained(published[0]))
+    with pytest.raises(FusionError, match="nothing to draw"):
+        GradientFuser().fuse([concept("tom", 5)], method="sum").report.heat_map(tmp_path / "other.png")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_one_signature(published: list[Path], method: Method) -> None:
+    pack = GradientFuser().fuse(published[:2], method=method)
+    assert set(pack.report.residuals) == {"<rex>", "<kit>"}
+    assert pack.training["fusion"]["method"] == method
+    exact = GradientFuser(ridge=1e-9).fuse(published[:2]).report.residuals
+    assert all(mean["fused"] >= exact[name]["fused"] - 0.02 for name, mean in pack.report.residuals.items())
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_prior_keeps_the_base_where_no_concept_is_named(
+    pipe: MixOfShowPipeline, published: list[Path], sequential: bool
+) -> None:
+    settings = RECORDED | {"sequential": sequential, "prior_prompts": ["", "a castle"]}
+    free, held = (GradientFuser(pipe, prior=prior, **settings).fuse(published[:1]) for prior in (0, 10))
+    assert held.report.residuals["<rex>"]["fused"] > free.report.residuals["<rex>"]["fused"]
+    norms = [sum(u.scaling * (u.up @ u.down).norm() for u in pack.lora.values()) for pack in (free, held)]
+    assert norms[1] < 0.7 * norms[0]
+    assert not pipe.concepts
+    if not sequential:
+        same_deltas(held.reweight({"<rex>": 2}), held)
+    with pytest.raises(FusionError, match="needs a pipeline"):
+        GradientFuser(prior=1)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_pack_that_was_saved_can_be_changed(published: list[Path], tmp_path: Path, carried: bool) -> None:
+    fuser, folder = GradientFuser(ridge=1e-3), tmp_path / "pack"
+    pack = fuser.fuse(published[:2], weights=[3, 1])
+    pack.save_pretrained(folder, sources=carried)
+    reweighted, alone = pack.reweight({"<kit>": 9}), pack.remove("<rex>")
+    assert (folder / "sources").exists() is carried
+    if carried:
+        shutil.rmtree(published[0])
+    same_deltas(FusedPack.from_pretrained(folder).reweight({"<kit>": 2.25}), reweighted)
+    same_deltas(FusedPack.from_pretrained(folder).remove("<rex>"), alone)
+    if not carried:
+        concept("rex", 9).save_pretrained(published[0])
+        shutil.rmtree(published[1])
+        with pytest.raises(FusionError, match=r"fused from <rex>, which has changed since \(it came from /"):
+            FusedPack.from_pretrained(folder)
+        shutil.rmtree(published[0])
+        with pytest.raises(FusionError, match="fused from <rex>, which is gone"):
+            FusedPack.from_pretrained(folder)
+
+
+def test_statistics_on_the_hub_serve_as_those_on_disk(loopback_hub: Any, published: list[Path]) -> None:
+    source = EDLoRA.from_pretrained(published[0])
+    source.push_to_hub("me/edlora-rex", token=loopback_hub.token)
+    with pytest.raises(FusionError, match="<rex> has none"):
+        GradientFuser().fuse(["me/edlora-rex"])
+    statistics = SourceStatistics.load(published[0] / STATISTICS)
+    statistics.push_to_hub("me/edlora-rex", token=loopback_hub.token)
+    same_deltas(GradientFuser().fuse(["me/edlora-rex"]), GradientFuser().fuse(published[:1]))

@@ -1,0 +1,92 @@
+"""Plain LoRAs with trigger prompts are sources like ED-LoRAs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import packs
+import tiny
+from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion import FusionSource, GradientFuser, LoRASource
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.sites import linear_layers
+
+
+@pytest.fixture
+def pipe() -> MixOfShowPipeline:
+    return MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+
+
+def _write(pipe: MixOfShowPipeline, path: Path, seed: int) -> Path:
+    """A LoRA on every layer that a LoRA may adapt, ranks dealt out in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = {}
+    for number, (site, layer) in enumerate(linear_layers(pipe.components).items()):
+        wide, narrow = layer.weight.shape[:2]
+        rank = 1 + number % 3
+        lora[site] = LowRank(
+            down=0.3 * torch.randn(rank, narrow, generator=generator),
+            up=0.3 * torch.randn(wide, rank, generator=generator),
+            alpha=2.0,
+            convolution=layer.weight.dim() == 4,
+        )
+    return write_lora(path, lora)
+
+
+def _fuser(pipe: MixOfShowPipeline, **settings: object) -> GradientFuser:
+    return GradientFuser(pipe, steps=1, prompts=["<TOK>", "a <TOK>"], **settings)
+
+
+def test_plain_loras_become_one_ordinary_lora(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    paths = [_write(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("one", "two"))]
+    sources = [LoRASource(path, ["photo of sks dog", "sks dog"]) for path in paths]
+    fused = _fuser(pipe, sequential=False).fuse(sources)
+    assert (tmp_path / "one.statistics.safetensors").exists()
+    assert set(fused.report.residuals) == {"one", "two"}
+    assert all(mean["fused"] < mean["average"] for mean in fused.report.residuals.values())
+    assert {site for site in fused.lora if "ff.net" in site or "proj_in" in site or "mlp" in site}
+    assert fused.save_pretrained(tmp_path / "out").name == PLAIN_NAME
+    stock = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+    stock.load_lora_weights(tmp_path / "out")
+    pipe.load_edlora(fused)
+    noise = [torch.Generator().manual_seed(3) for _ in range(2)]
+    ours, theirs = (
+        one("sks dog", num_inference_steps=2, generator=g, output_type="latent").images
+        for one, g in zip((pipe, stock), noise, strict=True)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert set(GradientFuser().fuse(sources).report.residuals) == {"one", "two"}  # the statistics beside them serve
+
+
+def test_one_plain_lora_is_itself_on_what_was_recorded(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    path = _write(pipe, tmp_path / "one.safetensors", 1)
+    for sequential in (False, True):
+        fused = _fuser(pipe, sequential=sequential, ridge=1e-9).fuse([LoRASource(path, ["sks"])])
+        assert fused.report.residuals["one"]["fused"] < 0.01
+
+
+def test_plain_loras_and_concepts_together(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    path = _write(pipe, tmp_path / "one.safetensors", 1)
+    concept = packs.random_pack(pipe.components, "rex", ranks=(2,))
+    fused = _fuser(pipe).fuse([LoRASource(path, ["sks"], scale=0.5, name="my style"), FusionSource(concept, weight=2)])
+    assert set(fused.report.residuals) == {"my_style", "<rex>"}
+    assert [one.placeholder for one in fused.concepts] == ["<rex>"]
+    assert fused.base_model == concept.base_model
+    fused.save_pretrained(tmp_path / "out")
+    pipe.load_edlora(EDLoRA.from_pretrained(tmp_path / "out"))
+    assert pipe("a <rex>", num_inference_steps=1, output_type="pt").images.isfinite().all()
+
+
+def test_plain_loras_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match="needs a list of prompts"):
+        LoRASource("x.safetensors", "photo of sks dog")
+    path = _write(pipe, tmp_path / "one.safetensors", 1)
+    with pytest.raises(FusionError, match="LoRAs named alike: one"):
+        _fuser(pipe).fuse([LoRASource(path, ["sks"])] * 2)
+    fused = _fuser(pipe).fuse([LoRASource(path, ["sks"])], method="average")
+    with pytest.raises(FusionError, match="written as one plain LoRA"):
+        fused.save_pretrained(tmp_path / "out", merged=True)

@@ -1,0 +1,127 @@
+"""Statistics as files: what they keep, what is refused, and that nothing is half-written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.compression import Spectrum, ranks_within
+from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics
+
+
+WIDTH = 24
+
+
+def _statistics(rank: int = WIDTH) -> SourceStatistics:
+    generator = torch.Generator().manual_seed(0)
+    concept = ConceptStatistics()
+    for name in ("one", "two"):
+        mixing = torch.randn(rank, WIDTH, generator=generator) * torch.logspace(0, -3, rank)[:, None]
+        concept.add(name, torch.randn(300, rank, generator=generator) @ mixing)
+        concept.add(name, torch.randn(100, rank, generator=generator) @ mixing, part="held_out")
+    return SourceStatistics(
+        digest="ab12", base_model="tiny", recording={"steps": 2, "prompts": ["a <rex>"]}, concepts={"<rex>": concept}
+    )
+
+
+def test_full_matrices_come_back(tmp_path: Path) -> None:
+    statistics = _statistics()
+    path = statistics.save(tmp_path / "x.statistics.safetensors", max_bytes=None)
+    again = SourceStatistics.load(path)
+    assert (again.digest, again.base_model, again.recording) == ("ab12", "tiny", statistics.recording)
+    ours, theirs = again.concepts["<rex>"], statistics.concepts["<rex>"]
+    assert ours.inputs == theirs.inputs == ("one", "two")
+    assert ours.parts == ("fit", "held_out")
+    assert ours.tokens("one") == 400
+    for part in (None, "fit", "held_out"):
+        torch.testing.assert_close(ours.gram("one", part), theirs.gram("one", part), rtol=1e-5, atol=1e-6)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.statistics.safetensors"]
+
+
+def test_low_rank_factors_keep_trace_and_the_leading_part(tmp_path: Path) -> None:
+    statistics = _statistics()
+    path = statistics.save(tmp_path / "low", max_bytes=4 * 8 * WIDTH * 2)
+    assert sum(t.nbytes for name, t in load_file(path).items() if name.endswith("rows")) <= 4 * 8 * WIDTH * 2
+    ours, theirs = SourceStatistics.load(path).concepts["<rex>"], statistics.concepts["<rex>"]
+    for name in ("one", "two"):
+        mine, full = ours.gram(name, "fit"), theirs.gram(name, "fit")
+        assert mine.trace() == pytest.approx(full.trace().item(), rel=2e-3)
+        assert (mine - full).norm() < 0.05 * full.norm()
+        assert 0.9 < ours.energy(name, "fit") < 1
+
+
+def test_a_matrix_of_low_rank_is_kept_whole(tmp_path: Path) -> None:
+    statistics = _statistics(rank=5)
+    path = statistics.save(tmp_path / "low", max_bytes=10**6)
+    assert max(len(t) for name, t in load_file(path).items() if name.endswith("rows")) == 5
+    ours, theirs = SourceStatistics.load(path).concepts["<rex>"], statistics.concepts["<rex>"]
+    torch.testing.assert_close(ours.gram("one"), theirs.gram("one"), rtol=2e-3, atol=2e-3)
+
+
+def test_the_budget_goes_where_energy_is() -> None:
+    spectra = {"flat": torch.ones(10), "steep": torch.tensor([100.0] + [0.1] * 9), "none": torch.zeros(4)}
+    ranks = ranks_within(spectra, 2 * 10 * 4)
+    assert ranks == {"flat": 3, "steep": 1, "none": 0}
+    assert ranks_within(spectra, 2 * 10 * 4, {"flat": 0.01, "steep": 1, "none": 1})["steep"] == 4
+    assert ranks_within(spectra, 0) == {"flat": 0, "steep": 0, "none": 0}
+
+
+def test_tail_spreads_what_is_left_out() -> None:
+    factor = Spectrum.of(torch.diag(torch.tensor([4.0, 2.0, 1.0]))).leading(1)
+    torch.testing.assert_close(factor.gram(), torch.diag(torch.tensor([4.0, 1.5, 1.5]).double()))
+    assert factor.energy == pytest.approx(4 / 7)
+
+
+def test_statistics_lie_beside_the_lora() -> None:
+    assert statistics_path(Path("a/edlora.safetensors")) == Path("a/edlora.statistics.safetensors")
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    concept = ConceptStatistics()
+    concept.add("one", torch.full((3, 4), float("inf")))
+    with pytest.raises(FusionError, match=r"<rex> hold NaN or Inf at 1 inputs, first at one"):
+        replace(_statistics(), concepts={"<rex>": concept}).save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_of_statistics_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FusionError, match="cannot be read"):
+        SourceStatistics.load(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(FusionError, match="cannot be read"):
+        SourceStatistics.load(path)
+    save_file({"a": torch.zeros(1)}, path, metadata={"edlora_statistics": '{"format_version": 9}'})
+    with pytest.raises(FusionError, match="format version 9, this release reads 1"):
+        SourceStatistics.load(path)
+    header = {"format_version": 1, "source": "x", "base_model": "y", "recording": {}, "form": "full"}
+    save_file({"a": torch.zeros(1)}, path, metadata={"edlora_statistics": json.dumps(header)})
+    with pytest.raises(FusionError, match="missing or of another type: concepts"):
+        SourceStatistics.load(path)
+    save_file({"a": torch.zeros(1)}, path, metadata={"edlora_statistics": json.dumps(header | {"concepts": {}})})
+    with pytest.raises(FusionError, match="0 missing, 1 unexpected"):
+        SourceStatistics.load(path)
+    wrong = header | {"concepts": {"<rex>": {"one": {"fit": {"tokens": -1}}}}}
+    save_file({"a": torch.zeros(1)}, path, metadata={"edlora_statistics": json.dumps(wrong)})
+    with pytest.raises(FusionError, match="describes the inputs in another way"):
+        SourceStatistics.load(path)
+
+
+def test_nan_in_a_file_is_named_when_it_is_read(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    path = _statistics().save(tmp_path / "x", max_bytes=None)
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    tensors["<rex>|fit|two|gram"][0, 0] = float("nan")
+    save_file(tensors, path, metadata=metadata)
+    concept = SourceStatistics.load(path).concepts["<rex>"]
+    assert concept.gram("one").isfinite().all()
+    with pytest.raises(FusionError, match="two of <rex> holds NaN or Inf"):
+        concept.gram("two")

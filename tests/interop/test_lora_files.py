@@ -1,0 +1,162 @@
+"""Plain LoRA files in every spelling that is around, and what no low-rank update can say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+import tiny
+from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
+from diffusers_mixofshow.lora import low_rank_delta
+
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+QUERY = f"unet.{ATTENTION}.to_q"
+
+
+def _halves(rank: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rank, 6), torch.randn(8, rank)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "site"),
+    [
+        (f"unet.{ATTENTION}.to_q.lora_A.weight", f"unet.{ATTENTION}.to_q.lora_B.weight", QUERY),
+        (f"unet.{ATTENTION}.to_q.lora.down.weight", f"unet.{ATTENTION}.to_q.lora.up.weight", QUERY),
+        (
+            f"unet.{ATTENTION}.processor.to_q_lora.down.weight",
+            f"unet.{ATTENTION}.processor.to_q_lora.up.weight",
+            QUERY,
+        ),
+        (
+            f"unet.{ATTENTION}.processor.to_out_lora.down.weight",
+            f"unet.{ATTENTION}.processor.to_out_lora.up.weight",
+            f"unet.{ATTENTION}.to_out.0",
+        ),
+        (
+            f"base_model.model.{ATTENTION}.to_q.lora_A.default.weight",
+            f"base_model.model.{ATTENTION}.to_q.lora_B.default.weight",
+            QUERY,
+        ),
+        (
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+            f"unet.{ATTENTION}.to_out.0",
+        ),
+        (
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj.lora_down.weight",
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj.lora_up.weight",
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        ),
+        (
+            "lora_te_text_model_encoder_layers_11_mlp_fc1.lora_down.weight",
+            "lora_te_text_model_encoder_layers_11_mlp_fc1.lora_up.weight",
+            "text_encoder.text_model.encoder.layers.11.mlp.fc1",
+        ),
+        (
+            "text_encoder.encoder.layers.0.self_attn.k_proj.lora_linear_layer.down.weight",
+            "text_encoder.encoder.layers.0.self_attn.k_proj.lora_linear_layer.up.weight",
+            "text_encoder.text_model.encoder.layers.0.self_attn.k_proj",
+        ),
+    ],
+)
+def test_every_spelling_names_the_same_layer(tmp_path: Path, down: str, up: str, site: str) -> None:
+    halves = _halves()
+    save_file({down: halves[0], up: halves[1]}, tmp_path / "x.safetensors")
+    lora = read_lora(tmp_path / "x.safetensors")
+    assert list(lora) == [site]
+    assert torch.equal(lora[site].down, halves[0])
+    assert torch.equal(lora[site].up, halves[1])
+    assert lora[site].scaling == 1
+
+
+def test_alphas_ranks_and_convolutions_of_kohya(tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    down, up = torch.randn(4, 6, 1, 1).half(), torch.randn(8, 4, 1, 1).half()
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    update = read_lora(tmp_path / "x.safetensors")["unet.mid_block.attentions.0.proj_in"]
+    assert (update.down.shape, update.up.shape, update.scaling) == ((4, 6), (8, 4), 0.25)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_diffusers_saves_acts_the_same(tmp_path: Path, rslora: bool) -> None:
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+    targets = ["to_q", "ff.net.0.proj", "proj_in"]
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=targets, use_rslora=rslora, init_lora_weights=False)
+    pipe.unet.add_adapter(config)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )
+    lora = read_lora(tmp_path / PLAIN_NAME)
+    assert {site.rpartition("transformer_blocks.0.")[2].rpartition(".")[2] for site in lora} == {
+        "to_q",
+        "proj",
+        "proj_in",
+    }
+    for site, update in lora.items():
+        layer = pipe.unet.get_submodule(site.removeprefix("unet."))
+        expected = layer.get_delta_weight("default").flatten(1)
+        torch.testing.assert_close(low_rank_delta(update), expected)
+
+
+def test_what_we_write_diffusers_loads(tmp_path: Path) -> None:
+    pipe = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+    layer = pipe.unet.get_submodule(f"{ATTENTION}.to_q")
+    update = LowRank(down=torch.randn(3, layer.in_features), up=torch.randn(layer.out_features, 3), alpha=6.0)
+    write_lora(tmp_path / "a" / PLAIN_NAME, {QUERY: update})
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [PLAIN_NAME]
+    pipe.load_lora_weights(tmp_path / "a")
+    loaded = pipe.unet.get_submodule(f"{ATTENTION}.to_q")
+    torch.testing.assert_close(loaded.get_delta_weight(loaded.active_adapters[0]), low_rank_delta(update))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({f"{QUERY}.lora_magnitude_vector": torch.ones(8)}, "DoRA, whose effect"),
+        ({f"{QUERY}.dora_scale": torch.ones(8)}, "DoRA, whose effect"),
+        ({"lora_unet_mid_block_x.hada_w1_a": torch.ones(8)}, "LyCORIS"),
+        ({f"{QUERY}.lora_B.bias": torch.ones(8)}, "biases or full differences"),
+        ({"conditioner.weight": torch.ones(8)}, "tensors of no known meaning"),
+        ({f"{QUERY}.lora_A.weight": torch.ones(2, 6)}, "not a pair of matrices"),
+        (
+            {
+                "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.ones(2, 6, 3, 3),
+                "lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight": torch.ones(8, 2, 1, 1),
+            },
+            r"not a pair of matrices of a linear layer or 1 x 1 convolution: 1 \(unet.down_blocks.0.resnets.0.conv1\)",
+        ),
+        (
+            {
+                "lora_unet_input_blocks_1_1_proj_in.lora_down.weight": torch.ones(2, 6),
+                "lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(8, 2),
+            },
+            "input.blocks.1.1.proj_in",
+        ),
+        ({}, "no tensor of it belongs"),
+    ],
+)
+def test_what_is_no_lora_of_linear_layers_is_named(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(EDLoRAFormatError, match=message):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(EDLoRANotFoundError):
+        read_lora(tmp_path / "none.safetensors")
+    (tmp_path / "x.pt").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(EDLoRAFormatError, match="pickles are not read"):
+        read_lora(tmp_path / "x.pt")
