@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -120,12 +120,12 @@ class TrainableLoRA:
     adapter_name: str
     alpha: float
 
-    def parameters(self, component: str) -> list[nn.Parameter]:
-        """The trainable matrices inside one component, ``text_encoder`` or ``unet``."""
+    def parameters(self, wanted: Callable[[str], bool]) -> list[nn.Parameter]:
+        """The trainable matrices of all sites whose name is wanted."""
         return [
             matrices[self.adapter_name].weight
             for site, layer in self.layers.items()
-            if site.partition(".")[0] == component
+            if wanted(site)
             for matrices in (layer.lora_A, layer.lora_B)
         ]
 

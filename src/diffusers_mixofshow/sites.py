@@ -17,6 +17,7 @@ from torch import nn
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _TEXT_SITE = re.compile(r"encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)")
 _UNET_SITE = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+_TEXT_READER = re.compile(r"unet\..*\.attn2\.(to_k|to_v)")
 _ANY_TEXT_SITE = re.compile(_TEXT_SITE.pattern + r"|encoder\.layers\.\d+\.mlp\.fc[12]")
 _ANY_UNET_SITE = re.compile(_UNET_SITE.pattern + r"|.*\.(ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj)")
 _STAGES = ("down_blocks", "mid_block", "up_blocks")
@@ -46,6 +47,11 @@ def adapted_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
         Site name to module, text encoders first, then the U-Net in the order down, mid, up.
     """
     return _matching(components, _TEXT_SITE, _UNET_SITE)
+
+
+def reads_text(site: str) -> bool:
+    """Whether a site of the U-Net reads the text: the keys and values of cross-attention."""
+    return _TEXT_READER.fullmatch(site) is not None
 
 
 def linear_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:

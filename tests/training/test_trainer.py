@@ -223,6 +223,15 @@ def test_rate_of_zero_leaves_its_part_alone(pipeline: StableDiffusionPipeline, p
     assert moved == {"unet"}
 
 
+def test_text_keys_and_values_may_have_a_rate_of_their_own(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    rates = {"text_encoder_lr": 0.0, "learning_rate": 0.0, "text_kv_lr": 1e-2, "embedding_phase_steps": 0}
+    edlora = EDLoRATrainer(quick(photos, **rates), pipeline).train()
+    moved = {site for site, update in edlora.lora.items() if update.up.any()}
+    assert moved == {site for site in edlora.lora if site.startswith("unet.") and ".attn2.to_k" in site} | {
+        site for site in edlora.lora if site.startswith("unet.") and ".attn2.to_v" in site
+    }
+
+
 def test_steps_are_reported_in_order(pipeline: StableDiffusionPipeline, photos: Path) -> None:
     reports: list[StepReport] = []
     EDLoRATrainer(quick(photos), pipeline, on_step=reports.append).train()

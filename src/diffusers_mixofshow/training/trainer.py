@@ -23,7 +23,7 @@ from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
 from diffusers_mixofshow.lora import TrainableLoRA, trainable
-from diffusers_mixofshow.sites import cross_attention_layers
+from diffusers_mixofshow.sites import cross_attention_layers, reads_text
 from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
 from diffusers_mixofshow.training.batches import Batch, cache_photos, random_batches
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -232,13 +232,13 @@ def _phases(config: TrainingConfig, embeddings: Mapping[str, nn.Parameter], lora
         "lr": config.embedding_learning_rate,
         "weight_decay": 0.0,
     }
-    of_text_encoder = {
-        "params": lora.parameters("text_encoder"),
-        "lr": config.text_encoder_lr,
-        "weight_decay": decay,
-    }
-    of_unet = {"params": lora.parameters("unet"), "lr": config.learning_rate, "weight_decay": decay}
-    joint = [group for group in (of_embeddings, of_text_encoder, of_unet) if group["lr"]]
+    rates: list[tuple[Callable[[str], bool], float]] = [
+        (lambda site: site.startswith("text_encoder."), config.text_encoder_lr),
+        (reads_text, config.learning_rate if config.text_kv_lr is None else config.text_kv_lr),
+        (lambda site: site.startswith("unet.") and not reads_text(site), config.learning_rate),
+    ]
+    of_lora = [{"params": lora.parameters(wanted), "lr": rate, "weight_decay": decay} for wanted, rate in rates]
+    joint = [group for group in (of_embeddings, *of_lora) if group["lr"]]
     phases = [
         _Phase(name="embeddings", steps=config.embedding_phase_steps, groups=[of_embeddings]),
         _Phase(name="joint", steps=config.max_train_steps, groups=joint),
