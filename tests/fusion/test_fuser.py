@@ -185,7 +185,7 @@ def test_statistics_are_the_features(pipe: MixOfShowPipeline, text_tokens: str) 
     # Begin, a, the two tokens and end for each layer's prompt; begin and end for the negative prompt.
     assert statistics.tokens(text) == (layers * 5 + 2 if text_tokens == "unpadded" else (layers + 1) * 77)
     keys_values = input_name(f"unet.{source.layers[0]}.to_k")
-    assert statistics.tokens(keys_values) == 2 * 2 * 77  # steps, halves of guidance
+    assert statistics.tokens(keys_values) == 2 * 77  # halves of guidance; keys and values are computed once a call
     pipe.load_edlora(source)
     halves = pipe.encode_prompt("a <rex>", pipe.device, 1, True, "")
     rows = torch.cat([half[:, :77] for half in halves]).double().flatten(end_dim=1)
