@@ -90,7 +90,7 @@ def _call(concepts: Sequence[Concept]) -> str:
         return f"image = pipe({_prompt(concepts[0])!r}).images[0]\n"
     shown = concepts[:_MOST_REGIONS]
     regions = "".join(
-        f"        Region({_prompt(concept)!r}, box=({i / len(shown):.2f}, 0.0, {(i + 1) / len(shown):.2f}, 1.0)),\n"
+        f"        Region({_prompt(concept)!r}, box=({i / len(shown):.2f}, 0.1, {(i + 1) / len(shown):.2f}, 1.0)),\n"
         for i, concept in enumerate(shown)
     )
     together = " and ".join(_article(concept.class_word) for concept in shown)

@@ -17,8 +17,9 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
     """Safetensors metadata from which `load_lora_weights` makes its PEFT configuration.
 
     Stock loaders take alpha == rank where nothing is said, so nothing is said where that is right: then other
-    programs, which do not know this metadata, are right as well. Paths are given without ``text_model.``, since PEFT
-    matches the ends of names, and so they hold under every transformers version.
+    programs, which do not know this metadata, are right as well. Where ranks differ between layers it is said all the
+    same, as diffusers 0.38 then takes one layer's rank for the alpha of all. Paths are given without ``text_model.``,
+    since PEFT matches the ends of names, and so they hold under every transformers version.
 
     Args:
         lora: Site name to update.
@@ -26,7 +27,7 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
     Returns:
         Nothing, or one entry.
     """
-    if all(update.alpha == update.rank for update in lora.values()):
+    if all(update.alpha == update.rank for update in lora.values()) and len({u.rank for u in lora.values()}) <= 1:
         return {}
     values: dict[str, object] = {}
     for component in dict.fromkeys(site.partition(".")[0] for site in lora):

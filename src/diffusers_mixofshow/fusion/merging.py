@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft.utils.merge_utils import dare_linear, ties
+from peft.utils.merge_utils import prune, ties
 
 from diffusers_mixofshow.fusion.solvers import Factors, recompressed, weighted_average
 
@@ -49,10 +49,11 @@ def dare_merged(updates: Sequence[Factors], shares: Sequence[float], *, seed: in
         shares: One per concept, summing to 1.
         seed: Of what is dropped; the global random state stays as it is.
     """
-    weights = torch.tensor(shares, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _factored(dare_linear([update.delta.double() for update in updates], weights, density=DARE_DENSITY))
+        pruned = [prune(update.delta.double(), DARE_DENSITY, method="random") for update in updates]
+    # Scaled up here, as PEFT 0.18 forgets to.
+    return _factored(sum(share * kept / DARE_DENSITY for share, kept in zip(shares, pruned, strict=True)))
 
 
 def svd_merged(updates: Sequence[Factors], shares: Sequence[float]) -> Factors:
