@@ -199,7 +199,7 @@ def test_card_of_several_concepts_shows_regions(components, tmp_path):
     card = ModelCard.load(fused.save_pretrained(tmp_path).parent / "README.md")
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert "Region('a <ann>', box=(0.67, 0.0, 1.00, 1.0))" in code
+    assert "Region('a <ann>', box=(0.67, 0.1, 1.00, 1.0))" in code
 
 
 @pytest.mark.parametrize("names", [("rex",), ("rex", "tom")])
