@@ -1,5 +1,6 @@
 """Fusing from files without a model, and changing a pack afterwards."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_statistics_are_kept_and_serve_without_a_pipeline(
     same_deltas(GradientFuser(pipe, **RECORDED).fuse(published), alone)
     assert set(alone.report.residuals) == {"<rex>", "<kit>", "<zoe>"}
     assert all(mean["fused"] < mean["average"] for mean in alone.report.residuals.values())
-    assert alone.training["fusion"]["sources"][1]["origin"] == str(published[1])
+    assert str(published[1].parent) not in json.dumps(dict(alone.training))  # folders are private
 
 
 def test_what_was_recorded_before_an_interruption_is_not_recorded_again(
@@ -243,25 +244,20 @@ def test_a_prior_keeps_the_base_where_no_concept_is_named(
         GradientFuser(prior=1)
 
 
-@pytest.mark.parametrize("carried", [False, True])
-def test_a_pack_that_was_saved_can_be_changed(published: list[Path], tmp_path: Path, carried: bool) -> None:
+def test_a_pack_that_carries_its_sources_can_be_changed(published: list[Path], tmp_path: Path) -> None:
     fuser, folder = GradientFuser(ridge=1e-3), tmp_path / "pack"
     pack = fuser.fuse(published[:2], weights=[3, 1])
-    pack.save_pretrained(folder, sources=carried)
+    pack.save_pretrained(folder, sources=True)
     reweighted, alone = pack.reweight({"<kit>": 9}), pack.remove("<rex>")
-    assert (folder / "sources").exists() is carried
-    if carried:
-        shutil.rmtree(published[0])
+    shutil.rmtree(published[0])
     same_deltas(FusedPack.from_pretrained(folder).reweight({"<kit>": 2.25}), reweighted)
     same_deltas(FusedPack.from_pretrained(folder).remove("<rex>"), alone)
-    if not carried:
-        concept("rex", 9).save_pretrained(published[0])
-        shutil.rmtree(published[1])
-        with pytest.raises(FusionError, match=r"fused from <rex>, which has changed since \(it came from /"):
-            FusedPack.from_pretrained(folder)
-        shutil.rmtree(published[0])
-        with pytest.raises(FusionError, match="fused from <rex>, which is gone"):
-            FusedPack.from_pretrained(folder)
+    concept("rex", 9).save_pretrained(folder / "sources" / "rex")
+    with pytest.raises(FusionError, match=r"fused from <rex>, which has changed since"):
+        FusedPack.from_pretrained(folder)
+    shutil.rmtree(folder / "sources" / "rex")
+    with pytest.raises(FusionError, match=r"fused from <rex>, which is not there.*sources=True"):
+        FusedPack.from_pretrained(folder)
 
 
 def test_statistics_on_the_hub_serve_as_those_on_disk(loopback_hub: Any, published: list[Path]) -> None:

@@ -53,8 +53,8 @@ class FusedPack(EDLoRA):
             folder: Created where it is missing.
             merged: Write a complete pipeline instead.
             sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that the
-                pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it knows where
-                they came from.
+                pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it finds only
+                those that came from the Hub.
 
         Returns:
             Path of the safetensors file.
@@ -84,7 +84,7 @@ class FusedPack(EDLoRA):
             hub: Passed to `EDLoRA.from_pretrained`.
 
         Raises:
-            FusionError: If it was not fused, or a source is neither carried nor where it came from.
+            FusionError: If it was not fused, or a source is neither carried nor on the Hub as it was.
         """
         pack = super().from_pretrained(source, **hub)
         record = FusionReport.of(pack).data

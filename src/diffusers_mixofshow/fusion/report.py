@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.solving import Settings, Solution
 from diffusers_mixofshow.fusion.sources import Source
@@ -161,7 +162,8 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
             "concepts": list(source.prompts),
             "weight": source.weight / total,
             "scale": source.scale,
-            "origin": source.origin,
+            # Folders of whoever fused it are private, and nobody should follow them.
+            "origin": source.origin if is_repo_id(source.origin) else "",
             "digest": source.edlora.digest,
             "training": {key: value for key, value in source.edlora.training.items() if key != "fusion"},
         }

@@ -142,7 +142,7 @@ def carry(source: Source, folder: Path) -> None:
 
 
 def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subfolder: str) -> Source:
-    """Find a source of a pack again: in the pack's own folder or repository, or where it came from.
+    """Find a source of a pack again: in the pack's own folder or repository, or on the Hub, where it came from.
 
     Args:
         entry: What the pack's report says of it.
@@ -152,7 +152,8 @@ def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subf
     Raises:
         FusionError: If it is at neither place, or another LoRA is.
     """
-    places = [(carrier, subfolder, 1.0), (entry["origin"], "", entry["scale"])]
+    origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # a path in a file is not followed
+    places = [(carrier, subfolder, 1.0), (origin, "", entry["scale"])]
     changed = False
     for location, part, scale in places:
         edlora = _edlora_at(location, part)
@@ -164,15 +165,15 @@ def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subf
                 weight=entry["weight"],
                 scale=entry["scale"],
                 prompts=concepts,
-                origin=entry["origin"],
+                origin=origin,
                 statistics=None if path is None else SourceStatistics.load(path),
             )
         changed |= edlora is not None
-    fate = "has changed since" if changed else "is gone"
+    fate = "has changed since" if changed else "is not there"
     raise FusionError(
         f"The pack was fused from {'+'.join(entry['concepts'])}, which {fate} "
-        f"(it came from {entry['origin'] or 'no file'}). Put it back, or save packs with sources=True, which carries "
-        "them along."
+        f"({f'it came from {origin}' if origin else 'it came from a disk'}). Save packs with sources=True, which "
+        "carries them along, or fuse all sources anew."
     )
 
 
