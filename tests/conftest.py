@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+
+# Read when torch is first imported, here and in every process that a test starts: on models this small several threads
+# only wait for each other, and on a busy machine for minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
