@@ -18,18 +18,25 @@ if TYPE_CHECKING:
 
 def train(
     photos: Annotated[
-        Path | None, typer.Argument(help="Folder of photos, captions (NAME.txt), masks/NAME.png.")
+        Path | None,
+        typer.Argument(help="Folder of photos, captions (NAME.txt), masks/NAME.png. (required, or in --config)"),
     ] = None,
-    concept: Annotated[str | None, typer.Option(help="Name of the concept, e.g. potter for <potter>.")] = None,
-    class_word: Annotated[str | None, typer.Option(help="Plain word for what it is, e.g. man, dog, chair.")] = None,
-    kind: Annotated[str | None, typer.Option(help="character, pet, object or scene.")] = None,
-    base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the ED-LoRA.  [default: the concept's name]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures a step.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Side of the training picture in pixels.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
+    concept: Annotated[
+        str | None, typer.Option(help="Name of the concept, e.g. potter for <potter>. (required, or in --config)")
+    ] = None,
+    class_word: Annotated[
+        str | None, typer.Option(help="Plain word for what it is, e.g. man, dog. (required, or in --config)")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="character, pet, object or scene. (default: object)")] = None,
+    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: Stable Diffusion 1.5)")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the ED-LoRA. (default: the concept's name)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. (default: 800; toyland 250)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures a step. (default: 4; toyland 12)")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA. (default: 4)")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the training picture in pixels. (default: 512; toyland 64)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random number. (default: 0)")] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with any setting of TrainingConfig; options above win.")
     ] = None,
