@@ -66,6 +66,21 @@ def test_a_base_that_is_not_there_or_does_not_fit_is_one_clear_error(pack: EDLoR
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_write_that_fails_leaves_the_pack_that_was_there(
+    pack: EDLoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pack.save_pretrained(tmp_path / "mine")
+    before = path.read_bytes()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        pack.save_pretrained(tmp_path / "mine", merged=True)
+    assert path.read_bytes() == before
+
+
 def test_it_travels_over_the_hub_with_its_concepts(pack: EDLoRA, loopback_hub, tmp_path: Path) -> None:
     pack.push_to_hub("me/pair", merged=True, token=loopback_hub.token)
     pipe = MixOfShowPipeline.from_pretrained("me/pair", cache_dir=tmp_path / "cache")

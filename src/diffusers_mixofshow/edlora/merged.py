@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,18 +29,23 @@ _MARK = "_mixofshow_concepts"
 """In the pipeline's index, where diffusers overlooks names that begin with "_": an ED-LoRA file lies beside it."""
 
 
-def write(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline in float16; every part of the folder is replaced when all are written.
+@contextmanager
+def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[Path]:
+    """Write a pipeline in float16 beside what is in a folder, and replace that when the block is done.
 
     Args:
         pipeline: Base model with the updates in its weights.
-        folder: Created where it is missing; its file with the embeddings is for the caller to write.
+        folder: Created where it is missing.
+
+    Yields:
+        Where the block writes the file with the embeddings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as temporary:
         pipeline.to(torch.float16).save_pretrained(temporary)
         index = Path(temporary) / _INDEX
         index.write_text(json.dumps({**json.loads(index.read_text()), _MARK: True}, indent=2), encoding="utf-8")
+        yield Path(temporary)
         for written in Path(temporary).iterdir():
             target = folder / written.name
             if target.is_dir():

@@ -85,8 +85,8 @@ class EDLoRA:
             pipeline = merged_pipeline.load_base(self.base_model)
             self.check_fits(pipeline.components)
             merged_pipeline.add_updates(pipeline, self.lora)
-            file.write(path, replace(self, lora={})._contents())
-            merged_pipeline.write(pipeline, path.parent)
+            with merged_pipeline.written_whole(pipeline, path.parent) as temporary:
+                file.write(temporary / file.FILE_NAME, replace(self, lora={})._contents())
         else:
             file.write(path, self._contents())
         self._write_card(path.parent, location=os.fspath(folder), merged=merged)
