@@ -18,6 +18,7 @@ SOURCE = Path(diffusers_mixofshow.__file__).parent
 # A part is a module or a folder at the top of the package. It imports from lower ranks and from itself.
 RANK_OF = {
     "errors": 0,
+    "atomic": 0,
     "base_models": 0,
     "concepts": 0,
     "regions": 0,

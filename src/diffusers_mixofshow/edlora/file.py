@@ -9,8 +9,6 @@ Where alpha differs from the rank, diffusers' own metadata says so too (see `sto
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -19,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
+from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import defects, header, stock
 from diffusers_mixofshow.edlora.low_rank import LowRank
@@ -68,7 +67,9 @@ def write(path: Path, contents: Contents) -> None:
     for site, update in lora.items():
         tensors |= dict(zip((site + _DOWN, site + _UP), update.in_file, strict=True))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    _replace(path, tensors, {"format": "pt", _HEADER_KEY: text, **stock.adapter_metadata(lora)})
+    metadata = {"format": "pt", _HEADER_KEY: text, **stock.adapter_metadata(lora)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, serialize(tensors, metadata=metadata))
 
 
 def read(path: Path) -> Contents:
@@ -102,20 +103,6 @@ def read(path: Path) -> Contents:
         layers=head.layers,
         training=head.training,
     )
-
-
-def _replace(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write to a temporary name beside `path`, flush to the disk, and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as out:
-            out.write(serialize(tensors, metadata=metadata))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from diffusers_mixofshow.edlora.low_rank import LowRank
 
 
-_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
+KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 
 
 def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
@@ -47,4 +47,4 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
             "alpha_pattern": alphas,
         }
         values |= {f"{component}.{key}": value for key, value in config.items()}
-    return {_KEY: json.dumps(values)}
+    return {KEY: json.dumps(values)}

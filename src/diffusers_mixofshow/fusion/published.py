@@ -11,7 +11,6 @@ import json
 import math
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
+from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.errors import FusionError
@@ -85,7 +85,7 @@ class SourceStatistics:
             "form": "full" if max_bytes is None else "low-rank",
             "concepts": entries,
         }
-        _replace(path, serialize(tensors, metadata={"format": "pt", _HEADER_KEY: json.dumps(header)}))
+        write_whole(path, serialize(tensors, metadata={"format": "pt", _HEADER_KEY: json.dumps(header)}))
         return path
 
     @classmethod
@@ -121,7 +121,7 @@ class SourceStatistics:
         if self.file is None:
             self.save(path)
         elif self.file.resolve() != path.resolve():
-            _replace(path, self.file.read_bytes())
+            write_whole(path, self.file.read_bytes())
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None) -> None:
         """Upload the statistics beside the ED-LoRA of a repository, created where it is missing.
@@ -297,13 +297,3 @@ def _is_numbers(numbers: object) -> bool:
         return False
     finite = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers.values())
     return finite and type(numbers["tokens"]) is int and numbers["tokens"] > 0 and numbers["tail"] >= 0
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, and rename."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
+from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
@@ -137,12 +139,9 @@ class FusionReport:
                 place = left + _CELL * column
                 draw.rectangle((place, top, place + _CELL - 2, top + _CELL - 2), fill=_colour(layer[name]["fused"]))
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            picture.save(temporary, format="PNG")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        write_whole(path, buffer.getvalue())
         return path
 
     @property

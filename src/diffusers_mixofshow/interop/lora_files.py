@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
+from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank
@@ -26,7 +25,6 @@ from diffusers_mixofshow.sites import canonical_name, is_linear_site
 PLAIN_NAME = "pytorch_lora_weights.safetensors"
 """What `load_lora_weights` of diffusers looks for in a folder."""
 
-_METADATA = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 _HALF = re.compile(
     r"(?P<layer>.+?)[._](?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_linear_layer\.down|"
     r"lora_linear_layer\.up)(\.default)?\.weight"
@@ -104,12 +102,7 @@ def write_lora(path: Path, lora: Mapping[str, LowRank]) -> Path:
     for site, update in lora.items():
         tensors[f"{site}.lora_A.weight"], tensors[f"{site}.lora_B.weight"] = update.in_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt", **stock.adapter_metadata(lora)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, serialize(tensors, metadata={"format": "pt", **stock.adapter_metadata(lora)}))
     return path
 
 
@@ -160,7 +153,7 @@ def _site(layer: str) -> str:
 def _configs(metadata: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's settings as diffusers writes them, ``unet.lora_alpha`` and the like; empty if there are none."""
     try:
-        values = json.loads(metadata.get(_METADATA, "{}"))
+        values = json.loads(metadata.get(stock.KEY, "{}"))
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
