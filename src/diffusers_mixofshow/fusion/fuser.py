@@ -25,14 +25,13 @@ from diffusers_mixofshow.fusion.solving import (
     Settings,
     Solution,
     by_input,
-    is_text_input,
     sites_of,
     solve_input,
 )
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
 from diffusers_mixofshow.fusion.team import Team
-from diffusers_mixofshow.sites import adapted_layers
+from diffusers_mixofshow.sites import adapted_layers, reads_text
 
 
 Advance = Callable[[str, int], None]
@@ -341,7 +340,7 @@ def _named(advance: Advance, placeholder: str) -> Callable[[int], None]:
 def _stages(sites: Sequence[str], recording: Recording) -> tuple[_Stage, ...]:
     """Text encoder, text keys and values, rest. Text does not change with the step."""
     text = tuple(site for site in sites if site.startswith("text_encoder"))
-    keys_values = tuple(site for site in sites if is_text_input(input_name(site)) and site not in text)
+    keys_values = tuple(site for site in sites if reads_text(site))
     rest = tuple(site for site in sites if site not in {*text, *keys_values})
     one_step = replace(recording, steps=1, seeds=recording.seeds[:1])
     stages = (

@@ -19,6 +19,7 @@ from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.solving import Settings, Solution
 from diffusers_mixofshow.fusion.sources import Source
+from diffusers_mixofshow.sites import reads_text
 
 
 POOR = 0.5
@@ -191,7 +192,7 @@ def _group(site: str) -> str:
     if site.startswith("text_encoder"):
         return "text"
     if ".attn2." in site:
-        return "cross k v" if site.endswith(("to_k", "to_v")) else "cross q out"
+        return "cross k v" if reads_text(site) else "cross q out"
     return "self" if ".attn1." in site else "other"
 
 

@@ -31,6 +31,7 @@ from diffusers_mixofshow.fusion.solvers import (
 from diffusers_mixofshow.fusion.sources import Source, shares
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part, input_name, summed_factor, summed_gram
 from diffusers_mixofshow.fusion.team import Team
+from diffusers_mixofshow.sites import reads_text
 
 
 Method = Literal["closed-form", "lbfgs", "average", "sum", "ties", "dare", "svd"]
@@ -290,11 +291,6 @@ def updates_of(sources: Sequence[Source], site: str) -> list[Factors]:
     return [source.factors(site, shape) for source in sources]
 
 
-def is_text_input(name: str) -> bool:
-    """Whether an input is made of tokens: the text encoder's layers, and the keys and values of cross-attention."""
-    return name.startswith("text_encoder") or name.endswith(".attn2.to_k+to_v")
-
-
 Solved = tuple[Factors, dict[str, float]]
 
 
@@ -314,7 +310,7 @@ def _solve_closed_form(shared: SharedInput, site: str, settings: Settings) -> So
 
 
 def _solve_lbfgs(shared: SharedInput, site: str, settings: Settings) -> Solved:
-    steps = LBFGS_STEPS["text" if is_text_input(shared.name) else "spatial"]
+    steps = LBFGS_STEPS["text" if site.startswith("text_encoder") or reads_text(site) else "spatial"]
     return lbfgs(shared.updates[site], shared.sums().met[site], shared.total, steps=steps), {"steps": steps}
 
 
