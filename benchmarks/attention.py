@@ -14,7 +14,6 @@ mask, keys, values and softmax made anew in each layer and step. Writes one JSON
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -40,7 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_mixofshow import Concept, EDLoRA, MixOfShowPipeline, MixOfShowWarning, Region
 from diffusers_mixofshow.conditioning.attention import RegionPlan
 from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.evaluation.record import command, commit, machine, versions
+from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.toyland import path as toyland_path
 
@@ -263,14 +262,11 @@ def main() -> None:
     settings = {name: getattr(arguments, name) for name in ("model", "device", "size", "batch", "steps", "rounds")}
     settings |= {"dtype": str(unet.dtype), "threads": torch.get_num_threads()}
     settings |= {"cross_attention_layers": len(cross_attention_layers(unet))}
-    run = {"command": command(), "commit": commit(Path(__file__).parent), "machine": machine(), "versions": versions()}
-    run |= {"load": os.getloadavg()[0], "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    run = {**record.run_info(Path(__file__).parent), "load": os.getloadavg()[0]}
     for name, row in results.items():
         print(f"{name:36}", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     path = arguments.record or RECORDS / f"attention-{arguments.model}-{arguments.batch}-{arguments.device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"run": run, "settings": settings, "results": results}, indent=1) + "\n")
-    print(f"Record: {path}")
+    print(f"Record: {record.write(path, {'run': run, 'settings': settings, 'results': results})}")
 
 
 if __name__ == "__main__":

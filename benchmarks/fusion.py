@@ -11,7 +11,6 @@ from the base weights on all features.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -27,6 +26,7 @@ import torch
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.fusion import FusionSource, GradientFuser
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors, closed_form, factorise
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="where to write the record")
     arguments = parser.parse_args()
     if arguments.scale:
-        write_record(
+        path = record.write(
             arguments.record or RECORDS / "fusion-scale-cpu.json",
             {
                 "run": surroundings("cpu"),
@@ -233,6 +233,7 @@ def main() -> None:
                 "results": measure_scale(),
             },
         )
+        print(f"Record: {path}")
         return
     problem = Problem(arguments.width, arguments.concepts, arguments.tokens, arguments.device)
     timed(lambda: torch.randn(256, 256, device=arguments.device) @ torch.eye(256, device=arguments.device), "cpu")
@@ -242,20 +243,15 @@ def main() -> None:
         f"stored features, LBFGS {LBFGS_ITERATIONS}": lambda: solve_lbfgs(problem),
     }
     settings = {"width": arguments.width, "concepts": arguments.concepts, "tokens": arguments.tokens, "rank": RANK}
-    record: dict[str, Any] = {"run": surroundings(arguments.device), "settings": settings, "results": {}}
+    results: dict[str, Any] = {}
     for name, solve in solvers.items():
         delta, measured = solve()
         measured["relative_objective"] = problem.objective(delta)
-        record["results"][name] = measured
+        results[name] = measured
         print(f"{name:32}", "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))
     path = arguments.record or RECORDS / f"fusion-{arguments.width}x{arguments.concepts}-{arguments.device}.json"
-    write_record(path, record)
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"Record: {path}")
+    run = surroundings(arguments.device)
+    print(f"Record: {record.write(path, {'run': run, 'settings': settings, 'results': results})}")
 
 
 if __name__ == "__main__":

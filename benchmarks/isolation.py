@@ -11,9 +11,7 @@ has leaked. The same prompts and seeds are sampled each way. Writes one JSON rec
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning, Region
+from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import crop_region
 from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES, column_boxes
-from diffusers_mixofshow.evaluation.record import command, commit, machine, versions
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.toyland import load_pipeline
 from diffusers_mixofshow.toyland.world import CLASSES, MAIN_COLOURS
@@ -88,15 +86,12 @@ def main() -> None:
         way: {name: round(found[name] / found["regions"], 4) for name in ("class", "colour", "leaked")}
         for way, found in counts.items()
     }
-    run = {"command": command(), "commit": commit(Path(__file__).parent), "machine": machine(), "versions": versions()}
-    run |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    run = record.run_info(Path(__file__).parent)
     settings = {name: getattr(arguments, name) for name in ("layouts", "things", "steps", "guidance")}
     for way, row in results.items():
         print(f"{way:28}", "  ".join(f"{name} {share:.1%}" for name, share in row.items()))
     path = arguments.record or RECORDS / f"isolation-{arguments.things}-things.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"run": run, "settings": settings, "results": results}, indent=1) + "\n")
-    print(f"Record: {path}")
+    print(f"Record: {record.write(path, {'run': run, 'settings': settings, 'results': results})}")
 
 
 if __name__ == "__main__":

@@ -284,24 +284,16 @@ def main() -> None:
 
 def write_record(folder: Path, plan: Plan, results: dict[str, Any], seconds: dict[str, float]) -> Path:
     """One JSON file a run, named by its time."""
-    now = datetime.now(UTC)
     content = {
         "run_info": {
-            "command": record.command(),
-            "commit": record.commit(Path(__file__).parent),
-            "time": now.isoformat(timespec="seconds"),
-            "machine": record.machine(),
+            **record.run_info(Path(__file__).parent),
             "threads": torch.get_num_threads(),
-            "versions": record.versions(),
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
         },
         "plan": plan.__dict__ | {"recorded": RECORDING_PROMPTS, "held_out": HELD_OUT_PROMPTS},
         **results,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"toyland-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return path
+    return record.write(folder / f"toyland-{datetime.now(UTC):%Y%m%d-%H%M%S}.json", content)
 
 
 if __name__ == "__main__":

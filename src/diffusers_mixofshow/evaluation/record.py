@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -33,8 +36,31 @@ def machine() -> str:
 
 
 def command() -> str:
-    """The command line that is running, without the folder of the program."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line that is running; the program and folders of this machine by their last name alone."""
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join([Path(sys.argv[0]).name, *given])
+
+
+def run_info(folder: Path) -> dict[str, object]:
+    """All of it for the run under way: command, commit, time in UTC, machine and versions.
+
+    Args:
+        folder: In the checkout whose commit counts.
+    """
+    return {
+        "command": command(),
+        "commit": commit(folder),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def write(path: Path, content: Mapping[str, object]) -> Path:
+    """Write a record as JSON; its folder is created where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def commit(folder: Path) -> str | None:
