@@ -14,7 +14,8 @@ import torch
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.toyland.quality import identity_of
-from diffusers_mixofshow.toyland.world import CLASSES, draw, random_scene
+from diffusers_mixofshow.toyland.scenes import random_scene
+from diffusers_mixofshow.toyland.world import CLASSES, draw
 
 
 def _run_python(code: str) -> str:

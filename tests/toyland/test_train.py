@@ -14,8 +14,9 @@ from diffusers_mixofshow.toyland.base import load_metric_model, load_pipeline, l
 from diffusers_mixofshow.toyland.denoiser import velocity_weight
 from diffusers_mixofshow.toyland.loop import LoopConfig, learning_rate_factor
 from diffusers_mixofshow.toyland.optimiser import orthogonalise
+from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.train import main
-from diffusers_mixofshow.toyland.world import draw, random_scene
+from diffusers_mixofshow.toyland.world import draw
 
 
 def _run(folder: Path, stage: str, steps: int, *more: str) -> None:

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.world import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -17,9 +18,7 @@ from diffusers_mixofshow.toyland.world import (
     WIDE,
     Scene,
     Thing,
-    caption,
     draw,
-    random_scene,
 )
 
 

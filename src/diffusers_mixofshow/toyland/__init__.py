@@ -19,13 +19,15 @@ if TYPE_CHECKING:
         path,
     )
     from diffusers_mixofshow.toyland.concepts import CONCEPTS, Photo, ToyConcept, photos, write_photos
-    from diffusers_mixofshow.toyland.world import Drawing, Scene, Thing, caption, draw, random_scene
+    from diffusers_mixofshow.toyland.scenes import caption, random_scene
+    from diffusers_mixofshow.toyland.world import Drawing, Scene, Thing, draw
 
 
 _MODULES = {
     "base": ("BASE_MODEL_ID", "MetricModel", "load_metric_model", "load_pipeline", "load_reader", "path"),
     "concepts": ("CONCEPTS", "Photo", "ToyConcept", "photos", "write_photos"),
-    "world": ("Drawing", "Scene", "Thing", "caption", "draw", "random_scene"),
+    "scenes": ("caption", "random_scene", "residents"),
+    "world": ("Drawing", "Scene", "Thing", "draw"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

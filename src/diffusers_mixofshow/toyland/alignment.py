@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from transformers import CLIPTextModel
 
-from diffusers_mixofshow.toyland.reader import UNKNOWN, ReaderNetwork
-from diffusers_mixofshow.toyland.world import Scene, place_phrase, with_article, word_caption
+from diffusers_mixofshow.toyland.reader import ReaderNetwork, attribute_loss
+from diffusers_mixofshow.toyland.scenes import place_phrase, with_article, word_caption
+from diffusers_mixofshow.toyland.world import Scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,4 @@ class AlignmentObjective(torch.nn.Module):
         cross_entropy = torch.nn.functional.cross_entropy
         forwards = cross_entropy(similarity, holds / holds.sum(dim=1, keepdim=True))
         backwards = cross_entropy(similarity.T, holds.T / holds.T.sum(dim=1, keepdim=True))
-        scores = self.head(10 * images).split(self._sizes, dim=1)
-        wrong = [
-            cross_entropy(part, labels[:, column], ignore_index=UNKNOWN, reduction="sum")
-            for column, part in enumerate(scores)
-        ]
-        attributes = torch.stack(wrong).sum() / (labels != UNKNOWN).sum().clamp(min=1)
-        return (forwards + backwards) / 2 + attributes
+        return (forwards + backwards) / 2 + attribute_loss(self.head(10 * images), labels, self._sizes)

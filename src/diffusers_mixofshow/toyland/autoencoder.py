@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from diffusers_mixofshow.toyland.world import draw, random_scene
+from diffusers_mixofshow.toyland.scenes import random_scene
+from diffusers_mixofshow.toyland.world import draw
 
 
 LATENT_CHANNELS = 8

@@ -11,18 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
-from diffusers_mixofshow.toyland.world import (
-    BACKGROUNDS,
-    CLASSES,
-    Scene,
-    Thing,
-    draw,
-    place_phrase,
-    place_thing,
-    random_scene,
-    with_article,
-    word_caption,
-)
+from diffusers_mixofshow.toyland.scenes import place_phrase, place_thing, random_scene, with_article, word_caption
+from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, Scene, Thing, draw
 
 
 PLACEHOLDER = "<TOK>"

@@ -22,15 +22,8 @@ from diffusers_mixofshow.toyland.base import MetricModel, load_metric_model, loa
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, photos
 from diffusers_mixofshow.toyland.provenance import current_commit
 from diffusers_mixofshow.toyland.reader import AttributeReader
-from diffusers_mixofshow.toyland.world import (
-    BACKGROUNDS,
-    CLASSES,
-    MAIN_COLOURS,
-    draw,
-    place_phrase,
-    random_scene,
-    with_article,
-)
+from diffusers_mixofshow.toyland.scenes import place_phrase, random_scene, with_article
+from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, MAIN_COLOURS, draw
 
 
 FRESH_SEED = 950_000_000

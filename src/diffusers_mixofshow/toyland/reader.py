@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.toyland.autoencoder import to_pixels
+from diffusers_mixofshow.toyland.scenes import place_thing
 from diffusers_mixofshow.toyland.world import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -24,7 +25,6 @@ from diffusers_mixofshow.toyland.world import (
     Scene,
     Thing,
     draw,
-    place_thing,
 )
 
 
@@ -154,6 +154,15 @@ class ReaderNetwork(torch.nn.Module):
         return self.head(torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1))
 
 
+def attribute_loss(scores: torch.Tensor, labels: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Mean cross entropy of scores (n, values of all attributes) over the labels (n, attributes) that are known."""
+    losses = [
+        torch.nn.functional.cross_entropy(part, labels[:, column], ignore_index=UNKNOWN, reduction="sum")
+        for column, part in enumerate(scores.split(list(sizes), dim=1))
+    ]
+    return torch.stack(losses).sum() / (labels != UNKNOWN).sum().clamp(min=1)
+
+
 class ReaderObjective(torch.nn.Module):
     """Mean cross entropy over the attributes that a picture shows."""
 
@@ -165,12 +174,7 @@ class ReaderObjective(torch.nn.Module):
     def forward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Loss of pictures (n, 3, 64, 64) and labels (n, attributes)."""
         pixels, labels = batch
-        scores = self.model(pixels).split(self._sizes, dim=1)
-        losses = [
-            torch.nn.functional.cross_entropy(part, labels[:, column], ignore_index=UNKNOWN, reduction="sum")
-            for column, part in enumerate(scores)
-        ]
-        return torch.stack(losses).sum() / (labels != UNKNOWN).sum()
+        return attribute_loss(self.model(pixels), labels, self._sizes)
 
 
 class AttributeReader:

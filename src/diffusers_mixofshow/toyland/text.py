@@ -11,7 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffusers_mixofshow.toyland.world import caption, random_scene
+from diffusers_mixofshow.toyland.reader import UNKNOWN, attribute_loss, scene_labels
+from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
+from diffusers_mixofshow.toyland.world import Scene
 
 
 POSITIONS = 77
@@ -19,7 +21,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"-_()<>|/*+=#&%$@~^[]{}\\`"
 
 
-def write_tokenizer(folder: Path, captions: Iterable[str], size: int = 600) -> CLIPTokenizer:
+def write_tokenizer(folder: Path, captions: Iterable[str], size: int = 2400) -> CLIPTokenizer:
     """Learn a byte-pair vocabulary from captions and write it as a CLIPTokenizer.
 
     Args:
@@ -55,12 +57,13 @@ def write_tokenizer(folder: Path, captions: Iterable[str], size: int = 600) -> C
 
 
 def sample_captions(count: int, seed: int) -> list[str]:
-    """Captions of random scenes with one to three things."""
+    """Captions of random scenes with one to three things, and one of every resident."""
     rng = random.Random(seed)
     seeds = [rng.randrange(2**31) for _ in range(count)]
-    return [
+    captions = [
         caption(random_scene(each, things=3 if index % 8 == 0 else None), each) for index, each in enumerate(seeds)
     ]
+    return captions + [f"{name} the {thing.class_word}" for name, thing in residents().items()]
 
 
 def build_clip(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 3) -> CLIPModel:
@@ -104,20 +107,42 @@ def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
 
 
-class ContrastiveObjective(torch.nn.Module):
-    """The symmetric contrastive loss of CLIP, where several pairs of a batch may say the same."""
+def text_labels(scene: Scene, words: str) -> torch.Tensor:
+    """Labels (attributes,) of all that a text of one thing tells; `UNKNOWN` where it is silent.
 
-    def __init__(self, model: CLIPModel) -> None:
+    Everything is known where a resident is called by name; else nothing is asked for.
+    """
+    named = len(scene.things) == 1 and scene.things[0].name and scene.things[0].name in words
+    labels = scene_labels([scene])[0]
+    return labels if named else torch.full_like(labels, UNKNOWN)
+
+
+class ContrastiveObjective(torch.nn.Module):
+    """CLIP's symmetric contrastive loss, where several pairs may say the same, plus reading attributes off both sides.
+
+    Args:
+        model: Both towers.
+        sizes: Number of values of every attribute.
+    """
+
+    def __init__(self, model: CLIPModel, sizes: Sequence[int]) -> None:
         super().__init__()
         self.model = model
+        self.head = torch.nn.Linear(model.config.projection_dim, sum(sizes))
+        self._sizes = list(sizes)
 
-    def forward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Loss of pictures (n, 3, 64, 64) and token ids (n, length)."""
-        pixels, token_ids = batch
+    def forward(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Loss of pictures (n, 3, 64, 64), token ids (n, length), and labels (n, attributes) of pictures and texts."""
+        pixels, token_ids, seen, said = batch
         images = image_embeddings(self.model, pixels)
         texts = text_embeddings(self.model, token_ids)
         similarity = self.model.logit_scale.clamp(max=4.0).exp() * images @ texts.T
         same = (token_ids[:, None] == token_ids[None]).all(dim=-1).float()
         target = same / same.sum(dim=1, keepdim=True)
         cross_entropy = torch.nn.functional.cross_entropy
-        return (cross_entropy(similarity, target) + cross_entropy(similarity.T, target)) / 2
+        contrast = (cross_entropy(similarity, target) + cross_entropy(similarity.T, target)) / 2
+        read = [
+            attribute_loss(self.head(10 * each), labels, self._sizes)
+            for each, labels in ((images, seen), (texts, said))
+        ]
+        return contrast + torch.stack(read).sum()

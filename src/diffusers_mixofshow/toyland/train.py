@@ -50,14 +50,16 @@ from diffusers_mixofshow.toyland.reader import (
     scene_labels,
     soft_round_trip,
 )
+from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.text import (
     ContrastiveObjective,
     build_clip,
     encode_prompts,
     sample_captions,
+    text_labels,
     write_tokenizer,
 )
-from diffusers_mixofshow.toyland.world import caption, draw, random_scene
+from diffusers_mixofshow.toyland.world import draw
 
 
 HELD_OUT_SEED = 900_000_000
@@ -121,20 +123,25 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         write_tokenizer(output / "tokenizer", sample_captions(4000, config.seed))
     accelerator.wait_for_everyone()
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
-    objective = ContrastiveObjective(build_clip(tokenizer))
+    sizes = [len(values) for values in attribute_vocabulary().values()]
+    objective = ContrastiveObjective(build_clip(tokenizer), sizes)
     first = accelerator.process_index * pool_size
     wide = pool_size // 8
     seeds = list(range(first, first + pool_size))
     scenes = [random_scene(seed, things=3 if index < wide else None) for index, seed in enumerate(seeds)]
+    labels = scene_labels(scenes)
     pool = torch.cat([_squashed(render_pixels(seeds[:wide], things=3)), render_pixels(seeds[wide:])])
 
-    def batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         chosen = torch.randint(len(pool), (batch_size,), generator=generator)
         wordings = torch.randint(2**31, (batch_size,), generator=generator).tolist()
         captions = [caption(scenes[index], seed) for index, seed in zip(chosen.tolist(), wordings, strict=True)]
         pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
         token_ids = encode_prompts(tokenizer, captions)[:, :32]
-        return pixels.to(accelerator.device), token_ids.to(accelerator.device)
+        said = torch.stack(
+            [text_labels(scenes[index], text) for index, text in zip(chosen.tolist(), captions, strict=True)]
+        )
+        return tuple(part.to(accelerator.device) for part in (pixels, token_ids, labels[chosen], said))
 
     average = train_stage(
         objective,

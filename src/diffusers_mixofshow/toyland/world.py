@@ -1,13 +1,8 @@
-"""The drawn world: scenes as data, pictures as a pure function of a scene, and captions that hide identity.
-
-A caption names classes, main colours, the background and who stands where. The finer, hidden attributes (ears, eyes,
-pattern, belly, hat, ...) are never named: whoever wants a particular critter has to learn it from its photos.
-"""
+"""The drawn world: scenes as data, and pictures as a pure function of a scene."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -120,17 +115,8 @@ BACKGROUND_COLOURS: dict[str, dict[str, tuple[int, int, int]]] = {
 }
 """Colours of every background; a scene can replace single ones by a name of `COLOURS`."""
 
-_PLACES = {
-    "meadow": ("in a meadow", "in the meadow", "on a meadow"),
-    "beach": ("on a beach", "at the beach", "on the beach"),
-    "desert": ("in a desert", "in the desert"),
-    "snow": ("in the snow", "in snow"),
-    "night": ("at night", "in the night"),
-    "room": ("in a room", "in the room"),
-}
-
-_CLASS_SHARES = {"critter": 0.34, "dog": 0.14, "cat": 0.12, "vase": 0.15, "chair": 0.13, "table": 0.12}
-_WIDTH_OF_HEIGHT = {"critter": 0.86, "dog": 1.0, "cat": 0.86, "vase": 0.66, "chair": 0.72, "table": 1.16}
+WIDTH_OF_HEIGHT = {"critter": 0.86, "dog": 1.0, "cat": 0.86, "vase": 0.66, "chair": 0.72, "table": 1.16}
+"""How wide things of every class are, as a fraction of their height."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +126,7 @@ class Thing:
     Args:
         class_word: One of `CLASSES`.
         colour: Its main colour, a key of `COLOURS`.
+        name: What captions call a resident; empty for all others.
         attributes: Hidden attributes by name; those left out are drawn plain.
         centre: Place of its middle, as a fraction of the picture's width.
         ground: Where it stands, as a fraction of the picture's height from the top.
@@ -148,6 +135,7 @@ class Thing:
 
     class_word: str
     colour: str
+    name: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict[str, str])
     centre: float = 0.5
     ground: float = 0.95
@@ -509,103 +497,3 @@ def draw(scene: Scene) -> Drawing:
         _PAINTERS[thing.class_word](_Brush(image, mask, thing), thing)
         masks.append(mask.reduce(_SUPERSAMPLING))
     return Drawing(image=image.reduce(_SUPERSAMPLING), masks=tuple(masks), boxes=tuple(_box(mask) for mask in masks))
-
-
-def _random_thing(rng: random.Random) -> Thing:
-    class_word = rng.choices(list(_CLASS_SHARES), list(_CLASS_SHARES.values()))[0]
-    colour = rng.choice(MAIN_COLOURS[class_word])
-    attributes = {name: rng.choice(values) for name, values in ATTRIBUTES[class_word].items()}
-    if attributes.get("pattern") == "plain":
-        del attributes["pattern_colour"]
-    elif "pattern_colour" in attributes:
-        others = [value for value in ATTRIBUTES[class_word]["pattern_colour"] if value != colour]
-        attributes["pattern_colour"] = rng.choice(others)
-    if attributes.get("hat") == "bare":
-        del attributes["hat_colour"]
-    return Thing(class_word=class_word, colour=colour, attributes=attributes)
-
-
-def place_thing(thing: Thing, rng: random.Random, *, slot: int = 0, slots: int = 1, width: int = HEIGHT) -> Thing:
-    """The same thing at a random place and size inside one of `slots` equal columns of the picture.
-
-    Args:
-        slot: Index of the column, from the left.
-        width: Width of the picture in pixels.
-    """
-    column = width / HEIGHT / slots
-    wanted = rng.uniform(0.72, 0.92) if slots == 1 else rng.uniform(0.5, 0.62)
-    size = min(wanted, 0.97 * column / _WIDTH_OF_HEIGHT[thing.class_word])
-    slack = max(0.0, column - size * _WIDTH_OF_HEIGHT[thing.class_word]) / 2
-    shift = rng.uniform(-slack, slack) * (0.7 if slots == 1 else 0.9)
-    centre = ((slot + 0.5) * column + shift) * HEIGHT / width
-    return Thing(
-        class_word=thing.class_word,
-        colour=thing.colour,
-        attributes=thing.attributes,
-        centre=centre,
-        ground=rng.uniform(0.9, 0.97) if slots == 1 else rng.uniform(0.84, 0.95),
-        size=size,
-    )
-
-
-def random_scene(seed: int, *, things: int | None = None) -> Scene:
-    """A scene of the training world, as a pure function of `seed`.
-
-    Args:
-        things: Number of things, one to three; by default one (70 %) or two. Three make a wide picture.
-    """
-    rng = random.Random(seed)
-    count = things if things is not None else (1 if rng.random() < 0.7 else 2)
-    width = WIDE if count == 3 else HEIGHT
-    placed = tuple(place_thing(_random_thing(rng), rng, slot=slot, slots=count, width=width) for slot in range(count))
-    return Scene(background=rng.choice(BACKGROUNDS), things=placed, mirrored=rng.random() < 0.5, width=width)
-
-
-def with_article(words: str) -> str:
-    """The words with "a" or "an" in front of them."""
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def place_phrase(background: str, rng: random.Random) -> str:
-    """One of the wordings for being at a background, e.g. "on the beach"."""
-    return rng.choice(_PLACES[background])
-
-
-def word_caption(names: Sequence[str], place: str, rng: random.Random) -> str:
-    """One of the wordings for one to three named things at a place.
-
-    Args:
-        names: The things from left to right, each with its article, e.g. "a red critter".
-        place: The place's phrase, e.g. "on a beach".
-    """
-    wordings: tuple[str, ...]
-    if len(names) == 1:
-        wordings = ("{0} {p}", "{0} {p}", "a picture of {0} {p}", "a photo of {0} {p}", "{0}, {p}", "there is {0} {p}")
-    elif len(names) == 2:
-        wordings = (
-            "{0} on the left and {1} on the right {p}",
-            "{0} on the left, {1} on the right, {p}",
-            "{0} left of {1} {p}",
-            "{1} right of {0} {p}",
-            "{0} and {1} {p}",
-            "two things {p}: {0} and {1}",
-        )
-    else:
-        wordings = (
-            "{0}, {1} and {2} {p}",
-            "{0} on the left, {1} in the middle and {2} on the right {p}",
-            "three things {p}: {0}, {1} and {2}",
-        )
-    return rng.choice(wordings).format(*names, p=place)
-
-
-def caption(scene: Scene, seed: int) -> str:
-    """A caption of the scene: classes, usually main colours, the background and who is left or right.
-
-    Hidden attributes are never named. The wording is a pure function of `seed`.
-    """
-    rng = random.Random(seed)
-    named = rng.random() < 0.8
-    words = [f"{thing.colour} {thing.class_word}" if named else thing.class_word for thing in scene.things]
-    names = [with_article(each) for each in words]
-    return word_caption(names, place_phrase(scene.background, rng), rng)

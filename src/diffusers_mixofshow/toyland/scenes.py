@@ -1,0 +1,174 @@
+"""The training world: random scenes, the residents who live there, and captions that hide identity.
+
+A caption names classes, main colours, the background and who stands where. The finer, hidden attributes (ears, eyes,
+pattern, belly, hat, ...) are never named: whoever wants a particular critter has to learn it from its photos.
+
+As a large model knows many people and characters by name, this world has residents: fixed things with a name of their
+own. Their names give the text tower and the U-Net words that stand for a whole appearance, and so a space in which the
+embeddings of a new concept find whatever the base can already draw (paper, section 3.2). No test concept is one of
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Mapping, Sequence
+
+from diffusers_mixofshow.toyland.world import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    CLASSES,
+    HEIGHT,
+    MAIN_COLOURS,
+    WIDE,
+    WIDTH_OF_HEIGHT,
+    Scene,
+    Thing,
+)
+
+
+_PLACES = {
+    "meadow": ("in a meadow", "in the meadow", "on a meadow"),
+    "beach": ("on a beach", "at the beach", "on the beach"),
+    "desert": ("in a desert", "in the desert"),
+    "snow": ("in the snow", "in snow"),
+    "night": ("at night", "in the night"),
+    "room": ("in a room", "in the room"),
+}
+
+_CLASS_SHARES = {"critter": 0.34, "dog": 0.14, "cat": 0.12, "vase": 0.15, "chair": 0.13, "table": 0.12}
+
+RESIDENTS_OF_CLASS = {"critter": 192, "dog": 48, "cat": 40, "vase": 40, "chair": 24, "table": 24}
+"""How many things of every class have a name."""
+
+_RESIDENT_SHARE = 0.5
+_SYLLABLES = tuple(first + vowel for first in "bdfgjklmnprstvwz" for vowel in "aeiou")
+
+
+def _look(class_word: str, rng: random.Random) -> Thing:
+    """A random thing of a class, without a name."""
+    colour = rng.choice(MAIN_COLOURS[class_word])
+    attributes = {name: rng.choice(values) for name, values in ATTRIBUTES[class_word].items()}
+    if attributes.get("pattern") == "plain":
+        del attributes["pattern_colour"]
+    elif "pattern_colour" in attributes:
+        others = [value for value in ATTRIBUTES[class_word]["pattern_colour"] if value != colour]
+        attributes["pattern_colour"] = rng.choice(others)
+    if attributes.get("hat") == "bare":
+        del attributes["hat_colour"]
+    return Thing(class_word=class_word, colour=colour, attributes=attributes)
+
+
+@functools.cache
+def residents() -> Mapping[str, Thing]:
+    """The residents by name, the same in every process and release."""
+    rng = random.Random("residents")
+    named: dict[str, Thing] = {}
+    for class_word in CLASSES:
+        for _ in range(RESIDENTS_OF_CLASS[class_word]):
+            name = ""
+            while not name or name in named:
+                name = "".join(rng.sample(_SYLLABLES, 2)) + rng.choice("bdgklmnprstxz")
+            named[name] = dataclasses.replace(_look(class_word, rng), name=name)
+    return named
+
+
+@functools.cache
+def _residents_of(class_word: str) -> tuple[Thing, ...]:
+    return tuple(thing for thing in residents().values() if thing.class_word == class_word)
+
+
+def _random_thing(rng: random.Random) -> Thing:
+    """A thing of a random class: a resident in half of the cases."""
+    class_word = rng.choices(list(_CLASS_SHARES), list(_CLASS_SHARES.values()))[0]
+    if rng.random() < _RESIDENT_SHARE:
+        return rng.choice(_residents_of(class_word))
+    return _look(class_word, rng)
+
+
+def place_thing(thing: Thing, rng: random.Random, *, slot: int = 0, slots: int = 1, width: int = HEIGHT) -> Thing:
+    """The same thing at a random place and size inside one of `slots` equal columns of the picture.
+
+    Args:
+        slot: Index of the column, from the left.
+        width: Width of the picture in pixels.
+    """
+    column = width / HEIGHT / slots
+    wanted = rng.uniform(0.72, 0.92) if slots == 1 else rng.uniform(0.5, 0.62)
+    size = min(wanted, 0.97 * column / WIDTH_OF_HEIGHT[thing.class_word])
+    slack = max(0.0, column - size * WIDTH_OF_HEIGHT[thing.class_word]) / 2
+    shift = rng.uniform(-slack, slack) * (0.7 if slots == 1 else 0.9)
+    centre = ((slot + 0.5) * column + shift) * HEIGHT / width
+    ground = rng.uniform(0.9, 0.97) if slots == 1 else rng.uniform(0.84, 0.95)
+    return dataclasses.replace(thing, centre=centre, ground=ground, size=size)
+
+
+def random_scene(seed: int, *, things: int | None = None) -> Scene:
+    """A scene of the training world, as a pure function of `seed`.
+
+    Args:
+        things: Number of things, one to three; by default one (70 %) or two. Three make a wide picture.
+    """
+    rng = random.Random(seed)
+    count = things if things is not None else (1 if rng.random() < 0.7 else 2)
+    width = WIDE if count == 3 else HEIGHT
+    placed = tuple(place_thing(_random_thing(rng), rng, slot=slot, slots=count, width=width) for slot in range(count))
+    return Scene(background=rng.choice(BACKGROUNDS), things=placed, mirrored=rng.random() < 0.5, width=width)
+
+
+def with_article(words: str) -> str:
+    """The words with "a" or "an" in front of them."""
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def place_phrase(background: str, rng: random.Random) -> str:
+    """One of the wordings for being at a background, e.g. "on the beach"."""
+    return rng.choice(_PLACES[background])
+
+
+def word_caption(names: Sequence[str], place: str, rng: random.Random) -> str:
+    """One of the wordings for one to three named things at a place.
+
+    Args:
+        names: The things from left to right, each with its article, e.g. "a red critter".
+        place: The place's phrase, e.g. "on a beach".
+    """
+    wordings: tuple[str, ...]
+    if len(names) == 1:
+        wordings = ("{0} {p}", "{0} {p}", "a picture of {0} {p}", "a photo of {0} {p}", "{0}, {p}", "there is {0} {p}")
+    elif len(names) == 2:
+        wordings = (
+            "{0} on the left and {1} on the right {p}",
+            "{0} on the left, {1} on the right, {p}",
+            "{0} left of {1} {p}",
+            "{1} right of {0} {p}",
+            "{0} and {1} {p}",
+            "two things {p}: {0} and {1}",
+        )
+    else:
+        wordings = (
+            "{0}, {1} and {2} {p}",
+            "{0} on the left, {1} in the middle and {2} on the right {p}",
+            "three things {p}: {0}, {1} and {2}",
+        )
+    return rng.choice(wordings).format(*names, p=place)
+
+
+def _words_for(thing: Thing, coloured: bool, rng: random.Random) -> str:
+    """A thing as captions call it: by its name or, if it has none or not today, by class and usually colour."""
+    if thing.name and rng.random() < 0.75:
+        return with_article(f"{thing.name} {thing.class_word}") if rng.random() < 0.7 else thing.name
+    return with_article(f"{thing.colour} {thing.class_word}" if coloured else thing.class_word)
+
+
+def caption(scene: Scene, seed: int) -> str:
+    """A caption of the scene: classes, usually main colours or names, the background and who is left or right.
+
+    Hidden attributes are never named. The wording is a pure function of `seed`.
+    """
+    rng = random.Random(seed)
+    coloured = rng.random() < 0.8
+    names = [_words_for(thing, coloured, rng) for thing in scene.things]
+    return word_caption(names, place_phrase(scene.background, rng), rng)
