@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffusers_mixofshow.toyland.reader import UNKNOWN, attribute_loss, scene_labels
+from diffusers_mixofshow.toyland.reader import attribute_loss
 from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
 from diffusers_mixofshow.toyland.world import Scene
 
@@ -107,14 +107,9 @@ def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
 
 
-def text_labels(scene: Scene, words: str) -> torch.Tensor:
-    """Labels (attributes,) of all that a text of one thing tells; `UNKNOWN` where it is silent.
-
-    Everything is known where a resident is called by name; else nothing is asked for.
-    """
-    named = len(scene.things) == 1 and scene.things[0].name and scene.things[0].name in words
-    labels = scene_labels([scene])[0]
-    return labels if named else torch.full_like(labels, UNKNOWN)
+def tells_looks(words: str, scene: Scene) -> bool:
+    """Whether a caption tells all there is to know: it calls the scene's only thing, a resident, by name."""
+    return len(scene.things) == 1 and scene.things[0].name != "" and scene.things[0].name in words
 
 
 class ContrastiveObjective(torch.nn.Module):
@@ -141,8 +136,6 @@ class ContrastiveObjective(torch.nn.Module):
         target = same / same.sum(dim=1, keepdim=True)
         cross_entropy = torch.nn.functional.cross_entropy
         contrast = (cross_entropy(similarity, target) + cross_entropy(similarity.T, target)) / 2
-        read = [
-            attribute_loss(self.head(10 * each), labels, self._sizes)
-            for each, labels in ((images, seen), (texts, said))
-        ]
+        sides = ((images, seen), (texts, said))
+        read = [attribute_loss(self.head(10 * side), labels, self._sizes) for side, labels in sides]
         return contrast + torch.stack(read).sum()

@@ -41,6 +41,7 @@ from diffusers_mixofshow.toyland.loop import LoopConfig, train_stage
 from diffusers_mixofshow.toyland.optimiser import Muon
 from diffusers_mixofshow.toyland.provenance import current_commit
 from diffusers_mixofshow.toyland.reader import (
+    UNKNOWN,
     AttributeReader,
     ReaderNetwork,
     ReaderObjective,
@@ -56,7 +57,7 @@ from diffusers_mixofshow.toyland.text import (
     build_clip,
     encode_prompts,
     sample_captions,
-    text_labels,
+    tells_looks,
     write_tokenizer,
 )
 from diffusers_mixofshow.toyland.world import draw
@@ -138,9 +139,8 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         captions = [caption(scenes[index], seed) for index, seed in zip(chosen.tolist(), wordings, strict=True)]
         pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
         token_ids = encode_prompts(tokenizer, captions)[:, :32]
-        said = torch.stack(
-            [text_labels(scenes[index], text) for index, text in zip(chosen.tolist(), captions, strict=True)]
-        )
+        told = [tells_looks(words, scenes[index]) for index, words in zip(chosen.tolist(), captions, strict=True)]
+        said = torch.where(torch.tensor(told)[:, None], labels[chosen], UNKNOWN)
         return tuple(part.to(accelerator.device) for part in (pixels, token_ids, labels[chosen], said))
 
     average = train_stage(
