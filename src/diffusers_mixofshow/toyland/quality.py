@@ -152,13 +152,8 @@ def resident_prompts(count: int, seed: int) -> list[tuple[str, Thing]]:
     rng = random.Random(seed)
     of_class = [[thing for thing in residents().values() if thing.class_word == word] for word in CLASSES]
     chosen = [rng.choice(of_class[index % len(CLASSES)]) for index in range(count)]
-    return [
-        (
-            f"a {thing.name} {thing.class_word} {place_phrase(BACKGROUNDS[index // len(CLASSES) % len(BACKGROUNDS)], rng)}",
-            thing,
-        )
-        for index, thing in enumerate(chosen)
-    ]
+    places = [place_phrase(BACKGROUNDS[index // len(CLASSES) % len(BACKGROUNDS)], rng) for index in range(count)]
+    return [(f"a {thing.name} {thing.class_word} {place}", thing) for thing, place in zip(chosen, places, strict=True)]
 
 
 def measure_residents(
