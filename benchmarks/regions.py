@@ -5,8 +5,8 @@
 
 Half of the layouts have no class twice, half have at least two concepts of one class. Regions are columns of random
 widths, in random order. The same prompts and seeds are sampled with a plain prompt, with regions, with isolated
-regions, and with regions on a pack fused by weight averaging. In every region the judges name the concept, out of those
-asked for, and the attribute reader tells which attributes are another region's. Writes one JSON record to
+regions, and with regions on a pack fused by weight averaging. In every region the judges name the concept, out of
+those asked for, and the attribute reader tells which attributes are another region's. Writes one JSON record to
 benchmarks/records/ and, into the work folder, a sheet of every way's ten worst pictures with their layouts.
 """
 
