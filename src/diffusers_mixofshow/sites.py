@@ -24,9 +24,18 @@ _STAGES = ("down_blocks", "mid_block", "up_blocks")
 
 
 def components_with_sites(components: Mapping[str, object]) -> dict[str, nn.Module]:
-    """Pick the pipeline components whose attention layers a concept adapts: text encoders, then the U-Net."""
+    """Pick the pipeline components whose attention layers a concept adapts: text encoders, then the U-Net.
+
+    Of a component that `torch.compile` has wrapped it is the model inside.
+    """
     found = {name: components.get(name) for name in (*_TEXT_ENCODERS, "unet")}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    return {name: uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has wrapped it."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def canonical_name(component: str, path: str) -> str:
@@ -92,7 +101,7 @@ def self_attention_layers(unet: nn.Module) -> tuple[str, ...]:
 
 
 def _attention_layers(unet: nn.Module, name: str) -> tuple[str, ...]:
-    paths = [path for path, _ in unet.named_modules() if path.endswith(f".{name}")]
+    paths = [path for path, _ in uncompiled(unet).named_modules() if path.endswith(f".{name}")]
     return tuple(sorted(paths, key=_stage_of))
 
 
