@@ -9,6 +9,7 @@ Where alpha differs from the rank, diffusers' own metadata says so too (see `sto
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -31,6 +32,8 @@ _HEADER_KEY = "edlora"
 _EMBEDDINGS = "edlora.embeddings."
 _DOWN = ".lora_A.weight"
 _UP = ".lora_B.weight"
+_PREFIX = 8
+"""Bytes before a safetensors header, which say how long it is."""
 
 _Pairs = dict[str, dict[str, torch.Tensor]]
 
@@ -68,8 +71,7 @@ def write(path: Path, contents: Contents) -> None:
         tensors |= dict(zip((site + _DOWN, site + _UP), update.in_file, strict=True))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _HEADER_KEY: text, **stock.adapter_metadata(lora)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, serialize(tensors, metadata=metadata))
+    write_whole(path, _in_order(serialize(tensors, metadata=metadata)))
 
 
 def read(path: Path) -> Contents:
@@ -103,6 +105,15 @@ def read(path: Path) -> Contents:
         layers=head.layers,
         training=head.training,
     )
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its header sorted: equal packs are equal files, which are sent to the Hub once."""
+    length = int.from_bytes(content[:_PREFIX], "little")
+    header = json.dumps(json.loads(content[_PREFIX : _PREFIX + length]), sort_keys=True, separators=(",", ":"))
+    text = header.encode()
+    text += b" " * (-len(text) % _PREFIX)  # the data stays aligned
+    return b"".join((len(text).to_bytes(_PREFIX, "little"), text, memoryview(content)[_PREFIX + length :]))
 
 
 def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.prompts import PromptSet
 from diffusers_mixofshow.fusion.report import FusionReport
@@ -46,12 +47,22 @@ class FusedPack(EDLoRA):
     settings: Settings = field(default_factory=Settings)
     prior: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False, sources: bool = False) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        merged: bool = False,
+        samples: Samples | None = None,
+        license: str | None = None,
+        sources: bool = False,
+    ) -> Path:
         """Write the pack, see `EDLoRA.save_pretrained`; without any concept, an ordinary LoRA.
 
         Args:
             folder: Created where it is missing.
             merged: Write a complete pipeline instead.
+            samples: Prompt to the picture it drew, for the card's gallery.
+            license: For the card.
             sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that the
                 pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it finds only
                 those that came from the Hub.
@@ -64,7 +75,7 @@ class FusedPack(EDLoRA):
         if sources:
             for source in self.sources:
                 carry(source, Path(folder, _carried(source.prompts)))
-        return super().save_pretrained(folder, merged=merged)
+        return super().save_pretrained(folder, merged=merged, samples=samples, license=license)
 
     def _save_plain(self, folder: Path, *, merged: bool, sources: bool) -> Path:
         """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
