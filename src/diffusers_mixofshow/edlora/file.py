@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.edlora import defects, header, stock
+from diffusers_mixofshow.edlora import defects, header, reading, stock
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 from diffusers_mixofshow.sites import canonical_name
 
 
@@ -58,6 +56,7 @@ def write(path: Path, contents: Contents) -> None:
     lora = contents["lora"]
     found = defects.content_defects(contents["concepts"], contents["embeddings"], lora, contents["layers"])
     found += [] if contents["concepts"] else ["it holds no concept"]
+    found += [] if header.is_text(contents["base_model"]) else ["its base model's id is too long, or has controls"]
     defects.raise_if_any(found, subject="This ED-LoRA cannot be saved", remedy="Nothing was written.")
     text = header.Header(
         concepts=contents["concepts"],
@@ -78,6 +77,7 @@ def read(path: Path) -> Contents:
     """Read a pack and check it.
 
     Raises:
+        EDLoRANotFoundError: If there is no file.
         EDLoRAFormatError: Lists every defect of the file.
     """
     metadata, tensors = _load(path)
@@ -117,19 +117,8 @@ def _in_order(content: bytes) -> bytes:
 
 
 def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
-    except FileNotFoundError as error:
-        raise EDLoRANotFoundError(
-            f"{path} does not exist. Give a folder with {FILE_NAME}, a safetensors file, or a Hub id such as "
-            "'user/edlora-potter'."
-        ) from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise EDLoRAFormatError(
-            f"{path} cannot be read as safetensors: {error}. Expected an ED-LoRA as written by "
-            "EDLoRA.save_pretrained(); copy or download the file again."
-        ) from error
+    with reading.opened_tensors(path) as opened:
+        return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
 
 
 def _sort(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], _Pairs, list[str]]:

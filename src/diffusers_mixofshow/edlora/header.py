@@ -7,16 +7,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora.defects import is_showable, shown
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
 
 
 FORMAT_VERSION = 1
 
 _LIBRARIES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft")
-_LONGEST = 16 * 2**20
+_LONGEST = 4 * 2**20
+_LONGEST_TEXT = 500
+"""Characters of the base model's id, and of a layer's name."""
+
+_TEXT = f"a string of at most {_LONGEST_TEXT} characters without controls"
 
 _Fallback = TypeVar("_Fallback")
 
@@ -88,6 +93,11 @@ def parse(text: str) -> tuple[Header, list[str]]:
     return header, reader.defects
 
 
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is a string that a header may hold: short, and nothing that a terminal would obey."""
+    return isinstance(value, str) and len(value) <= _LONGEST_TEXT and is_showable(value)
+
+
 class _Reader:
     """Takes typed values out of decoded JSON and notes what is missing or of another type."""
 
@@ -97,13 +107,13 @@ class _Reader:
 
     def string(self, key: str) -> str:
         value = self.values.get(key)
-        return value if isinstance(value, str) else self._note(key, "a string", "")
+        return value if is_text(value) else self._note(key, _TEXT, "")
 
     def strings(self, key: str) -> tuple[str, ...]:
         value = self.values.get(key)
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and all(is_text(item) for item in value):
             return tuple(value)
-        return self._note(key, "a list of strings", ())
+        return self._note(key, f"a list, each {_TEXT}", ())
 
     def mapping(self, key: str) -> Mapping[str, object]:
         value = self.values.get(key)
@@ -125,7 +135,7 @@ class _Reader:
                 try:
                     found.append(Concept(**(entry | {"tokens": tuple(entry["tokens"])})))
                 except ConceptError as error:
-                    self.defects.append(str(error))
+                    self.defects.append(shown(str(error)))
             else:
                 self._note(f"concepts[{number}]", "an object with placeholder, tokens, class_word and kind", None)
         return tuple(found)
@@ -168,8 +178,7 @@ def _is_concept_entry(entry: object) -> bool:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shown(repr(value), 80)
 
 
 def _installed_versions() -> dict[str, str]:

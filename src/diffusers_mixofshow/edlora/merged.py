@@ -89,7 +89,11 @@ def has_concepts(
         index = hub.cached(str(pipeline), _INDEX, revision=revision, cache_dir=cache_dir)
     if index is None or not index.is_file():
         return False
-    return bool(json.loads(index.read_text(encoding="utf-8")).get(_MARK))
+    try:
+        values = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get(_MARK) is True
 
 
 def load_base(base_model: str) -> StableDiffusionPipeline:

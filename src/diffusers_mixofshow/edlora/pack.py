@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from diffusers_mixofshow.concepts import Concept, check_distinct
-from diffusers_mixofshow.edlora import card, defects, file, hub
+from diffusers_mixofshow.edlora import card, defects, file, hub, reading
 from diffusers_mixofshow.edlora import merged as merged_pipeline
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.pushing import push
@@ -144,8 +144,8 @@ class EDLoRA:
                 local_files_only=local_files_only,
             )
         else:
-            path = Path(source, subfolder or "")
-            path = path / file.FILE_NAME if path.is_dir() else path
+            path = Path(source)
+            path = reading.within(path, subfolder or "", file.FILE_NAME) if path.is_dir() else path / (subfolder or "")
         return cls(**file.read(path))
 
     def push_to_hub(

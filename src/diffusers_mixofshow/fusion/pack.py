@@ -15,6 +15,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.prompts import PromptSet
+from diffusers_mixofshow.fusion.record import recorded
 from diffusers_mixofshow.fusion.report import FusionReport
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
@@ -98,9 +99,8 @@ class FusedPack(EDLoRA):
             FusionError: If it was not fused, or a source is neither carried nor on the Hub as it was.
         """
         pack = super().from_pretrained(source, **hub)
-        record = FusionReport.of(pack).data
-        settings = Settings(**{key: record[key] for key in ("method", "ridge", "max_rank")})
-        found = [found_source(entry, source, _carried(entry["concepts"])) for entry in record["sources"]]
+        settings, entries = recorded(FusionReport.of(pack).data)
+        found = [found_source(entry, source, _carried(entry["concepts"])) for entry in entries]
         return replace(pack, sources=tuple(found), settings=settings)
 
     @property

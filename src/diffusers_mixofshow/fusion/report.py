@@ -164,6 +164,7 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
             "scale": source.scale,
             # Folders of whoever fused it are private, and nobody should follow them.
             "origin": source.origin if is_repo_id(source.origin) else "",
+            "revision": source.revision,
             "digest": source.edlora.digest,
             "training": {key: value for key, value in source.edlora.training.items() if key != "fusion"},
         }
