@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Mapping
@@ -56,12 +57,18 @@ class Header:
             "versions": _installed_versions(),
         }
         try:
-            return json.dumps(values, allow_nan=False)
+            text = json.dumps(values, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise EDLoRAFormatError(
                 f"The training record must be made of JSON values (finite numbers, strings, lists, dicts): {error}. "
                 "Convert tensors, paths and the like before saving."
             ) from error
+        if len(text) > _LONGEST:
+            raise EDLoRAFormatError(
+                f"The header has {len(text):,} characters, longer than the {_LONGEST:,} that are read. Keep long "
+                "records in a file of their own, not in `training`."
+            )
+        return text
 
 
 EMPTY = Header(concepts=(), base_model="", layers=(), lora={}, training={})
@@ -76,7 +83,7 @@ def parse(text: str) -> tuple[Header, list[str]]:
     Returns:
         The header, with empty values where it is defective, and the defects.
     """
-    values = _decode(text)
+    values = decode(text)
     if not isinstance(values, dict):
         return EMPTY, ["its header is no JSON object"]
     version = values.get("format_version")
@@ -96,6 +103,21 @@ def parse(text: str) -> tuple[Header, list[str]]:
 def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is a string that a header may hold: short, and nothing that a terminal would obey."""
     return isinstance(value, str) and len(value) <= _LONGEST_TEXT and is_showable(value)
+
+
+def decode(text: str) -> object:
+    """What a JSON text says; None if it is none, or longer than any that this package writes."""
+    if len(text) > _LONGEST:
+        return None
+    was_enabled = gc.isenabled()
+    gc.disable()  # it would look at a million small lists again and again while they are made
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Reader:
@@ -145,15 +167,6 @@ class _Reader:
         got = _short(self.values[name]) if name in self.values else "nothing"
         self.defects.append(f"header field {key!r} must be {expected}, got {got}")
         return fallback
-
-
-def _decode(text: str) -> object:
-    if len(text) > _LONGEST:
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _is_rank_and_alpha(entry: object) -> bool:

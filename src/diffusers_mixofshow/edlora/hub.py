@@ -31,6 +31,7 @@ _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]+")
 _LONGEST_NAME = 96
+_LONGEST_ID = 200
 _WAITS = (1.0, 3.0)
 """Seconds before each further try of what a Hub under load, or a connection that broke, refused."""
 _MOVED_ON = 412
@@ -46,6 +47,7 @@ def is_repo_id(source: object) -> bool:
     """Whether a source has the form ``user/repo`` and is nothing on this disk's file system."""
     return (
         isinstance(source, str)
+        and len(source) <= _LONGEST_ID
         and _REPO_ID.fullmatch(source) is not None
         and not source.endswith(".safetensors")
         and not Path(source).exists()

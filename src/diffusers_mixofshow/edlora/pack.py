@@ -145,7 +145,8 @@ class EDLoRA:
             )
         else:
             path = Path(source)
-            path = reading.within(path, subfolder or "", file.FILE_NAME) if path.is_dir() else path / (subfolder or "")
+            if reading.is_folder(path):
+                path = reading.within(path, subfolder or "", file.FILE_NAME)
         return cls(**file.read(path))
 
     def push_to_hub(

@@ -38,12 +38,20 @@ def within(folder: Path, *names: str) -> Path:
     for parent in (home, *home.parents):
         if parent.name == _SNAPSHOTS and (parent.parent / _BLOBS).is_dir():
             home = parent.parent
-    if not path.resolve().is_relative_to(home):
+    if not _leads_into(path, home):
         raise EDLoRAFormatError(
             f"{path} leads out of {folder} by a symbolic link or '..', which is not followed. Give the file itself if "
             "you trust where it leads."
         )
     return path
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; no, where there can be nothing, as with a name of 10,000 characters."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def check_file(path: Path) -> int:
@@ -91,6 +99,13 @@ def opened_tensors(path: Path) -> Iterator[Any]:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, shown(str(error))) from error
+
+
+def _leads_into(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # a link to itself
+        return False
 
 
 def _header_defect(path: Path, size: int) -> str:

@@ -22,9 +22,10 @@ from safetensors.torch import save as serialize
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora.defects import WIDEST, listed, shown
 from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.edlora.reading import opened_tensors
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError, MixOfShowError
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError
 from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum, ranks_within
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
 
@@ -37,8 +38,6 @@ _HEADER_KEY = "edlora_statistics"
 _SUFFIX = ".statistics.safetensors"
 _LARGEST = 2.0**63
 """Above every number of tokens and every trace; NaN and Inf are not below it."""
-_LONGEST = 4 * 2**20
-"""Characters of the header's JSON, which takes some twenty times as much memory when it is read."""
 _REMEDY = "Record it again with GradientFuser(pipe, sequential=False), or ask its author for another copy."
 
 
@@ -293,14 +292,16 @@ def _opened(path: Path) -> tuple[dict[str, Any], Shapes]:
         with opened_tensors(path) as opened:
             text = (opened.metadata() or {}).get(_HEADER_KEY, "")
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-        header = json.loads(text if len(text) <= _LONGEST else "")
-    except (MixOfShowError, ValueError, RecursionError) as error:
+    except (EDLoRAFormatError, EDLoRANotFoundError) as error:
         raise FusionError(f"{path} cannot be read as fusion statistics: {shown(str(error))}. {_REMEDY}") from error
-    wanted = {"source": str, "base_model": str, "recording": dict, "form": str, "concepts": dict}
-    version = header.get("format_version") if isinstance(header, dict) else None
+    header = decode(text)
+    if not isinstance(header, dict):
+        raise FusionError(f"{path} cannot be read as fusion statistics: its header is no JSON object. {_REMEDY}")
+    version = header.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         told = shown(repr(version))
         raise FusionError(f"{path}: format version {told}, this release reads {FORMAT_VERSION}. {_REMEDY}")
+    wanted = {"source": str, "base_model": str, "recording": dict, "form": str, "concepts": dict}
     wrong = [name for name, kind in wanted.items() if not isinstance(header.get(name), kind)]
     if wrong:
         raise FusionError(f"{path}: header fields missing or of another type: {', '.join(wrong)}. {_REMEDY}")
