@@ -1,4 +1,4 @@
-"""The command line: ``mixofshow train | fuse | sample | inspect | demo``, one file a verb."""
+"""The command line: ``mixofshow train | fuse | sample | inspect | convert | demo``, one file a verb."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from diffusers_mixofshow.cli.convert import convert
 from diffusers_mixofshow.cli.demo import demo
 from diffusers_mixofshow.cli.fuse import fuse
 from diffusers_mixofshow.cli.inspect import inspect
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (train, fuse, sample, inspect, demo):
+for _verb in (train, fuse, sample, inspect, convert, demo):
     app.command()(_verb)
 
 

@@ -136,17 +136,18 @@ def content_of(
     return LoRAContent(lora=lora, spelling=spelling, bundled=bundled, metadata=metadata, defects=tuple(defects))
 
 
-def write_lora(path: Path, lora: Mapping[str, LowRank]) -> Path:
+def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
     """Write an ordinary LoRA file in PEFT's names, which diffusers loads; it appears whole or not at all.
 
     Args:
         path: The file; its folder is created where it is missing.
         lora: Site name to update.
+        metadata: Further entries of the file's header.
     """
     tensors: dict[str, torch.Tensor] = {}
     for site, update in lora.items():
         tensors[f"{site}.lora_A.weight"], tensors[f"{site}.lora_B.weight"] = update.in_file
-    return _write(path, tensors, stock.adapter_metadata(lora))
+    return _write(path, tensors, {**(metadata or {}), **stock.adapter_metadata(lora)})
 
 
 def write_kohya(path: Path, lora: Mapping[str, LowRank], *, trigger: str = "") -> Path:
@@ -184,7 +185,7 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     # Sources of a fused pack share factors, which safetensors would refuse to write twice.
     separate = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    write_whole(path, serialize(separate, metadata={"format": "pt", **metadata}))
+    write_whole(path, serialize(separate, metadata={**metadata, "format": "pt"}))
     return path
 
 

@@ -20,6 +20,7 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.interop.lora_files import content_of
 
 
@@ -87,7 +88,15 @@ def write_original(path: Path, edlora: EDLoRA) -> Path:
     Args:
         path: The ``.pth`` file; its folder is created where it is missing.
         edlora: What to write; names of concepts, settings and base model have no place in the layout.
+
+    Raises:
+        EDLoRAFormatError: If it has updates of another component than a text encoder and a U-Net.
     """
+    if others := [site for site in edlora.lora if site.partition(".")[0] not in _COMPONENTS]:
+        raise EDLoRAFormatError(
+            f"The authors' layout has no place for layers of a second text encoder: {listed(others)}. Convert it to "
+            "'diffusers' or 'kohya'."
+        )
     params: dict[str, dict[str, torch.Tensor]] = {part: {} for part in ("new_concept_embedding", *_COMPONENTS)}
     params["new_concept_embedding"] = {token: _separate(rows) for token, rows in edlora.embeddings.items()}
     for site, update in edlora.lora.items():
