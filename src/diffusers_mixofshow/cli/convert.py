@@ -50,9 +50,10 @@ def convert(
 
     What the new format cannot say is told on standard error, and in a text beside the files.
 
-    Example: mixofshow convert edlora_model-latest.pth edlora-potter --to edlora --class-word man
-
-    Example: mixofshow convert hogwarts for-comfyui --to kohya
+    \b
+    Examples:
+      mixofshow convert edlora_model-latest.pth edlora-potter --to edlora --class-word man
+      mixofshow convert hogwarts for-comfyui --to kohya
     """
     from diffusers_mixofshow import interop
     from diffusers_mixofshow.cli.base_model import layers_of

@@ -23,9 +23,10 @@ def inspect(
 
     Exit code 1 if it has problems.
 
-    Example: mixofshow inspect edlora-potter
-
-    Example: mixofshow inspect downloads/some_lora.safetensors --json
+    \b
+    Examples:
+      mixofshow inspect edlora-potter
+      mixofshow inspect downloads/some_lora.safetensors --json
     """
     from diffusers_mixofshow.cli.sources import read_source
     from diffusers_mixofshow.edlora import EDLoRA

@@ -135,7 +135,7 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
         )
     words = {word: by_encoder[CLIP_L] for word, by_encoder in foreign.vectors.items()}
     found = grouped(foreign.tokens, naming) | worded({word: len(rows) for word, rows in words.items()}, naming)
-    rows: dict[Hashable, torch.Tensor] = {**foreign.tokens}
+    rows: dict[Hashable, torch.Tensor] = dict(foreign.tokens.items())
     rows |= {(word, number): row for word, them in words.items() for number, row in _each(them)}
     widths = {embedding.shape[1] for embedding in rows.values()}
     counts = {len(embedding) for embedding in rows.values()} - {1}
