@@ -178,6 +178,8 @@ class _Harmful:
         ({"params": {"unet": 3, "optimizer": {}}}, "entries of no known meaning"),
         ({"<rex>": torch.ones(1).expand(10**6, 768)}, "larger than the file"),
         ({"string_to_param": {"a": torch.ones(2, 768), "b": torch.ones(2, 768)}}, "no tensor of it belongs"),
+        ({"<rex>": torch.full((768,), torch.inf)}, r"not finite: 1 \(<rex> clip_l\)"),
+        ({"params": {"unet": {"to_q.lora_down.weight": torch.tensor(1.0)}}}, "not a pair of matrices"),
         ([1, 2, 3], "no tensor of it belongs"),
         ("text", "no tensor of it belongs"),
     ],
@@ -215,3 +217,10 @@ def test_a_checkpoint_is_no_lora_and_its_names_tell(tmp_path: Path):
     save_file({name: torch.ones(1) for name in names}, tmp_path / "model.safetensors")
     with pytest.raises(EDLoRAFormatError, match="tensors of no known meaning: 70"):
         read_as_edlora(tmp_path / "model.safetensors")
+
+
+def test_eight_bit_floats_become_numbers_that_can_be_computed_with(tmp_path: Path):
+    vectors = VECTORS.to(torch.float8_e4m3fn)
+    save_file({"<rex>": vectors}, tmp_path / "rex.safetensors")
+    rex = read_as_edlora(tmp_path / "rex.safetensors")
+    assert torch.equal(rex.embeddings["<rex1>"][0], vectors[0].float())

@@ -60,18 +60,22 @@ def _print_tables(summary: dict[str, Any]) -> None:
         facts.add_row(name, escape(str(value)))
     concepts = Table("concept", "class word", "kind", "tokens (mean norm)")
     for concept in summary["concepts"]:
-        tokens = "  ".join(f"{token} {norm:.3f}" for token, norm in concept["tokens"].items())
+        tokens = "  ".join(f"{token} {_told(norm)}" for token, norm in concept["tokens"].items())
         names = (concept["placeholder"], concept["class_word"] or "", concept["kind"] or "", tokens)
         concepts.add_row(*(escape(str(name)) for name in names))
     updates = Table("largest updates", "norm")
     for site, norm in summary["largest_updates"].items():
-        updates.add_row(escape(site), f"{norm:.3f}")
+        updates.add_row(escape(site), _told(norm))
     problems = Table("problems")
     for problem in summary["problems"]:
         problems.add_row(escape(problem), style="red")
     for table in (facts, concepts, updates, problems):
         if table.row_count:
             console.print(table)
+
+
+def _told(norm: float | None) -> str:
+    return "not finite" if norm is None else f"{norm:.3f}"
 
 
 def _facts(summary: dict[str, Any]) -> dict[str, object]:

@@ -184,7 +184,7 @@ def _read_pickle(path: Path) -> Foreign:
             files=(path,),
             lora=found.lora,
             tokens=found.tokens,
-            defects=found.defects,
+            defects=(*found.defects, *_endless(found.tokens)),
         )
     return _sorted(path, content, {})
 
@@ -210,6 +210,7 @@ def _sorted(path: Path, content: Any, metadata: Mapping[str, str]) -> Foreign:
             files=(path,),
             vectors=found.vectors,
             metadata=metadata,
+            defects=_endless_vectors(found.vectors),
         )
     tensors = {str(name): tensor for name, tensor in _items(content) if isinstance(tensor, torch.Tensor)}
     return _of_lora(path, content_of(tensors, metadata, {}))
@@ -223,8 +224,18 @@ def _of_lora(path: Path, found: LoRAContent) -> Foreign:
         lora=found.lora,
         vectors={word: dict(vectors) for word, vectors in found.bundled.items()},
         metadata=found.metadata,
-        defects=found.defects,
+        defects=(*found.defects, *_endless_vectors(found.bundled)),
     )
+
+
+def _endless_vectors(vectors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[str, ...]:
+    return _endless({f"{word} {encoder}": rows for word, them in vectors.items() for encoder, rows in them.items()})
+
+
+def _endless(embeddings: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The defect of embeddings with NaN or Inf, if any has."""
+    found = [name for name, rows in embeddings.items() if not bool(torch.isfinite(rows).all())]
+    return (f"embeddings with values that are not finite: {listed(found)}",) if found else ()
 
 
 def _read_folder(folder: Path) -> Foreign:

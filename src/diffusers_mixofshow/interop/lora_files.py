@@ -16,12 +16,12 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import stock
-from diffusers_mixofshow.edlora.defects import DTYPES, content_defects, listed, raise_if_any
+from diffusers_mixofshow.edlora.defects import content_defects, listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.interop.architectures import recognised
 from diffusers_mixofshow.interop.names import Spelling, half_of, kohya_name, site_of, spelling_of
-from diffusers_mixofshow.interop.tensors import PICKLES, load_safetensors
+from diffusers_mixofshow.interop.tensors import PICKLES, in_working_dtype, load_safetensors
 from diffusers_mixofshow.sites import is_linear_site
 
 
@@ -120,8 +120,8 @@ def content_of(
         if len(layer.halves) < 2 or not is_linear_site(site):
             misshapen.append(site)
             continue
-        down, up = (_floating(layer.halves[half]) for half in ("down", "up"))
-        update = LowRank.from_file(down, up, _alpha(site, layer.alpha, max(len(down), 1), configs))
+        down, up = (in_working_dtype(layer.halves[half]) for half in ("down", "up"))
+        update = LowRank.from_file(down, up, _alpha(site, layer.alpha, max([1, *down.shape[:1]]), configs))
         if update.down.dim() == update.up.dim() == 2 and update.down.shape[0] == update.up.shape[1] >= 1:
             lora[site] = update
         else:
@@ -189,11 +189,6 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[st
     return path
 
 
-def _floating(half: torch.Tensor) -> torch.Tensor:
-    """A half in a dtype that mathematics works on; 8-bit floats become float32, which changes no value."""
-    return half.float() if half.is_floating_point() and half.dtype not in DTYPES else half
-
-
 def _scalar(alpha: float) -> torch.Tensor:
     """An alpha as kohya's files hold it; in double precision where single would change it."""
     exact = torch.tensor(alpha, dtype=torch.float64)
@@ -219,9 +214,9 @@ def _sorted(
             layer.halves[half[1]] = tensor
         elif name.endswith(".alpha") and tensor.numel() == 1:
             layers.setdefault(site_of(name.removesuffix(".alpha")), _Layer()).alpha = float(tensor)
-        elif embedding is not None and tensor.dim() in (1, 2):
+        elif embedding is not None and tensor.dim() in (1, 2) and tensor.numel() and tensor.is_floating_point():
             encoder = "clip_g" if embedding["vectors"] == "clip_g" else "clip_l"
-            bundled.setdefault(embedding["name"], {})[encoder] = tensor.reshape(-1, tensor.shape[-1])
+            bundled.setdefault(embedding["name"], {})[encoder] = in_working_dtype(tensor).reshape(-1, tensor.shape[-1])
         else:
             refused.setdefault("tensors of no known meaning", []).append(name)
     return layers, bundled, [f"{reason}: {listed(names)}" for reason, names in refused.items()]

@@ -22,6 +22,7 @@ from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.interop.lora_files import content_of
+from diffusers_mixofshow.interop.tensors import in_working_dtype
 
 
 ORIGINAL_NAME = "edlora_model-latest.pth"
@@ -61,7 +62,7 @@ def original_content(content: Any) -> OriginalContent:
     tokens, misshapen = {}, []
     for token, rows in {k: v for key in _EMBEDDINGS for k, v in _mapping(params.get(key)).items()}.items():
         if isinstance(rows, torch.Tensor) and rows.dim() in (1, 2) and rows.numel() and rows.is_floating_point():
-            tokens[str(token)] = rows.detach().reshape(-1, rows.shape[-1]).contiguous()
+            tokens[str(token)] = in_working_dtype(rows.detach()).reshape(-1, rows.shape[-1]).contiguous()
         else:
             misshapen.append(str(token))
     if misshapen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -37,7 +38,7 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
                 "class_word": concept.class_word,
                 "kind": concept.kind,
                 "tokens": {token: _mean_norm(pack.embeddings[token]) for token in concept.tokens},
-                "lost_in_mean": {token: round(lost_in_mean(pack.embeddings[token]), 4) for token in concept.tokens},
+                "lost_in_mean": {token: _rounded(lost_in_mean(pack.embeddings[token])) for token in concept.tokens},
             }
             for concept in pack.concepts
         ],
@@ -58,9 +59,6 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         problems.append(f"layers that {family.name} does not have: {listed(strange)}")
     if family is None and (foreign.lora or vectors or foreign.tokens):
         problems.append("its layers and widths are those of no Stable Diffusion known here")
-    tensors = [*foreign.tokens.values(), *vectors, *_halves(foreign.lora)]
-    if endless := sum(not bool(torch.isfinite(tensor).all()) for tensor in [*foreign.tokens.values(), *vectors]):
-        problems.append(f"embeddings with values that are not finite: {endless}")
     return {
         "kind": foreign.kind.value,
         "program": foreign.program,
@@ -69,7 +67,7 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],
         "cross_attention_layers": max((len(rows) for rows in foreign.tokens.values()), default=0),
         **_of_lora(foreign.lora),
-        **_of_tensors(tensors),
+        **_of_tensors([*foreign.tokens.values(), *vectors, *_halves(foreign.lora)]),
         "training": {key: foreign.metadata[key] for key in _TOLD if key in foreign.metadata},
         "problems": problems,
     }
@@ -85,7 +83,7 @@ def _token_concepts(foreign: Foreign) -> list[dict[str, Any]]:
             "class_word": None,
             "kind": None,
             "tokens": {token: _mean_norm(foreign.tokens[token]) for token in tokens},
-            "lost_in_mean": {token: round(lost_in_mean(foreign.tokens[token]), 4) for token in tokens},
+            "lost_in_mean": {token: _rounded(lost_in_mean(foreign.tokens[token])) for token in tokens},
         }
         for placeholder, tokens in members.items()
     ]
@@ -110,12 +108,16 @@ def _of_lora(lora: Mapping[str, LowRank]) -> dict[str, Any]:
     largest = sorted(norms.items(), key=lambda item: -item[1])[:_LARGEST]
     return {
         "ranks": sorted({update.rank for update in lora.values()}),
-        "alphas": sorted({float(f"{update.alpha:.6g}") for update in lora.values()}),
-        "scalings": sorted({float(f"{update.scaling:.6g}") for update in lora.values()}),
+        "alphas": _distinct(update.alpha for update in lora.values()),
+        "scalings": _distinct(update.scaling for update in lora.values()),
         "adapted_layers": len(lora),
         "layers": dict(Counter(site.partition(".")[0] for site in lora)),
-        "largest_updates": {site: round(norm, 4) for site, norm in largest},
+        "largest_updates": {site: _rounded(norm) for site, norm in largest},
     }
+
+
+def _distinct(numbers: Iterable[float]) -> list[float]:
+    return sorted({float(f"{number:.6g}") for number in numbers if math.isfinite(number)})
 
 
 def _of_tensors(tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
@@ -130,9 +132,14 @@ def _halves(lora: Mapping[str, LowRank]) -> list[torch.Tensor]:
     return [half for update in lora.values() for half in (update.down, update.up)]
 
 
-def _mean_norm(embedding: torch.Tensor) -> float:
+def _mean_norm(embedding: torch.Tensor) -> float | None:
     """Mean length of vectors, shape (vectors, dim)."""
-    return round(float(embedding.float().norm(dim=1).mean()), 4)
+    return _rounded(float(embedding.float().norm(dim=1).mean()))
+
+
+def _rounded(value: float) -> float | None:
+    """As JSON can say it; None of what is not finite."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _norm(update: LowRank) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from diffusers_mixofshow.edlora.defects import DTYPES
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 
 
@@ -60,6 +61,11 @@ def load_pickle(path: Path) -> Any:
             "Ask for it as safetensors."
         )
     return content
+
+
+def in_working_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in a dtype that mathematics works on; 8-bit floats become float32, which changes no value."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in DTYPES else tensor
 
 
 def _is_plain(tensor: torch.Tensor, size: int) -> bool:

@@ -18,6 +18,7 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L
 from diffusers_mixofshow.interop.concept_names import plain_name
+from diffusers_mixofshow.interop.tensors import in_working_dtype
 
 
 Vectors = dict[str, torch.Tensor]
@@ -136,4 +137,4 @@ def _is_vectors(value: object) -> bool:
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:
-    return value.detach().reshape(-1, value.shape[-1]).contiguous()
+    return in_working_dtype(value.detach()).reshape(-1, value.shape[-1]).contiguous()
