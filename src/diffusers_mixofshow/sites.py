@@ -19,7 +19,9 @@ _TEXT_SITE = re.compile(r"encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj
 _UNET_SITE = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
 _TEXT_READER = re.compile(r"unet\..*\.attn2\.(to_k|to_v)")
 _ANY_TEXT_SITE = re.compile(_TEXT_SITE.pattern + r"|encoder\.layers\.\d+\.mlp\.fc[12]")
-_ANY_UNET_SITE = re.compile(_UNET_SITE.pattern + r"|.*\.(ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj)")
+_ANY_UNET_SITE = re.compile(
+    _UNET_SITE.pattern + r"|.*\.(ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj|conv_shortcut)"
+)
 _STAGES = ("down_blocks", "mid_block", "up_blocks")
 
 
