@@ -120,7 +120,9 @@ def _annotation(setting: Setting, panel: str | None) -> Any:
     if bool in setting.types:
         switch = f"{setting.option}/--no-{setting.option.removeprefix('--')}"
         return Annotated[bool | None, typer.Option(switch, help=_help(setting), rich_help_panel=panel)]
-    metavar = "path" if Path in setting.types else "|".join(getattr(kind, "__name__", "str") for kind in setting.types)
+    metavar = "path" if Path in setting.types else setting.expected.removesuffix(" | None").replace(" ", "")
+    if setting.is_list:
+        metavar = "str"
     option = typer.Option(*names, help=_help(setting), metavar=f"<{metavar}>", rich_help_panel=panel)
     return Annotated[list[str] | None, option] if setting.is_list else Annotated[str | None, option]
 
@@ -132,7 +134,7 @@ def _parameter(name: str, annotation: Any, *, positional: bool = False) -> inspe
 
 def _help(setting: Setting) -> str:
     """The setting's documentation with its default, and the embedded base's where that differs."""
-    text = setting.documentation.replace("``", "")
+    text = setting.documentation.replace("``", "") + (" Several: repeat the option." if setting.is_list else "")
     if setting.is_required:
         return escape(f"{text} (required)")
     defaults = [] if setting.default in (None, ()) else [f"default: {_shown(setting.default)}"]
@@ -142,6 +144,8 @@ def _help(setting: Setting) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(repr, value))
     return {"True": "yes", "False": "no"}.get(str(value), str(value))
 
 

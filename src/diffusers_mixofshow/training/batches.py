@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.data import Crop, Photo, crops_of, mask_on_latents
+from diffusers_mixofshow.training.framing import Crop, crops_of, mask_on_latents
 from diffusers_mixofshow.training.losses import offset_noise
+from diffusers_mixofshow.training.pictures import Photo
 
 
 if TYPE_CHECKING:
@@ -90,10 +91,12 @@ def cache_photos(
             variants=config.crop_variants,
             center=config.center_crop,
             generator=generator,
+            framing=config.framing,
+            flip=config.random_flip,
         )
         mean, deviation = _encode(crops, vae)
-        masks = torch.stack([crop.mask for crop in crops])
-        cells = mask_on_latents(masks, *mean.shape[-2:]) if config.masked_loss else torch.ones_like(mean[:, :1])
+        masks = torch.stack([crop.mask if config.masked_loss else crop.valid for crop in crops])
+        cells = mask_on_latents(masks, *mean.shape[-2:])
         cached.append(
             CachedPhoto(
                 mean=mean,
@@ -106,22 +109,30 @@ def cache_photos(
 
 
 def random_batches(
-    photos: Sequence[CachedPhoto], config: TrainingConfig, *, timesteps: int, generator: torch.Generator
+    photos: Sequence[CachedPhoto],
+    config: TrainingConfig,
+    *,
+    timesteps: int,
+    generator: torch.Generator,
+    empty_prompt: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield batches without end; every photo is seen before any is seen again.
+    """Yield batches without end; of photos of one size, every one is seen before any is seen again.
 
     Args:
         photos: The cached photos.
-        config: Batch size, captions per step and noise offset.
+        config: Batch size, captions per step, share of empty prompts and noise offset.
         timesteps: Number of the scheduler's training timesteps.
         generator: Draws everything, on the CPU, so that a seed means the same on every device.
+        empty_prompt: Row number of the empty prompt in the table of all captions; None if captions are never left out.
     """
     size = config.train_batch_size
     distinct = min(config.captions_per_step or size, size)
-    order = _endless_order(len(photos), generator)
+    choices = _endless_choices(photos, distinct, generator)
     while True:
-        chosen = [photos[next(order)] for _ in range(distinct)]
+        chosen = next(choices)
         captions = [_pick(photo.captions, generator) for photo in chosen]
+        if empty_prompt is not None:
+            captions = _some_left_out(captions, config.proportion_empty_prompts, empty_prompt, generator)
         table = tuple(dict.fromkeys(captions))
         crops = [_sample_crop(chosen[place % distinct], generator) for place in range(size)]
         latents = torch.stack([latent for latent, _ in crops])
@@ -164,6 +175,28 @@ def _sample_crop(photo: CachedPhoto, generator: torch.Generator) -> tuple[torch.
     crop = _pick(range(len(photo.mean)), generator)
     latent = photo.mean[crop] + photo.deviation[crop] * torch.randn(photo.mean.shape[1:], generator=generator)
     return latent, photo.mask[crop]
+
+
+def _endless_choices(
+    photos: Sequence[CachedPhoto], count: int, generator: torch.Generator
+) -> Iterator[list[CachedPhoto]]:
+    """Some photos at a time, all of one size; a size's turn comes as often as it has photos."""
+    by_size: dict[torch.Size, list[CachedPhoto]] = {}
+    for photo in photos:
+        by_size.setdefault(photo.mean.shape[1:], []).append(photo)
+    orders = {size: _endless_order(len(group), generator) for size, group in by_size.items()}
+    turns = [photo.mean.shape[1:] for photo in photos]
+    while True:
+        size = turns[0] if len(orders) == 1 else turns[_pick(range(len(turns)), generator)]
+        yield [by_size[size][next(orders[size])] for _ in range(count)]
+
+
+def _some_left_out(captions: list[int], share: float, empty: int, generator: torch.Generator) -> list[int]:
+    """Put the empty prompt in place of a share of the captions, but never of the last one left."""
+    left_out = (torch.rand(len(captions), generator=generator) < share).tolist()
+    if all(left_out):
+        left_out[0] = False
+    return [empty if gone else caption for gone, caption in zip(left_out, captions, strict=True)]
 
 
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:

@@ -27,8 +27,9 @@ from diffusers_mixofshow.sites import cross_attention_layers, reads_text
 from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
 from diffusers_mixofshow.training.batches import Batch, cache_photos, random_batches
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.data import Photo, read_photos
+from diffusers_mixofshow.training.data import load_photos
 from diffusers_mixofshow.training.learner import Learner, initial_embeddings
+from diffusers_mixofshow.training.pictures import Photo
 
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class EDLoRATrainer:
             ConfigurationError: If the folder cannot be written, the model cannot be trained, or the loss diverges.
         """
         config = self.config
-        photos = read_photos(config.instance_data_dir, config.concept_to_learn)
+        photos = load_photos(config)
         if config.output_dir is not None:
             _check_writable(Path(config.output_dir))
         accelerator = self._accelerator()
@@ -123,6 +124,7 @@ class EDLoRATrainer:
         config, concept = self.config, self.config.concept_to_learn
         layers = cross_attention_layers(pipeline.unet)
         captions = list(dict.fromkeys(caption for photo in photos for caption in photo.captions))
+        captions += [""] if config.proportion_empty_prompts else []
         tokenized = _tokenize_captions(captions, pipeline, config)
         cached = cache_photos(photos, captions, pipeline.vae, config)
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -135,7 +137,13 @@ class EDLoRATrainer:
             generator=torch.Generator().manual_seed(config.seed),
         )
         draws = torch.Generator().manual_seed(config.seed * accelerator.num_processes + accelerator.process_index)
-        batches = random_batches(cached, config, timesteps=scheduler.config.num_train_timesteps, generator=draws)
+        batches = random_batches(
+            cached,
+            config,
+            timesteps=scheduler.config.num_train_timesteps,
+            generator=draws,
+            empty_prompt=captions.index("") if "" in captions else None,
+        )
         with ExitStack() as stack:
             lora = stack.enter_context(_seeded_lora(pipeline, config))
             stack.enter_context(layerwise_attention(pipeline.unet))
@@ -270,7 +278,7 @@ def _tokenize_captions(
     captions: Sequence[str], pipeline: StableDiffusionPipeline, config: TrainingConfig
 ) -> TokenizedPrompts:
     tokenized = tokenize(captions, pipeline.tokenizer, [config.concept_to_learn])
-    cut = [caption for caption, names in zip(captions, tokenized.concept_tokens, strict=True) if not names]
+    cut = [caption for caption, names in zip(captions, tokenized.concept_tokens, strict=True) if caption and not names]
     if cut:
         raise TrainingDataError(
             f"In {len(cut)} captions the concept comes too late and is cut off; name it earlier: {'; '.join(cut)}"
