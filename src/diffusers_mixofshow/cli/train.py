@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from diffusers_mixofshow.base_models import TOYLAND
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.presets import PRESETS
@@ -72,8 +72,8 @@ def train(**given: Any) -> None:
     if photos is not None:
         options["instance_data_dir"] = photos
     in_file = {} if config is None else read_settings(config, _SETTINGS)
-    only_in_file = in_file.keys() - options.keys()
-    with _options_in_errors(only_in_file, config), _warnings_on_standard_error():
+    spelt = _spellings(in_file.keys() - options.keys(), config)
+    with _options_in_errors(spelt), _warnings_on_standard_error(spelt):
         checked = training_config(in_file | options)
 
         from diffusers_mixofshow.training import EDLoRATrainer
@@ -149,15 +149,18 @@ def _shown(value: object) -> str:
     return {"True": "yes", "False": "no"}.get(str(value), str(value))
 
 
+def _spellings(in_file: Collection[str], file: Path | None) -> dict[str, str]:
+    """How messages name a setting: as its option, or as the file does where it stands there alone."""
+    spelt = {name: setting.option for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
+    return spelt if file is None else spelt | {name: f"{name} ({file.name})" for name in in_file}
+
+
 @contextmanager
-def _options_in_errors(in_file: Collection[str], file: Path | None) -> Iterator[None]:
-    """Let errors name options where they name settings; those that stand in the file keep their name there."""
+def _options_in_errors(spelt: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name options where they name settings."""
     try:
         yield
-    except ConfigurationError as error:
-        spelt = {name: setting.option for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
-        if file is not None:
-            spelt |= {name: f"{name} ({file.name})" for name in in_file}
+    except (ConfigurationError, ConceptError, TrainingDataError) as error:
         raise type(error)(_respelt(str(error), spelt)) from error
 
 
@@ -169,14 +172,16 @@ def _respelt(message: str, spelt: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def _warnings_on_standard_error() -> Iterator[None]:
+def _warnings_on_standard_error(spelt: Mapping[str, str]) -> Iterator[None]:
     """Show warnings of ours as sentences, without the line of code that gave them."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, MixOfShowWarning):
-                Console(stderr=True).print(Text(f"Warning: {message}", style="yellow"), soft_wrap=True)
+                Console(stderr=True).print(
+                    Text(f"Warning: {_respelt(str(message), spelt)}", style="yellow"), soft_wrap=True
+                )
             else:
                 usual(message, category, *where, **more)
 

@@ -53,8 +53,8 @@ class TrainingConfig:
             ``<TOK>`` stands for the concept; or ``metadata.jsonl`` or ``metadata.csv``) and masks (``masks/NAME.png``,
             white is the concept; or the photos' alpha channels).
         dataset_name: Data set of such photos on the Hub, ``user/name``, in place of the folder.
-        concept: The concept's name: ``potter`` or ``<potter>``.
-        class_word: Plain word for what it is; V_class starts from its embedding (paper).
+        concept: The concept's name: ``potter`` or ``<potter>``; prompts say ``<potter>`` either way.
+        class_word: Plain word for what it is; V_class starts from its embedding (paper), or from the mean of several.
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
         pretrained_model_name_or_path: Base model: Hub id, folder, or ``toyland`` for the embedded base.
         output_dir: Folder that receives the ED-LoRA; None does not save.
@@ -277,6 +277,8 @@ class TrainingConfig:
         return defects
 
     def _concept_defects(self) -> list[str]:
+        if self.concept.startswith("<") != self.concept.endswith(">"):
+            return [f"concept is {self.concept!r}, which has one bracket; expected a name such as potter or <potter>"]
         try:
             self.concept_to_learn  # noqa: B018 - built for its checks
         except ConceptError as error:

@@ -30,6 +30,7 @@ from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos
 from diffusers_mixofshow.training.learner import Learner, initial_embeddings
 from diffusers_mixofshow.training.pictures import Photo
+from diffusers_mixofshow.training.words import check_words
 
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class EDLoRATrainer:
 
         Raises:
             TrainingDataError: If photos, captions or masks cannot be used; lists every defect.
+            ConceptError: If the base's tokenizer knows the concept's names already, or cannot read its class word.
             ConfigurationError: If the folder cannot be written, the model cannot be trained, or the loss diverges.
         """
         config = self.config
@@ -106,6 +108,7 @@ class EDLoRATrainer:
         accelerator = self._accelerator()
         pipeline = self._given_pipeline or load_base(config).to(accelerator.device)
         refuse_untrainable(pipeline, config)
+        check_words(config.concept_to_learn, pipeline.tokenizer)
         start = time.monotonic()
         with borrowed(pipeline):
             edlora = self._tune(pipeline, accelerator, photos)
