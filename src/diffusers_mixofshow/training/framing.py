@@ -19,6 +19,7 @@ WIDEST = 2.0
 """Longest side of a bucket over its shortest; a photo that is longer is cropped."""
 
 _SMALLEST_PLACED = 0.75
+_LEAST_FILLED = 0.75
 _BUCKET_STEP = 64
 """Pixels that a Stable Diffusion U-Net halves down to one cell."""
 
@@ -123,8 +124,8 @@ def mirrored(crop: Crop) -> Crop:
 def bucket_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     """Width and height of the bucket whose shape is nearest to a photo's.
 
-    A bucket has sides in steps of 64 pixels (below 512 of an eighth of the resolution, in steps of 8), no more pixels
-    than the square of the resolution, and no side longer than twice the other.
+    A bucket has sides in steps of 64 pixels (below 512 of an eighth of the resolution, in steps of 8), 3/4 to all of
+    the square's pixels, and no side longer than twice the other.
 
     Args:
         size: The photo's width and height.
@@ -134,7 +135,11 @@ def bucket_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     sides = range(step, int(resolution * math.sqrt(WIDEST)) + 1, step)
     longest = [(side, int(min(resolution**2 / side, WIDEST * side)) // step * step) for side in sides]
     buckets = [*longest, *((height, width) for width, height in longest)]
-    allowed = [(width, height) for width, height in buckets if height and 1 / WIDEST <= width / height <= WIDEST]
+    allowed = [
+        (width, height)
+        for width, height in buckets
+        if width * height >= _LEAST_FILLED * resolution**2 and 1 / WIDEST <= width / height <= WIDEST
+    ]
     shape = math.log(size[0] / size[1])
     return min(allowed, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - shape), -bucket[0] * bucket[1]))
 
