@@ -236,3 +236,8 @@ def test_data_settings_that_contradict() -> None:
 
 def test_one_text_is_a_list_of_one() -> None:
     assert TrainingConfig.from_mapping(NEEDED | {"instance_prompt": "my <TOK>"}).instance_prompt == ("my <TOK>",)
+
+
+def test_captions_of_photos_without_any_name_the_concept() -> None:
+    with pytest.raises(ConfigurationError, match="'a man', which does not name the concept; write <TOK> or <potter>"):
+        TrainingConfig(**NEEDED, instance_prompt=("a man", "a <potter>"))

@@ -270,6 +270,16 @@ def test_slips_are_one_warning_and_part_of_an_error(tmp_path: Path) -> None:
     assert [text for text in (*expected, "broken.jpg is no readable picture") if text not in str(refused.value)] == []
 
 
+def test_large_photos_are_scaled_down_with_their_masks(tmp_path: Path) -> None:
+    save_noise(tmp_path / "a.png", size=(400, 300))
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (200, 150), 255).save(tmp_path / "masks" / "a.png")
+    (photo,) = read_photos(tmp_path, POTTER, resolution=50)
+    assert photo.mask is not None
+    assert (photo.image.size, photo.mask.size) == ((133, 100), (133, 100))
+    assert read_photos(tmp_path, POTTER)[0].image.size == (400, 300)
+
+
 def test_photos_that_are_fine_give_no_warning(tmp_path: Path) -> None:
     for number in range(3):
         save_noise(tmp_path / f"{number}.png", seed=number)

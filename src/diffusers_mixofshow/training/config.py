@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.base_models import TOYLAND
-from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
-from diffusers_mixofshow.training.captions import TEMPLATES
+from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.presets import layered
 from diffusers_mixofshow.training.settings import settings_of
@@ -280,10 +280,15 @@ class TrainingConfig:
         if self.concept.startswith("<") != self.concept.endswith(">"):
             return [f"concept is {self.concept!r}, which has one bracket; expected a name such as potter or <potter>"]
         try:
-            self.concept_to_learn  # noqa: B018 - built for its checks
+            concept = self.concept_to_learn
         except ConceptError as error:
             return [str(error)]
-        return []
+        return [
+            f"instance_prompt has {prompt!r}, which does not name the concept; write {CAPTION_SLOT} or "
+            f"{concept.placeholder}"
+            for prompt in self.instance_prompt
+            if CAPTION_SLOT not in prompt and not mentions_concept(prompt, [concept])
+        ]
 
 
 def _unknown(name: str, value: object, known: Collection[str]) -> str:

@@ -30,6 +30,8 @@ MASKS = "masks"
 """Folder beside the photos that holds their masks."""
 
 _ASPECT_TOLERANCE = 0.02
+_KEPT = 2.0
+"""A photo is kept with this many times the pixels of the training picture's side."""
 _NO_DATA = (".md", ".toml", ".yaml", ".yml", ".json", ".ini", ".db")
 """Endings of files that may lie beside photos without being a slip."""
 
@@ -70,7 +72,8 @@ def read_photos(
             ``metadata.csv`` (`read_metadata`), and masks from ``masks/NAME.png`` or the photo's own alpha channel.
             All but the photos is optional. A folder without photos but with a folder ``train`` stands for that.
         concept: The concept; ``<TOK>`` in a caption becomes its placeholder.
-        resolution: Side of the training picture in pixels; with it, photos that are too small are named.
+        resolution: Side of the training picture in pixels; with it, photos that are too small are named, and much
+            larger ones are scaled down at once.
         caption_column: Where metadata has its captions; None ignores them.
         templates: Captions of a photo that has none.
 
@@ -85,7 +88,14 @@ def read_photos(
     paths = _photo_paths(folder, metadata)
     if not paths and not metadata.defects:
         raise TrainingDataError(f"{folder} has no photos. Expected files that end in {', '.join(PICTURE_SUFFIXES)}.")
-    reader = _Reader(folder=folder, concept=concept, metadata=metadata, templates=tuple(templates), remarks=[])
+    reader = _Reader(
+        folder=folder,
+        concept=concept,
+        metadata=metadata,
+        templates=tuple(templates),
+        resolution=resolution,
+        remarks=[],
+    )
     photos: list[Photo] = []
     defects = [*metadata.defects, *_stray_files(folder, paths, metadata)]
     for path in paths:
@@ -111,6 +121,7 @@ class _Reader:
     concept: Concept
     metadata: Metadata
     templates: tuple[str, ...]
+    resolution: int | None
     remarks: list[str]
 
     def photo(self, path: Path) -> Photo:
@@ -122,7 +133,18 @@ class _Reader:
         if picture.frames > 1:
             self.remarks.append(f"{name} has {picture.frames} frames, only the first is used")
         mask = self._mask(path, name, picture.image.size) or self._usable_alpha(picture.alpha, name)
-        return Photo(path=path, image=picture.image, captions=self._captions(path, name), mask=mask)
+        size = self._kept_size(picture.image.size)
+        return Photo(
+            path=path,
+            image=_shrunk(picture.image, size, Image.Resampling.LANCZOS),
+            captions=self._captions(path, name),
+            mask=None if mask is None else _shrunk(mask, size, Image.Resampling.BOX),
+        )
+
+    def _kept_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The photo's size, but no more than training has a use for: twenty photos of a telephone fill gigabytes."""
+        scale = 1.0 if self.resolution is None else _KEPT * self.resolution / min(size)
+        return size if scale >= 1 else (round(size[0] * scale), round(size[1] * scale))
 
     def _captions(self, path: Path, name: str) -> tuple[str, ...]:
         file = path.with_suffix(".txt")
@@ -157,13 +179,17 @@ class _Reader:
             )
         if mask.getextrema()[1] == 0:
             raise TrainingDataError(f"{called} is black everywhere; white marks the concept")
-        return mask.resize(size, Image.Resampling.BOX) if mask.size != size else mask
+        return mask
 
     def _usable_alpha(self, alpha: Image.Image | None, name: str) -> Image.Image | None:
         if alpha is not None and alpha.getextrema()[1] == 0:
             self.remarks.append(f"{name} is transparent everywhere")
             return None
         return alpha
+
+
+def _shrunk(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    return image if image.size == size else image.resize(size, resampling)
 
 
 def _folder_of_photos(folder: Path) -> Path:
