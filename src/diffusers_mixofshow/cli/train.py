@@ -62,9 +62,9 @@ def train(
     given = {name: value for name, value in settings.items() if value is not None}
     checked = training_config(_read_toml(config) | given)
 
-    from diffusers_mixofshow.training import EDLoRATrainer
+    from diffusers_mixofshow.client import tune_concept
 
-    EDLoRATrainer(checked).train()
+    tune_concept(checked)
     typer.echo(f"Wrote the ED-LoRA of <{checked.concept_to_learn.name}> to {checked.output_dir}")
 
 
