@@ -13,7 +13,7 @@ from diffusers_mixofshow.cli.demo import demo
 from diffusers_mixofshow.cli.fuse import fuse
 from diffusers_mixofshow.cli.inspect import inspect
 from diffusers_mixofshow.cli.sample import sample
-from diffusers_mixofshow.cli.train import train
+from diffusers_mixofshow.cli.train import SPELLINGS, train
 from diffusers_mixofshow.errors import MixOfShowError
 
 
@@ -29,7 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (train, fuse, sample, inspect, demo):
+app.command(context_settings=SPELLINGS)(train)
+for _verb in (fuse, sample, inspect, demo):
     app.command()(_verb)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from numbers import Real
+from collections.abc import Collection, Container, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
+from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.methods import METHODS
+from diffusers_mixofshow.training.presets import layered
+from diffusers_mixofshow.training.settings import settings_of
 
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -22,6 +24,7 @@ CAPTION_SLOT = "<TOK>"
 """Stands for the concept in captions and prompts, whatever the concept is called."""
 PRODIGY = "prodigy"
 
+_REFUSAL = "Training cannot start with these settings: "
 _PRIVATE = ("instance_data_dir", "output_dir", "class_data_dir", "resume_from_checkpoint")
 _WITHOUT_EFFECT = (
     "checkpointing_steps",
@@ -63,14 +66,6 @@ _NOT_NEGATIVE = (
     "num_validation_images",
 )
 _POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma", "embedding_norm_threshold", "lr_power")
-_TYPES: dict[str, Any] = {
-    "str": str,
-    "Path": Path,
-    "int": int,
-    "float": Real,
-    "bool": bool,
-    "None": type(None),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,33 +197,47 @@ class TrainingConfig:
     save_statistics: bool = True
 
     def __post_init__(self) -> None:
-        """Report every defect at once; values can be judged only where their types are right."""
-        defects = self._wrong_types() or [
-            *self._below_limits(),
-            *self._unknown_choices(),
-            *self._contradictions(),
-            *self._concept_defects(),
-        ]
+        """Report every defect at once."""
+        defects = self._defects()
         if defects:
-            raise ConfigurationError("Training cannot start with these settings: " + "; ".join(defects))
+            raise ConfigurationError(_REFUSAL + "; ".join(defects))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> TrainingConfig:
-        """Build a config from, for instance, a parsed TOML file.
+        """Build a config from names and values, for instance those of a parsed file.
+
+        Args:
+            settings: Any fields, and as ``preset`` the name of a set of settings that lies below them (see
+                `presets.PRESETS`). The embedded base (``toyland``) brings its own settings, and a rank without
+                lora_alpha sets that as well.
 
         Raises:
-            ConfigurationError: If names are unknown or required ones are missing; lists all of them.
+            ConfigurationError: Lists all unknown and missing names, and every value that cannot be used.
         """
-        known = {setting.name for setting in fields(cls)}
-        defects = []
-        for name in sorted(set(settings) - known):
-            nearest = difflib.get_close_matches(name, known, n=1)
-            defects.append(f"unknown setting {name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
-        missing = [name for name in ("instance_data_dir", "concept", "class_word") if name not in settings]
+        known = settings_of(cls)
+        values, defects = layered(settings)
+        defects += [_unknown(name, value, known) for name, value in values.items() if name not in known]
+        missing = [name for name, setting in known.items() if setting.is_required and name not in values]
         defects += [f"{name!r} is missing" for name in missing]
         if defects:
-            raise ConfigurationError("Training cannot start with these settings: " + "; ".join(defects))
-        return cls(**settings)
+            values |= dict.fromkeys(missing, "missing")
+            defaults = {name: setting.default for name, setting in known.items()}
+            judged = _unchecked(cls, defaults | {name: values[name] for name in values if name in known})
+            raise ConfigurationError(_REFUSAL + "; ".join([*defects, *judged._defects()]))
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path, **settings: Any) -> TrainingConfig:
+        """Build a config from a TOML or YAML file with any of `from_mapping`'s names, one setting a line.
+
+        Args:
+            path: Ends in ``.toml``, ``.yaml`` or ``.yml``. Folders in it are seen from the current folder.
+            settings: Take precedence over the file's.
+
+        Raises:
+            ConfigurationError: If the file cannot be read; else as `from_mapping`.
+        """
+        return cls.from_mapping(read_settings(path, settings_of(cls)) | settings)
 
     @classmethod
     def toyland(cls, **settings: Any) -> TrainingConfig:
@@ -238,7 +247,7 @@ class TrainingConfig:
         whole picture: on tight masks the concept spreads over the background, as nothing says where it ends. One
         concept takes about a minute on a CPU core.
         """
-        return cls.from_mapping(_TOYLAND_SETTINGS | settings)
+        return cls.from_mapping({"preset": TOYLAND} | settings)
 
     @property
     def concept_to_learn(self) -> Concept:
@@ -259,17 +268,23 @@ class TrainingConfig:
         """The settings that decide what is learnt: a checkpoint goes on only where all of them are the same."""
         return {name: value for name, value in self.as_record().items() if name not in _WITHOUT_EFFECT}
 
-    def _wrong_types(self) -> list[str]:
-        defects = []
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            kinds = [_TYPES[name] for name in str(setting.type).split(" | ")]
-            # Python counts True as a number, which no setting means.
-            if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-                defects.append(f"{setting.name} is {value!r}, expected {setting.type}")
+    def _defects(self) -> list[str]:
+        """Everything that is wrong; values are judged only where their types are right."""
+        wrong = self._wrong_types()
+        defects = [*wrong.values(), *self._below_limits(wrong), *self._unknown_choices(wrong)]
+        if not wrong:
+            defects += [*self._contradictions(), *self._concept_defects()]
         return defects
 
-    def _below_limits(self) -> list[str]:
+    def _wrong_types(self) -> dict[str, str]:
+        values = {name: getattr(self, name) for name in settings_of(type(self))}
+        return {
+            name: f"{name} is {values[name]!r}, expected {setting.expected}"
+            for name, setting in settings_of(type(self)).items()
+            if not setting.accepts(values[name])
+        }
+
+    def _below_limits(self, unjudged: Container[str]) -> list[str]:
         limits = [
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
             (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
@@ -279,10 +294,10 @@ class TrainingConfig:
             f"{name} is {value}, expected {expected}"
             for names, accepts, expected in limits
             for name in names
-            if (value := getattr(self, name)) is not None and not accepts(value)
+            if name not in unjudged and (value := getattr(self, name)) is not None and not accepts(value)
         ]
 
-    def _unknown_choices(self) -> list[str]:
+    def _unknown_choices(self, unjudged: Container[str]) -> list[str]:
         choices: dict[str, Collection[str]] = {
             "lr_scheduler": LR_SCHEDULERS,
             "mixed_precision": PRECISIONS,
@@ -292,7 +307,7 @@ class TrainingConfig:
         return [
             f"{name} is {value!r}, expected one of {', '.join(known)}"
             for name, known in choices.items()
-            if (value := getattr(self, name)) is not None and value not in known
+            if name not in unjudged and (value := getattr(self, name)) is not None and value not in known
         ]
 
     def _contradictions(self) -> list[str]:
@@ -345,20 +360,16 @@ class TrainingConfig:
         return []
 
 
-_TOYLAND_SETTINGS: dict[str, Any] = {
-    "pretrained_model_name_or_path": TOYLAND,
-    "resolution": 64,
-    "crop_variants": 1,
-    "train_batch_size": 12,
-    "captions_per_step": 3,
-    "max_train_steps": 250,
-    "embedding_phase_steps": 50,
-    "embedding_learning_rate": 1e-2,
-    "text_encoder_lr": 1e-3,
-    "learning_rate": 6e-3,
-    "masked_loss": False,
-    "lr_warmup_steps": 10,
-    "checkpointing_steps": None,
-    "num_validation_images": 0,
-    "save_statistics": False,
-}
+def _unknown(name: str, value: object, known: Collection[str]) -> str:
+    if isinstance(value, Mapping):
+        return f"unknown table {name!r} (settings stand at the top of the file, in no table)"
+    nearest = difflib.get_close_matches(name, [*known, "preset"], n=1)
+    return f"unknown setting {name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else "")
+
+
+def _unchecked(kind: type[TrainingConfig], values: Mapping[str, Any]) -> TrainingConfig:
+    """A config whose values nobody has looked at, to be asked for its defects."""
+    config = object.__new__(kind)
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    return config
