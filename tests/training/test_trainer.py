@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 import tiny
@@ -19,6 +20,7 @@ from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
+from diffusers_mixofshow.training.config import LR_SCHEDULERS
 from diffusers_mixofshow.training.data import read_photos
 from diffusers_mixofshow.training.learner import Learner, initial_embeddings
 from diffusers_mixofshow.training.loop import learning_rate_factor
@@ -263,3 +265,29 @@ def test_learning_rates_warm_up_and_decay(photos: Path) -> None:
     assert factors[2:] == pytest.approx([1, 0.75, 0.5, 0.25])
     assert learning_rate_factor(5, 6, quick(photos, lr_scheduler="constant")) == 1
     assert learning_rate_factor(3, 6, quick(photos, lr_scheduler="cosine")) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_curves_are_those_of_diffusers(photos: Path, name: str) -> None:
+    config = quick(photos, lr_scheduler=name, lr_num_cycles=2, lr_power=1.5)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=8, num_cycles=2, power=1.5)
+    if name == "cosine":
+        theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=8)
+    for step in range(8):
+        assert learning_rate_factor(step, 8, config) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.slow
+def test_compiled_unet_learns_the_same(
+    pipeline: StableDiffusionPipeline, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile_with(module, backend="eager"))
+    before = fingerprint(pipeline)
+    compiled = tensors(EDLoRATrainer(quick(photos, torch_compile=True), pipeline).train())
+    assert fingerprint(pipeline) == before
+    for name, value in tensors(EDLoRATrainer(quick(photos), pipeline).train()).items():
+        torch.testing.assert_close(value, compiled[name], rtol=1e-4, atol=1e-5, msg=name)
