@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_mixofshow import cli
+from diffusers_mixofshow import cli, client
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
-from diffusers_mixofshow.training import EDLoRATrainer, TrainingConfig, trainer
+from diffusers_mixofshow.training import TrainingConfig
 
 
 NEEDED = ["photos", "--concept", "potter", "--class-word", "man"]
@@ -23,13 +22,7 @@ NEEDED = ["photos", "--concept", "potter", "--class-word", "man"]
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
     """The configs that a training was started with; nothing is trained."""
     configs: list[TrainingConfig] = []
-
-    class Recorder(EDLoRATrainer):
-        def train(self) -> Any:
-            configs.append(self.config)
-
-    monkeypatch.setattr(trainer, "EDLoRATrainer", Recorder)
-    monkeypatch.setattr("diffusers_mixofshow.training.EDLoRATrainer", Recorder, raising=False)
+    monkeypatch.setattr(client, "tune_concept", configs.append)
     return configs
 
 

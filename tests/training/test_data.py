@@ -16,7 +16,7 @@ from PIL import Image
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import HubError, MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.training import hub_data
-from diffusers_mixofshow.training.batches import CachedPhoto, random_batches, spread_timesteps
+from diffusers_mixofshow.training.batches import CachedPhoto, RandomBatches, spread_timesteps
 from diffusers_mixofshow.training.captions import with_shuffled_tags
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos, read_photos
@@ -413,6 +413,7 @@ def cached(count: int, captions: int) -> list[CachedPhoto]:
             mean=torch.full((1, 4, 2, 2), float(number)),
             deviation=torch.zeros(1, 4, 2, 2),
             mask=torch.ones(1, 1, 2, 2),
+            subject=None,
             captions=tuple(range(number * captions, (number + 1) * captions)),
         )
         for number in range(count)
@@ -425,7 +426,7 @@ def batch_config(**settings: float) -> TrainingConfig:
 
 def test_captions_stay_with_their_photos_and_are_few() -> None:
     config = batch_config(train_batch_size=6, captions_per_step=2)
-    batches = random_batches(cached(5, captions=3), config, timesteps=1000, generator=torch.Generator().manual_seed(0))
+    batches = RandomBatches(cached(5, captions=3), config, timesteps=1000, generator=torch.Generator().manual_seed(0))
     for _ in range(10):
         batch = next(batches)
         assert len(batch.captions) == 2
@@ -436,7 +437,7 @@ def test_captions_stay_with_their_photos_and_are_few() -> None:
 
 def test_every_photo_is_seen_before_any_again() -> None:
     config = batch_config(train_batch_size=3)
-    batches = random_batches(cached(6, captions=1), config, timesteps=1000, generator=torch.Generator().manual_seed(0))
+    batches = RandomBatches(cached(6, captions=1), config, timesteps=1000, generator=torch.Generator().manual_seed(0))
     seen = [int(value) for _ in range(2) for value in next(batches).latents[:, 0, 0, 0]]
     assert sorted(seen) == list(range(6))
 
@@ -455,13 +456,14 @@ def test_batches_have_photos_of_one_size() -> None:
             mean=torch.full((1, 4, 2, 3), float(number)),
             deviation=torch.zeros(1, 4, 2, 3),
             mask=torch.ones(1, 1, 2, 3),
+            subject=None,
             captions=(number,),
         )
         for number in (3, 4, 5)
     ]
     config = batch_config(train_batch_size=2)
     photos = cached(3, captions=1) + wide
-    batches = random_batches(photos, config, timesteps=1000, generator=torch.Generator().manual_seed(0))
+    batches = RandomBatches(photos, config, timesteps=1000, generator=torch.Generator().manual_seed(0))
     seen = torch.tensor([next(batches).latents[:, 0, 0, 0].tolist() for _ in range(300)])
     assert ((seen > 2).all(dim=1) | (seen < 3).all(dim=1)).all()
     torch.testing.assert_close(torch.bincount(seen.flatten().long()) / 600, torch.full((6,), 1 / 6), atol=0.04, rtol=0)
@@ -469,7 +471,7 @@ def test_batches_have_photos_of_one_size() -> None:
 
 def test_some_captions_are_left_out_but_one_stays() -> None:
     config = batch_config(train_batch_size=4, proportion_empty_prompts=0.5)
-    batches = random_batches(
+    batches = RandomBatches(
         cached(4, captions=1), config, timesteps=1000, generator=torch.Generator().manual_seed(0), empty_prompt=4
     )
     drawn = [next(batches) for _ in range(200)]

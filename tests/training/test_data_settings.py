@@ -39,6 +39,7 @@ def config(photos: Path, **settings: object) -> TrainingConfig:
         "max_train_steps": 2,
         "embedding_phase_steps": 1,
         "train_batch_size": 2,
+        "num_validation_images": 0,
     }
     return TrainingConfig.from_mapping(quick | settings)
 

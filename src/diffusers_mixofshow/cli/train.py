@@ -43,6 +43,11 @@ _PANELS = {
     "train_batch_size": "Steps",
     "embedding_learning_rate": "Learning rates",
     "rank": "LoRA and loss",
+    "method": "Method and optimiser",
+    "attn_reg_weight": "Regularisers",
+    "gradient_checkpointing": "Memory and speed",
+    "checkpointing_steps": "Checkpoints",
+    "report_to": "What is seen and kept",
 }
 """The first setting of every group in the help; those between two first ones belong to the first of them."""
 
@@ -76,9 +81,9 @@ def train(**given: Any) -> None:
     with _options_in_errors(spelt), _warnings_on_standard_error(spelt):
         checked = training_config(in_file | options)
 
-        from diffusers_mixofshow.training import EDLoRATrainer
+        from diffusers_mixofshow.client import tune_concept
 
-        EDLoRATrainer(checked).train()
+        tune_concept(checked)
     typer.echo(f"Wrote the ED-LoRA of <{checked.concept_to_learn.name}> to {checked.output_dir}")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,6 +14,8 @@ from diffusers_mixofshow.concepts import Concept
 
 
 CARD_NAME = "README.md"
+PICTURES_NAME = "samples.png"
+"""Sheet of pictures that a training leaves beside the pack."""
 
 _TAGS = ("mix-of-show", "edlora", "lora", "diffusers", "text-to-image", "stable-diffusion")
 _MARK = "<!-- written by diffusers-mixofshow; remove this line to keep your own changes -->"
@@ -24,7 +27,16 @@ _STOCK_PACK = (
 _STOCK_MERGED = "`StableDiffusionPipeline.from_pretrained` loads it as well, without the concepts' embeddings."
 
 
-def model_card(concepts: Sequence[Concept], base_model: str, location: str, rank: int, *, merged: bool) -> ModelCard:
+def model_card(
+    concepts: Sequence[Concept],
+    base_model: str,
+    location: str,
+    rank: int,
+    *,
+    merged: bool,
+    training: Mapping[str, object],
+    pictures: bool,
+) -> ModelCard:
     """Write the card of a pack.
 
     Args:
@@ -33,6 +45,8 @@ def model_card(concepts: Sequence[Concept], base_model: str, location: str, rank
         location: What the code example loads: the Hub id or the folder.
         rank: The highest rank of its updates.
         merged: Whether it is a complete pipeline with the updates in its weights.
+        training: How it was tuned; shown if it names the settings.
+        pictures: Whether `PICTURES_NAME` lies beside it.
     """
     names = [concept.placeholder for concept in concepts]
     on_hub = _REPO_ID.fullmatch(base_model) is not None
@@ -52,6 +66,8 @@ def model_card(concepts: Sequence[Concept], base_model: str, location: str, rank
         _table(concepts),
         f"```python\n{example(concepts, base_model, location, merged=merged)}```",
         f"{_STOCK_MERGED if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
+        *([f"![Samples, by strength of the LoRA]({PICTURES_NAME})"] if pictures else []),
+        *([_training_record(training)] if isinstance(training.get("settings"), Mapping) else []),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
 
@@ -113,6 +129,11 @@ def _table(concepts: Collection[Concept]) -> str:
         for concept in concepts
     ]
     return "\n".join(["| in prompts | class | kind | example |", "|---|---|---|---|", *rows])
+
+
+def _training_record(training: Mapping[str, object]) -> str:
+    record = json.dumps(dict(training), indent=1, sort_keys=True).replace("`", "'")
+    return f"<details><summary>How it was tuned</summary>\n\n```json\n{record}\n```\n\n</details>"
 
 
 def _prompt(concept: Concept) -> str:

@@ -195,7 +195,15 @@ class EDLoRA:
 
     def _write_card(self, folder: Path, *, location: str, merged: bool) -> None:
         rank = max((update.rank for update in self.lora.values()), default=0)
-        text = card.model_card(self.concepts, self.base_model, location, rank, merged=merged)
+        text = card.model_card(
+            self.concepts,
+            self.base_model,
+            location,
+            rank,
+            merged=merged,
+            training=self.training,
+            pictures=(folder / card.PICTURES_NAME).is_file(),
+        )
         card.write_card(folder, text)
 
     def _contents(self) -> file.Contents:

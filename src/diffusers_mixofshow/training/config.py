@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Container, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,43 @@ from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
 from diffusers_mixofshow.training.config_files import read_settings
+from diffusers_mixofshow.training.methods import METHODS
 from diffusers_mixofshow.training.presets import layered
 from diffusers_mixofshow.training.settings import settings_of
 
 
 FRAMINGS = ("crop", "place", "buckets")
-LR_SCHEDULERS = ("linear", "cosine", "constant")
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")
+TRACKERS = ("tensorboard", "wandb")
+PRODIGY = "prodigy"
 
 _REFUSAL = "Training cannot start with these settings: "
-_PRIVATE = ("instance_data_dir", "dataset_name", "output_dir")
-_AT_LEAST_ONE = ("resolution", "train_batch_size", "max_train_steps", "captions_per_step", "crop_variants", "rank")
+_PRIVATE = ("instance_data_dir", "dataset_name", "output_dir", "class_data_dir", "resume_from_checkpoint")
+_WITHOUT_EFFECT = (
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "report_to",
+    "validation_prompt",
+    "validation_steps",
+    "num_validation_images",
+    "save_statistics",
+)
+"""Settings that a training may change where it goes on, as they do not change what is learnt."""
+_AT_LEAST_ONE = (
+    "resolution",
+    "train_batch_size",
+    "max_train_steps",
+    "captions_per_step",
+    "crop_variants",
+    "rank",
+    "gradient_accumulation_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "num_class_images",
+    "lr_num_cycles",
+)
 _NOT_NEGATIVE = (
     "tag_shuffles",
     "proportion_empty_prompts",
@@ -37,8 +63,11 @@ _NOT_NEGATIVE = (
     "noise_offset",
     "initializer_std",
     "seed",
+    "attn_reg_weight",
+    "prior_loss_weight",
+    "num_validation_images",
 )
-_POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma")
+_POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma", "embedding_norm_threshold", "lr_power")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +125,35 @@ class TrainingConfig:
         masked_loss: Whether the loss counts only the concept's mask, for photos that have one (reference).
         initializer_std: Standard deviation of V_rand's first values, in embedding units (0.013, reference).
         mixed_precision: ``no``, ``fp16`` or ``bf16``, as accelerate understands it.
+        method: What is learnt: ``ed-lora`` (paper), or one of `training.methods.METHODS` to compare it with.
+        optimizer: Class of `torch.optim`, of bitsandbytes (``AdamW8bit``) or ``Prodigy`` (AdamW, reference).
+        lr_num_cycles: Restarts of ``cosine_with_restarts`` (1, diffusers' scripts).
+        lr_power: Power of ``polynomial`` decay (1.0, diffusers' scripts).
+        gradient_accumulation_steps: Batches whose gradients are added up for one optimiser step (1, reference).
+        ema_decay: Decay of a moving average of everything that is learnt, which is what is saved then; None saves
+            the last values (reference).
+        embedding_norm_threshold: Embeddings stand still once the mean norm of the concept's is this long, in embedding
+            units (reference: 0.55 on Stable Diffusion 1.5; its words have about 0.4); None never.
+        attn_reg_weight: Weight of the attention regulariser, for photos with a mask: what the tokens are looked at
+            outside the mask, each map divided by its largest value (reference: 0.01); 0 leaves it out.
+        reg_full_identity: Whether V_class's map is drawn to the mask as a whole, inside too (reference).
+        class_data_dir: Folder of pictures of the class for prior preservation (arXiv:2208.12242); what is missing to
+            `num_class_images` is sampled from the base model into it. None: no prior preservation (reference).
+        class_prompt: Prompt of those pictures; None: ``a photo of a`` and the class word.
+        num_class_images: Pictures of the class (100, diffusers' scripts).
+        prior_loss_weight: Weight of their loss (1.0, diffusers' scripts).
+        gradient_checkpointing: Whether activations are computed again for the gradients: less memory, a third slower.
+        torch_compile: Whether the U-Net is compiled with `torch.compile`: faster after a minute or more.
+        checkpointing_steps: A checkpoint is written to `output_dir` every so many optimiser steps; None writes none.
+        checkpoints_total_limit: How many checkpoints are kept, the newest (2, ours).
+        resume_from_checkpoint: ``latest``, or the folder of a checkpoint, to go on from.
+        report_to: ``tensorboard`` or ``wandb`` for curves and pictures, in ``output_dir/logs``; None keeps no curves.
+        validation_prompt: Prompt of the sheets, ``<TOK>`` stands for the concept.
+        validation_steps: A sheet of pictures at LoRA scale 0, 0.7 and 1 is drawn every so many optimiser steps, always
+            of the same seeds, besides the one at the end; None draws that alone.
+        num_validation_images: Pictures of each scale on a sheet (4, ours); 0 draws no sheets.
+        save_statistics: Whether `tune_concept` and ``mixofshow train`` record fusion statistics beside the ED-LoRA at
+            the end, so that it can be fused without a model (ours); `EDLoRATrainer` alone never does.
 
     Raises:
         ConfigurationError: Lists every value that is out of range or contradicts another.
@@ -137,6 +195,29 @@ class TrainingConfig:
     masked_loss: bool = True
     initializer_std: float = 0.013
     mixed_precision: str = "no"
+    method: str = "ed-lora"
+    optimizer: str = "AdamW"
+    lr_num_cycles: int = 1
+    lr_power: float = 1.0
+    gradient_accumulation_steps: int = 1
+    ema_decay: float | None = None
+    embedding_norm_threshold: float | None = None
+    attn_reg_weight: float = 0.0
+    reg_full_identity: bool = False
+    class_data_dir: str | Path | None = None
+    class_prompt: str | None = None
+    num_class_images: int = 100
+    prior_loss_weight: float = 1.0
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    checkpointing_steps: int | None = 250
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | Path | None = None
+    report_to: str | None = None
+    validation_prompt: str = "a photo of a <TOK>"
+    validation_steps: int | None = None
+    num_validation_images: int = 4
+    save_statistics: bool = True
 
     def __post_init__(self) -> None:
         """Report every defect at once."""
@@ -194,8 +275,9 @@ class TrainingConfig:
 
     @property
     def concept_to_learn(self) -> Concept:
-        """The concept with its two tokens, V_rand and V_class."""
-        return Concept.from_name(self.concept, self.class_word, kind=self.kind)
+        """The concept with its tokens, V_rand and V_class; some methods have one token alone."""
+        concept = Concept.from_name(self.concept, self.class_word, kind=self.kind)
+        return replace(concept, tokens=concept.tokens[: METHODS[self.method].tokens])
 
     @property
     def total_steps(self) -> int:
@@ -209,6 +291,10 @@ class TrainingConfig:
             for name, value in asdict(self).items()
             if name not in _PRIVATE
         }
+
+    def as_identity(self) -> dict[str, Any]:
+        """The settings that decide what is learnt: a checkpoint goes on only where all of them are the same."""
+        return {name: value for name, value in self.as_record().items() if name not in _WITHOUT_EFFECT}
 
     def _defects(self) -> list[str]:
         """Everything that is wrong; values are judged only where their types are right."""
@@ -242,11 +328,17 @@ class TrainingConfig:
         ]
 
     def _unknown_choices(self, unjudged: Container[str]) -> list[str]:
-        choices = {"framing": FRAMINGS, "lr_scheduler": LR_SCHEDULERS, "mixed_precision": PRECISIONS}
+        choices: dict[str, Collection[str]] = {
+            "framing": FRAMINGS,
+            "lr_scheduler": LR_SCHEDULERS,
+            "mixed_precision": PRECISIONS,
+            "method": METHODS,
+            "report_to": TRACKERS,
+        }
         return [
             f"{name} is {value!r}, expected one of {', '.join(known)}"
             for name, known in choices.items()
-            if name not in unjudged and (value := getattr(self, name)) not in known
+            if name not in unjudged and (value := getattr(self, name)) is not None and value not in known
         ]
 
     def _contradictions(self) -> list[str]:
@@ -256,6 +348,8 @@ class TrainingConfig:
             defects.append("all learning rates are 0, so nothing would be learnt")
         if self.embedding_phase_steps and not self.embedding_learning_rate:
             defects.append("embedding_phase_steps is set but embedding_learning_rate is 0")
+        if self.class_data_dir is not None and self.framing == "buckets":
+            defects.append("framing is 'buckets' but class_data_dir is set: pictures of the class are square")
         if self.center_crop and self.framing == "place":
             defects.append("center_crop is set but framing is 'place', which crops nothing")
         if not self.instance_prompt:
@@ -274,9 +368,35 @@ class TrainingConfig:
                 f"captions_per_step ({self.captions_per_step}) is larger than "
                 f"train_batch_size ({self.train_batch_size})"
             )
+        return defects + self._contradictions_of_method() + self._missing_output()
+
+    def _contradictions_of_method(self) -> list[str]:
+        defects = []
+        method = METHODS.get(self.method)
+        if method is not None and method.adapts == "nothing" and not self.embedding_learning_rate:
+            defects.append(f"{self.method} learns embeddings alone, but embedding_learning_rate is 0")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            defects.append(f"ema_decay is {self.ema_decay}, expected a number between 0 and 1")
+        rates = {self.embedding_learning_rate, self.text_encoder_lr, self.learning_rate, self.text_kv_lr} - {0, None}
+        if self.optimizer.lower() == PRODIGY and len(rates) > 1:
+            defects.append("Prodigy finds its own rates: set all learning rates that are not 0 to one number, 1.0")
+        if self.reg_full_identity and not self.attn_reg_weight:
+            defects.append("reg_full_identity is set but attn_reg_weight is 0")
+        if self.torch_compile and self.attn_reg_weight:
+            defects.append("torch_compile does not let the attention be recorded that attn_reg_weight asks for")
+        if CAPTION_SLOT not in self.validation_prompt:
+            defects.append(f"validation_prompt {self.validation_prompt!r} does not name the concept, {CAPTION_SLOT}")
         return defects
 
+    def _missing_output(self) -> list[str]:
+        needing = ("resume_from_checkpoint", "report_to", "validation_steps")
+        if self.output_dir is not None:
+            return []
+        return [f"{name} is set but output_dir is not" for name in needing if getattr(self, name) is not None]
+
     def _concept_defects(self) -> list[str]:
+        if self.method not in METHODS:
+            return []
         if self.concept.startswith("<") != self.concept.endswith(">"):
             return [f"concept is {self.concept!r}, which has one bracket; expected a name such as potter or <potter>"]
         try:

@@ -22,6 +22,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 6e-3,
         "masked_loss": False,
         "lr_warmup_steps": 10,
+        "checkpointing_steps": None,
+        "num_validation_images": 0,
+        "save_statistics": False,
     },
     # Section 6.1 of arXiv:2305.18292 and the authors' code, whether a default or not.
     "paper": {
@@ -46,6 +49,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "snr_gamma": None,
         "masked_loss": True,
         "initializer_std": 0.013,
+        "method": "ed-lora",
+        "optimizer": "AdamW",
+        "gradient_accumulation_steps": 1,
+        "ema_decay": None,
+        "embedding_norm_threshold": 0.55,
+        "attn_reg_weight": 0.01,
+        "reg_full_identity": False,
+        "class_data_dir": None,
     },
     # A person's left and right differ, and a square cuts heads or feet off.
     "character": {"kind": "character", "framing": "place", "random_flip": False, "tag_shuffles": 8},
@@ -61,13 +72,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
         "lr_warmup_steps": 20,
     },
-    # One picture a step, the rates lowered for its noise, and half precision; the steps make up for half of it.
+    # The four pictures of a step one after another, activations computed again, half precision.
     "low-memory": {
         "train_batch_size": 1,
-        "max_train_steps": 1600,
-        "embedding_learning_rate": 5e-4,
-        "text_encoder_lr": 5e-6,
-        "learning_rate": 5e-5,
+        "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": True,
         "mixed_precision": "fp16",
     },
 }
