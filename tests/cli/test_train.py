@@ -45,6 +45,13 @@ def test_every_setting_is_an_option_with_help() -> None:
     assert "white is the concept" in text
 
 
+def test_names_are_whole_on_a_narrow_terminal() -> None:
+    result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    names = [f"--{field.name.replace('_', '-')} " for field in dataclasses.fields(TrainingConfig)]
+    names.remove("--pretrained-model-name-or-path ")
+    assert [name for name in [*names, "--base", "--no-masked-loss"] if name not in result.output] == []
+
+
 def test_examples_of_the_help_stay_on_their_lines() -> None:
     result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     lines = [line.strip() for line in result.output.splitlines()]
@@ -82,6 +89,13 @@ def test_errors_name_options_and_what_stands_in_the_file(tmp_path: Path) -> None
     message = refusal(*NEEDED, "--config", str(file), "--captions-per-step", "9", "--lr-scheduler", "linear")
     assert "--captions-per-step (9) is larger than --train-batch-size (4)" in message
     assert "resolution (potter.toml) is 500" in message
+
+
+def test_switches_go_on_and_off(trained: list[TrainingConfig]) -> None:
+    run(*NEEDED, "--random-flip", "--no-masked-loss", "--no_save_statistics")
+    (config,) = trained
+    assert (config.random_flip, config.masked_loss, config.save_statistics) == (True, False, False)
+    assert "Both on and off: --random-flip" in refusal(*NEEDED, "--random-flip", "--no-random-flip")
 
 
 def test_photos_given_twice_are_refused() -> None:

@@ -478,3 +478,28 @@ def test_some_captions_are_left_out_but_one_stays() -> None:
     left_out = torch.stack([torch.tensor(batch.captions)[batch.caption_of] == 4 for batch in drawn])
     assert not left_out.all(dim=1).any()
     assert abs(float(left_out.float().mean()) - 0.5) < 0.05
+
+
+def test_batches_of_several_sizes_go_on_where_they_stopped() -> None:
+    config = batch_config(train_batch_size=2, proportion_empty_prompts=0.5)
+    wide = CachedPhoto(
+        mean=torch.zeros(2, 4, 2, 3),
+        deviation=torch.ones(2, 4, 2, 3),
+        mask=torch.ones(2, 1, 2, 3),
+        subject=None,
+        captions=(0,),
+    )
+
+    def batches(seed: int) -> RandomBatches:
+        photos = [*cached(3, captions=1), wide]
+        generator = torch.Generator().manual_seed(seed)
+        return RandomBatches(photos, config, timesteps=1000, generator=generator, empty_prompt=3)
+
+    first, again = batches(0), batches(1)
+    for _ in range(5):
+        next(first)
+    again.load_state_dict(first.state_dict())
+    for _ in range(20):
+        one, other = next(first), next(again)
+        assert torch.equal(one.latents, other.latents)
+        assert (one.captions, one.timesteps.tolist()) == (other.captions, other.timesteps.tolist())

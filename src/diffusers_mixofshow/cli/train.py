@@ -22,6 +22,7 @@ from rich.text import Text
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
+from diffusers_mixofshow.training.config import CHOICES
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.presets import PRESETS
 from diffusers_mixofshow.training.settings import Setting, settings_of
@@ -31,6 +32,7 @@ SPELLINGS = {"token_normalize_func": lambda name: name.replace("_", "-")}
 """Context settings of the command: options may be written with underscores, as those of diffusers' scripts are."""
 
 _SETTINGS = settings_of(TrainingConfig)
+_OFF = "no_"
 _SHORT = {
     "pretrained_model_name_or_path": "--base",
     "output_dir": "--output",
@@ -66,6 +68,9 @@ def train(**given: Any) -> None:
     over the file, the file over the preset, the preset over the defaults:
       mixofshow train --config potter.toml --preset character --seed 1
 
+    Switches take no value and are turned off by --no-NAME, such as
+    --no-masked-loss. Where a setting can be None, none is its text.
+
     Beside a photo NAME.jpg may stand its captions, NAME.txt (<TOK> is the
     concept), and its mask, masks/NAME.png (white is the concept).
     """
@@ -97,12 +102,17 @@ def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
 
 def _values_of_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was written at the command line, each text read as its setting's type."""
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        if value is None or value == []:
-            continue
-        values[name] = value if name not in _SETTINGS or isinstance(value, bool) else _SETTINGS[name].from_text(value)
-    return values
+    written = {name: value for name, value in given.items() if value not in (None, [], False)}
+    switched_off = [name.removeprefix(_OFF) for name in written if name.startswith(_OFF)]
+    both = [_SETTINGS[name].option for name in switched_off if name in written]
+    if both:
+        raise ConfigurationError(f"Both on and off: {', '.join(both)}.")
+    values = {
+        name: _SETTINGS[name].from_text(value) if name in _SETTINGS and value is not True else value
+        for name, value in written.items()
+        if not name.startswith(_OFF)
+    }
+    return values | dict.fromkeys(switched_off, False)
 
 
 def _parameters() -> Iterator[inspect.Parameter]:
@@ -117,14 +127,21 @@ def _parameters() -> Iterator[inspect.Parameter]:
     for setting in _SETTINGS.values():
         panel = _PANELS.get(setting.name, panel)
         yield _parameter(setting.name, _annotation(setting, panel))
+        if bool in setting.types:
+            off = typer.Option(_off(setting), hidden=True)
+            yield _parameter(_OFF + setting.name, Annotated[bool, off])
+
+
+def _off(setting: Setting) -> str:
+    """The option that switches a setting off; the help shows it where the setting is on by default."""
+    return f"--no-{setting.option.removeprefix('--')}"
 
 
 def _annotation(setting: Setting, panel: str | None) -> Any:
     """What typer needs to know of a setting."""
     names = [*([_SHORT[setting.name]] if setting.name in _SHORT else []), setting.option]
     if bool in setting.types:
-        switch = f"{setting.option}/--no-{setting.option.removeprefix('--')}"
-        return Annotated[bool | None, typer.Option(switch, help=_help(setting), rich_help_panel=panel)]
+        return Annotated[bool, typer.Option(setting.option, help=_help(setting), metavar=" ", rich_help_panel=panel)]
     metavar = "path" if Path in setting.types else setting.expected.removesuffix(" | None").replace(" ", "")
     if setting.is_list:
         metavar = "str"
@@ -134,17 +151,22 @@ def _annotation(setting: Setting, panel: str | None) -> Any:
 
 def _parameter(name: str, annotation: Any, *, positional: bool = False) -> inspect.Parameter:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=annotation)
+    default = False if annotation.__origin__ is bool else None
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 def _help(setting: Setting) -> str:
     """The setting's documentation with its default, and the embedded base's where that differs."""
-    text = setting.documentation.replace("``", "") + (" Several: repeat the option." if setting.is_list else "")
+    text = setting.documentation.replace("`", "") + (" Several: repeat the option." if setting.is_list else "")
+    if not all(choice in text for choice in CHOICES.get(setting.name, ())):
+        text += f" One of {', '.join(CHOICES[setting.name])}."
     if setting.is_required:
         return escape(f"{text} (required)")
     defaults = [] if setting.default in (None, ()) else [f"default: {_shown(setting.default)}"]
     if setting.name in PRESETS[TOYLAND] and setting.name != "pretrained_model_name_or_path":
         defaults.append(f"toyland: {_shown(PRESETS[TOYLAND][setting.name])}")
+    if setting.default is True:
+        defaults.append(f"off: {_off(setting)}")
     return escape(text + (f" ({'; '.join(defaults)})" if defaults else ""))
 
 

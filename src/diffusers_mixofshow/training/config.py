@@ -22,6 +22,14 @@ FRAMINGS = ("crop", "place", "buckets")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("tensorboard", "wandb")
+CHOICES: dict[str, Collection[str]] = {
+    "framing": FRAMINGS,
+    "lr_scheduler": LR_SCHEDULERS,
+    "mixed_precision": PRECISIONS,
+    "method": METHODS,
+    "report_to": TRACKERS,
+}
+"""Settings that are one of a few names."""
 PRODIGY = "prodigy"
 
 _REFUSAL = "Training cannot start with these settings: "
@@ -328,16 +336,9 @@ class TrainingConfig:
         ]
 
     def _unknown_choices(self, unjudged: Container[str]) -> list[str]:
-        choices: dict[str, Collection[str]] = {
-            "framing": FRAMINGS,
-            "lr_scheduler": LR_SCHEDULERS,
-            "mixed_precision": PRECISIONS,
-            "method": METHODS,
-            "report_to": TRACKERS,
-        }
         return [
             f"{name} is {value!r}, expected one of {', '.join(known)}"
-            for name, known in choices.items()
+            for name, known in CHOICES.items()
             if name not in unjudged and (value := getattr(self, name)) is not None and value not in known
         ]
 
