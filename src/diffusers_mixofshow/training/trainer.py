@@ -196,11 +196,17 @@ class _Tuning:
                 self._tell(report)
                 if interruption.everywhere:
                     self._save()
+                    progress.console.print(self._farewell(report.step))
                     raise KeyboardInterrupt
                 if _is_due(report.step, self.config.checkpointing_steps):
                     self._save()
                 if _is_due(report.step, self.config.validation_steps) and self.checkpoints is not None:
                     self._draw_sheet(self.checkpoints.folder / "validation" / f"step-{report.step:06d}.png")
+
+    def _farewell(self, step: int) -> str:
+        if self.checkpoints is None:
+            return f"Stopped after step {step}; without output_dir nothing was saved."
+        return f"Stopped and saved after step {step}; go on with resume_from_checkpoint 'latest'."
 
     def _tell(self, report: StepReport) -> None:
         self.accelerator.log(report.as_scalars(), step=report.step)
