@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_mixofshow import cli
-from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.training import EDLoRATrainer, TrainingConfig, trainer
+from diffusers_mixofshow import cli, client
+from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.training import TrainingConfig
 
 
 NEEDED = ["photos", "--concept", "potter", "--class-word", "man"]
@@ -22,13 +22,7 @@ NEEDED = ["photos", "--concept", "potter", "--class-word", "man"]
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
     """The configs that a training was started with; nothing is trained."""
     configs: list[TrainingConfig] = []
-
-    class Recorder(EDLoRATrainer):
-        def train(self) -> Any:
-            configs.append(self.config)
-
-    monkeypatch.setattr(trainer, "EDLoRATrainer", Recorder)
-    monkeypatch.setattr("diffusers_mixofshow.training.EDLoRATrainer", Recorder, raising=False)
+    monkeypatch.setattr(client, "tune_concept", configs.append)
     return configs
 
 
@@ -92,3 +86,19 @@ def test_errors_name_options_and_what_stands_in_the_file(tmp_path: Path) -> None
 
 def test_photos_given_twice_are_refused() -> None:
     assert "twice" in refusal(*NEEDED, "--instance-data-dir", "others")
+
+
+def test_errors_and_warnings_about_photos_name_options(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "prompt": "<TOK>"}', encoding="utf-8")
+    needed = [str(tmp_path), "--concept", "potter", "--class-word", "man"]
+    with pytest.raises(TrainingDataError) as caught:
+        CliRunner().invoke(cli.app, ["train", *needed], catch_exceptions=False)
+    assert "name the captions by --caption-column" in str(caught.value)
+    nowhere = ["--output-dir", str(tmp_path / "out"), "--base", str(tmp_path / "nowhere")]
+    result = CliRunner().invoke(cli.app, ["train", *needed, *nowhere, "--caption-column", "prompt"])
+    assert isinstance(result.exception, ConfigurationError)
+    assert "Warning: Photos in" in result.stderr
+    assert "b.png is not in metadata.jsonl, its captions are --instance-prompt" in result.stderr
+    assert "b.png shows the same as a.png" in result.stderr

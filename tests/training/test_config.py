@@ -10,6 +10,7 @@ import pytest
 
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.training import TrainingConfig
+from diffusers_mixofshow.training.presets import PRESETS
 from diffusers_mixofshow.training.settings import settings_of
 
 
@@ -194,3 +195,49 @@ def test_fields_say_what_they_are() -> None:
         False,
     )
     assert (place.expected, share.expected, names.accepts(("a", 1))) == ("str | Path", "float | None", False)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_changes_only_settings(name: str) -> None:
+    config = TrainingConfig.from_mapping(NEEDED | {"preset": name})
+    assert {setting: getattr(config, setting) for setting in PRESETS[name]} == PRESETS[name]
+
+
+def test_presets_of_kinds_fit_the_embedded_base_and_others_do_not() -> None:
+    on_toyland = NEEDED | {"pretrained_model_name_or_path": "toyland"}
+    config = TrainingConfig.from_mapping(on_toyland | {"preset": "character"})
+    assert (config.kind, config.random_flip, config.resolution) == ("character", False, 64)
+    with pytest.raises(ConfigurationError, match="embedded base brings its own"):
+        TrainingConfig.from_mapping(on_toyland | {"preset": "paper"})
+
+
+def test_photos_come_from_a_folder_or_the_hub() -> None:
+    with pytest.raises(ConfigurationError, match="one of instance_data_dir and dataset_name"):
+        TrainingConfig(concept="potter", class_word="man")
+    with pytest.raises(ConfigurationError, match="one of instance_data_dir and dataset_name"):
+        TrainingConfig(**NEEDED, dataset_name="me/photos")
+
+
+def test_data_settings_that_contradict() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        TrainingConfig.from_mapping(
+            NEEDED
+            | {"framing": "place", "center_crop": True, "proportion_empty_prompts": 1.5, "captions_per_step": 1}
+            | {"instance_prompt": []}
+        )
+    for expected in (
+        "center_crop is set but",
+        "1.5, expected less than 1",
+        "single caption",
+        "instance_prompt is empty",
+    ):
+        assert expected in str(caught.value)
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    assert TrainingConfig.from_mapping(NEEDED | {"instance_prompt": "my <TOK>"}).instance_prompt == ("my <TOK>",)
+
+
+def test_captions_of_photos_without_any_name_the_concept() -> None:
+    with pytest.raises(ConfigurationError, match="'a man', which does not name the concept; write <TOK> or <potter>"):
+        TrainingConfig(**NEEDED, instance_prompt=("a man", "a <potter>"))

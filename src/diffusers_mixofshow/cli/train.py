@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from diffusers_mixofshow.base_models import TOYLAND
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.presets import PRESETS
@@ -77,8 +77,8 @@ def train(**given: Any) -> None:
     if photos is not None:
         options["instance_data_dir"] = photos
     in_file = {} if config is None else read_settings(config, _SETTINGS)
-    only_in_file = in_file.keys() - options.keys()
-    with _options_in_errors(only_in_file, config), _warnings_on_standard_error():
+    spelt = _spellings(in_file.keys() - options.keys(), config)
+    with _options_in_errors(spelt), _warnings_on_standard_error(spelt):
         checked = training_config(in_file | options)
 
         from diffusers_mixofshow.client import tune_concept
@@ -125,7 +125,9 @@ def _annotation(setting: Setting, panel: str | None) -> Any:
     if bool in setting.types:
         switch = f"{setting.option}/--no-{setting.option.removeprefix('--')}"
         return Annotated[bool | None, typer.Option(switch, help=_help(setting), rich_help_panel=panel)]
-    metavar = "path" if Path in setting.types else "|".join(getattr(kind, "__name__", "str") for kind in setting.types)
+    metavar = "path" if Path in setting.types else setting.expected.removesuffix(" | None").replace(" ", "")
+    if setting.is_list:
+        metavar = "str"
     option = typer.Option(*names, help=_help(setting), metavar=f"<{metavar}>", rich_help_panel=panel)
     return Annotated[list[str] | None, option] if setting.is_list else Annotated[str | None, option]
 
@@ -137,7 +139,7 @@ def _parameter(name: str, annotation: Any, *, positional: bool = False) -> inspe
 
 def _help(setting: Setting) -> str:
     """The setting's documentation with its default, and the embedded base's where that differs."""
-    text = setting.documentation.replace("``", "")
+    text = setting.documentation.replace("``", "") + (" Several: repeat the option." if setting.is_list else "")
     if setting.is_required:
         return escape(f"{text} (required)")
     defaults = [] if setting.default in (None, ()) else [f"default: {_shown(setting.default)}"]
@@ -147,18 +149,23 @@ def _help(setting: Setting) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(repr, value))
     return {"True": "yes", "False": "no"}.get(str(value), str(value))
 
 
+def _spellings(in_file: Collection[str], file: Path | None) -> dict[str, str]:
+    """How messages name a setting: as its option, or as the file does where it stands there alone."""
+    spelt = {name: setting.option for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
+    return spelt if file is None else spelt | {name: f"{name} ({file.name})" for name in in_file}
+
+
 @contextmanager
-def _options_in_errors(in_file: Collection[str], file: Path | None) -> Iterator[None]:
-    """Let errors name options where they name settings; those that stand in the file keep their name there."""
+def _options_in_errors(spelt: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name options where they name settings."""
     try:
         yield
-    except ConfigurationError as error:
-        spelt = {name: setting.option for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
-        if file is not None:
-            spelt |= {name: f"{name} ({file.name})" for name in in_file}
+    except (ConfigurationError, ConceptError, TrainingDataError) as error:
         raise type(error)(_respelt(str(error), spelt)) from error
 
 
@@ -170,14 +177,16 @@ def _respelt(message: str, spelt: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def _warnings_on_standard_error() -> Iterator[None]:
+def _warnings_on_standard_error(spelt: Mapping[str, str]) -> Iterator[None]:
     """Show warnings of ours as sentences, without the line of code that gave them."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, MixOfShowWarning):
-                Console(stderr=True).print(Text(f"Warning: {message}", style="yellow"), soft_wrap=True)
+                Console(stderr=True).print(
+                    Text(f"Warning: {_respelt(str(message), spelt)}", style="yellow"), soft_wrap=True
+                )
             else:
                 usual(message, category, *where, **more)
 

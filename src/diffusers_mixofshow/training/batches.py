@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.data import Crop, Photo, crops_of, mask_on_latents
+from diffusers_mixofshow.training.framing import Crop, crops_of, mask_on_latents
 from diffusers_mixofshow.training.losses import offset_noise
+from diffusers_mixofshow.training.pictures import Photo
 
 
 if TYPE_CHECKING:
@@ -96,15 +97,19 @@ def cache_photos(
             variants=config.crop_variants,
             center=config.center_crop,
             generator=generator,
+            framing=config.framing,
+            flip=config.random_flip,
         )
         mean, deviation = _encode(crops, vae)
-        masks = torch.stack([crop.mask for crop in crops])
-        cells = mask_on_latents(masks, *mean.shape[-2:])
+        cells, valid = (
+            mask_on_latents(torch.stack(masks), *mean.shape[-2:])
+            for masks in ([crop.mask for crop in crops], [crop.valid for crop in crops])
+        )
         cached.append(
             CachedPhoto(
                 mean=mean,
                 deviation=deviation,
-                mask=cells if config.masked_loss else torch.ones_like(cells),
+                mask=cells if config.masked_loss else valid,
                 subject=None if photo.mask is None else cells,
                 captions=tuple(rows[caption] for caption in photo.captions),
             )
@@ -113,14 +118,15 @@ def cache_photos(
 
 
 class RandomBatches:
-    """Batches without end; every photo is seen before any is seen again.
+    """Batches without end; of photos of one size, every one is seen before any is seen again.
 
     Args:
-        photos: The cached photos.
-        config: Batch size, captions per step and noise offset.
+        photos: The cached photos. A batch has photos of one size, a size's turn comes as often as it has photos.
+        config: Batch size, captions per step, share of empty prompts and noise offset.
         timesteps: Number of the scheduler's training timesteps.
         generator: Draws everything, on the CPU, so that a seed means the same on every device.
         prior: Cached pictures of the class; each batch has as many of them as of the concept.
+        empty_prompt: Row number of the empty prompt in the table of all captions; None never leaves a caption out.
     """
 
     def __init__(
@@ -131,10 +137,15 @@ class RandomBatches:
         timesteps: int,
         generator: torch.Generator,
         prior: Sequence[CachedPhoto] = (),
+        empty_prompt: int | None = None,
     ) -> None:
-        self.photos, self.prior, self.config, self.timesteps = photos, prior, config, timesteps
+        self.prior, self.config, self.timesteps, self.empty_prompt = prior, config, timesteps, empty_prompt
         self.generator = generator
-        self._orders: dict[str, list[int]] = {"photos": [], "prior": []}
+        self._turns = ["x".join(map(str, photo.mean.shape[1:])) for photo in photos]
+        self._of_size: dict[str, list[CachedPhoto]] = {size: [] for size in self._turns}
+        for size, photo in zip(self._turns, photos, strict=True):
+            self._of_size[size].append(photo)
+        self._orders: dict[str, list[int]] = {name: [] for name in (*self._of_size, "prior")}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -142,8 +153,8 @@ class RandomBatches:
     def __next__(self) -> Batch:
         size, generator = self.config.train_batch_size, self.generator
         distinct = min(self.config.captions_per_step or size, size)
-        chosen = [self.photos[self._next("photos", len(self.photos))] for _ in range(distinct)]
-        captions = [_pick(photo.captions, generator) for photo in chosen]
+        chosen = self._choose(distinct)
+        captions = self._some_left_out([_pick(photo.captions, generator) for photo in chosen])
         shown = [chosen[place % distinct] for place in range(size)]
         told = [captions[place % distinct] for place in range(size)]
         if self.prior:
@@ -176,6 +187,20 @@ class RandomBatches:
         """Go on where `state_dict` was taken."""
         self.generator.set_state(state["generator"])
         self._orders = {name: list(order) for name, order in state["orders"].items()}
+
+    def _choose(self, count: int) -> list[CachedPhoto]:
+        """Photos of one size."""
+        turn = 0 if len(self._of_size) == 1 else _pick(range(len(self._turns)), self.generator)
+        group = self._of_size[self._turns[turn]]
+        return [group[self._next(self._turns[turn], len(group))] for _ in range(count)]
+
+    def _some_left_out(self, captions: list[int]) -> list[int]:
+        """Put the empty prompt in place of a share of the captions, but never of the last one left."""
+        if self.empty_prompt is None:
+            return captions
+        left_out = torch.rand(len(captions), generator=self.generator) < self.config.proportion_empty_prompts
+        left_out[0] &= not left_out.all()
+        return [self.empty_prompt if gone else row for gone, row in zip(left_out.tolist(), captions, strict=True)]
 
     def _next(self, name: str, count: int) -> int:
         if not self._orders[name]:

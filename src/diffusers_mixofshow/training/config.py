@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.base_models import TOYLAND
-from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
+from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.methods import METHODS
 from diffusers_mixofshow.training.presets import layered
 from diffusers_mixofshow.training.settings import settings_of
 
 
+FRAMINGS = ("crop", "place", "buckets")
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("tensorboard", "wandb")
-CAPTION_SLOT = "<TOK>"
-"""Stands for the concept in captions and prompts, whatever the concept is called."""
 PRODIGY = "prodigy"
 
 _REFUSAL = "Training cannot start with these settings: "
-_PRIVATE = ("instance_data_dir", "output_dir", "class_data_dir", "resume_from_checkpoint")
+_PRIVATE = ("instance_data_dir", "dataset_name", "output_dir", "class_data_dir", "resume_from_checkpoint")
 _WITHOUT_EFFECT = (
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -51,6 +51,8 @@ _AT_LEAST_ONE = (
     "lr_num_cycles",
 )
 _NOT_NEGATIVE = (
+    "tag_shuffles",
+    "proportion_empty_prompts",
     "embedding_phase_steps",
     "embedding_learning_rate",
     "text_encoder_lr",
@@ -76,10 +78,12 @@ class TrainingConfig:
     code, "ours" a choice of this package.
 
     Args:
-        instance_data_dir: Folder with the concept's photos, optional captions beside them (``NAME.txt``, one caption
-            a line, ``<TOK>`` stands for the concept) and optional ``masks/NAME.png`` (white is the concept).
-        concept: The concept's name: ``potter`` or ``<potter>``.
-        class_word: Plain word for what it is; V_class starts from its embedding (paper).
+        instance_data_dir: Folder with the concept's photos; optional are captions (``NAME.txt``, one a line,
+            ``<TOK>`` stands for the concept; or ``metadata.jsonl`` or ``metadata.csv``) and masks (``masks/NAME.png``,
+            white is the concept; or the photos' alpha channels).
+        dataset_name: Data set of such photos on the Hub, ``user/name``, in place of the folder.
+        concept: The concept's name: ``potter`` or ``<potter>``; prompts say ``<potter>`` either way.
+        class_word: Plain word for what it is; V_class starts from its embedding (paper), or from the mean of several.
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
         pretrained_model_name_or_path: Base model: Hub id, folder, or ``toyland`` for the embedded base.
         output_dir: Folder that receives the ED-LoRA; None does not save.
@@ -87,6 +91,18 @@ class TrainingConfig:
         resolution: Side of the square training picture, in pixels (512, paper).
         center_crop: Whether photos that are not square are cropped at the centre; else at random places (reference).
         crop_variants: How many random crops of a photo are encoded and cached (ours); 1 is enough for square photos.
+        framing: How photos become training pictures: ``crop`` takes squares at random places, ``place`` puts the whole
+            photo at random places on black, which the loss leaves out (reference), ``buckets`` keeps about the photo's
+            shape, with about as many pixels as the square.
+        random_flip: Whether photos are trained mirrored, too; wrong for whatever has a left and a right: faces,
+            writing (no, reference).
+        caption_column: The column of captions in ``metadata.jsonl`` or ``metadata.csv``; None ignores them.
+        instance_prompt: Captions of photos that have none, one of them drawn at each step (after arXiv:2208.01618).
+        tag_shuffles: In how many random orders a caption's comma-separated tags are trained, the first tag always in
+            front; 0: as written.
+        proportion_empty_prompts: Share of captions that are left out, as guidance without a classifier wants it (0.1,
+            arXiv:2207.12598); one caption of a step always stays. What is learnt without a caption is in the LoRA
+            alone, so fusion keeps it badly (0, reference).
         train_batch_size: Pictures per step and process (2 GPUs x 2 in the reference, so 4).
         captions_per_step: Distinct captions per step at most; the batch repeats photos with other noise and
             timesteps, so that fewer layer-wise encodings are computed. None: one for every picture.
@@ -143,7 +159,8 @@ class TrainingConfig:
         ConfigurationError: Lists every value that is out of range or contradicts another.
     """
 
-    instance_data_dir: str | Path
+    instance_data_dir: str | Path | None = None
+    dataset_name: str | None = None
     concept: str
     class_word: str
     kind: str = "object"
@@ -153,6 +170,12 @@ class TrainingConfig:
     resolution: int = 512
     center_crop: bool = False
     crop_variants: int = 4
+    framing: str = "crop"
+    random_flip: bool = False
+    caption_column: str | None = "text"
+    instance_prompt: tuple[str, ...] = TEMPLATES
+    tag_shuffles: int = 0
+    proportion_empty_prompts: float = 0.0
     train_batch_size: int = 4
     captions_per_step: int | None = None
     max_train_steps: int = 800
@@ -216,6 +239,7 @@ class TrainingConfig:
         """
         known = settings_of(cls)
         values, defects = layered(settings)
+        values = {name: known[name].normalised(value) if name in known else value for name, value in values.items()}
         defects += [_unknown(name, value, known) for name, value in values.items() if name not in known]
         missing = [name for name, setting in known.items() if setting.is_required and name not in values]
         defects += [f"{name!r} is missing" for name in missing]
@@ -262,7 +286,11 @@ class TrainingConfig:
 
     def as_record(self) -> dict[str, Any]:
         """The settings as JSON values, without folder names, which are private to whoever trains."""
-        return {name: value for name, value in asdict(self).items() if name not in _PRIVATE}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name not in _PRIVATE
+        }
 
     def as_identity(self) -> dict[str, Any]:
         """The settings that decide what is learnt: a checkpoint goes on only where all of them are the same."""
@@ -272,6 +300,8 @@ class TrainingConfig:
         """Everything that is wrong; values are judged only where their types are right."""
         wrong = self._wrong_types()
         defects = [*wrong.values(), *self._below_limits(wrong), *self._unknown_choices(wrong)]
+        if (self.instance_data_dir is None) == (self.dataset_name is None):
+            defects.append("one of instance_data_dir and dataset_name is needed: the photos")
         if not wrong:
             defects += [*self._contradictions(), *self._concept_defects()]
         return defects
@@ -299,6 +329,7 @@ class TrainingConfig:
 
     def _unknown_choices(self, unjudged: Container[str]) -> list[str]:
         choices: dict[str, Collection[str]] = {
+            "framing": FRAMINGS,
             "lr_scheduler": LR_SCHEDULERS,
             "mixed_precision": PRECISIONS,
             "method": METHODS,
@@ -317,6 +348,19 @@ class TrainingConfig:
             defects.append("all learning rates are 0, so nothing would be learnt")
         if self.embedding_phase_steps and not self.embedding_learning_rate:
             defects.append("embedding_phase_steps is set but embedding_learning_rate is 0")
+        if self.class_data_dir is not None and self.framing == "buckets":
+            defects.append("framing is 'buckets' but class_data_dir is set: pictures of the class are square")
+        if self.center_crop and self.framing == "place":
+            defects.append("center_crop is set but framing is 'place', which crops nothing")
+        if not self.instance_prompt:
+            defects.append("instance_prompt is empty; give a caption such as 'a photo of a <TOK>'")
+        if self.proportion_empty_prompts >= 1:
+            defects.append(f"proportion_empty_prompts is {self.proportion_empty_prompts}, expected less than 1")
+        if self.proportion_empty_prompts and 1 in (self.captions_per_step, self.train_batch_size):
+            defects.append(
+                "proportion_empty_prompts is set but a step has a single caption; raise captions_per_step or "
+                "train_batch_size"
+            )
         if self.resolution % 8:
             defects.append(f"resolution is {self.resolution}, expected a multiple of 8")
         if self.captions_per_step is not None and self.captions_per_step > self.train_batch_size:
@@ -353,11 +397,18 @@ class TrainingConfig:
     def _concept_defects(self) -> list[str]:
         if self.method not in METHODS:
             return []
+        if self.concept.startswith("<") != self.concept.endswith(">"):
+            return [f"concept is {self.concept!r}, which has one bracket; expected a name such as potter or <potter>"]
         try:
-            self.concept_to_learn  # noqa: B018 - built for its checks
+            concept = self.concept_to_learn
         except ConceptError as error:
             return [str(error)]
-        return []
+        return [
+            f"instance_prompt has {prompt!r}, which does not name the concept; write {CAPTION_SLOT} or "
+            f"{concept.placeholder}"
+            for prompt in self.instance_prompt
+            if CAPTION_SLOT not in prompt and not mentions_concept(prompt, [concept])
+        ]
 
 
 def _unknown(name: str, value: object, known: Collection[str]) -> str:

@@ -32,12 +32,16 @@ def read_settings(path: str | Path, known: Mapping[str, Setting]) -> dict[str, A
     return readers[path.suffix.lower()](text, path, known)
 
 
-def _from_toml(text: str, path: Path, _known: Mapping[str, Setting]) -> dict[str, Any]:
+def _from_toml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """TOML, which has no None: the text "none" stands for it."""
     try:
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is no valid TOML ({error}).") from error
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return {
+        name: None if value == "none" and name in known and known[name].can_be_none else value
+        for name, value in settings.items()
+    }
 
 
 def _from_yaml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:

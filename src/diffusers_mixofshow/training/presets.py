@@ -26,6 +26,59 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_validation_images": 0,
         "save_statistics": False,
     },
+    # Section 6.1 of arXiv:2305.18292 and the authors' code, whether a default or not.
+    "paper": {
+        "resolution": 512,
+        "framing": "place",
+        "random_flip": False,
+        "tag_shuffles": 8,
+        "train_batch_size": 4,
+        "captions_per_step": None,
+        "max_train_steps": 800,
+        "embedding_phase_steps": 0,
+        "embedding_learning_rate": 1e-3,
+        "text_encoder_lr": 1e-5,
+        "learning_rate": 1e-4,
+        "text_kv_lr": None,
+        "lr_scheduler": "linear",
+        "lr_warmup_steps": 0,
+        "adam_weight_decay": 0.01,
+        "rank": 4,
+        "lora_alpha": 4.0,
+        "noise_offset": 0.01,
+        "snr_gamma": None,
+        "masked_loss": True,
+        "initializer_std": 0.013,
+        "method": "ed-lora",
+        "optimizer": "AdamW",
+        "gradient_accumulation_steps": 1,
+        "ema_decay": None,
+        "embedding_norm_threshold": 0.55,
+        "attn_reg_weight": 0.01,
+        "reg_full_identity": False,
+        "class_data_dir": None,
+    },
+    # A person's left and right differ, and a square cuts heads or feet off.
+    "character": {"kind": "character", "framing": "place", "random_flip": False, "tag_shuffles": 8},
+    "object": {"kind": "object", "framing": "crop", "random_flip": True, "tag_shuffles": 8},
+    # The whole picture is the concept.
+    "scene": {"kind": "scene", "framing": "buckets", "masked_loss": False, "tag_shuffles": 8},
+    # A first look: half the pictures of the default, with one layer-wise encoding a step.
+    "fast": {
+        "max_train_steps": 400,
+        "captions_per_step": 1,
+        "embedding_learning_rate": 2e-3,
+        "text_encoder_lr": 2e-5,
+        "learning_rate": 2e-4,
+        "lr_warmup_steps": 20,
+    },
+    # The four pictures of a step one after another, activations computed again, half precision.
+    "low-memory": {
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": True,
+        "mixed_precision": "fp16",
+    },
 }
 
 _ON_ANY_BASE = (TOYLAND, "character", "object", "scene")

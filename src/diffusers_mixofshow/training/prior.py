@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.data import PHOTO_SUFFIXES, Photo
+from diffusers_mixofshow.training.pictures import Photo, is_picture, read_picture
 from diffusers_mixofshow.training.samples import GUIDANCE, STEPS, plain_pipeline
 
 
@@ -41,11 +40,10 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
     photos, defects = [], []
     for path in present[: config.num_class_images]:
         try:
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = read_picture(path, called=path.name).image
             photos.append(Photo(path=path, image=image, captions=(prompt_of_class(config),), mask=None))
-        except (OSError, UnidentifiedImageError) as error:
-            defects.append(f"{path.name} ({error})")
+        except TrainingDataError as error:
+            defects.append(str(error))
     if defects:
         raise TrainingDataError(f"{folder}: these pictures of the class cannot be read: {'; '.join(defects)}")
     return photos
@@ -54,7 +52,7 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
+    return sorted(path for path in folder.iterdir() if is_picture(path))
 
 
 @torch.no_grad()

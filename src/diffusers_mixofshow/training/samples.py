@@ -17,7 +17,8 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.lora import TrainableLoRA
-from diffusers_mixofshow.training.config import CAPTION_SLOT, TrainingConfig
+from diffusers_mixofshow.training.captions import CAPTION_SLOT
+from diffusers_mixofshow.training.config import TrainingConfig
 
 
 if TYPE_CHECKING:

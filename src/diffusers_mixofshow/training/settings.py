@@ -66,6 +66,12 @@ class Setting:
             return self.can_be_none
         return any(_is_a(value, kind) for kind in self.types)
 
+    def normalised(self, value: object) -> object:
+        """The value, but a tuple for a list, and for a single text where a list is meant."""
+        if self.is_list and isinstance(value, str | list):
+            return (value,) if isinstance(value, str) else tuple(value)
+        return value
+
     def from_text(self, text: str | Sequence[str]) -> Any:
         """Read what somebody typed, a list of texts for a list.
 

@@ -32,17 +32,19 @@ from diffusers_mixofshow.training.checkpoints import (
     digest_of,
 )
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.data import Photo, read_photos
+from diffusers_mixofshow.training.data import load_photos
 from diffusers_mixofshow.training.failures import explained_memory
 from diffusers_mixofshow.training.interruption import noticed_interruption
 from diffusers_mixofshow.training.learner import Learner
 from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop, final_mean
 from diffusers_mixofshow.training.memory import recomputed_activations
 from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
+from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
 from diffusers_mixofshow.training.samples import draw_rows, labelled_sheet, write_sheet
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
 from diffusers_mixofshow.training.trained import fresh
+from diffusers_mixofshow.training.words import check_words
 
 
 if TYPE_CHECKING:
@@ -84,12 +86,13 @@ class EDLoRATrainer:
 
         Raises:
             TrainingDataError: If photos, captions or masks cannot be used; lists every defect.
+            ConceptError: If the base's tokenizer knows the concept's names already, or cannot read its class word.
             ConfigurationError: If the folder cannot be written or is nearly full, the model cannot be trained, the
                 loss diverges, the GPU's memory does not suffice, or a checkpoint belongs to another training.
             MissingExtraError: If the optimiser's or tracker's package is not installed.
         """
         config = self.config
-        photos = read_photos(config.instance_data_dir, config.concept_to_learn)
+        photos = load_photos(config)
         make_optimizer = optimizer_of(config.optimizer)
         check_tracker(config.report_to)
         if config.output_dir is not None:
@@ -99,6 +102,7 @@ class EDLoRATrainer:
         with explained_memory(config):
             self.pipeline = self.pipeline or load_base(config).to(accelerator.device)
             refuse_untrainable(self.pipeline, config)
+            check_words(config.concept_to_learn, self.pipeline.tokenizer)
             with borrowed(self.pipeline):
                 edlora = _Tuning(config, self.pipeline, accelerator, self._on_step).run(photos, make_optimizer)
         edlora = replace(edlora, training={**edlora.training, "seconds": round(time.monotonic() - start, 1)})
@@ -172,11 +176,20 @@ class _Tuning:
             accelerator.wait_for_everyone()
             of_class = class_pictures(self.pipeline, config, drawing=False)
             captions.append(prompt_of_class(config))
-        cached, prior = (cache_photos(each, captions, self.pipeline.vae, config) for each in (photos, of_class))
+        captions += [""] if config.proportion_empty_prompts else []
+        cached = cache_photos(photos, captions, self.pipeline.vae, config)
+        prior = cache_photos(of_class, captions, self.pipeline.vae, replace(config, framing="crop"))
         self.data = digest_of([*cached, *prior], captions)
         seed = config.seed * accelerator.num_processes + accelerator.process_index
         generator = torch.Generator().manual_seed(seed)
-        batches = RandomBatches(cached, config, timesteps=timesteps, generator=generator, prior=prior)
+        batches = RandomBatches(
+            cached,
+            config,
+            timesteps=timesteps,
+            generator=generator,
+            prior=prior,
+            empty_prompt=captions.index("") if config.proportion_empty_prompts else None,
+        )
         return tokenize(captions, self.pipeline.tokenizer, [config.concept_to_learn]), batches
 
     def _take_steps(self) -> None:
