@@ -31,13 +31,13 @@ from diffusers_mixofshow.training.checkpoints import (
     check_writable,
     digest_of,
 )
+from diffusers_mixofshow.training.compute import compiled, recomputed_activations
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos
 from diffusers_mixofshow.training.failures import explained_memory
 from diffusers_mixofshow.training.interruption import noticed_interruption
 from diffusers_mixofshow.training.learner import Learner
 from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop, final_mean
-from diffusers_mixofshow.training.memory import recomputed_activations
 from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
@@ -156,6 +156,7 @@ class _Tuning:
                 captions=tokenized,
                 scheduler=scheduler,
                 config=config,
+                denoiser=stack.enter_context(compiled(pipeline.unet)) if config.torch_compile else None,
             )
             phases, position = self.trained.phases(config), self._resumed()
             self.loop = TrainingLoop(phases, learner, self.batches, self.accelerator, config, make_optimizer, position)
