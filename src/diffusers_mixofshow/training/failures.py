@@ -22,9 +22,12 @@ def diverged(loss: float, phase: str, config: TrainingConfig) -> ConfigurationEr
         advice.append("use mixed_precision='bf16' or 'no'")
     if not config.lr_warmup_steps:
         advice.append("set lr_warmup_steps, for example to a tenth of the steps")
+    kept = config.output_dir is not None and config.checkpointing_steps is not None
     return ConfigurationError(
         f"The loss became {loss} in the {phase} phase, or its gradients are no longer finite, so the training "
-        f"diverged. Nothing was learnt from that step. To get through it: {'; '.join(advice)}."
+        "diverged. "
+        + (f"Checkpoints in {config.output_dir} are from before and stay. " if kept else "")
+        + f"To get through it: {'; '.join(advice)}."
     )
 
 

@@ -73,7 +73,8 @@ class Learner(nn.Module):
 
     Args:
         text_encoder: Borrowed, with its trainable LoRA inside.
-        unet: Borrowed, with its trainable LoRA and the layer-wise processors inside; compiled if the config says so.
+        unet: Borrowed, with its trainable LoRA and the layer-wise processors inside.
+        denoiser: What is called in place of the U-Net: the same, compiled; None calls the U-Net.
         embeddings: Token to parameter of shape (layers, dim), or (1, dim) if all layers share it; V_class last.
         captions: All captions of the data set, tokenised.
         scheduler: Adds noise and says what is predicted.
@@ -89,11 +90,12 @@ class Learner(nn.Module):
         captions: TokenizedPrompts,
         scheduler: DDPMScheduler,
         config: TrainingConfig,
+        denoiser: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.unet = unet
-        self.denoiser = torch.compile(unet) if config.torch_compile else unet
+        self.denoiser = unet if denoiser is None else denoiser
         self.tokens = tuple(embeddings)
         self.values = nn.ParameterList(embeddings.values())
         self.captions = captions
@@ -139,20 +141,25 @@ class Learner(nn.Module):
         return errors, record
 
     def _regulariser(self, record: AttentionRecord, batch: Batch) -> torch.Tensor:
-        """Sum over tokens and sizes of maps of what strays from the subject, mean over the pictures with a mask."""
+        """Sum over tokens and sizes of maps of what strays from the subject.
+
+        Mean over the pictures that have a mask and a caption with the concept.
+        """
         *_, height, width = batch.latents.shape
-        counted = batch.has_subject.float()
+        positions = {token: self._positions(token, batch) for token in self.tokens}
+        is_named = torch.tensor(positions[self.tokens[-1]], device=batch.latents.device) > 0
+        counted = (batch.has_subject & is_named).float()
         total = torch.zeros_like(counted)
-        for token in self.tokens:
+        for token, places in positions.items():
             full = token == self.tokens[-1] and self.config.reg_full_identity
             form = attention_to_mask if full else attention_outside
-            for size, maps in record.maps(self._positions(token, batch), height, width).items():
+            for size, maps in record.maps(places, height, width).items():
                 subject = F.adaptive_avg_pool2d(batch.subject, size)[:, 0]
                 total = total + form(maps, subject)
         return (total * counted).sum() / counted.sum().clamp(min=1.0)
 
     def _positions(self, token: str, batch: Batch) -> list[int]:
-        """Where the token first stands in the caption of every picture; 0 where it does not."""
+        """Where the token first stands in the caption of every picture; 0, the start's place, where it does not."""
         first = [
             next((place for place, name in self.captions.concept_tokens[row].items() if name == token), 0)
             for row in batch.captions

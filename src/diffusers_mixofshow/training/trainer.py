@@ -31,13 +31,13 @@ from diffusers_mixofshow.training.checkpoints import (
     check_writable,
     digest_of,
 )
+from diffusers_mixofshow.training.compute import compiled, recomputed_activations
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos
 from diffusers_mixofshow.training.failures import explained_memory
 from diffusers_mixofshow.training.interruption import noticed_interruption
 from diffusers_mixofshow.training.learner import Learner
 from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop, final_mean
-from diffusers_mixofshow.training.memory import recomputed_activations
 from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
@@ -156,6 +156,7 @@ class _Tuning:
                 captions=tokenized,
                 scheduler=scheduler,
                 config=config,
+                denoiser=stack.enter_context(compiled(pipeline.unet)) if config.torch_compile else None,
             )
             phases, position = self.trained.phases(config), self._resumed()
             self.loop = TrainingLoop(phases, learner, self.batches, self.accelerator, config, make_optimizer, position)
@@ -209,11 +210,17 @@ class _Tuning:
                 self._tell(report)
                 if interruption.everywhere:
                     self._save()
+                    progress.console.print(self._farewell(report.step))
                     raise KeyboardInterrupt
                 if _is_due(report.step, self.config.checkpointing_steps):
                     self._save()
                 if _is_due(report.step, self.config.validation_steps) and self.checkpoints is not None:
                     self._draw_sheet(self.checkpoints.folder / "validation" / f"step-{report.step:06d}.png")
+
+    def _farewell(self, step: int) -> str:
+        if self.checkpoints is None:
+            return f"Stopped after step {step}; without output_dir nothing was saved."
+        return f"Stopped and saved after step {step}; go on with resume_from_checkpoint 'latest'."
 
     def _tell(self, report: StepReport) -> None:
         self.accelerator.log(report.as_scalars(), step=report.step)

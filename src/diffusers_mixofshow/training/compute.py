@@ -1,4 +1,4 @@
-"""Memory for time: activations that are computed again when their gradients are due."""
+"""Time for memory, and patience for time: activations computed again for their gradients, and a compiled model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,3 +36,15 @@ def recomputed_activations(*models: nn.Module) -> Iterator[None]:
 
 
 _again: Any = partial(checkpoint, use_reentrant=False)
+
+
+@contextmanager
+def compiled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model compiled by torch, which shares its weights; the marks that compiling leaves are gone afterwards."""
+    before = set(vars(model))
+    try:
+        made: Any = torch.compile(model)
+        yield made
+    finally:
+        for mark in set(vars(model)) - before:
+            delattr(model, mark)
