@@ -194,7 +194,10 @@ def _shrunk(image: Image.Image, size: tuple[int, int], resampling: Image.Resampl
 
 def _folder_of_photos(folder: Path) -> Path:
     if not folder.is_dir():
-        raise TrainingDataError(f"{folder} is no folder. Expected a folder of photos ({', '.join(PICTURE_SUFFIXES)}).")
+        raise TrainingDataError(
+            f"{folder} is no folder. Expected a folder of photos ({', '.join(PICTURE_SUFFIXES)}); a data set of "
+            "the Hub is named by dataset_name."
+        )
     try:
         is_empty = not any(is_picture(path) or path.name in METADATA_FILES for path in folder.iterdir())
     except OSError as error:

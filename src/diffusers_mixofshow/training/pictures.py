@@ -98,7 +98,7 @@ def _open(path: Path, called: str) -> Image.Image:
         import pillow_heif
     except ImportError as error:
         raise TrainingDataError(
-            f"{called} is HEIC, which needs pillow-heif (pip install pillow-heif); or save it as JPEG"
+            f"{called} is HEIC, which needs pillow-heif (pip install 'diffusers-mixofshow[heic]'); or save it as JPEG"
         ) from error
     opened: Image.Image = pillow_heif.open_heif(path).to_pillow()
     return opened
