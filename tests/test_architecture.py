@@ -32,9 +32,10 @@ RANK_OF = {
     "fusion": 3,
     "pipelines": 3,
     "evaluation": 3,
-    "demo": 4,
-    "cli": 4,
-    "__main__": 5,
+    "client": 4,
+    "demo": 5,
+    "cli": 5,
+    "__main__": 6,
 }
 # Imports between parts of one rank. Everybody may import errors; interop translates other files to and from an
 # EDLoRA; the verb `demo` of the command line starts the demo.

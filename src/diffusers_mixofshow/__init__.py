@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from diffusers_mixofshow.client import tune_concept
     from diffusers_mixofshow.concepts import Concept
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning
@@ -48,6 +49,7 @@ __all__ = [
     "Region",
     "TrainingConfig",
     "refine_regions",
+    "tune_concept",
 ]
 
 _HOME = {
@@ -70,6 +72,7 @@ _HOME = {
     "Region": "regions",
     "TrainingConfig": "training.config",
     "refine_regions": "pipelines.refining",
+    "tune_concept": "client",
 }
 
 

@@ -142,7 +142,9 @@ class TrainableLoRA:
 
 
 @contextmanager
-def trainable(components: Mapping[str, object], rank: int, alpha: float) -> Iterator[TrainableLoRA]:
+def trainable(
+    components: Mapping[str, object], rank: int, alpha: float, wanted: Callable[[str], bool] = lambda site: True
+) -> Iterator[TrainableLoRA]:
     """Give every adapted layer a fresh LoRA in float32 inside the block: `down` random, `up` zero, so no effect yet.
 
     Inside the block only these matrices require gradients; afterwards modules and flags are what they were.
@@ -151,12 +153,13 @@ def trainable(components: Mapping[str, object], rank: int, alpha: float) -> Iter
         components: ``pipeline.components``, or a part of them.
         rank: Rank of every update.
         alpha: Updates are scaled by alpha / rank.
+        wanted: Which of the adapted layers get one, by site name; all of them by default.
     """
     if rank < 1:
         raise ConfigurationError(f"The rank of a LoRA must be at least 1, got {rank}.")
     _refuse_fused(components)
     _check_name(components, _TRAINING_ADAPTER)
-    shapes = dict.fromkeys(adapted_layers(components), (rank, alpha))
+    shapes = dict.fromkeys(filter(wanted, adapted_layers(components)), (rank, alpha))
     with ExitStack() as stack:
         for model in components_with_sites(components).values():
             stack.enter_context(_gradient_flags_kept(model))

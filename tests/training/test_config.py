@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.training import TrainingConfig
+from diffusers_mixofshow.training.presets import PRESETS
+from diffusers_mixofshow.training.settings import settings_of
 
 
 NEEDED = {"instance_data_dir": "photos", "concept": "potter", "class_word": "man"}
@@ -87,3 +90,154 @@ def test_record_is_json_without_private_folders() -> None:
     record = TrainingConfig(**NEEDED, output_dir="/home/someone/out").as_record()
     assert json.loads(json.dumps(record)) == record
     assert not {"instance_data_dir", "output_dir"} & record.keys()
+
+
+def test_defects_of_names_and_values_are_in_one_error() -> None:
+    wrong = {"concept": "potter", "colour": 1, "rank": 0, "resolution": "big", "preset": "best", "data": {"x": 1}}
+    with pytest.raises(ConfigurationError) as caught:
+        TrainingConfig.from_mapping(NEEDED | wrong)
+    expected = ("unknown setting 'colour'", "unknown table 'data'", "rank is 0", "resolution is 'big'", "preset is")
+    assert [text for text in expected if text not in str(caught.value)] == []
+
+
+TOML = """
+concept = "potter"
+class_word = "man"
+learning_rate = 1e-4
+snr_gamma = 5
+masked_loss = false
+"""
+YAML = """
+concept: potter
+class_word: man
+learning_rate: 1e-4
+snr_gamma: 5
+masked_loss: no
+mixed_precision: no
+text_kv_lr: null
+"""
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", TOML), ("a.yaml", YAML), ("a.yml", YAML)])
+def test_files_and_replacements(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    config = TrainingConfig.from_file(tmp_path / name, instance_data_dir="photos", concept="ginny")
+    assert config == TrainingConfig(
+        instance_data_dir="photos",
+        concept="ginny",
+        class_word="man",
+        learning_rate=1e-4,
+        snr_gamma=5,
+        masked_loss=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("a.json", "{}", "ends in .toml, .yaml, .yml"),
+        ("a.toml", "rank = ", "no valid TOML"),
+        ("a.yaml", "rank: [", "no valid YAML"),
+        ("a.yaml", "- rank", "no list of settings"),
+        ("a.yaml", "rank: 4\nrank: 8", "rank more than once"),
+        ("a.yaml", "rank: four", "rank is 'four', expected int"),
+        ("a.yaml", "snr_gama: 4", "did you mean 'snr_gamma'"),
+        ("a.toml", "snr_gama = 4", "did you mean 'snr_gamma'"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, name: str, text: str, complaint: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=complaint):
+        TrainingConfig.from_file(tmp_path / name, **NEEDED)
+    with pytest.raises(ConfigurationError, match="no readable configuration file"):
+        TrainingConfig.from_file(tmp_path / "missing.toml")
+
+
+def test_a_files_preset_lies_below_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('preset = "toyland"\nrank = 8', encoding="utf-8")
+    config = TrainingConfig.from_file(tmp_path / "a.toml", **NEEDED, max_train_steps=7)
+    assert (config.pretrained_model_name_or_path, config.resolution, config.max_train_steps) == ("toyland", 64, 7)
+    assert (config.rank, config.lora_alpha) == (8, 8)
+
+
+def test_a_record_makes_the_same_config() -> None:
+    config = TrainingConfig.toyland(**NEEDED, rank=8, lora_alpha=4)
+    assert TrainingConfig.from_mapping(config.as_record() | {"instance_data_dir": "photos"}) == config
+
+
+@dataclasses.dataclass
+class Example:
+    """Of settings.
+
+    Args:
+        names: Several ``names``,
+            on two lines.
+        share: A number.
+        place: Where.
+
+    Raises:
+        Nothing: Ever.
+    """
+
+    names: tuple[str, ...] = ()
+    share: float | None = None
+    place: str | Path = "here"
+
+
+def test_fields_say_what_they_are() -> None:
+    names, share, place = settings_of(Example).values()
+    assert (names.option, names.documentation) == ("--names", "Several ``names``, on two lines.")
+    assert (names.from_text(["a", "b"]), names.from_text("a"), share.from_text("None")) == (("a", "b"), ("a",), None)
+    assert (share.from_text("1e-3"), share.from_text("x"), share.accepts(1), share.accepts(True)) == (
+        1e-3,
+        "x",
+        True,
+        False,
+    )
+    assert (place.expected, share.expected, names.accepts(("a", 1))) == ("str | Path", "float | None", False)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_changes_only_settings(name: str) -> None:
+    config = TrainingConfig.from_mapping(NEEDED | {"preset": name})
+    assert {setting: getattr(config, setting) for setting in PRESETS[name]} == PRESETS[name]
+
+
+def test_presets_of_kinds_fit_the_embedded_base_and_others_do_not() -> None:
+    on_toyland = NEEDED | {"pretrained_model_name_or_path": "toyland"}
+    config = TrainingConfig.from_mapping(on_toyland | {"preset": "character"})
+    assert (config.kind, config.random_flip, config.resolution) == ("character", False, 64)
+    with pytest.raises(ConfigurationError, match="embedded base brings its own"):
+        TrainingConfig.from_mapping(on_toyland | {"preset": "paper"})
+
+
+def test_photos_come_from_a_folder_or_the_hub() -> None:
+    with pytest.raises(ConfigurationError, match="one of instance_data_dir and dataset_name"):
+        TrainingConfig(concept="potter", class_word="man")
+    with pytest.raises(ConfigurationError, match="one of instance_data_dir and dataset_name"):
+        TrainingConfig(**NEEDED, dataset_name="me/photos")
+
+
+def test_data_settings_that_contradict() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        TrainingConfig.from_mapping(
+            NEEDED
+            | {"framing": "place", "center_crop": True, "proportion_empty_prompts": 1.5, "captions_per_step": 1}
+            | {"instance_prompt": []}
+        )
+    for expected in (
+        "center_crop is set but",
+        "1.5, expected less than 1",
+        "single caption",
+        "instance_prompt is empty",
+    ):
+        assert expected in str(caught.value)
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    assert TrainingConfig.from_mapping(NEEDED | {"instance_prompt": "my <TOK>"}).instance_prompt == ("my <TOK>",)
+
+
+def test_captions_of_photos_without_any_name_the_concept() -> None:
+    with pytest.raises(ConfigurationError, match="'a man', which does not name the concept; write <TOK> or <potter>"):
+        TrainingConfig(**NEEDED, instance_prompt=("a man", "a <potter>"))

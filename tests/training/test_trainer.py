@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from PIL import Image
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 import tiny
@@ -19,46 +19,15 @@ from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
 from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
-from diffusers_mixofshow.training.batches import cache_photos, random_batches
+from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
+from diffusers_mixofshow.training.config import LR_SCHEDULERS
 from diffusers_mixofshow.training.data import read_photos
 from diffusers_mixofshow.training.learner import Learner, initial_embeddings
-from diffusers_mixofshow.training.trainer import learning_rate_factor
+from diffusers_mixofshow.training.loop import learning_rate_factor
+from short_training import quick, tensors
 
 
 CAPTION = "a <TOK>"
-
-
-@pytest.fixture
-def pipeline() -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "masks").mkdir(parents=True)
-    for number, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(CAPTION, encoding="utf-8")
-    Image.linear_gradient("L").save(folder / "masks" / "0.png")
-    return folder
-
-
-def quick(photos: Path, **settings: object) -> TrainingConfig:
-    defaults: dict[str, object] = {
-        "instance_data_dir": photos,
-        "concept": "potter",
-        "class_word": "man",
-        "resolution": 32,
-        "max_train_steps": 2,
-        "embedding_phase_steps": 1,
-        "train_batch_size": 2,
-        "captions_per_step": 1,
-        "embedding_learning_rate": 1e-2,
-        "text_encoder_lr": 1e-3,
-        "learning_rate": 1e-2,
-    }
-    return TrainingConfig.from_mapping(defaults | settings)
 
 
 def fingerprint(pipeline: StableDiffusionPipeline) -> dict[str, object]:
@@ -80,13 +49,6 @@ def fingerprint(pipeline: StableDiffusionPipeline) -> dict[str, object]:
     return state
 
 
-def tensors(edlora: EDLoRA) -> dict[str, torch.Tensor]:
-    found = dict(edlora.embeddings)
-    for site, update in edlora.lora.items():
-        found |= {f"{site}.down": update.down, f"{site}.up": update.up}
-    return found
-
-
 def fixed_loss(
     pipeline: StableDiffusionPipeline, config: TrainingConfig, embeddings: dict[str, torch.Tensor]
 ) -> float:
@@ -96,7 +58,7 @@ def fixed_loss(
     wide = quick(Path(config.instance_data_dir), train_batch_size=16)
     generator = torch.Generator().manual_seed(99)
     batch = next(
-        random_batches(cache_photos(photos, table, pipeline.vae, wide), wide, timesteps=1000, generator=generator)
+        RandomBatches(cache_photos(photos, table, pipeline.vae, wide), wide, timesteps=1000, generator=generator)
     )
     learner = Learner(
         text_encoder=pipeline.text_encoder,
@@ -104,10 +66,10 @@ def fixed_loss(
         embeddings={token: nn.Parameter(value) for token, value in embeddings.items()},
         captions=tokenize(table, pipeline.tokenizer, [config.concept_to_learn]),
         scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
-        snr_gamma=None,
+        config=config,
     )
     with torch.no_grad(), layerwise_attention(pipeline.unet):
-        return float(learner(batch))
+        return float(learner(batch)["loss"])
 
 
 def test_training_lowers_the_loss_on_a_fixed_batch(pipeline: StableDiffusionPipeline, photos: Path) -> None:
@@ -303,3 +265,29 @@ def test_learning_rates_warm_up_and_decay(photos: Path) -> None:
     assert factors[2:] == pytest.approx([1, 0.75, 0.5, 0.25])
     assert learning_rate_factor(5, 6, quick(photos, lr_scheduler="constant")) == 1
     assert learning_rate_factor(3, 6, quick(photos, lr_scheduler="cosine")) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_curves_are_those_of_diffusers(photos: Path, name: str) -> None:
+    config = quick(photos, lr_scheduler=name, lr_num_cycles=2, lr_power=1.5)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=8, num_cycles=2, power=1.5)
+    if name == "cosine":
+        theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=8)
+    for step in range(8):
+        assert learning_rate_factor(step, 8, config) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.slow
+def test_compiled_unet_learns_the_same(
+    pipeline: StableDiffusionPipeline, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile_with(module, backend="eager"))
+    before = fingerprint(pipeline)
+    compiled = tensors(EDLoRATrainer(quick(photos, torch_compile=True), pipeline).train())
+    assert fingerprint(pipeline) == before
+    for name, value in tensors(EDLoRATrainer(quick(photos), pipeline).train()).items():
+        torch.testing.assert_close(value, compiled[name], rtol=1e-4, atol=1e-5, msg=name)

@@ -17,7 +17,7 @@ from diffusers_mixofshow.cli.inspect import inspect
 from diffusers_mixofshow.cli.push import push
 from diffusers_mixofshow.cli.sample import sample
 from diffusers_mixofshow.cli.settings import settings_from
-from diffusers_mixofshow.cli.train import train
+from diffusers_mixofshow.cli.train import SPELLINGS, train
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError
 
 
@@ -36,7 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _verb in (train, fuse, sample, inspect, convert, push, demo, doctor):
+app.command(context_settings=SPELLINGS)(train)
+for _verb in (fuse, sample, inspect, convert, push, demo, doctor):
     app.command()(_verb)
 
 

@@ -1,90 +1,220 @@
-"""``mixofshow train``: a folder of photos to an ED-LoRA."""
+"""``mixofshow train``: a folder of photos to an ED-LoRA.
+
+Every option but ``--config`` and ``--preset`` is made from a field of `TrainingConfig`: its name, its default and its
+documentation.
+"""
 
 from __future__ import annotations
 
+import inspect
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 
 from diffusers_mixofshow.base_models import TOYLAND
-from diffusers_mixofshow.cli.base_model import BASE_HELP
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.training import TrainingConfig
+from diffusers_mixofshow.training.config import CHOICES
+from diffusers_mixofshow.training.config_files import read_settings
+from diffusers_mixofshow.training.presets import PRESETS
+from diffusers_mixofshow.training.settings import Setting, settings_of
 
 
-if TYPE_CHECKING:
-    from diffusers_mixofshow.training import TrainingConfig
+SPELLINGS = {"token_normalize_func": lambda name: name.replace("_", "-")}
+"""Context settings of the command: options may be written with underscores, as those of diffusers' scripts are."""
+
+_SETTINGS = settings_of(TrainingConfig)
+_OFF = "no_"
+_SHORT = {
+    "pretrained_model_name_or_path": "--base",
+    "output_dir": "--output",
+    "max_train_steps": "--steps",
+    "train_batch_size": "--batch-size",
+}
+_PANELS = {
+    "instance_data_dir": "What to learn",
+    "resolution": "Pictures and captions",
+    "train_batch_size": "Steps",
+    "embedding_learning_rate": "Learning rates",
+    "rank": "LoRA and loss",
+    "method": "Method and optimiser",
+    "attn_reg_weight": "Regularisers",
+    "gradient_checkpointing": "Memory and speed",
+    "checkpointing_steps": "Checkpoints",
+    "report_to": "What is seen and kept",
+}
+"""The first setting of every group in the help; those between two first ones belong to the first of them."""
 
 
-def train(
-    photos: Annotated[
-        Path | None,
-        typer.Argument(help="Folder of photos, captions (NAME.txt), masks/NAME.png. (required, or in --config)"),
-    ] = None,
-    concept: Annotated[
-        str | None, typer.Option(help="Name of the concept, e.g. potter for <potter>. (required, or in --config)")
-    ] = None,
-    class_word: Annotated[
-        str | None, typer.Option(help="Plain word for what it is, e.g. man, dog. (required, or in --config)")
-    ] = None,
-    kind: Annotated[str | None, typer.Option(help="character, pet, object or scene. (default: object)")] = None,
-    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: Stable Diffusion 1.5)")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the ED-LoRA. (default: the concept's name)")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps. (default: 800; toyland 250)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures a step. (default: 4; toyland 12)")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA. (default: 4)")] = None,
-    resolution: Annotated[
-        int | None, typer.Option(help="Side of the training picture in pixels. (default: 512; toyland 64)")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random number. (default: 0)")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with any setting of TrainingConfig; options above win.")
-    ] = None,
-) -> None:
+def train(**given: Any) -> None:
     """Tune one concept on a handful of photos and write it as an ED-LoRA.
 
-    Example: mixofshow train photos/potter --concept potter --class-word man --output edlora-potter
+    Five to twenty photos in a folder are enough:
+      mixofshow train photos/potter --concept potter --class-word man
+
+    Without a model and a GPU, on the base that ships in the package:
+      mixofshow train photos/rex --concept rex --class-word dog \\
+        --base toyland
+
+    With captions, one of the presets, and settings from a file; options win
+    over the file, the file over the preset, the preset over the defaults:
+      mixofshow train --config potter.toml --preset character --seed 1
+
+    Switches take no value and are turned off by --no-NAME, such as
+    --no-masked-loss. Where a setting can be None, none is its text.
+
+    Beside a photo NAME.jpg may stand its captions, NAME.txt (<TOK> is the
+    concept), and its mask, masks/NAME.png (white is the concept).
     """
-    settings = {
-        "instance_data_dir": photos,
-        "concept": concept,
-        "class_word": class_word,
-        "kind": kind,
-        "pretrained_model_name_or_path": base,
-        "output_dir": output,
-        "max_train_steps": steps,
-        "train_batch_size": batch_size,
-        "rank": rank,
-        "lora_alpha": None if rank is None else float(rank),
-        "resolution": resolution,
-        "seed": seed,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    checked = training_config(_read_toml(config) | given)
+    config: Path | None = given.pop("config")
+    photos: str | None = given.pop("photos")
+    options = _values_of_options(given)
+    if photos is not None and "instance_data_dir" in options:
+        raise ConfigurationError("The photos are given twice: as PHOTOS and as --instance-data-dir.")
+    if photos is not None:
+        options["instance_data_dir"] = photos
+    in_file = {} if config is None else read_settings(config, _SETTINGS)
+    spelt = _spellings(in_file.keys() - options.keys(), config)
+    with _options_in_errors(spelt), _warnings_on_standard_error(spelt):
+        checked = training_config(in_file | options)
 
-    from diffusers_mixofshow.training import EDLoRATrainer
+        from diffusers_mixofshow.client import tune_concept
 
-    EDLoRATrainer(checked).train()
+        tune_concept(checked)
     typer.echo(f"Wrote the ED-LoRA of <{checked.concept_to_learn.name}> to {checked.output_dir}")
 
 
-def training_config(settings: dict[str, Any]) -> TrainingConfig:
-    """Build the config; the embedded base brings its own defaults, and the output folder has one too."""
-    from diffusers_mixofshow.training import TrainingConfig
-
+def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
+    """Build the config; the output folder is named after the concept unless it is given."""
+    settings = dict(settings)
     if "concept" in settings:
         settings.setdefault("output_dir", Path(str(settings["concept"]).strip("<>")))
-    if settings.get("pretrained_model_name_or_path") == TOYLAND:
-        return TrainingConfig.toyland(**settings)
     return TrainingConfig.from_mapping(settings)
 
 
-def _read_toml(path: Path | None) -> dict[str, Any]:
-    import tomllib
+def _values_of_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was written at the command line, each text read as its setting's type."""
+    written = {name: value for name, value in given.items() if value not in (None, [], False)}
+    switched_off = [name.removeprefix(_OFF) for name in written if name.startswith(_OFF)]
+    both = [_SETTINGS[name].option for name in switched_off if name in written]
+    if both:
+        raise ConfigurationError(f"Both on and off: {', '.join(both)}.")
+    values = {
+        name: _SETTINGS[name].from_text(value) if name in _SETTINGS and value is not True else value
+        for name, value in written.items()
+        if not name.startswith(_OFF)
+    }
+    return values | dict.fromkeys(switched_off, False)
 
-    if path is None:
-        return {}
+
+def _parameters() -> Iterator[inspect.Parameter]:
+    """The command's parameters, for typer."""
+    photos = typer.Argument(metavar="PHOTOS", help="Folder of photos; the same as --instance-data-dir.")
+    yield _parameter("photos", Annotated[str | None, photos], positional=True)
+    preset = typer.Option(help=f"Set of settings below all others: {', '.join(PRESETS)}.", metavar="<str>")
+    yield _parameter("preset", Annotated[str | None, preset])
+    config = typer.Option(help="TOML or YAML file with settings, one a line: class_word = 'man'.", metavar="<path>")
+    yield _parameter("config", Annotated[Path | None, config])
+    panel = None
+    for setting in _SETTINGS.values():
+        panel = _PANELS.get(setting.name, panel)
+        yield _parameter(setting.name, _annotation(setting, panel))
+        if bool in setting.types:
+            off = typer.Option(_off(setting), hidden=True)
+            yield _parameter(_OFF + setting.name, Annotated[bool, off])
+
+
+def _off(setting: Setting) -> str:
+    """The option that switches a setting off; the help shows it where the setting is on by default."""
+    return f"--no-{setting.option.removeprefix('--')}"
+
+
+def _annotation(setting: Setting, panel: str | None) -> Any:
+    """What typer needs to know of a setting."""
+    names = [*([_SHORT[setting.name]] if setting.name in _SHORT else []), setting.option]
+    if bool in setting.types:
+        return Annotated[bool, typer.Option(setting.option, help=_help(setting), metavar=" ", rich_help_panel=panel)]
+    metavar = "path" if Path in setting.types else setting.expected.removesuffix(" | None").replace(" ", "")
+    if setting.is_list:
+        metavar = "str"
+    option = typer.Option(*names, help=_help(setting), metavar=f"<{metavar}>", rich_help_panel=panel)
+    return Annotated[list[str] | None, option] if setting.is_list else Annotated[str | None, option]
+
+
+def _parameter(name: str, annotation: Any, *, positional: bool = False) -> inspect.Parameter:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+    default = False if annotation.__origin__ is bool else None
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _help(setting: Setting) -> str:
+    """The setting's documentation with its default, and the embedded base's where that differs."""
+    text = setting.documentation.replace("`", "") + (" Several: repeat the option." if setting.is_list else "")
+    if not all(choice in text for choice in CHOICES.get(setting.name, ())):
+        text += f" One of {', '.join(CHOICES[setting.name])}."
+    if setting.is_required:
+        return escape(f"{text} (required)")
+    defaults = [] if setting.default in (None, ()) else [f"default: {_shown(setting.default)}"]
+    if setting.name in PRESETS[TOYLAND] and setting.name != "pretrained_model_name_or_path":
+        defaults.append(f"toyland: {_shown(PRESETS[TOYLAND][setting.name])}")
+    if setting.default is True:
+        defaults.append(f"off: {_off(setting)}")
+    return escape(text + (f" ({'; '.join(defaults)})" if defaults else ""))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(repr, value))
+    return {"True": "yes", "False": "no"}.get(str(value), str(value))
+
+
+def _spellings(in_file: Collection[str], file: Path | None) -> dict[str, str]:
+    """How messages name a setting: as its option, or as the file does where it stands there alone."""
+    spelt = {name: setting.option for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
+    return spelt if file is None else spelt | {name: f"{name} ({file.name})" for name in in_file}
+
+
+@contextmanager
+def _options_in_errors(spelt: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name options where they name settings."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path} is no readable TOML file ({error}).") from error
+        yield
+    except (ConfigurationError, ConceptError, TrainingDataError) as error:
+        raise type(error)(_respelt(str(error), spelt)) from error
+
+
+def _respelt(message: str, spelt: Mapping[str, str]) -> str:
+    """Replace names of settings; a name that may be a plain word only where a sentence starts with it."""
+    any_name, joined = "|".join(spelt), "|".join(name for name in spelt if "_" in name)
+    at_start, inside = rf"(?:(?<=^)|(?<=; )|(?<=: ))'?({any_name})'?(?= is )", rf"(?<!['\w./-])({joined})(?!['\w])"
+    return re.sub(f"{at_start}|{inside}", lambda found: spelt[found[1] or found[2]], message)
+
+
+@contextmanager
+def _warnings_on_standard_error(spelt: Mapping[str, str]) -> Iterator[None]:
+    """Show warnings of ours as sentences, without the line of code that gave them."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, MixOfShowWarning):
+                Console(stderr=True).print(
+                    Text(f"Warning: {_respelt(str(message), spelt)}", style="yellow"), soft_wrap=True
+                )
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", MixOfShowWarning)
+        yield
+
+
+train.__signature__ = inspect.Signature(list(_parameters()))  # type: ignore[attr-defined]

@@ -42,7 +42,7 @@ def fingerprint(config: TrainingConfig) -> str:
     """Digest of everything that the ED-LoRA depends on: settings, photos and base."""
     digest = hashlib.sha256(json.dumps(config.as_record(), sort_keys=True).encode())
     base = toyland.path()
-    for folder in (Path(config.instance_data_dir), *(base / part for part in _BASE_PARTS)):
+    for folder in (Path(str(config.instance_data_dir)), *(base / part for part in _BASE_PARTS)):
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(file.relative_to(folder).as_posix().encode())
             digest.update(file.read_bytes())

@@ -6,6 +6,7 @@ What the package writes stands between two marks and is refreshed; everything ar
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import re
@@ -25,6 +26,8 @@ from diffusers_mixofshow.errors import ConfigurationError
 
 
 CARD_NAME = "README.md"
+PICTURES_NAME = "samples.png"
+"""Sheet of pictures that a training leaves beside the pack."""
 
 Samples = Mapping[str, "Image.Image | str | os.PathLike[str]"]
 """Prompt to the picture that it drew."""
@@ -66,6 +69,7 @@ def model_card(
     merged: bool,
     samples: Mapping[str, str] | None = None,
     license_id: str | None = None,
+    pictures: bool = False,
 ) -> ModelCard:
     """Write the card of a pack.
 
@@ -75,6 +79,7 @@ def model_card(
         merged: Whether it is a complete pipeline with the updates in its weights.
         samples: Path of a picture beside the card to the prompt that it shows.
         license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a base model we know.
+        pictures: Whether `PICTURES_NAME` lies beside it.
     """
     concepts, base_model = contents["concepts"], contents["base_model"]
     samples = {} if samples is None else samples
@@ -89,6 +94,8 @@ def model_card(
         _concept_table(concepts, _residuals(contents["training"])),
         f"## Use\n\n```python\n{example(concepts, base_model, location, merged=merged)}```",
         f"{_STOCK_MERGED if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
+        *([f"![Samples, by strength of the LoRA]({PICTURES_NAME})"] if pictures else []),
+        *_training_record(contents["training"]),
         *_source_table(contents["training"]),
         f"## Responsible use\n\n{_RESPONSIBLE}",
     ]
@@ -304,6 +311,14 @@ def _table(rows: Sequence[Iterable[str]]) -> str:
     cells = [" | ".join(cell.replace("|", "\\|").replace("\\\\|", "\\|") for cell in row) for row in rows]
     rule = "|".join("---" for _ in rows[0])
     return "\n".join([f"| {cells[0]} |", f"|{rule}|", *(f"| {cell} |" for cell in cells[1:])])
+
+
+def _training_record(training: Mapping[str, object]) -> list[str]:
+    """How it was tuned, folded; nothing if the file does not name the settings."""
+    if not isinstance(training.get("settings"), Mapping):
+        return []
+    record = json.dumps(dict(training), indent=1, sort_keys=True).replace("`", "'")
+    return [f"<details><summary>How it was tuned</summary>\n\n```json\n{record}\n```\n\n</details>"]
 
 
 def _prompt(concept: Concept) -> str:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.training.config import TrainingConfig
-    from diffusers_mixofshow.training.trainer import EDLoRATrainer, StepReport
+    from diffusers_mixofshow.training.loop import StepReport
+    from diffusers_mixofshow.training.trainer import EDLoRATrainer
 
 __all__ = ["EDLoRATrainer", "StepReport", "TrainingConfig"]
 
-_HOMES = {"EDLoRATrainer": "trainer", "StepReport": "trainer", "TrainingConfig": "config"}
+_HOMES = {"EDLoRATrainer": "trainer", "StepReport": "loop", "TrainingConfig": "config"}
 
 
 def __getattr__(name: str) -> Any:

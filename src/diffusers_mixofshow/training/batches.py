@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.data import Crop, Photo, crops_of, mask_on_latents
+from diffusers_mixofshow.training.framing import Crop, crops_of, mask_on_latents
 from diffusers_mixofshow.training.losses import offset_noise
+from diffusers_mixofshow.training.pictures import Photo
 
 
 if TYPE_CHECKING:
@@ -26,13 +27,15 @@ class CachedPhoto:
     Args:
         mean: Scaled as the denoiser expects, shape (crops, channels, height, width).
         deviation: Same shape.
-        mask: Shape (crops, 1, height, width).
+        mask: Weights of the loss, shape (crops, 1, height, width).
+        subject: Share of each cell that shows the concept, same shape; None for a photo without a mask.
         captions: Row numbers of the photo's captions in the table of all captions.
     """
 
     mean: torch.Tensor
     deviation: torch.Tensor
     mask: torch.Tensor
+    subject: torch.Tensor | None
     captions: tuple[int, ...]
 
 
@@ -45,6 +48,9 @@ class Batch:
         noise: epsilon, same shape.
         timesteps: Shape (batch,).
         mask: Weights of the loss, shape (batch, 1, height, width).
+        subject: Share of each cell that shows the concept, same shape; ones for a picture without a mask.
+        has_subject: Whether a picture has a mask, shape (batch,).
+        prior_pictures: How many of the pictures, the last ones, show the class instead of the concept.
         captions: Row numbers of the distinct captions, each encoded once.
         caption_of: For every picture, its place in `captions`, shape (batch,).
     """
@@ -53,19 +59,20 @@ class Batch:
     noise: torch.Tensor
     timesteps: torch.Tensor
     mask: torch.Tensor
+    subject: torch.Tensor
+    has_subject: torch.Tensor
+    prior_pictures: int
     captions: tuple[int, ...]
     caption_of: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(
-            latents=self.latents.to(device),
-            noise=self.noise.to(device),
-            timesteps=self.timesteps.to(device),
-            mask=self.mask.to(device),
-            captions=self.captions,
-            caption_of=self.caption_of.to(device),
-        )
+        moved: dict[str, Any] = {
+            each.name: value.to(device)
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 @torch.no_grad()
@@ -90,50 +97,115 @@ def cache_photos(
             variants=config.crop_variants,
             center=config.center_crop,
             generator=generator,
+            framing=config.framing,
+            flip=config.random_flip,
         )
         mean, deviation = _encode(crops, vae)
-        masks = torch.stack([crop.mask for crop in crops])
-        cells = mask_on_latents(masks, *mean.shape[-2:]) if config.masked_loss else torch.ones_like(mean[:, :1])
+        cells, valid = (
+            mask_on_latents(torch.stack(masks), *mean.shape[-2:])
+            for masks in ([crop.mask for crop in crops], [crop.valid for crop in crops])
+        )
         cached.append(
             CachedPhoto(
                 mean=mean,
                 deviation=deviation,
-                mask=cells,
+                mask=cells if config.masked_loss else valid,
+                subject=None if photo.mask is None else cells,
                 captions=tuple(rows[caption] for caption in photo.captions),
             )
         )
     return cached
 
 
-def random_batches(
-    photos: Sequence[CachedPhoto], config: TrainingConfig, *, timesteps: int, generator: torch.Generator
-) -> Iterator[Batch]:
-    """Yield batches without end; every photo is seen before any is seen again.
+class RandomBatches:
+    """Batches without end; of photos of one size, every one is seen before any is seen again.
 
     Args:
-        photos: The cached photos.
-        config: Batch size, captions per step and noise offset.
+        photos: The cached photos. A batch has photos of one size, a size's turn comes as often as it has photos.
+        config: Batch size, captions per step, share of empty prompts and noise offset.
         timesteps: Number of the scheduler's training timesteps.
         generator: Draws everything, on the CPU, so that a seed means the same on every device.
+        prior: Cached pictures of the class; each batch has as many of them as of the concept.
+        empty_prompt: Row number of the empty prompt in the table of all captions; None never leaves a caption out.
     """
-    size = config.train_batch_size
-    distinct = min(config.captions_per_step or size, size)
-    order = _endless_order(len(photos), generator)
-    while True:
-        chosen = [photos[next(order)] for _ in range(distinct)]
-        captions = [_pick(photo.captions, generator) for photo in chosen]
-        table = tuple(dict.fromkeys(captions))
-        crops = [_sample_crop(chosen[place % distinct], generator) for place in range(size)]
+
+    def __init__(
+        self,
+        photos: Sequence[CachedPhoto],
+        config: TrainingConfig,
+        *,
+        timesteps: int,
+        generator: torch.Generator,
+        prior: Sequence[CachedPhoto] = (),
+        empty_prompt: int | None = None,
+    ) -> None:
+        self.prior, self.config, self.timesteps, self.empty_prompt = prior, config, timesteps, empty_prompt
+        self.generator = generator
+        self._turns = ["x".join(map(str, photo.mean.shape[1:])) for photo in photos]
+        self._of_size: dict[str, list[CachedPhoto]] = {size: [] for size in self._turns}
+        for size, photo in zip(self._turns, photos, strict=True):
+            self._of_size[size].append(photo)
+        self._orders: dict[str, list[int]] = {name: [] for name in (*self._of_size, "prior")}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        size, generator = self.config.train_batch_size, self.generator
+        distinct = min(self.config.captions_per_step or size, size)
+        chosen = self._choose(distinct)
+        captions = self._some_left_out([_pick(photo.captions, generator) for photo in chosen])
+        shown = [chosen[place % distinct] for place in range(size)]
+        told = [captions[place % distinct] for place in range(size)]
+        if self.prior:
+            of_class = [self.prior[self._next("prior", len(self.prior))] for _ in range(size)]
+            shown, told = [*shown, *of_class], [*told, *(photo.captions[0] for photo in of_class)]
+        crops = [_sample_crop(photo, generator) for photo in shown]
         latents = torch.stack([latent for latent, _ in crops])
         channel_noise = torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-        yield Batch(
+        noise = torch.randn(latents.shape, generator=generator)
+        drawn = [spread_timesteps(size, self.timesteps, generator) for _ in range(len(shown) // size)]
+        table = tuple(dict.fromkeys(told))
+        return Batch(
             latents=latents,
-            noise=offset_noise(torch.randn(latents.shape, generator=generator), channel_noise, config.noise_offset),
-            timesteps=spread_timesteps(size, timesteps, generator),
-            mask=torch.stack([mask for _, mask in crops]),
+            noise=offset_noise(noise, channel_noise, self.config.noise_offset),
+            timesteps=torch.cat(drawn),
+            mask=torch.stack([photo.mask[crop] for photo, (_, crop) in zip(shown, crops, strict=True)]),
+            subject=torch.stack([_subject(photo, crop) for photo, (_, crop) in zip(shown, crops, strict=True)]),
+            has_subject=torch.tensor([photo.subject is not None for photo in shown]),
+            prior_pictures=len(shown) - size,
             captions=table,
-            caption_of=torch.tensor([table.index(captions[place % distinct]) for place in range(size)]),
+            caption_of=torch.tensor([table.index(row) for row in told]),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Random state and place in the data."""
+        orders = {name: list(order) for name, order in self._orders.items()}
+        return {"generator": self.generator.get_state(), "orders": orders}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.generator.set_state(state["generator"])
+        self._orders = {name: list(order) for name, order in state["orders"].items()}
+
+    def _choose(self, count: int) -> list[CachedPhoto]:
+        """Photos of one size."""
+        turn = 0 if len(self._of_size) == 1 else _pick(range(len(self._turns)), self.generator)
+        group = self._of_size[self._turns[turn]]
+        return [group[self._next(self._turns[turn], len(group))] for _ in range(count)]
+
+    def _some_left_out(self, captions: list[int]) -> list[int]:
+        """Put the empty prompt in place of a share of the captions, but never of the last one left."""
+        if self.empty_prompt is None:
+            return captions
+        left_out = torch.rand(len(captions), generator=self.generator) < self.config.proportion_empty_prompts
+        left_out[0] &= not left_out.all()
+        return [self.empty_prompt if gone else row for gone, row in zip(left_out.tolist(), captions, strict=True)]
+
+    def _next(self, name: str, count: int) -> int:
+        if not self._orders[name]:
+            self._orders[name] = torch.randperm(count, generator=self.generator).tolist()
+        return self._orders[name].pop(0)
 
 
 def spread_timesteps(count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
@@ -160,15 +232,13 @@ def _encode(crops: Sequence[Crop], vae: AutoencoderKL) -> tuple[torch.Tensor, to
     return (torch.cat(means) - shift) * scale, torch.cat(deviations) * scale
 
 
-def _sample_crop(photo: CachedPhoto, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample_crop(photo: CachedPhoto, generator: torch.Generator) -> tuple[torch.Tensor, int]:
     crop = _pick(range(len(photo.mean)), generator)
-    latent = photo.mean[crop] + photo.deviation[crop] * torch.randn(photo.mean.shape[1:], generator=generator)
-    return latent, photo.mask[crop]
+    return photo.mean[crop] + photo.deviation[crop] * torch.randn(photo.mean.shape[1:], generator=generator), crop
 
 
-def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+def _subject(photo: CachedPhoto, crop: int) -> torch.Tensor:
+    return torch.ones_like(photo.mask[crop]) if photo.subject is None else photo.subject[crop]
 
 
 def _pick(options: Sequence[int], generator: torch.Generator) -> int:

@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from numbers import Real
+from collections.abc import Collection, Container, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.base_models import TOYLAND
-from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
+from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
+from diffusers_mixofshow.training.config_files import read_settings
+from diffusers_mixofshow.training.methods import METHODS
+from diffusers_mixofshow.training.presets import layered
+from diffusers_mixofshow.training.settings import settings_of
 
 
-LR_SCHEDULERS = ("linear", "cosine", "constant")
+FRAMINGS = ("crop", "place", "buckets")
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISIONS = ("no", "fp16", "bf16")
+TRACKERS = ("tensorboard", "wandb")
+CHOICES: dict[str, Collection[str]] = {
+    "framing": FRAMINGS,
+    "lr_scheduler": LR_SCHEDULERS,
+    "mixed_precision": PRECISIONS,
+    "method": METHODS,
+    "report_to": TRACKERS,
+}
+"""Settings that are one of a few names."""
+PRODIGY = "prodigy"
 
-_PRIVATE = ("instance_data_dir", "output_dir")
-_AT_LEAST_ONE = ("resolution", "train_batch_size", "max_train_steps", "captions_per_step", "crop_variants", "rank")
+_REFUSAL = "Training cannot start with these settings: "
+_PRIVATE = ("instance_data_dir", "dataset_name", "output_dir", "class_data_dir", "resume_from_checkpoint")
+_WITHOUT_EFFECT = (
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "report_to",
+    "validation_prompt",
+    "validation_steps",
+    "num_validation_images",
+    "save_statistics",
+)
+"""Settings that a training may change where it goes on, as they do not change what is learnt."""
+_AT_LEAST_ONE = (
+    "resolution",
+    "train_batch_size",
+    "max_train_steps",
+    "captions_per_step",
+    "crop_variants",
+    "rank",
+    "gradient_accumulation_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "num_class_images",
+    "lr_num_cycles",
+)
 _NOT_NEGATIVE = (
+    "tag_shuffles",
+    "proportion_empty_prompts",
     "embedding_phase_steps",
     "embedding_learning_rate",
     "text_encoder_lr",
@@ -30,16 +71,11 @@ _NOT_NEGATIVE = (
     "noise_offset",
     "initializer_std",
     "seed",
+    "attn_reg_weight",
+    "prior_loss_weight",
+    "num_validation_images",
 )
-_POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma")
-_TYPES: dict[str, Any] = {
-    "str": str,
-    "Path": Path,
-    "int": int,
-    "float": Real,
-    "bool": bool,
-    "None": type(None),
-}
+_POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma", "embedding_norm_threshold", "lr_power")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +86,12 @@ class TrainingConfig:
     code, "ours" a choice of this package.
 
     Args:
-        instance_data_dir: Folder with the concept's photos, optional captions beside them (``NAME.txt``, one caption
-            a line, ``<TOK>`` stands for the concept) and optional ``masks/NAME.png`` (white is the concept).
-        concept: The concept's name: ``potter`` or ``<potter>``.
-        class_word: Plain word for what it is; V_class starts from its embedding (paper).
+        instance_data_dir: Folder with the concept's photos; optional are captions (``NAME.txt``, one a line,
+            ``<TOK>`` stands for the concept; or ``metadata.jsonl`` or ``metadata.csv``) and masks (``masks/NAME.png``,
+            white is the concept; or the photos' alpha channels).
+        dataset_name: Data set of such photos on the Hub, ``user/name``, in place of the folder.
+        concept: The concept's name: ``potter`` or ``<potter>``; prompts say ``<potter>`` either way.
+        class_word: Plain word for what it is; V_class starts from its embedding (paper), or from the mean of several.
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
         pretrained_model_name_or_path: Base model: Hub id, folder, or ``toyland`` for the embedded base.
         output_dir: Folder that receives the ED-LoRA; None does not save.
@@ -61,6 +99,18 @@ class TrainingConfig:
         resolution: Side of the square training picture, in pixels (512, paper).
         center_crop: Whether photos that are not square are cropped at the centre; else at random places (reference).
         crop_variants: How many random crops of a photo are encoded and cached (ours); 1 is enough for square photos.
+        framing: How photos become training pictures: ``crop`` takes squares at random places, ``place`` puts the whole
+            photo at random places on black, which the loss leaves out (reference), ``buckets`` keeps about the photo's
+            shape, with about as many pixels as the square.
+        random_flip: Whether photos are trained mirrored, too; wrong for whatever has a left and a right: faces,
+            writing (no, reference).
+        caption_column: The column of captions in ``metadata.jsonl`` or ``metadata.csv``; None ignores them.
+        instance_prompt: Captions of photos that have none, one of them drawn at each step (after arXiv:2208.01618).
+        tag_shuffles: In how many random orders a caption's comma-separated tags are trained, the first tag always in
+            front; 0: as written.
+        proportion_empty_prompts: Share of captions that are left out, as guidance without a classifier wants it (0.1,
+            arXiv:2207.12598); one caption of a step always stays. What is learnt without a caption is in the LoRA
+            alone, so fusion keeps it badly (0, reference).
         train_batch_size: Pictures per step and process (2 GPUs x 2 in the reference, so 4).
         captions_per_step: Distinct captions per step at most; the batch repeats photos with other noise and
             timesteps, so that fewer layer-wise encodings are computed. None: one for every picture.
@@ -83,12 +133,42 @@ class TrainingConfig:
         masked_loss: Whether the loss counts only the concept's mask, for photos that have one (reference).
         initializer_std: Standard deviation of V_rand's first values, in embedding units (0.013, reference).
         mixed_precision: ``no``, ``fp16`` or ``bf16``, as accelerate understands it.
+        method: What is learnt: ``ed-lora`` (paper), or one of `training.methods.METHODS` to compare it with.
+        optimizer: Class of `torch.optim`, of bitsandbytes (``AdamW8bit``) or ``Prodigy`` (AdamW, reference).
+        lr_num_cycles: Restarts of ``cosine_with_restarts`` (1, diffusers' scripts).
+        lr_power: Power of ``polynomial`` decay (1.0, diffusers' scripts).
+        gradient_accumulation_steps: Batches whose gradients are added up for one optimiser step (1, reference).
+        ema_decay: Decay of a moving average of everything that is learnt, which is what is saved then; None saves
+            the last values (reference).
+        embedding_norm_threshold: Embeddings stand still once the mean norm of the concept's is this long, in embedding
+            units (reference: 0.55 on Stable Diffusion 1.5; its words have about 0.4); None never.
+        attn_reg_weight: Weight of the attention regulariser, for photos with a mask: what the tokens are looked at
+            outside the mask, each map divided by its largest value (reference: 0.01); 0 leaves it out.
+        reg_full_identity: Whether V_class's map is drawn to the mask as a whole, inside too (reference).
+        class_data_dir: Folder of pictures of the class for prior preservation (arXiv:2208.12242); what is missing to
+            `num_class_images` is sampled from the base model into it. None: no prior preservation (reference).
+        class_prompt: Prompt of those pictures; None: ``a photo of a`` and the class word.
+        num_class_images: Pictures of the class (100, diffusers' scripts).
+        prior_loss_weight: Weight of their loss (1.0, diffusers' scripts).
+        gradient_checkpointing: Whether activations are computed again for the gradients: less memory, a third slower.
+        torch_compile: Whether the U-Net is compiled with `torch.compile`: faster after a minute or more.
+        checkpointing_steps: A checkpoint is written to `output_dir` every so many optimiser steps; None writes none.
+        checkpoints_total_limit: How many checkpoints are kept, the newest (2, ours).
+        resume_from_checkpoint: ``latest``, or the folder of a checkpoint, to go on from.
+        report_to: ``tensorboard`` or ``wandb`` for curves and pictures, in ``output_dir/logs``; None keeps no curves.
+        validation_prompt: Prompt of the sheets, ``<TOK>`` stands for the concept.
+        validation_steps: A sheet of pictures at LoRA scale 0, 0.7 and 1 is drawn every so many optimiser steps, always
+            of the same seeds, besides the one at the end; None draws that alone.
+        num_validation_images: Pictures of each scale on a sheet (4, ours); 0 draws no sheets.
+        save_statistics: Whether `tune_concept` and ``mixofshow train`` record fusion statistics beside the ED-LoRA at
+            the end, so that it can be fused without a model (ours); `EDLoRATrainer` alone never does.
 
     Raises:
         ConfigurationError: Lists every value that is out of range or contradicts another.
     """
 
-    instance_data_dir: str | Path
+    instance_data_dir: str | Path | None = None
+    dataset_name: str | None = None
     concept: str
     class_word: str
     kind: str = "object"
@@ -98,6 +178,12 @@ class TrainingConfig:
     resolution: int = 512
     center_crop: bool = False
     crop_variants: int = 4
+    framing: str = "crop"
+    random_flip: bool = False
+    caption_column: str | None = "text"
+    instance_prompt: tuple[str, ...] = TEMPLATES
+    tag_shuffles: int = 0
+    proportion_empty_prompts: float = 0.0
     train_batch_size: int = 4
     captions_per_step: int | None = None
     max_train_steps: int = 800
@@ -117,35 +203,73 @@ class TrainingConfig:
     masked_loss: bool = True
     initializer_std: float = 0.013
     mixed_precision: str = "no"
+    method: str = "ed-lora"
+    optimizer: str = "AdamW"
+    lr_num_cycles: int = 1
+    lr_power: float = 1.0
+    gradient_accumulation_steps: int = 1
+    ema_decay: float | None = None
+    embedding_norm_threshold: float | None = None
+    attn_reg_weight: float = 0.0
+    reg_full_identity: bool = False
+    class_data_dir: str | Path | None = None
+    class_prompt: str | None = None
+    num_class_images: int = 100
+    prior_loss_weight: float = 1.0
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    checkpointing_steps: int | None = 250
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | Path | None = None
+    report_to: str | None = None
+    validation_prompt: str = "a photo of a <TOK>"
+    validation_steps: int | None = None
+    num_validation_images: int = 4
+    save_statistics: bool = True
 
     def __post_init__(self) -> None:
-        """Report every defect at once; values can be judged only where their types are right."""
-        defects = self._wrong_types() or [
-            *self._below_limits(),
-            *self._unknown_choices(),
-            *self._contradictions(),
-            *self._concept_defects(),
-        ]
+        """Report every defect at once."""
+        defects = self._defects()
         if defects:
-            raise ConfigurationError("Training cannot start with these settings: " + "; ".join(defects))
+            raise ConfigurationError(_REFUSAL + "; ".join(defects))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> TrainingConfig:
-        """Build a config from, for instance, a parsed TOML file.
+        """Build a config from names and values, for instance those of a parsed file.
+
+        Args:
+            settings: Any fields, and as ``preset`` the name of a set of settings that lies below them (see
+                `presets.PRESETS`). The embedded base (``toyland``) brings its own settings, and a rank without
+                lora_alpha sets that as well.
 
         Raises:
-            ConfigurationError: If names are unknown or required ones are missing; lists all of them.
+            ConfigurationError: Lists all unknown and missing names, and every value that cannot be used.
         """
-        known = {setting.name for setting in fields(cls)}
-        defects = []
-        for name in sorted(set(settings) - known):
-            nearest = difflib.get_close_matches(name, known, n=1)
-            defects.append(f"unknown setting {name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
-        missing = [name for name in ("instance_data_dir", "concept", "class_word") if name not in settings]
+        known = settings_of(cls)
+        values, defects = layered(settings)
+        values = {name: known[name].normalised(value) if name in known else value for name, value in values.items()}
+        defects += [_unknown(name, value, known) for name, value in values.items() if name not in known]
+        missing = [name for name, setting in known.items() if setting.is_required and name not in values]
         defects += [f"{name!r} is missing" for name in missing]
         if defects:
-            raise ConfigurationError("Training cannot start with these settings: " + "; ".join(defects))
-        return cls(**settings)
+            values |= dict.fromkeys(missing, "missing")
+            defaults = {name: setting.default for name, setting in known.items()}
+            judged = _unchecked(cls, defaults | {name: values[name] for name in values if name in known})
+            raise ConfigurationError(_REFUSAL + "; ".join([*defects, *judged._defects()]))
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path, **settings: Any) -> TrainingConfig:
+        """Build a config from a TOML or YAML file with any of `from_mapping`'s names, one setting a line.
+
+        Args:
+            path: Ends in ``.toml``, ``.yaml`` or ``.yml``. Folders in it are seen from the current folder.
+            settings: Take precedence over the file's.
+
+        Raises:
+            ConfigurationError: If the file cannot be read; else as `from_mapping`.
+        """
+        return cls.from_mapping(read_settings(path, settings_of(cls)) | settings)
 
     @classmethod
     def toyland(cls, **settings: Any) -> TrainingConfig:
@@ -155,12 +279,13 @@ class TrainingConfig:
         whole picture: on tight masks the concept spreads over the background, as nothing says where it ends. One
         concept takes about a minute on a CPU core.
         """
-        return cls.from_mapping(_TOYLAND_SETTINGS | settings)
+        return cls.from_mapping({"preset": TOYLAND} | settings)
 
     @property
     def concept_to_learn(self) -> Concept:
-        """The concept with its two tokens, V_rand and V_class."""
-        return Concept.from_name(self.concept, self.class_word, kind=self.kind)
+        """The concept with its tokens, V_rand and V_class; some methods have one token alone."""
+        concept = Concept.from_name(self.concept, self.class_word, kind=self.kind)
+        return replace(concept, tokens=concept.tokens[: METHODS[self.method].tokens])
 
     @property
     def total_steps(self) -> int:
@@ -169,19 +294,35 @@ class TrainingConfig:
 
     def as_record(self) -> dict[str, Any]:
         """The settings as JSON values, without folder names, which are private to whoever trains."""
-        return {name: value for name, value in asdict(self).items() if name not in _PRIVATE}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name not in _PRIVATE
+        }
 
-    def _wrong_types(self) -> list[str]:
-        defects = []
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            kinds = [_TYPES[name] for name in str(setting.type).split(" | ")]
-            # Python counts True as a number, which no setting means.
-            if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-                defects.append(f"{setting.name} is {value!r}, expected {setting.type}")
+    def as_identity(self) -> dict[str, Any]:
+        """The settings that decide what is learnt: a checkpoint goes on only where all of them are the same."""
+        return {name: value for name, value in self.as_record().items() if name not in _WITHOUT_EFFECT}
+
+    def _defects(self) -> list[str]:
+        """Everything that is wrong; values are judged only where their types are right."""
+        wrong = self._wrong_types()
+        defects = [*wrong.values(), *self._below_limits(wrong), *self._unknown_choices(wrong)]
+        if (self.instance_data_dir is None) == (self.dataset_name is None):
+            defects.append("one of instance_data_dir and dataset_name is needed: the photos")
+        if not wrong:
+            defects += [*self._contradictions(), *self._concept_defects()]
         return defects
 
-    def _below_limits(self) -> list[str]:
+    def _wrong_types(self) -> dict[str, str]:
+        values = {name: getattr(self, name) for name in settings_of(type(self))}
+        return {
+            name: f"{name} is {values[name]!r}, expected {setting.expected}"
+            for name, setting in settings_of(type(self)).items()
+            if not setting.accepts(values[name])
+        }
+
+    def _below_limits(self, unjudged: Container[str]) -> list[str]:
         limits = [
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
             (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
@@ -191,15 +332,14 @@ class TrainingConfig:
             f"{name} is {value}, expected {expected}"
             for names, accepts, expected in limits
             for name in names
-            if (value := getattr(self, name)) is not None and not accepts(value)
+            if name not in unjudged and (value := getattr(self, name)) is not None and not accepts(value)
         ]
 
-    def _unknown_choices(self) -> list[str]:
-        choices = {"lr_scheduler": LR_SCHEDULERS, "mixed_precision": PRECISIONS}
+    def _unknown_choices(self, unjudged: Container[str]) -> list[str]:
         return [
             f"{name} is {value!r}, expected one of {', '.join(known)}"
-            for name, known in choices.items()
-            if (value := getattr(self, name)) not in known
+            for name, known in CHOICES.items()
+            if name not in unjudged and (value := getattr(self, name)) is not None and value not in known
         ]
 
     def _contradictions(self) -> list[str]:
@@ -209,6 +349,19 @@ class TrainingConfig:
             defects.append("all learning rates are 0, so nothing would be learnt")
         if self.embedding_phase_steps and not self.embedding_learning_rate:
             defects.append("embedding_phase_steps is set but embedding_learning_rate is 0")
+        if self.class_data_dir is not None and self.framing == "buckets":
+            defects.append("framing is 'buckets' but class_data_dir is set: pictures of the class are square")
+        if self.center_crop and self.framing == "place":
+            defects.append("center_crop is set but framing is 'place', which crops nothing")
+        if not self.instance_prompt:
+            defects.append("instance_prompt is empty; give a caption such as 'a photo of a <TOK>'")
+        if self.proportion_empty_prompts >= 1:
+            defects.append(f"proportion_empty_prompts is {self.proportion_empty_prompts}, expected less than 1")
+        if self.proportion_empty_prompts and 1 in (self.captions_per_step, self.train_batch_size):
+            defects.append(
+                "proportion_empty_prompts is set but a step has a single caption; raise captions_per_step or "
+                "train_batch_size"
+            )
         if self.resolution % 8:
             defects.append(f"resolution is {self.resolution}, expected a multiple of 8")
         if self.captions_per_step is not None and self.captions_per_step > self.train_batch_size:
@@ -216,27 +369,59 @@ class TrainingConfig:
                 f"captions_per_step ({self.captions_per_step}) is larger than "
                 f"train_batch_size ({self.train_batch_size})"
             )
+        return defects + self._contradictions_of_method() + self._missing_output()
+
+    def _contradictions_of_method(self) -> list[str]:
+        defects = []
+        method = METHODS.get(self.method)
+        if method is not None and method.adapts == "nothing" and not self.embedding_learning_rate:
+            defects.append(f"{self.method} learns embeddings alone, but embedding_learning_rate is 0")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            defects.append(f"ema_decay is {self.ema_decay}, expected a number between 0 and 1")
+        rates = {self.embedding_learning_rate, self.text_encoder_lr, self.learning_rate, self.text_kv_lr} - {0, None}
+        if self.optimizer.lower() == PRODIGY and len(rates) > 1:
+            defects.append("Prodigy finds its own rates: set all learning rates that are not 0 to one number, 1.0")
+        if self.reg_full_identity and not self.attn_reg_weight:
+            defects.append("reg_full_identity is set but attn_reg_weight is 0")
+        if self.torch_compile and self.attn_reg_weight:
+            defects.append("torch_compile does not let the attention be recorded that attn_reg_weight asks for")
+        if CAPTION_SLOT not in self.validation_prompt:
+            defects.append(f"validation_prompt {self.validation_prompt!r} does not name the concept, {CAPTION_SLOT}")
         return defects
 
+    def _missing_output(self) -> list[str]:
+        needing = ("resume_from_checkpoint", "report_to", "validation_steps")
+        if self.output_dir is not None:
+            return []
+        return [f"{name} is set but output_dir is not" for name in needing if getattr(self, name) is not None]
+
     def _concept_defects(self) -> list[str]:
+        if self.method not in METHODS:
+            return []
+        if self.concept.startswith("<") != self.concept.endswith(">"):
+            return [f"concept is {self.concept!r}, which has one bracket; expected a name such as potter or <potter>"]
         try:
-            self.concept_to_learn  # noqa: B018 - built for its checks
+            concept = self.concept_to_learn
         except ConceptError as error:
             return [str(error)]
-        return []
+        return [
+            f"instance_prompt has {prompt!r}, which does not name the concept; write {CAPTION_SLOT} or "
+            f"{concept.placeholder}"
+            for prompt in self.instance_prompt
+            if CAPTION_SLOT not in prompt and not mentions_concept(prompt, [concept])
+        ]
 
 
-_TOYLAND_SETTINGS: dict[str, Any] = {
-    "pretrained_model_name_or_path": TOYLAND,
-    "resolution": 64,
-    "crop_variants": 1,
-    "train_batch_size": 12,
-    "captions_per_step": 3,
-    "max_train_steps": 250,
-    "embedding_phase_steps": 50,
-    "embedding_learning_rate": 1e-2,
-    "text_encoder_lr": 1e-3,
-    "learning_rate": 6e-3,
-    "masked_loss": False,
-    "lr_warmup_steps": 10,
-}
+def _unknown(name: str, value: object, known: Collection[str]) -> str:
+    if isinstance(value, Mapping):
+        return f"unknown table {name!r} (settings stand at the top of the file, in no table)"
+    nearest = difflib.get_close_matches(name, [*known, "preset"], n=1)
+    return f"unknown setting {name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else "")
+
+
+def _unchecked(kind: type[TrainingConfig], values: Mapping[str, Any]) -> TrainingConfig:
+    """A config whose values nobody has looked at, to be asked for its defects."""
+    config = object.__new__(kind)
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+    return config

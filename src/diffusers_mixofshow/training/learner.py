@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.training.attention_maps import AttentionRecord, recorded_attention
 from diffusers_mixofshow.training.batches import Batch
-from diffusers_mixofshow.training.losses import denoising_errors, denoising_target, min_snr_weights
+from diffusers_mixofshow.training.config import TrainingConfig
+from diffusers_mixofshow.training.losses import (
+    attention_outside,
+    attention_to_mask,
+    denoising_errors,
+    denoising_target,
+    min_snr_weights,
+)
 
 
 if TYPE_CHECKING:
@@ -28,6 +39,7 @@ def initial_embeddings(
     layers: int,
     std: float,
     generator: torch.Generator,
+    starts_at_class: bool = True,
 ) -> dict[str, nn.Parameter]:
     """Start V_class from the class word and every other token from noise (section 3.3.1), alike in all layers.
 
@@ -38,6 +50,7 @@ def initial_embeddings(
         layers: Number of cross-attention layers.
         std: Standard deviation of V_rand.
         generator: Draws V_rand, on the CPU.
+        starts_at_class: Whether there is a V_class; else the last token starts from noise, too.
 
     Returns:
         Token to a float32 parameter of shape (layers, dim) on the text encoder's device.
@@ -49,9 +62,9 @@ def initial_embeddings(
     ids = tokenizer(concept.class_word, add_special_tokens=False).input_ids
     if not ids:
         raise ConfigurationError(f"The tokenizer makes no token of the class word {concept.class_word!r}.")
-    *random_tokens, class_token = concept.tokens
-    starts = {token: torch.randn(table.shape[1], generator=generator) * std for token in random_tokens}
-    starts[class_token] = table[ids].mean(dim=0)
+    starts = {token: torch.randn(table.shape[1], generator=generator) * std for token in concept.tokens}
+    if starts_at_class:
+        starts[concept.tokens[-1]] = table[ids].mean(dim=0)
     return {token: nn.Parameter(start.to(table.device).repeat(layers, 1)) for token, start in starts.items()}
 
 
@@ -61,10 +74,11 @@ class Learner(nn.Module):
     Args:
         text_encoder: Borrowed, with its trainable LoRA inside.
         unet: Borrowed, with its trainable LoRA and the layer-wise processors inside.
-        embeddings: Token to parameter of shape (layers, dim).
+        denoiser: What is called in place of the U-Net: the same, compiled; None calls the U-Net.
+        embeddings: Token to parameter of shape (layers, dim), or (1, dim) if all layers share it; V_class last.
         captions: All captions of the data set, tokenised.
         scheduler: Adds noise and says what is predicted.
-        snr_gamma: See `TrainingConfig`.
+        config: Which losses count, and how much.
     """
 
     def __init__(
@@ -72,34 +86,82 @@ class Learner(nn.Module):
         *,
         text_encoder: PreTrainedModel,
         unet: UNet2DConditionModel,
-        embeddings: dict[str, nn.Parameter],
+        embeddings: Mapping[str, nn.Parameter],
         captions: TokenizedPrompts,
         scheduler: DDPMScheduler,
-        snr_gamma: float | None,
+        config: TrainingConfig,
+        denoiser: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.unet = unet
+        self.denoiser = unet if denoiser is None else denoiser
         self.tokens = tuple(embeddings)
         self.values = nn.ParameterList(embeddings.values())
         self.captions = captions
         self.scheduler = scheduler
-        self.snr_gamma = snr_gamma
+        self.config = config
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Mean loss of a batch (equation 1), a scalar."""
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Losses of a batch, scalars: ``loss`` is the sum of the others.
+
+        ``denoising`` is equation 1; with `prior_loss_weight`, ``prior`` is the same for pictures of the class; with
+        `attn_reg_weight`, ``attention`` is the attention regulariser.
+        """
+        errors, record = self._denoise(batch)
+        of_concept, of_class = errors.split([len(errors) - batch.prior_pictures, batch.prior_pictures])
+        losses = {"denoising": of_concept.mean()}
+        if batch.prior_pictures:
+            losses["prior"] = self.config.prior_loss_weight * of_class.mean()
+        if record is not None:
+            losses["attention"] = self.config.attn_reg_weight * self._regulariser(record, batch)
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    @torch.no_grad()
+    def embedding_norm(self) -> float:
+        """Mean Euclidean norm over the concept's tokens and their layers."""
+        return float(torch.cat(list(self.values)).float().norm(dim=1).mean())
+
+    def _denoise(self, batch: Batch) -> tuple[torch.Tensor, AttentionRecord | None]:
+        """Equation 1 for every picture, weighted by timestep, shape (batch,); with the attention if it counts."""
         embeddings = dict(zip(self.tokens, self.values, strict=True))
         layers = self.values[0].shape[0]
         encoded = encode_layerwise(self.text_encoder, self.captions.select(batch.captions), embeddings, layers)
         dtype: torch.dtype = self.unet.dtype
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        prediction = self.unet(
-            noisy.to(dtype), batch.timesteps, encoder_hidden_states=encoded[batch.caption_of].to(dtype)
-        ).sample
+        text = encoded[batch.caption_of].to(dtype)
+        with recorded_attention(self.unet) if self.config.attn_reg_weight else nullcontext() as record:
+            prediction = self.denoiser(noisy.to(dtype), batch.timesteps, encoder_hidden_states=text).sample
         alphas_cumprod = self.scheduler.alphas_cumprod.to(batch.latents.device)[batch.timesteps]
         kind = self.scheduler.config.prediction_type
         target = denoising_target(kind, batch.latents, batch.noise, alphas_cumprod)
         errors = denoising_errors(prediction, target, batch.mask)
-        if self.snr_gamma is not None:
-            errors = errors * min_snr_weights(kind, alphas_cumprod, self.snr_gamma)
-        return errors.mean()
+        if self.config.snr_gamma is not None:
+            errors = errors * min_snr_weights(kind, alphas_cumprod, self.config.snr_gamma)
+        return errors, record
+
+    def _regulariser(self, record: AttentionRecord, batch: Batch) -> torch.Tensor:
+        """Sum over tokens and sizes of maps of what strays from the subject.
+
+        Mean over the pictures that have a mask and a caption with the concept.
+        """
+        *_, height, width = batch.latents.shape
+        positions = {token: self._positions(token, batch) for token in self.tokens}
+        is_named = torch.tensor(positions[self.tokens[-1]], device=batch.latents.device) > 0
+        counted = (batch.has_subject & is_named).float()
+        total = torch.zeros_like(counted)
+        for token, places in positions.items():
+            full = token == self.tokens[-1] and self.config.reg_full_identity
+            form = attention_to_mask if full else attention_outside
+            for size, maps in record.maps(places, height, width).items():
+                subject = F.adaptive_avg_pool2d(batch.subject, size)[:, 0]
+                total = total + form(maps, subject)
+        return (total * counted).sum() / counted.sum().clamp(min=1.0)
+
+    def _positions(self, token: str, batch: Batch) -> list[int]:
+        """Where the token first stands in the caption of every picture; 0, the start's place, where it does not."""
+        first = [
+            next((place for place, name in self.captions.concept_tokens[row].items() if name == token), 0)
+            for row in batch.captions
+        ]
+        return [first[place] for place in batch.caption_of.tolist()]

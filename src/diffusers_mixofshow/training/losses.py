@@ -6,6 +6,8 @@ the concept V enters through the text conditioning.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -100,3 +102,55 @@ def min_snr_weights(prediction_type: str, alphas_cumprod: torch.Tensor, gamma: f
     if prediction_type == "sample":
         return clamped
     return clamped / (snr + 1 if prediction_type == "v_prediction" else snr.clamp(min=1e-8))
+
+
+def token_attention(queries: torch.Tensor, keys: torch.Tensor, heads: int, positions: Sequence[int]) -> torch.Tensor:
+    """Attention of every place of the picture to one token of its text: the mean over heads of softmax(Q K^T / d^0.5).
+
+    Computed in float32.
+
+    Args:
+        queries: Shape (batch, places, heads * head).
+        keys: Shape (batch, tokens, heads * head).
+        heads: Number of heads.
+        positions: The token's position in the text of each picture.
+
+    Returns:
+        Shape (batch, places); the values of one place over all tokens would add up to 1.
+    """
+    of_heads = [part.float().unflatten(-1, (heads, -1)).transpose(1, 2) for part in (queries, keys)]
+    scores = of_heads[0] @ of_heads[1].transpose(-1, -2) / of_heads[0].shape[-1] ** 0.5
+    chosen = torch.tensor(positions, device=scores.device).view(-1, 1, 1, 1).expand(*scores.shape[:3], 1)
+    return (scores.gather(3, chosen).squeeze(3) - scores.logsumexp(dim=3)).exp().mean(dim=1)
+
+
+def attention_outside(maps: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
+    """How much of a token's attention lies outside the subject: the regulariser's first form.
+
+    Args:
+        maps: Attention to the token, shape (batch, height, width); each is divided by its largest value.
+        subject: Share of each place that shows the subject, in [0, 1], same shape.
+
+    Returns:
+        Mean of the map over all that is not the subject, shape (batch,); 0 where the subject is everywhere.
+    """
+    outside = 1 - subject
+    weighted = (_by_largest(maps) * outside).sum(dim=(1, 2))
+    return weighted / outside.sum(dim=(1, 2)).clamp(min=1.0)
+
+
+def attention_to_mask(maps: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
+    """How far a token's attention is from the subject's mask: the regulariser's second form, for "full identity".
+
+    Args:
+        maps: Attention to the token, shape (batch, height, width); each is divided by its largest value.
+        subject: Share of each place that shows the subject, in [0, 1], same shape.
+
+    Returns:
+        Mean squared difference, shape (batch,).
+    """
+    return (_by_largest(maps) - subject).square().mean(dim=(1, 2))
+
+
+def _by_largest(maps: torch.Tensor) -> torch.Tensor:
+    return maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-8)

@@ -2,76 +2,64 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
-from diffusers_mixofshow.lora import TrainableLoRA, trainable
-from diffusers_mixofshow.sites import cross_attention_layers, reads_text
+from diffusers_mixofshow.edlora.card import PICTURES_NAME
+from diffusers_mixofshow.errors import MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.training.averaging import MovingAverage
 from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
-from diffusers_mixofshow.training.batches import Batch, cache_photos, random_batches
+from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
+from diffusers_mixofshow.training.checkpoints import (
+    CheckpointFolder,
+    check_same_training,
+    check_space,
+    check_writable,
+    digest_of,
+)
+from diffusers_mixofshow.training.compute import compiled, recomputed_activations
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.data import Photo, read_photos
-from diffusers_mixofshow.training.learner import Learner, initial_embeddings
+from diffusers_mixofshow.training.data import load_photos
+from diffusers_mixofshow.training.failures import explained_memory
+from diffusers_mixofshow.training.interruption import noticed_interruption
+from diffusers_mixofshow.training.learner import Learner
+from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop, final_mean
+from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
+from diffusers_mixofshow.training.pictures import Photo
+from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
+from diffusers_mixofshow.training.samples import draw_rows, labelled_sheet, write_sheet
+from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
+from diffusers_mixofshow.training.trained import fresh
+from diffusers_mixofshow.training.words import check_words
 
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-_FINAL_SHARE = 0.1
-"""The final loss is the mean over this share of the last steps; single steps are noisy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What `on_step` is told after every optimiser step.
-
-    Args:
-        step: Steps done, from 1.
-        total_steps: Steps in all.
-        phase: ``embeddings`` or ``joint``.
-        loss: The batch's loss.
-    """
-
-    step: int
-    total_steps: int
-    phase: str
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Phase:
-    """A number of steps with one optimiser; parameters that are in no group stand still."""
-
-    name: str
-    steps: int
-    groups: Sequence[dict[str, Any]]
-
 
 class EDLoRATrainer:
-    """Tunes one concept as an ED-LoRA (arXiv:2305.18292, section 3.3.1).
+    """Tunes one concept as an ED-LoRA (arXiv:2305.18292, section 3.3.1), or by a method that it is compared with.
 
     Args:
         config: All settings.
         pipeline: A loaded Stable Diffusion pipeline to borrow, which stays where it is and comes back as it was;
             None loads `config.pretrained_model_name_or_path`.
-        on_step: Called after every optimiser step; what it raises ends the training.
+        on_step: Called after every optimiser step; what it raises ends the training. After a `KeyboardInterrupt`, or
+            Ctrl-C, a checkpoint is written first, if there is an output folder.
 
     Example:
         ```python
@@ -88,7 +76,9 @@ class EDLoRATrainer:
         on_step: Callable[[StepReport], None] | None = None,
     ) -> None:
         self.config = config
-        self._given_pipeline = pipeline
+        self.pipeline = pipeline
+        """The borrowed pipeline; where none was given, the one that `train` has loaded."""
+        self._on_cpu = pipeline is not None and pipeline.device.type == "cpu"
         self._on_step = on_step
 
     def train(self) -> EDLoRA:
@@ -96,18 +86,25 @@ class EDLoRATrainer:
 
         Raises:
             TrainingDataError: If photos, captions or masks cannot be used; lists every defect.
-            ConfigurationError: If the folder cannot be written, the model cannot be trained, or the loss diverges.
+            ConceptError: If the base's tokenizer knows the concept's names already, or cannot read its class word.
+            ConfigurationError: If the folder cannot be written or is nearly full, the model cannot be trained, the
+                loss diverges, the GPU's memory does not suffice, or a checkpoint belongs to another training.
+            MissingExtraError: If the optimiser's or tracker's package is not installed.
         """
         config = self.config
-        photos = read_photos(config.instance_data_dir, config.concept_to_learn)
+        photos = load_photos(config)
+        make_optimizer = optimizer_of(config.optimizer)
+        check_tracker(config.report_to)
         if config.output_dir is not None:
-            _check_writable(Path(config.output_dir))
+            check_writable(Path(config.output_dir))
         accelerator = self._accelerator()
-        pipeline = self._given_pipeline or load_base(config).to(accelerator.device)
-        refuse_untrainable(pipeline, config)
         start = time.monotonic()
-        with borrowed(pipeline):
-            edlora = self._tune(pipeline, accelerator, photos)
+        with explained_memory(config):
+            self.pipeline = self.pipeline or load_base(config).to(accelerator.device)
+            refuse_untrainable(self.pipeline, config)
+            check_words(config.concept_to_learn, self.pipeline.tokenizer)
+            with borrowed(self.pipeline):
+                edlora = _Tuning(config, self.pipeline, accelerator, self._on_step).run(photos, make_optimizer)
         edlora = replace(edlora, training={**edlora.training, "seconds": round(time.monotonic() - start, 1)})
         if config.output_dir is not None and accelerator.is_main_process:
             edlora.save_pretrained(config.output_dir)
@@ -115,179 +112,211 @@ class EDLoRATrainer:
         return edlora
 
     def _accelerator(self) -> Accelerator:
-        on_cpu = self._given_pipeline is not None and self._given_pipeline.device.type == "cpu"
-        return Accelerator(mixed_precision=self.config.mixed_precision, cpu=on_cpu)
-
-    def _tune(self, pipeline: StableDiffusionPipeline, accelerator: Accelerator, photos: Sequence[Photo]) -> EDLoRA:
-        """Everything that happens while the pipeline is borrowed."""
-        config, concept = self.config, self.config.concept_to_learn
-        layers = cross_attention_layers(pipeline.unet)
-        captions = list(dict.fromkeys(caption for photo in photos for caption in photo.captions))
-        tokenized = _tokenize_captions(captions, pipeline, config)
-        cached = cache_photos(photos, captions, pipeline.vae, config)
-        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        embeddings = initial_embeddings(
-            concept,
-            pipeline.tokenizer,
-            pipeline.text_encoder,
-            layers=len(layers),
-            std=config.initializer_std,
-            generator=torch.Generator().manual_seed(config.seed),
+        config = self.config
+        logs = None if config.output_dir is None else Path(config.output_dir) / "logs"
+        return Accelerator(
+            mixed_precision=config.mixed_precision, cpu=self._on_cpu, log_with=config.report_to, project_dir=logs
         )
-        draws = torch.Generator().manual_seed(config.seed * accelerator.num_processes + accelerator.process_index)
-        batches = random_batches(cached, config, timesteps=scheduler.config.num_train_timesteps, generator=draws)
+
+
+class _Tuning:
+    """One training while the pipeline is borrowed."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        pipeline: StableDiffusionPipeline,
+        accelerator: Accelerator,
+        on_step: Callable[[StepReport], None] | None,
+    ) -> None:
+        self.config, self.pipeline, self.accelerator, self.on_step = config, pipeline, accelerator, on_step
+        self.checkpoints: CheckpointFolder | None = None
+        if config.output_dir is not None:
+            self.checkpoints = CheckpointFolder(Path(config.output_dir), config.checkpoints_total_limit, accelerator)
+
+    def run(self, photos: Sequence[Photo], make_optimizer: MakeOptimizer) -> EDLoRA:
+        """Learn the concept, from the start or from a checkpoint."""
+        config, pipeline = self.config, self.pipeline
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        tokenized, self.batches = self._read_data(photos, scheduler.config.num_train_timesteps)
+        self.photos = len(photos)
         with ExitStack() as stack:
-            lora = stack.enter_context(_seeded_lora(pipeline, config))
+            self.trained = stack.enter_context(fresh(pipeline, config))
             stack.enter_context(layerwise_attention(pipeline.unet))
+            if config.gradient_checkpointing:
+                stack.enter_context(recomputed_activations(pipeline.unet, pipeline.text_encoder))
+            parameters = self.trained.parameters()
+            if config.output_dir is not None:
+                check_space(Path(config.output_dir), list(parameters.values()), config)
+            self.average = None if config.ema_decay is None else MovingAverage(parameters, config.ema_decay)
             learner = Learner(
                 text_encoder=pipeline.text_encoder,
                 unet=pipeline.unet,
-                embeddings=embeddings,
+                embeddings=self.trained.embeddings,
                 captions=tokenized,
                 scheduler=scheduler,
-                snr_gamma=config.snr_gamma,
+                config=config,
+                denoiser=stack.enter_context(compiled(pipeline.unet)) if config.torch_compile else None,
             )
-            losses = self._run(_phases(config, embeddings, lora), learner, batches, accelerator)
-            return EDLoRA(
-                concepts=(concept,),
-                embeddings={token: value.detach().cpu().clone() for token, value in embeddings.items()},
-                lora=lora.read(),
-                base_model=config.pretrained_model_name_or_path,
-                layers=layers,
-                training={
-                    "settings": config.as_record(),
-                    "photos": len(photos),
-                    "processes": accelerator.num_processes,
-                    "final_loss": _final_mean(losses),
-                },
+            phases, position = self.trained.phases(config), self._resumed()
+            self.loop = TrainingLoop(phases, learner, self.batches, self.accelerator, config, make_optimizer, position)
+            with tracked(self.accelerator, config):
+                self._take_steps()
+                if self.checkpoints is not None:
+                    self._draw_sheet(self.checkpoints.folder / PICTURES_NAME)
+            return self._edlora()
+
+    def _read_data(self, photos: Sequence[Photo], timesteps: int) -> tuple[TokenizedPrompts, RandomBatches]:
+        """Captions as tokens and pictures as latents; every process draws batches for itself."""
+        config, accelerator = self.config, self.accelerator
+        captions = list(dict.fromkeys(caption for photo in photos for caption in photo.captions))
+        _refuse_cut(captions, self.pipeline, config)
+        of_class: list[Photo] = []
+        if config.class_data_dir is not None:
+            class_pictures(self.pipeline, config, drawing=accelerator.is_main_process)
+            accelerator.wait_for_everyone()
+            of_class = class_pictures(self.pipeline, config, drawing=False)
+            captions.append(prompt_of_class(config))
+        captions += [""] if config.proportion_empty_prompts else []
+        cached = cache_photos(photos, captions, self.pipeline.vae, config)
+        prior = cache_photos(of_class, captions, self.pipeline.vae, replace(config, framing="crop"))
+        self.data = digest_of([*cached, *prior], captions)
+        seed = config.seed * accelerator.num_processes + accelerator.process_index
+        generator = torch.Generator().manual_seed(seed)
+        batches = RandomBatches(
+            cached,
+            config,
+            timesteps=timesteps,
+            generator=generator,
+            prior=prior,
+            empty_prompt=captions.index("") if config.proportion_empty_prompts else None,
+        )
+        return tokenize(captions, self.pipeline.tokenizer, [config.concept_to_learn]), batches
+
+    def _take_steps(self) -> None:
+        """Run the loop; tell, draw and save between its steps."""
+        with _progress(self.accelerator.is_main_process) as progress, noticed_interruption() as interruption:
+            position = self.loop.position
+            bar = progress.add_task(
+                self.config.concept_to_learn.placeholder,
+                total=self.config.total_steps,
+                completed=position.step,
+                loss="",
             )
+            for report in self.loop.steps(interruption):
+                if self.average is not None:
+                    self.average.update(report.step)
+                progress.update(bar, advance=1, loss=f"{report.phase} loss {final_mean(position.losses):.4f}")
+                self._tell(report)
+                if interruption.everywhere:
+                    self._save()
+                    progress.console.print(self._farewell(report.step))
+                    raise KeyboardInterrupt
+                if _is_due(report.step, self.config.checkpointing_steps):
+                    self._save()
+                if _is_due(report.step, self.config.validation_steps) and self.checkpoints is not None:
+                    self._draw_sheet(self.checkpoints.folder / "validation" / f"step-{report.step:06d}.png")
 
-    def _run(
-        self, phases: Sequence[_Phase], learner: Learner, batches: Iterator[Batch], accelerator: Accelerator
-    ) -> list[float]:
-        """Run all phases and return the loss of every step."""
-        losses: list[float] = []
-        with _progress(accelerator.is_main_process) as progress:
-            bar = progress.add_task(self.config.concept_to_learn.placeholder, total=self.config.total_steps, loss="")
-            for phase in phases:
-                for loss in _run_phase(phase, learner, batches, accelerator, self.config):
-                    losses.append(loss)
-                    progress.update(bar, advance=1, loss=f"{phase.name} loss {_final_mean(losses):.4f}")
-                    if self._on_step is not None:
-                        self._on_step(
-                            StepReport(
-                                step=len(losses), total_steps=self.config.total_steps, phase=phase.name, loss=loss
-                            )
-                        )
-        return losses
+    def _farewell(self, step: int) -> str:
+        if self.checkpoints is None:
+            return f"Stopped after step {step}; without output_dir nothing was saved."
+        return f"Stopped and saved after step {step}; go on with resume_from_checkpoint 'latest'."
 
+    def _tell(self, report: StepReport) -> None:
+        self.accelerator.log(report.as_scalars(), step=report.step)
+        try:
+            if self.on_step is not None:
+                self.on_step(report)
+        except KeyboardInterrupt:
+            self._save()
+            raise
 
-def learning_rate_factor(step: int, steps: int, config: TrainingConfig) -> float:
-    """Share of the full learning rate at a step of a phase, counted from 0; above 0 at every step that is taken."""
-    if step < config.lr_warmup_steps:
-        return (step + 1) / (config.lr_warmup_steps + 1)
-    progress = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
-    if config.lr_scheduler == "linear":
-        return max(0.0, 1 - progress)
-    if config.lr_scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return 1.0
+    def _draw_sheet(self, path: Path) -> None:
+        """Draw what is learnt up to now at several strengths of the LoRA; the main process does it for all."""
+        config = self.config
+        if config.num_validation_images and self.accelerator.is_main_process:
+            with self._averages_in_place(), self.accelerator.autocast():
+                rows = draw_rows(self.pipeline, self.trained, config)
+            step = self.loop.position.step
+            sheet = labelled_sheet(rows, f"{config.validation_prompt}, step {step}")
+            write_sheet(sheet, path)
+            log_picture(self.accelerator, sheet, step)
+        self.accelerator.wait_for_everyone()
 
+    def _averages_in_place(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.in_place()
 
-def _run_phase(
-    phase: _Phase, learner: Learner, batches: Iterator[Batch], accelerator: Accelerator, config: TrainingConfig
-) -> Iterator[float]:
-    """Take the phase's steps, one for each value asked of the iterator; yields the loss before the step."""
-    optimized = _thaw_only(phase, learner)
-    optimizer = torch.optim.AdamW(phase.groups)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, phase.steps, config)
-    )
-    model, prepared = accelerator.prepare(learner, optimizer)
-    try:
-        for _ in range(phase.steps):
-            loss = model(next(batches).to(accelerator.device))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(optimized, config.max_grad_norm)
-            prepared.step()
-            prepared.zero_grad()
-            if not accelerator.optimizer_step_was_skipped:
-                scheduler.step()
-            value = float(accelerator.reduce(loss.detach(), reduction="mean"))
-            if not math.isfinite(value):
-                raise ConfigurationError(
-                    f"The loss became {value} in the {phase.name} phase, so the training diverged. "
-                    "Lower the learning rates, or use mixed_precision='no' or 'bf16'."
-                )
-            yield value
-    finally:
-        accelerator.free_memory()
+    def _edlora(self) -> EDLoRA:
+        """What is learnt up to now."""
+        with self._averages_in_place():
+            embeddings, updates = self.trained.read()
+        losses = self.loop.position.losses
+        return EDLoRA(
+            concepts=(self.config.concept_to_learn,),
+            embeddings=embeddings,
+            lora=updates,
+            base_model=self.config.pretrained_model_name_or_path,
+            layers=self.trained.layers,
+            training={
+                "settings": self.config.as_record(),
+                "photos": self.photos,
+                "processes": self.accelerator.num_processes,
+                "steps": len(losses),
+                "final_loss": final_mean(losses),
+            },
+        )
 
+    def _save(self) -> None:
+        """Write a checkpoint, if there is a folder for it."""
+        if self.checkpoints is None:
+            return
+        position = self.loop.note_state()
+        state = {
+            "settings": self.config.as_identity(),
+            "data": self.data,
+            "parameters": {name: value.detach() for name, value in self.trained.parameters().items()},
+            "average": {} if self.average is None else self.average.values,
+            "losses": position.losses,
+            "optimizer": position.optimizer,
+            "scaler": position.scaler,
+        }
+        self.checkpoints.save(position.step, self._edlora(), state, {"batches": self.batches.state_dict()})
 
-def _phases(config: TrainingConfig, embeddings: Mapping[str, nn.Parameter], lora: TrainableLoRA) -> list[_Phase]:
-    """Embeddings alone, then everything; a rate of 0 leaves its parameters out."""
-    decay = config.adam_weight_decay
-    of_embeddings = {
-        "params": list(embeddings.values()),
-        "lr": config.embedding_learning_rate,
-        "weight_decay": 0.0,
-    }
-    rates: list[tuple[Callable[[str], bool], float]] = [
-        (lambda site: site.startswith("text_encoder."), config.text_encoder_lr),
-        (reads_text, config.learning_rate if config.text_kv_lr is None else config.text_kv_lr),
-        (lambda site: site.startswith("unet.") and not reads_text(site), config.learning_rate),
-    ]
-    of_lora = [{"params": lora.parameters(wanted), "lr": rate, "weight_decay": decay} for wanted, rate in rates]
-    joint = [group for group in (of_embeddings, *of_lora) if group["lr"]]
-    phases = [
-        _Phase(name="embeddings", steps=config.embedding_phase_steps, groups=[of_embeddings]),
-        _Phase(name="joint", steps=config.max_train_steps, groups=joint),
-    ]
-    return [phase for phase in phases if phase.steps]
-
-
-def _thaw_only(phase: _Phase, learner: Learner) -> list[nn.Parameter]:
-    """Let exactly the phase's parameters require gradients, and return them."""
-    for parameter in learner.parameters():
-        parameter.requires_grad_(False)
-    parameters: list[nn.Parameter] = [parameter for group in phase.groups for parameter in group["params"]]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return parameters
-
-
-@contextmanager
-def _seeded_lora(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Iterator[TrainableLoRA]:
-    """Fresh LoRA layers whose first values depend on the seed alone; the global random state stays."""
-    with ExitStack() as stack:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            lora = stack.enter_context(trainable(pipeline.components, config.rank, config.lora_alpha))
-        yield lora
+    def _resumed(self) -> Position:
+        """Put everything back as the checkpoint has it, if one is asked for and there."""
+        wanted = self.config.resume_from_checkpoint
+        if wanted is None or self.checkpoints is None:
+            return Position()
+        path = self.checkpoints.find(wanted)
+        if path is None:
+            warnings.warn(
+                f"{self.checkpoints.folder} has no checkpoint yet, so the training begins at its start.",
+                MixOfShowWarning,
+                stacklevel=2,
+            )
+            return Position()
+        state, own = self.checkpoints.load(path)
+        check_same_training(path, state, self.config.as_identity(), self.data)
+        self.trained.write(state["parameters"])
+        if self.average is not None:
+            self.average.load(state["average"])
+        self.batches.load_state_dict(own["batches"])
+        return Position(
+            step=state["step"], losses=state["losses"], optimizer=state["optimizer"], scaler=state["scaler"]
+        )
 
 
-def _tokenize_captions(
-    captions: Sequence[str], pipeline: StableDiffusionPipeline, config: TrainingConfig
-) -> TokenizedPrompts:
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _refuse_cut(captions: Sequence[str], pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
     tokenized = tokenize(captions, pipeline.tokenizer, [config.concept_to_learn])
     cut = [caption for caption, names in zip(captions, tokenized.concept_tokens, strict=True) if not names]
     if cut:
         raise TrainingDataError(
             f"In {len(cut)} captions the concept comes too late and is cut off; name it earlier: {'; '.join(cut)}"
         )
-    return tokenized
-
-
-def _check_writable(folder: Path) -> None:
-    """Notice a folder that cannot be written before the training, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigurationError(
-            f"output_dir {str(folder)!r} cannot be written ({error}). Choose another folder, or None not to save."
-        ) from error
 
 
 def _progress(shown: bool) -> Progress:
@@ -302,8 +331,3 @@ def _progress(shown: bool) -> Progress:
         console=console,
         disable=not (shown and console.is_terminal),
     )
-
-
-def _final_mean(losses: Sequence[float]) -> float:
-    last = losses[-max(1, round(len(losses) * _FINAL_SHARE)) :]
-    return sum(last) / len(last)

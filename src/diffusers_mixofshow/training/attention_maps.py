@@ -1,0 +1,75 @@
+"""Where each token of the text is looked at: cross-attention maps, recorded beside any processors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffusers_mixofshow.sites import cross_attention_layers
+from diffusers_mixofshow.training.losses import token_attention
+
+
+class AttentionRecord:
+    """Queries and keys of every cross-attention layer in the last forward pass.
+
+    Args:
+        layers: Path to attention module, in the order down, mid, up.
+    """
+
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        self.layers = layers
+        self.queries: dict[str, torch.Tensor] = {}
+        self.keys: dict[str, torch.Tensor] = {}
+
+    def maps(self, positions: Sequence[int], height: int, width: int) -> dict[tuple[int, int], torch.Tensor]:
+        """Attention to one token a picture, averaged over heads and over the layers with maps of one size.
+
+        Args:
+            positions: The token's position in the text of each picture.
+            height: Of the latents.
+            width: Of the latents.
+
+        Returns:
+            Size of the maps to a tensor of shape (batch, map height, map width).
+        """
+        by_size: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for path, queries in self.queries.items():
+            size = _map_size(queries.shape[1], height, width)
+            attention = token_attention(queries, self.keys[path], self.layers[path].heads, positions)
+            by_size.setdefault(size, []).append(attention.unflatten(1, size))
+        return {size: torch.stack(maps).mean(dim=0) for size, maps in by_size.items()}
+
+
+@contextmanager
+def recorded_attention(unet: nn.Module) -> Iterator[AttentionRecord]:
+    """Note what the projections of every cross-attention layer give inside the block; the hooks are gone afterwards.
+
+    Gradients flow through what is noted. Works under any processor that projects queries and keys with the layer's
+    own ``to_q`` and ``to_k``, as all of diffusers' do.
+    """
+    layers: dict[str, Any] = {path: unet.get_submodule(path) for path in cross_attention_layers(unet)}
+    record = AttentionRecord(layers)
+    with ExitStack() as hooks:
+        for path, layer in layers.items():
+            for projection, noted in ((layer.to_q, record.queries), (layer.to_k, record.keys)):
+                hooks.callback(projection.register_forward_hook(_note(noted, path)).remove)
+        yield record
+
+
+def _note(noted: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
+    def note(_module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        noted[path] = output
+
+    return note
+
+
+def _map_size(positions: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of a feature map, of which it has one for some square of latents each."""
+    scale = math.sqrt(height * width / positions)
+    rows = max(1, round(height / scale))
+    return rows, positions // rows

@@ -1,0 +1,215 @@
+"""Captions of photos: where they are written, the concept named in them, and their tags in other orders."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from diffusers_mixofshow.concepts import Concept, mentions_concept, split_prompt
+from diffusers_mixofshow.errors import ConceptError, TrainingDataError
+
+
+CAPTION_SLOT = "<TOK>"
+"""Stands for the concept in captions and templates, whatever the concept is called."""
+
+TEMPLATES = (
+    "a photo of a <TOK>",
+    "a picture of a <TOK>",
+    "a close-up photo of a <TOK>",
+    "a good photo of a <TOK>",
+    "a rendition of a <TOK>",
+)
+"""Captions of photos that have none, after textual inversion (arXiv:2208.01618, supplementary)."""
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+"""Names of the file that describes a folder of pictures, as the Hub's imagefolder layout has them."""
+
+FILE_COLUMN, MASK_COLUMN = "file_name", "mask_file_name"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What a folder's metadata file says.
+
+    Args:
+        file: Its name; empty if there is none.
+        captions: A photo's path, seen from the folder, to its captions.
+        masks: A photo's path to its mask's, both seen from the folder.
+        defects: What in the file cannot be used.
+    """
+
+    file: str = ""
+    captions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    masks: Mapping[str, str] = field(default_factory=dict)
+    defects: Sequence[str] = ()
+
+
+def read_metadata(folder: Path, *, column: str | None) -> Metadata:
+    """Read ``metadata.jsonl`` or ``metadata.csv``: for each photo its ``file_name``, captions and ``mask_file_name``.
+
+    Args:
+        folder: That may hold the file.
+        column: The column of captions, in JSON a text or a list of texts; None ignores captions.
+    """
+    present = [name for name in METADATA_FILES if (folder / name).is_file()]
+    if not present:
+        return Metadata()
+    if len(present) > 1:
+        return Metadata(defects=(f"{' and '.join(present)} are both there; keep one",))
+    try:
+        text = (folder / present[0]).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        return Metadata(defects=(f"{present[0]} is no readable UTF-8 text ({error})",))
+    rows, defects = (_json_rows if present[0].endswith(".jsonl") else _csv_rows)(text)
+    captions: dict[str, list[str]] = {}
+    masks: dict[str, str] = {}
+    for line, row in rows:
+        try:
+            name, mask, texts = _row(row, column)
+        except TrainingDataError as error:
+            defects.append(f"line {line}: {error}")
+            continue
+        captions.setdefault(name, []).extend(texts)
+        if mask is not None:
+            masks[name] = mask
+    return Metadata(
+        file=present[0],
+        captions=captions,
+        masks=masks,
+        defects=[f"{present[0]}, {defect}" for defect in defects],
+    )
+
+
+def read_caption_file(path: Path) -> list[str]:
+    """The captions in ``NAME.txt``, one a line.
+
+    Raises:
+        TrainingDataError: If there is none, or the file is no text.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingDataError(f"{path.name} is no readable UTF-8 text ({error})") from error
+    if not any(lines):
+        raise TrainingDataError(f"{path.name} is empty; write a caption such as 'a photo of a <TOK>' or delete it")
+    return [line for line in lines if line]
+
+
+def named(texts: Iterable[str], concept: Concept, *, source: str) -> tuple[str, ...]:
+    """Put the concept's placeholder where captions say ``<TOK>``, and check that each names the concept.
+
+    Args:
+        texts: The captions.
+        concept: The concept.
+        source: The file that errors name.
+
+    Raises:
+        TrainingDataError: If a caption names another concept, or none.
+    """
+    captions = tuple(text.replace(CAPTION_SLOT, concept.placeholder) for text in texts)
+    for caption in captions:
+        try:
+            split_prompt(caption, [concept])
+        except ConceptError as error:
+            raise TrainingDataError(f"{source}: {error}") from error
+        if not mentions_concept(caption, [concept]):
+            raise TrainingDataError(
+                f"{source}: {caption!r} does not name the concept; write {CAPTION_SLOT} or {concept.placeholder}"
+            )
+    return captions
+
+
+def with_shuffled_tags(captions: Sequence[str], count: int, *, seed: int) -> tuple[str, ...]:
+    """Write comma-separated tags in other orders; the first tag, which most often names the concept, stays first.
+
+    Args:
+        captions: Of one photo.
+        count: How many random orders of each caption, at most; 0 keeps the captions as they are written.
+        seed: Of the orders.
+
+    Returns:
+        Every caption equally often, whether it has tags or not.
+    """
+    if count == 0:
+        return tuple(captions)
+    orders = [_orders(caption, count, random.Random(f"{seed} {caption}")) for caption in captions]
+    most = max(map(len, orders))
+    return tuple(variants[place % len(variants)] for variants in orders for place in range(most))
+
+
+def _orders(caption: str, count: int, randomness: random.Random) -> list[str]:
+    first, *others = (tag.strip() for tag in caption.split(","))
+    if math.factorial(len(others)) <= count:
+        found = set(itertools.permutations(others))
+    else:
+        found = set()
+        for _ in range(8 * count):  # repeated tags may allow fewer orders than the count
+            found.add(tuple(randomness.sample(others, len(others))))
+            if len(found) == count:
+                break
+    return [", ".join((first, *order)) for order in sorted(found)]
+
+
+def _json_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    defects = []
+    for line, content in enumerate(text.splitlines(), start=1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except ValueError as error:
+            defects.append(f"line {line}: no JSON ({error})")
+            continue
+        if isinstance(row, dict):
+            rows.append((line, row))
+        else:
+            defects.append(f'line {line}: expected an object such as {{"file_name": ..., "text": ...}}')
+    return rows, defects
+
+
+def _csv_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
+    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
+        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        for row in reader:
+            yield reader.line_num, {name: value for name, value in row.items() if value}
+
+    try:
+        return list(rows()), []
+    except csv.Error as error:
+        return [], [f"no CSV ({error})"]
+
+
+def _row(row: Mapping[str, Any], column: str | None) -> tuple[str, str | None, list[str]]:
+    """A row's photo, mask and captions."""
+    name = _inner_path(row, FILE_COLUMN)
+    mask = _inner_path(row, MASK_COLUMN) if row.get(MASK_COLUMN) else None
+    if column is None:
+        return name, mask, []
+    if column not in row:
+        others = ", ".join(str(other) for other in row if other not in (FILE_COLUMN, MASK_COLUMN)) or "no other column"
+        raise TrainingDataError(
+            f"there is no {column!r} (there is {others}); name the captions by caption_column, or set it to none"
+        )
+    texts = row[column] if isinstance(row[column], list) else [row[column]]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise TrainingDataError(f"{column!r} is {row[column]!r}, expected a text or a list of texts")
+    return name, mask, [text.strip() for text in texts]
+
+
+def _inner_path(row: Mapping[str, Any], column: str) -> str:
+    """A path that stays in the folder, however the system reads it."""
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise TrainingDataError(f"there is no {column!r}")
+    posix, windows = PurePosixPath(value), PureWindowsPath(value)
+    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise TrainingDataError(f"{column!r} is {value!r}, which leaves the folder; expected a path inside it")
+    return posix.as_posix()

@@ -1,0 +1,220 @@
+"""Checkpoints: a training that was stopped goes on to the very same weights.
+
+One folder each, ``checkpoint-STEP`` inside the output folder: the ED-LoRA as it would be saved now, ``state.pt`` with
+parameters, optimiser, scaler and position, and ``process-N.pt`` with the random state and the place in the data of
+each process. A folder appears whole or not at all. Files are read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.training.batches import CachedPhoto
+from diffusers_mixofshow.training.config import TrainingConfig
+
+
+LATEST = "latest"
+
+_FORMAT_VERSION = 1
+_STATE = "state.pt"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_COPIES_OF_PARAMETERS = 5
+"""Parameters, their average, two moments of Adam, and the ED-LoRA."""
+_SPARE_BYTES = 1_000_000
+
+
+class CheckpointFolder:
+    """Where the checkpoints of one training lie.
+
+    Args:
+        folder: The output folder.
+        limit: How many checkpoints are kept, the newest.
+        accelerator: Tells the processes apart.
+    """
+
+    def __init__(self, folder: Path, limit: int, accelerator: Accelerator) -> None:
+        self.folder, self.limit, self.accelerator = folder, limit, accelerator
+
+    def save(self, step: int, edlora: EDLoRA, state: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
+        """Write one checkpoint and remove those that are one too many; all processes call it together.
+
+        Args:
+            step: Steps done.
+            edlora: What the training has learnt so far.
+            state: Tensors, numbers, lists and dictionaries, the same in all processes.
+            own: The same of this process alone.
+
+        Raises:
+            ConfigurationError: If it cannot be written; older checkpoints are as they were.
+        """
+        final = self.folder / f"checkpoint-{step}"
+        temporary = self.folder / f".checkpoint-{step}.tmp"
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+                edlora.save_pretrained(temporary)
+                whole = {"format_version": _FORMAT_VERSION, "step": step, **state}
+                whole["processes"] = self.accelerator.num_processes
+                write_whole(temporary / _STATE, _serialized(whole))
+            self.accelerator.wait_for_everyone()
+            write_whole(temporary / self._own_name, _serialized(own))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                for old in self.present()[: -self.limit]:
+                    shutil.rmtree(old)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise ConfigurationError(
+                f"The checkpoint of step {step} cannot be written to {self.folder} ({error}). Make room, or choose "
+                "another output_dir and go on from the newest checkpoint with resume_from_checkpoint."
+            ) from error
+        return final
+
+    def present(self) -> list[Path]:
+        """All whole checkpoints, the newest last."""
+        whole = [path for path in self.folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+        return sorted((path for path in whole if (path / _STATE).is_file()), key=_age)
+
+    def find(self, wanted: str | Path) -> Path | None:
+        """The checkpoint to go on from: ``latest``, which may not exist yet, or a folder.
+
+        Raises:
+            ConfigurationError: If the folder is no checkpoint.
+        """
+        if wanted == LATEST:
+            present = self.present()
+            return present[-1] if present else None
+        path = Path(wanted) if (Path(wanted) / _STATE).is_file() else self.folder / wanted
+        if not (path / _STATE).is_file():
+            known = ", ".join(each.name for each in self.present()) or "none"
+            raise ConfigurationError(
+                f"resume_from_checkpoint is {str(wanted)!r}, which is no checkpoint. Expected {LATEST!r} or a folder "
+                f"checkpoint-STEP; in {self.folder} there are: {known}."
+            )
+        return path
+
+    def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The state that `save` wrote, common and of this process, on the CPU.
+
+        Raises:
+            ConfigurationError: If a file is missing or damaged, or the number of processes is another one.
+        """
+        state = _read(path / _STATE)
+        processes = state.get("processes")
+        if state.get("format_version") != _FORMAT_VERSION:
+            raise ConfigurationError(f"{path} was written by another release; start the training anew.")
+        if processes != self.accelerator.num_processes:
+            raise ConfigurationError(
+                f"{path} was written by {processes} processes, this training has {self.accelerator.num_processes}. "
+                "Go on with as many, so that every one finds its random state."
+            )
+        return state, _read(path / self._own_name)
+
+    @property
+    def _own_name(self) -> str:
+        return f"process-{self.accelerator.process_index}.pt"
+
+
+def check_writable(folder: Path) -> None:
+    """Notice a folder that cannot be written before the training, not after it.
+
+    Raises:
+        ConfigurationError: If it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"output_dir {str(folder)!r} cannot be written ({error}). Choose another folder, or None not to save."
+        ) from error
+
+
+def check_space(folder: Path, parameters: Sequence[torch.Tensor], config: TrainingConfig) -> None:
+    """Notice a disk that is too full for what the training will write.
+
+    Raises:
+        ConfigurationError: If it is.
+    """
+    one = 4 * sum(parameter.numel() for parameter in parameters)
+    kept = config.checkpoints_total_limit + 1 if config.checkpointing_steps is not None else 0
+    needed = one * (1 + kept * _COPIES_OF_PARAMETERS) + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigurationError(
+            f"output_dir {str(folder)!r} has {free / 1e6:.0f} MB free, but the ED-LoRA and {kept} checkpoints need "
+            f"{needed / 1e6:.0f} MB. Make room, choose another folder, or lower checkpoints_total_limit."
+        )
+
+
+def digest_of(photos: Sequence[CachedPhoto], captions: Sequence[str]) -> str:
+    """SHA-256 of all that the training sees of the data, to notice if it has changed."""
+    digest = hashlib.sha256("\n".join(captions).encode())
+    for photo in photos:
+        for tensor in (photo.mean, photo.deviation, photo.mask):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(repr(photo.captions).encode())
+    return digest.hexdigest()
+
+
+def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
+    """Refuse to go on with other settings or other photos than the checkpoint's.
+
+    Args:
+        path: The checkpoint, for the message.
+        state: What `CheckpointFolder.load` returned.
+        settings: `TrainingConfig.as_identity` of this training.
+        data: `digest_of` its data.
+
+    Raises:
+        ConfigurationError: Lists everything that differs.
+    """
+    before = state["settings"]
+    names = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
+    defects = [f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names]
+    if state["data"] != data:
+        defects.append("the photos, captions or masks have changed")
+    if defects:
+        raise ConfigurationError(
+            f"{path} is the checkpoint of another training: {'; '.join(defects)}. Take its settings and photos to go "
+            "on, or set resume_from_checkpoint to None to begin anew."
+        )
+
+
+def _age(path: Path) -> tuple[int, int]:
+    match = _NAME.fullmatch(path.name)
+    return (path / _STATE).stat().st_mtime_ns, int(match.group(1)) if match else 0
+
+
+def _serialized(state: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle raise all sorts of errors for a damaged file
+        raise ConfigurationError(
+            f"{path} cannot be read ({error}). Go on from another checkpoint, or start the training anew."
+        ) from error
+    if not isinstance(state, dict):
+        raise ConfigurationError(f"{path} is no checkpoint of this package. Start the training anew.")
+    return state

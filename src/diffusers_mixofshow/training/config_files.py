@@ -1,0 +1,72 @@
+"""Settings from a TOML or YAML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.training.settings import Setting
+
+
+def read_settings(path: str | Path, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """Read a file with one setting a line; what the settings mean is not judged here.
+
+    Args:
+        path: Ends in ``.toml``, ``.yaml`` or ``.yml``.
+        known: The settings that YAML's texts are read as; others keep their text.
+
+    Raises:
+        ConfigurationError: If the file cannot be read or is not of its format.
+    """
+    path = Path(path)
+    readers = {".toml": _from_toml, ".yaml": _from_yaml, ".yml": _from_yaml}
+    if path.suffix.lower() not in readers:
+        raise ConfigurationError(f"{path} is no configuration file; expected one that ends in {', '.join(readers)}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is no readable configuration file ({error}).") from error
+    return readers[path.suffix.lower()](text, path, known)
+
+
+def _from_toml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """TOML, which has no None: the text "none" stands for it."""
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} is no valid TOML ({error}).") from error
+    return {
+        name: None if value == "none" and name in known and known[name].can_be_none else value
+        for name, value in settings.items()
+    }
+
+
+def _from_yaml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """YAML where every value is a text until its setting says what it is.
+
+    YAML 1.1, which PyYAML speaks, would read ``1e-4`` as a text and ``no`` as False.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ConfigurationError(f"{path} needs PyYAML (pip install pyyaml), or write it as TOML.") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        settings = yaml.load(text, Loader=yaml.BaseLoader)  # BaseLoader makes texts, lists and dicts only
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigurationError(f"{path} is no list of settings; expected lines such as 'class_word: man'.")
+    names = [key.value for key, _ in node.value]
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigurationError(f"{path} sets {', '.join(twice)} more than once.")
+    return {
+        name: known[name].from_text(value) if name in known and not isinstance(value, dict) else value
+        for name, value in settings.items()
+    }

@@ -1,0 +1,67 @@
+"""What to say when a training cannot go on: the settings that would let it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.training.config import TrainingConfig
+
+
+_SMALLER_RESOLUTION = 512
+_FEW_PICTURES = 1
+
+
+def diverged(loss: float, phase: str, config: TrainingConfig) -> ConfigurationError:
+    """The error for a loss or gradients that are no longer finite."""
+    advice = ["lower embedding_learning_rate, learning_rate and text_encoder_lr to a third"]
+    if config.mixed_precision == "fp16":
+        advice.append("use mixed_precision='bf16' or 'no'")
+    if not config.lr_warmup_steps:
+        advice.append("set lr_warmup_steps, for example to a tenth of the steps")
+    kept = config.output_dir is not None and config.checkpointing_steps is not None
+    return ConfigurationError(
+        f"The loss became {loss} in the {phase} phase, or its gradients are no longer finite, so the training "
+        "diverged. "
+        + (f"Checkpoints in {config.output_dir} are from before and stay. " if kept else "")
+        + f"To get through it: {'; '.join(advice)}."
+    )
+
+
+@contextmanager
+def explained_memory(config: TrainingConfig) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error inside the block into one that names settings which need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = settings_that_need_less(config)
+        advice = "; ".join(less) if less else "train on a GPU with more memory, or on the CPU"
+        raise ConfigurationError(
+            f"The GPU's memory does not suffice for these settings ({_first_line(error)}). In this order: {advice}."
+        ) from error
+
+
+def settings_that_need_less(config: TrainingConfig) -> list[str]:
+    """Changes that lower the memory a training needs, those that cost nothing in quality first."""
+    found = []
+    if config.mixed_precision == "no":
+        found.append("mixed_precision='bf16' (or 'fp16' on older GPUs) halves the model")
+    if not config.gradient_checkpointing:
+        found.append("gradient_checkpointing=True, a third slower")
+    if config.captions_per_step is None and config.train_batch_size > 1:
+        found.append("captions_per_step=1, so that one caption a step is encoded for all layers")
+    if config.train_batch_size > _FEW_PICTURES:
+        accumulated = config.train_batch_size * config.gradient_accumulation_steps
+        found.append(f"train_batch_size=1 with gradient_accumulation_steps={accumulated}, the same gradients")
+    if config.optimizer.lower() in ("adamw", "adam"):
+        found.append(f"optimizer='{config.optimizer}8bit' (bitsandbytes)")
+    if config.resolution > _SMALLER_RESOLUTION:
+        found.append(f"resolution={_SMALLER_RESOLUTION}")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -1,0 +1,79 @@
+"""Optimisers by name: torch's own, those of bitsandbytes, and Prodigy."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.training.config import PRODIGY
+
+
+_NEEDS_A_CLOSURE = ("LBFGS",)
+_OF_BITSANDBYTES = ("8bit", "32bit")
+
+MakeOptimizer = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def optimizer_of(name: str) -> MakeOptimizer:
+    """Find an optimiser by its name, upper or lower case.
+
+    Args:
+        name: A class of `torch.optim` (``AdamW``), one of bitsandbytes (``AdamW8bit``, ``PagedAdamW8bit``), or
+            ``Prodigy``.
+
+    Returns:
+        What makes it of parameter groups that have their own ``lr`` and ``weight_decay``.
+
+    Raises:
+        ConfigurationError: If nobody has an optimiser of this name.
+        MissingExtraError: If the package that has it is not installed.
+    """
+    if name.lower() == PRODIGY:
+        return _maker(_imported("prodigyopt", "prodigy").Prodigy)
+    if name.lower().endswith(_OF_BITSANDBYTES):
+        return _maker(_find(name, _imported("bitsandbytes.optim", "8bit")))
+    return _maker(_find(name, torch.optim))
+
+
+def _maker(kind: Any) -> MakeOptimizer:
+    """Groups may name only what the optimiser knows; each of ours has a name for reports as well."""
+    known = inspect.signature(kind).parameters
+
+    def make(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        settings = ("params", "name", "lr", *(("weight_decay",) if "weight_decay" in known else ()))
+        made: torch.optim.Optimizer = kind([{key: group[key] for key in settings} for group in groups])
+        return made
+
+    return make
+
+
+def _find(name: str, module: Any) -> type[torch.optim.Optimizer]:
+    kinds = {
+        each.lower(): kind
+        for each, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
+    found = kinds.get(name.lower())
+    if found is None or found.__name__ in _NEEDS_A_CLOSURE:
+        near = difflib.get_close_matches(name.lower(), kinds, n=3)
+        hint = f" (did you mean {' or '.join(kinds[each].__name__ for each in near)}?)" if near else ""
+        raise ConfigurationError(
+            f"optimizer is {name!r}{hint}, expected a class of torch.optim such as AdamW, one of bitsandbytes such as "
+            "AdamW8bit, or Prodigy."
+        )
+    return found
+
+
+def _imported(module: str, extra: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"This optimizer needs {module.partition('.')[0]} ({error}): pip install 'diffusers-mixofshow[{extra}]'"
+        ) from error

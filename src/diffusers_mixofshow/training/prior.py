@@ -1,0 +1,84 @@
+"""Pictures of the class beside those of the concept, so that the class stays what it was (arXiv:2208.12242)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.training.config import TrainingConfig
+from diffusers_mixofshow.training.pictures import Photo, is_picture, read_picture
+from diffusers_mixofshow.training.samples import GUIDANCE, STEPS, plain_pipeline
+
+
+def prompt_of_class(config: TrainingConfig) -> str:
+    """What the pictures of the class are prompted with."""
+    return config.class_prompt or f"a photo of a {config.class_word}"
+
+
+def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> list[Photo]:
+    """Read the pictures of the class; what is missing to `num_class_images` is sampled from the base first.
+
+    Args:
+        pipeline: The base model, still without anything that is learnt.
+        config: Folder, prompt and number.
+        drawing: Whether this process samples what is missing; the others must wait for it.
+
+    Raises:
+        ConfigurationError: If the folder cannot be written.
+        TrainingDataError: If a picture cannot be read; lists all of them.
+    """
+    folder = Path(str(config.class_data_dir))
+    present = _pictures(folder)
+    if drawing and len(present) < config.num_class_images:
+        _draw(pipeline, config, folder, first=len(present))
+        present = _pictures(folder)
+    photos, defects = [], []
+    for path in present[: config.num_class_images]:
+        try:
+            image = read_picture(path, called=path.name).image
+            photos.append(Photo(path=path, image=image, captions=(prompt_of_class(config),), mask=None))
+        except TrainingDataError as error:
+            defects.append(str(error))
+    if defects:
+        raise TrainingDataError(f"{folder}: these pictures of the class cannot be read: {'; '.join(defects)}")
+    return photos
+
+
+def _pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if is_picture(path))
+
+
+@torch.no_grad()
+def _draw(pipeline: Any, config: TrainingConfig, folder: Path, first: int) -> None:
+    stock = plain_pipeline(pipeline)
+    for start in range(first, config.num_class_images, config.train_batch_size):
+        numbers = range(start, min(start + config.train_batch_size, config.num_class_images))
+        images = stock(
+            [prompt_of_class(config)] * len(numbers),
+            height=config.resolution,
+            width=config.resolution,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(number) for number in numbers],
+        ).images
+        for number, image in zip(numbers, images, strict=True):
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            _write(folder / f"class-{number:04d}.png", buffer.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        raise ConfigurationError(
+            f"class_data_dir {str(path.parent)!r} cannot be written ({error}). Choose another folder."
+        ) from error

@@ -1,0 +1,133 @@
+"""Pictures while a concept is learnt: the same prompts and seeds at several strengths of the LoRA, as one sheet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
+from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.conditioning.encode import encode_layerwise
+from diffusers_mixofshow.conditioning.tokenize import tokenize
+from diffusers_mixofshow.lora import TrainableLoRA
+from diffusers_mixofshow.training.captions import CAPTION_SLOT
+from diffusers_mixofshow.training.config import TrainingConfig
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.training.trained import Trained
+
+SCALES = (0.0, 0.7, 1.0)
+"""Strengths of the LoRA on a sheet, one row each; at 0 the embeddings alone draw (reference)."""
+STEPS = 20
+GUIDANCE = 7.5
+
+_GAP = 4
+_LABEL_WIDTH = 64
+_TITLE_HEIGHT = 16
+
+
+def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
+    """A stock pipeline of the same models with DPM-Solver, without a progress bar; the given one stays as it is."""
+    made = StableDiffusionPipeline(
+        vae=pipeline.vae,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        unet=pipeline.unet,
+        scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@torch.no_grad()
+def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> list[list[Image.Image]]:
+    """Sample the validation prompt at every scale, each row with the same seeds.
+
+    Args:
+        pipeline: Borrowed, with the LoRA and the layer-wise processors inside.
+        trained: What was learnt so far.
+        config: Prompt, number of pictures, resolution and seed.
+
+    Returns:
+        One row for each of `SCALES`; a single one for a method without LoRA.
+    """
+    concept, stock = config.concept_to_learn, plain_pipeline(pipeline)
+    rows = []
+    for scale in SCALES if trained.lora is not None else SCALES[-1:]:
+        with scaled(trained.lora, scale):
+            prompt, nothing = _encoded(pipeline, trained, concept, config.validation_prompt)
+            seeds = [config.seed + number for number in range(config.num_validation_images)]
+            rows.append(
+                stock(
+                    prompt_embeds=prompt.expand(len(seeds), -1, -1),
+                    negative_prompt_embeds=nothing.expand(len(seeds), -1, -1),
+                    height=config.resolution,
+                    width=config.resolution,
+                    num_inference_steps=STEPS,
+                    guidance_scale=GUIDANCE,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                ).images
+            )
+    return rows
+
+
+@contextmanager
+def scaled(lora: TrainableLoRA | None, scale: float) -> Iterator[None]:
+    """Let the updates act at a part of their strength inside the block."""
+    layers = [] if lora is None else list(lora.layers.values())
+    name = "" if lora is None else lora.adapter_name
+    before = [layer.scaling[name] for layer in layers]
+    try:
+        for layer, full in zip(layers, before, strict=True):
+            layer.scaling[name] = scale * full
+        yield
+    finally:
+        for layer, full in zip(layers, before, strict=True):
+            layer.scaling[name] = full
+
+
+def labelled_sheet(rows: Sequence[Sequence[Image.Image]], title: str) -> Image.Image:
+    """Pictures of one size in rows, each with its scale beside it, under a title, on white."""
+    width, height = rows[0][0].size
+    size = (
+        _LABEL_WIDTH + len(rows[0]) * (width + _GAP) + _GAP,
+        _TITLE_HEIGHT + len(rows) * (height + _GAP) + _GAP,
+    )
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((_GAP, _GAP // 2), title, fill="black")
+    for line, row in enumerate(rows):
+        top = _TITLE_HEIGHT + _GAP + line * (height + _GAP)
+        scale = SCALES[line] if len(rows) == len(SCALES) else SCALES[-1]
+        draw.text((_GAP, top + height // 2 - _TITLE_HEIGHT // 2), f"LoRA {scale:g}", fill="black")
+        for column, picture in enumerate(row):
+            canvas.paste(picture, (_LABEL_WIDTH + _GAP + column * (width + _GAP), top))
+    return canvas
+
+
+def write_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet as PNG; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    write_whole(path, buffer.getvalue())
+
+
+def _encoded(pipeline: Any, trained: Trained, concept: Concept, template: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompt and the empty prompt, shape (1, layers * tokens, dim) each."""
+    prompts = [template.replace(CAPTION_SLOT, concept.placeholder), ""]
+    tokenized = tokenize(prompts, pipeline.tokenizer, [concept])
+    layers = next(iter(trained.embeddings.values())).shape[0]
+    encoded = encode_layerwise(pipeline.text_encoder, tokenized, trained.embeddings, layers)
+    return encoded[:1], encoded[1:]

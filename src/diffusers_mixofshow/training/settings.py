@@ -1,0 +1,131 @@
+"""What the fields of a settings dataclass say about themselves: name, types, default and documentation.
+
+Command-line options, configuration files and error messages are made from this alone, so that a new field needs no
+further code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from numbers import Real
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+NOTHING = ("none", "null", "~", "")
+"""Texts that stand for None, where a setting can be None."""
+
+_TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One field of a settings dataclass.
+
+    Args:
+        name: Of the field.
+        types: What its values may be, such as ``(int,)`` or ``(str, Path)``; None is left out.
+        can_be_none: Whether None is a value, too.
+        default: The default, or `dataclasses.MISSING`.
+        documentation: The field's entry in the class's docstring, on one line; empty under ``python -OO``.
+    """
+
+    name: str
+    types: tuple[Any, ...]
+    can_be_none: bool
+    default: Any
+    documentation: str
+
+    @property
+    def option(self) -> str:
+        """How the command line spells it: ``--class-word``."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is MISSING
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes any number of values."""
+        return any(get_origin(kind) is tuple for kind in self.types)
+
+    @property
+    def expected(self) -> str:
+        """The types in words, as the source spells them."""
+        names = [str(kind) if get_origin(kind) else kind.__name__ for kind in self.types]
+        return " | ".join([*names, *(["None"] if self.can_be_none else [])])
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is of one of the types; an int is a float as well, but True is no number."""
+        if value is None:
+            return self.can_be_none
+        return any(_is_a(value, kind) for kind in self.types)
+
+    def normalised(self, value: object) -> object:
+        """The value, but a tuple for a list, and for a single text where a list is meant."""
+        if self.is_list and isinstance(value, str | list):
+            return (value,) if isinstance(value, str) else tuple(value)
+        return value
+
+    def from_text(self, text: str | Sequence[str]) -> Any:
+        """Read what somebody typed, a list of texts for a list.
+
+        A text that fits no type is returned as it is, for `accepts` to refuse beside all other defects.
+        """
+        if self.is_list:
+            (kind,) = (get_args(kind)[0] for kind in self.types if get_origin(kind) is tuple)
+            return tuple(_parsed(entry, (kind,)) for entry in ([text] if isinstance(text, str) else text))
+        if self.can_be_none and isinstance(text, str) and text.strip().lower() in NOTHING:
+            return None
+        return _parsed(text, self.types)
+
+
+def settings_of(kind: type) -> dict[str, Setting]:
+    """All settings of a dataclass by their names, in the order of its fields."""
+    hints = get_type_hints(kind)
+    texts = _documentation(kind.__doc__ or "")
+    found = {}
+    for field in fields(kind):
+        hint = hints[field.name]
+        members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        found[field.name] = Setting(
+            name=field.name,
+            types=tuple(member for member in members if member is not types.NoneType),
+            can_be_none=types.NoneType in members,
+            default=field.default,
+            documentation=texts.get(field.name, ""),
+        )
+    return found
+
+
+def _documentation(docstring: str) -> dict[str, str]:
+    """The entries of a docstring's ``Args:`` section, each as one line."""
+    _, _, section = docstring.partition("Args:\n")
+    section = re.split(r"\n[ \t]*\n", section, maxsplit=1)[0]
+    entries = re.split(r"^        (?=\w+: )", section, flags=re.MULTILINE)
+    pairs = [entry.partition(": ") for entry in entries if entry.strip()]
+    return {name: " ".join(text.split()) for name, _, text in pairs}
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(entry, get_args(kind)[0]) for entry in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, Real if kind is float else kind)
+
+
+def _parsed(text: Any, kinds: Sequence[Any]) -> Any:
+    """The text as the first type that can read it, else the text."""
+    for kind in kinds if isinstance(text, str) else ():
+        if kind is bool and text.strip().lower() in _TRUTHS:
+            return _TRUTHS[text.strip().lower()]
+        if kind is not bool:
+            with contextlib.suppress(TypeError, ValueError):
+                return kind(text)
+    return text

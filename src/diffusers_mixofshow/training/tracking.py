@@ -1,0 +1,56 @@
+"""Curves and pictures for tensorboard or wandb, through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, is_wandb_available
+from PIL import Image
+
+from diffusers_mixofshow.errors import MissingExtraError
+from diffusers_mixofshow.training.config import TrainingConfig
+
+
+PROJECT = "mixofshow"
+
+_IS_AVAILABLE = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker whose package is missing.
+
+    Raises:
+        MissingExtraError: If it is.
+    """
+    if name is not None and not _IS_AVAILABLE[name]():
+        raise MissingExtraError(
+            f"report_to is {name!r}, which is not installed: pip install 'diffusers-mixofshow[{name}]'"
+        )
+
+
+@contextmanager
+def tracked(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
+    """Begin a run of the accelerator's trackers with all settings, and finish it, on exceptions too."""
+    if not accelerator.log_with:
+        yield
+        return
+    plain = {name: value if value is not None else "none" for name, value in config.as_record().items()}
+    accelerator.init_trackers(PROJECT, config=plain)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
+    """Send a sheet to every tracker that takes pictures."""
+    for tracker in accelerator.trackers:
+        # tensorboard takes channels first unless told otherwise; wandb passes what it does not know on and fails.
+        layout: dict[str, Any] = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, **layout)

@@ -1,0 +1,118 @@
+"""``mixofshow train``: options are the config's fields, and errors speak of options."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusers_mixofshow import cli, client
+from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.training import TrainingConfig
+
+
+NEEDED = ["photos", "--concept", "potter", "--class-word", "man"]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
+    """The configs that a training was started with; nothing is trained."""
+    configs: list[TrainingConfig] = []
+    monkeypatch.setattr(client, "tune_concept", configs.append)
+    return configs
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, ["train", *arguments], env={"COLUMNS": "100"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        CliRunner().invoke(cli.app, ["train", *arguments], catch_exceptions=False)
+    return str(caught.value)
+
+
+def test_every_setting_is_an_option_with_help() -> None:
+    text = re.sub(r"[^\w<>/.,:;-]+", " ", run("--help"))
+    for field in dataclasses.fields(TrainingConfig):
+        assert f"--{field.name.replace('_', '-')}"[:20] in text
+    assert "white is the concept" in text
+
+
+def test_names_are_whole_on_a_narrow_terminal() -> None:
+    result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    names = [f"--{field.name.replace('_', '-')} " for field in dataclasses.fields(TrainingConfig)]
+    names.remove("--pretrained-model-name-or-path ")
+    assert [name for name in [*names, "--base", "--no-masked-loss"] if name not in result.output] == []
+
+
+def test_examples_of_the_help_stay_on_their_lines() -> None:
+    result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    lines = [line.strip() for line in result.output.splitlines()]
+    assert "mixofshow train photos/potter --concept potter --class-word man" in lines
+    assert "mixofshow train --config potter.toml --preset character --seed 1" in lines
+
+
+def test_options_become_settings(trained: list[TrainingConfig]) -> None:
+    run(*NEEDED, "--learning_rate", "2e-4", "--steps", "7", "--no-masked-loss", "--snr-gamma", "5", "--rank", "8")
+    run(*NEEDED, "--text-kv-lr", "none", "--output-dir", "here")
+    first, second = trained
+    assert (first.learning_rate, first.max_train_steps, first.masked_loss) == (2e-4, 7, False)
+    assert (first.snr_gamma, first.rank, first.lora_alpha, first.output_dir) == (5, 8, 8, Path("potter"))
+    assert (second.text_kv_lr, second.output_dir, second.instance_data_dir) == (None, "here", "photos")
+
+
+def test_options_win_over_the_file_and_the_file_over_the_preset(trained: list[TrainingConfig], tmp_path: Path) -> None:
+    file = tmp_path / "potter.toml"
+    file.write_text('preset = "toyland"\nclass_word = "dog"\nconcept = "rex"\ntrain_batch_size = 3\n')
+    run("--config", str(file), "--instance-data-dir", "x", "--class-word", "critter")
+    (config,) = trained
+    assert (config.resolution, config.train_batch_size, config.class_word) == (64, 3, "critter")
+
+
+def test_errors_name_options_and_what_stands_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "potter.toml"
+    file.write_text('resolution = 500\nlr_scheduler = "step"\n')
+    message = refusal("photos", "--config", str(file), "--rank", "many", "--captions-per-step", "9", "--concept", "x")
+    for expected in (
+        "--class-word is missing",
+        "--rank is 'many', expected int",
+        "lr_scheduler (potter.toml) is 'step'",
+    ):
+        assert expected in message
+    message = refusal(*NEEDED, "--config", str(file), "--captions-per-step", "9", "--lr-scheduler", "linear")
+    assert "--captions-per-step (9) is larger than --train-batch-size (4)" in message
+    assert "resolution (potter.toml) is 500" in message
+
+
+def test_switches_go_on_and_off(trained: list[TrainingConfig]) -> None:
+    run(*NEEDED, "--random-flip", "--no-masked-loss", "--no_save_statistics")
+    (config,) = trained
+    assert (config.random_flip, config.masked_loss, config.save_statistics) == (True, False, False)
+    assert "Both on and off: --random-flip" in refusal(*NEEDED, "--random-flip", "--no-random-flip")
+
+
+def test_photos_given_twice_are_refused() -> None:
+    assert "twice" in refusal(*NEEDED, "--instance-data-dir", "others")
+
+
+def test_errors_and_warnings_about_photos_name_options(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "prompt": "<TOK>"}', encoding="utf-8")
+    needed = [str(tmp_path), "--concept", "potter", "--class-word", "man"]
+    with pytest.raises(TrainingDataError) as caught:
+        CliRunner().invoke(cli.app, ["train", *needed], catch_exceptions=False)
+    assert "name the captions by --caption-column" in str(caught.value)
+    nowhere = ["--output-dir", str(tmp_path / "out"), "--base", str(tmp_path / "nowhere")]
+    result = CliRunner().invoke(cli.app, ["train", *needed, *nowhere, "--caption-column", "prompt"])
+    assert isinstance(result.exception, ConfigurationError)
+    assert "Warning: Photos in" in result.stderr
+    assert "b.png is not in metadata.jsonl, its captions are --instance-prompt" in result.stderr
+    assert "b.png shows the same as a.png" in result.stderr

@@ -1,0 +1,175 @@
+"""A training that is stopped goes on to the very same weights, and nothing that was good is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
+from diffusers_mixofshow.training.learner import Learner
+from short_training import quick, same
+
+
+RICH: dict[str, Any] = {
+    "max_train_steps": 4,
+    "embedding_phase_steps": 2,
+    "gradient_accumulation_steps": 2,
+    "ema_decay": 0.9,
+    "lr_warmup_steps": 1,
+}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stopped_after(step: int, config: TrainingConfig, pipeline: StableDiffusionPipeline) -> None:
+    """Train until the user presses Ctrl-C in a step."""
+
+    def press(report: StepReport) -> None:
+        if report.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        # The signal arrives after the report of one step, so that the next one is the last.
+        EDLoRATrainer(config, pipeline, on_step=press).train()
+
+
+@pytest.mark.parametrize("pressed", [1, 2])
+def test_going_on_gives_the_same_bits(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, pressed: int
+) -> None:
+    whole = EDLoRATrainer(quick(photos, **RICH), pipeline).train()
+    handler = signal.getsignal(signal.SIGINT)
+    stopped_after(pressed, quick(photos, **RICH, output_dir=tmp_path / "out"), pipeline)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert names(tmp_path / "out") == [f"checkpoint-{pressed + 1}"]
+    torch.manual_seed(99)
+    steps: list[int] = []
+    resumed = EDLoRATrainer(
+        quick(photos, **RICH, output_dir=tmp_path / "out", resume_from_checkpoint="latest"),
+        pipeline,
+        on_step=lambda report: steps.append(report.step),
+    ).train()
+    assert steps == list(range(pressed + 2, 7))
+    assert same(whole, resumed)
+    assert resumed.training["final_loss"] == whole.training["final_loss"]
+
+
+def test_the_newest_are_kept_and_each_is_an_edlora(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    config = quick(photos, max_train_steps=4, output_dir=tmp_path / "out", checkpointing_steps=1)
+    edlora = EDLoRATrainer(config, pipeline).train()
+    assert names(tmp_path / "out") == ["README.md", "checkpoint-4", "checkpoint-5", "edlora.safetensors"]
+    assert same(EDLoRA.from_pretrained(tmp_path / "out" / "checkpoint-5"), edlora)
+
+
+def test_only_what_is_learnt_has_optimizer_state(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    config = quick(photos, max_train_steps=3, output_dir=tmp_path / "out", checkpointing_steps=3)
+    edlora = EDLoRATrainer(config, pipeline).train()
+    state = torch.load(tmp_path / "out" / "checkpoint-3" / "state.pt", weights_only=True)
+    moments = [entry["exp_avg"] for entry in state["optimizer"]["state"].values()]
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    learnt = sum(update.down.numel() + update.up.numel() for update in edlora.lora.values())
+    assert sum(moment.numel() for moment in moments) == learnt + 2 * 4 * table.shape[1]
+    assert table.shape not in {moment.shape for moment in moments}
+
+
+def test_a_checkpoint_of_another_training_is_refused(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    EDLoRATrainer(quick(photos, output_dir=out, checkpointing_steps=2), pipeline).train()
+    (photos / "1.txt").write_text("one <TOK>", encoding="utf-8")
+    other = quick(photos, output_dir=out, rank=2, lora_alpha=4, resume_from_checkpoint="checkpoint-2")
+    with pytest.raises(ConfigurationError, match=r"rank was 4 and is 2; the photos, captions or masks have changed"):
+        EDLoRATrainer(other, pipeline).train()
+    (out / "checkpoint-2" / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        EDLoRATrainer(other, pipeline).train()
+    missing = quick(photos, output_dir=out, resume_from_checkpoint="checkpoint-9")
+    with pytest.raises(ConfigurationError, match=r"no checkpoint.*there are: checkpoint-2"):
+        EDLoRATrainer(missing, pipeline).train()
+
+
+def test_latest_begins_anew_where_there_is_none(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    config = quick(photos, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
+    with pytest.warns(MixOfShowWarning, match="begins at its start"):
+        edlora = EDLoRATrainer(config, pipeline).train()
+    assert same(edlora, EDLoRATrainer(quick(photos), pipeline).train())
+
+
+def test_full_disk_is_noticed_first(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 10**6, 10**6))
+    steps: list[StepReport] = []
+    config = quick(photos, output_dir=tmp_path / "out", checkpointing_steps=1)
+    with pytest.raises(ConfigurationError, match="has 1 MB free"):
+        EDLoRATrainer(config, pipeline, on_step=steps.append).train()
+    assert steps == []
+
+
+def test_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers_mixofshow.training import checkpoints
+
+    def fill(report: StepReport) -> None:
+        if report.step == 2:
+            monkeypatch.setattr(checkpoints, "write_whole", _no_space)
+
+    config = quick(photos, output_dir=tmp_path / "out", checkpointing_steps=1)
+    with pytest.raises(ConfigurationError, match=r"checkpoint of step 2 cannot be written.*No space left"):
+        EDLoRATrainer(config, pipeline, on_step=fill).train()
+    assert names(tmp_path / "out") == ["checkpoint-1"]
+
+
+def test_diverging_stops_before_the_step_and_keeps_the_checkpoint(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = Learner.forward, []
+
+    def diverging(learner: Learner, batch: Any) -> dict[str, torch.Tensor]:
+        calls.append(batch)
+        losses = forward(learner, batch)
+        return {name: loss * (float("nan") if len(calls) == 3 else 1) for name, loss in losses.items()}
+
+    monkeypatch.setattr(Learner, "forward", diverging)
+    config = quick(photos, output_dir=tmp_path / "out", checkpointing_steps=2)
+    with pytest.raises(ConfigurationError, match=r"loss became nan in the joint phase.*lower embedding_learning_rate"):
+        EDLoRATrainer(config, pipeline).train()
+    assert names(tmp_path / "out") == ["checkpoint-2"]
+    kept = EDLoRA.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    assert all(rows.isfinite().all() for rows in kept.embeddings.values())
+
+
+def test_too_little_memory_names_the_settings_that_need_less(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    def exhaust(report: StepReport) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    with pytest.raises(ConfigurationError) as caught:
+        EDLoRATrainer(quick(photos, captions_per_step=None), pipeline, on_step=exhaust).train()
+    for advice in ("mixed_precision='bf16'", "gradient_checkpointing=True", "captions_per_step=1", "'AdamW8bit'"):
+        assert advice in str(caught.value)
+    assert "train_batch_size=1 with gradient_accumulation_steps=2" in str(caught.value)
+
+
+def _no_space(path: Path, content: bytes) -> None:
+    raise OSError(28, "No space left on device")

@@ -1,0 +1,119 @@
+"""What can be seen of a training: sheets, curves, the card; and pictures of the class beside those of the concept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from diffusers_mixofshow.errors import MissingExtraError
+from diffusers_mixofshow.training import EDLoRATrainer, StepReport, tracking
+from short_training import quick, same
+
+
+class Notebook(GeneralTracker):
+    """A tracker that keeps everything."""
+
+    name = "notebook"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__(_blank=True)
+        self.curves: list[tuple[int | None, dict[str, float]]] = []
+        self.pictures: list[int | None] = []
+        self.settings: dict[str, Any] = {}
+        self.is_finished = False
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.settings = values
+
+    def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
+        self.curves.append((step, values))
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.pictures.append(step)
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def test_sheets_are_drawn_and_change_nothing(pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    state = torch.get_rng_state()
+    config = quick(photos, output_dir=out, validation_steps=2, num_validation_images=2, ema_decay=0.5)
+    edlora = EDLoRATrainer(config, pipeline).train()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [path.name for path in (out / "validation").iterdir()] == ["step-000002.png"]
+    with Image.open(out / "samples.png") as last, Image.open(out / "validation" / "step-000002.png") as early:
+        assert last.size == early.size
+        assert last.size[0] > 2 * 32
+        assert last.size[1] > 3 * 32
+        assert last.tobytes() != early.tobytes()
+    card = (out / "README.md").read_text()
+    assert "(samples.png)" in card
+    assert '"final_loss"' in card
+    assert same(edlora, EDLoRATrainer(quick(photos, ema_decay=0.5), pipeline).train())
+
+
+def test_curves_and_sheets_reach_the_tracker(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = Notebook()
+    accelerator = Accelerator(cpu=True, log_with=notebook)
+    trainer = EDLoRATrainer(quick(photos, output_dir=tmp_path / "out", num_validation_images=1), pipeline)
+    monkeypatch.setattr(trainer, "_accelerator", lambda: accelerator)
+    trainer.train()
+    assert [step for step, _ in notebook.curves] == [1, 2, 3]
+    _, curves = notebook.curves[-1]
+    assert curves["loss/total"] == pytest.approx(curves["loss/denoising"])
+    assert {"norm/gradient", "norm/embeddings", "learning_rate/unet", "speed/images_per_second"} <= curves.keys()
+    assert notebook.pictures == [3]
+    assert notebook.settings["rank"] == 4
+    assert notebook.is_finished
+
+
+def test_missing_tracker_is_named_first(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking._IS_AVAILABLE, "wandb", lambda: False)
+    with pytest.raises(MissingExtraError, match=r"diffusers-mixofshow\[wandb\]"):
+        EDLoRATrainer(quick(photos, output_dir=tmp_path / "out", report_to="wandb"), pipeline).train()
+
+
+def test_pictures_of_the_class_are_drawn_once_and_count(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    reports: list[StepReport] = []
+    prior = {"class_data_dir": tmp_path / "men", "num_class_images": 3, "prior_loss_weight": 0.5}
+    edlora = EDLoRATrainer(quick(photos, **prior), pipeline, on_step=reports.append).train()
+    drawn = sorted((tmp_path / "men").iterdir())
+    assert [path.name for path in drawn] == ["class-0000.png", "class-0001.png", "class-0002.png"]
+    times = [path.stat().st_mtime_ns for path in drawn]
+    assert all(report.parts["prior"] > 0 for report in reports)
+    assert reports[0].loss == pytest.approx(sum(reports[0].parts.values()))
+    again = EDLoRATrainer(quick(photos, **prior), pipeline).train()
+    assert [path.stat().st_mtime_ns for path in drawn] == times
+    assert same(edlora, again)
+    assert not same(edlora, EDLoRATrainer(quick(photos), pipeline).train())
+
+
+def test_embeddings_stand_still_once_they_are_long_enough(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    reports: list[StepReport] = []
+    config = quick(photos, max_train_steps=6, embedding_norm_threshold=0.2, embedding_learning_rate=0.02)
+    EDLoRATrainer(config, pipeline, on_step=reports.append).train()
+    norms = [report.embedding_norm for report in reports]
+    grown = next(place for place, norm in enumerate(norms) if norm >= 0.2)
+    assert 0 < grown < len(norms) - 1
+    assert set(norms[grown:]) == {norms[grown]}
+    assert reports[-1].learning_rates["embeddings"] == 0.0
+    assert reports[-1].learning_rates["unet"] > 0
