@@ -70,10 +70,10 @@ def check_file(path: Path) -> int:
         ) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-        raise EDLoRAFormatError(f"{path} cannot be read as safetensors: it is {kind}, no file.")
+        raise EDLoRAFormatError(f"{path} cannot be read: it is {kind}, no file.")
     if status.st_size > LARGEST_FILE:
         raise EDLoRAFormatError(
-            f"{path} cannot be read as safetensors: it has {status.st_size:,} bytes, more than any LoRA "
+            f"{path} cannot be read: it has {status.st_size:,} bytes, more than any LoRA "
             f"({LARGEST_FILE:,})."
         )
     return status.st_size
