@@ -21,7 +21,8 @@ from diffusers_mixofshow.edlora import EDLoRA, LowRank
 
 
 WIDTH = 768
-LONGEST_LIFE_S = 0.12
+SAVES_IN_A_LIFE = 2.0
+"""How many saves a process gets through before it is killed at the latest."""
 
 
 def version(number: int, *, sites: int = 12) -> EDLoRA:
@@ -51,8 +52,10 @@ def number_of(folder: Path) -> int:
     return int(pack.training["number"])
 
 
-def save_for_ever(folder: Path, numbers: tuple[int, ...]) -> None:
+def save_for_ever(folder: Path, numbers: tuple[int, ...], ready: int | None = None) -> None:
     packs = [version(number) for number in numbers]
+    if ready is not None:
+        os.write(ready, b"!")
     while True:
         for pack in packs:
             pack.save_pretrained(folder)
@@ -72,19 +75,38 @@ def forked(work, *arguments) -> int:
     return child
 
 
-def kill(times: int, seed: int, folder: Path) -> dict[str, int]:
-    """Kill a saving process so many times; how often which version was left, and how many temporary files."""
+def kill(times: int, seed: int, folder: Path) -> dict[str, float]:
+    """Kill a saving process so many times; how often the old and a new version was left, and how many halves beside.
+
+    Raises:
+        MixOfShowError: If what is left can ever not be read; AssertionError if it is a mixture.
+    """
     chance = random.Random(seed)
-    version(0).save_pretrained(folder)
-    left = {0: 0, 1: 0, 2: 0}
-    for _ in range(times):
-        child = forked(save_for_ever, folder, (1, 2))
-        time.sleep(chance.uniform(0, LONGEST_LIFE_S))
+    one_save = save_time(folder)
+    left = {"old": 0, "new": 0}
+    for trial in range(times):
+        old = 10 * trial
+        version(old).save_pretrained(folder)
+        reading, writing = os.pipe()
+        child = forked(save_for_ever, folder, (old + 1, old + 2), writing)
+        os.read(reading, 1)
+        time.sleep(chance.uniform(0, SAVES_IN_A_LIFE * one_save))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        left[number_of(folder)] += 1
+        os.close(reading)
+        os.close(writing)
+        left["old" if number_of(folder) == old else "new"] += 1
     interrupted = len(list(folder.glob(".*.tmp")))
-    return {"kills": times, "old": left[0], "new": left[1] + left[2], "half": 0, "killed while writing": interrupted}
+    return {"kills": times, **left, "killed while writing": interrupted, "one save (s)": round(one_save, 4)}
+
+
+def save_time(folder: Path) -> float:
+    """Seconds of one save of a process that has saved before."""
+    pack = version(0)
+    pack.save_pretrained(folder)
+    start = time.perf_counter()
+    pack.save_pretrained(folder)
+    return time.perf_counter() - start
 
 
 def main() -> None:

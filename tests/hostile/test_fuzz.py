@@ -1,12 +1,13 @@
 """Files by chance: a reader returns what it read or raises an error of ours, and nothing else, ever.
 
-A longer run by hand: pytest tests/hostile/test_fuzz.py --hypothesis-profile=long
+A longer run by hand, on other examples each time: FUZZ_EXAMPLES=20000 pytest tests/hostile/test_fuzz.py
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from contextlib import suppress
 from datetime import timedelta
@@ -29,11 +30,17 @@ from diffusers_mixofshow.regions import Layout
 from hostile.broken import FILE, Sound, content, make
 
 
-_RELAXED = {"deadline": timedelta(seconds=20), "suppress_health_check": list(HealthCheck), "database": None}
-settings.register_profile("short", max_examples=40, derandomize=True, **_RELAXED)
-settings.register_profile("long", max_examples=20_000, **_RELAXED)
-if settings._current_profile != "long":  # what --hypothesis-profile asks for stays
-    settings.load_profile("short")
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
+
+settings.register_profile(
+    "files",
+    max_examples=EXAMPLES,
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    deadline=timedelta(seconds=20),
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
+settings.load_profile("files")
 
 TEXT = st.text(max_size=40)
 NUMBERS = st.one_of(

@@ -22,6 +22,12 @@ def push(
     merged: Annotated[
         bool, typer.Option("--merged", help="Push a complete pipeline with the updates in its weights.")
     ] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request, as for repositories of others.")
+    ] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Licence for the model card, e.g. apache-2.0. (default: the base model's)")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check everything, and send nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -43,5 +49,13 @@ def push(
         told = {"repo_id": target, "concepts": [concept.placeholder for concept in pack.concepts], "private": private}
         typer.echo(json.dumps(told) if as_json else f"Would push {names} to {target}")
         return
-    url = pack.push_to_hub(repo_id, merged=merged, private=private or None, revision=revision, commit_message=message)
+    url = pack.push_to_hub(
+        repo_id,
+        merged=merged,
+        license=license,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+    )
     typer.echo(json.dumps({"url": url}) if as_json else f"Pushed to {url}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.interop.foreign import Foreign
-
-_LENGTH_BYTES = 8
-_LONGEST_HEADER = 100 * 2**20
 
 
 def read_source(source: str) -> EDLoRA | Foreign:
@@ -41,13 +37,13 @@ def is_ours(path: Path) -> bool:
     return path.name == FILE_NAME or "edlora" in _metadata(path)
 
 
-def _metadata(path: Path) -> dict[str, object]:
+def _metadata(path: Path) -> dict[str, str]:
     """Metadata in a safetensors header; empty of any other file."""
+    from diffusers_mixofshow.edlora.reading import opened_tensors
+    from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+
     try:
-        with path.open("rb") as opened:
-            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-            header = json.loads(opened.read(length)) if length <= _LONGEST_HEADER else {}
-    except (OSError, ValueError, RecursionError):
+        with opened_tensors(path) as opened:
+            return opened.metadata() or {}
+    except (EDLoRAFormatError, EDLoRANotFoundError):
         return {}
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    return metadata if isinstance(metadata, dict) else {}

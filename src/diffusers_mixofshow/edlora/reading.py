@@ -73,8 +73,7 @@ def check_file(path: Path) -> int:
         raise EDLoRAFormatError(f"{path} cannot be read: it is {kind}, no file.")
     if status.st_size > LARGEST_FILE:
         raise EDLoRAFormatError(
-            f"{path} cannot be read: it has {status.st_size:,} bytes, more than any LoRA "
-            f"({LARGEST_FILE:,})."
+            f"{path} cannot be read: it has {status.st_size:,} bytes, more than any LoRA ({LARGEST_FILE:,})."
         )
     return status.st_size
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.edlora.reading import opened_tensors, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, SD1, Architecture, layers_of, recognised
 from diffusers_mixofshow.interop.concept_names import Naming, grouped, worded
@@ -241,7 +241,9 @@ def _endless(embeddings: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 def _read_folder(folder: Path) -> Foreign:
     """A LoRA with the embeddings that lie beside it."""
     patterns = ("*.safetensors", "*.pth", "learned_embeds*.bin", "pytorch_lora_weights.bin")
-    paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    paths = sorted(
+        within(folder, path.name) for pattern in patterns for path in folder.glob(pattern) if path.is_file()
+    )
     if not paths:
         raise EDLoRANotFoundError(f"{folder} holds no LoRA, ED-LoRA or textual inversion. Name the file itself.")
     parts = [read_foreign(path) for path in paths]
@@ -267,9 +269,9 @@ def _read_folder(folder: Path) -> Foreign:
 def _names(path: Path) -> list[str]:
     """Names of a safetensors file's tensors, from its header alone; empty if it has none that can be read."""
     try:
-        with safe_open(path, framework="pt") as opened:
+        with opened_tensors(path) as opened:
             return list(opened.keys())
-    except (SafetensorError, OSError, ValueError):
+    except (EDLoRAFormatError, EDLoRANotFoundError):  # told when the tensors are read
         return []
 
 

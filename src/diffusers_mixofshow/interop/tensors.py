@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from diffusers_mixofshow.edlora.defects import DTYPES
+from diffusers_mixofshow.edlora.reading import check_file, opened_tensors
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 
 
@@ -25,14 +25,10 @@ def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor
         EDLoRAFormatError: If it is none.
     """
     try:
-        with safe_open(path, framework="pt") as opened:
+        with opened_tensors(path) as opened:
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
-    except FileNotFoundError as error:
+    except EDLoRANotFoundError as error:
         raise _not_found(path) from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise EDLoRAFormatError(
-            f"{path} cannot be read as safetensors: {error}. Copy or download the file again."
-        ) from error
 
 
 def load_pickle(path: Path) -> Any:
@@ -46,10 +42,11 @@ def load_pickle(path: Path) -> Any:
         EDLoRAFormatError: If it cannot be read in this way.
     """
     try:
-        size = path.stat().st_size
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+        size = check_file(path)
+    except EDLoRANotFoundError as error:
         raise _not_found(path) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle makes the unpickler raise anything
         raise EDLoRAFormatError(
             f"{path} cannot be read with weights_only=True ({_short(error)}). It is damaged, or holds Python objects "
