@@ -91,22 +91,22 @@ class Bench:
         )
 
 
-def single_packs(plan: Plan, concepts: Path | None, work: Path, console: Console) -> dict[str, Path]:
+def single_packs(wanted: Sequence[str], seed: int, concepts: Path | None, work: Path) -> dict[str, Path]:
     """ED-LoRAs by name: from the given folder where they are there, else tuned in the work folder."""
-    given = {} if concepts is None else {name: concepts / name for name in plan.critters}
+    given = {} if concepts is None else {name: concepts / name for name in wanted}
     found = {name: folder for name, folder in given.items() if (folder / "edlora.safetensors").exists()}
-    missing = tuple(name for name in plan.critters if name not in found)
+    missing = tuple(name for name in wanted if name not in found)
     if missing:
-        # DemoSettings asks for two concepts at least; one that is there already costs only its photos.
-        names = missing if len(missing) > 1 else (*missing, plan.critters[0])
-        settings = DemoSettings(folder=work, concepts=names, seed=plan.seed)
+        # DemoSettings asks for two concepts at least.
+        names = missing if len(missing) > 1 else (*missing, next(name for name in CRITTERS if name not in missing))
+        settings = DemoSettings(folder=work, concepts=names, seed=seed)
 
         def on_step(name: str, step: int, total: int, loss: float) -> None:
             if step % 50 == 0 or step == total:
-                console.print(f"  {name} {step}/{total} loss {loss:.3f}")
+                print(f"  {name} {step}/{total} loss {loss:.3f}", flush=True)
 
         found |= tune_all(prepare_photos(settings), settings, on_step)
-    return {name: found[name] for name in plan.critters}
+    return {name: found[name] for name in wanted}
 
 
 def fuse_all(bench: Bench, packs: dict[str, Path]) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def main() -> None:
     judge = ToylandJudge.load()
     pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
     bench = Bench(plan=plan, pipe=pipe, judge=judge, subjects=subjects_of(plan.critters, judge))
-    packs = single_packs(plan, options.concepts, options.work, bench.console)
+    packs = single_packs(plan.critters, plan.seed, options.concepts, options.work)
     tuned = time.monotonic()
     fused = fuse_all(bench, packs)
     solved = time.monotonic()

@@ -21,6 +21,10 @@ class HubError(MixOfShowError, OSError):
     """The Hugging Face Hub cannot be reached, or refuses what was asked."""
 
 
+class FileWriteError(MixOfShowError, OSError):
+    """A file cannot be written: no room, no permission, no such place. What stood there before is untouched."""
+
+
 class RegionError(MixOfShowError, ValueError):
     """A region's box, mask or prompt cannot be used."""
 

@@ -19,14 +19,25 @@ _TEXT_SITE = re.compile(r"encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj
 _UNET_SITE = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
 _TEXT_READER = re.compile(r"unet\..*\.attn2\.(to_k|to_v)")
 _ANY_TEXT_SITE = re.compile(_TEXT_SITE.pattern + r"|encoder\.layers\.\d+\.mlp\.fc[12]")
-_ANY_UNET_SITE = re.compile(_UNET_SITE.pattern + r"|.*\.(ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj)")
+_ANY_UNET_SITE = re.compile(
+    _UNET_SITE.pattern + r"|.*\.(ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj|conv_shortcut)"
+)
 _STAGES = ("down_blocks", "mid_block", "up_blocks")
 
 
 def components_with_sites(components: Mapping[str, object]) -> dict[str, nn.Module]:
-    """Pick the pipeline components whose attention layers a concept adapts: text encoders, then the U-Net."""
+    """Pick the pipeline components whose attention layers a concept adapts: text encoders, then the U-Net.
+
+    Of a component that `torch.compile` has wrapped it is the model inside.
+    """
     found = {name: components.get(name) for name in (*_TEXT_ENCODERS, "unet")}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    return {name: uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has wrapped it."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def canonical_name(component: str, path: str) -> str:
@@ -92,7 +103,7 @@ def self_attention_layers(unet: nn.Module) -> tuple[str, ...]:
 
 
 def _attention_layers(unet: nn.Module, name: str) -> tuple[str, ...]:
-    paths = [path for path, _ in unet.named_modules() if path.endswith(f".{name}")]
+    paths = [path for path, _ in uncompiled(unet).named_modules() if path.endswith(f".{name}")]
     return tuple(sorted(paths, key=_stage_of))
 
 

@@ -20,7 +20,7 @@ from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, Regio
 from diffusers_mixofshow.regions import Layout, Region
 
 
-VERBS = ("train", "fuse", "sample", "inspect", "demo")
+VERBS = ("train", "fuse", "sample", "inspect", "convert", "push", "demo", "doctor")
 RUN = (sys.executable, "-c", "from diffusers_mixofshow.cli import main; main()")
 
 

@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +15,40 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 
+def _object_id(path: str, content: bytes) -> str:
+    """What git calls a file: the SHA-256 of one in large-file storage, or the hash of a blob."""
+    if path.endswith(".safetensors"):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next requests that match.
+
+    Args:
+        pattern: Regular expression for ``METHOD path``.
+        status: Answer this instead; 0 to break the connection.
+        after: Bytes of the body that pass before the connection breaks: of the answer, or of the request where
+            `of_request`.
+        done: Do what was asked before the connection breaks, so that only the answer is lost.
+        times: How many requests.
+    """
+
+    pattern: str
+    status: int = 0
+    after: int = 0
+    of_request: bool = False
+    done: bool = False
+    times: int = 1
+
+
 @dataclass
 class Repository:
     """Branch name to commits, newest last; a commit is (id, message, path to content)."""
 
     private: bool = False
+    gated: bool = False
     branches: dict[str, list[tuple[str, str, dict[str, bytes]]]] = field(default_factory=dict)
 
     def commit(self, branch: str, message: str, files: dict[str, bytes]) -> str:
@@ -41,7 +72,11 @@ class Repository:
 
 
 class LoopbackHub:
-    """Server and state. `user` owns `token`; `requests` lists what was asked, as ``METHOD path``."""
+    """Server and state.
+
+    `user` owns `token`; `requests` lists what was asked, as ``METHOD path``; `faults` says what goes wrong.
+    `before_commit` is called with the repository's id when a commit arrives, before it is looked at.
+    """
 
     def __init__(self, *, user: str = "me", token: str = "hf_secretsecretsecret") -> None:
         self.user = user
@@ -49,6 +84,9 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.ranges: list[str] = []
+        self.faults: list[Fault] = []
+        self.before_commit: Callable[[str], None] = lambda repo_id: None
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -95,12 +133,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, *routes: tuple[str, Callable[..., None]]) -> None:
         path = urlsplit(self.path).path
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.hub.requests.append(f"{self.command} {unquote(path)}")
+        request = f"{self.command} {unquote(path)}"
+        self.hub.requests.append(request)
+        self.fault = self._fault(request)
+        length = int(self.headers.get("Content-Length") or 0)
+        if self.fault and self.fault.of_request:
+            self.rfile.read(min(self.fault.after, length))
+            return self._break_off()
+        self.body = self.rfile.read(length)
+        if self.fault and self.fault.status:
+            return self._json(self.fault.status, {"error": "the Hub is having a bad day"})
         for pattern, handle in routes:
             if match := re.fullmatch(pattern, path):
                 return handle(*map(unquote, match.groups()))
         return self._json(404, {"error": f"no route for {path}"})
+
+    def _fault(self, request: str) -> Fault | None:
+        for fault in self.hub.faults:
+            if fault.times and re.search(fault.pattern, request):
+                fault.times -= 1
+                return fault
+        return None
+
+    def _break_off(self) -> None:
+        """Close the connection with a reset, whatever is still on its way."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
 
     @property
     def _is_logged_in(self) -> bool:
@@ -111,6 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and not self._is_logged_in):
             self._error(404 if self._is_logged_in else 401, "RepoNotFound", "Repository not found")
+            return None
+        if repository.gated and not self._is_logged_in:
+            self._error(403, "GatedRepo", "Access to this repository is gated")
             return None
         if write and not self._is_logged_in:
             self._error(403, "", "Forbidden: you have no write access")
@@ -143,11 +205,13 @@ class _Handler(BaseHTTPRequestHandler):
             if repository.find(revision) is None:
                 return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             paths = [file["path"] for file in json.loads(self.body)["files"]]
+            present = repository.find(revision)[1]
             modes = [
                 {
                     "path": path,
                     "uploadMode": "lfs" if path.endswith(".safetensors") else "regular",
                     "shouldIgnore": False,
+                    "oid": _object_id(path, present[path]) if path in present else None,
                 }
                 for path in paths
             ]
@@ -165,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _fetch(self, oid: str) -> None:
         if self.headers.get("Authorization"):  # signed addresses of a storage refuse a second credential
             return self._json(400, {"error": "only one authentication mechanism is allowed"})
-        return self._send(200, self.hub.large_files[oid])
+        return self._send_range(self.hub.large_files[oid], {})
 
     def _store(self, oid: str) -> None:
         matches = hashlib.sha256(self.body).hexdigest() == oid
@@ -176,6 +240,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repo_id: str, revision: str) -> None:
         if repository := self._repository(repo_id, write=True):
             lines = [json.loads(line) for line in self.body.splitlines()]
+            self.hub.before_commit(repo_id)
+            parent = lines[0]["value"].get("parentCommit")
+            if parent not in (None, repository.branches[revision][-1][0]):
+                return self._error(412, "", "The branch has moved on: parentCommit is not its last commit")
             files = {}
             for line in lines[1:]:
                 value = line["value"]
@@ -184,9 +252,15 @@ class _Handler(BaseHTTPRequestHandler):
                     if line["key"] == "lfsFile"
                     else base64.b64decode(value["content"])
                 )
+            if "create_pr=1" in urlsplit(self.path).query:
+                number = 1 + sum(name.startswith("refs/pr/") for name in repository.branches)
+                repository.branches[revision := f"refs/pr/{number}"] = list(repository.branches["main"])
             commit = repository.commit(revision, lines[0]["value"]["summary"], files)
-            url = f"{self.hub.url}/{repo_id}/commit/{commit}"
-            self._json(200, {"success": True, "commitOid": commit, "commitUrl": url})
+            answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{commit}"}
+            if revision.startswith("refs/pr/"):
+                answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{revision.rpartition('/')[2]}"
+            self._json(200, answer)
+        return None
 
     def _info(self, repo_id: str, revision: str = "main") -> None:
         if found := self._found(repo_id, revision):
@@ -220,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "EntryNotFound", "Entry not found", headers)
         digest = hashlib.sha256(content[path]).hexdigest()
         if digest not in self.hub.large_files:
-            return self._send(200, content[path], headers | {"ETag": f'"{hashlib.sha1(content[path]).hexdigest()}"'})
+            return self._send_range(content[path], headers | {"ETag": f'"{hashlib.sha1(content[path]).hexdigest()}"'})
         headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content[path]))}
         return self._send(302, b"", headers | {"Location": f"{self.hub.storage_url}/storage/{digest}"})
 
@@ -231,14 +305,31 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"} | (headers or {}))
 
+    def _send_range(self, body: bytes, headers: dict[str, str]) -> None:
+        """Send a file, or what is left of it after the bytes that the client has."""
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if asked is None:
+            return self._send(200, body, headers)
+        self.hub.ranges.append(asked.group())
+        start = int(asked[1])
+        return self._send(206, body[start:], headers | {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"})
+
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        if self.fault and self.fault.done:
+            return self._break_off()
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return None
+        if self.fault and not self.fault.status:
+            self.wfile.write(body[: self.fault.after])
+            self.close_connection = True
+            return None
+        self.wfile.write(body)
+        return None
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""

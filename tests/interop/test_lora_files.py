@@ -64,6 +64,46 @@ def _halves(rank: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
             "text_encoder.encoder.layers.0.self_attn.k_proj.lora_linear_layer.up.weight",
             "text_encoder.text_model.encoder.layers.0.self_attn.k_proj",
         ),
+        (
+            "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.down.weight",
+            "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight",
+            "text_encoder.text_model.encoder.layers.0.self_attn.out_proj",
+        ),
+        (
+            "lora_te2_text_model_encoder_layers_31_self_attn_v_proj.lora_down.weight",
+            "lora_te2_text_model_encoder_layers_31_self_attn_v_proj.lora_up.weight",
+            "text_encoder_2.text_model.encoder.layers.31.self_attn.v_proj",
+        ),
+        (
+            "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k.lora_down.weight",
+            "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k.lora_up.weight",
+            "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k",
+        ),
+        (
+            "lora_unet_middle_block_1_proj_out.lora_down.weight",
+            "lora_unet_middle_block_1_proj_out.lora_up.weight",
+            "unet.mid_block.attentions.0.proj_out",
+        ),
+        (
+            "diffusion_model.output_blocks.5.1.transformer_blocks.0.attn1.to_out.0.lora_down.weight",
+            "diffusion_model.output_blocks.5.1.transformer_blocks.0.attn1.to_out.0.lora_up.weight",
+            "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_out.0",
+        ),
+        (
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc2.lora_down.weight",
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc2.lora_up.weight",
+            "text_encoder_2.text_model.encoder.layers.0.mlp.fc2",
+        ),
+        (
+            "lora_unet_output_blocks_3_0_emb_layers_1.lora_down.weight",
+            "lora_unet_output_blocks_3_0_emb_layers_1.lora_up.weight",
+            "unet.up_blocks.1.resnets.0.time_emb_proj",
+        ),
+        (
+            "lora_unet_down_blocks_1_resnets_0_conv_shortcut.lora_down.weight",
+            "lora_unet_down_blocks_1_resnets_0_conv_shortcut.lora_up.weight",
+            "unet.down_blocks.1.resnets.0.conv_shortcut",
+        ),
     ],
 )
 def test_every_spelling_names_the_same_layer(tmp_path: Path, down: str, up: str, site: str) -> None:
@@ -138,11 +178,24 @@ def test_what_we_write_diffusers_loads(tmp_path: Path) -> None:
         ),
         (
             {
-                "lora_unet_input_blocks_1_1_proj_in.lora_down.weight": torch.ones(2, 6),
-                "lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(8, 2),
+                "lora_unet_input_blocks_4_0_in_layers_2.lora_down.weight": torch.ones(2, 6, 3, 3),
+                "lora_unet_input_blocks_4_0_in_layers_2.lora_up.weight": torch.ones(8, 2, 1, 1),
             },
-            "input.blocks.1.1.proj_in",
+            r"unet\.down_blocks\.1\.resnets\.0\.conv1",
         ),
+        (
+            {
+                f"{QUERY}.lora_A.weight": torch.ones(2, 6),
+                f"{QUERY}.lora_B.weight": torch.ones(8, 2),
+                "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": torch.ones(2, 6),
+            },
+            "given twice",
+        ),
+        (
+            {f"{QUERY}.lora_A.weight": torch.ones(2, 6), f"{QUERY}.lora_B.weight": torch.full((8, 2), torch.nan)},
+            "not finite",
+        ),
+        ({"bundle_emb.rex.string_to_param.*": torch.ones(2, 6)}, r"bundles embeddings.*rex"),
         ({}, "no tensor of it belongs"),
     ],
 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from diffusers_mixofshow.toyland.scenes import caption, random_scene
+from diffusers_mixofshow.toyland.concepts import CONCEPTS
+from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
 from diffusers_mixofshow.toyland.world import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -71,7 +74,26 @@ def test_captions_name_no_hidden_attribute() -> None:
         words = set(re.findall("[a-z]+", caption(scene, seed)))
         assert not words & (hidden | parts)
         assert {word for word in words if word in COLOURS} <= {thing.colour for thing in scene.things}
-        assert {word for word in words if word in CLASSES} == {thing.class_word for thing in scene.things}
+        called = {thing.class_word for thing in scene.things if thing.name not in words or not thing.name}
+        assert {word for word in words if word in CLASSES} >= called
+
+
+def test_residents_are_the_same_in_every_process_and_no_test_concept_is_one() -> None:
+    script = "from diffusers_mixofshow.toyland import residents; print(repr(sorted(residents().items())))"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == repr(sorted(residents().items()))
+    looks = [(thing.class_word, thing.colour, dict(thing.attributes)) for thing in residents().values()]
+    for concept in CONCEPTS.values():
+        assert (concept.class_word, concept.colour, dict(concept.attributes)) not in looks
+        assert concept.name not in residents()
+
+
+def test_half_of_the_things_are_residents_and_most_captions_use_their_names() -> None:
+    scenes = [random_scene(seed, things=1) for seed in range(800)]
+    known = [scene for scene in scenes if scene.things[0].name]
+    assert 0.44 < len(known) / len(scenes) < 0.56
+    named = [scene.things[0].name in caption(scene, seed) for seed, scene in enumerate(known)]
+    assert 0.65 < sum(named) / len(named) < 0.85
 
 
 def test_a_caption_depends_on_nothing_hidden() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.base_models import TOYLAND
@@ -50,6 +51,31 @@ def load_base(name: str) -> MixOfShowPipeline:
         raise ConfigurationError(
             f"The base model {name!r} cannot be loaded ({_first_line(error)}). "
             f"Expected a Hub id, a folder of a Stable Diffusion pipeline, or {TOYLAND!r}."
+        ) from error
+
+
+def layers_of(name: str) -> tuple[str, ...]:
+    """Cross-attention layers of a base model on this disk; empty of others, whose layers files tell themselves.
+
+    Raises:
+        ConfigurationError: If its U-Net cannot be read.
+    """
+    from diffusers_mixofshow.base_models import location_of
+
+    folder = Path(location_of(name)) / "unet" if name else Path()
+    if not (folder / "config.json").is_file():
+        return ()
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from diffusers_mixofshow.sites import cross_attention_layers
+
+    try:
+        with torch.device("meta"):
+            return cross_attention_layers(UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder)))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"The U-Net of the base model {name!r} cannot be read: {_first_line(error)}."
         ) from error
 
 

@@ -22,7 +22,9 @@ def demo(
 
     Takes some minutes on two CPU cores. Interrupt it at will: started again, it continues.
 
-    Example: mixofshow demo
+    \b
+    Example:
+      mixofshow demo
     """
     from rich.console import Console
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.plans import plan_of_fusion, tell
 from diffusers_mixofshow.errors import ConfigurationError
 
 
@@ -46,7 +47,7 @@ def fuse(
         Method,
         typer.Option(help="closed-form is gradient fusion, lbfgs the paper's solver; the others are baselines."),
     ] = Method.CLOSED_FORM,
-    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP}  [default: the one they were tuned on]")] = None,
+    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)")] = None,
     features: Annotated[
         Features,
         typer.Option(
@@ -60,18 +61,27 @@ def fuse(
     ridge: Annotated[str, typer.Option(help="Weight of small updates against a perfect fit, or 'auto'.")] = "1e-2",
     max_rank: Annotated[int | None, typer.Option(help="Cut fused updates down to this rank.")] = None,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read and check the sources, tell what would be done, load no model.")
+    ] = False,
 ) -> None:
     """Fuse several ED-LoRAs into one pack that holds all their concepts, without any photos.
 
     Where every one brings statistics (edlora.statistics.safetensors), no model is loaded. Started by
     `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
 
-    Example: mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos --output hogwarts
+    \b
+    Example:
+      mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos --output hogwarts
     """
     from diffusers_mixofshow.edlora import EDLoRA
 
     writes = _joins_others()
     packs = [EDLoRA.from_pretrained(concept) for concept in concepts]
+    if dry_run:
+        needs_base = _needs_base(concepts, base, features, method)
+        tell(plan_of_fusion(packs, (base or common_base(packs)) if needs_base else None, max_rank, output))
+        return
     fuser = _fuser(concepts, packs, base, features, method, _ridge(ridge), max_rank)
     fused = fuser.fuse(concepts, method=method.value, weights=weight)
     if not writes:
@@ -106,17 +116,24 @@ def _fuser(
 ) -> GradientFuser:
     """A fuser without a model where none is needed."""
     from diffusers_mixofshow.fusion import GradientFuser
+
+    if not _needs_base(concepts, base, features, method):
+        return GradientFuser(ridge=ridge, max_rank=max_rank)
+    pipe = load_base(base or common_base(packs))
+    return GradientFuser(pipe, ridge=ridge, max_rank=max_rank, sequential=features is not Features.OWN)
+
+
+def _needs_base(concepts: list[str], base: str | None, features: Features, method: Method) -> bool:
+    """Whether features must be recorded: not for baselines, and not where every source brings statistics."""
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
 
     if method.value not in MEASURED:
-        return GradientFuser(max_rank=max_rank)
-    if features is not Features.SEQUENTIAL and base is None:
-        sources = gather(concepts, None, prompts=None, with_statistics=True)
-        if all(source.statistics and not source.misfits(source.statistics) for source in sources):
-            return GradientFuser(ridge=ridge, max_rank=max_rank)
-    pipe = load_base(base or common_base(packs))
-    return GradientFuser(pipe, ridge=ridge, max_rank=max_rank, sequential=features is not Features.OWN)
+        return False
+    if features is Features.SEQUENTIAL or base is not None:
+        return True
+    sources = gather(concepts, None, prompts=None, with_statistics=True)
+    return not all(source.statistics and not source.misfits(source.statistics) for source in sources)
 
 
 def _ridge(text: str) -> Ridge:

@@ -1,74 +1,46 @@
-"""``mixofshow inspect``: what is in an ED-LoRA."""
+"""``mixofshow inspect``: what is in an ED-LoRA, or in another program's file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 
-if TYPE_CHECKING:
-    from diffusers_mixofshow.edlora import EDLoRA
-
-
 def inspect(
-    source: Annotated[str, typer.Argument(help="An ED-LoRA or fused pack: file, folder or Hub id.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="An ED-LoRA or fused pack: file, folder or Hub id. Or another program's file: a LoRA, a textual "
+            "inversion, the authors' .pth."
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show the concepts, base model, ranks, layers and norms of an ED-LoRA.
+    """Show kind, base, concepts, ranks, alphas, layers, norms and problems of a file.
 
-    Example: mixofshow inspect edlora-potter
+    Exit code 1 if it has problems.
+
+    \b
+    Examples:
+      mixofshow inspect edlora-potter
+      mixofshow inspect downloads/some_lora.safetensors --json
     """
+    from diffusers_mixofshow.cli.sources import read_source
     from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.interop.summary import summary_of_foreign, summary_of_pack
 
-    summary = summarize(EDLoRA.from_pretrained(source)) | {"source": source, "bytes": _size_of(source)}
+    found = read_source(source)
+    summary = summary_of_pack(found) if isinstance(found, EDLoRA) else summary_of_foreign(found)
+    summary |= {"source": source, "bytes": _size_of(source)}
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     else:
         _print_tables(summary)
-
-
-def summarize(pack: EDLoRA) -> dict[str, Any]:
-    """Gather what a pack holds as JSON values."""
-    ranks = sorted({update.rank for update in pack.lora.values()})
-    return {
-        "base_model": pack.base_model,
-        "concepts": [
-            {
-                "placeholder": concept.placeholder,
-                "class_word": concept.class_word,
-                "kind": concept.kind,
-                "tokens": {token: _mean_norm(pack.embeddings[token]) for token in concept.tokens},
-            }
-            for concept in pack.concepts
-        ],
-        "ranks": ranks,
-        "adapted_layers": len(pack.lora),
-        "cross_attention_layers": len(pack.layers),
-        "parameters": sum(tensor.numel() for tensor in _tensors(pack)),
-        "largest_updates": _largest_updates(pack, count=5),
-        "training": dict(pack.training),
-    }
-
-
-def _tensors(pack: EDLoRA) -> list[Any]:
-    halves = [half for update in pack.lora.values() for half in (update.down, update.up)]
-    return [*pack.embeddings.values(), *halves]
-
-
-def _mean_norm(embedding: Any) -> float:
-    """Mean length of a layer-wise embedding, shape (layers, dim)."""
-    return round(float(embedding.float().norm(dim=1).mean()), 4)
-
-
-def _largest_updates(pack: EDLoRA, count: int) -> dict[str, float]:
-    """The layers whose low-rank update has the largest Frobenius norm."""
-    from diffusers_mixofshow.edlora.low_rank import low_rank_delta
-
-    norms = {site: round(float(low_rank_delta(update).float().norm()), 4) for site, update in pack.lora.items()}
-    return dict(sorted(norms.items(), key=lambda item: -item[1])[:count])
+    if summary["problems"]:
+        raise typer.Exit(1)
 
 
 def _size_of(source: str) -> int | None:
@@ -84,24 +56,43 @@ def _print_tables(summary: dict[str, Any]) -> None:
 
     console = Console()
     facts = Table(title=escape(str(summary["source"])), title_justify="left", show_header=False)
-    size = "on the Hub" if summary["bytes"] is None else f"{summary['bytes'] / 1e6:.2f} MB"
-    rows = {
-        "base model": summary["base_model"],
-        "rank": ", ".join(map(str, summary["ranks"])),
-        "adapted layers": summary["adapted_layers"],
-        "cross-attention layers": summary["cross_attention_layers"],
-        "parameters": f"{summary['parameters']:,}",
-        "size": size,
-    }
-    for name, value in rows.items():
+    for name, value in _facts(summary).items():
         facts.add_row(name, escape(str(value)))
     concepts = Table("concept", "class word", "kind", "tokens (mean norm)")
     for concept in summary["concepts"]:
-        tokens = "  ".join(f"{token} {norm:.3f}" for token, norm in concept["tokens"].items())
-        names = (concept["placeholder"], concept["class_word"], concept["kind"], tokens)
+        tokens = "  ".join(f"{token} {_told(norm)}" for token, norm in concept["tokens"].items())
+        names = (concept["placeholder"], concept["class_word"] or "", concept["kind"] or "", tokens)
         concepts.add_row(*(escape(str(name)) for name in names))
     updates = Table("largest updates", "norm")
     for site, norm in summary["largest_updates"].items():
-        updates.add_row(escape(site), f"{norm:.3f}")
-    for table in (facts, concepts, updates):
-        console.print(table)
+        updates.add_row(escape(site), _told(norm))
+    problems = Table("problems")
+    for problem in summary["problems"]:
+        problems.add_row(escape(problem), style="red")
+    for table in (facts, concepts, updates, problems):
+        if table.row_count:
+            console.print(table)
+
+
+def _told(norm: float | None) -> str:
+    return "not finite" if norm is None else f"{norm:.3f}"
+
+
+def _facts(summary: dict[str, Any]) -> dict[str, object]:
+    """What the first table shows, without what is empty."""
+    layers = ", ".join(f"{component} {count}" for component, count in summary["layers"].items())
+    base = summary["base_model"] or summary["architecture"] or "unknown"
+    if summary["base_model"] and summary["architecture"]:
+        base += f" ({summary['architecture']})"
+    facts = {
+        "kind": summary["kind"],
+        "written by": summary["program"],
+        "base model": base,
+        "rank": ", ".join(map(str, summary["ranks"])),
+        "alpha": ", ".join(f"{alpha:g}" for alpha in summary["alphas"]),
+        "adapted layers": f"{summary['adapted_layers']} ({layers})" if layers else "",
+        "cross-attention layers": summary["cross_attention_layers"] or "",
+        "parameters": f"{summary['parameters']:,} ({', '.join(summary['dtypes'])})",
+        "size": "on the Hub" if summary["bytes"] is None else f"{summary['bytes'] / 1e6:.2f} MB",
+    }
+    return {name: value for name, value in facts.items() if value != ""}

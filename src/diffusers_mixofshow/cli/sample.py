@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
-from diffusers_mixofshow.cli.control import CONTROL_HELP, condition_image, parse_control, with_controls
+from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
+from diffusers_mixofshow.cli.plans import plan_of_sampling, tell
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
 
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def sample(
     prompt: Annotated[
-        str | None, typer.Option(help="What to draw; <name> stands for a concept.  [default: the layout's]")
+        str | None, typer.Option(help="What to draw; <name> stands for a concept. (default: the layout's)")
     ] = None,
     concepts: Annotated[
         list[str] | None, typer.Option(help="ED-LoRA or fused pack: Hub id, folder or file. May be repeated.")
@@ -33,35 +34,37 @@ def sample(
     ] = None,
     control: Annotated[list[str] | None, typer.Option(help=CONTROL_HELP)] = None,
     output: Annotated[Path, typer.Option(help="PNG file; several pictures get numbers.")] = Path("sample.png"),
-    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP}  [default: the concepts' own]")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.  [default: the layout's]")] = None,
+    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the concepts' own)")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid. (default: the layout's)")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
-    width: Annotated[int | None, typer.Option(help="Width in pixels.  [default: the layout's or the model's]")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.  [default: likewise]")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels. (default: the layout's or the model's)")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels. (default: likewise)")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
+    ] = False,
 ) -> None:
     """Sample pictures of one or several concepts, each in its own region.
 
-    Example: mixofshow sample --concepts hogwarts --prompt "two people near the castle" --region
-    "0,0,0.5,1:a <potter>" --region "0.5,0,1,1:a <hermione>" --output castle.png
+    \b
+    Example:
+      mixofshow sample --concepts hogwarts --prompt "two people near the castle" \\
+        --region "0,0,0.5,1:a <potter>" --region "0.5,0,1,1:a <hermione>"
     """
     plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
     controls = [parse_control(text) for text in control or []]
     packs = _read_packs(concepts or [])
     if base is None and not packs:
         raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
+    base, files = base or common_base(packs), numbered(output, count)
+    if dry_run:
+        tell(plan_of_sampling(plan, packs, base, count=count, steps=steps, guided=guidance > 1, output=files))
+        return
     import torch
 
-    pipe = load_base(base or common_base(packs))
-    for pack in packs:
-        pipe.load_edlora(pack)
-    conditions: dict[str, Any] = {}
-    if controls:
-        views = [condition_image(control) for control in controls]
-        pipe = with_controls(pipe, controls)
-        conditions["image"] = views[0] if len(views) == 1 else views
+    pipe, conditions = _loaded(base, packs, controls)
     images = pipe(
         prompt=[plan.prompt] * count,
         negative_prompt=[plan.negative_prompt or ""] * count,
@@ -73,10 +76,25 @@ def sample(
         generator=[torch.Generator().manual_seed(seed + index) for index in range(count)],
         **conditions,
     ).images
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for path, image in zip(numbered(output, count), images, strict=True):
+    _save(files, images)
+
+
+def _save(files: list[Path], images: list[Any]) -> None:
+    for path, image in zip(files, images, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
         typer.echo(f"Wrote {path}")
+
+
+def _loaded(base: str, packs: list[EDLoRA], controls: list[Control]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline with its concepts and ControlNets, and what its call needs for these."""
+    pipe = load_base(base)
+    for pack in packs:
+        pipe.load_edlora(pack)
+    if not controls:
+        return pipe, {}
+    views = [condition_image(control) for control in controls]
+    return with_controls(pipe, controls), {"image": views[0] if len(views) == 1 else views}
 
 
 def _planned(

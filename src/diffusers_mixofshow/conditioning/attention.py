@@ -27,7 +27,7 @@ from torch import nn
 from diffusers_mixofshow.conditioning.canvas import Canvas, Group, Placement, RegionPlan
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.regions import Isolation
-from diffusers_mixofshow.sites import cross_attention_layers, self_attention_layers
+from diffusers_mixofshow.sites import cross_attention_layers, self_attention_layers, uncompiled
 
 
 __all__ = ["RegionPlan", "layerwise_attention", "regional_attention"]
@@ -85,22 +85,41 @@ def regional_attention(
         The plans on the denoiser's feature maps.
     """
     canvas = Canvas([plans] if isinstance(plans, RegionPlan) else plans, steps, isolation)
-    hook = denoiser.register_forward_pre_hook(canvas.note_call, with_kwargs=True)
     regional: _Wrapper = partial(_with_canvas, canvas=canvas)
     wrappers = dict.fromkeys(cross_attention_layers(denoiser), regional)
     if isolation is not None:
         isolating: _Wrapper = partial(_IsolatingProcessor, canvas=canvas)
         wrappers |= dict.fromkeys(self_attention_layers(denoiser), isolating)
-    try:
-        with _processors_wrapped(denoiser, wrappers):
-            yield canvas
-    finally:
-        hook.remove()
+    with _calls_noted(denoiser, canvas), _processors_wrapped(denoiser, wrappers):
+        yield canvas
+
+
+@contextmanager
+def _calls_noted(denoiser: Any, canvas: Canvas) -> Iterator[None]:
+    """Tell the canvas of every call of the denoiser, outside of what `denoiser.compile()` has traced."""
+    compiled = denoiser._compiled_call_impl
+
+    def note_and_run(*inputs: Any, **named: Any) -> Any:
+        canvas.note_call(denoiser, inputs, named)
+        return compiled(*inputs, **named)
+
+    if compiled is None:
+        hook = denoiser.register_forward_pre_hook(canvas.note_call, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+    else:
+        denoiser._compiled_call_impl = note_and_run
+        try:
+            yield
+        finally:
+            denoiser._compiled_call_impl = compiled
 
 
 @contextmanager
 def _processors_wrapped(denoiser: nn.Module, wrappers: Mapping[str, _Wrapper]) -> Iterator[None]:
-    layers: dict[str, Any] = {path: denoiser.get_submodule(path) for path in wrappers}
+    layers: dict[str, Any] = {path: uncompiled(denoiser).get_submodule(path) for path in wrappers}
     originals = {path: layer.processor for path, layer in layers.items()}
     try:
         for path, wrap in wrappers.items():

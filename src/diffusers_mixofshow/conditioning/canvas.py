@@ -94,7 +94,7 @@ class Placement:
         if self.shares is None and self.back is not None:
             return outputs[:, self.back] if self.is_sorting else outputs
         if self.shares is not None:
-            outputs = outputs * self.shares.reshape(-1, *[1] * (outputs.ndim - 2))
+            outputs = outputs * self.shares.to(outputs.dtype).reshape(-1, *[1] * (outputs.ndim - 2))
         blended = outputs.new_zeros(outputs.shape[0], self.size, *outputs.shape[2:])
         return blended.index_add(1, self.positions, outputs)
 
@@ -121,8 +121,23 @@ class Group:
             outputs[self.rows[:, None], self.asking] = of_group
 
 
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """What holds on one feature map in the call under way.
+
+    Args:
+        placements: Who holds where, one for each different plan.
+        groups: Who attends to whom in self-attention; None where all attend to all.
+    """
+
+    placements: list[Placement]
+    groups: list[Group] | None
+
+
 class Canvas:
     """Plans on the feature maps of the forward pass under way.
+
+    All is worked out before the pass, from the size of its latents: `torch.compile` sees nothing but tensors.
 
     Args:
         plans: One for all pictures, or one for each.
@@ -146,57 +161,55 @@ class Canvas:
         self.isolation = isolation
         changes = any(plan.changes for plan in self.plans) or (isolation is not None and isolation.changes)
         self._ask_steps = steps if changes else None
-        self._grids: dict[int, tuple[int, int]] = {}
-        self._known: dict[tuple[object, ...], list[Placement]] = {}
-        self._known_groups: dict[tuple[object, ...], list[Group]] = {}
+        self._maps: dict[int, FeatureMap] = {}
+        self._known: dict[tuple[object, ...], dict[int, FeatureMap]] = {}
 
     def note_call(
         self, _denoiser: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
     ) -> None:
-        """Read the latent's size off the denoiser's arguments, and count the call where that matters."""
+        """Read the latent's size off the denoiser's arguments, count the call where that matters, and get ready."""
         sample = inputs[0] if inputs else named["sample"]
         height, width = sample.shape[-2:]
         self.size, self.device, self.dtype = (height, width), sample.device, sample.dtype
-        self._grids = feature_grids(height, width)
         if self._ask_steps is not None:
             self.steps = self._ask_steps() if self.steps is None else self.steps
             self.step += 1
+        isolated = self.isolation is not None and self.isolation.holds(self.step, self.steps)
+        key = (self.size, self._moment(), isolated, len(sample), sample.device, sample.dtype)
+        if key not in self._known:
+            grids = feature_grids(height, width)
+            self._known[key] = {cells: self._feature_map(grid, sample, isolated) for cells, grid in grids.items()}
+        self._maps = self._known[key]
 
     def placements(self, queries: torch.Tensor) -> list[Placement]:
         """Who holds where on the feature map of queries (batch, positions, channels), one for each different plan."""
-        grid = self._grid_of(queries)
-        key = (grid, self._moment(), len(queries), queries.device, queries.dtype)
-        if key not in self._known:
-            self._known[key] = [
-                _place(self._weights(plan, grid), rows, queries) for plan, rows in self._plans_of_rows(len(queries))
-            ]
-        return self._known[key]
+        return self._map_of(queries).placements
 
     def groups(self, queries: torch.Tensor) -> list[Group] | None:
         """Who attends to whom in self-attention on the feature map of queries; None where all attend to all."""
-        grid = self._grid_of(queries)
-        isolation = self.isolation
-        if isolation is None or self.size is None or not isolation.holds(self.step, self.steps):
-            return None
-        if not isolation.reaches(grid, self.size):
-            return None
-        key = (grid, self._moment(), len(queries), queries.device)
-        if key not in self._known_groups:
-            self._known_groups[key] = [
-                Group(_moved(rows, queries), asking.to(queries.device), asked.to(queries.device))
-                for plan, rows in self._plans_of_rows(len(queries))
-                for asking, asked in attention_groups(self._weights(plan, grid)[1:])
-            ]
-        return self._known_groups[key]
+        return self._map_of(queries).groups
 
-    def _grid_of(self, queries: torch.Tensor) -> tuple[int, int]:
-        grid = self._grids.get(queries.shape[1])
-        if grid is None:
+    def _map_of(self, queries: torch.Tensor) -> FeatureMap:
+        found = self._maps.get(queries.shape[1])
+        if found is None:
             raise RegionError(
                 f"A layer has {queries.shape[1]} positions, but the latent's feature maps have"
-                f" {sorted(self._grids)}. Regions need a U-Net that halves its feature maps."
+                f" {sorted(self._maps)}. Regions need a U-Net that halves its feature maps."
             )
-        return grid
+        return found
+
+    def _feature_map(self, grid: tuple[int, int], sample: torch.Tensor, isolated: bool) -> FeatureMap:
+        owners = self._plans_of_rows(len(sample))
+        weights = {plan: self._weights(plan, grid) for plan, _ in owners}
+        placements = [_place(weights[plan], rows, sample) for plan, rows in owners]
+        if not isolated or self.isolation is None or self.size is None or not self.isolation.reaches(grid, self.size):
+            return FeatureMap(placements, groups=None)
+        groups = [
+            Group(_moved(rows, sample), asking.to(sample.device), asked.to(sample.device))
+            for plan, rows in owners
+            for asking, asked in attention_groups(weights[plan][1:])
+        ]
+        return FeatureMap(placements, groups)
 
     def map(self, values: Callable[[Region], float], default: float, height: int, width: int) -> torch.Tensor:
         """Blend one number of each region like its attention, with `default` for the global prompt.
@@ -236,12 +249,12 @@ class Canvas:
         ]
 
 
-def _moved(rows: slice | torch.Tensor, queries: torch.Tensor) -> slice | torch.Tensor:
-    return rows if isinstance(rows, slice) else rows.to(queries.device)
+def _moved(rows: slice | torch.Tensor, sample: torch.Tensor) -> slice | torch.Tensor:
+    return rows if isinstance(rows, slice) else rows.to(sample.device)
 
 
-def _place(weights: torch.Tensor, rows: slice | torch.Tensor, queries: torch.Tensor) -> Placement:
-    """Where the contexts with these weights (contexts, positions) hold, on the device and in the dtype of queries."""
+def _place(weights: torch.Tensor, rows: slice | torch.Tensor, sample: torch.Tensor) -> Placement:
+    """Where the contexts with these weights (contexts, positions) hold, on the device and in the dtype of sample."""
     places = [row.nonzero()[:, 0] for row in weights]
     spans, end = [], 0
     for context, place in enumerate(places):
@@ -251,12 +264,12 @@ def _place(weights: torch.Tensor, rows: slice | torch.Tensor, queries: torch.Ten
     positions = torch.cat(places)
     shares = torch.cat([row[place] for row, place in zip(weights, places, strict=True)])
     once = len(positions) == weights.shape[1]
-    device = queries.device
+    device = sample.device
     return Placement(
-        rows=_moved(rows, queries),
+        rows=_moved(rows, sample),
         positions=positions.to(device),
         spans=tuple(spans),
-        shares=None if (shares == 1).all() else shares.to(queries.dtype).to(device),
+        shares=None if (shares == 1).all() else shares.to(sample.dtype).to(device),
         back=positions.argsort().to(device) if once else None,
         size=weights.shape[1],
     )

@@ -1,82 +1,154 @@
-"""The model card (README.md) beside an ED-LoRA: what it holds, how to prompt it, and code that runs when pasted."""
+"""The model card (README.md) beside an ED-LoRA: what it holds, how to prompt it, and code that runs when pasted.
+
+What the package writes stands between two marks and is refreshed; everything around them belongs to people and stays.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image, UnidentifiedImageError
 
+from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora.file import Contents
+from diffusers_mixofshow.errors import ConfigurationError
 
 
 CARD_NAME = "README.md"
-PICTURES_NAME = "samples.png"
-"""Sheet of pictures that a training leaves beside the pack."""
+
+Samples = Mapping[str, "Image.Image | str | os.PathLike[str]"]
+"""Prompt to the picture that it drew."""
 
 _TAGS = ("mix-of-show", "edlora", "lora", "diffusers", "text-to-image", "stable-diffusion")
-_MARK = "<!-- written by diffusers-mixofshow; remove this line to keep your own changes -->"
+_BEGIN = (
+    "<!-- diffusers-mixofshow: begin. What stands between these marks is written anew whenever it is saved; write "
+    "around them. -->"
+)
+_END = "<!-- diffusers-mixofshow: end -->"
+_SECTION = re.compile(r"<!-- diffusers-mixofshow: begin\b.*?-->.*?<!-- diffusers-mixofshow: end -->", re.DOTALL)
+_METADATA = re.compile(r"\A\s*---[ \t\r]*\n.*?\n---[ \t\r]*(\n|\Z)", re.DOTALL)
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+_SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
 _MOST_REGIONS = 3
+_LONGEST_RECORD = 10_000
+_SD_1 = "creativeml-openrail-m"
+_LICENSES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD_1,
+    "runwayml/stable-diffusion-v1-5": _SD_1,
+    "CompVis/stable-diffusion-v1-4": _SD_1,
+    TOYLAND: "apache-2.0",
+}
+"""Licences of base models that those of what is tuned on them must follow."""
 _STOCK_PACK = (
     "Stock diffusers loads the file as a LoRA (`pipe.load_lora_weights(...)`), without the concepts' embeddings."
 )
 _STOCK_MERGED = "`StableDiffusionPipeline.from_pretrained` loads it as well, without the concepts' embeddings."
+_RESPONSIBLE = (
+    "It draws what it was tuned on. Do not use it to deceive or to harm, and do not draw a person who has not agreed. "
+    "Keep the licences of the base model and of the photos, and say that pictures made with it are generated."
+)
 
 
 def model_card(
-    concepts: Sequence[Concept],
-    base_model: str,
+    contents: Contents,
     location: str,
-    rank: int,
     *,
     merged: bool,
-    training: Mapping[str, object],
-    pictures: bool,
+    samples: Mapping[str, str] | None = None,
+    license_id: str | None = None,
 ) -> ModelCard:
     """Write the card of a pack.
 
     Args:
-        concepts: The concepts it holds.
-        base_model: Id of the model it was tuned on; becomes a link on the Hub if it has the form of a Hub id.
+        contents: What the pack holds. Its base model becomes a link on the Hub if it has the form of a Hub id.
         location: What the code example loads: the Hub id or the folder.
-        rank: The highest rank of its updates.
         merged: Whether it is a complete pipeline with the updates in its weights.
-        training: How it was tuned; shown if it names the settings.
-        pictures: Whether `PICTURES_NAME` lies beside it.
+        samples: Path of a picture beside the card to the prompt that it shows.
+        license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a base model we know.
     """
+    concepts, base_model = contents["concepts"], contents["base_model"]
+    samples = {} if samples is None else samples
     names = [concept.placeholder for concept in concepts]
-    on_hub = _REPO_ID.fullmatch(base_model) is not None
-    data = ModelCardData(
-        base_model=base_model if on_hub else None,
-        base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=list(_TAGS),
-        instance_prompt=_prompt(concepts[0]),
-    )
-    title = f"ED-LoRA of {names[0]}" if len(names) == 1 else f"Mix-of-Show: {', '.join(names)} in one model"
+    title = "ED-LoRA of" if len(names) == 1 else "Mix-of-Show:"
+    heading = ", ".join(f"`{_code(name)}`" for name in names) + ("" if len(names) == 1 else " in one model")
+    rank = max((update.rank for update in contents["lora"].values()), default=0)
     body = [
-        _MARK,
-        f"# {_inline(title)}",
+        f"# {title} {heading}",
+        *(["<Gallery />"] if samples else []),
         _summary(len(names), base_model, rank, merged=merged),
-        _table(concepts),
-        f"```python\n{example(concepts, base_model, location, merged=merged)}```",
+        _concept_table(concepts, _residuals(contents["training"])),
+        f"## Use\n\n```python\n{example(concepts, base_model, location, merged=merged)}```",
         f"{_STOCK_MERGED if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
-        *([f"![Samples, by strength of the LoRA]({PICTURES_NAME})"] if pictures else []),
-        *([_training_record(training)] if isinstance(training.get("settings"), Mapping) else []),
+        *_training_record(contents["training"]),
+        *_source_table(contents["training"]),
+        f"## Responsible use\n\n{_RESPONSIBLE}",
     ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n")
+    text = "\n\n".join(body).replace("<!--", "<! --")  # nothing from a file can end the section
+    data = _metadata(contents, merged=merged, samples=samples, license_id=license_id)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{text}\n\n{_END}\n")
+
+
+def refreshed(existing: str | None, card: ModelCard) -> str:
+    """The text of a card that stands at its place already, with what we generate brought up to date.
+
+    What stands around our marks, and every entry of the metadata that is not ours, stays. A card that somebody wrote
+    without our marks stays as it is; one that has metadata alone, as the Hub makes it, gets our text.
+
+    Args:
+        existing: The card that is there; None where there is none.
+        card: What `model_card` says now.
+    """
+    if existing is None or not existing.strip():
+        return str(card)
+    section = _SECTION.search(str(card))
+    text = _METADATA.sub("", existing, count=1)
+    if section is None or (text.strip() and not _SECTION.search(text)):
+        return existing
+    written = section.group()
+    body = _SECTION.sub(lambda _: written, text, count=1) if text.strip() else f"\n{written}\n"
+    try:
+        data = _joined_metadata(ModelCard(existing, ignore_metadata_errors=True).data.to_dict(), card.data.to_dict())
+    except (ValueError, TypeError, yaml.YAMLError):  # no YAML that the client understands: it is people's, so it stays
+        return existing
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n" + body
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
-    """Write README.md into a folder, unless there is one that this package did not write."""
+    """Write or refresh README.md in a folder, see `refreshed`."""
     path = folder / CARD_NAME
-    if not path.exists() or _MARK in path.read_text(encoding="utf-8", errors="replace"):
-        path.write_text(str(card), encoding="utf-8")
+    existing = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    text = refreshed(existing, card)
+    if text != existing:
+        write_whole(path, text.encode())
+
+
+def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
+    """Write sample pictures as ``samples/0.png`` and so on, without anything that a camera or program noted in them.
+
+    Returns:
+        Path in the folder to prompt.
+
+    Raises:
+        ConfigurationError: If a picture cannot be read.
+    """
+    paths = {}
+    for number, (prompt, picture) in enumerate(samples.items()):
+        path = folder / "samples" / f"{number}.png"
+        write_whole(path, _png(picture))
+        paths[path.relative_to(folder).as_posix()] = prompt
+    return paths
 
 
 def example(concepts: Sequence[Concept], base_model: str, location: str, *, merged: bool) -> str:
@@ -101,6 +173,43 @@ def example(concepts: Sequence[Concept], base_model: str, location: str, *, merg
     )
 
 
+def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:
+    try:
+        image = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ConfigurationError(f"The sample picture {picture!r} cannot be read: {error}.") from error
+    image.info = {}
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _metadata(
+    contents: Contents, *, merged: bool, samples: Mapping[str, str], license_id: str | None
+) -> ModelCardData:
+    """What the Hub's search, filters and widget read."""
+    base_model = contents["base_model"]
+    on_hub = _REPO_ID.fullmatch(base_model) is not None
+    return ModelCardData(
+        base_model=base_model if on_hub else None,
+        base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=license_id or _LICENSES.get(base_model),
+        tags=list(_TAGS),
+        instance_prompt=_prompt(contents["concepts"][0]),
+        widget=[{"text": prompt, "output": {"url": path}} for path, prompt in samples.items()] or None,
+    )
+
+
+def _joined_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours over theirs, but for tags, which add up, and for the licence, which people choose."""
+    known = theirs.get("tags")
+    tags = [tag for tag in known if isinstance(tag, str)] if isinstance(known, list) else []
+    joined = {**theirs, **ours, "tags": list(dict.fromkeys([*tags, *ours["tags"]]))}
+    return joined | ({"license": theirs["license"]} if theirs.get("license") else {})
+
+
 def _call(concepts: Sequence[Concept]) -> str:
     if len(concepts) == 1:
         return f"image = pipe({_prompt(concepts[0])!r}).images[0]\n"
@@ -116,24 +225,98 @@ def _call(concepts: Sequence[Concept]) -> str:
 def _summary(count: int, base_model: str, rank: int, *, merged: bool) -> str:
     holds = "one concept" if count == 1 else f"{count} concepts, fused so that each keeps its looks"
     parts = (
-        f"layer-wise embeddings, and `{_inline(base_model)}` with a LoRA of rank {rank} in its weights"
+        f"layer-wise embeddings, and `{_code(base_model)}` with a LoRA of rank {rank} in its weights"
         if merged
-        else f"layer-wise embeddings and a LoRA (rank {rank}) for `{_inline(base_model)}`"
+        else f"layer-wise embeddings and a LoRA (rank {rank}) for `{_code(base_model)}`"
     )
     return f"Holds {holds}: {parts}, made with diffusers-mixofshow (`pip install diffusers-mixofshow`)."
 
 
-def _table(concepts: Collection[Concept]) -> str:
-    rows = [
-        f"| `{concept.placeholder}` | {_inline(concept.class_word)} | {concept.kind} | `{_inline(_prompt(concept))}` |"
-        for concept in concepts
+def _concept_table(concepts: Collection[Concept], residuals: Mapping[str, tuple[float, float]]) -> str:
+    """The concepts and, where fusion measured it, how well each is kept; several of one source share a number."""
+    measured = {place: pair for name, pair in residuals.items() for place in name.split("+")}
+    shown = [concept.placeholder for concept in concepts if concept.placeholder in measured]
+    rows: list[tuple[str, ...]] = [("in prompts", "class", "kind", "example")]
+    rows += [
+        (f"`{_code(c.placeholder)}`", _text(c.class_word), _text(c.kind), f"`{_code(_prompt(c))}`") for c in concepts
     ]
-    return "\n".join(["| in prompts | class | kind | example |", "|---|---|---|---|", *rows])
+    if shown:
+        numbers = [measured.get(concept.placeholder) for concept in concepts]
+        extra = [("residual, fused", "averaged")]
+        extra += [("-", "-") if pair is None else (f"{pair[1]:.3f}", f"{pair[0]:.3f}") for pair in numbers]
+        rows = [(*row, *more) for row, more in zip(rows, extra, strict=True)]
+    table = _table(rows)
+    note = (
+        "\n\nThe residual is the relative error of a concept's layers after fusion: 0 keeps it whole, 1 loses it."
+        " Beside it, that of a plain weighted average of the same weights."
+    )
+    return f"## Concepts\n\n{table}{note if shown else ''}"
 
 
-def _training_record(training: Mapping[str, object]) -> str:
+def _source_table(training: Mapping[str, object]) -> list[str]:
+    """Whom the pack is made of: where from, which revision, with which weight; nothing if it was not fused."""
+    rows = [("concepts", "from", "revision", "weight", "SHA-256")]
+    for entry in _entries(training):
+        origin, commit = str(entry.get("origin", "")), str(entry.get("revision", ""))
+        on_hub = _REPO_ID.fullmatch(origin) is not None
+        pinned = _COMMIT.fullmatch(commit) is not None
+        weight = _number(entry.get("weight"))
+        names = entry.get("concepts")
+        rows.append(
+            (
+                ", ".join(f"`{_code(str(name))}`" for name in names) if isinstance(names, list) else "-",
+                f"[{_text(origin)}](https://huggingface.co/{origin})" if on_hub else "a private file",
+                f"`{commit[:12]}`" if pinned else "-",
+                "-" if weight is None else f"{weight:.3g}",
+                f"`{_code(str(entry.get('digest', ''))[:12])}`",
+            )
+        )
+    if len(rows) == 1:
+        return []
+    method = _code(str(_fusion(training).get("method", "")))
+    return [f"## Sources\n\nFused with `{method}`; thanks to those who tuned and shared them.\n\n{_table(rows)}"]
+
+
+def _fusion(training: Mapping[str, object]) -> Mapping[str, Any]:
+    """What the file says of its fusion; files are not trusted, so nothing in it need be there."""
+    record = training.get("fusion")
+    return record if isinstance(record, Mapping) else {}
+
+
+def _entries(training: Mapping[str, object]) -> list[Mapping[str, Any]]:
+    entries = _fusion(training).get("sources")
+    return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+
+
+def _residuals(training: Mapping[str, object]) -> dict[str, tuple[float, float]]:
+    """Source to its mean relative residual averaged and fused."""
+    residuals = _fusion(training).get("residuals")
+    mean = residuals.get("mean") if isinstance(residuals, Mapping) else None
+    pairs = {}
+    for name, entry in mean.items() if isinstance(mean, Mapping) else ():
+        if isinstance(entry, Mapping):
+            pairs[str(name)] = (_number(entry.get("average")), _number(entry.get("fused")))
+    return {name: (one, other) for name, (one, other) in pairs.items() if one is not None and other is not None}
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _table(rows: Sequence[Iterable[str]]) -> str:
+    cells = [" | ".join(cell.replace("|", "\\|").replace("\\\\|", "\\|") for cell in row) for row in rows]
+    rule = "|".join("---" for _ in rows[0])
+    return "\n".join([f"| {cells[0]} |", f"|{rule}|", *(f"| {cell} |" for cell in cells[1:])])
+
+
+def _training_record(training: Mapping[str, object]) -> list[str]:
+    """Settings and measurements of a tuning; nothing if the pack was fused, or says more than anybody reads."""
+    if not isinstance(training.get("settings"), Mapping) or "fusion" in training:
+        return []
     record = json.dumps(dict(training), indent=1, sort_keys=True).replace("`", "'")
-    return f"<details><summary>How it was tuned</summary>\n\n```json\n{record}\n```\n\n</details>"
+    if len(record) > _LONGEST_RECORD:
+        return []
+    return [f"<details><summary>How it was tuned</summary>\n\n```json\n{record}\n```\n\n</details>"]
 
 
 def _prompt(concept: Concept) -> str:
@@ -144,6 +327,15 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
 
 
-def _inline(text: str) -> str:
-    """Free text that cannot break out of a table cell, a heading or a code span."""
-    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+def _text(text: str) -> str:
+    """Somebody's text as Markdown that shows it and does nothing else: no tags, links, pictures or table cells."""
+    plain = _SPECIAL.sub(lambda match: f"\\{match.group()}", _code(text).replace("&", "&amp;"))
+    return (
+        plain.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
+    )
+
+
+def _code(text: str) -> str:
+    """Somebody's text for a code span: one line of printable characters, without the mark that ends the span."""
+    line = " ".join(text.split()).replace("`", "'")
+    return "".join(character for character in line if character.isprintable())

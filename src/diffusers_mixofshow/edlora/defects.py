@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
@@ -17,20 +18,42 @@ from diffusers_mixofshow.sites import components_with_sites, cross_attention_lay
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+LONGEST_NAME = 100
+"""Characters of a concept's names and class word."""
+WIDEST = 2**17
+"""Features of a layer; more than any model has."""
+
+_CHECKED_AT_ONCE = 2**22
 _NAMES_SHOWN = 6
+_LONGEST_SHOWN = 160
+_LONGEST_DEFECT = 1200
+# Characters that a terminal obeys instead of showing: controls other than white space, and turns of direction.
+_OBEYED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def raise_if_any(defects: Collection[str], *, subject: str, remedy: str) -> None:
     """Raise one `EDLoRAFormatError` that lists all defects of the subject, or return if there are none."""
     if defects:
-        raise EDLoRAFormatError(f"{subject}: " + "; ".join(defects) + f". {remedy}")
+        said = "; ".join(shown(defect, _LONGEST_DEFECT) for defect in defects)
+        raise EDLoRAFormatError(f"{subject}: {said}. {remedy}")
+
+
+def shown(text: str, longest: int = _LONGEST_SHOWN) -> str:
+    """A text from a file as a message may show it: cut, and without characters that a terminal obeys."""
+    cut = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return _OBEYED.sub(lambda match: ascii(match.group())[1:-1], cut)
+
+
+def is_showable(text: str) -> bool:
+    """Whether a text has no character that a terminal would obey."""
+    return not _OBEYED.search(text)
 
 
 def listed(names: Iterable[str]) -> str:
     """Count and quote names, the first few of many: ``3 (a, b, c)``."""
     names = list(names)
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return f"{len(names)} ({shown}{', ...' if len(names) > _NAMES_SHOWN else ''})"
+    first = ", ".join(shown(name) for name in names[:_NAMES_SHOWN])
+    return f"{len(names)} ({first}{', ...' if len(names) > _NAMES_SHOWN else ''})"
 
 
 def content_defects(
@@ -70,6 +93,9 @@ def _embedding_defects(
     concepts: Collection[Concept], embeddings: Mapping[str, torch.Tensor], layers: int
 ) -> list[str]:
     defects = [] if concepts else ["it holds no concept"]
+    texts = [text for concept in concepts for text in (concept.placeholder, *concept.tokens, concept.class_word)]
+    if odd := [text for text in texts if len(text) > LONGEST_NAME or not is_showable(text)]:
+        defects.append(f"names longer than {LONGEST_NAME} characters, or with control characters: {listed(odd)}")
     try:
         check_distinct(concepts)
     except ConceptError as error:
@@ -79,14 +105,17 @@ def _embedding_defects(
         defects.append(f"missing embeddings: {listed(missing)}")
     if surplus := [token for token in embeddings if token not in tokens]:
         defects.append(f"embeddings of tokens that no concept has: {listed(surplus)}")
-    misshapen = [
-        f"{token} {tuple(rows.shape)}" for token, rows in embeddings.items() if rows.dim() != 2 or len(rows) != layers
-    ]
+    sound = {token: rows for token, rows in embeddings.items() if _is_stack(rows, layers)}
+    misshapen = [f"{token} {tuple(rows.shape)}" for token, rows in embeddings.items() if token not in sound]
     if misshapen:
         defects.append(f"embeddings not of shape (layers = {layers}, dim): {listed(misshapen)}")
     elif len({rows.shape[1] for rows in embeddings.values()}) > 1:
         defects.append(f"embeddings differ in width: {listed(f'{t} {r.shape[1]}' for t, r in embeddings.items())}")
-    return defects + _number_defects("embeddings", embeddings)
+    return defects + _number_defects("embeddings", sound)
+
+
+def _is_stack(rows: torch.Tensor, layers: int) -> bool:
+    return rows.dim() == 2 and len(rows) == layers and rows.shape[1] <= WIDEST
 
 
 def _lora_defects(lora: Mapping[str, LowRank]) -> list[str]:
@@ -102,23 +131,35 @@ def _lora_defects(lora: Mapping[str, LowRank]) -> list[str]:
         defects.append(f"not a pair of (rank, in) and (out, rank) with one rank >= 1: {listed(misshapen)}")
     if endless := [f"{site} {update.alpha}" for site, update in lora.items() if not math.isfinite(update.alpha)]:
         defects.append(f"alpha is not finite: {listed(endless)}")
-    tensors = {f"{site}.down": update.down for site, update in lora.items()}
-    tensors |= {f"{site}.up": update.up for site, update in lora.items()}
+    # Where shapes are wrong numbers are not looked at: a small file may claim any number of them.
+    sound = {site: update for site, update in lora.items() if _is_pair(update)}
+    tensors = {f"{site}.down": update.down for site, update in sound.items()}
+    tensors |= {f"{site}.up": update.up for site, update in sound.items()}
     return defects + _number_defects("LoRA matrices", tensors)
 
 
 def _is_pair(update: LowRank) -> bool:
     both_matrices = update.down.dim() == 2 and update.up.dim() == 2
-    return both_matrices and update.down.shape[0] == update.up.shape[1] >= 1
+    return (
+        both_matrices
+        and update.down.shape[0] == update.up.shape[1] >= 1
+        and max(*update.down.shape, *update.up.shape) <= WIDEST
+    )
 
 
 def _number_defects(what: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     defects = []
     if odd := [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]:
         defects.append(f"{what} not in a floating dtype ({', '.join(map(str, DTYPES))}): {listed(odd)}")
-    elif endless := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+    elif endless := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
         defects.append(f"{what} with values that are not finite: {listed(endless)}")
     return defects
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, some rows at a time, as the check takes memory of its own."""
+    rows = max(1, _CHECKED_AT_ONCE // max(1, tensor.shape[-1]))
+    return all(bool(torch.isfinite(part).all()) for part in tensor.split(rows))
 
 
 def _layer_defects(layers: Collection[str]) -> list[str]:

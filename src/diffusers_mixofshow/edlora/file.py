@@ -9,19 +9,18 @@ Where alpha differs from the rank, diffusers' own metadata says so too (see `sto
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.edlora import defects, header, stock
+from diffusers_mixofshow.edlora import defects, header, reading, stock
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 from diffusers_mixofshow.sites import canonical_name
 
 
@@ -31,6 +30,8 @@ _HEADER_KEY = "edlora"
 _EMBEDDINGS = "edlora.embeddings."
 _DOWN = ".lora_A.weight"
 _UP = ".lora_B.weight"
+_PREFIX = 8
+"""Bytes before a safetensors header, which say how long it is."""
 
 _Pairs = dict[str, dict[str, torch.Tensor]]
 
@@ -55,6 +56,7 @@ def write(path: Path, contents: Contents) -> None:
     lora = contents["lora"]
     found = defects.content_defects(contents["concepts"], contents["embeddings"], lora, contents["layers"])
     found += [] if contents["concepts"] else ["it holds no concept"]
+    found += [] if header.is_text(contents["base_model"]) else ["its base model's id is too long, or has controls"]
     defects.raise_if_any(found, subject="This ED-LoRA cannot be saved", remedy="Nothing was written.")
     text = header.Header(
         concepts=contents["concepts"],
@@ -68,14 +70,14 @@ def write(path: Path, contents: Contents) -> None:
         tensors |= dict(zip((site + _DOWN, site + _UP), update.in_file, strict=True))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _HEADER_KEY: text, **stock.adapter_metadata(lora)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, serialize(tensors, metadata=metadata))
+    write_whole(path, _in_order(serialize(tensors, metadata=metadata)))
 
 
 def read(path: Path) -> Contents:
     """Read a pack and check it.
 
     Raises:
+        EDLoRANotFoundError: If there is no file.
         EDLoRAFormatError: Lists every defect of the file.
     """
     metadata, tensors = _load(path)
@@ -105,20 +107,18 @@ def read(path: Path) -> Contents:
     )
 
 
+def _in_order(content: bytes) -> bytes:
+    """The same file with its header sorted: equal packs are equal files, which are sent to the Hub once."""
+    length = int.from_bytes(content[:_PREFIX], "little")
+    header = json.dumps(json.loads(content[_PREFIX : _PREFIX + length]), sort_keys=True, separators=(",", ":"))
+    text = header.encode()
+    text += b" " * (-len(text) % _PREFIX)  # the data stays aligned
+    return b"".join((len(text).to_bytes(_PREFIX, "little"), text, memoryview(content)[_PREFIX + length :]))
+
+
 def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
-    except FileNotFoundError as error:
-        raise EDLoRANotFoundError(
-            f"{path} does not exist. Give a folder with {FILE_NAME}, a safetensors file, or a Hub id such as "
-            "'user/edlora-potter'."
-        ) from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise EDLoRAFormatError(
-            f"{path} cannot be read as safetensors: {error}. Expected an ED-LoRA as written by "
-            "EDLoRA.save_pretrained(); copy or download the file again."
-        ) from error
+    with reading.opened_tensors(path) as opened:
+        return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
 
 
 def _sort(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], _Pairs, list[str]]:

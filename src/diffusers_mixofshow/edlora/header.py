@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora.defects import is_showable, shown
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
 
 
 FORMAT_VERSION = 1
 
 _LIBRARIES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft")
-_LONGEST = 16 * 2**20
+_LONGEST = 4 * 2**20
+_LONGEST_TEXT = 500
+"""Characters of the base model's id, and of a layer's name."""
+
+_TEXT = f"a string of at most {_LONGEST_TEXT} characters without controls"
 
 _Fallback = TypeVar("_Fallback")
 
@@ -51,12 +57,18 @@ class Header:
             "versions": _installed_versions(),
         }
         try:
-            return json.dumps(values, allow_nan=False)
+            text = json.dumps(values, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise EDLoRAFormatError(
                 f"The training record must be made of JSON values (finite numbers, strings, lists, dicts): {error}. "
                 "Convert tensors, paths and the like before saving."
             ) from error
+        if len(text) > _LONGEST:
+            raise EDLoRAFormatError(
+                f"The header has {len(text):,} characters, longer than the {_LONGEST:,} that are read. Keep long "
+                "records in a file of their own, not in `training`."
+            )
+        return text
 
 
 EMPTY = Header(concepts=(), base_model="", layers=(), lora={}, training={})
@@ -71,7 +83,7 @@ def parse(text: str) -> tuple[Header, list[str]]:
     Returns:
         The header, with empty values where it is defective, and the defects.
     """
-    values = _decode(text)
+    values = decode(text)
     if not isinstance(values, dict):
         return EMPTY, ["its header is no JSON object"]
     version = values.get("format_version")
@@ -88,6 +100,26 @@ def parse(text: str) -> tuple[Header, list[str]]:
     return header, reader.defects
 
 
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is a string that a header may hold: short, and nothing that a terminal would obey."""
+    return isinstance(value, str) and len(value) <= _LONGEST_TEXT and is_showable(value)
+
+
+def decode(text: str) -> object:
+    """What a JSON text says; None if it is none, or longer than any that this package writes."""
+    if len(text) > _LONGEST:
+        return None
+    was_enabled = gc.isenabled()
+    gc.disable()  # it would look at a million small lists again and again while they are made
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class _Reader:
     """Takes typed values out of decoded JSON and notes what is missing or of another type."""
 
@@ -97,13 +129,13 @@ class _Reader:
 
     def string(self, key: str) -> str:
         value = self.values.get(key)
-        return value if isinstance(value, str) else self._note(key, "a string", "")
+        return value if is_text(value) else self._note(key, _TEXT, "")
 
     def strings(self, key: str) -> tuple[str, ...]:
         value = self.values.get(key)
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and all(is_text(item) for item in value):
             return tuple(value)
-        return self._note(key, "a list of strings", ())
+        return self._note(key, f"a list, each {_TEXT}", ())
 
     def mapping(self, key: str) -> Mapping[str, object]:
         value = self.values.get(key)
@@ -125,7 +157,7 @@ class _Reader:
                 try:
                     found.append(Concept(**(entry | {"tokens": tuple(entry["tokens"])})))
                 except ConceptError as error:
-                    self.defects.append(str(error))
+                    self.defects.append(shown(str(error)))
             else:
                 self._note(f"concepts[{number}]", "an object with placeholder, tokens, class_word and kind", None)
         return tuple(found)
@@ -135,15 +167,6 @@ class _Reader:
         got = _short(self.values[name]) if name in self.values else "nothing"
         self.defects.append(f"header field {key!r} must be {expected}, got {got}")
         return fallback
-
-
-def _decode(text: str) -> object:
-    if len(text) > _LONGEST:
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _is_rank_and_alpha(entry: object) -> bool:
@@ -168,8 +191,7 @@ def _is_concept_entry(entry: object) -> bool:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shown(repr(value), 80)
 
 
 def _installed_versions() -> dict[str, str]:

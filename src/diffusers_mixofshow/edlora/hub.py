@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -15,22 +18,36 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.errors import EDLoRANotFoundError, HubError, MixOfShowError
+from diffusers_mixofshow.errors import ConceptError, EDLoRANotFoundError, HubError, MixOfShowError
 
 
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]+")
 _LONGEST_NAME = 96
+_LONGEST_ID = 200
+_WAITS = (1.0, 3.0)
+"""Seconds before each further try of what a Hub under load, or a connection that broke, refused."""
+_MOVED_ON = 412
+"""Status of a commit on top of one that is no longer the branch's last."""
+_PASSING = (408, 429)
+_BROKEN = frozenset({"NetworkError", "TimeoutException", "RemoteProtocolError"})
+"""Errors of httpx, which the client imports under one name or another."""
+
+_Result = TypeVar("_Result")
 
 
 def is_repo_id(source: object) -> bool:
     """Whether a source has the form ``user/repo`` and is nothing on this disk's file system."""
     return (
         isinstance(source, str)
+        and len(source) <= _LONGEST_ID
         and _REPO_ID.fullmatch(source) is not None
         and not source.endswith(".safetensors")
         and not Path(source).exists()
@@ -38,7 +55,15 @@ def is_repo_id(source: object) -> bool:
 
 
 def repo_name(concepts: Sequence[Concept]) -> str:
-    """Name a repository after its concepts: ``edlora-potter``, ``mixofshow-potter-hermione`` for a fused pack."""
+    """Name a repository after its concepts: ``edlora-potter``, ``mixofshow-potter-hermione`` for a fused pack.
+
+    Raises:
+        ConceptError: If there is no concept to name it after.
+    """
+    if not concepts:
+        raise ConceptError(
+            "Without a concept there is no name to derive a repository's from; give repo_id='user/name'."
+        )
     names = [concept.name for concept in concepts]
     name = f"edlora-{names[0]}" if len(names) == 1 else f"mixofshow-{'-'.join(names)}"
     if len(name) > _LONGEST_NAME:
@@ -56,16 +81,21 @@ def download(
     cache_dir: str | Path | None,
     local_files_only: bool,
 ) -> Path:
-    """Fetch one file of a repository into the cache and return its path there."""
+    """Fetch one file of a repository into the cache and return its path there.
+
+    What breaks off is tried again and goes on where it stopped; a file that did not arrive whole is not in the cache.
+    """
     with _explained(repo_id, revision, token):
-        return Path(
-            HfApi(token=token).hf_hub_download(
-                repo_id,
-                filename,
-                revision=revision,
-                subfolder=subfolder,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
+        return _insisting(
+            lambda: Path(
+                HfApi(token=token).hf_hub_download(
+                    repo_id,
+                    filename,
+                    revision=revision,
+                    subfolder=subfolder,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                )
             )
         )
 
@@ -76,6 +106,14 @@ def cached(repo_id: str, filename: str, *, revision: str | None, cache_dir: str 
     return Path(path) if isinstance(path, str) else None
 
 
+def commit_of(path: Path) -> str:
+    """The commit that a file in the cache belongs to; empty of a file anywhere else."""
+    parts = path.parts
+    place = max((i for i, part in enumerate(parts) if part == "snapshots"), default=len(parts))
+    commit = parts[place + 1] if place + 1 < len(parts) else ""
+    return commit if _COMMIT.fullmatch(commit) else ""
+
+
 def create(repo_id: str, *, token: str | bool | None, private: bool | None, revision: str | None) -> tuple[str, str]:
     """Create a model repository, and the branch `revision`, unless they exist.
 
@@ -84,18 +122,95 @@ def create(repo_id: str, *, token: str | bool | None, private: bool | None, revi
     """
     with _explained(repo_id, None, token):
         api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        url = _insisting(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
-            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+            _insisting(lambda: api.create_branch(url.repo_id, branch=revision, exist_ok=True))
         return url.repo_id, str(url)
 
 
-def upload(folder: Path, repo_id: str, *, token: str | bool | None, revision: str | None, message: str) -> None:
-    """Send all files of a folder in one commit."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None,
+    revision: str | None,
+    message: str,
+    create_pr: bool = False,
+    prepare: Callable[[str], None] = lambda commit: None,
+) -> str:
+    """Send all files of a folder in one commit, which is made as a whole or not at all.
+
+    The commit goes on top of the one that `prepare` saw: if somebody else was faster, it sees theirs and the commit is
+    tried anew, so that nothing of theirs is undone.
+
+    Args:
+        folder: What to send.
+        repo_id: Where to.
+        token: By default the one of ``hf auth login``.
+        revision: Branch to commit to; by default ``main``.
+        message: Of the commit.
+        create_pr: Propose the commit as a pull request instead.
+        prepare: Called with the branch's last commit before every try, to bring the folder up to date with it.
+
+    Returns:
+        URL of the commit, or of the pull request.
+    """
+    api = HfApi(token=token)
+
+    def commit() -> str:
+        last = str(api.model_info(repo_id, revision=revision).sha)
+        prepare(last)
+        info = api.create_commit(
+            repo_id,
+            _files(folder),
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=last,
+        )
+        return info.pr_url or info.commit_url
+
     with _explained(repo_id, revision, token):
-        HfApi(token=token).create_commit(repo_id, files, commit_message=message, revision=revision)
+        # A second try of a pull request whose answer was lost would be a second pull request.
+        return commit() if create_pr else _insisting(commit)
+
+
+def text_at(repo_id: str, filename: str, commit: str, *, token: str | bool | None) -> str | None:
+    """A small text file of a repository at a commit; None if it has none."""
+    try:
+        path = HfApi(token=token).hf_hub_download(repo_id, filename, revision=commit)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return None
+    return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _files(folder: Path) -> list[CommitOperationAdd]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
+
+
+def _insisting(action: Callable[[], _Result]) -> _Result:
+    """Try again what failed for a reason that passes: a busy server, a broken connection, a branch that moved on."""
+    for wait in _WAITS:
+        try:
+            return action()
+        except (HTTPError, OSError) as error:
+            if not _passes(error):
+                raise
+            time.sleep(wait)
+    return action()
+
+
+def _passes(error: BaseException | None) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return status >= 500 or status in (*_PASSING, _MOVED_ON)
+    if isinstance(error, LocalEntryNotFoundError):
+        return error.__cause__ is not None and _passes(error.__cause__)
+    # Of the client's own, a file that is shorter than announced is a plain OSError.
+    return type(error) is OSError or any(kind.__name__ in _BROKEN for kind in type(error).__mro__)
 
 
 @contextmanager
@@ -106,9 +221,13 @@ def _explained(repo_id: str, revision: str | None, token: str | bool | None) -> 
     """
     try:
         yield
+    except MixOfShowError:
+        raise
     except (HTTPError, EntryNotFoundError, HFValidationError, OSError, ValueError) as error:
         raise _explanation(error, repo_id, revision, token) from None
     except RuntimeError as error:
+        if isinstance(error.__cause__, HTTPError | OSError):  # of a large file that did not get through
+            raise _explanation(error.__cause__, repo_id, revision, token) from None
         # Where nothing answers, huggingface_hub 1.3 retries with a client that it has closed.
         if "client has been closed" not in str(error):
             raise
@@ -117,36 +236,55 @@ def _explained(repo_id: str, revision: str | None, token: str | bool | None) -> 
 
 def _explanation(error: Exception, repo_id: str, revision: str | None, token: str | bool | None) -> MixOfShowError:
     at = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__
     if isinstance(error, GatedRepoError):
         return HubError(f"Access to {at} is gated. Accept its terms on the Hub, and log in with `hf auth login`.")
-    if isinstance(error, RepositoryNotFoundError):
-        return EDLoRANotFoundError(
-            f"There is no repository {repo_id!r} on the Hub, or it is private and you are not logged in. "
-            "Check the spelling; for a private one log in with `hf auth login` or pass token=...."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return EDLoRANotFoundError(f"The repository {repo_id!r} has no revision {revision!r} (branch, tag or commit).")
-    if isinstance(error, LocalEntryNotFoundError):
-        return EDLoRANotFoundError(
-            f"{at} is not in the cache and the Hub was not asked or not reached. Check the connection, and "
-            "whether local_files_only or HF_HUB_OFFLINE is set."
-        )
-    if isinstance(error, EntryNotFoundError):
-        return EDLoRANotFoundError(
-            f"The repository {at} holds no ED-LoRA (edlora.safetensors). Give the subfolder if it is in one; load "
-            "an ordinary LoRA with load_lora_weights()."
-        )
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
+        return EDLoRANotFoundError(_missing(error, repo_id, revision, at))
     if isinstance(error, HFValidationError):
         return HubError(f"{repo_id!r} is no valid Hub id; expected 'user/name' with letters, digits, '-', '_', '.'.")
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError(f"HF_HUB_OFFLINE is set, so the Hub was not asked for {at}. Unset it to push or to fetch.")
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         return HubError(
             f"The Hub refused access to {at} (HTTP {status}). Log in with `hf auth login`, or pass a token that "
             "may do this (writing needs a token of role 'write')."
         )
+    if status == _MOVED_ON:
+        return HubError(f"Others keep committing to {at}, so that nothing was sent. Push again when they are done.")
     return HubError(f"The Hub could not serve {at}: {_without(str(error), token)}")
 
 
+def _missing(error: Exception, repo_id: str, revision: str | None, at: str) -> str:
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is no repository {repo_id!r} on the Hub, or it is private and you are not logged in. "
+            "Check the spelling; for a private one log in with `hf auth login` or pass token=...."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"The repository {repo_id!r} has no revision {revision!r} (branch, tag or commit)."
+    if isinstance(error, LocalEntryNotFoundError):
+        return _not_cached(at)
+    return (
+        f"The repository {at} holds no ED-LoRA (edlora.safetensors). Give the subfolder if it is in one; load "
+        "an ordinary LoRA with load_lora_weights()."
+    )
+
+
+def _not_cached(at: str) -> str:
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return (
+            f"{at} is not in the cache, and HF_HUB_OFFLINE is set. Unset it once to fetch the file, or give a folder."
+        )
+    return (
+        f"{at} is not in the cache and the Hub was not asked or not reached. Check the connection, and whether "
+        "local_files_only is set."
+    )
+
+
 def _without(text: str, token: str | bool | None) -> str:
+    """A message without the token that was given, and without anything that looks like one."""
     secret = token.strip() if isinstance(token, str) else ""
-    return text.replace(secret, "<token>") if secret else text
+    return _TOKEN.sub("<token>", text.replace(secret, "<token>") if secret else text)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
+from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, MixOfShowError
 from diffusers_mixofshow.sites import linear_layers
 
 
@@ -33,24 +35,43 @@ _MARK = "_mixofshow_concepts"
 def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[Path]:
     """Write a pipeline in float16 beside what is in a folder, and replace that when the block is done.
 
+    The index, without which diffusers loads nothing, goes first and comes last: if the power goes between, there is no
+    pipeline of which half is another's.
+
     Args:
         pipeline: Base model with the updates in its weights.
         folder: Created where it is missing.
 
     Yields:
         Where the block writes the file with the embeddings.
+
+    Raises:
+        FileWriteError: If there is no room or no permission.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as temporary:
-        pipeline.to(torch.float16).save_pretrained(temporary)
-        index = Path(temporary) / _INDEX
-        index.write_text(json.dumps({**json.loads(index.read_text()), _MARK: True}, indent=2), encoding="utf-8")
-        yield Path(temporary)
-        for written in Path(temporary).iterdir():
-            target = folder / written.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(written, target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as temporary:
+            pipeline.to(torch.float16).save_pretrained(temporary)
+            mark(Path(temporary))
+            yield Path(temporary)
+            (folder / _INDEX).unlink(missing_ok=True)
+            for written in sorted(Path(temporary).iterdir(), key=lambda path: path.name == _INDEX):
+                target = folder / written.name
+                if target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                os.replace(written, target)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, MixOfShowError):
+            raise
+        raise FileWriteError(
+            f"The pipeline cannot be written to {folder}: {error}. Make room, or choose another."
+        ) from error
+
+
+def mark(folder: Path) -> None:
+    """Note in a pipeline's index that concepts lie beside it."""
+    index = folder / _INDEX
+    write_whole(index, json.dumps({**json.loads(index.read_text()), _MARK: True}, indent=2).encode())
 
 
 def has_concepts(
@@ -68,7 +89,11 @@ def has_concepts(
         index = hub.cached(str(pipeline), _INDEX, revision=revision, cache_dir=cache_dir)
     if index is None or not index.is_file():
         return False
-    return bool(json.loads(index.read_text(encoding="utf-8")).get(_MARK))
+    try:
+        values = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get(_MARK) is True
 
 
 def load_base(base_model: str) -> StableDiffusionPipeline:

@@ -8,14 +8,16 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
+from huggingface_hub import ModelCard
 
 from diffusers_mixofshow.concepts import Concept, check_distinct
-from diffusers_mixofshow.edlora import card, defects, file, hub
+from diffusers_mixofshow.edlora import card, defects, file, hub, reading
 from diffusers_mixofshow.edlora import merged as merged_pipeline
 from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.edlora.pushing import push
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +62,27 @@ class EDLoRA:
             remedy=f"It was tuned on {self.base_model!r}; load it into that model or one of the same architecture.",
         )
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        merged: bool = False,
+        samples: card.Samples | None = None,
+        license: str | None = None,
+    ) -> Path:
         """Write the pack to ``folder/edlora.safetensors``, which stock diffusers reads as a LoRA, and a model card.
 
-        The file appears whole or not at all. Tensors keep their dtype. A README.md that this package did not write
-        is left as it is.
+        The file appears whole or not at all. Tensors keep their dtype. In a README.md what this package wrote is
+        refreshed and everything else stays; one that it did not write is left as it is.
 
         Args:
             folder: Created where it is missing.
             merged: Write a complete pipeline instead: the base model with the updates in its weights, in float16.
                 `MixOfShowPipeline.from_pretrained` loads it with its concepts; any program that knows diffusers
                 loads it without them.
+            samples: Prompt to the picture it drew, for the card's gallery; written to ``folder/samples``.
+            license: For the card, as the Hub spells it, e.g. ``apache-2.0``; by default that of the base model, where
+                it is known. A licence that stands in the card already stays.
 
         Returns:
             Path of the safetensors file; in a merged pipeline it holds the embeddings alone.
@@ -78,7 +90,8 @@ class EDLoRA:
         Raises:
             EDLoRAFormatError: If the pack contradicts itself, or with `merged` does not fit its base model; nothing
                 is written then.
-            ConfigurationError: If `merged` is asked for and the base model cannot be loaded.
+            ConfigurationError: If a sample is no picture, or `merged` asked for and the base model cannot be loaded.
+            FileWriteError: If the disk is full or the folder cannot be written to; what was there stays.
         """
         path = Path(folder) / file.FILE_NAME
         if merged:
@@ -89,7 +102,8 @@ class EDLoRA:
                 file.write(temporary / file.FILE_NAME, replace(self, lora={})._contents())
         else:
             file.write(path, self._contents())
-        self._write_card(path.parent, location=os.fspath(folder), merged=merged)
+        shown = card.write_samples(path.parent, samples or {})
+        card.write_card(path.parent, self._card(os.fspath(folder), merged, shown, license))
         return path
 
     @classmethod
@@ -130,8 +144,9 @@ class EDLoRA:
                 local_files_only=local_files_only,
             )
         else:
-            path = Path(source, subfolder or "")
-            path = path / file.FILE_NAME if path.is_dir() else path
+            path = Path(source)
+            if reading.is_folder(path):
+                path = reading.within(path, subfolder or "", file.FILE_NAME)
         return cls(**file.read(path))
 
     def push_to_hub(
@@ -139,38 +154,81 @@ class EDLoRA:
         repo_id: str | None = None,
         *,
         merged: bool = False,
+        samples: card.Samples | None = None,
+        license: str | None = None,
         token: str | bool | None = None,
         private: bool | None = None,
         revision: str | None = None,
+        create_pr: bool = False,
         commit_message: str | None = None,
+        **saving: Any,
     ) -> str:
         """Upload the pack with its model card, in one commit; creates the repository where it is missing.
+
+        In a card that is on the Hub already what people wrote stays, and what this package wrote is refreshed.
 
         Args:
             repo_id: ``user/name``, or a name under your own account; by default derived from the concepts:
                 ``edlora-potter``, or ``mixofshow-potter-hermione`` for several.
             merged: Upload a complete pipeline instead, see `save_pretrained`.
+            samples: Prompt to the picture it drew, for the card's gallery and the Hub's widget.
+            license: For the card, see `save_pretrained`.
             token: By default the one of ``hf auth login``.
             private: Whether a new repository is private; by default your account's setting.
             revision: Branch to commit to, created where it is missing; by default ``main``.
+            create_pr: Open a pull request to ``main`` instead, as for repositories of others.
             commit_message: By default names the concepts.
+            saving: Passed to `save_pretrained`: `sources` of a fused pack.
 
         Returns:
-            The repository's URL.
+            The repository's URL, or the pull request's.
 
         Raises:
+            ConceptError: If it holds no concept and no `repo_id` is given.
             HubError: If the Hub refuses or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            self.save_pretrained(folder, merged=merged)  # defects show before anything is created
-            repo_id, url = hub.create(
-                repo_id or hub.repo_name(self.concepts), token=token, private=private, revision=revision
+            # Defects show before anything is created.
+            self.save_pretrained(temporary, merged=merged, **saving)
+            return self.push_folder(
+                Path(temporary),
+                repo_id,
+                merged=merged,
+                samples=samples,
+                license=license,
+                token=token,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
             )
-            self._write_card(folder, location=repo_id, merged=merged)
-            message = commit_message or f"ED-LoRA of {self._names}"
-            hub.upload(folder, repo_id, token=token, revision=revision, message=message)
-        return url
+
+    def push_folder(
+        self,
+        folder: Path,
+        repo_id: str | None,
+        *,
+        merged: bool,
+        samples: card.Samples | None,
+        license: str | None,
+        token: str | bool | None,
+        private: bool | None,
+        revision: str | None,
+        create_pr: bool,
+        commit_message: str | None,
+    ) -> str:
+        """Upload a folder that holds the pack, with its model card; arguments and errors as of `push_to_hub`."""
+        shown = card.write_samples(folder, samples or {})
+        return push(
+            folder,
+            repo_id or hub.repo_name(self.concepts),
+            (lambda location: self._card(location, merged, shown, license)) if self.concepts else None,
+            token=token,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=commit_message or f"ED-LoRA of {self._names}",
+        )
 
     @property
     def digest(self) -> str:
@@ -193,18 +251,8 @@ class EDLoRA:
     def _names(self) -> str:
         return ", ".join(concept.placeholder for concept in self.concepts)
 
-    def _write_card(self, folder: Path, *, location: str, merged: bool) -> None:
-        rank = max((update.rank for update in self.lora.values()), default=0)
-        text = card.model_card(
-            self.concepts,
-            self.base_model,
-            location,
-            rank,
-            merged=merged,
-            training=self.training,
-            pictures=(folder / card.PICTURES_NAME).is_file(),
-        )
-        card.write_card(folder, text)
+    def _card(self, location: str, merged: bool, samples: Mapping[str, str], license_id: str | None) -> ModelCard:
+        return card.model_card(self._contents(), location, merged=merged, samples=samples, license_id=license_id)
 
     def _contents(self) -> file.Contents:
         return file.Contents(

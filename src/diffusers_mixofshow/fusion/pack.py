@@ -12,8 +12,10 @@ from typing import Any, Self
 import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.prompts import PromptSet
+from diffusers_mixofshow.fusion.record import recorded
 from diffusers_mixofshow.fusion.report import FusionReport
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
@@ -46,12 +48,22 @@ class FusedPack(EDLoRA):
     settings: Settings = field(default_factory=Settings)
     prior: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, merged: bool = False, sources: bool = False) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        merged: bool = False,
+        samples: Samples | None = None,
+        license: str | None = None,
+        sources: bool = False,
+    ) -> Path:
         """Write the pack, see `EDLoRA.save_pretrained`; without any concept, an ordinary LoRA.
 
         Args:
             folder: Created where it is missing.
             merged: Write a complete pipeline instead.
+            samples: Prompt to the picture it drew, for the card's gallery.
+            license: For the card.
             sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that the
                 pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it finds only
                 those that came from the Hub.
@@ -64,7 +76,7 @@ class FusedPack(EDLoRA):
         if sources:
             for source in self.sources:
                 carry(source, Path(folder, _carried(source.prompts)))
-        return super().save_pretrained(folder, merged=merged)
+        return super().save_pretrained(folder, merged=merged, samples=samples, license=license)
 
     def _save_plain(self, folder: Path, *, merged: bool, sources: bool) -> Path:
         """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
@@ -87,9 +99,8 @@ class FusedPack(EDLoRA):
             FusionError: If it was not fused, or a source is neither carried nor on the Hub as it was.
         """
         pack = super().from_pretrained(source, **hub)
-        record = FusionReport.of(pack).data
-        settings = Settings(**{key: record[key] for key in ("method", "ridge", "max_rank")})
-        found = [found_source(entry, source, _carried(entry["concepts"])) for entry in record["sources"]]
+        settings, entries = recorded(FusionReport.of(pack).data)
+        found = [found_source(entry, source, _carried(entry["concepts"])) for entry in entries]
         return replace(pack, sources=tuple(found), settings=settings)
 
     @property

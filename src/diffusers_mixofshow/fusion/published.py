@@ -8,7 +8,6 @@ float32, (kept,). Header metadata: one JSON string under ``edlora_statistics``.
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.edlora.defects import WIDEST, listed, shown
 from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.hub import create, upload
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.edlora.reading import opened_tensors
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError
 from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum, ranks_within
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
 
@@ -35,12 +36,18 @@ DEFAULT_BYTES = 10_000_000
 
 _HEADER_KEY = "edlora_statistics"
 _SUFFIX = ".statistics.safetensors"
+_LARGEST = 2.0**63
+"""Above every number of tokens and every trace; NaN and Inf are not below it."""
 _REMEDY = "Record it again with GradientFuser(pipe, sequential=False), or ask its author for another copy."
 
 
 def statistics_path(lora_file: Path) -> Path:
     """Where statistics are kept: ``edlora.statistics.safetensors`` beside ``edlora.safetensors``."""
     return lora_file.with_name(lora_file.name.removesuffix(".safetensors") + _SUFFIX)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name to shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,8 @@ class SourceStatistics:
             FusionError: If it is no file of statistics, or contradicts itself; names what is wrong.
         """
         path = Path(path)
-        header, names = _opened(path)
+        header, shapes = _opened(path)
+        names = shapes.keys()
         entries = {placeholder: _entry(path, entry) for placeholder, entry in header["concepts"].items()}
         concepts = {
             placeholder: StoredStatistics(path, placeholder, header["form"] == "full", entry)
@@ -108,6 +116,8 @@ class SourceStatistics:
                 f"{path}: its header and its tensors differ: {len(expected - names)} missing, "
                 f"{len(names - expected)} unexpected. {_REMEDY}"
             )
+        if wrong := _shape_defects(shapes, concepts):
+            raise FusionError(f"{path}: tensors of another shape: {listed(wrong)}. {_REMEDY}")
         return cls(
             digest=header["source"],
             base_model=header["base_model"],
@@ -196,12 +206,29 @@ class StoredStatistics:
             for kind in kinds
         ]
 
+    def misshapen(self, shapes: Shapes) -> list[str]:
+        """Tensors whose shapes do not belong together; all of them must be there."""
+        wrong = []
+        for name, entry in self._inputs.items():
+            widths = set()
+            for part in entry:
+                kind = "gram" if self._full else "rows"
+                tensor = _tensor_name(self._placeholder, part, name, kind)
+                shape = shapes[tensor]
+                scale = () if self._full else shapes[_tensor_name(self._placeholder, part, name, "scale")]
+                sound = len(shape) == 2 and (shape[0] == shape[1] if self._full else scale == shape[:1])
+                if not sound or shape[1] > WIDEST:
+                    wrong.append(tensor)
+                widths.add(shape[-1:])
+            wrong += [name] if len(widths) > 1 else []
+        return wrong
+
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         try:
-            with safe_open(self._path, framework="pt") as opened:
+            with opened_tensors(self._path) as opened:
                 yield opened
-        except (SafetensorError, OSError) as error:
+        except (EDLoRAFormatError, EDLoRANotFoundError) as error:
             raise FusionError(f"{self._path} cannot be read any more: {error}. {_REMEDY}") from error
 
     def _gram(self, opened: Any, name: str, part: Part) -> torch.Tensor:
@@ -259,22 +286,31 @@ def _tensor_name(placeholder: str, part: Part, name: str, kind: str) -> str:
     return f"{placeholder}|{part}|{name}|{kind}"
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], set[str]]:
-    """Header and tensor names of a file, the header's own fields checked."""
+def _opened(path: Path) -> tuple[dict[str, Any], Shapes]:
+    """Header of a file, its own fields checked, and tensor name to shape."""
     try:
-        with safe_open(path, framework="pt") as opened:
-            text, names = (opened.metadata() or {}).get(_HEADER_KEY, ""), set(opened.keys())
-        header = json.loads(text)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FusionError(f"{path} cannot be read as fusion statistics: {error}. {_REMEDY}") from error
+        with opened_tensors(path) as opened:
+            text = (opened.metadata() or {}).get(_HEADER_KEY, "")
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    except (EDLoRAFormatError, EDLoRANotFoundError) as error:
+        raise FusionError(f"{path} cannot be read as fusion statistics: {shown(str(error))}. {_REMEDY}") from error
+    header = decode(text)
+    if not isinstance(header, dict):
+        raise FusionError(f"{path} cannot be read as fusion statistics: its header is no JSON object. {_REMEDY}")
+    version = header.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        told = shown(repr(version))
+        raise FusionError(f"{path}: format version {told}, this release reads {FORMAT_VERSION}. {_REMEDY}")
     wanted = {"source": str, "base_model": str, "recording": dict, "form": str, "concepts": dict}
-    version = header.get("format_version") if isinstance(header, dict) else None
-    if version != FORMAT_VERSION:
-        raise FusionError(f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}. {_REMEDY}")
     wrong = [name for name, kind in wanted.items() if not isinstance(header.get(name), kind)]
     if wrong:
         raise FusionError(f"{path}: header fields missing or of another type: {', '.join(wrong)}. {_REMEDY}")
-    return header, names
+    return header, shapes
+
+
+def _shape_defects(shapes: Shapes, concepts: Mapping[str, StoredStatistics]) -> list[str]:
+    """Tensors that are no square matrix, or no rows with a scale for each, of one width an input."""
+    return [name for concept in concepts.values() for name in concept.misshapen(shapes)]
 
 
 def _entry(path: Path, entry: object) -> Mapping[str, Mapping[Part, Any]]:
@@ -295,5 +331,5 @@ def _entry(path: Path, entry: object) -> Mapping[str, Mapping[Part, Any]]:
 def _is_numbers(numbers: object) -> bool:
     if not (isinstance(numbers, dict) and set(numbers) == {"tokens", "tail", "energy"}):
         return False
-    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers.values())
+    finite = all(isinstance(value, int | float) and abs(value) < _LARGEST for value in numbers.values())
     return finite and type(numbers["tokens"]) is int and numbers["tokens"] > 0 and numbers["tail"] >= 0

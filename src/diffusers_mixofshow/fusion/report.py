@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from diffusers_mixofshow.atomic import write_whole
@@ -111,7 +112,7 @@ class FusionReport:
         table = Table("concept", "average", "fused", *groups, title="Relative residual, 0 is perfect")
         for name, mean in self.residuals.items():
             table.add_row(
-                name, _number(mean["average"]), _number(mean["fused"]), *(self._mean(name, g) for g in groups)
+                escape(name), _number(mean["average"]), _number(mean["fused"]), *(self._mean(name, g) for g in groups)
             )
         console.print(table)
         pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
@@ -164,6 +165,7 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
             "scale": source.scale,
             # Folders of whoever fused it are private, and nobody should follow them.
             "origin": source.origin if is_repo_id(source.origin) else "",
+            "revision": source.revision,
             "digest": source.edlora.digest,
             "training": {key: value for key, value in source.edlora.training.items() if key != "fusion"},
         }

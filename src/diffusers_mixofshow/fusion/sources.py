@@ -15,7 +15,8 @@ from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.file import FILE_NAME
-from diffusers_mixofshow.edlora.hub import download, is_repo_id
+from diffusers_mixofshow.edlora.hub import cached, commit_of, download, is_repo_id
+from diffusers_mixofshow.edlora.reading import within
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError, EDLoRANotFoundError, FusionError
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
@@ -100,6 +101,12 @@ class Source:
     statistics: SourceStatistics | None = None
 
     @property
+    def revision(self) -> str:
+        """Commit that it was read at; empty if it did not come from the Hub."""
+        path = cached(self.origin, FILE_NAME, revision=None, cache_dir=None) if is_repo_id(self.origin) else None
+        return "" if path is None else commit_of(path)
+
+    @property
     def name(self) -> str:
         """Placeholders of its concepts, e.g. ``<potter>``, or ``<potter>+<thanos>`` of a pack."""
         return "+".join(self.prompts)
@@ -153,12 +160,12 @@ def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subf
         FusionError: If it is at neither place, or another LoRA is.
     """
     origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # a path in a file is not followed
-    places = [(carrier, subfolder, 1.0), (origin, "", entry["scale"])]
+    places = [(carrier, subfolder, 1.0, None), (origin, "", entry["scale"], entry.get("revision") or None)]
     changed = False
-    for location, part, scale in places:
-        edlora = _edlora_at(location, part)
+    for location, part, scale, revision in places:
+        edlora = _edlora_at(location, part, revision)
         if edlora is not None and _scaled(edlora, scale).digest == entry["digest"]:
-            path = _statistics_at(location, part)
+            path = _statistics_at(location, part, revision)
             concepts = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
             return Source(
                 edlora=_scaled(edlora, scale),
@@ -177,19 +184,19 @@ def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subf
     )
 
 
-def _edlora_at(location: str | os.PathLike[str], subfolder: str) -> EDLoRA | None:
+def _edlora_at(location: str | os.PathLike[str], subfolder: str, revision: str | None) -> EDLoRA | None:
     try:
-        return EDLoRA.from_pretrained(location, subfolder=subfolder or None) if location else None
+        return EDLoRA.from_pretrained(location, subfolder=subfolder or None, revision=revision) if location else None
     except EDLoRANotFoundError:
         return None
 
 
-def _statistics_at(location: str | os.PathLike[str], subfolder: str = "") -> Path | None:
+def _statistics_at(location: str | os.PathLike[str], subfolder: str = "", revision: str | None = None) -> Path | None:
     """The file of statistics beside an ED-LoRA, if there is one."""
     if is_repo_id(location):
-        return _downloaded(str(location), subfolder)
+        return _downloaded(str(location), subfolder, revision)
     path = Path(location, subfolder)
-    path = statistics_path(path / FILE_NAME if path.is_dir() else path)
+    path = within(path, statistics_path(Path(FILE_NAME)).name) if path.is_dir() else statistics_path(path)
     return path if path.exists() else None
 
 
@@ -286,13 +293,13 @@ def _statistics(source: Source, entry: FusionSource | LoRASource) -> SourceStati
     return None if path is None else SourceStatistics.load(path)
 
 
-def _downloaded(repo_id: str, subfolder: str) -> Path | None:
+def _downloaded(repo_id: str, subfolder: str, revision: str | None) -> Path | None:
     """The statistics of a repository on the Hub, if it has any."""
     try:
         return download(
             repo_id,
             statistics_path(Path(FILE_NAME)).name,
-            revision=None,
+            revision=revision,
             subfolder=subfolder or None,
             token=None,
             cache_dir=None,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,9 +18,11 @@ from peft.tuners.lora import LoraLayer
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.merged import has_concepts
+from diffusers_mixofshow.edlora.card import Samples
+from diffusers_mixofshow.edlora.merged import has_concepts, mark
 from diffusers_mixofshow.errors import ConceptError
-from diffusers_mixofshow.lora import eject, inject
+from diffusers_mixofshow.lora import eject, inject, merged
+from diffusers_mixofshow.pipelines.publishing import joined
 from diffusers_mixofshow.sites import components_with_sites
 
 
@@ -133,6 +137,60 @@ class EDLoRALoader:
         """
         with self._without_adapters():
             super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        *,
+        revision: str | None = None,
+        samples: Samples | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload the complete pipeline as it draws now: all loaded concepts, their updates in the weights.
+
+        `MixOfShowPipeline.from_pretrained` loads it with its concepts. The pipeline itself stays as it is. To send the
+        concepts alone, which are some megabytes, use `EDLoRA.push_to_hub`.
+
+        Args:
+            repo_id: ``user/name``, or a name under your own account; by default derived from the concepts.
+            commit_message: By default names the concepts.
+            private: Whether a new repository is private; by default your account's setting.
+            token: By default the one of ``hf auth login``.
+            create_pr: Open a pull request instead.
+            revision: Branch to commit to, created where it is missing; by default ``main``.
+            samples: Prompt to the picture it drew, for the card's gallery and the Hub's widget.
+            license: For the card, see `EDLoRA.save_pretrained`.
+
+        Returns:
+            The repository's URL, or the pull request's.
+
+        Raises:
+            ConceptError: If no concept is loaded.
+            HubError: If the Hub refuses or cannot be reached.
+        """
+        edlora = joined(self.components, self._edloras)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            with self._without_adapters(), merged(self.components, edlora):
+                super().save_pretrained(folder)  # type: ignore[misc]
+            mark(folder)
+            replace(edlora, lora={}).save_pretrained(folder)
+            return edlora.push_folder(
+                folder,
+                repo_id,
+                merged=True,
+                samples=samples,
+                license=license,
+                token=token,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
 
     @contextmanager
     def concepts_set_aside(self) -> Iterator[None]:

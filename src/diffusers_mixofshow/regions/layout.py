@@ -140,8 +140,10 @@ class Layout:
         """
         path = Path(path)
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no file")
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RegionError(f"{path} cannot be read as a layout: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
             raise RegionError(
@@ -195,7 +197,7 @@ def _read_region(number: int, described: object, folder: Path) -> Region:
     if isinstance(settings.get("mask"), str):
         try:
             settings["mask"] = _read_mask(settings["mask"], folder)
-        except (OSError, ValueError, UnidentifiedImageError) as error:
+        except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             defects.append(f"the mask of region {number} cannot be read: {error}")
     if isinstance(settings.get("box"), list):
         settings["box"] = tuple(settings["box"])
@@ -206,7 +208,10 @@ def _read_region(number: int, described: object, folder: Path) -> Region:
 
 def _read_mask(given: str, folder: Path) -> Image.Image:
     if not given.startswith(_PNG):
-        return Image.open(folder / given).convert("L")
+        path = (folder / given).resolve()
+        if not path.is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
+            raise ValueError(f"{given!r} is no file in the layout's folder")
+        return Image.open(path).convert("L")
     try:
         return Image.open(io.BytesIO(base64.b64decode(given.removeprefix(_PNG), validate=True))).convert("L")
     except binascii.Error as error:

@@ -1,0 +1,228 @@
+"""Random layouts of two, three and four concepts on Toyland: is the right one in its region, and what leaks?
+
+    python benchmarks/regions.py --work bench             # 200 layouts, tuned concepts are kept in bench/
+    python benchmarks/regions.py --work bench --short     # 20 layouts
+
+Half of the layouts have no class twice, half have at least two concepts of one class. Regions are columns of random
+widths, in random order. The same prompts and seeds are sampled with a plain prompt, with regions, with isolated
+regions, and with regions on a pack fused by weight averaging. In every region the judges name the concept, out of
+those asked for, and the attribute reader tells which attributes are another region's. Writes one JSON record to
+benchmarks/records/ and, into the work folder, a sheet of every way's ten worst pictures with their layouts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.progress import track
+
+from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning
+from diffusers_mixofshow.evaluation import record
+from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region
+from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS, TOGETHER_PLACES, prompt_together, regions_of
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
+from diffusers_mixofshow.fusion import GradientFuser
+from diffusers_mixofshow.regions.drawing import draw_regions
+from diffusers_mixofshow.toyland import CONCEPTS, load_pipeline
+from toyland import single_packs, subjects_of
+
+
+NAMES = ("bobo", "kiki", "nono", "rex", "pixel", "ming", "neon", "throne")
+COLUMN = 32
+"""Pixels of width a thing: with three, the widest picture that the base was trained on."""
+
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain prompt": ("closed-form", {"regions": None}),
+    "regions": ("closed-form", {}),
+    "regions, isolated": ("closed-form", {"isolation": Isolation()}),
+    "regions, averaged weights": ("average", {}),
+}
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One layout: the concepts from left to right, their boxes, and the words for the place."""
+
+    names: tuple[str, ...]
+    boxes: tuple[Box, ...]
+    place: str
+
+    @property
+    def one_class(self) -> bool:
+        """Whether two concepts are of one class."""
+        return len({CONCEPTS[name].class_word for name in self.names}) < len(self.names)
+
+    @property
+    def prompt(self) -> str:
+        """The global prompt."""
+        return prompt_together(self.names, self.place)
+
+
+def random_names(count: int, one_class: bool, chance: random.Random) -> tuple[str, ...]:
+    """Different concepts, with or without two of one class."""
+    while True:
+        names = tuple(chance.sample(NAMES, count))
+        if (len({CONCEPTS[name].class_word for name in names}) < count) == one_class:
+            return names
+
+
+def random_boxes(count: int, chance: random.Random) -> tuple[Box, ...]:
+    """Columns from left to right, each up to a quarter wider or narrower than an even share."""
+    widths = [chance.uniform(0.75, 1.25) for _ in range(count)]
+    edges = [sum(widths[:index]) / sum(widths) for index in range(count + 1)]
+    return tuple((left, chance.uniform(0.15, 0.3), right, 0.97) for left, right in pairwise(edges))
+
+
+def random_scenes(count: int) -> list[Scene]:
+    """Scenes of two, three and four concepts in turn, half of them with two of one class."""
+    chance = random.Random(0)
+    return [
+        Scene(
+            names=random_names(2 + index % 3, index // 3 % 2 == 1, chance),
+            boxes=random_boxes(2 + index % 3, chance),
+            place=TOGETHER_PLACES[index % len(TOGETHER_PLACES)],
+        )
+        for index in range(count)
+    ]
+
+
+def batches(scenes: Sequence[Scene], size: int) -> Iterator[list[int]]:
+    """Numbers of scenes with equally many concepts, which make pictures of one width."""
+    for count in (2, 3, 4):
+        alike = [index for index, scene in enumerate(scenes) if len(scene.names) == count]
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def sample_scenes(
+    pipe: Any, scenes: Sequence[Scene], way: str, settings: Mapping[str, Any], options: argparse.Namespace
+) -> list[Image.Image]:
+    """One picture a scene; the scene's number is its seed."""
+    pictures: dict[int, Image.Image] = {}
+    for numbers in track(list(batches(scenes, 8)), description=way):
+        batch = [scenes[number] for number in numbers]
+        regions = [regions_of(scene.names, scene.boxes) for scene in batch]
+        found = pipe(
+            [scene.prompt for scene in batch],
+            **({"regions": regions} | dict(settings)),
+            negative_prompt=[""] * len(batch),
+            height=2 * COLUMN,
+            width=COLUMN * len(batch[0].names),
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            generator=[torch.Generator().manual_seed(number) for number in numbers],
+        ).images
+        pictures |= dict(zip(numbers, found, strict=True))
+    return [pictures[number] for number in range(len(scenes))]
+
+
+def judge_picture(
+    picture: Image.Image, scene: Scene, subjects: Mapping[str, Subject], judge: ToylandJudge
+) -> dict[str, float]:
+    """Shares of right regions, missing concepts, right attributes and leaked ones, of one picture."""
+    asked = [subjects[name] for name in scene.names]
+    (found,) = concepts_in_regions([picture], scene.boxes, asked, judge)
+    read = judge.read([crop_region(picture, box) for box in scene.boxes])
+    right = leaked = attributes = others_differ = 0
+    for own, seen in zip(asked, read, strict=True):
+        for name, value in own.attributes.items():
+            foreign = {other.attributes[name] for other in asked if name in other.attributes} - {value}
+            right += seen[name] == value
+            attributes += 1
+            leaked += seen[name] in foreign
+            others_differ += bool(foreign)
+    return {
+        "right": sum(map(str.__eq__, found, scene.names)) / len(asked),
+        "missing": len(set(scene.names) - set(found)) / len(asked),
+        "attributes": right / attributes,
+        "leaked": leaked / max(1, others_differ),
+    }
+
+
+def mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of every measure over pictures, and how many pictures there were."""
+    means = {name: round(sum(row[name] for row in rows) / len(rows), 4) for name in rows[0]}
+    return means | {
+        "whole_pictures": round(sum(row["right"] == 1 for row in rows) / len(rows), 4),
+        "pictures": len(rows),
+    }
+
+
+def summarise(scenes: Sequence[Scene], rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """All pictures, and those with and without two concepts of one class, and by number of concepts."""
+    groups = {
+        "all": lambda scene: True,
+        "every class once": lambda scene: not scene.one_class,
+        "two of one class": lambda scene: scene.one_class,
+        **{f"{count} concepts": lambda scene, count=count: len(scene.names) == count for count in (2, 3, 4)},
+    }
+    chosen = {
+        name: [row for row, scene in zip(rows, scenes, strict=True) if accepts(scene)]
+        for name, accepts in groups.items()
+    }
+    return {name: mean_rows(of_group) for name, of_group in chosen.items() if of_group}
+
+
+def worst_sheet(
+    pictures: Sequence[Image.Image], scenes: Sequence[Scene], rows: Sequence[Mapping[str, float]]
+) -> Image.Image:
+    """The ten worst pictures, each beside itself under its layout, six times as large."""
+    order = sorted(range(len(rows)), key=lambda number: (rows[number]["right"], rows[number]["attributes"]))[:10]
+    scale, width = 6, 4 * COLUMN
+    sheet = Image.new("RGB", (4 * width * scale, -(-len(order) // 2) * 2 * COLUMN * scale), "white")
+    for place, number in enumerate(order):
+        picture = pictures[number].resize((pictures[number].width * scale, pictures[number].height * scale), 0)
+        corner = (place % 2 * 2 * width * scale, place // 2 * picture.height)
+        sheet.paste(picture, corner)
+        drawn = draw_regions(regions_of(scenes[number].names, scenes[number].boxes), picture)
+        sheet.paste(drawn, (corner[0] + width * scale, corner[1]))
+    return sheet.resize((sheet.width // 2, sheet.height // 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="20 layouts instead of 200")
+    parser.add_argument("--layouts", type=int)
+    parser.add_argument("--work", type=Path, default=Path("toyland-benchmark"), help="where concepts are tuned")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--record", type=Path, default=Path(__file__).parent / "records" / "regions.json")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", MixOfShowWarning)
+    scenes = random_scenes(options.layouts or (20 if options.short else 200))
+    judge = ToylandJudge.load()
+    subjects = {subject.name: subject for subject in subjects_of(NAMES, judge)}
+    pipe = load_pipeline(MixOfShowPipeline)
+    pipe.set_progress_bar_config(disable=True)
+    packs = [str(folder) for folder in single_packs(NAMES, 0, None, options.work).values()]
+    fuser = GradientFuser(pipe, prompts=RECORDING_PROMPTS, guidance_scale=options.guidance, batch_size=8)
+    fused = {method: fuser.fuse(packs, method=method) for method in ("closed-form", "average")}
+    results = {}
+    for way, (method, settings) in WAYS.items():
+        pipe.load_edlora(fused[method])
+        pictures = sample_scenes(pipe, scenes, way, settings, options)
+        pipe.unload_edlora()
+        rows = [
+            judge_picture(picture, scene, subjects, judge) for picture, scene in zip(pictures, scenes, strict=True)
+        ]
+        results[way] = summarise(scenes, rows)
+        worst_sheet(pictures, scenes, rows).save(
+            options.work / f"worst-{way.replace(', ', '-').replace(' ', '-')}.png"
+        )
+        print(f"{way:28}", "  ".join(f"{name} {share:.3g}" for name, share in results[way]["all"].items()))
+    plan = {"layouts": len(scenes), "steps": options.steps, "guidance": options.guidance, "concepts": NAMES}
+    content = {"run": record.run_info(Path(__file__).parent), "settings": plan, "results": results}
+    print(f"Record: {record.write(options.record, content)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The checks of ``mixofshow doctor``: each looks at one thing of this machine and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+PACKAGE = "diffusers-mixofshow"
+
+_GIGABYTE = 1e9
+_SPARE_DISK = 10 * _GIGABYTE
+_SPARE_MEMORY = 4 * _GIGABYTE
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Args:
+        name: What was looked at.
+        state: ``problem`` if something that is needed does not work, ``note`` if something could be better.
+        found: What is there.
+        remedy: What to do about it; empty if nothing.
+    """
+
+    name: str
+    state: Literal["ok", "note", "problem"]
+    found: str
+    remedy: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Run all checks."""
+    return [*_versions(), *_devices(), _memory(), *_caches(), _hub(), _base(), *_extras(), _completion()]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    try:
+        yield Finding(PACKAGE, "ok", metadata.version(PACKAGE))
+        needed = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        yield Finding(PACKAGE, "note", "not installed, run from its source tree", f"pip install {PACKAGE}")
+        return
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for line in needed:
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            continue
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _version(requirement.name, requirement.specifier)
+
+
+def _version(name: str, wanted: SpecifierSet) -> Finding:
+    remedy = f"pip install '{name}{wanted}'"
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, "problem", "not installed", remedy)
+    if not wanted.contains(found, prereleases=True):
+        return Finding(name, "problem", f"{found}, needs {wanted}", remedy)
+    return Finding(name, "ok", found)
+
+
+def _devices() -> Iterator[Finding]:
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises anything, from OSError to RuntimeError
+        yield Finding("devices", "problem", f"torch cannot be imported: {error}", "install torch anew: pytorch.org")
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads for torch")
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            free, total = torch.cuda.mem_get_info(number)
+            memory = f"{free / _GIGABYTE:.1f} of {total / _GIGABYTE:.1f} GB free"
+            yield Finding(f"GPU {number}", "ok", f"{properties.name}, {memory}, used in float16")
+    elif torch.backends.mps.is_available():
+        yield Finding("GPU", "note", "Apple GPU; commands run on the CPU", "in Python: pipe.to('mps')")
+    else:
+        remedy = "Toyland needs none; for Stable Diffusion install torch for your GPU: pytorch.org"
+        yield Finding("GPU", "note", f"none that torch {torch.__version__} can use", remedy)
+
+
+def _memory() -> Finding:
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return Finding("memory", "note", "unknown on this system")
+    found = f"{free / _GIGABYTE:.1f} of {total / _GIGABYTE:.1f} GB free"
+    if total < _SPARE_MEMORY:
+        return Finding("memory", "note", found, "Stable Diffusion on the CPU needs some 8 GB; Toyland 1 GB")
+    return Finding("memory", "ok", found)
+
+
+def _caches() -> Iterator[Finding]:
+    from huggingface_hub import constants
+
+    for name, folder in (("Hub cache", Path(constants.HF_HUB_CACHE)), ("working folder", Path.cwd())):
+        there = next((one for one in (folder, *folder.parents) if one.exists()), Path("/"))
+        free = shutil.disk_usage(there).free
+        found = f"{folder}, {free / _GIGABYTE:.0f} GB free on its disk"
+        if not os.access(there, os.W_OK):
+            yield Finding(name, "problem", f"{found}, not writable", f"chmod u+w {there}, or set HF_HOME elsewhere")
+        elif free < _SPARE_DISK:
+            yield Finding(name, "note", found, "a Stable Diffusion 1.5 takes 5 GB; `hf cache prune` makes room")
+        else:
+            yield Finding(name, "ok", found)
+
+
+def _hub() -> Finding:
+    from huggingface_hub import constants, get_token
+
+    login = "logged in" if get_token() else "not logged in"
+    if constants.HF_HUB_OFFLINE:
+        return Finding("Hub", "note", f"offline by HF_HUB_OFFLINE, {login}", "unset HF_HUB_OFFLINE to download")
+    remedy = "" if get_token() else "`hf auth login`, for pushing and private repositories"
+    return Finding("Hub", "ok" if get_token() else "note", f"{constants.ENDPOINT}, {login}", remedy)
+
+
+def _base() -> Finding:
+    from diffusers_mixofshow.base_models import TOYLAND, location_of
+
+    folder = Path(location_of(TOYLAND))
+    if (folder / "model_index.json").is_file():
+        return Finding("embedded base", "ok", "toyland; `mixofshow demo` runs on it")
+    return Finding("embedded base", "problem", f"no weights in {folder}", f"pip install --force-reinstall {PACKAGE}")
+
+
+def _extras() -> Iterator[Finding]:
+    install = f"pip install '{PACKAGE}[controlnet]'"
+    if util.find_spec("controlnet_aux") is None:
+        yield Finding("controlnet_aux", "note", "not installed; --control takes finished images only", install)
+    else:
+        yield _controlnet_aux()
+    torch, vision = _installed("torch"), _installed("torchvision")
+    if vision and torch.endswith("+cpu") != vision.endswith("+cpu"):
+        remedy = "uninstall torchvision, which is not needed here, or install it from the index of torch"
+        yield Finding("torchvision", "note", f"{vision} beside torch {torch}", remedy)
+
+
+def _controlnet_aux() -> Finding:
+    mediapipe = _installed("mediapipe")
+    if mediapipe and int(mediapipe.partition(".")[0]) >= 1:
+        found = f"installed, but mediapipe {mediapipe} makes its import fail"
+        return Finding("controlnet_aux", "note", found, "pip install 'mediapipe<1', or uninstall mediapipe")
+    return Finding("controlnet_aux", "ok", _installed("controlnet_aux") or "installed")
+
+
+def _completion() -> Finding:
+    if sys.stdout.isatty() and not os.environ.get("_MIXOFSHOW_COMPLETE"):
+        return Finding("shell completion", "ok", "available", "`mixofshow --install-completion`, once")
+    return Finding("shell completion", "ok", "available")
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,48 @@
+"""``mixofshow doctor``: what is installed, what works, and how to mend the rest."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+_MARKS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check versions, devices, memory, caches and extras, and say how to mend what does not work.
+
+    Exit code 1 if something that is needed does not work.
+
+    \b
+    Example:
+      mixofshow doctor
+    """
+    from dataclasses import asdict
+
+    from diffusers_mixofshow.cli.diagnosis import diagnose
+
+    findings = diagnose()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        _print_table([asdict(finding) for finding in findings])
+    if any(finding.state == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _print_table(findings: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    columns = (Column(""), Column("found", overflow="fold"), Column("how to mend it", overflow="fold"))
+    table = Table(*columns, title="mixofshow doctor", title_justify="left")
+    for finding in findings:
+        name = f"[{_MARKS[finding['state']]}]{escape(finding['name'])}[/]"
+        table.add_row(name, escape(finding["found"]), escape(finding["remedy"]))
+    Console().print(table)

@@ -1,0 +1,102 @@
+"""``--dry-run``: what a command would read, make and need, told without loading a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from diffusers_mixofshow.base_models import location_of
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.regions import Layout
+
+_BYTES_OF_FLOAT64 = 8
+
+
+def tell(plan: Mapping[str, object]) -> None:
+    """Print a plan, one line for each thing."""
+    for name, value in plan.items():
+        typer.echo(f"{name}: {value}")
+
+
+def plan_of_sampling(
+    plan: Layout, packs: Sequence[EDLoRA], base: str, *, count: int, steps: int, guided: bool, output: Sequence[Path]
+) -> dict[str, Any]:
+    """What `mixofshow sample` would do.
+
+    Args:
+        plan: Prompt, regions and size.
+        packs: The ED-LoRAs.
+        base: The base model.
+        count: Number of pictures.
+        steps: Denoising steps.
+        guided: Whether guidance needs a second half of every batch.
+        output: The files.
+    """
+    size = f"{plan.width or 'own'} x {plan.height or 'own'}"
+    return {
+        "base model": _told_base(base),
+        "concepts": _names(packs) or "none",
+        "weight updates": f"{sum(map(_parameters, packs)):,} numbers",
+        "prompt": plan.prompt,
+        "regions": len(plan.regions),
+        "size": f"{size} pixels",
+        "pictures": count,
+        "U-Net runs": f"{steps}, each on a batch of {count * (2 if guided else 1)}",
+        "writes": ", ".join(map(str, output)),
+    }
+
+
+def plan_of_fusion(packs: Sequence[EDLoRA], base: str | None, max_rank: int | None, output: Path) -> dict[str, Any]:
+    """What `mixofshow fuse` would do.
+
+    Args:
+        packs: What is to be fused.
+        base: The base model, where features must be recorded; None where no model is needed.
+        max_rank: Cut updates down to this rank.
+        output: Folder of the pack.
+    """
+    from diffusers_mixofshow.fusion.statistics import input_name
+
+    ranks: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for pack in packs:
+        for site, update in pack.lora.items():
+            ranks[site] = ranks.get(site, 0) + update.rank
+            sizes[site] = (update.up.shape[0], update.down.shape[1])
+    capped = {site: min(rank, *sizes[site], max_rank or rank) for site, rank in ranks.items()}
+    numbers = sum(capped[site] * sum(sizes[site]) for site in capped)
+    numbers += sum(rows.numel() for pack in packs for rows in pack.embeddings.values())
+    inputs = {input_name(site): size[1] for site, size in sizes.items()}
+    gram = sum(width * width for width in inputs.values()) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
+    return {
+        "concepts": _names(packs),
+        "base model": _told_base(base) if base else "none is needed",
+        "layers": len(ranks),
+        "rank": f"at most {max(capped.values(), default=0)}",
+        "memory for statistics": f"{gram / 1e6:.0f} MB at most" if base else "that of the files beside the sources",
+        "pack": f"{numbers:,} numbers, {4 * numbers / 1e6:.1f} MB in float32",
+        "writes": output,
+    }
+
+
+def _told_base(base: str) -> str:
+    """The base with its size on this disk; of the Hub's, that it may be downloaded."""
+    folder = Path(location_of(base))
+    if not folder.is_dir():
+        return f"{base}, from the Hub or its cache"
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    return f"{base}, {size / 1e6:.0f} MB on disk"
+
+
+def _names(packs: Sequence[EDLoRA]) -> str:
+    return ", ".join(concept.placeholder for pack in packs for concept in pack.concepts)
+
+
+def _parameters(pack: EDLoRA) -> int:
+    return sum(update.down.numel() + update.up.numel() for update in pack.lora.values())

@@ -1,0 +1,43 @@
+"""``mixofshow --config FILE``: options of every verb out of a TOML file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+def settings_from(path: Path, options: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, Any]]:
+    """Read a TOML file with a table for each verb, whose keys are the verb's options; '-' and '_' are the same.
+
+    Args:
+        path: The file.
+        options: Verb to its options by name.
+
+    Raises:
+        ConfigurationError: If the file cannot be read, or names a verb or an option that does not exist; names all.
+    """
+    import tomllib
+
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path} is no readable TOML file ({error}).") from error
+    defects, found = [], {}
+    for verb, table in tables.items():
+        if verb not in options or not isinstance(table, dict):
+            defects.append(f"{verb!r} is no table of a verb ({', '.join(options)})")
+            continue
+        found[verb] = {key.replace("-", "_"): value for key, value in table.items()}
+        defects += [_unknown(verb, key, options[verb]) for key in found[verb] if key not in options[verb]]
+    if defects:
+        raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
+    return found
+
+
+def _unknown(verb: str, key: str, known: Mapping[str, object]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1)
+    return f"{verb!r} has no option {key!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else "")

@@ -1,0 +1,53 @@
+"""What a command is given to read: one of our own packs, or another program's file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.interop.foreign import Foreign
+
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100 * 2**20
+
+
+def read_source(source: str) -> EDLoRA | Foreign:
+    """Read an ED-LoRA from a file, a folder or the Hub, or what another program wrote.
+
+    Raises:
+        EDLoRANotFoundError: If there is nothing.
+        EDLoRAFormatError: If it is an ED-LoRA with defects, or cannot be read at all.
+        HubError: If the Hub refuses or cannot be reached.
+    """
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.interop.foreign import read_foreign
+
+    path = Path(source)
+    if path.exists() and not is_ours(path):
+        return read_foreign(path)
+    return EDLoRA.from_pretrained(source)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file or folder is an ED-LoRA of this package, sound or not."""
+    from diffusers_mixofshow.edlora.file import FILE_NAME
+
+    if path.is_dir():
+        return (path / FILE_NAME).exists()
+    return path.name == FILE_NAME or "edlora" in _metadata(path)
+
+
+def _metadata(path: Path) -> dict[str, object]:
+    """Metadata in a safetensors header; empty of any other file."""
+    try:
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            header = json.loads(opened.read(length)) if length <= _LONGEST_HEADER else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}

@@ -1,0 +1,128 @@
+"""Opening files that strangers wrote: everything that can be known before memory is taken is looked at first."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from diffusers_mixofshow.edlora.defects import shown
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+
+
+LONGEST_HEADER = 8 * 2**20
+"""Bytes; that of a LoRA with every layer of SDXL has some 300 thousand."""
+LARGEST_FILE = 8 * 2**30
+"""Bytes; an ED-LoRA of SD 1.5 has some 10 million, a merged one of full rank some billion."""
+MOST_TENSORS = 20_000
+
+_PREFIX = 8
+_BLOBS = "blobs"
+_SNAPSHOTS = "snapshots"
+
+
+def within(folder: Path, *names: str) -> Path:
+    """Path of a file in a folder, which no symbolic link leads out of.
+
+    In the Hub's cache, where a snapshot's files are links to blobs, the repository counts as the folder.
+
+    Raises:
+        EDLoRAFormatError: If the file, or a folder on the way, is a link to somewhere else.
+    """
+    path = folder.joinpath(*names)
+    home = folder.resolve()
+    for parent in (home, *home.parents):
+        if parent.name == _SNAPSHOTS and (parent.parent / _BLOBS).is_dir():
+            home = parent.parent
+    if not _leads_into(path, home):
+        raise EDLoRAFormatError(
+            f"{path} leads out of {folder} by a symbolic link or '..', which is not followed. Give the file itself if "
+            "you trust where it leads."
+        )
+    return path
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; no, where there can be nothing, as with a name of 10,000 characters."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def check_file(path: Path) -> int:
+    """Bytes of a file, once it is known to be one: no folder, pipe or device, and of a size that can be meant.
+
+    Raises:
+        EDLoRANotFoundError: If there is nothing.
+        EDLoRAFormatError: If it is something else, or too large.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise EDLoRANotFoundError(
+            f"{shown(str(path))} does not exist. Give a folder with edlora.safetensors, a safetensors file, or a Hub "
+            "id such as 'user/edlora-potter'."
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise EDLoRAFormatError(f"{path} cannot be read as safetensors: it is {kind}, no file.")
+    if status.st_size > LARGEST_FILE:
+        raise EDLoRAFormatError(
+            f"{path} cannot be read as safetensors: it has {status.st_size:,} bytes, more than any LoRA "
+            f"({LARGEST_FILE:,})."
+        )
+    return status.st_size
+
+
+@contextmanager
+def opened_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, open: its tensors are mapped into memory, not copied, and read where they are looked at.
+
+    Raises:
+        EDLoRANotFoundError: If there is nothing.
+        EDLoRAFormatError: If it is no safetensors file, or its header or number of tensors is beyond all measure.
+    """
+    size = check_file(path)
+    try:
+        if defect := _header_defect(path, size):
+            raise _unreadable(path, defect)
+        with safe_open(path, framework="pt") as opened:
+            if (count := len(opened.keys())) > MOST_TENSORS:
+                raise _unreadable(path, f"it has {count:,} tensors, more than {MOST_TENSORS:,}")
+            yield opened
+    except EDLoRAFormatError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, shown(str(error))) from error
+
+
+def _leads_into(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+
+
+def _header_defect(path: Path, size: int) -> str:
+    """What the first bytes say that cannot be; empty if nothing."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_PREFIX), "little")
+    if size < _PREFIX:
+        return f"it has {size} bytes"
+    if length > LONGEST_HEADER:
+        return f"its header would have {length:,} bytes, more than {LONGEST_HEADER:,}"
+    if _PREFIX + length > size:
+        return f"its header would have {length:,} bytes, the whole file has {size:,}"
+    return ""
+
+
+def _unreadable(path: Path, defect: str) -> EDLoRAFormatError:
+    return EDLoRAFormatError(
+        f"{path} cannot be read as safetensors: {defect}. Expected an ED-LoRA as written by EDLoRA.save_pretrained(); "
+        "copy or download the file again."
+    )

@@ -1,0 +1,198 @@
+"""From any format to any other: files written, and what the new format cannot say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.defects import listed
+from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.interop.concept_names import Naming, plain_name
+from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base, read_foreign
+from diffusers_mixofshow.interop.instructions import instructions
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_kohya, write_lora
+from diffusers_mixofshow.interop.original import ORIGINAL_NAME, write_original
+from diffusers_mixofshow.interop.textual_inversion import (
+    Vectors,
+    lost_in_mean,
+    mean_vectors,
+    write_textual_inversion,
+)
+
+
+class Format(StrEnum):
+    """What to write."""
+
+    EDLORA = "edlora"
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+    TEXTUAL_INVERSION = "textual-inversion"
+    MIX_OF_SHOW = "mix-of-show"
+
+
+EMBEDDINGS = "embeddings"
+"""Folder of textual-inversion files beside a LoRA file, named as A1111 and ComfyUI name theirs."""
+INSTRUCTIONS = "HOW_TO_USE.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion wrote.
+
+    Args:
+        files: All files.
+        lost: What the source says and these files do not, each as a sentence; empty if nothing.
+    """
+
+    files: tuple[Path, ...]
+    lost: tuple[str, ...]
+
+
+def convert(
+    source: EDLoRA | Foreign | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    to: Format | str,
+    *,
+    name: str = "",
+    class_word: str = "",
+    kind: str = "object",
+    base_model: str = "",
+    layers: tuple[str, ...] = (),
+) -> Conversion:
+    """Write an ED-LoRA, a fused pack or another program's file in another format.
+
+    Tensors keep their dtype and ranks and alphas their values, so that the way there and back is exact, but for what
+    `Conversion.lost` names.
+
+    Args:
+        source: An `EDLoRA`, or another program's file or folder, see `read_as_edlora`.
+        output: A folder, or a file where the format is one file. Every file appears whole or not at all.
+        to: ``edlora``, this package's own; ``diffusers`` or ``kohya``, an ordinary LoRA with textual-inversion files
+            beside it; ``textual-inversion``, these alone; ``mix-of-show``, the authors' ``.pth``.
+        name: What prompts shall call the concept; by default the file's own word for it.
+        class_word: The plain word for what it is.
+        kind: One of ``character``, ``pet``, ``object``, ``scene``.
+        base_model: What it was tuned on; by default Stable Diffusion 1.5 where the file is for 1.x.
+        layers: The base's cross-attention layers, where nothing in the file tells.
+
+    Raises:
+        EDLoRANotFoundError: If there is no such file.
+        EDLoRAFormatError: If it is defective, or the format cannot hold it; nothing is written then.
+        ConceptError: If the name or kind is malformed.
+    """
+    naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)
+    content = source if isinstance(source, EDLoRA | Foreign) else read_foreign(source)
+    path, target = Path(output), Format(to)
+    if isinstance(content, Foreign):
+        content.raise_if_defective()
+    if target in (Format.EDLORA, Format.MIX_OF_SHOW):
+        return _as_concepts(content, path, target, naming, layers)
+    if isinstance(content, Foreign) and content.tokens:
+        content = as_edlora(content, naming, layers)
+    vectors = _words(content, naming)
+    lost = _layers_lost(content) if isinstance(content, EDLoRA) else ()
+    if target is Format.TEXTUAL_INVERSION:
+        return _write_words(path, vectors, (*lost, *_updates_lost(content.lora)))
+    writer = write_kohya if target is Format.KOHYA else write_lora
+    return _write_lora_and_words(path, content, vectors, lost, writer)
+
+
+def _as_concepts(
+    content: EDLoRA | Foreign, path: Path, target: Format, naming: Naming, layers: tuple[str, ...]
+) -> Conversion:
+    """One of the two formats that hold layer-wise embeddings."""
+    lost: tuple[str, ...] = ()
+    if isinstance(content, Foreign):
+        if not naming.base_model and (guess := default_base(content)):
+            naming = replace(naming, base_model=guess)
+            lost = (f"The file does not tell its base model; {guess} was taken.",)
+        content = as_edlora(content, naming, layers)
+    if target is Format.MIX_OF_SHOW:
+        file = path if path.suffix == ".pth" else path / ORIGINAL_NAME
+        if content.training or content.base_model:
+            lost = (
+                *lost,
+                "The authors' layout has no place for the base model, class words and settings.",
+            )
+        return Conversion(files=(write_original(file, content),), lost=lost)
+    if not content.concepts:
+        raise EDLoRAFormatError(
+            "There is no embedding in it, and an ED-LoRA has one for each concept. Convert it to 'diffusers' or "
+            "'kohya', or fuse it as it is: LoRASource, with its trigger words as prompts."
+        )
+    if not content.base_model:
+        raise EDLoRAFormatError("The file does not tell its base model. Name it: base_model=..., or --base.")
+    return Conversion(files=(content.save_pretrained(path),), lost=lost)
+
+
+def _words(content: EDLoRA | Foreign, naming: Naming) -> dict[str, Vectors]:
+    """Every word to its vectors; of an ED-LoRA, their means over layers."""
+    if isinstance(content, EDLoRA):
+        return mean_vectors(content)
+    if naming.name and len(content.vectors) > 1:
+        raise EDLoRAFormatError(
+            f"It holds embeddings of several words ({', '.join(content.vectors)}), so that one name cannot be given."
+        )
+    if naming.name:
+        return {f"<{plain_name(naming.name)}>": vectors for vectors in content.vectors.values()}
+    return dict(content.vectors)
+
+
+def _write_words(path: Path, vectors: Mapping[str, Vectors], lost: tuple[str, ...]) -> Conversion:
+    if not vectors:
+        raise EDLoRAFormatError("There is no embedding in it, so there is no textual inversion to write.")
+    single = path.suffix == ".safetensors"
+    if single and len(vectors) > 1:
+        raise EDLoRAFormatError(
+            f"It holds {len(vectors)} concepts ({', '.join(vectors)}), and a textual-inversion file holds one. Give "
+            "a folder as output."
+        )
+    files = [
+        write_textual_inversion(path if single else path / f"{plain_name(word)}.safetensors", them, word=word)
+        for word, them in vectors.items()
+    ]
+    return Conversion(files=tuple(files), lost=lost)
+
+
+def _write_lora_and_words(
+    path: Path,
+    content: EDLoRA | Foreign,
+    vectors: Mapping[str, Vectors],
+    lost: tuple[str, ...],
+    writer: Callable[[Path, Mapping[str, LowRank]], Path],
+) -> Conversion:
+    if not content.lora:
+        raise EDLoRAFormatError("There is no LoRA in it. Convert it to 'textual-inversion'.")
+    names = [plain_name(word) for word in vectors]
+    usual = PLAIN_NAME if writer is write_lora else f"{'-'.join(names)[:80] or path.name}.safetensors"
+    file = path if path.suffix == ".safetensors" else path / usual
+    words = _write_words(file.parent / EMBEDDINGS, vectors, ()).files if vectors else ()
+    files = [writer(file, content.lora), *words]
+    if vectors:
+        text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
+        text.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(text, instructions(file.name, vectors, lost).encode())
+        files.append(text)
+    return Conversion(files=tuple(files), lost=lost)
+
+
+def _layers_lost(edlora: EDLoRA) -> tuple[str, ...]:
+    """What the means over layers leave out, measured."""
+    shares = {token: lost_in_mean(rows) for token, rows in edlora.embeddings.items()}
+    if not any(shares.values()):
+        return ()
+    told = ", ".join(f"{token} {share:.1%}" for token, share in shares.items())
+    return (
+        f"Layer-wise embeddings: every token has one for each of {len(edlora.layers)} cross-attention layers, and "
+        f"these files hold their mean, an approximation. Its distance from them, |E - mean| / |E|: {told}.",
+    )
+
+
+def _updates_lost(lora: Mapping[str, LowRank]) -> tuple[str, ...]:
+    return (f"The weight updates: {listed(lora)}.",) if lora else ()

@@ -1,0 +1,281 @@
+"""Any file of another program that holds a concept or a LoRA: what it is, what is in it, and as an `EDLoRA`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.defects import listed, raise_if_any
+from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, SD1, Architecture, layers_of, recognised
+from diffusers_mixofshow.interop.concept_names import Naming, grouped, worded
+from diffusers_mixofshow.interop.lora_files import LoRAContent, content_of, lora_content
+from diffusers_mixofshow.interop.names import half_of
+from diffusers_mixofshow.interop.original import is_original, original_content
+from diffusers_mixofshow.interop.tensors import PICKLES, load_pickle, load_safetensors
+from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_content
+
+
+_MOST_WORDS = 64
+"""More tensors than any textual-inversion file has."""
+
+
+class Kind(StrEnum):
+    """What a file is."""
+
+    MIX_OF_SHOW = "ED-LoRA of the authors' code"
+    LORA = "LoRA"
+    TEXTUAL_INVERSION = "textual inversion"
+    LORA_AND_EMBEDDINGS = "LoRA with embeddings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """What other programs' files hold, sound or not.
+
+    Args:
+        kind: What it is.
+        program: Who writes such files.
+        files: What was read.
+        lora: Site name to update.
+        tokens: Token to its layer-wise embedding, shape (layers, dim), or (1, dim) where it is the same for all.
+        vectors: Word to the vectors of a textual inversion, by text encoder.
+        metadata: The LoRA file's own.
+        defects: What of it cannot be used.
+    """
+
+    kind: Kind
+    program: str
+    files: tuple[Path, ...]
+    lora: Mapping[str, LowRank] = field(default_factory=dict)
+    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    vectors: Mapping[str, Vectors] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    defects: tuple[str, ...] = ()
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """The family of base models it was made for, where its layers and widths tell."""
+        widths = [{encoder: rows.shape[1] for encoder, rows in one.items()} for one in self.vectors.values()]
+        widths += [{CLIP_L: rows.shape[1]} for rows in self.tokens.values()]
+        return recognised(self.lora, widths)
+
+    def raise_if_defective(self) -> None:
+        """Raise one `EDLoRAFormatError` that lists everything that is wrong, if anything is."""
+        subject = ", ".join(map(str, self.files))
+        raise_if_any(self.defects, subject=subject, remedy="Expected a LoRA or embeddings of Stable Diffusion.")
+
+
+def read_foreign(source: str | os.PathLike[str]) -> Foreign:
+    """Read a file of another program, or a folder with a LoRA and the embeddings that belong to it.
+
+    Args:
+        source: Safetensors, or ``.pth``, ``.pt``, ``.bin``, ``.ckpt``: pickles are read with ``weights_only=True``.
+
+    Raises:
+        EDLoRANotFoundError: If there is nothing.
+        EDLoRAFormatError: If it cannot be read at all. What is defective inside is in `Foreign.defects`.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    return _read_pickle(path) if path.suffix in PICKLES else _read_safetensors(path)
+
+
+def read_as_edlora(
+    source: str | os.PathLike[str],
+    *,
+    name: str = "",
+    class_word: str = "",
+    kind: str = "object",
+    base_model: str = "",
+    layers: tuple[str, ...] = (),
+) -> EDLoRA:
+    """Read any file of another program as an `EDLoRA`: without concepts if it is a plain LoRA, without updates if it
+    is a textual inversion.
+
+    The authors' ``.pth``, LoRA files in the names of kohya, A1111, ComfyUI, diffusers and PEFT, textual-inversion
+    files, and folders with a LoRA and its embeddings, as diffusers' advanced training scripts write them.
+
+    Args:
+        source: The file or folder.
+        name: What prompts shall call the concept; by default the file's own word for it.
+        class_word: The plain word for what it is; files do not tell.
+        kind: One of ``character``, ``pet``, ``object``, ``scene``.
+        base_model: What it was tuned on; files do not tell reliably.
+        layers: The base's cross-attention layers (`sites.cross_attention_layers`), if it is no Stable Diffusion 1.x
+            or 2.x and the LoRA does not name them all.
+
+    Raises:
+        EDLoRANotFoundError: If there is nothing.
+        EDLoRAFormatError: If anything in it is defective, or no ED-LoRA can say it; names all.
+        ConceptError: If the name or kind is malformed.
+    """
+    naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)
+    return as_edlora(read_foreign(source), naming, layers)
+
+
+def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) -> EDLoRA:
+    """Make an `EDLoRA` of what a file holds, see `read_as_edlora`."""
+    foreign.raise_if_defective()
+    subject = ", ".join(map(str, foreign.files))
+    if two := [word for word, vectors in foreign.vectors.items() if CLIP_G in vectors]:
+        raise EDLoRAFormatError(
+            f"{subject}: embeddings for SDXL's two text encoders ({', '.join(two)}). An ED-LoRA holds embeddings of "
+            "one; convert it to 'diffusers' or 'kohya' instead."
+        )
+    words = {word: by_encoder[CLIP_L] for word, by_encoder in foreign.vectors.items()}
+    found = grouped(foreign.tokens, naming) | worded({word: len(rows) for word, rows in words.items()}, naming)
+    rows: dict[Hashable, torch.Tensor] = dict(foreign.tokens.items())
+    rows |= {(word, number): row for word, them in words.items() for number, row in _each(them)}
+    widths = {embedding.shape[1] for embedding in rows.values()}
+    counts = {len(embedding) for embedding in rows.values()} - {1}
+    if len(counts) > 1 or len(widths) > 1:
+        shapes = listed(f"{found[key][1]} {tuple(embedding.shape)}" for key, embedding in rows.items())
+        raise EDLoRAFormatError(f"{subject}: embeddings of different shapes: {shapes}. They belong to one base model.")
+    if rows and not layers:
+        layers = layers_of(foreign.lora, max(widths), max(counts, default=None))
+        if not layers:
+            raise EDLoRAFormatError(
+                f"{subject}: embeddings of shape {tuple(next(iter(rows.values())).shape)}, which are of no base known "
+                "here. Give the base's cross-attention layers, layers=cross_attention_layers(pipe.unet)."
+            )
+    return EDLoRA(
+        concepts=tuple(dict.fromkeys(concept for concept, _ in found.values())),
+        embeddings={found[key][1]: _for_layers(embedding, len(layers)) for key, embedding in rows.items()},
+        lora=foreign.lora,
+        base_model=naming.base_model,
+        layers=layers if rows else (),
+        training={"converted_from": f"{foreign.kind} ({foreign.program})"},
+    )
+
+
+def default_base(foreign: Foreign) -> str:
+    """The base model that is taken where nobody tells; empty where that would be a guess."""
+    return "stable-diffusion-v1-5/stable-diffusion-v1-5" if foreign.architecture is SD1 else ""
+
+
+def _for_layers(embedding: torch.Tensor, layers: int) -> torch.Tensor:
+    """Shape (layers, dim), of (layers, dim) or of (1, dim)."""
+    return embedding.expand(layers, -1).contiguous() if len(embedding) == 1 else embedding
+
+
+def _each(vectors: torch.Tensor) -> Iterable[tuple[int, torch.Tensor]]:
+    """Number every vector from 1; each of shape (1, dim)."""
+    return enumerate(vectors.split(1), start=1)
+
+
+def _read_pickle(path: Path) -> Foreign:
+    content = load_pickle(path)
+    if is_original(content):
+        found = original_content(content)
+        return Foreign(
+            kind=Kind.MIX_OF_SHOW,
+            program="Mix-of-Show, the authors' code",
+            files=(path,),
+            lora=found.lora,
+            tokens=found.tokens,
+            defects=(*found.defects, *_endless(found.tokens)),
+        )
+    return _sorted(path, content, {})
+
+
+def _read_safetensors(path: Path) -> Foreign:
+    names = _names(path)
+    if any(half_of(name) for name in names):
+        return _of_lora(path, lora_content(path))
+    if (
+        len(names) > _MOST_WORDS
+    ):  # a checkpoint, or layers that are no LoRA: the names tell, gigabytes stay on the disk
+        return _of_lora(path, content_of(dict.fromkeys(names, torch.empty(0)), {}, {}))
+    metadata, tensors = load_safetensors(path)
+    return _sorted(path, tensors, metadata)
+
+
+def _sorted(path: Path, content: Any, metadata: Mapping[str, str]) -> Foreign:
+    found = inversion_content(content, path.stem.removesuffix("_emb"))
+    if found is not None and not any(half_of(str(name)) for name in _keys(content)):
+        return Foreign(
+            kind=Kind.TEXTUAL_INVERSION,
+            program=found.program,
+            files=(path,),
+            vectors=found.vectors,
+            metadata=metadata,
+            defects=_endless_vectors(found.vectors),
+        )
+    tensors = {str(name): tensor for name, tensor in _items(content) if isinstance(tensor, torch.Tensor)}
+    return _of_lora(path, content_of(tensors, metadata, {}))
+
+
+def _of_lora(path: Path, found: LoRAContent) -> Foreign:
+    return Foreign(
+        kind=Kind.LORA_AND_EMBEDDINGS if found.bundled else Kind.LORA,
+        program=found.spelling.value,
+        files=(path,),
+        lora=found.lora,
+        vectors={word: dict(vectors) for word, vectors in found.bundled.items()},
+        metadata=found.metadata,
+        defects=(*found.defects, *_endless_vectors(found.bundled)),
+    )
+
+
+def _endless_vectors(vectors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[str, ...]:
+    return _endless({f"{word} {encoder}": rows for word, them in vectors.items() for encoder, rows in them.items()})
+
+
+def _endless(embeddings: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The defect of embeddings with NaN or Inf, if any has."""
+    found = [name for name, rows in embeddings.items() if not bool(torch.isfinite(rows).all())]
+    return (f"embeddings with values that are not finite: {listed(found)}",) if found else ()
+
+
+def _read_folder(folder: Path) -> Foreign:
+    """A LoRA with the embeddings that lie beside it."""
+    patterns = ("*.safetensors", "*.pth", "learned_embeds*.bin", "pytorch_lora_weights.bin")
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    if not paths:
+        raise EDLoRANotFoundError(f"{folder} holds no LoRA, ED-LoRA or textual inversion. Name the file itself.")
+    parts = [read_foreign(path) for path in paths]
+    bodies = [part for part in parts if part.kind is not Kind.TEXTUAL_INVERSION]
+    if len(bodies) > 1:
+        raise EDLoRAFormatError(f"{folder} holds several: {listed(path.name for path in paths)}. Name one of them.")
+    if len(parts) == 1:
+        return parts[0]
+    body = bodies[0] if bodies else parts[0]
+    vectors = {word: rows for part in parts for word, rows in part.vectors.items()}
+    return Foreign(
+        kind=Kind.LORA_AND_EMBEDDINGS if bodies else Kind.TEXTUAL_INVERSION,
+        program=body.program,
+        files=tuple(paths),
+        lora=body.lora,
+        tokens=body.tokens,
+        vectors=vectors,
+        metadata=body.metadata,
+        defects=tuple(defect for part in parts for defect in part.defects),
+    )
+
+
+def _names(path: Path) -> list[str]:
+    """Names of a safetensors file's tensors, from its header alone; empty if it has none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError, ValueError):
+        return []
+
+
+def _keys(content: Any) -> Iterable[Any]:
+    return content.keys() if isinstance(content, Mapping) else ()
+
+
+def _items(content: Any) -> Iterable[tuple[Any, Any]]:
+    return content.items() if isinstance(content, Mapping) else ()

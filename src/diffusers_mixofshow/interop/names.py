@@ -1,0 +1,139 @@
+"""How other programs spell the layers of a LoRA, to and from site names (see `sites`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+
+from diffusers_mixofshow.sites import canonical_name
+
+
+class Spelling(StrEnum):
+    """Whose names a LoRA's tensors have; the value is what people call it."""
+
+    KOHYA = "kohya / A1111 / ComfyUI"
+    COMFYUI = "ComfyUI, saved by its own nodes"
+    PEFT = "PEFT"
+    DIFFUSERS = "diffusers"
+    DIFFUSERS_OLD = "diffusers, old names"
+
+
+_HALF = re.compile(
+    r"(?P<layer>.+?)[._](?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_linear_layer\.down|"
+    r"lora_linear_layer\.up)(\.default)?\.weight"
+)
+_FLAT = re.compile(r"lora_(?P<component>unet|te|te1|te2)_(?P<path>.+)")
+_FLAT_COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+_COMPONENT = re.compile(r"(unet|text_encoder_2|text_encoder)\.")
+_COMFYUI = {
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
+_PEFT = "base_model.model."
+# Names with an underscore of their own, which kohya's files do not tell from the dots between names.
+_WORDS = re.compile(
+    r"down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|transformer_blocks|to_q|to_k|to_v|to_out|"
+    r"proj_in|proj_out|text_model|text_projection|self_attn|q_proj|k_proj|v_proj|out_proj|time_emb_proj|conv_shortcut|"
+    r"in_layers|out_layers|emb_layers|skip_connection|conv_in|conv_out|time_embedding|time_embed|label_emb|"
+    r"add_embedding|linear_1|linear_2|[^_]+"
+)
+# Old diffusers named the text encoder's projections like the U-Net's.
+_OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
+_LDM_STAGES = ("input_blocks", "middle_block", "output_blocks")
+_BLOCKS_A_STAGE = 3  # of the original Stable Diffusion code: two or three layers, and one that changes the size
+_LDM_LAYERS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("in_layers", "2"): ("conv1",),
+    ("out_layers", "3"): ("conv2",),
+    ("emb_layers", "1"): ("time_emb_proj",),
+    ("skip_connection",): ("conv_shortcut",),
+    ("op",): ("conv",),
+}
+_LDM_MIDDLE = {"0": ("resnets", "0"), "1": ("attentions", "0"), "2": ("resnets", "1")}
+
+
+def half_of(name: str) -> tuple[str, str] | None:
+    """Layer as the file spells it, and ``down`` or ``up``; None of a tensor that is no half of a LoRA."""
+    match = _HALF.fullmatch(name)
+    if match is None:
+        return None
+    return match["layer"], "down" if match["half"].endswith(("_A", "down")) else "up"
+
+
+def spelling_of(name: str) -> Spelling:
+    """Whose name a tensor has."""
+    if _FLAT.match(name):
+        return Spelling.KOHYA
+    if name.startswith(tuple(_COMFYUI)):
+        return Spelling.COMFYUI
+    if name.startswith(_PEFT):
+        return Spelling.PEFT
+    return Spelling.DIFFUSERS if ".lora_A." in name or ".lora_B." in name else Spelling.DIFFUSERS_OLD
+
+
+def site_of(layer: str) -> str:
+    """Site name of a layer as any of the programs spells it."""
+    if flat := _FLAT.fullmatch(layer):
+        return canonical_name(_FLAT_COMPONENTS[flat["component"]], _in_diffusers(_WORDS.findall(flat["path"])))
+    for prefix, component in _COMFYUI.items():
+        if layer.startswith(prefix):
+            return canonical_name(component, _in_diffusers(layer.removeprefix(prefix).split(".")))
+    layer = layer.removeprefix(_PEFT).replace(".processor.", ".")
+    if layer.endswith(".to_out"):
+        layer += ".0"
+    named = _COMPONENT.match(layer)
+    component = named[1] if named else ("text_encoder" if "encoder.layers" in layer else "unet")
+    path = layer.removeprefix(f"{component}.")
+    if component != "unet":
+        path = re.sub(r"(?<=\.self_attn\.)(to_q|to_k|to_v|to_out\.0)$", lambda old: _OLD_TEXT_NAMES[old[0]], path)
+    return canonical_name(component, path)
+
+
+def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
+    """A site in kohya's names, which A1111 and ComfyUI share.
+
+    Args:
+        site: The layer, see `sites`.
+        several_text_encoders: Whether the model has two, as SDXL has; they are numbered then.
+        ldm: Name the U-Net's blocks as the original code does, which kohya does for SDXL alone.
+    """
+    component, _, path = site.partition(".")
+    if component == "unet":
+        return "lora_unet_" + "_".join(_in_ldm(path.split(".")) if ldm else path.split("."))
+    number = {"text_encoder": "1", "text_encoder_2": "2"}[component] if several_text_encoders else ""
+    return f"lora_te{number}_{path.replace('.', '_')}"
+
+
+def _in_diffusers(words: Sequence[str]) -> str:
+    """Module path of diffusers; names of the original Stable Diffusion code are translated."""
+    if not words or words[0] not in _LDM_STAGES or len(words) < 3 or not words[1].isdecimal():
+        return ".".join(words)
+    stage, number, *rest = words
+    if stage == "middle_block":
+        return ".".join(("mid_block", *_LDM_MIDDLE.get(number, (number,)), *_layer_in_diffusers(rest)))
+    block, layer = divmod(int(number) - (stage == "input_blocks"), _BLOCKS_A_STAGE)
+    inner, *rest = rest
+    side, sizer = ("down_blocks", "downsamplers") if stage == "input_blocks" else ("up_blocks", "upsamplers")
+    if rest in (["op"], ["conv"]):
+        return ".".join((side, str(block), sizer, "0", "conv"))
+    kind = {"0": "resnets", "1": "attentions"}.get(inner, inner)
+    return ".".join((side, str(block), kind, str(layer), *_layer_in_diffusers(rest)))
+
+
+def _layer_in_diffusers(words: Sequence[str]) -> Sequence[str]:
+    return _LDM_LAYERS.get(tuple(words), tuple(words))
+
+
+def _in_ldm(words: Sequence[str]) -> Sequence[str]:
+    """Names of the original Stable Diffusion code of a module path of diffusers; the reverse of `_in_diffusers`."""
+    back = {new: old for old, new in _LDM_LAYERS.items()}
+    stage, *rest = words
+    if stage == "mid_block":
+        numbers = {place: number for number, place in _LDM_MIDDLE.items()}
+        return ("middle_block", numbers[rest[0], rest[1]], *back.get(tuple(rest[2:]), tuple(rest[2:])))
+    block, kind, layer, *rest = rest
+    inner = {"resnets": "0", "attentions": "1"}[kind]
+    number = _BLOCKS_A_STAGE * int(block) + int(layer) + (stage == "down_blocks")
+    side = "input_blocks" if stage == "down_blocks" else "output_blocks"
+    return (side, str(number), inner, *back.get(tuple(rest), tuple(rest)))

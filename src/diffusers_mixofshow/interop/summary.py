@@ -1,0 +1,149 @@
+"""What is in an ED-LoRA or in another program's file, as JSON values."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.defects import listed
+from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.interop.architectures import CLIP_L, foreign_layers, recognised
+from diffusers_mixofshow.interop.concept_names import Naming, grouped
+from diffusers_mixofshow.interop.foreign import Foreign
+from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
+
+
+_LARGEST = 5
+_TOLD = ("ss_base_model_version", "ss_sd_model_name", "ss_output_name", "ss_network_dim", "ss_network_alpha")
+"""What kohya's metadata tells that people ask for; the rest is training statistics."""
+
+
+def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
+    """Tell what an ED-LoRA or a fused pack holds."""
+    fused = "fusion" in pack.training
+    family = recognised(pack.lora, [{CLIP_L: rows.shape[1]} for rows in pack.embeddings.values()])
+    return {
+        "kind": "fused pack" if fused else "ED-LoRA",
+        "program": "diffusers-mixofshow",
+        "base_model": pack.base_model,
+        "architecture": family.name if family else None,
+        "concepts": [
+            {
+                "placeholder": concept.placeholder,
+                "class_word": concept.class_word,
+                "kind": concept.kind,
+                "tokens": {token: _mean_norm(pack.embeddings[token]) for token in concept.tokens},
+                "lost_in_mean": {token: _rounded(lost_in_mean(pack.embeddings[token])) for token in concept.tokens},
+            }
+            for concept in pack.concepts
+        ],
+        "cross_attention_layers": len(pack.layers),
+        **_of_lora(pack.lora),
+        **_of_tensors([*pack.embeddings.values(), *_halves(pack.lora)]),
+        "training": dict(pack.training),
+        "problems": [],
+    }
+
+
+def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
+    """Tell what another program's file holds; everything that is wrong with it is under ``problems``."""
+    family = foreign.architecture
+    vectors = [rows for by_encoder in foreign.vectors.values() for rows in by_encoder.values()]
+    problems = list(foreign.defects)
+    if family is not None and (strange := foreign_layers(foreign.lora, family)):
+        problems.append(f"layers that {family.name} does not have: {listed(strange)}")
+    if family is None and (foreign.lora or vectors or foreign.tokens):
+        problems.append("its layers and widths are those of no Stable Diffusion known here")
+    return {
+        "kind": foreign.kind.value,
+        "program": foreign.program,
+        "base_model": foreign.metadata.get("ss_sd_model_name", ""),
+        "architecture": family.name if family else None,
+        "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],
+        "cross_attention_layers": max((len(rows) for rows in foreign.tokens.values()), default=0),
+        **_of_lora(foreign.lora),
+        **_of_tensors([*foreign.tokens.values(), *vectors, *_halves(foreign.lora)]),
+        "training": {key: foreign.metadata[key] for key in _TOLD if key in foreign.metadata},
+        "problems": problems,
+    }
+
+
+def _token_concepts(foreign: Foreign) -> list[dict[str, Any]]:
+    members: dict[str, list[str]] = {}
+    for token, (concept, _) in grouped(foreign.tokens, Naming()).items():
+        members.setdefault(concept.placeholder, []).append(str(token))
+    return [
+        {
+            "placeholder": placeholder,
+            "class_word": None,
+            "kind": None,
+            "tokens": {token: _mean_norm(foreign.tokens[token]) for token in tokens},
+            "lost_in_mean": {token: _rounded(lost_in_mean(foreign.tokens[token])) for token in tokens},
+        }
+        for placeholder, tokens in members.items()
+    ]
+
+
+def _word_concepts(foreign: Foreign) -> list[dict[str, Any]]:
+    return [
+        {
+            "placeholder": word,
+            "class_word": None,
+            "kind": None,
+            "tokens": {
+                f"{encoder}, {len(rows)} x {rows.shape[1]}": _mean_norm(rows) for encoder, rows in them.items()
+            },
+        }
+        for word, them in foreign.vectors.items()
+    ]
+
+
+def _of_lora(lora: Mapping[str, LowRank]) -> dict[str, Any]:
+    norms = {site: _norm(update) for site, update in lora.items()}
+    largest = sorted(norms.items(), key=lambda item: -item[1])[:_LARGEST]
+    return {
+        "ranks": sorted({update.rank for update in lora.values()}),
+        "alphas": _distinct(update.alpha for update in lora.values()),
+        "scalings": _distinct(update.scaling for update in lora.values()),
+        "adapted_layers": len(lora),
+        "layers": dict(Counter(site.partition(".")[0] for site in lora)),
+        "largest_updates": {site: _rounded(norm) for site, norm in largest},
+    }
+
+
+def _distinct(numbers: Iterable[float]) -> list[float]:
+    return sorted({float(f"{number:.6g}") for number in numbers if math.isfinite(number)})
+
+
+def _of_tensors(tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
+    tensors = list(tensors)
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+    }
+
+
+def _halves(lora: Mapping[str, LowRank]) -> list[torch.Tensor]:
+    return [half for update in lora.values() for half in (update.down, update.up)]
+
+
+def _mean_norm(embedding: torch.Tensor) -> float | None:
+    """Mean length of vectors, shape (vectors, dim)."""
+    return _rounded(float(embedding.float().norm(dim=1).mean()))
+
+
+def _rounded(value: float) -> float | None:
+    """As JSON can say it; None of what is not finite."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _norm(update: LowRank) -> float:
+    """Frobenius norm of ``alpha / rank * up @ down`` through Gram matrices of the rank's size."""
+    down, up = update.down.double(), update.up.double()
+    square = float(((up.T @ up) * (down @ down.T)).sum())
+    return abs(update.scaling) * max(square, 0.0) ** 0.5

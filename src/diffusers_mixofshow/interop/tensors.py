@@ -1,0 +1,97 @@
+"""Tensors out of other programs' files: safetensors, and pickles that hold nothing but tensors and plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from diffusers_mixofshow.edlora.defects import DTYPES
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+"""Endings of files that PyTorch wrote."""
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Read the metadata and tensors of a safetensors file.
+
+    Raises:
+        EDLoRANotFoundError: If there is no such file.
+        EDLoRAFormatError: If it is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+    except FileNotFoundError as error:
+        raise _not_found(path) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise EDLoRAFormatError(
+            f"{path} cannot be read as safetensors: {error}. Copy or download the file again."
+        ) from error
+
+
+def load_pickle(path: Path) -> Any:
+    """Read what PyTorch wrote, with ``weights_only=True``: nothing in the file is run.
+
+    Returns:
+        Dicts and lists of tensors, numbers and strings. No tensor claims more bytes than the file has.
+
+    Raises:
+        EDLoRANotFoundError: If there is no such file.
+        EDLoRAFormatError: If it cannot be read in this way.
+    """
+    try:
+        size = path.stat().st_size
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise _not_found(path) from error
+    except Exception as error:  # a damaged or hostile pickle makes the unpickler raise anything
+        raise EDLoRAFormatError(
+            f"{path} cannot be read with weights_only=True ({_short(error)}). It is damaged, or holds Python objects "
+            "beside tensors, which are never loaded; ask for it as safetensors."
+        ) from error
+    if swollen := [name for name, tensor in _tensors(content) if not _is_plain(tensor, size)]:
+        raise EDLoRAFormatError(
+            f"{path}: tensors that are sparse, quantised or larger than the file itself: {', '.join(swollen[:6])}. "
+            "Ask for it as safetensors."
+        )
+    return content
+
+
+def in_working_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in a dtype that mathematics works on; 8-bit floats become float32, which changes no value."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype not in DTYPES else tensor
+
+
+def _is_plain(tensor: torch.Tensor, size: int) -> bool:
+    dense = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    return dense and tensor.numel() * tensor.element_size() <= size
+
+
+def _tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dicts and lists, with its path."""
+    found, waiting = [], [(name, value)]
+    seen: set[int] = set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            found.append((name or "the only one", value))
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(f"{name}.{key}".removeprefix("."), one) for key, one in items]
+    return found
+
+
+def _not_found(path: Path) -> EDLoRANotFoundError:
+    return EDLoRANotFoundError(f"{path} does not exist. Give a file of a LoRA, an ED-LoRA or textual inversion.")
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160].rstrip(".")

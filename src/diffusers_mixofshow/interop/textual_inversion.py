@@ -1,0 +1,140 @@
+"""Textual-inversion files: A1111's ``.pt`` and safetensors, diffusers', and those of its advanced training scripts.
+
+A file holds one or several vectors for one word, the same for all layers. As an ED-LoRA they are tokens with equal
+rows, which loses nothing. An ED-LoRA's rows differ: what is written of it is their mean, an approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+
+from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L
+from diffusers_mixofshow.interop.concept_names import plain_name
+from diffusers_mixofshow.interop.tensors import in_working_dtype
+
+
+Vectors = dict[str, torch.Tensor]
+"""Text encoder, ``clip_l`` or ``clip_g``, to vectors of shape (vectors, dim)."""
+
+# Names of text encoders in files; A1111 knows one, and older scripts of diffusers numbered them.
+_ENCODERS = {
+    "clip_l": CLIP_L,
+    "clip_g": CLIP_G,
+    "emb_params": CLIP_L,
+    "text_encoders_0": CLIP_L,
+    "text_encoders_1": CLIP_G,
+}
+_A1111 = "string_to_param"
+_WIDEST = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionContent:
+    """What a textual-inversion file holds.
+
+    Args:
+        program: Who writes such files.
+        vectors: Word to its vectors.
+    """
+
+    program: str
+    vectors: Mapping[str, Vectors]
+
+
+def inversion_content(content: Any, name: str) -> InversionContent | None:
+    """Sort what a file holds, or return None if it is no textual inversion.
+
+    Args:
+        content: Tensors by name, as any of the programs writes them.
+        name: The word for it where the content has none: the file's name.
+    """
+    if isinstance(content, torch.Tensor) and _is_vectors(content):
+        return InversionContent(program="diffusers", vectors={plain_name(name): {CLIP_L: _rows(content)}})
+    if not isinstance(content, Mapping):
+        return None
+    if isinstance(content.get(_A1111), Mapping):
+        found = [one for one in content[_A1111].values() if _is_vectors(one)]
+        if len(found) == 1:
+            return InversionContent(program="A1111", vectors={plain_name(name): {CLIP_L: _rows(found[0])}})
+        return None
+    tensors = {str(key): value for key, value in content.items()}
+    if not tensors or not all(_is_vectors(value) for value in tensors.values()):
+        return None
+    if tensors.keys() <= _ENCODERS.keys():
+        program = "A1111" if "emb_params" in tensors else "diffusers' advanced training scripts, A1111 for SDXL"
+        named = {_ENCODERS[key]: _rows(value) for key, value in tensors.items()}
+        return InversionContent(program=program, vectors={plain_name(name): named})
+    return InversionContent(program="diffusers", vectors={key: {CLIP_L: _rows(v)} for key, v in tensors.items()})
+
+
+def write_textual_inversion(path: Path, vectors: Mapping[str, torch.Tensor], *, word: str) -> Path:
+    """Write one word's vectors as safetensors; the file appears whole or not at all.
+
+    One text encoder's are named after the word, which diffusers, A1111 and ComfyUI read; those of SDXL's two are
+    called ``clip_l`` and ``clip_g``, as all three expect. In A1111 and ComfyUI the word is the file's name.
+
+    Args:
+        path: The file; its folder is created where it is missing.
+        vectors: Text encoder to its vectors, shape (vectors, dim).
+        word: How diffusers' prompts name it, e.g. ``<potter>``.
+    """
+    named = {word: vectors[CLIP_L]} if list(vectors) == [CLIP_L] else dict(vectors)
+    tensors = {name: rows.detach().cpu().contiguous().clone() for name, rows in named.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, serialize(tensors, metadata={"format": "pt"}))
+    return path
+
+
+def mean_over_layers(embedding: torch.Tensor) -> torch.Tensor:
+    """One vector in place of one for each layer, the nearest to all of them in the mean square.
+
+    Args:
+        embedding: Shape (layers, dim).
+
+    Returns:
+        Shape (dim,), in the same dtype; of equal rows it is the row itself.
+    """
+    return embedding.double().mean(dim=0).to(embedding.dtype)
+
+
+def lost_in_mean(embedding: torch.Tensor) -> float:
+    """How much of an embedding its mean over layers does not say: |E - mean| / |E|, from 0 to 1.
+
+    Args:
+        embedding: Shape (layers, dim).
+    """
+    rows = embedding.double()
+    size = float(rows.norm())
+    return float((rows - rows.mean(dim=0)).norm()) / size if size else 0.0
+
+
+def mean_vectors(edlora: EDLoRA) -> dict[str, Vectors]:
+    """Every concept's word to the means of its tokens, shape (tokens, dim): an approximation, see `lost_in_mean`."""
+    return {
+        concept.placeholder: {
+            CLIP_L: torch.stack([mean_over_layers(edlora.embeddings[token]) for token in concept.tokens])
+        }
+        for concept in edlora.concepts
+    }
+
+
+def _is_vectors(value: object) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dim() in (1, 2)
+        and 0 < value.shape[-1] <= _WIDEST
+        and value.numel() > 0
+    )
+
+
+def _rows(value: torch.Tensor) -> torch.Tensor:
+    return in_working_dtype(value.detach()).reshape(-1, value.shape[-1]).contiguous()

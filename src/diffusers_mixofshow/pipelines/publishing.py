@@ -1,0 +1,58 @@
+"""Everything that is loaded into a pipeline as one pack, as strong as it acts now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.errors import ConceptError
+from diffusers_mixofshow.sites import linear_layers
+
+
+def joined(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) -> EDLoRA:
+    """One pack that acts as all loaded ones do together: with their scales, without those that are switched off.
+
+    Updates of one layer are stacked, sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...], so that nothing is
+    rounded.
+
+    Args:
+        components: ``pipeline.components``, the adapters inside.
+        edloras: Adapter name to pack.
+
+    Raises:
+        ConceptError: If nothing is loaded.
+    """
+    if not edloras:
+        raise ConceptError("Nothing is loaded. Load a concept with load_edlora() first.")
+    layers = linear_layers(components)
+    parts: dict[str, list[tuple[LowRank, float]]] = {}
+    for name, edlora in edloras.items():
+        for site, update in edlora.lora.items():
+            if strength := _strength(layers.get(site), name):
+                parts.setdefault(site, []).append((update, strength))
+    packs = list(edloras.values())
+    return EDLoRA(
+        concepts=tuple(concept for pack in packs for concept in pack.concepts),
+        embeddings={token: rows for pack in packs for token, rows in pack.embeddings.items()},
+        lora={site: _stacked(updates) for site, updates in parts.items()},
+        base_model=packs[0].base_model,
+        layers=packs[0].layers,
+        training=packs[0].training if len(packs) == 1 else {},
+    )
+
+
+def _strength(layer: object, adapter: str) -> float:
+    """What the layer multiplies an adapter's ``up @ down`` with; 0 where it is off or gone."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or adapter not in layer.active_adapters:
+        return 0.0
+    return float(layer.scaling.get(adapter, 0.0))
+
+
+def _stacked(updates: list[tuple[LowRank, float]]) -> LowRank:
+    """One update for several of a layer, each with its factor; alpha is the rank, so nothing more is scaled."""
+    down = torch.cat([update.down.float() for update, _ in updates])
+    up = torch.cat([strength * update.up.float() for update, strength in updates], dim=1)
+    return LowRank(down=down, up=up, alpha=float(len(down)), convolution=updates[0][0].convolution)

@@ -1,0 +1,201 @@
+"""inspect, convert, push and doctor as their users meet them, and what all verbs share."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import packs
+import tiny
+from diffusers_mixofshow import EDLoRA, cli
+from diffusers_mixofshow.cli import diagnosis
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from interop import foreign as files
+
+
+RUNNER = CliRunner()
+
+
+def run(*arguments: object):
+    return RUNNER.invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_inspect_tells_of_the_authors_checkpoint(tmp_path: Path):
+    files.original(tmp_path / "rex.pth")
+    result = run("inspect", tmp_path / "rex.pth", "--json")
+    summary = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert summary["kind"] == "ED-LoRA of the authors' code"
+    assert summary["architecture"] == "Stable Diffusion 1.x"
+    assert [concept["placeholder"] for concept in summary["concepts"]] == ["<rex>"]
+    assert set(summary["concepts"][0]["tokens"]) == {"<rex1>", "<rex2>"}
+    assert (summary["ranks"], summary["adapted_layers"], summary["cross_attention_layers"]) == ([2], 3, 16)
+    assert summary["layers"] == {"text_encoder": 1, "unet": 2}
+    assert summary["bytes"] == (tmp_path / "rex.pth").stat().st_size
+    assert summary["problems"] == []
+
+
+def test_inspect_tells_of_a_lora_and_its_norms(tmp_path: Path):
+    tensors = files.kohya(tmp_path / "style.safetensors")
+    summary = json.loads(run("inspect", tmp_path / "style.safetensors", "--json").stdout)
+    assert (summary["kind"], summary["program"]) == ("LoRA", "kohya / A1111 / ComfyUI")
+    assert (summary["ranks"], summary["alphas"], summary["scalings"]) == ([2, 4], [1.0, 2.0], [0.25, 1.0])
+    assert (summary["dtypes"], summary["training"]["ss_network_dim"]) == (["float16"], "4")
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    halves = [tensors[f"{name}.{half}.weight"].double() for half in ("lora_up", "lora_down")]
+    norm = summary["largest_updates"]["text_encoder.text_model.encoder.layers.0.mlp.fc1"]
+    assert norm == pytest.approx(0.25 * float((halves[0] @ halves[1]).norm()), abs=1e-3)
+    table = run("inspect", tmp_path / "style.safetensors").stdout
+    assert "kohya / A1111" in table
+
+
+def test_inspect_names_problems_and_fails(tmp_path: Path):
+    site = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file(
+        {f"{site}.lora_down.weight": torch.ones(1, 8), f"{site}.dora_scale": torch.ones(8)}, tmp_path / "x.safetensors"
+    )
+    result = run("inspect", tmp_path / "x.safetensors", "--json")
+    assert result.exit_code == cli.FAILED
+    problems = " ".join(json.loads(result.stdout)["problems"])
+    assert "DoRA" in problems
+    assert "not a pair of matrices" in problems
+
+
+def test_inspect_tells_an_ed_lora_from_other_files_by_what_is_in_it(tmp_path: Path):
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path)
+    (tmp_path / "edlora.safetensors").rename(tmp_path / "renamed.safetensors")
+    summary = json.loads(run("inspect", tmp_path / "renamed.safetensors", "--json").stdout)
+    assert (summary["kind"], summary["base_model"]) == ("ED-LoRA", "someone/tiny")
+    (tmp_path / "edlora.safetensors").write_bytes(b"")
+    with pytest.raises(EDLoRAFormatError):
+        run("inspect", tmp_path)
+
+
+def test_convert_there_and_back(tmp_path: Path):
+    params = files.original(tmp_path / "rex.pth")
+    result = run("convert", tmp_path / "rex.pth", tmp_path / "rex", "--to", "edlora", "--class-word", "dog")
+    assert result.stdout.strip() == f"Wrote {tmp_path / 'rex' / 'edlora.safetensors'}"
+    assert "does not tell its base model" in result.stderr
+    run("convert", tmp_path / "rex", tmp_path / "back.pth", "--to", "mix-of-show")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["params"]
+    for part, tensors in params.items():
+        assert all(torch.equal(tensor, back[part][name]) for name, tensor in tensors.items())
+
+
+def test_convert_prints_what_machines_read(tmp_path: Path):
+    packs.random_pack(tiny.components(), "rex", "kit").save_pretrained(tmp_path / "both")
+    result = run("convert", tmp_path / "both", tmp_path / "out", "--to", "kohya", "--json")
+    told = json.loads(result.stdout)
+    assert [Path(file).name for file in told["files"]] == [
+        "rex-kit.safetensors",
+        "rex.safetensors",
+        "kit.safetensors",
+        "HOW_TO_USE.txt",
+    ]
+    assert "approximation" in told["lost"][0]
+    assert any(name.startswith("lora_te_text_model_") for name in load_file(told["files"][0]))
+
+
+def test_convert_takes_the_layers_of_a_base_on_this_disk(tmp_path: Path):
+    from diffusers_mixofshow import toyland
+
+    pipe = toyland.load_pipeline()
+    width = pipe.text_encoder.config.hidden_size
+    save_file({"<rex>": torch.ones(1, width)}, tmp_path / "rex.safetensors")
+    arguments = ["convert", tmp_path / "rex.safetensors", tmp_path / "rex", "--to", "edlora", "--base", "toyland"]
+    assert run(*arguments).exit_code == 0
+    EDLoRA.from_pretrained(tmp_path / "rex").check_fits(pipe.components)
+
+
+def test_push_sends_a_pack_and_a_dry_run_sends_nothing(tmp_path: Path, loopback_hub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path)
+    told = json.loads(run("push", tmp_path, "--dry-run", "--json").stdout)
+    assert told == {"repo_id": "edlora-rex", "concepts": ["<rex>"], "private": False}
+    assert not loopback_hub.repositories
+    result = run("push", tmp_path, "--json")
+    assert json.loads(result.stdout)["url"] == f"{loopback_hub.url}/me/edlora-rex"
+
+
+def test_doctor_finds_this_machine_well():
+    result = run("doctor", "--json")
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert {"Python", "torch", "diffusers", "CPU", "memory", "Hub cache", "embedded base"} <= set(findings)
+    assert [name for name, finding in findings.items() if finding["state"] == "problem"] == []
+    assert result.exit_code == 0
+
+
+def test_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        diagnosis.metadata, "requires", lambda _: ["torch>=99", "no-such-package>=1", "x>=1; extra=='dev'"]
+    )
+    found = {finding.name: finding for finding in diagnosis.diagnose()}
+    assert found["torch"].state == found["no-such-package"].state == "problem"
+    assert "pip install 'torch>=99'" in found["torch"].remedy
+    assert "x" not in found
+
+
+def test_doctor_never_shows_a_token(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    result = run("doctor", "--json")
+    assert "hf_secret" not in result.output
+    assert "logged in" in result.output
+
+
+def test_dry_runs_load_no_model_and_write_nothing(tmp_path: Path):
+    for name in ("rex", "kit"):
+        packs.random_pack(tiny.components(), name).save_pretrained(tmp_path / name)
+    output = tmp_path / "out"
+    result = run("fuse", tmp_path / "rex", tmp_path / "kit", "--output", output, "--dry-run")
+    assert "<rex>, <kit>" in result.stdout
+    assert "someone/tiny" in result.stdout
+    assert "rank: at most 8" in result.stdout
+    arguments = ["--prompt", "a <rex>", "--count", "3", "--output", output / "x.png", "--dry-run"]
+    result = run("sample", "--concepts", tmp_path / "rex", *arguments)
+    assert "U-Net runs: 20, each on a batch of 6" in result.stdout
+    assert str(output / "x-2.png") in result.stdout
+    assert not output.exists()
+
+
+def test_options_out_of_a_file(tmp_path: Path):
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path / "rex")
+    config = tmp_path / "settings.toml"
+    lines = ["[sample]", 'prompt = "a <rex>"', f'concepts = ["{tmp_path / "rex"}"]', "count = 3", "dry-run = true"]
+    config.write_text("\n".join(lines))
+    assert "batch of 6" in run("--config", config, "sample").stdout
+    assert "batch of 2" in run("--config", config, "sample", "--count", "1").stdout
+    config.write_text("[sample]\ncuont = 3\n[bake]\n")
+    with pytest.raises(ConfigurationError, match=r"no option 'cuont' \(did you mean 'count'\?\); 'bake'"):
+        run("--config", config, "sample")
+
+
+def test_help_shows_every_word_that_it_holds():
+    """Markup of rich takes what stands in brackets for a style, and drops it."""
+    eaten = [
+        f"{verb} {parameter.name}"
+        for verb, command in get_command(cli.app).commands.items()
+        for parameter in command.params
+        if re.search(r"\[\w", getattr(parameter, "help", None) or "")
+    ]
+    assert eaten == []
+
+
+def test_examples_in_help_stand_on_lines_of_their_own():
+    result = RUNNER.invoke(cli.app, ["sample", "--help"], env={"COLUMNS": "100"})
+    lines = [line.strip() for line in result.output.splitlines()]
+    assert 'mixofshow sample --concepts hogwarts --prompt "two people near the castle" \\' in lines
+
+
+def test_wrong_settings_end_with_2_and_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mixofshow", "sample", "--prompt", "a castle"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.WRONG_USE
+    assert capsys.readouterr().err.startswith("Error: ")

@@ -1,0 +1,100 @@
+"""Kill a process that saves, again and again, at random points: the old file or the new one, never half.
+
+By hand: PYTHONPATH=src:tests python tests/hostile/killed.py --times 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora import EDLoRA, LowRank
+
+
+WIDTH = 768
+LONGEST_LIFE_S = 0.12
+
+
+def version(number: int, *, sites: int = 12) -> EDLoRA:
+    """A pack of some megabytes, every value of which is its number."""
+    half = torch.full((16, WIDTH), float(number))
+    concept = Concept.from_name("rex", "dog")
+    return EDLoRA(
+        concepts=(concept,),
+        embeddings={token: torch.full((2, WIDTH), float(number)) for token in concept.tokens},
+        lora={f"unet.layer{i}": LowRank(down=half, up=half.T.contiguous(), alpha=16) for i in range(sites)},
+        base_model="someone/tiny",
+        layers=("one", "two"),
+        training={"number": number},
+    )
+
+
+def number_of(folder: Path) -> int:
+    """Which version lies in a folder; raises where it is none, or a mixture."""
+    pack = EDLoRA.from_pretrained(folder)
+    tensors = [
+        *pack.embeddings.values(),
+        *(half for update in pack.lora.values() for half in (update.down, update.up)),
+    ]
+    numbers = {float(value) for tensor in tensors for value in tensor.unique()}
+    if numbers != {float(pack.training["number"])}:
+        raise AssertionError(f"a mixture: {numbers}")
+    return int(pack.training["number"])
+
+
+def save_for_ever(folder: Path, numbers: tuple[int, ...]) -> None:
+    packs = [version(number) for number in numbers]
+    while True:
+        for pack in packs:
+            pack.save_pretrained(folder)
+
+
+def forked(work, *arguments) -> int:
+    """Process id of a copy of this process that does nothing but the work."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 2)
+        try:
+            work(*arguments)
+        finally:
+            os._exit(1)
+    return child
+
+
+def kill(times: int, seed: int, folder: Path) -> dict[str, int]:
+    """Kill a saving process so many times; how often which version was left, and how many temporary files."""
+    chance = random.Random(seed)
+    version(0).save_pretrained(folder)
+    left = {0: 0, 1: 0, 2: 0}
+    for _ in range(times):
+        child = forked(save_for_ever, folder, (1, 2))
+        time.sleep(chance.uniform(0, LONGEST_LIFE_S))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        left[number_of(folder)] += 1
+    interrupted = len(list(folder.glob(".*.tmp")))
+    return {"kills": times, "old": left[0], "new": left[1] + left[2], "half": 0, "killed while writing": interrupted}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--times", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(kill(arguments.times, arguments.seed, Path(folder))))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
