@@ -53,14 +53,16 @@ def test_sheets_are_drawn_and_change_nothing(pipeline: StableDiffusionPipeline, 
     config = quick(photos, output_dir=out, validation_steps=2, num_validation_images=2, ema_decay=0.5)
     edlora = EDLoRATrainer(config, pipeline).train()
     assert torch.equal(torch.get_rng_state(), state)
-    assert [path.name for path in (out / "validation").iterdir()] == ["step-000002.png"]
-    with Image.open(out / "samples.png") as last, Image.open(out / "validation" / "step-000002.png") as early:
+    sheets = sorted((out / "validation").iterdir())
+    assert [path.name for path in sheets] == ["step-000002.png", "step-000003.png"]
+    assert Image.open(out / "samples" / "0.png").tobytes() == Image.open(sheets[1]).tobytes()
+    with Image.open(sheets[1]) as last, Image.open(out / "validation" / "step-000002.png") as early:
         assert last.size == early.size
         assert last.size[0] > 2 * 32
         assert last.size[1] > 3 * 32
         assert last.tobytes() != early.tobytes()
     card = (out / "README.md").read_text()
-    assert "(samples.png)" in card
+    assert "a photo of a <potter> (LoRA scale 0 and 0.7 and 1, from top to bottom)" in card
     assert '"final_loss"' in card
     assert same(edlora, EDLoRATrainer(quick(photos, ema_decay=0.5), pipeline).train())
 

@@ -26,8 +26,6 @@ from diffusers_mixofshow.errors import ConfigurationError
 
 
 CARD_NAME = "README.md"
-PICTURES_NAME = "samples.png"
-"""Sheet of pictures that a training leaves beside the pack."""
 
 Samples = Mapping[str, "Image.Image | str | os.PathLike[str]"]
 """Prompt to the picture that it drew."""
@@ -44,6 +42,7 @@ _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
 _MOST_REGIONS = 3
+_LONGEST_RECORD = 10_000
 _SD_1 = "creativeml-openrail-m"
 _LICENSES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD_1,
@@ -69,7 +68,6 @@ def model_card(
     merged: bool,
     samples: Mapping[str, str] | None = None,
     license_id: str | None = None,
-    pictures: bool = False,
 ) -> ModelCard:
     """Write the card of a pack.
 
@@ -79,7 +77,6 @@ def model_card(
         merged: Whether it is a complete pipeline with the updates in its weights.
         samples: Path of a picture beside the card to the prompt that it shows.
         license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a base model we know.
-        pictures: Whether `PICTURES_NAME` lies beside it.
     """
     concepts, base_model = contents["concepts"], contents["base_model"]
     samples = {} if samples is None else samples
@@ -94,7 +91,6 @@ def model_card(
         _concept_table(concepts, _residuals(contents["training"])),
         f"## Use\n\n```python\n{example(concepts, base_model, location, merged=merged)}```",
         f"{_STOCK_MERGED if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
-        *([f"![Samples, by strength of the LoRA]({PICTURES_NAME})"] if pictures else []),
         *_training_record(contents["training"]),
         *_source_table(contents["training"]),
         f"## Responsible use\n\n{_RESPONSIBLE}",
@@ -314,10 +310,12 @@ def _table(rows: Sequence[Iterable[str]]) -> str:
 
 
 def _training_record(training: Mapping[str, object]) -> list[str]:
-    """How it was tuned, folded; nothing if the file does not name the settings."""
-    if not isinstance(training.get("settings"), Mapping):
+    """Settings and measurements of a tuning; nothing if the pack was fused, or says more than anybody reads."""
+    if not isinstance(training.get("settings"), Mapping) or "fusion" in training:
         return []
     record = json.dumps(dict(training), indent=1, sort_keys=True).replace("`", "'")
+    if len(record) > _LONGEST_RECORD:
+        return []
     return [f"<details><summary>How it was tuned</summary>\n\n```json\n{record}\n```\n\n</details>"]
 
 

@@ -103,7 +103,7 @@ class EDLoRA:
         else:
             file.write(path, self._contents())
         shown = card.write_samples(path.parent, samples or {})
-        card.write_card(path.parent, self._card(path.parent, os.fspath(folder), merged, shown, license))
+        card.write_card(path.parent, self._card(os.fspath(folder), merged, shown, license))
         return path
 
     @classmethod
@@ -222,7 +222,7 @@ class EDLoRA:
         return push(
             folder,
             repo_id or hub.repo_name(self.concepts),
-            (lambda location: self._card(folder, location, merged, shown, license)) if self.concepts else None,
+            (lambda location: self._card(location, merged, shown, license)) if self.concepts else None,
             token=token,
             private=private,
             revision=revision,
@@ -251,17 +251,8 @@ class EDLoRA:
     def _names(self) -> str:
         return ", ".join(concept.placeholder for concept in self.concepts)
 
-    def _card(
-        self, folder: Path, location: str, merged: bool, samples: Mapping[str, str], license_id: str | None
-    ) -> ModelCard:
-        return card.model_card(
-            self._contents(),
-            location,
-            merged=merged,
-            samples=samples,
-            license_id=license_id,
-            pictures=(folder / card.PICTURES_NAME).is_file(),
-        )
+    def _card(self, location: str, merged: bool, samples: Mapping[str, str], license_id: str | None) -> ModelCard:
+        return card.model_card(self._contents(), location, merged=merged, samples=samples, license_id=license_id)
 
     def _contents(self) -> file.Contents:
         return file.Contents(

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.card import PICTURES_NAME
 from diffusers_mixofshow.errors import MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.training.averaging import MovingAverage
 from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
+from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.checkpoints import (
     CheckpointFolder,
     check_same_training,
@@ -41,7 +42,7 @@ from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop
 from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
-from diffusers_mixofshow.training.samples import draw_rows, labelled_sheet, write_sheet
+from diffusers_mixofshow.training.samples import SCALES, draw_rows, labelled_sheet, write_sheet
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
 from diffusers_mixofshow.training.trained import fresh
 from diffusers_mixofshow.training.words import check_words
@@ -104,10 +105,11 @@ class EDLoRATrainer:
             refuse_untrainable(self.pipeline, config)
             check_words(config.concept_to_learn, self.pipeline.tokenizer)
             with borrowed(self.pipeline):
-                edlora = _Tuning(config, self.pipeline, accelerator, self._on_step).run(photos, make_optimizer)
+                tuning = _Tuning(config, self.pipeline, accelerator, self._on_step)
+                edlora = tuning.run(photos, make_optimizer)
         edlora = replace(edlora, training={**edlora.training, "seconds": round(time.monotonic() - start, 1)})
         if config.output_dir is not None and accelerator.is_main_process:
-            edlora.save_pretrained(config.output_dir)
+            edlora.save_pretrained(config.output_dir, samples=tuning.samples)
         accelerator.wait_for_everyone()
         return edlora
 
@@ -131,6 +133,8 @@ class _Tuning:
     ) -> None:
         self.config, self.pipeline, self.accelerator, self.on_step = config, pipeline, accelerator, on_step
         self.checkpoints: CheckpointFolder | None = None
+        self.samples: dict[str, Image.Image] = {}
+        """What the last sheet shows, for the model card."""
         if config.output_dir is not None:
             self.checkpoints = CheckpointFolder(Path(config.output_dir), config.checkpoints_total_limit, accelerator)
 
@@ -163,7 +167,7 @@ class _Tuning:
             with tracked(self.accelerator, config):
                 self._take_steps()
                 if self.checkpoints is not None:
-                    self._draw_sheet(self.checkpoints.folder / PICTURES_NAME)
+                    self._draw_sheet(self.checkpoints.folder)
             return self._edlora()
 
     def _read_data(self, photos: Sequence[Photo], timesteps: int) -> tuple[TokenizedPrompts, RandomBatches]:
@@ -215,7 +219,7 @@ class _Tuning:
                 if _is_due(report.step, self.config.checkpointing_steps):
                     self._save()
                 if _is_due(report.step, self.config.validation_steps) and self.checkpoints is not None:
-                    self._draw_sheet(self.checkpoints.folder / "validation" / f"step-{report.step:06d}.png")
+                    self._draw_sheet(self.checkpoints.folder)
 
     def _farewell(self, step: int) -> str:
         if self.checkpoints is None:
@@ -231,15 +235,18 @@ class _Tuning:
             self._save()
             raise
 
-    def _draw_sheet(self, path: Path) -> None:
+    def _draw_sheet(self, folder: Path) -> None:
         """Draw what is learnt up to now at several strengths of the LoRA; the main process does it for all."""
         config = self.config
         if config.num_validation_images and self.accelerator.is_main_process:
             with self._averages_in_place(), self.accelerator.autocast():
                 rows = draw_rows(self.pipeline, self.trained, config)
             step = self.loop.position.step
-            sheet = labelled_sheet(rows, f"{config.validation_prompt}, step {step}")
-            write_sheet(sheet, path)
+            prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
+            sheet = labelled_sheet(rows, f"{prompt}, step {step}")
+            write_sheet(sheet, folder / "validation" / f"step-{step:06d}.png")
+            scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
+            self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
             log_picture(self.accelerator, sheet, step)
         self.accelerator.wait_for_everyone()
 
