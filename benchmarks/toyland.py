@@ -246,7 +246,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--together", type=int, help="pictures with three critters (default 60, short 12)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
-    parser.add_argument("--ridge", type=float, default=1e-2)
+    parser.add_argument("--ridge", type=float, default=1e-3)
     parser.add_argument("--critters", nargs="+", default=CRITTERS, choices=CRITTERS)
     return parser.parse_args()
 

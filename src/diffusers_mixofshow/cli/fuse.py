@@ -58,7 +58,7 @@ def fuse(
     weight: Annotated[
         list[float] | None, typer.Option(help="Share of each ED-LoRA, in their order; repeat it.")
     ] = None,
-    ridge: Annotated[str, typer.Option(help="Weight of small updates against a perfect fit, or 'auto'.")] = "1e-2",
+    ridge: Annotated[str, typer.Option(help="Weight of small updates against a perfect fit, or 'auto'.")] = "1e-3",
     max_rank: Annotated[int | None, typer.Option(help="Cut fused updates down to this rank.")] = None,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
     dry_run: Annotated[

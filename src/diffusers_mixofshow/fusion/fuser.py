@@ -88,7 +88,7 @@ class GradientFuser:
         guidance_scale: float = 7.5,
         negative_prompt: str = "",
         seeds: Sequence[int] = (0,),
-        ridge: Ridge = 1e-2,
+        ridge: Ridge = 1e-3,
         prior: float = 0.0,
         prior_prompts: Sequence[str] | None = None,
         max_rank: int | None = None,

@@ -57,7 +57,7 @@ class Settings:
     """
 
     method: Method = "closed-form"
-    ridge: Ridge = 1e-2
+    ridge: Ridge = 1e-3
     max_rank: int | None = None
 
     def __post_init__(self) -> None:
