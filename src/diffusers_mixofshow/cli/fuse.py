@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.fuse_sources import read_sources
 from diffusers_mixofshow.errors import ConfigurationError
 
 
 if TYPE_CHECKING:
-    from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.fusion import GradientFuser
+    from diffusers_mixofshow.fusion import FusionSource, GradientFuser, LoRASource
     from diffusers_mixofshow.fusion.solving import Ridge
+    from diffusers_mixofshow.fusion.sources import Source
 
 
 class Method(StrEnum):
@@ -39,26 +40,54 @@ class Features(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="ED-LoRAs: Hub ids, folders or files. Plain LoRAs: safetensors files, with --prompts. Or a TOML file "
+        "with an array of tables named source: path, and optionally prompts, weight, scale, name, statistics."
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Prompts with the trigger words of a plain LoRA, separated by '|'; repeat it for each of them, in their "
+        "order."
+    ),
+]
+Recorded = Annotated[
+    Features,
+    typer.Option(
+        help="own: each concept's own model; statistics beside the files are used, and kept there. sequential: "
+        "the paper's order, needs the base model. auto: own if all bring statistics."
+    ),
+]
+Solver = Annotated[
+    Method,
+    typer.Option(help="closed-form is gradient fusion, lbfgs the paper's solver; the others are baselines."),
+]
+Prior = Annotated[
+    float,
+    typer.Option(help="Weight of keeping the base on prompts without concepts, such as 0.1; needs the base model."),
+]
+
+
 def fuse(
-    concepts: Annotated[list[str], typer.Argument(help="ED-LoRAs: Hub ids, folders or files.")],
+    sources: Sources,
     output: Annotated[Path, typer.Option(help="Folder for the fused pack.")],
-    method: Annotated[
-        Method,
-        typer.Option(help="closed-form is gradient fusion, lbfgs the paper's solver; the others are baselines."),
-    ] = Method.CLOSED_FORM,
+    method: Solver = Method.CLOSED_FORM,
+    prompts: Prompts = None,
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP}  [default: the one they were tuned on]")] = None,
-    features: Annotated[
-        Features,
-        typer.Option(
-            help="own: each concept's own model; statistics beside the files are used, and kept there. sequential: "
-            "the paper's order, needs the base model. auto: own if all bring statistics."
-        ),
-    ] = Features.AUTO,
+    features: Recorded = Features.AUTO,
     weight: Annotated[
-        list[float] | None, typer.Option(help="Share of each ED-LoRA, in their order; repeat it.")
+        list[float] | None, typer.Option(help="Share of each source, in their order; repeat it.")
     ] = None,
     ridge: Annotated[str, typer.Option(help="Weight of small updates against a perfect fit, or 'auto'.")] = "1e-2",
+    prior: Prior = 0.0,
     max_rank: Annotated[int | None, typer.Option(help="Cut fused updates down to this rank.")] = None,
+    device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
+    keep_sources: Annotated[
+        bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
+    ] = False,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
 ) -> None:
     """Fuse several ED-LoRAs into one pack that holds all their concepts, without any photos.
@@ -66,23 +95,27 @@ def fuse(
     Where every one brings statistics (edlora.statistics.safetensors), no model is loaded. Started by
     `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
 
+    Plain LoRAs become one ordinary LoRA, which any program loads.
+
     Example: mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos --output hogwarts
     """
-    from diffusers_mixofshow.edlora import EDLoRA
-
     writes = _joins_others()
-    packs = [EDLoRA.from_pretrained(concept) for concept in concepts]
-    fuser = _fuser(concepts, packs, base, features, method, _ridge(ridge), max_rank)
-    fused = fuser.fuse(concepts, method=method.value, weights=weight)
+    fuser, gathered = _prepared(
+        read_sources(sources, prompts or []),
+        base,
+        features,
+        method,
+        {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device, "prior": prior},
+    )
+    fused = fuser.fuse(gathered, method=method.value, weights=weight)
     if not writes:
         return
-    fused.save_pretrained(output)
+    fused.save_pretrained(output, sources=keep_sources)
     if fused.report.residuals:
         fused.report.print()
     if heat_map is not None:
         fused.report.heat_map(heat_map)
-    names = ", ".join(concept.placeholder for pack in packs for concept in pack.concepts)
-    typer.echo(f"Wrote the fused pack of {names} to {output}")
+    typer.echo(f"Wrote the fused pack of {', '.join(name for one in gathered for name in one.prompts)} to {output}")
 
 
 def _joins_others() -> bool:
@@ -95,28 +128,28 @@ def _joins_others() -> bool:
     return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
 
 
-def _fuser(
-    concepts: list[str],
-    packs: list[EDLoRA],
+def _prepared(
+    given: list[FusionSource | LoRASource],
     base: str | None,
     features: Features,
     method: Method,
-    ridge: Ridge,
-    max_rank: int | None,
-) -> GradientFuser:
-    """A fuser without a model where none is needed."""
+    settings: dict[str, Any],
+) -> tuple[GradientFuser, tuple[Source, ...]]:
+    """A fuser, without a model where none is needed, and what it is to fuse; every file is read once."""
     from diffusers_mixofshow.fusion import GradientFuser
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
 
-    if method.value not in MEASURED:
-        return GradientFuser(max_rank=max_rank)
-    if features is not Features.SEQUENTIAL and base is None:
-        sources = gather(concepts, None, prompts=None, with_statistics=True)
-        if all(source.statistics and not source.misfits(source.statistics) for source in sources):
-            return GradientFuser(ridge=ridge, max_rank=max_rank)
-    pipe = load_base(base or common_base(packs))
-    return GradientFuser(pipe, ridge=ridge, max_rank=max_rank, sequential=features is not Features.OWN)
+    measured = method.value in MEASURED
+    own = measured and features is not Features.SEQUENTIAL
+    gathered = gather(given, None, prompts=None, with_statistics=own)
+    bring_all = all(source.statistics and not source.misfits(source.statistics) for source in gathered)
+    needs_base = measured and (not own or base is not None or not bring_all or settings["prior"])
+    if not needs_base:
+        return GradientFuser(**settings | {"prior": 0.0}), gathered
+    tuned = [source.edlora for source in gathered if source.edlora.base_model]
+    pipe = load_base(base or common_base(tuned))
+    return GradientFuser(pipe, sequential=features is not Features.OWN, **settings), gathered
 
 
 def _ridge(text: str) -> Ridge:

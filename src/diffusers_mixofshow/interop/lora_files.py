@@ -91,18 +91,29 @@ def read_lora(path: Path) -> dict[str, LowRank]:
     return lora
 
 
-def write_lora(path: Path, lora: Mapping[str, LowRank]) -> Path:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata in the header of a safetensors file; empty of any other file."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
+def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
     """Write an ordinary LoRA file in PEFT's names, which diffusers loads; it appears whole or not at all.
 
     Args:
         path: The file; its folder is created where it is missing.
         lora: Site name to update.
+        metadata: Further entries of the file's header.
     """
     tensors: dict[str, torch.Tensor] = {}
     for site, update in lora.items():
         tensors[f"{site}.lora_A.weight"], tensors[f"{site}.lora_B.weight"] = update.in_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, serialize(tensors, metadata={"format": "pt", **stock.adapter_metadata(lora)}))
+    header = {**(metadata or {}), "format": "pt", **stock.adapter_metadata(lora)}
+    write_whole(path, serialize(tensors, metadata=header))
     return path
 
 
