@@ -5,8 +5,8 @@
     python benchmarks/fusion.py --scale                          # 2 to 64 concepts from published statistics
 
 For layers of all sizes of SD 1.5 see `fusion_layers.py`, for whole models `fusion_files.py`. Writes one
-JSON record to benchmarks/records/. The LBFGS row is the authors' setting for spatial layers: 50 iterations from the base
-weights on all features.
+JSON record to benchmarks/records/. The LBFGS row is the authors' setting for spatial layers: 50 iterations from the
+base weights on all features.
 """
 
 from __future__ import annotations
