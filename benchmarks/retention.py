@@ -50,8 +50,11 @@ FIRST = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "nono", "vivi")
 METHODS = (
     "closed-form",
     "closed-form:ridge=auto",
+    "closed-form:ridge=0.001",
+    "closed-form:ridge=0.1",
     "closed-form:prior=0.1",
     "closed-form:sequential=false",
+    "closed-form:sequential=false,statistics_bytes=80000",
     "closed-form:dtype=float32",
     "lbfgs",
     "average",
@@ -60,6 +63,9 @@ METHODS = (
     "dare",
     "svd",
 )
+"""Every solver, and the closed form with other ridges, a prior, each concept's own model, statistics cut down to 7 %
+of their size (what 10 MB are of SD 1.5's) and a file in float32 instead of float16."""
+
 COUNTS = (8, 14, 30)
 PRIOR_PROMPTS = (
     "",

@@ -13,6 +13,7 @@ import tiny
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
+from diffusers_mixofshow.fusion.pack import _carried
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sites import linear_layers
@@ -122,7 +123,9 @@ def test_a_pack_with_plain_loras_can_be_changed_after_reading_it(
     _same(again.remove("one"), pack.remove("one"))
     _same(again.reweight({"../two": 3}), pack.reweight({"../two": 3}))
     third = FusionSource(packs.random_pack(pipe.components, "kit", ranks=(2,)))
-    added = replace(own.record(third), file=None)
+    with pytest.raises(FusionError, match=r"Statistics lack inputs.*alongside"):
+        pack.add(replace(third, statistics=own.record(third)))
+    added = own.record(third, alongside=[pack])
     _same(again.add(replace(third, statistics=added)), pack.add(replace(third, statistics=added)))
 
 
@@ -135,3 +138,9 @@ def test_a_plain_pack_goes_to_the_hub_and_comes_from_there(
     again = GradientFuser(pipe).fuse([LoRASource("me/both", ["sks"])], method="sum")
     assert again.lora.keys() == fused.lora.keys()
     assert list(again.report.data["prompts"]) == ["both"]
+
+
+def test_a_pack_never_leads_out_of_its_folder() -> None:
+    assert _carried(["../../x"]) == "sources/lora-.._.._x"
+    assert _carried(["<../x>", "<rex>"]) == "sources/_x+rex"
+    assert _carried(["<..>"]) == "sources/"

@@ -170,13 +170,13 @@ class GradientFuser:
         if self.sequential:
             return self._fuse_in_stages(gathered, settings)
         start = time.perf_counter()
-        recorded = self._with_statistics(gathered)
+        recorded = self._with_statistics(gathered, sites_of(gathered))
         prior = self._prior(recorded, sites_of(recorded), self.recording)
         return fuse_recorded(
             recorded, settings, self._record(sequential=False, since=start), prior, device=self.device
         )
 
-    def record(self, source: EDLoRASource) -> SourceStatistics:
+    def record(self, source: EDLoRASource, *, alongside: Sequence[EDLoRASource] = ()) -> SourceStatistics:
         """Sample the concepts of one source with its own LoRA, and keep the statistics, for whoever fuses it.
 
         A client does this before publishing: the file lies beside the LoRA's, and `GradientFuser().fuse` needs
@@ -184,11 +184,16 @@ class GradientFuser:
 
         Args:
             source: An ED-LoRA, or a path or Hub id of one.
+            alongside: Sources or packs that it is to be fused with. Layers that they change and an ED-LoRA does not,
+                such as feed-forward layers of plain LoRAs, are recorded as well.
 
         Returns:
             The statistics; `SourceStatistics.save` writes them elsewhere.
         """
-        (recorded,) = self._with_statistics(self._gather([source], None, None, with_statistics=True))
+        gathered = self._gather([source], None, None, with_statistics=True)
+        others = [self._gather([other], None, None, with_statistics=False) for other in alongside]
+        sites = sites_of([*gathered, *(other for several in others for other in several)])
+        (recorded,) = self._with_statistics(gathered, sites)
         if recorded.statistics is None:
             raise RuntimeError("Recording left no statistics.")
         return recorded.statistics
@@ -217,9 +222,13 @@ class GradientFuser:
             return replace(source, statistics=SourceStatistics.load(path))
         return source
 
-    def _with_statistics(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    def _with_statistics(self, sources: tuple[Source, ...], sites: Sequence[str]) -> tuple[Source, ...]:
         """Record what is missing, one source at a time; each is kept before the next one is begun."""
-        missing = [source for source in sources if not self._serves(source)]
+        team = Team.present()
+        lacking = {source.name: True for source in sources if not self._serves(source, sites)}
+        # Agreed on before anybody records, as others' files may be there for one process and not yet for another.
+        lacking = team.joined(lacking)
+        missing = [source for source in sources if source.name in lacking]
         if missing and self.pipe is None:
             said = [
                 *(f"{source.name} has none" for source in missing if source.statistics is None),
@@ -231,31 +240,35 @@ class GradientFuser:
             )
         if not missing:
             return sources
-        team, recorded = Team.present(), {}
-        mine = [source for source in team.share(sources).values() if not self._serves(source)]
+        recorded = {}
+        mine = [source for source in team.share(sources).values() if source.name in lacking]
         with self._borrowed().concepts_set_aside(), _progress_bars(mine, [self.recording]) as advance:
             for source in mine:
-                recorded[source.name] = self._kept(source, self._own_statistics(source, advance))
+                recorded[source.name] = self._kept(source, self._own_statistics(source, sites, advance))
         team.joined(dict.fromkeys(recorded, True))  # the others' files are written now
-        return tuple(recorded.get(source.name) or self._read_again(source) for source in sources)
+        return tuple(recorded.get(source.name) or self._read_again(source, sites) for source in sources)
 
-    def _read_again(self, source: Source) -> Source:
+    def _read_again(self, source: Source, sites: Sequence[str]) -> Source:
         """A source with the statistics that another process may have written just now."""
         path = self._place(source)
-        if self._serves(source) or path is None or not path.exists():
+        if self._serves(source, sites) or path is None or not path.exists():
             return source
         return replace(source, statistics=SourceStatistics.load(path))
 
-    def _serves(self, source: Source) -> bool:
-        """Whether a source's statistics are its own, and with a pipeline, of the settings that are asked for."""
+    def _serves(self, source: Source, sites: Sequence[str]) -> bool:
+        """Whether a source's statistics are its own; with a pipeline, of all layers and settings asked for as well."""
         if source.statistics is None or source.misfits(source.statistics):
             return False
-        return self.pipe is None or source.statistics.recording == self._recording_of(source)
+        if self.pipe is None:
+            return True
+        inputs = {input_name(site) for site in sites}
+        lacking = any(inputs - set(concept.inputs) for concept in source.statistics.concepts.values())
+        return not lacking and source.statistics.recording == self._recording_of(source)
 
-    def _own_statistics(self, source: Source, advance: Advance) -> SourceStatistics:
-        """Statistics of every layer that an ED-LoRA may adapt, with the source's own LoRA."""
+    def _own_statistics(self, source: Source, wanted: Sequence[str], advance: Advance) -> SourceStatistics:
+        """Statistics of every layer that an ED-LoRA may adapt, and of those wanted, with the source's own LoRA."""
         pipe = self._borrowed()
-        sites = tuple(dict.fromkeys([*adapted_layers(pipe.components), *source.edlora.lora]))
+        sites = tuple(dict.fromkeys([*adapted_layers(pipe.components), *wanted]))
         concepts = {
             placeholder: collect(
                 pipe, source.edlora, prompts, sites, self.recording, _named(advance, placeholder), hold_out=True

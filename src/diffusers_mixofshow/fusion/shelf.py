@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -103,7 +103,8 @@ def _write(path: Path, content: bytes) -> None:
             f"{len(content) // 2**20} MiB there; make room, or give GradientFuser another folder as statistics=."
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def _loaded(path: Path) -> SourceStatistics | None:

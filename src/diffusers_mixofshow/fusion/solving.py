@@ -379,6 +379,7 @@ def check_recorded(sources: Sequence[Source], statistics: Statistics, sites: Seq
             lacking.append(f"{source.name} {len(missing)} (first {missing[0]})")
     if lacking:
         raise FusionError(
-            f"Statistics lack inputs of layers that are to be fused: {', '.join(lacking)}. Record them again on a "
-            "model that has all of these layers."
+            f"Statistics lack inputs of layers that are to be fused: {', '.join(lacking)}. Record them again "
+            "with GradientFuser(pipe).record(source, alongside=[...]), all other sources named, on a model that has "
+            "all of these layers."
         )
