@@ -7,7 +7,8 @@ The baseline is the reference's method: LBFGS with strong Wolfe line search and 
 stacked raw features of all concepts, from the base weight, 50 steps for spatial layers and 500 for text layers and
 text keys and values. The closed form gets the same features, one batch at a time. One layer of every shape is solved;
 times are added up over all 176 layers of SD 1.5. LBFGS pays for every layer and every row, the Gram matrix is shared
-by the layers of one input: with all rows of the reference the ratio would be larger still.
+by the layers of one input: with all rows of the reference the ratio would be larger still. Times are the processor's,
+so that other work on the machine does not count; run it with OMP_NUM_THREADS=1.
 
 Features are synthetic: a power-law spectrum that all concepts share, a mean and a subspace of its own for every
 concept and every prompt, layer-normalised as a transformer's are; rows of text are the same tokens in every prompt,
@@ -157,9 +158,9 @@ def solve_lbfgs(problem: Problem, steps: int) -> tuple[torch.Tensor, float]:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    start = time.perf_counter()
+    start = time.process_time()
     optimiser.step(closure)
-    return weight.detach().double() - problem.weight.double(), time.perf_counter() - start
+    return weight.detach().double() - problem.weight.double(), time.process_time() - start
 
 
 @dataclass
@@ -180,16 +181,16 @@ def gather(problem: Problem) -> Gathered:
         for prompt in RECORDED:
             part: Part = "held_out" if prompt % (PROMPTS // HELD_OUT) == PROMPTS // HELD_OUT - 1 else "fit"
             for rows in problem.features(concept, prompt):
-                start = time.perf_counter()
+                start = time.process_time()
                 statistics.add("input", rows, part)
-                gathered.seconds += time.perf_counter() - start
+                gathered.seconds += time.process_time() - start
         gathered.statistics.append(statistics)
     return gathered
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return work(), time.perf_counter() - start
+    start = time.process_time()
+    return work(), time.process_time() - start
 
 
 def measure(group: Group, concepts: int, share: float, steps: tuple[int, int], seed: int) -> dict[str, Any]:

@@ -127,13 +127,13 @@ def _leading(gram: torch.Tensor, known: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def most_rows(widths: Sequence[int], max_bytes: int) -> int:
-    """How many eigenvectors of one matrix are worth knowing if all matrices share a budget: eight times the average.
+    """How many eigenvectors of one matrix are worth knowing if all matrices share a budget: four times the average.
 
     Args:
         widths: of all matrices.
         max_bytes: As in `ranks_within`.
     """
-    return max(64, 8 * max_bytes // (_BYTES * max(1, sum(widths))))
+    return max(64, 4 * max_bytes // (_BYTES * max(1, sum(widths))))
 
 
 def ranks_within(
