@@ -149,7 +149,13 @@ def solve_lbfgs(problem: Problem, steps: int) -> tuple[torch.Tensor, float]:
     features = torch.cat(parts)
     weight = problem.weight.clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
-        [weight], lr=1, max_iter=steps, history_size=HISTORY, line_search_fn="strong_wolfe", tolerance_change=1e-16
+        [weight],
+        lr=1,
+        max_iter=steps,
+        history_size=HISTORY,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-16,
+        tolerance_change=1e-16,
     )
 
     def closure() -> torch.Tensor:
