@@ -4,18 +4,15 @@
     python benchmarks/fusion.py --width 1280 --concepts 14 --tokens 4096
     python benchmarks/fusion.py --scale                          # 2 to 64 concepts from published statistics
 
-Writes one JSON record to benchmarks/records/. The LBFGS row is the authors' setting for spatial layers: 50 iterations
-from the base weights on all features.
+For layers of all sizes of SD 1.5 see `fusion_layers.py`, for whole models `fusion_files.py`. Writes one
+JSON record to benchmarks/records/. The LBFGS row is the authors' setting for spatial layers: 50 iterations from the
+base weights on all features.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -199,19 +196,9 @@ def timed(work: Callable[[], Any], device: str) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    """Versions, hardware, commit and command of this run."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def surroundings() -> dict[str, Any]:
+    """Versions, machine, commit and command of this run."""
+    return {**record.run_info(Path(__file__).parent), "threads": torch.get_num_threads()}
 
 
 def main() -> None:
@@ -228,7 +215,7 @@ def main() -> None:
         path = record.write(
             arguments.record or RECORDS / "fusion-scale-cpu.json",
             {
-                "run": surroundings("cpu"),
+                "run": surroundings(),
                 "settings": {"rank": RANK, "layers": len(sizes())},
                 "results": measure_scale(),
             },
@@ -250,7 +237,7 @@ def main() -> None:
         results[name] = measured
         print(f"{name:32}", "  ".join(f"{key} {value:.4g}" for key, value in measured.items()))
     path = arguments.record or RECORDS / f"fusion-{arguments.width}x{arguments.concepts}-{arguments.device}.json"
-    run = surroundings(arguments.device)
+    run = surroundings()
     print(f"Record: {record.write(path, {'run': run, 'settings': settings, 'results': results})}")
 
 

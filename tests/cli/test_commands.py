@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,73 @@ def test_fuse_from_statistics_needs_no_base(tmp_path: Path) -> None:
     (sources[0] / "edlora.statistics.safetensors").unlink()
     result = CliRunner().invoke(cli.app, ["fuse", *arguments])
     assert isinstance(result.exception, ConfigurationError)  # 'someone/tiny' is no base model
+
+
+def _plain_lora(path: Path) -> Path:
+    from diffusers_mixofshow.interop.lora_files import write_lora
+
+    return write_lora(path, dict(packs.random_pack(tiny.components(), "any", ranks=(2,)).lora))
+
+
+def test_fuse_takes_plain_loras_with_prompts_and_lists_of_sources(tmp_path: Path, tiny_base: Path) -> None:
+    files = [str(_plain_lora(tmp_path / f"{name}.safetensors")) for name in ("dog", "ink")]
+    packs.random_pack(tiny.components(), "potter", ranks=(2,)).save_pretrained(tmp_path / "potter")
+    common = ["--base", str(tiny_base), "--method", "average", "--output"]
+    asked = ["--prompts", "photo of sks dog | sks dog", "--prompts", "a castle, ink"]
+    runner = CliRunner()
+    result = runner.invoke(cli.app, ["fuse", *files, *asked, *common, str(tmp_path / "both")], catch_exceptions=False)
+    assert "Wrote the fused pack of dog, ink to" in result.output
+    assert [path.name for path in (tmp_path / "both").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    listed = tmp_path / "sources.toml"
+    tables = ['[[source]]\npath = "potter"\nweight = 2\n']
+    tables.append('[[source]]\npath = "dog.safetensors"\nprompts = ["sks dog"]\nname = "rex"\nscale = 0.5\n')
+    listed.write_text("\n".join(tables))
+    mixed = runner.invoke(cli.app, ["fuse", str(listed), *common, str(tmp_path / "mixed")], catch_exceptions=False)
+    assert "Wrote the fused pack of <potter>, rex to" in mixed.output
+    assert (tmp_path / "mixed" / "edlora.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[source]]\npath = "dog.safetensors"\n', "is a plain LoRA: add prompts"),
+        ("[[source]]\nprompts = [1]\nwait = 2\n", "unknown key 'wait'.*prompts must be strings.*path is missing"),
+        ('[[source]]\npath = "x"\nweight = true\n', "weight must be int or float, got True"),
+        ("[other]\n", r"expected tables \[\[source\]\] and nothing else, got other"),
+        ("=", "cannot be read as TOML"),
+    ],
+)
+def test_fuse_says_what_is_wrong_with_a_list_of_sources(tmp_path: Path, text: str, message: str) -> None:
+    _plain_lora(tmp_path / "dog.safetensors")
+    (tmp_path / "list.toml").write_text(text)
+    result = CliRunner().invoke(cli.app, ["fuse", str(tmp_path / "list.toml"), "--output", str(tmp_path / "out")])
+    assert isinstance(result.exception, ConfigurationError)
+    assert re.search(message, str(result.exception))
+
+
+def test_fuse_wants_prompts_for_each_plain_lora(tmp_path: Path) -> None:
+    file = str(_plain_lora(tmp_path / "dog.safetensors"))
+    result = CliRunner().invoke(cli.app, ["fuse", file, "--output", str(tmp_path / "out")])
+    assert isinstance(result.exception, ConfigurationError)
+    assert "Got --prompts 0 times for 1 plain LoRAs" in str(result.exception)
+
+
+def test_fuse_reads_every_file_once(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers_mixofshow.edlora import EDLoRA
+
+    reads: list[str] = []
+    read = EDLoRA.from_pretrained.__func__
+    for name in ("potter", "hermione"):
+        packs.random_pack(tiny.components(), name).save_pretrained(tmp_path / name)
+    monkeypatch.setattr(
+        EDLoRA,
+        "from_pretrained",
+        classmethod(lambda cls, path, **more: (reads.append(path), read(cls, path, **more))[1]),
+    )
+    sources = [str(tmp_path / name) for name in ("potter", "hermione")]
+    options = ["--base", str(tiny_base), "--output", str(tmp_path / "both"), "--method", "average"]
+    CliRunner().invoke(cli.app, ["fuse", *sources, *options], catch_exceptions=False)
+    assert reads == sources
 
 
 def test_a_base_that_does_not_exist_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -228,6 +228,15 @@ def test_every_method_has_one_signature(published: list[Path], method: Method) -
     assert all(mean["fused"] >= exact[name]["fused"] - 0.02 for name, mean in pack.report.residuals.items())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_device_changes_nothing_but_the_time(published: list[Path], method: Method) -> None:
+    ours = GradientFuser(device="cuda").fuse(published, method=method)
+    same_deltas(ours, GradientFuser().fuse(published, method=method), tolerance=1e-2 if method == "lbfgs" else 1e-5)
+    assert all(half.device.type == "cpu" for update in ours.lora.values() for half in (update.down, update.up))
+    assert ours.reweight({"<rex>": 2}).device == "cuda"
+
+
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_prior_keeps_the_base_where_no_concept_is_named(
     pipe: MixOfShowPipeline, published: list[Path], sequential: bool
@@ -249,8 +258,10 @@ def test_a_pack_that_carries_its_sources_can_be_changed(published: list[Path], t
     pack = fuser.fuse(published[:2], weights=[3, 1])
     pack.save_pretrained(folder, sources=True)
     reweighted, alone = pack.reweight({"<kit>": 9}), pack.remove("<rex>")
+    both = pack.add(FusionSource(published[2], weight=2))
+    same_deltas(FusedPack.from_pretrained(folder).add(FusionSource(published[2], weight=2)), both)
     shutil.rmtree(published[0])
-    same_deltas(FusedPack.from_pretrained(folder).reweight({"<kit>": 2.25}), reweighted)
+    same_deltas(FusedPack.from_pretrained(folder).reweight({"<kit>": 9}), reweighted)
     same_deltas(FusedPack.from_pretrained(folder).remove("<rex>"), alone)
     concept("rex", 9).save_pretrained(folder / "sources" / "rex")
     with pytest.raises(FusionError, match=r"fused from <rex>, which has changed since"):

@@ -1,6 +1,8 @@
 """Plain LoRAs with trigger prompts are sources like ED-LoRAs."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import packs
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import FusionError
-from diffusers_mixofshow.fusion import FusionSource, GradientFuser, LoRASource
+from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
+from diffusers_mixofshow.fusion.pack import _carried
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sites import linear_layers
@@ -44,7 +47,7 @@ def _fuser(pipe: MixOfShowPipeline, **settings: object) -> GradientFuser:
 def test_plain_loras_become_one_ordinary_lora(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
     paths = [_write(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("one", "two"))]
     sources = [LoRASource(path, ["photo of sks dog", "sks dog"]) for path in paths]
-    fused = _fuser(pipe, sequential=False).fuse(sources)
+    fused = _fuser(pipe, sequential=False, dtype=torch.float32).fuse(sources)
     assert (tmp_path / "one.statistics.safetensors").exists()
     assert set(fused.report.residuals) == {"one", "two"}
     assert all(mean["fused"] < mean["average"] for mean in fused.report.residuals.values())
@@ -90,3 +93,54 @@ def test_plain_loras_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, tmp
     fused = _fuser(pipe).fuse([LoRASource(path, ["sks"])], method="average")
     with pytest.raises(FusionError, match="written as one plain LoRA"):
         fused.save_pretrained(tmp_path / "out", merged=True)
+    with pytest.raises(FusionError, match="give push_to_hub a repo_id"):
+        fused.push_to_hub()
+
+
+def _same(ours: EDLoRA, theirs: EDLoRA) -> None:
+    assert ours.lora.keys() == theirs.lora.keys()
+    for site, update in ours.lora.items():
+        mine, other = (one.scaling * (one.up.float() @ one.down.float()) for one in (update, theirs.lora[site]))
+        assert (mine - other).norm() <= 1e-5 * other.norm(), site
+
+
+@pytest.mark.parametrize("with_concept", [False, True])
+def test_a_pack_with_plain_loras_can_be_changed_after_reading_it(
+    pipe: MixOfShowPipeline, tmp_path: Path, with_concept: bool
+) -> None:
+    sources: list[LoRASource | FusionSource] = [
+        LoRASource(_write(pipe, tmp_path / f"{seed}.safetensors", seed), [f"sks {name}"], scale=scale, name=name)
+        for seed, (name, scale) in enumerate({"one": 1.0, "../two": 0.5}.items())
+    ]
+    if with_concept:
+        sources.append(FusionSource(packs.random_pack(pipe.components, "one", ranks=(2,))))
+    own = _fuser(pipe, sequential=False, statistics=tmp_path / "kept")
+    pack = own.fuse(sources)
+    pack.save_pretrained(tmp_path / "out", sources=True)
+    assert {path.name for path in (tmp_path / "out" / "sources").iterdir()} >= {"lora-one", "lora-.._two"}
+    again = FusedPack.from_pretrained(tmp_path / "out")
+    assert [one.prompts for one in again.sources] == [one.prompts for one in pack.sources]
+    _same(again.remove("one"), pack.remove("one"))
+    _same(again.reweight({"../two": 3}), pack.reweight({"../two": 3}))
+    third = FusionSource(packs.random_pack(pipe.components, "kit", ranks=(2,)))
+    with pytest.raises(FusionError, match=r"Statistics lack inputs.*alongside"):
+        pack.add(replace(third, statistics=own.record(third)))
+    added = own.record(third, alongside=[pack])
+    _same(again.add(replace(third, statistics=added)), pack.add(replace(third, statistics=added)))
+
+
+def test_a_plain_pack_goes_to_the_hub_and_comes_from_there(
+    loopback_hub: Any, pipe: MixOfShowPipeline, tmp_path: Path
+) -> None:
+    path = _write(pipe, tmp_path / "one.safetensors", 1)
+    fused = _fuser(pipe).fuse([LoRASource(path, ["sks"])], method="sum")
+    fused.push_to_hub("me/both", token=loopback_hub.token)
+    again = GradientFuser(pipe).fuse([LoRASource("me/both", ["sks"])], method="sum")
+    assert again.lora.keys() == fused.lora.keys()
+    assert list(again.report.data["prompts"]) == ["both"]
+
+
+def test_a_pack_never_leads_out_of_its_folder() -> None:
+    assert _carried(["../../x"]) == "sources/lora-.._.._x"
+    assert _carried(["<../x>", "<rex>"]) == "sources/_x+rex"
+    assert _carried(["<..>"]) == "sources/"

@@ -77,6 +77,18 @@ def test_tail_spreads_what_is_left_out() -> None:
     assert factor.energy == pytest.approx(4 / 7)
 
 
+def test_few_eigenvectors_of_a_large_matrix_are_those_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(100, 100, generator=generator).double()).Q
+    gram = (basis * torch.logspace(0, -4, 100).double()) @ basis.T
+    few, every = Spectrum.of(gram, known=8), Spectrum.of(gram)
+    assert few.vectors.shape == (100, 8)
+    torch.testing.assert_close(few.values[:8], every.values[:8], rtol=1e-4, atol=0)
+    torch.testing.assert_close(few.values.sum(), gram.trace())
+    torch.testing.assert_close(few.leading(6).gram(), every.leading(6).gram(), rtol=1e-3, atol=1e-3)
+    assert len(few.leading(50).rows) == 8
+
+
 def test_statistics_lie_beside_the_lora() -> None:
     assert statistics_path(Path("a/edlora.safetensors")) == Path("a/edlora.statistics.safetensors")
 

@@ -241,3 +241,21 @@ def test_residual_of_a_low_rank_factor_is_that_of_its_matrix() -> None:
     assert relative_residual(updates[1], updates[0], factor) == pytest.approx(expected)
     both = GramFactor.summed([factor, factor], [1.0, 2.0])
     torch.testing.assert_close(both.gram(), 3 * factor.gram())
+
+
+def test_a_factor_stands_for_its_matrix() -> None:
+    updates, features = _concepts(1)
+    factor = Spectrum.of(features[0] @ features[0].T).leading(4)
+    torch.testing.assert_close(met_rows(updates, [factor]), met_rows(updates, [factor.gram()]))
+    total = torch.eye(IN).double()
+    factor.add_to(total, 0.5)
+    torch.testing.assert_close(total, torch.eye(IN).double() + 0.5 * factor.gram())
+
+
+def test_a_gram_matrix_that_is_singular_is_named_or_taken_at_minimum_norm() -> None:
+    updates, features = _concepts(1, tokens=2)
+    grams = _grams(features)
+    with pytest.raises(FusionError, match=r"cannot be inverted with ridge=1e-40.*raise the ridge"):
+        factorise(grams, ridge=1e-40)
+    fused = closed_form(updates, grams, factorise(grams, ridge=0))
+    torch.testing.assert_close(fused.delta @ features[0], updates[0].delta.double() @ features[0])

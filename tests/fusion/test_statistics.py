@@ -27,6 +27,14 @@ def test_half_precision_features_are_summed_in_full() -> None:
     torch.testing.assert_close(statistics.gram("layer"), features.double().T @ features.double() / 5000)
 
 
+def test_autocast_does_not_reach_the_products() -> None:
+    features = torch.randn(50, 4)
+    statistics = ConceptStatistics()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        statistics.add("layer", features)
+    torch.testing.assert_close(statistics.gram("layer"), features.double().T @ features.double() / 50)
+
+
 def test_concepts_weigh_the_same_however_long_they_were_recorded() -> None:
     short, long = ConceptStatistics(), ConceptStatistics()
     features = torch.randn(10, 4)

@@ -34,7 +34,8 @@ torch.distributed.init_process_group("gloo")
 folder, rank = Path(sys.argv[1]), torch.distributed.get_rank()
 for sequential in (False, True):
     pipe = MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
-    fuser = GradientFuser(pipe, sequential=sequential, steps=1, prompts=["<TOK>", "a <TOK>"], ridge="auto")
+    settings = {"steps": 1, "prompts": ["<TOK>", "a <TOK>"], "ridge": "auto", "dtype": torch.float32}
+    fuser = GradientFuser(pipe, sequential=sequential, **settings)
     pack = fuser.fuse([folder / name for name in ("rex", "kit", "zoe")])
     pack.save_pretrained(folder / f"together{rank}{sequential}")
 torch.distributed.destroy_process_group()
@@ -64,7 +65,7 @@ def _run_two(folder: Path) -> None:
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE) for rank in range(2)
     ]
     try:
-        said = [worker.communicate(timeout=120)[1].decode()[-2000:] for worker in workers]
+        said = [worker.communicate(timeout=300)[1].decode()[-2000:] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.fuse_sources import read_sources
 from diffusers_mixofshow.cli.plans import plan_of_fusion, tell
 from diffusers_mixofshow.errors import ConfigurationError
 
 
 if TYPE_CHECKING:
-    from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.fusion import GradientFuser
     from diffusers_mixofshow.fusion.solving import Ridge
+    from diffusers_mixofshow.fusion.sources import Source
 
 
 class Method(StrEnum):
@@ -40,26 +41,54 @@ class Features(StrEnum):
     SEQUENTIAL = "sequential"
 
 
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="ED-LoRAs: Hub ids, folders or files. Plain LoRAs: safetensors files, with --prompts. Or a TOML file "
+        "with an array of tables named source: path, and optionally prompts, weight, scale, name, statistics."
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Prompts with the trigger words of a plain LoRA, separated by '|'; repeat it for each of them, in their "
+        "order."
+    ),
+]
+Recorded = Annotated[
+    Features,
+    typer.Option(
+        help="own: each concept's own model; statistics beside the files are used, and kept there. sequential: "
+        "the paper's order, needs the base model. auto: own if all bring statistics."
+    ),
+]
+Solver = Annotated[
+    Method,
+    typer.Option(help="closed-form is gradient fusion, lbfgs the paper's solver; the others are baselines."),
+]
+Prior = Annotated[
+    float,
+    typer.Option(help="Weight of keeping the base on prompts without concepts, such as 0.1; needs the base model."),
+]
+
+
 def fuse(
-    concepts: Annotated[list[str], typer.Argument(help="ED-LoRAs: Hub ids, folders or files.")],
+    sources: Sources,
     output: Annotated[Path, typer.Option(help="Folder for the fused pack.")],
-    method: Annotated[
-        Method,
-        typer.Option(help="closed-form is gradient fusion, lbfgs the paper's solver; the others are baselines."),
-    ] = Method.CLOSED_FORM,
+    method: Solver = Method.CLOSED_FORM,
+    prompts: Prompts = None,
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)")] = None,
-    features: Annotated[
-        Features,
-        typer.Option(
-            help="own: each concept's own model; statistics beside the files are used, and kept there. sequential: "
-            "the paper's order, needs the base model. auto: own if all bring statistics."
-        ),
-    ] = Features.AUTO,
+    features: Recorded = Features.AUTO,
     weight: Annotated[
-        list[float] | None, typer.Option(help="Share of each ED-LoRA, in their order; repeat it.")
+        list[float] | None, typer.Option(help="Share of each source, in their order; repeat it.")
     ] = None,
     ridge: Annotated[str, typer.Option(help="Weight of small updates against a perfect fit, or 'auto'.")] = "1e-3",
+    prior: Prior = 0.0,
     max_rank: Annotated[int | None, typer.Option(help="Cut fused updates down to this rank.")] = None,
+    device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
+    keep_sources: Annotated[
+        bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
+    ] = False,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read and check the sources, tell what would be done, load no model.")
@@ -70,29 +99,37 @@ def fuse(
     Where every one brings statistics (edlora.statistics.safetensors), no model is loaded. Started by
     `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
 
+    Plain LoRAs become one ordinary LoRA, which any program loads.
+
     \b
     Example:
       mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos --output hogwarts
     """
-    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.fusion import GradientFuser
+    from diffusers_mixofshow.fusion.solving import MEASURED
+    from diffusers_mixofshow.fusion.sources import gather
 
     writes = _joins_others()
-    packs = [EDLoRA.from_pretrained(concept) for concept in concepts]
+    own = method.value in MEASURED and features is not Features.SEQUENTIAL
+    gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
+    base_model = _base_needed(gathered, base, features, method, prior)
     if dry_run:
-        needs_base = _needs_base(concepts, base, features, method)
-        tell(plan_of_fusion(packs, (base or common_base(packs)) if needs_base else None, max_rank, output))
+        tell(plan_of_fusion([source.edlora for source in gathered], base_model, max_rank, output))
         return
-    fuser = _fuser(concepts, packs, base, features, method, _ridge(ridge), max_rank)
-    fused = fuser.fuse(concepts, method=method.value, weights=weight)
+    settings: dict[str, Any] = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
+    if base_model is None:
+        fuser = GradientFuser(**settings)
+    else:
+        fuser = GradientFuser(load_base(base_model), sequential=features is not Features.OWN, prior=prior, **settings)
+    fused = fuser.fuse(gathered, method=method.value, weights=weight)
     if not writes:
         return
-    fused.save_pretrained(output)
+    fused.save_pretrained(output, sources=keep_sources)
     if fused.report.residuals:
         fused.report.print()
     if heat_map is not None:
         fused.report.heat_map(heat_map)
-    names = ", ".join(concept.placeholder for pack in packs for concept in pack.concepts)
-    typer.echo(f"Wrote the fused pack of {names} to {output}")
+    typer.echo(f"Wrote the fused pack of {', '.join(name for one in gathered for name in one.prompts)} to {output}")
 
 
 def _joins_others() -> bool:
@@ -105,35 +142,18 @@ def _joins_others() -> bool:
     return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
 
 
-def _fuser(
-    concepts: list[str],
-    packs: list[EDLoRA],
-    base: str | None,
-    features: Features,
-    method: Method,
-    ridge: Ridge,
-    max_rank: int | None,
-) -> GradientFuser:
-    """A fuser without a model where none is needed."""
-    from diffusers_mixofshow.fusion import GradientFuser
-
-    if not _needs_base(concepts, base, features, method):
-        return GradientFuser(ridge=ridge, max_rank=max_rank)
-    pipe = load_base(base or common_base(packs))
-    return GradientFuser(pipe, ridge=ridge, max_rank=max_rank, sequential=features is not Features.OWN)
-
-
-def _needs_base(concepts: list[str], base: str | None, features: Features, method: Method) -> bool:
-    """Whether features must be recorded: not for baselines, and not where every source brings statistics."""
+def _base_needed(
+    gathered: Sequence[Source], base: str | None, features: Features, method: Method, prior: float
+) -> str | None:
+    """The model to record features with; None where none is needed: for baselines, and where all bring statistics."""
     from diffusers_mixofshow.fusion.solving import MEASURED
-    from diffusers_mixofshow.fusion.sources import gather
 
     if method.value not in MEASURED:
-        return False
-    if features is Features.SEQUENTIAL or base is not None:
-        return True
-    sources = gather(concepts, None, prompts=None, with_statistics=True)
-    return not all(source.statistics and not source.misfits(source.statistics) for source in sources)
+        return None
+    bring_all = all(source.statistics and not source.misfits(source.statistics) for source in gathered)
+    if bring_all and base is None and not prior and features is not Features.SEQUENTIAL:
+        return None
+    return base or common_base([source.edlora for source in gathered if source.edlora.base_model])
 
 
 def _ridge(text: str) -> Ridge:

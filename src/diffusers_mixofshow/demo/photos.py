@@ -13,19 +13,9 @@ from diffusers_mixofshow.demo.settings import OWN_NAME, DemoConcept, DemoSetting
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
 from diffusers_mixofshow.toyland.concepts import concept_named
+from diffusers_mixofshow.toyland.instances import KIND_OF_CLASS
 from diffusers_mixofshow.toyland.world import HEIGHT
 from diffusers_mixofshow.training.data import read_photos
-
-
-KIND_OF_CLASS = {
-    "critter": "character",
-    "dog": "pet",
-    "cat": "pet",
-    "vase": "object",
-    "chair": "object",
-    "table": "object",
-}
-"""The classes that the embedded base knows, and their kinds."""
 
 
 def prepare_photos(settings: DemoSettings) -> list[DemoConcept]:

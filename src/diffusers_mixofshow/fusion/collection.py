@@ -123,6 +123,7 @@ def collect(
     missing = sorted({input_name(site) for site in sites} - set(statistics.inputs))
     if missing:
         raise FusionError(f"Layers that sampling never used: {', '.join(missing)}. Is the pipeline complete?")
+    statistics.offload()
     return statistics
 
 

@@ -13,6 +13,7 @@ import torch
 Key = TypeVar("Key")
 
 _BYTES = 2  # of a float16 value
+_FEW, _OVERSAMPLED, _ITERATIONS = 4, 16, 4  # of subspace iteration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,26 @@ class GramFactor:
         rows = self.rows.double()
         return rows.T @ rows + self.tail * torch.eye(rows.shape[1], dtype=torch.float64)
 
+    def applied(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows @ gram()`` without the matrix, at a cost linear in the width.
+
+        Args:
+            rows: Shape (n, in_features), float64.
+        """
+        factor = self.rows.to(rows)
+        return (rows @ factor.T) @ factor + self.tail * rows
+
+    def add_to(self, total: torch.Tensor, weight: float) -> None:
+        """``total += weight * gram()``, in place and without another matrix.
+
+        Args:
+            total: Shape (in_features, in_features), float64.
+            weight: Its factor.
+        """
+        factor = self.rows.to(total)
+        total.addmm_(factor.T, factor, alpha=weight)
+        total.diagonal().add_(weight * self.tail)
+
     @classmethod
     def summed(cls, factors: Sequence[GramFactor], weights: Sequence[float]) -> GramFactor:
         """Factor of a weighted sum of matrices: all rows together.
@@ -51,31 +72,68 @@ class GramFactor:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues, descending and not negative, shape (in_features,), and eigenvectors as columns."""
+    """Eigenvalues and leading eigenvectors of a symmetric matrix.
+
+    Args:
+        values: Descending and not negative, shape (in_features,); those without a vector are their mean.
+        vectors: As columns, shape (in_features, known); in float32 where not all are known.
+    """
 
     values: torch.Tensor
     vectors: torch.Tensor
 
     @classmethod
-    def of(cls, gram: torch.Tensor) -> Spectrum:
-        """Decompose a symmetric matrix, shape (in_features, in_features)."""
-        values, vectors = torch.linalg.eigh(gram.double())
-        return cls(values.flip(0).clamp_min(0), vectors.flip(1))
+    def of(cls, gram: torch.Tensor, known: int | None = None) -> Spectrum:
+        """Decompose a symmetric matrix.
+
+        Args:
+            gram: Shape (in_features, in_features).
+            known: How many leading vectors are wanted; by default all. Where they are few, they are found by subspace
+                iteration (arXiv:0909.4061, algorithm 4.4), which is ten times as fast as decomposing 1280 x 1280.
+        """
+        gram, width = gram.double(), len(gram)
+        if known is None or width < _FEW * known:
+            values, vectors = torch.linalg.eigh(gram)
+            return cls(values.flip(0).clamp_min(0), vectors.flip(1)[:, :known])
+        values, vectors = _leading(gram, known)
+        rest = (gram.trace() - values.sum()).clamp_min(0) / (width - known)
+        return cls(torch.cat([values, rest.expand(width - known)]), vectors)
 
     def leading(self, kept: int) -> GramFactor:
         """Keep the largest eigenvalues.
 
         Args:
-            kept: How many.
+            kept: How many; no more than there are vectors.
         """
+        kept = min(kept, self.vectors.shape[1])
         width, total = len(self.values), self.values.sum().item()
         left_out = self.values[kept:].sum().item()
         tail = left_out / (width - kept) if kept < width else 0.0
         return GramFactor(
-            rows=(self.vectors[:, :kept] * (self.values[:kept] - tail).sqrt()).T.contiguous(),
+            rows=(self.vectors[:, :kept] * (self.values[:kept] - tail).clamp_min(0).sqrt()).T.contiguous(),
             tail=tail,
             energy=1 - left_out / total if total > 0 else 1.0,
         )
+
+
+def _leading(gram: torch.Tensor, known: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest eigenvalues and their vectors by subspace iteration, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(len(gram), known + _OVERSAMPLED, generator=generator, dtype=torch.float64).to(gram)
+    for _ in range(_ITERATIONS):
+        block = torch.linalg.qr(gram @ block).Q
+    values, vectors = torch.linalg.eigh(block.T @ gram @ block)
+    return values.flip(0)[:known].clamp_min(0), (block @ vectors.flip(1)[:, :known]).float()
+
+
+def most_rows(widths: Sequence[int], max_bytes: int) -> int:
+    """How many eigenvectors of one matrix are worth knowing if all matrices share a budget: four times the average.
+
+    Args:
+        widths: of all matrices.
+        max_bytes: As in `ranks_within`.
+    """
+    return max(64, 4 * max_bytes // (_BYTES * max(1, sum(widths))))
 
 
 def ranks_within(

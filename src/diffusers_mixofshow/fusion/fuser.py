@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,18 +18,21 @@ from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, Te
 from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, joined_residuals, packed
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts
 from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.shelf import StageShelf
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
+    Device,
     Method,
     Ridge,
     Settings,
     Solution,
     by_input,
+    check_device,
     sites_of,
     solve_input,
 )
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
+from diffusers_mixofshow.fusion.statistics import GramStatistics, input_name
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.sites import adapted_layers, reads_text
 
@@ -75,6 +78,8 @@ class GradientFuser:
         statistics_bytes: Size of a concept's kept statistics; None keeps them in full, some 400 MB for SD 1.5.
         text_tokens: Whether the text encoder's layers count padding.
         batch_size: Pictures sampled together.
+        device: Where layers are solved, in float64; such as ``cuda``. The fused layers are on the CPU.
+        dtype: In which the pack's file holds the fused layers.
         height: Height of the recorded pictures in pixels; the model's own by default.
         width: Width of the recorded pictures in pixels; the model's own by default.
     """
@@ -97,14 +102,18 @@ class GradientFuser:
         statistics_bytes: int | None = DEFAULT_BYTES,
         text_tokens: TextTokens = "all",
         batch_size: int = 4,
+        device: Device = "cpu",
+        dtype: torch.dtype = torch.float16,
         height: int | None = None,
         width: int | None = None,
     ) -> None:
         """Keep the settings; nothing is loaded or sampled yet."""
         if sequential and pipe is None:
             raise FusionError("sequential=True samples with a model; give GradientFuser a pipeline.")
-        if prior < 0 or (prior > 0 and pipe is None):
+        if not prior >= 0 or prior == float("inf") or (prior > 0 and pipe is None):
             raise FusionError(f"prior must be 0 or more, and above 0 it needs a pipeline to sample; got {prior}.")
+        check_device(device)
+        self.device, self.dtype = device, dtype
         self.pipe = pipe
         self.prompts = prompts
         self.prior, self.prior_prompts = prior, prior_prompts
@@ -146,18 +155,28 @@ class GradientFuser:
         Raises:
             FusionError: If the sources fit neither each other nor the model; lists everything that is wrong.
         """
-        settings = replace(self.settings, method=method)
+        return replace(self._fused(sources, replace(self.settings, method=method), weights, scales), dtype=self.dtype)
+
+    def _fused(
+        self,
+        sources: Sequence[EDLoRASource],
+        settings: Settings,
+        weights: Sequence[float] | None,
+        scales: Sequence[float] | None,
+    ) -> FusedPack:
         gathered = self._gather(sources, weights, scales)
-        if method not in MEASURED:
-            return fuse_recorded(gathered, settings, {})
+        if settings.method not in MEASURED:
+            return fuse_recorded(gathered, settings, {}, device=self.device)
         if self.sequential:
             return self._fuse_in_stages(gathered, settings)
         start = time.perf_counter()
-        recorded = self._with_statistics(gathered)
+        recorded = self._with_statistics(gathered, sites_of(gathered))
         prior = self._prior(recorded, sites_of(recorded), self.recording)
-        return fuse_recorded(recorded, settings, self._record(sequential=False, since=start), prior)
+        return fuse_recorded(
+            recorded, settings, self._record(sequential=False, since=start), prior, device=self.device
+        )
 
-    def record(self, source: EDLoRASource) -> SourceStatistics:
+    def record(self, source: EDLoRASource, *, alongside: Sequence[EDLoRASource] = ()) -> SourceStatistics:
         """Sample the concepts of one source with its own LoRA, and keep the statistics, for whoever fuses it.
 
         A client does this before publishing: the file lies beside the LoRA's, and `GradientFuser().fuse` needs
@@ -165,11 +184,16 @@ class GradientFuser:
 
         Args:
             source: An ED-LoRA, or a path or Hub id of one.
+            alongside: Sources or packs that it is to be fused with. Layers that they change and an ED-LoRA does not,
+                such as feed-forward layers of plain LoRAs, are recorded as well.
 
         Returns:
             The statistics; `SourceStatistics.save` writes them elsewhere.
         """
-        (recorded,) = self._with_statistics(self._gather([source], None, None, with_statistics=True))
+        gathered = self._gather([source], None, None, with_statistics=True)
+        others = [self._gather([other], None, None, with_statistics=False) for other in alongside]
+        sites = sites_of([*gathered, *(other for several in others for other in several)])
+        (recorded,) = self._with_statistics(gathered, sites)
         if recorded.statistics is None:
             raise RuntimeError("Recording left no statistics.")
         return recorded.statistics
@@ -198,9 +222,13 @@ class GradientFuser:
             return replace(source, statistics=SourceStatistics.load(path))
         return source
 
-    def _with_statistics(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    def _with_statistics(self, sources: tuple[Source, ...], sites: Sequence[str]) -> tuple[Source, ...]:
         """Record what is missing, one source at a time; each is kept before the next one is begun."""
-        missing = [source for source in sources if not self._serves(source)]
+        team = Team.present()
+        lacking = {source.name: True for source in sources if not self._serves(source, sites)}
+        # Agreed on before anybody records, as others' files may be there for one process and not yet for another.
+        lacking = team.joined(lacking)
+        missing = [source for source in sources if source.name in lacking]
         if missing and self.pipe is None:
             said = [
                 *(f"{source.name} has none" for source in missing if source.statistics is None),
@@ -212,31 +240,35 @@ class GradientFuser:
             )
         if not missing:
             return sources
-        team, recorded = Team.present(), {}
-        mine = [source for source in team.share(sources).values() if not self._serves(source)]
+        recorded = {}
+        mine = [source for source in team.share(sources).values() if source.name in lacking]
         with self._borrowed().concepts_set_aside(), _progress_bars(mine, [self.recording]) as advance:
             for source in mine:
-                recorded[source.name] = self._kept(source, self._own_statistics(source, advance))
+                recorded[source.name] = self._kept(source, self._own_statistics(source, sites, advance))
         team.joined(dict.fromkeys(recorded, True))  # the others' files are written now
-        return tuple(recorded.get(source.name) or self._read_again(source) for source in sources)
+        return tuple(recorded.get(source.name) or self._read_again(source, sites) for source in sources)
 
-    def _read_again(self, source: Source) -> Source:
+    def _read_again(self, source: Source, sites: Sequence[str]) -> Source:
         """A source with the statistics that another process may have written just now."""
         path = self._place(source)
-        if self._serves(source) or path is None or not path.exists():
+        if self._serves(source, sites) or path is None or not path.exists():
             return source
         return replace(source, statistics=SourceStatistics.load(path))
 
-    def _serves(self, source: Source) -> bool:
-        """Whether a source's statistics are its own, and with a pipeline, of the settings that are asked for."""
+    def _serves(self, source: Source, sites: Sequence[str]) -> bool:
+        """Whether a source's statistics are its own; with a pipeline, of all layers and settings asked for as well."""
         if source.statistics is None or source.misfits(source.statistics):
             return False
-        return self.pipe is None or source.statistics.recording == self._recording_of(source)
+        if self.pipe is None:
+            return True
+        inputs = {input_name(site) for site in sites}
+        lacking = any(inputs - set(concept.inputs) for concept in source.statistics.concepts.values())
+        return not lacking and source.statistics.recording == self._recording_of(source)
 
-    def _own_statistics(self, source: Source, advance: Advance) -> SourceStatistics:
-        """Statistics of every layer that an ED-LoRA may adapt, with the source's own LoRA."""
+    def _own_statistics(self, source: Source, wanted: Sequence[str], advance: Advance) -> SourceStatistics:
+        """Statistics of every layer that an ED-LoRA may adapt, and of those wanted, with the source's own LoRA."""
         pipe = self._borrowed()
-        sites = tuple(dict.fromkeys([*adapted_layers(pipe.components), *source.edlora.lora]))
+        sites = tuple(dict.fromkeys([*adapted_layers(pipe.components), *wanted]))
         concepts = {
             placeholder: collect(
                 pipe, source.edlora, prompts, sites, self.recording, _named(advance, placeholder), hold_out=True
@@ -259,11 +291,16 @@ class GradientFuser:
         return replace(source, statistics=statistics)
 
     def _place(self, source: Source) -> Path | None:
+        """The file in which a source's statistics are kept; None where there is no room for one."""
         if self.statistics is not None:
             return self.statistics / f"{source.edlora.digest[:16]}.statistics.safetensors"
-        if source.home is None or not os.access(source.home.parent, os.W_OK):
-            return None
-        return statistics_path(source.home)
+        return None if source.home is None or self._folder(source) is None else statistics_path(source.home)
+
+    def _folder(self, source: Source) -> Path | None:
+        """The folder in which files of a source may be kept."""
+        if self.statistics is not None:
+            return self.statistics
+        return None if source.home is None or not os.access(source.home.parent, os.W_OK) else source.home.parent
 
     def _recording_of(self, source: Source) -> dict[str, object]:
         prompts = {placeholder: list(prompts) for placeholder, prompts in source.prompts.items()}
@@ -275,37 +312,62 @@ class GradientFuser:
         stages = _stages(sites_of(sources), self.recording)
         recordings = [stage.recording for stage in stages]
         mine = team.share(sources)
-        with self._borrowed().concepts_set_aside(), _progress_bars([*mine.values()], recordings) as advance:
+        with (
+            self._borrowed().concepts_set_aside(),
+            _progress_bars([*mine.values()], recordings) as advance,
+            StageShelf({**asdict(settings), "sources": [source.edlora.digest for source in sources]}) as shelf,
+        ):
             for stage in stages:
-                hold_out = settings.ridge == "auto"
                 statistics = [
-                    self._staged(source, stage, solution.lora, advance, hold_out=hold_out) if place in mine else []
+                    self._staged(source, stage, solution.lora, advance, shelf, hold_out=settings.ridge == "auto")
+                    if place in mine
+                    else []
                     for place, source in enumerate(sources)
                 ]
                 prior = self._prior(sources, stage.sites, stage.recording)
                 for sites in by_input(stage.sites):
                     gram = prior.get(input_name(sites[0]))
-                    solution.add(solve_input(sources, statistics, sites, settings, gram, team))
+                    solution.add(solve_input(sources, statistics, sites, settings, gram, team, self.device))
+            shelf.clear()
         solution.residuals = joined_residuals(solution, team)
-        return packed(sources, settings, solution, self._record(sequential=True, since=start))
+        pack = packed(sources, settings, solution, self._record(sequential=True, since=start))
+        return replace(pack, device=self.device)
 
     def _staged(
-        self, source: Source, stage: _Stage, fused: Mapping[str, LowRank], advance: Advance, *, hold_out: bool
-    ) -> list[ConceptStatistics]:
-        """Statistics of each of the source's concepts, with its own LoRA save where layers are fused already."""
+        self,
+        source: Source,
+        stage: _Stage,
+        fused: Mapping[str, LowRank],
+        advance: Advance,
+        shelf: StageShelf,
+        *,
+        hold_out: bool,
+    ) -> list[GramStatistics]:
+        """Statistics of each of the source's concepts, with its own LoRA save where layers are fused already.
+
+        They lie on the shelf until the fusion is done: no more than one source's are in memory, and an interrupted
+        fusion takes up those that it had recorded.
+        """
         edlora = replace(source.edlora, lora={**source.edlora.lora, **fused})
-        return [
-            collect(
-                self._borrowed(),
-                edlora,
-                prompts,
-                stage.sites,
-                stage.recording,
-                _named(advance, placeholder),
-                hold_out=hold_out,
-            )
-            for placeholder, prompts in source.prompts.items()
-        ]
+        recording = {**stage.recording.as_json(), "prompts": {k: list(v) for k, v in source.prompts.items()}}
+        recording |= {"sites": list(stage.sites), "hold_out": hold_out}
+
+        def collected() -> dict[str, GramStatistics]:
+            return {
+                placeholder: collect(
+                    self._borrowed(),
+                    edlora,
+                    prompts,
+                    stage.sites,
+                    stage.recording,
+                    _named(advance, placeholder),
+                    hold_out=hold_out,
+                )
+                for placeholder, prompts in source.prompts.items()
+            }
+
+        shelved = shelf.taken_or_put(self._folder(source), edlora, recording, collected)
+        return [shelved.concepts[placeholder] for placeholder in source.prompts]
 
     def _prior(self, sources: Sequence[Source], sites: Sequence[str], recording: Recording) -> dict[str, torch.Tensor]:
         """Gram matrices of the base on prompts without concepts, by input, the prior's weight in them."""
@@ -328,8 +390,6 @@ class GradientFuser:
         if self.pipe is None:
             record = {"sequential": sequential}
         record["recording_s"] = round(time.perf_counter() - since, 3)
-        if torch.cuda.is_available():
-            record["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         return record
 
 

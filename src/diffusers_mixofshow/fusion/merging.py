@@ -51,7 +51,8 @@ def dare_merged(updates: Sequence[Factors], shares: Sequence[float], *, seed: in
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pruned = [prune(update.delta.double(), DARE_DENSITY, method="random") for update in updates]
+        # Drawn on the CPU, so that a device does not change what is dropped.
+        pruned = [prune(update.to("cpu").delta.double(), DARE_DENSITY, method="random") for update in updates]
     # Scaled up here, as PEFT 0.18 forgets to.
     return _factored(sum(share * kept / DARE_DENSITY for share, kept in zip(shares, pruned, strict=True)))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +15,15 @@ import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
+from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.precision import in_dtype
 from diffusers_mixofshow.fusion.prompts import PromptSet
 from diffusers_mixofshow.fusion.record import recorded
 from diffusers_mixofshow.fusion.report import FusionReport
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
+    Device,
     Settings,
     Solution,
     Statistics,
@@ -30,7 +35,11 @@ from diffusers_mixofshow.fusion.solving import (
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, carry, found_source, gather, mutual_defects
 from diffusers_mixofshow.fusion.statistics import input_name
 from diffusers_mixofshow.fusion.team import Team
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, read_metadata, write_lora
+
+
+_PLAIN_KEY = "mixofshow_fusion"
+"""Metadata of a plain LoRA that was fused: what it was fused from, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +51,15 @@ class FusedPack(EDLoRA):
         settings: How its layers were solved.
         prior: Input to the Gram matrix whose outputs were kept the base's, its weight in it; shape
             (in_features, in_features).
+        dtype: In which its file holds the updates.
+        device: Where changes of it are solved.
     """
 
     sources: tuple[Source, ...] = ()
     settings: Settings = field(default_factory=Settings)
     prior: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float16
+    device: Device = "cpu"
 
     def save_pretrained(
         self,
@@ -80,12 +93,43 @@ class FusedPack(EDLoRA):
 
     def _save_plain(self, folder: Path, *, merged: bool, sources: bool) -> Path:
         """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
-        if merged or sources:
+        if merged:
             raise FusionError(
-                "A pack without concepts is written as one plain LoRA; merged and sources are for packs with "
-                "concepts. Load it with load_lora_weights() and use fuse_lora() instead."
+                "A pack without concepts is written as one plain LoRA; merged is for packs with concepts. Load it "
+                "with load_lora_weights() and use fuse_lora() instead."
             )
-        return write_lora(folder / PLAIN_NAME, self.lora)
+        if sources:
+            for source in self.sources:
+                carry(source, Path(folder, _carried(source.prompts)))
+        record = {_PLAIN_KEY: json.dumps(dict(self.training))}
+        return write_lora(folder / PLAIN_NAME, in_dtype(self.lora, self.dtype), record)
+
+    def push_to_hub(self, repo_id: str | None = None, **options: Any) -> str:
+        """Upload the pack, see `EDLoRA.push_to_hub`; without any concept, an ordinary LoRA.
+
+        Args:
+            repo_id: Needed where there is no concept to derive it from.
+            options: Passed to `EDLoRA.push_to_hub`.
+
+        Returns:
+            The repository's URL.
+
+        Raises:
+            FusionError: If a pack without concepts is given no `repo_id`.
+            HubError: If the Hub refuses or cannot be reached.
+        """
+        if not self.concepts:
+            if repo_id is None:
+                raise FusionError(
+                    "A pack without concepts has no name; give push_to_hub a repo_id such as 'user/both'."
+                )
+            names = ", ".join(one.name for one in self.sources)
+            options["commit_message"] = options.get("commit_message") or f"LoRA fused from {names}"
+        return super().push_to_hub(repo_id, **options)
+
+    def _contents(self) -> Contents:
+        """What goes into its file: the updates in the file's dtype."""
+        return super()._contents() | {"lora": in_dtype(self.lora, self.dtype)}
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> Self:
@@ -98,10 +142,16 @@ class FusedPack(EDLoRA):
         Raises:
             FusionError: If it was not fused, or a source is neither carried nor on the Hub as it was.
         """
-        pack = super().from_pretrained(source, **hub)
+        plain = _plain_file(source)
+        pack = super().from_pretrained(source, **hub) if plain is None else cls._of_plain(plain)
         settings, entries = recorded(FusionReport.of(pack).data)
         found = [found_source(entry, source, _carried(entry["concepts"])) for entry in entries]
         return replace(pack, sources=tuple(found), settings=settings)
+
+    @classmethod
+    def _of_plain(cls, path: Path) -> Self:
+        training = json.loads(read_metadata(path).get(_PLAIN_KEY, "{}"))
+        return cls(concepts=(), embeddings={}, lora=read_lora(path), base_model="", layers=(), training=training)
 
     @property
     def report(self) -> FusionReport:
@@ -177,7 +227,8 @@ def refused(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
             f"{len(missing)} have none ({', '.join(missing)}). Fuse with "
             "GradientFuser(pipe, sequential=False), or all sources anew."
         )
-    return fuse_recorded(sources, pack.settings, {"sequential": False}, pack.prior)
+    changed = fuse_recorded(sources, pack.settings, {"sequential": False}, pack.prior, device=pack.device)
+    return replace(changed, dtype=pack.dtype)
 
 
 def fuse_recorded(
@@ -185,6 +236,8 @@ def fuse_recorded(
     settings: Settings,
     record: Mapping[str, object],
     prior: Mapping[str, torch.Tensor] | None = None,
+    *,
+    device: Device = "cpu",
 ) -> FusedPack:
     """Fuse sources from their statistics; without any, where the method does not ask.
 
@@ -193,6 +246,7 @@ def fuse_recorded(
         settings: How.
         record: What else the report says.
         prior: Input to the Gram matrix whose outputs shall stay the base's, its weight in it.
+        device: Where layers are solved.
     """
     prior = {} if prior is None else prior
     start, solution, sites = time.perf_counter(), Solution(), sites_of(sources)
@@ -201,10 +255,11 @@ def fuse_recorded(
     if statistics:
         check_recorded(sources, statistics, sites)
     for group in by_input(sites):
-        solution.add(solve_input(sources, statistics, group, settings, prior.get(input_name(group[0])), team))
+        gram = prior.get(input_name(group[0]))
+        solution.add(solve_input(sources, statistics, group, settings, gram, team, device))
     solution.residuals = joined_residuals(solution, team)
     pack = packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
-    return replace(pack, prior=prior)
+    return replace(pack, prior=prior, device=device)
 
 
 def packed(
@@ -227,9 +282,18 @@ def packed(
     )
 
 
-def _carried(placeholders: Iterable[str]) -> str:
-    """Where a pack carries a source: ``sources/potter``, ``sources/rex+kit``."""
-    return "sources/" + "+".join(placeholder[1:-1] for placeholder in placeholders)
+def _carried(names: Iterable[str]) -> str:
+    """Where a pack carries a source: ``sources/potter``, ``sources/rex+kit``, ``sources/lora-ink`` of a plain LoRA."""
+    spelt = [name[1:-1] if name.startswith("<") else f"lora-{name}" for name in names]
+    return "sources/" + re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never a path to anywhere else
+
+
+def _plain_file(source: str | os.PathLike[str]) -> Path | None:
+    """The file of a pack that was fused from plain LoRAs alone, in a folder or by itself."""
+    path = Path(source)
+    if path.is_dir() and not (path / FILE_NAME).exists():
+        path = path / PLAIN_NAME
+    return path if path.is_file() and _PLAIN_KEY in read_metadata(path) else None
 
 
 def joined_residuals(solution: Solution, team: Team) -> dict[str, dict[str, tuple[float, float]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.edlora.reading import opened_tensors
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError
-from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum, ranks_within
+from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum, most_rows, ranks_within
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
 
 
@@ -79,10 +79,23 @@ class SourceStatistics:
             FusionError: If a matrix holds NaN or Inf; nothing is written then.
         """
         path = Path(path)
+        write_whole(path, self.serialized(max_bytes))
+        return path
+
+    def serialized(self, max_bytes: int | None, dtype: torch.dtype = torch.float32) -> bytes:
+        """What `save` writes.
+
+        Args:
+            max_bytes: See `save`.
+            dtype: Of full matrices.
+
+        Raises:
+            FusionError: If a matrix holds NaN or Inf.
+        """
         tensors: dict[str, torch.Tensor] = {}
         entries: dict[str, Any] = {}
         for placeholder, statistics in self.concepts.items():
-            written, entries[placeholder] = _written(placeholder, statistics, max_bytes)
+            written, entries[placeholder] = _written(placeholder, statistics, max_bytes, dtype)
             tensors |= written
         header = {
             "format_version": FORMAT_VERSION,
@@ -92,8 +105,7 @@ class SourceStatistics:
             "form": "full" if max_bytes is None else "low-rank",
             "concepts": entries,
         }
-        write_whole(path, serialize(tensors, metadata={"format": "pt", _HEADER_KEY: json.dumps(header)}))
-        return path
+        return serialize(tensors, metadata={"format": "pt", _HEADER_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SourceStatistics:
@@ -187,14 +199,14 @@ class StoredStatistics:
             grams = [self.tokens(name, one) * self._gram(opened, name, one) for one in wanted]
         return torch.stack(grams).sum(dim=0) / self.tokens(name, part)
 
-    def factor(self, name: str) -> GramFactor | None:
-        """The Gram matrix of all parts as a low-rank factor; None where the file holds full matrices."""
+    def factor(self, name: str, part: Part | None = None) -> GramFactor | None:
+        """The Gram matrix of one part or of all as a low-rank factor; None where the file holds full matrices."""
         if self._full:
             return None
-        parts = [part for part in PARTS if part in self._inputs[name]]
+        wanted = [one for one in (PARTS if part is None else (part,)) if one in self._inputs[name]]
         with self._opened() as opened:
-            factors = [self._factor(opened, name, part) for part in parts]
-        return GramFactor.summed(factors, [self.tokens(name, part) / self.tokens(name) for part in parts])
+            factors = [self._factor(opened, name, one) for one in wanted]
+        return GramFactor.summed(factors, [self.tokens(name, one) / self.tokens(name, part) for one in wanted])
 
     def tensor_names(self) -> list[str]:
         """Every tensor of the file that belongs to this concept."""
@@ -247,29 +259,25 @@ class StoredStatistics:
 
 
 def _written(
-    placeholder: str, statistics: GramStatistics, max_bytes: int | None
+    placeholder: str, statistics: GramStatistics, max_bytes: int | None, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and header entry of one concept."""
     keys = [(name, part) for name in statistics.inputs for part in PARTS if statistics.tokens(name, part)]
-    endless = [name for name, part in keys if not statistics.gram(name, part).isfinite().all()]
+    endless = [key[0] for key in keys if not statistics.gram(*key).isfinite().all()]
     if endless:
         raise FusionError(
             f"The statistics of {placeholder} hold NaN or Inf at {len(endless)} inputs, first at {endless[0]}. "
             "Sample the concept alone and look at the picture; in float16 a model may overflow, float32 does not."
         )
-    kept: dict[tuple[str, Part], int] = {}
-    if max_bytes is not None:
-        shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in keys}
-        kept = ranks_within({key: _eigenvalues(statistics.gram(*key)) for key in keys}, max_bytes, shares)
+    factors = {} if max_bytes is None else _factors(statistics, keys, max_bytes)
     tensors: dict[str, torch.Tensor] = {}
     entry: dict[str, Any] = {}
     for name, part in keys:
-        gram = statistics.gram(name, part)
         numbers = {"tokens": statistics.tokens(name, part), "tail": 0.0, "energy": 1.0}
         if max_bytes is None:
-            tensors[_tensor_name(placeholder, part, name, "gram")] = gram.float().contiguous()
+            tensors[_tensor_name(placeholder, part, name, "gram")] = statistics.gram(name, part).to(dtype).contiguous()
         else:
-            factor = Spectrum.of(gram).leading(kept[name, part])
+            factor = factors[name, part]
             scale = factor.rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
             tensors[_tensor_name(placeholder, part, name, "rows")] = (factor.rows / scale[:, None]).half()
             tensors[_tensor_name(placeholder, part, name, "scale")] = scale.float()
@@ -278,8 +286,15 @@ def _written(
     return tensors, entry
 
 
-def _eigenvalues(gram: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+def _factors(
+    statistics: GramStatistics, keys: Sequence[tuple[str, Part]], max_bytes: int
+) -> dict[tuple[str, Part], GramFactor]:
+    """Low-rank factors of all matrices within a budget, each matrix decomposed once."""
+    known = most_rows([len(statistics.gram(*key)) for key in keys], max_bytes)
+    spectra = {key: Spectrum.of(statistics.gram(*key), known) for key in keys}
+    shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in keys}
+    kept = ranks_within({key: spectrum.values for key, spectrum in spectra.items()}, max_bytes, shares)
+    return {key: spectrum.leading(kept[key]) for key, spectrum in spectra.items()}
 
 
 def _tensor_name(placeholder: str, part: Part, name: str, kind: str) -> str:

@@ -11,8 +11,8 @@ from diffusers_mixofshow.errors import ConfigurationError, FusionError
 from diffusers_mixofshow.fusion.solving import Settings
 
 
-# Names become those of folders.
-_NAME = re.compile(r"<?\w[\w.-]{0,99}>?")
+# Names become those of folders: of a concept, or a plain LoRA's label, in which spaces and the like are replaced.
+_NAME = re.compile(r"<\w[\w.-]{0,99}>|\w[\w. ,;()+&'-]{0,99}")
 
 
 def recorded(record: Mapping[str, Any]) -> tuple[Settings, list[Mapping[str, Any]]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.markup import escape
@@ -64,7 +67,8 @@ class FusionReport:
             solution: What came out.
             further: Recording settings and times.
         """
-        record: dict[str, object] = {**asdict(settings), **further, "sources": _provenance(sources)}
+        record: dict[str, object] = {**asdict(settings), **further, **_peak_memory()}
+        record["sources"] = _provenance(sources)
         record["prompts"] = {name: list(prompts) for source in sources for name, prompts in source.prompts.items()}
         record["layers"] = {
             site: {key: float(f"{value:.4g}") for key, value in numbers.items()}
@@ -156,12 +160,30 @@ class FusionReport:
         return _number(sum(known) / len(known) if known else None)
 
 
+def _peak_memory() -> dict[str, int]:
+    """The most memory that this process has had, and that it has had of a GPU, in MiB; as far as the system tells."""
+    peak: dict[str, int] = {}
+    if sys.platform == "linux":  # whose resource.getrusage counts the program that started this one as well
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            peak["peak_memory_mib"] = int(found[1]) // 2**10
+    elif sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        peak["peak_memory_mib"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
+    if torch.cuda.is_initialized():
+        peak["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    return peak
+
+
 def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
     total = sum(source.weight for source in sources)
     return [
         {
             "concepts": list(source.prompts),
-            "weight": source.weight / total,
+            "weight": source.weight,
+            "share": source.weight / total,
             "scale": source.scale,
             # Folders of whoever fused it are private, and nobody should follow them.
             "origin": source.origin if is_repo_id(source.origin) else "",

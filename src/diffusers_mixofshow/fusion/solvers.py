@@ -29,6 +29,10 @@ class Factors:
     down: torch.Tensor
     up: torch.Tensor
 
+    def to(self, device: str | torch.device) -> Factors:
+        """The same update on a device."""
+        return Factors(down=self.down.to(device), up=self.up.to(device))
+
     @property
     def delta(self) -> torch.Tensor:
         """The dense update, shape (out_features, in_features)."""
@@ -59,11 +63,14 @@ def factorise(grams: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
     Raises:
         FusionError: If the matrix is numerically singular in spite of a ridge.
     """
-    total = torch.stack([gram.double() for gram in grams]).sum(dim=0)
+    total = grams[0].double().clone()
+    for gram in grams[1:]:
+        total += gram.double()
     if ridge == 0:
         return torch.linalg.pinv(total, hermitian=True)
     damping = ridge * total.diagonal().mean().clamp_min(torch.finfo(total.dtype).tiny)
-    lower, failure = torch.linalg.cholesky_ex(total + damping * torch.eye(len(total), dtype=total.dtype))
+    total.diagonal().add_(damping)  # the sum above is a matrix of our own
+    lower, failure = torch.linalg.cholesky_ex(total)
     if failure.item() or not lower.isfinite().all():
         raise FusionError(
             f"The features' Gram matrix ({len(total)} x {len(total)}) cannot be inverted with ridge={ridge:g}. "
@@ -87,15 +94,19 @@ def closed_form(updates: Sequence[Factors], grams: Sequence[torch.Tensor], inver
     return fused_update(updates, met_rows(updates, grams), inverse)
 
 
-def met_rows(updates: Sequence[Factors], grams: Sequence[torch.Tensor]) -> torch.Tensor:
+def met_rows(updates: Sequence[Factors], grams: Sequence[torch.Tensor | GramFactor]) -> torch.Tensor:
     """What the objective asks of a layer: stack_i(s_i A_i G_i), shape (sum_i r_i, in_features), float64.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        grams: One Gram matrix per concept, (in_features, in_features), in the same order.
+        grams: One Gram matrix per concept, (in_features, in_features), or a factor of it, in the same order.
     """
     pairs = zip(updates, grams, strict=True)
-    return torch.cat([update.down.double() @ gram.double() for update, gram in pairs])
+    return torch.cat([_applied(gram, update.down.double()) for update, gram in pairs])
+
+
+def _applied(gram: torch.Tensor | GramFactor, rows: torch.Tensor) -> torch.Tensor:
+    return gram.applied(rows) if isinstance(gram, GramFactor) else rows @ gram.double()
 
 
 def fused_update(updates: Sequence[Factors], met: torch.Tensor, inverse: torch.Tensor) -> Factors:
@@ -209,7 +220,8 @@ def _products(fused: Factors, own: Factors, gram: torch.Tensor | GramFactor) -> 
     """tr(D G D^T), tr(D G dW^T) and tr(dW G dW^T), never leaving the ranks' size."""
     wide, narrow = fused.down.double(), own.down.double()
     if isinstance(gram, GramFactor):  # G = F^T F + tail I
-        seen, own_seen = wide @ gram.rows.T, narrow @ gram.rows.T
+        rows = gram.rows.to(wide)
+        seen, own_seen = wide @ rows.T, narrow @ rows.T
         squares = [
             seen @ seen.T + gram.tail * fused.outer,
             seen @ own_seen.T + gram.tail * (wide @ narrow.T),
@@ -252,7 +264,7 @@ def overlaps(updates: Sequence[Factors], met: torch.Tensor) -> torch.Tensor:
         torch.linalg.qr(update.up.double()).R @ block for update, block in zip(updates, met.split(ranks), strict=True)
     ]
     owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([len(one) for one in rows]))
-    member = torch.nn.functional.one_hot(owner, len(updates)).double()  # (rows, concepts)
+    member = torch.nn.functional.one_hot(owner, len(updates)).to(met)  # (rows, concepts), on met's device
     products = torch.cat(rows) @ torch.cat(rows).T
     norms = (member.T @ products.square() @ member).sqrt()
     own = norms.diagonal()

@@ -41,6 +41,8 @@ MEASURED: tuple[Method, ...] = ("closed-form", "lbfgs")
 
 Ridge = float | Literal["auto"]
 
+Device = str | torch.device
+
 LBFGS_STEPS = {"text": 500, "spatial": 50}
 """The paper's settings (section 6.1): text layers and text keys and values, and the other layers."""
 
@@ -75,6 +77,18 @@ class Settings:
 
 Overlaps = dict[tuple[str, str], float]
 """Pair of sources to how much they ask for the same place of the input space; see `solvers.overlaps`."""
+
+
+def check_device(device: Device) -> None:
+    """Raise a `FusionError` if layers cannot be solved on a device."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FusionError(
+            f"Layers cannot be solved on device={str(device)!r}: {reason}. Expected a device of this machine that has "
+            "float64, such as 'cpu' or 'cuda'."
+        ) from error
 
 
 @dataclass
@@ -133,6 +147,7 @@ class SharedInput:
         sites: Layers that share the input.
         prior: Gram matrix whose outputs shall stay the base's, its weight in it; (in_features, in_features).
         team: The processes that share the sources.
+        device: Where sums are taken and solved, in float64.
     """
 
     def __init__(
@@ -142,49 +157,56 @@ class SharedInput:
         sites: Sequence[str],
         prior: torch.Tensor | None = None,
         team: Team | None = None,
+        device: Device = "cpu",
     ) -> None:
         """Read no matrix yet."""
-        self.name, self.prior = input_name(sites[0]), prior
+        self.name, self.device = input_name(sites[0]), device
+        self.prior = None if prior is None else prior.to(device)
         self.sources, self.weights = sources, shares(sources)
-        self.updates = {site: updates_of(sources, site) for site in sites}
+        self.updates = {site: updates_of(sources, site, device) for site in sites}
         self.width = next(iter(self.updates.values()))[0].down.shape[1]
         self._statistics = statistics
         self._team = Team() if team is None else team
         self._sums: dict[Part | None, Sums] = {}
         self._inverses: dict[float, torch.Tensor] = {}
 
-    def grams(self, part: Part | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """Place and Gram matrix, (in_features, in_features), of each source that this process has, one at a time."""
-        for place, concepts in enumerate(self._statistics):
-            if concepts:
-                gram = summed_gram(concepts, self.name, part)
-                if gram.shape != (self.width, self.width):
-                    raise FusionError(
-                        f"Statistics of {self.name} must be {(self.width, self.width)} for these ED-LoRAs, got "
-                        f"{self.sources[place].name} {tuple(gram.shape)}. They were recorded on another model; record "
-                        "them on the one that the ED-LoRAs were tuned on."
-                    )
-                yield place, gram
+    def grams(self, part: Part | None = None) -> Iterator[tuple[int, torch.Tensor | GramFactor]]:
+        """Place and Gram matrix of each source that this process has, one at a time.
 
-    def kept(self) -> Iterator[tuple[int, torch.Tensor | GramFactor]]:
-        """As `grams`, of all parts, but as low-rank factors where they are kept as such."""
+        Shape (in_features, in_features), float64; or its low-rank factor where it is kept as one.
+        """
         for place, concepts in enumerate(self._statistics):
-            if concepts:
-                factor = summed_factor(concepts, self.name)
-                yield place, summed_gram(concepts, self.name) if factor is None else factor
+            if not concepts:
+                continue
+            factor = summed_factor(concepts, self.name, part)
+            gram = summed_gram(concepts, self.name, part).to(self.device) if factor is None else factor
+            width = (gram.rows if isinstance(gram, GramFactor) else gram).shape[1]
+            if width != self.width:
+                raise FusionError(
+                    f"Statistics of {self.name} must be {(self.width, self.width)} for these ED-LoRAs, got "
+                    f"{self.sources[place].name} {(width, width)}. They were recorded on another model; record "
+                    "them on the one that the ED-LoRAs were tuned on."
+                )
+            yield place, gram
 
     def sums(self, part: Part | None = None) -> Sums:
         """The sums over all sources of all processes."""
         if part not in self._sums:
-            total = torch.zeros(self.width, self.width, dtype=torch.float64)
-            met = {site: [torch.zeros_like(one.down) for one in updates] for site, updates in self.updates.items()}
+            total = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
+            met = {
+                site: torch.cat([torch.zeros_like(one.down) for one in self.updates[site]]) for site in self.updates
+            }
+            blocks = {site: rows.split([len(one.down) for one in self.updates[site]]) for site, rows in met.items()}
             for place, gram in self.grams(part):
-                total += self.weights[place] * gram
+                weight = self.weights[place]
+                if isinstance(gram, GramFactor):
+                    gram.add_to(total, weight)
+                else:
+                    total.add_(gram, alpha=weight)
                 for site, updates in self.updates.items():
-                    met[site][place] = self.weights[place] * met_rows([updates[place]], [gram])
-            self._sums[part] = Sums(
-                self._team.summed(total), {site: self._team.summed(torch.cat(rows)) for site, rows in met.items()}
-            )
+                    blocks[site][place].copy_(weight * met_rows([updates[place]], [gram]))
+            summed_rows = {site: self._team.summed(rows) for site, rows in met.items()}
+            self._sums[part] = Sums(self._team.summed(total), summed_rows)
         return self._sums[part]
 
     @property
@@ -212,8 +234,8 @@ class SharedInput:
 
     def condition(self, ridge: float) -> float:
         """Condition number of the matrix that `inverse` inverts."""
-        damping = ridge * self.total.diagonal().mean()
-        damped = self.total + damping * torch.eye(self.width, dtype=self.total.dtype)
+        damped = self.total.clone()
+        damped.diagonal().add_(ridge * self.total.diagonal().mean())
         return condition_number(damped, self.inverse(ridge))
 
     def _with_prior(self, gram: torch.Tensor) -> torch.Tensor:
@@ -227,6 +249,7 @@ def solve_input(
     settings: Settings,
     prior: torch.Tensor | None = None,
     team: Team | None = None,
+    device: Device = "cpu",
 ) -> Solution:
     """Fuse the layers that read one input.
 
@@ -237,11 +260,12 @@ def solve_input(
         settings: How.
         prior: See `SharedInput`.
         team: See `SharedInput`; the residuals are those of the sources that this process has.
+        device: See `SharedInput`; the result is on the CPU.
 
     Raises:
         FusionError: If a Gram matrix is singular, or a ridge is to be chosen and nothing was held out.
     """
-    shared, solution = SharedInput(sources, statistics, sites, prior, team), Solution()
+    shared, solution = SharedInput(sources, statistics, sites, prior, team, device), Solution()
     for site in sites:
         fused, numbers = SOLVERS[settings.method](shared, site, settings)
         low_rank, kept = _low_rank(fused, settings.max_rank)
@@ -257,10 +281,10 @@ def solve_input(
 
 def _residuals(shared: SharedInput, lora: Mapping[str, LowRank]) -> dict[str, dict[str, tuple[float, float]]]:
     """Site to source to relative residual under the weighted average and after fusion."""
-    fused = {site: _factors(lora[site]) for site in shared.updates}
+    fused = {site: _factors(lora[site], shared.device) for site in shared.updates}
     average = {site: weighted_average(updates, shared.weights) for site, updates in shared.updates.items()}
     found: dict[str, dict[str, tuple[float, float]]] = {site: {} for site in shared.updates}
-    for place, gram in shared.kept():
+    for place, gram in shared.grams():
         name = shared.sources[place].name
         for site, updates in shared.updates.items():
             own = updates[place]
@@ -284,11 +308,11 @@ def sites_of(sources: Sequence[Source]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(site for source in sources for site in source.edlora.lora))
 
 
-def updates_of(sources: Sequence[Source], site: str) -> list[Factors]:
+def updates_of(sources: Sequence[Source], site: str, device: Device = "cpu") -> list[Factors]:
     """Every source's update of a layer, of rank 0 where it leaves the layer alone."""
     present = next(source.edlora.lora[site] for source in sources if site in source.edlora.lora)
     shape = (present.up.shape[0], present.down.shape[1])
-    return [source.factors(site, shape) for source in sources]
+    return [source.factors(site, shape).to(device) for source in sources]
 
 
 Solved = tuple[Factors, dict[str, float]]
@@ -333,12 +357,12 @@ def _low_rank(update: Factors, max_rank: int | None) -> tuple[LowRank, float]:
     update, kept = at_most_full_rank(update), 1.0
     if max_rank is not None and len(update.down) > max_rank:
         update, kept = recompressed(update, max_rank)
-    down, up = update.down.float().contiguous(), update.up.float().contiguous()
+    down, up = update.down.cpu().float().contiguous(), update.up.cpu().float().contiguous()
     return LowRank(down=down, up=up, alpha=float(len(down))), kept
 
 
-def _factors(update: LowRank) -> Factors:
-    return Factors(down=update.scaling * update.down.double(), up=update.up.double())
+def _factors(update: LowRank, device: Device) -> Factors:
+    return Factors(down=update.scaling * update.down.double(), up=update.up.double()).to(device)
 
 
 def _pairs(names: Sequence[str], table: Sequence[Sequence[float]]) -> Overlaps:
@@ -355,6 +379,7 @@ def check_recorded(sources: Sequence[Source], statistics: Statistics, sites: Seq
             lacking.append(f"{source.name} {len(missing)} (first {missing[0]})")
     if lacking:
         raise FusionError(
-            f"Statistics lack inputs of layers that are to be fused: {', '.join(lacking)}. Record them again on a "
-            "model that has all of these layers."
+            f"Statistics lack inputs of layers that are to be fused: {', '.join(lacking)}. Record them again "
+            "with GradientFuser(pipe).record(source, alongside=[...]), all other sources named, on a model that has "
+            "all of these layers."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError, EDLoRANo
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import Factors
-from diffusers_mixofshow.interop.lora_files import read_lora
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class LoRASource:
     """A plain LoRA to fuse: no learnt embeddings, it acts when its trigger words are in the prompt.
 
     Args:
-        source: A safetensors file in the names of diffusers, PEFT or kohya / A1111.
+        source: A safetensors file in the names of diffusers, PEFT or kohya / A1111; or a folder or Hub id with a
+            ``pytorch_lora_weights.safetensors``.
         prompts: Prompts with its trigger words, such as ``photo of sks dog``, to sample while layers are watched.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
@@ -71,11 +73,8 @@ class LoRASource:
 
     @property
     def label(self) -> str:
-        """Its name without blanks."""
-        return "_".join((self.name or Path(self.source).stem).split())
-
-
-EDLoRASource = EDLoRA | FusionSource | LoRASource | str | os.PathLike[str]
+        """Its name without blanks, and without the brackets that mark a concept."""
+        return "_".join(re.split(r"[\s<>]+", self.name or Path(self.source).stem)).strip("_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +84,12 @@ class Source:
     Args:
         edlora: The ED-LoRA, its scale already folded in.
         weight: Its share, relative to the other sources.
-        scale: What every update was multiplied by.
-        prompts: Recording prompts by placeholder.
+        scale: What every update is multiplied by.
+        prompts: Recording prompts by placeholder; of a plain LoRA, by its name.
         origin: Path or Hub id that it was read from; empty of an object.
         home: File on this disk beside which its statistics can be kept.
         statistics: What was recorded of it with its own LoRA.
+        folded: How much of the scale is in the updates already.
     """
 
     edlora: EDLoRA
@@ -99,11 +99,13 @@ class Source:
     origin: str = ""
     home: Path | None = None
     statistics: SourceStatistics | None = None
+    folded: float = 1.0
 
     @property
     def revision(self) -> str:
         """Commit that it was read at; empty if it did not come from the Hub."""
-        path = cached(self.origin, FILE_NAME, revision=None, cache_dir=None) if is_repo_id(self.origin) else None
+        name = FILE_NAME if self.edlora.concepts else PLAIN_NAME
+        path = cached(self.origin, name, revision=None, cache_dir=None) if is_repo_id(self.origin) else None
         return "" if path is None else commit_of(path)
 
     @property
@@ -135,6 +137,9 @@ class Source:
         return []
 
 
+EDLoRASource = EDLoRA | FusionSource | LoRASource | Source | str | os.PathLike[str]
+
+
 def shares(sources: Sequence[Source]) -> list[float]:
     """Weights of the sources as shares that sum to 1."""
     total = sum(source.weight for source in sources)
@@ -143,7 +148,10 @@ def shares(sources: Sequence[Source]) -> list[float]:
 
 def carry(source: Source, folder: Path) -> None:
     """Write a source and its statistics into a folder, from which `found_source` takes them."""
-    path = source.edlora.save_pretrained(folder)
+    if source.edlora.concepts:
+        path = source.edlora.save_pretrained(folder)
+    else:
+        path = write_lora(folder / PLAIN_NAME, source.edlora.lora)
     if source.statistics is not None:
         source.statistics.copy(statistics_path(path))
 
@@ -161,19 +169,21 @@ def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subf
     """
     origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # a path in a file is not followed
     places = [(carrier, subfolder, 1.0, None), (origin, "", entry["scale"], entry.get("revision") or None)]
+    plain = not any(name.startswith("<") for name in entry["concepts"])
     changed = False
     for location, part, scale, revision in places:
-        edlora = _edlora_at(location, part, revision)
+        edlora = _edlora_at(location, part, revision, plain=plain)
         if edlora is not None and _scaled(edlora, scale).digest == entry["digest"]:
-            path = _statistics_at(location, part, revision)
-            concepts = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
+            path = _statistics_at(location, part, revision, beside=PLAIN_NAME if plain else FILE_NAME)
+            statistics = None if path is None else SourceStatistics.load(path)
             return Source(
                 edlora=_scaled(edlora, scale),
                 weight=entry["weight"],
                 scale=entry["scale"],
-                prompts=concepts,
+                folded=entry["scale"],
+                prompts=_found_prompts(entry["concepts"], edlora, statistics),
                 origin=origin,
-                statistics=None if path is None else SourceStatistics.load(path),
+                statistics=statistics,
             )
         changed |= edlora is not None
     fate = "has changed since" if changed else "is not there"
@@ -184,19 +194,52 @@ def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subf
     )
 
 
-def _edlora_at(location: str | os.PathLike[str], subfolder: str, revision: str | None) -> EDLoRA | None:
+def _found_prompts(
+    names: Sequence[str], edlora: EDLoRA, statistics: SourceStatistics | None
+) -> dict[str, tuple[str, ...]]:
+    """Prompts of a source that was found again: those that it was recorded with, where that is known."""
+    recorded = {} if statistics is None else statistics.recording.get("prompts", {})
+    defaults = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
+    return {name: tuple(recorded.get(name, defaults.get(name, ()))) for name in defaults or names}
+
+
+def _edlora_at(
+    location: str | os.PathLike[str], subfolder: str, revision: str | None, *, plain: bool
+) -> EDLoRA | None:
     try:
-        return EDLoRA.from_pretrained(location, subfolder=subfolder or None, revision=revision) if location else None
+        if not location:
+            return None
+        if plain:
+            return _plain(_lora_file(location, subfolder, revision))
+        return EDLoRA.from_pretrained(location, subfolder=subfolder or None, revision=revision)
     except EDLoRANotFoundError:
         return None
 
 
-def _statistics_at(location: str | os.PathLike[str], subfolder: str = "", revision: str | None = None) -> Path | None:
-    """The file of statistics beside an ED-LoRA, if there is one."""
+def _lora_file(location: str | os.PathLike[str], subfolder: str = "", revision: str | None = None) -> Path:
+    """The file of a plain LoRA: the one given, or the one of diffusers' name in a folder or on the Hub."""
     if is_repo_id(location):
-        return _downloaded(str(location), subfolder, revision)
+        return _fetched(str(location), PLAIN_NAME, subfolder, revision)
     path = Path(location, subfolder)
-    path = within(path, statistics_path(Path(FILE_NAME)).name) if path.is_dir() else statistics_path(path)
+    return within(path, PLAIN_NAME) if path.is_dir() else path
+
+
+def _plain(path: Path) -> EDLoRA:
+    return EDLoRA(concepts=(), embeddings={}, lora=read_lora(path), base_model="", layers=())
+
+
+def _statistics_at(
+    location: str | os.PathLike[str], subfolder: str = "", revision: str | None = None, beside: str = FILE_NAME
+) -> Path | None:
+    """The file of statistics beside a LoRA's, if there is one."""
+    name = statistics_path(Path(beside)).name
+    if is_repo_id(location):
+        try:
+            return _fetched(str(location), name, subfolder, revision)
+        except EDLoRANotFoundError:
+            return None
+    path = Path(location, subfolder)
+    path = within(path, name) if path.is_dir() else statistics_path(path)
     return path if path.exists() else None
 
 
@@ -212,7 +255,7 @@ def gather(
     """Read the ED-LoRAs and check that they can be fused with each other and with the model.
 
     Args:
-        given: ED-LoRAs, or what `EDLoRA.from_pretrained` reads.
+        given: ED-LoRAs, or what `EDLoRA.from_pretrained` reads; what was gathered before is not read again.
         components: ``pipeline.components`` of the model; None where there is no model.
         prompts: See `recording_prompts`.
         weights: Share of each, any positive numbers; by default each one's own, 1.
@@ -222,53 +265,56 @@ def gather(
     Raises:
         FusionError: If anything does not fit; lists everything that is wrong.
     """
-    entries = [one if isinstance(one, FusionSource | LoRASource) else FusionSource(one) for one in given]
-    edloras = [_read(entry) for entry in entries]
-    weights = [entry.weight for entry in entries] if weights is None else weights
-    scales = [entry.scale for entry in entries] if scales is None else scales
+    sources = [one if isinstance(one, Source) else _read(one, prompts) for one in given]
+    weights = [source.weight for source in sources] if weights is None else weights
+    scales = [source.scale for source in sources] if scales is None else scales
+    edloras = [source.edlora for source in sources]
     defects = [
         *_number_defects("weights", weights, len(edloras), positive=True),
         *_number_defects("scales", scales, len(edloras), positive=False),
         *mutual_defects(edloras),
-        *_label_defects(entries),
+        *_label_defects(sources),
         *_model_defects(edloras, components),
     ]
     if defects:
         raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(defects))
-    sources = tuple(
-        Source(
-            edlora=_scaled(edlora, scale),
-            weight=weight,
-            scale=scale,
-            prompts=_prompts(entry, edlora, prompts),
-            origin="" if isinstance(entry.source, EDLoRA) else os.fspath(entry.source),
-            home=_home(entry),
-        )
-        for entry, edlora, weight, scale in zip(entries, edloras, weights, scales, strict=True)
-    )
+    gathered = [
+        _settled(source, weight, scale) for source, weight, scale in zip(sources, weights, scales, strict=True)
+    ]
     if not with_statistics:
-        return sources
+        return tuple(gathered)
     return tuple(
-        replace(source, statistics=_statistics(source, entry)) for source, entry in zip(sources, entries, strict=True)
+        replace(source, statistics=_statistics(source, entry)) for source, entry in zip(gathered, given, strict=True)
     )
 
 
-def _prompts(
-    entry: FusionSource | LoRASource, edlora: EDLoRA, prompts: PromptSet | None
-) -> dict[str, tuple[str, ...]]:
+def _read(given: EDLoRA | FusionSource | LoRASource | str | os.PathLike[str], prompts: PromptSet | None) -> Source:
+    """A source as it was given, its scale noted but not folded in yet."""
+    entry = given if isinstance(given, FusionSource | LoRASource) else FusionSource(given)
     if isinstance(entry, LoRASource):
-        return {entry.label: tuple(entry.prompts)}
-    return {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
+        edlora, named = _plain(_lora_file(entry.source)), {entry.label: tuple(entry.prompts)}
+    else:
+        edlora = entry.source if isinstance(entry.source, EDLoRA) else EDLoRA.from_pretrained(entry.source)
+        named = {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
+    return Source(
+        edlora=edlora,
+        weight=entry.weight,
+        scale=entry.scale,
+        folded=1.0,
+        prompts=named,
+        origin="" if isinstance(entry.source, EDLoRA) else os.fspath(entry.source),
+        home=_home(entry),
+    )
 
 
-def _read(entry: FusionSource | LoRASource) -> EDLoRA:
-    if isinstance(entry, LoRASource):
-        return EDLoRA(concepts=(), embeddings={}, lora=read_lora(Path(entry.source)), base_model="", layers=())
-    return entry.source if isinstance(entry.source, EDLoRA) else EDLoRA.from_pretrained(entry.source)
+def _settled(source: Source, weight: float, scale: float) -> Source:
+    """A source with its scale folded into its updates."""
+    edlora = source.edlora if scale == source.folded else _scaled(source.edlora, scale / source.folded)
+    return replace(source, edlora=edlora, weight=weight, scale=scale, folded=scale)
 
 
-def _label_defects(entries: Sequence[FusionSource | LoRASource]) -> list[str]:
-    labels = [entry.label for entry in entries if isinstance(entry, LoRASource)]
+def _label_defects(sources: Sequence[Source]) -> list[str]:
+    labels = [source.name for source in sources if not source.edlora.concepts]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     return [f"LoRAs named alike: {', '.join(twice)}; give each a name of its own"] if twice else []
 
@@ -277,36 +323,38 @@ def _home(entry: FusionSource | LoRASource) -> Path | None:
     """The LoRA's file on this disk; None of an object, and of what lies in the Hub's cache."""
     if isinstance(entry.source, EDLoRA) or is_repo_id(entry.source):
         return None
+    if isinstance(entry, LoRASource):
+        return _lora_file(entry.source)
     path = Path(entry.source)
     return path / FILE_NAME if path.is_dir() else path
 
 
-def _statistics(source: Source, entry: FusionSource | LoRASource) -> SourceStatistics | None:
+def _statistics(source: Source, given: EDLoRASource) -> SourceStatistics | None:
     """Statistics that were given with a source, or lie beside it; those given on purpose must fit it."""
-    if entry.statistics is not None:
-        given = entry.statistics
-        statistics = given if isinstance(given, SourceStatistics) else SourceStatistics.load(given)
+    if isinstance(given, FusionSource | LoRASource) and given.statistics is not None:
+        own = given.statistics
+        statistics = own if isinstance(own, SourceStatistics) else SourceStatistics.load(own)
         if misfits := source.misfits(statistics):
             raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(misfits))
         return statistics
-    path = _statistics_at(source.origin) if source.origin else None
+    if source.statistics is not None:
+        return source.statistics
+    beside = FILE_NAME if source.edlora.concepts else PLAIN_NAME
+    path = _statistics_at(source.origin, beside=beside) if source.origin else None
     return None if path is None else SourceStatistics.load(path)
 
 
-def _downloaded(repo_id: str, subfolder: str, revision: str | None) -> Path | None:
-    """The statistics of a repository on the Hub, if it has any."""
-    try:
-        return download(
-            repo_id,
-            statistics_path(Path(FILE_NAME)).name,
-            revision=revision,
-            subfolder=subfolder or None,
-            token=None,
-            cache_dir=None,
-            local_files_only=False,
-        )
-    except EDLoRANotFoundError:
-        return None
+def _fetched(repo_id: str, name: str, subfolder: str, revision: str | None) -> Path:
+    """A file of a repository on the Hub."""
+    return download(
+        repo_id,
+        name,
+        revision=revision,
+        subfolder=subfolder or None,
+        token=None,
+        cache_dir=None,
+        local_files_only=False,
+    )
 
 
 def _scaled(edlora: EDLoRA, scale: float) -> EDLoRA:

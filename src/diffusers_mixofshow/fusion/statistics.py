@@ -59,8 +59,8 @@ class GramStatistics(Protocol):
     def gram(self, name: str, part: Part | None = None) -> torch.Tensor:
         """Gram matrix per token, (in_features, in_features), float64, on the CPU; of one part or of all."""
 
-    def factor(self, name: str) -> GramFactor | None:
-        """The Gram matrix of all parts as a low-rank factor, where it is kept as one."""
+    def factor(self, name: str, part: Part | None = None) -> GramFactor | None:
+        """The Gram matrix of one part or of all as a low-rank factor, where it is kept as one."""
 
 
 class ConceptStatistics:
@@ -82,15 +82,17 @@ class ConceptStatistics:
             features: Any number of tokens, shape (..., in_features).
             part: What they are for, see `Part`.
         """
-        rows = features.detach().flatten(end_dim=-2)  # (tokens, in_features)
-        rows = rows.to(torch.float64 if rows.device.type == "cpu" else torch.float32)
-        product = rows.T @ rows  # (in_features, in_features)
+        product = _product(features.detach().flatten(end_dim=-2))  # (in_features, in_features)
         if (name, part) not in self._sums:
-            dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+            dtype = torch.float32 if product.device.type == "mps" else torch.float64
             self._sums[name, part] = torch.zeros(product.shape, dtype=dtype, device=product.device)
             self._tokens[name, part] = 0
         self._sums[name, part] += product
-        self._tokens[name, part] += len(rows)
+        self._tokens[name, part] += features[..., 0].numel()
+
+    def offload(self) -> None:
+        """Move what was gathered to the CPU, so that a GPU holds no more than one concept's sums at a time."""
+        self._sums = {key: gram.cpu() for key, gram in self._sums.items()}
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -122,13 +124,32 @@ class ConceptStatistics:
         total = sum(self._sums[name, one].cpu().double() for one in wanted)
         return torch.as_tensor(total) / self.tokens(name, part)
 
-    def factor(self, name: str) -> None:
+    def factor(self, name: str, part: Part | None = None) -> None:
         """None: what is gathered is the matrix itself."""
 
 
-def summed_factor(statistics: Sequence[GramStatistics], name: str) -> GramFactor | None:
-    """Factor of `summed_gram`, of all parts; None unless every concept keeps one."""
-    factors = [factor for one in statistics if (factor := one.factor(name)) is not None]
+def _product(rows: torch.Tensor) -> torch.Tensor:
+    """X X^T of rows (tokens, in_features): in float64 on a CPU, else in true float32, whatever the user turned on.
+
+    TensorFloat-32 keeps ten bits, and autocast would multiply in half precision.
+    """
+    device = rows.device.type
+    if device == "cpu":
+        rows = rows.double()
+        return rows.T @ rows
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device, enabled=False):
+            rows = rows.float()
+            return rows.T @ rows
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def summed_factor(statistics: Sequence[GramStatistics], name: str, part: Part | None = None) -> GramFactor | None:
+    """Factor of `summed_gram`; None unless every concept keeps one."""
+    factors = [factor for one in statistics if (factor := one.factor(name, part)) is not None]
     return GramFactor.summed(factors, [1.0] * len(factors)) if len(factors) == len(statistics) else None
 
 

@@ -42,13 +42,13 @@ class Team:
         return {place: item for place, item in enumerate(items) if place % self.size == self.rank}
 
     def summed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over all processes, the same everywhere, of any shape; on the CPU."""
+        """Sum of a tensor over all processes, the same everywhere, of any shape; on the tensor's device."""
         if self.size == 1:
             return tensor
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         moved = tensor.detach().clone().to(device)
         distributed.all_reduce(moved)
-        return moved.cpu()
+        return moved.to(tensor.device)
 
     def joined(self, found: Mapping[Name, Item]) -> dict[Name, Item]:
         """Entries of all processes in one mapping; every process waits here for all others."""

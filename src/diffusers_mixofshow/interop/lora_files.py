@@ -18,7 +18,8 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import content_defects, listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.edlora.reading import opened_tensors
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 from diffusers_mixofshow.interop.architectures import recognised
 from diffusers_mixofshow.interop.names import Spelling, half_of, kohya_name, site_of, spelling_of
 from diffusers_mixofshow.interop.tensors import PICKLES, in_working_dtype, load_safetensors
@@ -134,6 +135,15 @@ def content_of(
     spellings = Counter(spelling_of(name) for name in tensors if half_of(name))
     spelling = spellings.most_common(1)[0][0] if spellings else Spelling.DIFFUSERS
     return LoRAContent(lora=lora, spelling=spelling, bundled=bundled, metadata=metadata, defects=tuple(defects))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata in the header of a safetensors file; empty of any other file."""
+    try:
+        with opened_tensors(path) as opened:
+            return dict(opened.metadata() or {})
+    except (EDLoRAFormatError, EDLoRANotFoundError):
+        return {}
 
 
 def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:

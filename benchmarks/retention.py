@@ -1,0 +1,407 @@
+"""How much identity every fusion method keeps on Toyland, for 8, 14 and 30 concepts, and what it does to the base.
+
+    python benchmarks/retention.py --work DIR                # all methods; goes on where it stopped when restarted
+    python benchmarks/retention.py --work DIR --counts 2 --methods closed-form average --pictures 2
+
+The first eight concepts are the critters of `benchmarks/toyland.py`, one class on purpose; then come Toyland's other
+things, then random instances. Identity, text-alignment and the neighbours in the photos are measured with prompts that
+fusion never recorded; drift compares pictures of concept-free prompts of the base and of the fused model at equal
+seeds. Everything that is finished lies in the work folder and is not done again. Writes one record.
+
+A method may carry settings: ``closed-form:ridge=0.1``, ``closed-form:prior=0.1``, ``closed-form:sequential=false``,
+``closed-form:dtype=float32``, ``closed-form:sequential=false,statistics_bytes=200000``; and of the recording, so
+that it can be found how little of it is enough: ``closed-form:prompts=3``, ``closed-form:steps=5``,
+``closed-form:seeds=[0,1]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
+from diffusers_mixofshow.demo.tuning import tune_all
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.evaluation import metrics, record
+from diffusers_mixofshow.evaluation.identity import Identity, Subject, mean_identity, measure_identity, retention
+from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
+from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
+from diffusers_mixofshow.fusion import GradientFuser
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
+from diffusers_mixofshow.toyland.instances import random_instances
+
+
+FIRST = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "nono", "vivi")
+METHODS = (
+    "closed-form",
+    "closed-form:ridge=auto",
+    "closed-form:ridge=0.001",
+    "closed-form:ridge=0.1",
+    "closed-form:prior=0.1",
+    "closed-form:sequential=false",
+    "closed-form:sequential=false,statistics_bytes=80000",
+    "closed-form:dtype=float32",
+    "lbfgs",
+    "average",
+    "sum",
+    "ties",
+    "dare",
+    "svd",
+)
+"""Every solver, and the closed form with other ridges, a prior, each concept's own model, statistics cut down to 7 %
+of their size (what 10 MB are of SD 1.5's) and a file in float32 instead of float16."""
+
+COUNTS = (8, 14, 30)
+PRIOR_PROMPTS = (
+    "",
+    "a red vase in a meadow",
+    "a brown dog on a beach",
+    "a green chair in a room",
+    "a grey cat at night",
+    "a blue table in the desert",
+)
+"""What the prior keeps: none of them is measured."""
+
+CONCEPT_FREE_PROMPTS = (
+    "a photo of a critter in the meadow",
+    "there is a pink critter at the beach",
+    "a picture of a dog in snow",
+    "a white cat, in the room",
+    "a photo of a yellow vase in the night",
+    "a brown chair in the desert",
+    "there is a green table in the meadow",
+    "a blue critter on the left and a red vase on the right in the snow",
+)
+"""Prompts without concepts, for drift; class words and things that no concept is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is measured."""
+
+    pictures: int
+    drift_pictures: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    tuning: Mapping[str, Any]
+
+
+class Kept:
+    """Results that outlive an interruption: JSON files under the hash of all that they depend on."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        weights = sorted(toyland.path().rglob("*.safetensors"))
+        digest = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode())
+        for file in weights:
+            digest.update(file.read_bytes())
+        self.folder = folder / f"kept-{digest.hexdigest()[:12]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def result(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What is kept under a name, computed where it is not."""
+        path = self.folder / f"{name.replace('/', '-').replace(':', '@')}.json"
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(compute()), encoding="utf-8")
+            temporary.rename(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass
+class Study:
+    """Everything that the measurements share."""
+
+    plan: Plan
+    kept: Kept
+    work: Path
+    pipe: Any
+    judge: ToylandJudge
+    concepts: list[ToyConcept]
+    subjects: list[Subject]
+    packs: dict[str, Path]
+    console: Console
+
+    def sampling(self, first_seed: int) -> Sampling:
+        """The same seeds for every method."""
+        return Sampling(
+            steps=self.plan.steps,
+            guidance_scale=self.plan.guidance_scale,
+            batch_size=8,
+            first_seed=first_seed + 100_000 * self.plan.seed,
+        )
+
+
+def chosen_concepts(count: int, seed: int) -> list[ToyConcept]:
+    """The first concepts of the study; fewer are the first of more."""
+    things = [concept for concept in CONCEPTS.values() if concept.kind != "scene"]
+    known = [CONCEPTS[name] for name in FIRST] + [concept for concept in things if concept.name not in FIRST]
+    return [*known, *random_instances(max(0, count - len(known)), seed)][:count]
+
+
+def tuned(concepts: Sequence[ToyConcept], plan: Plan, work: Path, console: Console) -> dict[str, Path]:
+    """Tune every concept that is not tuned yet."""
+    settings = DemoSettings(folder=work, seed=plan.seed, tuning=plan.tuning)
+    described = [
+        DemoConcept(
+            name=concept.name,
+            kind=concept.kind,
+            class_word=concept.class_word,
+            folder=toyland.write_photos(concept, work / "photos" / concept.name, seed=plan.seed),
+        )
+        for concept in concepts
+    ]
+
+    def on_step(name: str, step: int, total: int, loss: float) -> None:
+        if step == total:
+            console.print(f"  tuned {name}")
+
+    return tune_all(described, settings, on_step)
+
+
+def parsed(method: str) -> tuple[str, dict[str, Any]]:
+    """``closed-form:ridge=0.1,prior=0.1`` as a method and settings of `GradientFuser`."""
+    name, _, rest = method.partition(":")
+    settings: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[]*\])", rest) if rest else ():
+        key, _, value = part.partition("=")
+        settings[key] = getattr(torch, value) if key == "dtype" else _value(value)
+    return name, settings
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def fused(study: Study, method: str, count: int) -> EDLoRA:
+    """The pack of the first concepts under a method, read from its file, as users have it."""
+    folder = study.kept.folder / "packs" / f"{count}-{method.replace(':', '@')}"
+    if not (folder / "edlora.safetensors").exists():
+        name, settings = parsed(method)
+        recording: dict[str, Any] = {
+            "steps": study.plan.steps,
+            "guidance_scale": study.plan.guidance_scale,
+            "batch_size": 8,
+            "prior_prompts": PRIOR_PROMPTS,
+            "statistics": study.work / f"statistics-{settings.get('statistics_bytes')}",
+            "statistics_bytes": None,
+        }
+        prompts = RECORDING_PROMPTS[: settings.pop("prompts", None)]
+        fuser = GradientFuser(study.pipe, prompts=prompts, **recording | settings)
+        start = time.perf_counter()
+        sources = [str(study.packs[concept.name]) for concept in study.concepts[:count]]
+        fuser.fuse(sources, method=name).save_pretrained(folder)  # type: ignore[arg-type]
+        study.console.print(f"  fused {count} by {method} in {time.perf_counter() - start:.0f} s")
+    return EDLoRA.from_pretrained(folder)
+
+
+def pictures_of(study: Study, subject: str) -> list[Image.Image]:
+    prompts = fill_templates(HELD_OUT_PROMPTS, subject, study.plan.pictures)
+    return sample_pictures(study.pipe, prompts, study.sampling(10_000))
+
+
+def measured(study: Study, concept: ToyConcept, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """Identity of one concept in pictures, and their text-alignment."""
+    subject = next(one for one in study.subjects if one.name == concept.name)
+    identity = measure_identity(pictures, subject, study.subjects, study.judge)
+    texts = study.judge.text_features(fill_templates(HELD_OUT_PROMPTS, concept.class_word, len(pictures)))
+    alignment = metrics.clip_score(texts, study.judge.features(pictures))
+    return {"identity": asdict(identity), "text_alignment": alignment}
+
+
+def measured_pack(study: Study, pack: EDLoRA | Path, concepts: Sequence[ToyConcept]) -> dict[str, Any]:
+    """Every concept of a pack."""
+    study.pipe.load_edlora(pack)
+    try:
+        return {one.name: measured(study, one, pictures_of(study, f"<{one.name}>")) for one in concepts}
+    finally:
+        study.pipe.unload_edlora()
+
+
+def concept_free(study: Study, pack: EDLoRA | None) -> list[Image.Image]:
+    if pack is not None:
+        study.pipe.load_edlora(pack)
+    try:
+        count = study.plan.drift_pictures
+        prompts = [CONCEPT_FREE_PROMPTS[index % len(CONCEPT_FREE_PROMPTS)] for index in range(count)]
+        return sample_pictures(study.pipe, prompts, study.sampling(70_000))
+    finally:
+        study.pipe.unload_edlora()
+
+
+def drift(study: Study, base: Sequence[Image.Image], pack: EDLoRA) -> dict[str, float]:
+    """Distance of the base's and a pack's pictures of the same prompts and seeds."""
+    other = concept_free(study, pack)
+    cosines = metrics.cosine_matrix(study.judge.features(base), study.judge.features(other)).diagonal()
+    pixels = [pixels_apart(one, two) for one, two in zip(base, other, strict=True)]
+    return {"features": float((1 - cosines).mean()), "pixels": sum(pixels) / len(pixels)}
+
+
+def pixels_apart(one: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference of two pictures of one size, 0 to 1."""
+    left, right = (
+        torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8) for image in (one, other)
+    )
+    return float((left.float() - right.float()).abs().mean() / 255)
+
+
+def summary(
+    rows: Mapping[str, Mapping[str, Any]], single: Mapping[str, Any], floor: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Means over concepts of one method, and what it keeps of what tuning gained."""
+    means = [mean_identity([Identity(**table[name]["identity"]) for name in rows]) for table in (rows, single, floor)]
+    return {
+        "identity": means[0].as_record(),
+        "single": means[1].as_record(),
+        "class_word": means[2].as_record(),
+        "retention": retention(*means),
+        "text_alignment": round(sum(row["text_alignment"] for row in rows.values()) / len(rows), 4),
+    }
+
+
+def study_method(
+    study: Study, method: str, count: int, base: list[Image.Image], tables: dict[str, Any]
+) -> dict[str, Any]:
+    """One method on the first concepts."""
+    pack: list[EDLoRA] = []
+
+    def the_pack() -> EDLoRA:
+        pack[:] = pack or [fused(study, method, count)]
+        return pack[0]
+
+    concepts = study.concepts[:count]
+    rows = study.kept.result(f"{count}-{method}-alone", lambda: measured_pack(study, the_pack(), concepts))
+    away = study.kept.result(f"{count}-{method}-drift", lambda: drift(study, base, the_pack()))
+    result = summary(rows, tables["single"], tables["class_word"]) | {
+        "drift": {name: round(value, 4) for name, value in away.items()},
+        "of_each": {name: row["identity"] for name, row in rows.items()},
+    }
+    study.console.print(f"  {count} {method}: {result['retention']} drift {result['drift']}")
+    return result
+
+
+def measured_floor(study: Study) -> dict[str, Any]:
+    """Every concept under its class word on the base."""
+    words = dict.fromkeys(concept.class_word for concept in study.concepts)
+    pictures = {word: pictures_of(study, word) for word in words}
+    return {concept.name: measured(study, concept, pictures[concept.class_word]) for concept in study.concepts}
+
+
+def run(study: Study, methods: Sequence[str], counts: Sequence[int]) -> dict[str, Any]:
+    """All methods on all numbers of concepts."""
+    single: dict[str, Any] = {}
+    for concept in study.concepts:
+        pack = study.packs[concept.name]
+        single |= study.kept.result(f"single-{concept.name}", lambda: measured_pack(study, pack, [concept]))  # noqa: B023
+    names = hashlib.sha256(" ".join(concept.name for concept in study.concepts).encode()).hexdigest()[:8]
+    tables = {"single": single, "class_word": study.kept.result(f"class-{names}", lambda: measured_floor(study))}
+    base = concept_free(study, None)
+    return {
+        str(count): {method: study_method(study, method, count, base, tables) for method in methods}
+        for count in sorted(counts)
+    }
+
+
+def shown(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    table = Table("concepts", "method", "looks kept", "alignment kept", "nearest", "text", "drift")
+    for count, methods in results.items():
+        for method, row in methods.items():
+            kept, away = row["retention"], row["drift"]
+            values = (
+                kept["attributes"],
+                kept["alignment"],
+                row["identity"]["nearest"],
+                row["text_alignment"],
+                away["features"],
+            )
+            table.add_row(count, method, *("-" if value is None else f"{value:.2f}" for value in values))
+    console.print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for concepts, packs and finished results")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of concepts to fuse")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD[:SETTING=VALUE,...]")
+    parser.add_argument("--pictures", type=int, default=12, help="of every concept and method")
+    parser.add_argument("--drift-pictures", type=int, default=32, help="without concepts, of every method")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tuning", default="{}", help="JSON of training settings to replace, for quick trials")
+    parser.add_argument("--record", type=Path, help="where to write the record")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options, console = parse_arguments(), Console()
+    plan = Plan(
+        pictures=options.pictures,
+        drift_pictures=options.drift_pictures,
+        steps=options.steps,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        tuning=json.loads(options.tuning),
+    )
+    concepts = chosen_concepts(max(options.counts), plan.seed)
+    judge, start = ToylandJudge.load(), time.monotonic()
+    study = Study(
+        plan=plan,
+        kept=Kept(options.work, plan),
+        work=options.work,
+        pipe=toyland.load_pipeline(pipeline_class=MixOfShowPipeline),
+        judge=judge,
+        concepts=concepts,
+        subjects=[subject_of(concept, judge) for concept in concepts],
+        packs=tuned(concepts, plan, options.work, console),
+        console=console,
+    )
+    results = run(study, options.methods, options.counts)
+    shown(results, console)
+    content = {
+        "run_info": {
+            **record.run_info(Path(__file__).parent),
+            "threads": torch.get_num_threads(),
+            "seconds_of_last_run": round(time.monotonic() - start, 1),
+        },
+        "plan": asdict(plan)
+        | {
+            "concepts": [concept.name for concept in concepts],
+            "recorded": RECORDING_PROMPTS,
+            "held_out": HELD_OUT_PROMPTS,
+            "concept_free": CONCEPT_FREE_PROMPTS,
+        },
+        "results": results,
+    }
+    path = options.record or Path(__file__).parent / "records" / "retention.json"
+    console.print(f"Record: {record.write(path, content)}")
+
+
+def subject_of(concept: ToyConcept, judge: ToylandJudge) -> Subject:
+    return Subject(
+        name=concept.name,
+        photos=judge.features([photo.image for photo in toyland.photos(concept)]),
+        attributes=hidden_attributes(concept),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What `mixofshow fuse` is given: ED-LoRAs, plain LoRAs with trigger prompts, or a TOML file that lists them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.fusion import FusionSource, LoRASource
+
+_TABLE = "source"
+_KINDS = {
+    "path": (str,),
+    "prompts": (list,),
+    "weight": (int, float),
+    "scale": (int, float),
+    "name": (str,),
+    "statistics": (str,),
+}
+
+
+def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSource | LoRASource]:
+    """Make sources of what stands on the command line.
+
+    Args:
+        given: Hub ids, folders and files of ED-LoRAs; safetensors files of plain LoRAs; TOML files of sources.
+        prompts: Trigger prompts of each plain LoRA among them, in their order, separated by ``|``.
+
+    Raises:
+        ConfigurationError: If a plain LoRA has no prompts, there are more prompts than plain LoRAs, or a TOML file
+            cannot be read.
+    """
+    from diffusers_mixofshow.fusion import FusionSource, LoRASource
+
+    plain = [path for path in given if _is_plain(path)]
+    if len(plain) != len(prompts):
+        raise ConfigurationError(
+            f"Got --prompts {len(prompts)} times for {len(plain)} plain LoRAs ({', '.join(plain) or 'none'}). Give it "
+            "once for each in their order, as in --prompts 'photo of sks dog | sks dog on the beach'."
+        )
+    asked = iter(prompts)
+    sources: list[FusionSource | LoRASource] = []
+    for path in given:
+        if path.endswith(".toml"):
+            sources += _from_toml(Path(path))
+        elif path in plain:
+            sources.append(LoRASource(path, [one.strip() for one in next(asked).split("|") if one.strip()]))
+        else:
+            sources.append(FusionSource(path))
+    return sources
+
+
+def _is_plain(path: str) -> bool:
+    """Whether it is a LoRA without learnt embeddings: a safetensors file, or a folder with one of diffusers' name."""
+    from diffusers_mixofshow.edlora.file import FILE_NAME
+    from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_metadata
+
+    place = Path(path)
+    if place.is_dir():
+        return (place / PLAIN_NAME).exists() and not (place / FILE_NAME).exists()
+    return place.suffix == ".safetensors" and place.exists() and "edlora" not in read_metadata(place)
+
+
+def _from_toml(path: Path) -> list[FusionSource | LoRASource]:
+    """Sources of a TOML file: one table ``[[source]]`` each; relative paths count from the file."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read as TOML: {error}.") from error
+    tables = content.get(_TABLE)
+    if set(content) != {_TABLE} or not isinstance(tables, list):
+        raise ConfigurationError(
+            f"{path}: expected tables [[{_TABLE}]] and nothing else, got {', '.join(content) or 'nothing'}."
+        )
+    defects = [f"{_TABLE} {number}: {defect}" for number, table in enumerate(tables, 1) for defect in _defects(table)]
+    if defects:
+        raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
+    return [_source(table, path.parent) for table in tables]
+
+
+def _defects(table: dict[str, Any]) -> list[str]:
+    """What is wrong with one table."""
+    defects = [f"unknown key {key!r}, expected {', '.join(_KINDS)}" for key in table if key not in _KINDS]
+    defects += [
+        f"{key} must be {' or '.join(kind.__name__ for kind in kinds)}, got {table[key]!r}"
+        for key, kinds in _KINDS.items()
+        if key in table and (not isinstance(table[key], kinds) or isinstance(table[key], bool))
+    ]
+    if not all(isinstance(prompt, str) for prompt in table.get("prompts", [])):
+        defects.append("prompts must be strings")
+    if "path" not in table:
+        defects.append("path is missing")
+    if "name" in table and "prompts" not in table:
+        defects.append("name is for plain LoRAs, which need prompts")
+    return defects
+
+
+def _source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
+    from diffusers_mixofshow.fusion import FusionSource, LoRASource
+
+    values = dict(table)
+    values["source"] = _placed(values.pop("path"), folder)
+    if "prompts" not in values and _is_plain(values["source"]):
+        raise ConfigurationError(
+            f"{values['source']} is a plain LoRA: add prompts = ['...'] with its trigger words to its table."
+        )
+    if "statistics" in values:
+        values["statistics"] = folder / values["statistics"]
+    return LoRASource(**values) if "prompts" in values else FusionSource(**values)
+
+
+def _placed(path: str, folder: Path) -> str:
+    """A path counted from a folder if something lies there; else as it is, a Hub id or an absolute path."""
+    return str(folder / path) if (folder / path).exists() else path

@@ -1,0 +1,73 @@
+"""What a fusion in stages keeps until it is done."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import packs
+import tiny
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.shelf import StageShelf
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics
+
+
+@pytest.fixture(scope="module")
+def source() -> EDLoRA:
+    return packs.random_pack(tiny.components(), "rex", ranks=(1,))
+
+
+class _Recorder:
+    """Gathers statistics and counts how often."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.calls, self.value = 0, value
+
+    def __call__(self) -> dict[str, ConceptStatistics]:
+        self.calls += 1
+        statistics = ConceptStatistics()
+        statistics.add("layer", torch.full((3, 4), self.value))
+        return {"<rex>": statistics}
+
+
+def test_what_lies_there_is_taken_and_clearing_removes_it(tmp_path: Path, source: EDLoRA) -> None:
+    record = _Recorder()
+    for _ in range(2):
+        with StageShelf({"ridge": 0.1}) as shelf:
+            found = shelf.taken_or_put(tmp_path / "new", source, {"steps": 1}, record)
+            assert torch.equal(found.concepts["<rex>"].gram("layer"), torch.ones(4, 4).double())
+    assert record.calls == 1
+    with StageShelf({"ridge": 0.2}) as other:
+        other.taken_or_put(tmp_path / "new", source, {"steps": 1}, record)
+        other.clear()
+    assert record.calls == 2
+    assert len(list((tmp_path / "new").iterdir())) == 1  # that of the other fusion
+
+
+def test_a_damaged_file_is_recorded_again(tmp_path: Path, source: EDLoRA) -> None:
+    record = _Recorder()
+    with StageShelf({}) as shelf:
+        shelf.taken_or_put(tmp_path, source, {}, record)
+        (file,) = tmp_path.iterdir()
+        file.write_bytes(file.read_bytes()[:-9])
+        shelf.taken_or_put(tmp_path, source, {}, record)
+    assert record.calls == 2
+
+
+def test_without_a_folder_nothing_outlives_it(source: EDLoRA) -> None:
+    with StageShelf({}) as shelf:
+        found = shelf.taken_or_put(None, source, {}, _Recorder())
+        assert found.file is not None
+        assert found.file.exists()
+    assert not found.file.exists()
+
+
+def test_nothing_half_written_is_left(tmp_path: Path, source: EDLoRA) -> None:
+    with StageShelf({}) as shelf:
+        with pytest.raises(FusionError, match="hold NaN or Inf"):
+            shelf.taken_or_put(tmp_path, source, {}, _Recorder(float("nan")))
+        (tmp_path / "file").write_text("no folder")
+        with pytest.raises(FusionError, match="cannot be written"):
+            shelf.taken_or_put(tmp_path / "file", source, {}, _Recorder())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
