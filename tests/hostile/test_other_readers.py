@@ -174,6 +174,16 @@ def test_a_layout_that_is_no_json(tmp_path, text):
         Layout.load(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize("key", ["box", "weight", "feather", "order", "guidance_scale", "start"])
+def test_a_layout_with_numbers_beyond_all_floats(tmp_path, key):
+    number = 10**400
+    region = {"prompt": "a", "box": [0, 0, 1, 1]} | {key: [0, 0, number, 1] if key == "box" else number}
+    content = {"format": "mixofshow-layout", "version": 1, "regions": [region]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(RegionError, match=f"its {key} "):
+        Layout.load(tmp_path / "x.json")
+
+
 def test_a_layout_that_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(RegionError, match="cannot be read"):

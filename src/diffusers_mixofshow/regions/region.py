@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,8 @@ def _setting_defects(region: Region) -> list[str]:
     defects = []
     for name, (low, high) in ranges.items():
         value = getattr(region, name)
-        if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+        finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max  # whole numbers may be larger
+        if not finite or not low <= value <= high:
             expected = f"a number from {low} to {high}" if high <= 1 else f"a finite number{' >= 0' * (low == 0)}"
             defects.append(f"its {name} is {value!r}; expected {expected}")
     if region.weight == 0:
@@ -118,7 +120,7 @@ def _box_defects(box: Sequence[float]) -> list[str]:
     expected = "expected (left, top, right, bottom) as fractions of the picture"
     try:
         values = [float(edge) for edge in box]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return [f"its box is {box!r}; {expected}"]
     if len(values) != 4:
         return [f"its box has {len(values)} values; {expected}"]
