@@ -110,23 +110,29 @@ def test_a_pack_with_plain_loras_can_be_changed_after_reading_it(
 ) -> None:
     sources: list[LoRASource | FusionSource] = [
         LoRASource(_write(pipe, tmp_path / f"{seed}.safetensors", seed), [f"sks {name}"], scale=scale, name=name)
-        for seed, (name, scale) in enumerate({"one": 1.0, "../two": 0.5}.items())
+        for seed, (name, scale) in enumerate({"one": 1.0, "my+two": 0.5}.items())
     ]
     if with_concept:
         sources.append(FusionSource(packs.random_pack(pipe.components, "one", ranks=(2,))))
     own = _fuser(pipe, sequential=False, statistics=tmp_path / "kept")
     pack = own.fuse(sources)
     pack.save_pretrained(tmp_path / "out", sources=True)
-    assert {path.name for path in (tmp_path / "out" / "sources").iterdir()} >= {"lora-one", "lora-.._two"}
+    assert {path.name for path in (tmp_path / "out" / "sources").iterdir()} >= {"lora-one", "lora-my+two"}
     again = FusedPack.from_pretrained(tmp_path / "out")
     assert [one.prompts for one in again.sources] == [one.prompts for one in pack.sources]
     _same(again.remove("one"), pack.remove("one"))
-    _same(again.reweight({"../two": 3}), pack.reweight({"../two": 3}))
+    _same(again.reweight({"my+two": 3}), pack.reweight({"my+two": 3}))
     third = FusionSource(packs.random_pack(pipe.components, "kit", ranks=(2,)))
     with pytest.raises(FusionError, match=r"Statistics lack inputs.*alongside"):
         pack.add(replace(third, statistics=own.record(third)))
     added = own.record(third, alongside=[pack])
     _same(again.add(replace(third, statistics=added)), pack.add(replace(third, statistics=added)))
+
+
+def test_a_plain_lora_cannot_be_called_like_a_path(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    source = LoRASource(_write(pipe, tmp_path / "one.safetensors", 1), ["sks"], name="../one")
+    with pytest.raises(FusionError, match="no names of folders"):
+        GradientFuser(pipe).fuse([source], method="sum")
 
 
 def test_a_plain_pack_goes_to_the_hub_and_comes_from_there(

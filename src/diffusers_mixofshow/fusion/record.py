@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from diffusers_mixofshow.errors import ConfigurationError, FusionError
 from diffusers_mixofshow.fusion.solving import Settings
-
-
-# Names become those of folders: of a concept, or a plain LoRA's label, in which spaces and the like are replaced.
-_NAME = re.compile(r"<\w[\w.-]{0,99}>|\w[\w. ,;()+&'-]{0,99}")
+from diffusers_mixofshow.fusion.sources import NAME
 
 
 def recorded(record: Mapping[str, Any]) -> tuple[Settings, list[Mapping[str, Any]]]:
@@ -45,7 +41,7 @@ def _is_source(entry: object) -> bool:
     return (
         isinstance(names, list)
         and bool(names)
-        and all(isinstance(name, str) and _NAME.fullmatch(name) for name in names)
+        and all(isinstance(name, str) and NAME.fullmatch(name) for name in names)
         and all(isinstance(entry.get(key), str) for key in ("origin", "digest"))
         and isinstance(entry.get("revision", ""), str)
         and _is_finite(weight)

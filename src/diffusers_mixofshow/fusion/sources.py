@@ -25,6 +25,10 @@ from diffusers_mixofshow.fusion.solvers import Factors
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
 
 
+NAME = re.compile(r"<\w[\w.-]{0,99}>|\w[\w.,;()+&'-]{0,99}")
+"""What a source may be called: a concept's placeholder, or a plain LoRA's label. Folders are named after it."""
+
+
 @dataclass(frozen=True)
 class FusionSource:
     """An ED-LoRA to fuse, with settings of its own.
@@ -315,8 +319,12 @@ def _settled(source: Source, weight: float, scale: float) -> Source:
 
 def _label_defects(sources: Sequence[Source]) -> list[str]:
     labels = [source.name for source in sources if not source.edlora.concepts]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    return [f"LoRAs named alike: {', '.join(twice)}; give each a name of its own"] if twice else []
+    defects = []
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        defects.append(f"LoRAs named alike: {', '.join(twice)}; give each a name of its own")
+    if odd := [label for label in labels if label and not NAME.fullmatch(label)]:
+        defects.append(f"LoRAs whose names are no names of folders: {', '.join(map(repr, odd))}; give name='...'")
+    return defects
 
 
 def _home(entry: FusionSource | LoRASource) -> Path | None:
