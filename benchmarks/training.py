@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p-plus": {"method": "p-plus"},
     "lora": {"method": "lora"},
     # Whole matrices need smaller steps than the factors of a LoRA.
-    "custom-diffusion": {"method": "custom-diffusion", "learning_rate": 3e-4},
+    "custom-diffusion": {"method": "custom-diffusion", "text_kv_lr": 1.5e-3},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without noise offset": {"noise_offset": 0.0},
