@@ -25,10 +25,16 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning
+from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning, Region
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region
-from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS, TOGETHER_PLACES, prompt_together, regions_of
+from diffusers_mixofshow.evaluation.prompts import (
+    RECORDING_PROMPTS,
+    TOGETHER_PLACES,
+    called,
+    prompt_together,
+    regions_of,
+)
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.regions.drawing import draw_regions
@@ -65,7 +71,17 @@ class Scene:
     @property
     def prompt(self) -> str:
         """The global prompt."""
-        return prompt_together(self.names, self.place)
+        return prompt_together(self.subjects, self.place)
+
+    @property
+    def subjects(self) -> list[str]:
+        """The concepts as prompts call them."""
+        return [called(name, CONCEPTS[name].class_word) for name in self.names]
+
+    @property
+    def regions(self) -> list[Region]:
+        """One for each concept."""
+        return regions_of(self.subjects, self.boxes, self.place)
 
 
 def random_names(count: int, one_class: bool, chance: random.Random) -> tuple[str, ...]:
@@ -110,7 +126,7 @@ def sample_scenes(
     pictures: dict[int, Image.Image] = {}
     for numbers in track(list(batches(scenes, 8)), description=way):
         batch = [scenes[number] for number in numbers]
-        regions = [regions_of(scene.names, scene.boxes) for scene in batch]
+        regions = [scene.regions for scene in batch]
         found = pipe(
             [scene.prompt for scene in batch],
             **({"regions": regions} | dict(settings)),
@@ -183,7 +199,7 @@ def worst_sheet(
         picture = pictures[number].resize((pictures[number].width * scale, pictures[number].height * scale), 0)
         corner = (place % 2 * 2 * width * scale, place // 2 * picture.height)
         sheet.paste(picture, corner)
-        drawn = draw_regions(regions_of(scenes[number].names, scenes[number].boxes), picture)
+        drawn = draw_regions(scenes[number].regions, picture)
         sheet.paste(drawn, (corner[0] + width * scale, corner[1]))
     return sheet.resize((sheet.width // 2, sheet.height // 2))
 

@@ -39,6 +39,7 @@ from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
     RECORDING_PROMPTS,
     TOGETHER_PLACES,
+    called,
     column_boxes,
     prompt_together,
     regions_of,
@@ -184,8 +185,9 @@ def measure_together(bench: Bench, pack: Any) -> dict[str, Any]:
             pictures = []
             for index, triple in enumerate(triples):
                 place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
-                regions = regions_of(triple, boxes) if method == "regions" else None
-                prompts = [prompt_together(triple, place)]
+                subjects = [called(name, CLASS_WORD) for name in triple]
+                regions = regions_of(subjects, boxes, place) if method == "regions" else None
+                prompts = [prompt_together(subjects, place)]
                 sampling = bench.sampling(50_000, WIDE)
                 pictures += sample_pictures(bench.pipe, prompts, sampling, regions=regions, first=index)
             result[method] = {

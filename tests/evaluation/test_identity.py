@@ -22,6 +22,7 @@ from diffusers_mixofshow.evaluation.identity import (
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
     RECORDING_PROMPTS,
+    called,
     column_boxes,
     prompt_together,
     regions_of,
@@ -92,8 +93,15 @@ def test_measured_prompts_are_held_out() -> None:
 
 
 def test_prompts_name_every_concept() -> None:
-    assert prompt_together(("bobo", "kiki", "rex"), "at night") == "a <bobo>, a <kiki> and a <rex> at night"
-    assert [region.prompt for region in regions_of(("bobo",), column_boxes(1))] == ["a <bobo>"]
+    bobo, rex = called("bobo", "critter"), called("rex", "dog")
+    together = prompt_together((bobo, bobo, rex), "at night")
+    assert together == "a <bobo> critter, a <bobo> critter and a <rex> dog at night"
+    regions = regions_of((bobo, rex), column_boxes(2), "in snow")
+    assert [region.prompt for region in regions] == [
+        "a <bobo> critter and a <bobo> critter in snow",
+        "a <rex> dog and a <rex> dog in snow",
+    ]
+    assert [region.prompt for region in regions_of((rex,), column_boxes(1), "in snow")] == ["a <rex> dog in snow"]
     assert fill_templates(("a <TOK>", "<TOK> here"), "dog", 3) == ["a dog", "dog here", "a dog"]
     with pytest.raises(ConfigurationError, match="<TOK>"):
         fill_templates(("a dog",), "dog", 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
     TOGETHER_PLACES,
+    called,
     column_boxes,
     prompt_together,
     regions_of,
@@ -76,11 +77,12 @@ def sample_all(
         advance: Told how many pictures were finished.
     """
     alone = {method: _sample_alone(pipe, method, concepts, packs, settings, advance) for method in METHODS}
+    class_words = {concept.name: concept.class_word for concept in concepts}
     order = [orders(concepts)[index % _TOGETHER] for index in range(settings.together)]
     pipe.load_edlora(packs["fused"])
     try:
-        regional = _sample_together(pipe, order, settings, advance, with_regions=True)
-        unguided = _sample_together(pipe, order, settings, advance, with_regions=False)
+        regional = _sample_together(pipe, order, class_words, settings, advance, with_regions=True)
+        unguided = _sample_together(pipe, order, class_words, settings, advance, with_regions=False)
     finally:
         pipe.unload_edlora()
     return Pictures(alone=alone, regional=regional, unguided=unguided, order=order)
@@ -119,6 +121,7 @@ def _sample_alone(
 def _sample_together(
     pipe: Any,
     order: Sequence[tuple[str, ...]],
+    class_words: Mapping[str, str],
     settings: DemoSettings,
     advance: ON_PICTURES,
     *,
@@ -134,7 +137,8 @@ def _sample_together(
     pictures = []
     for index, names in enumerate(order):
         place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
-        regions = regions_of(names, column_boxes(len(names))) if with_regions else None
-        prompts = [prompt_together(names, place)]
+        subjects = [called(name, class_words[name]) for name in names]
+        regions = regions_of(subjects, column_boxes(len(names)), place) if with_regions else None
+        prompts = [prompt_together(subjects, place)]
         pictures += sample_pictures(pipe, prompts, sampling, regions=regions, first=index, advance=advance)
     return pictures

@@ -35,15 +35,20 @@ _SKY, _GROUND = 0.25, 0.97
 TOGETHER_PLACES = ("in a meadow", "on the beach", "in the desert", "in the snow", "at night", "in a room")
 
 
-def prompt_together(names: Sequence[str], place: str) -> str:
-    """One prompt that names every concept, from left to right.
+def called(name: str, class_word: str) -> str:
+    """A concept as prompts with several of them call it: with its class, which says what stands at its place."""
+    return f"a <{name}> {class_word}"
+
+
+def prompt_together(subjects: Sequence[str], place: str) -> str:
+    """One prompt that names every subject, from left to right.
 
     Args:
-        names: Concept names.
+        subjects: Each with its article, see `called`.
         place: For example "on the beach".
     """
-    subjects = [f"a <{name}>" for name in names]
-    return f"{', '.join(subjects[:-1])} and {subjects[-1]} {place}"
+    *others, last = subjects
+    return f"{', '.join(others)} and {last} {place}" if others else f"{last} {place}"
 
 
 def column_boxes(count: int) -> list[tuple[float, float, float, float]]:
@@ -51,6 +56,15 @@ def column_boxes(count: int) -> list[tuple[float, float, float, float]]:
     return [(index / count, _SKY, (index + 1) / count, _GROUND) for index in range(count)]
 
 
-def regions_of(names: Sequence[str], boxes: Sequence[tuple[float, float, float, float]]) -> list[Region]:
-    """One region a concept; the place is the global prompt's to say."""
-    return [Region(f"a <{name}>", box=box) for name, box in zip(names, boxes, strict=True)]
+def regions_of(
+    subjects: Sequence[str], boxes: Sequence[tuple[float, float, float, float]], place: str
+) -> list[Region]:
+    """One region a subject, whose prompt describes the whole picture as if that subject stood at every place.
+
+    The base draws what a prompt says of a whole picture: told of one subject alone, it draws one large subject over
+    several regions.
+    """
+    return [
+        Region(prompt_together([subject] * len(boxes), place), box=box)
+        for subject, box in zip(subjects, boxes, strict=True)
+    ]
