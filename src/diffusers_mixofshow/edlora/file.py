@@ -21,12 +21,14 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import defects, header, reading, stock
 from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.sites import canonical_name
 
 
 FILE_NAME = "edlora.safetensors"
 
 _HEADER_KEY = "edlora"
+_MOST_READS = 1000
 _EMBEDDINGS = "edlora.embeddings."
 _DOWN = ".lora_A.weight"
 _UP = ".lora_B.weight"
@@ -117,8 +119,14 @@ def _in_order(content: bytes) -> bytes:
 
 
 def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    with reading.opened_tensors(path) as opened:
-        return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+    """Metadata and tensors of one and the same file: safetensors opens it a second time to map the tensors."""
+    for _ in range(_MOST_READS):
+        before = reading.identity(path)
+        with reading.opened_tensors(path) as opened:
+            content = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+        if reading.identity(path) == before:
+            return content
+    raise EDLoRAFormatError(f"{path} is written over and over while it is read. Read it when its writer is done.")
 
 
 def _sort(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], _Pairs, list[str]]:
