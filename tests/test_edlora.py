@@ -43,6 +43,11 @@ def saved(pack, tmp_path):
     return path, json.loads(metadata["edlora"]), tensors
 
 
+def test_it_is_shown_in_a_line(pack):
+    assert len(repr(pack)) < 200
+    assert "<rex>" in repr(pack)
+
+
 def contents(path):
     with safe_open(path, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()

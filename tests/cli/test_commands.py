@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import packs
@@ -137,10 +138,13 @@ def test_fuse_and_sample_on_a_tiny_model(tmp_path: Path, tiny_base: Path) -> Non
     picture = tmp_path / "out" / "castle.png"
     options = ["--concepts", str(tmp_path / "both"), "--base", str(tiny_base), "--prompt", "two people"]
     regions = ["--region", "0,0,0.5,1:a <potter>", "--region", "0.5,0,1,1:a <hermione>"]
-    small = ["--output", str(picture), "--steps", "2", "--count", "2"]
+    small = ["--output", str(picture), "--steps", "2", "--count", "2", "--width", "96"]
     result = runner.invoke(cli.app, ["sample", *options, *regions, *small], catch_exceptions=False)
     assert result.exit_code == 0
     assert sorted(path.name for path in picture.parent.iterdir()) == ["castle-0.png", "castle-1.png"]
+    own = tiny.components()["unet"].config.sample_size * 2
+    with Image.open(picture.with_name("castle-0.png")) as drawn:
+        assert drawn.size == (96, own)  # diffusers alone would forget the width
 
 
 def test_fuse_from_statistics_needs_no_base(tmp_path: Path) -> None:

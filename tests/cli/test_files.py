@@ -16,7 +16,7 @@ import packs
 import tiny
 from diffusers_mixofshow import EDLoRA, cli
 from diffusers_mixofshow.cli import diagnosis
-from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError
 from interop import foreign as files
 
 
@@ -162,6 +162,9 @@ def test_dry_runs_load_no_model_and_write_nothing(tmp_path: Path):
     assert "U-Net runs: 20, each on a batch of 6" in result.stdout
     assert str(output / "x-2.png") in result.stdout
     assert not output.exists()
+    misspelt = ["--prompt", "two pets", "--region", "0,0,0.5,1:a <rx>", "--dry-run"]
+    with pytest.raises(ConceptError, match="<rex>"):
+        run("sample", "--concepts", tmp_path / "rex", *misspelt)
 
 
 def test_options_out_of_a_file(tmp_path: Path):

@@ -10,6 +10,7 @@ import typer
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
 from diffusers_mixofshow.cli.plans import plan_of_sampling, tell
+from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
 
 
@@ -60,23 +61,35 @@ def sample(
         raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
     base, files = base or common_base(packs), numbered(output, count)
     if dry_run:
+        known = [concept for pack in packs for concept in pack.concepts]
+        for text in (plan.prompt or "", *(region.prompt for region in plan.regions)):
+            split_prompt(text, known)  # refuses a concept that no pack holds
         tell(plan_of_sampling(plan, packs, base, count=count, steps=steps, guided=guidance > 1, output=files))
         return
     import torch
 
     pipe, conditions = _loaded(base, packs, controls)
+    own_height, own_width = _own_size(pipe)
     images = pipe(
         prompt=[plan.prompt] * count,
         negative_prompt=[plan.negative_prompt or ""] * count,
         regions=plan,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        height=plan.height,
-        width=plan.width,
+        # Of diffusers' two defaults, one alone would undo the other.
+        height=plan.height or own_height,
+        width=plan.width or own_width,
         generator=[torch.Generator().manual_seed(seed + index) for index in range(count)],
         **conditions,
     ).images
     _save(files, images)
+
+
+def _own_size(pipe: Any) -> tuple[int, int]:
+    """Height and width in pixels that the base was trained for."""
+    cells = pipe.unet.config.sample_size
+    height, width = (cells, cells) if isinstance(cells, int) else cells
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
 def _save(files: list[Path], images: list[Any]) -> None:

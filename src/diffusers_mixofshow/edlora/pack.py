@@ -20,7 +20,7 @@ from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.pushing import push
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EDLoRA:
     """Embedding-decomposed LoRA of one or several concepts (arXiv:2305.18292, section 3.3.1).
 
@@ -228,6 +228,12 @@ class EDLoRA:
             revision=revision,
             create_pr=create_pr,
             message=commit_message or f"ED-LoRA of {self._names}",
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} of {self._names or 'no concept'}: {len(self.lora)} updated layers, "
+            f"{len(self.layers)} cross-attention layers, base model {self.base_model!r}>"
         )
 
     @property

@@ -42,7 +42,7 @@ _PLAIN_KEY = "mixofshow_fusion"
 """Metadata of a plain LoRA that was fused: what it was fused from, as JSON."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FusedPack(EDLoRA):
     """An ED-LoRA that gradient fusion made; the fields of `EDLoRA`, and where they come from.
 
