@@ -61,35 +61,38 @@ def sample(
         raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
     base, files = base or common_base(packs), numbered(output, count)
     if dry_run:
-        known = [concept for pack in packs for concept in pack.concepts]
-        for text in (plan.prompt or "", *(region.prompt for region in plan.regions)):
-            split_prompt(text, known)  # refuses a concept that no pack holds
+        _refuse_unknown(plan, packs)
         tell(plan_of_sampling(plan, packs, base, count=count, steps=steps, guided=guidance > 1, output=files))
         return
     import torch
 
     pipe, conditions = _loaded(base, packs, controls)
-    own_height, own_width = _own_size(pipe)
     images = pipe(
         prompt=[plan.prompt] * count,
         negative_prompt=[plan.negative_prompt or ""] * count,
         regions=plan,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        # Of diffusers' two defaults, one alone would undo the other.
-        height=plan.height or own_height,
-        width=plan.width or own_width,
+        **_size(pipe, plan),
         generator=[torch.Generator().manual_seed(seed + index) for index in range(count)],
         **conditions,
     ).images
     _save(files, images)
 
 
-def _own_size(pipe: Any) -> tuple[int, int]:
-    """Height and width in pixels that the base was trained for."""
+def _refuse_unknown(plan: Layout, packs: list[EDLoRA]) -> None:
+    """Refuse concepts in prompts that no pack holds."""
+    known = [concept for pack in packs for concept in pack.concepts]
+    for text in (plan.prompt or "", *(region.prompt for region in plan.regions)):
+        split_prompt(text, known)
+
+
+def _size(pipe: Any, plan: Layout) -> dict[str, int]:
+    """Height and width in pixels; diffusers would forget one that is given alone."""
     cells = pipe.unet.config.sample_size
     height, width = (cells, cells) if isinstance(cells, int) else cells
-    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+    scale = pipe.vae_scale_factor
+    return {"height": plan.height or height * scale, "width": plan.width or width * scale}
 
 
 def _save(files: list[Path], images: list[Any]) -> None:
