@@ -13,6 +13,7 @@ SDIST_TOP_LEVEL = {
     *(".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md"),
     "pyproject.toml",
 }
+KEPT = "tests/compatibility/files/"  # small files of other programs, which tests read
 JUNK = (".pyc", ".pt", ".pth", ".ckpt", ".log", ".orig", ".rej", ".swp")
 
 
@@ -26,7 +27,7 @@ def problems_of(names: list[str], package: PurePosixPath) -> list[str]:
         for end in (".safetensors", ".json")
         if not any(name.endswith(end) for name in weights)
     ]
-    junk = [f"junk: {name}" for name in names if name.endswith(JUNK) or "__pycache__" in name]
+    junk = [f"junk: {name}" for name in names if (name.endswith(JUNK) and KEPT not in name) or "__pycache__" in name]
     return missing + junk
 
 
