@@ -96,6 +96,18 @@ def test_half_of_the_things_are_residents_and_most_captions_use_their_names() ->
     assert 0.65 < sum(named) / len(named) < 0.85
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_things_are_often_of_one_class_and_sometimes_look_the_same(count: int) -> None:
+    def look(thing: Thing) -> tuple[object, ...]:
+        return thing.class_word, thing.colour, dict(thing.attributes), thing.name
+
+    scenes = [random_scene(seed, things=count) for seed in range(600)]
+    one_class = sum(len({thing.class_word for thing in scene.things}) == 1 for scene in scenes) / len(scenes)
+    twins = sum(all(look(thing) == look(scene.things[0]) for thing in scene.things) for scene in scenes) / len(scenes)
+    assert 0.45 < one_class < 0.68
+    assert 0.19 < twins < 0.31
+
+
 def test_a_caption_depends_on_nothing_hidden() -> None:
     plain = Scene(background="beach", things=(Thing(class_word="critter", colour="red"),))
     fancy = Scene(

@@ -44,6 +44,10 @@ RESIDENTS_OF_CLASS = {"critter": 192, "dog": 48, "cat": 40, "vase": 40, "chair":
 """How many things of every class have a name."""
 
 _RESIDENT_SHARE = 0.5
+
+_COMPANIES = {"strangers": 0.5, "kin": 0.25, "twins": 0.25}
+"""How often several things of one scene are drawn apart, are of one class, or look the same."""
+
 _SYLLABLES = tuple(first + vowel for first in "bdfgjklmnprstvwz" for vowel in "aeiou")
 
 
@@ -80,12 +84,27 @@ def _residents_of(class_word: str) -> tuple[Thing, ...]:
     return tuple(thing for thing in residents().values() if thing.class_word == class_word)
 
 
-def _random_thing(rng: random.Random) -> Thing:
-    """A thing of a random class: a resident in half of the cases."""
-    class_word = rng.choices(list(_CLASS_SHARES), list(_CLASS_SHARES.values()))[0]
+def _random_class(rng: random.Random) -> str:
+    return rng.choices(list(_CLASS_SHARES), list(_CLASS_SHARES.values()))[0]
+
+
+def _random_thing(class_word: str, rng: random.Random) -> Thing:
+    """A thing of the class: a resident in half of the cases."""
     if rng.random() < _RESIDENT_SHARE:
         return rng.choice(_residents_of(class_word))
     return _look(class_word, rng)
+
+
+def _random_company(count: int, rng: random.Random) -> list[Thing]:
+    """The things of one scene. Without the companies of one class, such pictures would be rare (three: 4 %)."""
+    first = _random_thing(_random_class(rng), rng)
+    if count == 1:
+        return [first]
+    company = rng.choices(list(_COMPANIES), list(_COMPANIES.values()))[0]
+    if company == "twins":
+        return [first] * count
+    others = [_random_class(rng) if company == "strangers" else first.class_word for _ in range(count - 1)]
+    return [first, *(_random_thing(class_word, rng) for class_word in others)]
 
 
 def place_thing(thing: Thing, rng: random.Random, *, slot: int = 0, slots: int = 1, width: int = HEIGHT) -> Thing:
@@ -109,12 +128,16 @@ def random_scene(seed: int, *, things: int | None = None) -> Scene:
     """A scene of the training world, as a pure function of `seed`.
 
     Args:
-        things: Number of things, one to three; by default one (70 %) or two. Three make a wide picture.
+        things: Number of things, one to three; by default one (70 %) or two. Three make a wide picture. Of several,
+            half are of classes of their own, a quarter of one class, and a quarter look the same.
     """
     rng = random.Random(seed)
     count = things if things is not None else (1 if rng.random() < 0.7 else 2)
     width = WIDE if count == 3 else HEIGHT
-    placed = tuple(place_thing(_random_thing(rng), rng, slot=slot, slots=count, width=width) for slot in range(count))
+    placed = tuple(
+        place_thing(thing, rng, slot=slot, slots=count, width=width)
+        for slot, thing in enumerate(_random_company(count, rng))
+    )
     return Scene(background=rng.choice(BACKGROUNDS), things=placed, mirrored=rng.random() < 0.5, width=width)
 
 

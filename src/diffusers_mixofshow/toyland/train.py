@@ -66,6 +66,9 @@ from diffusers_mixofshow.toyland.world import draw
 HELD_OUT_SEED = 900_000_000
 """Scenes with seeds from here on are never trained on."""
 
+_WIDE_SHARE = 1 / 4
+"""Share of pictures of three things in the U-Net's training."""
+
 
 def train_autoencoder(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 1; writes ``output/vae``."""
@@ -178,7 +181,7 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
     unet = UNet2DConditionModel.from_pretrained(initial) if initial.exists() else build_unet()
     objective = DenoisingObjective(unet, text_encoder)
     first = accelerator.process_index * pool_size
-    wide = list(range(first, first + pool_size // 6))
+    wide = list(range(first, first + int(pool_size * _WIDE_SHARE)))
     square = list(range(first + len(wide), first + pool_size))
     pools = {
         "square": (_encode_pool(vae, square, None, device), [random_scene(seed) for seed in square]),
@@ -187,7 +190,7 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
     accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        is_wide = float(torch.rand((), generator=generator)) < 1 / 6
+        is_wide = float(torch.rand((), generator=generator)) < _WIDE_SHARE
         latents, scenes = pools["wide" if is_wide else "square"]
         count = max(1, batch_size * 2 // 3) if is_wide else batch_size
         chosen = torch.randint(len(latents), (count,), generator=generator)
