@@ -58,7 +58,8 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 def _is_plain(path: str) -> bool:
     """Whether it is a LoRA without learnt embeddings: a safetensors file, or a folder with one of diffusers' name."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
-    from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_metadata
+    from diffusers_mixofshow.edlora.reading import read_metadata
+    from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 
     place = Path(path)
     if place.is_dir():

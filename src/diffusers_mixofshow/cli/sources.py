@@ -31,19 +31,8 @@ def read_source(source: str) -> EDLoRA | Foreign:
 def is_ours(path: Path) -> bool:
     """Whether a file or folder is an ED-LoRA of this package, sound or not."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
+    from diffusers_mixofshow.edlora.reading import read_metadata
 
     if path.is_dir():
         return (path / FILE_NAME).exists()
-    return path.name == FILE_NAME or "edlora" in _metadata(path)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """Metadata in a safetensors header; empty of any other file."""
-    from diffusers_mixofshow.edlora.reading import opened_tensors
-    from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
-
-    try:
-        with opened_tensors(path) as opened:
-            return opened.metadata() or {}
-    except (EDLoRAFormatError, EDLoRANotFoundError):
-        return {}
+    return path.name == FILE_NAME or "edlora" in read_metadata(path)

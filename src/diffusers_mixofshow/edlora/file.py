@@ -21,14 +21,12 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import defects, header, reading, stock
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.sites import canonical_name
 
 
 FILE_NAME = "edlora.safetensors"
 
 _HEADER_KEY = "edlora"
-_MOST_READS = 1000
 _EMBEDDINGS = "edlora.embeddings."
 _DOWN = ".lora_A.weight"
 _UP = ".lora_B.weight"
@@ -82,7 +80,7 @@ def read(path: Path) -> Contents:
         EDLoRANotFoundError: If there is no file.
         EDLoRAFormatError: Lists every defect of the file.
     """
-    metadata, tensors = _load(path)
+    metadata, tensors = reading.read_tensors(path)
     if _HEADER_KEY in metadata:
         head, found = header.parse(metadata[_HEADER_KEY])
     else:
@@ -116,17 +114,6 @@ def _in_order(content: bytes) -> bytes:
     text = header.encode()
     text += b" " * (-len(text) % _PREFIX)  # the data stays aligned
     return b"".join((len(text).to_bytes(_PREFIX, "little"), text, memoryview(content)[_PREFIX + length :]))
-
-
-def _load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of one and the same file: safetensors opens it a second time to map the tensors."""
-    for _ in range(_MOST_READS):
-        before = reading.identity(path)
-        with reading.opened_tensors(path) as opened:
-            content = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
-        if reading.identity(path) == before:
-            return content
-    raise EDLoRAFormatError(f"{path} is written over and over while it is read. Read it when its writer is done.")
 
 
 def _sort(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], _Pairs, list[str]]:

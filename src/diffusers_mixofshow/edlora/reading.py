@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from diffusers_mixofshow.edlora.defects import shown
@@ -21,6 +22,7 @@ LARGEST_FILE = 8 * 2**30
 MOST_TENSORS = 20_000
 
 _PREFIX = 8
+_MOST_READS = 1000
 _BLOBS = "blobs"
 _SNAPSHOTS = "snapshots"
 
@@ -107,6 +109,34 @@ def opened_tensors(path: Path) -> Iterator[Any]:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, shown(str(error))) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of one and the same safetensors file, also while others take its place.
+
+    safetensors opens the file a second time to map its tensors, so that a file which is replaced in between would
+    give its metadata, and its successor the tensors.
+
+    Raises:
+        EDLoRANotFoundError: If there is nothing.
+        EDLoRAFormatError: If it is no safetensors file, or replaced over and over.
+    """
+    for _ in range(_MOST_READS):
+        before = identity(path)
+        with opened_tensors(path) as opened:
+            content = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+        if identity(path) == before:
+            return content
+    raise EDLoRAFormatError(f"{path} is written over and over while it is read. Read it when its writer is done.")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata in the header of a safetensors file; empty of any other file."""
+    try:
+        with opened_tensors(path) as opened:
+            return dict(opened.metadata() or {})
+    except (EDLoRAFormatError, EDLoRANotFoundError):
+        return {}
 
 
 def _leads_into(path: Path, folder: Path) -> bool:

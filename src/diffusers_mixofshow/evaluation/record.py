@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from diffusers_mixofshow.atomic import write_whole
+
 
 _PACKAGES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -57,9 +59,8 @@ def run_info(folder: Path) -> dict[str, object]:
 
 
 def write(path: Path, content: Mapping[str, object]) -> Path:
-    """Write a record as JSON; its folder is created where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Write a record as JSON, whole or not at all; its folder is created where it is missing."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
 
 

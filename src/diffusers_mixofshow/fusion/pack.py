@@ -16,6 +16,7 @@ import torch
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
+from diffusers_mixofshow.edlora.reading import read_metadata
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.precision import in_dtype
 from diffusers_mixofshow.fusion.prompts import PromptSet
@@ -35,7 +36,7 @@ from diffusers_mixofshow.fusion.solving import (
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, carry, found_source, gather, mutual_defects
 from diffusers_mixofshow.fusion.statistics import input_name
 from diffusers_mixofshow.fusion.team import Team
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, read_metadata, write_lora
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
 
 
 _PLAIN_KEY = "mixofshow_fusion"

@@ -176,7 +176,6 @@ def _write_lora_and_words(
     files = [writer(file, content.lora), *words]
     if vectors:
         text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
-        text.parent.mkdir(parents=True, exist_ok=True)
         write_whole(text, instructions(file.name, vectors, lost).encode())
         files.append(text)
     return Conversion(files=tuple(files), lost=lost)

@@ -18,8 +18,7 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import content_defects, listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.edlora.reading import opened_tensors
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.interop.architectures import recognised
 from diffusers_mixofshow.interop.names import Spelling, half_of, kohya_name, site_of, spelling_of
 from diffusers_mixofshow.interop.tensors import PICKLES, in_working_dtype, load_safetensors
@@ -137,15 +136,6 @@ def content_of(
     return LoRAContent(lora=lora, spelling=spelling, bundled=bundled, metadata=metadata, defects=tuple(defects))
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata in the header of a safetensors file; empty of any other file."""
-    try:
-        with opened_tensors(path) as opened:
-            return dict(opened.metadata() or {})
-    except (EDLoRAFormatError, EDLoRANotFoundError):
-        return {}
-
-
 def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
     """Write an ordinary LoRA file in PEFT's names, which diffusers loads; it appears whole or not at all.
 
@@ -192,7 +182,6 @@ def write_kohya(path: Path, lora: Mapping[str, LowRank], *, trigger: str = "") -
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Sources of a fused pack share factors, which safetensors would refuse to write twice.
     separate = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     write_whole(path, serialize(separate, metadata={**metadata, "format": "pt"}))

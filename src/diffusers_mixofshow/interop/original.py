@@ -108,7 +108,6 @@ def write_original(path: Path, edlora: EDLoRA) -> Path:
         params[component][f"{layer}.lora_up.weight"] = _separate(scaled)
     pickled = io.BytesIO()
     torch.save({"params": params}, pickled)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, pickled.getvalue())
     return path
 

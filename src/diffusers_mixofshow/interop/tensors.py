@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.edlora.defects import DTYPES
-from diffusers_mixofshow.edlora.reading import check_file, opened_tensors
+from diffusers_mixofshow.edlora.reading import check_file, read_tensors
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 
 
@@ -25,8 +25,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor
         EDLoRAFormatError: If it is none.
     """
     try:
-        with opened_tensors(path) as opened:
-            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+        return read_tensors(path)
     except EDLoRANotFoundError as error:
         raise _not_found(path) from error
 

@@ -88,7 +88,6 @@ def write_textual_inversion(path: Path, vectors: Mapping[str, torch.Tensor], *, 
     """
     named = {word: vectors[CLIP_L]} if list(vectors) == [CLIP_L] else dict(vectors)
     tensors = {name: rows.detach().cpu().contiguous().clone() for name, rows in named.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, serialize(tensors, metadata={"format": "pt"}))
     return path
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.errors import TrainingDataError
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.pictures import Photo, is_picture, read_picture
 from diffusers_mixofshow.training.samples import GUIDANCE, STEPS, plain_pipeline
@@ -71,14 +71,4 @@ def _draw(pipeline: Any, config: TrainingConfig, folder: Path, first: int) -> No
         for number, image in zip(numbers, images, strict=True):
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
-            _write(folder / f"class-{number:04d}.png", buffer.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
-    except OSError as error:
-        raise ConfigurationError(
-            f"class_data_dir {str(path.parent)!r} cannot be written ({error}). Choose another folder."
-        ) from error
+            write_whole(folder / f"class-{number:04d}.png", buffer.getvalue())

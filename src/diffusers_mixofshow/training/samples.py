@@ -118,7 +118,6 @@ def labelled_sheet(rows: Sequence[Sequence[Image.Image]], title: str) -> Image.I
 
 def write_sheet(sheet: Image.Image, path: Path) -> None:
     """Write a sheet as PNG; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     write_whole(path, buffer.getvalue())
