@@ -12,6 +12,22 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="module")
+def components():
+    """The parts of a tiny random model, by name."""
+    import tiny
+
+    return tiny.components()
+
+
+@pytest.fixture(scope="module")
+def pack(components):
+    """A random ED-LoRA of `components`, with one concept."""
+    import packs
+
+    return packs.random_pack(components)
+
+
 @pytest.fixture
 def loopback_hub(monkeypatch, tmp_path):
     """A Hub on loopback that the real huggingface_hub client talks to, with an empty cache and nobody logged in."""

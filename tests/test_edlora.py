@@ -25,16 +25,6 @@ from diffusers_mixofshow.lora import merged
 FILE = "edlora.safetensors"
 
 
-@pytest.fixture(scope="module")
-def components():
-    return tiny.components()
-
-
-@pytest.fixture(scope="module")
-def pack(components):
-    return packs.random_pack(components)
-
-
 @pytest.fixture
 def saved(pack, tmp_path):
     """A valid file, as (path, its decoded header, its tensors), for tests to break."""

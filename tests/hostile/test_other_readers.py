@@ -12,8 +12,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import packs
-import tiny
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import refreshed
 from diffusers_mixofshow.edlora.merged import has_concepts
@@ -94,11 +92,6 @@ def test_statistics_that_are_no_file(tmp_path, make):
 
 SOURCE = {"concepts": ["<rex>"], "weight": 1.0, "scale": 1.0, "origin": "", "digest": "0" * 64}
 RECORD = {"method": "closed-form", "ridge": 0.01, "max_rank": None, "sources": [SOURCE]}
-
-
-@pytest.fixture(scope="module")
-def pack():
-    return packs.random_pack(tiny.components())
 
 
 @pytest.mark.parametrize(

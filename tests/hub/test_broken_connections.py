@@ -24,16 +24,6 @@ COMMIT = r"^POST /api/models/.*/commit/"
 DOWNLOAD = r"^GET /storage/"
 
 
-@pytest.fixture(scope="module")
-def components():
-    return tiny.components()
-
-
-@pytest.fixture(scope="module")
-def pack(components):
-    return packs.random_pack(components)
-
-
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
     """Nobody waits between tries; the seconds that somebody would have waited."""

@@ -31,16 +31,6 @@ FUSION = {
 
 
 @pytest.fixture(scope="module")
-def components():
-    return tiny.components()
-
-
-@pytest.fixture(scope="module")
-def pack(components):
-    return packs.random_pack(components)
-
-
-@pytest.fixture(scope="module")
 def fused(components):
     return dataclasses.replace(packs.random_pack(components, "rex", "tom"), training={"fusion": FUSION})
 

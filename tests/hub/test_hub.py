@@ -18,16 +18,6 @@ from diffusers_mixofshow.edlora.hub import is_repo_id, repo_name
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, HubError
 
 
-@pytest.fixture(scope="module")
-def components():
-    return tiny.components()
-
-
-@pytest.fixture(scope="module")
-def pack(components):
-    return packs.random_pack(components)
-
-
 def test_pushed_pack_comes_back_equal(loopback_hub, pack):
     url = pack.push_to_hub(token=loopback_hub.token)
     assert url == f"{loopback_hub.url}/me/edlora-rex"
