@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 import packs
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import FusionError, MixOfShowWarning
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.report import FusionReport
@@ -210,13 +211,22 @@ def test_reports_read_back_from_a_file(published: list[Path], tmp_path: Path) ->
     printed = console.export_text()
     assert "<rex>" in printed
     assert "Nearest to a conflict" in printed
-    assert set(report.poor) == {line.split(" ")[1] for line in printed.splitlines() if line.startswith("Warning")}
     with Image.open(report.heat_map(tmp_path / "map.png")) as picture:
         assert picture.width > 14 * len(layers)
     with pytest.raises(FusionError, match="was not fused"):
         FusionReport.of(EDLoRA.from_pretrained(published[0]))
     with pytest.raises(FusionError, match="nothing to draw"):
         GradientFuser().fuse([concept("tom", 5)], method="sum").report.heat_map(tmp_path / "other.png")
+
+
+def test_a_concept_that_is_hardly_kept_is_warned_of_and_no_other(published: list[Path]) -> None:
+    with pytest.warns(MixOfShowWarning, match="<kit> is hardly kept") as caught:
+        pack = GradientFuser().fuse(published[:2], weights=[1.0, 1e-6])
+    assert pack.report.poor == ("<kit>",)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        assert GradientFuser().fuse(published[:2]).report.poor == ()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
 from diffusers_mixofshow.edlora.reading import read_metadata
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import FusionError, MixOfShowWarning
 from diffusers_mixofshow.fusion.precision import in_dtype
 from diffusers_mixofshow.fusion.prompts import PromptSet
 from diffusers_mixofshow.fusion.record import recorded
@@ -266,18 +267,25 @@ def fuse_recorded(
 def packed(
     sources: tuple[Source, ...], settings: Settings, solution: Solution, record: Mapping[str, object]
 ) -> FusedPack:
-    """Put fused layers, and the concepts' embeddings side by side, into a pack with its report."""
+    """Put fused layers, and the concepts' embeddings side by side, into a pack with its report.
+
+    Warns:
+        MixOfShowWarning: If hardly anything is left of a concept.
+    """
     edloras = [source.edlora for source in sources]
     embeddings: dict[str, torch.Tensor] = {}
     for edlora in edloras:
         embeddings |= edlora.embeddings
+    report = FusionReport.record(sources, settings, solution, record)
+    for warning in FusionReport(report).warnings:
+        warnings.warn(warning, MixOfShowWarning, stacklevel=2)
     return FusedPack(
         concepts=tuple(concept for edlora in edloras for concept in edlora.concepts),
         embeddings=embeddings,
         lora=solution.lora,
         base_model=next((edlora.base_model for edlora in edloras if edlora.base_model), ""),
         layers=next((edlora.layers for edlora in edloras if edlora.layers), ()),
-        training={"fusion": FusionReport.record(sources, settings, solution, record)},
+        training={"fusion": report},
         sources=sources,
         settings=settings,
     )

@@ -26,8 +26,12 @@ from diffusers_mixofshow.fusion.sources import Source
 from diffusers_mixofshow.sites import reads_text
 
 
-POOR = 0.5
-"""Mean relative residual above which a concept is named in a warning: a quarter of its effect's energy is wrong."""
+POOR = 0.95
+"""Mean relative residual from which on a concept is named in a warning; 1 is what the base alone has.
+
+A high residual alone says little: eight critters of Toyland have .84 on average and keep 90 % of their looks, as much
+of what their layers do to features that all of them share is no concept's own.
+"""
 
 _PAIRS_SHOWN = 3
 _CELL, _MARGIN = 14, 8
@@ -90,9 +94,9 @@ class FusionReport:
 
     @property
     def poor(self) -> tuple[str, ...]:
-        """Sources that the fused layers do not reproduce well, the worst first."""
+        """Sources of which the fused layers keep hardly anything, the worst first."""
         fused = {name: mean["fused"] or 0.0 for name, mean in self.residuals.items()}
-        return tuple(sorted((name for name, value in fused.items() if value > POOR), key=lambda name: -fused[name]))
+        return tuple(sorted((name for name, value in fused.items() if value >= POOR), key=lambda name: -fused[name]))
 
     @property
     def conflicts(self) -> tuple[tuple[str, str, float], ...]:
@@ -102,15 +106,15 @@ class FusionReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for every concept that the fused layers do not reproduce well."""
+        """One sentence for every concept of which the fused layers keep hardly anything."""
         return tuple(
-            f"{name} is not reproduced well (mean residual {self.residuals[name]['fused']}, above {POOR:g}): give it "
-            "a larger weight, fuse fewer concepts, or record prompts that are nearer to its use."
+            f"{name} is hardly kept (mean residual {self.residuals[name]['fused']}, where 1 is the base alone): give "
+            "it a larger weight, fuse fewer concepts, or record prompts that are nearer to its use."
             for name in self.poor
         )
 
     def print(self, console: Console | None = None) -> None:
-        """Show a table of the concepts, how each kind of layer keeps them, and warnings."""
+        """Show a table of the concepts, how each kind of layer keeps them, and the nearest pairs."""
         console = console or Console()
         groups = sorted({_group(site) for site in self._layers})
         table = Table("concept", "average", "fused", *groups, title="Relative residual, 0 is perfect")
@@ -122,8 +126,6 @@ class FusionReport:
         pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
         if pairs:
             console.print(f"Nearest to a conflict (overlap, 0 to 1): {', '.join(pairs)}", markup=False)
-        for warning in self.warnings:
-            console.print(f"Warning: {warning}", style="yellow", markup=False)
 
     def heat_map(self, path: str | os.PathLike[str]) -> Path:
         """Draw layers (columns) by concepts (rows) as a PNG: white is kept, red is lost.
