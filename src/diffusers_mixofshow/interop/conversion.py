@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 
 from diffusers_mixofshow.atomic import write_whole
@@ -15,6 +14,7 @@ from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.interop.concept_names import Naming, plain_name
 from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base, read_foreign
+from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.instructions import instructions
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_kohya, write_lora
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME, write_original
@@ -24,16 +24,6 @@ from diffusers_mixofshow.interop.textual_inversion import (
     mean_vectors,
     write_textual_inversion,
 )
-
-
-class Format(StrEnum):
-    """What to write."""
-
-    EDLORA = "edlora"
-    DIFFUSERS = "diffusers"
-    KOHYA = "kohya"
-    TEXTUAL_INVERSION = "textual-inversion"
-    MIX_OF_SHOW = "mix-of-show"
 
 
 EMBEDDINGS = "embeddings"
