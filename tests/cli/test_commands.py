@@ -36,9 +36,14 @@ def tiny_base(tmp_path: Path) -> Path:
     return folder
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "100", "NO_COLOR": "1"}
-    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, env=environment, check=False)
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "COLUMNS": "100",
+        "NO_COLOR": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, env=environment, check=False, cwd=cwd)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -61,21 +66,47 @@ def test_help_imports_no_heavy_module() -> None:
 
 def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
     result = run("inspect", "/no/such/file")
-    assert result.returncode == 1
+    assert result.returncode == cli.WRONG_USE
     assert result.stdout == ""
     assert result.stderr.startswith("Error: ")
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_wrong_option_is_a_usage_error() -> None:
-    result = run("fuse", "--nonsense")
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("fuse", "--nonsense"), "No such option: --nonsense"),
+        (("smaple",), "Did you mean 'sample'? See 'mixofshow --help'."),
+        (("sample", "--steps", "many", "--prompt", "x"), "'--steps'"),
+        (("inspect",), "Missing argument"),
+        (("sample", "--base", "toylnd", "--prompt", "x"), "Did you mean 'toyland'?"),
+        (("sample", "--base", "toyland", "--prompt", "x", "--region", "3,2"), "left,top,right,bottom:prompt"),
+        (("sample", "--base", "toyland", "--prompt", "a <rex>", "--dry-run"), "<rex>"),
+        (("sample", "--concepts", "/no/such/file", "--prompt", "x"), "/no/such/file does not exist"),
+        (("demo", "--photos", "/no/such/folder", "--class-word", "dog"), "/no/such/folder is no folder"),
+        (("train", "/no/such/folder", "--concept", "rex", "--class-word", "dog", "--base", "toyland"), "no folder"),
+    ],
+)
+def test_wrong_use_is_one_line_that_helps(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == cli.WRONG_USE
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert told in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_verb_shows_the_help() -> None:
+    result = run()
+    assert result.returncode == cli.WRONG_USE
+    assert "Start with: mixofshow demo" in result.stdout + result.stderr
+    assert "Error" not in result.stderr
 
 
 def test_interrupting_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
+    def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "app", interrupted)
@@ -261,6 +292,34 @@ def test_sample_draws_a_layout_and_options_go_before_it(tmp_path: Path, tiny_bas
     result = CliRunner().invoke(cli.app, ["sample", *options, *more], catch_exceptions=False)
     assert result.exit_code == 0
     assert Image.open(tmp_path / "x.png").size == (48, 16)
+
+
+def test_sample_tells_files_and_settings_as_json(tmp_path: Path) -> None:
+    options = ["--base", "toyland", "--prompt", "a cat", "--steps", "1", "--count", "2", "--seed", "5", "--json"]
+    result = run("sample", *options, cwd=tmp_path)
+    assert json.loads(result.stdout) == {
+        "pictures": [{"file": "sample-0.png", "seed": 5}, {"file": "sample-1.png", "seed": 6}],
+        "base": "toyland",
+        "prompt": "a cat",
+        "regions": 0,
+        "steps": 1,
+        "guidance": 3.0,
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sample-0.png", "sample-1.png"]
+    assert result.stderr == ""
+    planned = json.loads(run("sample", *options, "--guidance", "1", "--dry-run", cwd=tmp_path).stdout)
+    assert planned["U-Net runs"] == "1, each on a batch of 2"
+
+
+def test_fuse_tells_its_report_as_json(tmp_path: Path) -> None:
+    for name in ("potter", "hermione"):
+        packs.random_pack(tiny.components(), name).save_pretrained(tmp_path / name)
+    options = ("potter", "hermione", "--output", "both", "--method", "average", "--json")
+    planned = json.loads(run("fuse", *options, "--dry-run", cwd=tmp_path).stdout)
+    assert planned["concepts"] == "<potter>, <hermione>"
+    assert not (tmp_path / "both").exists()
+    told = json.loads(run("fuse", *options, cwd=tmp_path).stdout)
+    assert (told["output"], told["concepts"], told["method"]) == ("both", ["<potter>", "<hermione>"], "average")
 
 
 def test_sample_wants_a_prompt(tmp_path: Path) -> None:

@@ -31,6 +31,12 @@ def test_concepts_are_listed_by_placeholder(pipe, make_pack):
     assert pipe.get_list_adapters()["unet"] == ["potter", "hermione_thanos"]
 
 
+def test_the_base_in_the_package_has_a_name_and_any_diffusers_takes_a_dtype(recwarn):
+    pipe = MixOfShowPipeline.from_pretrained("toyland", dtype=torch.float16)
+    assert {pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {torch.float16}
+    assert [str(warning.message) for warning in recwarn if "dtype" in str(warning.message)] == []
+
+
 def test_another_pipeline_has_no_concepts(pipe, make_pack, components):
     pipe.load_edlora(make_pack("potter"))
     assert MixOfShowPipeline(**components, requires_safety_checker=False).concepts == {}

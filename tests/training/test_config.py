@@ -81,6 +81,12 @@ def test_toyland_settings_can_be_replaced() -> None:
     assert TrainingConfig.toyland(**NEEDED).embedding_learning_rate > TrainingConfig(**NEEDED).embedding_learning_rate
 
 
+def test_large_pictures_on_the_embedded_base_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"resolution is 512.*TrainingConfig\.toyland"):
+        TrainingConfig(**NEEDED, pretrained_model_name_or_path="toyland", resolution=512)
+    assert TrainingConfig(**NEEDED, pretrained_model_name_or_path="toyland", resolution=128).resolution == 128
+
+
 def test_every_setting_is_documented() -> None:
     documentation = TrainingConfig.__doc__ or ""
     assert [f.name for f in dataclasses.fields(TrainingConfig) if f"\n        {f.name}: " not in documentation] == []

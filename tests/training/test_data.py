@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.errors import HubError, MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.errors import ConfigurationError, HubError, MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.training import hub_data
 from diffusers_mixofshow.training.batches import CachedPhoto, RandomBatches, spread_timesteps
 from diffusers_mixofshow.training.captions import with_shuffled_tags
@@ -105,7 +105,7 @@ def test_all_defects_are_in_one_error(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_missing_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(TrainingDataError, match="no folder"):
+    with pytest.raises(ConfigurationError, match="no folder"):
         read_photos(tmp_path / "nowhere", POTTER)
     with pytest.raises(TrainingDataError, match="has no photos"):
         read_photos(tmp_path, POTTER)

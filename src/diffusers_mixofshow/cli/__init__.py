@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,19 +14,29 @@ from diffusers_mixofshow.cli.demo import demo
 from diffusers_mixofshow.cli.doctor import doctor
 from diffusers_mixofshow.cli.fuse import fuse
 from diffusers_mixofshow.cli.inspect import inspect
+from diffusers_mixofshow.cli.messages import tell, warnings_as_sentences
 from diffusers_mixofshow.cli.push import push
 from diffusers_mixofshow.cli.sample import sample
 from diffusers_mixofshow.cli.settings import settings_from
 from diffusers_mixofshow.cli.train import SPELLINGS, train
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError
+from diffusers_mixofshow.errors import (
+    ConceptError,
+    ConfigurationError,
+    EDLoRANotFoundError,
+    MixOfShowError,
+    RegionError,
+)
 
 
 FAILED = 1
-"""Exit code where a check failed, or what was asked for cannot be done."""
+"""Exit code where a check failed, or a file, the Hub or the disk does not allow what was asked for."""
 WRONG_USE = 2
-"""Exit code where options are unknown, missing or contradict each other, as shells expect it."""
+"""Exit code where options are unknown, contradict each other or name what is not there, as shells expect it."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT)."""
+
+_MISUSES = (ConceptError, ConfigurationError, EDLoRANotFoundError, RegionError)
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
 app = typer.Typer(
     name="mixofshow",
@@ -68,17 +78,24 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        with warnings_as_sentences():
+            code = app(prog_name="mixofshow", standalone_mode=False)
     except MixOfShowError as error:
-        _tell(f"Error: {error}", "red")
-        sys.exit(WRONG_USE if isinstance(error, ConfigurationError) else FAILED)
-    except KeyboardInterrupt:
-        _tell("Interrupted.", "yellow")
-        sys.exit(INTERRUPTED)
+        tell(f"Error: {error}", "red")
+        code = WRONG_USE if isinstance(error, _MISUSES) else FAILED
+    except _UsageError as error:
+        _tell_of_misuse(error)
+        code = WRONG_USE
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        tell("Interrupted.", "yellow")
+    sys.exit(code)
 
 
-def _tell(text: str, style: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True).print(Text(text, style=style), soft_wrap=True)
+def _tell_of_misuse(error: Any) -> None:
+    """One line where click would draw a box of five; nothing where it has shown the help instead."""
+    if message := error.format_message():
+        message += "" if message.endswith((".", "?")) else "."
+        help_of = f" See '{error.ctx.command_path} --help'." if error.ctx else ""
+        tell(f"Error: {message}{help_of}", "red")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow.base_models import TOYLAND, not_loadable
 from diffusers_mixofshow.errors import ConfigurationError
 
 
@@ -38,20 +39,19 @@ def load_base(name: str) -> MixOfShowPipeline:
     """
     import torch
 
+    from diffusers_mixofshow import toyland
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    if name == TOYLAND:
-        from diffusers_mixofshow import toyland
-
-        return toyland.load_pipeline(pipeline_class=MixOfShowPipeline, dtype=torch.float32).to(device)
     try:
-        return MixOfShowPipeline.from_pretrained(name, torch_dtype=dtype).to(device)
+        if name == TOYLAND:
+            pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+        else:
+            pipe = MixOfShowPipeline.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"The base model {name!r} cannot be loaded ({_first_line(error)}). "
-            f"Expected a Hub id, a folder of a Stable Diffusion pipeline, or {TOYLAND!r}."
-        ) from error
+        raise not_loadable(name, error) from error
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe.to(device)
 
 
 def layers_of(name: str) -> tuple[str, ...]:
@@ -74,10 +74,4 @@ def layers_of(name: str) -> tuple[str, ...]:
         with torch.device("meta"):
             return cross_attention_layers(UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder)))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(
-            f"The U-Net of the base model {name!r} cannot be read: {_first_line(error)}."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigurationError(f"The U-Net of the base model {name!r} cannot be read: {error}.") from error

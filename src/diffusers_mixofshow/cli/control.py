@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_mixofshow.base_models import in_dtype
 from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
 
 
@@ -113,5 +114,5 @@ def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOf
             raise ConfigurationError(f"The ControlNet {control.model!r} cannot be loaded: {error}") from error
         nets.append(net.to(device=pipe.device, dtype=pipe.dtype))
     return MixOfShowControlNetPipeline.from_pipe(
-        pipe, controlnet=nets[0] if len(nets) == 1 else nets, torch_dtype=pipe.dtype
+        pipe, controlnet=nets[0] if len(nets) == 1 else nets, **in_dtype(pipe.dtype)
     )

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-class Format(StrEnum):
-    """What to write; the same as `interop.conversion.Format`, which would import torch."""
-
-    EDLORA = "edlora"
-    DIFFUSERS = "diffusers"
-    KOHYA = "kohya"
-    TEXTUAL_INVERSION = "textual-inversion"
-    MIX_OF_SHOW = "mix-of-show"
+from diffusers_mixofshow.interop.formats import Format
 
 
 def convert(
@@ -62,7 +53,7 @@ def convert(
     converted = interop.convert(
         read_source(source),
         output,
-        to.value,
+        to,
         name=name,
         class_word=class_word,
         kind=kind,

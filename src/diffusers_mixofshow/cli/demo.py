@@ -30,5 +30,7 @@ def demo(
 
     from diffusers_mixofshow.demo import DemoSettings, run_demo
 
-    page = run_demo(DemoSettings(folder=output, photos=photos, class_word=class_word, seed=seed), console=Console())
+    page = run_demo(
+        DemoSettings(folder=output, photos=photos, class_word=class_word, seed=seed), console=Console(stderr=True)
+    )
     typer.echo(f"Open {page.resolve()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from enum import StrEnum
@@ -70,6 +71,12 @@ Prior = Annotated[
     float,
     typer.Option(help="Weight of keeping the base on prompts without concepts, such as 0.1; needs the base model."),
 ]
+KeepSources = Annotated[
+    bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read and check the sources, tell what would be done, load no model.")
+]
 
 
 def fuse(
@@ -86,13 +93,10 @@ def fuse(
     prior: Prior = 0.0,
     max_rank: Annotated[int | None, typer.Option(help="Cut fused updates down to this rank.")] = None,
     device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
-    keep_sources: Annotated[
-        bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
-    ] = False,
+    keep_sources: KeepSources = False,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read and check the sources, tell what would be done, load no model.")
-    ] = False,
+    dry_run: DryRun = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report of the fusion as JSON.")] = False,
 ) -> None:
     """Fuse several ED-LoRAs into one pack that holds all their concepts, without any photos.
 
@@ -114,7 +118,7 @@ def fuse(
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
     base_model = _base_needed(gathered, base, features, method, prior)
     if dry_run:
-        tell(plan_of_fusion([source.edlora for source in gathered], base_model, max_rank, output))
+        tell(plan_of_fusion([source.edlora for source in gathered], base_model, max_rank, output), as_json=as_json)
         return
     settings: dict[str, Any] = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
     if base_model is None:
@@ -125,11 +129,15 @@ def fuse(
     if not writes:
         return
     fused.save_pretrained(output, sources=keep_sources)
-    if fused.report.residuals:
-        fused.report.print()
     if heat_map is not None:
         fused.report.heat_map(heat_map)
-    typer.echo(f"Wrote the fused pack of {', '.join(name for one in gathered for name in one.prompts)} to {output}")
+    names = [name for source in gathered for name in source.prompts]
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), "concepts": names, **fused.report.data}))
+        return
+    if fused.report.residuals:
+        fused.report.print()
+    typer.echo(f"Wrote the fused pack of {', '.join(names)} to {output}")
 
 
 def _joins_others() -> bool:

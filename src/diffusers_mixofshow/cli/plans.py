@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
 _BYTES_OF_FLOAT64 = 8
 
 
-def tell(plan: Mapping[str, object]) -> None:
-    """Print a plan, one line for each thing."""
+def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
+    """Print a plan: one line for each thing, or JSON."""
+    if as_json:
+        typer.echo(json.dumps(plan, default=str))
+        return
     for name, value in plan.items():
         typer.echo(f"{name}: {value}")
 
 
 def plan_of_sampling(
-    plan: Layout, packs: Sequence[EDLoRA], base: str, *, count: int, steps: int, guided: bool, output: Sequence[Path]
+    plan: Layout, packs: Sequence[EDLoRA], base: str, *, steps: int, guidance: float, output: Sequence[Path]
 ) -> dict[str, Any]:
     """What `mixofshow sample` would do.
 
@@ -33,10 +37,9 @@ def plan_of_sampling(
         plan: Prompt, regions and size.
         packs: The ED-LoRAs.
         base: The base model.
-        count: Number of pictures.
         steps: Denoising steps.
-        guided: Whether guidance needs a second half of every batch.
-        output: The files.
+        guidance: Guidance scale; above 1 it needs a second half of every batch.
+        output: One file for each picture.
     """
     size = f"{plan.width or 'own'} x {plan.height or 'own'}"
     return {
@@ -46,8 +49,8 @@ def plan_of_sampling(
         "prompt": plan.prompt,
         "regions": len(plan.regions),
         "size": f"{size} pixels",
-        "pictures": count,
-        "U-Net runs": f"{steps}, each on a batch of {count * (2 if guided else 1)}",
+        "pictures": len(output),
+        "U-Net runs": f"{steps}, each on a batch of {len(output) * (2 if guidance > 1 else 1)}",
         "writes": ", ".join(map(str, output)),
     }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
 from diffusers_mixofshow.cli.plans import plan_of_sampling, tell
@@ -17,6 +19,12 @@ from diffusers_mixofshow.errors import ConfigurationError, RegionError
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.regions import Layout, Region
+
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print files, seeds and settings as JSON.")]
 
 
 def sample(
@@ -40,12 +48,13 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels. (default: the layout's or the model's)")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels. (default: likewise)")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
-    ] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Sample pictures of one or several concepts, each in its own region.
 
@@ -57,27 +66,48 @@ def sample(
     plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
     controls = [parse_control(text) for text in control or []]
     packs = _read_packs(concepts or [])
-    if base is None and not packs:
-        raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
-    base, files = base or common_base(packs), numbered(output, count)
+    base, files = base or _base_of(packs), numbered(output, count)
+    guidance = usual_guidance(base) if guidance is None else guidance
     if dry_run:
         _refuse_unknown(plan, packs)
-        tell(plan_of_sampling(plan, packs, base, count=count, steps=steps, guided=guidance > 1, output=files))
+        tell(plan_of_sampling(plan, packs, base, steps=steps, guidance=guidance, output=files), as_json=as_json)
         return
+    seeds = range(seed, seed + count)
+    _save(files, _sampled(base, packs, controls, plan, seeds, steps=steps, guidance=guidance))
+    if as_json:
+        pictures = [{"file": str(file), "seed": each} for file, each in zip(files, seeds, strict=True)]
+        told = {"base": base, "prompt": plan.prompt, "regions": len(plan.regions)}
+        typer.echo(json.dumps({"pictures": pictures, **told, "steps": steps, "guidance": guidance}))
+        return
+    for file in files:
+        typer.echo(f"Wrote {file}")
+
+
+def _base_of(packs: list[EDLoRA]) -> str:
+    """The base model that all packs were tuned on."""
+    if not packs:
+        raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
+    return common_base(packs)
+
+
+def _sampled(
+    base: str, packs: list[EDLoRA], controls: list[Control], plan: Layout, seeds: range, *, steps: int, guidance: float
+) -> list[Any]:
+    """One PIL picture for each seed, in one batch."""
     import torch
 
     pipe, conditions = _loaded(base, packs, controls)
-    images = pipe(
-        prompt=[plan.prompt] * count,
-        negative_prompt=[plan.negative_prompt or ""] * count,
+    images: list[Any] = pipe(
+        prompt=[plan.prompt] * len(seeds),
+        negative_prompt=[plan.negative_prompt or ""] * len(seeds),
         regions=plan,
         num_inference_steps=steps,
         guidance_scale=guidance,
         **_size(pipe, plan),
-        generator=[torch.Generator().manual_seed(seed + index) for index in range(count)],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         **conditions,
     ).images
-    _save(files, images)
+    return images
 
 
 def _refuse_unknown(plan: Layout, packs: list[EDLoRA]) -> None:
@@ -99,7 +129,6 @@ def _save(files: list[Path], images: list[Any]) -> None:
     for path, image in zip(files, images, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-        typer.echo(f"Wrote {path}")
 
 
 def _loaded(base: str, packs: list[EDLoRA], controls: list[Control]) -> tuple[Any, dict[str, Any]]:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.text import Text
 
 from diffusers_mixofshow.base_models import TOYLAND
-from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.cli.messages import warnings_as_sentences
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES
 from diffusers_mixofshow.training.config_files import read_settings
@@ -83,7 +81,7 @@ def train(**given: Any) -> None:
         options["instance_data_dir"] = photos
     in_file = {} if config is None else read_settings(config, _SETTINGS)
     spelt = _spellings(in_file.keys() - options.keys(), config)
-    with _options_in_errors(spelt), _warnings_on_standard_error(spelt):
+    with _options_in_errors(spelt), warnings_as_sentences(lambda text: _respelt(text, spelt)):
         checked = training_config(in_file | options)
 
         from diffusers_mixofshow.client import tune_concept
@@ -196,25 +194,6 @@ def _respelt(message: str, spelt: Mapping[str, str]) -> str:
     any_name, joined = "|".join(spelt), "|".join(name for name in spelt if "_" in name)
     at_start, inside = rf"(?:(?<=^)|(?<=; )|(?<=: ))'?({any_name})'?(?= is )", rf"(?<!['\w./-])({joined})(?!['\w])"
     return re.sub(f"{at_start}|{inside}", lambda found: spelt[found[1] or found[2]], message)
-
-
-@contextmanager
-def _warnings_on_standard_error(spelt: Mapping[str, str]) -> Iterator[None]:
-    """Show warnings of ours as sentences, without the line of code that gave them."""
-    with warnings.catch_warnings():
-        usual = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, MixOfShowWarning):
-                Console(stderr=True).print(
-                    Text(f"Warning: {_respelt(str(message), spelt)}", style="yellow"), soft_wrap=True
-                )
-            else:
-                usual(message, category, *where, **more)
-
-        warnings.showwarning = show
-        warnings.simplefilter("always", MixOfShowWarning)
-        yield
 
 
 train.__signature__ = inspect.Signature(list(_parameters()))  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.errors import ConfigurationError
 
 
@@ -51,7 +52,7 @@ class DemoSettings:
     pictures: int = 12
     together: int = 12
     steps: int = 20
-    guidance_scale: float = 3.0
+    guidance_scale: float = usual_guidance(TOYLAND)
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +69,8 @@ class DemoSettings:
             defects.append(
                 "your own pictures need both --photos DIR and --class-word, a plain word for what they show"
             )
+        if self.photos is not None and not self.photos.is_dir():
+            defects.append(f"--photos {self.photos} is no folder, expected one with your own pictures")
         if defects:
             raise ConfigurationError("The demo cannot start: " + "; ".join(defects) + ".")
 

@@ -40,7 +40,7 @@ class _Stages:
         self.console.print(f"[bold]{len(self.seconds) + 1}/6[/bold] {description}")
         columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         start = time.monotonic()
-        with Progress(*columns, console=self.console) as progress:
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             yield progress
         self.seconds[name] = round(time.monotonic() - start, 1)
 

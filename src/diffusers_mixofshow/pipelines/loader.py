@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from diffusers_mixofshow.base_models import in_dtype, location_of
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
@@ -43,13 +44,17 @@ class EDLoRALoader:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a pipeline, and its concepts where `EDLoRA.save_pretrained(..., merged=True)` wrote them.
 
-        Takes what `DiffusionPipeline.from_pretrained` takes.
+        Takes what `DiffusionPipeline.from_pretrained` takes, ``dtype=`` with every version of diffusers, and
+        ``"toyland"`` for the base that ships in the package.
         """
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        if has_concepts(pretrained_model_name_or_path, kwargs.get("revision"), kwargs.get("cache_dir")):
+        source = location_of(os.fspath(pretrained_model_name_or_path))
+        if "dtype" in kwargs:
+            kwargs |= in_dtype(kwargs.pop("dtype"))
+        pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+        if has_concepts(source, kwargs.get("revision"), kwargs.get("cache_dir")):
             shared = ("revision", "token", "cache_dir", "local_files_only")
             options = {name: kwargs[name] for name in shared if name in kwargs}
-            pipeline.load_edlora(pretrained_model_name_or_path, **options)
+            pipeline.load_edlora(source, **options)
         return pipeline
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from diffusers_mixofshow.base_models import TOYLAND, location_of
+from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
 from diffusers_mixofshow.errors import MixOfShowError
 
 
@@ -83,7 +83,7 @@ def load_pipeline(
 
             pipeline_class = StableDiffusionPipeline
         return pipeline_class.from_pretrained(
-            str(folder or path()), torch_dtype=dtype, safety_checker=None, local_files_only=True
+            str(folder or path()), **in_dtype(dtype), safety_checker=None, local_files_only=True
         )
 
 
@@ -137,7 +137,7 @@ def load_metric_model(folder: Path | str | None = None) -> MetricModel:
     state = load_file(root / "metric" / "model.safetensors")
     towers.load_state_dict({name: value.float() for name, value in state.items()})
     with _quietly():
-        text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", torch_dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
     return MetricModel(
         towers=towers.eval().requires_grad_(False),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow.base_models import TOYLAND, not_loadable
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -34,10 +34,7 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
             config.pretrained_model_name_or_path, safety_checker=None, requires_safety_checker=False
         )
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"The base model {config.pretrained_model_name_or_path!r} cannot be loaded ({error}). Expected a Hub id, "
-            f"a folder with a Stable Diffusion pipeline, or {TOYLAND!r}."
-        ) from error
+        raise not_loadable(config.pretrained_model_name_or_path, error) from error
     return pipeline.to(dtypes[config.mixed_precision])
 
 

@@ -75,6 +75,7 @@ _NOT_NEGATIVE = (
     "prior_loss_weight",
     "num_validation_images",
 )
+_LARGEST_IN_TOYLAND = 128
 _POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma", "embedding_norm_threshold", "lr_power")
 
 
@@ -369,7 +370,15 @@ class TrainingConfig:
                 f"captions_per_step ({self.captions_per_step}) is larger than "
                 f"train_batch_size ({self.train_batch_size})"
             )
-        return defects + self._contradictions_of_method() + self._missing_output()
+        return defects + self._contradictions_of_base() + self._contradictions_of_method() + self._missing_output()
+
+    def _contradictions_of_base(self) -> list[str]:
+        if self.pretrained_model_name_or_path != TOYLAND or self.resolution <= _LARGEST_IN_TOYLAND:
+            return []
+        return [
+            f"resolution is {self.resolution}, but the embedded base draws pictures of 64 pixels; "
+            "TrainingConfig.toyland(...) has the settings it needs"
+        ]
 
     def _contradictions_of_method(self) -> list[str]:
         defects = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.errors import MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.training import inspection
 from diffusers_mixofshow.training.captions import (
     METADATA_FILES,
@@ -40,6 +40,7 @@ def load_photos(config: TrainingConfig) -> list[Photo]:
     """Read the photos that a config names, from a folder or the Hub, with tags shuffled as it says.
 
     Raises:
+        ConfigurationError: If there is no such folder.
         TrainingDataError: Lists every file that cannot be used, and why.
         HubError: If the data set cannot be fetched.
     """
@@ -81,6 +82,7 @@ def read_photos(
         MixOfShowWarning: Once, for everything that looks like a slip: tiny photos, duplicates, files of no use.
 
     Raises:
+        ConfigurationError: If there is no such folder.
         TrainingDataError: Lists every file that cannot be used, and why; what is a warning otherwise is in it, too.
     """
     folder = _folder_of_photos(Path(folder))
@@ -194,7 +196,7 @@ def _shrunk(image: Image.Image, size: tuple[int, int], resampling: Image.Resampl
 
 def _folder_of_photos(folder: Path) -> Path:
     if not folder.is_dir():
-        raise TrainingDataError(
+        raise ConfigurationError(
             f"{folder} is no folder. Expected a folder of photos ({', '.join(PICTURE_SUFFIXES)}); a data set of "
             "the Hub is named by dataset_name."
         )

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.errors import TrainingDataError
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.pictures import Photo, is_picture, read_picture
-from diffusers_mixofshow.training.samples import GUIDANCE, STEPS, plain_pipeline
+from diffusers_mixofshow.training.samples import STEPS, plain_pipeline
 
 
 def prompt_of_class(config: TrainingConfig) -> str:
@@ -65,7 +66,7 @@ def _draw(pipeline: Any, config: TrainingConfig, folder: Path, first: int) -> No
             height=config.resolution,
             width=config.resolution,
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            guidance_scale=usual_guidance(config.pretrained_model_name_or_path),
             generator=[torch.Generator().manual_seed(number) for number in numbers],
         ).images
         for number, image in zip(numbers, images, strict=True):

@@ -13,6 +13,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 SCALES = (0.0, 0.7, 1.0)
 """Strengths of the LoRA on a sheet, one row each; at 0 the embeddings alone draw (reference)."""
 STEPS = 20
-GUIDANCE = 7.5
 
 _GAP = 4
 _LABEL_WIDTH = 64
@@ -75,7 +75,7 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> list[l
                     height=config.resolution,
                     width=config.resolution,
                     num_inference_steps=STEPS,
-                    guidance_scale=GUIDANCE,
+                    guidance_scale=usual_guidance(config.pretrained_model_name_or_path),
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 ).images
             )
