@@ -1,15 +1,12 @@
 """Two gloo processes on the CPU fuse the same pack as one."""
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import packs
+import processes
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.fusion import GradientFuser
@@ -50,30 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _run_two(folder: Path) -> None:
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | shared | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", WORKER, str(folder)]
-    workers = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE) for rank in range(2)
-    ]
-    try:
-        said = [worker.communicate(timeout=300)[1].decode()[-2000:] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], said
-
-
 def test_two_processes_fuse_the_same_pack_as_one(folder: Path) -> None:
-    _run_two(folder)
+    processes.run_two(WORKER, str(folder))
     for sequential in (False, True):
         pipe = MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
         fuser = GradientFuser(pipe, sequential=sequential, steps=1, prompts=["<TOK>", "a <TOK>"], ridge="auto")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import processes
 from diffusers_mixofshow.toyland.autoencoder import build_autoencoder, reconstruct, render_pixels, whiten
 from diffusers_mixofshow.toyland.base import load_metric_model, load_pipeline, load_reader
 from diffusers_mixofshow.toyland.denoiser import velocity_weight
@@ -70,6 +71,13 @@ def test_training_goes_on_from_the_weights_of_an_earlier_one(trained: Path, tmp_
         torch.testing.assert_close(now[name], value, msg=name)
     record = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
     assert record["unet"]["continues"]["settings"]["steps"] == 2
+
+
+def test_processes_on_cpus_train_one_model_together(tmp_path: Path) -> None:
+    code = "import sys; from diffusers_mixofshow.toyland.train import main; main(sys.argv[1:])"
+    sizes = ["--steps", "1", "--batch-size", "2", "--pool-size", "4"]
+    printed = processes.run_two(code, "--output", str(tmp_path), "--stage", "autoencoder", *sizes)
+    assert ["held-out PSNR" in text for text in printed] == [True, False]
 
 
 def test_whitening_changes_latents_and_nothing_else() -> None:

@@ -70,9 +70,14 @@ _WIDE_SHARE = 1 / 4
 """Share of pictures of three things in the U-Net's training."""
 
 
+def joined_processes() -> accelerate.Accelerator:
+    """The processes that a launcher started; without a GPU accelerate joins them only when it is told to use CPUs."""
+    return accelerate.Accelerator(cpu=not torch.cuda.is_available())
+
+
 def train_autoencoder(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 1; writes ``output/vae``."""
-    accelerator = accelerate.Accelerator()
+    accelerator = joined_processes()
     torch.manual_seed(config.seed)
     objective = AutoencoderObjective(build_autoencoder())
     first = accelerator.process_index * pool_size
@@ -121,7 +126,7 @@ def soften(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 2; writes ``output/tokenizer`` and ``output/text_encoder``."""
-    accelerator = accelerate.Accelerator()
+    accelerator = joined_processes()
     torch.manual_seed(config.seed)
     if accelerator.is_main_process:
         write_tokenizer(output / "tokenizer", sample_captions(4000, config.seed))
@@ -171,7 +176,7 @@ def _encode_pool(vae: AutoencoderKL, seeds: Sequence[int], things: int | None, d
 
 def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 3; needs stages 1 and 2 and writes ``output/pipeline`` at every checkpoint."""
-    accelerator = accelerate.Accelerator()
+    accelerator = joined_processes()
     torch.manual_seed(config.seed)
     device = accelerator.device
     vae = AutoencoderKL.from_pretrained(output / "vae").to(device)
@@ -227,7 +232,7 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
 
 def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 4; needs stage 1 and writes ``output/reader``."""
-    accelerator = accelerate.Accelerator()
+    accelerator = joined_processes()
     torch.manual_seed(config.seed)
     vae = AutoencoderKL.from_pretrained(output / "vae")
     vocabulary = attribute_vocabulary()
@@ -267,7 +272,7 @@ def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size
 
 def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 5; needs stages 1 and 2, writes ``output/metric``."""
-    accelerator = accelerate.Accelerator()
+    accelerator = joined_processes()
     torch.manual_seed(config.seed)
     vae = AutoencoderKL.from_pretrained(output / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
@@ -402,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     main_process = int(os.environ.get("RANK", "0")) == 0
     if options["start_from"] is not None and main_process and not (options["output"] / "initial_unet").exists():
         take_over(options["start_from"], options["output"])
-    accelerate.Accelerator().wait_for_everyone()
+    joined_processes().wait_for_everyone()
     for name in chosen:
         stage = STAGES[name]
         config = dataclasses.replace(stage.config, **given)
