@@ -90,7 +90,7 @@ def main() -> None:
         code = INTERRUPTED
     if code == INTERRUPTED:
         tell("Interrupted.", "yellow")
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _tell_of_misuse(error: Any) -> None:
