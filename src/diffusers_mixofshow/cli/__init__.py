@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.cli.compare import compare
 from diffusers_mixofshow.cli.convert import convert
 from diffusers_mixofshow.cli.demo import demo
 from diffusers_mixofshow.cli.doctor import doctor
+from diffusers_mixofshow.cli.evaluate import evaluate
 from diffusers_mixofshow.cli.fuse import fuse
 from diffusers_mixofshow.cli.inspect import inspect
 from diffusers_mixofshow.cli.messages import tell, warnings_as_sentences
@@ -47,7 +49,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command(context_settings=SPELLINGS)(train)
-for _verb in (fuse, sample, inspect, convert, push, demo, doctor):
+for _verb in (fuse, sample, evaluate, compare, inspect, convert, push, demo, doctor):
     app.command()(_verb)
 
 

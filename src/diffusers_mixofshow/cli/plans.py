@@ -88,6 +88,41 @@ def plan_of_fusion(packs: Sequence[EDLoRA], base: str | None, max_rank: int | No
     }
 
 
+def plan_of_measuring(
+    packs: Mapping[str, EDLoRA],
+    base: str,
+    *,
+    count: int,
+    steps: int,
+    photos: Mapping[str, int],
+    metric_model: str,
+    writes: Sequence[Path],
+) -> dict[str, Any]:
+    """What `mixofshow evaluate` and `mixofshow compare` would do.
+
+    Args:
+        packs: Name to pack.
+        base: The base model.
+        count: Pictures of each concept in each pack.
+        steps: Denoising steps.
+        photos: Placeholder to the number of photos given.
+        metric_model: Who looks at the pictures.
+        writes: Files and folders.
+    """
+    from diffusers_mixofshow.evaluation.packs import picture_count
+
+    pictures = picture_count(packs, count)
+    return {
+        "base model": _told_base(base),
+        "packs": "; ".join(f"{name}: {_names([pack])}" for name, pack in packs.items()),
+        "metric model": _told_base(metric_model),
+        "photos": ", ".join(f"{number} of {name}" for name, number in photos.items()) or "none given",
+        "pictures": pictures,
+        "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
+        "writes": ", ".join(map(str, writes)) or "nothing",
+    }
+
+
 def _told_base(base: str) -> str:
     """The base with its size on this disk; of the Hub's, that it may be downloaded."""
     folder = Path(location_of(base))
