@@ -40,8 +40,8 @@ def compare(
         --photos potter=photos/potter --photos thanos=photos/thanos
     """
     asked = measuring.Asked(
-        photos=photos or [],
-        prompts=prompt or [],
+        photos=photos or (),
+        prompts=prompt or (),
         base=base,
         metric_model=metric_model,
         pictures=pictures,

@@ -41,6 +41,8 @@ _METADATA = re.compile(r"\A\s*---[ \t\r]*\n.*?\n---[ \t\r]*(\n|\Z)", re.DOTALL)
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
+_GALLERY = "<Gallery />"
+"""Where the Hub shows the widget's pictures."""
 _MOST_REGIONS = 3
 _LONGEST_RECORD = 10_000
 _SD_1 = "creativeml-openrail-m"
@@ -86,7 +88,7 @@ def model_card(
     rank = max((update.rank for update in contents["lora"].values()), default=0)
     body = [
         f"# {title} {heading}",
-        *(["<Gallery />"] if samples else []),
+        *([_GALLERY] if samples else []),
         _summary(len(names), base_model, rank, merged=merged),
         _concept_table(concepts, contents["training"]),
         f"## Use\n\n```python\n{example(concepts, base_model, location, merged=merged)}```",
@@ -117,6 +119,9 @@ def refreshed(existing: str | None, card: ModelCard) -> str:
     if section is None or (text.strip() and not _SECTION.search(text)):
         return existing
     written = section.group()
+    if _GALLERY in text and _GALLERY not in written:  # the pictures that are there stay as well
+        begin, heading, rest = written.split("\n\n", 2)
+        written = "\n\n".join([begin, heading, _GALLERY, rest])
     body = _SECTION.sub(lambda _: written, text, count=1) if text.strip() else f"\n{written}\n"
     try:
         data = _joined_metadata(ModelCard(existing, ignore_metadata_errors=True).data.to_dict(), card.data.to_dict())
