@@ -142,6 +142,21 @@ def test_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch):
     assert "x" not in found
 
 
+def test_doctor_finds_every_extra_that_the_package_offers(monkeypatch: pytest.MonkeyPatch):
+    offered = diagnosis.metadata.metadata("diffusers-mixofshow").get_all("Provides-Extra")
+    found = {finding.name: finding for finding in diagnosis.diagnose()}
+    assert {f"extra {name}" for name in offered} <= set(found)
+    monkeypatch.setattr(
+        diagnosis.metadata,
+        "requires",
+        lambda _: ["torch>=2", "no-such-package>=1; extra == 'heic'", "torch>=99; extra == 'wandb'"],
+    )
+    found = {finding.name: finding for finding in diagnosis.diagnose()}
+    assert (found["extra heic"].state, found["extra heic"].found) == ("note", "no-such-package not installed")
+    assert found["extra heic"].remedy == "pip install 'diffusers-mixofshow[heic]'"
+    assert "needs >=99" in found["extra wandb"].found
+
+
 def test_doctor_never_shows_a_token(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     result = run("doctor", "--json")
