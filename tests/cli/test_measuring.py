@@ -75,7 +75,8 @@ def test_evaluate_notes_its_numbers_in_the_pack_and_on_its_card(options, place, 
     pack.save_pretrained(tmp_path / "both")
     for name in ("rex", "tom"):
         packs.random_pack(tiny.components(), name, seed=1).save_pretrained(tmp_path / "both" / "sources" / name)
-    result = run("evaluate", tmp_path / "both", *options, "--prompt", "a <TOK>, ink", "--save", "--json")
+    paths = ("--metric-model", place / "clip", "--prompt", "a <TOK>, ink")
+    result = run("evaluate", tmp_path / "both", *options, *paths, "--save", "--json")
     told = json.loads(result.stdout)
     assert told["settings"]["prompts"] == ["a <TOK>, ink"]
     assert {row["pack"] for row in told["rows"]} == {"class word", "sources/rex", "sources/tom", "both"}
@@ -83,7 +84,7 @@ def test_evaluate_notes_its_numbers_in_the_pack_and_on_its_card(options, place, 
     noted = saved.training["evaluation"]
     (row,) = [row for row in told["rows"] if (row["concept"], row["pack"]) == ("<tom>", "both")]
     assert noted["concepts"]["<tom>"]["text_alignment"] == row["text_alignment"]
-    assert (noted["pictures"], noted["metric_model"]) == (2, "clip")
+    assert (noted["pictures"], noted["metric_model"]) == (2, "clip")  # and not where that lies on this disk
     assert (saved.digest, saved.training["note"]) == (pack.digest, "ünïcode")
     assert "| text-alignment |" in ModelCard.load(tmp_path / "both" / "README.md").text
 

@@ -73,7 +73,7 @@ def evaluate(
     if folder is not None:
         from diffusers_mixofshow.evaluation.packs import noted
 
-        noted(packs[name], name, evaluation, measurement.settings).save_pretrained(folder)
+        noted(packs[name], name, evaluation, measurement.public_settings()).save_pretrained(folder)
     measuring.tell_results(measurement, evaluation, sheet=sheet, record=record, as_json=as_json)
 
 

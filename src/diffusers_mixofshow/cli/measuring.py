@@ -103,6 +103,14 @@ class Measurement:
             writes=writes,
         )
 
+    def public_settings(self) -> dict[str, Any]:
+        """The settings as strangers may read them: models on this disk by the last part of their path."""
+        models = {
+            name: Path(self.settings[name]).name if Path(self.settings[name]).exists() else self.settings[name]
+            for name in ("base_model", "metric_model")
+        }
+        return {**self.settings, **models}
+
     def run(self) -> Evaluation:
         """Load the models, sample and measure."""
         from diffusers_mixofshow.evaluation.packs import evaluate_packs, picture_count
