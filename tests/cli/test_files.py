@@ -78,6 +78,12 @@ def test_inspect_tells_an_ed_lora_from_other_files_by_what_is_in_it(tmp_path: Pa
         run("inspect", tmp_path)
 
 
+def test_inspect_knows_fusion_statistics_and_sends_to_their_ed_lora():
+    folder = Path(__file__).parents[1] / "compatibility" / "files" / "format-1"
+    with pytest.raises(EDLoRAFormatError, match=r"fusion statistics.*edlora\.safetensors beside it"):
+        run("inspect", folder / "edlora.statistics.safetensors")
+
+
 def test_convert_there_and_back(tmp_path: Path):
     params = files.original(tmp_path / "rex.pth")
     result = run("convert", tmp_path / "rex.pth", tmp_path / "rex", "--to", "edlora", "--class-word", "dog")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -167,3 +168,13 @@ def test_numbers_are_noted_only_in_a_file_that_is_there(options, place, tmp_path
             run("evaluate", tmp_path / "renamed.safetensors", *options, "--save")
     finally:
         (tmp_path / "renamed.safetensors").rename(place / "rex" / "edlora.safetensors")
+
+
+def test_a_complete_pipeline_is_no_pack(place, options):
+    pack = packs.random_pack(tiny.components(), "rex")
+    dataclasses.replace(pack, base_model=str(place / "base")).save_pretrained(place / "merged", merged=True)
+    for source in ("merged", "merged/edlora.safetensors"):
+        with pytest.raises(ConfigurationError, match="is a complete pipeline"):
+            run("evaluate", source, *options)
+        with pytest.raises(ConfigurationError, match="--base merged"):
+            run("sample", "--concepts", source, "--prompt", "a <rex>")

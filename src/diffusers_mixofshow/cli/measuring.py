@@ -17,6 +17,7 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
+from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.errors import ConfigurationError
 
 
@@ -179,14 +180,12 @@ def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
     Raises:
         ConfigurationError: If one is given twice.
     """
-    from diffusers_mixofshow.edlora import EDLoRA
-
     twice = sorted({source for source in sources if sources.count(source) > 1})
     if twice:
         raise ConfigurationError(f"Given twice: {', '.join(twice)}. Name each ED-LoRA or pack once.")
     last = [Path(source).name or source for source in sources]
     names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
-    return {name: EDLoRA.from_pretrained(source) for name, source in zip(names, sources, strict=True)}
+    return {name: read_pack(source) for name, source in zip(names, sources, strict=True)}
 
 
 def tell_results(
