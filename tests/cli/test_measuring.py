@@ -158,7 +158,7 @@ def test_what_cannot_be_is_one_clear_error(options, more, message):
 def test_a_photo_that_cannot_be_read_is_named_before_anything_is_loaded(options, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(TrainingDataError, match=r"x\.png is no readable picture"):
-        run("evaluate", "rex", *options, "--photos", f"rex={tmp_path}")
+        run("evaluate", "rex", *options, "--photos", f"rex={tmp_path}", "--metric-model", "/no/such/clip")
 
 
 def test_numbers_are_noted_only_in_a_file_that_is_there(options, place, tmp_path):

@@ -117,8 +117,8 @@ class Measurement:
         from diffusers_mixofshow.evaluation.packs import evaluate_packs, picture_count
         from diffusers_mixofshow.evaluation.sampling import Sampling
 
-        judge = _judge(self.settings["metric_model"])
         references = self._references()
+        judge = _judge(self.settings["metric_model"])
         pipe = load_base(self.base)
         sampling = Sampling(
             steps=self.asked.steps, guidance_scale=self.settings["guidance"], first_seed=self.asked.seed
@@ -285,7 +285,8 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 def _sheet_of(evaluation: Evaluation) -> bytes:
     from diffusers_mixofshow.evaluation.sheets import labelled_rows
 
-    rows = {f"{concept} {pack}": shown for (concept, pack), shown in sorted(evaluation.pictures.items())}
+    drawn = ((row.concept, row.pack) for row in evaluation.rows)
+    rows = {" ".join(each): evaluation.pictures[each] for each in drawn if each in evaluation.pictures}
     buffer = io.BytesIO()
     labelled_rows(rows).save(buffer, format="PNG")
     return buffer.getvalue()
