@@ -22,7 +22,7 @@ from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, Regio
 from diffusers_mixofshow.regions import Layout, Region
 
 
-VERBS = ("train", "fuse", "sample", "inspect", "convert", "push", "demo", "doctor")
+VERBS = ("train", "fuse", "sample", "evaluate", "compare", "inspect", "convert", "push", "demo", "doctor")
 RUN = (sys.executable, "-c", "from diffusers_mixofshow.cli import main; main()")
 
 

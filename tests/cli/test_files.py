@@ -78,6 +78,12 @@ def test_inspect_tells_an_ed_lora_from_other_files_by_what_is_in_it(tmp_path: Pa
         run("inspect", tmp_path)
 
 
+def test_inspect_knows_fusion_statistics_and_sends_to_their_ed_lora():
+    folder = Path(__file__).parents[1] / "compatibility" / "files" / "format-1"
+    with pytest.raises(EDLoRAFormatError, match=r"fusion statistics.*edlora\.safetensors beside it"):
+        run("inspect", folder / "edlora.statistics.safetensors")
+
+
 def test_convert_there_and_back(tmp_path: Path):
     params = files.original(tmp_path / "rex.pth")
     result = run("convert", tmp_path / "rex.pth", tmp_path / "rex", "--to", "edlora", "--class-word", "dog")
@@ -140,6 +146,21 @@ def test_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch):
     assert found["torch"].state == found["no-such-package"].state == "problem"
     assert "pip install 'torch>=99'" in found["torch"].remedy
     assert "x" not in found
+
+
+def test_doctor_finds_every_extra_that_the_package_offers(monkeypatch: pytest.MonkeyPatch):
+    offered = diagnosis.metadata.metadata("diffusers-mixofshow").get_all("Provides-Extra")
+    found = {finding.name: finding for finding in diagnosis.diagnose()}
+    assert {f"extra {name}" for name in offered} <= set(found)
+    monkeypatch.setattr(
+        diagnosis.metadata,
+        "requires",
+        lambda _: ["torch>=2", "no-such-package>=1; extra == 'heic'", "torch>=99; extra == 'wandb'"],
+    )
+    found = {finding.name: finding for finding in diagnosis.diagnose()}
+    assert (found["extra heic"].state, found["extra heic"].found) == ("note", "no-such-package not installed")
+    assert found["extra heic"].remedy == "pip install 'diffusers-mixofshow[heic]'"
+    assert "needs >=99" in found["extra wandb"].found
 
 
 def test_doctor_never_shows_a_token(monkeypatch: pytest.MonkeyPatch):

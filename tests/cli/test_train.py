@@ -116,3 +116,20 @@ def test_errors_and_warnings_about_photos_name_options(tmp_path: Path) -> None:
     assert "Warning: Photos in" in result.stderr
     assert "b.png is not in metadata.jsonl, its captions are --instance-prompt" in result.stderr
     assert "b.png shows the same as a.png" in result.stderr
+
+
+def test_a_dry_run_reads_the_photos_and_writes_nothing(trained: list[TrainingConfig], tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (64, 64), colour).save(photos / f"{name}.png")
+        (photos / f"{name}.txt").write_text(f"a <TOK> before {colour}", encoding="utf-8")
+    asked = ["train", str(photos), "--concept", "rex", "--class-word", "dog", "--base", "toyland", "--dry-run"]
+    result = CliRunner().invoke(cli.app, [*asked, "--output", str(tmp_path / "rex")], catch_exceptions=False)
+    assert "base model: toyland" in result.stdout
+    assert "concept: <rex>, a dog" in result.stdout
+    assert "photos: 2 with 2 different captions, 0 with a mask" in result.stdout
+    assert trained == []
+    assert not (tmp_path / "rex").exists()
+    (photos / "b.png").write_bytes(b"")
+    assert isinstance(CliRunner().invoke(cli.app, asked).exception, TrainingDataError)

@@ -95,6 +95,38 @@ def test_a_fused_pack_names_its_sources_and_what_it_kept(fused, tmp_path):
     assert "## Responsible use" in text
 
 
+EVALUATION = {
+    "metric_model": "a/`clip`",
+    "pictures": 12,
+    "concepts": {
+        "<rex>": {
+            "text_alignment": 0.781,
+            "identity": {"alignment": 0.8123, "attributes": None, "nearest": 1.0},
+            "retention": {"alignment": 0.934, "attributes": None},
+        },
+        "<tom>": {"text_alignment": 0.702, "identity": None, "retention": None},
+    },
+}
+
+
+def test_what_was_measured_stands_beside_the_residuals(fused, tmp_path):
+    measured = dataclasses.replace(fused, training={**fused.training, "evaluation": EVALUATION})
+    text = saved_card(measured, tmp_path).text
+    assert "| retention | image-alignment | text-alignment | residual, fused | averaged |" in text
+    assert "| `<rex>` | dog | pet | `a <rex>` | 0.93 | 0.81 | 0.78 | 0.031 | 0.710 |" in text
+    assert "| `<tom>` | dog | pet | `a <tom>` | - | - | 0.70 | - | - |" in text
+    assert "12 pictures of each concept, looked at by `a/'clip'`" in text
+
+
+@pytest.mark.parametrize(
+    "record",
+    [3, {"concepts": []}, {"concepts": {"<rex>": 3}}, {"concepts": {"<rex>": {"retention": {"alignment": "1"}}}}],
+)
+def test_an_evaluation_of_another_shape_breaks_no_card(pack, tmp_path, record):
+    odd = dataclasses.replace(pack, training={"evaluation": record})
+    assert "evaluate" not in str(odd._card("here", False, {}, None))
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -137,6 +169,7 @@ def test_samples_stay_until_there_are_new_ones(loopback_hub, pack):
     pack.push_to_hub("me/dog", token=loopback_hub.token, commit_message="again")
     card = ModelCard(on_hub(loopback_hub, "me/dog")["README.md"].decode())
     assert card.data.widget[0]["output"] == {"url": "samples/0.png"}
+    assert card.text.count("<Gallery />") == 1
 
 
 @pytest.mark.parametrize("text", ["my own words\n", "---\nlicense: mit\n---\n# Mine\n", "---\n[broken: yaml\n---\nx"])

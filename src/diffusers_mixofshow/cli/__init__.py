@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.cli.compare import compare
 from diffusers_mixofshow.cli.convert import convert
 from diffusers_mixofshow.cli.demo import demo
 from diffusers_mixofshow.cli.doctor import doctor
+from diffusers_mixofshow.cli.evaluate import evaluate
 from diffusers_mixofshow.cli.fuse import fuse
 from diffusers_mixofshow.cli.inspect import inspect
 from diffusers_mixofshow.cli.messages import tell, warnings_as_sentences
@@ -47,7 +49,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command(context_settings=SPELLINGS)(train)
-for _verb in (fuse, sample, inspect, convert, push, demo, doctor):
+for _verb in (fuse, sample, evaluate, compare, inspect, convert, push, demo, doctor):
     app.command()(_verb)
 
 
@@ -79,7 +81,7 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with warnings_as_sentences():
-            code = app(prog_name="mixofshow", standalone_mode=False)
+            code = app(prog_name="mixofshow", standalone_mode=False) or 0  # a verb that is done returns None
     except MixOfShowError as error:
         tell(f"Error: {error}", "red")
         code = WRONG_USE if isinstance(error, _MISUSES) else FAILED

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 
 if TYPE_CHECKING:
+    from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
 PACKAGE = "diffusers-mixofshow"
@@ -47,21 +48,34 @@ def diagnose() -> list[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    try:
-        yield Finding(PACKAGE, "ok", metadata.version(PACKAGE))
-        needed = metadata.requires(PACKAGE) or []
-    except metadata.PackageNotFoundError:
+    if version := _installed(PACKAGE):
+        yield Finding(PACKAGE, "ok", version)
+    else:
         yield Finding(PACKAGE, "note", "not installed, run from its source tree", f"pip install {PACKAGE}")
-        return
+    for requirement in _requirements():
+        if _wanted(requirement, extra=""):
+            yield _version(requirement.name, requirement.specifier)
+
+
+def _requirements() -> list[Requirement]:
+    """What the installed package says it needs, its extras included; nothing where it runs from its source tree."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    for line in needed:
+    found = []
+    try:
+        lines = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return []
+    for line in lines:
         try:
-            requirement = Requirement(line)
+            found.append(Requirement(line))
         except InvalidRequirement:
             continue
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _version(requirement.name, requirement.specifier)
+    return found
+
+
+def _wanted(requirement: Requirement, *, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def _version(name: str, wanted: SpecifierSet) -> Finding:
@@ -143,15 +157,30 @@ def _base() -> Finding:
 
 
 def _extras() -> Iterator[Finding]:
-    install = f"pip install '{PACKAGE}[controlnet]'"
-    if util.find_spec("controlnet_aux") is None:
-        yield Finding("controlnet_aux", "note", "not installed; --control takes finished images only", install)
-    else:
+    """One finding an extra, and what keeps installed ones from working."""
+    for extra in _names_of_extras():
+        only = [one for one in _requirements() if _wanted(one, extra=extra) and not _wanted(one, extra="")]
+        found = {one.name: _version(one.name, one.specifier) for one in only}
+        missing = [f"{name} {finding.found}" for name, finding in found.items() if finding.state == "problem"]
+        if missing:
+            remedy = f"pip install '{PACKAGE}[{extra}]'"
+            yield Finding(f"extra {extra}", "note", ", ".join(missing), remedy)
+        elif found:
+            there = ", ".join(f"{name} {finding.found}" for name, finding in found.items())
+            yield Finding(f"extra {extra}", "ok", there)
+    if util.find_spec("controlnet_aux") is not None:
         yield _controlnet_aux()
     torch, vision = _installed("torch"), _installed("torchvision")
     if vision and torch.endswith("+cpu") != vision.endswith("+cpu"):
         remedy = "uninstall torchvision, which is not needed here, or install it from the index of torch"
         yield Finding("torchvision", "note", f"{vision} beside torch {torch}", remedy)
+
+
+def _names_of_extras() -> list[str]:
+    try:
+        return metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _controlnet_aux() -> Finding:

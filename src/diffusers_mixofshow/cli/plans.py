@@ -15,6 +15,7 @@ from diffusers_mixofshow.base_models import location_of
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.regions import Layout
+    from diffusers_mixofshow.training import TrainingConfig
 
 _BYTES_OF_FLOAT64 = 8
 
@@ -85,6 +86,63 @@ def plan_of_fusion(packs: Sequence[EDLoRA], base: str | None, max_rank: int | No
         "memory for statistics": f"{gram / 1e6:.0f} MB at most" if base else "that of the files beside the sources",
         "pack": f"{numbers:,} numbers, {4 * numbers / 1e6:.1f} MB in float32",
         "writes": output,
+    }
+
+
+def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
+    """What `mixofshow train` would do; its photos are read, with their captions and masks.
+
+    Raises:
+        TrainingDataError: If photos, captions or masks cannot be used.
+    """
+    from diffusers_mixofshow.training.data import load_photos
+
+    photos = load_photos(config)
+    captions = {caption for photo in photos for caption in photo.captions}
+    masks = sum(photo.mask is not None for photo in photos)
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    return {
+        "base model": _told_base(config.pretrained_model_name_or_path),
+        "concept": f"{config.concept_to_learn.placeholder}, a {config.concept_to_learn.class_word}",
+        "photos": f"{len(photos)} with {len(captions)} different captions, {masks} with a mask",
+        "method": f"{config.method}, rank {config.rank}",
+        "steps": f"{config.total_steps} of {batch} pictures at {config.resolution} pixels",
+        "writes": config.output_dir,
+    }
+
+
+def plan_of_measuring(
+    packs: Mapping[str, EDLoRA],
+    base: str,
+    *,
+    count: int,
+    steps: int,
+    photos: Mapping[str, int],
+    metric_model: str,
+    writes: Sequence[Path],
+) -> dict[str, Any]:
+    """What `mixofshow evaluate` and `mixofshow compare` would do.
+
+    Args:
+        packs: Name to pack.
+        base: The base model.
+        count: Pictures of each concept in each pack.
+        steps: Denoising steps.
+        photos: Placeholder to the number of photos given.
+        metric_model: Who looks at the pictures.
+        writes: Files and folders.
+    """
+    from diffusers_mixofshow.evaluation.packs import picture_count
+
+    pictures = picture_count(packs, count)
+    return {
+        "base model": _told_base(base),
+        "packs": "; ".join(f"{name}: {_names([pack])}" for name, pack in packs.items()),
+        "metric model": _told_base(metric_model),
+        "photos": ", ".join(f"{number} of {name}" for name, number in photos.items()) or "none given",
+        "pictures": pictures,
+        "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
+        "writes": ", ".join(map(str, writes)) or "nothing",
     }
 
 

@@ -12,6 +12,7 @@ from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
 from diffusers_mixofshow.cli.plans import plan_of_sampling, tell
+from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
 
@@ -65,7 +66,7 @@ def sample(
     """
     plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
     controls = [parse_control(text) for text in control or []]
-    packs = _read_packs(concepts or [])
+    packs = [read_pack(source) for source in concepts or []]
     base, files = base or _base_of(packs), numbered(output, count)
     guidance = usual_guidance(base) if guidance is None else guidance
     if dry_run:
@@ -188,9 +189,3 @@ def numbered(path: Path, count: int) -> list[Path]:
     if count == 1:
         return [path]
     return [path.with_stem(f"{path.stem}-{index}") for index in range(count)]
-
-
-def _read_packs(sources: list[str]) -> list[EDLoRA]:
-    from diffusers_mixofshow.edlora import EDLoRA
-
-    return [EDLoRA.from_pretrained(source) for source in sources]

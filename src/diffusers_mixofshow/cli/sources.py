@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusers_mixofshow.errors import ConfigurationError
+
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
@@ -25,6 +27,25 @@ def read_source(source: str) -> EDLoRA | Foreign:
     path = Path(source)
     if path.exists() and not is_ours(path):
         return read_foreign(path)
+    return EDLoRA.from_pretrained(source)
+
+
+def read_pack(source: str) -> EDLoRA:
+    """Read an ED-LoRA or a fused pack that is to be loaded into its base.
+
+    Raises:
+        ConfigurationError: If it is a complete pipeline, whose updates are in its weights.
+        MixOfShowError: See `EDLoRA.from_pretrained`.
+    """
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.edlora.merged import has_concepts
+
+    path = Path(source)
+    if has_concepts(path.parent if path.is_file() else source):
+        raise ConfigurationError(
+            f"{source} is a complete pipeline with its concepts, no pack. Sample it with --base {source}; to measure "
+            "it, give the pack that it was made of."
+        )
     return EDLoRA.from_pretrained(source)
 
 

@@ -1,7 +1,7 @@
 """``mixofshow train``: a folder of photos to an ED-LoRA.
 
-Every option but ``--config`` and ``--preset`` is made from a field of `TrainingConfig`: its name, its default and its
-documentation.
+Every option but ``--config``, ``--preset`` and ``--dry-run`` is made from a field of `TrainingConfig`: its name, its
+default and its documentation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.cli.messages import warnings_as_sentences
+from diffusers_mixofshow.cli.plans import plan_of_training, tell
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES
@@ -74,6 +75,7 @@ def train(**given: Any) -> None:
     """
     config: Path | None = given.pop("config")
     photos: str | None = given.pop("photos")
+    dry_run = bool(given.pop("dry_run"))
     options = _values_of_options(given)
     if photos is not None and "instance_data_dir" in options:
         raise ConfigurationError("The photos are given twice: as PHOTOS and as --instance-data-dir.")
@@ -83,6 +85,9 @@ def train(**given: Any) -> None:
     spelt = _spellings(in_file.keys() - options.keys(), config)
     with _options_in_errors(spelt), warnings_as_sentences(lambda text: _respelt(text, spelt)):
         checked = training_config(in_file | options)
+        if dry_run:
+            tell(plan_of_training(checked))
+            return
 
         from diffusers_mixofshow.client import tune_concept
 
@@ -121,6 +126,8 @@ def _parameters() -> Iterator[inspect.Parameter]:
     yield _parameter("preset", Annotated[str | None, preset])
     config = typer.Option(help="TOML or YAML file with settings, one a line: class_word = 'man'.", metavar="<path>")
     yield _parameter("config", Annotated[Path | None, config])
+    dry_run = typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
+    yield _parameter("dry_run", Annotated[bool, dry_run])
     panel = None
     for setting in _SETTINGS.values():
         panel = _PANELS.get(setting.name, panel)

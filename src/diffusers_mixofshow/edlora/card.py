@@ -41,6 +41,8 @@ _METADATA = re.compile(r"\A\s*---[ \t\r]*\n.*?\n---[ \t\r]*(\n|\Z)", re.DOTALL)
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
+_GALLERY = "<Gallery />"
+"""Where the Hub shows the widget's pictures."""
 _MOST_REGIONS = 3
 _LONGEST_RECORD = 10_000
 _SD_1 = "creativeml-openrail-m"
@@ -86,9 +88,9 @@ def model_card(
     rank = max((update.rank for update in contents["lora"].values()), default=0)
     body = [
         f"# {title} {heading}",
-        *(["<Gallery />"] if samples else []),
+        *([_GALLERY] if samples else []),
         _summary(len(names), base_model, rank, merged=merged),
-        _concept_table(concepts, _residuals(contents["training"])),
+        _concept_table(concepts, contents["training"]),
         f"## Use\n\n```python\n{example(concepts, base_model, location, merged=merged)}```",
         f"{_STOCK_MERGED if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
         *_training_record(contents["training"]),
@@ -117,6 +119,9 @@ def refreshed(existing: str | None, card: ModelCard) -> str:
     if section is None or (text.strip() and not _SECTION.search(text)):
         return existing
     written = section.group()
+    if _GALLERY in text and _GALLERY not in written:  # the pictures that are there stay as well
+        begin, heading, rest = written.split("\n\n", 2)
+        written = "\n\n".join([begin, heading, _GALLERY, rest])
     body = _SECTION.sub(lambda _: written, text, count=1) if text.strip() else f"\n{written}\n"
     try:
         data = _joined_metadata(ModelCard(existing, ignore_metadata_errors=True).data.to_dict(), card.data.to_dict())
@@ -232,25 +237,84 @@ def _summary(count: int, base_model: str, rank: int, *, merged: bool) -> str:
     return f"Holds {holds}: {parts}, made with diffusers-mixofshow (`pip install diffusers-mixofshow`)."
 
 
-def _concept_table(concepts: Collection[Concept], residuals: Mapping[str, tuple[float, float]]) -> str:
-    """The concepts and, where fusion measured it, how well each is kept; several of one source share a number."""
-    measured = {place: pair for name, pair in residuals.items() for place in name.split("+")}
-    shown = [concept.placeholder for concept in concepts if concept.placeholder in measured]
+def _concept_table(concepts: Collection[Concept], training: Mapping[str, object]) -> str:
+    """The concepts and, where it was measured, how well each is kept and drawn."""
     rows: list[tuple[str, ...]] = [("in prompts", "class", "kind", "example")]
     rows += [
         (f"`{_code(c.placeholder)}`", _text(c.class_word), _text(c.kind), f"`{_code(_prompt(c))}`") for c in concepts
     ]
-    if shown:
-        numbers = [measured.get(concept.placeholder) for concept in concepts]
-        extra = [("residual, fused", "averaged")]
-        extra += [("-", "-") if pair is None else (f"{pair[1]:.3f}", f"{pair[0]:.3f}") for pair in numbers]
-        rows = [(*row, *more) for row, more in zip(rows, extra, strict=True)]
-    table = _table(rows)
+    notes = []
+    for columns, note in (_measured_columns(concepts, training), _residual_columns(concepts, training)):
+        if columns:
+            rows = [(*row, *more) for row, more in zip(rows, columns, strict=True)]
+            notes.append(note)
+    return "\n\n".join([f"## Concepts\n\n{_table(rows)}", *notes])
+
+
+def _residual_columns(
+    concepts: Collection[Concept], training: Mapping[str, object]
+) -> tuple[list[tuple[str, ...]], str]:
+    """Residuals of fusion with their heading, one line a concept; several of one source share a number."""
+    residuals = _residuals(training)
+    measured = {place: pair for name, pair in residuals.items() for place in name.split("+")}
+    pairs = [measured.get(concept.placeholder) for concept in concepts]
+    if not any(pairs):
+        return [], ""
+    lines = [("-", "-") if pair is None else (f"{pair[1]:.3f}", f"{pair[0]:.3f}") for pair in pairs]
     note = (
-        "\n\nThe residual is the relative error of a concept's layers after fusion: 0 keeps it whole, 1 loses it."
+        "The residual is the relative error of a concept's layers after fusion: 0 keeps it whole, 1 loses it."
         " Beside it, that of a plain weighted average of the same weights."
     )
-    return f"## Concepts\n\n{table}{note if shown else ''}"
+    return [("residual, fused", "averaged"), *lines], note
+
+
+_MEASURES = {
+    "retention": ("retention", "alignment"),
+    "looks kept": ("retention", "attributes"),
+    "image-alignment": ("identity", "alignment"),
+    "text-alignment": ("text_alignment",),
+}
+"""Columns of the card, and where `mixofshow evaluate --save` notes them for each concept."""
+
+
+def _measured_columns(
+    concepts: Collection[Concept], training: Mapping[str, object]
+) -> tuple[list[tuple[str, ...]], str]:
+    """What `mixofshow evaluate --save` measured, with its headings, one line a concept; columns that it filled."""
+    evaluation = _mapping(training.get("evaluation"))
+    entries = _mapping(evaluation.get("concepts"))
+    numbers = {
+        heading: [_found(entries.get(concept.placeholder), path) for concept in concepts]
+        for heading, path in _MEASURES.items()
+    }
+    filled = {heading: values for heading, values in numbers.items() if any(one is not None for one in values)}
+    if not filled:
+        return [], ""
+    shown = [["-" if one is None else f"{one:.2f}" for one in values] for values in filled.values()]
+    note = (
+        f"`mixofshow evaluate` measured {_count(evaluation.get('pictures'))} pictures of each concept, looked at by "
+        f"`{_code(str(evaluation.get('metric_model', '')))}`: image-alignment is the mean cosine with the concept's "
+        "photos, text-alignment the CLIPScore of the prompt. Retention is the share of the image-alignment that a "
+        "concept's own ED-LoRA gains over the class word and that this pack keeps"
+        + ("; looks kept, the same of attributes that a network reads." if "looks kept" in filled else ".")
+    )
+    return [tuple(filled), *zip(*shown, strict=True)], note
+
+
+def _found(entry: object, path: Sequence[str]) -> float | None:
+    """A number deep in a record that nobody vouches for."""
+    for key in path:
+        entry = _mapping(entry).get(key)
+    return _number(entry)
+
+
+def _count(value: object) -> str:
+    number = _number(value)
+    return "some" if number is None else f"{number:g}"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _source_table(training: Mapping[str, object]) -> list[str]:
@@ -279,8 +343,7 @@ def _source_table(training: Mapping[str, object]) -> list[str]:
 
 def _fusion(training: Mapping[str, object]) -> Mapping[str, Any]:
     """What the file says of its fusion; files are not trusted, so nothing in it need be there."""
-    record = training.get("fusion")
-    return record if isinstance(record, Mapping) else {}
+    return _mapping(training.get("fusion"))
 
 
 def _entries(training: Mapping[str, object]) -> list[Mapping[str, Any]]:
@@ -313,7 +376,8 @@ def _training_record(training: Mapping[str, object]) -> list[str]:
     """Settings and measurements of a tuning; nothing if the pack was fused, or says more than anybody reads."""
     if not isinstance(training.get("settings"), Mapping) or "fusion" in training:
         return []
-    record = json.dumps(dict(training), indent=1, sort_keys=True).replace("`", "'")
+    tuning = {key: value for key, value in training.items() if key != "evaluation"}
+    record = json.dumps(tuning, indent=1, sort_keys=True).replace("`", "'")
     if len(record) > _LONGEST_RECORD:
         return []
     return [f"<details><summary>How it was tuned</summary>\n\n```json\n{record}\n```\n\n</details>"]

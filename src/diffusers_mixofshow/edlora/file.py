@@ -26,6 +26,9 @@ from diffusers_mixofshow.sites import canonical_name
 
 FILE_NAME = "edlora.safetensors"
 
+STATISTICS_KEY = "edlora_statistics"
+"""In the header of a file with a concept's fusion statistics, which lies beside its ED-LoRA."""
+
 _HEADER_KEY = "edlora"
 _EMBEDDINGS = "edlora.embeddings."
 _DOWN = ".lora_A.weight"

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.base_models import location_of, not_loadable
 from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, MixOfShowError
@@ -108,8 +108,8 @@ def load_base(base_model: str) -> StableDiffusionPipeline:
         pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(location_of(base_model))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"The base model {base_model!r} cannot be loaded ({error}). merged=True writes a complete pipeline and "
-            "needs the base model, from the Hub or a folder; without it the pack alone is written."
+            f"{not_loadable(base_model, error)} merged=True writes a complete pipeline and needs the base model; "
+            "without it the pack alone is written."
         ) from error
     return pipeline.to(torch.float32)
 

@@ -25,6 +25,9 @@ class Judge(Protocol):
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Features of the metric model, shape (n, d)."""
 
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features of texts in the same space, shape (n, d)."""
+
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
         """For every picture, attribute name to the value read."""
 

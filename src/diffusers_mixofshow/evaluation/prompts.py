@@ -1,9 +1,10 @@
-"""Prompts for measuring on Toyland: those that fusion records, those it never sees, and those of several concepts."""
+"""Prompts for measuring: on Toyland those that fusion records, those it never sees, and those of several concepts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.regions import Region
 
 
@@ -29,10 +30,60 @@ HELD_OUT_PROMPTS = (
 )
 """For measuring: the same backgrounds in wordings that are not among the recorded ones."""
 
+HELD_OUT_SCENE_PROMPTS = (
+    "a dog in a <TOK>",
+    "a photo of a vase in a <TOK>",
+    "a picture of a critter in a <TOK>",
+    "there is a chair in a <TOK>",
+)
+"""The same of places, which are seen behind something."""
+
+_STYLES = ("a watercolour painting of a <TOK>", "a <TOK> carved out of wood")
+
+GENERAL_PROMPTS: dict[str, tuple[str, ...]] = {
+    "character": (
+        "a <TOK> on a beach at noon",
+        "a <TOK> in front of a waterfall",
+        *_STYLES,
+        "a <TOK> reading a newspaper",
+        "a <TOK> with a yellow hat",
+    ),
+    "pet": (
+        "a <TOK> on a beach at noon",
+        "a <TOK> in front of a waterfall",
+        *_STYLES,
+        "a <TOK> jumping over a puddle",
+        "a <TOK> in a basket",
+    ),
+    "object": (
+        "a <TOK> on a beach at noon",
+        "a <TOK> in front of a waterfall",
+        *_STYLES,
+        "a cat beside a <TOK>",
+        "a <TOK> covered with snow",
+    ),
+    "scene": (
+        "a <TOK> in winter",
+        "a <TOK> at night, full moon",
+        *_STYLES,
+        "a horse in a <TOK>",
+        "a red balloon above a <TOK>",
+    ),
+}
+"""For bases of photographs, by kind of concept: places, styles, actions and properties. Fusion records none of them
+by default."""
+
 _SKY, _GROUND = 0.25, 0.97
 """Top and bottom of the regions."""
 
 TOGETHER_PLACES = ("in a meadow", "on the beach", "in the desert", "in the snow", "at night", "in a room")
+
+
+def evaluation_prompts(base_model: str, kind: str) -> tuple[str, ...]:
+    """Templates that a concept of a kind is measured with on a base model."""
+    if base_model == TOYLAND:
+        return HELD_OUT_SCENE_PROMPTS if kind == "scene" else HELD_OUT_PROMPTS
+    return GENERAL_PROMPTS[kind]
 
 
 def called(name: str, class_word: str) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora.defects import WIDEST, listed, shown
-from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.edlora.reading import opened_tensors
@@ -34,7 +34,6 @@ FORMAT_VERSION = 1
 DEFAULT_BYTES = 10_000_000
 """Size of a concept's low-rank factors."""
 
-_HEADER_KEY = "edlora_statistics"
 _SUFFIX = ".statistics.safetensors"
 _LARGEST = 2.0**63
 """Above every number of tokens and every trace; NaN and Inf are not below it."""
@@ -105,7 +104,7 @@ class SourceStatistics:
             "form": "full" if max_bytes is None else "low-rank",
             "concepts": entries,
         }
-        return serialize(tensors, metadata={"format": "pt", _HEADER_KEY: json.dumps(header)})
+        return serialize(tensors, metadata={"format": "pt", STATISTICS_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SourceStatistics:
@@ -305,7 +304,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], Shapes]:
     """Header of a file, its own fields checked, and tensor name to shape."""
     try:
         with opened_tensors(path) as opened:
-            text = (opened.metadata() or {}).get(_HEADER_KEY, "")
+            text = (opened.metadata() or {}).get(STATISTICS_KEY, "")
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     except (EDLoRAFormatError, EDLoRANotFoundError) as error:
         raise FusionError(f"{path} cannot be read as fusion statistics: {shown(str(error))}. {_REMEDY}") from error

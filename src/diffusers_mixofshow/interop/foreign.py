@@ -13,8 +13,9 @@ import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
+from diffusers_mixofshow.edlora.file import STATISTICS_KEY
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.edlora.reading import opened_tensors, within
+from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, SD1, Architecture, layers_of, recognised
 from diffusers_mixofshow.interop.concept_names import Naming, grouped, worded
@@ -190,6 +191,11 @@ def _read_pickle(path: Path) -> Foreign:
 
 
 def _read_safetensors(path: Path) -> Foreign:
+    if STATISTICS_KEY in read_metadata(path):
+        raise EDLoRAFormatError(
+            f"{path} holds fusion statistics, which belong beside their ED-LoRA and draw nothing. Give the "
+            "edlora.safetensors beside it."
+        )
     names = _names(path)
     if any(half_of(name) for name in names):
         return _of_lora(path, lora_content(path))

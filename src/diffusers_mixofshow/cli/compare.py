@@ -1,0 +1,56 @@
+"""``mixofshow compare``: several packs side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from diffusers_mixofshow.cli import measuring, plans
+
+
+def compare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="ED-LoRAs and fused packs: Hub ids, folders or files. The first that holds a concept alone is its "
+            "own, which the others are held against."
+        ),
+    ],
+    photos: measuring.Photos = None,
+    prompt: measuring.Prompt = None,
+    base: measuring.Base = None,
+    metric_model: measuring.MetricModel = None,
+    pictures: measuring.Count = 12,
+    steps: measuring.Steps = 20,
+    guidance: measuring.Guidance = None,
+    seed: measuring.Seed = 1,
+    sheet: measuring.Sheet = None,
+    record: measuring.Record = None,
+    dry_run: measuring.DryRun = False,
+    as_json: measuring.AsJson = False,
+) -> None:
+    """Measure several packs with the same prompts and seeds, and show them side by side.
+
+    What the columns mean tells `mixofshow evaluate --help`.
+
+    \b
+    Example:
+      mixofshow compare edlora-potter edlora-thanos averaged hogwarts \\
+        --photos potter=photos/potter --photos thanos=photos/thanos
+    """
+    asked = measuring.Asked(
+        photos=photos or (),
+        prompts=prompt or (),
+        base=base,
+        metric_model=metric_model,
+        pictures=pictures,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+    )
+    measurement = measuring.planned(measuring.read_packs(sources), asked)
+    if dry_run:
+        plans.tell(measurement.plan([path for path in (sheet, record) if path is not None]), as_json=as_json)
+        return
+    measuring.tell_results(measurement, measurement.run(), sheet=sheet, record=record, as_json=as_json)

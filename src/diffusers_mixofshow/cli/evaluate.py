@@ -1,0 +1,111 @@
+"""``mixofshow evaluate``: how well a pack draws its concepts, as numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffusers_mixofshow.cli import measuring, plans
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.edlora import EDLoRA
+
+
+def evaluate(
+    source: Annotated[str, typer.Argument(help="ED-LoRA or fused pack: Hub id, folder or file.")],
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A concept's own ED-LoRA, for what fusion kept of it. May be repeated. (default: those that the "
+            "pack's folder carries)"
+        ),
+    ] = None,
+    photos: measuring.Photos = None,
+    prompt: measuring.Prompt = None,
+    base: measuring.Base = None,
+    metric_model: measuring.MetricModel = None,
+    pictures: measuring.Count = 12,
+    steps: measuring.Steps = 20,
+    guidance: measuring.Guidance = None,
+    seed: measuring.Seed = 1,
+    save: Annotated[
+        bool, typer.Option("--save", help="Note the numbers in the pack's own file, and refresh its model card.")
+    ] = False,
+    sheet: measuring.Sheet = None,
+    record: measuring.Record = None,
+    dry_run: measuring.DryRun = False,
+    as_json: measuring.AsJson = False,
+) -> None:
+    """Sample every concept of a pack and measure how well the pictures follow text and photos.
+
+    text: CLIPScore with the prompt. image: mean cosine with the photos.
+    kept: share of what the own ED-LoRA gained over the class word.
+    drift: change of pictures without the concept. On Toyland also looks:
+    share of hidden attributes read right.
+
+    \b
+    Example:
+      mixofshow evaluate hogwarts --own edlora-potter --own edlora-thanos \\
+        --photos potter=photos/potter --photos thanos=photos/thanos --save
+    """
+    folder = _folder_of(source) if save else None
+    name, packs = _packs(source, own or [])
+    asked = measuring.Asked(
+        photos=photos or (),
+        prompts=prompt or (),
+        base=base,
+        metric_model=metric_model,
+        pictures=pictures,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+    )
+    measurement = measuring.planned(packs, asked)
+    if dry_run:
+        writes = [path for path in (folder, sheet, record) if path is not None]
+        plans.tell(measurement.plan(writes), as_json=as_json)
+        return
+    evaluation = measurement.run()
+    if folder is not None:
+        from diffusers_mixofshow.evaluation.packs import noted
+
+        noted(packs[name], name, evaluation, measurement.public_settings()).save_pretrained(folder)
+    measuring.tell_results(measurement, evaluation, sheet=sheet, record=record, as_json=as_json)
+
+
+def _packs(source: str, own: list[str]) -> tuple[str, dict[str, EDLoRA]]:
+    """The pack's name, and all packs: the concepts' own first, given or carried, the pack itself last."""
+    (name, pack), *others = measuring.read_packs([source, *own]).items()
+    return name, {**(dict(others) if own else _carried(source)), name: pack}
+
+
+def _folder_of(source: str) -> Path:
+    """The folder of a pack that numbers can be noted in.
+
+    Raises:
+        ConfigurationError: If it is on the Hub, or a file of another name.
+    """
+    from diffusers_mixofshow.edlora.file import FILE_NAME
+
+    path = Path(source)
+    folder = path.parent if path.name == FILE_NAME else path
+    if not (folder / FILE_NAME).is_file():
+        raise ConfigurationError(
+            f"--save notes the numbers in {FILE_NAME}, but {source} is no folder with one. Download or rename it "
+            "first, or write the numbers to a file of their own with --record."
+        )
+    return folder
+
+
+def _carried(source: str) -> dict[str, EDLoRA]:
+    """The ED-LoRAs that a pack's folder carries, see `FusedPack.save_pretrained`; nothing of what is no folder."""
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.edlora.file import FILE_NAME
+
+    inside = Path(source, "sources")
+    names = sorted(path.name for path in inside.iterdir() if (path / FILE_NAME).is_file()) if inside.is_dir() else []
+    return {f"sources/{name}": EDLoRA.from_pretrained(source, subfolder=f"sources/{name}") for name in names}

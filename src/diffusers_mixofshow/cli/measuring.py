@@ -1,0 +1,319 @@
+"""What ``mixofshow evaluate`` and ``mixofshow compare`` share: options, reference photos, the run and its table."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
+from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.plans import plan_of_measuring
+from diffusers_mixofshow.cli.sources import read_pack
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diffusers_mixofshow.concepts import Concept
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.evaluation.identity import Judge
+    from diffusers_mixofshow.evaluation.packs import Evaluation, Reference, Row
+
+Photos = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="'potter=FOLDER': photos of a concept, for image-alignment. May be repeated. (default for Toyland's own "
+        "concepts: drawn)"
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(help="Prompt with <TOK> for the concept. May be repeated. (default: six for each kind of concept)"),
+]
+Base = Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)")]
+MetricModel = Annotated[
+    str | None,
+    typer.Option(
+        help="CLIP that looks at the pictures: Hub id or folder. (default: openai/clip-vit-base-patch32; toyland: "
+        "its own)"
+    ),
+]
+Count = Annotated[int, typer.Option(min=1, help="Of each concept in each pack.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")]
+Seed = Annotated[int, typer.Option(help="Seed of the first picture; the others count on, the same in every pack.")]
+Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]
+Record = Annotated[Path | None, typer.Option(help="JSON file for numbers, settings, versions and machine.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print numbers and settings as JSON instead of a table.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options of both verbs, see their help."""
+
+    photos: Sequence[str]
+    prompts: Sequence[str]
+    base: str | None
+    metric_model: str | None
+    pictures: int
+    steps: int
+    guidance: float | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A run that is checked and can start.
+
+    Args:
+        packs: Name to pack.
+        base: The base model.
+        photos: Placeholder to files of photos that the user gave.
+        settings: How it is measured, as JSON values.
+        asked: The options.
+    """
+
+    packs: Mapping[str, EDLoRA]
+    base: str
+    photos: Mapping[str, Sequence[Path]]
+    settings: Mapping[str, Any]
+    asked: Asked
+
+    def plan(self, writes: Sequence[Path]) -> dict[str, Any]:
+        """What would be done, for ``--dry-run``."""
+        return plan_of_measuring(
+            self.packs,
+            self.base,
+            count=self.asked.pictures,
+            steps=self.asked.steps,
+            photos={name: len(files) for name, files in self.photos.items()},
+            metric_model=self.settings["metric_model"],
+            writes=writes,
+        )
+
+    def public_settings(self) -> dict[str, Any]:
+        """The settings as strangers may read them: models on this disk by the last part of their path."""
+        models = {
+            name: Path(self.settings[name]).name if Path(self.settings[name]).exists() else self.settings[name]
+            for name in ("base_model", "metric_model")
+        }
+        return {**self.settings, **models}
+
+    def run(self) -> Evaluation:
+        """Load the models, sample and measure."""
+        from diffusers_mixofshow.evaluation.packs import evaluate_packs, picture_count
+        from diffusers_mixofshow.evaluation.sampling import Sampling
+
+        references = self._references()
+        judge = _judge(self.settings["metric_model"])
+        pipe = load_base(self.base)
+        sampling = Sampling(
+            steps=self.asked.steps, guidance_scale=self.settings["guidance"], first_seed=self.asked.seed
+        )
+        with _progress(picture_count(self.packs, self.asked.pictures)) as advance:
+            return evaluate_packs(
+                pipe,
+                self.packs,
+                judge,
+                references,
+                templates=lambda concept: _templates(self.asked, self.base, concept),
+                sampling=sampling,
+                count=self.asked.pictures,
+                advance=advance,
+            )
+
+    def _references(self) -> dict[str, Reference]:
+        from diffusers_mixofshow.evaluation.packs import Reference
+        from diffusers_mixofshow.training.pictures import read_picture
+
+        reads = self.settings["metric_model"] == TOYLAND
+        drawn = _drawn(self.packs, self.photos, with_attributes=reads) if self.base == TOYLAND else {}
+        given = {
+            name: Reference(photos=[read_picture(file, called=str(file)).image for file in files])
+            for name, files in self.photos.items()
+        }
+        return drawn | given
+
+
+def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
+    """Check packs and options.
+
+    Raises:
+        ConfigurationError: If bases differ, or a prompt or a folder of photos cannot be used.
+    """
+    from diffusers_mixofshow.evaluation.clip_judge import DEFAULT_CLIP
+    from diffusers_mixofshow.evaluation.sampling import fill_templates
+
+    base = asked.base or common_base(list(packs.values()))
+    if asked.prompts:
+        fill_templates(asked.prompts, "x", 1)
+    concepts = [concept for pack in packs.values() for concept in pack.concepts]
+    settings = {
+        "base_model": base,
+        "metric_model": asked.metric_model or (TOYLAND if base == TOYLAND else DEFAULT_CLIP),
+        "prompts": list(dict.fromkeys(text for one in concepts for text in _templates(asked, base, one))),
+        "pictures": asked.pictures,
+        "steps": asked.steps,
+        "guidance": usual_guidance(base) if asked.guidance is None else asked.guidance,
+        "seed": asked.seed,
+    }
+    photos = _photo_files(asked.photos, [concept.placeholder for concept in concepts])
+    return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
+
+
+def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
+    """Read ED-LoRAs and packs, each under the last part of its name, or all of it where that is taken.
+
+    Raises:
+        ConfigurationError: If one is given twice.
+    """
+    twice = sorted({source for source in sources if sources.count(source) > 1})
+    if twice:
+        raise ConfigurationError(f"Given twice: {', '.join(twice)}. Name each ED-LoRA or pack once.")
+    last = [Path(source).name or source for source in sources]
+    names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
+    return {name: read_pack(source) for name, source in zip(names, sources, strict=True)}
+
+
+def tell_results(
+    measurement: Measurement, evaluation: Evaluation, *, sheet: Path | None, record: Path | None, as_json: bool
+) -> None:
+    """Write the files that were asked for, and print the table or JSON."""
+    from diffusers_mixofshow.evaluation import record as records
+
+    told: dict[str, Any] = {
+        "settings": dict(measurement.settings),
+        "rows": [row.as_record() for row in evaluation.rows],
+    }
+    if record is not None:
+        info = records.run_info(Path(__file__).parent)
+        records.write(record, told | {"run": info})
+    if sheet is not None:
+        write_whole(sheet, _sheet_of(evaluation))
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    _print_table(evaluation.rows)
+    for path in (record, sheet):
+        if path is not None:
+            typer.echo(f"Wrote {path}")
+
+
+def _templates(asked: Asked, base: str, concept: Concept) -> Sequence[str]:
+    from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
+
+    return asked.prompts or evaluation_prompts(base, concept.kind)
+
+
+def _judge(metric_model: str) -> Judge:
+    if metric_model == TOYLAND:
+        from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
+
+        return ToylandJudge.load()
+    from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
+
+    return ClipJudge.load(metric_model)
+
+
+def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[Path]]:
+    """Read ``name=FOLDER`` of every concept; names all that is wrong at once."""
+    from diffusers_mixofshow.training.pictures import is_picture
+
+    defects, found = [], {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        placeholder, path = f"<{name.strip().strip('<>')}>", Path(folder)
+        if not equals or not folder:
+            defects.append(f"{text!r} is not of the form 'concept=FOLDER', e.g. 'potter=photos/potter'")
+        elif placeholder not in known:
+            defects.append(f"no pack holds {placeholder} (they hold {', '.join(dict.fromkeys(known))})")
+        elif placeholder in found:
+            defects.append(f"{placeholder} has photos twice")
+        elif not path.is_dir():
+            defects.append(f"{folder} is no folder")
+        elif not (files := sorted(file for file in path.iterdir() if is_picture(file))):
+            defects.append(f"{folder} holds no pictures")
+        else:
+            found[placeholder] = files
+    if defects:
+        raise ConfigurationError("--photos: " + "; ".join(defects) + ".")
+    return found
+
+
+def _drawn(packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_attributes: bool) -> dict[str, Reference]:
+    """Toyland's own concepts among those of the packs, but for those that the user gave photos of."""
+    from diffusers_mixofshow import toyland
+    from diffusers_mixofshow.evaluation.packs import Reference
+    from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
+
+    concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
+    references = {}
+    for placeholder, concept in concepts.items():
+        toy = toyland.CONCEPTS.get(concept.name)
+        if toy is None or toy.class_word != concept.class_word or placeholder in given:
+            continue
+        attributes = hidden_attributes(toy) if with_attributes and toy.kind != "scene" else {}
+        photos: list[Image.Image] = [photo.image for photo in toyland.photos(toy)]
+        references[placeholder] = Reference(photos=photos, attributes=attributes)
+    return references
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("pictures", total=total)
+        yield lambda pictures: bar.advance(task, pictures)
+
+
+def _sheet_of(evaluation: Evaluation) -> bytes:
+    from diffusers_mixofshow.evaluation.sheets import labelled_rows
+
+    drawn = ((row.concept, row.pack) for row in evaluation.rows)
+    rows = {" ".join(each): evaluation.pictures[each] for each in drawn if each in evaluation.pictures}
+    buffer = io.BytesIO()
+    labelled_rows(rows).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    """The rows, without columns that no row fills."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    identities = [row.identity for row in rows]
+    kept = [row.retention or {} for row in rows]
+    several = len({row.concept for row in rows if row.identity is not None}) > 1
+    columns: dict[str, list[float | None]] = {
+        "text": [row.text_alignment for row in rows],
+        "image": [None if one is None else one.alignment for one in identities],
+        "looks": [None if one is None else one.attributes for one in identities],
+        "nearest": [one.nearest if several and one is not None else None for one in identities],
+        "kept": [one.get("alignment") for one in kept],
+        "looks kept": [one.get("attributes") for one in kept],
+        "drift": [row.drift for row in rows],
+    }
+    filled = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    table = Table("concept", Column("pack", overflow="fold"), *filled)
+    for index, row in enumerate(rows):
+        numbers = ("-" if values[index] is None else f"{values[index]:.3f}" for values in filled.values())
+        first = index == 0 or rows[index - 1].concept != row.concept
+        table.add_row(escape(row.concept) if first else "", escape(row.pack), *numbers)
+    Console().print(table)

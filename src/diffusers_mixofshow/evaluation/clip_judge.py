@@ -1,0 +1,95 @@
+"""Any CLIP as the judge of pictures of the real world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from PIL import Image, ImageOps
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.toyland.text import encode_prompts, image_embeddings, text_embeddings
+
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+"""The paper's metric model."""
+
+_PREFIX = "A photo depicts "
+"""What CLIPScore puts before every text (arXiv:2104.08718)."""
+
+_MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the pictures that every CLIP was trained on, red, green and blue from 0 to 1."""
+
+_BATCH = 32
+
+
+class ClipJudge:
+    """Looks at pictures with CLIP, which knows no attributes; see `identity.Judge`.
+
+    Args:
+        model: Both towers, in evaluation mode.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """Load a CLIP from the Hub or a folder, onto the GPU where there is one.
+
+        Raises:
+            ConfigurationError: If there is none, or what is there is something else.
+        """
+        from transformers import CLIPModel, CLIPTokenizer
+
+        try:
+            model, loaded = CLIPModel.from_pretrained(name, output_loading_info=True)
+            tokenizer = CLIPTokenizer.from_pretrained(name)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise _unusable(name, reason) from error
+        missing = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))
+        if missing:
+            raise _unusable(name, f"{len(missing)} weights are missing, {missing[0]} among them")
+        return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Unit vectors of pictures, shape (n, d), float32 on the CPU; their largest middle square is looked at."""
+        side = self._model.config.vision_config.image_size
+        parts = []
+        for start in range(0, len(images), _BATCH):
+            pixels = torch.stack([_pixels(image, side) for image in images[start : start + _BATCH]])
+            parts.append(image_embeddings(self._model, pixels.to(self._model.device)).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit vectors of texts, shape (n, d), float32 on the CPU."""
+        token_ids = encode_prompts(self._tokenizer, [_PREFIX + text for text in texts])
+        return text_embeddings(self._model, token_ids.to(self._model.device)).cpu()
+
+    def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
+        """Nothing: CLIP knows no attributes."""
+        return [{} for _ in images]
+
+
+def _pixels(image: Image.Image, side: int) -> torch.Tensor:
+    """The middle square as CLIP was trained on it, shape (3, side, side), float32."""
+    square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    values: Any = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+    colours = values.view(side, side, 3).permute(2, 0, 1).float() / 255  # -> (3, side, side)
+    return (colours - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_DEVIATION)[:, None, None]
+
+
+def _unusable(name: str, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"The metric model {name!r} cannot be used: {reason}. Expected a Hub id or a folder of a CLIP model with its "
+        f"tokenizer, such as {DEFAULT_CLIP!r}."
+    )

@@ -1,0 +1,180 @@
+"""evaluate and compare as their users meet them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from typer.testing import CliRunner
+
+import packs
+import tiny
+from diffusers_mixofshow import EDLoRA, cli
+from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.toyland.text import build_clip
+
+
+QUICK = ("--steps", "1", "--pictures", "2", "--guidance", "1")
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a base, a CLIP, two ED-LoRAs, a pack of both, and photos of one."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("place")
+    words = tiny.tokenizer()
+    StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False).save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    build_clip(words, hidden=32, layers=1).save_pretrained(folder / "clip")
+    words.save_pretrained(folder / "clip")
+    for names in (("rex",), ("tom",), ("rex", "tom")):
+        packs.random_pack(tiny.components(), *names).save_pretrained(folder / "-".join(names))
+    (folder / "photos").mkdir()
+    for index, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (40, 30), colour).save(folder / "photos" / f"{index}.png")
+    (folder / "photos" / "notes.txt").write_text("a <TOK>")
+    return folder
+
+
+@pytest.fixture
+def options(place, monkeypatch) -> tuple[str, ...]:
+    monkeypatch.chdir(place)
+    return ("--base", "base", "--metric-model", "clip", *QUICK)
+
+
+def test_compare_shows_packs_side_by_side(options, place):
+    arguments = ["compare", "rex", "tom", "rex-tom", *options, "--photos", "rex=photos"]
+    result = run(*arguments, "--sheet", "out/sheet.png", "--record", "out/record.json")
+    assert result.exit_code == 0
+    assert "<tom>" in result.stdout
+    assert "text" in result.stdout
+    assert "looks" not in result.stdout  # CLIP reads no attributes
+    record = json.loads((place / "out" / "record.json").read_text())
+    assert {"command", "machine", "versions"} <= set(record["run"])
+    assert record["settings"]["metric_model"] == "clip"
+    assert [(row["concept"], row["pack"]) for row in record["rows"]] == [
+        ("<rex>", "class word"), ("<rex>", "rex"), ("<rex>", "rex-tom"),
+        ("<tom>", "class word"), ("<tom>", "tom"), ("<tom>", "rex-tom"), ("mean", "rex-tom"),
+    ]  # fmt: skip
+    assert [row["identity"] is None for row in record["rows"]] == [False] * 3 + [True] * 4
+    with Image.open(place / "out" / "sheet.png") as sheet:
+        assert sheet.height == 6 * 132 + 4
+
+
+def test_evaluate_notes_its_numbers_in_the_pack_and_on_its_card(options, place, tmp_path):
+    pack = packs.random_pack(tiny.components(), "rex", "tom", seed=1)
+    pack.save_pretrained(tmp_path / "both")
+    for name in ("rex", "tom"):
+        packs.random_pack(tiny.components(), name, seed=1).save_pretrained(tmp_path / "both" / "sources" / name)
+    paths = ("--metric-model", place / "clip", "--prompt", "a <TOK>, ink")
+    result = run("evaluate", tmp_path / "both", *options, *paths, "--save", "--json")
+    told = json.loads(result.stdout)
+    assert told["settings"]["prompts"] == ["a <TOK>, ink"]
+    assert {row["pack"] for row in told["rows"]} == {"class word", "sources/rex", "sources/tom", "both"}
+    saved = EDLoRA.from_pretrained(tmp_path / "both")
+    noted = saved.training["evaluation"]
+    (row,) = [row for row in told["rows"] if (row["concept"], row["pack"]) == ("<tom>", "both")]
+    assert noted["concepts"]["<tom>"]["text_alignment"] == row["text_alignment"]
+    assert (noted["pictures"], noted["metric_model"]) == (2, "clip")  # and not where that lies on this disk
+    assert (saved.digest, saved.training["note"]) == (pack.digest, "ünïcode")
+    assert "| text-alignment |" in ModelCard.load(tmp_path / "both" / "README.md").text
+
+
+def test_a_pushed_pack_takes_its_numbers_along(options, place, tmp_path, loopback_hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path / "rex")
+    run("evaluate", tmp_path / "rex", *options, "--photos", "<rex>=photos", "--save")
+    run("push", tmp_path / "rex")
+    files = loopback_hub.repositories["me/edlora-rex"].branches["main"][-1][2]
+    assert b"| image-alignment | text-alignment |" in files["README.md"]
+    monkeypatch.chdir(place)
+    result = run("evaluate", "me/edlora-rex", *options)
+    assert "edlora-rex" in result.stdout
+
+
+def test_toyland_needs_neither_photos_nor_a_metric_model(tmp_path, monkeypatch):
+    from diffusers_mixofshow import toyland
+    from diffusers_mixofshow.concepts import Concept
+    from diffusers_mixofshow.sites import cross_attention_layers
+
+    layers = cross_attention_layers(toyland.load_pipeline().unet)
+    bobo = Concept.from_name("bobo", "critter", kind="character")
+    embeddings = {token: torch.ones(len(layers), 128) for token in bobo.tokens}
+    pack = EDLoRA(concepts=(bobo,), embeddings=embeddings, lora={}, base_model="toyland", layers=layers)
+    pack.save_pretrained(tmp_path / "bobo")
+    (row,) = json.loads(run("evaluate", tmp_path / "bobo", *QUICK, "--json").stdout)["rows"][1:]
+    assert set(row["identity"]) == {"alignment", "attributes", "nearest"}
+    assert row["identity"]["attributes"] is not None
+
+
+def test_a_dry_run_loads_and_writes_nothing(options, place, tmp_path):
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path / "rex")
+    before = (tmp_path / "rex" / "edlora.safetensors").read_bytes()
+    photos = ("--photos", "rex=photos")
+    asked = ("evaluate", tmp_path / "rex", *options, *photos, "--base", "no/base", "--metric-model", "no/clip")
+    told = json.loads(run(*asked, "--save", "--sheet", tmp_path / "x.png", "--dry-run", "--json").stdout)
+    assert (told["pictures"], told["photos"], told["packs"]) == (6, "2 of <rex>", "rex: <rex>")
+    assert told["metric model"].startswith("no/clip")
+    assert str(tmp_path / "x.png") in told["writes"]
+    assert (tmp_path / "rex" / "edlora.safetensors").read_bytes() == before
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_settings_come_from_a_file(options, place, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('[compare]\nbase = "base"\nmetric-model = "clip"\npictures = 3\nphotos = ["rex=photos"]\n')
+    told = json.loads(run("--config", file, "compare", "rex", "rex-tom", "--dry-run", "--json").stdout)
+    assert (told["pictures"], told["photos"]) == (3 * (1 + 2 + 3), "2 of <rex>")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--photos", "photos"], "not of the form 'concept=FOLDER'"),
+        (["--photos", "kit=photos", "--photos", "rex=nowhere"], "no pack holds <kit>.*<rex>.*nowhere is no folder"),
+        (["--photos", "rex=clip"], "clip holds no pictures"),
+        (["--photos", "rex=photos", "--photos", "<rex>=photos"], "photos twice"),
+        (["--prompt", "a dog"], "without <TOK>"),
+        (["--metric-model", "base"], "metric model 'base' cannot be used"),
+        (["--base", "nowhere"], "base model 'nowhere' cannot be loaded"),
+        (["--own", "rex"], "Given twice: rex"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(options, more, message):
+    with pytest.raises(ConfigurationError, match=message):
+        run("evaluate", "rex", *options, *more)
+
+
+def test_a_photo_that_cannot_be_read_is_named_before_anything_is_loaded(options, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(TrainingDataError, match=r"x\.png is no readable picture"):
+        run("evaluate", "rex", *options, "--photos", f"rex={tmp_path}", "--metric-model", "/no/such/clip")
+
+
+def test_numbers_are_noted_only_in_a_file_that_is_there(options, place, tmp_path):
+    (place / "rex" / "edlora.safetensors").rename(tmp_path / "renamed.safetensors")
+    try:
+        with pytest.raises(ConfigurationError, match="--record"):
+            run("evaluate", tmp_path / "renamed.safetensors", *options, "--save")
+    finally:
+        (tmp_path / "renamed.safetensors").rename(place / "rex" / "edlora.safetensors")
+
+
+def test_a_complete_pipeline_is_no_pack(place, options):
+    pack = packs.random_pack(tiny.components(), "rex")
+    dataclasses.replace(pack, base_model=str(place / "base")).save_pretrained(place / "merged", merged=True)
+    for source in ("merged", "merged/edlora.safetensors"):
+        with pytest.raises(ConfigurationError, match="is a complete pipeline"):
+            run("evaluate", source, *options)
+        with pytest.raises(ConfigurationError, match="--base merged"):
+            run("sample", "--concepts", source, "--prompt", "a <rex>")
