@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.progress import track
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.atomic import write_whole
@@ -40,7 +41,7 @@ class Kept:
         self, name: str, batches: Sequence[Sequence[int]], compute: Callable[[Sequence[int]], Sequence[Image.Image]]
     ) -> list[Image.Image]:
         """A series of numbered pictures, computed in batches of those that are not kept, in the order of numbers."""
-        for batch in batches:
+        for batch in track(batches, description=name):
             missing = [number for number in batch if not self.picture_path(name, number).exists()]
             for number, picture in zip(missing, compute(missing) if missing else (), strict=True):
                 write_sheet(picture, self.picture_path(name, number))

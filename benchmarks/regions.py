@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from kept import Kept, markdown
 from PIL import Image
-from rich.progress import track
 
 from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning, Region
 from diffusers_mixofshow.evaluation import record
@@ -256,10 +255,9 @@ def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     results = {}
     for way, (method, settings) in WAYS.items():
         pipe.load_edlora(fused_pack(fuser, packs, method, kept))
-        sampled = track(list(batches(scenes, 8)), description=way)
         pictures = kept.pictures(
             way,
-            sampled,
+            list(batches(scenes, 8)),
             lambda numbers: sample_scenes(pipe, scenes, numbers, settings, options),  # noqa: B023
         )
         pipe.unload_edlora()
