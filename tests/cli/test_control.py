@@ -29,6 +29,8 @@ def detectors(monkeypatch):
 
     class Processor:
         def __init__(self, name):
+            if name == "zoe":
+                raise ValueError("zoe is not a valid processor id")
             made.append(name)
 
         def __call__(self, picture):
@@ -60,10 +62,22 @@ def test_a_detector_looks_at_the_picture(photo, detectors):
     assert detectors == ["canny"]
 
 
+def test_an_unknown_detector_is_an_error_of_one_line(photo, detectors):
+    with pytest.raises(ConfigurationError, match="'zoe': zoe is not a valid"):
+        condition_image(Control("zoe", "some/net", photo))
+
+
 def test_a_missing_extra_is_named(photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "controlnet_aux", None)
     with pytest.raises(MissingExtraError, match=r"diffusers-mixofshow\[controlnet\]"):
         condition_image(Control("canny", "x", photo))
+
+
+def test_a_missing_extra_is_named_before_the_base_is_loaded(photo, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "controlnet_aux", None)
+    options = ["--base", str(tmp_path / "no base"), "--prompt", "x", "--control", f"canny={photo}"]
+    result = CliRunner().invoke(cli.app, ["sample", *options, "--output", str(tmp_path / "x.png")])
+    assert isinstance(result.exception, MissingExtraError)
 
 
 def test_sample_follows_several_controls(photo, detectors, tmp_path: Path):

@@ -133,12 +133,12 @@ def _save(files: list[Path], images: list[Any]) -> None:
 
 def _loaded(base: str, packs: list[EDLoRA], controls: list[Control]) -> tuple[Any, dict[str, Any]]:
     """The pipeline with its concepts and ControlNets, and what its call needs for these."""
+    views = [condition_image(control) for control in controls]  # first: it fails at once where the extra is missing
     pipe = load_base(base)
     for pack in packs:
         pipe.load_edlora(pack)
     if not controls:
         return pipe, {}
-    views = [condition_image(control) for control in controls]
     return with_controls(pipe, controls), {"image": views[0] if len(views) == 1 else views}
 
 
