@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
 ]
+Refine = Annotated[
+    bool, typer.Option("--refine", help="Draw every region anew at a higher resolution, from its own prompt.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print files, seeds and settings as JSON.")]
 
 
@@ -53,6 +56,7 @@ def sample(
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels. (default: the layout's or the model's)")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels. (default: likewise)")] = None,
+    refine: Refine = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +77,7 @@ def sample(
         tell(plan_of_sampling(plan, packs, base, steps=steps, guidance=guidance, output=files), as_json=as_json)
         return
     seeds = range(seed, seed + count)
-    _save(files, _sampled(base, packs, controls, plan, seeds, steps=steps, guidance=guidance))
+    _save(files, _sampled(base, packs, controls, plan, seeds, steps=steps, guidance=guidance, refine=refine))
     if as_json:
         pictures = [{"file": str(file), "seed": each} for file, each in zip(files, seeds, strict=True)]
         told = {"base": base, "prompt": plan.prompt, "regions": len(plan.regions)}
@@ -91,11 +95,21 @@ def _base_of(packs: list[EDLoRA]) -> str:
 
 
 def _sampled(
-    base: str, packs: list[EDLoRA], controls: list[Control], plan: Layout, seeds: range, *, steps: int, guidance: float
+    base: str,
+    packs: list[EDLoRA],
+    controls: list[Control],
+    plan: Layout,
+    seeds: range,
+    *,
+    steps: int,
+    guidance: float,
+    refine: bool,
 ) -> list[Any]:
     """One PIL picture for each seed, in one batch."""
     import torch
 
+    if refine and not plan.regions:
+        raise ConfigurationError("Got --refine without any region to draw anew. Give --region or --layout, too.")
     pipe, conditions = _loaded(base, packs, controls)
     images: list[Any] = pipe(
         prompt=[plan.prompt] * len(seeds),
@@ -107,7 +121,28 @@ def _sampled(
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         **conditions,
     ).images
-    return images
+    return (
+        [_refined(pipe, *each, plan, steps, guidance) for each in zip(images, seeds, strict=True)]
+        if refine
+        else images
+    )
+
+
+def _refined(pipe: Any, image: Any, seed: int, plan: Layout, steps: int, guidance: float) -> Any:
+    """The picture with its regions drawn anew; the same for a seed, whatever other pictures there are."""
+    import torch
+
+    from diffusers_mixofshow.pipelines import refine_regions
+
+    return refine_regions(
+        pipe,
+        [image],
+        plan.regions,
+        generator=torch.Generator().manual_seed(seed),
+        negative_prompt=plan.negative_prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    )[0]
 
 
 def _refuse_unknown(plan: Layout, packs: list[EDLoRA]) -> None:
