@@ -1,11 +1,13 @@
 """What isolating regions in self-attention does to attributes on Toyland's base, without any concept.
 
-    python benchmarks/isolation.py                       # 20 layouts of two things each, about a minute on a CPU
-    python benchmarks/isolation.py --layouts 200 --things 3
+    python benchmarks/isolation.py --work DIR                # 20 layouts of two things each, about a minute on a CPU
+    python benchmarks/isolation.py --work DIR --layouts 200 --things 3
 
 Every layout has things of different classes and colours in columns, one region each ("a red chair"). The attribute
 reader looks at each region: is the class the right one, and the colour; and is the colour another region's, so that it
-has leaked. The same prompts and seeds are sampled each way. Writes one JSON record to benchmarks/records/.
+has leaked. The same prompts and seeds are sampled each way. Finished layouts lie in the work folder, under the hash of
+the settings and the base's weights, and are not sampled again; after a change of the sampler, delete its kept-*
+folder. Prints a Markdown table and writes one JSON record to benchmarks/records/.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import Kept, markdown
+from PIL import Image
+from rich.progress import track
 
 from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning, Region
 from diffusers_mixofshow.evaluation import record
@@ -35,6 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "isolation, first half": {"isolation": Isolation(end=0.5)},
     "isolation, largest maps": {"isolation": Isolation(scales=(2,))},
 }
+MEASURES = ("class", "colour", "leaked")
 Thing = tuple[str, str]
 
 
@@ -47,51 +53,74 @@ def random_things(count: int, chance: random.Random) -> list[Thing]:
             return list(zip(classes, colours, strict=True))
 
 
-def count_hits(things: list[Thing], read: list[dict[str, str]], counts: dict[str, int]) -> None:
-    """Add what the reader says of one picture's regions."""
-    for (right_class, right_colour), seen in zip(things, read, strict=True):
-        others = {colour for _, colour in things if colour != right_colour}
-        counts["class"] += seen["class"] == right_class
-        counts["colour"] += seen["colour"] == right_colour
-        counts["leaked"] += seen["colour"] in others
-        counts["regions"] += 1
+def sample_scene(pipe: Any, number: int, things: list[Thing], options: argparse.Namespace) -> dict[str, Image.Image]:
+    """One layout sampled each way; its number is the seed and says the place."""
+    names = [f"a {colour} {name}" for name, colour in things]
+    prompt = f"{', '.join(names[:-1])} and {names[-1]} {TOGETHER_PLACES[number % len(TOGETHER_PLACES)]}"
+    boxes = column_boxes(len(things))
+    call: dict[str, Any] = {"height": 64, "width": 64 * (2 + (len(things) > 2))}
+    call |= {"guidance_scale": options.guidance, "num_inference_steps": options.steps}
+    call["regions"] = [Region(name, box=box) for name, box in zip(names, boxes, strict=True)]
+    return {
+        way: pipe(prompt, **call | settings, generator=torch.Generator().manual_seed(number)).images[0]
+        for way, settings in WAYS.items()
+    }
+
+
+def read_scene(
+    things: list[Thing], pictures: dict[str, Image.Image], judge: ToylandJudge
+) -> dict[str, dict[str, int]]:
+    """For each way, how many regions have the right class, the right colour, and another region's colour."""
+    boxes, counts = column_boxes(len(things)), {}
+    for way, picture in pictures.items():
+        counts[way] = dict.fromkeys(MEASURES, 0)
+        for (right_class, right_colour), seen in zip(
+            things, judge.read([crop_region(picture, box) for box in boxes]), strict=True
+        ):
+            others = {colour for _, colour in things if colour != right_colour}
+            counts[way]["class"] += seen["class"] == right_class
+            counts[way]["colour"] += seen["colour"] == right_colour
+            counts[way]["leaked"] += seen["colour"] in others
+    return counts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("toyland-benchmark"), help="holds whatever is finished")
     parser.add_argument("--layouts", type=int, default=20)
     parser.add_argument("--things", type=int, default=2, choices=(2, 3, 4))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--record", type=Path, help="where to write the record")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore", MixOfShowWarning)
     pipe = load_pipeline(MixOfShowPipeline)
     pipe.set_progress_bar_config(disable=True)
-    judge = ToylandJudge.load()
-    chance = random.Random(0)
-    boxes = column_boxes(arguments.things)
-    counts = {way: dict.fromkeys(("class", "colour", "leaked", "regions"), 0) for way in WAYS}
-    for number in range(arguments.layouts):
-        things = random_things(arguments.things, chance)
-        names = [f"a {colour} {name}" for name, colour in things]
-        prompt = f"{', '.join(names[:-1])} and {names[-1]} {TOGETHER_PLACES[number % len(TOGETHER_PLACES)]}"
-        regions = [Region(name, box=box) for name, box in zip(names, boxes, strict=True)]
-        for way, settings in WAYS.items():
-            call = {"height": 64, "width": 64 * (2 + (arguments.things > 2)), "guidance_scale": arguments.guidance}
-            call |= {"num_inference_steps": arguments.steps, "generator": torch.Generator().manual_seed(number)}
-            (picture,) = pipe(prompt, **{"regions": regions, **settings, **call}).images
-            count_hits(things, judge.read([crop_region(picture, box) for box in boxes]), counts[way])
+    judge, chance = ToylandJudge.load(), random.Random(0)
+    settings = {name: getattr(options, name) for name in ("things", "steps", "guidance")}
+    kept = Kept(options.work, settings | {"ways": repr(WAYS)})
+    scenes = [random_things(options.things, chance) for _ in range(options.layouts)]
+    counts = [
+        kept.result(
+            f"isolation {number:04}",
+            lambda: read_scene(things, sample_scene(pipe, number, things, options), judge),  # noqa: B023
+        )
+        for number, things in enumerate(track(scenes, description="layouts"))
+    ]
+    regions = options.layouts * options.things
     results = {
-        way: {name: round(found[name] / found["regions"], 4) for name in ("class", "colour", "leaked")}
-        for way, found in counts.items()
+        way: {name: round(sum(count[way][name] for count in counts) / regions, 4) for name in MEASURES} for way in WAYS
     }
-    run = record.run_info(Path(__file__).parent)
-    settings = {name: getattr(arguments, name) for name in ("layouts", "things", "steps", "guidance")}
-    for way, row in results.items():
-        print(f"{way:28}", "  ".join(f"{name} {share:.1%}" for name, share in row.items()))
-    path = arguments.record or RECORDS / f"isolation-{arguments.things}-things.json"
-    print(f"Record: {record.write(path, {'run': run, 'settings': settings, 'results': results})}")
+    print(
+        markdown(
+            ["right class", "right colour", "another region's colour"],
+            {way: [f"{100 * share:.0f} %" for share in row.values()] for way, row in results.items()},
+        )
+    )
+    settings["layouts"] = options.layouts
+    content = {"run": record.run_info(Path(__file__).parent), "settings": settings, "results": results}
+    path = options.record or RECORDS / f"isolation-{options.things}-things.json"
+    print(f"Record: {record.write(path, content)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Random layouts of two, three and four concepts on Toyland: is the right one in its region, and what leaks?
 
-    python benchmarks/regions.py --work bench             # 200 layouts, tuned concepts are kept in bench/
-    python benchmarks/regions.py --work bench --short     # 20 layouts
+    python benchmarks/regions.py --work DIR                  # 200 layouts
+    python benchmarks/regions.py --work DIR --layouts 12     # fewer; the first of the 200
 
 Half of the layouts have no class twice, half have at least two concepts of one class. Regions are columns of random
 widths, in random order. The same prompts and seeds are sampled with a plain prompt, with regions, with isolated
 regions, and with regions on a pack fused by weight averaging. In every region the judges name the concept, out of
-those asked for, and the attribute reader tells which attributes are another region's. Writes one JSON record to
-benchmarks/records/ and, into the work folder, a sheet of every way's ten worst pictures with their layouts.
+those asked for, and the attribute reader tells which attributes are another region's; missing is a concept that no
+region of its picture shows.
+
+Tuned concepts, among them those that `benchmarks/toyland.py --work DIR` left, fused packs and pictures lie in the work
+folder, under the hash of the settings, the weights of the base and of the concepts, and are not made again when the
+command is repeated; after a change of the sampler, delete its kept-* folder. Prints Markdown tables, writes one JSON
+record to benchmarks/records/ and, into the work folder, a sheet of every way's ten worst pictures with their layouts.
 """
 
 from __future__ import annotations
@@ -16,14 +21,14 @@ import argparse
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import Kept, markdown
 from PIL import Image
-from rich.progress import track
 
 from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning, Region
 from diffusers_mixofshow.evaluation import record
@@ -38,6 +43,7 @@ from diffusers_mixofshow.evaluation.prompts import (
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.regions.drawing import draw_regions
+from diffusers_mixofshow.sheets import labelled_sheet, write_sheet
 from diffusers_mixofshow.toyland import CONCEPTS, load_pipeline
 from toyland import single_packs, subjects_of
 
@@ -120,25 +126,33 @@ def batches(scenes: Sequence[Scene], size: int) -> Iterator[list[int]]:
 
 
 def sample_scenes(
-    pipe: Any, scenes: Sequence[Scene], way: str, settings: Mapping[str, Any], options: argparse.Namespace
+    pipe: Any,
+    scenes: Sequence[Scene],
+    numbers: Sequence[int],
+    settings: Mapping[str, Any],
+    options: argparse.Namespace,
 ) -> list[Image.Image]:
-    """One picture a scene; the scene's number is its seed."""
-    pictures: dict[int, Image.Image] = {}
-    for numbers in track(list(batches(scenes, 8)), description=way):
-        batch = [scenes[number] for number in numbers]
-        regions = [scene.regions for scene in batch]
-        found = pipe(
-            [scene.prompt for scene in batch],
-            **({"regions": regions} | dict(settings)),
-            negative_prompt=[""] * len(batch),
-            height=2 * COLUMN,
-            width=COLUMN * len(batch[0].names),
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            generator=[torch.Generator().manual_seed(number) for number in numbers],
-        ).images
-        pictures |= dict(zip(numbers, found, strict=True))
-    return [pictures[number] for number in range(len(scenes))]
+    """One picture for each of some scenes with equally many concepts; the scene's number is its seed."""
+    batch = [scenes[number] for number in numbers]
+    return pipe(
+        [scene.prompt for scene in batch],
+        **({"regions": [scene.regions for scene in batch]} | dict(settings)),
+        negative_prompt=[""] * len(batch),
+        height=2 * COLUMN,
+        width=COLUMN * len(batch[0].names),
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        generator=[torch.Generator().manual_seed(number) for number in numbers],
+    ).images
+
+
+def fused_pack(fuser: GradientFuser, packs: Sequence[Path], method: str, kept: Kept) -> Path:
+    """All concepts in one pack, which is kept."""
+    folder = kept.folder / f"fused-{method}"
+    if not (folder / "edlora.safetensors").exists():
+        print(f"Fusing {len(packs)} concepts, {method}", flush=True)
+        fuser.fuse([str(pack) for pack in packs], method=method).save_pretrained(folder)  # type: ignore[arg-type]
+    return folder
 
 
 def judge_picture(
@@ -191,52 +205,87 @@ def summarise(scenes: Sequence[Scene], rows: Sequence[Mapping[str, float]]) -> d
 def worst_sheet(
     pictures: Sequence[Image.Image], scenes: Sequence[Scene], rows: Sequence[Mapping[str, float]]
 ) -> Image.Image:
-    """The ten worst pictures, each beside itself under its layout, six times as large."""
+    """The ten worst pictures, each beside itself under its layout, with what was asked for and what was found."""
     order = sorted(range(len(rows)), key=lambda number: (rows[number]["right"], rows[number]["attributes"]))[:10]
-    scale, width = 6, 4 * COLUMN
-    sheet = Image.new("RGB", (4 * width * scale, -(-len(order) // 2) * 2 * COLUMN * scale), "white")
-    for place, number in enumerate(order):
-        picture = pictures[number].resize((pictures[number].width * scale, pictures[number].height * scale), 0)
-        corner = (place % 2 * 2 * width * scale, place // 2 * picture.height)
-        sheet.paste(picture, corner)
-        drawn = draw_regions(scenes[number].regions, picture)
-        sheet.paste(drawn, (corner[0] + width * scale, corner[1]))
-    return sheet.resize((sheet.width // 2, sheet.height // 2))
+    lines = {}
+    for number in order:
+        scene, row = scenes[number], rows[number]
+        label = "\n".join(
+            [
+                f"layout {number}: {', '.join(scene.names)}",
+                f"{scene.place}",
+                f"right regions {row['right']:.0%}",
+                f"right attributes {row['attributes']:.0%}",
+                f"leaked {row['leaked']:.0%}",
+            ]
+        )
+        large = pictures[number].resize((3 * pictures[number].width, 3 * pictures[number].height))
+        named = [replace(each, prompt=name) for each, name in zip(scene.regions, scene.names, strict=True)]
+        lines[label] = [large, draw_regions(named, large)]
+    return labelled_sheet(lines)
+
+
+def tables(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The results as Markdown: a table of all ways, and one of right concepts by kind of layout."""
+    measures = {
+        "right concept in its region": "right",
+        "all right in a picture": "whole_pictures",
+        "missing": "missing",
+        "right attributes": "attributes",
+        "attributes of another region": "leaked",
+    }
+    every = {way: [f"{100 * rows['all'][key]:.0f} %" for key in measures.values()] for way, rows in results.items()}
+    groups = list(next(iter(results.values())))[1:]
+    cells = {
+        way: [f"{100 * rows[group]['right']:.0f} %, {100 * rows[group]['leaked']:.0f} %" for group in groups]
+        for way, rows in results.items()
+    }
+    return f"{markdown(list(measures), every)}\n\nRight concept, leaked attributes:\n\n{markdown(groups, cells)}"
+
+
+def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Every way on every layout; what is finished is not done again."""
+    scenes, judge = random_scenes(options.layouts), ToylandJudge.load()
+    subjects = {subject.name: subject for subject in subjects_of(NAMES, judge)}
+    packs = list(single_packs(NAMES, 0, options.concepts, options.work).values())
+    plan = {"steps": options.steps, "guidance": options.guidance, "recorded": RECORDING_PROMPTS}
+    plan |= {"ways": repr(WAYS), "scenes": [repr(scene) for scene in scenes[:1]]}
+    kept = Kept(options.work, plan, [folder / "edlora.safetensors" for folder in packs])
+    fuser = GradientFuser(pipe, prompts=RECORDING_PROMPTS, guidance_scale=options.guidance, batch_size=8)
+    results = {}
+    for way, (method, settings) in WAYS.items():
+        pipe.load_edlora(fused_pack(fuser, packs, method, kept))
+        pictures = kept.pictures(
+            way,
+            list(batches(scenes, 8)),
+            lambda numbers: sample_scenes(pipe, scenes, numbers, settings, options),  # noqa: B023
+        )
+        pipe.unload_edlora()
+        pairs = zip(pictures, scenes, strict=True)
+        rows = [judge_picture(picture, scene, subjects, judge) for picture, scene in pairs]
+        results[way] = summarise(scenes, rows)
+        write_sheet(worst_sheet(pictures, scenes, rows), kept.picture_path(way, 0).parent.with_suffix(".png"))
+        print(f"{way:28}", "  ".join(f"{name} {share:.3g}" for name, share in results[way]["all"].items()), flush=True)
+    print(f"Pictures and sheets of each way's ten worst: {kept.folder}")
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="20 layouts instead of 200")
-    parser.add_argument("--layouts", type=int)
-    parser.add_argument("--work", type=Path, default=Path("toyland-benchmark"), help="where concepts are tuned")
+    parser.add_argument("--layouts", type=int, default=200)
+    parser.add_argument("--work", type=Path, default=Path("toyland-benchmark"), help="holds whatever is finished")
+    parser.add_argument("--concepts", type=Path, help="folder with tuned ED-LoRAs, one subfolder a name")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--record", type=Path, default=Path(__file__).parent / "records" / "regions.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore", MixOfShowWarning)
-    scenes = random_scenes(options.layouts or (20 if options.short else 200))
-    judge = ToylandJudge.load()
-    subjects = {subject.name: subject for subject in subjects_of(NAMES, judge)}
     pipe = load_pipeline(MixOfShowPipeline)
     pipe.set_progress_bar_config(disable=True)
-    packs = [str(folder) for folder in single_packs(NAMES, 0, None, options.work).values()]
-    fuser = GradientFuser(pipe, prompts=RECORDING_PROMPTS, guidance_scale=options.guidance, batch_size=8)
-    fused = {method: fuser.fuse(packs, method=method) for method in ("closed-form", "average")}
-    results = {}
-    for way, (method, settings) in WAYS.items():
-        pipe.load_edlora(fused[method])
-        pictures = sample_scenes(pipe, scenes, way, settings, options)
-        pipe.unload_edlora()
-        rows = [
-            judge_picture(picture, scene, subjects, judge) for picture, scene in zip(pictures, scenes, strict=True)
-        ]
-        results[way] = summarise(scenes, rows)
-        worst_sheet(pictures, scenes, rows).save(
-            options.work / f"worst-{way.replace(', ', '-').replace(' ', '-')}.png"
-        )
-        print(f"{way:28}", "  ".join(f"{name} {share:.3g}" for name, share in results[way]["all"].items()))
-    plan = {"layouts": len(scenes), "steps": options.steps, "guidance": options.guidance, "concepts": NAMES}
+    results = measure(pipe, options)
+    plan = {"layouts": options.layouts, "steps": options.steps, "guidance": options.guidance, "concepts": NAMES}
     content = {"run": record.run_info(Path(__file__).parent), "settings": plan, "results": results}
+    print(tables(results))
     print(f"Record: {record.write(options.record, content)}")
 
 

@@ -21,12 +21,13 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import Kept
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -100,27 +101,6 @@ class Plan:
     guidance_scale: float
     seed: int
     tuning: Mapping[str, Any]
-
-
-class Kept:
-    """Results that outlive an interruption: JSON files under the hash of all that they depend on."""
-
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        weights = sorted(toyland.path().rglob("*.safetensors"))
-        digest = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode())
-        for file in weights:
-            digest.update(file.read_bytes())
-        self.folder = folder / f"kept-{digest.hexdigest()[:12]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def result(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What is kept under a name, computed where it is not."""
-        path = self.folder / f"{name.replace('/', '-').replace(':', '@')}.json"
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(compute()), encoding="utf-8")
-            temporary.rename(path)
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -365,7 +345,7 @@ def main() -> None:
     judge, start = ToylandJudge.load(), time.monotonic()
     study = Study(
         plan=plan,
-        kept=Kept(options.work, plan),
+        kept=Kept(options.work, asdict(plan)),
         work=options.work,
         pipe=toyland.load_pipeline(pipeline_class=MixOfShowPipeline),
         judge=judge,

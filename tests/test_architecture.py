@@ -26,6 +26,7 @@ RANK_OF = {
     "edlora": 1,
     "interop": 1,
     "toyland": 1,
+    "sheets": 1,
     "lora": 2,
     "conditioning": 2,
     "training": 3,

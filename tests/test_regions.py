@@ -186,6 +186,9 @@ def test_a_region_resolves_where_a_cell_is_its_own():
     thin = Region("a", box=(0.5, 0, 0.51, 1))
     assert not resolves(thin, 8, 8)
     assert resolves(thin, 256, 256)
+    inward = Region("a", box=(0.4, 0.4, 0.45, 0.45), rounding="inward")
+    assert not resolves(inward, 16, 16)
+    assert resolves(inward, 40, 40)
     dots = torch.zeros(64, 64)
     dots[::2, ::2] = 1
     assert resolves(Region("a", mask=dots), 64, 64)

@@ -1,4 +1,4 @@
-"""`mixofshow sample --control`: detectors, ControlNets, and what is said when one is missing."""
+"""`mixofshow sample`: detectors, ControlNets, what is said when one is missing; and regions drawn anew."""
 
 import sys
 import types
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from typer.testing import CliRunner
 
 import tiny
@@ -29,6 +29,8 @@ def detectors(monkeypatch):
 
     class Processor:
         def __init__(self, name):
+            if name == "zoe":
+                raise ValueError("zoe is not a valid processor id")
             made.append(name)
 
         def __call__(self, picture):
@@ -60,10 +62,22 @@ def test_a_detector_looks_at_the_picture(photo, detectors):
     assert detectors == ["canny"]
 
 
+def test_an_unknown_detector_is_an_error_of_one_line(photo, detectors):
+    with pytest.raises(ConfigurationError, match="'zoe': zoe is not a valid"):
+        condition_image(Control("zoe", "some/net", photo))
+
+
 def test_a_missing_extra_is_named(photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "controlnet_aux", None)
     with pytest.raises(MissingExtraError, match=r"diffusers-mixofshow\[controlnet\]"):
         condition_image(Control("canny", "x", photo))
+
+
+def test_a_missing_extra_is_named_before_the_base_is_loaded(photo, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "controlnet_aux", None)
+    options = ["--base", str(tmp_path / "no base"), "--prompt", "x", "--control", f"canny={photo}"]
+    result = CliRunner().invoke(cli.app, ["sample", *options, "--output", str(tmp_path / "x.png")])
+    assert isinstance(result.exception, MissingExtraError)
 
 
 def test_sample_follows_several_controls(photo, detectors, tmp_path: Path):
@@ -84,3 +98,21 @@ def test_sample_follows_several_controls(photo, detectors, tmp_path: Path):
     assert detectors == ["canny", "canny"]
     missing = CliRunner().invoke(cli.app, ["sample", *options, "--control", f"image@{tmp_path}={photo}"])
     assert isinstance(missing.exception, ConfigurationError)
+
+
+def test_refining_draws_regions_anew_and_nothing_else(tmp_path: Path):
+    StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False).save_pretrained(tmp_path / "base")
+    options = ["sample", "--base", str(tmp_path / "base"), "--prompt", "x", "--steps", "3", "--output"]
+    place = ["--width", "32", "--height", "32", "--region", "0.25,0.25,0.6,0.6:a dog"]
+
+    def drawn(name, *more):
+        result = CliRunner().invoke(cli.app, [*options, str(tmp_path / name), *place, *more])
+        assert result.exit_code == 0, result.exception
+        return Image.open(tmp_path / name)
+
+    changed = ImageChops.difference(drawn("plain.png"), drawn("refined.png", "--refine")).getbbox()
+    assert changed is not None
+    assert changed[0] > 2
+    assert changed[3] < 30
+    idle = CliRunner().invoke(cli.app, [*options, str(tmp_path / "x.png"), "--refine"])
+    assert isinstance(idle.exception, ConfigurationError)

@@ -1,11 +1,16 @@
 """Regional attention against the equations of section 3.4, written out position by position, in float64."""
 
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
+
+
+pytest.importorskip("hypothesis", reason="part of the extra 'dev'")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import tiny
 from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
@@ -76,24 +81,52 @@ def expected_output(layer, hidden, contexts, regions, grid):
     return output
 
 
-def random_regions(chance, grid):
-    """Boxes and masks, up to four, each of them on at least one cell of the feature map; half of them plain."""
-    plain = chance.random() < 0.5
+@st.composite
+def boxes(draw):
+    """A box, at least three tenths wide and high."""
+    left, top = draw(st.floats(0, 0.6)), draw(st.floats(0, 0.6))
+    return (left, top, draw(st.floats(left + 0.3, 1)), draw(st.floats(top + 0.3, 1)))
+
+
+@st.composite
+def masks(draw, grid):
+    """Pixels by chance, three by three to a cell of the feature map, the first cell inside."""
+    chance = np.random.default_rng(draw(st.integers(0, 10**6)))
+    mask = chance.random((grid[0] * 3, grid[1] * 3)) < draw(st.floats(0, 1))
+    mask[:3, :3] = True
+    return mask
+
+
+@st.composite
+def layouts(draw, grid):
+    """Up to four boxes and masks that may overlap, each on at least one cell of the feature map, plain or weighed."""
+    plain, (rows, columns) = draw(st.booleans()), grid
     regions = []
-    rows, columns = grid
-    for number in range(chance.randint(1, 4)):
-        settings = {} if plain else {"weight": chance.choice([0.3, 1, 2]), "order": chance.choice([0, 1])}
-        if chance.random() < 0.6:
-            left, top = chance.uniform(0, 0.6), chance.uniform(0, 0.6)
-            box = (left, top, chance.uniform(left + 0.3, 1), chance.uniform(top + 0.3, 1))
-            region = Region(f"box {number}", box=box, **settings)
-        else:
-            mask = np.random.default_rng(chance.randrange(10**6)).random((rows * 3, columns * 3)) < chance.random()
-            mask[:3, :3] = True
-            region = Region(f"mask {number}", mask=mask, **settings)
+    for number in range(draw(st.integers(1, 4))):
+        place = draw(st.one_of(st.fixed_dictionaries({"box": boxes()}), st.fixed_dictionaries({"mask": masks(grid)})))
+        weight, order = (1.0, 0) if plain else (draw(st.sampled_from([0.3, 1.0, 2.0])), draw(st.integers(0, 1)))
+        region = Region(f"region {number}", **place, weight=weight, order=order)
         if any(is_inside(region, row, column, rows, columns) for row in range(rows) for column in range(columns)):
             regions.append(region)
     return regions
+
+
+@st.composite
+def calls(draw):
+    """Size of the latent, the regions of each picture or of all, rows of the batch, and how attention is computed."""
+    size = draw(st.sampled_from([(8, 8), (12, 8), (6, 10), (4, 16)]))
+    grid = (size[0] // 2, size[1] // 2)
+    regions = [draw(layouts(grid)) for _ in range(draw(st.integers(1, 2)))]
+    guided = draw(st.booleans())
+    pictures = len(regions) if len(regions) > 1 else draw(st.integers(1, 2))
+    return {
+        "size": size,
+        "regions": regions,
+        "batch": pictures * (2 if guided else 1),  # guidance: its unconditional half comes first
+        "layerwise": draw(st.booleans()),
+        "sliced": draw(st.booleans()),
+        "seed": draw(st.integers(0, 10**6)),
+    }
 
 
 def attention_calls(unet, run):
@@ -114,36 +147,32 @@ def attention_calls(unet, run):
     return calls
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_random_layouts_are_the_equations(double_unet, seed):
-    chance = random.Random(seed)
-    torch.manual_seed(seed)
-    size = chance.choice([(8, 8), (12, 8), (6, 10), (4, 16)])
-    grid = (size[0] // 2, size[1] // 2)
+@settings(max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(call=calls())
+def test_random_layouts_are_the_equations(double_unet, call):
+    torch.manual_seed(call["seed"])
+    size, regions, batch = call["size"], call["regions"], call["batch"]
     paths = cross_attention_layers(double_unet)
-    batch, layers = chance.choice([1, 2, 4]), chance.choice([1, len(paths)])
-    pictures = 2 if batch == 4 else 1  # of each prompt or of all; the other rows are the other half of guidance
-    regions = [random_regions(chance, grid) for _ in range(pictures)]
     plans = [RegionPlan(own) for own in regions]
+    layers = len(paths) if call["layerwise"] else 1
     contexts = torch.randn(batch, max(plan.contexts for plan in plans), layers, TOKENS, WIDTH, dtype=torch.float64)
     noise = torch.randn(batch, 4, *size, dtype=torch.float64)
-
-    if seed % 4 == 3:
-        double_unet.set_attention_slice("max")
 
     def run():
         with layerwise_attention(double_unet), regional_attention(double_unet, plans):
             double_unet(noise, 7, encoder_hidden_states=contexts.flatten(1, 3))
 
+    if call["sliced"]:
+        double_unet.set_attention_slice("max")
     try:
-        calls = attention_calls(double_unet, run)
+        found = attention_calls(double_unet, run)
     finally:
         double_unet.set_default_attn_processor()
+    of_rows = regions * (batch // len(regions))
     with torch.no_grad():
         for number, path in enumerate(paths):
-            hidden, output = calls[path]
+            hidden, output = found[path]
             own = contexts[:, :, number if layers > 1 else 0].unbind(1)
-            expected = expected_output(
-                double_unet.get_submodule(path), hidden, own, regions * (batch // pictures), grid
-            )
+            layer, grid = double_unet.get_submodule(path), (size[0] // 2, size[1] // 2)
+            expected = expected_output(layer, hidden, own, of_rows, grid)
             assert torch.allclose(output, expected, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The page, the sheets and the settings, on pictures of one colour."""
+"""The page and the settings, on pictures of one colour."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from diffusers_mixofshow.demo.measuring import Measures
 from diffusers_mixofshow.demo.page import percent, write_page
 from diffusers_mixofshow.demo.sampling import METHODS, Pictures
 from diffusers_mixofshow.demo.settings import DemoConcept
-from diffusers_mixofshow.demo.sheets import sheet
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.identity import Identity
 
@@ -87,13 +86,6 @@ def test_text_is_escaped_and_tags_are_closed(tmp_path: Path) -> None:
 def test_percent() -> None:
     assert percent(None) == "&ndash;"
     assert percent(0.904) == "90&nbsp;%"
-
-
-def test_sheet_has_one_row_a_list() -> None:
-    small = sheet([[picture("red")], [picture("red"), picture("blue")]])
-    assert small.size == (2 * 16 + 3 * 4, 2 * 16 + 3 * 4)
-    assert small.getpixel((4 + 8, 4 + 8)) == (255, 0, 0)
-    assert small.getpixel((4 + 16 + 4 + 8, 4 + 16 + 4 + 8)) == (0, 0, 255)
 
 
 def test_settings_list_everything_that_is_wrong() -> None:

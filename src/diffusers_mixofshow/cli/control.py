@@ -80,6 +80,7 @@ def condition_image(control: Control) -> Image.Image:
 
     Raises:
         MissingExtraError: If controlnet_aux is needed and cannot be imported.
+        ConfigurationError: If it has no such detector, or the detector lacks a package or its weights.
     """
     from PIL import Image
 
@@ -93,7 +94,10 @@ def condition_image(control: Control) -> Image.Image:
             f"Detector {control.detector!r} needs controlnet_aux, which cannot be imported ({error}). Install it with"
             " pip install 'diffusers-mixofshow[controlnet]', or give a finished condition image: 'image@MODEL=...'."
         ) from error
-    return Processor(control.detector)(picture)
+    try:
+        return Processor(control.detector)(picture)
+    except (ValueError, NameError, OSError) as error:  # NameError: mediapipe_face without mediapipe
+        raise ConfigurationError(f"controlnet_aux cannot run its detector {control.detector!r}: {error}") from error
 
 
 def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOfShowControlNetPipeline:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
 ]
+Refine = Annotated[
+    bool, typer.Option("--refine", help="Draw every region anew at a higher resolution, from its own prompt.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print files, seeds and settings as JSON.")]
 
 
@@ -54,6 +57,7 @@ def sample(
     ] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels. (default: the layout's or the model's)")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels. (default: likewise)")] = None,
+    refine: Refine = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -74,7 +78,7 @@ def sample(
         tell(plan_of_sampling(plan, packs, base, steps=steps, guidance=guidance, output=files), as_json=as_json)
         return
     seeds = range(seed, seed + count)
-    _save(files, _sampled(base, packs, controls, plan, seeds, steps=steps, guidance=guidance))
+    _save(files, _sampled(base, packs, controls, plan, seeds, steps=steps, guidance=guidance, refine=refine))
     if as_json:
         pictures = [{"file": str(file), "seed": each} for file, each in zip(files, seeds, strict=True)]
         told = {"base": base, "prompt": plan.prompt, "regions": len(plan.regions)}
@@ -92,11 +96,21 @@ def _base_of(packs: list[EDLoRA]) -> str:
 
 
 def _sampled(
-    base: str, packs: list[EDLoRA], controls: list[Control], plan: Layout, seeds: range, *, steps: int, guidance: float
+    base: str,
+    packs: list[EDLoRA],
+    controls: list[Control],
+    plan: Layout,
+    seeds: range,
+    *,
+    steps: int,
+    guidance: float,
+    refine: bool,
 ) -> list[Any]:
     """One PIL picture for each seed, in one batch."""
     import torch
 
+    if refine and not plan.regions:
+        raise ConfigurationError("Got --refine without any region to draw anew. Give --region or --layout, too.")
     pipe, conditions = _loaded(base, packs, controls)
     images: list[Any] = pipe(
         prompt=[plan.prompt] * len(seeds),
@@ -108,7 +122,28 @@ def _sampled(
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         **conditions,
     ).images
-    return images
+    return (
+        [_refined(pipe, *each, plan, steps, guidance) for each in zip(images, seeds, strict=True)]
+        if refine
+        else images
+    )
+
+
+def _refined(pipe: Any, image: Any, seed: int, plan: Layout, steps: int, guidance: float) -> Any:
+    """The picture with its regions drawn anew; the same for a seed, whatever other pictures there are."""
+    import torch
+
+    from diffusers_mixofshow.pipelines import refine_regions
+
+    return refine_regions(
+        pipe,
+        [image],
+        plan.regions,
+        generator=torch.Generator().manual_seed(seed),
+        negative_prompt=plan.negative_prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    )[0]
 
 
 def _refuse_unknown(plan: Layout, packs: list[EDLoRA]) -> None:
@@ -134,12 +169,12 @@ def _save(files: list[Path], images: list[Any]) -> None:
 
 def _loaded(base: str, packs: list[EDLoRA], controls: list[Control]) -> tuple[Any, dict[str, Any]]:
     """The pipeline with its concepts and ControlNets, and what its call needs for these."""
+    views = [condition_image(control) for control in controls]  # first: it fails at once where the extra is missing
     pipe = load_base(base)
     for pack in packs:
         pipe.load_edlora(pack)
     if not controls:
         return pipe, {}
-    views = [condition_image(control) for control in controls]
     return with_controls(pipe, controls), {"image": views[0] if len(views) == 1 else views}
 
 

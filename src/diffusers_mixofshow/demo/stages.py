@@ -124,13 +124,14 @@ def _fuse_and_sample(
 def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings: DemoSettings) -> None:
     """One sheet a concept: its photos, then a row a method; and one of several concepts, with and without regions."""
     from diffusers_mixofshow.demo.photos import photos_of
-    from diffusers_mixofshow.demo.sheets import write_sheets
+    from diffusers_mixofshow.sheets import labelled_sheet, write_sheet
 
-    alone = {
-        concept.name: [photos_of(concept), *(of_method[concept.name] for of_method in pictures.alone.values())]
-        for concept in concepts
-    }
-    write_sheets(settings.folder / "sheets", {**alone, "together": [pictures.regional, pictures.unguided]})
+    sheets = {"together": {"with regions": pictures.regional, "without": pictures.unguided}}
+    for concept in concepts:
+        rows = {method: of_method[concept.name] for method, of_method in pictures.alone.items()}
+        sheets[concept.name] = {"photos": photos_of(concept), **rows}
+    for name, rows in sheets.items():
+        write_sheet(labelled_sheet(rows, scale=2), settings.folder / "sheets" / f"{name}.png")
 
 
 def _fused(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:

@@ -80,6 +80,8 @@ def feature_grids(height: int, width: int) -> dict[int, tuple[int, int]]:
 
 def resolves(region: Region, height: int, width: int) -> bool:
     """Whether the region has a cell of its own on the grid, without being given the nearest one."""
+    if region.rounding == "inward":
+        return bool(_cells(region, height, width).any())
     if region.box is not None:
         left, top, right, bottom = region.box
         return bool(_inside(left, right, width).any() and _inside(top, bottom, height).any())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
@@ -28,10 +25,6 @@ if TYPE_CHECKING:
 SCALES = (0.0, 0.7, 1.0)
 """Strengths of the LoRA on a sheet, one row each; at 0 the embeddings alone draw (reference)."""
 STEPS = 20
-
-_GAP = 4
-_LABEL_WIDTH = 64
-_TITLE_HEIGHT = 16
 
 
 def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
@@ -51,7 +44,7 @@ def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
 
 
 @torch.no_grad()
-def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> list[list[Image.Image]]:
+def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[str, list[Image.Image]]:
     """Sample the validation prompt at every scale, each row with the same seeds.
 
     Args:
@@ -60,25 +53,23 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> list[l
         config: Prompt, number of pictures, resolution and seed.
 
     Returns:
-        One row for each of `SCALES`; a single one for a method without LoRA.
+        Label to the row of each of `SCALES`; a single row for a method without LoRA.
     """
     concept, stock = config.concept_to_learn, plain_pipeline(pipeline)
-    rows = []
+    rows = {}
     for scale in SCALES if trained.lora is not None else SCALES[-1:]:
         with scaled(trained.lora, scale):
             prompt, nothing = _encoded(pipeline, trained, concept, config.validation_prompt)
             seeds = [config.seed + number for number in range(config.num_validation_images)]
-            rows.append(
-                stock(
-                    prompt_embeds=prompt.expand(len(seeds), -1, -1),
-                    negative_prompt_embeds=nothing.expand(len(seeds), -1, -1),
-                    height=config.resolution,
-                    width=config.resolution,
-                    num_inference_steps=STEPS,
-                    guidance_scale=usual_guidance(config.pretrained_model_name_or_path),
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                ).images
-            )
+            rows[f"LoRA {scale:g}"] = stock(
+                prompt_embeds=prompt.expand(len(seeds), -1, -1),
+                negative_prompt_embeds=nothing.expand(len(seeds), -1, -1),
+                height=config.resolution,
+                width=config.resolution,
+                num_inference_steps=STEPS,
+                guidance_scale=usual_guidance(config.pretrained_model_name_or_path),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            ).images
     return rows
 
 
@@ -95,32 +86,6 @@ def scaled(lora: TrainableLoRA | None, scale: float) -> Iterator[None]:
     finally:
         for layer, full in zip(layers, before, strict=True):
             layer.scaling[name] = full
-
-
-def labelled_sheet(rows: Sequence[Sequence[Image.Image]], title: str) -> Image.Image:
-    """Pictures of one size in rows, each with its scale beside it, under a title, on white."""
-    width, height = rows[0][0].size
-    size = (
-        _LABEL_WIDTH + len(rows[0]) * (width + _GAP) + _GAP,
-        _TITLE_HEIGHT + len(rows) * (height + _GAP) + _GAP,
-    )
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((_GAP, _GAP // 2), title, fill="black")
-    for line, row in enumerate(rows):
-        top = _TITLE_HEIGHT + _GAP + line * (height + _GAP)
-        scale = SCALES[line] if len(rows) == len(SCALES) else SCALES[-1]
-        draw.text((_GAP, top + height // 2 - _TITLE_HEIGHT // 2), f"LoRA {scale:g}", fill="black")
-        for column, picture in enumerate(row):
-            canvas.paste(picture, (_LABEL_WIDTH + _GAP + column * (width + _GAP), top))
-    return canvas
-
-
-def write_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as PNG; the file appears whole or not at all."""
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    write_whole(path, buffer.getvalue())
 
 
 def _encoded(pipeline: Any, trained: Trained, concept: Concept, template: str) -> tuple[torch.Tensor, torch.Tensor]:

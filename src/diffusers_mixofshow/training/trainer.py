@@ -21,6 +21,7 @@ from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.sheets import labelled_sheet, write_sheet
 from diffusers_mixofshow.training.averaging import MovingAverage
 from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
@@ -42,7 +43,7 @@ from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop
 from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
-from diffusers_mixofshow.training.samples import SCALES, draw_rows, labelled_sheet, write_sheet
+from diffusers_mixofshow.training.samples import SCALES, draw_rows
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
 from diffusers_mixofshow.training.trained import fresh
 from diffusers_mixofshow.training.words import check_words
@@ -243,7 +244,7 @@ class _Tuning:
                 rows = draw_rows(self.pipeline, self.trained, config)
             step = self.loop.position.step
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
-            sheet = labelled_sheet(rows, f"{prompt}, step {step}")
+            sheet = labelled_sheet(rows, title=f"{prompt}, step {step}")
             write_sheet(sheet, folder / "validation" / f"step-{step:06d}.png")
             scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
             self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
