@@ -115,9 +115,13 @@ class Kept:
         self.folder = folder / f"kept-{digest.hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def path(self, name: str) -> Path:
+        """Where a result is kept."""
+        return self.folder / f"{name.replace('/', '-').replace(':', '@')}.json"
+
     def result(self, name: str, compute: Callable[[], Any]) -> Any:
         """What is kept under a name, computed where it is not."""
-        path = self.folder / f"{name.replace('/', '-').replace(':', '@')}.json"
+        path = self.path(name)
         if not path.exists():
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(compute()), encoding="utf-8")
@@ -157,9 +161,14 @@ class Study:
             digest.update((self.packs[name] / "edlora.safetensors").read_bytes())
         return digest.hexdigest()[:8]
 
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.ends
+    def key(self, method: str, count: int) -> str:
+        """What the results of a method are kept under."""
+        return f"{count}-{self.digest([concept.name for concept in self.concepts[:count]])}-{method}"
+
+    def has_time_for(self, method: str, count: int) -> bool:
+        """Whether a method may begin, or is finished already."""
+        kept = [self.kept.path(f"{self.key(method, count)}-{what}").exists() for what in ("alone", "drift")]
+        return all(kept) or time.monotonic() < self.ends
 
 
 def chosen_concepts(count: int, seed: int) -> list[ToyConcept]:
@@ -217,7 +226,7 @@ def _value(text: str) -> Any:
 def fused(study: Study, method: str, count: int) -> EDLoRA:
     """The pack of the first concepts under a method, read from its file, as users have it."""
     names = [concept.name for concept in study.concepts[:count]]
-    folder = study.kept.folder / "packs" / f"{count}-{study.digest(names)}-{method.replace(':', '@')}"
+    folder = study.kept.folder / "packs" / study.key(method, count).replace(":", "@")
     if not (folder / "edlora.safetensors").exists():
         name, settings = parsed(method)
         recording: dict[str, Any] = {
@@ -318,7 +327,7 @@ def study_method(
         return pack[0]
 
     concepts = study.concepts[:count]
-    key = f"{count}-{study.digest([concept.name for concept in concepts])}-{method}"
+    key = study.key(method, count)
     away = study.kept.result(f"{key}-drift", lambda: drift(study, base, the_pack()))
     rows = study.kept.result(f"{key}-alone", lambda: measured_pack(study, the_pack(), concepts))
     result = summary(rows, tables["single"], tables["class_word"]) | {
@@ -360,7 +369,7 @@ def run(study: Study, methods: Sequence[str], counts: Sequence[int]) -> dict[str
         tables = {"single": measured_single(study, concepts), "class_word": measured_floor(study, concepts)}
         results[str(count)] = {}
         for method in methods:
-            if study.late:
+            if not study.has_time_for(method, count):
                 study.console.print(f"  No time left for {count} {method}; start again to go on.")
                 continue
             results[str(count)][method] = study_method(study, method, count, base, tables)
