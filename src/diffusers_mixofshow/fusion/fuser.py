@@ -76,7 +76,8 @@ class GradientFuser:
             a pipeline.
         statistics: Folder in which statistics are kept, instead of beside the sources.
         statistics_bytes: Size of a concept's kept statistics; None keeps them in full, some 400 MB for SD 1.5.
-        text_tokens: Whether the text encoder's layers count padding.
+        text_tokens: What the text encoder's layers count: ``all`` positions, the ``unpadded`` ones, or of these the
+            ``concept`` tokens and the end token.
         batch_size: Pictures sampled together.
         device: Where layers are solved, in float64; such as ``cuda``. The fused layers are on the CPU.
         dtype: In which the pack's file holds the fused layers.
