@@ -265,7 +265,7 @@ def _same_name(source: EDLoRA) -> EDLoRA:
     [
         (_other_base, r"<rex> on 'tiny', <kit> on 'other'"),
         (_fewer_layers, r"different cross-attention layers \(numbers of layers: <rex> 4, <kit> 3\)"),
-        (_same_name, "Names used twice: <rex>"),
+        (_same_name, "given more than once: <rex>; give each once, or rename"),
         (lambda source: _other_base(_fewer_layers(source)), "different base models.*; .*cross-attention layers"),
     ],
 )
@@ -281,6 +281,7 @@ def test_what_does_not_fit_is_refused_together(
     ("arguments", "message"),
     [
         ({"sources": []}, "none was given"),
+        ({"sources": "edlora-rex"}, "Expected a list of sources to fuse, got 'edlora-rex' alone"),
         ({"weights": [1, 2]}, "got 2 weights for 1 ED-LoRAs"),
         ({"weights": [-1]}, "weights must be finite and above 0"),
         ({"scales": [float("nan")]}, "scales must be finite"),

@@ -115,6 +115,25 @@ def test_without_statistics_or_pipeline_every_source_that_lacks_them_is_named(pu
         GradientFuser().fuse([FusionSource(retuned, statistics=published[2] / STATISTICS)])
 
 
+def test_damaged_statistics_are_recorded_again_where_there_is_a_model(
+    pipe: MixOfShowPipeline, published: list[Path], tmp_path: Path
+) -> None:
+    path = published[0] / STATISTICS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    with pytest.raises(FusionError, match="cannot be read as fusion statistics"):
+        GradientFuser().fuse(published)
+    with pytest.warns(MixOfShowWarning, match="recorded again: .*cannot be read as fusion statistics"):
+        GradientFuser(pipe, **RECORDED).fuse(published)
+    assert SourceStatistics.load(path).digest == EDLoRA.from_pretrained(published[0]).digest
+    fuser, source = GradientFuser(pipe, statistics=tmp_path / "kept", **RECORDED), concept("tom", 5)
+    kept = fuser.record(source).file
+    assert kept is not None
+    kept.write_bytes(b"none")
+    with pytest.warns(MixOfShowWarning, match="recorded again"):
+        assert fuser.record(source).file == kept
+
+
 def test_statistics_of_other_settings_are_recorded_again(pipe: MixOfShowPipeline, published: list[Path]) -> None:
     GradientFuser(pipe, **RECORDED | {"steps": 1}).fuse(published[:1])
     assert SourceStatistics.load(published[0] / STATISTICS).recording["steps"] == 1
@@ -140,7 +159,7 @@ def test_statistics_of_another_model_are_refused(published: list[Path]) -> None:
 
 
 def test_sources_that_do_not_fit_each_other_are_refused_without_a_model(published: list[Path]) -> None:
-    with pytest.raises(FusionError, match="Names used twice: <rex>"):
+    with pytest.raises(FusionError, match="given more than once: <rex>; give each once"):
         GradientFuser().fuse([published[0], published[0]])
     source = concept("tom", 5)
     lora = dict(source.lora)
@@ -171,13 +190,13 @@ def test_adding_and_removing_equal_a_fresh_fusion(published: list[Path], weights
 
 def test_changes_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, published: list[Path]) -> None:
     pack = GradientFuser().fuse(published[:2])
-    with pytest.raises(FusionError, match="Names used twice: <rex>"):
+    with pytest.raises(FusionError, match="given more than once: <rex>; give each once"):
         pack.add(published[0])
     with pytest.raises(FusionError, match="<zoe> is no source of this pack; its sources are <rex>, <kit>"):
         pack.remove("<zoe>")
     with pytest.raises(FusionError, match="finite and above 0"):
         pack.reweight({"<rex>": 0})
-    with pytest.raises(FusionError, match="none was given"):
+    with pytest.raises(FusionError, match="<kit> is all that this pack was fused from"):
         pack.remove("<rex>").remove("<kit>")
     sequential = GradientFuser(pipe, **RECORDED | {"sequential": True}).fuse(published[:2])
     with pytest.raises(FusionError, match="on top of what was fused already"):
