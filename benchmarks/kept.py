@@ -26,9 +26,13 @@ class Kept:
         self.folder = folder / f"kept-{digest.hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def path(self, name: str) -> Path:
+        """Where the JSON of a name is kept."""
+        return self.folder / f"{_file_name(name)}.json"
+
     def result(self, name: str, compute: Callable[[], Any]) -> Any:
         """The JSON that is kept under a name, computed where it is not."""
-        path = self.folder / f"{_file_name(name)}.json"
+        path = self.path(name)
         if not path.exists():
             write_whole(path, json.dumps(compute()).encode())
         return json.loads(path.read_text(encoding="utf-8"))

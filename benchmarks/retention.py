@@ -1,12 +1,18 @@
 """How much identity every fusion method keeps on Toyland, for 8, 14 and 30 concepts, and what it does to the base.
 
-    python benchmarks/retention.py --work DIR                # all methods; goes on where it stopped when restarted
+    python benchmarks/retention.py --work DIR               # seven methods; goes on where it stopped when restarted
+    python benchmarks/retention.py --work DIR --minutes 35  # begins nothing new after that, and writes what there is
+    python benchmarks/retention.py --work DIR --counts 8 --settings  # ridges, a prior, each concept's own model, ...
     python benchmarks/retention.py --work DIR --counts 2 --methods closed-form average --pictures 2
+
+Concepts that `benchmarks/toyland.py --work DIR` tuned in the same folder are used again; ``--concepts DIR`` takes
+others as they are. One thread is as fast as two: set ``OMP_NUM_THREADS=1``.
 
 The first eight concepts are the critters of `benchmarks/toyland.py`, one class on purpose; then come Toyland's other
 things, then random instances. Identity, text-alignment and the neighbours in the photos are measured with prompts that
 fusion never recorded; drift compares pictures of concept-free prompts of the base and of the fused model at equal
-seeds. Everything that is finished lies in the work folder and is not done again. Writes one record.
+seeds. Every finished method lies in the work folder and is not done again, unless the base, a concept or the plan has
+changed. Prints Markdown tables and writes one record.
 
 A method may carry settings: ``closed-form:ridge=0.1``, ``closed-form:prior=0.1``, ``closed-form:sequential=false``,
 ``closed-form:dtype=float32``, ``closed-form:sequential=false,statistics_bytes=200000``; and of the recording, so
@@ -30,7 +36,6 @@ import torch
 from kept import Kept
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
@@ -48,24 +53,23 @@ from diffusers_mixofshow.toyland.instances import random_instances
 
 
 FIRST = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "nono", "vivi")
-METHODS = (
-    "closed-form",
+METHODS = ("closed-form", "average", "lbfgs", "svd", "ties", "dare", "sum")
+"""Every solver."""
+
+SETTINGS = (
     "closed-form:ridge=auto",
-    "closed-form:ridge=0.001",
+    "closed-form:ridge=0.01",
     "closed-form:ridge=0.1",
     "closed-form:prior=0.1",
     "closed-form:sequential=false",
+    "closed-form:sequential=false,ridge=auto",
     "closed-form:sequential=false,statistics_bytes=80000",
+    "closed-form:text_tokens=unpadded",
+    "closed-form:text_tokens=concept",
     "closed-form:dtype=float32",
-    "lbfgs",
-    "average",
-    "sum",
-    "ties",
-    "dare",
-    "svd",
 )
-"""Every solver, and the closed form with other ridges, a prior, each concept's own model, statistics cut down to 7 %
-of their size (what 10 MB are of SD 1.5's) and a file in float32 instead of float16."""
+"""The closed form with other ridges, a prior, each concept's own model, statistics cut down to 7 % of their size (what
+10 MB are of SD 1.5's), fewer positions of the texts, and a file in float32 instead of float16."""
 
 COUNTS = (8, 14, 30)
 PRIOR_PROMPTS = (
@@ -116,6 +120,8 @@ class Study:
     subjects: list[Subject]
     packs: dict[str, Path]
     console: Console
+    ends: float
+    """When nothing new is begun any more, as `time.monotonic` counts."""
 
     def sampling(self, first_seed: int) -> Sampling:
         """The same seeds for every method."""
@@ -126,6 +132,22 @@ class Study:
             first_seed=first_seed + 100_000 * self.plan.seed,
         )
 
+    def digest(self, names: Sequence[str]) -> str:
+        """Hash of the concepts' ED-LoRAs, so that those tuned anew are measured anew."""
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update((self.packs[name] / "edlora.safetensors").read_bytes())
+        return digest.hexdigest()[:8]
+
+    def key(self, method: str, count: int) -> str:
+        """What the results of a method are kept under."""
+        return f"{count}-{self.digest([concept.name for concept in self.concepts[:count]])}-{method}"
+
+    def has_time_for(self, method: str, count: int) -> bool:
+        """Whether a method may begin, or is finished already."""
+        kept = [self.kept.path(f"{self.key(method, count)}-{what}").exists() for what in ("alone", "drift")]
+        return all(kept) or time.monotonic() < self.ends
+
 
 def chosen_concepts(count: int, seed: int) -> list[ToyConcept]:
     """The first concepts of the study; fewer are the first of more."""
@@ -134,8 +156,14 @@ def chosen_concepts(count: int, seed: int) -> list[ToyConcept]:
     return [*known, *random_instances(max(0, count - len(known)), seed)][:count]
 
 
-def tuned(concepts: Sequence[ToyConcept], plan: Plan, work: Path, console: Console) -> dict[str, Path]:
-    """Tune every concept that is not tuned yet."""
+def tuned(
+    concepts: Sequence[ToyConcept], plan: Plan, work: Path, given: Path | None, console: Console
+) -> dict[str, Path]:
+    """Take the concepts that are given, and tune all others that are not tuned yet."""
+    packs = {} if given is None else {concept.name: given / concept.name for concept in concepts}
+    packs = {name: folder for name, folder in packs.items() if (folder / "edlora.safetensors").exists()}
+    if packs:
+        console.print(f"  given: {' '.join(packs)}")
     settings = DemoSettings(folder=work, seed=plan.seed, tuning=plan.tuning)
     described = [
         DemoConcept(
@@ -145,13 +173,15 @@ def tuned(concepts: Sequence[ToyConcept], plan: Plan, work: Path, console: Conso
             folder=toyland.write_photos(concept, work / "photos" / concept.name, seed=plan.seed),
         )
         for concept in concepts
+        if concept.name not in packs
     ]
+    start = time.monotonic()
 
     def on_step(name: str, step: int, total: int, loss: float) -> None:
         if step == total:
-            console.print(f"  tuned {name}")
+            console.print(f"  {name} is tuned, {time.monotonic() - start:.0f} s")
 
-    return tune_all(described, settings, on_step)
+    return packs | tune_all(described, settings, on_step)
 
 
 def parsed(method: str) -> tuple[str, dict[str, Any]]:
@@ -173,7 +203,8 @@ def _value(text: str) -> Any:
 
 def fused(study: Study, method: str, count: int) -> EDLoRA:
     """The pack of the first concepts under a method, read from its file, as users have it."""
-    folder = study.kept.folder / "packs" / f"{count}-{method.replace(':', '@')}"
+    names = [concept.name for concept in study.concepts[:count]]
+    folder = study.kept.folder / "packs" / study.key(method, count).replace(":", "@")
     if not (folder / "edlora.safetensors").exists():
         name, settings = parsed(method)
         recording: dict[str, Any] = {
@@ -187,7 +218,7 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
         prompts = RECORDING_PROMPTS[: settings.pop("prompts", None)]
         fuser = GradientFuser(study.pipe, prompts=prompts, **recording | settings)
         start = time.perf_counter()
-        sources = [str(study.packs[concept.name]) for concept in study.concepts[:count]]
+        sources = [str(study.packs[name]) for name in names]
         fuser.fuse(sources, method=name).save_pretrained(folder)  # type: ignore[arg-type]
         study.console.print(f"  fused {count} by {method} in {time.perf_counter() - start:.0f} s")
     return EDLoRA.from_pretrained(folder)
@@ -253,8 +284,14 @@ def summary(
         "single": means[1].as_record(),
         "class_word": means[2].as_record(),
         "retention": retention(*means),
-        "text_alignment": round(sum(row["text_alignment"] for row in rows.values()) / len(rows), 4),
+        "text_alignment": _mean_text(rows),
+        "text_alignment_of_single": _mean_text({name: single[name] for name in rows}),
+        "text_alignment_of_class_word": _mean_text({name: floor[name] for name in rows}),
     }
+
+
+def _mean_text(rows: Mapping[str, Any]) -> float:
+    return round(sum(row["text_alignment"] for row in rows.values()) / len(rows), 4)
 
 
 def study_method(
@@ -268,8 +305,9 @@ def study_method(
         return pack[0]
 
     concepts = study.concepts[:count]
-    rows = study.kept.result(f"{count}-{method}-alone", lambda: measured_pack(study, the_pack(), concepts))
-    away = study.kept.result(f"{count}-{method}-drift", lambda: drift(study, base, the_pack()))
+    key = study.key(method, count)
+    away = study.kept.result(f"{key}-drift", lambda: drift(study, base, the_pack()))
+    rows = study.kept.result(f"{key}-alone", lambda: measured_pack(study, the_pack(), concepts))
     result = summary(rows, tables["single"], tables["class_word"]) | {
         "drift": {name: round(value, 4) for name, value in away.items()},
         "of_each": {name: row["identity"] for name, row in rows.items()},
@@ -278,51 +316,82 @@ def study_method(
     return result
 
 
-def measured_floor(study: Study) -> dict[str, Any]:
+def measured_single(study: Study, concepts: Sequence[ToyConcept]) -> dict[str, Any]:
+    """Every concept with its own ED-LoRA alone."""
+    rows: dict[str, Any] = {}
+    for one in concepts:
+        pack = study.packs[one.name]
+        key = f"single-{one.name}-{study.digest([one.name])}"
+        rows |= study.kept.result(key, lambda: measured_pack(study, pack, [one]))  # noqa: B023
+    return rows
+
+
+def measured_floor(study: Study, concepts: Sequence[ToyConcept]) -> dict[str, Any]:
     """Every concept under its class word on the base."""
-    words = dict.fromkeys(concept.class_word for concept in study.concepts)
-    pictures = {word: pictures_of(study, word) for word in words}
-    return {concept.name: measured(study, concept, pictures[concept.class_word]) for concept in study.concepts}
+    pictures: dict[str, list[Image.Image]] = {}
+
+    def looked_at(one: ToyConcept) -> dict[str, Any]:
+        if one.class_word not in pictures:
+            pictures[one.class_word] = pictures_of(study, one.class_word)
+        return measured(study, one, pictures[one.class_word])
+
+    return {one.name: study.kept.result(f"class-{one.name}", lambda: looked_at(one)) for one in concepts}  # noqa: B023
 
 
-def run(study: Study, methods: Sequence[str], counts: Sequence[int]) -> dict[str, Any]:
-    """All methods on all numbers of concepts."""
-    single: dict[str, Any] = {}
-    for concept in study.concepts:
-        pack = study.packs[concept.name]
-        single |= study.kept.result(f"single-{concept.name}", lambda: measured_pack(study, pack, [concept]))  # noqa: B023
-    names = hashlib.sha256(" ".join(concept.name for concept in study.concepts).encode()).hexdigest()[:8]
-    tables = {"single": single, "class_word": study.kept.result(f"class-{names}", lambda: measured_floor(study))}
+def run(study: Study, methods: Sequence[str], counts: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Methods on numbers of concepts; those that time was left for, or that were finished before."""
     base = concept_free(study, None)
-    return {
-        str(count): {method: study_method(study, method, count, base, tables) for method in methods}
-        for count in sorted(counts)
-    }
+    results: dict[str, dict[str, Any]] = {}
+    for count in sorted(counts):
+        concepts = study.concepts[:count]
+        tables = {"single": measured_single(study, concepts), "class_word": measured_floor(study, concepts)}
+        results[str(count)] = {}
+        for method in methods:
+            if not study.has_time_for(method, count):
+                study.console.print(f"  No time left for {count} {method}; start again to go on.")
+                continue
+            results[str(count)][method] = study_method(study, method, count, base, tables)
+    return results
 
 
-def shown(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    table = Table("concepts", "method", "looks kept", "alignment kept", "nearest", "text", "drift")
+def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One table for every number of concepts, the concepts alone in its first row."""
+    titles = ("", "looks", "looks kept", "alignment", "alignment kept", "nearest", "text", "drift", "drift, pixels")
+    lines: list[str] = []
     for count, methods in results.items():
-        for method, row in methods.items():
-            kept, away = row["retention"], row["drift"]
-            values = (
-                kept["attributes"],
-                kept["alignment"],
-                row["identity"]["nearest"],
-                row["text_alignment"],
-                away["features"],
+        if not methods:
+            continue
+        lines += [f"{count} concepts:", "", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+        one = next(iter(methods.values()))
+        rows: list[tuple[str, tuple[float | None, ...]]] = [
+            (label, (one[key]["attributes"], None, one[key]["alignment"], None, one[key]["nearest"], text, None, None))
+            for label, key, text in (
+                ("class word", "class_word", one["text_alignment_of_class_word"]),
+                ("alone", "single", one["text_alignment_of_single"]),
             )
-            table.add_row(count, method, *("-" if value is None else f"{value:.2f}" for value in values))
-    console.print(table)
+        ]
+        for method, row in methods.items():
+            identity, kept, away = row["identity"], row["retention"], row["drift"]
+            values = (identity["attributes"], kept["attributes"], identity["alignment"], kept["alignment"])
+            values += (identity["nearest"], row["text_alignment"], away["features"], away["pixels"])
+            rows.append((method, values))
+        for name, numbers in rows:
+            cells = ("" if number is None else f"{number:.3f}" for number in numbers)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for concepts, packs and finished results")
+    parser.add_argument("--concepts", type=Path, help="folder with tuned ED-LoRAs, one subfolder a name")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of concepts to fuse")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD[:SETTING=VALUE,...]")
-    parser.add_argument("--pictures", type=int, default=12, help="of every concept and method")
-    parser.add_argument("--drift-pictures", type=int, default=32, help="without concepts, of every method")
+    parser.add_argument("--settings", action="store_true", help="also the closed form with other settings")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no method after so long")
+    parser.add_argument("--pictures", type=int, default=6, help="of every concept and method")
+    parser.add_argument("--drift-pictures", type=int, default=16, help="without concepts, of every method")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
     parser.add_argument("--seed", type=int, default=0)
@@ -331,8 +400,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    options, console = parse_arguments(), Console()
+def study_of(options: argparse.Namespace, start: float, console: Console) -> Study:
+    """Everything that is measured with, concepts tuned. Whose photos are nearest is asked of the same 30 always."""
     plan = Plan(
         pictures=options.pictures,
         drift_pictures=options.drift_pictures,
@@ -341,30 +410,41 @@ def main() -> None:
         seed=options.seed,
         tuning=json.loads(options.tuning),
     )
-    concepts = chosen_concepts(max(options.counts), plan.seed)
-    judge, start = ToylandJudge.load(), time.monotonic()
-    study = Study(
+    candidates, judge = chosen_concepts(max(*COUNTS, *options.counts), plan.seed), ToylandJudge.load()
+    concepts = candidates[: max(options.counts)]
+    return Study(
         plan=plan,
         kept=Kept(options.work, asdict(plan)),
         work=options.work,
         pipe=toyland.load_pipeline(pipeline_class=MixOfShowPipeline),
         judge=judge,
         concepts=concepts,
-        subjects=[subject_of(concept, judge) for concept in concepts],
-        packs=tuned(concepts, plan, options.work, console),
+        subjects=[subject_of(concept, judge) for concept in candidates],
+        packs=tuned(concepts, plan, options.work, options.concepts, console),
         console=console,
+        ends=start + 60 * options.minutes,
     )
-    results = run(study, options.methods, options.counts)
-    shown(results, console)
+
+
+def main() -> None:
+    options, console, start = parse_arguments(), Console(), time.monotonic()
+    study = study_of(options, start, console)
+    prepared = time.monotonic()
+    methods = [*options.methods, *(SETTINGS if options.settings else ())]
+    results = run(study, methods, options.counts)
+    console.print(as_markdown(results), markup=False, soft_wrap=True)
     content = {
         "run_info": {
             **record.run_info(Path(__file__).parent),
             "threads": torch.get_num_threads(),
-            "seconds_of_last_run": round(time.monotonic() - start, 1),
+            "seconds_of_last_run": {
+                "tuning": round(prepared - start, 1),
+                "measuring": round(time.monotonic() - prepared, 1),
+            },
         },
-        "plan": asdict(plan)
+        "plan": asdict(study.plan)
         | {
-            "concepts": [concept.name for concept in concepts],
+            "concepts": [concept.name for concept in study.concepts],
             "recorded": RECORDING_PROMPTS,
             "held_out": HELD_OUT_PROMPTS,
             "concept_free": CONCEPT_FREE_PROMPTS,

@@ -174,7 +174,7 @@ def test_layers_that_a_concept_leaves_alone_stay_alone_for_it(pipe: MixOfShowPip
     assert fused.training["fusion"]["residuals"]["layers"][text_sites[0]]["<rex>"]["average"] is None
 
 
-@pytest.mark.parametrize("text_tokens", ["all", "unpadded"])
+@pytest.mark.parametrize("text_tokens", ["all", "unpadded", "concept"])
 def test_statistics_are_the_features(pipe: MixOfShowPipeline, text_tokens: str) -> None:
     source = _concept(pipe, "rex", 1)
     before = _fingerprint(pipe)
@@ -185,7 +185,8 @@ def test_statistics_are_the_features(pipe: MixOfShowPipeline, text_tokens: str) 
     assert set(statistics.inputs) == {input_name(site) for site in source.lora}
     layers, text = len(source.layers), statistics.inputs[0]
     # Begin, a, the two tokens and end for each layer's prompt; begin and end for the negative prompt.
-    assert statistics.tokens(text) == (layers * 5 + 2 if text_tokens == "unpadded" else (layers + 1) * 77)
+    counts = {"all": (layers + 1) * 77, "unpadded": layers * 5 + 2, "concept": layers * 3 + 2}
+    assert statistics.tokens(text) == counts[text_tokens]
     keys_values = input_name(f"unet.{source.layers[0]}.to_k")
     assert statistics.tokens(keys_values) == 2 * 77  # halves of guidance; keys and values are computed once a call
     pipe.load_edlora(source)
@@ -264,7 +265,7 @@ def _same_name(source: EDLoRA) -> EDLoRA:
     [
         (_other_base, r"<rex> on 'tiny', <kit> on 'other'"),
         (_fewer_layers, r"different cross-attention layers \(numbers of layers: <rex> 4, <kit> 3\)"),
-        (_same_name, "Names used twice: <rex>"),
+        (_same_name, "given more than once: <rex>; give each once, or rename"),
         (lambda source: _other_base(_fewer_layers(source)), "different base models.*; .*cross-attention layers"),
     ],
 )
@@ -280,6 +281,7 @@ def test_what_does_not_fit_is_refused_together(
     ("arguments", "message"),
     [
         ({"sources": []}, "none was given"),
+        ({"sources": "edlora-rex"}, "Expected a list of sources to fuse, got 'edlora-rex' alone"),
         ({"weights": [1, 2]}, "got 2 weights for 1 ED-LoRAs"),
         ({"weights": [-1]}, "weights must be finite and above 0"),
         ({"scales": [float("nan")]}, "scales must be finite"),
@@ -295,32 +297,23 @@ def test_arguments_that_make_no_sense_are_refused(
 
 
 def test_an_interrupted_fusion_in_stages_goes_on_where_it_stopped(
-    pipe: MixOfShowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: MixOfShowPipeline, passes: Any, tmp_path: Path
 ) -> None:
     for seed, name in enumerate(("rex", "kit")):
         _concept(pipe, name, seed).save_pretrained(tmp_path / name)
-    forward, sampled, allowed = type(pipe.unet).forward, 0, 5  # one step each of two stages, then two of the third
-
-    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal sampled
-        sampled += 1
-        if sampled > allowed:
-            raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)
-
     fuser, sources = GradientFuser(pipe, **CLOSED_FORM), [tmp_path / "rex", tmp_path / "kit"]
-    monkeypatch.setattr(type(pipe.unet), "forward", counting)
+    passes.allow(5)  # one step each of two stages, then one of the third
     with pytest.raises(KeyboardInterrupt):
         fuser.fuse(sources)
     kept = {folder.name: len(list(folder.glob(".*.stage.safetensors"))) for folder in sources}
     assert kept == {"rex": 2, "kit": 2}
-    sampled, allowed = 0, 4
+    passes.allow(4)
     resumed = fuser.fuse(sources)
-    assert sampled == 4
+    assert passes.done == 4
     assert not list(tmp_path.glob("*/.*"))
-    sampled, allowed = 0, 8
+    passes.allow(8)
     _assert_same_deltas(resumed, fuser.fuse([EDLoRA.from_pretrained(folder) for folder in sources]), tolerance=1e-5)
-    assert sampled == 8
+    assert passes.done == 8
 
 
 @pytest.mark.parametrize(

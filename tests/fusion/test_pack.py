@@ -83,27 +83,18 @@ def test_statistics_are_kept_and_serve_without_a_pipeline(
 
 
 def test_what_was_recorded_before_an_interruption_is_not_recorded_again(
-    pipe: MixOfShowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: MixOfShowPipeline, passes: Any, tmp_path: Path
 ) -> None:
     for seed, name in enumerate(NAMES[:2]):
         concept(name, seed).save_pretrained(tmp_path / name)
-    forward, sampled, allowed = type(pipe.unet).forward, 0, 5  # two parts of two steps a concept
-
-    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal sampled
-        sampled += 1
-        if sampled > allowed:
-            raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)
-
     fuser = GradientFuser(pipe, **RECORDED)
-    monkeypatch.setattr(type(pipe.unet), "forward", counting)
+    passes.allow(5)  # two parts of two steps a concept
     with pytest.raises(KeyboardInterrupt):
         fuser.fuse([tmp_path / "rex", tmp_path / "kit"])
     assert [folder.name for folder in tmp_path.iterdir() if (folder / STATISTICS).exists()] == ["rex"]
-    sampled, allowed = 0, 4
+    passes.allow(4)
     fuser.fuse([tmp_path / "rex", tmp_path / "kit"])
-    assert sampled == 4
+    assert passes.done == 4
 
 
 def test_statistics_in_a_folder_of_their_own(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
@@ -122,6 +113,25 @@ def test_without_statistics_or_pipeline_every_source_that_lacks_them_is_named(pu
         GradientFuser().fuse(published)
     with pytest.raises(FusionError, match="of another LoRA"):
         GradientFuser().fuse([FusionSource(retuned, statistics=published[2] / STATISTICS)])
+
+
+def test_damaged_statistics_are_recorded_again_where_there_is_a_model(
+    pipe: MixOfShowPipeline, published: list[Path], tmp_path: Path
+) -> None:
+    path = published[0] / STATISTICS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    with pytest.raises(FusionError, match="cannot be read as fusion statistics"):
+        GradientFuser().fuse(published)
+    with pytest.warns(MixOfShowWarning, match="recorded again: .*cannot be read as fusion statistics"):
+        GradientFuser(pipe, **RECORDED).fuse(published)
+    assert SourceStatistics.load(path).digest == EDLoRA.from_pretrained(published[0]).digest
+    fuser, source = GradientFuser(pipe, statistics=tmp_path / "kept", **RECORDED), concept("tom", 5)
+    kept = fuser.record(source).file
+    assert kept is not None
+    kept.write_bytes(b"none")
+    with pytest.warns(MixOfShowWarning, match="recorded again"):
+        assert fuser.record(source).file == kept
 
 
 def test_statistics_of_other_settings_are_recorded_again(pipe: MixOfShowPipeline, published: list[Path]) -> None:
@@ -149,7 +159,7 @@ def test_statistics_of_another_model_are_refused(published: list[Path]) -> None:
 
 
 def test_sources_that_do_not_fit_each_other_are_refused_without_a_model(published: list[Path]) -> None:
-    with pytest.raises(FusionError, match="Names used twice: <rex>"):
+    with pytest.raises(FusionError, match="given more than once: <rex>; give each once"):
         GradientFuser().fuse([published[0], published[0]])
     source = concept("tom", 5)
     lora = dict(source.lora)
@@ -180,13 +190,13 @@ def test_adding_and_removing_equal_a_fresh_fusion(published: list[Path], weights
 
 def test_changes_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, published: list[Path]) -> None:
     pack = GradientFuser().fuse(published[:2])
-    with pytest.raises(FusionError, match="Names used twice: <rex>"):
+    with pytest.raises(FusionError, match="given more than once: <rex>; give each once"):
         pack.add(published[0])
     with pytest.raises(FusionError, match="<zoe> is no source of this pack; its sources are <rex>, <kit>"):
         pack.remove("<zoe>")
     with pytest.raises(FusionError, match="finite and above 0"):
         pack.reweight({"<rex>": 0})
-    with pytest.raises(FusionError, match="none was given"):
+    with pytest.raises(FusionError, match="<kit> is all that this pack was fused from"):
         pack.remove("<rex>").remove("<kit>")
     sequential = GradientFuser(pipe, **RECORDED | {"sequential": True}).fuse(published[:2])
     with pytest.raises(FusionError, match="on top of what was fused already"):

@@ -90,6 +90,8 @@ def test_plain_loras_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, tmp
     path = _write(pipe, tmp_path / "one.safetensors", 1)
     with pytest.raises(FusionError, match="LoRAs named alike: one"):
         _fuser(pipe).fuse([LoRASource(path, ["sks"])] * 2)
+    with pytest.raises(FusionError, match=r"one.safetensors is a plain LoRA.*give LoRASource\("):
+        _fuser(pipe).fuse([path])
     fused = _fuser(pipe).fuse([LoRASource(path, ["sks"])], method="average")
     with pytest.raises(FusionError, match="written as one plain LoRA"):
         fused.save_pretrained(tmp_path / "out", merged=True)

@@ -1,6 +1,8 @@
 """Statistics as files: what they keep, what is refused, and that nothing is half-written."""
 
+import itertools
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.compression import Spectrum, ranks_within
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
@@ -137,3 +140,44 @@ def test_nan_in_a_file_is_named_when_it_is_read(tmp_path: Path) -> None:
     assert concept.gram("one").isfinite().all()
     with pytest.raises(FusionError, match="two of <rex> holds NaN or Inf"):
         concept.gram("two")
+
+
+def test_other_statistics_in_the_place_of_those_in_use_are_refused(tmp_path: Path) -> None:
+    path = _statistics().save(tmp_path / "x", max_bytes=None)
+    loaded = SourceStatistics.load(path)
+    concept = loaded.concepts["<rex>"]
+    before = concept.gram("one")
+    _statistics().save(path, max_bytes=None)  # the same once more, as another process may record them
+    assert torch.equal(concept.gram("one"), before)
+    for other in (replace(_statistics(), digest="cd34"), _statistics(rank=5)):
+        other.save(path, max_bytes=10**6)
+        with pytest.raises(FusionError, match=r"x was replaced by other statistics while it was in use\. Fuse again"):
+            concept.gram("one")
+        with pytest.raises(FusionError, match="x was replaced by other statistics"):
+            loaded.copy(tmp_path / "y")
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+    path.unlink()
+    with pytest.raises(FusionError, match="cannot be read any more"):
+        concept.gram("one")
+
+
+def test_statistics_that_are_replaced_again_and_again_are_read_whole(tmp_path: Path) -> None:
+    first, second = (replace(_statistics(), recording={"steps": steps}) for steps in (2, 3))
+    contents = [one.serialized(None) for one in (first, second)]
+    path, stop = tmp_path / "x", threading.Event()
+    path.write_bytes(contents[0])
+
+    def write() -> None:
+        for turn in itertools.cycle((0, 1)):
+            if stop.is_set():
+                return
+            write_whole(path, contents[turn])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        found = [SourceStatistics.load(path).recording["steps"] for _ in range(20)]
+    finally:
+        stop.set()
+        writer.join()
+    assert set(found) <= {2, 3}

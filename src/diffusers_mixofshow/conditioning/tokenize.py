@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Stands where a concept token goes until its embedding is written there. Below the end token, as CLIP's search
-# for the end of the text may take the highest id.
-_STAND_IN_ID = 0
+STAND_IN_ID = 0
+"""Stands where a concept token goes until its embedding is written there.
+
+Below the end token, as CLIP's search for the end of the text may take the highest id.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +102,7 @@ def _prompt_ids(
     for piece in split_prompt(prompt, concepts, also_known=known_words(tokenizer)):
         if piece in concept_tokens:
             names[len(ids)] = piece
-            ids.append(_STAND_IN_ID)
+            ids.append(STAND_IN_ID)
         elif piece.strip():
             # verbose=False: the tokenizer's own length warning does not know about the concept's tokens.
             ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,8 @@ LONGEST_HEADER = 8 * 2**20
 LARGEST_FILE = 8 * 2**30
 """Bytes; an ED-LoRA of SD 1.5 has some 10 million, a merged one of full rank some billion."""
 MOST_TENSORS = 20_000
+
+_T = TypeVar("_T")
 
 _PREFIX = 8
 _MOST_READS = 1000
@@ -111,11 +113,16 @@ def opened_tensors(path: Path) -> Iterator[Any]:
         raise _unreadable(path, shown(str(error))) from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of one and the same safetensors file, also while others take its place.
+def read_steadily(path: Path, take: Callable[[Any], _T]) -> _T:
+    """What is taken from one and the same safetensors file, also while others take its place.
 
     safetensors opens the file a second time to map its tensors, so that a file which is replaced in between would
     give its metadata, and its successor the tensors.
+
+    Args:
+        path: The file.
+        take: Takes something from the open file, more than once if it was replaced meanwhile; tensors as copies,
+            where the file may be written in its place.
 
     Raises:
         EDLoRANotFoundError: If there is nothing.
@@ -123,11 +130,25 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """
     for _ in range(_MOST_READS):
         before = identity(path)
-        with opened_tensors(path) as opened:
-            content = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+        try:
+            with opened_tensors(path) as opened:
+                content = take(opened)
+        except (EDLoRAFormatError, EDLoRANotFoundError):
+            if identity(path) == before:
+                raise
+            continue
         if identity(path) == before:
             return content
     raise EDLoRAFormatError(f"{path} is written over and over while it is read. Read it when its writer is done.")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of one and the same safetensors file, see `read_steadily`."""
+
+    def take(opened: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+
+    return read_steadily(path, take)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

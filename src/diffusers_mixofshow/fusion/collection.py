@@ -6,19 +6,20 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
+from diffusers_mixofshow.conditioning.tokenize import STAND_IN_ID
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part, input_name
 from diffusers_mixofshow.sites import components_with_sites, linear_layers
 
 
-TextTokens = Literal["all", "unpadded"]
+TextTokens = Literal["all", "unpadded", "concept"]
 SAMPLER = "DPMSolverMultistepScheduler"
 
 _HELD_OUT_EVERY = 4
@@ -56,8 +57,9 @@ class Recording:
         negative_prompt: Prompt of the unconditional half.
         seeds: Every prompt is sampled once with each of them.
         batch_size: Pictures sampled together.
-        text_tokens: Which positions of a prompt the text encoder's layers count: ``all`` 77 of them, or only the
-            ``unpadded`` ones, up to the end token.
+        text_tokens: Which positions of a prompt the text encoder's layers count: ``all`` 77 of them, only the
+            ``unpadded`` ones, up to the end token, or of these the ``concept`` tokens and the end token; where a
+            prompt names no concept, as those of plain LoRAs, ``concept`` is ``unpadded``.
         height: Height of the pictures in pixels; the model's own by default.
         width: Width of the pictures in pixels; the model's own by default.
     """
@@ -78,8 +80,9 @@ class Recording:
             for name, value in (("steps", self.steps), ("batch_size", self.batch_size), ("seeds", len(self.seeds)))
             if value < 1
         ]
-        if self.text_tokens not in ("all", "unpadded"):
-            defects.append(f"text_tokens must be 'all' or 'unpadded', got {self.text_tokens!r}")
+        if self.text_tokens not in get_args(TextTokens):
+            known = ", ".join(map(repr, get_args(TextTokens)))
+            defects.append(f"text_tokens must be one of {known}, got {self.text_tokens!r}")
         if defects:
             raise FusionError("Recording: " + "; ".join(defects))
 
@@ -160,7 +163,7 @@ def watched(
     modules = linear_layers(pipe.components)
     inputs = {input_name(site): site for site in reversed(sites)}
     with ExitStack() as hooks:
-        counted = _counted_positions(pipe, hooks) if text_tokens == "unpadded" else {}
+        counted = {} if text_tokens == "all" else _counted_positions(pipe, hooks, text_tokens)
         for name, site in inputs.items():
             positions = counted.get(site.partition(".")[0])
             hook = modules[site].register_forward_pre_hook(_adder(statistics, name, positions, part), with_kwargs=True)
@@ -169,25 +172,29 @@ def watched(
 
 
 class _Positions:
-    """Which positions of the prompts in the running forward pass of a text encoder are no padding."""
+    """Which positions of the prompts in the running forward pass of a text encoder are counted."""
 
-    def __init__(self, end_token: int) -> None:
+    def __init__(self, end_token: int, text_tokens: TextTokens) -> None:
         self.mask: torch.Tensor | None = None  # (prompts, 77)
-        self._end_token = end_token
+        self._end_token, self._text_tokens = end_token, text_tokens
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the text encoder: positions up to and including the first end token count."""
+        """Forward pre-hook of the text encoder: nothing after the first end token counts."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         ends = (ids == self._end_token).cumsum(dim=-1)
-        self.mask = (ends == 0) | ((ends == 1) & (ids == self._end_token))
+        end, text = (ends == 1) & (ids == self._end_token), ends == 0
+        named = text & (ids == STAND_IN_ID)
+        if self._text_tokens == "concept":
+            text = torch.where(named.any(dim=-1, keepdim=True), named, text)
+        self.mask = text | end
 
 
-def _counted_positions(pipe: FusablePipeline, hooks: ExitStack) -> dict[str, _Positions]:
+def _counted_positions(pipe: FusablePipeline, hooks: ExitStack, text_tokens: TextTokens) -> dict[str, _Positions]:
     counted = {}
     for component, encoder in components_with_sites(pipe.components).items():
         if component != "unet":
             tokenizer = pipe.components[component.replace("text_encoder", "tokenizer")]
-            counted[component] = _Positions(tokenizer.eos_token_id)
+            counted[component] = _Positions(tokenizer.eos_token_id, text_tokens)
             hook = encoder.register_forward_pre_hook(counted[component], with_kwargs=True)
             hooks.callback(hook.remove)
     return counted

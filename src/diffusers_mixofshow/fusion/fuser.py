@@ -31,7 +31,7 @@ from diffusers_mixofshow.fusion.solving import (
     sites_of,
     solve_input,
 )
-from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather
+from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather, statistics_in
 from diffusers_mixofshow.fusion.statistics import GramStatistics, input_name
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.sites import adapted_layers, reads_text
@@ -76,7 +76,8 @@ class GradientFuser:
             a pipeline.
         statistics: Folder in which statistics are kept, instead of beside the sources.
         statistics_bytes: Size of a concept's kept statistics; None keeps them in full, some 400 MB for SD 1.5.
-        text_tokens: Whether the text encoder's layers count padding.
+        text_tokens: What the text encoder's layers count: ``all`` positions, the ``unpadded`` ones, or of these the
+            ``concept`` tokens and the end token.
         batch_size: Pictures sampled together.
         device: Where layers are solved, in float64; such as ``cuda``. The fused layers are on the CPU.
         dtype: In which the pack's file holds the fused layers.
@@ -219,7 +220,7 @@ class GradientFuser:
     def _from_folder(self, source: Source) -> Source:
         path = self._place(source)
         if source.statistics is None and self.statistics is not None and path is not None and path.exists():
-            return replace(source, statistics=SourceStatistics.load(path))
+            return replace(source, statistics=statistics_in(path, recorded_again=self.pipe is not None))
         return source
 
     def _with_statistics(self, sources: tuple[Source, ...], sites: Sequence[str]) -> tuple[Source, ...]:

@@ -183,6 +183,8 @@ class FusedPack(EDLoRA):
             FusionError: If the name is not in the pack, is all there is in it, or statistics are missing.
         """
         leaving = self._source_of(name)
+        if len(self.sources) == 1:
+            raise FusionError(f"{name} is all that this pack was fused from. Add another source before it is removed.")
         return refused(self, tuple(source for source in self.sources if source is not leaving))
 
     def reweight(self, weights: Mapping[str, float]) -> FusedPack:

@@ -7,11 +7,11 @@ float32, (kept,). Header metadata: one JSON string under ``edlora_statistics``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from diffusers_mixofshow.edlora.defects import WIDEST, listed, shown
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.hub import create, upload
-from diffusers_mixofshow.edlora.reading import opened_tensors
+from diffusers_mixofshow.edlora.reading import read_steadily
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError
 from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum, most_rows, ranks_within
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
@@ -114,11 +114,11 @@ class SourceStatistics:
             FusionError: If it is no file of statistics, or contradicts itself; names what is wrong.
         """
         path = Path(path)
-        header, shapes = _opened(path)
+        header, shapes, fingerprint = _opened(path)
         names = shapes.keys()
         entries = {placeholder: _entry(path, entry) for placeholder, entry in header["concepts"].items()}
         concepts = {
-            placeholder: StoredStatistics(path, placeholder, header["form"] == "full", entry)
+            placeholder: StoredStatistics(path, fingerprint, placeholder, header["form"] == "full", entry)
             for placeholder, entry in entries.items()
         }
         expected = {name for concept in concepts.values() for name in concept.tensor_names()}
@@ -138,11 +138,23 @@ class SourceStatistics:
         )
 
     def copy(self, path: Path) -> None:
-        """Write the same statistics elsewhere, bit for bit where they come from a file."""
+        """Write the same statistics elsewhere, bit for bit where they come from a file.
+
+        Raises:
+            FusionError: If other statistics have taken the file's place meanwhile.
+        """
         if self.file is None:
             self.save(path)
         elif self.file.resolve() != path.resolve():
-            write_whole(path, self.file.read_bytes())
+            content = self.file.read_bytes()
+            length = int.from_bytes(content[:8], "little")
+            metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+            if any(_hash_of(metadata) != one.fingerprint for one in self._stored()):
+                raise _replaced(self.file)
+            write_whole(path, content)
+
+    def _stored(self) -> list[StoredStatistics]:
+        return [one for one in self.concepts.values() if isinstance(one, StoredStatistics)]
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None) -> None:
         """Upload the statistics beside the ED-LoRA of a repository, created where it is missing.
@@ -162,11 +174,18 @@ class SourceStatistics:
 
 
 class StoredStatistics:
-    """Statistics of one concept in a file: a matrix is read when it is asked for, and not kept."""
+    """Statistics of one concept in a file: a matrix is read when it is asked for, and not kept.
 
-    def __init__(self, path: Path, placeholder: str, full: bool, inputs: Mapping[str, Mapping[Part, Any]]) -> None:
+    Where other statistics take the file's place, reading is refused: half of the layers would be fused by the ones and
+    half by the others. The same statistics, recorded again, serve as well.
+    """
+
+    def __init__(
+        self, path: Path, fingerprint: str, placeholder: str, full: bool, inputs: Mapping[str, Mapping[Part, Any]]
+    ) -> None:
         """Remember where it is; see `SourceStatistics.load`."""
-        self._path, self._placeholder, self._full, self._inputs = path, placeholder, full, inputs
+        self._path, self.fingerprint, self._placeholder = path, fingerprint, placeholder
+        self._full, self._inputs = full, inputs
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -194,8 +213,8 @@ class StoredStatistics:
             FusionError: If the file's matrix holds NaN or Inf, or has another shape.
         """
         wanted = [one for one in (PARTS if part is None else (part,)) if one in self._inputs[name]]
-        with self._opened() as opened:
-            grams = [self.tokens(name, one) * self._gram(opened, name, one) for one in wanted]
+        read = self._read(name, wanted)
+        grams = [self.tokens(name, one) * self._gram(read, name, one) for one in wanted]
         return torch.stack(grams).sum(dim=0) / self.tokens(name, part)
 
     def factor(self, name: str, part: Part | None = None) -> GramFactor | None:
@@ -203,8 +222,8 @@ class StoredStatistics:
         if self._full:
             return None
         wanted = [one for one in (PARTS if part is None else (part,)) if one in self._inputs[name]]
-        with self._opened() as opened:
-            factors = [self._factor(opened, name, one) for one in wanted]
+        read = self._read(name, wanted)
+        factors = [self._factor(read, name, one) for one in wanted]
         return GramFactor.summed(factors, [self.tokens(name, one) / self.tokens(name, part) for one in wanted])
 
     def tensor_names(self) -> list[str]:
@@ -234,27 +253,47 @@ class StoredStatistics:
             wrong += [name] if len(widths) > 1 else []
         return wrong
 
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _read(self, name: str, parts: Sequence[Part]) -> dict[tuple[Part, str], torch.Tensor]:
+        """Tensors of one input by part and kind, float64, of the file whose header was loaded."""
+        kinds = ("gram",) if self._full else ("rows", "scale")
+
+        def take(opened: Any) -> tuple[str, dict[tuple[Part, str], torch.Tensor]]:
+            found = _hash_of(opened.metadata())
+            if found != self.fingerprint:
+                return found, {}
+            keys = [(part, kind) for part in parts for kind in kinds]
+            names = {key: _tensor_name(self._placeholder, key[0], name, key[1]) for key in keys}
+            return found, {key: opened.get_tensor(tensor).double() for key, tensor in names.items()}
+
         try:
-            with opened_tensors(self._path) as opened:
-                yield opened
+            found, tensors = read_steadily(self._path, take)
         except (EDLoRAFormatError, EDLoRANotFoundError) as error:
             raise FusionError(f"{self._path} cannot be read any more: {error}. {_REMEDY}") from error
+        if found != self.fingerprint:
+            raise _replaced(self._path)
+        if not all(values.isfinite().all() for values in tensors.values()):
+            raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
+        return tensors
 
-    def _gram(self, opened: Any, name: str, part: Part) -> torch.Tensor:
-        return self._tensor(opened, name, part, "gram") if self._full else self._factor(opened, name, part).gram()
+    def _gram(self, read: Mapping[tuple[Part, str], torch.Tensor], name: str, part: Part) -> torch.Tensor:
+        return read[part, "gram"] if self._full else self._factor(read, name, part).gram()
 
-    def _factor(self, opened: Any, name: str, part: Part) -> GramFactor:
+    def _factor(self, read: Mapping[tuple[Part, str], torch.Tensor], name: str, part: Part) -> GramFactor:
         entry = self._inputs[name][part]
-        rows = self._tensor(opened, name, part, "rows") * self._tensor(opened, name, part, "scale")[:, None]
+        rows = read[part, "rows"] * read[part, "scale"][:, None]
         return GramFactor(rows=rows, tail=entry["tail"], energy=entry["energy"])
 
-    def _tensor(self, opened: Any, name: str, part: Part, kind: str) -> torch.Tensor:
-        values: torch.Tensor = opened.get_tensor(_tensor_name(self._placeholder, part, name, kind)).double()
-        if not values.isfinite().all():
-            raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
-        return values
+
+def _hash_of(metadata: Mapping[str, str] | None) -> str:
+    """Hash of a file's header: source, recording, and of every input its tokens, energy and tail."""
+    return hashlib.sha256((metadata or {}).get(STATISTICS_KEY, "").encode()).hexdigest()
+
+
+def _replaced(path: Path) -> FusionError:
+    return FusionError(
+        f"{path} was replaced by other statistics while it was in use. Fuse again with what is there now, and keep "
+        "statistics apart that others write at the same time, with statistics='folder'."
+    )
 
 
 def _written(
@@ -300,12 +339,15 @@ def _tensor_name(placeholder: str, part: Part, name: str, kind: str) -> str:
     return f"{placeholder}|{part}|{name}|{kind}"
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], Shapes]:
-    """Header of a file, its own fields checked, and tensor name to shape."""
+def _opened(path: Path) -> tuple[dict[str, Any], Shapes, str]:
+    """Header of a file, its own fields checked; tensor name to shape; and the header's hash."""
+
+    def take(opened: Any) -> tuple[str, Shapes, str]:
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+        return (opened.metadata() or {}).get(STATISTICS_KEY, ""), shapes, _hash_of(opened.metadata())
+
     try:
-        with opened_tensors(path) as opened:
-            text = (opened.metadata() or {}).get(STATISTICS_KEY, "")
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+        text, shapes, fingerprint = read_steadily(path, take)
     except (EDLoRAFormatError, EDLoRANotFoundError) as error:
         raise FusionError(f"{path} cannot be read as fusion statistics: {shown(str(error))}. {_REMEDY}") from error
     header = decode(text)
@@ -319,7 +361,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], Shapes]:
     wrong = [name for name, kind in wanted.items() if not isinstance(header.get(name), kind)]
     if wrong:
         raise FusionError(f"{path}: header fields missing or of another type: {', '.join(wrong)}. {_REMEDY}")
-    return header, shapes
+    return header, shapes, fingerprint
 
 
 def _shape_defects(shapes: Shapes, concepts: Mapping[str, StoredStatistics]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,13 @@ from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import cached, commit_of, download, is_repo_id
 from diffusers_mixofshow.edlora.reading import within
-from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError, EDLoRANotFoundError, FusionError
+from diffusers_mixofshow.errors import (
+    ConceptError,
+    EDLoRAFormatError,
+    EDLoRANotFoundError,
+    FusionError,
+    MixOfShowWarning,
+)
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import Factors
@@ -269,6 +276,8 @@ def gather(
     Raises:
         FusionError: If anything does not fit; lists everything that is wrong.
     """
+    if isinstance(given, str | os.PathLike | EDLoRA | FusionSource | LoRASource):
+        raise FusionError(f"Expected a list of sources to fuse, got {given!r} alone. Put it in brackets.")
     sources = [one if isinstance(one, Source) else _read(one, prompts) for one in given]
     weights = [source.weight for source in sources] if weights is None else weights
     scales = [source.scale for source in sources] if scales is None else scales
@@ -287,8 +296,10 @@ def gather(
     ]
     if not with_statistics:
         return tuple(gathered)
+    again = components is not None
     return tuple(
-        replace(source, statistics=_statistics(source, entry)) for source, entry in zip(gathered, given, strict=True)
+        replace(source, statistics=_statistics(source, entry, recorded_again=again))
+        for source, entry in zip(gathered, given, strict=True)
     )
 
 
@@ -298,7 +309,7 @@ def _read(given: EDLoRA | FusionSource | LoRASource | str | os.PathLike[str], pr
     if isinstance(entry, LoRASource):
         edlora, named = _plain(_lora_file(entry.source)), {entry.label: tuple(entry.prompts)}
     else:
-        edlora = entry.source if isinstance(entry.source, EDLoRA) else EDLoRA.from_pretrained(entry.source)
+        edlora = entry.source if isinstance(entry.source, EDLoRA) else _with_concepts(entry.source)
         named = {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
     return Source(
         edlora=edlora,
@@ -309,6 +320,22 @@ def _read(given: EDLoRA | FusionSource | LoRASource | str | os.PathLike[str], pr
         origin="" if isinstance(entry.source, EDLoRA) else os.fspath(entry.source),
         home=_home(entry),
     )
+
+
+def _with_concepts(location: str | os.PathLike[str]) -> EDLoRA:
+    """An ED-LoRA; what is a plain LoRA instead is told how to give it."""
+    try:
+        return EDLoRA.from_pretrained(location)
+    except EDLoRAFormatError as error:
+        path = Path(location)
+        try:
+            read_lora(path)
+        except EDLoRAFormatError:
+            raise error from None
+        raise FusionError(
+            f"{path} is a plain LoRA, which acts by its trigger words; give LoRASource({os.fspath(location)!r}, "
+            "prompts=['photo of sks dog']), or the trigger words with --prompts on the command line."
+        ) from error
 
 
 def _settled(source: Source, weight: float, scale: float) -> Source:
@@ -337,7 +364,22 @@ def _home(entry: FusionSource | LoRASource) -> Path | None:
     return path / FILE_NAME if path.is_dir() else path
 
 
-def _statistics(source: Source, given: EDLoRASource) -> SourceStatistics | None:
+def statistics_in(path: Path, *, recorded_again: bool) -> SourceStatistics | None:
+    """Statistics in a file; None of a damaged one, where they can be recorded again.
+
+    Warns:
+        MixOfShowWarning: Why they are recorded again.
+    """
+    try:
+        return SourceStatistics.load(path)
+    except FusionError as error:
+        if not recorded_again:
+            raise
+        warnings.warn(f"Statistics are recorded again: {error}", MixOfShowWarning, stacklevel=2)
+        return None
+
+
+def _statistics(source: Source, given: EDLoRASource, *, recorded_again: bool) -> SourceStatistics | None:
     """Statistics that were given with a source, or lie beside it; those given on purpose must fit it."""
     if isinstance(given, FusionSource | LoRASource) and given.statistics is not None:
         own = given.statistics
@@ -349,7 +391,7 @@ def _statistics(source: Source, given: EDLoRASource) -> SourceStatistics | None:
         return source.statistics
     beside = FILE_NAME if source.edlora.concepts else PLAIN_NAME
     path = _statistics_at(source.origin, beside=beside) if source.origin else None
-    return None if path is None else SourceStatistics.load(path)
+    return None if path is None else statistics_in(path, recorded_again=recorded_again)
 
 
 def _fetched(repo_id: str, name: str, subfolder: str, revision: str | None) -> Path:
@@ -396,6 +438,9 @@ def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
         defects.append(f"they name different cross-attention layers (numbers of layers: {counts})")
     if misfits := _size_defects(edloras):
         defects.append(f"they were made for layers of different sizes ({', '.join(misfits[:3])})")
+    names = [_names(edlora) for edlora in edloras if edlora.concepts]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        return [*defects, f"given more than once: {'; '.join(twice)}; give each once, or rename one of the concepts"]
     try:
         check_distinct(concept for edlora in edloras for concept in edlora.concepts)
     except ConceptError as error:
