@@ -9,15 +9,16 @@ of text encoder and U-Net, gradients clipped, AdamW. Its pictures lie in memory,
 it reads no files. Ours encodes every distinct caption of a step once for each cross-attention layer and learns
 embeddings besides.
 
-Both take turns, round after round; a step's time is the median of a round's steps without the first ones, and of
-rounds the shortest. On a CPU it is processor time of one thread, which other work on the machine disturbs little. On a
-GPU the peak of memory is measured too, also of a few steps with the preset low-memory. Writes one JSON record to
+Both take turns, one step each, and the ratio is the median over pairs of steps without the first ones. On a CPU it is
+processor time of one thread, which other work on the machine disturbs little. On a GPU the peak of memory of each
+alone is measured too, also of a few steps with the preset low-memory. Writes one JSON record to
 benchmarks/records/.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_PREFIX, UNET_PREFIX = "text_encoder.", "unet."
 BEFORE = "ours before the first step"
 LEFT_OUT = 3
-"""First steps of a round, in which caches and optimiser states are made."""
+"""First steps, in which caches and optimiser states are made."""
 
 
 def now(device: str) -> float:
@@ -106,11 +108,20 @@ def config_of(options: argparse.Namespace, photos: Path, **settings: Any) -> Tra
     return TrainingConfig.from_mapping({**usual, **named, **only, "max_train_steps": options.steps, **settings})
 
 
-def our_steps(pipe: Any, config: TrainingConfig, device: str) -> tuple[list[float], float]:
-    """Seconds of every step, and of what comes before the first."""
-    ends: list[float] = [now(device)]
-    EDLoRATrainer(config, pipe, on_step=lambda _report: ends.append(now(device))).train()
-    return np.diff(ends[1:]).tolist(), ends[1] - ends[0]
+def our_steps(
+    pipe: Any, config: TrainingConfig, device: str, between: Callable[[], Any] = lambda: None
+) -> tuple[list[float], float]:
+    """Seconds of every step, and of what comes before the first; between two steps something else may be done."""
+    begun = [now(device)]
+    seconds: list[float] = []
+
+    def note(_report: object) -> None:
+        seconds.append(now(device) - begun[0])
+        between()
+        begun[0] = now(device)
+
+    EDLoRATrainer(config, pipe, on_step=note).train()
+    return seconds[1:], seconds[0]
 
 
 class DreamBooth:
@@ -166,59 +177,60 @@ class DreamBooth:
         self.optimizer.zero_grad()
         return float(loss.detach())
 
+    def seconds(self) -> float:
+        """Of one step."""
+        start = now(self.device)
+        if not math.isfinite(self.step()):
+            raise SystemExit("The other training diverged, so its time says nothing.")
+        return now(self.device) - start
+
     @staticmethod
     def _pixels(path: Path) -> torch.Tensor:
         return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 127.5 - 1
 
 
-def their_steps(training: DreamBooth, count: int, device: str) -> list[float]:
-    ends = [now(device)]
-    for _ in range(count):
-        if not math.isfinite(training.step()):
-            raise SystemExit("The other training diverged, so its time says nothing.")
-        ends.append(now(device))
-    return np.diff(ends).tolist()
-
-
-def with_peak(work: Callable[[], Any], device: str) -> tuple[Any, float | None]:
+def with_peak(work: Callable[[], Any]) -> tuple[Any, float]:
     """What it gives, and the most memory that torch held on the GPU meanwhile, in GB."""
-    if device != "cuda":
-        return work(), None
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     result = work()
     return result, round(torch.cuda.max_memory_reserved() / 1e9, 3)
 
 
-def one_round(options: argparse.Namespace, photos: Path) -> dict[str, tuple[list[float], float | None]]:
-    """Both trainings in turn: name to the seconds of the steps and GB."""
-    config = config_of(options, photos)
-    pipe = load(options.model, options.device, options.mixed_precision)
-    (ours, before), our_peak = with_peak(lambda: our_steps(pipe, config, options.device), options.device)
-    training = DreamBooth(pipe, photos, options, config.rank)
-    theirs, their_peak = with_peak(lambda: their_steps(training, options.steps, options.device), options.device)
-    return {
-        "ours": (ours, our_peak),
-        BEFORE: ([before], None),
-        "DreamBooth-LoRA": (theirs, their_peak),
-    }
-
-
 def measure(options: argparse.Namespace, photos: Path) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {}
-    before = math.inf
-    for _ in range(options.rounds):
-        measured = one_round(options, photos)
-        before = min(before, *measured.pop(BEFORE)[0])
-        for name, (seconds, peak) in measured.items():
-            known = found.setdefault(name, {"step_s": math.inf, "peak_gb": None})
-            known["step_s"] = min(known["step_s"], statistics.median(seconds[LEFT_OUT:]))
-            known["peak_gb"] = max(filter(None, (known["peak_gb"], peak)), default=None)
-    for values in found.values():
-        values["pictures_per_s"] = round(options.batch / values["step_s"], 3)
-        values["step_s"] = round(values["step_s"], 5)
-    ratio = found["ours"]["pictures_per_s"] / found["DreamBooth-LoRA"]["pictures_per_s"]
-    return {**found, "ratio": round(ratio, 3), "ours_before_the_first_step_s": round(before, 3)}
+    """A step of ours, one of theirs, and so on; then the memory of each alone."""
+    config = config_of(options, photos)
+    pipe, other = (load(options.model, options.device, options.mixed_precision) for _ in range(2))
+    training = DreamBooth(other, photos, options, config.rank)
+    theirs: list[float] = []
+    ours, before = our_steps(pipe, config, options.device, lambda: theirs.append(training.seconds()))
+    found: dict[str, Any] = {"ours": _speed(ours, options.batch), "DreamBooth-LoRA": _speed(theirs, options.batch)}
+    ratios = [their / our for our, their in zip(ours[LEFT_OUT:], theirs[LEFT_OUT:], strict=False)]
+    found["ratio"] = {"median": round(statistics.median(ratios), 3), "quartiles": _quartiles(ratios)}
+    found[BEFORE] = round(before, 3)
+    if options.device == "cuda":
+        del pipe
+        _, peak = with_peak(lambda: [training.step() for _ in range(LEFT_OUT)])
+        found["DreamBooth-LoRA"]["peak_gb"] = peak
+        del training, other
+        found["ours"]["peak_gb"] = our_peak(options, photos, config)
+    return found
+
+
+def our_peak(options: argparse.Namespace, photos: Path, config: TrainingConfig) -> float:
+    few = replace(config, max_train_steps=LEFT_OUT)
+    pipe = load(options.model, options.device, config.mixed_precision)
+    return with_peak(lambda: our_steps(pipe, few, options.device))[1]
+
+
+def _speed(seconds: list[float], batch: int) -> dict[str, float]:
+    step = statistics.median(seconds[LEFT_OUT:])
+    return {"step_s": round(step, 5), "pictures_per_s": round(batch / step, 3)}
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return [round(value, 3) for value in statistics.quantiles(values, n=4)]
 
 
 def low_memory(options: argparse.Namespace, photos: Path) -> dict[str, Any]:
@@ -227,7 +239,7 @@ def low_memory(options: argparse.Namespace, photos: Path) -> dict[str, Any]:
     only = {"max_train_steps": 6, "checkpointing_steps": None, "num_validation_images": 0}
     config = TrainingConfig.from_mapping(named | only)
     pipe = load(options.model, options.device, config.mixed_precision)
-    (seconds, _), peak = with_peak(lambda: our_steps(pipe, config, options.device), options.device)
+    (seconds, _), peak = with_peak(lambda: our_steps(pipe, config, options.device))
     return {"step_s": round(statistics.median(seconds), 4), "peak_gb": peak}
 
 
@@ -238,8 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mixed-precision", choices=tuple(DTYPES), help="default: no on a CPU, bf16 on a GPU")
     parser.add_argument("--batch", type=int, help="pictures of a step; Toyland's preset has 12, else 2")
     parser.add_argument("--captions", type=int, help="distinct captions of a step; Toyland's preset has 3, else batch")
-    parser.add_argument("--steps", type=int, default=13, help="of a round, the first three left out")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60, help="of each, the first ones left out")
     parser.add_argument("--record", type=Path, help="where to write the record")
     options = parser.parse_args()
     is_toyland = options.model == "toyland"
