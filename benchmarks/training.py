@@ -1,12 +1,14 @@
-"""Measure on Toyland what tuning puts where: ``python benchmarks/training.py [--short]``.
+"""Measure on Toyland what tuning puts where: ``python benchmarks/training.py --work DIR [--short] [--minutes 35]``.
 
-Concepts inside and outside of what the base has seen are tuned by ED-LoRA, textual inversion, P+, LoRA and Custom
-Diffusion, and by ED-LoRA with one thing changed. Each is then sampled with its weight updates at scale 0 (the
-embeddings alone) and 1, with prompts and seeds that are the same for all. Identity is the metric model's
-image-alignment with the photos, and the share of hidden attributes that the reader finds.
+Concepts inside and outside of what the base has seen are tuned by textual inversion, P+, LoRA, ED-LoRA and Custom
+Diffusion, ED-LoRA by five seeds, and by ED-LoRA with one thing changed. Each is then sampled with its weight updates
+at scale 0 (the embeddings alone) and 1, with prompts and seeds that are the same for all. Identity is the metric
+model's image-alignment with the photos, and the share of hidden attributes that the reader finds.
 
-Every tuning is written to the record as soon as it is measured. An interrupted benchmark goes on where it stopped if
-it is called again with the same options, on the same base. Between two calls, code must not change.
+Every run's numbers are kept in ``--work`` under what they depend on (settings, seed, pictures, base; not the code), so
+that an interrupted benchmark goes on where it stopped, and one with more concepts, seeds or pictures measures only
+what is new. With ``--minutes`` no run is begun that would probably not end in time; the runs that most depends on come
+first, and the tables show what is there.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -31,63 +33,94 @@ from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.training import TrainingConfig
 
 
+CLASS_WORD = "class word"
+"""The floor: nothing is tuned, the prompts say the class word."""
+ALL_AT_ONCE = "all at once"
+"""In place of settings: as many steps as with the embeddings' own phase, but all of them of everything."""
 METHODS: dict[str, dict[str, Any]] = {
-    "ed-lora": {},
-    "textual-inversion": {"method": "textual-inversion"},
-    "p-plus": {"method": "p-plus"},
-    "lora": {"method": "lora"},
-    # Whole matrices need smaller steps than the factors of a LoRA.
-    "custom-diffusion": {"method": "custom-diffusion", "text_kv_lr": 1.5e-3},
+    "textual inversion": {"method": "textual-inversion"},
+    "P+": {"method": "p-plus"},
+    "LoRA": {"method": "lora", ALL_AT_ONCE: True},
+    "LoRA, embeddings first": {"method": "lora"},
+    "ED-LoRA, all at once": {ALL_AT_ONCE: True},
+    "ED-LoRA": {},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without noise offset": {"noise_offset": 0.0},
     "without layer-wise embeddings": {"method": "ed-lora-shared-layers"},
     "without the class token": {"method": "ed-lora-without-class"},
-    "without the embeddings' own phase": {"embedding_phase_steps": 0},
     "with masks": {"masked_loss": True},
     "with the attention regulariser": {"attn_reg_weight": 0.01},
     "with masks and the regulariser": {"masked_loss": True, "attn_reg_weight": 0.01},
 }
+# Whole matrices need smaller steps than the factors of a LoRA.
+LAST: dict[str, dict[str, Any]] = {"Custom Diffusion": {"method": "custom-diffusion", "text_kv_lr": 1.5e-3}}
+VARIANTS = METHODS | ABLATIONS | LAST
 IN_DOMAIN = ("bobo", "rex", "ming")
 OUT_OF_DOMAIN = ("nono", "pixel", "neon")
-SCALES = (0.0, 1.0)
-SHORT = {"max_train_steps": 40, "embedding_phase_steps": 10}
+DOMAINS = {"in": IN_DOMAIN, "out": OUT_OF_DOMAIN}
+SCALES = ("0", "1")
 MEASURES = ("alignment", "attributes", "nearest")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One tuning: what, how and with which seed."""
+    """One measurement: what, of which concept and with which seed."""
 
     variant: str
     concept: str
-    seed: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.variant} | {self.concept} | {self.seed}"
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What all runs share; two records of one plan can be joined."""
+    """What is measured; the fields below `seeds` decide numbers, those above which of them there are."""
 
     concepts: tuple[str, ...]
+    few: tuple[str, ...]
     seeds: int
-    other_seeds: int
     pictures: int
     sampling_steps: int
     guidance_scale: float
-    tuning: Mapping[str, Any]
+    embedding_steps: int
+    joint_steps: int
     base: str
 
     def runs(self) -> Iterator[Run]:
-        """ED-LoRA with all seeds, everything else with some of them; seed by seed, so that all have something soon."""
-        for seed in range(self.seeds):
-            for variant in (*METHODS, *ABLATIONS):
-                if variant == "ed-lora" or seed < self.other_seeds:
-                    for concept in self.concepts:
-                        yield Run(variant=variant, concept=concept, seed=seed)
+        """What other numbers are compared with comes first."""
+        yield from (Run(variant=CLASS_WORD, concept=concept) for concept in self.concepts)
+        yield from (
+            Run(variant=variant, concept=concept) for variant in reversed(METHODS) for concept in self.concepts
+        )
+        for seed in range(1, self.seeds):
+            yield from (Run(variant="ED-LoRA", concept=concept, seed=seed) for concept in self.few)
+        yield from (Run(variant=variant, concept=concept) for variant in ABLATIONS for concept in self.few)
+        yield from (Run(variant=variant, concept=concept) for variant in LAST for concept in self.concepts)
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """`TrainingConfig`'s settings of a run, the photos' folder left out."""
+        concept = toyland.CONCEPTS[run.concept]
+        changed = dict(VARIANTS[run.variant])
+        steps = {"embedding_phase_steps": self.embedding_steps, "max_train_steps": self.joint_steps}
+        if changed.pop(ALL_AT_ONCE, False):
+            steps = {"embedding_phase_steps": 0, "max_train_steps": self.embedding_steps + self.joint_steps}
+        named = {"concept": run.concept, "class_word": concept.class_word, "kind": concept.kind}
+        return {**named, "seed": run.seed, **steps, **changed}
+
+    def file_of(self, run: Run) -> str:
+        """A name that is another one where the numbers may be others."""
+        shared = {name: value for name, value in asdict(self).items() if name not in ("concepts", "few", "seeds")}
+        if run.variant == CLASS_WORD:
+            settings: dict[str, Any] = {}
+            shared = {name: value for name, value in shared.items() if not name.endswith("_steps")} | {
+                "sampling_steps": self.sampling_steps
+            }
+        else:
+            config = TrainingConfig.toyland(instance_data_dir="photos", **self.settings(run))
+            settings = config.as_identity()
+        digest = hashlib.sha256(json.dumps([shared, settings], sort_keys=True).encode()).hexdigest()
+        words = "-".join(run.variant.lower().replace(",", "").split())
+        return f"{words}-{run.concept}-{run.seed}-{digest[:12]}.json"
 
 
 class Bench:
@@ -103,33 +136,33 @@ class Bench:
         self.plan = plan
         self.pipe: Any = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
         self.judge = ToylandJudge.load()
-        self.subjects = {name: self._subject(name) for name in plan.concepts}
+        # All of them, so that what is nearest does not depend on which are measured.
+        self.subjects = {name: self._subject(name) for name in (*IN_DOMAIN, *OUT_OF_DOMAIN)}
 
     def measured(self, run: Run) -> dict[str, Any]:
         """Tune, sample at every scale, and judge."""
+        if run.variant == CLASS_WORD:
+            floor = self.judged(toyland.CONCEPTS[run.concept].class_word, run.concept)
+            return {**asdict(run), "scales": dict.fromkeys(SCALES, floor)}
         from diffusers_mixofshow import EDLoRATrainer
 
-        concept = toyland.CONCEPTS[run.concept]
         with tempfile.TemporaryDirectory() as folder:
-            config = TrainingConfig.toyland(
-                instance_data_dir=toyland.write_photos(concept, folder),
-                concept=run.concept,
-                class_word=concept.class_word,
-                kind=concept.kind,
-                seed=run.seed,
-                **{**self.plan.tuning, **(METHODS | ABLATIONS)[run.variant]},
-            )
+            photos = toyland.write_photos(toyland.CONCEPTS[run.concept], folder)
+            config = TrainingConfig.toyland(instance_data_dir=photos, **self.plan.settings(run))
+            start = time.process_time()
             edlora = EDLoRATrainer(config, self.pipe).train()
+            seconds = round(time.process_time() - start, 1)
         scales = {}
-        for scale in SCALES if edlora.lora else (1.0,):
-            self.pipe.load_edlora(edlora, scale=scale)
+        for scale in SCALES if edlora.lora else ("1",):
+            self.pipe.load_edlora(edlora, scale=float(scale))
             try:
-                scales[f"{scale:g}"] = self.judged(f"<{run.concept}>", run.concept)
+                scales[scale] = self.judged(f"<{run.concept}>", run.concept)
             finally:
                 self.pipe.unload_edlora()
-        final_loss, seconds = (edlora.training[name] for name in ("final_loss", "seconds"))
         # Without updates, scale 0 and 1 are the same pictures.
-        return {**asdict(run), "scales": {"0": scales["1"]} | scales, "final_loss": final_loss, "seconds": seconds}
+        scales = {"0": scales["1"]} | scales
+        loss = round(edlora.training["final_loss"], 5)
+        return {**asdict(run), "scales": scales, "final_loss": loss, "tuning_cpu_seconds": seconds}
 
     def judged(self, subject: str, concept: str) -> dict[str, float | None]:
         """Identity of a concept in pictures of a subject, a placeholder or the class word."""
@@ -154,22 +187,15 @@ class Bench:
 
 
 @cache
-def bench_of(plan_as_json: str) -> Bench:
+def bench_of(plan: Plan) -> Bench:
     """The process's own bench."""
-    return Bench(plan_from(json.loads(plan_as_json)))
+    return Bench(plan)
 
 
-def plan_from(values: Mapping[str, Any]) -> Plan:
-    return Plan(**{**values, "concepts": tuple(values["concepts"])})
-
-
-def measure_run(plan_as_json: str, run: Run) -> dict[str, Any]:
-    return bench_of(plan_as_json).measured(run)
-
-
-def measure_class_word(plan_as_json: str, concept: str) -> dict[str, float | None]:
-    """The floor: the class word on the base model."""
-    return bench_of(plan_as_json).judged(toyland.CONCEPTS[concept].class_word, concept)
+def measure(plan: Plan, run: Run) -> tuple[dict[str, Any], float]:
+    """A run's numbers, and how long they took."""
+    start = time.monotonic()
+    return bench_of(plan).measured(run), time.monotonic() - start
 
 
 def base_digest() -> str:
@@ -180,68 +206,78 @@ def base_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-class Results:
-    """The record on disk, written after every run."""
+def measure_all(plan: Plan, work: Path, workers: int, minutes: float | None) -> list[dict[str, Any]]:
+    """Measure what is not in `work` yet, as far as the time allows; everything that is known of the plan."""
+    runs = list(plan.runs())
+    known = {run: json.loads(path.read_text("utf-8")) for run in runs if (path := work / plan.file_of(run)).is_file()}
+    print(f"{len(known)} of {len(runs)} runs are in {work} already")
+    waiting = [run for run in runs if run not in known]
+    start, longest = time.monotonic(), 0.0
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running: dict[Future[tuple[dict[str, Any], float]], Run] = {}
+        while waiting or running:
+            while waiting and len(running) < workers:
+                if minutes is not None and time.monotonic() - start + longest > 60 * minutes:
+                    print(f"No time for {len(waiting)} more runs; call it again to go on")
+                    waiting = []
+                    break
+                run = waiting.pop(0)
+                running[pool.submit(measure, plan, run)] = run
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                run = running.pop(future)
+                known[run], seconds = future.result()
+                longest = max(longest, seconds)
+                record.write(work / plan.file_of(run), known[run])
+                left = seconds * (len(waiting) + len(running)) / workers / 60
+                print(f"{len(known)}/{len(runs)}, {left:.0f} min left: {_line(known[run])}", flush=True)
+    return [known[run] for run in runs if run in known]
 
-    def __init__(self, path: Path, plan: Plan, *, anew: bool) -> None:
-        self.path, self.plan = path, plan
-        self.runs: dict[str, Any] = {}
-        self.class_word: dict[str, Any] = {}
-        if path.exists() and not anew:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if before["plan"] != json.loads(json.dumps(asdict(plan))):
-                raise SystemExit(f"{path} is the record of other options or another base. Choose --record or --anew.")
-            self.runs, self.class_word = before["runs"], before["class_word"]
-        self.since = time.monotonic()
 
-    def write(self) -> None:
-        """Everything known so far, summaries first."""
-        content = {
-            "run_info": record.run_info(Path(__file__).parent),
-            "plan": asdict(self.plan),
-            "summary": summary(self.plan, self.runs, self.class_word),
-            "seeds": seed_variance(self.plan, self.runs, self.class_word),
-            "class_word": self.class_word,
-            "runs": dict(sorted(self.runs.items())),
-        }
-        temporary = record.write(self.path.with_suffix(".tmp"), content)
-        temporary.replace(self.path)
+def _line(run: Mapping[str, Any]) -> str:
+    values = ", ".join(f"at {scale} {cell(run['scales'][scale])}" for scale in SCALES)
+    return f"{run['variant']} {run['concept']} {run['seed']}: {values}"
 
 
-def summary(plan: Plan, runs: Mapping[str, Any], class_word: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean identity of every variant by domain and scale, over concepts and seeds."""
+def summary(runs: Sequence[Mapping[str, Any]], variants: Sequence[str], concepts: Sequence[str]) -> dict[str, Any]:
+    """Mean identity of every variant with seed 0 by domain and scale, over the concepts."""
     lines: dict[str, Any] = {}
-    domains = {"in": IN_DOMAIN, "out": OUT_OF_DOMAIN}
-    floor = {
-        domain: _means([class_word[name] for name in names if name in class_word]) for domain, names in domains.items()
-    }
-    lines["class word"] = {domain: means for domain, means in floor.items() if means}
-    for variant in (*METHODS, *ABLATIONS):
-        for domain, names in domains.items():
-            of_domain = [run for run in runs.values() if run["variant"] == variant and run["concept"] in names]
-            for scale in ("0", "1") if of_domain else ():
-                means = _means([run["scales"][scale] for run in of_domain])
-                lines.setdefault(variant, {}).setdefault(domain, {})[f"scale {scale}"] = means
+    for variant in variants:
+        for domain, names in DOMAINS.items():
+            chosen = [
+                run
+                for run in runs
+                if run["variant"] == variant and run["seed"] == 0 and run["concept"] in {*names} & {*concepts}
+            ]
+            for scale in SCALES if chosen else ():
+                means = _means([run["scales"][scale] for run in chosen]) | {"concepts": len(chosen)}
+                lines.setdefault(variant, {}).setdefault(domain, {})[scale] = means
     return lines
 
 
-def seed_variance(plan: Plan, runs: Mapping[str, Any], class_word: Mapping[str, Any]) -> dict[str, Any]:
-    """Of ED-LoRA: what every seed gains over the class word, and the seeds that gain less than half of the mean."""
+def seed_variance(runs: Sequence[Mapping[str, Any]], concepts: Sequence[str]) -> dict[str, Any]:
+    """Of ED-LoRA: identity by every seed, and the seeds that lose the concept.
+
+    A seed loses it if its gain over the class word is less than half of the mean gain, which asks for more than half
+    of the mean identity.
+    """
     found = {}
-    for concept in plan.concepts:
-        of_concept = {
-            run["seed"]: run["scales"]["1"]["alignment"] - class_word[concept]["alignment"]
-            for run in runs.values()
-            if run["variant"] == "ed-lora" and run["concept"] == concept and concept in class_word
+    for concept in concepts:
+        of_concept = [run for run in runs if run["concept"] == concept]
+        floor = [run["scales"]["1"]["alignment"] for run in of_concept if run["variant"] == CLASS_WORD]
+        seeds = {run["seed"]: run["scales"]["1"] for run in of_concept if run["variant"] == "ED-LoRA"}
+        if not floor or not seeds:
+            continue
+        alignment = {seed: values["alignment"] for seed, values in sorted(seeds.items())}
+        gain = statistics.fmean(alignment.values()) - floor[0]
+        found[concept] = {
+            "class_word": floor[0],
+            "alignment": alignment,
+            "attributes": {seed: values["attributes"] for seed, values in sorted(seeds.items())},
+            "mean": round(statistics.fmean(alignment.values()), 4),
+            "deviation": round(statistics.stdev(alignment.values()), 4) if len(alignment) > 1 else None,
+            "lost": [seed for seed, value in alignment.items() if value - floor[0] < gain / 2],
         }
-        if of_concept:
-            gains = list(of_concept.values())
-            mean = statistics.fmean(gains)
-            found[concept] = {
-                "gain": round(mean, 4),
-                "deviation": round(statistics.stdev(gains), 4) if len(gains) > 1 else None,
-                "lost": sorted(seed for seed, gain in of_concept.items() if gain < mean / 2),
-            }
     return found
 
 
@@ -250,69 +286,92 @@ def _means(identities: Sequence[Mapping[str, float | None]]) -> dict[str, float]
     return {name: round(statistics.fmean(values), 4) for name, values in known.items() if values}
 
 
-def markdown(lines: Mapping[str, Any]) -> str:
-    """The table of the documentation: image-alignment and attributes, in and out of domain, at scale 0 and 1."""
-    head = "| | in-domain, 0 | in-domain, 1 | out-of-domain, 0 | out-of-domain, 1 |\n|---|---|---|---|---|"
-    rows = [head]
+def cell(means: Mapping[str, float] | None) -> str:
+    """Image-alignment, and the share of attributes in percent."""
+    return f"{means['alignment']:.3f}, {means['attributes']:.0%}" if means else ""
+
+
+def identity_table(lines: Mapping[str, Any]) -> str:
+    """In and out of domain, at scale 0 and 1, as Markdown."""
+    rows = ["| | in-domain, 0 | in-domain, 1 | out-of-domain, 0 | out-of-domain, 1 |", "|---|---|---|---|---|"]
     for variant, domains in lines.items():
-        cells = []
-        for domain in ("in", "out"):
-            found = domains.get(domain, {})
-            for scale in ("scale 0", "scale 1"):
-                means = found.get(scale, found if "alignment" in found and scale == "scale 1" else {})
-                cells.append(f"{means['alignment']:.3f}, {means['attributes']:.0%}" if means else "")
+        cells = [cell(domains.get(domain, {}).get(scale)) for domain in DOMAINS for scale in SCALES]
         rows.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
+def seed_table(found: Mapping[str, Any]) -> str:
+    """One line a concept, as Markdown."""
+    rows = [
+        "| concept | class word | seeds | mean | deviation | least | seeds that lose it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for concept, values in found.items():
+        deviation = "" if values["deviation"] is None else f"{values['deviation']:.3f}"
+        lost = ", ".join(map(str, values["lost"])) or "none"
+        least = min(values["alignment"].values())
+        rows.append(
+            f"| {concept} | {values['class_word']:.3f} | {len(values['alignment'])} | {values['mean']:.3f} "
+            f"| {deviation} | {least:.3f} | {lost} |"
+        )
+    return "\n".join(rows)
+
+
 def parse_arguments() -> argparse.Namespace:
+    usual = TrainingConfig.toyland(instance_data_dir="photos", concept="rex", class_word="dog")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="two concepts, few steps and pictures: does it run?")
-    parser.add_argument("--seeds", type=int, help="seeds of ED-LoRA (default 5, short 2)")
-    parser.add_argument("--other-seeds", type=int, default=1, help="seeds of everything else")
-    parser.add_argument("--concepts", nargs="+", choices=(*IN_DOMAIN, *OUT_OF_DOMAIN))
-    parser.add_argument("--pictures", type=int, help="of every concept, variant and scale (default 24, short 2)")
+    parser.add_argument("--work", type=Path, required=True, help="where the numbers of every run are kept")
+    parser.add_argument("--short", action="store_true", help="very few steps and pictures: does it run?")
+    parser.add_argument("--minutes", type=float, help="begin no run that would probably end later (default: all runs)")
+    names = (*IN_DOMAIN, *OUT_OF_DOMAIN)
+    parser.add_argument("--concepts", nargs="+", choices=names, default=["bobo", "rex", "nono", "pixel"])
+    parser.add_argument(
+        "--few", nargs="+", choices=names, default=["bobo", "nono"], help="concepts of other seeds and of ablations"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of ED-LoRA")
+    parser.add_argument("--pictures", type=int, default=24, help="of every run and scale")
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
+    parser.add_argument("--embedding-steps", type=int, default=usual.embedding_phase_steps)
+    parser.add_argument("--joint-steps", type=int, default=usual.max_train_steps)
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--record", type=Path, help="default: benchmarks/records/training[-short].json")
-    parser.add_argument("--anew", action="store_true", help="do not go on with the record")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.short:
+        options.pictures, options.sampling_steps = 2, 4
+        options.embedding_steps, options.joint_steps = 2, 4
+    return options
 
 
 def main() -> None:
     options = parse_arguments()
     plan = Plan(
-        concepts=tuple(options.concepts or (("bobo", "nono") if options.short else (*IN_DOMAIN, *OUT_OF_DOMAIN))),
-        seeds=options.seeds or (2 if options.short else 5),
-        other_seeds=options.other_seeds,
-        pictures=options.pictures or (2 if options.short else 24),
+        concepts=tuple(options.concepts),
+        few=tuple(options.few),
+        seeds=options.seeds,
+        pictures=options.pictures,
         sampling_steps=options.sampling_steps,
         guidance_scale=options.guidance,
-        tuning=SHORT if options.short else {},
+        embedding_steps=options.embedding_steps,
+        joint_steps=options.joint_steps,
         base=base_digest(),
     )
-    name = "training-short.json" if options.short else "training.json"
-    results = Results(options.record or Path(__file__).parent / "records" / name, plan, anew=options.anew)
-    text = json.dumps(asdict(plan))
-    open_runs = [run for run in plan.runs() if run.key not in results.runs]
-    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        floors = {
-            pool.submit(measure_class_word, text, concept): concept
-            for concept in plan.concepts
-            if concept not in results.class_word
-        }
-        tunings = {pool.submit(measure_run, text, run): run for run in open_runs}
-        for future in as_completed([*floors, *tunings]):
-            if future in floors:
-                results.class_word[floors[future]] = future.result()
-            else:
-                run = tunings[future]
-                results.runs[run.key] = future.result()
-                print(f"{len(results.runs)}/{len(list(plan.runs()))} {run.key}: {results.runs[run.key]['scales']}")
-            results.write()
-    print(markdown(summary(plan, results.runs, results.class_word)))
-    print(f"Record: {results.path}")
+    runs = measure_all(plan, options.work, options.workers, options.minutes)
+    tables = {
+        "methods": summary(runs, (CLASS_WORD, *METHODS, *LAST), plan.concepts),
+        "ablations": summary(runs, (CLASS_WORD, "ED-LoRA", "ED-LoRA, all at once", *ABLATIONS), plan.few),
+        "seeds": seed_variance(runs, plan.few),
+    }
+    make: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "methods": identity_table,
+        "ablations": identity_table,
+        "seeds": seed_table,
+    }
+    for name, lines in tables.items():
+        print(f"\n{name.capitalize()}\n\n{make[name](lines)}")
+    default = Path(__file__).parent / "records" / f"training{'-short' if options.short else ''}.json"
+    content = {"run_info": record.run_info(Path(__file__).parent), "plan": asdict(plan), **tables, "runs": runs}
+    print(f"\nRecord: {record.write(options.record or default, content)}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,16 @@ def test_the_same_encoding_for_all_layers_is_plain_attention(unet, layers, noise
         assert torch.equal(_run(unet, noise, context.repeat(1, layers, 1)), expected)
 
 
+def test_pictures_may_share_texts(unet, layers):
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    texts, text_of = _context(layers), torch.tensor([1, 0, 1])
+    with layerwise_attention(unet) as shared:
+        expected = _run(unet, noise, texts[text_of])
+        shared.text_of = text_of
+        torch.testing.assert_close(_run(unet, noise, texts), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(_run(unet, noise, texts[text_of]), expected)
+
+
 def test_a_stack_for_another_model_is_refused(unet, layers, noise):
     with layerwise_attention(unet), pytest.raises(ConfigurationError, match=str((layers + 1) * 77)):
         _run(unet, noise, _context(layers + 1))

@@ -60,15 +60,16 @@ def fixed_loss(
     batch = next(
         RandomBatches(cache_photos(photos, table, pipeline.vae, wide), wide, timesteps=1000, generator=generator)
     )
-    learner = Learner(
-        text_encoder=pipeline.text_encoder,
-        unet=pipeline.unet,
-        embeddings={token: nn.Parameter(value) for token, value in embeddings.items()},
-        captions=tokenize(table, pipeline.tokenizer, [config.concept_to_learn]),
-        scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
-        config=config,
-    )
-    with torch.no_grad(), layerwise_attention(pipeline.unet):
+    with torch.no_grad(), layerwise_attention(pipeline.unet) as shared:
+        learner = Learner(
+            text_encoder=pipeline.text_encoder,
+            unet=pipeline.unet,
+            embeddings={token: nn.Parameter(value) for token, value in embeddings.items()},
+            captions=tokenize(table, pipeline.tokenizer, [config.concept_to_learn]),
+            scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+            config=config,
+            shared=shared,
+        )
         return float(learner(batch)["loss"])
 
 

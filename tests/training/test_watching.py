@@ -81,6 +81,7 @@ def test_curves_and_sheets_reach_the_tracker(
     assert {"norm/gradient", "norm/embeddings", "learning_rate/unet", "speed/images_per_second"} <= curves.keys()
     assert notebook.pictures == [3]
     assert notebook.settings["rank"] == 4
+    assert all(isinstance(value, int | float | str) for value in notebook.settings.values())
     assert notebook.is_finished
 
 

@@ -38,26 +38,50 @@ _Processor = Callable[..., torch.Tensor]
 _Wrapper = Callable[[_Processor], _Processor]
 
 
+@dataclass(eq=False)
+class SharedTexts:
+    """Which text each picture of a batch reads, where a batch has fewer texts than pictures.
+
+    Keys and values are then computed once for each text. As long as a batch has as many texts as pictures, each
+    picture reads its own.
+
+    Args:
+        text_of: Row of the conditioning for every picture, shape (batch,).
+    """
+
+    text_of: torch.Tensor | None = None
+
+    def spread(self, rows: torch.Tensor, pictures: int) -> torch.Tensor:
+        """One row for each picture."""
+        return rows if self.text_of is None or len(rows) == pictures else rows[self.text_of]
+
+
 @contextmanager
-def layerwise_attention(denoiser: nn.Module, tokens: int = 77, layers: int | None = None) -> Iterator[None]:
+def layerwise_attention(denoiser: nn.Module, tokens: int = 77, layers: int | None = None) -> Iterator[SharedTexts]:
     """Let every cross-attention layer see its own part of a layer-wise conditioning.
 
     Inside, the denoiser takes `encoder_hidden_states` of shape (batch, layers * tokens, dim), or
-    (batch, tokens, dim) as before. Afterwards it has its own processors back.
+    (batch, tokens, dim) as before, and fewer rows than pictures once `SharedTexts` says who reads which. Afterwards
+    it has its own processors back.
 
     Args:
         denoiser: A U-Net, or a ControlNet made from one.
         tokens: Tokens of one encoding.
         layers: Number of layers in the conditioning; those of the denoiser by default. A ControlNet needs it:
             its layers are the first ones of its U-Net.
+
+    Yields:
+        Where texts are shared by pictures; without regions only.
     """
     paths = cross_attention_layers(denoiser)
     layers = len(paths) if layers is None else layers
+    shared = SharedTexts()
     processors = {
-        path: partial(_StackedProcessor, cut=_Cut(layer, layers, tokens)) for layer, path in enumerate(paths)
+        path: partial(_StackedProcessor, cut=_Cut(layer, layers, tokens), shared=shared)
+        for layer, path in enumerate(paths)
     }
     with _processors_wrapped(denoiser, processors):
-        yield
+        yield shared
 
 
 @contextmanager
@@ -164,11 +188,20 @@ class _StackedProcessor(nn.Module):
         inner: The processor that was installed; a child, so that offload and dtype changes reach its weights.
         cut: Which part of each context is this layer's; all of it by default.
         canvas: Which contexts hold where; one context everywhere by default.
+        shared: Which text each picture reads; its own by default.
     """
 
-    def __init__(self, inner: _Processor, *, cut: _Cut | None = None, canvas: Canvas | None = None) -> None:
+    def __init__(
+        self,
+        inner: _Processor,
+        *,
+        cut: _Cut | None = None,
+        canvas: Canvas | None = None,
+        shared: SharedTexts | None = None,
+    ) -> None:
         super().__init__()
         self.inner, self.cut, self.canvas = inner, cut, canvas
+        self.shared = SharedTexts() if shared is None else shared
         self._projected: _Projected | None = None
 
     def __call__(  # Attention looks at this signature, so nn.Module's own __call__ does not do.
@@ -183,7 +216,7 @@ class _StackedProcessor(nn.Module):
         placements = None if self.canvas is None else self.canvas.placements(hidden_states)
         if attention_mask is None and ip_adapter_masks is None and _is_plain(attn, self.inner):
             return self._attend(attn, hidden_states, text, placements)
-        stacks = self._contexts(text)
+        stacks = self.shared.spread(self._contexts(text), len(hidden_states))
 
         def run(queries: torch.Tensor, context: int) -> torch.Tensor:
             return _run(self.inner, attn, queries, with_text(stacks[:, context]), attention_mask, ip_adapter_masks)
@@ -211,7 +244,8 @@ class _StackedProcessor(nn.Module):
         keys, values = self._keys_and_values(attn, text)
         queries = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # -> (batch, positions, heads, head)
         if placements is None:
-            attended = dispatch_attention_fn(queries, keys[:, 0], values[:, 0])
+            keys, values = (self.shared.spread(each[:, 0], len(queries)) for each in (keys, values))
+            attended = dispatch_attention_fn(queries, keys, values)
         else:
             attended = _blend_contexts(queries, keys, values, placements)
         return _projected_out(attn, attended)

@@ -26,13 +26,16 @@ class AttentionRecord:
         self.queries: dict[str, torch.Tensor] = {}
         self.keys: dict[str, torch.Tensor] = {}
 
-    def maps(self, positions: Sequence[int], height: int, width: int) -> dict[tuple[int, int], torch.Tensor]:
+    def maps(
+        self, positions: Sequence[int], height: int, width: int, text_of: torch.Tensor | None = None
+    ) -> dict[tuple[int, int], torch.Tensor]:
         """Attention to one token a picture, averaged over heads and over the layers with maps of one size.
 
         Args:
             positions: The token's position in the text of each picture.
             height: Of the latents.
             width: Of the latents.
+            text_of: The row of the conditioning that each picture reads; None: each its own.
 
         Returns:
             Size of the maps to a tensor of shape (batch, map height, map width).
@@ -40,7 +43,8 @@ class AttentionRecord:
         by_size: dict[tuple[int, int], list[torch.Tensor]] = {}
         for path, queries in self.queries.items():
             size = _map_size(queries.shape[1], height, width)
-            attention = token_attention(queries, self.keys[path], self.layers[path].heads, positions)
+            keys = self.keys[path] if text_of is None else self.keys[path][text_of]
+            attention = token_attention(queries, keys, self.layers[path].heads, positions)
             by_size.setdefault(size, []).append(attention.unflatten(1, size))
         return {size: torch.stack(maps).mean(dim=0) for size, maps in by_size.items()}
 

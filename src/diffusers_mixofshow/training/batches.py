@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.framing import Crop, crops_of, mask_on_latents
+from diffusers_mixofshow.training.framing import crops_of, mask_on_latents
+from diffusers_mixofshow.training.latents import LatentEncoder
 from diffusers_mixofshow.training.losses import offset_noise
 from diffusers_mixofshow.training.pictures import Photo
 
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-_ENCODED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +75,21 @@ class Batch:
         return replace(self, **moved)
 
 
-@torch.no_grad()
 def cache_photos(
     photos: Sequence[Photo], table: Sequence[str], vae: AutoencoderKL, config: TrainingConfig
 ) -> list[CachedPhoto]:
-    """Encode every crop of every photo once.
+    """Encode every crop of every photo once, or read what an earlier training has kept in `latents_dir`.
 
     Args:
         photos: What `read_photos` returned.
         table: All distinct captions.
         vae: The base model's autoencoder.
-        config: Resolution, crops, seed and whether masks count.
+        config: Resolution, crops, seed, whether masks count, and where latents are kept.
+
+    Raises:
+        FileWriteError: If `latents_dir` cannot be written or is full.
     """
+    encoder = LatentEncoder(vae, None if config.latents_dir is None else Path(config.latents_dir))
     rows = {caption: row for row, caption in enumerate(table)}
     generator = torch.Generator().manual_seed(config.seed)
     cached = []
@@ -100,7 +103,7 @@ def cache_photos(
             framing=config.framing,
             flip=config.random_flip,
         )
-        mean, deviation = _encode(crops, vae)
+        mean, deviation = encoder.encode(crops)
         cells, valid = (
             mask_on_latents(torch.stack(masks), *mean.shape[-2:])
             for masks in ([crop.mask for crop in crops], [crop.valid for crop in crops])
@@ -218,18 +221,6 @@ def spread_timesteps(count: int, timesteps: int, generator: torch.Generator) -> 
     """
     places = torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)
     return (places / count * timesteps).long().clamp(max=timesteps - 1)
-
-
-def _encode(crops: Sequence[Crop], vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the scaled latents on the CPU, each (crops, channels, height, width)."""
-    means, deviations = [], []
-    for part in torch.stack([crop.pixels for crop in crops]).split(_ENCODED_AT_ONCE):
-        distribution = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-        means.append(distribution.mean.float().cpu())
-        deviations.append(distribution.std.float().cpu())
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scale = vae.config.scaling_factor
-    return (torch.cat(means) - shift) * scale, torch.cat(deviations) * scale
 
 
 def _sample_crop(photo: CachedPhoto, generator: torch.Generator) -> tuple[torch.Tensor, int]:

@@ -1,15 +1,18 @@
-"""Time for memory, and patience for time: activations computed again for their gradients, and a compiled model."""
+"""Time for memory, patience for time, and time for nothing: what a step computes again, compiled, or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from diffusers_mixofshow.lora import TrainableLoRA
 
 
 _SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
@@ -48,3 +51,32 @@ def compiled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for mark in set(vars(model)) - before:
             delattr(model, mark)
+
+
+@contextmanager
+def lean_updates(lora: TrainableLoRA) -> Iterator[None]:
+    """Compute W x + s B A x in fewer passes over the activations than PEFT's layers do, inside the block.
+
+    The scale goes to A x, which has the size of the rank, and the product with B is added in the same kernel. Layers
+    that carry other active adapters stay with PEFT's way.
+    """
+    layers = [layer for layer in lora.layers.values() if list(layer.active_adapters) == [lora.adapter_name]]
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = _lean_forward(layer, lora.adapter_name)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _lean_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    base, scale = layer.get_base_layer(), layer.scaling[adapter]
+    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        low = F.linear(inputs, down) * scale
+        output: torch.Tensor = base(inputs)
+        return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.t()).view_as(output)
+
+    return forward

@@ -33,7 +33,14 @@ CHOICES: dict[str, Collection[str]] = {
 PRODIGY = "prodigy"
 
 _REFUSAL = "Training cannot start with these settings: "
-_PRIVATE = ("instance_data_dir", "dataset_name", "output_dir", "class_data_dir", "resume_from_checkpoint")
+_PRIVATE = (
+    "instance_data_dir",
+    "dataset_name",
+    "output_dir",
+    "latents_dir",
+    "class_data_dir",
+    "resume_from_checkpoint",
+)
 _WITHOUT_EFFECT = (
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -103,6 +110,9 @@ class TrainingConfig:
         framing: How photos become training pictures: ``crop`` takes squares at random places, ``place`` puts the whole
             photo at random places on black, which the loss leaves out (reference), ``buckets`` keeps about the photo's
             shape, with about as many pixels as the square.
+        latents_dir: Folder that keeps the crops' latents for the next training with the same photos, framing, seed and
+            autoencoder; what has changed is encoded anew. It shows the photos to whoever has the base model. None
+            keeps them in memory alone.
         random_flip: Whether photos are trained mirrored, too; wrong for whatever has a left and a right: faces,
             writing (no, reference).
         caption_column: The column of captions in ``metadata.jsonl`` or ``metadata.csv``; None ignores them.
@@ -180,6 +190,7 @@ class TrainingConfig:
     center_crop: bool = False
     crop_variants: int = 4
     framing: str = "crop"
+    latents_dir: str | Path | None = None
     random_flip: bool = False
     caption_column: str | None = "text"
     instance_prompt: tuple[str, ...] = TEMPLATES

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.conditioning.attention import SharedTexts
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts
 from diffusers_mixofshow.errors import ConfigurationError
@@ -79,6 +80,7 @@ class Learner(nn.Module):
         captions: All captions of the data set, tokenised.
         scheduler: Adds noise and says what is predicted.
         config: Which losses count, and how much.
+        shared: Is told which caption each picture of a batch reads.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Learner(nn.Module):
         captions: TokenizedPrompts,
         scheduler: DDPMScheduler,
         config: TrainingConfig,
+        shared: SharedTexts,
         denoiser: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -101,6 +104,7 @@ class Learner(nn.Module):
         self.captions = captions
         self.scheduler = scheduler
         self.config = config
+        self.shared = shared
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch, scalars: ``loss`` is the sum of the others.
@@ -129,9 +133,11 @@ class Learner(nn.Module):
         encoded = encode_layerwise(self.text_encoder, self.captions.select(batch.captions), embeddings, layers)
         dtype: torch.dtype = self.unet.dtype
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        text = encoded[batch.caption_of].to(dtype)
+        self.shared.text_of = batch.caption_of
         with recorded_attention(self.unet) if self.config.attn_reg_weight else nullcontext() as record:
-            prediction = self.denoiser(noisy.to(dtype), batch.timesteps, encoder_hidden_states=text).sample
+            prediction = self.denoiser(
+                noisy.to(dtype), batch.timesteps, encoder_hidden_states=encoded.to(dtype)
+            ).sample
         alphas_cumprod = self.scheduler.alphas_cumprod.to(batch.latents.device)[batch.timesteps]
         kind = self.scheduler.config.prediction_type
         target = denoising_target(kind, batch.latents, batch.noise, alphas_cumprod)
@@ -153,7 +159,7 @@ class Learner(nn.Module):
         for token, places in positions.items():
             full = token == self.tokens[-1] and self.config.reg_full_identity
             form = attention_to_mask if full else attention_outside
-            for size, maps in record.maps(places, height, width).items():
+            for size, maps in record.maps(places, height, width, batch.caption_of).items():
                 subject = F.adaptive_avg_pool2d(batch.subject, size)[:, 0]
                 total = total + form(maps, subject)
         return (total * counted).sum() / counted.sum().clamp(min=1.0)

@@ -16,6 +16,7 @@ from diffusers_mixofshow.training.config import PRODIGY
 
 _NEEDS_A_CLOSURE = ("LBFGS",)
 _OF_BITSANDBYTES = ("8bit", "32bit")
+_FUSED_DEVICES = ("cpu", "cuda")
 
 MakeOptimizer = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -47,10 +48,16 @@ def _maker(kind: Any) -> MakeOptimizer:
 
     def make(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         settings = ("params", "name", "lr", *(("weight_decay",) if "weight_decay" in known else ()))
-        made: torch.optim.Optimizer = kind([{key: group[key] for key in settings} for group in groups])
+        fused = {"fused": True} if "fused" in known and _on_fused_devices(groups) else {}
+        made: torch.optim.Optimizer = kind([{key: group[key] for key in settings} for group in groups], **fused)
         return made
 
     return make
+
+
+def _on_fused_devices(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether torch can take all parameters' steps in one kernel: many small matrices cost mostly their calls."""
+    return all(each.device.type in _FUSED_DEVICES and each.is_floating_point() for g in groups for each in g["params"])
 
 
 def _find(name: str, module: Any) -> type[torch.optim.Optimizer]:

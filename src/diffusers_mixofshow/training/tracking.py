@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,13 +39,29 @@ def tracked(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
     if not accelerator.log_with:
         yield
         return
-    plain = {name: value if value is not None else "none" for name, value in config.as_record().items()}
-    accelerator.init_trackers(PROJECT, config=plain)
+    plain = {name: _scalar(value) for name, value in config.as_record().items()}
+    # wandb writes to the current folder unless told otherwise, and wants the folder to be there.
+    folders = {"wandb": {"dir": _folder(accelerator)}} if config.report_to == "wandb" else {}
+    accelerator.init_trackers(PROJECT, config=plain, init_kwargs=folders)
     try:
         yield
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def _scalar(value: object) -> int | float | str | bool:
+    """What every tracker takes as the value of a setting."""
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
+    return value if isinstance(value, int | float | str) else str(value).lower()
+
+
+def _folder(accelerator: Accelerator) -> str:
+    """The logs' folder, made if it is not there."""
+    folder = Path(str(accelerator.logging_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:

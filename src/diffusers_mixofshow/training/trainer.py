@@ -33,7 +33,7 @@ from diffusers_mixofshow.training.checkpoints import (
     check_writable,
     digest_of,
 )
-from diffusers_mixofshow.training.compute import compiled, recomputed_activations
+from diffusers_mixofshow.training.compute import compiled, lean_updates, recomputed_activations
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos
 from diffusers_mixofshow.training.failures import explained_memory
@@ -147,7 +147,9 @@ class _Tuning:
         self.photos = len(photos)
         with ExitStack() as stack:
             self.trained = stack.enter_context(fresh(pipeline, config))
-            stack.enter_context(layerwise_attention(pipeline.unet))
+            shared = stack.enter_context(layerwise_attention(pipeline.unet))
+            if self.trained.lora is not None:
+                stack.enter_context(lean_updates(self.trained.lora))
             if config.gradient_checkpointing:
                 stack.enter_context(recomputed_activations(pipeline.unet, pipeline.text_encoder))
             parameters = self.trained.parameters()
@@ -161,6 +163,7 @@ class _Tuning:
                 captions=tokenized,
                 scheduler=scheduler,
                 config=config,
+                shared=shared,
                 denoiser=stack.enter_context(compiled(pipeline.unet)) if config.torch_compile else None,
             )
             phases, position = self.trained.phases(config), self._resumed()

@@ -1,0 +1,107 @@
+"""Latents of training pictures, computed by the autoencoder once: in memory, or in a folder for the next training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save as serialize
+
+from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.edlora.reading import read_tensors
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, MixOfShowWarning
+from diffusers_mixofshow.training.framing import Crop
+
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+_ENCODED_AT_ONCE = 8
+_KEY = "key"
+_NAMES = {"mean", "deviation"}
+
+
+class LatentEncoder:
+    """Encodes the crops of one photo after the other.
+
+    A file's name is the digest of everything that its latents depend on: the crops' pixels, which say all of photo,
+    framing, resolution, flips and seed, and the autoencoder's weights, precision and kind of device. What has changed
+    therefore has another name, and is encoded anew.
+
+    Args:
+        vae: The base model's autoencoder.
+        folder: Where latents are kept, one safetensors file a photo; None keeps none.
+    """
+
+    def __init__(self, vae: AutoencoderKL, folder: Path | None = None) -> None:
+        self.vae, self.folder = vae, folder
+        self._digest_of_vae = b"" if folder is None else _digest_of_vae(vae)
+
+    def encode(self, crops: Sequence[Crop]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of the crops' latents, read or computed.
+
+        Returns:
+            Scaled as the denoiser expects, in float32 on the CPU, each (crops, channels, height, width).
+
+        Raises:
+            FileWriteError: If the folder cannot be written or is full.
+        """
+        pixels = torch.stack([crop.pixels for crop in crops])
+        if self.folder is None:
+            return _encode(pixels, self.vae)
+        key = self._key(pixels)
+        path = self.folder / f"{key}.safetensors"
+        kept = _read(path, key, len(crops))
+        if kept is None:
+            kept = _encode(pixels, self.vae)
+            tensors = dict(zip(("mean", "deviation"), (part.contiguous() for part in kept), strict=True))
+            write_whole(path, serialize(tensors, metadata={_KEY: key}))
+        return kept
+
+    def _key(self, pixels: torch.Tensor) -> str:
+        digest = hashlib.sha256(self._digest_of_vae + repr(tuple(pixels.shape)).encode())
+        digest.update(pixels.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _digest_of_vae(vae: AutoencoderKL) -> bytes:
+    settings = json.dumps(dict(vae.config), sort_keys=True, default=str)
+    digest = hashlib.sha256(f"{vae.dtype} {vae.device.type} {settings}".encode())
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _read(path: Path, key: str, crops: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What was kept under this key; None if there is nothing, or nothing that can be used."""
+    try:
+        metadata, tensors = read_tensors(path)
+    except EDLoRANotFoundError:
+        return None
+    except EDLoRAFormatError as error:
+        warnings.warn(f"Latents are computed again: {error}", MixOfShowWarning, stacklevel=2)
+        return None
+    whole = tensors.keys() == _NAMES and all(
+        len(part) == crops and part.dtype == torch.float32 and bool(part.isfinite().all()) for part in tensors.values()
+    )
+    if not whole or metadata.get(_KEY) != key or tensors["mean"].shape != tensors["deviation"].shape:
+        warnings.warn(f"Latents are computed again: {path} is of something else.", MixOfShowWarning, stacklevel=2)
+        return None
+    return tensors["mean"], tensors["deviation"]
+
+
+@torch.no_grad()
+def _encode(pixels: torch.Tensor, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    means, deviations = [], []
+    for part in pixels.split(_ENCODED_AT_ONCE):
+        distribution = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
+        means.append(distribution.mean.float().cpu())
+        deviations.append(distribution.std.float().cpu())
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scale = vae.config.scaling_factor
+    return (torch.cat(means) - shift) * scale, torch.cat(deviations) * scale

@@ -1,0 +1,26 @@
+"""What is computed in another way gives the same."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffusers_mixofshow.lora import trainable
+from diffusers_mixofshow.training.compute import lean_updates
+
+
+def test_lean_updates_are_those_of_peft(pipeline: StableDiffusionPipeline) -> None:
+    with trainable(pipeline.components, 2, 6.0) as lora:
+        layers = list(lora.layers.values())
+        for number, layer in enumerate(layers):
+            layer.lora_B[lora.adapter_name].weight.data.normal_(generator=torch.Generator().manual_seed(number))
+        inputs = [torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(9)) for layer in layers]
+        expected = [layer(each) for layer, each in zip(layers, inputs, strict=True)]
+        matrices = lora.parameters(lambda site: True)
+        gradients = torch.autograd.grad(sum(each.square().mean() for each in expected), matrices)
+        with lean_updates(lora):
+            outputs = [layer(each) for layer, each in zip(layers, inputs, strict=True)]
+        torch.testing.assert_close(outputs, expected)
+        lean = torch.autograd.grad(sum(each.square().mean() for each in outputs), matrices)
+        torch.testing.assert_close(lean, gradients)
+        assert not any("forward" in vars(layer) for layer in layers)
