@@ -158,8 +158,8 @@ def check_space(folder: Path, parameters: Sequence[torch.Tensor], config: Traini
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigurationError(
-            f"output_dir {str(folder)!r} has {free / 1e6:.0f} MB free, but the ED-LoRA and {kept} checkpoints need "
-            f"{needed / 1e6:.0f} MB. Make room, choose another folder, or lower checkpoints_total_limit."
+            f"output_dir {str(folder)!r} has {free / 1e6:.1f} MB free, but the ED-LoRA and {kept} checkpoints need "
+            f"{needed / 1e6:.1f} MB. Make room, choose another folder, or lower checkpoints_total_limit."
         )
 
 
