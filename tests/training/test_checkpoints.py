@@ -121,7 +121,7 @@ def test_full_disk_is_noticed_first(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 10**6, 10**6))
     steps: list[StepReport] = []
     config = quick(photos, output_dir=tmp_path / "out", checkpointing_steps=1)
-    with pytest.raises(ConfigurationError, match="has 1.0 MB free"):
+    with pytest.raises(ConfigurationError, match=r"has 1\.0 MB free"):
         EDLoRATrainer(config, pipeline, on_step=steps.append).train()
     assert steps == []
 
