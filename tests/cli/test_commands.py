@@ -83,6 +83,7 @@ def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
         (("sample", "--base", "toylnd", "--prompt", "x"), "Did you mean 'toyland'?"),
         (("sample", "--base", "toyland", "--prompt", "x", "--region", "3,2"), "left,top,right,bottom:prompt"),
         (("sample", "--base", "toyland", "--prompt", "a <rex>", "--dry-run"), "<rex>"),
+        (("sample", "--base", "toyland", "--prompt", "a cat", "--refine", "--dry-run"), "without any region"),
         (("sample", "--concepts", "/no/such/file", "--prompt", "x"), "/no/such/file does not exist"),
         (("demo", "--photos", "/no/such/folder", "--class-word", "dog"), "/no/such/folder is no folder"),
         (("train", "/no/such/folder", "--concept", "rex", "--class-word", "dog", "--base", "toyland"), "no folder"),

@@ -178,3 +178,16 @@ def test_a_complete_pipeline_is_no_pack(place, options):
             run("evaluate", source, *options)
         with pytest.raises(ConfigurationError, match="--base merged"):
             run("sample", "--concepts", source, "--prompt", "a <rex>")
+
+
+def test_a_pack_that_is_spelt_in_two_ways_is_given_twice(options, place):
+    with pytest.raises(ConfigurationError, match="Given twice"):
+        run("compare", "rex", "./rex/", *options)
+
+
+def test_sources_that_a_pack_carries_are_found_beside_its_file_as_well(options, place):
+    packs.random_pack(tiny.components(), "rex").save_pretrained(place / "rex-tom" / "sources" / "rex")
+    told = [
+        run("evaluate", source, *options, "--dry-run").stdout for source in ("rex-tom", "rex-tom/edlora.safetensors")
+    ]
+    assert ["sources/rex" in text for text in told] == [True, True]

@@ -24,7 +24,6 @@ from diffusers_mixofshow.evaluation.packs import (
 )
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 from diffusers_mixofshow.evaluation.sampling import Sampling
-from diffusers_mixofshow.evaluation.sheets import labelled_rows
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
@@ -136,11 +135,3 @@ def test_no_prompt_is_among_those_that_fusion_records():
             texts = evaluation_prompts(base, kind)
             assert all("<TOK>" in text for text in texts)
             assert not recorded & set(texts)
-
-
-def test_a_sheet_has_a_row_for_each_label():
-    pictures = [Image.new("RGB", (96, 64), "red")] * 3
-    sheet = labelled_rows({"<rex> potter": pictures, "<rex> 漢字": pictures[:1]}, side=48)
-    assert sheet.height == 2 * 52 + 4
-    assert sheet.getpixel((sheet.width - 10, 20)) == (255, 0, 0)
-    assert sheet.getpixel((sheet.width - 10, 72)) == (255, 255, 255)

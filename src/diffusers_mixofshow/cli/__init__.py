@@ -81,7 +81,7 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with warnings_as_sentences():
-            code = app(prog_name="mixofshow", standalone_mode=False) or 0  # a verb that is done returns None
+            code = app(prog_name="mixofshow", standalone_mode=False)
     except MixOfShowError as error:
         tell(f"Error: {error}", "red")
         code = WRONG_USE if isinstance(error, _MISUSES) else FAILED
@@ -92,7 +92,7 @@ def main() -> None:
         code = INTERRUPTED
     if code == INTERRUPTED:
         tell("Interrupted.", "yellow")
-    sys.exit(code or 0)
+    sys.exit(code or 0)  # a verb that is done returns None
 
 
 def _tell_of_misuse(error: Any) -> None:

@@ -106,6 +106,7 @@ def _carried(source: str) -> dict[str, EDLoRA]:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
-    inside = Path(source, "sources")
+    folder = Path(source).parent if Path(source).name == FILE_NAME else Path(source)
+    inside = folder / "sources"
     names = sorted(path.name for path in inside.iterdir() if (path / FILE_NAME).is_file()) if inside.is_dir() else []
-    return {f"sources/{name}": EDLoRA.from_pretrained(source, subfolder=f"sources/{name}") for name in names}
+    return {f"sources/{name}": EDLoRA.from_pretrained(folder, subfolder=f"sources/{name}") for name in names}

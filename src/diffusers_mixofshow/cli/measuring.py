@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
@@ -58,6 +56,9 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print numbers and settings as JSON instead of a table.")]
+
+_THUMBNAIL = 128
+"""Longest side of a picture on the sheet, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,8 @@ def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
     Raises:
         ConfigurationError: If one is given twice.
     """
-    twice = sorted({source for source in sources if sources.count(source) > 1})
+    places = [Path(source).resolve() if Path(source).exists() else source for source in sources]
+    twice = sorted({source for source, place in zip(sources, places, strict=True) if places.count(place) > 1})
     if twice:
         raise ConfigurationError(f"Given twice: {', '.join(twice)}. Name each ED-LoRA or pack once.")
     last = [Path(source).name or source for source in sources]
@@ -193,6 +195,7 @@ def tell_results(
 ) -> None:
     """Write the files that were asked for, and print the table or JSON."""
     from diffusers_mixofshow.evaluation import record as records
+    from diffusers_mixofshow.sheets import write_sheet
 
     told: dict[str, Any] = {
         "settings": dict(measurement.settings),
@@ -202,7 +205,7 @@ def tell_results(
         info = records.run_info(Path(__file__).parent)
         records.write(record, told | {"run": info})
     if sheet is not None:
-        write_whole(sheet, _sheet_of(evaluation))
+        write_sheet(_sheet_of(evaluation), sheet)
     if as_json:
         typer.echo(json.dumps(told))
         return
@@ -282,14 +285,18 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda pictures: bar.advance(task, pictures)
 
 
-def _sheet_of(evaluation: Evaluation) -> bytes:
-    from diffusers_mixofshow.evaluation.sheets import labelled_rows
+def _sheet_of(evaluation: Evaluation) -> Image.Image:
+    from diffusers_mixofshow.sheets import labelled_sheet
 
     drawn = ((row.concept, row.pack) for row in evaluation.rows)
-    rows = {" ".join(each): evaluation.pictures[each] for each in drawn if each in evaluation.pictures}
-    buffer = io.BytesIO()
-    labelled_rows(rows).save(buffer, format="PNG")
-    return buffer.getvalue()
+    shown = {" ".join(each): evaluation.pictures[each] for each in drawn if each in evaluation.pictures}
+    return labelled_sheet({label: [_thumbnail(picture) for picture in row] for label, row in shown.items()})
+
+
+def _thumbnail(picture: Image.Image) -> Image.Image:
+    """The picture, its longest side as long as the sheet's pictures are."""
+    scale = _THUMBNAIL / max(picture.size)
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
 
 
 def _print_table(rows: Sequence[Row]) -> None:

@@ -30,7 +30,14 @@ def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
 
 
 def plan_of_sampling(
-    plan: Layout, packs: Sequence[EDLoRA], base: str, *, steps: int, guidance: float, output: Sequence[Path]
+    plan: Layout,
+    packs: Sequence[EDLoRA],
+    base: str,
+    *,
+    steps: int,
+    guidance: float,
+    refine: bool,
+    output: Sequence[Path],
 ) -> dict[str, Any]:
     """What `mixofshow sample` would do.
 
@@ -40,6 +47,7 @@ def plan_of_sampling(
         base: The base model.
         steps: Denoising steps.
         guidance: Guidance scale; above 1 it needs a second half of every batch.
+        refine: Whether regions are drawn anew afterwards.
         output: One file for each picture.
     """
     size = f"{plan.width or 'own'} x {plan.height or 'own'}"
@@ -52,6 +60,7 @@ def plan_of_sampling(
         "size": f"{size} pixels",
         "pictures": len(output),
         "U-Net runs": f"{steps}, each on a batch of {len(output) * (2 if guidance > 1 else 1)}",
+        "drawn anew": f"{len(plan.regions) * len(output)} regions" if refine else "none",
         "writes": ", ".join(map(str, output)),
     }
 

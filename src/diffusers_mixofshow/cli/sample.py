@@ -69,13 +69,16 @@ def sample(
         --region "0,0,0.5,1:a <potter>" --region "0.5,0,1,1:a <hermione>"
     """
     plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
+    if refine and not plan.regions:
+        raise ConfigurationError("Got --refine without any region to draw anew. Give --region or --layout, too.")
     controls = [parse_control(text) for text in control or []]
     packs = [read_pack(source) for source in concepts or []]
     base, files = base or _base_of(packs), numbered(output, count)
     guidance = usual_guidance(base) if guidance is None else guidance
     if dry_run:
         _refuse_unknown(plan, packs)
-        tell(plan_of_sampling(plan, packs, base, steps=steps, guidance=guidance, output=files), as_json=as_json)
+        planned = plan_of_sampling(plan, packs, base, steps=steps, guidance=guidance, refine=refine, output=files)
+        tell(planned, as_json=as_json)
         return
     seeds = range(seed, seed + count)
     _save(files, _sampled(base, packs, controls, plan, seeds, steps=steps, guidance=guidance, refine=refine))
@@ -109,8 +112,6 @@ def _sampled(
     """One PIL picture for each seed, in one batch."""
     import torch
 
-    if refine and not plan.regions:
-        raise ConfigurationError("Got --refine without any region to draw anew. Give --region or --layout, too.")
     pipe, conditions = _loaded(base, packs, controls)
     images: list[Any] = pipe(
         prompt=[plan.prompt] * len(seeds),

@@ -57,7 +57,7 @@ class ClipJudge:
         missing = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))
         if missing:
             raise _unusable(name, f"{len(missing)} weights are missing, {missing[0]} among them")
-        return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+        return cls(model.float().eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
