@@ -71,11 +71,11 @@ def lean_updates(lora: TrainableLoRA) -> Iterator[None]:
 
 
 def _lean_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    base, scale = layer.get_base_layer(), layer.scaling[adapter]
+    base = layer.get_base_layer()
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        low = F.linear(inputs, down) * scale
+        low = F.linear(inputs, down) * layer.scaling[adapter]  # which may change from call to call
         output: torch.Tensor = base(inputs)
         return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.t()).view_as(output)
 
