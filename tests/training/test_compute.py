@@ -38,3 +38,17 @@ def test_lean_updates_follow_what_is_set_inside_the_block(pipeline: StableDiffus
                 torch.testing.assert_close(layer(inputs), base)
             with scaled(lora, 0.5):
                 torch.testing.assert_close(layer(inputs), (base + full) / 2)
+            layer.enable_adapters(False)
+            torch.testing.assert_close(layer(inputs), base)
+            layer.enable_adapters(True)
+            torch.testing.assert_close(layer(inputs), full)
+
+
+def test_lean_updates_give_back_the_forward_that_was_there(pipeline: StableDiffusionPipeline) -> None:
+    with trainable(pipeline.components, 2, 6.0) as lora:
+        layer = next(iter(lora.layers.values()))
+        theirs = layer.forward
+        layer.forward = theirs  # as the hooks of accelerate do
+        with lean_updates(lora):
+            assert layer.forward is not theirs
+        assert layer.forward is theirs
