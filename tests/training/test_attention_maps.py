@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.sites import cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport
@@ -33,6 +34,22 @@ def test_maps_are_diffusers_own_probabilities(pipeline: StableDiffusionPipeline)
     torch.testing.assert_close(alone.flatten(1), torch.stack([expected[0, :, 3], expected[1, :, 5]]))
     assert dict(unet.attn_processors) == processors
     assert not any(module._forward_hooks for module in unet.modules())
+
+
+def test_maps_of_shared_texts_are_the_same_under_any_processor(pipeline: StableDiffusionPipeline) -> None:
+    unet, generator = pipeline.unet, torch.Generator().manual_seed(0)
+    latents, texts = torch.randn(3, 4, 16, 16, generator=generator), torch.randn(2, 7, 32, generator=generator)
+    text_of = torch.tensor([0, 0, 1])
+
+    def maps() -> torch.Tensor:
+        with layerwise_attention(unet, tokens=7) as shared, recorded_attention(unet) as record, torch.no_grad():
+            shared.text_of = text_of
+            unet(latents, 10, encoder_hidden_states=texts)
+            return record.maps([3, 5, 2], 16, 16, text_of)[8, 8]
+
+    expected = maps()
+    unet.set_attention_slice("max")
+    torch.testing.assert_close(maps(), expected)
 
 
 def test_both_forms_of_the_regulariser() -> None:

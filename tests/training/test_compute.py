@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.lora import trainable
 from diffusers_mixofshow.training.compute import lean_updates
+from diffusers_mixofshow.training.samples import scaled
 
 
 def test_lean_updates_are_those_of_peft(pipeline: StableDiffusionPipeline) -> None:
@@ -24,3 +25,30 @@ def test_lean_updates_are_those_of_peft(pipeline: StableDiffusionPipeline) -> No
         lean = torch.autograd.grad(sum(each.square().mean() for each in outputs), matrices)
         torch.testing.assert_close(lean, gradients)
         assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_lean_updates_follow_what_is_set_inside_the_block(pipeline: StableDiffusionPipeline) -> None:
+    with trainable(pipeline.components, 2, 6.0) as lora:
+        layer = next(iter(lora.layers.values()))
+        layer.lora_B[lora.adapter_name].weight.data.fill_(0.5)
+        inputs = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        base, full = layer.get_base_layer()(inputs), layer(inputs)
+        with lean_updates(lora):
+            with scaled(lora, 0.0):
+                torch.testing.assert_close(layer(inputs), base)
+            with scaled(lora, 0.5):
+                torch.testing.assert_close(layer(inputs), (base + full) / 2)
+            layer.enable_adapters(False)
+            torch.testing.assert_close(layer(inputs), base)
+            layer.enable_adapters(True)
+            torch.testing.assert_close(layer(inputs), full)
+
+
+def test_lean_updates_give_back_the_forward_that_was_there(pipeline: StableDiffusionPipeline) -> None:
+    with trainable(pipeline.components, 2, 6.0) as lora:
+        layer = next(iter(lora.layers.values()))
+        theirs = layer.forward
+        layer.forward = theirs  # as the hooks of accelerate do
+        with lean_updates(lora):
+            assert layer.forward is not theirs
+        assert layer.forward is theirs

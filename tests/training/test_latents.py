@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from diffusers_mixofshow import EDLoRATrainer, MixOfShowWarning
@@ -61,6 +61,18 @@ def test_what_has_changed_is_encoded_anew(
 
     assert len(encoded) == (1 if change == "photo" else 2)
     assert same(read, EDLoRATrainer(quick(photos, **size), pipeline).train())
+
+
+def test_one_autoencoder_in_two_folders_is_one(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    names = []
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        pipeline.vae.save_pretrained(folder)
+        pipeline.vae = AutoencoderKL.from_pretrained(folder)
+        EDLoRATrainer(quick(photos, latents_dir=tmp_path / "latents"), pipeline).train()
+        names.append({path.name for path in (tmp_path / "latents").iterdir()})
+    assert names[0] == names[1]
 
 
 def test_damaged_and_foreign_files_are_replaced_with_a_warning(

@@ -31,6 +31,11 @@ def test_classes_of_torch_whatever_the_case(name: str, kind: type) -> None:
     ]
 
 
+@pytest.mark.parametrize(("name", "is_fused"), [("Adam", True), ("AdamW", True), ("SGD", True), ("Adagrad", False)])
+def test_only_what_every_torch_fuses_on_every_device_is_fused(name: str, is_fused: bool) -> None:
+    assert bool(optimizer_of(name)(groups()).defaults.get("fused")) is is_fused
+
+
 def test_an_optimiser_without_weight_decay_gets_none() -> None:
     class Plain(torch.optim.SGD):
         def __init__(self, params: Any, lr: float = 1e-3) -> None:

@@ -67,6 +67,17 @@ def test_sheets_are_drawn_and_change_nothing(pipeline: StableDiffusionPipeline, 
     assert same(edlora, EDLoRATrainer(quick(photos, ema_decay=0.5), pipeline).train())
 
 
+def test_every_row_of_a_sheet_is_drawn_at_its_own_scale(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    config = quick(photos, output_dir=tmp_path, num_validation_images=1, learning_rate=0.1)
+    EDLoRATrainer(config, pipeline).train()
+    with Image.open(tmp_path / "validation" / "step-000003.png") as sheet:
+        places = [(sheet.width - 36, top) for top in (20, 56, 92)]
+        rows = [sheet.crop((left, top, left + 32, top + 32)).tobytes() for left, top in places]
+    assert len(set(rows)) == 3
+
+
 def test_curves_and_sheets_reach_the_tracker(
     pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

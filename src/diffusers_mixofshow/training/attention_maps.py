@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffusers_mixofshow.conditioning.attention import SharedTexts
 from diffusers_mixofshow.sites import cross_attention_layers
 from diffusers_mixofshow.training.losses import token_attention
 
@@ -40,10 +41,11 @@ class AttentionRecord:
         Returns:
             Size of the maps to a tensor of shape (batch, map height, map width).
         """
+        texts = SharedTexts(text_of)  # some processors have spread them before they project keys
         by_size: dict[tuple[int, int], list[torch.Tensor]] = {}
         for path, queries in self.queries.items():
             size = _map_size(queries.shape[1], height, width)
-            keys = self.keys[path] if text_of is None else self.keys[path][text_of]
+            keys = texts.spread(self.keys[path], len(queries))
             attention = token_attention(queries, keys, self.layers[path].heads, positions)
             by_size.setdefault(size, []).append(attention.unflatten(1, size))
         return {size: torch.stack(maps).mean(dim=0) for size, maps in by_size.items()}

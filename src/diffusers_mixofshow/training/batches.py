@@ -52,7 +52,8 @@ class Batch:
         has_subject: Whether a picture has a mask, shape (batch,).
         prior_pictures: How many of the pictures, the last ones, show the class instead of the concept.
         captions: Row numbers of the distinct captions, each encoded once.
-        caption_of: For every picture, its place in `captions`, shape (batch,).
+        caption_of: For every picture, its place in `captions`, shape (batch,). Captions are numbered by their first
+            picture, so that with as many captions as pictures each has its own, which `SharedTexts.spread` relies on.
     """
 
     latents: torch.Tensor

@@ -57,25 +57,30 @@ def compiled(model: nn.Module) -> Iterator[nn.Module]:
 def lean_updates(lora: TrainableLoRA) -> Iterator[None]:
     """Compute W x + s B A x in fewer passes over the activations than PEFT's layers do, inside the block.
 
-    The scale goes to A x, which has the size of the rank, and the product with B is added in the same kernel. Layers
-    that carry other active adapters stay with PEFT's way.
+    The scale goes to A x, which has the size of the rank, and the product with B is added in the same kernel. A layer
+    with other active adapters, or with adapters switched off, stays with PEFT's way for as long as that is so.
     """
-    layers = [layer for layer in lora.layers.values() if list(layer.active_adapters) == [lora.adapter_name]]
+    layers = list(lora.layers.values())
+    before = [{"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {} for layer in layers]
     try:
         for layer in layers:
             vars(layer)["forward"] = _lean_forward(layer, lora.adapter_name)
         yield
     finally:
-        for layer in layers:
+        for layer, own in zip(layers, before, strict=True):
             vars(layer).pop("forward", None)
+            vars(layer).update(own)
 
 
 def _lean_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    base, scale = layer.get_base_layer(), layer.scaling[adapter]
+    usual: Callable[[torch.Tensor], torch.Tensor] = layer.forward
+    base = layer.get_base_layer()
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        low = F.linear(inputs, down) * scale
+        if layer.disable_adapters or list(layer.active_adapters) != [adapter]:
+            return usual(inputs)
+        low = F.linear(inputs, down) * layer.scaling[adapter]  # which may change from call to call
         output: torch.Tensor = base(inputs)
         return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.t()).view_as(output)
 

@@ -70,7 +70,9 @@ class LatentEncoder:
 
 
 def _digest_of_vae(vae: AutoencoderKL) -> bytes:
-    settings = json.dumps(dict(vae.config), sort_keys=True, default=str)
+    # Settings with an underscore say where the autoencoder was read from and which diffusers wrote it.
+    kept = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    settings = json.dumps(kept, sort_keys=True, default=str)
     digest = hashlib.sha256(f"{vae.dtype} {vae.device.type} {settings}".encode())
     for name, value in sorted(vae.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

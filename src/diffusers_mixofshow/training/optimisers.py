@@ -16,6 +16,8 @@ from diffusers_mixofshow.training.config import PRODIGY
 
 _NEEDS_A_CLOSURE = ("LBFGS",)
 _OF_BITSANDBYTES = ("8bit", "32bit")
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+"""What every supported torch fuses on every device of `_FUSED_DEVICES`; Adagrad is fused on some only."""
 _FUSED_DEVICES = ("cpu", "cuda")
 
 MakeOptimizer = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
@@ -48,7 +50,7 @@ def _maker(kind: Any) -> MakeOptimizer:
 
     def make(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         settings = ("params", "name", "lr", *(("weight_decay",) if "weight_decay" in known else ()))
-        fused = {"fused": True} if "fused" in known and _on_fused_devices(groups) else {}
+        fused = {"fused": True} if kind in _FUSED and _on_fused_devices(groups) else {}
         made: torch.optim.Optimizer = kind([{key: group[key] for key in settings} for group in groups], **fused)
         return made
 
