@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.conditioning.tokenize import STAND_IN_ID
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion import GradientFuser
@@ -197,6 +198,20 @@ def test_statistics_are_the_features(pipe: MixOfShowPipeline, text_tokens: str) 
     )
     pipe.unload_edlora()
     assert _fingerprint(pipe) == before
+
+
+def test_words_with_the_id_that_stands_in_for_concepts_are_no_concepts(pipe: MixOfShowPipeline) -> None:
+    source, recording = _concept(pipe, "rex", 1), Recording(steps=1, text_tokens="concept")
+    assert pipe.tokenizer("!!", add_special_tokens=False).input_ids[0] == STAND_IN_ID
+
+    def counted(edlora: EDLoRA, prompt: str) -> int:
+        statistics = collect(pipe, edlora, [prompt], list(source.lora), recording)
+        return statistics.tokens(statistics.inputs[0])
+
+    # The two tokens and end for each layer's prompt; begin and end for the negative prompt.
+    assert counted(source, "!! <rex> !!") == len(source.layers) * 3 + 2
+    # A plain LoRA's prompt names no concept: begin, two of !, a and end; begin and end for the negative prompt.
+    assert counted(replace(source, concepts=(), embeddings={}, base_model="", layers=()), "!! a") == 5 + 2
 
 
 def test_batch_size_does_not_matter(pipe: MixOfShowPipeline) -> None:

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 import packs
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
 from diffusers_mixofshow.fusion.pack import _carried
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
@@ -97,6 +97,13 @@ def test_plain_loras_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, tmp
         fused.save_pretrained(tmp_path / "out", merged=True)
     with pytest.raises(FusionError, match="give push_to_hub a repo_id"):
         fused.push_to_hub()
+
+
+def test_a_damaged_file_of_the_hub_is_said_to_be_damaged(pipe: MixOfShowPipeline, loopback_hub: Any) -> None:
+    packs.random_pack(pipe.components, "rex", ranks=(2,)).push_to_hub("me/rex", token=loopback_hub.token)
+    loopback_hub.repositories["me/rex"].commit("main", "damaged", {"edlora.safetensors": b"none"})
+    with pytest.raises(EDLoRAFormatError, match=r"edlora\.safetensors cannot be read as safetensors: it has 4 bytes"):
+        _fuser(pipe).fuse(["me/rex"])
 
 
 def _same(ours: EDLoRA, theirs: EDLoRA) -> None:

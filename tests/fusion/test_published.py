@@ -159,6 +159,13 @@ def test_other_statistics_in_the_place_of_those_in_use_are_refused(tmp_path: Pat
     path.unlink()
     with pytest.raises(FusionError, match="cannot be read any more"):
         concept.gram("one")
+    with pytest.raises(FusionError, match="x cannot be read any more"):
+        loaded.copy(tmp_path / "y")
+    for junk in (b"none", b"\x02" + bytes(7) + b"[]", b"\x04" + bytes(7) + b"\xff\xfe{}", b"\x50" + bytes(7) + b"{"):
+        path.write_bytes(junk)
+        with pytest.raises(FusionError, match="x cannot be read any more"):
+            loaded.copy(tmp_path / "y")
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
 def test_statistics_that_are_replaced_again_and_again_are_read_whole(tmp_path: Path) -> None:

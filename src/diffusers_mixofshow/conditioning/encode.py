@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ from torch import nn
 
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts
 from diffusers_mixofshow.errors import ConceptError
+
+
+_concept_positions: ContextVar[torch.Tensor | None] = ContextVar("concept_positions", default=None)
+
+
+def concept_positions() -> torch.Tensor | None:
+    """Where concept embeddings stand in the text encoder's pass that runs right now, for hooks; ids cannot tell.
+
+    Returns:
+        True at the concepts' tokens, shape (prompts, tokens) of the pass, bool, on the CPU; None if it has none.
+    """
+    return _concept_positions.get()
 
 
 def encode_layerwise(
@@ -95,10 +108,14 @@ def _concepts_written(
         values = torch.cat([embeddings[name].to(output) for _, _, name in places])
         return output.index_put((rows.to(output.device), columns.to(output.device)), values)
 
+    positions = torch.zeros(len(tokenized.ids) * layers, tokenized.ids.shape[1], dtype=torch.bool)
+    positions[rows, columns] = True
     hook = text_encoder.get_input_embeddings().register_forward_hook(write)
+    before = _concept_positions.set(positions)
     try:
         yield
     finally:
+        _concept_positions.reset(before)
         hook.remove()
 
 

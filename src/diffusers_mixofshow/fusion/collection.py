@@ -12,7 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
-from diffusers_mixofshow.conditioning.tokenize import STAND_IN_ID
+from diffusers_mixofshow.conditioning.encode import concept_positions
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part, input_name
@@ -183,8 +183,9 @@ class _Positions:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         ends = (ids == self._end_token).cumsum(dim=-1)
         end, text = (ends == 1) & (ids == self._end_token), ends == 0
-        named = text & (ids == STAND_IN_ID)
-        if self._text_tokens == "concept":
+        concepts = concept_positions()
+        if self._text_tokens == "concept" and concepts is not None:
+            named = text & concepts.to(text.device)
             text = torch.where(named.any(dim=-1, keepdim=True), named, text)
         self.mask = text | end
 

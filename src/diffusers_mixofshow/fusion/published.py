@@ -141,14 +141,12 @@ class SourceStatistics:
         """Write the same statistics elsewhere, bit for bit where they come from a file.
 
         Raises:
-            FusionError: If other statistics have taken the file's place meanwhile.
+            FusionError: If the file is gone or damaged, or other statistics have taken its place meanwhile.
         """
         if self.file is None:
             self.save(path)
         elif self.file.resolve() != path.resolve():
-            content = self.file.read_bytes()
-            length = int.from_bytes(content[:8], "little")
-            metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+            content, metadata = _whole(self.file)
             if any(_hash_of(metadata) != one.fingerprint for one in self._stored()):
                 raise _replaced(self.file)
             write_whole(path, content)
@@ -268,7 +266,7 @@ class StoredStatistics:
         try:
             found, tensors = read_steadily(self._path, take)
         except (EDLoRAFormatError, EDLoRANotFoundError) as error:
-            raise FusionError(f"{self._path} cannot be read any more: {error}. {_REMEDY}") from error
+            raise _gone(self._path, error) from error
         if found != self.fingerprint:
             raise _replaced(self._path)
         if not all(values.isfinite().all() for values in tensors.values()):
@@ -287,6 +285,21 @@ class StoredStatistics:
 def _hash_of(metadata: Mapping[str, str] | None) -> str:
     """Hash of a file's header: source, recording, and of every input its tokens, energy and tail."""
     return hashlib.sha256((metadata or {}).get(STATISTICS_KEY, "").encode()).hexdigest()
+
+
+def _whole(path: Path) -> tuple[bytes, dict[str, str]]:
+    """Every byte of a file, and the metadata that stand in these same bytes."""
+    try:
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header["__metadata__"]
+        return content, {STATISTICS_KEY: str(metadata[STATISTICS_KEY])}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise _gone(path, error) from error
+
+
+def _gone(path: Path, error: Exception) -> FusionError:
+    return FusionError(f"{path} cannot be read any more: {shown(str(error))}. {_REMEDY}")
 
 
 def _replaced(path: Path) -> FusionError:

@@ -330,7 +330,7 @@ def _with_concepts(location: str | os.PathLike[str]) -> EDLoRA:
         path = Path(location)
         try:
             read_lora(path)
-        except EDLoRAFormatError:
+        except (EDLoRAFormatError, EDLoRANotFoundError):  # a Hub id is no path
             raise error from None
         raise FusionError(
             f"{path} is a plain LoRA, which acts by its trigger words; give LoRASource({os.fspath(location)!r}, "
