@@ -38,6 +38,15 @@ _SUFFIX = ".statistics.safetensors"
 _LARGEST = 2.0**63
 """Above every number of tokens and every trace; NaN and Inf are not below it."""
 _REMEDY = "Record it again with GradientFuser(pipe, sequential=False), or ask its author for another copy."
+_UPDATE = "Update diffusers-mixofshow, or move the file away and record anew."
+
+
+class DamagedStatisticsError(FusionError):
+    """A file holds no statistics, or contradicts itself; its only argument says how, without what to do."""
+
+    def __str__(self) -> str:
+        """What is wrong, and what to do."""
+        return f"{self.args[0]}. {_REMEDY}"
 
 
 def statistics_path(lora_file: Path) -> Path:
@@ -111,7 +120,8 @@ class SourceStatistics:
         """Read the header of a file; its matrices are read when they are asked for, one at a time.
 
         Raises:
-            FusionError: If it is no file of statistics, or contradicts itself; names what is wrong.
+            DamagedStatisticsError: If it is no file of statistics, or contradicts itself; names what is wrong.
+            FusionError: If a newer release wrote it.
         """
         path = Path(path)
         header, shapes, fingerprint = _opened(path)
@@ -123,12 +133,12 @@ class SourceStatistics:
         }
         expected = {name for concept in concepts.values() for name in concept.tensor_names()}
         if expected != names:
-            raise FusionError(
+            raise DamagedStatisticsError(
                 f"{path}: its header and its tensors differ: {len(expected - names)} missing, "
-                f"{len(names - expected)} unexpected. {_REMEDY}"
+                f"{len(names - expected)} unexpected"
             )
         if wrong := _shape_defects(shapes, concepts):
-            raise FusionError(f"{path}: tensors of another shape: {listed(wrong)}. {_REMEDY}")
+            raise DamagedStatisticsError(f"{path}: tensors of another shape: {listed(wrong)}")
         return cls(
             digest=header["source"],
             base_model=header["base_model"],
@@ -362,18 +372,20 @@ def _opened(path: Path) -> tuple[dict[str, Any], Shapes, str]:
     try:
         text, shapes, fingerprint = read_steadily(path, take)
     except (EDLoRAFormatError, EDLoRANotFoundError) as error:
-        raise FusionError(f"{path} cannot be read as fusion statistics: {shown(str(error))}. {_REMEDY}") from error
+        defect = shown(str(error).partition(". Expected an ED-LoRA")[0].rstrip("."))
+        raise DamagedStatisticsError(f"{path} cannot be read as fusion statistics: {defect}") from error
     header = decode(text)
     if not isinstance(header, dict):
-        raise FusionError(f"{path} cannot be read as fusion statistics: its header is no JSON object. {_REMEDY}")
+        raise DamagedStatisticsError(f"{path} cannot be read as fusion statistics: its header is no JSON object")
     version = header.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        told = shown(repr(version))
-        raise FusionError(f"{path}: format version {told}, this release reads {FORMAT_VERSION}. {_REMEDY}")
+        told = f"{path}: format version {shown(repr(version))}, this release reads {FORMAT_VERSION}"
+        newer = type(version) is int and version > FORMAT_VERSION
+        raise FusionError(f"{told}. {_UPDATE}") if newer else DamagedStatisticsError(told)
     wanted = {"source": str, "base_model": str, "recording": dict, "form": str, "concepts": dict}
     wrong = [name for name, kind in wanted.items() if not isinstance(header.get(name), kind)]
     if wrong:
-        raise FusionError(f"{path}: header fields missing or of another type: {', '.join(wrong)}. {_REMEDY}")
+        raise DamagedStatisticsError(f"{path}: header fields missing or of another type: {', '.join(wrong)}")
     return header, shapes, fingerprint
 
 
@@ -393,7 +405,7 @@ def _entry(path: Path, entry: object) -> Mapping[str, Mapping[Part, Any]]:
         for _, parts in inputs
     )
     if not sound:
-        raise FusionError(f"{path}: its header describes the inputs in another way than this release does. {_REMEDY}")
+        raise DamagedStatisticsError(f"{path}: its header describes the inputs in another way than this release does")
     return dict(inputs)
 
 

@@ -27,7 +27,7 @@ from diffusers_mixofshow.errors import (
     MixOfShowWarning,
 )
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
-from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import Factors
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
 
@@ -367,15 +367,18 @@ def _home(entry: FusionSource | LoRASource) -> Path | None:
 def statistics_in(path: Path, *, recorded_again: bool) -> SourceStatistics | None:
     """Statistics in a file; None of a damaged one, where they can be recorded again.
 
+    Raises:
+        FusionError: If a newer release wrote them, which are not written over; or if nothing can be recorded.
+
     Warns:
         MixOfShowWarning: Why they are recorded again.
     """
     try:
         return SourceStatistics.load(path)
-    except FusionError as error:
+    except DamagedStatisticsError as error:
         if not recorded_again:
             raise
-        warnings.warn(f"Statistics are recorded again: {error}", MixOfShowWarning, stacklevel=2)
+        warnings.warn(f"Statistics are recorded again: {error.args[0]}.", MixOfShowWarning, stacklevel=2)
         return None
 
 
