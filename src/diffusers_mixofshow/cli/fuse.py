@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import read_sources
 from diffusers_mixofshow.cli.plans import plan_of_fusion, tell
@@ -113,6 +114,8 @@ def fuse(
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
 
+    if output.is_file():
+        raise ConfigurationError(f"--output {output} is a file, expected a folder for the pack.")
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
@@ -124,7 +127,8 @@ def fuse(
     if base_model is None:
         fuser = GradientFuser(**settings)
     else:
-        fuser = GradientFuser(load_base(base_model), sequential=features is not Features.OWN, prior=prior, **settings)
+        settings |= {"sequential": features is not Features.OWN, "guidance_scale": usual_guidance(base_model)}
+        fuser = GradientFuser(load_base(base_model), prior=prior, **settings)
     fused = fuser.fuse(gathered, method=method.value, weights=weight)
     if not writes:
         return

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
 ]
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_GRAIN = 8
+"""Stable Diffusion pipelines draw pictures whose sides are multiples of so many pixels."""
+
 Refine = Annotated[
     bool, typer.Option("--refine", help="Draw every region anew at a higher resolution, from its own prompt.")
 ]
@@ -55,8 +62,10 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels. (default: the layout's or the model's)")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels. (default: likewise)")] = None,
+    width: Annotated[
+        int | None, typer.Option(min=_GRAIN, help="Width in pixels. (default: the layout's or the model's)")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=_GRAIN, help="Height in pixels. (default: likewise)")] = None,
     refine: Refine = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -69,8 +78,7 @@ def sample(
         --region "0,0,0.5,1:a <potter>" --region "0.5,0,1,1:a <hermione>"
     """
     plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
-    if refine and not plan.regions:
-        raise ConfigurationError("Got --refine without any region to draw anew. Give --region or --layout, too.")
+    _refuse_contradictions(plan, output, guidance, refine=refine)
     controls = [parse_control(text) for text in control or []]
     packs = [read_pack(source) for source in concepts or []]
     base, files = base or _base_of(packs), numbered(output, count)
@@ -162,10 +170,31 @@ def _size(pipe: Any, plan: Layout) -> dict[str, int]:
     return {"height": plan.height or height * scale, "width": plan.width or width * scale}
 
 
+def _refuse_contradictions(plan: Layout, output: Path, guidance: float | None, *, refine: bool) -> None:
+    """Raise one error that lists what would fail only after everything has been loaded or drawn."""
+    defects = []
+    if refine and not plan.regions:
+        defects.append("--refine without any region to draw anew; give --region or --layout, too")
+    if output.suffix.lower() not in _FORMATS:
+        defects.append(f"--output {output}, expected a file that ends in {', '.join(_FORMATS)}")
+    elif output.is_dir():
+        defects.append(f"--output {output} is a folder, expected a file")
+    if guidance is not None and not math.isfinite(guidance):
+        defects.append(f"--guidance {guidance}, expected a number such as 7.5")
+    defects += [
+        f"a {name} of {value} pixels, expected a multiple of {_GRAIN}"
+        for name, value in (("width", plan.width), ("height", plan.height))
+        if value is not None and value % _GRAIN
+    ]
+    if defects:
+        raise ConfigurationError(f"Got {'; '.join(defects)}.")
+
+
 def _save(files: list[Path], images: list[Any]) -> None:
     for path, image in zip(files, images, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        buffer = io.BytesIO()
+        image.save(buffer, format=_FORMATS[path.suffix.lower()])
+        write_whole(path, buffer.getvalue())
 
 
 def _loaded(base: str, packs: list[EDLoRA], controls: list[Control]) -> tuple[Any, dict[str, Any]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.interop.foreign import Foreign
+
+_SHOWN = 5
+"""Names that an error lists of a folder in which nothing is spelt alike."""
 
 
 def read_source(source: str) -> EDLoRA | Foreign:
@@ -24,6 +28,7 @@ def read_source(source: str) -> EDLoRA | Foreign:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.interop.foreign import read_foreign
 
+    refuse_missing_file(source)
     path = Path(source)
     if path.exists() and not is_ours(path):
         return read_foreign(path)
@@ -40,6 +45,7 @@ def read_pack(source: str) -> EDLoRA:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.merged import has_concepts
 
+    refuse_missing_file(source)
     path = Path(source)
     if has_concepts(path.parent if path.is_file() else source):
         raise ConfigurationError(
@@ -47,6 +53,23 @@ def read_pack(source: str) -> EDLoRA:
             "it, give the pack that it was made of."
         )
     return EDLoRA.from_pretrained(source)
+
+
+def refuse_missing_file(source: str) -> None:
+    """Refuse ``folder/name`` where the folder is on this disk and has no such name, before the Hub is asked for it.
+
+    Raises:
+        EDLoRANotFoundError: Names what is in the folder.
+    """
+    path = Path(source)
+    if path.exists() or path.parent == Path() or not path.parent.is_dir():
+        return
+    there = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
+    near = difflib.get_close_matches(path.name, there) or there[:_SHOWN]
+    raise EDLoRANotFoundError(
+        f"{source} does not exist; the folder {path.parent} is there and holds {', '.join(near) or 'nothing'}. A "
+        "repository of that name is read from the Hub where no such folder is."
+    )
 
 
 def is_ours(path: Path) -> bool:
