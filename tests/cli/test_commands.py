@@ -89,6 +89,7 @@ def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
         (("sample", "--base", "toyland", "--prompt", "x", "--width", "65"), "a width of 65 pixels"),
         (("sample", "--base", "toyland", "--prompt", "x", "--guidance", "nan"), "--guidance nan"),
         (("inspect", f"{Path(__file__).parent}/test_comands.py"), "test_commands.py"),
+        (("fuse", "a", "b", "--output", str(Path(__file__))), "is a file"),
         (("sample", "--concepts", "/no/such/file", "--prompt", "x"), "/no/such/file does not exist"),
         (("demo", "--photos", "/no/such/folder", "--class-word", "dog"), "/no/such/folder is no folder"),
         (("train", "/no/such/folder", "--concept", "rex", "--class-word", "dog", "--base", "toyland"), "no folder"),

@@ -78,11 +78,12 @@ KeepSources = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check the sources, tell what would be done, load no model.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report of the fusion as JSON.")]
 
 
 def fuse(
     sources: Sources,
-    output: Annotated[Path, typer.Option(help="Folder for the fused pack.")],
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the fused pack.")],
     method: Solver = Method.CLOSED_FORM,
     prompts: Prompts = None,
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)")] = None,
@@ -97,7 +98,7 @@ def fuse(
     keep_sources: KeepSources = False,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
     dry_run: DryRun = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report of the fusion as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fuse several ED-LoRAs into one pack that holds all their concepts, without any photos.
 
@@ -114,8 +115,6 @@ def fuse(
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
 
-    if output.is_file():
-        raise ConfigurationError(f"--output {output} is a file, expected a folder for the pack.")
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
