@@ -76,7 +76,7 @@ def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("fuse", "--nonsense"), "No such option: --nonsense"),
+        (("fuse", "--nonsense"), "--nonsense"),
         (("smaple",), "Did you mean 'sample'? See 'mixofshow --help'."),
         (("sample", "--steps", "many", "--prompt", "x"), "'--steps'"),
         (("inspect",), "Missing argument"),
