@@ -75,8 +75,6 @@ def evaluate(
 
         noted(packs[name], name, evaluation, measurement.public_settings()).save_pretrained(folder)
     measuring.tell_results(measurement, evaluation, sheet=sheet, record=record, as_json=as_json)
-    if folder is not None and not as_json:
-        typer.echo(f"Noted the numbers in {folder}")
 
 
 def _packs(source: str, own: list[str]) -> tuple[str, dict[str, EDLoRA]]:
