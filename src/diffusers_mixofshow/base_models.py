@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
 if TYPE_CHECKING:
@@ -38,9 +38,8 @@ def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def not_loadable(base_model: str, error: Exception) -> ConfigurationError:
     """The error of a base model that cannot be found or read, with the reason's first line."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     hint = f" Did you mean {TOYLAND!r}?" if difflib.get_close_matches(base_model, [TOYLAND]) else ""
     return ConfigurationError(
         f"The base model {base_model!r} cannot be loaded.{hint} Expected a Hub id, a folder of a Stable Diffusion "
-        f"pipeline, or {TOYLAND!r}, the base in the package. ({reason}.)"
+        f"pipeline, or {TOYLAND!r}, the base in the package. ({first_line(error)}.)"
     )

@@ -47,3 +47,8 @@ class MissingExtraError(MixOfShowError, ImportError):
 
 class MixOfShowWarning(UserWarning):
     """A call runs, but something that it asks for has no effect, or not the one expected."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its type where it says nothing, for a sentence of ours about it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

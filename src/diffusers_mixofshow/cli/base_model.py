@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.base_models import TOYLAND, not_loadable
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
 if TYPE_CHECKING:
@@ -74,4 +74,6 @@ def layers_of(name: str) -> tuple[str, ...]:
         with torch.device("meta"):
             return cross_attention_layers(UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder)))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"The U-Net of the base model {name!r} cannot be read: {error}.") from error
+        raise ConfigurationError(
+            f"The U-Net of the base model {name!r} cannot be read: {first_line(error)}."
+        ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from PIL import Image, ImageOps
 
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.toyland.text import encode_prompts, image_embeddings, text_embeddings
 
 
@@ -52,8 +52,7 @@ class ClipJudge:
             model, loaded = CLIPModel.from_pretrained(name, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(name)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise _unusable(name, reason) from error
+            raise _unusable(name, first_line(error)) from error
         missing = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))
         if missing:
             raise _unusable(name, f"{len(missing)} weights are missing, {missing[0]} among them")

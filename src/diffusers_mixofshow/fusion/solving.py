@@ -11,7 +11,7 @@ from zlib import crc32
 import torch
 
 from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import FusionError, first_line
 from diffusers_mixofshow.fusion.compression import GramFactor
 from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
 from diffusers_mixofshow.fusion.ridge import chosen_ridge
@@ -84,10 +84,9 @@ def check_device(device: Device) -> None:
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FusionError(
-            f"Layers cannot be solved on device={str(device)!r}: {reason}. Expected a device of this machine that has "
-            "float64, such as 'cpu' or 'cuda'."
+            f"Layers cannot be solved on device={str(device)!r}: {first_line(error)}. Expected a device of "
+            "this machine that has float64, such as 'cpu' or 'cuda'."
         ) from error
 
 

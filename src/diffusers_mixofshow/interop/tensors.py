@@ -10,7 +10,7 @@ import torch
 
 from diffusers_mixofshow.edlora.defects import DTYPES
 from diffusers_mixofshow.edlora.reading import check_file, read_tensors
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, first_line
 
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -89,5 +89,4 @@ def _not_found(path: Path) -> EDLoRANotFoundError:
 
 
 def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160].rstrip(".")
+    return first_line(error)[:160].rstrip(".")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.training.config import TrainingConfig
 
 
@@ -40,7 +40,7 @@ def explained_memory(config: TrainingConfig) -> Iterator[None]:
         less = settings_that_need_less(config)
         advice = "; ".join(less) if less else "train on a GPU with more memory, or on the CPU"
         raise ConfigurationError(
-            f"The GPU's memory does not suffice for these settings ({_first_line(error)}). In this order: {advice}."
+            f"The GPU's memory does not suffice for these settings ({first_line(error)}). In this order: {advice}."
         ) from error
 
 
@@ -61,7 +61,3 @@ def settings_that_need_less(config: TrainingConfig) -> list[str]:
     if config.resolution > _SMALLER_RESOLUTION:
         found.append(f"resolution={_SMALLER_RESOLUTION}")
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
