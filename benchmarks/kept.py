@@ -12,8 +12,7 @@ from PIL import Image
 from rich.progress import track
 
 from diffusers_mixofshow import toyland
-from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.sheets import write_sheet
+from diffusers_mixofshow.atomic import write_picture, write_whole
 
 
 class Kept:
@@ -48,7 +47,7 @@ class Kept:
         for batch in track(batches, description=name):
             missing = [number for number in batch if not self.picture_path(name, number).exists()]
             for number, picture in zip(missing, compute(missing) if missing else (), strict=True):
-                write_sheet(picture, self.picture_path(name, number))
+                write_picture(self.picture_path(name, number), picture)
         numbers = sorted(number for batch in batches for number in batch)
         return [Image.open(self.picture_path(name, number)).convert("RGB") for number in numbers]
 

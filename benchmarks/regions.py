@@ -31,6 +31,7 @@ from kept import Kept, markdown
 from PIL import Image
 
 from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning, Region
+from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region
 from diffusers_mixofshow.evaluation.prompts import (
@@ -43,7 +44,7 @@ from diffusers_mixofshow.evaluation.prompts import (
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.regions.drawing import draw_regions
-from diffusers_mixofshow.sheets import labelled_sheet, write_sheet
+from diffusers_mixofshow.sheets import labelled_sheet
 from diffusers_mixofshow.toyland import CONCEPTS, load_pipeline
 from toyland import single_packs, subjects_of
 
@@ -264,7 +265,7 @@ def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         pairs = zip(pictures, scenes, strict=True)
         rows = [judge_picture(picture, scene, subjects, judge) for picture, scene in pairs]
         results[way] = summarise(scenes, rows)
-        write_sheet(worst_sheet(pictures, scenes, rows), kept.picture_path(way, 0).parent.with_suffix(".png"))
+        write_picture(kept.picture_path(way, 0).parent.with_suffix(".png"), worst_sheet(pictures, scenes, rows))
         print(f"{way:28}", "  ".join(f"{name} {share:.3g}" for name, share in results[way]["all"].items()), flush=True)
     print(f"Pictures and sheets of each way's ten worst: {kept.folder}")
     return results

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusers_mixofshow.sheets import labelled_sheet, write_sheet
+from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.sheets import labelled_sheet
 
 
 def picture(colour: str, width: int = 8) -> Image.Image:
@@ -43,7 +44,7 @@ def test_every_row_has_its_label_in_front_and_the_title_above() -> None:
 
 def test_a_written_sheet_is_a_png(tmp_path: Path) -> None:
     sheet = labelled_sheet({"a": [picture("red")]})
-    write_sheet(sheet, tmp_path / "made" / "sheet.png")
+    write_picture(tmp_path / "made" / "sheet.png", sheet)
     with Image.open(tmp_path / "made" / "sheet.png") as read:
         assert read.format == "PNG"
         assert read.tobytes() == sheet.tobytes()

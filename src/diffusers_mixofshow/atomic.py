@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.errors import FileWriteError
+
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 _LONGEST_WRITE_S = 3600.0
@@ -42,6 +48,22 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from error
     _flush_names(path.parent)
     _sweep(path)
+
+
+def write_picture(path: Path, picture: Image.Image, kind: str = "PNG") -> None:
+    """Write a picture; the file appears whole or not at all.
+
+    Args:
+        path: The file.
+        picture: What it shows.
+        kind: Pillow's name of the format.
+
+    Raises:
+        FileWriteError: See `write_whole`.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind)
+    write_whole(path, buffer.getvalue())
 
 
 def _flush_names(folder: Path) -> None:

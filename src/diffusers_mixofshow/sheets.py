@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw
-
-from diffusers_mixofshow.atomic import write_whole
 
 
 _GAP = 4
@@ -47,13 +43,6 @@ def labelled_sheet(
             canvas.paste(picture, (left + sum(width + _GAP for width in widths[:column]), top))
         top += int(height) + _GAP
     return canvas
-
-
-def write_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as PNG; the file appears whole or not at all."""
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    write_whole(path, buffer.getvalue())
 
 
 def _enlarged(picture: Image.Image, scale: int) -> Image.Image:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
@@ -195,7 +196,6 @@ def tell_results(
 ) -> None:
     """Write the files that were asked for, and print the table or JSON."""
     from diffusers_mixofshow.evaluation import record as records
-    from diffusers_mixofshow.sheets import write_sheet
 
     told: dict[str, Any] = {
         "settings": dict(measurement.settings),
@@ -205,7 +205,7 @@ def tell_results(
         info = records.run_info(Path(__file__).parent)
         records.write(record, told | {"run": info})
     if sheet is not None:
-        write_sheet(_sheet_of(evaluation), sheet)
+        write_picture(sheet, _sheet_of(evaluation))
     if as_json:
         typer.echo(json.dumps(told))
         return

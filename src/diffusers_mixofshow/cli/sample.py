@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
@@ -192,9 +191,7 @@ def _refuse_contradictions(plan: Layout, output: Path, guidance: float | None, *
 
 def _save(files: list[Path], images: list[Any]) -> None:
     for path, image in zip(files, images, strict=True):
-        buffer = io.BytesIO()
-        image.save(buffer, format=_FORMATS[path.suffix.lower()])
-        write_whole(path, buffer.getvalue())
+        write_picture(path, image, _FORMATS[path.suffix.lower()])
 
 
 def _loaded(base: str, packs: list[EDLoRA], controls: list[Control]) -> tuple[Any, dict[str, Any]]:

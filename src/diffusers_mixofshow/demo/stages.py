@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.errors import ConfigurationError
 
@@ -124,14 +125,14 @@ def _fuse_and_sample(
 def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings: DemoSettings) -> None:
     """One sheet a concept: its photos, then a row a method; and one of several concepts, with and without regions."""
     from diffusers_mixofshow.demo.photos import photos_of
-    from diffusers_mixofshow.sheets import labelled_sheet, write_sheet
+    from diffusers_mixofshow.sheets import labelled_sheet
 
     sheets = {"together": {"with regions": pictures.regional, "without": pictures.unguided}}
     for concept in concepts:
         rows = {method: of_method[concept.name] for method, of_method in pictures.alone.items()}
         sheets[concept.name] = {"photos": photos_of(concept), **rows}
     for name, rows in sheets.items():
-        write_sheet(labelled_sheet(rows, scale=2), settings.folder / "sheets" / f"{name}.png")
+        write_picture(settings.folder / "sheets" / f"{name}.png", labelled_sheet(rows, scale=2))
 
 
 def _fused(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
@@ -147,9 +146,7 @@ class FusionReport:
                 place = left + _CELL * column
                 draw.rectangle((place, top, place + _CELL - 2, top + _CELL - 2), fill=_colour(layer[name]["fused"]))
         path = Path(path)
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        write_whole(path, buffer.getvalue())
+        write_picture(path, picture)
         return path
 
     @property

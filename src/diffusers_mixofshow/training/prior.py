@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.errors import TrainingDataError
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -70,6 +69,4 @@ def _draw(pipeline: Any, config: TrainingConfig, folder: Path, first: int) -> No
             generator=[torch.Generator().manual_seed(number) for number in numbers],
         ).images
         for number, image in zip(numbers, images, strict=True):
-            buffer = io.BytesIO()
-            image.save(buffer, format="PNG")
-            write_whole(folder / f"class-{number:04d}.png", buffer.getvalue())
+            write_picture(folder / f"class-{number:04d}.png", image)

@@ -17,11 +17,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import MixOfShowWarning, TrainingDataError
-from diffusers_mixofshow.sheets import labelled_sheet, write_sheet
+from diffusers_mixofshow.sheets import labelled_sheet
 from diffusers_mixofshow.training.averaging import MovingAverage
 from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
@@ -248,7 +249,7 @@ class _Tuning:
             step = self.loop.position.step
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
             sheet = labelled_sheet(rows, title=f"{prompt}, step {step}")
-            write_sheet(sheet, folder / "validation" / f"step-{step:06d}.png")
+            write_picture(folder / "validation" / f"step-{step:06d}.png", sheet)
             scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
             self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
             log_picture(self.accelerator, sheet, step)
