@@ -27,7 +27,7 @@ def compare(
     seed: measuring.Seed = 1,
     sheet: measuring.Sheet = None,
     record: measuring.Record = None,
-    dry_run: measuring.DryRun = False,
+    dry_run: plans.DryRun = False,
     as_json: measuring.AsJson = False,
 ) -> None:
     """Measure several packs with the same prompts and seeds, and show them side by side.

@@ -37,7 +37,7 @@ def evaluate(
     ] = False,
     sheet: measuring.Sheet = None,
     record: measuring.Record = None,
-    dry_run: measuring.DryRun = False,
+    dry_run: plans.DryRun = False,
     as_json: measuring.AsJson = False,
 ) -> None:
     """Sample every concept of a pack and measure how well the pictures follow text and photos.
@@ -91,8 +91,7 @@ def _folder_of(source: str) -> Path:
     """
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
-    path = Path(source)
-    folder = path.parent if path.name == FILE_NAME else path
+    folder = _beside(source)
     if not (folder / FILE_NAME).is_file():
         raise ConfigurationError(
             f"--save notes the numbers in {FILE_NAME}, but {source} is no folder with one. Download or rename it "
@@ -101,12 +100,20 @@ def _folder_of(source: str) -> Path:
     return folder
 
 
+def _beside(source: str) -> Path:
+    """The folder that a pack is, or that its file lies in."""
+    from diffusers_mixofshow.edlora.file import FILE_NAME
+
+    path = Path(source)
+    return path.parent if path.name == FILE_NAME else path
+
+
 def _carried(source: str) -> dict[str, EDLoRA]:
     """The ED-LoRAs that a pack's folder carries, see `FusedPack.save_pretrained`; nothing of what is no folder."""
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
-    folder = Path(source).parent if Path(source).name == FILE_NAME else Path(source)
+    folder = _beside(source)
     inside = folder / "sources"
     names = sorted(path.name for path in inside.iterdir() if (path / FILE_NAME).is_file()) if inside.is_dir() else []
     return {f"sources/{name}": EDLoRA.from_pretrained(folder, subfolder=f"sources/{name}") for name in names}

@@ -53,9 +53,6 @@ Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance s
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the others count on, the same in every pack.")]
 Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]
 Record = Annotated[Path | None, typer.Option(help="JSON file for numbers, settings, versions and machine.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print numbers and settings as JSON instead of a table.")]
 
 _THUMBNAIL = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.regions import Layout
     from diffusers_mixofshow.training import TrainingConfig
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
+]
 
 _BYTES_OF_FLOAT64 = 8
 

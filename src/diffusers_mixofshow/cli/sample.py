@@ -13,7 +13,7 @@ from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
-from diffusers_mixofshow.cli.plans import plan_of_sampling, tell
+from diffusers_mixofshow.cli.plans import DryRun, plan_of_sampling, tell
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
@@ -24,17 +24,14 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.regions import Layout, Region
 
 
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
-]
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_GRAIN = 8
-"""Stable Diffusion pipelines draw pictures whose sides are multiples of so many pixels."""
-
 Refine = Annotated[
     bool, typer.Option("--refine", help="Draw every region anew at a higher resolution, from its own prompt.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print files, seeds and settings as JSON.")]
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_GRAIN = 8
+"""Stable Diffusion pipelines draw pictures whose sides are multiples of so many pixels."""
 
 
 def sample(

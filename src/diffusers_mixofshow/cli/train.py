@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.cli.messages import warnings_as_sentences
-from diffusers_mixofshow.cli.plans import plan_of_training, tell
+from diffusers_mixofshow.cli.plans import DryRun, plan_of_training, tell
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES
@@ -126,8 +126,7 @@ def _parameters() -> Iterator[inspect.Parameter]:
     yield _parameter("preset", Annotated[str | None, preset])
     config = typer.Option(help="TOML or YAML file with settings, one a line: class_word = 'man'.", metavar="<path>")
     yield _parameter("config", Annotated[Path | None, config])
-    dry_run = typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
-    yield _parameter("dry_run", Annotated[bool, dry_run])
+    yield _parameter("dry_run", DryRun)
     panel = None
     for setting in _SETTINGS.values():
         panel = _PANELS.get(setting.name, panel)

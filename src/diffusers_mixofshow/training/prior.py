@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.atomic import write_picture
-from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.errors import TrainingDataError
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.pictures import Photo, is_picture, read_picture
-from diffusers_mixofshow.training.samples import STEPS, plain_pipeline
+from diffusers_mixofshow.training.samples import drawing_settings, plain_pipeline
 
 
 def prompt_of_class(config: TrainingConfig) -> str:
@@ -62,10 +61,7 @@ def _draw(pipeline: Any, config: TrainingConfig, folder: Path, first: int) -> No
         numbers = range(start, min(start + config.train_batch_size, config.num_class_images))
         images = stock(
             [prompt_of_class(config)] * len(numbers),
-            height=config.resolution,
-            width=config.resolution,
-            num_inference_steps=STEPS,
-            guidance_scale=usual_guidance(config.pretrained_model_name_or_path),
+            **drawing_settings(config),
             generator=[torch.Generator().manual_seed(number) for number in numbers],
         ).images
         for number, image in zip(numbers, images, strict=True):

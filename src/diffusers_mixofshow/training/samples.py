@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SCALES = (0.0, 0.7, 1.0)
 """Strengths of the LoRA on a sheet, one row each; at 0 the embeddings alone draw (reference)."""
-STEPS = 20
+_STEPS = 20
 
 
 def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
@@ -41,6 +41,16 @@ def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def drawing_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Size, steps and guidance of pictures that are drawn for a training, as arguments of the pipeline."""
+    return {
+        "height": config.resolution,
+        "width": config.resolution,
+        "num_inference_steps": _STEPS,
+        "guidance_scale": usual_guidance(config.pretrained_model_name_or_path),
+    }
 
 
 @torch.no_grad()
@@ -64,10 +74,7 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
             rows[f"LoRA {scale:g}"] = stock(
                 prompt_embeds=prompt.expand(len(seeds), -1, -1),
                 negative_prompt_embeds=nothing.expand(len(seeds), -1, -1),
-                height=config.resolution,
-                width=config.resolution,
-                num_inference_steps=STEPS,
-                guidance_scale=usual_guidance(config.pretrained_model_name_or_path),
+                **drawing_settings(config),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images
     return rows
