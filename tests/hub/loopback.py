@@ -32,6 +32,7 @@ class Fault:
         after: Bytes of the body that pass before the connection breaks: of the answer, or of the request where
             `of_request`.
         done: Do what was asked before the connection breaks, so that only the answer is lost.
+        reset: Break it with a reset; otherwise close it in good order, but without an answer.
         times: How many requests.
     """
 
@@ -40,6 +41,7 @@ class Fault:
     after: int = 0
     of_request: bool = False
     done: bool = False
+    reset: bool = True
     times: int = 1
 
 
@@ -156,8 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _break_off(self) -> None:
-        """Close the connection with a reset, whatever is still on its way."""
+        """Close the connection without an answer, by default with a reset, whatever is still on its way."""
         self.close_connection = True
+        if self.fault and not self.fault.reset:
+            return
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
 

@@ -52,6 +52,8 @@ def partial_files(folder):
     [
         Fault(LFS, after=700, of_request=True),
         Fault(LFS, after=700, of_request=True, times=2),
+        Fault(LFS, done=True),
+        Fault(LFS, done=True, reset=False),
         Fault(LFS, status=503),
         Fault(r"info/lfs/objects/batch", status=502),
         Fault(r"/preupload/", status=500),
@@ -78,7 +80,12 @@ def test_a_commit_whose_answer_is_lost_is_made_once(loopback_hub, pack):
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault(LFS, after=700, of_request=True, times=99), Fault(COMMIT, status=503, times=99)]
+    "fault",
+    [
+        Fault(LFS, after=700, of_request=True, times=99),
+        Fault(LFS, done=True, reset=False, times=99),
+        Fault(COMMIT, status=503, times=99),
+    ],
 )
 def test_a_push_that_fails_leaves_no_half_commit_and_the_next_one_succeeds(loopback_hub, pack, fault):
     loopback_hub.faults = [fault]

@@ -196,11 +196,17 @@ def _insisting(action: Callable[[], _Result]) -> _Result:
     for wait in _WAITS:
         try:
             return action()
-        except (HTTPError, OSError) as error:
-            if not _passes(error):
+        except (HTTPError, OSError, RuntimeError) as error:
+            if not _passes(_reason(error)):
                 raise
             time.sleep(wait)
     return action()
+
+
+def _reason(error: Exception) -> Exception:
+    """The error itself, or for a large file that did not get through the one that the client hides behind its own."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, HTTPError | OSError) else error
 
 
 def _passes(error: BaseException | None) -> bool:
@@ -226,8 +232,9 @@ def _explained(repo_id: str, revision: str | None, token: str | bool | None) -> 
     except (HTTPError, EntryNotFoundError, HFValidationError, OSError, ValueError) as error:
         raise _explanation(error, repo_id, revision, token) from None
     except RuntimeError as error:
-        if isinstance(error.__cause__, HTTPError | OSError):  # of a large file that did not get through
-            raise _explanation(error.__cause__, repo_id, revision, token) from None
+        reason = _reason(error)
+        if reason is not error:
+            raise _explanation(reason, repo_id, revision, token) from None
         # Where nothing answers, huggingface_hub 1.3 retries with a client that it has closed.
         if "client has been closed" not in str(error):
             raise
