@@ -98,15 +98,21 @@ def restore(layer: Any, wrapper: Any) -> None:
     layer.processor = wrapper
 
 
-def sd15_components() -> dict[str, Any]:
-    """Random weights in the true sizes of Stable Diffusion 1.5, with Toyland's small tokenizer."""
+def sd15_components(*, vae_channels: Sequence[int] = (32,) * 4, vae_layers: int = 1) -> dict[str, Any]:
+    """Random weights in the true sizes of Stable Diffusion 1.5, with Toyland's small tokenizer.
+
+    Args:
+        vae_channels: Of the autoencoder's blocks; its own are 128, 256, 512 and 512.
+        vae_layers: In each of the blocks; its own has 2.
+    """
     toyland = StableDiffusionPipeline.from_pretrained(toyland_path())
     text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                           num_attention_heads=12, max_position_embeddings=77, projection_dim=768,
                           bos_token_id=toyland.tokenizer.bos_token_id, eos_token_id=toyland.tokenizer.eos_token_id,
                           pad_token_id=toyland.tokenizer.pad_token_id)  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=tuple(vae_channels), layers_per_block=vae_layers,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                        latent_channels=4)  # fmt: skip
     return {
         "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval(),
         "vae": vae.eval(),

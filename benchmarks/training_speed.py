@@ -34,11 +34,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from attention import sd15_components
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_mixofshow import EDLoRATrainer, MixOfShowWarning, toyland
 from diffusers_mixofshow.evaluation import record
@@ -63,25 +63,9 @@ def now(device: str) -> float:
 
 def sd15() -> StableDiffusionPipeline:
     """Random weights in the true sizes of Stable Diffusion 1.5, with Toyland's small tokenizer."""
-    tokenizer = toyland.load_pipeline().tokenizer
-    text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                          num_attention_heads=12, max_position_embeddings=77, projection_dim=768,
-                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                          pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        latent_channels=4)  # fmt: skip
     torch.manual_seed(0)
-    return StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    components = sd15_components(vae_channels=(128, 256, 512, 512), vae_layers=2)
+    return StableDiffusionPipeline(**components, requires_safety_checker=False)
 
 
 def load(model: str, device: str, precision: str) -> Any:
