@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, T2IAdapter, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from diffusers_mixofshow.toyland.autoencoder import LATENT_CHANNELS
@@ -50,8 +51,34 @@ def velocity_weight(alphas_cumprod: torch.Tensor, limit: float = 5.0) -> torch.T
     return signal_plus_noise.clamp(max=limit) / signal_plus_noise
 
 
+def velocity_loss(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    scheduler: DDPMScheduler,
+    batch: Sequence[torch.Tensor],
+    **conditions: Any,
+) -> torch.Tensor:
+    """Weighted squared error of the predicted velocity, under a frozen text tower.
+
+    Args:
+        unet: Predicts the velocity.
+        text_encoder: Encodes the captions.
+        scheduler: Adds the noise.
+        batch: Latents (n, 8, h, w), noise of the same shape, timesteps (n,) and token ids (n, 77).
+        conditions: Further arguments of the U-Net.
+    """
+    latents, noise, timesteps, token_ids = batch
+    with torch.no_grad():
+        states = text_encoder(input_ids=token_ids).last_hidden_state
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    target = scheduler.get_velocity(latents, noise, timesteps)
+    error = (unet(noisy, timesteps, states, **conditions).sample - target).square().mean(dim=(1, 2, 3))
+    weight = velocity_weight(scheduler.alphas_cumprod.to(latents.device)[timesteps])
+    return (weight * error).mean()
+
+
 class DenoisingObjective(torch.nn.Module):
-    """Weighted squared error of the predicted velocity, under a frozen text tower."""
+    """`velocity_loss` of the U-Net that it trains."""
 
     def __init__(self, model: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -60,12 +87,23 @@ class DenoisingObjective(torch.nn.Module):
         self._scheduler = DDPMScheduler(**SCHEDULE)
 
     def forward(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Loss of latents (n, 8, h, w), noise of the same shape, timesteps (n,) and token ids (n, 77)."""
-        latents, noise, timesteps, token_ids = batch
-        with torch.no_grad():
-            states = self._text_encoder[0](input_ids=token_ids).last_hidden_state
-        noisy = self._scheduler.add_noise(latents, noise, timesteps)
-        target = self._scheduler.get_velocity(latents, noise, timesteps)
-        error = (self.model(noisy, timesteps, states).sample - target).square().mean(dim=(1, 2, 3))
-        weight = velocity_weight(self._scheduler.alphas_cumprod.to(latents.device)[timesteps])
-        return (weight * error).mean()
+        """Loss of a batch as `velocity_loss` takes it."""
+        return velocity_loss(self.model, self._text_encoder[0], self._scheduler, batch)
+
+
+class LayoutObjective(torch.nn.Module):
+    """`velocity_loss` of a frozen U-Net that the adapter it trains tells where things stand."""
+
+    def __init__(self, model: T2IAdapter, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.model = model
+        self._frozen = (unet.requires_grad_(False).eval(), text_encoder.requires_grad_(False).eval())
+        self._scheduler = DDPMScheduler(**SCHEDULE)
+
+    def forward(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Loss of a batch as `velocity_loss` takes it, with condition images (n, 1, 4 h, 4 w) in [0, 1] at its end."""
+        *pictures, places = batch
+        features = self.model(places)
+        return velocity_loss(
+            *self._frozen, self._scheduler, pictures, down_intrablock_additional_residuals=list(features)
+        )

@@ -85,24 +85,32 @@ def take_over(weights: Path, output: Path) -> None:
     """Copy the parts of a folder that `assemble` wrote to a training folder, as if they had been trained there."""
     for part in ("vae", "tokenizer", "text_encoder", "reader", "metric"):
         shutil.copytree(weights / part, output / part)
+    if (weights / "layout_adapter").exists():
+        shutil.copytree(weights / "layout_adapter", output / "layout_adapter")
     shutil.copytree(weights / "unet", output / "initial_unet")
     shutil.copy(weights / "training.json", output / "training.json")
+
+
+def trained_unet(output: Path) -> Path:
+    """The U-Net of a training folder: the one trained there, else the one that was taken over."""
+    trained = output / "pipeline" / "unet"
+    return trained if trained.exists() else output / "initial_unet"
 
 
 def assemble(output: Path, weights: Path) -> None:
     """Gather all stages of a training folder into the folder that the package ships.
 
-    A metric model or reader that is not trained yet is left out.
+    A layout adapter, metric model or reader that is not trained yet is left out.
     """
     export_pipeline(
         weights,
-        unet=UNet2DConditionModel.from_pretrained(output / "pipeline" / "unet"),
+        unet=UNet2DConditionModel.from_pretrained(trained_unet(output)),
         vae=AutoencoderKL.from_pretrained(output / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(output / "text_encoder"),
         tokenizer_folder=output / "tokenizer",
     )
     if (output / "training.json").exists():
         shutil.copy(output / "training.json", weights / "training.json")
-    for name in ("metric", "reader"):
+    for name in ("layout_adapter", "metric", "reader"):
         if (output / name).exists():
             shutil.copytree(output / name, weights / name, dirs_exist_ok=True)

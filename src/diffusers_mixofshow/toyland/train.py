@@ -1,8 +1,8 @@
 """Train Toyland's base from nothing: ``python -m diffusers_mixofshow.toyland.train --output DIR``.
 
-The stages are the autoencoder, the text and metric model, the U-Net and the attribute reader. All of them checkpoint
-and continue with ``--resume``; ``torchrun --nproc_per_node 2 -m diffusers_mixofshow.toyland.train ...`` with
-``OMP_NUM_THREADS=1`` averages gradients over processes.
+The stages are the autoencoder, the text tower, the U-Net, the layout adapter, the attribute reader and the metric
+model. All of them checkpoint and continue with ``--resume``; ``torchrun --nproc_per_node 2 -m
+diffusers_mixofshow.toyland.train ...`` with ``OMP_NUM_THREADS=1`` averages gradients over processes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -35,8 +36,17 @@ from diffusers_mixofshow.toyland.autoencoder import (
     to_pixels,
     whiten,
 )
-from diffusers_mixofshow.toyland.denoiser import SCHEDULE, DenoisingObjective, build_unet
-from diffusers_mixofshow.toyland.export import assemble, export_metric_model, export_pipeline, take_over, text_tower
+from diffusers_mixofshow.toyland.denoiser import SCHEDULE, DenoisingObjective, LayoutObjective, build_unet
+from diffusers_mixofshow.toyland.export import (
+    assemble,
+    export_metric_model,
+    export_pipeline,
+    take_over,
+    text_tower,
+    trained_unet,
+)
+from diffusers_mixofshow.toyland.latent_pool import LatentPool
+from diffusers_mixofshow.toyland.layout import Box, build_layout_adapter, draw_places
 from diffusers_mixofshow.toyland.loop import LoopConfig, train_stage
 from diffusers_mixofshow.toyland.optimiser import Muon
 from diffusers_mixofshow.toyland.provenance import current_commit
@@ -68,6 +78,8 @@ HELD_OUT_SEED = 900_000_000
 
 _WIDE_SHARE = 1 / 4
 """Share of pictures of three things in the U-Net's training."""
+_THINGS_SHARES = torch.tensor([0.25, 0.25, 0.5])
+"""Shares of pictures of one, two and three things in the layout adapter's training."""
 
 
 def joined_processes() -> accelerate.Accelerator:
@@ -164,16 +176,6 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         text_tower(average.model.cpu()).save_pretrained(output / "text_encoder")
 
 
-@torch.no_grad()
-def _encode_pool(vae: AutoencoderKL, seeds: Sequence[int], things: int | None, device: torch.device) -> torch.Tensor:
-    """Latents (n, 8, 16, width / 4) of random scenes, in half precision on the CPU."""
-    parts = []
-    for start in range(0, len(seeds), 256):
-        pixels = render_pixels(seeds[start : start + 256], things=things).to(device).float() / 127.5 - 1
-        parts.append(vae.encode(pixels).latent_dist.sample().half().cpu())
-    return torch.cat(parts)
-
-
 def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 3; needs stages 1 and 2 and writes ``output/pipeline`` at every checkpoint."""
     accelerator = joined_processes()
@@ -189,27 +191,17 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
     wide = list(range(first, first + int(pool_size * _WIDE_SHARE)))
     square = list(range(first + len(wide), first + pool_size))
     pools = {
-        "square": (_encode_pool(vae, square, None, device), [random_scene(seed) for seed in square]),
-        "wide": (_encode_pool(vae, wide, 3, device), [random_scene(seed, things=3) for seed in wide]),
+        "square": LatentPool.encode(vae, square, None, device),
+        "wide": LatentPool.encode(vae, wide, 3, device),
     }
     accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         is_wide = float(torch.rand((), generator=generator)) < _WIDE_SHARE
-        latents, scenes = pools["wide" if is_wide else "square"]
         count = max(1, batch_size * 2 // 3) if is_wide else batch_size
-        chosen = torch.randint(len(latents), (count,), generator=generator)
-        wordings = torch.randint(2**31, (count,), generator=generator).tolist()
-        dropped = (torch.rand(count, generator=generator) < 0.1).tolist()
-        captions = [
-            "" if drop else caption(scenes[index], seed)
-            for index, seed, drop in zip(chosen.tolist(), wordings, dropped, strict=True)
-        ]
-        clean = latents[chosen].float()
-        noise = torch.randn(clean.shape, generator=generator)
+        _, clean, noise, token_ids = pools["wide" if is_wide else "square"].batch(count, tokenizer, generator)
         timesteps = torch.randint(SCHEDULE["num_train_timesteps"], (count,), generator=generator)
-        parts = (clean, noise, timesteps, encode_prompts(tokenizer, captions))
-        return tuple(part.to(device) for part in parts)
+        return tuple(part.to(device) for part in (clean, noise, timesteps, token_ids))
 
     def export(average: DenoisingObjective) -> None:
         parts = {"unet": average.model, "vae": vae, "text_encoder": text_encoder}
@@ -230,8 +222,59 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
     )
 
 
+def _jittered(boxes: Sequence[Box], generator: torch.Generator) -> list[Box]:
+    """Boxes whose sides moved by up to a tenth of their size: a layout need not be exact."""
+    moved: list[Box] = []
+    for left, top, right, bottom in boxes:
+        wide, high = 0.1 * (right - left), 0.1 * (bottom - top)
+        a, b, c, d = (2 * torch.rand(4, generator=generator) - 1).tolist()
+        moved.append((left + a * wide, top + b * high, right + c * wide, bottom + d * high))
+    return moved
+
+
+def train_layout(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
+    """Stage 4; needs stages 1 to 3 and writes ``output/layout_adapter``, which sees where things stand."""
+    accelerator = joined_processes()
+    torch.manual_seed(config.seed)
+    device = accelerator.device
+    vae = AutoencoderKL.from_pretrained(output / "vae").to(device)
+    text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder").float().to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+    unet = UNet2DConditionModel.from_pretrained(trained_unet(output)).float().to(device)
+    objective = LayoutObjective(build_layout_adapter(), unet, text_encoder)
+    first = accelerator.process_index * pool_size
+    seeds = list(range(first, first + pool_size))
+    thirds = {things: seeds[things - 1 :: 3] for things in (1, 2, 3)}
+    pools = {things: LatentPool.encode(vae, part, things, device) for things, part in thirds.items()}
+    boxes = {id(scene): draw(scene).boxes for pool in pools.values() for scene in pool.scenes}
+    accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        things = 1 + int(torch.multinomial(_THINGS_SHARES, 1, generator=generator))
+        scenes, clean, noise, token_ids = pools[things].batch(batch_size, tokenizer, generator, uncaptioned=0.3)
+        # Where things stand is decided while noise dominates: the density of t grows linearly.
+        timesteps = (torch.rand(batch_size, generator=generator).sqrt() * SCHEDULE["num_train_timesteps"]).long()
+        places = [draw_places(_jittered(boxes[id(scene)], generator), scene.width) for scene in scenes]
+        condition = torch.from_numpy(np.stack([np.asarray(place) for place in places]))[:, None] / 255
+        return tuple(part.to(device) for part in (clean, noise, timesteps, token_ids, condition))
+
+    def export(average: LayoutObjective) -> None:
+        copy.deepcopy(average.model).cpu().half().save_pretrained(output / "layout_adapter")
+
+    train_stage(
+        objective,
+        batch,
+        config,
+        accelerator=accelerator,
+        optimiser=torch.optim.AdamW(objective.parameters(), lr=config.learning_rate, betas=(0.9, 0.99)),
+        checkpoint=output / "checkpoints" / "layout.pt",
+        resume=resume,
+        on_checkpoint=export,
+    )
+
+
 def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
-    """Stage 4; needs stage 1 and writes ``output/reader``."""
+    """Stage 5; needs stage 1 and writes ``output/reader``."""
     accelerator = joined_processes()
     torch.manual_seed(config.seed)
     vae = AutoencoderKL.from_pretrained(output / "vae")
@@ -271,7 +314,7 @@ def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size
 
 
 def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
-    """Stage 5; needs stages 1 and 2, writes ``output/metric``."""
+    """Stage 6; needs stages 1 and 2, writes ``output/metric``."""
     accelerator = joined_processes()
     torch.manual_seed(config.seed)
     vae = AutoencoderKL.from_pretrained(output / "vae")
@@ -345,6 +388,12 @@ STAGES: dict[str, Stage] = {
         ),
         batch_size=16,
         pool_size=18000,
+    ),
+    "layout": Stage(
+        train=train_layout,
+        config=LoopConfig(minutes=20, learning_rate=1e-3, decay_from=0.5),
+        batch_size=16,
+        pool_size=9000,
     ),
     "reader": Stage(
         train=train_reader,

@@ -1,0 +1,58 @@
+"""Layouts as a T2I-Adapter (arXiv:2302.08453) sees them: where things stand and how large, not what they are.
+
+The paper samples several concepts under such a condition (section 3.4); its people follow keyposes, Toyland's things
+follow ellipses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw
+
+from diffusers_mixofshow.toyland.world import HEIGHT
+
+
+if TYPE_CHECKING:
+    from diffusers import T2IAdapter
+
+
+Box = tuple[float, float, float, float]
+
+_SUPERSAMPLING = 4
+
+
+def draw_places(boxes: Sequence[Box], width: int = HEIGHT, height: int = HEIGHT) -> Image.Image:
+    """The condition image of `load_layout_adapter`: a white ellipse on black for every thing.
+
+    Args:
+        boxes: (left, top, right, bottom) of each thing, as fractions of the picture.
+        width: Of the picture, in pixels.
+        height: Of the picture, in pixels.
+
+    Returns:
+        A picture of mode ``L``.
+    """
+    large = Image.new("L", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
+    pen = ImageDraw.Draw(large)
+    for left, top, right, bottom in boxes:
+        pen.ellipse((left * large.width, top * large.height, right * large.width, bottom * large.height), 255)
+    return large.reduce(_SUPERSAMPLING)
+
+
+def build_layout_adapter(widths: tuple[int, ...] = (32, 96, 128)) -> T2IAdapter:
+    """An untrained adapter for `denoiser.build_unet` of the same widths.
+
+    The U-Net's first block has halved its feature map when the adapter's first features are added, and the middle
+    block takes the fourth: so diffusers' layout of SDXL's adapters fits.
+    """
+    from diffusers import T2IAdapter
+
+    return T2IAdapter(
+        in_channels=1,
+        channels=[*widths, widths[-1]],
+        num_res_blocks=1,
+        downscale_factor=8,
+        adapter_type="full_adapter_xl",
+    )
