@@ -13,6 +13,7 @@ import torch
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.errors import ConceptError
+from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
 from diffusers_mixofshow.toyland.quality import identity_of
 from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.world import CLASSES, draw
@@ -76,3 +77,45 @@ def test_the_reader_explains_what_it_cannot_read() -> None:
     images = [draw(random_scene(0)).image]
     with pytest.raises(ConceptError, match="shoes=red"):
         toyland.load_reader().agreement(images, {"shoes": "red"})
+
+
+def test_the_layout_adapter_says_where_a_thing_stands() -> None:
+    """In a wide picture with one thing, the third that the layout names is no longer the empty background."""
+    pipeline = MixOfShowAdapterPipeline.from_pipe(
+        toyland.load_pipeline(MixOfShowPipeline), adapter=toyland.load_layout_adapter()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    reader = toyland.load_reader()
+    dogs = []
+    for third in range(3):
+        box = (third / 3, 0.25, (third + 1) / 3, 0.97)
+        layout = toyland.draw_places(toyland.stand_in([box], ["dog"], 96), 96)
+        image = pipeline(
+            "a brown dog in the snow",
+            image=layout,
+            num_inference_steps=12,
+            guidance_scale=3.0,
+            generator=torch.manual_seed(third),
+        ).images[0]
+        assert image.size == (96, 64)
+        left = min(max(32 * third - 3, 0), 58)
+        found = reader.read([image.crop((left, 24, left + 38, 62)).resize((64, 64))])["class"].argmax()
+        dogs.append(reader.vocabulary["class"][int(found)])
+    assert dogs == ["dog"] * 3
+
+
+def test_places_are_ellipses_in_their_boxes() -> None:
+    picture = toyland.draw_places([(0.0, 0.0, 0.5, 1.0)], 96, 64)
+    assert picture.mode == "L"
+    assert picture.size == (96, 64)
+    assert picture.getbbox() == (0, 0, 49, 64)
+    assert picture.getpixel((24, 32)) == 255
+    assert picture.getpixel((1, 1)) == 0
+
+
+def test_what_stands_in_a_box_stays_inside_of_it() -> None:
+    for box in ((0.0, 0.25, 1 / 3, 0.97), (0.5, 0.0, 1.0, 0.2), (0.9, 0.1, 1.0, 1.0)):
+        for class_word in CLASSES:
+            (left, top, right, bottom) = toyland.stand_in([box], [class_word], 96, 64)[0]
+            assert box[0] <= left < right <= box[2]
+            assert box[1] <= top < bottom <= box[3]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import processes
 from diffusers_mixofshow.toyland.autoencoder import build_autoencoder, reconstruct, render_pixels, whiten
-from diffusers_mixofshow.toyland.base import load_metric_model, load_pipeline, load_reader
+from diffusers_mixofshow.toyland.base import load_layout_adapter, load_metric_model, load_pipeline, load_reader
 from diffusers_mixofshow.toyland.denoiser import velocity_weight
 from diffusers_mixofshow.toyland.loop import LoopConfig, learning_rate_factor
 from diffusers_mixofshow.toyland.optimiser import orthogonalise
@@ -33,7 +33,7 @@ def _state(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every stage trained for a few steps, and its weights gathered."""
     folder = tmp_path_factory.mktemp("training")
-    for stage in ("autoencoder", "text", "unet", "reader", "metric"):
+    for stage in ("autoencoder", "text", "unet", "layout", "reader", "metric"):
         _run(folder, stage, 2)
     main(["--output", str(folder), "--stage", "none", "--weights", str(folder / "weights")])
     return folder
@@ -47,6 +47,8 @@ def test_what_training_writes_can_be_loaded_and_sampled(trained: Path) -> None:
     images = [draw(random_scene(seed, things=1)).image for seed in range(3)]
     assert load_metric_model(trained / "weights").image_features(images).shape[0] == 3
     assert load_reader(trained / "weights").read(images)["class"].shape == (3, 6)
+    features = load_layout_adapter(folder=trained / "weights")(torch.zeros(1, 1, 64, 96))
+    assert [tuple(feature.shape[1:]) for feature in features] == [(32, 8, 12), (96, 8, 12), (128, 4, 6), (128, 4, 6)]
 
 
 @pytest.mark.filterwarnings("ignore")

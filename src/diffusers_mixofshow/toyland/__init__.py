@@ -13,19 +13,30 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.toyland.base import (
         BASE_MODEL_ID,
         MetricModel,
+        load_layout_adapter,
         load_metric_model,
         load_pipeline,
         load_reader,
         path,
     )
     from diffusers_mixofshow.toyland.concepts import CONCEPTS, Photo, ToyConcept, photos, write_photos
+    from diffusers_mixofshow.toyland.layout import draw_places, stand_in
     from diffusers_mixofshow.toyland.scenes import caption, random_scene
     from diffusers_mixofshow.toyland.world import Drawing, Scene, Thing, draw
 
 
 _MODULES = {
-    "base": ("BASE_MODEL_ID", "MetricModel", "load_metric_model", "load_pipeline", "load_reader", "path"),
+    "base": (
+        "BASE_MODEL_ID",
+        "MetricModel",
+        "load_layout_adapter",
+        "load_metric_model",
+        "load_pipeline",
+        "load_reader",
+        "path",
+    ),
     "concepts": ("CONCEPTS", "Photo", "ToyConcept", "photos", "write_photos"),
+    "layout": ("draw_places", "stand_in"),
     "scenes": ("caption", "random_scene", "residents"),
     "world": ("Drawing", "Scene", "Thing", "draw"),
 }
@@ -42,12 +53,15 @@ __all__ = [
     "ToyConcept",
     "caption",
     "draw",
+    "draw_places",
+    "load_layout_adapter",
     "load_metric_model",
     "load_pipeline",
     "load_reader",
     "path",
     "photos",
     "random_scene",
+    "stand_in",
     "write_photos",
 ]
 

@@ -17,6 +17,7 @@ from diffusers_mixofshow.errors import MixOfShowError
 
 
 if TYPE_CHECKING:
+    from diffusers import T2IAdapter
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from diffusers_mixofshow.toyland.alignment import MetricTowers
@@ -85,6 +86,19 @@ def load_pipeline(
         return pipeline_class.from_pretrained(
             str(folder or path()), **in_dtype(dtype), safety_checker=None, local_files_only=True
         )
+
+
+def load_layout_adapter(dtype: torch.dtype = torch.float32, folder: Path | str | None = None) -> T2IAdapter:
+    """Toyland's T2I-Adapter, which follows the pictures of `draw_places`.
+
+    Args:
+        dtype: Type of the weights; half precision is for GPUs.
+        folder: Weights other than the shipped ones.
+    """
+    from diffusers import T2IAdapter
+
+    with _quietly():
+        return T2IAdapter.from_pretrained(Path(folder or path()) / "layout_adapter", **in_dtype(dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from diffusers_mixofshow.toyland.world import HEIGHT
+from diffusers_mixofshow.toyland.world import HEIGHT, WIDTH_OF_HEIGHT
 
 
 if TYPE_CHECKING:
@@ -39,6 +39,25 @@ def draw_places(boxes: Sequence[Box], width: int = HEIGHT, height: int = HEIGHT)
     for left, top, right, bottom in boxes:
         pen.ellipse((left * large.width, top * large.height, right * large.width, bottom * large.height), 255)
     return large.reduce(_SUPERSAMPLING)
+
+
+def stand_in(boxes: Sequence[Box], class_words: Sequence[str], width: int = HEIGHT, height: int = HEIGHT) -> list[Box]:
+    """Boxes of things that stand in the middle of wider or higher boxes, such as regions.
+
+    Args:
+        boxes: (left, top, right, bottom), as fractions of the picture.
+        class_words: What stands in each; a dog is as wide as it is high, a vase is not.
+        width: Of the picture, in pixels.
+        height: Of the picture, in pixels.
+    """
+    placed: list[Box] = []
+    for (left, top, right, bottom), class_word in zip(boxes, class_words, strict=True):
+        shape = WIDTH_OF_HEIGHT[class_word]
+        high = min(0.78 * (bottom - top) * height, 0.95 * (right - left) * width / shape)  # in pixels
+        half = shape * high / width / 2
+        middle, ground = (left + right) / 2, bottom - 0.07 * (bottom - top)
+        placed.append((middle - half, ground - high / height, middle + half, ground))
+    return placed
 
 
 def build_layout_adapter(widths: tuple[int, ...] = (32, 96, 128)) -> T2IAdapter:
