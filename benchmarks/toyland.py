@@ -2,7 +2,7 @@
 
 Eight critters, the same class on purpose, are tuned (or taken from ``--concepts DIR``), fused into one pack by the
 closed form and by weight averaging, and sampled with prompts that fusion never recorded. Three at a time, they are
-sampled in three regions, and with the same prompts and seeds without regions. One JSON record a run.
+sampled with and without regions and a layout, by the same prompts and seeds. One JSON record a run.
 """
 
 from __future__ import annotations
@@ -47,12 +47,22 @@ from diffusers_mixofshow.evaluation.prompts import (
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
 from diffusers_mixofshow.fusion import GradientFuser
-from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
+from diffusers_mixofshow.regions import Isolation
 
 
 CRITTERS = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "nono", "vivi")
 CLASS_WORD = "critter"
 METHODS = {"average": "average", "closed_form": "closed-form"}
+TOGETHER: dict[str, tuple[str, ...]] = {
+    "layout and isolated regions": ("layout", "regions", "isolation"),
+    "layout and regions": ("layout", "regions"),
+    "layout": ("layout",),
+    "regions": ("regions",),
+    "neither": (),
+}
+"""How three critters are sampled; a layout is a T2I-Adapter's that sees where things stand."""
+LAYOUT_STRENGTH = 0.8
 FRESH_PHOTOS = 99
 WIDE = (64, 96)
 
@@ -173,7 +183,7 @@ def measure_alone(bench: Bench, packs: dict[str, Path], fused: dict[str, Any]) -
 
 
 def measure_together(bench: Bench, pack: Any) -> dict[str, Any]:
-    """The right concept in each of three regions, against the same prompts and seeds without regions."""
+    """The right concept in each of three regions, and the same prompts and seeds without regions or layout."""
     rng = random.Random(bench.plan.seed)
     together = min(3, len(bench.plan.critters))
     triples = [tuple(rng.sample(bench.plan.critters, together)) for _ in range(bench.plan.together)]
@@ -181,15 +191,8 @@ def measure_together(bench: Bench, pack: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
     bench.pipe.load_edlora(pack)
     try:
-        for method in ("regions", "no_regions"):
-            pictures = []
-            for index, triple in enumerate(triples):
-                place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
-                subjects = [called(name, CLASS_WORD) for name in triple]
-                regions = regions_of(subjects, boxes, place) if method == "regions" else None
-                prompts = [prompt_together(subjects, place)]
-                sampling = bench.sampling(50_000, WIDE)
-                pictures += sample_pictures(bench.pipe, prompts, sampling, regions=regions, first=index)
+        for method, ways in TOGETHER.items():
+            pictures = sample_together(bench, triples, boxes, ways)
             result[method] = {
                 "of_those_asked_for": region_accuracy(found_in(bench, pictures, triples, boxes), triples),
                 "of_all_fused": region_accuracy(
@@ -200,6 +203,28 @@ def measure_together(bench: Bench, pack: Any) -> dict[str, Any]:
     finally:
         bench.pipe.unload_edlora()
     return result
+
+
+def sample_together(
+    bench: Bench, triples: Sequence[tuple[str, ...]], boxes: Sequence[Any], ways: Sequence[str]
+) -> list[Image.Image]:
+    """One picture for each triple, its concepts in the boxes from left to right."""
+    pipe, (height, width) = bench.pipe, WIDE
+    arguments: dict[str, Any] = {"isolation": Isolation()} if "isolation" in ways else {}
+    if "layout" in ways:
+        pipe = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=toyland.load_layout_adapter())
+        places = toyland.stand_in(boxes, [CLASS_WORD] * len(boxes), width, height)
+        arguments["image"] = toyland.draw_places(places, width, height)
+        arguments["adapter_conditioning_scale"] = LAYOUT_STRENGTH
+    pictures = []
+    for index, triple in enumerate(triples):
+        place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
+        subjects = [called(name, CLASS_WORD) for name in triple]
+        regions = regions_of(subjects, boxes, place) if "regions" in ways else None
+        prompts = [prompt_together(subjects, place)]
+        sampling = bench.sampling(50_000, WIDE)
+        pictures += sample_pictures(pipe, prompts, sampling, regions=regions, first=index, **arguments)
+    return pictures
 
 
 def found_in(

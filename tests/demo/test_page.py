@@ -29,6 +29,7 @@ def page(tmp_path: Path, *, command: str = "mixofshow demo", attributes: float |
         regional=[picture("blue")],
         unguided=[picture("green")],
         order=[names],
+        layouts=[Image.new("L", (8, 8))],
     )
     measures = Measures(
         identity={method: dict.fromkeys(names, identity) for method in ("photos", *METHODS)},
@@ -60,7 +61,7 @@ def page(tmp_path: Path, *, command: str = "mixofshow demo", attributes: float |
 def test_the_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
     text = page(tmp_path)
     sources = text.count("src='")
-    assert sources == text.count("src='data:image/png;base64,") == 2 + 2 * len(METHODS) + 2
+    assert sources == text.count("src='data:image/png;base64,") == 2 + 2 * len(METHODS) + 3
     assert "http" not in text
 
 

@@ -113,7 +113,10 @@ def _opening(measures: Measures) -> str:
         (percent(kept["fused"][measure]), "of the identity is kept by gradient fusion"),
         (percent(kept["average"][measure]), "is kept by averaging the same weights"),
         (percent(measures.regions["regional"]["regions"]), "of regions show the right concept"),
-        (percent(measures.regions["unguided"]["regions"]), "stand right by the same prompts without regions"),
+        (
+            percent(measures.regions["unguided"]["regions"]),
+            "stand right by the same layout without regions",
+        ),
     ]
     boxes = "".join(f"<div class='tile'><b>{value}</b><span>{text}</span></div>" for value, text in tiles)
     return (
@@ -189,7 +192,10 @@ def _numbers(measures: Measures) -> str:
 
 def _together(pictures: Pictures, measures: Measures) -> str:
     sections = []
-    titles = {"regional": "With one region for each concept", "unguided": "The same prompts and seeds without regions"}
+    titles = {
+        "regional": "With one region for each concept",
+        "unguided": "The same layout, prompts and seeds without regions",
+    }
     images = {"regional": pictures.regional, "unguided": pictures.unguided}
     for method, title in titles.items():
         figures = "".join(
@@ -204,9 +210,13 @@ def _together(pictures: Pictures, measures: Measures) -> str:
             f"places of {percent(rates['whole_pictures'])} of the pictures</h3>"
             f"<div class='pairs'>{figures}</div></div>"
         )
+    places = ", ".join(escape(name) for name in pictures.order[0])
     return (
-        "<h2>Together</h2><p class='soft'>One fused model, concepts side by side in equal columns. Under every "
-        "picture: the concept found in each column, out of those asked for.</p>" + "".join(sections)
+        "<h2>Together</h2><p class='soft'>One fused model, concepts side by side in equal columns. A T2I-Adapter that "
+        "sees no more than such a layout says where things stand, in all pictures. Under every picture: the concept "
+        "found in each column, out of those asked for.</p>"
+        f"<figure><img alt='' style='width: auto' src='{data_uri(pictures.layouts[0])}'><figcaption>The layout of the "
+        f"first picture: {places}</figcaption></figure>" + "".join(sections)
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffusers_mixofshow import toyland
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
@@ -19,6 +20,8 @@ from diffusers_mixofshow.evaluation.prompts import (
     regions_of,
 )
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
+from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline
+from diffusers_mixofshow.regions import Isolation
 
 
 METHODS = {
@@ -33,6 +36,9 @@ WIDTH, HEIGHT = 96, 64
 """Size of pictures with three concepts."""
 
 _TOGETHER = 3
+_TOGETHER_SCALE = 0.9
+"""Of the fused pack's weight updates: a little less than all of them leaves the classes to the base."""
+_LAYOUT_STRENGTH = 0.8
 _TOGETHER_SEED = 5000
 
 ON_PICTURES = Callable[[int], None]
@@ -44,15 +50,17 @@ class Pictures:
 
     Args:
         alone: Method to concept name to pictures.
-        regional: Pictures of several concepts with regions.
+        regional: Pictures of several concepts with isolated regions.
         unguided: The same prompts and seeds without regions.
         order: For each of those pictures, the concepts from left to right.
+        layouts: For each of those pictures, what told the T2I-Adapter where things stand.
     """
 
     alone: dict[str, dict[str, list[Image.Image]]]
     regional: list[Image.Image]
     unguided: list[Image.Image]
     order: list[tuple[str, ...]]
+    layouts: list[Image.Image]
 
 
 def picture_count(settings: DemoSettings) -> int:
@@ -79,13 +87,22 @@ def sample_all(
     alone = {method: _sample_alone(pipe, method, concepts, packs, settings, advance) for method in METHODS}
     class_words = {concept.name: concept.class_word for concept in concepts}
     order = [orders(concepts)[index % _TOGETHER] for index in range(settings.together)]
-    pipe.load_edlora(packs["fused"])
+    layouts = [layout_of([class_words[name] for name in names]) for names in order]
+    pipe.load_edlora(packs["fused"], scale=_TOGETHER_SCALE)
     try:
-        regional = _sample_together(pipe, order, class_words, settings, advance, with_regions=True)
-        unguided = _sample_together(pipe, order, class_words, settings, advance, with_regions=False)
+        placing = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=toyland.load_layout_adapter())
+        regional = _sample_together(placing, order, class_words, settings, advance, layouts, with_regions=True)
+        unguided = _sample_together(placing, order, class_words, settings, advance, layouts, with_regions=False)
     finally:
         pipe.unload_edlora()
-    return Pictures(alone=alone, regional=regional, unguided=unguided, order=order)
+    return Pictures(alone=alone, regional=regional, unguided=unguided, order=order, layouts=layouts)
+
+
+def layout_of(class_words: Sequence[str]) -> Image.Image:
+    """The condition image of things side by side in equal columns."""
+    width = WIDTH if len(class_words) == _TOGETHER else HEIGHT
+    places = toyland.stand_in(column_boxes(len(class_words)), class_words, width, HEIGHT)
+    return toyland.draw_places(places, width, HEIGHT)
 
 
 def orders(concepts: Sequence[DemoConcept]) -> list[tuple[str, ...]]:
@@ -124,6 +141,7 @@ def _sample_together(
     class_words: Mapping[str, str],
     settings: DemoSettings,
     advance: ON_PICTURES,
+    layouts: Sequence[Image.Image],
     *,
     with_regions: bool,
 ) -> list[Image.Image]:
@@ -131,14 +149,25 @@ def _sample_together(
         steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         first_seed=_TOGETHER_SEED + 1000 * settings.seed,
-        height=HEIGHT,
-        width=WIDTH if len(order[0]) == _TOGETHER else HEIGHT,
+        height=layouts[0].height,
+        width=layouts[0].width,
     )
     pictures = []
-    for index, names in enumerate(order):
+    for index, (names, layout) in enumerate(zip(order, layouts, strict=True)):
         place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
         subjects = [called(name, class_words[name]) for name in names]
-        regions = regions_of(subjects, column_boxes(len(names)), place) if with_regions else None
-        prompts = [prompt_together(subjects, place)]
-        pictures += sample_pictures(pipe, prompts, sampling, regions=regions, first=index, advance=advance)
+        separation: dict[str, Any] = {}
+        if with_regions:
+            separation["regions"] = regions_of(subjects, column_boxes(len(names)), place)
+            separation["isolation"] = Isolation()
+        pictures += sample_pictures(
+            pipe,
+            [prompt_together(subjects, place)],
+            sampling,
+            first=index,
+            advance=advance,
+            image=layout,
+            adapter_conditioning_scale=_LAYOUT_STRENGTH,
+            **separation,
+        )
     return pictures

@@ -63,6 +63,7 @@ def sample_pictures(
     regions: Sequence[Region] | None = None,
     first: int = 0,
     advance: ON_PICTURES = lambda pictures: None,
+    **arguments: Any,
 ) -> list[Image.Image]:
     """Sample one picture a prompt; picture k has the seed ``first_seed + first + k`` whatever the batch size.
 
@@ -73,6 +74,7 @@ def sample_pictures(
         regions: Regions of every picture.
         first: Number of the first picture, for its seed.
         advance: Called after every batch.
+        arguments: Further arguments of every call, such as ``isolation``, or ``image`` for a T2I-Adapter.
     """
     pictures: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
@@ -88,6 +90,7 @@ def sample_pictures(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             height=sampling.height,
             width=sampling.width,
+            **arguments,
         ).images
         advance(len(batch))
     return pictures
