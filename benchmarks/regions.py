@@ -5,9 +5,9 @@
 
 Half of the layouts have no class twice, half have at least two concepts of one class. Regions are columns of random
 widths, in random order. The same prompts and seeds are sampled with a plain prompt, with regions, with isolated
-regions, and with regions on a pack fused by weight averaging. In every region the judges name the concept, out of
-those asked for, and the attribute reader tells which attributes are another region's; missing is a concept that no
-region of its picture shows.
+regions, with regions on a pack fused by weight averaging, and with a T2I-Adapter that is told where things stand,
+without and with isolated regions. In every region the judges name the concept, out of those asked for, and the
+attribute reader tells which attributes are another region's; missing is a concept that no region of its picture shows.
 
 Tuned concepts, among them those that `benchmarks/toyland.py --work DIR` left, fused packs and pictures lie in the work
 folder, under the hash of the settings, the weights of the base and of the concepts, and are not made again when the
@@ -30,7 +30,13 @@ import torch
 from kept import Kept, markdown
 from PIL import Image
 
-from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning, Region
+from diffusers_mixofshow import (
+    Isolation,
+    MixOfShowAdapterPipeline,
+    MixOfShowPipeline,
+    MixOfShowWarning,
+    Region,
+)
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region
@@ -45,7 +51,7 @@ from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.regions.drawing import draw_regions
 from diffusers_mixofshow.sheets import labelled_sheet
-from diffusers_mixofshow.toyland import CONCEPTS, load_pipeline
+from diffusers_mixofshow.toyland import CONCEPTS, draw_places, load_layout_adapter, load_pipeline, stand_in
 from toyland import single_packs, subjects_of
 
 
@@ -53,11 +59,17 @@ NAMES = ("bobo", "kiki", "nono", "rex", "pixel", "ming", "neon", "throne")
 COLUMN = 32
 """Pixels of width a thing: with three, the widest picture that the base was trained on."""
 
+LAYOUT = "layout"
+"""In place of a setting: a T2I-Adapter is told where things stand."""
+LAYOUT_STRENGTH = 0.8
+
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain prompt": ("closed-form", {"regions": None}),
     "regions": ("closed-form", {}),
     "regions, isolated": ("closed-form", {"isolation": Isolation()}),
     "regions, averaged weights": ("average", {}),
+    "layout": ("closed-form", {"regions": None, LAYOUT: True}),
+    "layout, regions, isolated": ("closed-form", {"isolation": Isolation(), LAYOUT: True}),
 }
 Box = tuple[float, float, float, float]
 
@@ -89,6 +101,10 @@ class Scene:
     def regions(self) -> list[Region]:
         """One for each concept."""
         return regions_of(self.subjects, self.boxes, self.place)
+
+    def places(self, width: int, height: int) -> list[Box]:
+        """Where its things stand, in a picture of so many pixels."""
+        return stand_in(self.boxes, [CONCEPTS[name].class_word for name in self.names], width, height)
 
 
 def random_names(count: int, one_class: bool, chance: random.Random) -> tuple[str, ...]:
@@ -135,12 +151,19 @@ def sample_scenes(
 ) -> list[Image.Image]:
     """One picture for each of some scenes with equally many concepts; the scene's number is its seed."""
     batch = [scenes[number] for number in numbers]
+    height, width = 2 * COLUMN, COLUMN * len(batch[0].names)
+    arguments = {"regions": [scene.regions for scene in batch]} | dict(settings)
+    if arguments.pop(LAYOUT, False):
+        pipe = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=load_layout_adapter())
+        pipe.set_progress_bar_config(disable=True)
+        arguments["image"] = [draw_places(scene.places(width, height), width, height) for scene in batch]
+        arguments["adapter_conditioning_scale"] = LAYOUT_STRENGTH
     return pipe(
         [scene.prompt for scene in batch],
-        **({"regions": [scene.regions for scene in batch]} | dict(settings)),
+        **arguments,
         negative_prompt=[""] * len(batch),
-        height=2 * COLUMN,
-        width=COLUMN * len(batch[0].names),
+        height=height,
+        width=width,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
         generator=[torch.Generator().manual_seed(number) for number in numbers],
@@ -254,7 +277,8 @@ def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     kept = Kept(options.work, plan, [folder / "edlora.safetensors" for folder in packs])
     fuser = GradientFuser(pipe, prompts=RECORDING_PROMPTS, guidance_scale=options.guidance, batch_size=8)
     results = {}
-    for way, (method, settings) in WAYS.items():
+    for way in options.ways:
+        method, settings = WAYS[way]
         pipe.load_edlora(fused_pack(fuser, packs, method, kept))
         pictures = kept.pictures(
             way,
@@ -276,6 +300,7 @@ def main() -> None:
     parser.add_argument("--layouts", type=int, default=200)
     parser.add_argument("--work", type=Path, default=Path("toyland-benchmark"), help="holds whatever is finished")
     parser.add_argument("--concepts", type=Path, help="folder with tuned ED-LoRAs, one subfolder a name")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--record", type=Path, default=Path(__file__).parent / "records" / "regions.json")
