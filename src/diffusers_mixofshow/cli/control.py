@@ -123,7 +123,7 @@ def _remedy(error: Exception) -> str:
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, NameError) and error.name.startswith("mp_"):
+    if isinstance(error, NameError) and "mp_" in str(error):
         return "it needs the package mediapipe, pip install 'mediapipe<0.10.30'"
     if isinstance(error, AttributeError):
         return f"this version of controlnet_aux cannot make it ({first_line(error)})"
