@@ -1,4 +1,7 @@
-"""What isolating regions in self-attention does to attributes on Toyland's base, without any concept.
+"""What keeps attributes in their regions on Toyland's base, without any concept.
+
+Isolation in self-attention, and, where regions leave a part to the global prompt (half weights, or half of the steps),
+a second region below each, whose prompt is the global one without the other things.
 
     python benchmarks/isolation.py --work DIR                # 20 layouts of two things each, about a minute on a CPU
     python benchmarks/isolation.py --work DIR --layouts 200 --things 3
@@ -40,6 +43,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "isolation, first half": {"isolation": Isolation(end=0.5)},
     "isolation, largest maps": {"isolation": Isolation(scales=(2,))},
 }
+# What a region leaves to whatever is below it, and what the region below it has then.
+PARTIAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "half weight": ({"weight": 0.5}, {"weight": 0.5}),
+    "first half of the steps": ({"end": 0.5}, {"start": 0.5}),
+}
 MEASURES = ("class", "colour", "leaked")
 Thing = tuple[str, str]
 
@@ -56,15 +64,29 @@ def random_things(count: int, chance: random.Random) -> list[Thing]:
 def sample_scene(pipe: Any, number: int, things: list[Thing], options: argparse.Namespace) -> dict[str, Image.Image]:
     """One layout sampled each way; its number is the seed and says the place."""
     names = [f"a {colour} {name}" for name, colour in things]
-    prompt = f"{', '.join(names[:-1])} and {names[-1]} {TOGETHER_PLACES[number % len(TOGETHER_PLACES)]}"
+    place = TOGETHER_PLACES[number % len(TOGETHER_PLACES)]
+    prompt = f"{', '.join(names[:-1])} and {names[-1]} {place}"
     boxes = column_boxes(len(things))
     call: dict[str, Any] = {"height": 64, "width": 64 * (2 + (len(things) > 2))}
     call |= {"guidance_scale": options.guidance, "num_inference_steps": options.steps}
     call["regions"] = [Region(name, box=box) for name, box in zip(names, boxes, strict=True)]
     return {
         way: pipe(prompt, **call | settings, generator=torch.Generator().manual_seed(number)).images[0]
-        for way, settings in WAYS.items()
+        for way, settings in (WAYS | partial_ways(names, boxes, place)).items()
     }
+
+
+def partial_ways(names: list[str], boxes: list[Any], place: str) -> dict[str, dict[str, Any]]:
+    """Regions that leave a part to the global prompt, alone and each with its own version of that prompt below."""
+    ways = {}
+    for what, (own, below) in PARTIAL.items():
+        above = [Region(name, box=box, **own) for name, box in zip(names, boxes, strict=True)]
+        under = [Region(f"{name} {place}", box=box, **below) for name, box in zip(names, boxes, strict=True)]
+        ways |= {
+            f"regions, {what}": {"regions": above},
+            f"regions, {what}, others left out below": {"regions": above + under},
+        }
+    return ways
 
 
 def read_scene(
@@ -98,7 +120,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     judge, chance = ToylandJudge.load(), random.Random(0)
     settings = {name: getattr(options, name) for name in ("things", "steps", "guidance")}
-    kept = Kept(options.work, settings | {"ways": repr(WAYS)})
+    kept = Kept(options.work, settings | {"ways": repr((WAYS, PARTIAL))})
     scenes = [random_things(options.things, chance) for _ in range(options.layouts)]
     counts = [
         kept.result(
@@ -109,7 +131,8 @@ def main() -> None:
     ]
     regions = options.layouts * options.things
     results = {
-        way: {name: round(sum(count[way][name] for count in counts) / regions, 4) for name in MEASURES} for way in WAYS
+        way: {name: round(sum(count[way][name] for count in counts) / regions, 4) for name in MEASURES}
+        for way in counts[0]
     }
     print(
         markdown(

@@ -2,6 +2,7 @@
 
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from typer.testing import CliRunner
 import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.control import CONTROLNETS, Control, condition_image, parse_control
-from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, TrainingDataError
+
+
+# What controlnet_aux 0.0.10 raises: for an unknown name, for one that it has but cannot make, and without mediapipe.
+FAILURES = {
+    "zoe": ValueError("zoe is not a valid processor id"),
+    "dwpose": AttributeError("type object 'DWposeDetector' has no attribute 'from_pretrained'"),
+    "mediapipe_face": NameError("name 'mp_face_mesh' is not defined", name="mp_face_mesh"),
+    "openpose": FileNotFoundError("not in the local cache.\nTry again."),
+}
 
 
 @pytest.fixture
@@ -29,8 +39,9 @@ def detectors(monkeypatch):
 
     class Processor:
         def __init__(self, name):
-            if name == "zoe":
-                raise ValueError("zoe is not a valid processor id")
+            if name in FAILURES:
+                raise FAILURES[name]
+            warnings.warn("deprecated", FutureWarning, stacklevel=2)
             made.append(name)
 
         def __call__(self, picture):
@@ -62,9 +73,57 @@ def test_a_detector_looks_at_the_picture(photo, detectors):
     assert detectors == ["canny"]
 
 
-def test_an_unknown_detector_is_an_error_of_one_line(photo, detectors):
-    with pytest.raises(ConfigurationError, match="'zoe': zoe is not a valid"):
-        condition_image(Control("zoe", "some/net", photo))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("zoe", "'zoe': zoe is not a valid"),
+        ("dwpose", "this version of controlnet_aux cannot make it"),
+        ("mediapipe_face", "pip install 'mediapipe<"),
+        ("openpose", "not in the local cache"),
+    ],
+)
+def test_a_detector_that_cannot_run_is_an_error_of_one_line(photo, detectors, name, words):
+    with pytest.raises(ConfigurationError, match=words) as error:
+        condition_image(Control(name, "some/net", photo))
+    assert "\n" not in str(error.value)
+
+
+def test_warnings_of_detectors_are_not_the_users(photo, detectors, recwarn):
+    condition_image(Control("canny", "x", photo))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("raised", "remedy"),
+    [
+        (
+            RuntimeError("operator torchvision::nms does not exist"),
+            "the torchvision that belongs to the installed torch",
+        ),
+        (AttributeError("module 'mediapipe' has no attribute 'solutions'"), "Uninstall mediapipe"),
+    ],
+    ids=["torchvision", "mediapipe"],
+)
+def test_what_breaks_the_import_is_named(photo, monkeypatch, tmp_path, raised, remedy):
+    package = tmp_path / "packages" / "controlnet_aux"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"raise {raised!r}\n")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, "controlnet_aux", raising=False)
+    monkeypatch.delitem(sys.modules, "controlnet_aux.processor", raising=False)
+    with pytest.raises(MissingExtraError, match=remedy):
+        condition_image(Control("canny", "x", photo))
+
+
+def test_a_picture_is_turned_upright_and_a_text_is_refused(tmp_path):
+    turned = Image.new("RGB", (40, 20))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert condition_image(Control("image", "x", tmp_path / "turned.jpg")).size == (20, 40)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(TrainingDataError, match=r"text\.png is no readable picture"):
+        condition_image(Control("image", "x", tmp_path / "text.png"))
 
 
 def test_a_missing_extra_is_named(photo, monkeypatch):

@@ -134,6 +134,11 @@ def test_what_has_no_effect_is_said(potter, latents, prompt, regions, words):
     assert all(word in str(caught[0].message) for word in words)
 
 
+def test_a_global_prompt_without_a_place_is_said_with_isolation_in_some_steps(potter, latents):
+    with pytest.warns(MixOfShowWarning, match="cover the whole picture"):
+        latents(potter, "x", regions=[_region(), _region(box=RIGHT)], isolation=Isolation(end=0.5))
+
+
 def test_a_good_layout_is_not_remarked_upon(potter, latents):
     with warnings.catch_warnings():
         warnings.simplefilter("error", MixOfShowWarning)

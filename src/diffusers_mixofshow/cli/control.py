@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.base_models import in_dtype
-from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, first_line
 
 
 if TYPE_CHECKING:
@@ -80,24 +81,53 @@ def condition_image(control: Control) -> Image.Image:
 
     Raises:
         MissingExtraError: If controlnet_aux is needed and cannot be imported.
-        ConfigurationError: If it has no such detector, or the detector lacks a package or its weights.
+        TrainingDataError: If the picture cannot be read.
+        ConfigurationError: If controlnet_aux has no such detector, or the detector lacks a package or its weights.
     """
-    from PIL import Image
+    from diffusers_mixofshow.training.pictures import read_picture
 
-    picture = Image.open(control.picture).convert("RGB")
+    picture = read_picture(control.picture, called=str(control.picture)).image
     if control.detector == IMAGE:
         return picture
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its import alone gives ten, none about what the user did
+        processor = _processor_class(control.detector)
+        try:
+            return processor(control.detector)(picture)
+        except (ValueError, OSError, AttributeError, NameError) as error:
+            raise ConfigurationError(
+                f"controlnet_aux cannot run its detector {control.detector!r}: {_why(error)}. Or give a finished"
+                " condition image: 'image@MODEL=...'."
+            ) from error
+
+
+def _processor_class(detector: str) -> Any:
+    """controlnet_aux's one class for all detectors."""
     try:
         from controlnet_aux.processor import Processor
-    except (ImportError, AttributeError) as error:  # AttributeError: with a mediapipe that has no `solutions`
+    except (ImportError, AttributeError, RuntimeError) as error:
+        # AttributeError: a mediapipe without `solutions`. RuntimeError: a torchvision made for another torch.
         raise MissingExtraError(
-            f"Detector {control.detector!r} needs controlnet_aux, which cannot be imported ({error}). Install it with"
-            " pip install 'diffusers-mixofshow[controlnet]', or give a finished condition image: 'image@MODEL=...'."
+            f"Detector {detector!r} needs controlnet_aux, which cannot be imported: {first_line(error)}."
+            f" {_remedy(error)}, or give a finished condition image: 'image@MODEL=...'."
         ) from error
-    try:
-        return Processor(control.detector)(picture)
-    except (ValueError, NameError, OSError) as error:  # NameError: mediapipe_face without mediapipe
-        raise ConfigurationError(f"controlnet_aux cannot run its detector {control.detector!r}: {error}") from error
+    return Processor
+
+
+def _remedy(error: Exception) -> str:
+    if "mediapipe" in str(error):
+        return "Uninstall mediapipe, or install 'mediapipe<0.10.30'"
+    if "torchvision" in str(error):
+        return "Install the torchvision that belongs to the installed torch (both for the CPU, or both for CUDA)"
+    return "Install it with pip install 'diffusers-mixofshow[controlnet]'"
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, NameError) and "mp_" in str(error):
+        return "it needs the package mediapipe, pip install 'mediapipe<0.10.30'"
+    if isinstance(error, AttributeError):
+        return f"this version of controlnet_aux cannot make it ({first_line(error)})"
+    return first_line(error).rstrip(".")
 
 
 def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOfShowControlNetPipeline:

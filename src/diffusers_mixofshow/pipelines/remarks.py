@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from diffusers_mixofshow.conditioning.canvas import Canvas
+from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.pipelines.prompts import prompt_count
 from diffusers_mixofshow.regions import Layout, Region
@@ -94,9 +94,14 @@ def layout_remarks(canvas: Canvas) -> list[str]:
             remarks.append(
                 f"{_named(never)} with start and end within one of the {steps} steps, so that it never holds"
             )
-    elif all(plan.regions and not plan.weights(*canvas.size)[0].any() for plan in canvas.plans):
+    if not any(_leaves_a_place(plan, canvas.size) for plan in canvas.plans):
         remarks.append("the regions cover the whole picture, so that the global prompt has no effect")
     return remarks
+
+
+def _leaves_a_place(plan: RegionPlan, size: tuple[int, int]) -> bool:
+    """Whether the global prompt holds somewhere at some step."""
+    return not plan.regions or plan.changes or bool(plan.weights(*size)[0].any())
 
 
 def control_remarks(regions: Iterable[Region], scale: object, has_control: bool) -> list[str]:
