@@ -160,6 +160,17 @@ def test_the_signature_is_the_parents_and_regions(kind):
     assert "callback_on_step_end" in ours.__call__.__doc__
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_pipe_leaves_the_components_their_dtype(pipe, caplog, dtype):
+    pipe.to(dtype)
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="diffusers"):
+        made = MixOfShowImg2ImgPipeline.from_pipe(pipe)
+    assert {module.dtype for module in (made.unet, made.vae, made.text_encoder, pipe.unet)} == {dtype}
+    assert not caplog.records
+    assert MixOfShowPipeline.from_pipe(pipe, torch_dtype=torch.float32).unet.dtype == torch.float32
+
+
 def test_concepts_come_along_from_pipe(pipe, make_pack, extras, kind):
     pipe.load_edlora(make_pack("potter"))
     cls = KINDS[kind][0]

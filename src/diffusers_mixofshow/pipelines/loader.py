@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -25,6 +26,18 @@ from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.lora import eject, inject, merged
 from diffusers_mixofshow.pipelines.publishing import joined
 from diffusers_mixofshow.sites import components_with_sites
+
+
+@contextmanager
+def _without_cast_warnings() -> Iterator[None]:
+    """Hush diffusers, which warns of every cast, also of one to the dtype that a model has."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class EDLoRALoader:
@@ -66,10 +79,17 @@ class EDLoRALoader:
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """Make a pipeline of this class from the components of another one, loaded concepts included.
 
-        Takes what `DiffusionPipeline.from_pipe` takes. Both pipelines share the components, so that a concept
-        which one of them unloads loses its weight updates in the other one, too.
+        Takes what `DiffusionPipeline.from_pipe` takes, but where no dtype is asked for, the components keep theirs:
+        diffusers would turn them, and with them the other pipeline, to float32. Both pipelines share the components,
+        so that a concept which one of them unloads loses its weight updates in the other one, too.
         """
-        made = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        if "dtype" in kwargs:
+            kwargs |= in_dtype(kwargs.pop("dtype"))
+        if kwargs.keys() & {"dtype", "torch_dtype"}:
+            made = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        else:
+            with _without_cast_warnings():
+                made = super().from_pipe(pipeline, **kwargs, **in_dtype(pipeline.dtype))  # type: ignore[misc]
         made._edloras = dict(getattr(pipeline, "_edloras", {}))
         return made
 
