@@ -65,14 +65,13 @@ _AT_LEAST_ONE = (
     "num_class_images",
     "lr_num_cycles",
 )
+RATES = ("embedding_learning_rate", "text_encoder_lr", "learning_rate", "text_kv_lr")
+"""Settings that a training which goes on may have lowered."""
 _NOT_NEGATIVE = (
+    *RATES,
     "tag_shuffles",
     "proportion_empty_prompts",
     "embedding_phase_steps",
-    "embedding_learning_rate",
-    "text_encoder_lr",
-    "learning_rate",
-    "text_kv_lr",
     "adam_weight_decay",
     "lr_warmup_steps",
     "noise_offset",
