@@ -95,9 +95,9 @@ class Plan:
         yield from (
             Run(variant=variant, concept=concept) for variant in reversed(METHODS) for concept in self.concepts
         )
-        for seed in range(1, self.seeds):
-            yield from (Run(variant="ED-LoRA", concept=concept, seed=seed) for concept in self.few)
-        yield from (Run(variant=variant, concept=concept) for variant in ABLATIONS for concept in self.few)
+        for concept in self.few:
+            yield from (Run(variant="ED-LoRA", concept=concept, seed=seed) for seed in range(1, self.seeds))
+            yield from (Run(variant=variant, concept=concept) for variant in ABLATIONS)
         yield from (Run(variant=variant, concept=concept) for variant in SCHEDULES | LAST for concept in self.concepts)
 
     def settings(self, run: Run) -> dict[str, Any]:

@@ -131,15 +131,21 @@ class CheckpointFolder:
         return f"process-{self.accelerator.process_index}.pt"
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, *, make: bool = True) -> None:
     """Notice a folder that cannot be written before the training, not after it.
+
+    Args:
+        folder: The output folder.
+        make: Whether it is made; else the nearest folder above it that exists is looked at.
 
     Raises:
         ConfigurationError: If it cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=present):
             pass
     except OSError as error:
         raise ConfigurationError(
