@@ -41,9 +41,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "textual inversion": {"method": "textual-inversion"},
     "P+": {"method": "p-plus"},
     "LoRA": {"method": "lora", ALL_AT_ONCE: True},
+    "ED-LoRA": {},
+}
+# What the embeddings' own phase does to both, so that LoRA and ED-LoRA can also be compared with the same steps.
+SCHEDULES: dict[str, dict[str, Any]] = {
     "LoRA, embeddings first": {"method": "lora"},
     "ED-LoRA, all at once": {ALL_AT_ONCE: True},
-    "ED-LoRA": {},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "without noise offset": {"noise_offset": 0.0},
@@ -55,7 +58,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 # Whole matrices need smaller steps than the factors of a LoRA.
 LAST: dict[str, dict[str, Any]] = {"Custom Diffusion": {"method": "custom-diffusion", "text_kv_lr": 1.5e-3}}
-VARIANTS = METHODS | ABLATIONS | LAST
+VARIANTS = METHODS | SCHEDULES | ABLATIONS | LAST
 IN_DOMAIN = ("bobo", "rex", "ming")
 OUT_OF_DOMAIN = ("nono", "pixel", "neon")
 DOMAINS = {"in": IN_DOMAIN, "out": OUT_OF_DOMAIN}
@@ -92,10 +95,10 @@ class Plan:
         yield from (
             Run(variant=variant, concept=concept) for variant in reversed(METHODS) for concept in self.concepts
         )
-        for seed in range(1, self.seeds):
-            yield from (Run(variant="ED-LoRA", concept=concept, seed=seed) for concept in self.few)
-        yield from (Run(variant=variant, concept=concept) for variant in ABLATIONS for concept in self.few)
-        yield from (Run(variant=variant, concept=concept) for variant in LAST for concept in self.concepts)
+        for concept in self.few:
+            yield from (Run(variant="ED-LoRA", concept=concept, seed=seed) for seed in range(1, self.seeds))
+            yield from (Run(variant=variant, concept=concept) for variant in ABLATIONS)
+        yield from (Run(variant=variant, concept=concept) for variant in SCHEDULES | LAST for concept in self.concepts)
 
     def settings(self, run: Run) -> dict[str, Any]:
         """`TrainingConfig`'s settings of a run, the photos' folder left out."""
@@ -358,7 +361,7 @@ def main() -> None:
     )
     runs = measure_all(plan, options.work, options.workers, options.minutes)
     tables = {
-        "methods": summary(runs, (CLASS_WORD, *METHODS, *LAST), plan.concepts),
+        "methods": summary(runs, (CLASS_WORD, *METHODS, *SCHEDULES, *LAST), plan.concepts),
         "ablations": summary(runs, (CLASS_WORD, "ED-LoRA", "ED-LoRA, all at once", *ABLATIONS), plan.few),
         "seeds": seed_variance(runs, plan.few),
     }

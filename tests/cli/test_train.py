@@ -86,8 +86,9 @@ def test_errors_name_options_and_what_stands_in_the_file(tmp_path: Path) -> None
         "lr_scheduler (potter.toml) is 'step'",
     ):
         assert expected in message
-    message = refusal(*NEEDED, "--config", str(file), "--captions-per-step", "9", "--lr-scheduler", "linear")
-    assert "--captions-per-step (9) is larger than --train-batch-size (4)" in message
+    message = refusal(*NEEDED, "--config", str(file), "--validation-steps", "9", "--num-validation-images", "0")
+    assert "--validation-steps is set but --num-validation-images is 0" in message
+    message = refusal(*NEEDED, "--config", str(file), "--lr-scheduler", "linear")
     assert "resolution (potter.toml) is 500" in message
 
 
@@ -131,5 +132,8 @@ def test_a_dry_run_reads_the_photos_and_writes_nothing(trained: list[TrainingCon
     assert "photos: 2 with 2 different captions, 0 with a mask" in result.stdout
     assert trained == []
     assert not (tmp_path / "rex").exists()
+    (tmp_path / "taken").write_text("a file", encoding="utf-8")
+    unwritable = CliRunner().invoke(cli.app, [*asked, "--output", str(tmp_path / "taken" / "rex")])
+    assert "cannot be written" in str(unwritable.exception)
     (photos / "b.png").write_bytes(b"")
     assert isinstance(CliRunner().invoke(cli.app, asked).exception, TrainingDataError)

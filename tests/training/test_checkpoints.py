@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
@@ -149,7 +150,8 @@ def test_diverging_stops_before_the_step_and_keeps_the_checkpoint(
     def diverging(learner: Learner, batch: Any) -> dict[str, torch.Tensor]:
         calls.append(batch)
         losses = forward(learner, batch)
-        return {name: loss * (float("nan") if len(calls) == 3 else 1) for name, loss in losses.items()}
+        # The first and the fourth are trials, at the start and before a checkpoint is written.
+        return {name: loss * (float("nan") if len(calls) == 5 else 1) for name, loss in losses.items()}
 
     monkeypatch.setattr(Learner, "forward", diverging)
     config = quick(photos, output_dir=tmp_path / "out", checkpointing_steps=2)
@@ -173,3 +175,33 @@ def test_too_little_memory_names_the_settings_that_need_less(pipeline: StableDif
 
 def _no_space(path: Path, content: bytes) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_weights_that_give_no_number_are_never_saved(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, steps: int
+) -> None:
+    """The first joint step blows the weights up; no later step tells, if it is the last one."""
+    out = tmp_path / "out"
+    settings = {"max_train_steps": steps, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    with pytest.raises(ConfigurationError, match=r"diverged.*resume_from_checkpoint='latest'"):
+        EDLoRATrainer(quick(photos, learning_rate=1e38, output_dir=out, **settings), pipeline).train()
+    assert names(out) == ["checkpoint-1"]
+    lower = quick(photos, **settings, output_dir=out, resume_from_checkpoint="latest")
+    done: list[int] = []
+    with pytest.warns(MixOfShowWarning, match=r"learning_rate was 1e\+38 and is 0\.01"):
+        EDLoRATrainer(lower, pipeline, on_step=lambda report: done.append(report.step)).train()
+    assert done == list(range(2, steps + 2))
+
+
+def test_weights_that_predict_nothing_of_use_are_never_saved(tmp_path: Path) -> None:
+    """A base whose predictions are good shows a blow-up to finite values."""
+    out, rate = tmp_path / "out", 100.0
+    pipe = toyland.load_pipeline()
+    photos = toyland.write_photos(toyland.CONCEPTS["rex"], tmp_path / "photos")
+    few = {"train_batch_size": 2, "captions_per_step": 1, "embedding_phase_steps": 1, "max_train_steps": 3}
+    named = {"instance_data_dir": photos, "concept": "potter", "class_word": "critter", "output_dir": out}
+    config = TrainingConfig.toyland(**named, **few, learning_rate=rate, text_kv_lr=rate, checkpointing_steps=1)
+    with pytest.raises(ConfigurationError, match=r"first pictures was 0\.\d+ and is [1-9].*diverged"):
+        EDLoRATrainer(config, pipe).train()
+    assert names(out) == ["checkpoint-1"]

@@ -37,7 +37,6 @@ def test_all_defects_are_in_one_error() -> None:
         "lr_scheduler": "step",
         "mixed_precision": "int8",
         "resolution": 500,
-        "captions_per_step": 9,
         "kind": "house",
     }
     with pytest.raises(ConfigurationError) as caught:
@@ -45,6 +44,16 @@ def test_all_defects_are_in_one_error() -> None:
     for name, value in wrong.items():
         assert name in str(caught.value)
         assert str(value) in str(caught.value)
+
+
+def test_a_smaller_batch_needs_no_other_number_of_captions() -> None:
+    """At most so many: the embedded base's three are no more than the pictures there are."""
+    assert TrainingConfig.toyland(**NEEDED, train_batch_size=2).captions_per_step == 3
+
+
+def test_sheets_without_pictures_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="num_validation_images is 0, so no sheet would be drawn"):
+        TrainingConfig.toyland(**NEEDED, output_dir="out", validation_steps=50)
 
 
 def test_wrong_types_are_named() -> None:

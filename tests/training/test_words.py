@@ -44,6 +44,11 @@ def test_an_unknown_word_falls_into_pieces(tokenizer: PreTrainedTokenizerBase) -
     assert "critter" in str(caught[0].message)
 
 
+def test_only_the_unknown_one_of_several_words_is_blamed(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.warns(MixOfShowWarning, match=r"so 'criter' is no word that the base knows.*most alike: critter"):
+        check_words(Concept.from_name("bobo", "red criter"), tokenizer)
+
+
 def test_names_that_are_taken_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_tokens(["<bobo>", "<bobo2>"])
     with pytest.raises(ConceptError, match="<bobo>, <bobo2> is already a word"):

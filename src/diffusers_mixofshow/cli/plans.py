@@ -107,10 +107,19 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
 
     Raises:
         TrainingDataError: If photos, captions or masks cannot be used.
+        ConfigurationError: If the output folder cannot be written.
+        MissingExtraError: If the optimiser's or tracker's package is not installed.
     """
+    from diffusers_mixofshow.training.checkpoints import check_writable
     from diffusers_mixofshow.training.data import load_photos
+    from diffusers_mixofshow.training.optimisers import optimizer_of
+    from diffusers_mixofshow.training.tracking import check_tracker
 
     photos = load_photos(config)
+    optimizer_of(config.optimizer)
+    check_tracker(config.report_to)
+    if config.output_dir is not None:
+        check_writable(Path(config.output_dir), make=False)
     captions = {caption for photo in photos for caption in photo.captions}
     masks = sum(photo.mask is not None for photo in photos)
     batch = config.train_batch_size * config.gradient_accumulation_steps

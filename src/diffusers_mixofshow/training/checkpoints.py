@@ -12,6 +12,7 @@ import io
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from accelerate import Accelerator
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.training.batches import CachedPhoto
-from diffusers_mixofshow.training.config import TrainingConfig
+from diffusers_mixofshow.training.config import RATES, TrainingConfig
 
 
 LATEST = "latest"
@@ -130,15 +131,21 @@ class CheckpointFolder:
         return f"process-{self.accelerator.process_index}.pt"
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, *, make: bool = True) -> None:
     """Notice a folder that cannot be written before the training, not after it.
+
+    Args:
+        folder: The output folder.
+        make: Whether it is made; else the nearest folder above it that exists is looked at.
 
     Raises:
         ConfigurationError: If it cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=present):
             pass
     except OSError as error:
         raise ConfigurationError(
@@ -174,7 +181,9 @@ def digest_of(photos: Sequence[CachedPhoto], captions: Sequence[str]) -> str:
 
 
 def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
-    """Refuse to go on with other settings or other photos than the checkpoint's.
+    """Refuse to go on with other settings or other photos than the checkpoint's; warn of other rates.
+
+    Rates may be lowered where a training has diverged; only from or to 0, which changes what is learnt, they may not.
 
     Args:
         path: The checkpoint, for the message.
@@ -186,14 +195,25 @@ def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[
         ConfigurationError: Lists everything that differs.
     """
     before = state["settings"]
-    names = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
-    defects = [f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names]
+    changed = {
+        name: f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
+        for name in sorted({*before, *settings})
+        if before.get(name) != settings.get(name)
+    }
+    rates = [name for name in changed if name in RATES and before.get(name) and settings.get(name)]
+    defects = [text for name, text in changed.items() if name not in rates]
     if state["data"] != data:
         defects.append("the photos, captions or masks have changed")
     if defects:
         raise ConfigurationError(
             f"{path} is the checkpoint of another training: {'; '.join(defects)}. Take its settings and photos to go "
             "on, or set resume_from_checkpoint to None to begin anew."
+        )
+    if rates:
+        warnings.warn(
+            f"The training goes on from {path} with other rates: {'; '.join(changed[name] for name in rates)}.",
+            MixOfShowWarning,
+            stacklevel=2,
         )
 
 

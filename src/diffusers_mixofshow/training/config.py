@@ -65,14 +65,13 @@ _AT_LEAST_ONE = (
     "num_class_images",
     "lr_num_cycles",
 )
+RATES = ("embedding_learning_rate", "text_encoder_lr", "learning_rate", "text_kv_lr")
+"""Settings that a training which goes on may have lowered."""
 _NOT_NEGATIVE = (
+    *RATES,
     "tag_shuffles",
     "proportion_empty_prompts",
     "embedding_phase_steps",
-    "embedding_learning_rate",
-    "text_encoder_lr",
-    "learning_rate",
-    "text_kv_lr",
     "adam_weight_decay",
     "lr_warmup_steps",
     "noise_offset",
@@ -376,11 +375,6 @@ class TrainingConfig:
             )
         if self.resolution % 8:
             defects.append(f"resolution is {self.resolution}, expected a multiple of 8")
-        if self.captions_per_step is not None and self.captions_per_step > self.train_batch_size:
-            defects.append(
-                f"captions_per_step ({self.captions_per_step}) is larger than "
-                f"train_batch_size ({self.train_batch_size})"
-            )
         return defects + self._contradictions_of_base() + self._contradictions_of_method() + self._missing_output()
 
     def _contradictions_of_base(self) -> list[str]:
@@ -407,6 +401,8 @@ class TrainingConfig:
             defects.append("torch_compile does not let the attention be recorded that attn_reg_weight asks for")
         if CAPTION_SLOT not in self.validation_prompt:
             defects.append(f"validation_prompt {self.validation_prompt!r} does not name the concept, {CAPTION_SLOT}")
+        if self.validation_steps is not None and not self.num_validation_images:
+            defects.append("validation_steps is set but num_validation_images is 0, so no sheet would be drawn")
         return defects
 
     def _missing_output(self) -> list[str]:

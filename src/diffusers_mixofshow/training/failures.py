@@ -15,18 +15,23 @@ _SMALLER_RESOLUTION = 512
 _FEW_PICTURES = 1
 
 
-def diverged(loss: float, phase: str, config: TrainingConfig) -> ConfigurationError:
-    """The error for a loss or gradients that are no longer finite."""
+def diverged(seen: str, config: TrainingConfig) -> ConfigurationError:
+    """The error for a training that went wrong; `seen` says by what that was noticed."""
     advice = ["lower embedding_learning_rate, learning_rate and text_encoder_lr to a third"]
+    if config.text_kv_lr:
+        advice[0] = advice[0].replace(" and text_encoder_lr", ", text_encoder_lr and text_kv_lr")
     if config.mixed_precision == "fp16":
         advice.append("use mixed_precision='bf16' or 'no'")
     if not config.lr_warmup_steps:
         advice.append("set lr_warmup_steps, for example to a tenth of the steps")
-    kept = config.output_dir is not None and config.checkpointing_steps is not None
+    kept = (
+        f"Checkpoints in {config.output_dir} are from before; with lower rates and nothing else changed, "
+        "resume_from_checkpoint='latest' goes on from the newest. "
+    )
+    has_checkpoints = config.output_dir is not None and config.checkpointing_steps is not None
     return ConfigurationError(
-        f"The loss became {loss} in the {phase} phase, or its gradients are no longer finite, so the training "
-        "diverged. "
-        + (f"Checkpoints in {config.output_dir} are from before and stay. " if kept else "")
+        f"{seen}, so the training diverged. "
+        + (kept if has_checkpoints else "")
         + f"To get through it: {'; '.join(advice)}."
     )
 

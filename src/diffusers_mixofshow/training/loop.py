@@ -193,7 +193,8 @@ class TrainingLoop:
         losses_and_norm = self._agree([*sums.values(), norm], interruption)
         values = dict(zip([*sums, "norm"], losses_and_norm, strict=True))
         if self._is_divergent(values):
-            raise diverged(values["loss"], phase.name, self.config)
+            seen = f"The loss became {values['loss']} in the {phase.name} phase, or its gradients are no longer finite"
+            raise diverged(seen, self.config)
         self._freeze_grown_embeddings(optimizer)
         optimizer.step()
         optimizer.zero_grad()

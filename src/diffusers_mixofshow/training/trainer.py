@@ -47,6 +47,7 @@ from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
 from diffusers_mixofshow.training.samples import SCALES, draw_rows
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
 from diffusers_mixofshow.training.trained import fresh
+from diffusers_mixofshow.training.trial import Trial
 from diffusers_mixofshow.training.words import check_words
 
 
@@ -167,10 +168,12 @@ class _Tuning:
                 shared=shared,
                 denoiser=stack.enter_context(compiled(pipeline.unet)) if config.torch_compile else None,
             )
+            self.trial = Trial(learner, self.batches, self.accelerator, config)
             phases, position = self.trained.phases(config), self._resumed()
             self.loop = TrainingLoop(phases, learner, self.batches, self.accelerator, config, make_optimizer, position)
             with tracked(self.accelerator, config):
                 self._take_steps()
+                self.trial.check()
                 if self.checkpoints is not None:
                     self._draw_sheet(self.checkpoints.folder)
             return self._edlora()
@@ -279,9 +282,10 @@ class _Tuning:
         )
 
     def _save(self) -> None:
-        """Write a checkpoint, if there is a folder for it."""
+        """Write a checkpoint, if there is a folder for it; what has diverged takes no good one's place."""
         if self.checkpoints is None:
             return
+        self.trial.check()
         position = self.loop.note_state()
         state = {
             "settings": self.config.as_identity(),

@@ -43,18 +43,20 @@ def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase) -> None:
     if defects:
         raise ConceptError(f"Concept {concept.placeholder!r}: {'; '.join(defects)}.")
     if len(pieces) > 1:
-        warnings.warn(_about_pieces(concept, pieces, list(vocabulary)), MixOfShowWarning, stacklevel=2)
+        unknown = [word for word in concept.class_word.split() if len(tokenizer.tokenize(word)) > 1]
+        warnings.warn(_about_pieces(concept, pieces, unknown, list(vocabulary)), MixOfShowWarning, stacklevel=2)
 
 
-def _about_pieces(concept: Concept, pieces: list[str], vocabulary: list[str]) -> str:
+def _about_pieces(concept: Concept, pieces: list[str], unknown: list[str], vocabulary: list[str]) -> str:
     shown = " + ".join(piece.removesuffix(_END_OF_WORD) for piece in pieces)
     start = f"The class word {concept.class_word!r} is {len(pieces)} tokens of the base ({shown})"
-    if len(pieces) == len(concept.class_word.split()):
+    if not unknown:
         return f"{start}; {concept.tokens[-1]} starts from the mean of their embeddings."
     whole = [word.removesuffix(_END_OF_WORD) for word in vocabulary if word.endswith(_END_OF_WORD)]
-    near = difflib.get_close_matches(concept.class_word.lower(), [word for word in whole if len(word) > 2])
+    long_ones = [word for word in whole if len(word) > 2]
+    near = [word for each in unknown for word in difflib.get_close_matches(each.lower(), long_ones)]
     hint = f" Its words spelt most alike: {', '.join(near)}." if near else ""
     return (
-        f"{start}, so it is no word that the base knows; {concept.tokens[-1]} starts from the mean of pieces that "
-        f"mean nothing by themselves. Choose a plainer class word.{hint}"
+        f"{start}, so {' and '.join(map(repr, unknown))} is no word that the base knows; {concept.tokens[-1]} starts "
+        f"from the mean of pieces that mean nothing by themselves. Choose a plainer class word.{hint}"
     )
