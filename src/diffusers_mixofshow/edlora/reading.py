@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffusers_mixofshow.edlora.defects import shown
+from diffusers_mixofshow.edlora.signatures import seeming
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 
 
@@ -173,6 +174,8 @@ def _header_defect(path: Path, size: int) -> str:
         length = int.from_bytes(file.read(_PREFIX), "little")
     if size < _PREFIX:
         return f"it has {size} bytes"
+    if length > min(LONGEST_HEADER, size - _PREFIX) and (kind := seeming(path)):
+        return f"it is {kind}"
     if length > LONGEST_HEADER:
         return f"its header would have {length:,} bytes, more than {LONGEST_HEADER:,}"
     if _PREFIX + length > size:
