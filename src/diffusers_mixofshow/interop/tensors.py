@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.edlora.defects import DTYPES
-from diffusers_mixofshow.edlora.reading import check_file, read_tensors
+from diffusers_mixofshow.edlora.reading import check_file, read_tensors, spelt_alike
 from diffusers_mixofshow.edlora.signatures import seeming
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, first_line
 
@@ -90,7 +90,9 @@ def _tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def _not_found(path: Path) -> EDLoRANotFoundError:
-    return EDLoRANotFoundError(f"{path} does not exist. Give a file of a LoRA, an ED-LoRA or textual inversion.")
+    return EDLoRANotFoundError(
+        f"{path} does not exist. Give a file of a LoRA, an ED-LoRA or textual inversion.{spelt_alike(path)}"
+    )
 
 
 def _short(error: Exception) -> str:
