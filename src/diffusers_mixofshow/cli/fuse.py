@@ -121,8 +121,7 @@ def fuse(
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
     base_model = _base_needed(gathered, base, features, method, prior)
     if dry_run:
-        packs, runs = [source.edlora for source in gathered], _runs(gathered, features)
-        tell(plan_of_fusion(packs, base_model, max_rank, output, runs=runs), as_json=as_json)
+        tell(_plan(gathered, base_model, features, max_rank, output), as_json=as_json)
         return
     settings: dict[str, Any] = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
     if base_model is None:
@@ -167,6 +166,13 @@ def _base_needed(
     if bring_all and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
     return base or common_base([source.edlora for source in gathered if source.edlora.base_model])
+
+
+def _plan(
+    gathered: Sequence[Source], base: str | None, features: Features, max_rank: int | None, output: Path
+) -> dict[str, Any]:
+    packs = [source.edlora for source in gathered]
+    return plan_of_fusion(packs, base, max_rank, output, runs=_runs(gathered, features))
 
 
 def _runs(gathered: Sequence[Source], features: Features) -> int:
