@@ -22,6 +22,7 @@ _SIGNATURES = (
     (b"GGUF", "a GGUF model"),
 )
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_SAFETENSORS = ".safetensors"
 _PAGE = (b"<!doctype html", b"<html")
 _JSON = (b"{", b"[")
 
@@ -45,6 +46,6 @@ def seeming(path: Path) -> str:
         return f"{kind} by its first bytes, whatever its name says"
     if text.startswith(_JSON):
         return "a text, JSON by its first bytes"
-    if start[8:9] == b"{":
-        return "a safetensors file by its first bytes, whatever its name says: name it .safetensors"
+    if start[8:9] == b"{" and path.suffix != _SAFETENSORS:
+        return f"a safetensors file by its first bytes, whatever its name says: name it {_SAFETENSORS}"
     return ""
