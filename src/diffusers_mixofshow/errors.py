@@ -1,5 +1,8 @@
 """Every error that a user can cause: what we got, what we expected, what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class MixOfShowError(Exception):
     """Base class of all errors raised on purpose by this package."""
@@ -47,6 +50,12 @@ class MissingExtraError(MixOfShowError, ImportError):
 
 class MixOfShowWarning(UserWarning):
     """A call runs, but something that it asks for has no effect, or not the one expected."""
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """The question `Did you mean X?` about what is spelt most alike, a space before it; empty if nothing is."""
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {nearest[0]}?" if nearest else ""
 
 
 def first_line(error: BaseException) -> str:

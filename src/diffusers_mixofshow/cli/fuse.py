@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from enum import StrEnum
@@ -120,7 +121,7 @@ def fuse(
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
     base_model = _base_needed(gathered, base, features, method, prior)
     if dry_run:
-        tell(plan_of_fusion([source.edlora for source in gathered], base_model, max_rank, output), as_json=as_json)
+        tell(_plan(gathered, base_model, features, max_rank, output), as_json=as_json)
         return
     settings: dict[str, Any] = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
     if base_model is None:
@@ -165,6 +166,23 @@ def _base_needed(
     if bring_all and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
     return base or common_base([source.edlora for source in gathered if source.edlora.base_model])
+
+
+def _plan(
+    gathered: Sequence[Source], base: str | None, features: Features, max_rank: int | None, output: Path
+) -> dict[str, Any]:
+    packs = [source.edlora for source in gathered]
+    return plan_of_fusion(packs, base, max_rank, output, runs=_runs(gathered, features))
+
+
+def _runs(gathered: Sequence[Source], features: Features) -> int:
+    """How often the U-Net runs while features are recorded, at most; what is kept already is not recorded again."""
+    from diffusers_mixofshow.fusion.collection import Recording
+
+    recording = Recording()
+    steps = recording.steps + (0 if features is Features.OWN else 2)  # text sites are recorded in a step of their own
+    prompts = [len(texts) for source in gathered for texts in source.prompts.values()]
+    return steps * sum(math.ceil(count / recording.batch_size) for count in prompts)
 
 
 def _ridge(text: str) -> Ridge:

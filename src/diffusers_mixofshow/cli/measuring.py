@@ -17,7 +17,7 @@ from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
 from diffusers_mixofshow.cli.sources import read_pack
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, meant
 
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[P
     """Read ``name=FOLDER`` of every concept; names all that is wrong at once."""
     from diffusers_mixofshow.training.pictures import is_picture
 
-    defects, found = [], {}
+    defects, hints, found = [], [], {}
     for text in given:
         name, equals, folder = text.partition("=")
         placeholder, path = f"<{name.strip().strip('<>')}>", Path(folder)
@@ -240,6 +240,7 @@ def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[P
             defects.append(f"{text!r} is not of the form 'concept=FOLDER', e.g. 'potter=photos/potter'")
         elif placeholder not in known:
             defects.append(f"no pack holds {placeholder} (they hold {', '.join(dict.fromkeys(known))})")
+            hints.append(meant(placeholder, known))
         elif placeholder in found:
             defects.append(f"{placeholder} has photos twice")
         elif not path.is_dir():
@@ -249,7 +250,7 @@ def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[P
         else:
             found[placeholder] = files
     if defects:
-        raise ConfigurationError("--photos: " + "; ".join(defects) + ".")
+        raise ConfigurationError("--photos: " + "; ".join(defects) + "." + "".join(hints))
     return found
 
 

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a command would read, make and need, told without loading a model."""
+"""``--dry-run``: what a command would read, make and need, told without loading a model that is not small."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.cli.timing import time_of
 
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ DryRun = Annotated[
 ]
 
 _BYTES_OF_FLOAT64 = 8
+_RECORDED = 8
+"""Largest batch while features are recorded: four pictures, with and without guidance."""
 
 
 def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
@@ -55,6 +58,8 @@ def plan_of_sampling(
         output: One file for each picture.
     """
     size = f"{plan.width or 'own'} x {plan.height or 'own'}"
+    batch = len(output) * (2 if guidance > 1 else 1)
+    pixels = (plan.height, plan.width) if plan.height and plan.width else None
     return {
         "base model": _told_base(base),
         "concepts": _names(packs) or "none",
@@ -63,13 +68,16 @@ def plan_of_sampling(
         "regions": len(plan.regions),
         "size": f"{size} pixels",
         "pictures": len(output),
-        "U-Net runs": f"{steps}, each on a batch of {len(output) * (2 if guidance > 1 else 1)}",
-        "drawn anew": f"{len(plan.regions) * len(output)} regions" if refine else "none",
+        "U-Net runs": f"{steps}, each on a batch of {batch}",
+        "drawn anew": f"{len(plan.regions) * len(output)} regions, up to {steps} runs each" if refine else "none",
+        "time": time_of(base, steps, batch, pixels=pixels) + (", and what is drawn anew" if refine else ""),
         "writes": ", ".join(map(str, output)),
     }
 
 
-def plan_of_fusion(packs: Sequence[EDLoRA], base: str | None, max_rank: int | None, output: Path) -> dict[str, Any]:
+def plan_of_fusion(
+    packs: Sequence[EDLoRA], base: str | None, max_rank: int | None, output: Path, *, runs: int
+) -> dict[str, Any]:
     """What `mixofshow fuse` would do.
 
     Args:
@@ -77,6 +85,7 @@ def plan_of_fusion(packs: Sequence[EDLoRA], base: str | None, max_rank: int | No
         base: The base model, where features must be recorded; None where no model is needed.
         max_rank: Cut updates down to this rank.
         output: Folder of the pack.
+        runs: How often the U-Net runs on a batch while features are recorded, at most.
     """
     from diffusers_mixofshow.fusion.statistics import input_name
 
@@ -97,6 +106,8 @@ def plan_of_fusion(packs: Sequence[EDLoRA], base: str | None, max_rank: int | No
         "layers": len(ranks),
         "rank": f"at most {max(capped.values(), default=0)}",
         "memory for statistics": f"{gram / 1e6:.0f} MB at most" if base else "that of the files beside the sources",
+        "U-Net runs": f"{runs} at most, each on a batch of up to {_RECORDED}" if base else "none",
+        "time": time_of(base, runs, _RECORDED) if base else f"that of solving {len(ranks)} layers; no model runs",
         "pack": f"{numbers:,} numbers, {4 * numbers / 1e6:.1f} MB in float32",
         "writes": output,
     }
@@ -128,6 +139,13 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
         "concept": f"{config.concept_to_learn.placeholder}, a {config.concept_to_learn.class_word}",
         "photos": f"{len(photos)} with {len(captions)} different captions, {masks} with a mask",
         "method": f"{config.method}, rank {config.rank}",
+        "time": time_of(
+            config.pretrained_model_name_or_path,
+            config.total_steps * config.gradient_accumulation_steps,
+            config.train_batch_size,
+            pixels=(config.resolution, config.resolution),
+            backward=True,
+        ),
         "steps": f"{config.total_steps} of {batch} pictures at {config.resolution} pixels",
         "writes": config.output_dir,
     }
@@ -164,6 +182,7 @@ def plan_of_measuring(
         "photos": ", ".join(f"{number} of {name}" for name, number in photos.items()) or "none given",
         "pictures": pictures,
         "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
+        "time": time_of(base, pictures * steps, 2),
         "writes": ", ".join(map(str, writes)) or "nothing",
     }
 

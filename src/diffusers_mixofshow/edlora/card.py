@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, UnidentifiedImageError
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.file import Contents
 from diffusers_mixofshow.errors import ConfigurationError
@@ -44,6 +44,8 @@ _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
 _GALLERY = "<Gallery />"
 """Where the Hub shows the widget's pictures."""
 _MOST_REGIONS = 3
+_SKY, _GROUND = 0.25, 0.97
+"""Top and bottom of regions on Toyland, where things stand."""
 _LONGEST_RECORD = 10_000
 _SD_1 = "creativeml-openrail-m"
 _LICENSES = {
@@ -173,7 +175,7 @@ def example(concepts: Sequence[Concept], base_model: str, location: str, *, merg
         f"import torch\n{imports}\n"
         f'{pipe}.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         + ("" if merged else f"pipe.load_edlora({location!r})\n")
-        + f"{_call(concepts)}"
+        + f"{_call(concepts, base_model)}"
         f'image.save("{concepts[0].name}.png")\n'
     )
 
@@ -215,16 +217,41 @@ def _joined_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict
     return joined | ({"license": theirs["license"]} if theirs.get("license") else {})
 
 
-def _call(concepts: Sequence[Concept]) -> str:
-    if len(concepts) == 1:
+def _call(concepts: Sequence[Concept], base_model: str) -> str:
+    if len(concepts) == 1 and base_model != TOYLAND:
         return f"image = pipe({_prompt(concepts[0])!r}).images[0]\n"
-    shown = concepts[:_MOST_REGIONS]
+    guidance = f"guidance_scale={usual_guidance(base_model)}"
+    if len(concepts) == 1:
+        return f"image = pipe({_prompt(concepts[0])!r}, {guidance}).images[0]\n"
+    things = [concept for concept in concepts if concept.kind != "scene"]
+    if base_model == TOYLAND and things:
+        together, prompts = _wide_prompts(things[:_MOST_REGIONS], concepts)
+        top, bottom, more = _SKY, _GROUND, f"    {guidance},\n"
+    else:
+        shown = concepts[:_MOST_REGIONS]
+        together = " and ".join(_article(concept.class_word) for concept in shown)
+        prompts, top, bottom, more = [_prompt(concept) for concept in shown], 0.1, 1.0, ""
     regions = "".join(
-        f"        Region({_prompt(concept)!r}, box=({i / len(shown):.2f}, 0.1, {(i + 1) / len(shown):.2f}, 1.0)),\n"
-        for i, concept in enumerate(shown)
+        f"        Region({prompt!r}, box=({i / len(prompts):.2f}, {top}, {(i + 1) / len(prompts):.2f}, {bottom})),\n"
+        for i, prompt in enumerate(prompts)
     )
-    together = " and ".join(_article(concept.class_word) for concept in shown)
-    return f"image = pipe(\n    {together!r},\n    regions=[\n{regions}    ],\n).images[0]\n"
+    return f"image = pipe(\n    {together!r},\n    regions=[\n{regions}    ],\n{more}).images[0]\n"
+
+
+def _wide_prompts(things: Sequence[Concept], concepts: Sequence[Concept]) -> tuple[str, list[str]]:
+    """A prompt for the picture, and one for each region that describes the whole picture with its subject everywhere.
+
+    Toyland draws what a prompt says of a whole picture, see docs/regional_sampling.md, "Prompting regions".
+    """
+    scene = next((concept for concept in concepts if concept.kind == "scene"), None)
+    place = "in a meadow" if scene is None else f"in a {scene.placeholder}"
+    called = [f"a {concept.placeholder} {concept.class_word}" for concept in things]
+
+    def together(subjects: Sequence[str]) -> str:
+        *others, last = subjects
+        return f"{', '.join(others)} and {last} {place}" if others else f"{last} {place}"
+
+    return together(called), [together([subject] * len(called)) for subject in called]
 
 
 def _summary(count: int, base_model: str, rank: int, *, merged: bool) -> str:

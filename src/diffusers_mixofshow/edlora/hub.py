@@ -40,6 +40,11 @@ _PASSING = (408, 429)
 _BROKEN = frozenset({"NetworkError", "TimeoutException", "RemoteProtocolError"})
 """Errors of httpx, which the client imports under one name or another."""
 
+_UNREACHED = frozenset({"ConnectError", "ConnectTimeout"})
+"""Those of them that say that there is no connection at all."""
+_PATIENCE = 10.0
+"""Seconds for one answer to whether the Hub is there."""
+
 _Result = TypeVar("_Result")
 
 
@@ -84,7 +89,9 @@ def download(
     """Fetch one file of a repository into the cache and return its path there.
 
     What breaks off is tried again and goes on where it stopped; a file that did not arrive whole is not in the cache.
+    Where there is no way to the Hub at all, the cache is asked alone.
     """
+    local_files_only = local_files_only or not _answers()
     with _explained(repo_id, revision, token):
         return _insisting(
             lambda: Path(
@@ -119,7 +126,15 @@ def create(repo_id: str, *, token: str | bool | None, private: bool | None, revi
 
     Returns:
         The full id, with the user's own name in front where `repo_id` has none, and the URL.
+
+    Raises:
+        HubError: If the Hub refuses or cannot be reached.
     """
+    if not _answers():
+        raise HubError(
+            f"The Hub cannot be reached at {huggingface_hub.constants.ENDPOINT}, so nothing was sent to {repo_id!r}. "
+            "Check the connection, and HF_ENDPOINT if you have set it."
+        )
     with _explained(repo_id, None, token):
         api = HfApi(token=token)
         url = _insisting(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
@@ -184,6 +199,25 @@ def text_at(repo_id: str, filename: str, commit: str, *, token: str | bool | Non
     except EntryNotFoundError:
         return None
     return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _answers() -> bool:
+    """Whether anything takes a connection at the Hub's address; yes where it is not to be asked.
+
+    The client itself would try for half a minute, and again for every try of ours.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return True
+    for wait in (_WAITS[0], 0.0):
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_PATIENCE)
+        except Exception as error:  # whatever else is wrong shows when the file is asked for
+            if not {kind.__name__ for kind in type(error).__mro__} & _UNREACHED:
+                return True
+            time.sleep(wait)
+        else:
+            return True
+    return False
 
 
 def _files(folder: Path) -> list[CommitOperationAdd]:
@@ -286,8 +320,8 @@ def _not_cached(at: str) -> str:
             f"{at} is not in the cache, and HF_HUB_OFFLINE is set. Unset it once to fetch the file, or give a folder."
         )
     return (
-        f"{at} is not in the cache and the Hub was not asked or not reached. Check the connection, and whether "
-        "local_files_only is set."
+        f"{at} is not in the cache, and the Hub was not asked or cannot be reached. Check the spelling of a name on "
+        "this disk, the connection, and whether local_files_only is set."
     )
 
 

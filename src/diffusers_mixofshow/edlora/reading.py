@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffusers_mixofshow.edlora.defects import shown
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+from diffusers_mixofshow.edlora.signatures import seeming
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, meant
 
 
 LONGEST_HEADER = 8 * 2**20
@@ -58,6 +59,14 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def spelt_alike(path: Path) -> str:
+    """The question whether a name was meant that lies where a path that does not exist would lie; empty if none is."""
+    try:
+        return meant(path.name, [shown(entry.name) for entry in path.parent.iterdir()])
+    except (OSError, ValueError):
+        return ""
+
+
 def check_file(path: Path) -> int:
     """Bytes of a file, once it is known to be one: no folder, pipe or device, and of a size that can be meant.
 
@@ -70,7 +79,7 @@ def check_file(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise EDLoRANotFoundError(
             f"{shown(str(path))} does not exist. Give a folder with edlora.safetensors, a safetensors file, or a Hub "
-            "id such as 'user/edlora-potter'."
+            f"id such as 'user/edlora-potter'.{spelt_alike(path)}"
         ) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
@@ -173,6 +182,8 @@ def _header_defect(path: Path, size: int) -> str:
         length = int.from_bytes(file.read(_PREFIX), "little")
     if size < _PREFIX:
         return f"it has {size} bytes"
+    if length > min(LONGEST_HEADER, size - _PREFIX) and (kind := seeming(path)):
+        return f"it is {kind}"
     if length > LONGEST_HEADER:
         return f"its header would have {length:,} bytes, more than {LONGEST_HEADER:,}"
     if _PREFIX + length > size:

@@ -18,7 +18,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
 from diffusers_mixofshow.edlora.reading import read_metadata
-from diffusers_mixofshow.errors import FusionError, MixOfShowWarning
+from diffusers_mixofshow.errors import FusionError, MixOfShowWarning, meant
 from diffusers_mixofshow.fusion.precision import in_dtype
 from diffusers_mixofshow.fusion.prompts import PromptSet
 from diffusers_mixofshow.fusion.record import recorded
@@ -207,7 +207,9 @@ class FusedPack(EDLoRA):
             if name in (source.name, *source.prompts):
                 return source
         known = ", ".join(source.name for source in self.sources) or "none, as it was read from a file"
-        raise FusionError(f"{name} is no source of this pack; its sources are {known}.")
+        placeholders = [placeholder for source in self.sources for placeholder in source.prompts]
+        guess = meant("<" + name.strip("<>") + ">", placeholders)
+        raise FusionError(f"{name} is no source of this pack; its sources are {known}.{guess}")
 
 
 def refused(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:

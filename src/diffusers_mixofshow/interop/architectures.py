@@ -1,4 +1,4 @@
-"""Which base model's layers a file names: Stable Diffusion 1.x, 2.x or XL."""
+"""Which base model's layers a file names: Stable Diffusion 1.x, 2.x or XL, or Toyland."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.edlora.low_rank import LowRank
 
 
@@ -19,6 +20,7 @@ class Architecture:
         kohya: What kohya's trainers call it in a file's metadata.
         layers: The cross-attention layers in order down, mid, up.
         embeddings: Name of the text encoder, as files spell it, to the width of its embeddings.
+        base: The base model that is taken where nobody tells; empty where that would be a guess.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Architecture:
     kohya: str
     layers: tuple[str, ...]
     embeddings: Mapping[str, int]
+    base: str = ""
 
     @property
     def is_xl(self) -> bool:
@@ -54,7 +57,14 @@ _XL = _layers(
 )
 
 CLIP_L, CLIP_G = "clip_l", "clip_g"
-SD1 = Architecture(name="Stable Diffusion 1.x", width=768, kohya="sd_v1", layers=_FIRST, embeddings={CLIP_L: 768})
+SD1 = Architecture(
+    name="Stable Diffusion 1.x",
+    width=768,
+    kohya="sd_v1",
+    layers=_FIRST,
+    embeddings={CLIP_L: 768},
+    base="stable-diffusion-v1-5/stable-diffusion-v1-5",
+)
 SD2 = Architecture(name="Stable Diffusion 2.x", width=1024, kohya="sd_v2", layers=_FIRST, embeddings={CLIP_L: 1024})
 SDXL = Architecture(
     name="Stable Diffusion XL",
@@ -63,7 +73,18 @@ SDXL = Architecture(
     layers=_XL,
     embeddings={CLIP_L: 768, CLIP_G: 1280},
 )
-ARCHITECTURES = (SD1, SD2, SDXL)
+EMBEDDED = Architecture(
+    name="Toyland, the base in diffusers-mixofshow",
+    width=128,
+    kohya="toyland",
+    layers=_layers(
+        {"down_blocks.1": (1, 1), "down_blocks.2": (1, 1), "mid_block": (1, 1)}
+        | {"up_blocks.0": (2, 1), "up_blocks.1": (2, 1)}
+    ),
+    embeddings={CLIP_L: 128},
+    base=TOYLAND,
+)
+ARCHITECTURES = (SD1, SD2, SDXL, EMBEDDED)
 
 
 def recognised(lora: Mapping[str, LowRank], vectors: Iterable[Mapping[str, int]] = ()) -> Architecture | None:
@@ -75,7 +96,8 @@ def recognised(lora: Mapping[str, LowRank], vectors: Iterable[Mapping[str, int]]
     """
     reading = {update.down.shape[1] for site, update in lora.items() if re.search(r"\.attn2\.to_[kv]$", site)}
     for architecture in ARCHITECTURES:
-        if reading == {architecture.width}:
+        # Any small model may be as wide as the embedded one; it has its own layers.
+        if reading == {architecture.width} and not (architecture is EMBEDDED and foreign_layers(lora, EMBEDDED)):
             return architecture
     if reading:
         return None
@@ -86,7 +108,7 @@ def recognised(lora: Mapping[str, LowRank], vectors: Iterable[Mapping[str, int]]
         return next((one for one in (SD1, SDXL) if named <= set(one.layers)), None)
     encoder = {update.down.shape[1] for site, update in lora.items() if site.endswith("self_attn.q_proj")}
     widths = encoder | {width for one in vectors for width in one.values()}
-    return next((one for one in (SD1, SD2) if widths == set(one.embeddings.values())), None)
+    return next((one for one in (SD1, SD2, EMBEDDED) if widths == set(one.embeddings.values())), None)
 
 
 def layers_of(lora: Mapping[str, LowRank], width: int | None, count: int | None = None) -> tuple[str, ...]:

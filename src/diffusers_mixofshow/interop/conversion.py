@@ -16,7 +16,7 @@ from diffusers_mixofshow.interop.concept_names import Naming, plain_name
 from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base, read_foreign
 from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.instructions import instructions
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_kohya, write_lora
+from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, PLAIN_NAME, announcing, write_kohya, write_lora
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME, write_original
 from diffusers_mixofshow.interop.textual_inversion import (
     Vectors,
@@ -26,8 +26,6 @@ from diffusers_mixofshow.interop.textual_inversion import (
 )
 
 
-EMBEDDINGS = "embeddings"
-"""Folder of textual-inversion files beside a LoRA file, named as A1111 and ComfyUI name theirs."""
 INSTRUCTIONS = "HOW_TO_USE.txt"
 
 
@@ -155,7 +153,7 @@ def _write_lora_and_words(
     content: EDLoRA | Foreign,
     vectors: Mapping[str, Vectors],
     lost: tuple[str, ...],
-    writer: Callable[[Path, Mapping[str, LowRank]], Path],
+    writer: Callable[[Path, Mapping[str, LowRank], Mapping[str, str]], Path],
 ) -> Conversion:
     if not content.lora:
         raise EDLoRAFormatError("There is no LoRA in it. Convert it to 'textual-inversion'.")
@@ -163,7 +161,7 @@ def _write_lora_and_words(
     usual = PLAIN_NAME if writer is write_lora else f"{'-'.join(names)[:80] or path.name}.safetensors"
     file = path if path.suffix == ".safetensors" else path / usual
     words = _write_words(file.parent / EMBEDDINGS, vectors, ()).files if vectors else ()
-    files = [writer(file, content.lora), *words]
+    files = [writer(file, content.lora, announcing(vectors)), *words]
     if vectors:
         text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
         write_whole(text, instructions(file.name, vectors, lost).encode())

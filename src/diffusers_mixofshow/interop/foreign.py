@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -17,9 +17,9 @@ from diffusers_mixofshow.edlora.file import STATISTICS_KEY
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
-from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, SD1, Architecture, layers_of, recognised
-from diffusers_mixofshow.interop.concept_names import Naming, grouped, worded
-from diffusers_mixofshow.interop.lora_files import LoRAContent, content_of, lora_content
+from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, Architecture, layers_of, recognised
+from diffusers_mixofshow.interop.concept_names import Naming, grouped, plain_name, worded
+from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, LoRAContent, companions, content_of, lora_content
 from diffusers_mixofshow.interop.names import half_of
 from diffusers_mixofshow.interop.original import is_original, original_content
 from diffusers_mixofshow.interop.tensors import PICKLES, load_pickle, load_safetensors
@@ -79,6 +79,8 @@ class Foreign:
 def read_foreign(source: str | os.PathLike[str]) -> Foreign:
     """Read a file of another program, or a folder with a LoRA and the embeddings that belong to it.
 
+    Of a LoRA that this package wrote, those are found that lie beside it in ``embeddings/``.
+
     Args:
         source: Safetensors, or ``.pth``, ``.pt``, ``.bin``, ``.ckpt``: pickles are read with ``weights_only=True``.
 
@@ -89,6 +91,13 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
     path = Path(source)
     if path.is_dir():
         return _read_folder(path)
+    found = _read_file(path)
+    beside = [path.with_name(EMBEDDINGS) / f"{plain_name(word)}.safetensors" for word in companions(found.metadata)]
+    there = [within(path.parent, EMBEDDINGS, file.name) for file in beside if file.is_file()]
+    return _joined([found, *map(_read_file, there)]) if there else found
+
+
+def _read_file(path: Path) -> Foreign:
     return _read_pickle(path) if path.suffix in PICKLES else _read_safetensors(path)
 
 
@@ -162,7 +171,7 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
 
 def default_base(foreign: Foreign) -> str:
     """The base model that is taken where nobody tells; empty where that would be a guess."""
-    return "stable-diffusion-v1-5/stable-diffusion-v1-5" if foreign.architecture is SD1 else ""
+    return foreign.architecture.base if foreign.architecture else ""
 
 
 def _for_layers(embedding: torch.Tensor, layers: int) -> torch.Tensor:
@@ -247,26 +256,30 @@ def _endless(embeddings: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 def _read_folder(folder: Path) -> Foreign:
     """A LoRA with the embeddings that lie beside it."""
     patterns = ("*.safetensors", "*.pth", "learned_embeds*.bin", "pytorch_lora_weights.bin")
-    paths = sorted(
-        within(folder, path.name) for pattern in patterns for path in folder.glob(pattern) if path.is_file()
-    )
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    found += folder.glob(f"{EMBEDDINGS}/*.safetensors")
+    paths = sorted(within(folder, *path.relative_to(folder).parts) for path in found if path.is_file())
     if not paths:
         raise EDLoRANotFoundError(f"{folder} holds no LoRA, ED-LoRA or textual inversion. Name the file itself.")
-    parts = [read_foreign(path) for path in paths]
+    parts = [_read_file(path) for path in paths]
     bodies = [part for part in parts if part.kind is not Kind.TEXTUAL_INVERSION]
     if len(bodies) > 1:
         raise EDLoRAFormatError(f"{folder} holds several: {listed(path.name for path in paths)}. Name one of them.")
-    if len(parts) == 1:
-        return parts[0]
-    body = bodies[0] if bodies else parts[0]
-    vectors = {word: rows for part in parts for word, rows in part.vectors.items()}
+    words = [part for part in parts if part.kind is Kind.TEXTUAL_INVERSION]
+    return parts[0] if len(parts) == 1 else _joined([*bodies, *words])
+
+
+def _joined(parts: Sequence[Foreign]) -> Foreign:
+    """One of several files that belong together: the LoRA first, if there is one, then embeddings."""
+    body = parts[0]
+    only_words = body.kind is Kind.TEXTUAL_INVERSION
     return Foreign(
-        kind=Kind.LORA_AND_EMBEDDINGS if bodies else Kind.TEXTUAL_INVERSION,
+        kind=Kind.TEXTUAL_INVERSION if only_words else Kind.LORA_AND_EMBEDDINGS,
         program=body.program,
-        files=tuple(paths),
+        files=tuple(path for part in parts for path in part.files),
         lora=body.lora,
         tokens=body.tokens,
-        vectors=vectors,
+        vectors={word: rows for part in parts for word, rows in part.vectors.items()},
         metadata=body.metadata,
         defects=tuple(defect for part in parts for defect in part.defects),
     )

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ PEFT_NAME = "adapter_model.safetensors"
 """What PEFT writes, with its settings in `PEFT_CONFIG` beside it."""
 PEFT_CONFIG = "adapter_config.json"
 
+EMBEDDINGS = "embeddings"
+"""Folder of textual-inversion files beside a LoRA file, named as A1111 and ComfyUI name theirs."""
+
+_COMPANIONS = "mixofshow_embeddings"
+"""In a LoRA file's metadata: the words whose embeddings were written beside it."""
+_MOST_COMPANIONS = 1000
 _BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<vectors>string_to_param\.\*|emb_params|clip_l|clip_g)")
 _REFUSED = {
     r"dora_scale|lora_magnitude_vector": "DoRA, whose effect is no low-rank update",
@@ -136,6 +142,18 @@ def content_of(
     return LoRAContent(lora=lora, spelling=spelling, bundled=bundled, metadata=metadata, defects=tuple(defects))
 
 
+def companions(metadata: Mapping[str, str]) -> list[str]:
+    """The words whose embeddings were written beside a LoRA file of ours; none of any other file."""
+    words = _json_object(metadata.get(_COMPANIONS, "{}")).get("words")
+    return [word for word in words[:_MOST_COMPANIONS] if isinstance(word, str)] if isinstance(words, list) else []
+
+
+def announcing(words: Iterable[str]) -> dict[str, str]:
+    """The metadata of a LoRA file beside which these words' embeddings are written."""
+    named = list(words)
+    return {_COMPANIONS: json.dumps({"words": named})} if named else {}
+
+
 def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
     """Write an ordinary LoRA file in PEFT's names, which diffusers loads; it appears whole or not at all.
 
@@ -150,7 +168,7 @@ def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, s
     return _write(path, tensors, {**(metadata or {}), **stock.adapter_metadata(lora)})
 
 
-def write_kohya(path: Path, lora: Mapping[str, LowRank], *, trigger: str = "") -> Path:
+def write_kohya(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a LoRA file in kohya's names, which A1111 and ComfyUI load; it appears whole or not at all.
 
     Every layer's alpha is in the file, so that layers may differ in it. The text encoder's layers keep
@@ -159,7 +177,7 @@ def write_kohya(path: Path, lora: Mapping[str, LowRank], *, trigger: str = "") -
     Args:
         path: The file; its folder is created where it is missing.
         lora: Site name to update.
-        trigger: Words that a prompt needs; programs show them beside the file.
+        metadata: Further entries of the file's header.
     """
     family = recognised(lora)
     xl = family is not None and family.is_xl
@@ -169,16 +187,14 @@ def write_kohya(path: Path, lora: Mapping[str, LowRank], *, trigger: str = "") -
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = update.in_file
         tensors[f"{name}.alpha"] = _scalar(update.alpha)
     ranks, alphas = {update.rank for update in lora.values()}, {update.alpha for update in lora.values()}
-    metadata = {
+    told = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }
     if family is not None:
-        metadata["ss_base_model_version"] = family.kohya
-    if trigger:
-        metadata["modelspec.trigger_phrase"] = trigger
-    return _write(path, tensors, metadata)
+        told["ss_base_model_version"] = family.kohya
+    return _write(path, tensors, {**(metadata or {}), **told})
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:

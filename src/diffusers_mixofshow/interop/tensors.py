@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.edlora.defects import DTYPES
-from diffusers_mixofshow.edlora.reading import check_file, read_tensors
+from diffusers_mixofshow.edlora.reading import check_file, read_tensors, spelt_alike
+from diffusers_mixofshow.edlora.signatures import seeming
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, first_line
 
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 """Endings of files that PyTorch wrote."""
+_OF_PYTORCH = ("a zip archive", "an old pickle")
+"""What they seem to be; where such a one cannot be read, the reason is something else."""
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -47,6 +50,8 @@ def load_pickle(path: Path) -> Any:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle makes the unpickler raise anything
+        if (kind := seeming(path)) and not kind.startswith(_OF_PYTORCH):
+            raise EDLoRAFormatError(f"{path} cannot be read as a file of PyTorch: it is {kind}.") from error
         raise EDLoRAFormatError(
             f"{path} cannot be read with weights_only=True ({_short(error)}). It is damaged, or holds Python objects "
             "beside tensors, which are never loaded; ask for it as safetensors."
@@ -85,7 +90,9 @@ def _tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def _not_found(path: Path) -> EDLoRANotFoundError:
-    return EDLoRANotFoundError(f"{path} does not exist. Give a file of a LoRA, an ED-LoRA or textual inversion.")
+    return EDLoRANotFoundError(
+        f"{path} does not exist. Give a file of a LoRA, an ED-LoRA or textual inversion.{spelt_alike(path)}"
+    )
 
 
 def _short(error: Exception) -> str:

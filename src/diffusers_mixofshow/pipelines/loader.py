@@ -22,7 +22,7 @@ from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.merged import has_concepts, mark
-from diffusers_mixofshow.errors import ConceptError
+from diffusers_mixofshow.errors import ConceptError, meant
 from diffusers_mixofshow.lora import eject, inject, merged
 from diffusers_mixofshow.pipelines.publishing import joined
 from diffusers_mixofshow.sites import components_with_sites
@@ -254,7 +254,8 @@ class EDLoRALoader:
         wanted = [names] if isinstance(names, str) else list(names)
         unknown = [name for name in wanted if name not in adapter_of]
         if unknown:
-            raise ConceptError(f"Not loaded: {', '.join(unknown)}{_listed(adapter_of)}.")
+            guess = meant(unknown[0], adapter_of) if len(unknown) == 1 else ""
+            raise ConceptError(f"Not loaded: {', '.join(unknown)}{_listed(adapter_of)}.{guess}")
         return list(dict.fromkeys(adapter_of[name] for name in wanted))
 
     @contextmanager

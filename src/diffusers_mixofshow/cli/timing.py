@@ -1,0 +1,65 @@
+"""How long a dry run's U-Net passes take: measured where the base ships in the package, counted of any other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from diffusers_mixofshow.base_models import TOYLAND, location_of
+
+
+_MEASURED = 3
+"""Passes that are timed, after one that is not; the quickest counts."""
+_TEXT = 77
+"""Tokens of a prompt."""
+
+
+def time_of(
+    base: str, passes: int, batch: int, *, pixels: tuple[int, int] | None = None, backward: bool = False
+) -> str:
+    """Tell the least time that a number of U-Net passes takes, or that it is not known.
+
+    The embedded base is small enough to be asked here and now. No other model is loaded to be timed.
+
+    Args:
+        base: The base model.
+        passes: How often the U-Net runs.
+        batch: Samples in each pass, both halves of guidance counted.
+        pixels: Height and width of the pictures; the model's own by default.
+        backward: Whether each pass goes back, too, as in training.
+    """
+    way = "there and back " if backward else ""
+    if base != TOYLAND:
+        return f"{passes} times that of one U-Net pass {way}on your device; not measured, as no model is loaded"
+    seconds = _measured(batch, pixels, backward=backward)
+    return (
+        f"at least {_shown(passes * seconds)} on this CPU: {passes} U-Net passes {way}of {1000 * seconds:.0f} ms, "
+        "measured just now; texts, pictures and loading come on top"
+    )
+
+
+def _measured(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> float:
+    """Seconds of one pass of the embedded base's U-Net."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    folder = Path(location_of(TOYLAND))
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+    cells, scale = unet.config.sample_size, 64 // unet.config.sample_size
+    height, width = (side // scale for side in pixels) if pixels else (cells, cells)
+    unet.requires_grad_(False)
+    sample = torch.zeros(batch, unet.config.in_channels, height, width, requires_grad=backward)
+    text = torch.zeros(batch, _TEXT, unet.config.cross_attention_dim)
+    best = float("inf")
+    with torch.set_grad_enabled(backward):
+        for _ in range(_MEASURED + 1):
+            start = time.perf_counter()
+            drawn = unet(sample, 1, text).sample
+            if backward:
+                drawn.sum().backward()
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,70 @@
+"""What the command line says beforehand, and when a name is misspelt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import packs
+from diffusers_mixofshow import EDLoRA, MixOfShowPipeline, cli, toyland
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRANotFoundError
+
+
+@pytest.fixture(scope="module")
+def components():
+    return toyland.load_pipeline().components
+
+
+@pytest.fixture
+def dog(components, tmp_path, monkeypatch):
+    """A folder `dog` with an ED-LoRA of Toyland, in the folder that the command runs in."""
+    monkeypatch.chdir(tmp_path)
+    pack = packs.random_pack(components, "dog")
+    wide = {token: torch.cat([rows] * 4, dim=1) for token, rows in pack.embeddings.items()}
+    replace(pack, embeddings=wide, base_model="toyland").save_pretrained("dog")
+    return EDLoRA.from_pretrained("dog")
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "--concepts", "dog", "--prompt", "a <dog>"),
+        ("fuse", "dog", "--output", "pack"),
+        ("evaluate", "dog"),
+        ("compare", "dog"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_dry_run_tells_the_u_nets_runs_and_their_time(dog, arguments):
+    told = run(*arguments, "--dry-run").stdout
+    assert "U-Net runs: " in told
+    assert "time: at least " in told
+    assert "measured just now" in told
+
+
+def test_no_time_is_made_up_for_a_base_that_is_not_loaded(dog):
+    told = run("sample", "--base", "user/base", "--prompt", "a dog", "--steps", 30, "--dry-run").stdout
+    assert "time: 30 times that of one U-Net pass" in told
+    assert "not measured" in told
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "dgo"), ("push", "dgo"), ("fuse", "dog", "dgo", "--output", "x")])
+def test_a_misspelt_folder_is_guessed(dog, arguments):
+    with pytest.raises(EDLoRANotFoundError, match="Did you mean dog"):
+        run(*arguments)
+
+
+def test_a_misspelt_concept_is_guessed(dog, tmp_path):
+    with pytest.raises(ConfigurationError, match="Did you mean <dog>"):
+        run("compare", "dog", "--photos", f"dgo={tmp_path}", "--dry-run")
+    pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    pipe.load_edlora(dog)
+    with pytest.raises(ConceptError, match="Did you mean <dog>"):
+        pipe.unload_edlora("<dgo>")

@@ -1,0 +1,88 @@
+"""What was exported for other programs is read back whole, with the embeddings that lie beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import packs
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.interop import convert, read_as_edlora
+from diffusers_mixofshow.interop.architectures import EMBEDDED
+from diffusers_mixofshow.interop.foreign import read_foreign
+from diffusers_mixofshow.interop.summary import summary_of_foreign
+from diffusers_mixofshow.interop.textual_inversion import mean_over_layers
+from diffusers_mixofshow.sites import cross_attention_layers
+
+
+def toyland_pack(name, components):
+    pack = packs.random_pack(components, name, alphas=(4.0, 2.0))
+    embeddings = {token: torch.cat([rows] * 4, dim=1) for token, rows in pack.embeddings.items()}
+    return replace(pack, embeddings=embeddings, base_model="toyland")
+
+
+@pytest.fixture(scope="module")
+def rex():
+    components = toyland.load_pipeline().components
+    return toyland_pack("rex", components)
+
+
+def lora_file(folder):
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+@pytest.mark.parametrize("given", [lambda folder: folder, lora_file], ids=["folder", "file"])
+def test_an_export_comes_back_with_its_embeddings(rex, tmp_path, to, given):
+    convert(rex, tmp_path / "out", to)
+    back = read_as_edlora(given(tmp_path / "out"), class_word="dog")
+    assert [(c.placeholder, c.tokens) for c in back.concepts] == [(c.placeholder, c.tokens) for c in rex.concepts]
+    assert back.layers == rex.layers
+    assert back.lora.keys() == rex.lora.keys()
+    for site, update in rex.lora.items():
+        assert torch.equal(back.lora[site].down, update.down)
+        assert torch.equal(back.lora[site].up, update.up)
+    for token, rows in rex.embeddings.items():
+        assert torch.equal(back.embeddings[token], mean_over_layers(rows).expand_as(rows))
+
+
+def test_the_base_of_toylands_layers_is_known(rex, tmp_path):
+    convert(rex, tmp_path / "out", "kohya")
+    found = summary_of_foreign(read_foreign(lora_file(tmp_path / "out")))
+    assert "Toyland" in found["architecture"]
+    assert found["problems"] == []
+    convert(tmp_path / "out", tmp_path / "back", "edlora", class_word="dog")
+    assert EDLoRA.from_pretrained(tmp_path / "back").base_model == "toyland"
+
+
+def test_the_table_of_toylands_layers_is_its_u_nets():
+    assert cross_attention_layers(toyland.load_pipeline().unet) == EMBEDDED.layers
+
+
+def test_exports_side_by_side_keep_their_own_embeddings(rex, tmp_path):
+    other = toyland_pack("bobo", toyland.load_pipeline().components)
+    for pack in (rex, other):
+        convert(pack, tmp_path / f"{pack.concepts[0].name}.safetensors", "kohya")
+    assert [c.placeholder for c in read_as_edlora(tmp_path / "bobo.safetensors").concepts] == ["<bobo>"]
+
+
+def test_an_export_that_was_moved_alone_says_what_is_missing(rex, tmp_path):
+    convert(rex, tmp_path / "out", "kohya")
+    alone = lora_file(tmp_path / "out").rename(tmp_path / "rex.safetensors")
+    (problem,) = summary_of_foreign(read_foreign(alone))["problems"]
+    assert "embeddings/" in problem
+    assert "<rex>" in problem
+
+
+def test_names_in_the_metadata_lead_nowhere_else(rex, tmp_path):
+    """Words of a stranger's file become plain names in the folder beside it."""
+    from diffusers_mixofshow.interop.lora_files import announcing, write_kohya
+
+    outside = convert(rex, tmp_path / "secret.safetensors", "textual-inversion").files[0]
+    path = write_kohya(tmp_path / "in" / "x.safetensors", rex.lora, announcing([f"../../{outside.stem}"]))
+    (tmp_path / "in" / "embeddings").mkdir()
+    assert read_foreign(path).vectors == {}
