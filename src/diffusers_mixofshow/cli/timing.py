@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from diffusers_mixofshow.base_models import TOYLAND, location_of
+from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
 
 
 _MEASURED = 3
@@ -44,7 +44,7 @@ def _measured(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> 
     from diffusers import UNet2DConditionModel
 
     folder = Path(location_of(TOYLAND))
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **in_dtype(torch.float32))
     cells, scale = unet.config.sample_size, 64 // unet.config.sample_size
     height, width = (side // scale for side in pixels) if pixels else (cells, cells)
     unet.requires_grad_(False)
