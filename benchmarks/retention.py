@@ -64,7 +64,7 @@ SETTINGS = (
     "closed-form:sequential=false",
     "closed-form:sequential=false,ridge=auto",
     "closed-form:sequential=false,ridge=0.01",
-    "closed-form:sequential=false,ridge=0.1",
+    "closed-form:sequential=false,ridge=0.001",
     "closed-form:sequential=false,statistics_bytes=80000",
     "closed-form:text_tokens=unpadded",
     "closed-form:text_tokens=concept",

@@ -345,7 +345,7 @@ def test_residuals_of_the_report_are_those_of_the_pack(pipe: MixOfShowPipeline) 
     fused = GradientFuser(pipe, sequential=False, **CLOSED_FORM).fuse(sources)
     prompts = ["a <rex>", "two <rex>"]
     sites = list(sources[0].lora)
-    statistics = collect(pipe, sources[0], prompts, sites, Recording(steps=2, batch_size=2))
+    statistics = collect(pipe, sources[0], prompts, sites, Recording(steps=2, batch_size=2), hold_out=True)
     for site in sites[::7]:
         own, pack = (
             Factors(down=edlora.lora[site].scaling * edlora.lora[site].down, up=edlora.lora[site].up)

@@ -251,6 +251,14 @@ def test_a_concept_that_is_hardly_kept_is_warned_of_and_no_other(published: list
         assert GradientFuser().fuse(published[:2]).report.poor == ()
 
 
+def test_the_usual_ridge_is_larger_where_each_concept_was_recorded_with_its_own_model(
+    pipe: MixOfShowPipeline, published: list[Path]
+) -> None:
+    assert GradientFuser().fuse(published).report.data["ridge"] == 0.1
+    assert GradientFuser(ridge=1e-2).fuse(published).report.data["ridge"] == 1e-2
+    assert GradientFuser(pipe, steps=1).fuse(published[:1]).report.data["ridge"] == 1e-3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_one_signature(published: list[Path], method: Method) -> None:
     pack = GradientFuser().fuse(published[:2], method=method)

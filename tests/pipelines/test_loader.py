@@ -37,6 +37,12 @@ def test_the_base_in_the_package_has_a_name_and_any_diffusers_takes_a_dtype(recw
     assert [str(warning.message) for warning in recwarn if "dtype" in str(warning.message)] == []
 
 
+def test_a_base_in_half_precision_is_loaded_in_one_dtype_where_none_is_given(latents):
+    pipe = MixOfShowPipeline.from_pretrained("toyland")
+    assert {pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {torch.float32}
+    assert latents(pipe, "a dog").isfinite().all()
+
+
 def test_another_pipeline_has_no_concepts(pipe, make_pack, components):
     pipe.load_edlora(make_pack("potter"))
     assert MixOfShowPipeline(**components, requires_safety_checker=False).concepts == {}

@@ -69,6 +69,10 @@ Solver = Annotated[
     Method,
     typer.Option(help="closed-form is gradient fusion, lbfgs the paper's solver; the others are baselines."),
 ]
+RidgeText = Annotated[
+    str | None,
+    typer.Option(help="Weight of small updates against a perfect fit, or 'auto' (default: 0.1, sequential 1e-3)."),
+]
 Prior = Annotated[
     float,
     typer.Option(help="Weight of keeping the base on prompts without concepts, such as 0.1; needs the base model."),
@@ -92,7 +96,7 @@ def fuse(
     weight: Annotated[
         list[float] | None, typer.Option(help="Share of each source, in their order; repeat it.")
     ] = None,
-    ridge: Annotated[str, typer.Option(help="Weight of small updates against a perfect fit, or 'auto'.")] = "1e-3",
+    ridge: RidgeText = None,
     prior: Prior = 0.0,
     max_rank: Annotated[int | None, typer.Option(help="Cut fused updates down to this rank.")] = None,
     device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
@@ -185,7 +189,9 @@ def _runs(gathered: Sequence[Source], features: Features) -> int:
     return steps * sum(math.ceil(count / recording.batch_size) for count in prompts)
 
 
-def _ridge(text: str) -> Ridge:
+def _ridge(text: str | None) -> Ridge | None:
+    if text is None:
+        return None
     if text == "auto":
         return "auto"
     try:

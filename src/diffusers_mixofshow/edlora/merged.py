@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import location_of, not_loadable
+from diffusers_mixofshow.base_models import in_dtype, location_of, not_loadable
 from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, MixOfShowError
@@ -53,6 +53,7 @@ def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[P
         with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as temporary:
             pipeline.to(torch.float16).save_pretrained(temporary)
             mark(Path(temporary))
+            _declare_float32(Path(temporary) / "text_encoder" / "config.json")
             yield Path(temporary)
             (folder / _INDEX).unlink(missing_ok=True)
             for written in sorted(Path(temporary).iterdir(), key=lambda path: path.name == _INDEX):
@@ -72,6 +73,16 @@ def mark(folder: Path) -> None:
     """Note in a pipeline's index that concepts lie beside it."""
     index = folder / _INDEX
     write_whole(index, json.dumps({**json.loads(index.read_text()), _MARK: True}, indent=2).encode())
+
+
+def _declare_float32(config: Path) -> None:
+    """Have a text encoder read in float32 where no dtype is asked for, as diffusers reads all other parts.
+
+    transformers 5 takes the dtype that stands in the file, and half of a pipeline in float16 draws nothing.
+    """
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("torch_dtype", None)  # what older versions call it
+    write_whole(config, json.dumps({**values, "dtype": "float32"}, indent=2).encode())
 
 
 def has_concepts(
@@ -105,13 +116,15 @@ def load_base(base_model: str) -> StableDiffusionPipeline:
     from diffusers import StableDiffusionPipeline
 
     try:
-        pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(location_of(base_model))
+        pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
+            location_of(base_model), **in_dtype(torch.float32)
+        )
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"{not_loadable(base_model, error)} merged=True writes a complete pipeline and needs the base model; "
             "without it the pack alone is written."
         ) from error
-    return pipeline.to(torch.float32)
+    return pipeline
 
 
 @torch.no_grad()

@@ -58,11 +58,13 @@ class EDLoRALoader:
         """Load a pipeline, and its concepts where `EDLoRA.save_pretrained(..., merged=True)` wrote them.
 
         Takes what `DiffusionPipeline.from_pretrained` takes, ``dtype=`` with every version of diffusers, and
-        ``"toyland"`` for the base that ships in the package.
+        ``"toyland"`` for the base that ships in the package. Without a dtype all parts are float32, whatever their
+        files hold.
         """
         source = location_of(os.fspath(pretrained_model_name_or_path))
-        if "dtype" in kwargs:
-            kwargs |= in_dtype(kwargs.pop("dtype"))
+        if "torch_dtype" not in kwargs:
+            # By themselves diffusers reads its models in float32, and transformers 5 its own as they were written.
+            kwargs |= in_dtype(kwargs.pop("dtype", torch.float32))
         pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         if has_concepts(source, kwargs.get("revision"), kwargs.get("cache_dir")):
             shared = ("revision", "token", "cache_dir", "local_files_only")
