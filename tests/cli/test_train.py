@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusers_mixofshow import cli, client
+from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 
@@ -130,6 +132,8 @@ def test_a_dry_run_reads_the_photos_and_writes_nothing(trained: list[TrainingCon
     assert "base model: toyland" in result.stdout
     assert "concept: <rex>, a dog" in result.stdout
     assert "photos: 2 with 2 different captions, 0 with a mask" in result.stdout
+    told = CliRunner().invoke(cli.app, [*asked, "--output", str(tmp_path / "rex"), "--json"], catch_exceptions=False)
+    assert json.loads(told.stdout)["base model"].startswith("toyland")
     assert trained == []
     assert not (tmp_path / "rex").exists()
     (tmp_path / "taken").write_text("a file", encoding="utf-8")
@@ -137,3 +141,18 @@ def test_a_dry_run_reads_the_photos_and_writes_nothing(trained: list[TrainingCon
     assert "cannot be written" in str(unwritable.exception)
     (photos / "b.png").write_bytes(b"")
     assert isinstance(CliRunner().invoke(cli.app, asked).exception, TrainingDataError)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_is_told_as_json(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (64, 64), colour).save(photos / f"{name}.png")
+    short = ["--steps", "1", "--embedding-phase-steps", "1", "--no-save-statistics", "--json"]
+    asked = ["train", str(photos), "--concept", "rex", "--class-word", "dog", "--base", "toyland", *short]
+    result = CliRunner().invoke(cli.app, [*asked, "--output", str(tmp_path / "rex")], catch_exceptions=False)
+    told = json.loads(result.stdout)
+    assert told["concept"] == "<rex>"
+    assert told["settings"]["max_train_steps"] == 1
+    assert EDLoRA.from_pretrained(told["output"]).concepts[0].class_word == "dog"

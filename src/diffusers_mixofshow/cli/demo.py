@@ -17,6 +17,7 @@ def demo(
     ] = None,
     class_word: Annotated[str | None, typer.Option(help="What your pictures show, e.g. dog.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of tuning and sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the demo's report.json.")] = False,
 ) -> None:
     """Tune four concepts, fuse them, sample them alone and together, and write a page that shows and measures it.
 
@@ -33,4 +34,4 @@ def demo(
     page = run_demo(
         DemoSettings(folder=output, photos=photos, class_word=class_word, seed=seed), console=Console(stderr=True)
     )
-    typer.echo(f"Open {page.resolve()}")
+    typer.echo((page.parent / "report.json").read_text("utf-8") if as_json else f"Open {page.resolve()}")

@@ -75,7 +75,7 @@ def train(**given: Any) -> None:
     """
     config: Path | None = given.pop("config")
     photos: str | None = given.pop("photos")
-    dry_run = bool(given.pop("dry_run"))
+    dry_run, as_json = bool(given.pop("dry_run")), bool(given.pop("as_json"))
     options = _values_of_options(given)
     if photos is not None and "instance_data_dir" in options:
         raise ConfigurationError("The photos are given twice: as PHOTOS and as --instance-data-dir.")
@@ -86,13 +86,18 @@ def train(**given: Any) -> None:
     with _options_in_errors(spelt), warnings_as_sentences(lambda text: _respelt(text, spelt)):
         checked = training_config(in_file | options)
         if dry_run:
-            tell(plan_of_training(checked))
+            tell(plan_of_training(checked), as_json=as_json)
             return
 
         from diffusers_mixofshow.client import tune_concept
 
         tune_concept(checked)
-    typer.echo(f"Wrote the ED-LoRA of <{checked.concept_to_learn.name}> to {checked.output_dir}")
+    concept = checked.concept_to_learn
+    if as_json:
+        made = {"output": str(checked.output_dir), "concept": concept.placeholder, "class_word": concept.class_word}
+        tell(made | {"settings": checked.as_record()}, as_json=True)
+    else:
+        typer.echo(f"Wrote the ED-LoRA of {concept.placeholder} to {checked.output_dir}")
 
 
 def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
@@ -127,6 +132,8 @@ def _parameters() -> Iterator[inspect.Parameter]:
     config = typer.Option(help="TOML or YAML file with settings, one a line: class_word = 'man'.", metavar="<path>")
     yield _parameter("config", Annotated[Path | None, config])
     yield _parameter("dry_run", DryRun)
+    as_json = typer.Option("--json", help="Print the folder, the concept and all settings as JSON; a plan, too.")
+    yield _parameter("as_json", Annotated[bool, as_json])
     panel = None
     for setting in _SETTINGS.values():
         panel = _PANELS.get(setting.name, panel)
