@@ -176,14 +176,19 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         text_tower(average.model.cpu()).save_pretrained(output / "text_encoder")
 
 
+def _earlier_parts(output: Path, device: torch.device) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
+    """What stages 1 and 2 have written."""
+    vae = AutoencoderKL.from_pretrained(output / "vae").to(device)
+    text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder").float().to(device)
+    return vae, text_encoder, CLIPTokenizer.from_pretrained(output / "tokenizer")
+
+
 def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 3; needs stages 1 and 2 and writes ``output/pipeline`` at every checkpoint."""
     accelerator = joined_processes()
     torch.manual_seed(config.seed)
     device = accelerator.device
-    vae = AutoencoderKL.from_pretrained(output / "vae").to(device)
-    text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder").float().to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+    vae, text_encoder, tokenizer = _earlier_parts(output, device)
     initial = output / "initial_unet"
     unet = UNet2DConditionModel.from_pretrained(initial) if initial.exists() else build_unet()
     objective = DenoisingObjective(unet, text_encoder)
@@ -237,9 +242,7 @@ def train_layout(output: Path, config: LoopConfig, *, batch_size: int, pool_size
     accelerator = joined_processes()
     torch.manual_seed(config.seed)
     device = accelerator.device
-    vae = AutoencoderKL.from_pretrained(output / "vae").to(device)
-    text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder").float().to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+    vae, text_encoder, tokenizer = _earlier_parts(output, device)
     unet = UNet2DConditionModel.from_pretrained(trained_unet(output)).float().to(device)
     objective = LayoutObjective(build_layout_adapter(), unet, text_encoder)
     first = accelerator.process_index * pool_size
