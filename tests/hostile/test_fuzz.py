@@ -156,6 +156,15 @@ def test_any_json_anywhere_in_the_record_of_fusion(sound, folder, data):
     assert (folder / "again" / "README.md").read_text()
 
 
+def test_a_weight_that_no_float_holds_is_left_out_of_the_card(sound, folder):
+    """Found by the long run of the fuzzing above."""
+    fusion = put(FUSION, ("sources", 0, "weight"), 10**400)
+    header = put(sound.header, ("__metadata__", "edlora"), json.dumps(sound.ours | {"training": {"fusion": fusion}}))
+    read_all(folder, content(header, sound.data))
+    EDLoRA.from_pretrained(folder).save_pretrained(folder / "again")
+    assert "<rex>" in (folder / "again" / "README.md").read_text()
+
+
 LAYOUT = {
     "format": "mixofshow-layout",
     "version": 1,

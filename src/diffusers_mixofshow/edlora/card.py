@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -390,7 +390,8 @@ def _residuals(training: Mapping[str, object]) -> dict[str, tuple[float, float]]
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    # JSON's integers have no end, and float() of a very long one fails.
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def _table(rows: Sequence[Iterable[str]]) -> str:
