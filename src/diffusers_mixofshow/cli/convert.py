@@ -43,7 +43,8 @@ def convert(
 
     \b
     Examples:
-      mixofshow convert edlora_model-latest.pth edlora-potter --to edlora --class-word man
+      mixofshow convert edlora_model-latest.pth edlora-potter --to edlora \\
+        --class-word man
       mixofshow convert hogwarts for-comfyui --to kohya
     """
     from diffusers_mixofshow import interop

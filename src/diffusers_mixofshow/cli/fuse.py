@@ -114,7 +114,8 @@ def fuse(
 
     \b
     Example:
-      mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos --output hogwarts
+      mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos \\
+        --output hogwarts
     """
     from diffusers_mixofshow.fusion import GradientFuser
     from diffusers_mixofshow.fusion.solving import MEASURED

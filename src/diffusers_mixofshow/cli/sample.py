@@ -71,7 +71,7 @@ def sample(
     \b
     Example:
       mixofshow sample --concepts hogwarts --prompt "two people near the castle" \\
-        --region "0,0,0.5,1:a <potter>" --region "0.5,0,1,1:a <hermione>"
+        --region "0,0.2,0.5,1:a <potter>" --region "0.5,0.2,1,1:a <hermione>"
     """
     plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
     _refuse_contradictions(plan, output, guidance, refine=refine)
