@@ -20,6 +20,7 @@ from diffusers_mixofshow.errors import ConfigurationError
 
 
 if TYPE_CHECKING:
+    from diffusers_mixofshow.fusion import GradientFuser
     from diffusers_mixofshow.fusion.solving import Ridge
     from diffusers_mixofshow.fusion.sources import Source
 
@@ -117,7 +118,6 @@ def fuse(
       mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos \\
         --output hogwarts
     """
-    from diffusers_mixofshow.fusion import GradientFuser
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
 
@@ -128,12 +128,7 @@ def fuse(
     if dry_run:
         tell(_plan(gathered, base_model, features, max_rank, output), as_json=as_json)
         return
-    settings: dict[str, Any] = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
-    if base_model is None:
-        fuser = GradientFuser(**settings)
-    else:
-        settings |= {"sequential": features is not Features.OWN, "guidance_scale": usual_guidance(base_model)}
-        fuser = GradientFuser(load_base(base_model), prior=prior, **settings)
+    fuser = _fuser(base_model, features, prior, ridge=_ridge(ridge), max_rank=max_rank, device=device)
     fused = fuser.fuse(gathered, method=method.value, weights=weight)
     if not writes:
         return
@@ -147,6 +142,16 @@ def fuse(
     if fused.report.residuals:
         fused.report.print()
     typer.echo(f"Wrote the fused pack of {', '.join(names)} to {output}")
+
+
+def _fuser(base_model: str | None, features: Features, prior: float, **settings: Any) -> GradientFuser:
+    """The fuser of these settings, with the base loaded where one is needed."""
+    from diffusers_mixofshow.fusion import GradientFuser
+
+    if base_model is None:
+        return GradientFuser(**settings)
+    settings |= {"sequential": features is not Features.OWN, "guidance_scale": usual_guidance(base_model)}
+    return GradientFuser(load_base(base_model), prior=prior, **settings)
 
 
 def _joins_others() -> bool:
