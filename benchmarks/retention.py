@@ -45,7 +45,7 @@ from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import Identity, Subject, mean_identity, measure_identity, retention
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
-from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
@@ -455,14 +455,6 @@ def main() -> None:
     }
     path = options.record or Path(__file__).parent / "records" / "retention.json"
     console.print(f"Record: {record.write(path, content)}")
-
-
-def subject_of(concept: ToyConcept, judge: ToylandJudge) -> Subject:
-    return Subject(
-        name=concept.name,
-        photos=judge.features([photo.image for photo in toyland.photos(concept)]),
-        attributes=hidden_attributes(concept),
-    )
 
 
 if __name__ == "__main__":

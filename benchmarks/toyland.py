@@ -45,7 +45,7 @@ from diffusers_mixofshow.evaluation.prompts import (
     regions_of,
 )
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
-from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
 from diffusers_mixofshow.regions import Isolation
@@ -252,14 +252,7 @@ def round_trip(pipe: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def subjects_of(names: Sequence[str], judge: ToylandJudge) -> list[Subject]:
-    return [
-        Subject(
-            name=name,
-            photos=judge.features([photo.image for photo in toyland.photos(toyland.CONCEPTS[name])]),
-            attributes=hidden_attributes(toyland.CONCEPTS[name]),
-        )
-        for name in names
-    ]
+    return [subject_of(toyland.CONCEPTS[name], judge) for name in names]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -133,14 +133,14 @@ class Bench:
         import torch
 
         from diffusers_mixofshow import MixOfShowPipeline
-        from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
+        from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
 
         torch.set_num_threads(1)
         self.plan = plan
         self.pipe: Any = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
         self.judge = ToylandJudge.load()
         # All of them, so that what is nearest does not depend on which are measured.
-        self.subjects = {name: self._subject(name) for name in (*IN_DOMAIN, *OUT_OF_DOMAIN)}
+        self.subjects = {name: subject_of(toyland.CONCEPTS[name], self.judge) for name in (*IN_DOMAIN, *OUT_OF_DOMAIN)}
 
     def measured(self, run: Run) -> dict[str, Any]:
         """Tune, sample at every scale, and judge."""
@@ -179,14 +179,6 @@ class Bench:
         )
         pictures = sample_pictures(self.pipe, fill_templates(HELD_OUT_PROMPTS, subject, plan.pictures), sampling)
         return measure_identity(pictures, self.subjects[concept], list(self.subjects.values()), self.judge).as_record()
-
-    def _subject(self, name: str) -> Any:
-        from diffusers_mixofshow.evaluation.identity import Subject
-        from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
-
-        concept = toyland.CONCEPTS[name]
-        photos = self.judge.features([photo.image for photo in toyland.photos(concept)])
-        return Subject(name=name, photos=photos, attributes=hidden_attributes(concept))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.identity import (
+    NOBODY,
     Identity,
     Subject,
     concepts_in_regions,
@@ -78,6 +80,21 @@ def test_concepts_are_found_where_they_stand() -> None:
     found = concepts_in_regions([picture], column_boxes(2), SUBJECTS, JUDGE)
     assert found == [["ruby", "azure"]]
     assert region_accuracy(found, [("ruby", "ruby")]) == {"regions": 0.5, "whole_pictures": 0.0}
+
+
+class ClassJudge(ColourJudge):
+    """Reads classes as well: what is light is a dog."""
+
+    def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
+        classes = ["dog" if row.sum() > 500 else "cat" for row in self.features(images)]
+        return [seen | {"class": name} for seen, name in zip(super().read(images), classes, strict=True)]
+
+
+def test_a_concept_is_found_only_where_its_class_is_read() -> None:
+    picture = Image.new("RGB", (96, 64), (255, 200, 200))
+    picture.paste("red", (0, 0, 48, 64))
+    candidates = [dataclasses.replace(subject, class_word="dog") for subject in SUBJECTS]
+    assert concepts_in_regions([picture], column_boxes(2), candidates, ClassJudge()) == [[NOBODY, "ruby"]]
 
 
 def test_a_region_is_cut_as_a_square_that_stays_inside() -> None:

@@ -90,4 +90,5 @@ def _subject(concept: DemoConcept, photos: Sequence[Image.Image], judge: Judge) 
         name=concept.name,
         photos=judge.features(photos),
         attributes=concept.attributes,
+        class_word=concept.class_word if concept.attributes else None,
     )

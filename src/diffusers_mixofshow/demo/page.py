@@ -222,7 +222,7 @@ def _together(pictures: Pictures, measures: Measures) -> str:
 
 def _figure(image: Image.Image, found: Sequence[str], right: Sequence[str]) -> str:
     names = " · ".join(
-        f"<span class='{'right' if name == wanted else 'wrong'}'>{escape(name)} "
+        f"<span class='{'right' if name == wanted else 'wrong'}'>{escape(name or 'none of them')} "
         f"{'✓' if name == wanted else f'✗ (asked: {escape(wanted)})'}</span>"
         for name, wanted in zip(found, right, strict=True)
     )

@@ -18,6 +18,9 @@ Box = tuple[float, float, float, float]
 CROP_SHARE = 1.3
 """Side of the square cut around a region, as a multiple of the region's width."""
 
+NOBODY = ""
+"""In place of a concept's name: what stands there is of no candidate's class."""
+
 
 class Judge(Protocol):
     """Who looks at pictures."""
@@ -29,7 +32,7 @@ class Judge(Protocol):
         """Features of texts in the same space, shape (n, d)."""
 
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
-        """For every picture, attribute name to the value read."""
+        """For every picture, attribute name to the value read; ``class`` is one where classes are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +43,13 @@ class Subject:
         name: The concept's name.
         photos: Features of its photos, shape (m, d).
         attributes: What the attribute reader should find; empty where it is not known.
+        class_word: What the attribute reader calls its class; None where it reads no classes.
     """
 
     name: str
     photos: torch.Tensor
     attributes: Mapping[str, str]
+    class_word: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +137,8 @@ def concepts_in_regions(
     """Name the concept that every region shows.
 
     Where the attributes of all candidates are known, it is the one with most attributes read in the region, ties
-    and all other cases decided by the metric model's nearest photos.
+    and all other cases decided by the metric model's nearest photos. A candidate whose class is known is found only
+    where its class is read, so that a brown cat is nobody where a brown dog was asked for.
 
     Args:
         pictures: Pictures with several concepts.
@@ -141,13 +147,17 @@ def concepts_in_regions(
         judge: Who looks.
 
     Returns:
-        For every picture, one name a region.
+        For every picture, one name a region; `NOBODY` where there is none.
     """
     crops = [crop_region(picture, box) for picture in pictures for box in boxes]
     similarity = _similarity(judge.features(crops), candidates)
     if all(candidate.attributes for candidate in candidates):
-        similarity = similarity + _agreement(crops, candidates, judge)
-    names = [candidates[int(index)].name for index in similarity.argmax(dim=1)]
+        similarity = similarity + _agreement(judge.read(crops), candidates)
+    likeliest = similarity.max(dim=1)
+    names = [
+        NOBODY if score == -torch.inf else candidates[int(index)].name
+        for score, index in zip(likeliest.values, likeliest.indices, strict=True)
+    ]
     return [names[start : start + len(boxes)] for start in range(0, len(names), len(boxes))]
 
 
@@ -171,10 +181,15 @@ def _similarity(features: torch.Tensor, candidates: Sequence[Subject]) -> torch.
     return torch.stack([metrics.cosine_matrix(features, each.photos).mean(dim=1) for each in candidates], dim=1)
 
 
-def _agreement(crops: Sequence[Image.Image], candidates: Sequence[Subject], judge: Judge) -> torch.Tensor:
-    """Share of every candidate's attributes read in every crop, shape (n, candidates)."""
+def _agreement(read: Sequence[Mapping[str, str]], candidates: Sequence[Subject]) -> torch.Tensor:
+    """Share of every candidate's attributes read in every crop, shape (n, candidates); -inf for other classes."""
     shares = [
-        [metrics.attribute_accuracy([read], candidate.attributes) for candidate in candidates]
-        for read in judge.read(crops)
+        [
+            metrics.attribute_accuracy([crop], candidate.attributes)
+            if candidate.class_word in (None, crop.get("class"))
+            else -torch.inf
+            for candidate in candidates
+        ]
+        for crop in read
     ]
     return torch.tensor(shares, dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow import toyland
+from diffusers_mixofshow.evaluation.identity import Subject
 
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ class ToylandJudge:
             {name: self._reader.vocabulary[name][int(values[index])] for name, values in likeliest.items()}
             for index in range(len(images))
         ]
+
+
+def subject_of(concept: toyland.ToyConcept, judge: ToylandJudge) -> Subject:
+    """One of Toyland's things as the judge knows it from its usual photos."""
+    return Subject(
+        name=concept.name,
+        photos=judge.features([photo.image for photo in toyland.photos(concept)]),
+        attributes=hidden_attributes(concept),
+        class_word=concept.class_word,
+    )
 
 
 def hidden_attributes(concept: toyland.ToyConcept) -> dict[str, str]:
