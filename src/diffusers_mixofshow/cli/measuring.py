@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.evaluation.identity import Judge
     from diffusers_mixofshow.evaluation.packs import Evaluation, Reference, Row
+    from diffusers_mixofshow.toyland import ToyConcept
 
 Photos = Annotated[
     list[str] | None,
@@ -99,6 +100,7 @@ class Measurement:
             count=self.asked.pictures,
             steps=self.asked.steps,
             photos={name: len(files) for name, files in self.photos.items()},
+            drawn=list(_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else [],
             metric_model=self.settings["metric_model"],
             writes=writes,
         )
@@ -260,16 +262,21 @@ def _drawn(packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_att
     from diffusers_mixofshow.evaluation.packs import Reference
     from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
 
-    concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
     references = {}
-    for placeholder, concept in concepts.items():
-        toy = toyland.CONCEPTS.get(concept.name)
-        if toy is None or toy.class_word != concept.class_word or placeholder in given:
-            continue
+    for placeholder, toy in _toyland_concepts(packs, given).items():
         attributes = hidden_attributes(toy) if with_attributes and toy.kind != "scene" else {}
         photos: list[Image.Image] = [photo.image for photo in toyland.photos(toy)]
         references[placeholder] = Reference(photos=photos, attributes=attributes)
     return references
+
+
+def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) -> dict[str, ToyConcept]:
+    """Those of the packs' concepts that are Toyland's own and have no photos of the user's."""
+    from diffusers_mixofshow import toyland
+
+    concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
+    own = {name: toyland.CONCEPTS.get(concept.name) for name, concept in concepts.items() if name not in given}
+    return {name: toy for name, toy in own.items() if toy is not None and toy.class_word == concepts[name].class_word}
 
 
 @contextmanager

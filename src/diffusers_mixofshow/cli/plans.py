@@ -57,7 +57,8 @@ def plan_of_sampling(
         refine: Whether regions are drawn anew afterwards.
         output: One file for each picture.
     """
-    size = f"{plan.width or 'own'} x {plan.height or 'own'}"
+    own = "the model's own"
+    size = f"{plan.width or own} x {plan.height or own} pixels" if plan.width or plan.height else own
     batch = len(output) * (2 if guidance > 1 else 1)
     pixels = (plan.height, plan.width) if plan.height and plan.width else None
     return {
@@ -66,7 +67,7 @@ def plan_of_sampling(
         "weight updates": f"{sum(map(_parameters, packs)):,} numbers",
         "prompt": plan.prompt,
         "regions": len(plan.regions),
-        "size": f"{size} pixels",
+        "size": size,
         "pictures": len(output),
         "U-Net runs": f"{steps}, each on a batch of {batch}",
         "drawn anew": f"{len(plan.regions) * len(output)} regions, up to {steps} runs each" if refine else "none",
@@ -158,6 +159,7 @@ def plan_of_measuring(
     count: int,
     steps: int,
     photos: Mapping[str, int],
+    drawn: Sequence[str],
     metric_model: str,
     writes: Sequence[Path],
 ) -> dict[str, Any]:
@@ -169,17 +171,20 @@ def plan_of_measuring(
         count: Pictures of each concept in each pack.
         steps: Denoising steps.
         photos: Placeholder to the number of photos given.
+        drawn: Placeholders of Toyland's own concepts, whose photos are drawn.
         metric_model: Who looks at the pictures.
         writes: Files and folders.
     """
     from diffusers_mixofshow.evaluation.packs import picture_count
 
     pictures = picture_count(packs, count)
+    references = [f"{number} of {name}" for name, number in photos.items()]
+    references += [f"drawn of {', '.join(drawn)}"] if drawn else []
     return {
         "base model": _told_base(base),
         "packs": "; ".join(f"{name}: {_names([pack])}" for name, pack in packs.items()),
         "metric model": _told_base(metric_model),
-        "photos": ", ".join(f"{number} of {name}" for name, number in photos.items()) or "none given",
+        "photos": ", ".join(references) or "none given",
         "pictures": pictures,
         "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
         "time": time_of(base, pictures * steps, 2),

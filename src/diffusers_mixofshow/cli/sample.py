@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +18,7 @@ from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_ima
 from diffusers_mixofshow.cli.plans import DryRun, plan_of_sampling, tell
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import split_prompt
-from diffusers_mixofshow.errors import ConfigurationError, RegionError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, RegionError
 
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def sample(
     packs = [read_pack(source) for source in concepts or []]
     base, files = base or _base_of(packs), numbered(output, count)
     guidance = usual_guidance(base) if guidance is None else guidance
+    _warn_of_bare_names(plan, packs)
     if dry_run:
         _refuse_unknown(plan, packs)
         planned = plan_of_sampling(plan, packs, base, steps=steps, guidance=guidance, refine=refine, output=files)
@@ -154,8 +157,25 @@ def _refined(pipe: Any, image: Any, seed: int, plan: Layout, steps: int, guidanc
 def _refuse_unknown(plan: Layout, packs: list[EDLoRA]) -> None:
     """Refuse concepts in prompts that no pack holds."""
     known = [concept for pack in packs for concept in pack.concepts]
-    for text in (plan.prompt or "", *(region.prompt for region in plan.regions)):
+    for text in _texts(plan):
         split_prompt(text, known)
+
+
+def _warn_of_bare_names(plan: Layout, packs: list[EDLoRA]) -> None:
+    """Warn of concepts that are nowhere asked for while a prompt has their name as a plain word."""
+    texts = _texts(plan)
+    for concept in (concept for pack in packs for concept in pack.concepts):
+        asked_for = any(name in text for name in (concept.placeholder, *concept.tokens) for text in texts)
+        bare = re.compile(rf"(?<![\w<]){re.escape(concept.name)}(?![\w>])", re.IGNORECASE)
+        found = next((match[0] for text in texts if (match := bare.search(text))), None)
+        if found and not asked_for:
+            warnings.warn(
+                f"the prompt says {found}; did you mean {concept.placeholder}?", MixOfShowWarning, stacklevel=2
+            )
+
+
+def _texts(plan: Layout) -> list[str]:
+    return [plan.prompt or "", *(region.prompt for region in plan.regions)]
 
 
 def _size(pipe: Any, plan: Layout) -> dict[str, int]:
