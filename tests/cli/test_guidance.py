@@ -91,6 +91,17 @@ def test_a_misspelt_folder_is_guessed(dog, arguments):
         run(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("base", "guess"), [("./toylnad", "'toyland'"), ("models/sd15x", "'models/sd15'"), ("./mdoels", "'models'")]
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_misspelt_folder_of_a_base_is_guessed(tmp_path, monkeypatch, base, guess, more):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sd15").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match=f"Did you mean {guess}.*no such folder"):
+        run("sample", "--base", base, "--prompt", "a dog", *more)
+
+
 def test_a_misspelt_concept_is_guessed(dog, tmp_path):
     with pytest.raises(ConfigurationError, match="Did you mean <dog>"):
         run("compare", "dog", "--photos", f"dgo={tmp_path}", "--dry-run")

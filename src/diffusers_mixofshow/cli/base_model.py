@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def load_base(name: str) -> MixOfShowPipeline:
     import torch
 
     from diffusers_mixofshow import toyland
+    from diffusers_mixofshow.edlora.models import load_model
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -47,7 +49,7 @@ def load_base(name: str) -> MixOfShowPipeline:
         if name == TOYLAND:
             pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
         else:
-            pipe = MixOfShowPipeline.from_pretrained(name, dtype=dtype)
+            pipe = load_model(name, partial(MixOfShowPipeline.from_pretrained, dtype=dtype))
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())

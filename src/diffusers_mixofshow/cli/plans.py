@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.base_models import location_of, not_loadable
 from diffusers_mixofshow.cli.timing import time_of
 
 
@@ -183,7 +183,7 @@ def plan_of_measuring(
     return {
         "base model": _told_base(base),
         "packs": "; ".join(f"{name}: {_names([pack])}" for name, pack in packs.items()),
-        "metric model": _told_base(metric_model),
+        "metric model": _told_model(metric_model),
         "photos": ", ".join(references) or "none given",
         "pictures": pictures,
         "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
@@ -193,12 +193,23 @@ def plan_of_measuring(
 
 
 def _told_base(base: str) -> str:
-    """The base with its size on this disk; of the Hub's, that it may be downloaded."""
-    folder = Path(location_of(base))
+    """The base, told as any model; refused where it can only be meant for a folder that is not there."""
+    from diffusers_mixofshow.edlora.models import refuse_missing_folder
+
+    try:
+        refuse_missing_folder(location_of(base))
+    except FileNotFoundError as error:
+        raise not_loadable(base, error) from error
+    return _told_model(base)
+
+
+def _told_model(name: str) -> str:
+    """The model with its size on this disk; of the Hub's, that it may be downloaded."""
+    folder = Path(location_of(name))
     if not folder.is_dir():
-        return f"{base}, from the Hub or its cache"
+        return f"{name}, from the Hub or its cache"
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    return f"{base}, {size / 1e6:.0f} MB on disk"
+    return f"{name}, {size / 1e6:.0f} MB on disk"
 
 
 def _names(packs: Sequence[EDLoRA]) -> str:
