@@ -130,6 +130,15 @@ def test_push_sends_a_pack_and_a_dry_run_sends_nothing(tmp_path: Path, loopback_
     assert json.loads(result.stdout)["url"] == f"{loopback_hub.url}/me/edlora-rex"
 
 
+def test_a_pull_request_of_nothing_new_is_not_opened_and_told(tmp_path: Path, loopback_hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path)
+    run("push", tmp_path)
+    result = run("push", tmp_path, "--create-pr")
+    assert "no pull request was opened" in result.stderr
+    assert list(loopback_hub.repositories["me/edlora-rex"].branches) == ["main"]
+
+
 def test_a_dry_push_tells_that_nobody_is_logged_in(tmp_path: Path, loopback_hub):
     packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path)
     result = run("push", tmp_path, "--dry-run")

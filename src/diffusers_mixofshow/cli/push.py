@@ -64,4 +64,6 @@ def push(
         create_pr=create_pr,
         commit_message=message,
     )
+    if create_pr and "/discussions/" not in url:
+        tell("Warning: nothing has changed, so that no pull request was opened.", "yellow")
     typer.echo(json.dumps({"url": url}) if as_json else f"Pushed to {url}")

@@ -303,8 +303,8 @@ def _explanation(error: Exception, repo_id: str, revision: str | None, token: st
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         return HubError(
-            f"The Hub refused access to {at} (HTTP {status}). Log in with `hf auth login`, or pass a token that "
-            "may do this (writing needs a token of role 'write')."
+            f"The Hub refused access to {at} (HTTP {status}). Log in with `hf auth login`, or set HF_TOKEN to "
+            "a token that may do this (writing needs one of role 'write')."
         )
     if status == _MOVED_ON:
         return HubError(f"Others keep committing to {at}, so that nothing was sent. Push again when they are done.")
@@ -315,7 +315,7 @@ def _missing(error: Exception, repo_id: str, revision: str | None, at: str) -> s
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"There is no repository {repo_id!r} on the Hub, or it is private and you are not logged in. "
-            "Check the spelling; for a private one log in with `hf auth login` or pass token=...."
+            "Check the spelling; for a private one log in with `hf auth login`, or set HF_TOKEN."
         )
     if isinstance(error, RevisionNotFoundError):
         return f"The repository {repo_id!r} has no revision {revision!r} (branch, tag or commit)."

@@ -120,7 +120,7 @@ class FusionReport:
         """Show a table of the concepts, how each kind of layer keeps them, and the nearest pairs."""
         console = console or Console()
         groups = sorted({_group(site) for site in self._layers})
-        title = "Residual of features: 0 is the concept's own model, 1 the base without it"
+        title = "Residual of features (0: its own model, 1: the base)"
         table = Table("concept", "averaged", "fused", *groups, title=title)
         for name, mean in self.residuals.items():
             table.add_row(
