@@ -224,6 +224,17 @@ def test_options_out_of_a_file(tmp_path: Path):
         run("--config", config, "sample")
 
 
+def test_every_spelling_of_every_option_may_stand_in_the_file(tmp_path: Path):
+    config = tmp_path / "settings.toml"
+    lines = []
+    for verb, command in get_command(cli.app).commands.items():
+        spellings = [spelling.lstrip("-") for parameter in command.params for spelling in parameter.opts]
+        lines += [f"[{verb}]", *(f'{spelling} = "x"' for spelling in spellings)]
+    assert {'json = "x"', 'base = "x"', 'output-dir = "x"'} <= set(lines)
+    config.write_text("\n".join(lines))
+    assert run("--config", config, "doctor", "--help").exit_code == 0
+
+
 def test_help_shows_every_word_that_it_holds():
     """Markup of rich takes what stands in brackets for a style, and drops it."""
     eaten = [

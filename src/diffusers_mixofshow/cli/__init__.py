@@ -64,7 +64,12 @@ def _options(
     if config is not None:
         commands = getattr(context.command, "commands", {})
         options = {
-            verb: {parameter.name: parameter for parameter in command.params} for verb, command in commands.items()
+            verb: {
+                spelling.lstrip("-").replace("-", "_"): parameter.name
+                for parameter in command.params
+                for spelling in parameter.opts
+            }
+            for verb, command in commands.items()
         }
         context.default_map = settings_from(config, options)
     import rich

@@ -10,12 +10,12 @@ from typing import Any
 from diffusers_mixofshow.errors import ConfigurationError
 
 
-def settings_from(path: Path, options: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, Any]]:
+def settings_from(path: Path, options: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
     """Read a TOML file with a table for each verb, whose keys are the verb's options; '-' and '_' are the same.
 
     Args:
         path: The file.
-        options: Verb to its options by name.
+        options: Verb to the spellings of its options, with '_', and the parameter that each one sets.
 
     Raises:
         ConfigurationError: If the file cannot be read, or names a verb or an option that does not exist; names all.
@@ -31,8 +31,10 @@ def settings_from(path: Path, options: Mapping[str, Mapping[str, object]]) -> di
         if verb not in options or not isinstance(table, dict):
             defects.append(f"{verb!r} is no table of a verb ({', '.join(options)})")
             continue
-        found[verb] = {key.replace("-", "_"): value for key, value in table.items()}
-        defects += [_unknown(verb, key, options[verb]) for key in found[verb] if key not in options[verb]]
+        given = {key.replace("-", "_"): value for key, value in table.items()}
+        given |= {f"no_{key}": True for key, value in given.items() if value is False and f"no_{key}" in options[verb]}
+        found[verb] = {options[verb].get(key, key): value for key, value in given.items()}
+        defects += [_unknown(verb, key, options[verb]) for key in given if key not in options[verb]]
     if defects:
         raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
     return found
