@@ -215,7 +215,7 @@ def test_dry_runs_load_no_model_and_write_nothing(tmp_path: Path):
 def test_options_out_of_a_file(tmp_path: Path):
     packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path / "rex")
     config = tmp_path / "settings.toml"
-    lines = ["[sample]", 'prompt = "a <rex>"', f'concepts = ["{tmp_path / "rex"}"]', "count = 3", "dry-run = true"]
+    lines = ["[sample]", 'prompt = "a <rex>"', f'concepts = "{tmp_path / "rex"}"', "count = 3", "dry-run = true"]
     config.write_text("\n".join(lines))
     assert "batch of 6" in run("--config", config, "sample").stdout
     assert "batch of 2" in run("--config", config, "sample", "--count", "1").stdout

@@ -65,7 +65,7 @@ def _options(
         commands = getattr(context.command, "commands", {})
         options = {
             verb: {
-                spelling.lstrip("-").replace("-", "_"): parameter.name
+                spelling.lstrip("-").replace("-", "_"): parameter
                 for parameter in command.params
                 for spelling in parameter.opts
             }

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
+MOST_STEPS = 1000
+"""Denoising steps: as many as Stable Diffusion was trained with. Schedulers break on more."""
 BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
 
 

@@ -14,7 +14,7 @@ import typer
 
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
-from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.errors import ConfigurationError, meant
@@ -49,7 +49,7 @@ MetricModel = Annotated[
     ),
 ]
 Count = Annotated[int, typer.Option(min=1, help="Of each concept in each pack.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the others count on, the same in every pack.")]
 Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]

@@ -13,7 +13,7 @@ import typer
 
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import usual_guidance
-from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
 from diffusers_mixofshow.cli.plans import DryRun, plan_of_sampling, tell
 from diffusers_mixofshow.cli.sources import read_pack
@@ -56,7 +56,7 @@ def sample(
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid. (default: the layout's)")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 20,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")
     ] = None,
