@@ -106,6 +106,50 @@ def test_wrong_use_is_one_line_that_helps(arguments: tuple[str, ...], told: str,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "--base", "no/base", "--prompt", "x", "--output", "file/x.png"),
+        ("fuse", "no/one", "no/other", "--output", "file/pack"),
+        ("compare", "no/one", "--sheet", "file/x.png"),
+        ("evaluate", "no/one", "--record", "file/x.json"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_cannot_be_written_is_noticed_before_anything_is_loaded(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == cli.FAILED
+    assert result.stderr.startswith("Error: file/")
+    assert "cannot be written: Not a directory" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("verb", [("--help",), ("doctor",), ("doctor", "--json")])
+def test_a_standard_output_that_is_full_is_one_line(verb: tuple[str, ...]) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [*RUN, *verb], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    assert result.returncode == cli.FAILED
+    assert "No space left on device" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_ends_the_command_in_silence() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [*RUN, "doctor", "--json"], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (cli.FAILED, "")
+
+
 def test_no_verb_shows_the_help() -> None:
     result = run()
     assert result.returncode == cli.WRONG_USE

@@ -88,17 +88,29 @@ def main() -> None:
     try:
         with warnings_as_sentences():
             code = app(prog_name="mixofshow", standalone_mode=False)
+            sys.stdout.flush()
     except MixOfShowError as error:
         tell(f"Error: {error}", "red")
         code = WRONG_USE if isinstance(error, _MISUSES) else FAILED
     except _UsageError as error:
         _tell_of_misuse(error)
         code = WRONG_USE
+    except BrokenPipeError:
+        code = _without_output()
+    except OSError as error:
+        tell(f"Error: standard output or a file cannot be used: {error}.", "red")
+        code = _without_output()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
         tell("Interrupted.", "yellow")
     sys.exit(code or 0)  # a verb that is done returns None
+
+
+def _without_output() -> int:
+    """Let go of a standard output that takes nothing more, so that Python does not try once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
 
 
 def _tell_of_misuse(error: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.atomic import refuse_unwritable
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import read_sources
@@ -121,6 +122,7 @@ def fuse(
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
 
+    refuse_unwritable(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]))
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)

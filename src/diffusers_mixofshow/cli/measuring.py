@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.atomic import refuse_unwritable, write_picture
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
@@ -188,6 +188,17 @@ def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
     last = [Path(source).name or source for source in sources]
     names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
     return {name: read_pack(source) for name, source in zip(names, sources, strict=True)}
+
+
+def writable(*paths: Path | None) -> list[Path]:
+    """Those of the paths that are given.
+
+    Raises:
+        FileWriteError: If one cannot be written.
+    """
+    given = [path for path in paths if path is not None]
+    refuse_unwritable(*given)
+    return given
 
 
 def tell_results(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.atomic import refuse_unwritable, write_picture
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
@@ -204,6 +204,7 @@ def _refuse_contradictions(plan: Layout, output: Path, guidance: float | None, *
     ]
     if defects:
         raise ConfigurationError(f"Got {'; '.join(defects)}.")
+    refuse_unwritable(output)
 
 
 def _save(files: list[Path], images: list[Any]) -> None:
