@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import TOYLAND, not_loadable
+from diffusers_mixofshow.base_models import TOYLAND, location_of, not_loadable
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
@@ -39,22 +38,30 @@ def load_base(name: str) -> MixOfShowPipeline:
 
     Raises:
         ConfigurationError: If it cannot be found or read.
+        HubError: If only the Hub has it, and that cannot be reached.
     """
-    import torch
-
-    from diffusers_mixofshow import toyland
     from diffusers_mixofshow.edlora.models import load_model
-    from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
-        if name == TOYLAND:
-            pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
-        else:
-            pipe = load_model(name, partial(MixOfShowPipeline.from_pretrained, dtype=dtype))
+        pipe = load_model(name, _load)
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe
+
+
+def _load(place: str, **options: Any) -> MixOfShowPipeline:
+    """Load what is known to be there; the pipelines are imported no earlier, which takes seconds."""
+    import torch
+
+    from diffusers_mixofshow import toyland
+    from diffusers_mixofshow.pipelines import MixOfShowPipeline
+
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    if place == location_of(TOYLAND):
+        pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    else:
+        pipe = MixOfShowPipeline.from_pretrained(place, dtype=dtype, **options)
     return pipe.to(device)
 
 
@@ -64,8 +71,6 @@ def layers_of(name: str) -> tuple[str, ...]:
     Raises:
         ConfigurationError: If its U-Net cannot be read.
     """
-    from diffusers_mixofshow.base_models import location_of
-
     folder = Path(location_of(name)) / "unet" if name else Path()
     if not (folder / "config.json").is_file():
         return ()
