@@ -139,6 +139,14 @@ def test_a_standard_output_that_is_full_is_one_line(verb: tuple[str, ...]) -> No
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_standard_stream_that_is_closed_is_one_that_nobody_reads(closed: int) -> None:
+    code = f"import os, sys\nos.close({closed})\nos.execv(sys.executable, {[*RUN, 'doctor', '--json']!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_reader_that_goes_away_ends_the_command_in_silence() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     reader, writer = os.pipe()
@@ -269,7 +277,9 @@ def test_fuse_takes_plain_loras_with_prompts_and_lists_of_sources(tmp_path: Path
     common = ["--base", str(tiny_base), "--method", "average", "--output"]
     asked = ["--prompts", "photo of sks dog | sks dog", "--prompts", "a castle, ink"]
     runner = CliRunner()
-    result = runner.invoke(cli.app, ["fuse", *files, *asked, *common, str(tmp_path / "both")], catch_exceptions=False)
+    fused = ["fuse", *files, *asked, *common, str(tmp_path / "both")]
+    assert "concepts: dog, ink\n" in runner.invoke(cli.app, [*fused, "--dry-run"], catch_exceptions=False).stdout
+    result = runner.invoke(cli.app, fused, catch_exceptions=False)
     assert "Wrote the fused pack of dog, ink to" in result.output
     assert [path.name for path in (tmp_path / "both").iterdir()] == ["pytorch_lora_weights.safetensors"]
     listed = tmp_path / "sources.toml"

@@ -184,7 +184,8 @@ def _plan(
     gathered: Sequence[Source], base: str | None, features: Features, max_rank: int | None, output: Path
 ) -> dict[str, Any]:
     packs = [source.edlora for source in gathered]
-    return plan_of_fusion(packs, base, max_rank, output, runs=_runs(gathered, features))
+    names = [name for source in gathered for name in source.prompts]
+    return plan_of_fusion(packs, names, base, max_rank, output, runs=_runs(gathered, features))
 
 
 def _runs(gathered: Sequence[Source], features: Features) -> int:

@@ -77,12 +77,13 @@ def plan_of_sampling(
 
 
 def plan_of_fusion(
-    packs: Sequence[EDLoRA], base: str | None, max_rank: int | None, output: Path, *, runs: int
+    packs: Sequence[EDLoRA], names: Sequence[str], base: str | None, max_rank: int | None, output: Path, *, runs: int
 ) -> dict[str, Any]:
     """What `mixofshow fuse` would do.
 
     Args:
         packs: What is to be fused.
+        names: What is in them: placeholders, and names of plain LoRAs.
         base: The base model, where features must be recorded; None where no model is needed.
         max_rank: Cut updates down to this rank.
         output: Folder of the pack.
@@ -102,7 +103,7 @@ def plan_of_fusion(
     inputs = {input_name(site): size[1] for site, size in sizes.items()}
     gram = sum(width * width for width in inputs.values()) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
     return {
-        "concepts": _names(packs),
+        "concepts": ", ".join(names),
         "base model": _told_base(base) if base else "none is needed",
         "layers": len(ranks),
         "rank": f"at most {max(capped.values(), default=0)}",
