@@ -309,6 +309,26 @@ def test_fuse_says_what_is_wrong_with_a_list_of_sources(tmp_path: Path, text: st
     assert re.search(message, str(result.exception))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weight", "1"], "--weight 1 times for 2 sources"),
+        (["--ridge", "-1"], "0 or more, or 'auto', got '-1'"),
+        (["--ridge", "much"], "0 or more, or 'auto', got 'much'"),
+    ],
+)
+def test_fuse_refuses_numbers_that_make_no_sense(
+    tmp_path: Path, tiny_base: Path, options: list[str], message: str
+) -> None:
+    for name in ("potter", "hermione"):
+        packs.random_pack(tiny.components(), name).save_pretrained(tmp_path / name)
+    sources = [str(tmp_path / "potter"), str(tmp_path / "hermione"), "--base", str(tiny_base)]
+    with pytest.raises(ConfigurationError, match=message):
+        CliRunner().invoke(
+            cli.app, ["fuse", *sources, "--output", str(tmp_path / "out"), *options], catch_exceptions=False
+        )
+
+
 def test_fuse_wants_prompts_for_each_plain_lora(tmp_path: Path) -> None:
     file = str(_plain_lora(tmp_path / "dog.safetensors"))
     result = CliRunner().invoke(cli.app, ["fuse", file, "--output", str(tmp_path / "out")])

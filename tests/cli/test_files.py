@@ -89,6 +89,8 @@ def test_convert_there_and_back(tmp_path: Path):
     result = run("convert", tmp_path / "rex.pth", tmp_path / "rex", "--to", "edlora", "--class-word", "dog")
     assert result.stdout.strip() == f"Wrote {tmp_path / 'rex' / 'edlora.safetensors'}"
     assert "does not tell its base model" in result.stderr
+    with pytest.raises(ConfigurationError, match="is written into a folder"):
+        run("convert", tmp_path / "rex", tmp_path / "rex.safetensors", "--to", "edlora")
     run("convert", tmp_path / "rex", tmp_path / "back.pth", "--to", "mix-of-show")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["params"]
     for part, tensors in params.items():

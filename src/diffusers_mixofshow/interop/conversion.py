@@ -11,7 +11,7 @@ from pathlib import Path
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.interop.concept_names import Naming, plain_name
 from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base, read_foreign
 from diffusers_mixofshow.interop.formats import Format
@@ -72,6 +72,7 @@ def convert(
     Raises:
         EDLoRANotFoundError: If there is no such file.
         EDLoRAFormatError: If it is defective, or the format cannot hold it; nothing is written then.
+        ConfigurationError: If an ED-LoRA is to be written to a file.
         ConceptError: If the name or kind is malformed.
     """
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)
@@ -109,6 +110,8 @@ def _as_concepts(
                 "The authors' layout has no place for the base model, class words and settings.",
             )
         return Conversion(files=(write_original(file, content),), lost=lost)
+    if path.suffix == ".safetensors":
+        raise ConfigurationError(f"An ED-LoRA is written into a folder. Give {str(path.with_suffix(''))!r} as output.")
     if not content.concepts:
         raise EDLoRAFormatError(
             "There is no embedding in it, and an ED-LoRA has one for each concept. Convert it to 'diffusers' or "
