@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 import time
 import uuid
 from contextlib import suppress
@@ -48,6 +49,26 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from error
     _flush_names(path.parent)
     _sweep(path)
+
+
+def refuse_unwritable(*paths: Path) -> None:
+    """Notice what cannot be written before it is made, not after it; nothing is left behind.
+
+    Args:
+        paths: Files that are to be written; their folders may be missing.
+
+    Raises:
+        FileWriteError: If the folder, or the nearest one above it that exists, takes no file.
+    """
+    for path in paths:
+        present = next(folder for folder in path.absolute().parents if folder.exists())
+        try:
+            with tempfile.TemporaryFile(dir=present):
+                pass
+        except OSError as error:
+            raise FileWriteError(
+                f"{path} cannot be written: {error.strerror or error}. Choose a folder that you may write to."
+            ) from error
 
 
 def write_picture(path: Path, picture: Image.Image, kind: str = "PNG") -> None:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.errors import ConfigurationError, first_line
+from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 
 
 if TYPE_CHECKING:
@@ -36,10 +36,19 @@ def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {known_as: dtype}
 
 
-def not_loadable(base_model: str, error: Exception) -> ConfigurationError:
+def not_loadable(base_model: str, error: Exception) -> ConfigurationError | HubError:
     """The error of a base model that cannot be found or read, with the reason's first line."""
-    hint = f" Did you mean {TOYLAND!r}?" if difflib.get_close_matches(base_model, [TOYLAND]) else ""
-    return ConfigurationError(
-        f"The base model {base_model!r} cannot be loaded.{hint} Expected a Hub id, a folder of a Stable Diffusion "
-        f"pipeline, or {TOYLAND!r}, the base in the package. ({first_line(error)}.)"
+    kind = HubError if isinstance(error, HubError) else ConfigurationError
+    return kind(
+        f"The base model {base_model!r} cannot be loaded.{_guess(base_model)} Expected a Hub id, a folder of a "
+        f"Stable Diffusion pipeline, or {TOYLAND!r}, the base in the package. ({first_line(error)}.)"
     )
+
+
+def _guess(base_model: str) -> str:
+    """The question whether a name spelt alike is meant: the embedded base, or a folder beside where none is."""
+    path = Path(base_model).expanduser()
+    folders = [entry for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    places = {folder.name: str(folder) for folder in folders} | {TOYLAND: TOYLAND}
+    near = [] if path.exists() else difflib.get_close_matches(path.name, places, n=1)
+    return f" Did you mean {places[near[0]]!r}?" if near else ""

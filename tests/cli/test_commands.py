@@ -79,6 +79,7 @@ def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
         (("fuse", "--nonsense"), "--nonsense"),
         (("smaple",), "Did you mean 'sample'? See 'mixofshow --help'."),
         (("sample", "--steps", "many", "--prompt", "x"), "'--steps'"),
+        (("sample", "--steps", "1001", "--prompt", "x"), "less than or equal to 1000"),
         (("inspect",), "Missing argument"),
         (("sample", "--base", "toylnd", "--prompt", "x"), "Did you mean 'toyland'?"),
         (("sample", "--base", "toyland", "--prompt", "x", "--region", "3,2"), "left,top,right,bottom:prompt"),
@@ -103,6 +104,58 @@ def test_wrong_use_is_one_line_that_helps(arguments: tuple[str, ...], told: str,
     assert told in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "--base", "no/base", "--prompt", "x", "--output", "file/x.png"),
+        ("fuse", "no/one", "no/other", "--output", "file/pack"),
+        ("compare", "no/one", "--sheet", "file/x.png"),
+        ("evaluate", "no/one", "--record", "file/x.json"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_cannot_be_written_is_noticed_before_anything_is_loaded(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == cli.FAILED
+    assert result.stderr.startswith("Error: file/")
+    assert "cannot be written: Not a directory" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("verb", [("--help",), ("doctor",), ("doctor", "--json")])
+def test_a_standard_output_that_is_full_is_one_line(verb: tuple[str, ...]) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [*RUN, *verb], stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    assert result.returncode == cli.FAILED
+    assert "No space left on device" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_standard_stream_that_is_closed_is_one_that_nobody_reads(closed: int) -> None:
+    code = f"import os, sys\nos.close({closed})\nos.execv(sys.executable, {[*RUN, 'doctor', '--json']!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_reader_that_goes_away_ends_the_command_in_silence() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [*RUN, "doctor", "--json"], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (cli.FAILED, "")
 
 
 def test_no_verb_shows_the_help() -> None:
@@ -203,12 +256,13 @@ def test_fuse_from_statistics_needs_no_base(tmp_path: Path) -> None:
         cli.app, ["fuse", *arguments, "--weight", "2", "--weight", "1"], catch_exceptions=False
     )
     assert result.exit_code == 0
-    assert "Relative residual" in result.output
+    assert "averaged" in result.output
+    assert "about features, not identity" in " ".join(result.output.split())
     assert (tmp_path / "both" / "edlora.safetensors").exists()
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     (sources[0] / "edlora.statistics.safetensors").unlink()
     result = CliRunner().invoke(cli.app, ["fuse", *arguments])
-    assert isinstance(result.exception, ConfigurationError)  # 'someone/tiny' is no base model
+    assert "base model 'someone/tiny' cannot be loaded" in str(result.exception)
 
 
 def _plain_lora(path: Path) -> Path:
@@ -223,7 +277,9 @@ def test_fuse_takes_plain_loras_with_prompts_and_lists_of_sources(tmp_path: Path
     common = ["--base", str(tiny_base), "--method", "average", "--output"]
     asked = ["--prompts", "photo of sks dog | sks dog", "--prompts", "a castle, ink"]
     runner = CliRunner()
-    result = runner.invoke(cli.app, ["fuse", *files, *asked, *common, str(tmp_path / "both")], catch_exceptions=False)
+    fused = ["fuse", *files, *asked, *common, str(tmp_path / "both")]
+    assert "concepts: dog, ink\n" in runner.invoke(cli.app, [*fused, "--dry-run"], catch_exceptions=False).stdout
+    result = runner.invoke(cli.app, fused, catch_exceptions=False)
     assert "Wrote the fused pack of dog, ink to" in result.output
     assert [path.name for path in (tmp_path / "both").iterdir()] == ["pytorch_lora_weights.safetensors"]
     listed = tmp_path / "sources.toml"
@@ -251,6 +307,26 @@ def test_fuse_says_what_is_wrong_with_a_list_of_sources(tmp_path: Path, text: st
     result = CliRunner().invoke(cli.app, ["fuse", str(tmp_path / "list.toml"), "--output", str(tmp_path / "out")])
     assert isinstance(result.exception, ConfigurationError)
     assert re.search(message, str(result.exception))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weight", "1"], "--weight 1 times for 2 sources"),
+        (["--ridge", "-1"], "0 or more, or 'auto', got '-1'"),
+        (["--ridge", "much"], "0 or more, or 'auto', got 'much'"),
+    ],
+)
+def test_fuse_refuses_numbers_that_make_no_sense(
+    tmp_path: Path, tiny_base: Path, options: list[str], message: str
+) -> None:
+    for name in ("potter", "hermione"):
+        packs.random_pack(tiny.components(), name).save_pretrained(tmp_path / name)
+    sources = [str(tmp_path / "potter"), str(tmp_path / "hermione"), "--base", str(tiny_base)]
+    with pytest.raises(ConfigurationError, match=message):
+        CliRunner().invoke(
+            cli.app, ["fuse", *sources, "--output", str(tmp_path / "out"), *options], catch_exceptions=False
+        )
 
 
 def test_fuse_wants_prompts_for_each_plain_lora(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_inspect_tells_of_the_authors_checkpoint(tmp_path: Path):
 def test_inspect_tells_of_a_lora_and_its_norms(tmp_path: Path):
     tensors = files.kohya(tmp_path / "style.safetensors")
     summary = json.loads(run("inspect", tmp_path / "style.safetensors", "--json").stdout)
-    assert (summary["kind"], summary["program"]) == ("LoRA", "kohya / A1111 / ComfyUI")
+    assert (summary["kind"], summary["layout"]) == ("LoRA", "kohya / A1111 / ComfyUI")
     assert (summary["ranks"], summary["alphas"], summary["scalings"]) == ([2, 4], [1.0, 2.0], [0.25, 1.0])
     assert (summary["dtypes"], summary["training"]["ss_network_dim"]) == (["float16"], "4")
     name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
@@ -53,7 +53,7 @@ def test_inspect_tells_of_a_lora_and_its_norms(tmp_path: Path):
     norm = summary["largest_updates"]["text_encoder.text_model.encoder.layers.0.mlp.fc1"]
     assert norm == pytest.approx(0.25 * float((halves[0] @ halves[1]).norm()), abs=1e-3)
     table = run("inspect", tmp_path / "style.safetensors").stdout
-    assert "kohya / A1111" in table
+    assert re.search(r"layout\W+kohya / A1111", table)
 
 
 def test_inspect_names_problems_and_fails(tmp_path: Path):
@@ -89,6 +89,8 @@ def test_convert_there_and_back(tmp_path: Path):
     result = run("convert", tmp_path / "rex.pth", tmp_path / "rex", "--to", "edlora", "--class-word", "dog")
     assert result.stdout.strip() == f"Wrote {tmp_path / 'rex' / 'edlora.safetensors'}"
     assert "does not tell its base model" in result.stderr
+    with pytest.raises(ConfigurationError, match="is written into a folder"):
+        run("convert", tmp_path / "rex", tmp_path / "rex.safetensors", "--to", "edlora")
     run("convert", tmp_path / "rex", tmp_path / "back.pth", "--to", "mix-of-show")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["params"]
     for part, tensors in params.items():
@@ -124,10 +126,27 @@ def test_push_sends_a_pack_and_a_dry_run_sends_nothing(tmp_path: Path, loopback_
     monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
     packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path)
     told = json.loads(run("push", tmp_path, "--dry-run", "--json").stdout)
-    assert told == {"repo_id": "edlora-rex", "concepts": ["<rex>"], "private": False}
+    assert told == {"repo_id": "edlora-rex", "concepts": ["<rex>"], "private": False, "logged_in": True}
     assert not loopback_hub.repositories
     result = run("push", tmp_path, "--json")
     assert json.loads(result.stdout)["url"] == f"{loopback_hub.url}/me/edlora-rex"
+
+
+def test_a_pull_request_of_nothing_new_is_not_opened_and_told(tmp_path: Path, loopback_hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path)
+    run("push", tmp_path)
+    result = run("push", tmp_path, "--create-pr")
+    assert "no pull request was opened" in result.stderr
+    assert list(loopback_hub.repositories["me/edlora-rex"].branches) == ["main"]
+
+
+def test_a_dry_push_tells_that_nobody_is_logged_in(tmp_path: Path, loopback_hub):
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path)
+    result = run("push", tmp_path, "--dry-run")
+    assert result.stdout == "Would push <rex> to edlora-rex\n"
+    assert "nobody is logged in" in result.stderr
+    assert "hf auth login" in result.stderr
 
 
 def test_doctor_finds_this_machine_well():
@@ -146,6 +165,13 @@ def test_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch):
     assert found["torch"].state == found["no-such-package"].state == "problem"
     assert "pip install 'torch>=99'" in found["torch"].remedy
     assert "x" not in found
+
+
+def test_doctor_breaks_no_command_in_two(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(diagnosis.metadata, "requires", lambda _: ["a-package-with-a-long-name>=1.2.3,<2.0.0"])
+    command = "pip install 'a-package-with-a-long-name<2.0.0,>=1.2.3'"
+    assert f"\n  a-package-with-a-long-name: {command}\n" in run("doctor").stdout
 
 
 def test_doctor_finds_every_extra_that_the_package_offers(monkeypatch: pytest.MonkeyPatch):
@@ -191,13 +217,24 @@ def test_dry_runs_load_no_model_and_write_nothing(tmp_path: Path):
 def test_options_out_of_a_file(tmp_path: Path):
     packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path / "rex")
     config = tmp_path / "settings.toml"
-    lines = ["[sample]", 'prompt = "a <rex>"', f'concepts = ["{tmp_path / "rex"}"]', "count = 3", "dry-run = true"]
+    lines = ["[sample]", 'prompt = "a <rex>"', f'concepts = "{tmp_path / "rex"}"', "count = 3", "dry-run = true"]
     config.write_text("\n".join(lines))
     assert "batch of 6" in run("--config", config, "sample").stdout
     assert "batch of 2" in run("--config", config, "sample", "--count", "1").stdout
     config.write_text("[sample]\ncuont = 3\n[bake]\n")
     with pytest.raises(ConfigurationError, match=r"no option 'cuont' \(did you mean 'count'\?\); 'bake'"):
         run("--config", config, "sample")
+
+
+def test_every_spelling_of_every_option_may_stand_in_the_file(tmp_path: Path):
+    config = tmp_path / "settings.toml"
+    lines = []
+    for verb, command in get_command(cli.app).commands.items():
+        spellings = [spelling.lstrip("-") for parameter in command.params for spelling in parameter.opts]
+        lines += [f"[{verb}]", *(f'{spelling} = "x"' for spelling in spellings)]
+    assert {'json = "x"', 'base = "x"', 'output-dir = "x"'} <= set(lines)
+    config.write_text("\n".join(lines))
+    assert run("--config", config, "doctor", "--help").exit_code == 0
 
 
 def test_help_shows_every_word_that_it_holds():

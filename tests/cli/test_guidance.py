@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 import packs
 from diffusers_mixofshow import EDLoRA, MixOfShowPipeline, cli, toyland
+from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRANotFoundError
 
 
@@ -49,6 +51,34 @@ def test_a_dry_run_tells_the_u_nets_runs_and_their_time(dog, arguments):
     assert "measured just now" in told
 
 
+def test_a_dry_run_tells_sizes_and_photos_as_they_will_be(dog, tmp_path):
+    assert "size: the model's own\n" in run("sample", "--concepts", "dog", "--prompt", "a <dog>", "--dry-run").stdout
+    wide = run("sample", "--base", "user/base", "--prompt", "a dog", "--width", 64, "--dry-run").stdout
+    assert "size: 64 x the model's own pixels\n" in wide
+    rex = Concept.from_name("rex", "dog")
+    rows = dict(zip(rex.tokens, dog.embeddings.values(), strict=True))
+    replace(dog, concepts=(rex,), embeddings=rows).save_pretrained("rex")
+    assert "photos: drawn of <rex>\n" in run("compare", "dog", "rex", "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("prompt", "region", "warned"),
+    [
+        ("a Dog in the park", None, True),
+        ("a park", "0,0,0.5,1:a dog", True),
+        ("a <dog> beside a dog", None, False),
+        ("a hotdog, a dog_house", None, False),
+        ("a dog", "0,0,0.5,1:a <dog>", False),
+    ],
+)
+def test_a_concept_that_is_written_as_a_plain_word_is_warned_of(dog, prompt, region, warned):
+    more = ["--region", region] if region else []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run("sample", "--concepts", "dog", "--prompt", prompt, *more, "--dry-run")
+    assert ["did you mean <dog>?" in str(one.message) for one in caught] == [True] * warned
+
+
 def test_no_time_is_made_up_for_a_base_that_is_not_loaded(dog):
     told = run("sample", "--base", "user/base", "--prompt", "a dog", "--steps", 30, "--dry-run").stdout
     assert "time: 30 times that of one U-Net pass" in told
@@ -59,6 +89,17 @@ def test_no_time_is_made_up_for_a_base_that_is_not_loaded(dog):
 def test_a_misspelt_folder_is_guessed(dog, arguments):
     with pytest.raises(EDLoRANotFoundError, match="Did you mean dog"):
         run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("base", "guess"), [("./toylnad", "'toyland'"), ("models/sd15x", "'models/sd15'"), ("./mdoels", "'models'")]
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_misspelt_folder_of_a_base_is_guessed(tmp_path, monkeypatch, base, guess, more):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sd15").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match=f"Did you mean {guess}.*no such folder"):
+        run("sample", "--base", base, "--prompt", "a dog", *more)
 
 
 def test_a_misspelt_concept_is_guessed(dog, tmp_path):

@@ -146,7 +146,7 @@ def test_settings_come_from_a_file(options, place, tmp_path):
         (["--photos", "rex=photos", "--photos", "<rex>=photos"], "photos twice"),
         (["--prompt", "a dog"], "without <TOK>"),
         (["--metric-model", "base"], "metric model 'base' cannot be used"),
-        (["--base", "nowhere"], "base model 'nowhere' cannot be loaded"),
+        (["--base", "./nowhere"], "base model './nowhere' cannot be loaded"),
         (["--own", "rex"], "Given twice: rex"),
     ],
 )

@@ -47,6 +47,18 @@ def test_every_setting_is_an_option_with_help() -> None:
     assert "white is the concept" in text
 
 
+def test_switches_of_the_file_of_all_verbs_are_heard_and_the_command_line_wins(
+    tmp_path: Path, trained: list[TrainingConfig]
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("[train]\nmasked-loss = false\nrandom_flip = true\nsteps = 7\n")
+    for more in ([], ["--masked-loss", "--no-random-flip", "--steps", "8"]):
+        command = ["--config", str(file), "train", *NEEDED, *more]
+        CliRunner().invoke(cli.app, command, catch_exceptions=False)
+    chosen = [(config.masked_loss, config.random_flip, config.max_train_steps) for config in trained]
+    assert chosen == [(False, True, 7), (True, False, 8)]
+
+
 def test_names_are_whole_on_a_narrow_terminal() -> None:
     result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     names = [f"--{field.name.replace('_', '-')} " for field in dataclasses.fields(TrainingConfig)]

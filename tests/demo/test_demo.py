@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -39,9 +41,13 @@ def tiny_settings(folder: Path) -> DemoSettings:
     )
 
 
-def test_the_whole_demo_and_again_from_what_is_finished(tmp_path: Path) -> None:
+def test_the_whole_demo_and_again_from_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = tiny_settings(tmp_path)
-    page = run_demo(settings, console=Console(quiet=True))
+    monkeypatch.setattr("diffusers_mixofshow.demo.stages._SECONDS_BETWEEN_LINES", 0.2)
+    log = io.StringIO()
+    page = run_demo(settings, console=Console(file=log))
+    assert re.search(r"\n    <bobo>.* \d/2, <kiki>.* \d/2\n", log.getvalue())
+    assert re.search(r"[\x00-\x09\x0b-\x1f]", log.getvalue()) is None
     assert page == tmp_path / "index.html"
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["identity_retention"]) == {"average", "fused"}

@@ -206,6 +206,9 @@ def test_changes_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, publish
         pack.add(published[0])
     with pytest.raises(FusionError, match="<zoe> is no source of this pack; its sources are <rex>, <kit>"):
         pack.remove("<zoe>")
+    for misspelt in ("<rx>", "rexx", "<Rex>"):
+        with pytest.raises(FusionError, match=rf"{misspelt} is no source .* Did you mean <rex>\?"):
+            pack.remove(misspelt)
     with pytest.raises(FusionError, match="finite and above 0"):
         pack.reweight({"<rex>": 0})
     with pytest.raises(FusionError, match="<kit> is all that this pack was fused from"):

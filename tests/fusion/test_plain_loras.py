@@ -130,6 +130,8 @@ def test_a_pack_with_plain_loras_can_be_changed_after_reading_it(
     again = FusedPack.from_pretrained(tmp_path / "out")
     assert [one.prompts for one in again.sources] == [one.prompts for one in pack.sources]
     _same(again.remove("one"), pack.remove("one"))
+    with pytest.raises(FusionError, match=r"my_two is no source .* Did you mean my\+two\?"):
+        again.remove("my_two")
     _same(again.reweight({"my+two": 3}), pack.reweight({"my+two": 3}))
     third = FusionSource(packs.random_pack(pipe.components, "kit", ranks=(2,)))
     with pytest.raises(FusionError, match=r"Statistics lack inputs.*alongside"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import packs
 import tiny
+from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import refreshed
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
@@ -142,6 +143,38 @@ def test_an_evaluation_of_another_shape_breaks_no_card(pack, tmp_path, record):
 def test_a_record_of_another_shape_breaks_no_card(pack, tmp_path, record):
     odd = dataclasses.replace(pack, training={"fusion": record})
     assert "etc)" not in str(odd._card("here", False, {}, None))
+
+
+# --- the code ---
+
+
+@pytest.fixture(scope="module")
+def toyland_pipe():
+    pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("sent", ["concept", "pack", "pipeline"])
+def test_the_code_of_a_card_on_the_hub_runs_when_pasted(loopback_hub, toyland_pipe, tmp_path, monkeypatch, sent):
+    names = ("rex",) if sent == "concept" else ("rex", "tom")
+    pack = packs.random_pack(toyland_pipe.components, *names, ranks=(1,))
+    wide = {token: rows.repeat(1, 4) for token, rows in pack.embeddings.items()}
+    pack = dataclasses.replace(pack, embeddings=wide, base_model="toyland")
+    if sent == "pipeline":
+        toyland_pipe.load_edlora(pack)
+        toyland_pipe.push_to_hub("me/shared", token=loopback_hub.token)
+        toyland_pipe.unload_edlora()
+    else:
+        pack.push_to_hub("me/shared", token=loopback_hub.token)
+    code = (
+        ModelCard(on_hub(loopback_hub, "me/shared")["README.md"].decode()).text.split("```python\n")[1].split("```")[0]
+    )
+    assert "'me/shared'" in code
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    with Image.open(tmp_path / "rex.png") as drawn:
+        assert drawn.size == (64, 64)
 
 
 # --- what people wrote stays ---

@@ -12,10 +12,12 @@ from huggingface_hub import ModelCard
 
 import packs
 import tiny
+from diffusers_mixofshow.cli.base_model import load_base
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.hub import is_repo_id, repo_name
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, HubError
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 
 def test_pushed_pack_comes_back_equal(loopback_hub, pack):
@@ -157,10 +159,25 @@ def test_a_hub_that_is_gone_is_told_without_half_a_minute_of_retries(loopback_hu
     )
     with pytest.raises(HubError, match="cannot be reached at"):
         pack.push_to_hub("me/dog", token="hf_x")
-    with pytest.raises(EDLoRANotFoundError, match="cannot be reached"):
+    with pytest.raises(HubError, match="'me/dog' is neither on this disk nor in the cache"):
         EDLoRA.from_pretrained("me/dog")
+    with pytest.raises(HubError, match=r"'me/base' cannot be loaded.*neither on this disk nor in the cache"):
+        load_base("me/base")
     assert sum(waits) < 5
     assert "Retrying" not in caplog.text
+
+
+def test_a_base_in_the_cache_is_loaded_where_the_hub_is_gone(loopback_hub, pack, components, monkeypatch):
+    pipe = MixOfShowPipeline(**components, requires_safety_checker=False)
+    pipe.load_edlora(pack)
+    pipe.push_to_hub("me/base", token=loopback_hub.token)
+    pipe.unload_edlora()
+    assert list(load_base("me/base").concepts) == ["<rex>"]
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    loopback_hub.requests.clear()
+    assert list(load_base("me/base").concepts) == ["<rex>"]
+    assert loopback_hub.requests == []
 
 
 @pytest.mark.parametrize("token", ["hf_wrongwrongwrong", "hf_with_newline\n", "hf_ünicode"])

@@ -256,8 +256,8 @@ def test_slips_are_one_warning_and_part_of_an_error(tmp_path: Path) -> None:
     (warning,) = caught
     expected = (
         "a2.jpg shows the same as a.png",
-        "small.png is 64x64 pixels, so training enlarges it 8.0 times",
-        "a2.jpg is 320x240 pixels, so training enlarges it 2.1 times",
+        "training enlarges 2 of 4 photos more than 2 times: ",
+        "a2.jpg is 320x240 pixels (2.1 times), small.png is 64x64 pixels (8.0 times)",
         "moving.gif has 2 frames",
         "film.mp4 is of no known use",
     )
@@ -268,6 +268,15 @@ def test_slips_are_one_warning_and_part_of_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingDataError) as refused:
         read_photos(tmp_path, POTTER, resolution=512)
     assert [text for text in (*expected, "broken.jpg is no readable picture") if text not in str(refused.value)] == []
+
+
+def test_many_small_photos_are_counted_and_the_first_few_named(tmp_path: Path) -> None:
+    for number in range(5):
+        save_noise(tmp_path / f"{number}.png", size=(64, 64), seed=number)
+    with pytest.warns(MixOfShowWarning, match="enlarges 5 of 5 photos") as caught:
+        read_photos(tmp_path, POTTER, resolution=512)
+    text = str(caught[0].message)
+    assert text.endswith("2.png is 64x64 pixels (8.0 times) and 2 more.")
 
 
 def test_large_photos_are_scaled_down_with_their_masks(tmp_path: Path) -> None:

@@ -64,7 +64,12 @@ def _options(
     if config is not None:
         commands = getattr(context.command, "commands", {})
         options = {
-            verb: {parameter.name: parameter for parameter in command.params} for verb, command in commands.items()
+            verb: {
+                spelling.lstrip("-").replace("-", "_"): parameter
+                for parameter in command.params
+                for spelling in parameter.opts
+            }
+            for verb, command in commands.items()
         }
         context.default_map = settings_from(config, options)
     import rich
@@ -74,6 +79,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; what users can cause ends as one line, never as a traceback."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started us
+            setattr(sys, stream, open(os.devnull, "w"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of every try; our error tells of the last
@@ -83,17 +91,29 @@ def main() -> None:
     try:
         with warnings_as_sentences():
             code = app(prog_name="mixofshow", standalone_mode=False)
+            sys.stdout.flush()
     except MixOfShowError as error:
         tell(f"Error: {error}", "red")
         code = WRONG_USE if isinstance(error, _MISUSES) else FAILED
     except _UsageError as error:
         _tell_of_misuse(error)
         code = WRONG_USE
+    except BrokenPipeError:
+        code = _without_output()
+    except OSError as error:
+        tell(f"Error: standard output or a file cannot be used: {error}.", "red")
+        code = _without_output()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
         tell("Interrupted.", "yellow")
     sys.exit(code or 0)  # a verb that is done returns None
+
+
+def _without_output() -> int:
+    """Let go of a standard output that takes nothing more, so that Python does not try once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
 
 
 def _tell_of_misuse(error: Any) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import TOYLAND, not_loadable
+from diffusers_mixofshow.base_models import TOYLAND, location_of, not_loadable
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
+MOST_STEPS = 1000
+"""Denoising steps: as many as Stable Diffusion was trained with. Schedulers break on more."""
 BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
 
 
@@ -36,21 +38,30 @@ def load_base(name: str) -> MixOfShowPipeline:
 
     Raises:
         ConfigurationError: If it cannot be found or read.
+        HubError: If only the Hub has it, and that cannot be reached.
     """
+    from diffusers_mixofshow.edlora.models import load_model
+
+    try:
+        pipe = load_model(name, _load)
+    except (OSError, ValueError) as error:
+        raise not_loadable(name, error) from error
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe
+
+
+def _load(place: str, **options: Any) -> MixOfShowPipeline:
+    """Load what is known to be there; the pipelines are imported no earlier, which takes seconds."""
     import torch
 
     from diffusers_mixofshow import toyland
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    try:
-        if name == TOYLAND:
-            pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
-        else:
-            pipe = MixOfShowPipeline.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise not_loadable(name, error) from error
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    if place == location_of(TOYLAND):
+        pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    else:
+        pipe = MixOfShowPipeline.from_pretrained(place, dtype=dtype, **options)
     return pipe.to(device)
 
 
@@ -60,8 +71,6 @@ def layers_of(name: str) -> tuple[str, ...]:
     Raises:
         ConfigurationError: If its U-Net cannot be read.
     """
-    from diffusers_mixofshow.base_models import location_of
-
     folder = Path(location_of(name)) / "unet" if name else Path()
     if not (folder / "config.json").is_file():
         return ()

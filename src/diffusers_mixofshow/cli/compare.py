@@ -39,6 +39,7 @@ def compare(
       mixofshow compare edlora-potter edlora-thanos averaged hogwarts \\
         --photos potter=photos/potter --photos thanos=photos/thanos
     """
+    writes = measuring.writable(sheet, record)
     asked = measuring.Asked(
         photos=photos or (),
         prompts=prompt or (),
@@ -51,6 +52,6 @@ def compare(
     )
     measurement = measuring.planned(measuring.read_packs(sources), asked)
     if dry_run:
-        plans.tell(measurement.plan([path for path in (sheet, record) if path is not None]), as_json=as_json)
+        plans.tell(measurement.plan(writes), as_json=as_json)
         return
     measuring.tell_results(measurement, measurement.run(), sheet=sheet, record=record, as_json=as_json)

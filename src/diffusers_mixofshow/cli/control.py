@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.base_models import in_dtype
-from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, first_line
+from diffusers_mixofshow.errors import ConfigurationError, HubError, MissingExtraError, first_line
 
 
 if TYPE_CHECKING:
@@ -138,14 +138,18 @@ def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOf
     """
     from diffusers import ControlNetModel
 
+    from diffusers_mixofshow.edlora.models import load_model
     from diffusers_mixofshow.pipelines import MixOfShowControlNetPipeline
 
     nets: list[Any] = []
     for control in controls:
         try:
-            net = ControlNetModel.from_pretrained(control.model)
+            net = load_model(control.model, ControlNetModel.from_pretrained, index="config.json")
+        except HubError:
+            raise
         except (OSError, ValueError) as error:
-            raise ConfigurationError(f"The ControlNet {control.model!r} cannot be loaded: {error}") from error
+            reason = first_line(error)
+            raise ConfigurationError(f"The ControlNet {control.model!r} cannot be loaded: {reason}.") from error
         nets.append(net.to(device=pipe.device, dtype=pipe.dtype))
     return MixOfShowControlNetPipeline.from_pipe(
         pipe, controlnet=nets[0] if len(nets) == 1 else nets, **in_dtype(pipe.dtype)

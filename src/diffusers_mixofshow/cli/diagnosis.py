@@ -96,7 +96,9 @@ def _devices() -> Iterator[Finding]:
         yield Finding("devices", "problem", f"torch cannot be imported: {error}", "install torch anew: pytorch.org")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads for torch")
+    yield Finding(
+        "CPU", "ok", f"{_counted(cores or 1, 'core')}, {_counted(torch.get_num_threads(), 'thread')} for torch"
+    )
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
@@ -108,6 +110,10 @@ def _devices() -> Iterator[Finding]:
     else:
         remedy = "Toyland needs none; for Stable Diffusion install torch for your GPU: pytorch.org"
         yield Finding("GPU", "note", f"none that torch {torch.__version__} can use", remedy)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _memory() -> Finding:

@@ -40,9 +40,13 @@ def _print_table(findings: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    columns = (Column(""), Column("found", overflow="fold"), Column("how to mend it", overflow="fold"))
+    columns = (Column(""), Column(""), Column("found", overflow="fold"))
     table = Table(*columns, title="mixofshow doctor", title_justify="left")
     for finding in findings:
-        name = f"[{_MARKS[finding['state']]}]{escape(finding['name'])}[/]"
-        table.add_row(name, escape(finding["found"]), escape(finding["remedy"]))
-    Console().print(table)
+        state = f"[{_MARKS[finding['state']]}]{finding['state']}[/]"
+        table.add_row(state, escape(finding["name"]), escape(finding["found"]))
+    console = Console()
+    console.print(table)
+    remedies = [f"  {finding['name']}: {finding['remedy']}" for finding in findings if finding["remedy"]]
+    if remedies:  # not in the table, which would break commands where its column ends
+        console.print("\n".join(["How to mend it:", *remedies]), markup=False, highlight=False, soft_wrap=True)

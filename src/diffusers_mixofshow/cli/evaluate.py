@@ -53,6 +53,7 @@ def evaluate(
         --photos potter=photos/potter --photos thanos=photos/thanos --save
     """
     folder = _folder_of(source) if save else None
+    writes = measuring.writable(sheet, record)
     name, packs = _packs(source, own or [])
     asked = measuring.Asked(
         photos=photos or (),
@@ -66,8 +67,7 @@ def evaluate(
     )
     measurement = measuring.planned(packs, asked)
     if dry_run:
-        writes = [path for path in (folder, sheet, record) if path is not None]
-        plans.tell(measurement.plan(writes), as_json=as_json)
+        plans.tell(measurement.plan([*([folder] if folder else []), *writes]), as_json=as_json)
         return
     evaluation = measurement.run()
     if folder is not None:

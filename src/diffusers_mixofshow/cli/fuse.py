@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.atomic import refuse_unwritable
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import read_sources
@@ -99,7 +100,7 @@ def fuse(
     ] = None,
     ridge: RidgeText = None,
     prior: Prior = 0.0,
-    max_rank: Annotated[int | None, typer.Option(help="Cut fused updates down to this rank.")] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Cut fused updates down to this rank.")] = None,
     device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
     keep_sources: KeepSources = False,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
@@ -121,9 +122,11 @@ def fuse(
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
 
+    refuse_unwritable(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]))
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
+    _refuse_other_counts(weight, gathered)
     base_model = _base_needed(gathered, base, features, method, prior)
     if dry_run:
         tell(_plan(gathered, base_model, features, max_rank, output), as_json=as_json)
@@ -182,7 +185,8 @@ def _plan(
     gathered: Sequence[Source], base: str | None, features: Features, max_rank: int | None, output: Path
 ) -> dict[str, Any]:
     packs = [source.edlora for source in gathered]
-    return plan_of_fusion(packs, base, max_rank, output, runs=_runs(gathered, features))
+    names = [name for source in gathered for name in source.prompts]
+    return plan_of_fusion(packs, names, base, max_rank, output, runs=_runs(gathered, features))
 
 
 def _runs(gathered: Sequence[Source], features: Features) -> int:
@@ -195,12 +199,20 @@ def _runs(gathered: Sequence[Source], features: Features) -> int:
     return steps * sum(math.ceil(count / recording.batch_size) for count in prompts)
 
 
+def _refuse_other_counts(weights: Sequence[float] | None, gathered: Sequence[Source]) -> None:
+    if weights and len(weights) != len(gathered):
+        raise ConfigurationError(f"Got --weight {len(weights)} times for {len(gathered)} sources. Give one for each.")
+
+
 def _ridge(text: str | None) -> Ridge | None:
     if text is None:
         return None
     if text == "auto":
         return "auto"
     try:
-        return float(text)
-    except ValueError as error:
-        raise ConfigurationError(f"--ridge must be a number or 'auto', got {text!r}.") from error
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise ConfigurationError(f"--ridge must be a number of 0 or more, or 'auto', got {text!r}.")
+    return value

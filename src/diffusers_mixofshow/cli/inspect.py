@@ -86,7 +86,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, object]:
         base += f" ({summary['architecture']})"
     facts = {
         "kind": summary["kind"],
-        "written by": summary["program"],
+        "layout": summary["layout"],
         "base model": base,
         "rank": ", ".join(map(str, summary["ranks"])),
         "alpha": ", ".join(f"{alpha:g}" for alpha in summary["alphas"]),

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.atomic import refuse_unwritable, write_picture
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
-from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.errors import ConfigurationError, meant
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.evaluation.identity import Judge
     from diffusers_mixofshow.evaluation.packs import Evaluation, Reference, Row
+    from diffusers_mixofshow.toyland import ToyConcept
 
 Photos = Annotated[
     list[str] | None,
@@ -48,7 +49,7 @@ MetricModel = Annotated[
     ),
 ]
 Count = Annotated[int, typer.Option(min=1, help="Of each concept in each pack.")]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the others count on, the same in every pack.")]
 Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]
@@ -99,6 +100,7 @@ class Measurement:
             count=self.asked.pictures,
             steps=self.asked.steps,
             photos={name: len(files) for name, files in self.photos.items()},
+            drawn=list(_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else [],
             metric_model=self.settings["metric_model"],
             writes=writes,
         )
@@ -188,6 +190,17 @@ def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
     return {name: read_pack(source) for name, source in zip(names, sources, strict=True)}
 
 
+def writable(*paths: Path | None) -> list[Path]:
+    """Those of the paths that are given.
+
+    Raises:
+        FileWriteError: If one cannot be written.
+    """
+    given = [path for path in paths if path is not None]
+    refuse_unwritable(*given)
+    return given
+
+
 def tell_results(
     measurement: Measurement, evaluation: Evaluation, *, sheet: Path | None, record: Path | None, as_json: bool
 ) -> None:
@@ -260,16 +273,21 @@ def _drawn(packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_att
     from diffusers_mixofshow.evaluation.packs import Reference
     from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
 
-    concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
     references = {}
-    for placeholder, concept in concepts.items():
-        toy = toyland.CONCEPTS.get(concept.name)
-        if toy is None or toy.class_word != concept.class_word or placeholder in given:
-            continue
+    for placeholder, toy in _toyland_concepts(packs, given).items():
         attributes = hidden_attributes(toy) if with_attributes and toy.kind != "scene" else {}
         photos: list[Image.Image] = [photo.image for photo in toyland.photos(toy)]
         references[placeholder] = Reference(photos=photos, attributes=attributes)
     return references
+
+
+def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) -> dict[str, ToyConcept]:
+    """Those of the packs' concepts that are Toyland's own and have no photos of the user's."""
+    from diffusers_mixofshow import toyland
+
+    concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
+    own = {name: toyland.CONCEPTS.get(concept.name) for name, concept in concepts.items() if name not in given}
+    return {name: toy for name, toy in own.items() if toy is not None and toy.class_word == concepts[name].class_word}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.base_models import location_of, not_loadable
 from diffusers_mixofshow.cli.timing import time_of
 
 
@@ -57,7 +57,8 @@ def plan_of_sampling(
         refine: Whether regions are drawn anew afterwards.
         output: One file for each picture.
     """
-    size = f"{plan.width or 'own'} x {plan.height or 'own'}"
+    own = "the model's own"
+    size = f"{plan.width or own} x {plan.height or own} pixels" if plan.width or plan.height else own
     batch = len(output) * (2 if guidance > 1 else 1)
     pixels = (plan.height, plan.width) if plan.height and plan.width else None
     return {
@@ -66,7 +67,7 @@ def plan_of_sampling(
         "weight updates": f"{sum(map(_parameters, packs)):,} numbers",
         "prompt": plan.prompt,
         "regions": len(plan.regions),
-        "size": f"{size} pixels",
+        "size": size,
         "pictures": len(output),
         "U-Net runs": f"{steps}, each on a batch of {batch}",
         "drawn anew": f"{len(plan.regions) * len(output)} regions, up to {steps} runs each" if refine else "none",
@@ -76,12 +77,13 @@ def plan_of_sampling(
 
 
 def plan_of_fusion(
-    packs: Sequence[EDLoRA], base: str | None, max_rank: int | None, output: Path, *, runs: int
+    packs: Sequence[EDLoRA], names: Sequence[str], base: str | None, max_rank: int | None, output: Path, *, runs: int
 ) -> dict[str, Any]:
     """What `mixofshow fuse` would do.
 
     Args:
         packs: What is to be fused.
+        names: What is in them: placeholders, and names of plain LoRAs.
         base: The base model, where features must be recorded; None where no model is needed.
         max_rank: Cut updates down to this rank.
         output: Folder of the pack.
@@ -101,7 +103,7 @@ def plan_of_fusion(
     inputs = {input_name(site): size[1] for site, size in sizes.items()}
     gram = sum(width * width for width in inputs.values()) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
     return {
-        "concepts": _names(packs),
+        "concepts": ", ".join(names),
         "base model": _told_base(base) if base else "none is needed",
         "layers": len(ranks),
         "rank": f"at most {max(capped.values(), default=0)}",
@@ -158,6 +160,7 @@ def plan_of_measuring(
     count: int,
     steps: int,
     photos: Mapping[str, int],
+    drawn: Sequence[str],
     metric_model: str,
     writes: Sequence[Path],
 ) -> dict[str, Any]:
@@ -169,17 +172,20 @@ def plan_of_measuring(
         count: Pictures of each concept in each pack.
         steps: Denoising steps.
         photos: Placeholder to the number of photos given.
+        drawn: Placeholders of Toyland's own concepts, whose photos are drawn.
         metric_model: Who looks at the pictures.
         writes: Files and folders.
     """
     from diffusers_mixofshow.evaluation.packs import picture_count
 
     pictures = picture_count(packs, count)
+    references = [f"{number} of {name}" for name, number in photos.items()]
+    references += [f"drawn of {', '.join(drawn)}"] if drawn else []
     return {
         "base model": _told_base(base),
         "packs": "; ".join(f"{name}: {_names([pack])}" for name, pack in packs.items()),
-        "metric model": _told_base(metric_model),
-        "photos": ", ".join(f"{number} of {name}" for name, number in photos.items()) or "none given",
+        "metric model": _told_model(metric_model),
+        "photos": ", ".join(references) or "none given",
         "pictures": pictures,
         "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
         "time": time_of(base, pictures * steps, 2),
@@ -188,12 +194,23 @@ def plan_of_measuring(
 
 
 def _told_base(base: str) -> str:
-    """The base with its size on this disk; of the Hub's, that it may be downloaded."""
-    folder = Path(location_of(base))
+    """The base, told as any model; refused where it can only be meant for a folder that is not there."""
+    from diffusers_mixofshow.edlora.models import refuse_missing_folder
+
+    try:
+        refuse_missing_folder(location_of(base))
+    except FileNotFoundError as error:
+        raise not_loadable(base, error) from error
+    return _told_model(base)
+
+
+def _told_model(name: str) -> str:
+    """The model with its size on this disk; of the Hub's, that it may be downloaded."""
+    folder = Path(location_of(name))
     if not folder.is_dir():
-        return f"{base}, from the Hub or its cache"
+        return f"{name}, from the Hub or its cache"
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    return f"{base}, {size / 1e6:.0f} MB on disk"
+    return f"{name}, {size / 1e6:.0f} MB on disk"
 
 
 def _names(packs: Sequence[EDLoRA]) -> str:

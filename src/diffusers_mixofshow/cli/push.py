@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from diffusers_mixofshow.cli.messages import tell
+
 
 def push(
     source: Annotated[str, typer.Argument(help="ED-LoRA or fused pack: folder or file.")],
@@ -39,15 +41,19 @@ def push(
     Example:
       mixofshow push edlora-potter --private
     """
+    from huggingface_hub import get_token
+
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.hub import repo_name
 
     pack = EDLoRA.from_pretrained(source)
     if dry_run:
         target = repo_id or repo_name(pack.concepts)
-        names = ", ".join(concept.placeholder for concept in pack.concepts)
-        told = {"repo_id": target, "concepts": [concept.placeholder for concept in pack.concepts], "private": private}
-        typer.echo(json.dumps(told) if as_json else f"Would push {names} to {target}")
+        names = [concept.placeholder for concept in pack.concepts]
+        told = {"repo_id": target, "concepts": names, "private": private, "logged_in": get_token() is not None}
+        typer.echo(json.dumps(told) if as_json else f"Would push {', '.join(names)} to {target}")
+        if get_token() is None:
+            tell("Warning: nobody is logged in, so that the Hub would refuse it. Run `hf auth login` first.", "yellow")
         return
     url = pack.push_to_hub(
         repo_id,
@@ -58,4 +64,6 @@ def push(
         create_pr=create_pr,
         commit_message=message,
     )
+    if create_pr and "/discussions/" not in url:
+        tell("Warning: nothing has changed, so that no pull request was opened.", "yellow")
     typer.echo(json.dumps({"url": url}) if as_json else f"Pushed to {url}")

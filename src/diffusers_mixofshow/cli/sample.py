@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.atomic import refuse_unwritable, write_picture
 from diffusers_mixofshow.base_models import usual_guidance
-from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
 from diffusers_mixofshow.cli.plans import DryRun, plan_of_sampling, tell
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import split_prompt
-from diffusers_mixofshow.errors import ConfigurationError, RegionError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, RegionError
 
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def sample(
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid. (default: the layout's)")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 20,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")
     ] = None,
@@ -79,6 +81,7 @@ def sample(
     packs = [read_pack(source) for source in concepts or []]
     base, files = base or _base_of(packs), numbered(output, count)
     guidance = usual_guidance(base) if guidance is None else guidance
+    _warn_of_bare_names(plan, packs)
     if dry_run:
         _refuse_unknown(plan, packs)
         planned = plan_of_sampling(plan, packs, base, steps=steps, guidance=guidance, refine=refine, output=files)
@@ -154,8 +157,25 @@ def _refined(pipe: Any, image: Any, seed: int, plan: Layout, steps: int, guidanc
 def _refuse_unknown(plan: Layout, packs: list[EDLoRA]) -> None:
     """Refuse concepts in prompts that no pack holds."""
     known = [concept for pack in packs for concept in pack.concepts]
-    for text in (plan.prompt or "", *(region.prompt for region in plan.regions)):
+    for text in _texts(plan):
         split_prompt(text, known)
+
+
+def _warn_of_bare_names(plan: Layout, packs: list[EDLoRA]) -> None:
+    """Warn of concepts that are nowhere asked for while a prompt has their name as a plain word."""
+    texts = _texts(plan)
+    for concept in (concept for pack in packs for concept in pack.concepts):
+        asked_for = any(name in text for name in (concept.placeholder, *concept.tokens) for text in texts)
+        bare = re.compile(rf"(?<![\w<]){re.escape(concept.name)}(?![\w>])", re.IGNORECASE)
+        found = next((match[0] for text in texts if (match := bare.search(text))), None)
+        if found and not asked_for:
+            warnings.warn(
+                f"the prompt says {found}; did you mean {concept.placeholder}?", MixOfShowWarning, stacklevel=2
+            )
+
+
+def _texts(plan: Layout) -> list[str]:
+    return [plan.prompt or "", *(region.prompt for region in plan.regions)]
 
 
 def _size(pipe: Any, plan: Layout) -> dict[str, int]:
@@ -184,6 +204,7 @@ def _refuse_contradictions(plan: Layout, output: Path, guidance: float | None, *
     ]
     if defects:
         raise ConfigurationError(f"Got {'; '.join(defects)}.")
+    refuse_unwritable(output)
 
 
 def _save(files: list[Path], images: list[Any]) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 from diffusers_mixofshow.errors import ConfigurationError
 
 
-def settings_from(path: Path, options: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, Any]]:
+def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Read a TOML file with a table for each verb, whose keys are the verb's options; '-' and '_' are the same.
 
     Args:
         path: The file.
-        options: Verb to its options by name.
+        options: Verb to the spellings of its options, with '_', and typer's parameter that each one sets.
 
     Raises:
         ConfigurationError: If the file cannot be read, or names a verb or an option that does not exist; names all.
@@ -31,11 +31,20 @@ def settings_from(path: Path, options: Mapping[str, Mapping[str, object]]) -> di
         if verb not in options or not isinstance(table, dict):
             defects.append(f"{verb!r} is no table of a verb ({', '.join(options)})")
             continue
-        found[verb] = {key.replace("-", "_"): value for key, value in table.items()}
-        defects += [_unknown(verb, key, options[verb]) for key in found[verb] if key not in options[verb]]
+        given = {key.replace("-", "_"): value for key, value in table.items()}
+        given |= {f"no_{key}": True for key, value in given.items() if value is False and f"no_{key}" in options[verb]}
+        defects += [_unknown(verb, key, options[verb]) for key in given if key not in options[verb]]
+        known = {options[verb][key]: value for key, value in given.items() if key in options[verb]}
+        found[verb] = {parameter.name: _as_given(value, parameter) for parameter, value in known.items()}
     if defects:
         raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
     return found
+
+
+def _as_given(value: Any, parameter: Any) -> Any:
+    """The value; in a list where the option may be repeated and is given once."""
+    takes_several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
+    return [value] if takes_several and not isinstance(value, list) else value
 
 
 def _unknown(verb: str, key: str, known: Mapping[str, object]) -> str:

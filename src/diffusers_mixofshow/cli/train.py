@@ -76,7 +76,7 @@ def train(**given: Any) -> None:
     config: Path | None = given.pop("config")
     photos: str | None = given.pop("photos")
     dry_run, as_json = bool(given.pop("dry_run")), bool(given.pop("as_json"))
-    options = _values_of_options(given)
+    options = _values_of_options(_without_overruled(given, given.pop("context")))
     if photos is not None and "instance_data_dir" in options:
         raise ConfigurationError("The photos are given twice: as PHOTOS and as --instance-data-dir.")
     if photos is not None:
@@ -108,6 +108,19 @@ def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
     return TrainingConfig.from_mapping(settings)
 
 
+def _without_overruled(given: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
+    """Drop what `mixofshow --config` switches on or off where the command line says the opposite."""
+
+    def from_file(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "DEFAULT_MAP"
+
+    overruled = set()
+    for name in (name for name, value in given.items() if value and given.get(_OFF + name)):
+        overruled |= {each for each in (name, _OFF + name) if from_file(each)}
+    return {name: value for name, value in given.items() if name not in overruled}
+
+
 def _values_of_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was written at the command line, each text read as its setting's type."""
     written = {name: value for name, value in given.items() if value not in (None, [], False)}
@@ -125,6 +138,7 @@ def _values_of_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parameters() -> Iterator[inspect.Parameter]:
     """The command's parameters, for typer."""
+    yield inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     photos = typer.Argument(metavar="PHOTOS", help="Folder of photos; the same as --instance-data-dir.")
     yield _parameter("photos", Annotated[str | None, photos], positional=True)
     preset = typer.Option(help=f"Set of settings below all others: {', '.join(PRESETS)}.", metavar="<str>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.fusion.fuser import Method
 
 _FUSION_BATCH = 8
+_SECONDS_BETWEEN_LINES = 10.0
+"""How often a log is told how far a stage is."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,31 @@ class _Stages:
         columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         start = time.monotonic()
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
-            yield progress
+            if self.console.is_terminal:
+                yield progress
+            else:
+                with _lines_of(progress):
+                    yield progress
         self.seconds[name] = round(time.monotonic() - start, 1)
+
+
+@contextmanager
+def _lines_of(progress: Progress) -> Iterator[None]:
+    """Where no bars can be drawn, as in a log: one plain line now and then says how far every task is."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(_SECONDS_BETWEEN_LINES):
+            tasks = (f"{task.description} {task.completed:.0f}/{task.total:.0f}" for task in progress.tasks)
+            progress.console.print(f"    {', '.join(tasks)}", markup=False, highlight=False, soft_wrap=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def run_demo(settings: DemoSettings, *, console: Console) -> Path:

@@ -289,8 +289,9 @@ def _residual_columns(
         return [], ""
     lines = [("-", "-") if pair is None else (f"{pair[1]:.3f}", f"{pair[0]:.3f}") for pair in pairs]
     note = (
-        "The residual is the relative error of a concept's layers after fusion: 0 keeps it whole, 1 loses it."
-        " Beside it, that of a plain weighted average of the same weights."
+        "The residual is the error of the features that a concept's layers give: 0 is the concept's own model, 1 the "
+        "base without it. It says little of identity; what counts is that it is below that of a plain weighted "
+        "average, which stands beside it."
     )
     return [("residual, fused", "averaged"), *lines], note
 

@@ -91,7 +91,12 @@ def download(
     What breaks off is tried again and goes on where it stopped; a file that did not arrive whole is not in the cache.
     Where there is no way to the Hub at all, the cache is asked alone.
     """
-    local_files_only = local_files_only or not _answers()
+    if not local_files_only and not answers():
+        path = f"{subfolder}/{filename}" if subfolder else filename
+        with _explained(repo_id, revision, token):
+            if cached(repo_id, path, revision=revision, cache_dir=cache_dir) is None:
+                raise unreached(repo_id)
+        local_files_only = True
     with _explained(repo_id, revision, token):
         return _insisting(
             lambda: Path(
@@ -130,7 +135,7 @@ def create(repo_id: str, *, token: str | bool | None, private: bool | None, revi
     Raises:
         HubError: If the Hub refuses or cannot be reached.
     """
-    if not _answers():
+    if not answers():
         raise HubError(
             f"The Hub cannot be reached at {huggingface_hub.constants.ENDPOINT}, so nothing was sent to {repo_id!r}. "
             "Check the connection, and HF_ENDPOINT if you have set it."
@@ -201,7 +206,15 @@ def text_at(repo_id: str, filename: str, commit: str, *, token: str | bool | Non
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def _answers() -> bool:
+def unreached(name: str) -> HubError:
+    """The error of what only the Hub could give, where that does not answer."""
+    return HubError(
+        f"{name!r} is neither on this disk nor in the cache, and the Hub cannot be reached at "
+        f"{huggingface_hub.constants.ENDPOINT}. Check the spelling, the connection, and HF_ENDPOINT if it is set."
+    )
+
+
+def answers() -> bool:
     """Whether anything takes a connection at the Hub's address; yes where it is not to be asked.
 
     The client itself would try for half a minute, and again for every try of ours.
@@ -290,8 +303,8 @@ def _explanation(error: Exception, repo_id: str, revision: str | None, token: st
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         return HubError(
-            f"The Hub refused access to {at} (HTTP {status}). Log in with `hf auth login`, or pass a token that "
-            "may do this (writing needs a token of role 'write')."
+            f"The Hub refused access to {at} (HTTP {status}). Log in with `hf auth login`, or set HF_TOKEN to "
+            "a token that may do this (writing needs one of role 'write')."
         )
     if status == _MOVED_ON:
         return HubError(f"Others keep committing to {at}, so that nothing was sent. Push again when they are done.")
@@ -302,7 +315,7 @@ def _missing(error: Exception, repo_id: str, revision: str | None, at: str) -> s
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"There is no repository {repo_id!r} on the Hub, or it is private and you are not logged in. "
-            "Check the spelling; for a private one log in with `hf auth login` or pass token=...."
+            "Check the spelling; for a private one log in with `hf auth login`, or set HF_TOKEN."
         )
     if isinstance(error, RevisionNotFoundError):
         return f"The repository {repo_id!r} has no revision {revision!r} (branch, tag or commit)."
@@ -320,8 +333,8 @@ def _not_cached(at: str) -> str:
             f"{at} is not in the cache, and HF_HUB_OFFLINE is set. Unset it once to fetch the file, or give a folder."
         )
     return (
-        f"{at} is not in the cache, and the Hub was not asked or cannot be reached. Check the spelling of a name on "
-        "this disk, the connection, and whether local_files_only is set."
+        f"{at} is not in the cache, and the Hub was not asked or cannot be reached. Check the connection, and whether "
+        "local_files_only is set."
     )
 
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import in_dtype, location_of, not_loadable
+from diffusers_mixofshow.base_models import in_dtype, not_loadable
 from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
-from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, MixOfShowError
+from diffusers_mixofshow.edlora.models import load_model
+from diffusers_mixofshow.errors import FileWriteError, MixOfShowError
 from diffusers_mixofshow.sites import linear_layers
 
 
@@ -112,16 +114,17 @@ def load_base(base_model: str) -> StableDiffusionPipeline:
 
     Raises:
         ConfigurationError: If it cannot be loaded.
+        HubError: If only the Hub has it, and that cannot be reached.
     """
     from diffusers import StableDiffusionPipeline
 
     try:
-        pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-            location_of(base_model), **in_dtype(torch.float32)
-        )
+        load = partial(StableDiffusionPipeline.from_pretrained, **in_dtype(torch.float32))
+        pipeline: StableDiffusionPipeline = load_model(base_model, load)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{not_loadable(base_model, error)} merged=True writes a complete pipeline and needs the base model; "
+        refusal = not_loadable(base_model, error)
+        raise type(refusal)(
+            f"{refusal} merged=True writes a complete pipeline and needs the base model; "
             "without it the pack alone is written."
         ) from error
     return pipeline

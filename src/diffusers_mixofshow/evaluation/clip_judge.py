@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image, ImageOps
 
-from diffusers_mixofshow.errors import ConfigurationError, first_line
+from diffusers_mixofshow.edlora.models import load_model
+from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.toyland.text import encode_prompts, image_embeddings, text_embeddings
 
 
@@ -44,13 +46,17 @@ class ClipJudge:
         """Load a CLIP from the Hub or a folder, onto the GPU where there is one.
 
         Raises:
+            HubError: If only the Hub has it, and that cannot be reached.
             ConfigurationError: If there is none, or what is there is something else.
         """
         from transformers import CLIPModel, CLIPTokenizer
 
         try:
-            model, loaded = CLIPModel.from_pretrained(name, output_loading_info=True)
-            tokenizer = CLIPTokenizer.from_pretrained(name)
+            load = partial(CLIPModel.from_pretrained, output_loading_info=True)
+            model, loaded = load_model(name, load, index="config.json")
+            tokenizer = load_model(name, CLIPTokenizer.from_pretrained, index="config.json")
+        except HubError:
+            raise
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise _unusable(name, first_line(error)) from error
         missing = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))

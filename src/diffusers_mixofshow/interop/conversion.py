@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.interop.concept_names import Naming, plain_name
 from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base, read_foreign
 from diffusers_mixofshow.interop.formats import Format
@@ -72,6 +72,7 @@ def convert(
     Raises:
         EDLoRANotFoundError: If there is no such file.
         EDLoRAFormatError: If it is defective, or the format cannot hold it; nothing is written then.
+        ConfigurationError: If an ED-LoRA is to be written to a file.
         ConceptError: If the name or kind is malformed.
     """
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)
@@ -109,6 +110,8 @@ def _as_concepts(
                 "The authors' layout has no place for the base model, class words and settings.",
             )
         return Conversion(files=(write_original(file, content),), lost=lost)
+    if path.suffix == ".safetensors":
+        raise ConfigurationError(f"An ED-LoRA is written into a folder. Give {str(path.with_suffix(''))!r} as output.")
     if not content.concepts:
         raise EDLoRAFormatError(
             "There is no embedding in it, and an ED-LoRA has one for each concept. Convert it to 'diffusers' or "
@@ -174,12 +177,14 @@ def _layers_lost(edlora: EDLoRA) -> tuple[str, ...]:
     shares = {token: lost_in_mean(rows) for token, rows in edlora.embeddings.items()}
     if not any(shares.values()):
         return ()
-    told = ", ".join(f"{token} {share:.1%}" for token, share in shares.items())
     return (
         f"Layer-wise embeddings: every token has one for each of {len(edlora.layers)} cross-attention layers, and "
-        f"these files hold their mean, an approximation. Its distance from them, |E - mean| / |E|: {told}.",
+        "these files hold their mean, an approximation.",
+        *(f"{token}: {share:.1%} of its embeddings, |E - mean| / |E|." for token, share in shares.items()),
     )
 
 
 def _updates_lost(lora: Mapping[str, LowRank]) -> tuple[str, ...]:
-    return (f"The weight updates: {listed(lora)}.",) if lora else ()
+    layers = Counter(site.partition(".")[0] for site in lora)
+    told = ", ".join(f"{count} of {component}" for component, count in layers.items())
+    return (f"The weight updates of all {len(lora)} layers: {told}.",) if lora else ()

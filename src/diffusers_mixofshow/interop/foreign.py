@@ -45,7 +45,7 @@ class Foreign:
 
     Args:
         kind: What it is.
-        program: Who writes such files.
+        layout: Whose layout of names and tensors the file has.
         files: What was read.
         lora: Site name to update.
         tokens: Token to its layer-wise embedding, shape (layers, dim), or (1, dim) where it is the same for all.
@@ -55,7 +55,7 @@ class Foreign:
     """
 
     kind: Kind
-    program: str
+    layout: str
     files: tuple[Path, ...]
     lora: Mapping[str, LowRank] = field(default_factory=dict)
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -165,7 +165,7 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
         lora=foreign.lora,
         base_model=naming.base_model,
         layers=layers if rows else (),
-        training={"converted_from": f"{foreign.kind} ({foreign.program})"},
+        training={"converted_from": f"{foreign.kind} ({foreign.layout})"},
     )
 
 
@@ -190,7 +190,7 @@ def _read_pickle(path: Path) -> Foreign:
         found = original_content(content)
         return Foreign(
             kind=Kind.MIX_OF_SHOW,
-            program="Mix-of-Show, the authors' code",
+            layout="Mix-of-Show, the authors' code",
             files=(path,),
             lora=found.lora,
             tokens=found.tokens,
@@ -221,7 +221,7 @@ def _sorted(path: Path, content: Any, metadata: Mapping[str, str]) -> Foreign:
     if found is not None and not any(half_of(str(name)) for name in _keys(content)):
         return Foreign(
             kind=Kind.TEXTUAL_INVERSION,
-            program=found.program,
+            layout=found.layout,
             files=(path,),
             vectors=found.vectors,
             metadata=metadata,
@@ -234,7 +234,7 @@ def _sorted(path: Path, content: Any, metadata: Mapping[str, str]) -> Foreign:
 def _of_lora(path: Path, found: LoRAContent) -> Foreign:
     return Foreign(
         kind=Kind.LORA_AND_EMBEDDINGS if found.bundled else Kind.LORA,
-        program=found.spelling.value,
+        layout=found.spelling.value,
         files=(path,),
         lora=found.lora,
         vectors={word: dict(vectors) for word, vectors in found.bundled.items()},
@@ -275,7 +275,7 @@ def _joined(parts: Sequence[Foreign]) -> Foreign:
     only_words = body.kind is Kind.TEXTUAL_INVERSION
     return Foreign(
         kind=Kind.TEXTUAL_INVERSION if only_words else Kind.LORA_AND_EMBEDDINGS,
-        program=body.program,
+        layout=body.layout,
         files=tuple(path for part in parts for path in part.files),
         lora=body.lora,
         tokens=body.tokens,

@@ -9,6 +9,7 @@ authors' code multiplies with is its alpha, 1, not alpha / rank, and it is not i
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ ORIGINAL_NAME = "edlora_model-latest.pth"
 
 _EMBEDDINGS = ("new_concept_embedding", "new_concept_token")
 _COMPONENTS = ("text_encoder", "unet")
+_OF_LORA = re.compile(r"\.lora|_lora\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +70,10 @@ def original_content(content: Any) -> OriginalContent:
     if misshapen:
         defects.append(f"embeddings not of shape (layers, dim): {listed(misshapen)}")
     halves = {f"{part}.{name}": half for part in _COMPONENTS for name, half in _mapping(params.get(part)).items()}
-    if whole := [name for name, half in halves.items() if not isinstance(half, torch.Tensor) or ".lora" not in name]:
-        whole = [name for name in whole if "_lora." not in name]
-    if whole:
+    sound = [name for name, half in halves.items() if isinstance(half, torch.Tensor) and _OF_LORA.search(name)]
+    if whole := [name for name in halves if name not in sound]:
         defects.append(f"whole weights, as of a fused model, or no tensors at all: {listed(whole)}")
-    pairs = {name: half.detach() for name, half in halves.items() if name not in whole}
+    pairs = {name: halves[name].detach() for name in sound}
     found = content_of(pairs, {}, {})
     defects += found.defects if pairs else []
     if not tokens and not pairs and not defects:

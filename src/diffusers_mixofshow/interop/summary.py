@@ -30,7 +30,7 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
     family = recognised(pack.lora, [{CLIP_L: rows.shape[1]} for rows in pack.embeddings.values()])
     return {
         "kind": "fused pack" if fused else "ED-LoRA",
-        "program": "diffusers-mixofshow",
+        "layout": "diffusers-mixofshow",
         "base_model": pack.base_model,
         "architecture": family.name if family else None,
         "concepts": [
@@ -65,7 +65,7 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         problems.append("its layers and widths are those of no Stable Diffusion known here")
     return {
         "kind": foreign.kind.value,
-        "program": foreign.program,
+        "layout": foreign.layout,
         "base_model": foreign.metadata.get("ss_sd_model_name", ""),
         "architecture": family.name if family else None,
         "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],

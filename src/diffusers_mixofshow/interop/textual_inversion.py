@@ -41,11 +41,11 @@ class InversionContent:
     """What a textual-inversion file holds.
 
     Args:
-        program: Who writes such files.
+        layout: Whose layout of names and tensors the file has.
         vectors: Word to its vectors.
     """
 
-    program: str
+    layout: str
     vectors: Mapping[str, Vectors]
 
 
@@ -57,22 +57,22 @@ def inversion_content(content: Any, name: str) -> InversionContent | None:
         name: The word for it where the content has none: the file's name.
     """
     if isinstance(content, torch.Tensor) and _is_vectors(content):
-        return InversionContent(program="diffusers", vectors={plain_name(name): {CLIP_L: _rows(content)}})
+        return InversionContent(layout="diffusers", vectors={plain_name(name): {CLIP_L: _rows(content)}})
     if not isinstance(content, Mapping):
         return None
     if isinstance(content.get(_A1111), Mapping):
         found = [one for one in content[_A1111].values() if _is_vectors(one)]
         if len(found) == 1:
-            return InversionContent(program="A1111", vectors={plain_name(name): {CLIP_L: _rows(found[0])}})
+            return InversionContent(layout="A1111", vectors={plain_name(name): {CLIP_L: _rows(found[0])}})
         return None
     tensors = {str(key): value for key, value in content.items()}
     if not tensors or not all(_is_vectors(value) for value in tensors.values()):
         return None
     if tensors.keys() <= _ENCODERS.keys():
-        program = "A1111" if "emb_params" in tensors else "diffusers' advanced training scripts, A1111 for SDXL"
+        layout = "A1111" if "emb_params" in tensors else "diffusers' advanced training scripts, A1111 for SDXL"
         named = {_ENCODERS[key]: _rows(value) for key, value in tensors.items()}
-        return InversionContent(program=program, vectors={plain_name(name): named})
-    return InversionContent(program="diffusers", vectors={key: {CLIP_L: _rows(v)} for key, v in tensors.items()})
+        return InversionContent(layout=layout, vectors={plain_name(name): named})
+    return InversionContent(layout="diffusers", vectors={key: {CLIP_L: _rows(v)} for key, v in tensors.items()})
 
 
 def write_textual_inversion(path: Path, vectors: Mapping[str, torch.Tensor], *, word: str) -> Path:

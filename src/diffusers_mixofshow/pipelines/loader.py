@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from diffusers_mixofshow.errors import ConceptError, meant
 from diffusers_mixofshow.lora import eject, inject, merged
 from diffusers_mixofshow.pipelines.publishing import joined
 from diffusers_mixofshow.sites import components_with_sites
+from diffusers_mixofshow.toyland.base import quietly
 
 
 @contextmanager
@@ -65,7 +66,9 @@ class EDLoRALoader:
         if "torch_dtype" not in kwargs:
             # By themselves diffusers reads its models in float32, and transformers 5 its own as they were written.
             kwargs |= in_dtype(kwargs.pop("dtype", torch.float32))
-        pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+        hushed = quietly() if source != os.fspath(pretrained_model_name_or_path) else nullcontext()
+        with hushed:  # only the embedded base, which is ours to answer for
+            pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         if has_concepts(source, kwargs.get("revision"), kwargs.get("cache_dir")):
             shared = ("revision", "token", "cache_dir", "local_files_only")
             options = {name: kwargs[name] for name in shared if name in kwargs}

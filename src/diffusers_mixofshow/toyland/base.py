@@ -44,7 +44,7 @@ def path() -> Path:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep transformers and diffusers from printing bars and notes that concern nobody; restore their settings."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -78,7 +78,7 @@ def load_pipeline(
         dtype: Type of the weights; half precision is for GPUs.
         folder: Weights other than the shipped ones.
     """
-    with _quietly():
+    with quietly():
         if pipeline_class is None:
             from diffusers import StableDiffusionPipeline
 
@@ -97,7 +97,7 @@ def load_layout_adapter(dtype: torch.dtype = torch.float32, folder: Path | str |
     """
     from diffusers import T2IAdapter
 
-    with _quietly():
+    with quietly():
         return T2IAdapter.from_pretrained(Path(folder or path()) / "layout_adapter", **in_dtype(dtype))
 
 
@@ -150,7 +150,7 @@ def load_metric_model(folder: Path | str | None = None) -> MetricModel:
     towers = MetricTowers()
     state = load_file(root / "metric" / "model.safetensors")
     towers.load_state_dict({name: value.float() for name, value in state.items()})
-    with _quietly():
+    with quietly():
         text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
     return MetricModel(

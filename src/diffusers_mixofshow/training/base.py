@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from diffusers_mixofshow.base_models import TOYLAND, not_loadable
+from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -30,9 +32,8 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
         return toyland.load_pipeline()
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            config.pretrained_model_name_or_path, safety_checker=None, requires_safety_checker=False
-        )
+        load = partial(StableDiffusionPipeline.from_pretrained, safety_checker=None, requires_safety_checker=False)
+        pipeline: StableDiffusionPipeline = load_model(config.pretrained_model_name_or_path, load)
     except (OSError, ValueError) as error:
         raise not_loadable(config.pretrained_model_name_or_path, error) from error
     return pipeline.to(dtypes[config.mixed_precision])

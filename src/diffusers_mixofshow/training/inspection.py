@@ -16,25 +16,29 @@ if TYPE_CHECKING:
 MOST_ENLARGED = 2.0
 """A photo that training enlarges by more than this has too little detail to learn from."""
 
+_NAMED = 3
 _THUMBNAIL = 16
 _SAME_BELOW = 2.0
 """Mean difference of two thumbnails' values, of 255: files of one picture in several sizes or formats stay below."""
 
 
 def tiny(photos: Sequence[Photo], resolution: int, folder: Path) -> list[str]:
-    """Name the photos whose shorter side training enlarges too much.
+    """Count the photos whose shorter side training enlarges too much, and name the first few; empty if there is none.
 
     Args:
         photos: All photos.
         resolution: Side of the training picture in pixels.
         folder: Where names start.
     """
-    return [
-        f"{photo.path.relative_to(folder).as_posix()} is {photo.image.width}x{photo.image.height} pixels, so training "
-        f"enlarges it {resolution / min(photo.image.size):.1f} times"
+    found = [
+        f"{photo.path.relative_to(folder).as_posix()} is {photo.image.width}x{photo.image.height} pixels "
+        f"({resolution / min(photo.image.size):.1f} times)"
         for photo in photos
         if resolution > MOST_ENLARGED * min(photo.image.size)
     ]
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    told = f"training enlarges {len(found)} of {len(photos)} photos more than {MOST_ENLARGED:g} times: "
+    return [told + ", ".join(found[:_NAMED]) + more] if found else []
 
 
 def duplicates(photos: Sequence[Photo], folder: Path) -> list[str]:

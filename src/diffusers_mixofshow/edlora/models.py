@@ -1,0 +1,59 @@
+"""Models that diffusers and transformers load by name: found on this disk, in the cache, or on a Hub that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import huggingface_hub
+
+from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.edlora import hub
+
+
+_Model = TypeVar("_Model")
+
+
+def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_index.json") -> _Model:
+    """Load a model, without waiting for what cannot come.
+
+    Where no Hub answers, diffusers would try for a quarter of a minute before it looks into the cache.
+
+    Args:
+        name: Hub id or folder, or ``toyland``.
+        load: Given what to load and options: ``from_pretrained`` of a class.
+        index: The file that every such model has.
+
+    Raises:
+        HubError: If the cache does not hold it, and the Hub cannot be reached.
+        OSError: If there is no such folder, or the cache does not hold it and the Hub is not to be asked.
+    """
+    place = location_of(name)
+    if Path(place).exists():
+        return load(place)
+    refuse_missing_folder(name)
+    options: dict[str, Any] = {}
+    if reason := _unasked(name):
+        if hub.cached(name, index, revision=None, cache_dir=None) is None:
+            raise reason
+        options = {"local_files_only": True}
+    return load(place, **options)
+
+
+def refuse_missing_folder(name: str) -> None:
+    """Refuse a name that is not there and can only be meant for a place on this disk.
+
+    Raises:
+        FileNotFoundError: If it is one.
+    """
+    path = Path(name)
+    if not path.exists() and (name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())):
+        raise FileNotFoundError("There is no such folder")
+
+
+def _unasked(name: str) -> OSError | None:
+    """Why a model that is not in the cache cannot be had, unless the Hub can be asked."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return FileNotFoundError(f"{name!r} is not in the cache, and HF_HUB_OFFLINE is set")
+    return None if hub.answers() else hub.unreached(name)
