@@ -10,6 +10,9 @@ from PIL import Image
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation.identity import Subject
+from diffusers_mixofshow.evaluation.metrics import cosine_matrix
+from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES
+from diffusers_mixofshow.toyland.world import CLASSES
 
 
 if TYPE_CHECKING:
@@ -42,12 +45,23 @@ class ToylandJudge:
         return self._metric_model.text_features(texts)
 
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
-        """For every picture, attribute name to its likeliest value."""
+        """For every picture, attribute name to its likeliest value.
+
+        The class is the metric model's: the attribute reader, which has seen drawings alone, takes a sampled dog
+        without a collar for a table.
+        """
         likeliest = {name: scores.argmax(dim=1) for name, scores in self._reader.read(images).items()}
-        return [
+        attributes = [
             {name: self._reader.vocabulary[name][int(values[index])] for name, values in likeliest.items()}
             for index in range(len(images))
         ]
+        return [seen | {"class": name} for seen, name in zip(attributes, self._classes(images), strict=True)]
+
+    def _classes(self, images: Sequence[Image.Image]) -> list[str]:
+        """For every picture, the class whose descriptions at all places are nearest on average."""
+        texts = self.text_features([f"a {name} {place}" for name in CLASSES for place in TOGETHER_PLACES])
+        likeness = cosine_matrix(self.features(images), texts).view(len(images), len(CLASSES), len(TOGETHER_PLACES))
+        return [CLASSES[int(index)] for index in likeness.mean(dim=2).argmax(dim=1)]
 
 
 def subject_of(concept: toyland.ToyConcept, judge: ToylandJudge) -> Subject:
