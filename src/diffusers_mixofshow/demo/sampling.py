@@ -36,8 +36,6 @@ WIDTH, HEIGHT = 96, 64
 """Size of pictures with three concepts."""
 
 _TOGETHER = 3
-_TOGETHER_SCALE = 0.9
-"""Of the fused pack's weight updates: a little less than all of them leaves the classes to the base."""
 _LAYOUT_STRENGTH = 0.8
 _TOGETHER_SEED = 5000
 
@@ -88,7 +86,7 @@ def sample_all(
     class_words = {concept.name: concept.class_word for concept in concepts}
     order = [orders(concepts)[index % _TOGETHER] for index in range(settings.together)]
     layouts = [layout_of([class_words[name] for name in names]) for names in order]
-    pipe.load_edlora(packs["fused"], scale=_TOGETHER_SCALE)
+    pipe.load_edlora(packs["fused"])
     try:
         placing = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=toyland.load_layout_adapter())
         regional = _sample_together(placing, order, class_words, settings, advance, layouts, with_regions=True)
