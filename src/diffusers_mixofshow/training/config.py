@@ -131,7 +131,8 @@ class TrainingConfig:
         text_encoder_lr: Learning rate of the text encoder's LoRA (1e-5, paper).
         learning_rate: Learning rate of the U-Net's LoRA (1e-4, paper).
         text_kv_lr: Learning rate of the LoRA on the U-Net's text keys and values; None: learning_rate (paper). Prompts
-            tell concepts apart better than pictures do, so what is learnt there survives fusion better (ours).
+            tell concepts apart better than pictures do, so what is learnt there survives fusion better; but at many
+            times learning_rate a concept forgets its class beside others (ours).
         lr_scheduler: ``linear`` decay to 0 (reference), ``cosine`` or ``constant``, in each phase.
         lr_warmup_steps: Optimiser steps of linear warm-up in each phase (0, reference).
         adam_weight_decay: AdamW's decoupled weight decay of the LoRA (0.01, reference); embeddings have none.
