@@ -257,7 +257,7 @@ def test_a_concept_that_is_hardly_kept_is_warned_of_and_no_other(published: list
 def test_the_usual_ridge_is_larger_where_each_concept_was_recorded_with_its_own_model(
     pipe: MixOfShowPipeline, published: list[Path]
 ) -> None:
-    assert GradientFuser().fuse(published).report.data["ridge"] == 0.1
+    assert GradientFuser().fuse(published).report.data["ridge"] == 0.03
     assert GradientFuser(ridge=1e-2).fuse(published).report.data["ridge"] == 1e-2
     assert GradientFuser(pipe, steps=1).fuse(published[:1]).report.data["ridge"] == 1e-3
 
