@@ -15,8 +15,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "crop_variants": 1,
         "train_batch_size": 12,
         "captions_per_step": 3,
-        "max_train_steps": 250,
-        "embedding_phase_steps": 100,
+        # What sits in embeddings needs no reconciling when concepts are fused.
+        "max_train_steps": 200,
+        "embedding_phase_steps": 200,
         # Faster embeddings, or faster keys and values of the text, forget the class as soon as others stand beside it.
         "embedding_learning_rate": 5e-3,
         "text_encoder_lr": 1e-3,
