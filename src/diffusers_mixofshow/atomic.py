@@ -61,14 +61,23 @@ def refuse_unwritable(*paths: Path) -> None:
         FileWriteError: If the folder, or the nearest one above it that exists, takes no file.
     """
     for path in paths:
-        present = next(folder for folder in path.absolute().parents if folder.exists())
         try:
-            with tempfile.TemporaryFile(dir=present):
-                pass
+            write_probe(path.absolute().parent)
         except OSError as error:
             raise FileWriteError(
                 f"{path} cannot be written: {error.strerror or error}. Choose a folder that you may write to."
             ) from error
+
+
+def write_probe(folder: Path) -> None:
+    """Write a file without a name into a folder, or into the nearest one above it that exists.
+
+    Raises:
+        OSError: If that takes no file.
+    """
+    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=present):
+        pass
 
 
 def write_picture(path: Path, picture: Image.Image, kind: str = "PNG") -> None:

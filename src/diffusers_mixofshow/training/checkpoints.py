@@ -11,7 +11,6 @@ import hashlib
 import io
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import write_probe, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.training.batches import CachedPhoto
@@ -144,9 +143,7 @@ def check_writable(folder: Path, *, make: bool = True) -> None:
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=present):
-            pass
+        write_probe(folder)
     except OSError as error:
         raise ConfigurationError(
             f"output_dir {str(folder)!r} cannot be written ({error}). Choose another folder, or None not to save."
