@@ -129,4 +129,4 @@ def _unknown_message(unknown: list[str], known: Mapping[str, tuple[str, ...]]) -
     for word in dict.fromkeys(unknown):
         nearest = difflib.get_close_matches(word, known, n=1)
         hints.append(f"{word} (did you mean {nearest[0]}?)" if nearest else word)
-    return f"Unknown in the prompt: {', '.join(hints)}. {loaded} Load it with load_edlora() or correct the spelling."
+    return f"Unknown in the prompt: {', '.join(hints)}. {loaded} Load it (load_edlora, --concepts) or mend the name."

@@ -73,7 +73,7 @@ Solver = Annotated[
 ]
 RidgeText = Annotated[
     str | None,
-    typer.Option(help="Weight of small updates against a perfect fit, or 'auto' (default: 0.1, sequential 1e-3)."),
+    typer.Option(help="Weight of small updates against a perfect fit, or 'auto' (default: 0.03, sequential 1e-3)."),
 ]
 Prior = Annotated[
     float,

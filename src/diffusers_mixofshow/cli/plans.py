@@ -110,7 +110,7 @@ def plan_of_fusion(
         "memory for statistics": f"{gram / 1e6:.0f} MB at most" if base else "that of the files beside the sources",
         "U-Net runs": f"{runs} at most, each on a batch of up to {_RECORDED}" if base else "none",
         "time": time_of(base, runs, _RECORDED) if base else f"that of solving {len(ranks)} layers; no model runs",
-        "pack": f"{numbers:,} numbers, {4 * numbers / 1e6:.1f} MB in float32",
+        "pack": f"{numbers:,} numbers, {2 * numbers / 1e6:.1f} MB in float16; embeddings come on top",
         "writes": output,
     }
 

@@ -62,4 +62,4 @@ def _measured(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> 
 
 
 def _shown(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{max(seconds, 1):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

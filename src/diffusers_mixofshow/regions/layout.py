@@ -144,7 +144,8 @@ class Layout:
                 raise ValueError("it is no file")
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise RegionError(f"{path} cannot be read as a layout: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise RegionError(f"{path} cannot be read as a layout: {reason}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
             raise RegionError(
                 f'{path} is no layout: expected an object with "format": "{FORMAT}" and "version": {VERSION}.'
