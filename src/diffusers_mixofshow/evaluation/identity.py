@@ -43,7 +43,7 @@ class Subject:
         name: The concept's name.
         photos: Features of its photos, shape (m, d).
         attributes: What the attribute reader should find; empty where it is not known.
-        class_word: What the attribute reader calls its class; None where it reads no classes.
+        class_word: What the judge calls its class; None where it reads no classes.
     """
 
     name: str

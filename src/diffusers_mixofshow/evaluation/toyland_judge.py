@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -57,10 +58,15 @@ class ToylandJudge:
         ]
         return [seen | {"class": name} for seen, name in zip(attributes, self._classes(images), strict=True)]
 
+    @cached_property
+    def _class_features(self) -> torch.Tensor:
+        """Of every class at every place, shape (classes * places, d)."""
+        return self.text_features([f"a {name} {place}" for name in CLASSES for place in TOGETHER_PLACES])
+
     def _classes(self, images: Sequence[Image.Image]) -> list[str]:
         """For every picture, the class whose descriptions at all places are nearest on average."""
-        texts = self.text_features([f"a {name} {place}" for name in CLASSES for place in TOGETHER_PLACES])
-        likeness = cosine_matrix(self.features(images), texts).view(len(images), len(CLASSES), len(TOGETHER_PLACES))
+        likeness = cosine_matrix(self.features(images), self._class_features)
+        likeness = likeness.view(len(images), len(CLASSES), len(TOGETHER_PLACES))
         return [CLASSES[int(index)] for index in likeness.mean(dim=2).argmax(dim=1)]
 
 
