@@ -139,6 +139,8 @@ class TrainingConfig:
         max_grad_norm: Gradients are scaled down to this norm (1.0, diffusers' scripts).
         rank: Rank of every LoRA layer (4, paper).
         lora_alpha: The LoRA is scaled by lora_alpha / rank (4, so that the scale is 1 as in the reference).
+        keep_start_token: Whether updates of the layers that read text change nothing at a prompt's start token. It is
+            the same in every prompt, so that fusion cannot give every concept its own there (ours).
         noise_offset: Strength of the noise added to whole channels (0.01, paper: crucial for a stable identity).
         snr_gamma: Clamp of the min-SNR loss weights (arXiv:2303.09556); None: every timestep counts alike (paper).
         masked_loss: Whether the loss counts only the concept's mask, for photos that have one (reference).
@@ -210,6 +212,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     rank: int = 4
     lora_alpha: float = 4.0
+    keep_start_token: bool = True
     noise_offset: float = 0.01
     snr_gamma: float | None = None
     masked_loss: bool = True

@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adam_weight_decay": 0.01,
         "rank": 4,
         "lora_alpha": 4.0,
+        "keep_start_token": False,
         "noise_offset": 0.01,
         "snr_gamma": None,
         "masked_loss": True,

@@ -18,6 +18,7 @@ from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.learner import initial_embeddings
 from diffusers_mixofshow.training.loop import EMBEDDINGS, Phase
 from diffusers_mixofshow.training.methods import METHODS
+from diffusers_mixofshow.training.start_token import start_token_inputs, without_direction
 
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Trained:
         lora: The updates inside the model; None for a method without.
         whole_matrices: Whether `down` of every update is the identity and stays, so that `up` is a whole matrix.
         layers: The U-Net's cross-attention layers.
+        kept_inputs: Site name to the direction of an input for which its update gives 0, see `keep_inputs`.
     """
 
     embeddings: Mapping[str, nn.Parameter]
@@ -41,6 +43,7 @@ class Trained:
     lora: TrainableLoRA | None
     whole_matrices: bool
     layers: tuple[str, ...]
+    kept_inputs: Mapping[str, torch.Tensor]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that may change, by a name that is the same in every run."""
@@ -86,6 +89,14 @@ class Trained:
             )
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
+
+    @torch.no_grad()
+    def keep_inputs(self) -> None:
+        """Take out of every update what it changes at the input that is to be kept; due after every step."""
+        for name, matrix in self._matrices(self.kept_inputs.__contains__):
+            site, _, half = name.partition(" ")
+            if half == "down" or self.whole_matrices:  # the half that meets the input
+                matrix.copy_(without_direction(matrix, self.kept_inputs[site]))
 
     def _learnt_tokens(self) -> list[str]:
         return [token for token in self.embeddings if token not in self.fixed_tokens]
@@ -146,13 +157,17 @@ def fresh(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Iterator
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
                 lora = stack.enter_context(_whole(pipeline) if whole else _low_rank(pipeline, config))
-        yield Trained(
+        kept = {} if lora is None or not config.keep_start_token else start_token_inputs(pipeline, lora.layers)
+        trained = Trained(
             embeddings=embeddings,
             fixed_tokens=frozenset() if method.trains_class else frozenset({concept.tokens[-1]}),
             lora=lora,
             whole_matrices=whole,
             layers=layers,
+            kept_inputs=kept,
         )
+        trained.keep_inputs()
+        yield trained
 
 
 def _low_rank(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Any:

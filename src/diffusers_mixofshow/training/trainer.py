@@ -216,6 +216,7 @@ class _Tuning:
                 loss="",
             )
             for report in self.loop.steps(interruption):
+                self.trained.keep_inputs()
                 if self.average is not None:
                     self.average.update(report.step)
                 progress.update(bar, advance=1, loss=f"{report.phase} loss {final_mean(position.losses):.4f}")

@@ -1,0 +1,82 @@
+"""What is learnt leaves the start token, the same in every prompt, as the base has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.low_rank import low_rank_delta
+from diffusers_mixofshow.lora import merged
+from diffusers_mixofshow.sites import reads_text
+from diffusers_mixofshow.training import EDLoRATrainer
+from diffusers_mixofshow.training.presets import PRESETS
+from diffusers_mixofshow.training.start_token import without_direction
+from short_training import quick
+
+
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+"""Of sums over some dozens of features."""
+
+
+@torch.no_grad()
+def encoded(pipeline: StableDiffusionPipeline, prompt: str) -> torch.Tensor:
+    """Shape (tokens, dim)."""
+    ids = pipeline.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    states: torch.Tensor = pipeline.text_encoder(ids)[0]
+    return states[0]
+
+
+def changes(pipeline: StableDiffusionPipeline, edlora: EDLoRA) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Relative change of every position's encoding, shape (tokens,); and of keys and values, a layer each.
+
+    Of these it is relative to what the update could do at most to an input of that length.
+    """
+    before = encoded(pipeline, "a man")
+    with merged(pipeline.components, edlora):
+        after = encoded(pipeline, "a man")
+    updates = [low_rank_delta(update) for site, update in edlora.lora.items() if reads_text(site)]
+    lengths = before.norm(dim=1)
+    at_most = [lengths * torch.linalg.matrix_norm(update, ord=2) for update in updates]
+    return (after - before).norm(dim=1) / lengths, [
+        (before @ update.T).norm(dim=1) / most for update, most in zip(updates, at_most, strict=True)
+    ]
+
+
+def trained(pipeline: StableDiffusionPipeline, photos: Path, **settings: Any) -> EDLoRA:
+    return EDLoRATrainer(quick(photos, **{"max_train_steps": 4} | settings), pipeline).train()
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "lora"}, {"ema_decay": 0.9}, {"optimizer": "SGD"}])
+def test_updates_leave_the_start_token_alone(
+    settings: dict[str, Any], pipeline: StableDiffusionPipeline, photos: Path
+) -> None:
+    encodings, keys_and_values = changes(pipeline, trained(pipeline, photos, **settings))
+    assert encodings[0] < ROUNDING < encodings[1:].max()
+    assert all(change[0] < ROUNDING < change[1:].max() for change in keys_and_values)
+
+
+def test_whole_matrices_leave_the_start_token_alone(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    _, keys_and_values = changes(pipeline, trained(pipeline, photos, method="custom-diffusion"))
+    assert all(change[0] < ROUNDING < change[1:].max() for change in keys_and_values)
+
+
+def test_without_the_setting_the_start_token_changes(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    encodings, keys_and_values = changes(pipeline, trained(pipeline, photos, keep_start_token=False))
+    assert encodings[0] > ROUNDING
+    assert all(change[0] > ROUNDING for change in keys_and_values)
+    assert PRESETS["paper"]["keep_start_token"] is False
+
+
+def test_a_direction_is_taken_out_of_a_matrix_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix, other = torch.randn(4, 16, generator=generator), torch.randn(16, generator=generator)
+    direction = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+    other = other - (other @ direction) * direction
+    left = without_direction(matrix, direction)
+    torch.testing.assert_close(left @ direction, torch.zeros(4))
+    torch.testing.assert_close(left @ other, matrix @ other)
