@@ -37,18 +37,20 @@ CLASS_WORD = "class word"
 """The floor: nothing is tuned, the prompts say the class word."""
 ALL_AT_ONCE = "all at once"
 """In place of settings: as many steps as with the embeddings' own phase, but all of them of everything."""
+PLAIN_LORA: dict[str, Any] = {"method": "lora", "keep_start_token": False}
 METHODS: dict[str, dict[str, Any]] = {
     "textual inversion": {"method": "textual-inversion"},
     "P+": {"method": "p-plus"},
-    "LoRA": {"method": "lora", ALL_AT_ONCE: True},
+    "LoRA": {**PLAIN_LORA, ALL_AT_ONCE: True},
     "ED-LoRA": {},
 }
 # What the embeddings' own phase does to both, so that LoRA and ED-LoRA can also be compared with the same steps.
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "LoRA, embeddings first": {"method": "lora"},
+    "LoRA, embeddings first": PLAIN_LORA,
     "ED-LoRA, all at once": {ALL_AT_ONCE: True},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "with updates at the start token": {"keep_start_token": False},
     "without noise offset": {"noise_offset": 0.0},
     "without layer-wise embeddings": {"method": "ed-lora-shared-layers"},
     "without the class token": {"method": "ed-lora-without-class"},
@@ -57,7 +59,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "with masks and the regulariser": {"masked_loss": True, "attn_reg_weight": 0.01},
 }
 # Whole matrices need smaller steps than the factors of a LoRA.
-LAST: dict[str, dict[str, Any]] = {"Custom Diffusion": {"method": "custom-diffusion", "text_kv_lr": 1.5e-3}}
+LAST: dict[str, dict[str, Any]] = {
+    "Custom Diffusion": {"method": "custom-diffusion", "text_kv_lr": 1.5e-3, "keep_start_token": False}
+}
 VARIANTS = METHODS | SCHEDULES | ABLATIONS | LAST
 IN_DOMAIN = ("bobo", "rex", "ming")
 OUT_OF_DOMAIN = ("nono", "pixel", "neon")
