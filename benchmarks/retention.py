@@ -17,7 +17,8 @@ changed. Prints Markdown tables and writes one record.
 A method may carry settings: ``closed-form:ridge=0.1``, ``closed-form:prior=0.1``, ``closed-form:sequential=false``,
 ``closed-form:dtype=float32``, ``closed-form:sequential=false,statistics_bytes=200000``; and of the recording, so
 that it can be found how little of it is enough: ``closed-form:prompts=3``, ``closed-form:steps=5``,
-``closed-form:seeds=[0,1]``.
+``closed-form:seeds=[0,1]``. ``closed-form:own=text-kv`` shows where identity is lost: there, each concept is measured
+with its own layers in place of the fused ones (``text-encoder``, ``text-kv``, ``spatial``, or joined by ``+``).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sa
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.sites import reads_text
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
 from diffusers_mixofshow.toyland.instances import random_instances
 
@@ -72,6 +74,13 @@ SETTINGS = (
 )
 """The closed form with other ridges, a prior, each concept's own model, statistics cut down to 7 % of their size (what
 10 MB are of SD 1.5's), fewer positions of the texts, and a file in float32 instead of float16."""
+
+LAYERS: Mapping[str, Callable[[str], bool]] = {
+    "text-encoder": lambda site: site.startswith("text_encoder."),
+    "text-kv": reads_text,
+    "spatial": lambda site: site.startswith("unet.") and not reads_text(site),
+}
+"""Groups of layers, as fusion records them one after another."""
 
 COUNTS = (8, 14, 30)
 PRIOR_PROMPTS = (
@@ -209,6 +218,7 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
     folder = study.kept.folder / "packs" / study.key(method, count).replace(":", "@")
     if not (folder / "edlora.safetensors").exists():
         name, settings = parsed(method)
+        settings.pop("own", None)
         recording: dict[str, Any] = {
             "steps": study.plan.steps,
             "guidance_scale": study.plan.guidance_scale,
@@ -247,6 +257,18 @@ def measured_pack(study: Study, pack: EDLoRA | Path, concepts: Sequence[ToyConce
         return {one.name: measured(study, one, pictures_of(study, f"<{one.name}>")) for one in concepts}
     finally:
         study.pipe.unload_edlora()
+
+
+def measured_with_own_layers(
+    study: Study, pack: EDLoRA, concepts: Sequence[ToyConcept], groups: str
+) -> dict[str, Any]:
+    """Every concept of a pack, with layers of some groups from its own ED-LoRA."""
+    rows: dict[str, Any] = {}
+    for one in concepts:
+        own = EDLoRA.from_pretrained(study.packs[one.name]).lora
+        exchanged = [site for site in pack.lora if any(LAYERS[group](site) for group in groups.split("+"))]
+        rows |= measured_pack(study, replace(pack, lora=pack.lora | {site: own[site] for site in exchanged}), [one])
+    return rows
 
 
 def concept_free(study: Study, pack: EDLoRA | None) -> list[Image.Image]:
@@ -309,7 +331,15 @@ def study_method(
     concepts = study.concepts[:count]
     key = study.key(method, count)
     away = study.kept.result(f"{key}-drift", lambda: drift(study, base, the_pack()))
-    rows = study.kept.result(f"{key}-alone", lambda: measured_pack(study, the_pack(), concepts))
+    own = parsed(method)[1].get("own")
+    rows = study.kept.result(
+        f"{key}-alone",
+        lambda: (
+            measured_with_own_layers(study, the_pack(), concepts, own)
+            if own
+            else measured_pack(study, the_pack(), concepts)
+        ),
+    )
     result = summary(rows, tables["single"], tables["class_word"]) | {
         "drift": {name: round(value, 4) for name, value in away.items()},
         "of_each": {name: row["identity"] for name, row in rows.items()},
