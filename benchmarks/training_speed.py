@@ -1,6 +1,7 @@
 """Pictures a second of our trainer beside a DreamBooth-LoRA training with text encoder, in one run.
 
     python benchmarks/training_speed.py                                    # Toyland on a CPU, about two minutes
+    python benchmarks/training_speed.py --compile                          # and once more with torch_compile
     python benchmarks/training_speed.py --model sd15 --device cuda         # SD 1.5's true sizes, random weights
 
 The other training is written here, as diffusers' train_dreambooth_lora.py computes a step with --train_text_encoder:
@@ -187,12 +188,10 @@ def measure(options: argparse.Namespace, photos: Path) -> dict[str, Any]:
     config = config_of(options, photos)
     pipe, other = (load(options.model, options.device, options.mixed_precision) for _ in range(2))
     training = DreamBooth(other, photos, options, config.rank)
-    theirs: list[float] = []
-    ours, before = our_steps(pipe, config, options.device, lambda: theirs.append(training.seconds()))
-    found: dict[str, Any] = {"ours": _speed(ours, options.batch), "DreamBooth-LoRA": _speed(theirs, options.batch)}
-    ratios = [their / our for our, their in zip(ours[LEFT_OUT:], theirs[LEFT_OUT:], strict=False)]
-    found["ratio"] = {"median": round(statistics.median(ratios), 3), "quartiles": _quartiles(ratios)}
-    found[BEFORE] = round(before, 3)
+    found = compared(pipe, config, training)
+    if options.compile:
+        of_compiled = compared(pipe, replace(config, torch_compile=True), training)
+        found |= {f"{name}, ours compiled": values for name, values in of_compiled.items()}
     if options.device == "cuda":
         del pipe
         _, peak = with_peak(lambda: [training.step() for _ in range(LEFT_OUT)])
@@ -200,6 +199,19 @@ def measure(options: argparse.Namespace, photos: Path) -> dict[str, Any]:
         del training, other
         found["ours"]["peak_gb"] = our_peak(options, photos, config)
     return found
+
+
+def compared(pipe: Any, config: TrainingConfig, training: DreamBooth) -> dict[str, Any]:
+    """Steps of both, and the median ratio over pairs of them."""
+    theirs: list[float] = []
+    ours, before = our_steps(pipe, config, training.device, lambda: theirs.append(training.seconds()))
+    ratios = [their / our for our, their in zip(ours[LEFT_OUT:], theirs[LEFT_OUT:], strict=False)]
+    return {
+        "ours": _speed(ours, training.batch),
+        "DreamBooth-LoRA": _speed(theirs, training.batch),
+        "ratio": {"median": round(statistics.median(ratios), 3), "quartiles": _quartiles(ratios)},
+        BEFORE: round(before, 3),
+    }
 
 
 def our_peak(options: argparse.Namespace, photos: Path, config: TrainingConfig) -> float:
@@ -235,6 +247,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="pictures of a step; Toyland's preset has 12, else 2")
     parser.add_argument("--captions", type=int, help="distinct captions of a step; Toyland's preset has 3, else batch")
     parser.add_argument("--steps", type=int, default=60, help="of each, the first ones left out")
+    parser.add_argument("--compile", action="store_true", help="also with our U-Net compiled; theirs has no such flag")
     parser.add_argument("--record", type=Path, help="where to write the record")
     options = parser.parse_args()
     is_toyland = options.model == "toyland"
