@@ -315,6 +315,8 @@ def test_fuse_says_what_is_wrong_with_a_list_of_sources(tmp_path: Path, text: st
         (["--weight", "1"], "--weight 1 times for 2 sources"),
         (["--ridge", "-1"], "0 or more, or 'auto', got '-1'"),
         (["--ridge", "much"], "0 or more, or 'auto', got 'much'"),
+        (["--ridge", "much", "--dry-run"], "0 or more, or 'auto', got 'much'"),
+        (["--device", "nowhere", "--dry-run"], "cannot be solved on device='nowhere'"),
     ],
 )
 def test_fuse_refuses_numbers_that_make_no_sense(
@@ -323,7 +325,7 @@ def test_fuse_refuses_numbers_that_make_no_sense(
     for name in ("potter", "hermione"):
         packs.random_pack(tiny.components(), name).save_pretrained(tmp_path / name)
     sources = [str(tmp_path / "potter"), str(tmp_path / "hermione"), "--base", str(tiny_base)]
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(MixOfShowError, match=message):
         CliRunner().invoke(
             cli.app, ["fuse", *sources, "--output", str(tmp_path / "out"), *options], catch_exceptions=False
         )

@@ -119,9 +119,11 @@ def fuse(
       mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos \\
         --output hogwarts
     """
-    from diffusers_mixofshow.fusion.solving import MEASURED
+    from diffusers_mixofshow.fusion.solving import MEASURED, check_device
     from diffusers_mixofshow.fusion.sources import gather
 
+    settings = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
+    check_device(device)
     refuse_unwritable(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]))
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
@@ -131,7 +133,7 @@ def fuse(
     if dry_run:
         tell(_plan(gathered, base_model, features, max_rank, output), as_json=as_json)
         return
-    fuser = _fuser(base_model, features, prior, ridge=_ridge(ridge), max_rank=max_rank, device=device)
+    fuser = _fuser(base_model, features, prior, **settings)
     fused = fuser.fuse(gathered, method=method.value, weights=weight)
     if not writes:
         return
