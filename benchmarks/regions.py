@@ -5,8 +5,8 @@
 
 Half of the layouts have no class twice, half have at least two concepts of one class. Regions are columns of random
 widths, in random order. The same prompts and seeds are sampled with a plain prompt, with regions, with isolated
-regions, with regions on a pack fused by weight averaging, and with a T2I-Adapter that is told where things stand,
-without and with isolated regions. In every region the judges name the concept, out of those asked for, and the
+regions, with regions on a pack fused by weight averaging, with regions whose prompts say nothing but the concept, and
+with a T2I-Adapter that is told where things stand, without and with isolated regions. In every region the judges name the concept, out of those asked for, and the
 attribute reader tells which attributes are another region's; missing is a concept that no region of its picture shows.
 
 Tuned concepts, among them those that `benchmarks/toyland.py --work DIR` left, fused packs and pictures lie in the work
@@ -62,12 +62,15 @@ COLUMN = 32
 LAYOUT = "layout"
 """In place of a setting: a T2I-Adapter is told where things stand."""
 LAYOUT_STRENGTH = 0.8
+BARE = "bare"
+"""In place of a setting: a region's prompt is the concept alone, without its class, place or the whole picture."""
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain prompt": ("closed-form", {"regions": None}),
     "regions": ("closed-form", {}),
     "regions, isolated": ("closed-form", {"isolation": Isolation()}),
     "regions, averaged weights": ("average", {}),
+    "regions, bare prompts": ("closed-form", {BARE: True}),
     "layout": ("closed-form", {"regions": None, LAYOUT: True}),
     "layout, regions, isolated": ("closed-form", {"isolation": Isolation(), LAYOUT: True}),
 }
@@ -101,6 +104,11 @@ class Scene:
     def regions(self) -> list[Region]:
         """One for each concept."""
         return regions_of(self.subjects, self.boxes, self.place)
+
+    @property
+    def bare_regions(self) -> list[Region]:
+        """One for each concept, which says no more than its name."""
+        return [Region(f"a <{name}>", box=box) for name, box in zip(self.names, self.boxes, strict=True)]
 
     def places(self, width: int, height: int) -> list[Box]:
         """Where its things stand, in a picture of so many pixels."""
@@ -153,6 +161,8 @@ def sample_scenes(
     batch = [scenes[number] for number in numbers]
     height, width = 2 * COLUMN, COLUMN * len(batch[0].names)
     arguments = {"regions": [scene.regions for scene in batch]} | dict(settings)
+    if arguments.pop(BARE, False):
+        arguments["regions"] = [scene.bare_regions for scene in batch]
     if arguments.pop(LAYOUT, False):
         pipe = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=load_layout_adapter())
         pipe.set_progress_bar_config(disable=True)
