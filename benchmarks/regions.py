@@ -6,8 +6,9 @@
 Half of the layouts have no class twice, half have at least two concepts of one class. Regions are columns of random
 widths, in random order. The same prompts and seeds are sampled with a plain prompt, with regions, with isolated
 regions, with regions on a pack fused by weight averaging, with regions whose prompts say nothing but the concept, and
-with a T2I-Adapter that is told where things stand, without and with isolated regions. In every region the judges name the concept, out of those asked for, and the
-attribute reader tells which attributes are another region's; missing is a concept that no region of its picture shows.
+with a T2I-Adapter that is told where things stand, without and with isolated regions. In every region the judges name
+the concept, out of those asked for, and the attribute reader tells which attributes are another region's; missing is a
+concept that no region of its picture shows.
 
 Tuned concepts, among them those that `benchmarks/toyland.py --work DIR` left, fused packs and pictures lie in the work
 folder, under the hash of the settings, the weights of the base and of the concepts, and are not made again when the
