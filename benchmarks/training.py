@@ -37,6 +37,7 @@ CLASS_WORD = "class word"
 """The floor: nothing is tuned, the prompts say the class word."""
 ALL_AT_ONCE = "all at once"
 """In place of settings: as many steps as with the embeddings' own phase, but all of them of everything."""
+# As published: what it learns at the start token, it learns.
 PLAIN_LORA: dict[str, Any] = {"method": "lora", "keep_start_token": False}
 METHODS: dict[str, dict[str, Any]] = {
     "textual inversion": {"method": "textual-inversion"},

@@ -190,8 +190,7 @@ def measure(options: argparse.Namespace, photos: Path) -> dict[str, Any]:
     training = DreamBooth(other, photos, options, config.rank)
     found = compared(pipe, config, training)
     if options.compile:
-        of_compiled = compared(pipe, replace(config, torch_compile=True), training)
-        found |= {f"{name}, ours compiled": values for name, values in of_compiled.items()}
+        found["with our U-Net compiled"] = compared(pipe, replace(config, torch_compile=True), training)
     if options.device == "cuda":
         del pipe
         _, peak = with_peak(lambda: [training.step() for _ in range(LEFT_OUT)])

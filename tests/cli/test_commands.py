@@ -316,7 +316,7 @@ def test_fuse_says_what_is_wrong_with_a_list_of_sources(tmp_path: Path, text: st
         (["--ridge", "-1"], "0 or more, or 'auto', got '-1'"),
         (["--ridge", "much"], "0 or more, or 'auto', got 'much'"),
         (["--ridge", "much", "--dry-run"], "0 or more, or 'auto', got 'much'"),
-        (["--device", "nowhere", "--dry-run"], "cannot be solved on device='nowhere'"),
+        (["--device", "nowhere"], "cannot be solved on device='nowhere'"),
     ],
 )
 def test_fuse_refuses_numbers_that_make_no_sense(

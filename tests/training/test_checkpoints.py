@@ -106,6 +106,21 @@ def test_a_checkpoint_of_another_training_is_refused(
         EDLoRATrainer(missing, pipeline).train()
 
 
+def test_a_checkpoint_from_before_the_start_token_was_kept_says_so(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    earlier = {"output_dir": out, "keep_start_token": False}
+    EDLoRATrainer(quick(photos, checkpointing_steps=2, **earlier), pipeline).train()
+    file = out / "checkpoint-2" / "state.pt"
+    state = torch.load(file, weights_only=True)
+    del state["settings"]["keep_start_token"]
+    torch.save(state, file)
+    with pytest.raises(ConfigurationError, match="keep_start_token was False and is True"):
+        EDLoRATrainer(quick(photos, output_dir=out, resume_from_checkpoint="checkpoint-2"), pipeline).train()
+    EDLoRATrainer(quick(photos, resume_from_checkpoint="checkpoint-2", **earlier), pipeline).train()
+
+
 def test_latest_begins_anew_where_there_is_none(
     pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
 ) -> None:

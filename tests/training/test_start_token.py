@@ -11,11 +11,11 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
+from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.lora import merged
-from diffusers_mixofshow.sites import reads_text
+from diffusers_mixofshow.sites import adapted_layers, reads_text
 from diffusers_mixofshow.training import EDLoRATrainer
-from diffusers_mixofshow.training.presets import PRESETS
-from diffusers_mixofshow.training.start_token import without_direction
+from diffusers_mixofshow.training.start_token import start_token_inputs, without_direction
 from short_training import quick
 
 
@@ -69,7 +69,6 @@ def test_without_the_setting_the_start_token_changes(pipeline: StableDiffusionPi
     encodings, keys_and_values = changes(pipeline, trained(pipeline, photos, keep_start_token=False))
     assert encodings[0] > ROUNDING
     assert all(change[0] > ROUNDING for change in keys_and_values)
-    assert PRESETS["paper"]["keep_start_token"] is False
 
 
 def test_a_direction_is_taken_out_of_a_matrix_and_nothing_else() -> None:
@@ -80,3 +79,33 @@ def test_a_direction_is_taken_out_of_a_matrix_and_nothing_else() -> None:
     left = without_direction(matrix, direction)
     torch.testing.assert_close(left @ direction, torch.zeros(4))
     torch.testing.assert_close(left @ other, matrix @ other)
+
+
+def test_what_does_not_learn_stays_bit_for_bit(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    still = {"text_encoder_lr": 0.0, "text_kv_lr": 0.0}
+    short, long = (trained(pipeline, photos, max_train_steps=steps, **still) for steps in (1, 4))
+    sites = [site for site in long.lora if reads_text(site) or site.startswith("text_encoder.")]
+    assert sites
+    assert all(torch.equal(short.lora[site].down, long.lora[site].down) for site in sites)
+
+
+def test_a_base_without_a_start_of_its_own_is_refused(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    embeddings = pipeline.text_encoder.get_input_embeddings()
+
+    def leak(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output + output.sum(dim=1, keepdim=True)  # every position sees all others
+
+    with embeddings.register_forward_hook(leak), pytest.raises(ConfigurationError, match="Set keep_start_token"):
+        trained(pipeline, photos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_half_precision_keeps_its_start_token(
+    dtype: torch.dtype, pipeline: StableDiffusionPipeline, photos: Path
+) -> None:
+    pipeline.text_encoder.to(dtype)
+    inputs = start_token_inputs(pipeline, adapted_layers(pipeline.components))
+    assert set(inputs) == {
+        site for site in adapted_layers(pipeline.components) if reads_text(site) or site.startswith("text_encoder.")
+    }
+    assert all(value.dtype is torch.float32 and abs(value.norm() - 1) < ROUNDING for value in inputs.values())

@@ -123,7 +123,8 @@ def fuse(
     from diffusers_mixofshow.fusion.sources import gather
 
     settings = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
-    check_device(device)
+    if not dry_run:  # which may be on another machine than the run
+        check_device(device)
     refuse_unwritable(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]))
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL

@@ -29,6 +29,8 @@ from diffusers_mixofshow.training.config import RATES, TrainingConfig
 LATEST = "latest"
 
 _FORMAT_VERSION = 1
+_BEFORE = {"keep_start_token": False}
+"""What checkpoints did that were written before a setting was there."""
 _STATE = "state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _COPIES_OF_PARAMETERS = 5
@@ -191,7 +193,7 @@ def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[
     Raises:
         ConfigurationError: Lists everything that differs.
     """
-    before = state["settings"]
+    before = _BEFORE | state["settings"]
     changed = {
         name: f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
         for name in sorted({*before, *settings})

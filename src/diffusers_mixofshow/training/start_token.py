@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.sites import reads_text
 
 
@@ -29,23 +30,36 @@ def start_token_inputs(pipeline: StableDiffusionPipeline, layers: Mapping[str, n
 
     Returns:
         Site name to unit vector, shape (in_features,), float32, on the text encoder's device.
+
+    Raises:
+        ConfigurationError: If the text encoder has no start token that is the same in every prompt.
     """
     seen: dict[str, torch.Tensor] = {}
     encoder: Any = pipeline.text_encoder
+    start, end = pipeline.tokenizer.bos_token_id, pipeline.tokenizer.eos_token_id
+    if start is None or end is None:
+        raise ConfigurationError(_without_start("the tokenizer has no token for the start or the end of a prompt"))
+    alone, followed = (torch.tensor([ids], device=encoder.device) for ids in ([start, start], [start, end]))
     with ExitStack() as hooks:
-        for site in _of_text_encoder(layers):
-
-            def note(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], site: str = site) -> None:
-                seen[site] = inputs[0]
-
-            hooks.callback(layers[site].register_forward_pre_hook(note).remove)
-        encoded = encoder(torch.tensor([[pipeline.tokenizer.bos_token_id]], device=encoder.device))[0]
+        for site, layer in layers.items():
+            if site.startswith("text_encoder."):
+                hooks.callback(layer.register_forward_pre_hook(_noting(seen, site)).remove)
+        encoded = encoder(followed)[0]
+    if not torch.allclose(encoder(alone)[0][0, 0], encoded[0, 0], rtol=1e-2, atol=1e-2):
+        raise ConfigurationError(_without_start("what a prompt says reaches its start token"))
     seen |= {site: encoded for site in layers if reads_text(site)}
     return {site: nn.functional.normalize(state[0, 0].float(), dim=0) for site, state in seen.items()}
 
 
-def _of_text_encoder(sites: Iterable[str]) -> list[str]:
-    return [site for site in sites if site.startswith("text_encoder.")]
+def _noting(seen: dict[str, torch.Tensor], site: str) -> Any:
+    def note(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen[site] = inputs[0]
+
+    return note
+
+
+def _without_start(reason: str) -> str:
+    return f"Updates cannot leave this base's start token alone: {reason}. Set keep_start_token to False."
 
 
 def without_direction(matrix: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class Trained:
         lora: The updates inside the model; None for a method without.
         whole_matrices: Whether `down` of every update is the identity and stays, so that `up` is a whole matrix.
         layers: The U-Net's cross-attention layers.
-        kept_inputs: Site name to the direction of an input for which its update gives 0, see `keep_inputs`.
+        kept_inputs: Site name to the direction of an input at which its update changes nothing, see `keep_inputs`.
     """
 
     embeddings: Mapping[str, nn.Parameter]
@@ -92,10 +92,11 @@ class Trained:
 
     @torch.no_grad()
     def keep_inputs(self) -> None:
-        """Take out of every update what it changes at the input that is to be kept; due after every step."""
+        """Take out of the updates that learn what they change at the inputs to be kept; due after every step."""
         for name, matrix in self._matrices(self.kept_inputs.__contains__):
             site, _, half = name.partition(" ")
-            if half == "down" or self.whole_matrices:  # the half that meets the input
+            meets_input = half == "down" or self.whole_matrices
+            if meets_input and matrix.requires_grad:
                 matrix.copy_(without_direction(matrix, self.kept_inputs[site]))
 
     def _learnt_tokens(self) -> list[str]:
