@@ -156,7 +156,8 @@ class Study:
 
     def has_time_for(self, method: str, count: int) -> bool:
         """Whether a method may begin, or is finished already."""
-        kept = [self.kept.path(f"{self.key(method, count)}-{what}").exists() for what in ("alone", "drift")]
+        names = (f"{self.key(method, count)}-alone", f"{self.key(split_own(method)[0], count)}-drift")
+        kept = [self.kept.path(name).exists() for name in names]
         return all(kept) or time.monotonic() < self.ends
 
 
@@ -205,6 +206,17 @@ def parsed(method: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
+def split_own(method: str) -> tuple[str, tuple[str, ...]]:
+    """``closed-form:ridge=0.1,own=text-kv`` as the method of the pack, and the groups of layers to exchange in it."""
+    name, _, rest = method.partition(":")
+    parts = rest.split(",") if rest else []
+    groups = tuple(group for part in parts if part.startswith("own=") for group in part[4:].split("+"))
+    if unknown := set(groups) - set(LAYERS):
+        raise SystemExit(f"own={'+'.join(sorted(unknown))}: expected {', '.join(LAYERS)}, joined by +.")
+    settings = ",".join(part for part in parts if not part.startswith("own="))
+    return f"{name}:{settings}" if settings else name, groups
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
@@ -218,7 +230,6 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
     folder = study.kept.folder / "packs" / study.key(method, count).replace(":", "@")
     if not (folder / "edlora.safetensors").exists():
         name, settings = parsed(method)
-        settings.pop("own", None)
         recording: dict[str, Any] = {
             "steps": study.plan.steps,
             "guidance_scale": study.plan.guidance_scale,
@@ -260,13 +271,13 @@ def measured_pack(study: Study, pack: EDLoRA | Path, concepts: Sequence[ToyConce
 
 
 def measured_with_own_layers(
-    study: Study, pack: EDLoRA, concepts: Sequence[ToyConcept], groups: str
+    study: Study, pack: EDLoRA, concepts: Sequence[ToyConcept], groups: Sequence[str]
 ) -> dict[str, Any]:
     """Every concept of a pack, with layers of some groups from its own ED-LoRA."""
     rows: dict[str, Any] = {}
     for one in concepts:
         own = EDLoRA.from_pretrained(study.packs[one.name]).lora
-        exchanged = [site for site in pack.lora if any(LAYERS[group](site) for group in groups.split("+"))]
+        exchanged = [site for site in pack.lora if any(LAYERS[group](site) for group in groups)]
         rows |= measured_pack(study, replace(pack, lora=pack.lora | {site: own[site] for site in exchanged}), [one])
     return rows
 
@@ -321,17 +332,17 @@ def _mean_text(rows: Mapping[str, Any]) -> float:
 def study_method(
     study: Study, method: str, count: int, base: list[Image.Image], tables: dict[str, Any]
 ) -> dict[str, Any]:
-    """One method on the first concepts."""
+    """One method on the first concepts; drift is the pack's, whatever layers are exchanged for one concept."""
     pack: list[EDLoRA] = []
+    of_pack, own = split_own(method)
 
     def the_pack() -> EDLoRA:
-        pack[:] = pack or [fused(study, method, count)]
+        pack[:] = pack or [fused(study, of_pack, count)]
         return pack[0]
 
     concepts = study.concepts[:count]
     key = study.key(method, count)
-    away = study.kept.result(f"{key}-drift", lambda: drift(study, base, the_pack()))
-    own = parsed(method)[1].get("own")
+    away = study.kept.result(f"{study.key(of_pack, count)}-drift", lambda: drift(study, base, the_pack()))
     rows = study.kept.result(
         f"{key}-alone",
         lambda: (
@@ -460,9 +471,11 @@ def study_of(options: argparse.Namespace, start: float, console: Console) -> Stu
 
 def main() -> None:
     options, console, start = parse_arguments(), Console(), time.monotonic()
+    methods = [*options.methods, *(SETTINGS if options.settings else ())]
+    for method in methods:
+        split_own(method)  # says what is wrong before anything is tuned
     study = study_of(options, start, console)
     prepared = time.monotonic()
-    methods = [*options.methods, *(SETTINGS if options.settings else ())]
     results = run(study, methods, options.counts)
     console.print(as_markdown(results), markup=False, soft_wrap=True)
     content = {
