@@ -60,6 +60,7 @@ METHODS = ("closed-form", "average", "lbfgs", "svd", "ties", "dare", "sum")
 
 SETTINGS = (
     "closed-form:ridge=auto",
+    "closed-form:ridge=0.0001",
     "closed-form:ridge=0.01",
     "closed-form:ridge=0.1",
     "closed-form:prior=0.1",

@@ -140,7 +140,7 @@ class TrainingConfig:
         rank: Rank of every LoRA layer (4, paper).
         lora_alpha: The LoRA is scaled by lora_alpha / rank (4, so that the scale is 1 as in the reference).
         keep_start_token: Whether updates of the layers that read text change nothing at a prompt's start token. It is
-            the same in every prompt, so that fusion cannot give every concept its own there (ours).
+            the same in every prompt, so that fusion cannot give every concept its own there (ours; not in ``paper``).
         noise_offset: Strength of the noise added to whole channels (0.01, paper: crucial for a stable identity).
         snr_gamma: Clamp of the min-SNR loss weights (arXiv:2303.09556); None: every timestep counts alike (paper).
         masked_loss: Whether the loss counts only the concept's mask, for photos that have one (reference).
