@@ -93,11 +93,14 @@ class Trained:
     @torch.no_grad()
     def keep_inputs(self) -> None:
         """Take out of the updates that learn what they change at the inputs to be kept; due after every step."""
-        for name, matrix in self._matrices(self.kept_inputs.__contains__):
-            site, _, half = name.partition(" ")
-            meets_input = half == "down" or self.whole_matrices
-            if meets_input and matrix.requires_grad:
-                matrix.copy_(without_direction(matrix, self.kept_inputs[site]))
+        if self.lora is None:
+            return
+        for site, direction in self.kept_inputs.items():
+            layer = self.lora.layers[site]
+            meets_input = layer.lora_B if self.whole_matrices else layer.lora_A
+            matrix = meets_input[self.lora.adapter_name].weight
+            if matrix.requires_grad:
+                matrix.copy_(without_direction(matrix, direction))
 
     def _learnt_tokens(self) -> list[str]:
         return [token for token in self.embeddings if token not in self.fixed_tokens]
