@@ -82,6 +82,36 @@ def test_concepts_are_found_where_they_stand() -> None:
     assert region_accuracy(found, [("ruby", "ruby")]) == {"regions": 0.5, "whole_pictures": 0.0}
 
 
+class Stranger(ColourJudge):
+    """Reads what it was told, whatever the picture shows."""
+
+    def __init__(self, **told: str) -> None:
+        self.told = told
+
+    def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
+        return [self.told for _ in images]
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ({"hat": "red", "eyes": "big", "stripes": "yes"}, "azure"),  # three of three against two, whatever the colour
+        ({"hat": "red", "eyes": "small", "stripes": "no"}, "ruby"),
+        ({"hat": "red", "eyes": "none", "stripes": "yes"}, "azure"),  # two of three against one
+        ({"hat": "red", "eyes": "none", "stripes": "none"}, "ruby"),  # one each: the picture is red
+        ({"hat": "none", "eyes": "none", "stripes": "none"}, "ruby"),  # none of them
+    ],
+)
+def test_attributes_decide_and_the_likeness_breaks_ties(told: dict[str, str], found: str) -> None:
+    candidates = [
+        dataclasses.replace(SUBJECTS[0], attributes={"hat": "red", "eyes": "small", "stripes": "no"}),
+        dataclasses.replace(SUBJECTS[1], attributes={"hat": "red", "eyes": "big", "stripes": "yes"}),
+    ]
+    likeness = [float(torch.cosine_similarity(JUDGE.features([RED]), each.photos)) for each in candidates]
+    assert likeness[0] > likeness[1] + 2 / 3  # more than any difference between the shares of attributes here
+    assert concepts_in_regions([RED], column_boxes(1), candidates, Stranger(**told)) == [[found]]
+
+
 class ClassJudge(ColourJudge):
     """Reads classes as well: what is light is a dog."""
 

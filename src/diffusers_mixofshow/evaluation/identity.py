@@ -136,9 +136,10 @@ def concepts_in_regions(
 ) -> list[list[str]]:
     """Name the concept that every region shows.
 
-    Where the attributes of all candidates are known, it is the one with most attributes read in the region, ties
-    and all other cases decided by the metric model's nearest photos. A candidate whose class is known is found only
-    where its class is read, so that a brown cat is nobody where a brown dog was asked for.
+    Where the attributes of all candidates are known, it is the one with the largest share of its attributes read in
+    the region; the metric model's nearest photos decide between equal shares, and where attributes are not known. A
+    candidate whose class is known is found only where its class is read, so that a brown cat is nobody where a brown
+    dog was asked for.
 
     Args:
         pictures: Pictures with several concepts.
@@ -152,7 +153,9 @@ def concepts_in_regions(
     crops = [crop_region(picture, box) for picture in pictures for box in boxes]
     similarity = _similarity(judge.features(crops), candidates)
     if all(candidate.attributes for candidate in candidates):
-        similarity = similarity + _agreement(judge.read(crops), candidates)
+        agreement = _agreement(judge.read(crops), candidates)
+        in_question = (agreement == agreement.amax(dim=1, keepdim=True)) & agreement.isfinite()
+        similarity = similarity.where(in_question, -torch.inf)
     likeliest = similarity.max(dim=1)
     names = [
         NOBODY if score == -torch.inf else candidates[int(index)].name
