@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -165,6 +166,29 @@ def test_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch):
     assert found["torch"].state == found["no-such-package"].state == "problem"
     assert "pip install 'torch>=99'" in found["torch"].remedy
     assert "x" not in found
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+def test_doctor_names_a_library_that_does_not_accept_the_installed_peft(library: str, monkeypatch: pytest.MonkeyPatch):
+    wants = importlib.import_module(diagnosis._LEAST_PEFT[library])
+    monkeypatch.setattr(wants, "MIN_PEFT_VERSION", "99.1")
+    result = run("doctor", "--json")
+    finding = {each["name"]: each for each in json.loads(result.stdout)}[library]
+    assert result.exit_code == 1
+    assert finding["state"] == "problem"
+    assert re.fullmatch(r"[\d.]+ does not work beside peft [\d.]+, needs >=99.1", finding["found"])
+    assert "pip install 'peft>=99.1'" in finding["remedy"]
+    assert f"or another {library}: pip install '{library}" in finding["remedy"]
+
+
+def test_doctor_names_a_library_whose_own_needs_are_not_met(monkeypatch: pytest.MonkeyPatch):
+    needs = {"transformers": ["tokenizers>=99", "torch>=99; extra == 'torch'"]}
+    honest = diagnosis.metadata.requires
+    monkeypatch.setattr(diagnosis.metadata, "requires", lambda name: needs.get(name) or honest(name))
+    found = {finding.name: finding for finding in diagnosis.diagnose()}
+    assert [name for name, finding in found.items() if finding.state == "problem"] == ["transformers"]
+    assert "beside tokenizers" in found["transformers"].found
+    assert "torch" not in found["transformers"].found
 
 
 def test_doctor_breaks_no_command_in_two(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
 PACKAGE = "diffusers-mixofshow"
+
+_LEAST_PEFT = {"transformers": "transformers.integrations.peft", "diffusers": "diffusers.utils.constants"}
+"""Where these libraries keep the oldest PEFT with which they load adapters; their packages' metadata do not say it."""
 
 _GIGABYTE = 1e9
 _SPARE_DISK = 10 * _GIGABYTE
@@ -52,18 +56,42 @@ def _versions() -> Iterator[Finding]:
         yield Finding(PACKAGE, "ok", version)
     else:
         yield Finding(PACKAGE, "note", "not installed, run from its source tree", f"pip install {PACKAGE}")
-    for requirement in _requirements():
+    for requirement in _requirements(PACKAGE):
         if _wanted(requirement, extra=""):
-            yield _version(requirement.name, requirement.specifier)
+            finding = _version(requirement.name, requirement.specifier)
+            yield finding if finding.state == "problem" else _beside_others(finding, requirement)
 
 
-def _requirements() -> list[Requirement]:
-    """What the installed package says it needs, its extras included; nothing where it runs from its source tree."""
+def _beside_others(finding: Finding, ours: Requirement) -> Finding:
+    """A library of a version that we support, and whether what it needs itself is there."""
+    needs = [*_requirements(ours.name), *_least_peft(ours.name)]
+    others = [_version(one.name, one.specifier) for one in needs if _wanted(one, extra="")]
+    if not (missing := [other for other in others if other.state == "problem"]):
+        return finding
+    found = "; ".join(f"{other.name} {other.found}" for other in missing)
+    remedy = f"{'; '.join(other.remedy for other in missing)}; or another {ours.name}: pip install '{ours}'"
+    return Finding(ours.name, "problem", f"{finding.found} does not work beside {found}", remedy)
+
+
+def _least_peft(library: str) -> list[Requirement]:
+    """The PEFT that a library wants before it loads, switches or saves an adapter."""
+    from packaging.requirements import Requirement
+
+    if library not in _LEAST_PEFT:
+        return []
+    try:
+        return [Requirement(f"peft>={importlib.import_module(_LEAST_PEFT[library]).MIN_PEFT_VERSION}")]
+    except Exception:  # a broken torch raises anything, which the finding about devices tells
+        return []
+
+
+def _requirements(package: str) -> list[Requirement]:
+    """What an installed package says it needs, its extras included; nothing where it runs from its source tree."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     found = []
     try:
-        lines = metadata.requires(PACKAGE) or []
+        lines = metadata.requires(package) or []
     except metadata.PackageNotFoundError:
         return []
     for line in lines:
@@ -165,7 +193,7 @@ def _base() -> Finding:
 def _extras() -> Iterator[Finding]:
     """One finding an extra, and what keeps installed ones from working."""
     for extra in _names_of_extras():
-        only = [one for one in _requirements() if _wanted(one, extra=extra) and not _wanted(one, extra="")]
+        only = [one for one in _requirements(PACKAGE) if _wanted(one, extra=extra) and not _wanted(one, extra="")]
         found = {one.name: _version(one.name, one.specifier) for one in only}
         missing = [f"{name} {finding.found}" for name, finding in found.items() if finding.state == "problem"]
         if missing:
