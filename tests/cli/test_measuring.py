@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from diffusers_mixofshow import EDLoRA, cli
-from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
 from diffusers_mixofshow.toyland.text import build_clip
 
 
@@ -148,11 +149,55 @@ def test_settings_come_from_a_file(options, place, tmp_path):
         (["--metric-model", "base"], "metric model 'base' cannot be used"),
         (["--base", "./nowhere"], "base model './nowhere' cannot be loaded"),
         (["--own", "rex"], "Given twice: rex"),
+        (["--own", "tom"], "tom holds <tom>, but the pack holds <rex>"),
+        (
+            ["--own", "tom", "--own", "rex-tom"],
+            "tom holds <tom>.*rex-tom holds 2 concepts, expected one alone.*compare",
+        ),
+        (["--class-word", "dog"], "--class-word: 'dog' is not of the form 'concept=WORD', e.g. 'potter=man'"),
+        (["--class-word", "rex="], "'rex=' is not of the form"),
+        (["--class-word", "Rex=dog"], "no pack holds <Rex>.*Did you mean <rex>"),
+        (["--class-word", "rex=dog", "--class-word", "<rex>=cat"], "<rex> has class-word twice"),
+        (["--kind", "rex=dog"], "--kind: 'dog' is not one of character, pet, object, scene"),
     ],
 )
 def test_what_cannot_be_is_one_clear_error(options, more, message):
     with pytest.raises(ConfigurationError, match=message):
         run("evaluate", "rex", *options, *more)
+
+
+def converted(folder: Path, *names: str) -> Path:
+    """A pack as `convert` makes it of a file that tells no class word."""
+    pack = packs.random_pack(tiny.components(), *names)
+    unknown = [dataclasses.replace(concept, class_word=UNKNOWN_CLASS, kind="object") for concept in pack.concepts]
+    dataclasses.replace(pack, concepts=tuple(unknown)).save_pretrained(folder)
+    return folder
+
+
+def test_a_pack_without_class_words_is_measured_with_those_of_the_own_ed_loras(options, place, tmp_path):
+    """The own ED-LoRA's class word and kind decide, whichever pack is asked about; the file keeps what it told."""
+    bare = converted(tmp_path / "rex-tom", "rex", "tom")
+    own = ("--own", place / "rex", "--own", place / "tom", "--photos", f"rex={place / 'photos'}", "--json")
+    told = [json.loads(run("evaluate", "rex-tom", *options, *own).stdout)["rows"]]
+    with pytest.warns(
+        MixOfShowWarning, match="rex tells that <rex> is 'dog', kind pet, which is taken; rex-tom tells"
+    ):
+        told.append(json.loads(run("evaluate", bare, *options, *own, "--save").stdout)["rows"])
+    assert told[0] == told[1]
+    assert {concept.class_word for concept in EDLoRA.from_pretrained(bare).concepts} == {UNKNOWN_CLASS}
+    with pytest.raises(ConfigurationError, match=r"<rex> \(rex-tom\), <tom> \(rex-tom\)"):
+        run("evaluate", bare, *options, "--dry-run")
+    with pytest.raises(ConfigurationError, match=r"<tom> \(rex-tom\)"):
+        run("compare", bare, "rex", *options)
+
+
+def test_the_class_word_and_kind_that_are_asked_for_win(options, place):
+    asked = ("compare", "rex", "rex-tom", *options, "--class-word", "rex=gray cat", "--kind", "<rex>=scene", "--json")
+    settings = json.loads(run(*asked).stdout)["settings"]
+    assert settings["class_words"] == {"<rex>": "gray cat", "<tom>": "dog"}
+    assert any("a horse in a" in prompt for prompt in settings["prompts"])
+    plain = json.loads(run(*asked[:3], *options, "--json").stdout)["settings"]
+    assert not any("a horse in a" in prompt for prompt in plain["prompts"])
 
 
 def test_a_photo_that_cannot_be_read_is_named_before_anything_is_loaded(options, tmp_path):

@@ -19,6 +19,8 @@ def compare(
     ],
     photos: measuring.Photos = None,
     prompt: measuring.Prompt = None,
+    class_word: measuring.ClassWord = None,
+    kind: measuring.Kind = None,
     base: measuring.Base = None,
     metric_model: measuring.MetricModel = None,
     pictures: measuring.Count = 12,
@@ -43,6 +45,8 @@ def compare(
     asked = measuring.Asked(
         photos=photos or (),
         prompts=prompt or (),
+        class_words=class_word or (),
+        kinds=kind or (),
         base=base,
         metric_model=metric_model,
         pictures=pictures,

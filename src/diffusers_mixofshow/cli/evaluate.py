@@ -8,33 +8,39 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusers_mixofshow.cli import measuring, plans
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, meant
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
 
 
+Own = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A concept's own ED-LoRA, for what fusion kept of it. May be repeated. (default: those that the pack's "
+        "folder carries)"
+    ),
+]
+Save = Annotated[
+    bool, typer.Option("--save", help="Note the numbers in the pack's own file, and refresh its model card.")
+]
+
+
 def evaluate(
     source: Annotated[str, typer.Argument(help="ED-LoRA or fused pack: Hub id, folder or file.")],
-    own: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A concept's own ED-LoRA, for what fusion kept of it. May be repeated. (default: those that the "
-            "pack's folder carries)"
-        ),
-    ] = None,
+    own: Own = None,
     photos: measuring.Photos = None,
     prompt: measuring.Prompt = None,
+    class_word: measuring.ClassWord = None,
+    kind: measuring.Kind = None,
     base: measuring.Base = None,
     metric_model: measuring.MetricModel = None,
     pictures: measuring.Count = 12,
     steps: measuring.Steps = 20,
     guidance: measuring.Guidance = None,
     seed: measuring.Seed = 1,
-    save: Annotated[
-        bool, typer.Option("--save", help="Note the numbers in the pack's own file, and refresh its model card.")
-    ] = False,
+    save: Save = False,
     sheet: measuring.Sheet = None,
     record: measuring.Record = None,
     dry_run: plans.DryRun = False,
@@ -58,6 +64,8 @@ def evaluate(
     asked = measuring.Asked(
         photos=photos or (),
         prompts=prompt or (),
+        class_words=class_word or (),
+        kinds=kind or (),
         base=base,
         metric_model=metric_model,
         pictures=pictures,
@@ -78,8 +86,23 @@ def evaluate(
 
 
 def _packs(source: str, own: list[str]) -> tuple[str, dict[str, EDLoRA]]:
-    """The pack's name, and all packs: the concepts' own first, given or carried, the pack itself last."""
+    """The pack's name, and all packs: the concepts' own first, given or carried, the pack itself last.
+
+    Raises:
+        ConfigurationError: If an ED-LoRA that is given is no concept's own; names all of them.
+    """
     (name, pack), *others = measuring.read_packs([source, *own]).items()
+    held = [concept.placeholder for concept in pack.concepts]
+    defects = []
+    for other, edlora in others:
+        names = [concept.placeholder for concept in edlora.concepts]
+        if len(names) > 1:
+            defects.append(f"{other} holds {len(names)} concepts, expected one alone")
+        elif names[0] not in held:
+            hint = meant(names[0], held)
+            defects.append(f"{other} holds {names[0]}, but the pack holds {', '.join(held)}.{hint}".rstrip("."))
+    if defects:
+        raise ConfigurationError(f"--own: {'; '.join(defects)}. To measure other packs beside it, use compare.")
     return name, {**(dict(others) if own else _carried(source)), name: pack}
 
 

@@ -17,6 +17,7 @@ from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
 from diffusers_mixofshow.cli.sources import read_pack
+from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, meant
 
 
@@ -39,6 +40,17 @@ Photos = Annotated[
 Prompt = Annotated[
     list[str] | None,
     typer.Option(help="Prompt with <TOK> for the concept. May be repeated. (default: six for each kind of concept)"),
+]
+ClassWord = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="'potter=man': class word of a concept, instead of what the packs tell. May be repeated. (default: its "
+        "own ED-LoRA's)"
+    ),
+]
+Kind = Annotated[
+    list[str] | None,
+    typer.Option(help=f"'potter=character': its kind ({', '.join(KINDS)}), likewise; it chooses the prompts."),
 ]
 Base = Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)")]
 MetricModel = Annotated[
@@ -66,6 +78,8 @@ class Asked:
 
     photos: Sequence[str]
     prompts: Sequence[str]
+    class_words: Sequence[str]
+    kinds: Sequence[str]
     base: str | None
     metric_model: str | None
     pictures: int
@@ -153,25 +167,30 @@ def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     """Check packs and options.
 
     Raises:
-        ConfigurationError: If bases differ, or a prompt or a folder of photos cannot be used.
+        ConfigurationError: If bases differ, no class word is known, or a prompt or a folder cannot be used.
     """
+    from diffusers_mixofshow.evaluation.agreement import agreed, warn_of_concepts_spelt_alike
     from diffusers_mixofshow.evaluation.clip_judge import DEFAULT_CLIP
     from diffusers_mixofshow.evaluation.sampling import fill_templates
 
     base = asked.base or common_base(list(packs.values()))
     if asked.prompts:
         fill_templates(asked.prompts, "x", 1)
+    known = [concept.placeholder for pack in packs.values() for concept in pack.concepts]
+    warn_of_concepts_spelt_alike(packs)
+    packs = agreed(packs, **_told_of(asked, known))
     concepts = [concept for pack in packs.values() for concept in pack.concepts]
     settings = {
         "base_model": base,
         "metric_model": asked.metric_model or (TOYLAND if base == TOYLAND else DEFAULT_CLIP),
         "prompts": list(dict.fromkeys(text for one in concepts for text in _templates(asked, base, one))),
+        "class_words": {concept.placeholder: concept.class_word for concept in concepts},
         "pictures": asked.pictures,
         "steps": asked.steps,
         "guidance": usual_guidance(base) if asked.guidance is None else asked.guidance,
         "seed": asked.seed,
     }
-    photos = _photo_files(asked.photos, [concept.placeholder for concept in concepts])
+    photos = _photo_files(asked.photos, known)
     return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
 
 
@@ -241,29 +260,75 @@ def _judge(metric_model: str) -> Judge:
     return ClipJudge.load(metric_model)
 
 
+def _told_of(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The class words and kinds that the user gives; names all that is wrong with one of the options at once."""
+
+    def kind_defect(kind: str) -> str | None:
+        return None if kind in KINDS else f"{kind!r} is not one of {', '.join(KINDS)}"
+
+    words = _of_concepts("class-word", asked.class_words, known, example="potter=man")
+    kinds = _of_concepts("kind", asked.kinds, known, example="potter=character", defect=kind_defect)
+    return {"class_words": words, "kinds": kinds}
+
+
 def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[Path]]:
     """Read ``name=FOLDER`` of every concept; names all that is wrong at once."""
     from diffusers_mixofshow.training.pictures import is_picture
 
+    def pictures(folder: str) -> list[Path]:
+        return sorted(file for file in Path(folder).iterdir() if is_picture(file))
+
+    def defect(folder: str) -> str | None:
+        if not Path(folder).is_dir():
+            return f"{folder} is no folder"
+        return None if pictures(folder) else f"{folder} holds no pictures"
+
+    folders = _of_concepts("photos", given, known, example="potter=photos/potter", form="FOLDER", defect=defect)
+    return {placeholder: pictures(folder) for placeholder, folder in folders.items()}
+
+
+def _of_concepts(
+    option: str,
+    given: Sequence[str],
+    known: Sequence[str],
+    *,
+    example: str,
+    form: str = "WORD",
+    defect: Callable[[str], str | None] = lambda value: None,
+) -> dict[str, str]:
+    """Read ``name=value`` of every concept.
+
+    Args:
+        option: What the option is called, without its dashes.
+        given: Its values.
+        known: Placeholders of the packs' concepts.
+        example: A value as it should be.
+        form: Stands for what is behind the equals sign.
+        defect: What is wrong with what stands behind the equals sign.
+
+    Returns:
+        Placeholder to value.
+
+    Raises:
+        ConfigurationError: Names all that is wrong at once.
+    """
     defects, hints, found = [], [], {}
     for text in given:
-        name, equals, folder = text.partition("=")
-        placeholder, path = f"<{name.strip().strip('<>')}>", Path(folder)
-        if not equals or not folder:
-            defects.append(f"{text!r} is not of the form 'concept=FOLDER', e.g. 'potter=photos/potter'")
+        name, _, value = text.partition("=")
+        placeholder, value = f"<{name.strip().strip('<>')}>", value.strip()
+        if not value:
+            defects.append(f"{text!r} is not of the form 'concept={form}', e.g. {example!r}")
         elif placeholder not in known:
             defects.append(f"no pack holds {placeholder} (they hold {', '.join(dict.fromkeys(known))})")
             hints.append(meant(placeholder, known))
         elif placeholder in found:
-            defects.append(f"{placeholder} has photos twice")
-        elif not path.is_dir():
-            defects.append(f"{folder} is no folder")
-        elif not (files := sorted(file for file in path.iterdir() if is_picture(file))):
-            defects.append(f"{folder} holds no pictures")
+            defects.append(f"{placeholder} has {option} twice")
+        elif wrong := defect(value):
+            defects.append(wrong)
         else:
-            found[placeholder] = files
+            found[placeholder] = value
     if defects:
-        raise ConfigurationError("--photos: " + "; ".join(defects) + "." + "".join(hints))
+        raise ConfigurationError(f"--{option}: " + "; ".join(defects) + "." + "".join(hints))
     return found
 
 

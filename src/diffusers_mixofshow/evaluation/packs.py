@@ -12,6 +12,7 @@ from PIL import Image
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.evaluation import metrics
+from diffusers_mixofshow.evaluation.agreement import agreed, own_packs
 from diffusers_mixofshow.evaluation.identity import (
     Identity,
     Judge,
@@ -105,7 +106,8 @@ def evaluate_packs(
 ) -> Evaluation:
     """Measure every concept of every pack.
 
-    The first pack that holds a concept alone is the concept's own ED-LoRA, which retention in the others refers to.
+    The first pack that holds a concept alone is the concept's own ED-LoRA, which retention in the others refers to,
+    and which tells its class word and kind where packs differ, see `agreed`.
 
     Args:
         pipe: The base as a Mix-of-Show pipeline, no concept loaded; it leaves so.
@@ -117,8 +119,7 @@ def evaluate_packs(
         count: Pictures of each concept in each pack.
         advance: Told how many pictures were finished, of `picture_count`.
     """
-
-    drawn = _Drawn(judge)
+    drawn, packs = _Drawn(judge), agreed(packs)
 
     def sample(concept: Concept, subject: str) -> list[Image.Image]:
         return sample_pictures(pipe, fill_templates(templates(concept), subject, count), sampling, advance=advance)
@@ -150,7 +151,7 @@ def evaluate_packs(
 
 
 def picture_count(packs: Mapping[str, EDLoRA], count: int) -> int:
-    """How many pictures `evaluate_packs` samples with `count` of each concept in each pack."""
+    """How many pictures `evaluate_packs` samples with `count` of each concept in each pack; of packs that agree."""
     loaded = sum(len(pack.concepts) + len(_by_class_word([pack])) for pack in packs.values())
     return count * (len(_by_class_word(packs.values())) + loaded)
 
@@ -226,10 +227,8 @@ def _loaded(pipe: Any, pack: EDLoRA) -> Iterator[None]:
 
 def _with_retention(packs: Mapping[str, EDLoRA], bare: Mapping[str, Row], rows: Sequence[Row]) -> tuple[Row, ...]:
     """All rows in their final order, the means of packs with several concepts last."""
-    own: dict[str, Row] = {}
-    for row in rows:
-        if len(packs[row.pack].concepts) == 1:
-            own.setdefault(row.concept, row)
+    alone = own_packs(packs)
+    own = {row.concept: row for row in rows if row.pack == alone.get(row.concept)}
     ordered: list[Row] = []
     for concept, floor in bare.items():
         of_concept = [row for row in rows if row.concept == concept]
