@@ -27,6 +27,7 @@ RANK_OF = {
     "interop": 1,
     "toyland": 1,
     "sheets": 1,
+    "notes": 1,
     "lora": 2,
     "conditioning": 2,
     "training": 3,

@@ -9,7 +9,7 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.errors import FileWriteError
 
@@ -80,19 +80,20 @@ def write_probe(folder: Path) -> None:
         pass
 
 
-def write_picture(path: Path, picture: Image.Image, kind: str = "PNG") -> None:
+def write_picture(path: Path, picture: Image.Image, kind: str = "PNG", **options: Any) -> None:
     """Write a picture; the file appears whole or not at all.
 
     Args:
         path: The file.
         picture: What it shows.
         kind: Pillow's name of the format.
+        options: Passed to Pillow.
 
     Raises:
         FileWriteError: See `write_whole`.
     """
     buffer = io.BytesIO()
-    picture.save(buffer, format=kind)
+    picture.save(buffer, format=kind, **options)
     write_whole(path, buffer.getvalue())
 
 

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from diffusers_mixofshow import cli
-from diffusers_mixofshow.cli.sample import numbered, parse_region
+from diffusers_mixofshow.cli.region_text import parse_region
+from diffusers_mixofshow.cli.sample import numbered
 from diffusers_mixofshow.cli.train import training_config
 from diffusers_mixofshow.errors import ConfigurationError, FusionError, MixOfShowError, RegionError
 from diffusers_mixofshow.regions import Layout, Region

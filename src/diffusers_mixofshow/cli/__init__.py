@@ -57,7 +57,10 @@ for _verb in (fuse, sample, evaluate, compare, inspect, convert, push, demo, doc
 def _options(
     context: typer.Context,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with a table for each verb; what is given after the verb wins.")
+        Path | None,
+        typer.Option(
+            help="TOML file with a table for each verb, or a picture of 'sample'; what is given after the verb wins."
+        ),
     ] = None,
 ) -> None:
     """Tune concepts as ED-LoRAs, fuse them into one model, and sample them together, each in its region."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,35 +34,57 @@ def common_base(concepts: Sequence[EDLoRA]) -> str:
     return next(iter(bases))
 
 
-def load_base(name: str) -> MixOfShowPipeline:
+def load_base(name: str, device: str | None = None, dtype: str | None = None) -> MixOfShowPipeline:
     """Load a base model as a Mix-of-Show pipeline, on the GPU in fp16 where there is one.
 
+    Args:
+        name: Hub id, folder, or ``toyland``.
+        device: Where to, such as ``cuda:1``.
+        dtype: Name of the weights' type, such as ``float16``.
+
     Raises:
-        ConfigurationError: If it cannot be found or read.
+        ConfigurationError: If it cannot be found or read, or this machine has no such device.
         HubError: If only the Hub has it, and that cannot be reached.
     """
     from diffusers_mixofshow.edlora.models import load_model
 
+    device, dtype = check_device(device, dtype)
     try:
-        pipe = load_model(name, _load)
+        pipe = load_model(name, partial(_load, device=device, dtype=dtype))
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe
 
 
-def _load(place: str, **options: Any) -> MixOfShowPipeline:
+def check_device(device: str | None, dtype: str | None) -> tuple[str, str | None]:
+    """Raise a `ConfigurationError` if this machine has no such device, or that no such numbers; else tell which."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, dtype=getattr(torch, dtype or "float32"), device=device).sum().item()
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise ConfigurationError(
+            f"Got --device {device}{f' --dtype {dtype}' if dtype else ''}, which this machine cannot draw with: "
+            f"{first_line(error)}. Expected a device that it has, such as cpu or cuda; 'mixofshow doctor' tells which."
+        ) from error
+    return device, dtype
+
+
+def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> MixOfShowPipeline:
     """Load what is known to be there; the pipelines are imported no earlier, which takes seconds."""
     import torch
 
     from diffusers_mixofshow import toyland
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    if place == location_of(TOYLAND):
-        pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    embedded = place == location_of(TOYLAND)
+    numbers = getattr(torch, dtype or ("float16" if device.startswith("cuda") and not embedded else "float32"))
+    if embedded:
+        pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline, dtype=numbers)
     else:
-        pipe = MixOfShowPipeline.from_pretrained(place, dtype=dtype, **options)
+        pipe = MixOfShowPipeline.from_pretrained(place, dtype=numbers, **options)
     return pipe.to(device)
 
 

@@ -1,21 +1,25 @@
-"""Condition images on the command line: a detector's view of a picture, and the ControlNet that follows it."""
+"""Condition images on the command line: a detector's view of a picture, and the model that follows it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import in_dtype
+from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
 from diffusers_mixofshow.errors import ConfigurationError, HubError, MissingExtraError, first_line
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffusers_mixofshow.pipelines import MixOfShowControlNetPipeline, MixOfShowPipeline
+    from diffusers_mixofshow.pipelines import (
+        MixOfShowAdapterPipeline,
+        MixOfShowControlNetPipeline,
+        MixOfShowPipeline,
+    )
 
 IMAGE = "image"
 """Stands for a condition image that needs no detector."""
@@ -32,19 +36,31 @@ CONTROLNETS = {
 }
 """Detectors of controlnet_aux by their names there, and the ControlNet for Stable Diffusion 1.5 made for each."""
 
+ADAPTERS = {
+    "canny": "TencentARC/t2iadapter_canny_sd15v2",
+    "depth_midas": "TencentARC/t2iadapter_depth_sd15v2",
+    "openpose": "TencentARC/t2iadapter_openpose_sd14v1",
+    "scribble_pidinet": "TencentARC/t2iadapter_sketch_sd15v2",
+}
+"""The same of T2I-Adapters."""
+
 CONTROL_HELP = (
     "'openpose=photo.jpg': detector of controlnet_aux and picture; 'openpose@MODEL=photo.jpg' for another ControlNet;"
     " 'image@MODEL=pose.png' for a finished condition image. May be repeated."
+)
+ADAPTER_HELP = (
+    f"The same with a T2I-Adapter, instead of a ControlNet; known for {', '.join(ADAPTERS)}. "
+    "'image@toyland=places.png' for Toyland's own."
 )
 
 
 @dataclass(frozen=True)
 class Control:
-    """One ControlNet and the picture it follows.
+    """One ControlNet or T2I-Adapter and the picture it follows.
 
     Args:
         detector: A detector's name, or ``image``.
-        model: Hub id or folder of the ControlNet.
+        model: Hub id or folder of the ControlNet or T2I-Adapter.
         picture: The file.
     """
 
@@ -53,11 +69,16 @@ class Control:
     picture: Path
 
 
-def parse_control(text: str) -> Control:
+def parse_control(text: str, known: Mapping[str, str] = CONTROLNETS, *, called: str = "ControlNet") -> Control:
     """Read ``detector=picture`` or ``detector@model=picture``.
 
+    Args:
+        text: What the user gave.
+        known: Detectors and the model made for each.
+        called: What such a model is called.
+
     Raises:
-        ConfigurationError: If the text is not of that form, the picture is missing, or no ControlNet is known.
+        ConfigurationError: If the text is not of that form, the picture is missing, or no model is known.
     """
     left, equals, picture = text.partition("=")
     detector, _, model = left.partition("@")
@@ -66,14 +87,12 @@ def parse_control(text: str) -> Control:
         defects.append("it is not of the form 'detector=picture', e.g. 'openpose=photo.jpg'")
     elif not Path(picture).is_file():
         defects.append(f"there is no file {picture}")
-    if detector and equals and not model and detector not in CONTROLNETS:
-        known = ", ".join(sorted(CONTROLNETS))
-        defects.append(
-            f"no ControlNet is known for {detector!r}; known are {known}, or name it: '{detector}@MODEL=...'"
-        )
+    if detector and equals and not model and detector not in known:
+        names = ", ".join(sorted(known))
+        defects.append(f"no {called} is known for {detector!r}; known are {names}, or name it: '{detector}@MODEL=...'")
     if defects:
         raise ConfigurationError(f"Control {text!r}: " + "; ".join(defects) + ".")
-    return Control(detector, model or CONTROLNETS[detector], Path(picture))
+    return Control(detector, model or known[detector], Path(picture))
 
 
 def condition_image(control: Control) -> Image.Image:
@@ -138,19 +157,45 @@ def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOf
     """
     from diffusers import ControlNetModel
 
-    from diffusers_mixofshow.edlora.models import load_model
     from diffusers_mixofshow.pipelines import MixOfShowControlNetPipeline
 
-    nets: list[Any] = []
+    nets = _loaded(pipe, controls, ControlNetModel.from_pretrained, "ControlNet")
+    return MixOfShowControlNetPipeline.from_pipe(
+        pipe, controlnet=nets[0] if len(nets) == 1 else nets, **in_dtype(pipe.dtype)
+    )
+
+
+def with_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOfShowAdapterPipeline:
+    """Make a pipeline of the same components and concepts that follows T2I-Adapters.
+
+    Raises:
+        ConfigurationError: If a T2I-Adapter cannot be found or read.
+    """
+    from diffusers import T2IAdapter
+
+    from diffusers_mixofshow import toyland
+    from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline
+
+    def load(place: str, **options: Any) -> T2IAdapter:
+        if place == location_of(TOYLAND):
+            return toyland.load_layout_adapter()
+        return T2IAdapter.from_pretrained(place, **options)
+
+    return MixOfShowAdapterPipeline.from_pipe(pipe, adapter=_loaded(pipe, adapters, load, "T2I-Adapter"))
+
+
+def _loaded(pipe: MixOfShowPipeline, controls: Sequence[Control], load: Callable[..., Any], called: str) -> list[Any]:
+    """The model of each control, where the pipeline is and in its dtype."""
+    from diffusers_mixofshow.edlora.models import load_model
+
+    models = []
     for control in controls:
         try:
-            net = load_model(control.model, ControlNetModel.from_pretrained, index="config.json")
+            model = load_model(control.model, load, index="config.json")
         except HubError:
             raise
         except (OSError, ValueError) as error:
             reason = first_line(error)
-            raise ConfigurationError(f"The ControlNet {control.model!r} cannot be loaded: {reason}.") from error
-        nets.append(net.to(device=pipe.device, dtype=pipe.dtype))
-    return MixOfShowControlNetPipeline.from_pipe(
-        pipe, controlnet=nets[0] if len(nets) == 1 else nets, **in_dtype(pipe.dtype)
-    )
+            raise ConfigurationError(f"The {called} {control.model!r} cannot be loaded: {reason}.") from error
+        models.append(model.to(device=pipe.device, dtype=pipe.dtype))
+    return models

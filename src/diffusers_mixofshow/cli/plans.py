@@ -14,8 +14,9 @@ from diffusers_mixofshow.cli.timing import time_of
 
 
 if TYPE_CHECKING:
+    from diffusers_mixofshow.cli.drawing import Drawing
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.regions import Layout
+    from diffusers_mixofshow.regions import Isolation
     from diffusers_mixofshow.training import TrainingConfig
 
 DryRun = Annotated[
@@ -36,44 +37,46 @@ def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
         typer.echo(f"{name}: {value}")
 
 
-def plan_of_sampling(
-    plan: Layout,
-    packs: Sequence[EDLoRA],
-    base: str,
-    *,
-    steps: int,
-    guidance: float,
-    refine: bool,
-    output: Sequence[Path],
-) -> dict[str, Any]:
+def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
     """What `mixofshow sample` would do.
 
     Args:
-        plan: Prompt, regions and size.
-        packs: The ED-LoRAs.
-        base: The base model.
-        steps: Denoising steps.
-        guidance: Guidance scale; above 1 it needs a second half of every batch.
-        refine: Whether regions are drawn anew afterwards.
+        drawing: What is drawn.
         output: One file for each picture.
     """
-    own = "the model's own"
+    plan, packs, steps = drawing.plan, list(drawing.packs.values()), drawing.steps
+    own = "the model's own" if drawing.image is None else "the picture's own"
     size = f"{plan.width or own} x {plan.height or own} pixels" if plan.width or plan.height else own
-    batch = len(output) * (2 if guidance > 1 else 1)
+    batch = len(output) * (2 if drawing.guidance > 1 else 1)
+    runs = steps if drawing.image is None else int(steps * drawing.strength)
     pixels = (plan.height, plan.width) if plan.height and plan.width else None
+    anew = f"{len(plan.regions) * len(output)} regions, up to {steps} runs each" if drawing.refine else "none"
     return {
-        "base model": _told_base(base),
+        "base model": _told_base(drawing.base),
         "concepts": _names(packs) or "none",
         "weight updates": f"{sum(map(_parameters, packs)):,} numbers",
+        "strength of the updates": ", ".join(f"{scale:g}" for scale in drawing.lora_scales) or "none",
+        "way": drawing.way,
         "prompt": plan.prompt,
         "regions": len(plan.regions),
+        "isolation": _told_isolation(drawing.isolation),
         "size": size,
         "pictures": len(output),
-        "U-Net runs": f"{steps}, each on a batch of {batch}",
-        "drawn anew": f"{len(plan.regions) * len(output)} regions, up to {steps} runs each" if refine else "none",
-        "time": time_of(base, steps, batch, pixels=pixels) + (", and what is drawn anew" if refine else ""),
+        "seeds": ", ".join(map(str, drawing.seeds)),
+        "U-Net runs": f"{runs}, each on a batch of {batch}",
+        "drawn anew": anew,
+        "device": drawing.device or "cuda if there is one, else cpu",
+        "dtype": str(drawing.dtype or "the device's usual one"),
+        "time": time_of(drawing.base, runs, batch, pixels=pixels) + (", and what is drawn anew" * drawing.refine),
         "writes": ", ".join(map(str, output)),
     }
+
+
+def _told_isolation(isolation: Isolation | None) -> str:
+    if isolation is None:
+        return "none"
+    maps = "all feature maps" if isolation.scales is None else f"maps of {', '.join(map(str, isolation.scales))} cells"
+    return f"from {isolation.start:g} to {isolation.end:g} of the steps, {maps}"
 
 
 def plan_of_fusion(

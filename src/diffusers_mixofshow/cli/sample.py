@@ -6,162 +6,149 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import refuse_unwritable, write_picture
+from diffusers_mixofshow.atomic import refuse_unwritable
 from diffusers_mixofshow.base_models import usual_guidance
-from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
-from diffusers_mixofshow.cli.control import CONTROL_HELP, Control, condition_image, parse_control, with_controls
+from diffusers_mixofshow.cli import sample_options as options
+from diffusers_mixofshow.cli.base_model import check_device, common_base
+from diffusers_mixofshow.cli.control import ADAPTERS, parse_control
+from diffusers_mixofshow.cli.drawing import Drawing, draw, refuse_inpainting
 from diffusers_mixofshow.cli.plans import DryRun, plan_of_sampling, tell
+from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
+from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import split_prompt
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, RegionError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.regions import Layout, Region
-
-
-Refine = Annotated[
-    bool, typer.Option("--refine", help="Draw every region anew at a higher resolution, from its own prompt.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print files, seeds and settings as JSON.")]
-
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_GRAIN = 8
-"""Stable Diffusion pipelines draw pictures whose sides are multiples of so many pixels."""
+    from diffusers_mixofshow.regions import Layout
 
 
 def sample(
-    prompt: Annotated[
-        str | None, typer.Option(help="What to draw; <name> stands for a concept. (default: the layout's)")
-    ] = None,
-    concepts: Annotated[
-        list[str] | None, typer.Option(help="ED-LoRA or fused pack: Hub id, folder or file. May be repeated.")
-    ] = None,
-    region: Annotated[
-        list[str] | None,
-        typer.Option(help="'left,top,right,bottom:prompt' with fractions of the picture. May be repeated."),
-    ] = None,
-    layout: Annotated[
-        Path | None, typer.Option(help="JSON file with prompt, size and regions, see docs/regional_sampling.md.")
-    ] = None,
-    control: Annotated[list[str] | None, typer.Option(help=CONTROL_HELP)] = None,
-    output: Annotated[Path, typer.Option(help="PNG file; several pictures get numbers.")] = Path("sample.png"),
-    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the concepts' own)")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid. (default: the layout's)")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count on.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 20,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(min=_GRAIN, help="Width in pixels. (default: the layout's or the model's)")
-    ] = None,
-    height: Annotated[int | None, typer.Option(min=_GRAIN, help="Height in pixels. (default: likewise)")] = None,
-    refine: Refine = False,
+    prompt: options.Prompt = None,
+    concepts: options.Concepts = None,
+    base: options.Base = None,
+    negative_prompt: options.NegativePrompt = None,
+    region: options.Region = None,
+    layout: options.LayoutFile = None,
+    isolation: options.Isolate = False,
+    isolation_steps: options.IsolationSteps = None,
+    isolation_scales: options.IsolationScales = None,
+    refine: options.Refine = False,
+    image: options.Image = None,
+    mask: options.Mask = None,
+    strength: options.Strength = None,
+    control: options.Control = None,
+    adapter: options.Adapter = None,
+    control_scale: options.ControlScale = None,
+    seed: options.Seed = 0,
+    steps: options.Steps = 20,
+    guidance: options.Guidance = None,
+    lora_scale: options.LoraScale = None,
+    width: options.Width = None,
+    height: options.Height = None,
+    device: options.Device = None,
+    dtype: options.WeightType = None,
+    output: options.Output = Path("sample.png"),
+    count: options.Count = 1,
     dry_run: DryRun = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Sample pictures of one or several concepts, each in its own region.
 
+    Pictures tell how they were made: 'mixofshow --config x.png sample' draws x.png again.
+
     \b
-    Example:
+    Examples:
       mixofshow sample --concepts hogwarts --prompt "two people near the castle" \\
         --region "0,0.2,0.5,1:a <potter>" --region "0.5,0.2,1,1:a <hermione>"
+      mixofshow sample --base toyland --prompt "a dog in snow" --output dog.png
+      mixofshow sample --base toyland --prompt "a red dog" --image dog.png
     """
-    plan = _planned(layout, region or [], prompt, negative_prompt, width, height)
-    _refuse_contradictions(plan, output, guidance, refine=refine)
-    controls = [parse_control(text) for text in control or []]
-    packs = [read_pack(source) for source in concepts or []]
-    base, files = base or _base_of(packs), numbered(output, count)
-    guidance = usual_guidance(base) if guidance is None else guidance
-    _warn_of_bare_names(plan, packs)
+    asked = dict(locals())
+    drawing = _drawing(asked)
+    _warn_of_bare_names(drawing.plan, drawing.packs.values())
+    files = numbered(output, count)
     if dry_run:
-        _refuse_unknown(plan, packs)
-        planned = plan_of_sampling(plan, packs, base, steps=steps, guidance=guidance, refine=refine, output=files)
-        tell(planned, as_json=as_json)
+        _refuse_unknown(drawing.plan, drawing.packs.values())
+        tell(plan_of_sampling(drawing, files), as_json=as_json)
         return
-    seeds = range(seed, seed + count)
-    _save(files, _sampled(base, packs, controls, plan, seeds, steps=steps, guidance=guidance, refine=refine))
+    check_device(device, dtype)
+    write_drawn(files, drawing, draw(drawing))
     if as_json:
-        pictures = [{"file": str(file), "seed": each} for file, each in zip(files, seeds, strict=True)]
-        told = {"base": base, "prompt": plan.prompt, "regions": len(plan.regions)}
-        typer.echo(json.dumps({"pictures": pictures, **told, "steps": steps, "guidance": guidance}))
+        pictures = [{"file": str(file), "seed": each} for file, each in zip(files, drawing.seeds, strict=True)]
+        told = {"base": drawing.base, "prompt": drawing.plan.prompt, "regions": len(drawing.plan.regions)}
+        typer.echo(json.dumps({"pictures": pictures, **told, "steps": steps, "guidance": drawing.guidance}))
         return
     for file in files:
         typer.echo(f"Wrote {file}")
 
 
-def _base_of(packs: list[EDLoRA]) -> str:
+def _drawing(asked: Mapping[str, Any]) -> Drawing:
+    """What the options ask for, read and checked."""
+    plan = _planned(asked)
+    _refuse_contradictions(plan, asked)
+    refuse_unwritable(asked["output"])
+    controls = tuple(parse_control(text) for text in asked["control"] or [])
+    adapters = tuple(parse_control(text, ADAPTERS, called="T2I-Adapter") for text in asked["adapter"] or [])
+    packs = {source: read_pack(source) for source in asked["concepts"] or []}
+    base = asked["base"] or _base_of(packs.values())
+    if asked["mask"] is not None:
+        refuse_inpainting(base)
+    strength = asked["strength"] or (0.8 if asked["mask"] is None else 1.0)
+    drawing = Drawing(
+        base=base,
+        packs=packs,
+        lora_scales=_for_each(asked["lora_scale"], len(packs)),
+        plan=plan,
+        seeds=range(asked["seed"], asked["seed"] + asked["count"]),
+        steps=asked["steps"],
+        guidance=usual_guidance(base) if asked["guidance"] is None else asked["guidance"],
+        isolation=parse_isolation(asked["isolation_steps"], asked["isolation_scales"]) if asked["isolation"] else None,
+        refine=asked["refine"],
+        image=asked["image"],
+        mask=asked["mask"],
+        strength=strength,
+        controls=controls,
+        adapters=adapters,
+        control_scales=_for_each(asked["control_scale"], len(controls) + len(adapters)),
+        device=asked["device"],
+        dtype=asked["dtype"],
+    )
+    if asked["layout"] is not None:
+        warn_of_changes(asked["layout"], drawing)
+    return drawing
+
+
+def _for_each(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """One number for each of so many things, of one for all, one for each, or none for 1."""
+    values = list(given or [1.0])
+    return tuple(values * count if len(values) == 1 else values)
+
+
+def _base_of(packs: Iterable[EDLoRA]) -> str:
     """The base model that all packs were tuned on."""
+    packs = list(packs)
     if not packs:
         raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
     return common_base(packs)
 
 
-def _sampled(
-    base: str,
-    packs: list[EDLoRA],
-    controls: list[Control],
-    plan: Layout,
-    seeds: range,
-    *,
-    steps: int,
-    guidance: float,
-    refine: bool,
-) -> list[Any]:
-    """One PIL picture for each seed, in one batch."""
-    import torch
-
-    pipe, conditions = _loaded(base, packs, controls)
-    images: list[Any] = pipe(
-        prompt=[plan.prompt] * len(seeds),
-        negative_prompt=[plan.negative_prompt or ""] * len(seeds),
-        regions=plan,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        **_size(pipe, plan),
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        **conditions,
-    ).images
-    return (
-        [_refined(pipe, *each, plan, steps, guidance) for each in zip(images, seeds, strict=True)]
-        if refine
-        else images
-    )
-
-
-def _refined(pipe: Any, image: Any, seed: int, plan: Layout, steps: int, guidance: float) -> Any:
-    """The picture with its regions drawn anew; the same for a seed, whatever other pictures there are."""
-    import torch
-
-    from diffusers_mixofshow.pipelines import refine_regions
-
-    return refine_regions(
-        pipe,
-        [image],
-        plan.regions,
-        generator=torch.Generator().manual_seed(seed),
-        negative_prompt=plan.negative_prompt,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-    )[0]
-
-
-def _refuse_unknown(plan: Layout, packs: list[EDLoRA]) -> None:
+def _refuse_unknown(plan: Layout, packs: Iterable[EDLoRA]) -> None:
     """Refuse concepts in prompts that no pack holds."""
     known = [concept for pack in packs for concept in pack.concepts]
     for text in _texts(plan):
         split_prompt(text, known)
 
 
-def _warn_of_bare_names(plan: Layout, packs: list[EDLoRA]) -> None:
+def _warn_of_bare_names(plan: Layout, packs: Iterable[EDLoRA]) -> None:
     """Warn of concepts that are nowhere asked for while a prompt has their name as a plain word."""
     texts = _texts(plan)
     for concept in (concept for pack in packs for concept in pack.concepts):
@@ -178,90 +165,104 @@ def _texts(plan: Layout) -> list[str]:
     return [plan.prompt or "", *(region.prompt for region in plan.regions)]
 
 
-def _size(pipe: Any, plan: Layout) -> dict[str, int]:
-    """Height and width in pixels; diffusers would forget one that is given alone."""
-    cells = pipe.unet.config.sample_size
-    height, width = (cells, cells) if isinstance(cells, int) else cells
-    scale = pipe.vae_scale_factor
-    return {"height": plan.height or height * scale, "width": plan.width or width * scale}
-
-
-def _refuse_contradictions(plan: Layout, output: Path, guidance: float | None, *, refine: bool) -> None:
+def _refuse_contradictions(plan: Layout, asked: Mapping[str, Any]) -> None:
     """Raise one error that lists what would fail only after everything has been loaded or drawn."""
-    defects = []
-    if refine and not plan.regions:
-        defects.append("--refine without any region to draw anew; give --region or --layout, too")
-    if output.suffix.lower() not in _FORMATS:
-        defects.append(f"--output {output}, expected a file that ends in {', '.join(_FORMATS)}")
-    elif output.is_dir():
-        defects.append(f"--output {output} is a folder, expected a file")
-    if guidance is not None and not math.isfinite(guidance):
-        defects.append(f"--guidance {guidance}, expected a number such as 7.5")
-    defects += [
-        f"a {name} of {value} pixels, expected a multiple of {_GRAIN}"
-        for name, value in (("width", plan.width), ("height", plan.height))
-        if value is not None and value % _GRAIN
+    defects = [
+        *_regions_defects(plan, asked),
+        *_pictures_defects(asked),
+        *_numbers_defects(asked),
+        *_output_defects(asked["output"]),
     ]
+    defects += [
+        f"a {name} of {value} pixels, expected a multiple of {options.GRAIN}"
+        for name, value in (("width", plan.width), ("height", plan.height))
+        if value is not None and value % options.GRAIN
+    ]
+    sources = asked["concepts"] or []
+    if twice := sorted({source for source in sources if sources.count(source) > 1}):
+        defects.append(f"--concepts {', '.join(twice)} twice")
     if defects:
         raise ConfigurationError(f"Got {'; '.join(defects)}.")
-    refuse_unwritable(output)
 
 
-def _save(files: list[Path], images: list[Any]) -> None:
-    for path, image in zip(files, images, strict=True):
-        write_picture(path, image, _FORMATS[path.suffix.lower()])
+def _regions_defects(plan: Layout, asked: Mapping[str, Any]) -> list[str]:
+    defects = []
+    if asked["refine"] and not plan.regions:
+        defects.append("--refine without any region to draw anew; give --region or --layout, too")
+    if asked["isolation"] and not plan.regions:
+        defects.append("--isolation without any region to keep apart; give --region or --layout, too")
+    details = [name for name in ("isolation_steps", "isolation_scales") if asked[name] is not None]
+    if details and not asked["isolation"]:
+        defects.append(f"{' and '.join(map(_option, details))} without --isolation")
+    return defects
 
 
-def _loaded(base: str, packs: list[EDLoRA], controls: list[Control]) -> tuple[Any, dict[str, Any]]:
-    """The pipeline with its concepts and ControlNets, and what its call needs for these."""
-    views = [condition_image(control) for control in controls]  # first: it fails at once where the extra is missing
-    pipe = load_base(base)
-    for pack in packs:
-        pipe.load_edlora(pack)
-    if not controls:
-        return pipe, {}
-    return with_controls(pipe, controls), {"image": views[0] if len(views) == 1 else views}
+def _pictures_defects(asked: Mapping[str, Any]) -> list[str]:
+    """What is wrong with pictures to start from and to follow."""
+    defects = []
+    ways = [_option(name) for name in ("image", "control", "adapter") if asked[name]]
+    if len(ways) > 1:
+        defects.append(f"{' and '.join(ways)} at once, expected one of them")
+    for name in ("mask", "strength"):
+        if asked[name] is not None and asked["image"] is None:
+            defects.append(f"{_option(name)} without --image")
+    for name in ("image", "mask"):
+        if asked[name] is not None and not asked[name].is_file():
+            defects.append(f"{_option(name)} {asked[name]}, which is no file")
+    followed = [*(asked["control"] or []), *(asked["adapter"] or [])]
+    return defects + _counts_defects(asked, "control_scale", len(followed), "--control or --adapter")
 
 
-def _planned(
-    file: Path | None,
-    regions: list[str],
-    prompt: str | None,
-    negative_prompt: str | None,
-    width: int | None,
-    height: int | None,
-) -> Layout:
+def _numbers_defects(asked: Mapping[str, Any]) -> list[str]:
+    defects = _counts_defects(asked, "lora_scale", len(asked["concepts"] or []), "--concepts")
+    if asked["guidance"] is not None and not math.isfinite(asked["guidance"]):
+        defects.append(f"--guidance {asked['guidance']}, expected a number such as 7.5")
+    if asked["strength"] is None:
+        return defects
+    if not 0 < asked["strength"] <= 1:
+        defects.append(f"--strength {asked['strength']}, expected a number above 0 and up to 1")
+    elif int(asked["strength"] * asked["steps"]) < 1:
+        defects.append(f"--strength {asked['strength']} of {asked['steps']} steps, which is less than one step")
+    return defects
+
+
+def _counts_defects(asked: Mapping[str, Any], name: str, count: int, of: str) -> list[str]:
+    """What is wrong with an option that is given once for all of something, or for each."""
+    given = asked[name] or []
+    defects = [
+        f"{_option(name)} {value}, expected a number such as 0.8" for value in given if not math.isfinite(value)
+    ]
+    if given and not count:
+        defects.append(f"{_option(name)} without {of}")
+    elif len(given) not in (0, 1, count):
+        defects.append(f"{_option(name)} {len(given)} times for {count} {of}, expected one for all or one for each")
+    return defects
+
+
+def _output_defects(output: Path) -> list[str]:
+    if output.suffix.lower() not in FORMATS:
+        return [f"--output {output}, expected a file that ends in {', '.join(FORMATS)}"]
+    return [f"--output {output} is a folder, expected a file"] if output.is_dir() else []
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _planned(asked: Mapping[str, Any]) -> Layout:
     """The layout of the file, with what the options say instead or more."""
+    from diffusers_mixofshow.cli.provenance import read_layout
     from diffusers_mixofshow.regions import Layout
 
-    plan = Layout() if file is None else Layout.load(file)
-    if prompt is None and plan.prompt is None:
+    plan = Layout() if asked["layout"] is None else read_layout(asked["layout"])
+    given = {name: getattr(plan, name) if asked[name] is None else asked[name] for name in _OF_LAYOUT}
+    if given["prompt"] is None:
         raise ConfigurationError("Got no prompt. Give --prompt, or --layout with a file that has one.")
-    return Layout(
-        (*plan.regions, *(parse_region(text) for text in regions)),
-        prompt=plan.prompt if prompt is None else prompt,
-        negative_prompt=plan.negative_prompt if negative_prompt is None else negative_prompt,
-        width=width or plan.width,
-        height=height or plan.height,
-    )
+    return Layout((*plan.regions, *parse_regions(asked["region"] or [])), **given)
 
 
-def parse_region(text: str) -> Region:
-    """Read ``left,top,right,bottom:prompt``.
-
-    Raises:
-        RegionError: If the text is not of that form, or the box is not inside the picture.
-    """
-    from diffusers_mixofshow.regions import Region
-
-    numbers, _, prompt = text.partition(":")
-    try:
-        left, top, right, bottom = (float(number) for number in numbers.split(","))
-    except ValueError as error:
-        raise RegionError(
-            f"Region {text!r} is not of the form 'left,top,right,bottom:prompt', e.g. '0,0,0.5,1:a <potter>'."
-        ) from error
-    return Region(prompt.strip(), box=(left, top, right, bottom))
+_OF_LAYOUT = ("prompt", "negative_prompt", "width", "height")
+"""Options that say what a layout may say as well."""
 
 
 def numbered(path: Path, count: int) -> list[Path]:

@@ -1,4 +1,4 @@
-"""``mixofshow --config FILE``: options of every verb out of a TOML file."""
+"""``mixofshow --config FILE``: options of every verb out of a TOML file, or those of ``sample`` out of a picture."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers_mixofshow.cli.provenance import FORMATS, settings_of
 from diffusers_mixofshow.errors import ConfigurationError
 
 
 def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Read a TOML file with a table for each verb, whose keys are the verb's options; '-' and '_' are the same.
+
+    A picture that `mixofshow sample` drew stands for a file with its options.
 
     Args:
         path: The file.
@@ -20,12 +23,7 @@ def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[
     Raises:
         ConfigurationError: If the file cannot be read, or names a verb or an option that does not exist; names all.
     """
-    import tomllib
-
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path} is no readable TOML file ({error}).") from error
+    tables = {"sample": settings_of(path)} if path.suffix.lower() in FORMATS else _tables_of(path)
     defects, found = [], {}
     for verb, table in tables.items():
         if verb not in options or not isinstance(table, dict):
@@ -39,6 +37,15 @@ def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[
     if defects:
         raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
     return found
+
+
+def _tables_of(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path} is no readable TOML file ({error}).") from error
 
 
 def _as_given(value: Any, parameter: Any) -> Any:

@@ -113,11 +113,15 @@ class Layout:
             image = Image.new("RGB", (self.width or 512, self.height or 512), "white")
         return draw_regions(self.regions, image)
 
+    def described(self) -> dict[str, Any]:
+        """The layout as JSON values, masks included; the format is described in docs/regional_sampling.md."""
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+        content |= {name: getattr(self, name) for name in _TOP if getattr(self, name) is not None}
+        return content | {"regions": [_described(region) for region in self.regions]}
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the layout as JSON, masks included; the format is described in docs/regional_sampling.md."""
-        content = {"format": FORMAT, "version": VERSION}
-        content |= {name: getattr(self, name) for name in _TOP if getattr(self, name) is not None}
-        content |= {"regions": [_described(region) for region in self.regions]}
+        content = self.described()
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -146,6 +150,19 @@ class Layout:
         except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RegionError(f"{path} cannot be read as a layout: {reason}") from error
+        return cls.from_description(content, path)
+
+    @classmethod
+    def from_description(cls, content: object, path: Path) -> Layout:
+        """Read what `described` tells.
+
+        Args:
+            content: JSON values.
+            path: Where they were found: how errors call it, and where masks lie that are named by their paths.
+
+        Raises:
+            RegionError: If it is no layout; names every defect at once.
+        """
         if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
             raise RegionError(
                 f'{path} is no layout: expected an object with "format": "{FORMAT}" and "version": {VERSION}.'

@@ -1,0 +1,222 @@
+"""What ``mixofshow sample`` draws: everything that decides about its pictures, and the drawing itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.cli.base_model import load_base
+from diffusers_mixofshow.cli.control import Control, condition_image, with_adapters, with_controls
+from diffusers_mixofshow.cli.sample_options import GRAIN
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.regions import Isolation, Layout
+
+_INPAINTED = (4, 9)
+"""Input channels of U-Nets that diffusers inpaints with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Everything that decides about the pictures.
+
+    Args:
+        base: The base model.
+        packs: Where each ED-LoRA or pack came from, and the pack.
+        lora_scales: Strength of the weight updates of each pack.
+        plan: Prompts, regions and size.
+        seeds: One for each picture.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+        isolation: Whether regions are kept apart in self-attention.
+        refine: Whether regions are drawn anew afterwards.
+        image: Picture to start from.
+        mask: Where that is drawn anew.
+        strength: How much of it is.
+        controls: ControlNets with their pictures.
+        adapters: T2I-Adapters with theirs.
+        control_scales: Strength of each ControlNet or T2I-Adapter.
+        device: Where to draw; None for the GPU where there is one.
+        dtype: Name of the weights' type; None for the device's usual one.
+    """
+
+    base: str
+    packs: Mapping[str, EDLoRA]
+    lora_scales: tuple[float, ...]
+    plan: Layout
+    seeds: range
+    steps: int
+    guidance: float
+    isolation: Isolation | None
+    refine: bool
+    image: Path | None
+    mask: Path | None
+    strength: float
+    controls: tuple[Control, ...]
+    adapters: tuple[Control, ...]
+    control_scales: tuple[float, ...]
+    device: str | None
+    dtype: str | None
+
+    @property
+    def way(self) -> str:
+        """How the pictures come about, in words."""
+        if self.mask is not None:
+            return f"inpainting of {self.image} where {self.mask} is white, strength {self.strength:g}"
+        if self.image is not None:
+            return f"image to image from {self.image}, strength {self.strength:g}"
+        if followed := self.controls or self.adapters:
+            called = "ControlNet" if self.controls else "T2I-Adapter"
+            pairs = zip(followed, self.control_scales, strict=True)
+            each = [f"{control.model} on {control.picture}, strength {scale:g}" for control, scale in pairs]
+            return f"text to image under {called} {', '.join(each)}"
+        return "text to image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The pictures, and what only the loaded pipeline tells of them.
+
+    Args:
+        images: PIL pictures, one for each seed.
+        scheduler: The pipeline's.
+        device: Where it drew.
+        dtype: In which type.
+    """
+
+    images: list[Image.Image]
+    scheduler: object
+    device: str
+    dtype: str
+
+
+def draw(drawing: Drawing) -> Drawn:
+    """Load the models and draw one picture for each seed, in one batch."""
+    import torch
+
+    views = _views(drawing)  # first: they fail at once
+    pipe = load_base(drawing.base, drawing.device, drawing.dtype)
+    for pack, scale in zip(drawing.packs.values(), drawing.lora_scales, strict=True):
+        pipe.load_edlora(pack, scale)
+    shown = pipe._progress_bar_config
+    pipe, conditions = _conditioned(pipe, drawing, views)
+    pipe.set_progress_bar_config(**shown)
+    plan, count = drawing.plan, len(drawing.seeds)
+    images: list[Any] = pipe(
+        prompt=[plan.prompt] * count,
+        negative_prompt=[plan.negative_prompt or ""] * count,
+        regions=plan,
+        isolation=drawing.isolation,
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in drawing.seeds],
+        **conditions,
+    ).images
+    if drawing.refine:
+        images = [_refined(pipe, image, seed, drawing) for image, seed in zip(images, drawing.seeds, strict=True)]
+    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    return Drawn(images=images, scheduler=pipe.scheduler, device=pipe.device.type, dtype=dtype)
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Read a mask of mode L, white inside."""
+    return read_image(path).convert("L")
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read a picture as RGB."""
+    from diffusers_mixofshow.training.pictures import read_picture
+
+    return read_picture(path, called=str(path)).image
+
+
+def refuse_inpainting(base: str) -> None:
+    """Refuse a base on this disk whose U-Net cannot inpaint, before it is loaded."""
+    file = Path(location_of(base)) / "unet" / "config.json"
+    if file.is_file():
+        _refuse_channels(base, json.loads(file.read_text(encoding="utf-8")).get("in_channels"))
+
+
+def _refuse_channels(base: str, channels: object) -> None:
+    if channels not in _INPAINTED:
+        raise ConfigurationError(
+            f"--mask inpaints, which diffusers does with U-Nets of 4 or 9 input channels, but that of {base} has "
+            f"{channels}. Start from the whole picture with --image alone, or take another base."
+        )
+
+
+def _views(drawing: Drawing) -> list[Image.Image]:
+    """The pictures that the drawing starts from or follows, as the models see them."""
+    if drawing.image is None:
+        return [condition_image(control) for control in (*drawing.controls, *drawing.adapters)]
+    picture = read_image(drawing.image)
+    size = _size_of(picture, drawing.plan)
+    masks = [] if drawing.mask is None else [read_mask(drawing.mask)]
+    return [picture.resize(size), *(mask.resize(size) for mask in masks)]
+
+
+def _size_of(picture: Image.Image, plan: Layout) -> tuple[int, int]:
+    """Width and height at which a picture is drawn anew: as asked for, in its own shape where one is missing."""
+    if plan.width and plan.height:
+        return plan.width, plan.height
+    scale = plan.width / picture.width if plan.width else plan.height / picture.height if plan.height else 1.0
+    width, height = (max(GRAIN, int(side * scale / GRAIN) * GRAIN) for side in picture.size)
+    return plan.width or width, plan.height or height
+
+
+def _conditioned(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline for what is drawn, and what its call needs for that beside prompts and settings."""
+    from diffusers_mixofshow.pipelines import MixOfShowImg2ImgPipeline, MixOfShowInpaintPipeline
+
+    count, size = len(drawing.seeds), _size(pipe, drawing.plan)
+    if drawing.mask is not None:
+        _refuse_channels(drawing.base, pipe.unet.config.in_channels)
+        image, mask = views
+        size = {"width": image.width, "height": image.height}
+        pictures = {"image": [image] * count, "mask_image": [mask] * count, "strength": drawing.strength}
+        return MixOfShowInpaintPipeline.from_pipe(pipe), pictures | size
+    if drawing.image is not None:
+        return MixOfShowImg2ImgPipeline.from_pipe(pipe), {"image": views * count, "strength": drawing.strength}
+    one = len(views) == 1
+    scales: Any = drawing.control_scales[0] if one else list(drawing.control_scales)
+    followed: dict[str, Any] = {"image": views[0] if one else views}
+    if drawing.controls:
+        pipe = with_controls(pipe, drawing.controls)
+        return pipe, followed | {"controlnet_conditioning_scale": scales} | size
+    if drawing.adapters:
+        return with_adapters(pipe, drawing.adapters), followed | {"adapter_conditioning_scale": scales} | size
+    return pipe, size
+
+
+def _size(pipe: Any, plan: Layout) -> dict[str, int]:
+    """Height and width in pixels; diffusers would forget one that is given alone."""
+    cells = pipe.unet.config.sample_size
+    height, width = (cells, cells) if isinstance(cells, int) else cells
+    scale = pipe.vae_scale_factor
+    return {"height": plan.height or height * scale, "width": plan.width or width * scale}
+
+
+def _refined(pipe: Any, image: Any, seed: int, drawing: Drawing) -> Any:
+    """The picture with its regions drawn anew; the same for a seed, whatever other pictures there are."""
+    import torch
+
+    from diffusers_mixofshow.pipelines import refine_regions
+
+    return refine_regions(
+        pipe,
+        [image],
+        drawing.plan.regions,
+        generator=torch.Generator().manual_seed(seed),
+        negative_prompt=drawing.plan.negative_prompt,
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance,
+    )[0]

@@ -1,0 +1,192 @@
+"""Pictures of ``mixofshow sample`` tell how they were made, and what such a picture tells is read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_mixofshow import notes
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.cli.control import Control
+    from diffusers_mixofshow.cli.drawing import Drawing, Drawn
+    from diffusers_mixofshow.regions import Layout
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Ending of a picture to Pillow's name of its format."""
+
+_NAME = re.compile(r"(?!\.)([^/\\]+/)?(?!\.)[^/\\]+")
+"""A name in the folder where one is, or on the Hub; never a path that leads elsewhere."""
+_NUMBERS = ("seed", "steps", "guidance", "strength", "lora_scale", "control_scale")
+_NAMES = ("base", "concepts", "image", "mask")
+_CONTROLS = ("control", "adapter")
+_OTHERS = ("isolation", "isolation_steps", "isolation_scales", "refine", "dtype")
+
+
+def write_drawn(files: Sequence[Path], drawing: Drawing, drawn: Drawn) -> None:
+    """Write every picture with the settings that draw it again."""
+    for file, image, seed in zip(files, drawn.images, drawing.seeds, strict=True):
+        plan = dataclasses.replace(drawing.plan, width=image.width, height=image.height)
+        note = _note(drawing, drawn, plan, seed)
+        text = notes.infotext(plan.prompt or "", plan.negative_prompt or "", _settings(drawing, drawn, plan, seed))
+        notes.write_noted(file, image, FORMATS[file.suffix.lower()], note, text)
+
+
+def read_layout(path: Path) -> Layout:
+    """Read a layout file, or the layout of a picture that was drawn here."""
+    from diffusers_mixofshow.regions import Layout
+
+    if path.suffix.lower() not in FORMATS:
+        return Layout.load(path)
+    return Layout.from_description(notes.read_note(path).get("layout"), path)
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The options that draw a picture again, without those that say where to write.
+
+    Strangers' pictures are read as well: of what one tells only numbers, switches and names are taken.
+
+    Raises:
+        ConfigurationError: If the picture does not tell them, or tells what no picture of ours does; names all of it.
+    """
+    told = notes.read_note(path).get("sample")
+    if not isinstance(told, dict):
+        raise ConfigurationError(f"{path} does not tell how it was sampled.")
+    defects = [f"{name} {value!r}" for name, value in told.items() if not _expected(name, value)]
+    if defects:
+        raise ConfigurationError(f"{path} tells what no picture of mixofshow does: {', '.join(defects)}.")
+    return {**told, "layout": str(path)}
+
+
+def warn_of_changes(path: Path, drawing: Drawing) -> None:
+    """Warn where what is read has other contents than when the picture was drawn whose settings are used."""
+    if path.suffix.lower() not in FORMATS:
+        return
+    before = _known_digests(notes.read_note(path))
+    now = {public_name(source): pack.digest for source, pack in drawing.packs.items()} | _digests(drawing)
+    if changed := [name for name, digest in now.items() if before.get(name, digest) != digest]:
+        warnings.warn(
+            f"{', '.join(changed)} changed since {path} was drawn; the picture will be another one.",
+            MixOfShowWarning,
+            stacklevel=2,
+        )
+
+
+def _known_digests(note: Mapping[str, Any]) -> dict[str, str]:
+    """Name to digest of what a picture was drawn with, as far as it tells that as our pictures do."""
+    packs, pictures = note.get("packs"), note.get("pictures")
+    entries = [entry for entry in packs if isinstance(entry, dict)] if isinstance(packs, list) else []
+    known = {str(entry.get("name")): str(entry.get("digest")) for entry in entries}
+    return known | ({name: str(digest) for name, digest in pictures.items()} if isinstance(pictures, dict) else {})
+
+
+def public_name(source: str) -> str:
+    """A file or folder of this disk by its name alone; others, which the Hub has, in full."""
+    from diffusers_mixofshow.edlora.file import FILE_NAME
+
+    path = Path(source)
+    if not path.exists():
+        return source
+    return path.resolve().parent.name if path.name == FILE_NAME else path.resolve().name
+
+
+def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, Any]:
+    """What draws the picture again: options, layout, and what was read and used."""
+    packs = [
+        {
+            "name": public_name(source),
+            "digest": pack.digest,
+            "concepts": [concept.placeholder for concept in pack.concepts],
+        }
+        for source, pack in drawing.packs.items()
+    ]
+    return {
+        "version": notes.version(),
+        "layout": plan.described(),
+        "sample": _options(drawing, seed),
+        "packs": packs,
+        "sampler": type(drawn.scheduler).__name__,
+        "device": drawn.device,
+        "dtype": drawn.dtype,
+        "pictures": _digests(drawing),
+    }
+
+
+def _digests(drawing: Drawing) -> dict[str, str]:
+    """Name to SHA-256 of every picture that is read."""
+    read = [drawing.image, drawing.mask, *(each.picture for each in (*drawing.controls, *drawing.adapters))]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in read if file is not None}
+
+
+def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
+    """The options that draw the picture again, beside its layout."""
+    isolation = drawing.isolation
+    told: dict[str, Any] = {
+        "seed": seed,
+        "steps": drawing.steps,
+        "guidance": drawing.guidance,
+        "base": public_name(drawing.base),
+        "concepts": [public_name(source) for source in drawing.packs],
+        "lora_scale": list(drawing.lora_scales),
+        "control": [_told_control(control) for control in drawing.controls],
+        "adapter": [_told_control(control) for control in drawing.adapters],
+        "control_scale": list(drawing.control_scales),
+        "refine": drawing.refine,
+        "isolation": isolation is not None,
+        "isolation_steps": isolation and f"{isolation.start},{isolation.end}",
+        "isolation_scales": isolation and isolation.scales and ",".join(map(str, isolation.scales)),
+        "image": drawing.image and drawing.image.name,
+        "mask": drawing.mask and drawing.mask.name,
+        "strength": drawing.strength if drawing.image else None,
+        "dtype": drawing.dtype and str(drawing.dtype),
+    }
+    return {name: value for name, value in told.items() if value is not None and value is not False and value != []}
+
+
+def _told_control(control: Control) -> str:
+    return f"{control.detector}@{public_name(control.model)}={control.picture.name}"
+
+
+def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, object]:
+    """The picture's settings in the words of A1111, and what that has no words for."""
+    regions = [f"{_place(region)}: {region.prompt}" for region in plan.regions]
+    return {
+        "Steps": drawing.steps,
+        "Sampler": notes.sampler_name(drawn.scheduler),
+        "CFG scale": f"{drawing.guidance:g}",
+        "Seed": seed,
+        "Size": f"{plan.width}x{plan.height}",
+        "Model": public_name(drawing.base).rpartition("/")[2],
+        "Denoising strength": f"{drawing.strength:g}" if drawing.image else None,
+        "Mix-of-Show packs": ", ".join(map(public_name, drawing.packs)) or None,
+        "Mix-of-Show regions": " | ".join(regions) or None,
+        "Version": f"diffusers-mixofshow {notes.version()}",
+    }
+
+
+def _place(region: Any) -> str:
+    return "mask" if region.box is None else ",".join(f"{edge:g}" for edge in region.box)
+
+
+def _expected(name: str, value: object) -> bool:
+    """Whether a picture of ours may tell this option so."""
+    values = value if isinstance(value, list) else [value]
+    if name in _NUMBERS:
+        return all(isinstance(each, int | float) for each in values)
+    if name in _NAMES:
+        return all(isinstance(each, str) and _NAME.fullmatch(each) for each in values)
+    if name in _CONTROLS:
+        return all(isinstance(each, str) and _is_control(each) for each in values)
+    return name in _OTHERS and isinstance(value, str | bool)
+
+
+def _is_control(text: str) -> bool:
+    left, _, picture = text.partition("=")
+    return all(_NAME.fullmatch(part) for part in (*left.split("@"), picture))
