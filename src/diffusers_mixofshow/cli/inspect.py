@@ -66,10 +66,13 @@ def _print_tables(summary: dict[str, Any]) -> None:
     updates = Table("largest updates", "norm")
     for site, norm in summary["largest_updates"].items():
         updates.add_row(escape(site), _told(norm))
+    notes = Table("notes")
+    for note in summary["notes"]:
+        notes.add_row(escape(note), style="yellow")
     problems = Table("problems")
     for problem in summary["problems"]:
         problems.add_row(escape(problem), style="red")
-    for table in (facts, concepts, updates, problems):
+    for table in (facts, concepts, updates, notes, problems):
         if table.row_count:
             console.print(table)
 
@@ -90,6 +93,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, object]:
         "base model": base,
         "rank": ", ".join(map(str, summary["ranks"])),
         "alpha": ", ".join(f"{alpha:g}" for alpha in summary["alphas"]),
+        "alpha from": summary["alpha_from"] if layers else "",
         "adapted layers": f"{summary['adapted_layers']} ({layers})" if layers else "",
         "cross-attention layers": summary["cross_attention_layers"] or "",
         "parameters": f"{summary['parameters']:,} ({', '.join(summary['dtypes'])})",

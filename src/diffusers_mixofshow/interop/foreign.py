@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,18 +17,26 @@ from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.file import STATISTICS_KEY
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, MixOfShowWarning
 from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, Architecture, layers_of, recognised
 from diffusers_mixofshow.interop.concept_names import Naming, grouped, plain_name, worded
-from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, LoRAContent, companions, content_of, lora_content
+from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
+from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.names import half_of
 from diffusers_mixofshow.interop.original import is_original, original_content
+from diffusers_mixofshow.interop.peft_settings import settings_of
 from diffusers_mixofshow.interop.tensors import PICKLES, load_pickle, load_safetensors
 from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_content
 
 
 _MOST_WORDS = 64
 """More tensors than any textual-inversion file has."""
+_ADAPTERS = tuple(
+    f"{stem}{end}" for stem in ("adapter_model", "pytorch_lora_weights") for end in (".safetensors", ".bin")
+)
+"""What PEFT and diffusers call the weights of an adapter."""
+_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+"""Folders of a folder, each with the adapter of one model, as PEFT's DreamBooth example writes them."""
 
 
 class Kind(StrEnum):
@@ -37,6 +46,7 @@ class Kind(StrEnum):
     LORA = "LoRA"
     TEXTUAL_INVERSION = "textual inversion"
     LORA_AND_EMBEDDINGS = "LoRA with embeddings"
+    OTHER = "neither LoRA nor embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,8 @@ class Foreign:
         tokens: Token to its layer-wise embedding, shape (layers, dim), or (1, dim) where it is the same for all.
         vectors: Word to the vectors of a textual inversion, by text encoder.
         metadata: The LoRA file's own.
+        alpha_from: Where the alphas of the updates come from, in words.
+        remarks: What had to be assumed that no program's convention tells, each as a sentence.
         defects: What of it cannot be used.
     """
 
@@ -61,6 +73,8 @@ class Foreign:
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
     vectors: Mapping[str, Vectors] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    alpha_from: str = ""
+    remarks: tuple[str, ...] = ()
     defects: tuple[str, ...] = ()
 
     @property
@@ -87,18 +101,27 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
     Raises:
         EDLoRANotFoundError: If there is nothing.
         EDLoRAFormatError: If it cannot be read at all. What is defective inside is in `Foreign.defects`.
+
+    Warns:
+        MixOfShowWarning: What had to be assumed, see `Foreign.remarks`.
     """
     path = Path(source)
-    if path.is_dir():
-        return _read_folder(path)
+    found = _read_folder(path) if path.is_dir() else _with_companions(path)
+    for remark in found.remarks:
+        warnings.warn(f"{path}: {remark}.", MixOfShowWarning, stacklevel=2)
+    return found
+
+
+def _with_companions(path: Path) -> Foreign:
     found = _read_file(path)
     beside = [path.with_name(EMBEDDINGS) / f"{plain_name(word)}.safetensors" for word in companions(found.metadata)]
     there = [within(path.parent, EMBEDDINGS, file.name) for file in beside if file.is_file()]
     return _joined([found, *map(_read_file, there)]) if there else found
 
 
-def _read_file(path: Path) -> Foreign:
-    return _read_pickle(path) if path.suffix in PICKLES else _read_safetensors(path)
+def _read_file(path: Path, component: str = "") -> Foreign:
+    """Read one file; where its folder tells whose adapter it is, that is the component of its names without one."""
+    return (_read_pickle if path.suffix in PICKLES else _read_safetensors)(path, component)
 
 
 def read_as_edlora(
@@ -184,7 +207,7 @@ def _each(vectors: torch.Tensor) -> Iterable[tuple[int, torch.Tensor]]:
     return enumerate(vectors.split(1), start=1)
 
 
-def _read_pickle(path: Path) -> Foreign:
+def _read_pickle(path: Path, component: str) -> Foreign:
     content = load_pickle(path)
     if is_original(content):
         found = original_content(content)
@@ -194,31 +217,30 @@ def _read_pickle(path: Path) -> Foreign:
             files=(path,),
             lora=found.lora,
             tokens=found.tokens,
+            alpha_from="the authors' code, which scales by 1" if found.lora else "",
             defects=(*found.defects, *_endless(found.tokens)),
         )
-    return _sorted(path, content, {})
+    return _sorted(path, content, {}, component)
 
 
-def _read_safetensors(path: Path) -> Foreign:
+def _read_safetensors(path: Path, component: str) -> Foreign:
     if STATISTICS_KEY in read_metadata(path):
         raise EDLoRAFormatError(
             f"{path} holds fusion statistics, which belong beside their ED-LoRA and draw nothing. Give the "
             "edlora.safetensors beside it."
         )
     names = _names(path)
-    if any(half_of(name) for name in names):
-        return _of_lora(path, lora_content(path))
-    if (
-        len(names) > _MOST_WORDS
-    ):  # a checkpoint, or layers that are no LoRA: the names tell, gigabytes stay on the disk
-        return _of_lora(path, content_of(dict.fromkeys(names, torch.empty(0)), {}, {}))
+    if len(names) > _MOST_WORDS and not any(map(half_of, names)):
+        # a checkpoint, or layers that are no LoRA: the names tell, gigabytes stay on the disk
+        return _of_lora(path, content_of(dict.fromkeys(names, torch.empty(0)), {}))
     metadata, tensors = load_safetensors(path)
-    return _sorted(path, tensors, metadata)
+    return _sorted(path, tensors, metadata, component)
 
 
-def _sorted(path: Path, content: Any, metadata: Mapping[str, str]) -> Foreign:
+def _sorted(path: Path, content: Any, metadata: Mapping[str, str], component: str) -> Foreign:
+    tensors = {str(name): tensor for name, tensor in _items(content) if isinstance(tensor, torch.Tensor)}
     found = inversion_content(content, path.stem.removesuffix("_emb"))
-    if found is not None and not any(half_of(str(name)) for name in _keys(content)):
+    if found is not None and not any(map(half_of, tensors)):
         return Foreign(
             kind=Kind.TEXTUAL_INVERSION,
             layout=found.layout,
@@ -227,18 +249,22 @@ def _sorted(path: Path, content: Any, metadata: Mapping[str, str]) -> Foreign:
             metadata=metadata,
             defects=_endless_vectors(found.vectors),
         )
-    tensors = {str(name): tensor for name, tensor in _items(content) if isinstance(tensor, torch.Tensor)}
-    return _of_lora(path, content_of(tensors, metadata, {}))
+    if component:
+        tensors = {f"{component}.{name.removeprefix(f'{component}.')}": tensor for name, tensor in tensors.items()}
+    return _of_lora(path, content_of(tensors, metadata, settings_of(path, metadata)))
 
 
 def _of_lora(path: Path, found: LoRAContent) -> Foreign:
+    kind = Kind.LORA_AND_EMBEDDINGS if found.bundled else Kind.LORA if found.spelling else Kind.OTHER
     return Foreign(
-        kind=Kind.LORA_AND_EMBEDDINGS if found.bundled else Kind.LORA,
-        layout=found.spelling.value,
+        kind=kind,
+        layout=found.spelling.value if found.spelling else "",
         files=(path,),
         lora=found.lora,
         vectors={word: dict(vectors) for word, vectors in found.bundled.items()},
         metadata=found.metadata,
+        alpha_from=found.alpha_from,
+        remarks=found.remarks,
         defects=(*found.defects, *_endless_vectors(found.bundled)),
     )
 
@@ -254,33 +280,48 @@ def _endless(embeddings: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 
 
 def _read_folder(folder: Path) -> Foreign:
-    """A LoRA with the embeddings that lie beside it."""
-    patterns = ("*.safetensors", "*.pth", "learned_embeds*.bin", "pytorch_lora_weights.bin")
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
-    found += folder.glob(f"{EMBEDDINGS}/*.safetensors")
-    paths = sorted(within(folder, *path.relative_to(folder).parts) for path in found if path.is_file())
-    if not paths:
-        raise EDLoRANotFoundError(f"{folder} holds no LoRA, ED-LoRA or textual inversion. Name the file itself.")
+    """A LoRA, in one file or in a folder for each model, with the embeddings that lie beside it."""
+    patterns = ("*.safetensors", "*.pth", "learned_embeds*.bin", *_ADAPTERS, f"{EMBEDDINGS}/*.safetensors")
+    paths = _files_in(folder, patterns)
+    models = {model: _files_in(folder, [f"{model}/{name}" for name in _ADAPTERS]) for model in _COMPONENTS}
+    if not paths and not any(models.values()):
+        below = sorted({path.parent.name for name in _ADAPTERS for path in folder.glob(f"*/{name}")})
+        hint = f"Its folders do, name one of them: {listed(below)}." if below else "Name the file itself."
+        raise EDLoRANotFoundError(f"{folder} holds no LoRA, ED-LoRA or textual inversion. {hint}")
     parts = [_read_file(path) for path in paths]
     bodies = [part for part in parts if part.kind is not Kind.TEXTUAL_INVERSION]
-    if len(bodies) > 1:
-        raise EDLoRAFormatError(f"{folder} holds several: {listed(path.name for path in paths)}. Name one of them.")
+    of_models = [_read_file(path, model) for model, found in models.items() for path in found]
+    if len(bodies) + bool(of_models) > 1 or any(len(found) > 1 for found in models.values()):
+        names = (path.relative_to(folder).as_posix() for part in (*bodies, *of_models) for path in part.files)
+        raise EDLoRAFormatError(f"{folder} holds several: {listed(names)}. Name one of them.")
     words = [part for part in parts if part.kind is Kind.TEXTUAL_INVERSION]
-    return parts[0] if len(parts) == 1 else _joined([*bodies, *words])
+    return _joined([*bodies, *of_models, *words])
+
+
+def _files_in(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a folder; where a ``.bin`` lies beside a safetensors file of its name, that is taken, as PEFT does."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    kept = [path for path in found if path.suffix != ".bin" or path.with_suffix(".safetensors") not in found]
+    return sorted(within(folder, *path.relative_to(folder).parts) for path in kept)
 
 
 def _joined(parts: Sequence[Foreign]) -> Foreign:
     """One of several files that belong together: the LoRA first, if there is one, then embeddings."""
+    if len(parts) == 1:
+        return parts[0]
     body = parts[0]
-    only_words = body.kind is Kind.TEXTUAL_INVERSION
+    words = {word: rows for part in parts for word, rows in part.vectors.items()}
+    alone = not words or body.kind is Kind.TEXTUAL_INVERSION
     return Foreign(
-        kind=Kind.TEXTUAL_INVERSION if only_words else Kind.LORA_AND_EMBEDDINGS,
+        kind=body.kind if alone else Kind.LORA_AND_EMBEDDINGS,
         layout=body.layout,
         files=tuple(path for part in parts for path in part.files),
-        lora=body.lora,
+        lora={site: update for part in parts for site, update in part.lora.items()},
         tokens=body.tokens,
-        vectors={word: rows for part in parts for word, rows in part.vectors.items()},
+        vectors=words,
         metadata=body.metadata,
+        alpha_from=", ".join(dict.fromkeys(part.alpha_from for part in parts if part.alpha_from)),
+        remarks=tuple(dict.fromkeys(remark for part in parts for remark in part.remarks)),
         defects=tuple(defect for part in parts for defect in part.defects),
     )
 
@@ -292,10 +333,6 @@ def _names(path: Path) -> list[str]:
             return list(opened.keys())
     except (EDLoRAFormatError, EDLoRANotFoundError):  # told when the tensors are read
         return []
-
-
-def _keys(content: Any) -> Iterable[Any]:
-    return content.keys() if isinstance(content, Mapping) else ()
 
 
 def _items(content: Any) -> Iterable[tuple[Any, Any]]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections import Counter
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +13,18 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import stock
-from diffusers_mixofshow.edlora.defects import content_defects, listed, raise_if_any
+from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.errors import EDLoRAFormatError, MixOfShowWarning
 from diffusers_mixofshow.interop.architectures import recognised
-from diffusers_mixofshow.interop.names import Spelling, half_of, kohya_name, site_of, spelling_of
-from diffusers_mixofshow.interop.tensors import PICKLES, in_working_dtype, load_safetensors
-from diffusers_mixofshow.sites import is_linear_site
+from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
+from diffusers_mixofshow.interop.names import kohya_name
+from diffusers_mixofshow.interop.peft_settings import settings_of
+from diffusers_mixofshow.interop.tensors import PICKLES, load_safetensors
 
 
 PLAIN_NAME = "pytorch_lora_weights.safetensors"
 """What `load_lora_weights` of diffusers looks for in a folder."""
-PEFT_NAME = "adapter_model.safetensors"
-"""What PEFT writes, with its settings in `PEFT_CONFIG` beside it."""
-PEFT_CONFIG = "adapter_config.json"
 
 EMBEDDINGS = "embeddings"
 """Folder of textual-inversion files beside a LoRA file, named as A1111 and ComfyUI name theirs."""
@@ -37,40 +32,6 @@ EMBEDDINGS = "embeddings"
 _COMPANIONS = "mixofshow_embeddings"
 """In a LoRA file's metadata: the words whose embeddings were written beside it."""
 _MOST_COMPANIONS = 1000
-_BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<vectors>string_to_param\.\*|emb_params|clip_l|clip_g)")
-_REFUSED = {
-    r"dora_scale|lora_magnitude_vector": "DoRA, whose effect is no low-rank update",
-    r"hada_|lokr_|lora_mid|oft_|\.on_input": "LyCORIS layers other than LoRA (LoHa, LoKr, Tucker, OFT)",
-    r"\.diff(_b)?$|lora_B\.bias|\.bias$": "biases or full differences, which are no low-rank update",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRAContent:
-    """What a LoRA file holds, sound or not.
-
-    Args:
-        lora: Site name to update, of all layers that are sound.
-        spelling: Whose names it has.
-        bundled: Name of an embedding that is packed into the file to text encoder (``clip_l``, ``clip_g``) to
-            its vectors, shape (vectors, dim).
-        metadata: The file's own.
-        defects: What of it cannot be used.
-    """
-
-    lora: Mapping[str, LowRank]
-    spelling: Spelling
-    bundled: Mapping[str, Mapping[str, torch.Tensor]]
-    metadata: Mapping[str, str]
-    defects: tuple[str, ...]
-
-
-@dataclass
-class _Layer:
-    """What a file says of one layer."""
-
-    halves: dict[str, torch.Tensor] = field(default_factory=dict)
-    alpha: float | None = None
 
 
 def read_lora(path: Path) -> dict[str, LowRank]:
@@ -85,6 +46,9 @@ def read_lora(path: Path) -> dict[str, LowRank]:
     Raises:
         EDLoRANotFoundError: If there is no such file.
         EDLoRAFormatError: If it is no LoRA, or holds what no low-rank update of a linear layer can say; names all.
+
+    Warns:
+        MixOfShowWarning: What had to be assumed of it.
     """
     content = lora_content(path)
     bundled = f"it bundles embeddings, which are no part of a plain LoRA: {listed(content.bundled)}"
@@ -93,6 +57,8 @@ def read_lora(path: Path) -> dict[str, LowRank]:
         subject=str(path),
         remedy="Expected a LoRA of Stable Diffusion in the names of diffusers, PEFT or kohya.",
     )
+    for remark in content.remarks:
+        warnings.warn(f"{path}: {remark}.", MixOfShowWarning, stacklevel=2)
     return dict(content.lora)
 
 
@@ -107,39 +73,7 @@ def lora_content(path: Path) -> LoRAContent:
     if path.suffix in PICKLES:
         raise EDLoRAFormatError(f"{path}: pickles are not read as LoRAs. Convert it to safetensors first.")
     metadata, tensors = load_safetensors(path)
-    return content_of(tensors, metadata, _configs(path, metadata))
-
-
-def content_of(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], configs: Mapping[str, Any]
-) -> LoRAContent:
-    """Sort the tensors of a LoRA file.
-
-    Args:
-        tensors: Name to tensor, as in the file.
-        metadata: The file's own.
-        configs: PEFT's settings, each with its component in front: ``unet.lora_alpha``.
-    """
-    layers, bundled, defects = _sorted(tensors)
-    lora, misshapen = {}, []
-    for site, layer in layers.items():
-        if len(layer.halves) < 2 or not is_linear_site(site):
-            misshapen.append(site)
-            continue
-        down, up = (in_working_dtype(layer.halves[half]) for half in ("down", "up"))
-        update = LowRank.from_file(down, up, _alpha(site, layer.alpha, max([1, *down.shape[:1]]), configs))
-        if update.down.dim() == update.up.dim() == 2 and update.down.shape[0] == update.up.shape[1] >= 1:
-            lora[site] = update
-        else:
-            misshapen.append(site)
-    if misshapen:
-        defects.append(f"not a pair of matrices of a linear layer or 1 x 1 convolution: {listed(misshapen)}")
-    defects += content_defects((), {}, lora, ()) if lora else []
-    if not lora and not defects:
-        defects.append("no tensor of it belongs to a layer of a text encoder or U-Net")
-    spellings = Counter(spelling_of(name) for name in tensors if half_of(name))
-    spelling = spellings.most_common(1)[0][0] if spellings else Spelling.DIFFUSERS
-    return LoRAContent(lora=lora, spelling=spelling, bundled=bundled, metadata=metadata, defects=tuple(defects))
+    return content_of(tensors, metadata, settings_of(path, metadata))
 
 
 def companions(metadata: Mapping[str, str]) -> list[str]:
@@ -210,65 +144,9 @@ def _scalar(alpha: float) -> torch.Tensor:
     return exact.float() if float(exact.float()) == alpha else exact
 
 
-def _sorted(
-    tensors: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, _Layer], dict[str, dict[str, torch.Tensor]], list[str]]:
-    """Sort tensors into layers by site and bundled embeddings; list what cannot be said as a LoRA."""
-    layers: dict[str, _Layer] = {}
-    bundled: dict[str, dict[str, torch.Tensor]] = {}
-    refused: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        reason = next((why for pattern, why in _REFUSED.items() if re.search(pattern, name)), None)
-        half, embedding = half_of(name), _BUNDLED.fullmatch(name)
-        if reason is not None:
-            refused.setdefault(reason, []).append(name)
-        elif half is not None:
-            layer = layers.setdefault(site_of(half[0]), _Layer())
-            if half[1] in layer.halves:
-                refused.setdefault("layers given twice, in two spellings", []).append(name)
-            layer.halves[half[1]] = tensor
-        elif name.endswith(".alpha") and tensor.numel() == 1:
-            layers.setdefault(site_of(name.removesuffix(".alpha")), _Layer()).alpha = float(tensor)
-        elif embedding is not None and tensor.dim() in (1, 2) and tensor.numel() and tensor.is_floating_point():
-            encoder = "clip_g" if embedding["vectors"] == "clip_g" else "clip_l"
-            bundled.setdefault(embedding["name"], {})[encoder] = in_working_dtype(tensor).reshape(-1, tensor.shape[-1])
-        else:
-            refused.setdefault("tensors of no known meaning", []).append(name)
-    return layers, bundled, [f"{reason}: {listed(names)}" for reason, names in refused.items()]
-
-
-def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's settings, ``unet.lora_alpha`` and the like: as diffusers writes them, or from PEFT's own file."""
-    beside = path.with_name(PEFT_CONFIG)
-    if path.name == PEFT_NAME and beside.is_file():
-        values = _json_object(beside.read_text(encoding="utf-8", errors="replace"))
-        return {f"{component}.{key}": value for key, value in values.items() for component in ("unet", "text_encoder")}
-    return _json_object(metadata.get(stock.KEY, "{}"))
-
-
 def _json_object(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _alpha(site: str, given: float | None, rank: int, configs: Mapping[str, Any]) -> float:
-    """The alpha for which alpha / rank is the file's scaling; the rank where nothing is said, as everywhere."""
-    component, _, path = site.partition(".")
-    alpha = given
-    if alpha is None:
-        alpha = _number(configs.get(f"{component}.lora_alpha"), float(rank))
-        patterns = configs.get(f"{component}.alpha_pattern")
-        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-            name = re.sub(r"^\^|\\", "", pattern)
-            if f".{path}".endswith(f".{name}"):
-                alpha = _number(value, alpha)
-    if configs.get(f"{component}.use_rslora"):
-        return alpha * math.sqrt(rank)  # scaled by alpha / sqrt(rank)
-    return alpha
-
-
-def _number(value: object, otherwise: float) -> float:
-    return float(value) if isinstance(value, int | float) else otherwise

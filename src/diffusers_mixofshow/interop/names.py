@@ -16,14 +16,15 @@ class Spelling(StrEnum):
     COMFYUI = "ComfyUI, saved by its own nodes"
     PEFT = "PEFT"
     DIFFUSERS = "diffusers"
+    ONE_MODEL = "diffusers, one model's adapter"
     DIFFUSERS_OLD = "diffusers, old names"
 
 
 _HALF = re.compile(
-    r"(?P<layer>.+?)[._](?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_linear_layer\.down|"
-    r"lora_linear_layer\.up)(\.default)?\.weight"
+    r"(?P<layer>.+?)(\.(?P<peft>lora_A|lora_B)(\.(?P<adapter>[^.]+))?|"
+    r"[._](lora_|lora\.|lora_linear_layer\.)(?P<half>down|up))\.weight"
 )
-_FLAT = re.compile(r"lora_(?P<component>unet|te|te1|te2)_(?P<path>.+)")
+_FLAT = re.compile(r"(lora_(?P<component>unet|te|te1|te2)|lycoris)_(?P<path>.+)")
 _FLAT_COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 _COMPONENT = re.compile(r"(unet|text_encoder_2|text_encoder)\.")
 _COMFYUI = {
@@ -58,7 +59,14 @@ def half_of(name: str) -> tuple[str, str] | None:
     match = _HALF.fullmatch(name)
     if match is None:
         return None
-    return match["layer"], "down" if match["half"].endswith(("_A", "down")) else "up"
+    return match["layer"], match["half"] or {"lora_A": "down", "lora_B": "up"}[match["peft"]]
+
+
+def adapter_of(name: str) -> str | None:
+    """The adapter's own name in the name of a half, as a dump of a model has it: empty where PEFT took it out, None of
+    a tensor that is no half in PEFT's names."""
+    match = _HALF.fullmatch(name)
+    return (match["adapter"] or "") if match and match["peft"] else None
 
 
 def spelling_of(name: str) -> Spelling:
@@ -67,24 +75,27 @@ def spelling_of(name: str) -> Spelling:
         return Spelling.KOHYA
     if name.startswith(tuple(_COMFYUI)):
         return Spelling.COMFYUI
-    if name.startswith(_PEFT):
+    if _COMPONENT.sub("", name, count=1).startswith(_PEFT):
         return Spelling.PEFT
-    return Spelling.DIFFUSERS if ".lora_A." in name or ".lora_B." in name else Spelling.DIFFUSERS_OLD
+    if ".lora_A." not in name and ".lora_B." not in name:
+        return Spelling.DIFFUSERS_OLD
+    return Spelling.DIFFUSERS if _COMPONENT.match(name) else Spelling.ONE_MODEL
 
 
 def site_of(layer: str) -> str:
     """Site name of a layer as any of the programs spells it."""
     if flat := _FLAT.fullmatch(layer):
-        return canonical_name(_FLAT_COMPONENTS[flat["component"]], _in_diffusers(_WORDS.findall(flat["path"])))
+        told = "te" if "encoder_layers" in flat["path"] else "unet"  # LyCORIS's own names tell no component
+        component = _FLAT_COMPONENTS[flat["component"] or told]
+        return canonical_name(component, _in_diffusers(_WORDS.findall(flat["path"])))
     for prefix, component in _COMFYUI.items():
         if layer.startswith(prefix):
             return canonical_name(component, _in_diffusers(layer.removeprefix(prefix).split(".")))
-    layer = layer.removeprefix(_PEFT).replace(".processor.", ".")
-    if layer.endswith(".to_out"):
-        layer += ".0"
-    named = _COMPONENT.match(layer)
+    named = _COMPONENT.match(layer.removeprefix(_PEFT))
     component = named[1] if named else ("text_encoder" if "encoder.layers" in layer else "unet")
-    path = layer.removeprefix(f"{component}.")
+    path = layer.removeprefix(_PEFT).removeprefix(f"{component}.").removeprefix(_PEFT).replace(".processor.", ".")
+    if path.endswith(".to_out"):
+        path += ".0"
     if component != "unet":
         path = re.sub(r"(?<=\.self_attn\.)(to_q|to_k|to_v|to_out\.0)$", lambda old: _OLD_TEXT_NAMES[old[0]], path)
     return canonical_name(component, path)

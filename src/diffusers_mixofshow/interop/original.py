@@ -22,7 +22,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError
-from diffusers_mixofshow.interop.lora_files import content_of
+from diffusers_mixofshow.interop.lora_tensors import content_of
 from diffusers_mixofshow.interop.tensors import in_working_dtype
 
 
@@ -74,7 +74,7 @@ def original_content(content: Any) -> OriginalContent:
     if whole := [name for name in halves if name not in sound]:
         defects.append(f"whole weights, as of a fused model, or no tensors at all: {listed(whole)}")
     pairs = {name: halves[name].detach() for name in sound}
-    found = content_of(pairs, {}, {})
+    found = content_of(pairs, {})
     defects += found.defects if pairs else []
     if not tokens and not pairs and not defects:
         defects.append("it holds neither embeddings nor a LoRA")

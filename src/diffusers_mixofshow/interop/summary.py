@@ -45,8 +45,10 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
         ],
         "cross_attention_layers": len(pack.layers),
         **_of_lora(pack.lora),
+        "alpha_from": "its header",
         **_of_tensors([*pack.embeddings.values(), *_halves(pack.lora)]),
         "training": dict(pack.training),
+        "notes": [],
         "problems": [],
     }
 
@@ -71,8 +73,10 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],
         "cross_attention_layers": max((len(rows) for rows in foreign.tokens.values()), default=0),
         **_of_lora(foreign.lora),
+        "alpha_from": foreign.alpha_from,
         **_of_tensors([*foreign.tokens.values(), *vectors, *_halves(foreign.lora)]),
         "training": {key: foreign.metadata[key] for key in _TOLD if key in foreign.metadata},
+        "notes": list(foreign.remarks),
         "problems": problems,
     }
 

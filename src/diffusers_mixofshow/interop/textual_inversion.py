@@ -6,6 +6,7 @@ rows, which loses nothing. An ED-LoRA's rows differ: what is written of it is th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L
+from diffusers_mixofshow.interop.architectures import ARCHITECTURES, CLIP_G, CLIP_L
 from diffusers_mixofshow.interop.concept_names import plain_name
+from diffusers_mixofshow.interop.other_kinds import other_kind
 from diffusers_mixofshow.interop.tensors import in_working_dtype
 
 
@@ -33,7 +35,12 @@ _ENCODERS = {
     "text_encoders_1": CLIP_G,
 }
 _A1111 = "string_to_param"
-_WIDEST = 4096
+_MOST_VECTORS = 75
+"""Of one word; as many as a prompt of CLIP has room for."""
+_WORD = re.compile(r"<[^<>]+>|[^.]+")
+_NO_WORDS = ("weight", "bias", "alpha", "beta", "gamma", "scale")
+"""Names that any layer's own tensors have."""
+_WIDTHS = {width for family in ARCHITECTURES for width in family.embeddings.values()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +63,7 @@ def inversion_content(content: Any, name: str) -> InversionContent | None:
         content: Tensors by name, as any of the programs writes them.
         name: The word for it where the content has none: the file's name.
     """
-    if isinstance(content, torch.Tensor) and _is_vectors(content):
+    if isinstance(content, torch.Tensor) and _are_words({name: content}):
         return InversionContent(layout="diffusers", vectors={plain_name(name): {CLIP_L: _rows(content)}})
     if not isinstance(content, Mapping):
         return None
@@ -66,12 +73,12 @@ def inversion_content(content: Any, name: str) -> InversionContent | None:
             return InversionContent(layout="A1111", vectors={plain_name(name): {CLIP_L: _rows(found[0])}})
         return None
     tensors = {str(key): value for key, value in content.items()}
-    if not tensors or not all(_is_vectors(value) for value in tensors.values()):
-        return None
-    if tensors.keys() <= _ENCODERS.keys():
+    if tensors and tensors.keys() <= _ENCODERS.keys() and all(map(_is_vectors, tensors.values())):
         layout = "A1111" if "emb_params" in tensors else "diffusers' advanced training scripts, A1111 for SDXL"
         named = {_ENCODERS[key]: _rows(value) for key, value in tensors.items()}
         return InversionContent(layout=layout, vectors={plain_name(name): named})
+    if not _are_words(tensors):
+        return None
     return InversionContent(layout="diffusers", vectors={key: {CLIP_L: _rows(v)} for key, v in tensors.items()})
 
 
@@ -127,12 +134,24 @@ def mean_vectors(edlora: EDLoRA) -> dict[str, Vectors]:
 
 def _is_vectors(value: object) -> bool:
     return (
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and value.dim() in (1, 2)
-        and 0 < value.shape[-1] <= _WIDEST
-        and value.numel() > 0
+        isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() in (1, 2) and value.numel() > 0
     )
+
+
+def _are_words(tensors: Mapping[str, object]) -> bool:
+    """Whether names and shapes are those of words of one text encoder: any file may hold small matrices.
+
+    Without brackets around it a name is a word only where the width is that of a text encoder known here.
+    """
+    widths = set()
+    for name, value in tensors.items():
+        if not _is_vectors(value) or not _WORD.fullmatch(name) or name in _NO_WORDS or other_kind(name):
+            return False
+        rows = value.reshape(-1, value.shape[-1])  # type: ignore[attr-defined]
+        if len(rows) > _MOST_VECTORS or not (name.startswith("<") or rows.shape[1] in _WIDTHS):
+            return False
+        widths.add(rows.shape[1])
+    return len(widths) == 1
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:
