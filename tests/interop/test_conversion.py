@@ -33,6 +33,16 @@ def components() -> dict[str, object]:
     return tiny.components()
 
 
+def _same_or_folded(one, other) -> None:
+    """The same updates but for scalings that are in `up`, where one rounding of float32 is allowed."""
+    assert one.keys() == other.keys()
+    for site, update in one.items():
+        packs.assert_identical(update.down, other[site].down)
+        packs.assert_identical(update.folded.up, other[site].up)
+        torch.testing.assert_close(other[site].up.double(), update.scaling * update.up.double(), rtol=2e-7, atol=0)
+        assert (other[site].alpha, other[site].convolution) == (update.rank, update.convolution)
+
+
 def _same_updates(one, other) -> None:
     assert one.keys() == other.keys()
     for site, update in one.items():
@@ -47,7 +57,8 @@ def test_ranks_alphas_and_values_survive_the_way_there_and_back(tmp_path: Path, 
     pack = packs.random_pack(components, "rex", "kit", ranks=(1, 4), alphas=(4.0, 1.0, 1 / 3), dtype=dtype)
     done = convert(pack, tmp_path / "out", to)
     lora, *embeddings, text = done.files
-    _same_updates(pack.lora, read_lora(lora))
+    # Where alphas differ in a file of kohya's names, programs disagree on the scaling: it is in the weights.
+    (_same_or_folded if to == "kohya" else _same_updates)(pack.lora, read_lora(lora))
     assert [path.name for path in embeddings] == ["rex.safetensors", "kit.safetensors"]
     assert {path.parent for path in embeddings} == {tmp_path / "out" / "embeddings"}
     mean = torch.stack([pack.embeddings[token].double().mean(0).to(dtype) for token in ("<rex1>", "<rex2>")])
@@ -80,7 +91,8 @@ def test_kohyas_names_of_stable_diffusion_1(tmp_path: Path):
     assert tensors["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"].shape == (8, 2, 1, 1)
     with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
         metadata = opened.metadata()
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "Dynamic")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "2")
+    assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {2.0}
 
 
 def test_kohyas_names_of_sdxl(tmp_path: Path):
@@ -106,8 +118,7 @@ def test_kohyas_names_of_sdxl(tmp_path: Path):
     _same_updates(lora, read_lora(tmp_path / "x.safetensors"))
 
 
-# diffusers 0.42 takes one alpha for all attention layers of a file in kohya's names, so these differ for itself only.
-@pytest.mark.parametrize(("to", "alphas"), [("kohya", (1.0,)), ("diffusers", (1.0, 4.0))])
+@pytest.mark.parametrize(("to", "alphas"), [("kohya", (1.0,)), ("kohya", (1.0, 4.0)), ("diffusers", (1.0, 4.0))])
 def test_diffusers_loads_what_we_write(tmp_path: Path, components, to: str, alphas: tuple[float, ...]):
     pack = packs.random_pack(components, "rex", ranks=(2,), alphas=alphas)
     file, embedding, _ = convert(pack, tmp_path, to).files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,20 @@ class LowRank:
     def scaling(self) -> float:
         """The factor in front of ``up @ down``: alpha / rank."""
         return self.alpha / self.rank
+
+    @property
+    def folded(self) -> LowRank:
+        """The same update with the scaling multiplied into `up`, so that alpha is the rank.
+
+        `up` keeps its dtype where that is exact, as it is for powers of two but at the ends of a dtype's range;
+        otherwise it is rounded once, to float32 or better.
+        """
+        if self.scaling == 1:
+            return self
+        up = self.scaling * self.up.double()
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        exact = torch.equal(up.to(self.up.dtype).double(), up)
+        return replace(self, up=up.to(self.up.dtype if exact else wide), alpha=float(self.rank))
 
 
 def low_rank_delta(update: LowRank, *, like: torch.Tensor | None = None) -> torch.Tensor:

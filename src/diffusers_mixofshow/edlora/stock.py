@@ -18,8 +18,8 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
 
     Stock loaders take alpha == rank where nothing is said, so nothing is said where that is right: then other
     programs, which do not know this metadata, are right as well. Where ranks differ between layers it is said all the
-    same, as diffusers 0.38 then takes one layer's rank for the alpha of all. Paths are given without ``text_model.``,
-    since PEFT matches the ends of names, and so they hold under every transformers version.
+    same, as diffusers 0.38 then takes one layer's rank for the alpha of all. A U-Net's patterns match whole names;
+    those of text encoders match ends of names, since transformers puts ``text_model.`` in front or not.
 
     Args:
         lora: Site name to update.
@@ -37,8 +37,8 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
             if site.startswith(f"{component}.")
         }
         (usual_rank, usual_alpha), _ = Counter(shapes.values()).most_common(1)[0]
-        ranks = {re.escape(path): rank for path, (rank, _) in shapes.items() if rank != usual_rank}
-        alphas = {re.escape(path): alpha for path, (_, alpha) in shapes.items() if alpha != usual_alpha}
+        ranks = {_pattern(component, path): rank for path, (rank, _) in shapes.items() if rank != usual_rank}
+        alphas = {_pattern(component, path): alpha for path, (_, alpha) in shapes.items() if alpha != usual_alpha}
         config = {
             "r": usual_rank,
             "lora_alpha": usual_alpha,
@@ -48,3 +48,8 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
         }
         values |= {f"{component}.{key}": value for key, value in config.items()}
     return {KEY: json.dumps(values)}
+
+
+def _pattern(component: str, path: str) -> str:
+    """A regular expression for one layer, by PEFT's rule, which matches ends of names unless told otherwise."""
+    return f"{'^' if component == 'unet' else ''}{re.escape(path)}"

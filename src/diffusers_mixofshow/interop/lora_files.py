@@ -103,10 +103,12 @@ def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, s
 
 
 def write_kohya(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a LoRA file in kohya's names, which A1111 and ComfyUI load; it appears whole or not at all.
+    """Write a LoRA file in kohya's names, which A1111, ComfyUI and diffusers load; it appears whole or not at all.
 
-    Every layer's alpha is in the file, so that layers may differ in it. The text encoder's layers keep
-    ``text_model`` in their names, and those of SDXL's two are numbered, whatever transformers calls them.
+    Every layer has the same alpha: diffusers takes one for many where they differ. Where they do, each layer's scaling
+    is multiplied into its ``up`` (see `LowRank.folded`); where ranks differ as well, no layer has an alpha, which all
+    programs read as a scale of 1. The text encoder's layers keep ``text_model`` in their names, and those of SDXL's
+    two are numbered, whatever transformers calls them.
 
     Args:
         path: The file; its folder is created where it is missing.
@@ -115,20 +117,32 @@ def write_kohya(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, 
     """
     family = recognised(lora)
     xl = family is not None and family.is_xl
+    lora = _scaled_alike(lora)
+    ranks, alphas = {update.rank for update in lora.values()}, {update.alpha for update in lora.values()}
+    alpha = alphas.pop() if len(alphas) == 1 else None
     tensors: dict[str, torch.Tensor] = {}
     for site, update in lora.items():
         name = kohya_name(site, several_text_encoders=xl, ldm=xl)
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = update.in_file
-        tensors[f"{name}.alpha"] = _scalar(update.alpha)
-    ranks, alphas = {update.rank for update in lora.values()}, {update.alpha for update in lora.values()}
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = _scalar(alpha)
     told = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alpha:g}" if alpha is not None else "Dynamic",
     }
     if family is not None:
         told["ss_base_model_version"] = family.kohya
+    if alpha is None:  # diffusers takes this header or alphas, never both
+        told |= stock.adapter_metadata(lora)
     return _write(path, tensors, {**(metadata or {}), **told})
+
+
+def _scaled_alike(lora: Mapping[str, LowRank]) -> Mapping[str, LowRank]:
+    """The same updates as they are, if they share one alpha, and otherwise without any scaling but their own `up`."""
+    alphas = {update.alpha for update in lora.values()}
+    # kohya's own loader takes an alpha of 0 for none.
+    return lora if len(alphas) == 1 and 0 not in alphas else {site: update.folded for site, update in lora.items()}
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:

@@ -84,8 +84,7 @@ def original_content(content: Any) -> OriginalContent:
 def write_original(path: Path, edlora: EDLoRA) -> Path:
     """Write an ED-LoRA as the authors' code reads it; the file appears whole or not at all.
 
-    Its code knows no scaling but its own, so that each update's is multiplied into its ``up``, in the dtype of the
-    file: exact where alpha / rank is a power of two, otherwise rounded once.
+    Its code knows no scaling but its own, so that each update's is multiplied into its ``up``, see `LowRank.folded`.
 
     Args:
         path: The ``.pth`` file; its folder is created where it is missing.
@@ -103,10 +102,9 @@ def write_original(path: Path, edlora: EDLoRA) -> Path:
     params["new_concept_embedding"] = {token: _separate(rows) for token, rows in edlora.embeddings.items()}
     for site, update in edlora.lora.items():
         component, _, layer = site.partition(".")
-        down, up = update.in_file
-        scaled = up if update.scaling == 1 else (update.scaling * up.double()).to(up.dtype)
+        down, up = update.folded.in_file
         params[component][f"{layer}.lora_down.weight"] = _separate(down)
-        params[component][f"{layer}.lora_up.weight"] = _separate(scaled)
+        params[component][f"{layer}.lora_up.weight"] = _separate(up)
     pickled = io.BytesIO()
     torch.save({"params": params}, pickled)
     write_whole(path, pickled.getvalue())
