@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 TOYLAND = "toyland"
 """Names the base model that ships in the package, in place of a Hub id."""
 
+_IN_CACHE = re.compile(r"/models--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]{40}$")
 _GUIDANCE, _GUIDANCE_OF_TOYLAND = 7.5, 3.0
 
 
@@ -25,9 +29,48 @@ def location_of(base_model: str) -> str:
     return str(Path(__file__).parent / "toyland" / "weights") if base_model == TOYLAND else base_model
 
 
+def one_name(base_model: str) -> str:
+    """The same name for every spelling of a base model that is on this disk.
+
+    The embedded base's folder is ``toyland``, a folder of the Hub's cache the id that it came from, and any other
+    folder its full path; what is not here keeps its name.
+    """
+    try:
+        path = Path(base_model).expanduser().resolve()
+        here = bool(base_model) and path.is_dir()
+    except (OSError, RuntimeError, ValueError):
+        return base_model
+    if not here:
+        return base_model
+    if path == Path(location_of(TOYLAND)).resolve():
+        return TOYLAND
+    cached = _IN_CACHE.search(path.as_posix())
+    return f"{cached['user']}/{cached['name']}" if cached else str(path)
+
+
+def name_of(pipeline: object) -> str:
+    """What a loaded pipeline's base model is called: what it was loaded by; empty of one made of parts."""
+    name = str(getattr(pipeline, "config", {}).get("_name_or_path") or "")
+    return TOYLAND if one_name(name) == TOYLAND else name
+
+
 def usual_guidance(base_model: str) -> float:
     """The guidance scale that a base model draws well with: diffusers' default, or what Toyland measured best."""
-    return _GUIDANCE_OF_TOYLAND if base_model == TOYLAND else _GUIDANCE
+    if base_model == TOYLAND:
+        return _GUIDANCE_OF_TOYLAND
+    return guidance_of_unet(_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
+
+
+def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
+    """The same of a model that goes by another name: a copy of a folder, or a pipeline made of parts.
+
+    Args:
+        configuration: ``unet.config``.
+    """
+    shipped = _configuration(Path(location_of(TOYLAND), "unet", "config.json"))
+    told = {name: value for name, value in shipped.items() if not name.startswith("_")}
+    is_toyland = bool(told) and all(_plain(configuration.get(name)) == value for name, value in told.items())
+    return _GUIDANCE_OF_TOYLAND if is_toyland else _GUIDANCE
 
 
 def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -43,6 +86,20 @@ def not_loadable(base_model: str, error: Exception) -> ConfigurationError | HubE
         f"The base model {base_model!r} cannot be loaded.{_guess(base_model)} Expected a Hub id, a folder of a "
         f"Stable Diffusion pipeline, or {TOYLAND!r}, the base in the package. ({first_line(error)}.)"
     )
+
+
+def _configuration(file: Path) -> dict[str, Any]:
+    """A model's configuration on this disk; empty where there is none that can be read."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _guess(base_model: str) -> str:

@@ -38,9 +38,8 @@ def tune_concept(
     trainer = EDLoRATrainer(config, pipeline, on_step=on_step)
     edlora = trainer.train()
     if config.save_statistics and config.output_dir is not None:
-        side = config.resolution
-        fuser = GradientFuser(_with_concepts(trainer.pipeline), sequential=False, height=side, width=side)
-        fuser.record(Path(config.output_dir))
+        # With every setting at its default, so that whoever fuses at the defaults is served.
+        GradientFuser(_with_concepts(trainer.pipeline), sequential=False).record(Path(config.output_dir))
     return edlora
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import TOYLAND, location_of, not_loadable
+from diffusers_mixofshow.base_models import TOYLAND, location_of, not_loadable, one_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
@@ -27,7 +27,8 @@ def common_base(concepts: Sequence[EDLoRA]) -> str:
     Raises:
         ConfigurationError: If they differ, or there are none.
     """
-    bases = {edlora.base_model: edlora.concepts[0].placeholder for edlora in concepts}
+    told = [edlora for edlora in concepts if edlora.base_model]
+    bases = {one_name(edlora.base_model): ", ".join(one.placeholder for one in edlora.concepts[:1]) for edlora in told}
     if len(bases) != 1:
         found = ", ".join(f"{base} ({placeholder})" for base, placeholder in bases.items()) or "none"
         raise ConfigurationError(f"Expected ED-LoRAs of one base model, got {found}. Name the base with --base.")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import refuse_unwritable
-from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import read_sources
 from diffusers_mixofshow.cli.plans import plan_of_fusion, tell
@@ -49,8 +48,8 @@ class Features(StrEnum):
 Sources = Annotated[
     list[str],
     typer.Argument(
-        help="ED-LoRAs: Hub ids, folders or files. Plain LoRAs: safetensors files, with --prompts. Or a TOML file "
-        "with an array of tables named source: path, and optionally prompts, weight, scale, name, statistics."
+        help="ED-LoRAs: Hub ids, folders or files, also of other programs. Plain LoRAs, with --prompts. Or a TOML "
+        "file with an array of tables named source: path, and optionally prompts, weight, scale, name, statistics."
     ),
 ]
 Prompts = Annotated[
@@ -156,8 +155,7 @@ def _fuser(base_model: str | None, features: Features, prior: float, **settings:
 
     if base_model is None:
         return GradientFuser(**settings)
-    settings |= {"sequential": features is not Features.OWN, "guidance_scale": usual_guidance(base_model)}
-    return GradientFuser(load_base(base_model), prior=prior, **settings)
+    return GradientFuser(load_base(base_model), prior=prior, sequential=features is not Features.OWN, **settings)
 
 
 def _joins_others() -> bool:

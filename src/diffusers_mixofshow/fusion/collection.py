@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
+from diffusers_mixofshow.base_models import guidance_of_unet
 from diffusers_mixofshow.conditioning.encode import concept_positions
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.defects import shown
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part, input_name
 from diffusers_mixofshow.sites import components_with_sites, linear_layers
@@ -29,6 +32,7 @@ class FusablePipeline(Protocol):
     """What fusion needs of a pipeline: its components, and to load, sample and unload a concept."""
 
     scheduler: Any
+    vae_scale_factor: int
 
     @property
     def components(self) -> Mapping[str, Any]:
@@ -53,8 +57,8 @@ class Recording:
 
     Args:
         steps: Denoising steps of DPM-Solver.
-        guidance_scale: Guidance; above 1 both halves are sampled and recorded.
-        negative_prompt: Prompt of the unconditional half.
+        guidance_scale: Guidance; above 1 both halves are sampled and recorded. None is the model's usual one.
+        negative_prompt: Prompt of the unconditional half; None is none.
         seeds: Every prompt is sampled once with each of them.
         batch_size: Pictures sampled together.
         text_tokens: Which positions of a prompt the text encoder's layers count: ``all`` 77 of them, only the
@@ -65,8 +69,8 @@ class Recording:
     """
 
     steps: int = 20
-    guidance_scale: float = 7.5
-    negative_prompt: str = ""
+    guidance_scale: float | None = None
+    negative_prompt: str | None = ""
     seeds: tuple[int, ...] = (0,)
     batch_size: int = 4
     text_tokens: TextTokens = "all"
@@ -75,10 +79,11 @@ class Recording:
 
     def __post_init__(self) -> None:
         """Refuse settings that would record nothing."""
+        counts = {"steps": self.steps, "batch_size": self.batch_size, "seeds": len(self.seeds)}
         defects = [
-            f"{name} must be at least 1, got {value}"
-            for name, value in (("steps", self.steps), ("batch_size", self.batch_size), ("seeds", len(self.seeds)))
-            if value < 1
+            f"{name} must be a whole number of at least 1, got {value}"
+            for name, value in counts.items()
+            if not isinstance(value, Integral) or value < 1
         ]
         if self.text_tokens not in get_args(TextTokens):
             known = ", ".join(map(repr, get_args(TextTokens)))
@@ -86,11 +91,48 @@ class Recording:
         if defects:
             raise FusionError("Recording: " + "; ".join(defects))
 
+    def resolved(self, pipe: FusablePipeline) -> Recording:
+        """The same settings spelt out: what is None is what the pipeline would take for it."""
+        unet = pipe.components["unet"]
+        height, width = _own_size(unet.config.sample_size, pipe.vae_scale_factor)
+        usual = guidance_of_unet(unet.config)
+        return replace(
+            self,
+            guidance_scale=float(usual if self.guidance_scale is None else self.guidance_scale),
+            negative_prompt=self.negative_prompt or "",
+            height=height if self.height is None else self.height,
+            width=width if self.width is None else self.width,
+        )
+
     def as_json(self) -> dict[str, Any]:
         """What of it shapes the statistics, as JSON values; the size of batches does not."""
-        values = asdict(self)
+        values = {name: int(value) if isinstance(value, Integral) else value for name, value in asdict(self).items()}
         del values["batch_size"]
-        return values | {"seeds": list(self.seeds), "sampler": SAMPLER}
+        return values | {"seeds": [int(seed) for seed in self.seeds], "sampler": SAMPLER}
+
+
+def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """How the settings that statistics were recorded with differ from others; empty where they say the same.
+
+    Args:
+        recorded: What a file says. It may be of an earlier release and leave things open: a size of None.
+        wanted: `Recording.as_json` of settings that are resolved, with the prompts.
+        own: The same of settings that were left open altogether: what a None stood for.
+    """
+    then = {name: own.get(name) if recorded.get(name) is None else recorded[name] for name in wanted}
+    return [
+        "other prompts" if name == "prompts" else f"{name} {shown(repr(then[name]))} instead of {value!r}"
+        for name, value in wanted.items()
+        if then[name] != value
+    ]
+
+
+def _own_size(sample_size: int | Sequence[int] | None, scale: int) -> tuple[int | None, int | None]:
+    """Height and width in pixels that a U-Net draws by itself; None where it does not say."""
+    if sample_size is None:
+        return None, None
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height * scale, width * scale
 
 
 def collect(
@@ -117,7 +159,7 @@ def collect(
     Returns:
         The statistics of every input that the sites read.
     """
-    statistics = ConceptStatistics()
+    statistics, recording = ConceptStatistics(), recording.resolved(pipe)
     with loaded(pipe, edlora), _quiet_dpm_solver(pipe):
         for part in PARTS:
             with watched(pipe, sites, statistics, recording.text_tokens, part):
@@ -250,9 +292,10 @@ def _sample(
         advance(len(batch))
         return tensors
 
+    guided = recording.guidance_scale is not None and recording.guidance_scale > 1
     pipe(
         prompt=[prompt for prompt, _ in batch],
-        negative_prompt=[recording.negative_prompt] * len(batch) if recording.guidance_scale > 1 else None,
+        negative_prompt=[recording.negative_prompt] * len(batch) if guided else None,
         num_inference_steps=recording.steps,
         guidance_scale=recording.guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for _, seed in batch],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,9 +13,12 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from diffusers_mixofshow.base_models import name_of
 from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.errors import FusionError
-from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect
+from diffusers_mixofshow.edlora.defects import listed
+from diffusers_mixofshow.errors import FusionError, MixOfShowWarning
+from diffusers_mixofshow.fusion.borrowing import refuse_unfusable
+from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect, differences
 from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, joined_residuals, packed
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts
 from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
@@ -58,12 +62,12 @@ class GradientFuser:
     concepts' outputs best. The result is exactly a LoRA, its rank the sum of the concepts' ranks.
 
     Args:
-        pipe: A pipeline of the concepts' base model, such as `MixOfShowPipeline`; it leaves as it came. Not needed
+        pipe: A pipeline of the concepts' base model, a `MixOfShowPipeline`; it leaves as it came. Not needed
             where every source brings statistics, or for methods that ask for none.
         prompts: Recording prompts with ``<TOK>`` for the concept, for all concepts or by kind. They must span what
             users will ask for: contexts that they never show are not protected. Default: see `prompts`.
         steps: Denoising steps of DPM-Solver.
-        guidance_scale: Guidance while recording; above 1 both halves are recorded.
+        guidance_scale: Guidance while recording; above 1 both halves are recorded. Default: 7.5, on Toyland 3.
         negative_prompt: Prompt of the unconditional half.
         seeds: Every prompt is sampled once with each of them.
         ridge: Weight of small updates against a perfect fit, as a fraction of the mean squared feature. ``auto``
@@ -95,8 +99,8 @@ class GradientFuser:
         *,
         prompts: PromptSet | None = None,
         steps: int = 20,
-        guidance_scale: float = 7.5,
-        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = "",
         seeds: Sequence[int] = (0,),
         ridge: Ridge | None = None,
         prior: float = 0.0,
@@ -113,6 +117,7 @@ class GradientFuser:
         width: int | None = None,
     ) -> None:
         """Keep the settings; nothing is loaded or sampled yet."""
+        refuse_unfusable(pipe)
         if sequential and pipe is None:
             raise FusionError("sequential=True samples with a model; give GradientFuser a pipeline.")
         if not prior >= 0 or prior == float("inf") or (prior > 0 and pipe is None):
@@ -126,7 +131,7 @@ class GradientFuser:
         self.statistics_bytes = statistics_bytes
         usual = _RIDGE_IN_STAGES if self.sequential else _RIDGE_OF_OWN_FEATURES
         self.settings = Settings(ridge=usual if ridge is None else ridge, max_rank=max_rank)
-        self.recording = Recording(
+        recording = Recording(
             steps=steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
@@ -136,6 +141,7 @@ class GradientFuser:
             height=height,
             width=width,
         )
+        self.recording = recording if pipe is None else recording.resolved(pipe)
 
     def fuse(
         self,
@@ -148,7 +154,8 @@ class GradientFuser:
         """Fuse ED-LoRAs, single concepts or packs, into one pack.
 
         Args:
-            sources: ED-LoRAs, or paths and Hub ids of them; `FusionSource` gives one settings of its own.
+            sources: ED-LoRAs, or paths and Hub ids of them, of other programs' files, too; `FusionSource` gives one
+                settings of its own, and `LoRASource` a plain LoRA its trigger words.
             method: ``closed-form`` is gradient fusion, ``lbfgs`` the paper's solver for it. The others see only the
                 updates: ``average`` is equation 2, ``sum``, ``ties``, ``dare`` and ``svd`` are merges of the field.
             weights: Share of each source in the objective or the average; equal by default.
@@ -160,7 +167,9 @@ class GradientFuser:
         Raises:
             FusionError: If the sources fit neither each other nor the model; lists everything that is wrong.
         """
-        return replace(self._fused(sources, replace(self.settings, method=method), weights, scales), dtype=self.dtype)
+        fused = self._fused(sources, replace(self.settings, method=method), weights, scales)
+        unsaid = bool(fused.concepts) and not fused.base_model  # as other programs' files leave it
+        return replace(fused, dtype=self.dtype, base_model=name_of(self.pipe) if unsaid else fused.base_model)
 
     def _fused(
         self,
@@ -249,9 +258,17 @@ class GradientFuser:
         mine = [source for source in team.share(sources).values() if source.name in lacking]
         with self._borrowed().concepts_set_aside(), _progress_bars(mine, [self.recording]) as advance:
             for source in mine:
+                self._tell_why_again(source, sites)
                 recorded[source.name] = self._kept(source, self._own_statistics(source, sites, advance))
         team.joined(dict.fromkeys(recorded, True))  # the others' files are written now
         return tuple(recorded.get(source.name) or self._read_again(source, sites) for source in sources)
+
+    def _tell_why_again(self, source: Source, sites: Sequence[str]) -> None:
+        if source.statistics is not None:
+            why = "; ".join(self._misfits(source, source.statistics, sites))
+            place = self._place(source)
+            fate = f", in place of what is in {place}" if place is not None and place.exists() else ""
+            warnings.warn(f"Statistics are recorded again{fate}: {why}.", MixOfShowWarning, stacklevel=2)
 
     def _read_again(self, source: Source, sites: Sequence[str]) -> Source:
         """A source with the statistics that another process may have written just now."""
@@ -261,14 +278,22 @@ class GradientFuser:
         return replace(source, statistics=SourceStatistics.load(path))
 
     def _serves(self, source: Source, sites: Sequence[str]) -> bool:
-        """Whether a source's statistics are its own; with a pipeline, of all layers and settings asked for as well."""
-        if source.statistics is None or source.misfits(source.statistics):
-            return False
-        if self.pipe is None:
-            return True
+        """Whether a source has statistics that can be used."""
+        return source.statistics is not None and not self._misfits(source, source.statistics, sites)
+
+    def _misfits(self, source: Source, statistics: SourceStatistics, sites: Sequence[str]) -> list[str]:
+        """Why statistics are not the source's; with a pipeline, also why not of all layers and settings asked for."""
+        misfits = source.misfits(statistics)
+        if misfits or self.pipe is None:
+            return misfits
         inputs = {input_name(site) for site in sites}
-        lacking = any(inputs - set(concept.inputs) for concept in source.statistics.concepts.values())
-        return not lacking and source.statistics.recording == self._recording_of(source)
+        lacking = sorted(set().union(*(inputs - set(concept.inputs) for concept in statistics.concepts.values())))
+        if lacking:
+            misfits.append(f"the statistics given with {source.name} lack layers that are fused: {listed(lacking)}")
+        own = Recording().resolved(self.pipe).as_json()
+        if differing := differences(statistics.recording, self._recording_of(source), own):
+            misfits.append(f"the statistics given with {source.name} were recorded with {', '.join(differing)}")
+        return misfits
 
     def _own_statistics(self, source: Source, wanted: Sequence[str], advance: Advance) -> SourceStatistics:
         """Statistics of every layer that an ED-LoRA may adapt, and of those wanted, with the source's own LoRA."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffusers_mixofshow.base_models import one_name
 from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
@@ -432,7 +433,7 @@ def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
     if not edloras:
         return ["none was given; give at least one"]
     defects = []
-    bases = {edlora.base_model: _names(edlora) for edlora in reversed(edloras) if edlora.base_model}
+    bases = {one_name(edlora.base_model): _names(edlora) for edlora in reversed(edloras) if edlora.base_model}
     if len(bases) > 1:
         tuned = ", ".join(f"{names} on {base!r}" for base, names in reversed(bases.items()))
         defects.append(f"they were tuned on different base models ({tuned}); tune them on the same one")
