@@ -66,14 +66,14 @@ class _Layer:
     Args:
         name: As the file spells it.
         spelling: Whose name its halves have.
-        adapter: The adapter's own name in theirs.
+        adapters: Adapters' own names in theirs.
         halves: Whichever of ``down`` and ``up`` there are.
         alpha: Its own, if it has one.
     """
 
     name: str
     spelling: Spelling = Spelling.DIFFUSERS
-    adapter: str = ""
+    adapters: set[str] = field(default_factory=set)
     halves: dict[str, torch.Tensor] = field(default_factory=dict)
     alpha: float | None = None
 
@@ -164,9 +164,10 @@ def _sorted(tensors: Mapping[str, torch.Tensor]) -> _Sorted:
         elif half is not None:
             layer = found.layer(half[0])
             if half[1] in layer.halves:
-                found.refuse("layers given twice, in two spellings or by two adapters", name)
+                found.refuse("layers given twice", name)
             layer.halves[half[1]] = tensor
-            layer.spelling, layer.adapter = spelling_of(name), adapter_of(name) or ""
+            layer.spelling = spelling_of(name)
+            layer.adapters.add(adapter_of(name) or "")
         elif name.endswith(".alpha") and tensor.numel() == 1:
             found.layer(name.removesuffix(".alpha")).alpha = float(tensor)
         elif embedding is not None and tensor.dim() in (1, 2) and tensor.numel() and tensor.is_floating_point():
@@ -195,7 +196,7 @@ def _settle_bases(found: _Sorted) -> None:
     unfit = {layer.name: site for site, layer in found.layers.items() if not is_linear_site(site)}
     base, names = other_base([*unfit, *(name for names in found.refused.values() for name in names)])
     for name in names:
-        found.refuse(f"made for {base}, not for Stable Diffusion", name)
+        found.refuse(f"made for {base}, not for Stable Diffusion 1, 2 or XL", name)
         found.layers.pop(unfit.get(name, ""), None)
 
 
@@ -203,7 +204,7 @@ def _settle_adapters(found: _Sorted) -> None:
     """Several adapters in one component cannot be told apart: which of them is meant is not known."""
     adapters: dict[str, set[str]] = {}
     for site, layer in found.layers.items():
-        adapters.setdefault(site.partition(".")[0], set()).add(layer.adapter)
+        adapters.setdefault(site.partition(".")[0], set()).update(layer.adapters)
     for names in adapters.values():
         for name in sorted(names) if len(names) > 1 else ():
             found.refuse("several adapters in one file, of which one is to be taken out", name or "without a name")
@@ -215,8 +216,9 @@ def _fault(site: str, layer: _Layer) -> str:
         return "alphas without matrices"
     if len(layer.halves) < 2:
         return "one half without the other, so not a pair of matrices"
-    shapes = [half.shape[:2] for half in layer.halves.values() if half.dim() == 2 or half.shape[2:] == (1, 1)]
-    if len(shapes) < 2 or layer.halves["down"].shape[0] != layer.halves["up"].shape[1] or not shapes[0][0]:
+    down, up = layer.halves["down"], layer.halves["up"]
+    flat = all(half.dim() == 2 or half.shape[2:] == (1, 1) for half in (down, up))
+    if not flat or not 1 <= down.shape[0] == up.shape[1]:
         return "not a pair of matrices of a linear layer or 1 x 1 convolution"
     if not is_linear_site(site):
         return "layers that are not supported, which are those of attention, feed-forward parts and projections"

@@ -31,7 +31,7 @@ _KINDS = {
     r"on_input$|ia3_l": "(IA)^3, factors on features, " + _NO_UPDATE,
     r"([ab][12]|bm)\.weight$|glora_[A-E]\.": "GLoRA, which depends on the weights and is no low-rank update of them",
     r"[qp]_layer\.weight$|lambda_layer$": "T-LoRA, whose rank depends on the time step",
-    r"[wb]_norm$": "trained norms (LyCORIS), " + _NO_UPDATE,
+    r"[wb]_norm$|ln_tuning_layers\.": "trained norms (LyCORIS, LN tuning of PEFT), " + _NO_UPDATE,
     r"diff(_b)?$|set_weight$|reshape_weight$": "full differences (LyCORIS, ComfyUI), " + _NO_UPDATE,
     r"lora_E(\.|$)|ranknum": "AdaLoRA of PEFT, whose singular values stand between the halves",
     r"lora_diag": "KaSA of PEFT, which changes the base",
@@ -50,13 +50,13 @@ _KINDS = {
 }
 
 # A name that has one of these is of a U-Net like Stable Diffusion's, whatever else it has.
-_STAGES = re.compile(r"(down|up|mid|input|output|middle)_blocks?[._]")
-_BLOCKS = r"(?:^|\.|unet_|transformer_|lycoris_)blocks[._]\d+[._]"
+_STAGES = re.compile(r"^(?!lora_prior_).*(down|up|mid|input|output|middle)_blocks?[._]")
+_BLOCKS = r"(?:^|\.|lora_unet_|lora_transformer_|lycoris_)blocks[._]\d+[._]"
 # Made for another base than Stable Diffusion; the first that any name of a file has, special ones before general ones.
 _BASES = {
     r"distilled_guidance_layer": "Chroma",
     r"to_qkv_mlp_proj|(double|single)_stream_modulation": "FLUX.2",
-    r"token_refiner|(img|txt)_mlp[._]fc": "HunyuanVideo",
+    r"token_refiner|(img|txt)_mlp[._]fc": "HunyuanVideo or HunyuanImage",
     r"(double|single)_stream_blocks": "HiDream",
     r"joint_transformer_blocks": "AuraFlow",
     r"joint_blocks": "Stable Diffusion 3",
@@ -66,9 +66,9 @@ _BASES = {
     r"text_fusion|[._]to_gate": "Krea 2",
     r"(context|noise)_refiner|(?<!encoder[._])layers[._]\d+[._](attention|attn|feed_forward)[._]": "Z-Image or Lumina",
     _BLOCKS + r"(self|cross)_attn[._]([qkv]|output)_proj|llm_adapter": "Cosmos or Anima",
-    _BLOCKS + r"((self|cross)_attn[._][qkvo](_img)?[._]|attn[12][._]to_|ffn[._])": "Wan",
+    _BLOCKS + r"((self|cross)_attn[._][qkvo](_img)?([._]|$)|attn[12][._]to_|ffn[._])": "Wan",
     r"prior_(unet|te)_": "Stable Cascade",
-    r"model\.layers\.\d+\.(self_attn|mlp)\.": "a language model",
+    r"(?<!encoder[._])layers[._]\d+[._](self_attn|self_attention|mlp)[._]": "a language model, or one like it",
     r"add_[qkv]_proj|to_add_out|ff_context": "a transformer with joint attention, as Stable Diffusion 3, FLUX and "
     "Qwen-Image have it",
     r"(text_encoder_3|lora_te3|t5xxl)[._]": "Stable Diffusion 3 or FLUX (their T5)",
