@@ -22,6 +22,7 @@ RANK_OF = {
     "base_models": 0,
     "concepts": 0,
     "regions": 0,
+    "sharing": 0,
     "sites": 0,
     "edlora": 1,
     "interop": 1,

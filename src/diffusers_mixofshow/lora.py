@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,10 +20,15 @@ from torch import nn
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.sharing import changing
 from diffusers_mixofshow.sites import adapted_layers, canonical_name, components_with_sites, linear_layers
 
 
 _TRAINING_ADAPTER = "edlora_training"
+# How far a number may be moved by a cast to bfloat16, as a part of the largest one.
+_CAST = 2**-8
+# Adapters that diffusers removed while they were fused, with their strength in each layer.
+_fused: WeakKeyDictionary[nn.Module, dict[str, dict[str, float]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -41,16 +48,17 @@ def merged(components: Mapping[str, object], edlora: EDLoRA, scale: float = 1.0)
     edlora.check_fits(components)
     layers = linear_layers(components)
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
-    try:
-        for site in edlora.lora.keys() & layers.keys():
-            weight = _base_weight(layers[site], site)
-            delta = scale * low_rank_delta(edlora.lora[site], like=weight).reshape(weight.shape)
-            originals.append((weight, weight.data))
-            weight.data = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
-        yield
-    finally:
-        for weight, original in reversed(originals):
-            weight.data = original.to(weight.device)
+    with changing(*components_with_sites(components).values()):
+        try:
+            for site in edlora.lora.keys() & layers.keys():
+                weight = _base_weight(layers[site], site)
+                delta = scale * low_rank_delta(edlora.lora[site], like=weight).reshape(weight.shape)
+                originals.append((weight, weight.data))
+                weight.data = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
+            yield
+        finally:
+            for weight, original in reversed(originals):
+                weight.data = original.to(weight.device)
 
 
 def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, scale: float = 1.0) -> None:
@@ -67,23 +75,25 @@ def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, 
 
     Raises:
         EDLoRAFormatError: If the ED-LoRA does not fit the model; the model is unchanged.
-        ConfigurationError: If the name is taken or malformed, or adapters are fused; the model is unchanged.
+        ConfigurationError: If the name is taken or malformed, adapters are fused, or another thread uses the model;
+            the model is unchanged.
     """
     _refuse_fused(components)
     edlora.check_fits(components)
     shapes = {site: (update.rank, update.alpha) for site, update in edlora.lora.items()}
     _check_name(components, adapter_name)
-    try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten here
-            layers = _add_adapter(components, adapter_name, shapes)
-        for site, layer in layers.items():
-            update = edlora.lora[site]
-            _fill(layer.lora_A[adapter_name], update.down, like=layer.get_base_layer().weight)
-            _fill(layer.lora_B[adapter_name], update.up, like=layer.get_base_layer().weight)
-            layer.set_scale(adapter_name, scale)
-    except BaseException:
-        eject(components, adapter_name)
-        raise
+    with changing(*components_with_sites(components).values()):
+        try:
+            with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten here
+                layers = _add_adapter(components, adapter_name, shapes)
+            for site, layer in layers.items():
+                update = edlora.lora[site]
+                _fill(layer.lora_A[adapter_name], update.down, like=layer.get_base_layer().weight)
+                _fill(layer.lora_B[adapter_name], update.up, like=layer.get_base_layer().weight)
+                layer.set_scale(adapter_name, scale)
+        except BaseException:
+            eject(components, adapter_name)
+            raise
 
 
 def eject(components: Mapping[str, object], adapter_name: str) -> None:
@@ -93,17 +103,112 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
     if the user has deleted it with diffusers' own methods before.
 
     Raises:
-        ConfigurationError: If adapters are fused, so that the weights could not be given back as they were.
+        ConfigurationError: If adapters are fused, so that the weights could not be given back as they were, or another
+            thread uses the model.
     """
     _refuse_fused(components)
     for model in components_with_sites(components).values():
-        with _gradient_flags_kept(model):
+        with changing(model), _gradient_flags_kept(model):
             for path, layer in list(model.named_modules()):
                 if isinstance(layer, LoraLayer):
                     _delete_from_layer(layer, adapter_name)
                     if not layer.lora_A and not layer.lora_embedding_A:
                         _replace_module(model, path, layer.get_base_layer())
         _forget(model, adapter_name)
+
+
+def adapter_names(components: Mapping[str, object]) -> frozenset[str]:
+    """Names of all adapters, whoever loaded them, and of those that are fused for good (see `note_fused`)."""
+    models = components_with_sites(components).values()
+    return frozenset(name for model in models for name in (*getattr(model, "peft_config", {}), *_fused.get(model, {})))
+
+
+def adapted_components(components: Mapping[str, object], edlora: EDLoRA) -> dict[str, nn.Module]:
+    """Those of the components that the ED-LoRA has updates for."""
+    models = components_with_sites(components)
+    return {component: models[component] for component in _first_sites(edlora) if component in models}
+
+
+def holders(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> frozenset[str]:
+    """The components that have the ED-LoRA's updates: as this adapter, or fused for good (see `note_fused`).
+
+    Read off the models, which diffusers' own methods and other pipelines change, too. An adapter of the same name with
+    other weights is another one.
+    """
+    sites = _first_sites(edlora)
+    return frozenset(
+        component
+        for component, model in adapted_components(components, edlora).items()
+        if adapter_name in _fused.get(model, {})
+        or _is_filled_with(_layer_at(model, sites[component]), adapter_name, edlora.lora[sites[component]])
+    )
+
+
+def out_of_action(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> dict[str, str]:
+    """Why the ED-LoRA's updates do not act: component to the reason; those in which they act are left out."""
+    held, sites = holders(components, edlora, adapter_name), _first_sites(edlora)
+    reasons = {
+        component: _why_silent(model, sites[component], adapter_name, component in held)
+        for component, model in adapted_components(components, edlora).items()
+    }
+    return {component: reason for component, reason in reasons.items() if reason is not None}
+
+
+def note_fused(components: Mapping[str, object], names: Set[str]) -> None:
+    """Remember which of these adapters are fused, and how strongly, as diffusers forgets it when it removes them.
+
+    Their updates stay in the weights then. `eject` takes them out again.
+    """
+    for model in components_with_sites(components).values():
+        strengths: dict[str, dict[str, float]] = {}
+        for path, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                for name in names & set(layer.merged_adapters) & layer.scaling.keys():
+                    strengths.setdefault(name, {})[path] = layer.scaling[name]
+        if strengths:
+            _fused[model] = {**_fused.get(model, {}), **strengths}
+
+
+def is_fused(components: Mapping[str, object], adapter_name: str) -> bool:
+    """Whether the adapter's updates stayed in the weights when diffusers removed it."""
+    return any(adapter_name in _fused.get(model, {}) for model in components_with_sites(components).values())
+
+
+def take_out_fused(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> None:
+    """Subtract updates that stayed in the weights; these are then what they were up to rounding.
+
+    Raises:
+        ConfigurationError: If copies of the weights are in use, or another thread uses the model.
+    """
+    for component, model in components_with_sites(components).items():
+        with changing(model):
+            strengths = _fused.get(model, {}).get(adapter_name, {})
+            if strengths and _has_fused_projections(model):
+                raise ConfigurationError(
+                    f"{adapter_name!r} is fused into weights of which fuse_qkv_projections() made copies. Call"
+                    " pipe.unfuse_qkv_projections() before it is unloaded."
+                )
+            for path, strength in strengths.items():
+                site = canonical_name(component, path)
+                weight = _base_weight(model.get_submodule(path), path)
+                delta = strength * low_rank_delta(edlora.lora[site], like=weight).reshape(weight.shape)
+                weight.data = (weight.data.to(delta.dtype) - delta).to(weight.dtype)
+            _fused.get(model, {}).pop(adapter_name, None)
+
+
+@contextmanager
+def kept_active(components: Mapping[str, object], names: Collection[str]) -> Iterator[None]:
+    """Whatever becomes active inside the block, those of these adapters that were active before stay so beside it."""
+    models = components_with_sites(components).values()
+    before = {model: [name for name in _active_adapters(model) if name in names] for model in models}
+    try:
+        yield
+    finally:
+        for model, ours in before.items():
+            with _gradient_flags_kept(model):
+                for layer in model.modules():
+                    if ours and isinstance(layer, BaseTunerLayer):
+                        layer.set_adapter(list(dict.fromkeys([*ours, *layer.active_adapters])))
 
 
 @dataclass(frozen=True)
@@ -161,6 +266,7 @@ def trainable(
     _check_name(components, _TRAINING_ADAPTER)
     shapes = dict.fromkeys(filter(wanted, adapted_layers(components)), (rank, alpha))
     with ExitStack() as stack:
+        stack.enter_context(changing(*components_with_sites(components).values()))
         for model in components_with_sites(components).values():
             stack.enter_context(_gradient_flags_kept(model))
             model.requires_grad_(False)
@@ -252,13 +358,70 @@ def _base_weight(layer: nn.Module, name: str) -> nn.Parameter:
     return weight
 
 
+def _first_sites(edlora: EDLoRA) -> dict[str, str]:
+    """One site for each component that the ED-LoRA adapts; diffusers' methods treat all of a component alike."""
+    return {site.partition(".")[0]: site for site in reversed(list(edlora.lora))}
+
+
+def _layer_at(model: nn.Module, site: str) -> nn.Module | None:
+    """The layer of a site, under whatever PEFT has put around it."""
+    path = site.partition(".")[2]
+    for spelling in (path, path.removeprefix("text_model.")):
+        try:
+            return model.get_submodule(spelling)
+        except AttributeError:
+            continue
+    return None
+
+
+def _is_filled_with(layer: object, adapter_name: str, update: LowRank) -> bool:
+    """Whether the layer has an adapter of this name with this update, in whatever dtype."""
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        return False
+    for matrices, expected in ((layer.lora_A, update.down), (layer.lora_B, update.up)):
+        present = matrices[adapter_name].weight
+        if present.numel() != expected.numel():
+            return False
+        if not present.is_meta:  # offloaded: nothing to compare
+            wanted = expected.reshape(present.shape).to(present.device, torch.float32)
+            tolerance = _CAST * wanted.abs().max().item()
+            if not torch.allclose(present.float(), wanted, rtol=0, atol=tolerance):
+                return False
+    return True
+
+
+def _why_silent(model: nn.Module, site: str, adapter_name: str, held: bool) -> str | None:
+    layer = _layer_at(model, site)
+    if not held:
+        return "has been taken out; call load_edlora() again"
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        return None  # fused for good
+    if _has_fused_projections(model):
+        return "is passed over by fuse_qkv_projections(); call pipe.unfuse_qkv_projections()"
+    if layer.merged:
+        if adapter_name in layer.merged_adapters:
+            return None
+        return "is passed over while other adapters are fused; call pipe.unfuse_lora()"
+    if layer.disable_adapters:
+        return "is switched off; call pipe.enable_lora()"
+    if adapter_name not in layer.active_adapters:
+        active = ", ".join(map(repr, layer.active_adapters)) or "none"
+        return f"is not among the active adapters ({active}); name it in pipe.set_adapters()"
+    return None
+
+
+def _has_fused_projections(model: nn.Module) -> bool:
+    """Whether attention reads copies of the weights; the layers' own marks stay when that is over."""
+    processors = [getattr(module, "processor", None) for module in model.modules()]
+    return any(isinstance(getattr(each, "inner", each), FusedAttnProcessor2_0) for each in processors)
+
+
 def _check_name(components: Mapping[str, object], adapter_name: str) -> None:
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ConfigurationError(
             f"Adapter name {adapter_name!r} cannot be used; PEFT takes letters, digits, '_' and '-' only."
         )
-    models = components_with_sites(components).values()
-    taken = {name for model in models for name in getattr(model, "peft_config", {})}
+    taken = adapter_names(components)
     if adapter_name in taken:
         raise ConfigurationError(
             f"An adapter named {adapter_name!r} is loaded already (loaded: {', '.join(sorted(taken))}). "

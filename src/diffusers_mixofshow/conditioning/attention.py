@@ -1,4 +1,4 @@
-"""Attention processors that read their own part of a stacked conditioning, installed for the time of a call.
+"""Attention processors that read their own part of a stacked conditioning, installed as long as any call is under way.
 
 A conditioning is always 3-D, so that every check, repeat and concatenation of diffusers works on it unmodified:
 (batch, contexts * layers * tokens, dim). Contexts are the global prompt and the regions, outermost; inside each
@@ -8,15 +8,18 @@ context stand the encodings for layer 0, 1, ... (see `encode`). `regional_attent
 Where diffusers' plain processor was installed, queries and outputs are projected once for all contexts, keys and
 values once for all steps, and each position attends to its own contexts alone. Any other processor, an IP-Adapter's
 say, is run as it is, once for each context at that context's positions.
+
+Calls that overlap, from threads or one inside another's callback, share the processors, which keep nothing of a call:
+which contexts hold where comes with the arguments of each pass (see `passes`); one that brings nothing is as before.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -25,6 +28,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from diffusers_mixofshow.conditioning.canvas import Canvas, Group, Placement, RegionPlan
+from diffusers_mixofshow.conditioning.passes import hooked_passes
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.regions import Isolation
 from diffusers_mixofshow.sites import cross_attention_layers, self_attention_layers, uncompiled
@@ -35,7 +39,10 @@ __all__ = ["RegionPlan", "layerwise_attention", "regional_attention"]
 # With an IP-Adapter the text comes together with a list of image embeddings.
 _Conditioning = torch.Tensor | tuple[torch.Tensor, object]
 _Processor = Callable[..., torch.Tensor]
-_Wrapper = Callable[[_Processor], _Processor]
+# How a pass hands its regions to the processors, by the name of their argument.
+_CANVAS = "canvas"
+_lock = threading.Lock()
+_AnyWrapper = TypeVar("_AnyWrapper", bound="_Wrapper")
 
 
 @dataclass(eq=False)
@@ -62,7 +69,7 @@ def layerwise_attention(denoiser: nn.Module, tokens: int = 77, layers: int | Non
 
     Inside, the denoiser takes `encoder_hidden_states` of shape (batch, layers * tokens, dim), or
     (batch, tokens, dim) as before, and fewer rows than pictures once `SharedTexts` says who reads which. Afterwards
-    it has its own processors back.
+    it has its own processors back, unless another call still needs ours.
 
     Args:
         denoiser: A U-Net, or a ControlNet made from one.
@@ -72,15 +79,16 @@ def layerwise_attention(denoiser: nn.Module, tokens: int = 77, layers: int | Non
 
     Yields:
         Where texts are shared by pictures; without regions only.
+
+    Raises:
+        ConfigurationError: If a call under way reads stacks of another size.
     """
     paths = cross_attention_layers(denoiser)
     layers = len(paths) if layers is None else layers
-    shared = SharedTexts()
-    processors = {
-        path: partial(_StackedProcessor, cut=_Cut(layer, layers, tokens), shared=shared)
-        for layer, path in enumerate(paths)
-    }
-    with _processors_wrapped(denoiser, processors):
+    with _wrapped(denoiser, dict.fromkeys(paths, _StackedProcessor)) as processors:
+        shared = next((processor.shared for processor in processors), SharedTexts())
+        for layer, processor in enumerate(processors):
+            processor.cut_by(_Cut(layer, layers, tokens), shared)
         yield shared
 
 
@@ -94,8 +102,8 @@ def regional_attention(
     """Blend the cross-attention of all contexts by the plan's weights (section 3.4).
 
     out[p] = sum_c w_c[p] Attn(Q[p], K_c, V_c), each context computed only where its weight is not 0. Inside, the
-    denoiser takes `encoder_hidden_states` of shape (batch, contexts * n, dim). To combine it with
-    `layerwise_attention`, enter that first.
+    denoiser takes `encoder_hidden_states` of shape (batch, contexts * n, dim) in the passes of the call under way;
+    those of other calls are as before. To combine it with `layerwise_attention`, enter that first.
 
     Args:
         denoiser: A U-Net or ControlNet.
@@ -109,56 +117,55 @@ def regional_attention(
         The plans on the denoiser's feature maps.
     """
     canvas = Canvas([plans] if isinstance(plans, RegionPlan) else plans, steps, isolation)
-    regional: _Wrapper = partial(_with_canvas, canvas=canvas)
-    wrappers = dict.fromkeys(cross_attention_layers(denoiser), regional)
-    if isolation is not None:
-        isolating: _Wrapper = partial(_IsolatingProcessor, canvas=canvas)
-        wrappers |= dict.fromkeys(self_attention_layers(denoiser), isolating)
-    with _calls_noted(denoiser, canvas), _processors_wrapped(denoiser, wrappers):
+
+    def hand_over(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        canvas.note_call(inputs, named)
+        return inputs, {
+            **named,
+            "cross_attention_kwargs": {**(named.get("cross_attention_kwargs") or {}), _CANVAS: canvas},
+        }
+
+    wrappers: dict[str, type[_Wrapper]] = dict.fromkeys(cross_attention_layers(denoiser), _StackedProcessor)
+    wrappers |= dict.fromkeys(self_attention_layers(denoiser), _IsolatingProcessor)
+    with _wrapped(denoiser, wrappers), hooked_passes(denoiser, hand_over):
         yield canvas
 
 
 @contextmanager
-def _calls_noted(denoiser: Any, canvas: Canvas) -> Iterator[None]:
-    """Tell the canvas of every call of the denoiser, outside of what `denoiser.compile()` has traced."""
-    compiled = denoiser._compiled_call_impl
+def _wrapped(denoiser: nn.Module, wrappers: Mapping[str, type[_AnyWrapper]]) -> Iterator[list[_AnyWrapper]]:
+    """Put a wrapper around each layer's processor, or use the one that another call has put there.
 
-    def note_and_run(*inputs: Any, **named: Any) -> Any:
-        canvas.note_call(denoiser, inputs, named)
-        return compiled(*inputs, **named)
-
-    if compiled is None:
-        hook = denoiser.register_forward_pre_hook(canvas.note_call, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-    else:
-        denoiser._compiled_call_impl = note_and_run
-        try:
-            yield
-        finally:
-            denoiser._compiled_call_impl = compiled
-
-
-@contextmanager
-def _processors_wrapped(denoiser: nn.Module, wrappers: Mapping[str, _Wrapper]) -> Iterator[None]:
+    With the last call that leaves, each layer has its own processor back. One that was set meanwhile stays.
+    """
     layers: dict[str, Any] = {path: uncompiled(denoiser).get_submodule(path) for path in wrappers}
-    originals = {path: layer.processor for path, layer in layers.items()}
+    with _lock:
+        used = {path: _wrapper_of(layers[path], kind) for path, kind in wrappers.items()}
     try:
-        for path, wrap in wrappers.items():
-            layers[path].processor = wrap(originals[path])
-        yield
+        yield list(used.values())
     finally:
-        for path, original in originals.items():
-            _put_back(layers[path], original)
+        with _lock:
+            for path, wrapper in used.items():
+                wrapper.users -= 1
+                if not wrapper.users and layers[path].processor is wrapper:
+                    _set_processor(layers[path], wrapper.inner)
 
 
-def _put_back(layer: Any, original: _Processor) -> None:
-    # A wrapper is a module and so sits among the layer's children, where a plain processor cannot replace it.
-    if not isinstance(original, nn.Module):
-        layer._modules.pop("processor", None)
-    layer.processor = original
+def _wrapper_of(layer: Any, kind: type[_AnyWrapper]) -> _AnyWrapper:
+    wrapper = layer.processor
+    if not isinstance(wrapper, kind):
+        wrapper = kind(layer.processor)
+        _set_processor(layer, wrapper)
+    wrapper.users += 1
+    return wrapper
+
+
+def _set_processor(layer: nn.Module, processor: Any) -> None:
+    """Replace a layer's processor in its place, so that a thread which walks or runs the model meanwhile is not hurt.
+
+    A processor that is a module, an IP-Adapter's say, sits among the layer's children, any other among its attributes.
+    """
+    place = layer._modules if "processor" in layer._modules else vars(layer)
+    place["processor"] = processor
 
 
 @dataclass(frozen=True)
@@ -181,28 +188,37 @@ class _Cut:
         return stacks
 
 
-class _StackedProcessor(nn.Module):
-    """Attends to this layer's part of each context, at the positions where that context holds.
+class _Wrapper(nn.Module):
+    """Stands in for a layer's processor as long as any call needs it.
 
     Args:
         inner: The processor that was installed; a child, so that offload and dtype changes reach its weights.
-        cut: Which part of each context is this layer's; all of it by default.
-        canvas: Which contexts hold where; one context everywhere by default.
-        shared: Which text each picture reads; its own by default.
     """
 
-    def __init__(
-        self,
-        inner: _Processor,
-        *,
-        cut: _Cut | None = None,
-        canvas: Canvas | None = None,
-        shared: SharedTexts | None = None,
-    ) -> None:
+    def __init__(self, inner: _Processor) -> None:
         super().__init__()
-        self.inner, self.cut, self.canvas = inner, cut, canvas
-        self.shared = SharedTexts() if shared is None else shared
+        self.inner = inner
+        self.users = 0
+
+
+class _StackedProcessor(_Wrapper):
+    """Attends to this layer's part of each context, at the positions where that context holds."""
+
+    def __init__(self, inner: _Processor) -> None:
+        super().__init__(inner)
+        self.shared = SharedTexts()
+        # Which part of each context is this layer's; all of it where nobody has said.
+        self.cut: _Cut | None = None
         self._projected: _Projected | None = None
+
+    def cut_by(self, cut: _Cut, shared: SharedTexts) -> None:
+        """Read a part of each context, and who reads whose text off `shared`."""
+        if self.cut not in (None, cut):
+            raise ConfigurationError(
+                f"This model reads {cut.layers} layers of {cut.tokens} tokens here, but another number in a call that"
+                " is under way. Run one after the other."
+            )
+        self.cut, self.shared = cut, shared
 
     def __call__(  # Attention looks at this signature, so nn.Module's own __call__ does not do.
         self,
@@ -211,12 +227,14 @@ class _StackedProcessor(nn.Module):
         encoder_hidden_states: _Conditioning,
         attention_mask: torch.Tensor | None = None,
         ip_adapter_masks: object = None,
+        canvas: Canvas | None = None,
     ) -> torch.Tensor:
         text, with_text = _split(encoder_hidden_states)
-        placements = None if self.canvas is None else self.canvas.placements(hidden_states)
+        contexts = 1 if canvas is None else canvas.contexts
+        placements = None if canvas is None else canvas.placements(hidden_states)
         if attention_mask is None and ip_adapter_masks is None and _is_plain(attn, self.inner):
-            return self._attend(attn, hidden_states, text, placements)
-        stacks = self.shared.spread(self._contexts(text), len(hidden_states))
+            return self._attend(attn, hidden_states, text, contexts, placements)
+        stacks = self.shared.spread(self._contexts(text, contexts), len(hidden_states))
 
         def run(queries: torch.Tensor, context: int) -> torch.Tensor:
             return _run(self.inner, attn, queries, with_text(stacks[:, context]), attention_mask, ip_adapter_masks)
@@ -226,9 +244,8 @@ class _StackedProcessor(nn.Module):
         # An IP-Adapter's masks have one value for each position, so with them no position may be left out.
         return _blend_runs(run, hidden_states, placements, whole=ip_adapter_masks is not None)
 
-    def _contexts(self, text: torch.Tensor) -> torch.Tensor:
+    def _contexts(self, text: torch.Tensor, count: int) -> torch.Tensor:
         """This layer's part of every context, shape (batch, contexts, tokens, dim)."""
-        count = 1 if self.canvas is None else self.canvas.contexts
         if text.shape[1] % count:
             raise ConfigurationError(
                 f"The conditioning has {text.shape[1]} tokens; expected {count} contexts of equal length, the global"
@@ -238,10 +255,15 @@ class _StackedProcessor(nn.Module):
         return stacks if self.cut is None else self.cut.of(stacks)
 
     def _attend(
-        self, attn: Any, hidden_states: torch.Tensor, text: torch.Tensor, placements: list[Placement] | None
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        text: torch.Tensor,
+        contexts: int,
+        placements: list[Placement] | None,
     ) -> torch.Tensor:
         """What `AttnProcessor2_0` computes, for several contexts at once."""
-        keys, values = self._keys_and_values(attn, text)
+        keys, values = self._keys_and_values(attn, text, contexts)
         queries = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # -> (batch, positions, heads, head)
         if placements is None:
             keys, values = (self.shared.spread(each[:, 0], len(queries)) for each in (keys, values))
@@ -250,19 +272,19 @@ class _StackedProcessor(nn.Module):
             attended = _blend_contexts(queries, keys, values, placements)
         return _projected_out(attn, attended)
 
-    def _keys_and_values(self, attn: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keys_and_values(self, attn: Any, text: torch.Tensor, contexts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all contexts, shape (batch, contexts, tokens, heads, head)."""
         if torch.compiler.is_compiling():
-            return self._project(attn, text)
-        if self._projected is None or not self._projected.is_of(attn, text):
-            self._projected = _Projected(text, _version(text), _strengths(attn), *self._project(attn, text))
-        keys, values = self._projected.keys, self._projected.values
-        if self._projected.version is None or keys.requires_grad:
-            self._projected = None
-        return keys, values
+            return self._project(attn, text, contexts)
+        known = self._projected  # read once, as another thread may replace it
+        if known is None or not known.is_of(attn, text, contexts):
+            keys, values = self._project(attn, text, contexts)
+            known = _Projected(text, _version(text), _strengths(attn), contexts, keys, values)
+            self._projected = None if known.version is None or keys.requires_grad else known
+        return known.keys, known.values
 
-    def _project(self, attn: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        stacks = self._contexts(text)
+    def _project(self, attn: Any, text: torch.Tensor, contexts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        stacks = self._contexts(text, contexts)
         keys, values = (
             project(stacks.flatten(0, 1)).unflatten(0, stacks.shape[:2]).unflatten(-1, (attn.heads, -1))
             for project in (attn.to_k, attn.to_v)
@@ -270,17 +292,8 @@ class _StackedProcessor(nn.Module):
         return keys, values
 
 
-class _IsolatingProcessor(nn.Module):
-    """Self-attention in which the queries of a region do not see the keys of another.
-
-    Args:
-        inner: The processor that was installed.
-        canvas: Who attends to whom.
-    """
-
-    def __init__(self, inner: _Processor, canvas: Canvas) -> None:
-        super().__init__()
-        self.inner, self.canvas = inner, canvas
+class _IsolatingProcessor(_Wrapper):
+    """Self-attention in which the queries of a region do not see the keys of another."""
 
     def __call__(  # Attention looks at this signature, so nn.Module's own __call__ does not do.
         self,
@@ -288,8 +301,9 @@ class _IsolatingProcessor(nn.Module):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        canvas: Canvas | None = None,
     ) -> torch.Tensor:
-        groups = self.canvas.groups(hidden_states)
+        groups = None if canvas is None else canvas.groups(hidden_states)
         if groups is None or attention_mask is not None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask)
         if _is_plain(attn, self.inner):
@@ -327,12 +341,14 @@ class _Projected:
     text: torch.Tensor
     version: int | None
     strengths: tuple[object, ...]
+    contexts: int
     keys: torch.Tensor
     values: torch.Tensor
 
-    def is_of(self, attn: Any, text: torch.Tensor) -> bool:
+    def is_of(self, attn: Any, text: torch.Tensor, contexts: int) -> bool:
         """Whether this text, unchanged, and these LoRA strengths would give the same again."""
-        return self.text is text and self.version == _version(text) and self.strengths == _strengths(attn)
+        same_text = self.text is text and self.version == _version(text) and self.contexts == contexts
+        return same_text and self.strengths == _strengths(attn)
 
 
 def _version(text: torch.Tensor) -> int | None:
@@ -361,12 +377,6 @@ def _projected_out(attn: Any, attended: torch.Tensor) -> torch.Tensor:
     for layer in attn.to_out:  # a projection and dropout
         output = layer(output)
     return output / attn.rescale_output_factor
-
-
-def _with_canvas(inner: _Processor, canvas: Canvas) -> _StackedProcessor:
-    if isinstance(inner, _StackedProcessor) and inner.canvas is None:
-        return _StackedProcessor(inner.inner, cut=inner.cut, canvas=canvas)
-    return _StackedProcessor(inner, canvas=canvas)
 
 
 def _blend_contexts(

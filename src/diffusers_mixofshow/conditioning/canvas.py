@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.regions import Isolation, Region, feature_grids, region_weights
@@ -164,9 +163,7 @@ class Canvas:
         self._maps: dict[int, FeatureMap] = {}
         self._known: dict[tuple[object, ...], dict[int, FeatureMap]] = {}
 
-    def note_call(
-        self, _denoiser: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
-    ) -> None:
+    def note_call(self, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
         """Read the latent's size off the denoiser's arguments, count the call where that matters, and get ready."""
         sample = inputs[0] if inputs else named["sample"]
         height, width = sample.shape[-2:]

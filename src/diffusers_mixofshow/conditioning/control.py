@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.conditioning.canvas import Canvas
+from diffusers_mixofshow.conditioning.passes import hooked_passes
 
 
 _RESIDUALS = (
@@ -32,9 +33,7 @@ def regional_control(unet: nn.Module, canvas: Canvas) -> Iterator[None]:
         scales = canvas.map(lambda region: region.control_scale, 1.0, *feature.shape[-2:]).to(feature)
         return feature * scales.repeat(len(feature) // len(scales), 1, 1, 1)
 
-    def scale_residuals(
-        _unet: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def scale_residuals(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         changed = {
             name: scaled(value) if isinstance(value, torch.Tensor) else [scaled(feature) for feature in value]
             for name, value in named.items()
@@ -45,8 +44,5 @@ def regional_control(unet: nn.Module, canvas: Canvas) -> Iterator[None]:
     if all(region.control_scale == 1 for region in canvas.regions()):
         yield
         return
-    hook = unet.register_forward_pre_hook(scale_residuals, with_kwargs=True)
-    try:
+    with hooked_passes(unet, scale_residuals):
         yield
-    finally:
-        hook.remove()

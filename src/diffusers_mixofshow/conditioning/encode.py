@@ -105,6 +105,8 @@ def _concepts_written(
     columns = torch.tensor([position for _, position, _ in places for _ in range(layers)])
 
     def write(_module: nn.Module, _inputs: tuple[object, ...], output: torch.Tensor) -> torch.Tensor:
+        if _concept_positions.get() is not positions:  # a pass of another thread, or inside of this one
+            return output
         values = torch.cat([embeddings[name].to(output) for _, _, name in places])
         return output.index_put((rows.to(output.device), columns.to(output.device)), values)
 

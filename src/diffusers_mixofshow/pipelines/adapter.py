@@ -9,17 +9,16 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, MultiAdapter, StableDiffusionPipeline, T2IAdapter, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from diffusers_mixofshow.conditioning.passes import PassHook
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import prompt_count
@@ -110,7 +109,7 @@ class MixOfShowAdapterPipeline(RegionalSampling, EDLoRALoader, StableDiffusionPi
             warnings.warn("An adapter with a strength of 0 has no effect.", MixOfShowWarning, stacklevel=3)
         features = self._adapter_features(pixels, strengths)
         features = [_for_each_picture(feature, arguments) for feature in features]
-        with _features_added(self._denoisers()[0], features):
+        with self._next_call_hooked(_adding(features)):
             return super().__call__(prompt, height, width, *args, **kwargs)
 
     @property
@@ -169,20 +168,13 @@ def _for_each_picture(feature: torch.Tensor, arguments: Mapping[str, Any]) -> to
     return feature.repeat_interleave(arguments.get("num_images_per_prompt", 1), dim=0)
 
 
-@contextmanager
-def _features_added(unet: nn.Module, features: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Hand the adapters' features to the U-Net with each call, once for each half of guidance."""
+def _adding(features: Sequence[torch.Tensor]) -> PassHook:
+    """Hand the adapters' features to the U-Net with each pass, once for each half of guidance."""
 
-    def add(
-        _unet: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def add(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rows = len(inputs[0] if inputs else named["sample"])
         # A new list each time, as the U-Net takes its entries out.
         states = [feature.repeat(rows // len(feature), 1, 1, 1) for feature in features]
         return inputs, {**named, "down_intrablock_additional_residuals": states}
 
-    hook = unet.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return add

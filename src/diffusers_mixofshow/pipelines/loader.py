@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -22,9 +23,21 @@ from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.merged import has_concepts, mark
-from diffusers_mixofshow.errors import ConceptError, meant
-from diffusers_mixofshow.lora import eject, inject, merged
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, meant
+from diffusers_mixofshow.lora import (
+    adapted_components,
+    adapter_names,
+    eject,
+    holders,
+    inject,
+    is_fused,
+    kept_active,
+    merged,
+    note_fused,
+    take_out_fused,
+)
 from diffusers_mixofshow.pipelines.publishing import joined
+from diffusers_mixofshow.sharing import changing
 from diffusers_mixofshow.sites import components_with_sites
 from diffusers_mixofshow.toyland.base import quietly
 
@@ -51,8 +64,9 @@ class EDLoRALoader:
 
     components: Mapping[str, object]
     tokenizer: Any
-    # Replaced, never changed in place, as this empty one belongs to the class.
-    _edloras: Mapping[str, EDLoRA] = MappingProxyType({})
+    # All that were ever loaded here and not unloaded, by adapter name. Replaced, never changed in place, as this empty
+    # one belongs to the class.
+    _given: Mapping[str, EDLoRA] = MappingProxyType({})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -76,8 +90,26 @@ class EDLoRALoader:
         return pipeline
 
     @property
+    def _edloras(self) -> dict[str, EDLoRA]:
+        """What is loaded, by adapter name: not what diffusers' methods or another pipeline took out of the models."""
+        components = self.components
+        return {
+            name: edlora
+            for name, edlora in self._given.items()
+            if not adapted_components(components, edlora) or holders(components, edlora, name)
+        }
+
+    @_edloras.setter
+    def _edloras(self, edloras: Mapping[str, EDLoRA]) -> None:
+        self._given = edloras
+
+    @property
     def concepts(self) -> dict[str, Concept]:
-        """The loaded concepts by placeholder, in the order of loading."""
+        """The loaded concepts by placeholder, in the order of loading.
+
+        One whose updates were removed by `unload_lora_weights` or `delete_adapters` is no longer among them. Prompts
+        may name it until it is unloaded or loaded again, but draw it from its embeddings alone, with a warning.
+        """
         return {concept.placeholder: concept for edlora in self._edloras.values() for concept in edlora.concepts}
 
     @classmethod
@@ -123,10 +155,52 @@ class EDLoRALoader:
         self._refuse_words_of_tokenizer(edlora.concepts)
         name = adapter_name or _adapter_name(edlora.concepts)
         inject(self.components, edlora, name, scale)
-        self._edloras = {**self._edloras, name: edlora}
+        loaded, taken = self._edloras, {word for concept in edlora.concepts for word in _words(concept)}
+        others = {
+            other: pack
+            for other, pack in self._given.items()
+            if other in loaded or not taken & {word for concept in pack.concepts for word in _words(concept)}
+        }
+        self._given = {**others, name: edlora}
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a LoRA as diffusers does; concepts that are active stay active beside it.
+
+        Raises:
+            ConfigurationError: If a concept's updates would be swapped for others.
+        """
+        if hotswap and adapter_name in self._edloras:
+            raise ConfigurationError(
+                f"hotswap=True would put other weights in the place of {adapter_name!r}, which belong to embeddings of"
+                " their own. Call unload_edlora() and load_edlora(), or name another adapter."
+            )
+        with kept_active(self.components, self._edloras):
+            super().load_lora_weights(  # type: ignore[misc]
+                pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, hotswap=hotswap, **kwargs
+            )
+
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Unload all adapters as diffusers does, concepts' included; what is fused stays in the weights."""
+        note_fused(self.components, self._edloras.keys())
+        super().unload_lora_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Delete adapters as diffusers does; a concept goes with its own, unless that is fused into the weights."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        note_fused(self.components, self._edloras.keys() & names)
+        super().delete_adapters(adapter_names)  # type: ignore[misc]
 
     def unload_edlora(self, names: str | Iterable[str] | None = None) -> None:
         """Unload ED-LoRAs; the model's modules and weights are then exactly what they were.
+
+        Where updates were fused and their adapter removed, `fuse_lora` and `unload_lora_weights`, they are subtracted
+        from the weights, and a warning says that these are then what they were up to rounding.
 
         Args:
             names: One or several placeholders or adapter names; all that are loaded by default. A pack with
@@ -134,10 +208,16 @@ class EDLoRALoader:
 
         Raises:
             ConceptError: If a name is not loaded; nothing is unloaded then.
+            ConfigurationError: If adapters are fused, or another thread uses the model.
         """
+        loaded = self._edloras
         for name in self._adapters_of(names):
-            eject(self.components, name)
-            self._edloras = {other: edlora for other, edlora in self._edloras.items() if other != name}
+            if is_fused(self.components, name):
+                take_out_fused(self.components, self._given[name], name)
+                warnings.warn(_subtracted(name), MixOfShowWarning, stacklevel=2)
+            if name in loaded or name not in adapter_names(self.components):  # else it is somebody else's by now
+                eject(self.components, name)
+            self._given = {other: edlora for other, edlora in self._given.items() if other != name}
 
     def save_edlora(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
         """Write a loaded ED-LoRA as it was loaded; its scale is not part of it.
@@ -158,7 +238,7 @@ class EDLoRALoader:
                 f"save_edlora() writes one ED-LoRA, but {len(adapters)} are loaded{_listed(self._edloras)}. "
                 "Choose one with name=..., or load one first."
             )
-        return self._edloras[adapters[0]].save_pretrained(folder)
+        return self._given[adapters[0]].save_pretrained(folder)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Write the pipeline without its concepts, which have files of their own: see `save_edlora`.
@@ -229,16 +309,21 @@ class EDLoRALoader:
         Inside, other concepts may be loaded, but must be unloaded again.
         """
         with self._without_adapters():
-            edloras, self._edloras = self._edloras, {}
+            given, self._given = self._given, {}
             try:
                 yield
             finally:
-                self._edloras = edloras
+                self._given = given
 
     @property
     def _concept_embeddings(self) -> dict[str, torch.Tensor]:
-        """Concept token to its embeddings, shape (layers, dim), of everything loaded."""
-        return {token: rows for edlora in self._edloras.values() for token, rows in edlora.embeddings.items()}
+        """Concept token to its embeddings, shape (layers, dim), of everything that prompts may name."""
+        return {token: rows for edlora in self._given.values() for token, rows in edlora.embeddings.items()}
+
+    @property
+    def _nameable(self) -> tuple[Concept, ...]:
+        """What prompts may name: the loaded concepts, and those whose updates somebody else took out."""
+        return tuple(concept for edlora in self._given.values() for concept in edlora.concepts)
 
     def _refuse_words_of_tokenizer(self, concepts: Iterable[Concept]) -> None:
         words = frozenset() if self.tokenizer is None else known_words(self.tokenizer)
@@ -252,10 +337,10 @@ class EDLoRALoader:
     def _adapters_of(self, names: str | Iterable[str] | None) -> list[str]:
         """Adapter names, each once, for placeholders and adapter names mixed; all of them for None."""
         if names is None:
-            return list(self._edloras)
+            return list(self._given)
         adapter_of = {
-            concept.placeholder: adapter for adapter, edlora in self._edloras.items() for concept in edlora.concepts
-        } | {adapter: adapter for adapter in self._edloras}
+            concept.placeholder: adapter for adapter, edlora in self._given.items() for concept in edlora.concepts
+        } | {adapter: adapter for adapter in self._given}
         wanted = [names] if isinstance(names, str) else list(names)
         unknown = [name for name in wanted if name not in adapter_of]
         if unknown:
@@ -266,31 +351,52 @@ class EDLoRALoader:
     @contextmanager
     def _without_adapters(self) -> Iterator[None]:
         """Take the weight updates out for a while; afterwards all are back, as strong and as active as before."""
-        models = components_with_sites(self.components).values()
-        present = {name for model in models for name in getattr(model, "peft_config", {})}
+        components, ours = self.components, self._edloras
+        if fused := [name for name in ours if is_fused(components, name)]:
+            raise ConfigurationError(
+                f"{', '.join(fused)}: fused into the weights, whose adapters are gone since, so that the base cannot"
+                " be given without them. Call pipe.unload_edlora() and load_edlora() first."
+            )
+        models = components_with_sites(components)
+        held = {
+            name: {held: models[held] for held in holders(components, edlora, name)} for name, edlora in ours.items()
+        }
         states = [
-            (model, path, dict(layer.scaling), list(layer.active_adapters))
-            for model in models
+            (model, path, dict(layer.scaling), list(layer.active_adapters), layer.disable_adapters)
+            for model in models.values()
             for path, layer in model.named_modules()
             if isinstance(layer, LoraLayer)
         ]
-        ours = {name: edlora for name, edlora in self._edloras.items() if name in present}
-        try:
-            for name in ours:
-                eject(self.components, name)
-            yield
-        finally:
-            for name, edlora in ours.items():
-                inject(self.components, edlora, name)
-            for model, path, scaling, active in states:
-                layer = model.get_submodule(path)
-                layer.scaling.update(scaling)  # type: ignore[union-attr, operator]
-                layer.set_adapter(active)  # type: ignore[operator]
+        with changing(*models.values()):
+            try:
+                for name, parts in held.items():
+                    eject(parts, name)
+                yield
+            finally:
+                for name, parts in held.items():
+                    inject(parts, ours[name], name)
+                for model, path, scaling, active, disabled in states:
+                    layer: Any = model.get_submodule(path)
+                    layer.scaling.update(scaling)
+                    layer.set_adapter(active)
+                    if disabled:
+                        layer.enable_adapters(False)
 
 
 def _adapter_name(concepts: Iterable[Concept]) -> str:
     """A name that PEFT accepts: letters, digits, '_' and '-'."""
     return re.sub(r"[^\w-]", "_", "_".join(concept.name for concept in concepts)) or "lora"
+
+
+def _subtracted(name: str) -> str:
+    return (
+        f"The updates of {name!r} had been fused into the weights, and are now subtracted again: the weights are what"
+        " they were up to rounding, which shows in half precision. Load the base anew to have it exactly."
+    )
+
+
+def _words(concept: Concept) -> tuple[str, ...]:
+    return (concept.placeholder, *concept.tokens)
 
 
 def _listed(names: Iterable[str]) -> str:

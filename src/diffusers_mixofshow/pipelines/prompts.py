@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,17 +95,23 @@ class LayerwisePrompts(EDLoRALoader):
         negative_prompt_embeds: torch.Tensor | None,
     ) -> bool:
         """Whether these arguments need more than the parent; complains about unknown bracketed words."""
-        given = [*_as_list(prompt), *_as_list(negative_prompt)]
-        regions = [region for own in self._regions for region in own]
-        given += [text for region in regions for text in (region.prompt, region.negative_prompt) if text]
-        concepts = tuple(self.concepts.values())
-        if any("<" in text for text in given):
-            split_prompt(" ".join(given), concepts, also_known=known_words(self.tokenizer))
+        given = self._texts_of({"prompt": prompt, "negative_prompt": negative_prompt})
+        self._refuse_unknown_words(given)
         return (
-            bool(regions)
-            or any(mentions_concept(text, concepts) for text in given)
+            any(self._regions)
+            or any(mentions_concept(text, self._nameable) for text in given)
             or any(self._is_stack(embeds) for embeds in (prompt_embeds, negative_prompt_embeds))
         )
+
+    def _refuse_unknown_words(self, texts: Sequence[str]) -> None:
+        if any("<" in text for text in texts):
+            split_prompt(" ".join(texts), self._nameable, also_known=known_words(self.tokenizer))
+
+    def _texts_of(self, arguments: Mapping[str, Any]) -> list[str]:
+        """All texts of a call, those of its regions included."""
+        texts = [*_as_list(arguments.get("prompt")), *_as_list(arguments.get("negative_prompt"))]
+        regions = [region for own in self._regions for region in own]
+        return texts + [text for region in regions for text in (region.prompt, region.negative_prompt) if text]
 
     @property
     def _layers(self) -> int:
@@ -138,7 +144,7 @@ class LayerwisePrompts(EDLoRALoader):
         unique = list(dict.fromkeys(texts))
         # Spells out textual-inversion tokens of several vectors.
         converted = self.maybe_convert_prompt(unique, self.tokenizer)
-        tokenized = tokenize(converted, self.tokenizer, self.concepts.values())
+        tokenized = tokenize(converted, self.tokenizer, self._nameable)
         encoded = encode_layerwise(
             self.text_encoder, tokenized, self._concept_embeddings, self._layers, clip_skip, device=device
         )

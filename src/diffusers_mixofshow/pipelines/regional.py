@@ -12,16 +12,19 @@ from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
 from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.conditioning.control import regional_control
+from diffusers_mixofshow.conditioning.passes import PassHook, hooked_passes
 from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
+from diffusers_mixofshow.pipelines.calls import separate_call
 from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, prompt_count
 from diffusers_mixofshow.pipelines.remarks import (
     Regions,
     control_remarks,
     layout_remarks,
     regions_of_prompts,
+    silent_remarks,
     text_remarks,
 )
-from diffusers_mixofshow.regions import Isolation
+from diffusers_mixofshow.regions import Isolation, Region
 
 
 _ADDED = {
@@ -48,17 +51,20 @@ class RegionalSampling(LayerwisePrompts):
     num_timesteps: int
     # The regions on the U-Net's feature maps, in the call under way.
     _canvas: Canvas | None = None
+    # What a subclass does to the U-Net's passes in the next call.
+    _pass_hooks: tuple[PassHook, ...] = ()
 
     def __call__(
         self, *args: Any, regions: Regions | None = None, isolation: Isolation | None = None, **kwargs: Any
     ) -> Any:
         """See `regional_signature`, which gives each pipeline class its own `__call__`."""
         parent = super().__call__  # type: ignore[misc]
-        arguments = inspect.signature(parent).bind_partial(*args, **kwargs).arguments
+        given = inspect.signature(parent).bind_partial(*args, **kwargs)
+        arguments = given.arguments
         if not (isolation is None or isinstance(isolation, Isolation)):
             raise RegionError(f"`isolation` is a {type(isolation).__name__}; expected Isolation(...) or None.")
-        with self._conditioned_call(regions, isolation, arguments):
-            return parent(*args, **kwargs)
+        with separate_call(self, arguments), self._conditioned_call(regions, isolation, arguments):
+            return parent(*given.args, **given.kwargs)
 
     @property
     def guidance_scale(self) -> Any:
@@ -74,6 +80,21 @@ class RegionalSampling(LayerwisePrompts):
         )
         return scales.to(dtype=canvas.dtype).to(canvas.device)
 
+    def _regions_seen(
+        self, regions: tuple[tuple[Region, ...], ...], arguments: Mapping[str, Any]
+    ) -> tuple[tuple[tuple[Region, ...], ...], list[str]]:
+        """The regions on what the U-Net will see, here the whole picture, and what is to be said of it."""
+        return regions, []
+
+    @contextmanager
+    def _next_call_hooked(self, hook: PassHook) -> Iterator[None]:
+        """Let the call inside the block change the arguments of its passes through the U-Net."""
+        outer, self._pass_hooks = self._pass_hooks, (hook,)
+        try:
+            yield
+        finally:
+            self._pass_hooks = outer
+
     @contextmanager
     def _conditioned_call(
         self, regions: Regions | None, isolation: Isolation | None, arguments: Mapping[str, Any]
@@ -83,8 +104,12 @@ class RegionalSampling(LayerwisePrompts):
         names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
         try:
             self._regions = regions_of_prompts(regions, arguments, self.vae_scale_factor)
-            remarks = self._remarks(arguments)
+            self._refuse_unknown_words(self._texts_of(arguments))
+            self._regions, unseen = self._regions_seen(self._regions, arguments)
+            remarks = [*unseen, *self._remarks(arguments)]
             with ExitStack() as stack:
+                for hook in self._pass_hooks:
+                    stack.enter_context(hooked_passes(self._denoisers()[0], hook))
                 if self._is_layerwise(*(arguments.get(name) for name in names)):
                     for denoiser in self._denoisers():
                         stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layers))
@@ -119,6 +144,7 @@ class RegionalSampling(LayerwisePrompts):
         control = any(self.components.get(name) is not None for name in ("controlnet", "adapter"))
         scale = arguments.get("controlnet_conditioning_scale", 1.0)
         return [
+            *silent_remarks(self.components, self._given, self._texts_of(arguments)),
             *text_remarks(regions, prompts, lambda text: mentions_concept(text, concepts), self.concepts),
             *control_remarks(regions, scale, control),
         ]

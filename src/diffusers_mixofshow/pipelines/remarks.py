@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
+from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.lora import out_of_action
 from diffusers_mixofshow.pipelines.prompts import prompt_count
 from diffusers_mixofshow.regions import Layout, Region
 from diffusers_mixofshow.regions.weights import resolves
@@ -75,6 +78,27 @@ def text_remarks(
     if len(without) == len(regions) and any(names_concept(prompt) for prompt in prompts):
         remarks.append("only the global prompt names a concept, and it does not hold inside the regions")
     return remarks
+
+
+def silent_remarks(components: Mapping[str, object], edloras: Mapping[str, EDLoRA], texts: Sequence[str]) -> list[str]:
+    """Concepts that a text names while their weight updates do not act."""
+    remarks = []
+    for name, edlora in edloras.items():
+        if any(mentions_concept(text, edlora.concepts) for text in texts):
+            parts: dict[str, list[str]] = {}
+            for component, reason in out_of_action(components, edlora, name).items():
+                parts.setdefault(reason, []).append(component)
+            concepts = ", ".join(concept.placeholder for concept in edlora.concepts)
+            remarks += [
+                f"{concepts} without its weight updates in {' and '.join(places)}: adapter {name!r} {reason}"
+                for reason, places in parts.items()
+            ]
+    return remarks
+
+
+def missing_remarks(regions: Sequence[Region]) -> list[str]:
+    """Regions that are nowhere on the part of the picture that is drawn."""
+    return [f"{_named(regions)} outside of what padding_mask_crop draws, without an effect"] if regions else []
 
 
 def layout_remarks(canvas: Canvas) -> list[str]:
