@@ -21,6 +21,9 @@ RANK_OF = {
     "atomic": 0,
     "base_models": 0,
     "concepts": 0,
+    "texts": 0,
+    "pictures": 0,
+    "masks": 0,
     "regions": 0,
     "sharing": 0,
     "sites": 0,
@@ -40,9 +43,10 @@ RANK_OF = {
     "cli": 5,
     "__main__": 6,
 }
-# Imports between parts of one rank. Everybody may import errors; interop translates other files to and from an
-# EDLoRA; the verb `demo` of the command line starts the demo.
+# Imports between parts of one rank. Everybody may import errors; a mask is a picture first, and regions are read from
+# masks and texts; interop translates other files to and from an EDLoRA; the verb `demo` starts the demo.
 SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo")}
+SIDEWAYS |= {("masks", "pictures"), ("regions", "pictures"), ("regions", "masks"), ("regions", "texts")}
 # Parts that use the package as its users do, by `from diffusers_mixofshow import ...`.
 USERS = {"demo", "cli"}
 LONGEST_FUNCTION = 60

@@ -40,6 +40,14 @@ class TrainingDataError(MixOfShowError, ValueError):
     """Photos, captions or masks cannot be used for training."""
 
 
+class PictureError(MixOfShowError, ValueError):
+    """A picture or mask cannot be read, or can be understood in more than one way."""
+
+
+class TextError(MixOfShowError, ValueError):
+    """A text file cannot be read as UTF-8 or UTF-16."""
+
+
 class FusionError(MixOfShowError, ValueError):
     """Concepts cannot be fused with each other or with this model."""
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.control import CONTROLNETS, Control, condition_image, parse_control
-from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, TrainingDataError
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, PictureError
 
 
 # What controlnet_aux 0.0.10 raises: for an unknown name, for one that it has but cannot make, and without mediapipe.
@@ -122,7 +122,7 @@ def test_a_picture_is_turned_upright_and_a_text_is_refused(tmp_path):
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert condition_image(Control("image", "x", tmp_path / "turned.jpg")).size == (20, 40)
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(TrainingDataError, match=r"text\.png is no readable picture"):
+    with pytest.raises(PictureError, match=r"text\.png is no readable picture"):
         condition_image(Control("image", "x", tmp_path / "text.png"))
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from diffusers_mixofshow import EDLoRA, cli
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, PictureError
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
 from diffusers_mixofshow.toyland.text import build_clip
 
@@ -202,7 +202,7 @@ def test_the_class_word_and_kind_that_are_asked_for_win(options, place):
 
 def test_a_photo_that_cannot_be_read_is_named_before_anything_is_loaded(options, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(TrainingDataError, match=r"x\.png is no readable picture"):
+    with pytest.raises(PictureError, match=r"x\.png is no readable picture"):
         run("evaluate", "rex", *options, "--photos", f"rex={tmp_path}", "--metric-model", "/no/such/clip")
 
 

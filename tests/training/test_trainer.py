@@ -245,6 +245,16 @@ def test_concept_behind_the_end_of_a_caption_is_refused(pipeline: StableDiffusio
         EDLoRATrainer(quick(photos), pipeline).train()
 
 
+def test_a_part_of_the_concept_behind_the_end_is_refused(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    concept = quick(photos).concept_to_learn
+    captions = [f"{'a ' * count}{concept.placeholder}" for count in range(100)]
+    seen = [len(names) for names in tokenize(captions, pipeline.tokenizer, [concept]).concept_tokens]
+    caption = captions[seen.index(1)]  # the first token is the last that the text encoder sees
+    (photos / "0.txt").write_text(f"{CAPTION}\n{caption}", encoding="utf-8")
+    with pytest.raises(TrainingDataError, match=r"In 1 captions .* is cut off; name it earlier in 0\.png: a a "):
+        EDLoRATrainer(quick(photos), pipeline).train()
+
+
 def test_pipeline_that_cannot_be_trained_is_refused(pipeline: StableDiffusionPipeline, photos: Path) -> None:
     pipeline.unet.half()
     pipeline.text_encoder._hf_hook = object()

@@ -100,12 +100,12 @@ def condition_image(control: Control) -> Image.Image:
 
     Raises:
         MissingExtraError: If controlnet_aux is needed and cannot be imported.
-        TrainingDataError: If the picture cannot be read.
+        PictureError: If the picture cannot be read.
         ConfigurationError: If controlnet_aux has no such detector, or the detector lacks a package or its weights.
     """
-    from diffusers_mixofshow.training.pictures import read_picture
+    from diffusers_mixofshow.pictures import read_image
 
-    picture = read_picture(control.picture, called=str(control.picture)).image
+    picture = read_image(control.picture, called=str(control.picture))
     if control.detector == IMAGE:
         return picture
     with warnings.catch_warnings():

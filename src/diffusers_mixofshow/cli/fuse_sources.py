@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, TextError
+from diffusers_mixofshow.texts import read_text
 
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def _is_plain(path: str) -> bool:
 def _from_toml(path: Path) -> list[FusionSource | LoRASource]:
     """Sources of a TOML file: one table ``[[source]]`` each; relative paths count from the file."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = tomllib.loads(read_text(path))
+    except (TextError, tomllib.TOMLDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read as TOML: {error}.") from error
     tables = content.get(_TABLE)
     if set(content) != {_TABLE} or not isinstance(tables, list):

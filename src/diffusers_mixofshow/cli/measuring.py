@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_bas
 from diffusers_mixofshow.cli.plans import plan_of_measuring
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import KINDS
-from diffusers_mixofshow.errors import ConfigurationError, meant
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, meant
 
 
 if TYPE_CHECKING:
@@ -152,12 +153,12 @@ class Measurement:
 
     def _references(self) -> dict[str, Reference]:
         from diffusers_mixofshow.evaluation.packs import Reference
-        from diffusers_mixofshow.training.pictures import read_picture
+        from diffusers_mixofshow.pictures import read_image
 
         reads = self.settings["metric_model"] == TOYLAND
         drawn = _drawn(self.packs, self.photos, with_attributes=reads) if self.base == TOYLAND else {}
         given = {
-            name: Reference(photos=[read_picture(file, called=str(file)).image for file in files])
+            name: Reference(photos=[read_image(file, called=str(file)) for file in files])
             for name, files in self.photos.items()
         }
         return drawn | given
@@ -273,18 +274,19 @@ def _told_of(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[Path]]:
     """Read ``name=FOLDER`` of every concept; names all that is wrong at once."""
-    from diffusers_mixofshow.training.pictures import is_picture
-
-    def pictures(folder: str) -> list[Path]:
-        return sorted(file for file in Path(folder).iterdir() if is_picture(file))
+    from diffusers_mixofshow.training.folders import list_folder, one_a_line
 
     def defect(folder: str) -> str | None:
         if not Path(folder).is_dir():
             return f"{folder} is no folder"
-        return None if pictures(folder) else f"{folder} holds no pictures"
+        return None if list_folder(Path(folder)).photos else f"{folder} holds no pictures"
 
     folders = _of_concepts("photos", given, known, example="potter=photos/potter", form="FOLDER", defect=defect)
-    return {placeholder: pictures(folder) for placeholder, folder in folders.items()}
+    listings = {placeholder: list_folder(Path(folder)) for placeholder, folder in folders.items()}
+    for listing in listings.values():
+        if listing.remarks:
+            warnings.warn(one_a_line(f"Photos in {listing.folder}", listing.remarks), MixOfShowWarning, stacklevel=2)
+    return {placeholder: list(listing.photos) for placeholder, listing in listings.items()}
 
 
 def _of_concepts(

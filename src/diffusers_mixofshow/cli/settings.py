@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.cli.provenance import FORMATS, settings_of
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, TextError
+from diffusers_mixofshow.texts import read_text
 
 
 def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -43,8 +44,8 @@ def _tables_of(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except (TextError, tomllib.TOMLDecodeError) as error:
         raise ConfigurationError(f"{path} is no readable TOML file ({error}).") from error
 
 

@@ -64,11 +64,13 @@ def _own(source: Path, class_word: str, folder: Path) -> DemoConcept:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "masks").mkdir(parents=True)
     size = (HEIGHT, HEIGHT)
-    for photo in photos:
-        ImageOps.fit(photo.image, size, Image.Resampling.LANCZOS).save(folder / f"{photo.path.stem}.png")
-        (folder / f"{photo.path.stem}.txt").write_text("\n".join(photo.captions) + "\n", encoding="utf-8")
+    stems = [photo.path.stem for photo in photos]
+    for photo, stem in zip(photos, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else f"{photo.path.parent.name}-{stem}"  # of another subfolder
+        ImageOps.fit(photo.image, size, Image.Resampling.LANCZOS).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("\n".join(photo.captions) + "\n", encoding="utf-8")
         if photo.mask is not None:
-            ImageOps.fit(photo.mask, size, Image.Resampling.BOX).save(folder / "masks" / f"{photo.path.stem}.png")
+            ImageOps.fit(photo.mask, size, Image.Resampling.BOX).save(folder / "masks" / f"{name}.png")
     return DemoConcept(name=OWN_NAME, kind=concept.kind, class_word=class_word, folder=folder)
 
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.file import Contents
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, PictureError
+from diffusers_mixofshow.pictures import read_image
 
 
 CARD_NAME = "README.md"
@@ -182,9 +183,10 @@ def example(concepts: Sequence[Concept], base_model: str, location: str, *, merg
 
 def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:
     try:
-        image = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ConfigurationError(f"The sample picture {picture!r} cannot be read: {error}.") from error
+        source = picture if isinstance(picture, Image.Image) else Path(picture)
+        image = read_image(source, called=f"The sample picture {picture!r}")
+    except PictureError as error:
+        raise ConfigurationError(f"{error}.") from error
     image.info = {}
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

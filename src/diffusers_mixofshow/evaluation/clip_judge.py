@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
+from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.toyland.text import encode_prompts, image_embeddings, text_embeddings
 
 
@@ -87,7 +88,7 @@ class ClipJudge:
 
 def _pixels(image: Image.Image, side: int) -> torch.Tensor:
     """The middle square as CLIP was trained on it, shape (3, side, side), float32."""
-    square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    square = ImageOps.fit(read_image(image, called="a picture"), (side, side), Image.Resampling.BICUBIC)
     values: Any = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     colours = values.view(side, side, 3).permute(2, 0, 1).float() / 255  # -> (3, side, side)
     return (colours - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_DEVIATION)[:, None, None]

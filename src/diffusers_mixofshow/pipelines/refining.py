@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
 from diffusers_mixofshow.regions import Region
 from diffusers_mixofshow.regions.weights import coverage
@@ -80,6 +81,7 @@ def refine_regions(
         RegionError: If something in the lists is no picture or no region; names every defect at once.
     """
     _check(images, regions)
+    images = [read_image(image, called=f"picture {number}") for number, image in enumerate(images)]
     size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     found = [
         _patch(number, image, region, size, margin)
@@ -89,7 +91,7 @@ def refine_regions(
     patches = [patch for patch in found if patch is not None]
     call = {**settings, "strength": strength, "generator": generator}
     drawn = _drawn_anew(_image_to_image(pipe), images, patches, batch_size, call)
-    results = [image.convert("RGB") for image in images]
+    results = [image.copy() for image in images]
     for patch in patches:
         _paste(results[patch.picture], patch, drawn[patch], feather)
     return results
@@ -111,7 +113,7 @@ def _drawn_anew(
             batch = alike[start : start + batch_size]
             pictures = redraw(
                 [patch.region.prompt for patch in batch],
-                image=[images[patch.picture].convert("RGB").crop(patch.box).resize(size) for patch in batch],
+                image=[images[patch.picture].crop(patch.box).resize(size) for patch in batch],
                 negative_prompt=[_negative(patch.region, negative) for patch in batch],
                 **call,
             ).images

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.regions.region import Region
 from diffusers_mixofshow.regions.weights import coverage
 
@@ -25,7 +26,7 @@ def draw_regions(regions: Sequence[Region], image: Image.Image) -> Image.Image:
     Returns:
         An RGB picture of the same size.
     """
-    picture = image.convert("RGBA")
+    picture = read_image(image, called="the picture").convert("RGBA")
     for number, region in enumerate(regions):
         share = coverage(region, picture.height, picture.width).numpy()
         tint = Image.new("RGBA", picture.size, _COLOURS[number % len(_COLOURS)])

@@ -8,17 +8,20 @@ import dataclasses
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
+from diffusers_mixofshow.masks import read_mask
 from diffusers_mixofshow.regions.drawing import draw_regions
 from diffusers_mixofshow.regions.region import Region, pixels_inside
+from diffusers_mixofshow.texts import read_text
 
 
 FORMAT, VERSION = "mixofshow-layout", 1
@@ -144,12 +147,9 @@ class Layout:
         """
         path = Path(path)
         try:
-            if path.exists() and not path.is_file():
-                raise ValueError("it is no file")
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RegionError(f"{path} cannot be read as a layout: {reason}") from error
+            content = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
+            raise RegionError(f"{path} cannot be read as a layout: {error}") from error
         return cls.from_description(content, path)
 
     @classmethod
@@ -215,7 +215,7 @@ def _read_region(number: int, described: object, folder: Path) -> Region:
     if isinstance(settings.get("mask"), str):
         try:
             settings["mask"] = _read_mask(settings["mask"], folder)
-        except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             defects.append(f"the mask of region {number} cannot be read: {error}")
     if isinstance(settings.get("box"), list):
         settings["box"] = tuple(settings["box"])
@@ -224,16 +224,20 @@ def _read_region(number: int, described: object, folder: Path) -> Region:
     return Region(**settings)
 
 
-def _read_mask(given: str, folder: Path) -> Image.Image:
-    if not given.startswith(_PNG):
-        path = (folder / given).resolve()
-        if not path.is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
-            raise ValueError(f"{given!r} is no file in the layout's folder")
-        return Image.open(path).convert("L")
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(given.removeprefix(_PNG), validate=True))).convert("L")
-    except binascii.Error as error:
-        raise ValueError(f"no base64 ({error})") from error
+def _read_mask(given: str, folder: Path) -> np.ndarray:
+    if given.startswith(_PNG):
+        try:
+            source: Path | io.BytesIO = io.BytesIO(base64.b64decode(given.removeprefix(_PNG), validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"no base64 ({error})") from error
+        return read_mask(source, called="it").values
+    path = (folder / given).resolve()
+    if not path.is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
+        raise ValueError(f"{given!r} is no file in the layout's folder")
+    mask = read_mask(path, called=given)
+    for remark in mask.remarks:
+        warnings.warn(remark, MixOfShowWarning, stacklevel=2)
+    return mask.values
 
 
 def _unknown(owner: str, given: Mapping[str, object], known: set[str]) -> list[str]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.errors import PictureError, RegionError
+from diffusers_mixofshow.masks import read_mask
 
 
 ROUNDINGS = ("nearest", "inward")
@@ -29,8 +30,9 @@ class Region:
     Args:
         prompt: What to draw there, e.g. ``"a <potter>, in uniform"``.
         box: Left, top, right, bottom as fractions of the picture's width and height.
-        mask: Instead of a box: a picture, array or tensor of any size, shape (height, width); pixels above one
-            half of its range (0 to 255 for integers, 0 to 1 otherwise) are inside.
+        mask: Instead of a box: a picture, array or tensor of any size, shape (height, width). Inside is what is above
+            one half of its range (0 to 255 for integers, 65535 for 16 bits, 0 to 1 for floats), or what is opaque in
+            a picture whose alpha channel varies, or the one label or colour beside 0 or black.
         negative_prompt: What to avoid there; without it the call's own negative prompt holds.
         weight: Its part among the regions of a place: they share it by their weights where these sum to 1 or more,
             and leave the rest to the global prompt where they sum to less.
@@ -145,19 +147,9 @@ def _mask_defects(mask: Mask) -> list[str]:
 
 def pixels_inside(mask: Mask) -> torch.Tensor:
     """Read a mask of any kind as booleans, shape (height, width)."""
-    if isinstance(mask, Image.Image):
-        mask = np.array(mask.convert("L"))
-    if not isinstance(mask, np.ndarray | torch.Tensor):
+    if not isinstance(mask, Image.Image | np.ndarray | torch.Tensor):
         raise RegionError(f"its mask is a {type(mask).__name__}; expected a PIL image, an array or a tensor")
-    pixels = torch.as_tensor(mask).detach().cpu()
-    while pixels.ndim > 2 and pixels.shape[0] == 1:
-        pixels = pixels[0]
-    if pixels.ndim != 2 or not pixels.numel():
-        raise RegionError(f"its mask has shape {tuple(mask.shape)}; expected (height, width)")
-    limit = 1 if pixels.is_floating_point() or pixels.dtype == torch.bool else 255
-    pixels = pixels.double()
-    low, high = pixels.min().item(), pixels.max().item()
-    if not 0 <= low <= high <= limit:
-        raise RegionError(f"its mask's values run from {low} to {high}; expected 0 to {limit}")
-    # Integers that are 0 or 1 throughout are booleans in disguise.
-    return pixels > (0 if limit == 255 and high == 1 else limit / 2)
+    try:
+        return torch.from_numpy(read_mask(mask, called="its mask").inside)
+    except PictureError as error:
+        raise RegionError(str(error)) from error

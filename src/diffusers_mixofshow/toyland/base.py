@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
 from diffusers_mixofshow.errors import MixOfShowError
+from diffusers_mixofshow.pictures import read_image
 
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _to_square(image: Image.Image) -> Image.Image:
     if image.size == (64, 64):
         return image
     resampling = Image.Resampling.BOX if image.width > 64 else Image.Resampling.BICUBIC
-    return image.convert("RGB").resize((64, 64), resampling)
+    return read_image(image, called="a picture").resize((64, 64), resampling)
 
 
 def load_metric_model(folder: Path | str | None = None) -> MetricModel:

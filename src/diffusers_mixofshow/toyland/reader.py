@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffusers_mixofshow.errors import ConceptError
+from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.toyland.autoencoder import to_pixels
 from diffusers_mixofshow.toyland.scenes import place_thing
 from diffusers_mixofshow.toyland.world import (
@@ -238,4 +239,6 @@ class AttributeReader:
 
 
 def _square(image: Image.Image) -> Image.Image:
-    return image if image.size == (64, 64) else image.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+    if image.size == (64, 64):
+        return image
+    return read_image(image, called="a picture").resize((64, 64), Image.Resampling.BICUBIC)

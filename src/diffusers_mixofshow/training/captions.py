@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from diffusers_mixofshow.concepts import Concept, mentions_concept, split_prompt
-from diffusers_mixofshow.errors import ConceptError, TrainingDataError
+from diffusers_mixofshow.errors import ConceptError, TextError, TrainingDataError
+from diffusers_mixofshow.texts import read_text
 
 
 CAPTION_SLOT = "<TOK>"
@@ -32,6 +34,9 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 """Names of the file that describes a folder of pictures, as the Hub's imagefolder layout has them."""
 
 FILE_COLUMN, MASK_COLUMN = "file_name", "mask_file_name"
+
+_MOST_DEFECTS = 20
+"""Lines of metadata that are named when most of them are wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +63,16 @@ def read_metadata(folder: Path, *, column: str | None) -> Metadata:
         folder: That may hold the file.
         column: The column of captions, in JSON a text or a list of texts; None ignores captions.
     """
-    present = [name for name in METADATA_FILES if (folder / name).is_file()]
+    present = sorted(path.name for path in folder.iterdir() if path.name.lower() in METADATA_FILES)
     if not present:
         return Metadata()
     if len(present) > 1:
         return Metadata(defects=(f"{' and '.join(present)} are both there; keep one",))
     try:
-        text = (folder / present[0]).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        return Metadata(defects=(f"{present[0]} is no readable UTF-8 text ({error})",))
-    rows, defects = (_json_rows if present[0].endswith(".jsonl") else _csv_rows)(text)
+        text = read_text(folder / present[0])
+    except TextError as error:
+        return Metadata(defects=(str(error),))
+    rows, defects = (_json_rows if present[0].lower().endswith(".jsonl") else _csv_rows)(text)
     captions: dict[str, list[str]] = {}
     masks: dict[str, str] = {}
     for line, row in rows:
@@ -79,11 +84,12 @@ def read_metadata(folder: Path, *, column: str | None) -> Metadata:
         captions.setdefault(name, []).extend(texts)
         if mask is not None:
             masks[name] = mask
+    more = [f"and {len(defects) - _MOST_DEFECTS} more"] if len(defects) > _MOST_DEFECTS else []
     return Metadata(
         file=present[0],
         captions=captions,
         masks=masks,
-        defects=[f"{present[0]}, {defect}" for defect in defects],
+        defects=[f"{present[0]}, {defect}" for defect in (*defects[:_MOST_DEFECTS], *more)],
     )
 
 
@@ -91,15 +97,32 @@ def read_caption_file(path: Path) -> list[str]:
     """The captions in ``NAME.txt``, one a line.
 
     Raises:
-        TrainingDataError: If there is none, or the file is no text.
+        TextError: If the file is no text.
+        TrainingDataError: If there is no caption in it.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingDataError(f"{path.name} is no readable UTF-8 text ({error})") from error
+    lines = [line.strip() for line in read_text(path).split("\n")]
     if not any(lines):
         raise TrainingDataError(f"{path.name} is empty; write a caption such as 'a photo of a <TOK>' or delete it")
     return [line for line in lines if line]
+
+
+def read_description(path: Path, *, column: str) -> list[str]:
+    """The captions in ``NAME.json``, an object such as ``{"caption": "a <TOK>"}``; none where it has no caption.
+
+    Args:
+        path: The file.
+        column: The key of captions; where there is none of it, ``caption`` and ``text`` are.
+
+    Raises:
+        TextError: If the file is no text.
+        TrainingDataError: If what should be a caption is none.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError):
+        return []
+    keys = [key for key in (column, "caption", "text") if isinstance(content, dict) and key in content]
+    return _texts(content, keys[0]) if keys else []
 
 
 def named(texts: Iterable[str], concept: Concept, *, source: str) -> tuple[str, ...]:
@@ -160,12 +183,14 @@ def _orders(caption: str, count: int, randomness: random.Random) -> list[str]:
 def _json_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
     rows: list[tuple[int, Mapping[str, Any]]] = []
     defects = []
-    for line, content in enumerate(text.splitlines(), start=1):
+    if text.lstrip().startswith("["):
+        return [], ['expected one object a line, such as {"file_name": ..., "text": ...}, not a list of them']
+    for line, content in enumerate(text.split("\n"), start=1):  # JSON may hold other separators of lines
         if not content.strip():
             continue
         try:
             row = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             defects.append(f"line {line}: no JSON ({error})")
             continue
         if isinstance(row, dict):
@@ -176,23 +201,53 @@ def _json_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str
 
 
 def _csv_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
-    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-        for row in reader:
-            yield reader.line_num, {name: value for name, value in row.items() if value}
-
+    """Rows as columns to cells, empty cells left out; separated as the first line is."""
+    reader = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=_separator(text))
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    defects: list[str] = []
+    columns: list[str] = []
     try:
-        return list(rows()), []
+        for row in reader:
+            cells = [cell.strip() for cell in row]
+            while cells and not cells[-1]:
+                cells.pop()
+            if not cells:
+                continue
+            if not columns:
+                columns = cells
+                twice = sorted({name for name in columns if columns.count(name) > 1})
+                defects += [f"line 1: there are several columns {name!r}" for name in twice]
+            elif len(cells) > len(columns):
+                defects.append(
+                    f"line {reader.line_num} has {len(cells)} cells, the first line {len(columns)}; put captions "
+                    "with commas into quotes"
+                )
+            else:
+                given = zip(columns, cells, strict=False)  # the last cells may be left out
+                rows.append((reader.line_num, {name: cell for name, cell in given if cell}))
     except csv.Error as error:
         return [], [f"no CSV ({error})"]
+    return rows, defects
+
+
+def _separator(text: str) -> str:
+    """What stands between the names of columns; spreadsheets write semicolons where the comma is decimal."""
+    header = text.lstrip().partition("\n")[0]
+    return next(
+        (mark for mark in ",;\t" if FILE_COLUMN in [name.strip(' "') for name in header.split(mark)]),
+        ",",
+    )
 
 
 def _row(row: Mapping[str, Any], column: str | None) -> tuple[str, str | None, list[str]]:
     """A row's photo, mask and captions."""
     name = _inner_path(row, FILE_COLUMN)
     mask = _inner_path(row, MASK_COLUMN) if row.get(MASK_COLUMN) else None
-    if column is None:
-        return name, mask, []
+    return name, mask, [] if column is None else _texts(row, column)
+
+
+def _texts(row: Mapping[str, Any], column: str) -> list[str]:
+    """The captions in a row."""
     if column not in row:
         others = ", ".join(str(other) for other in row if other not in (FILE_COLUMN, MASK_COLUMN)) or "no other column"
         raise TrainingDataError(
@@ -201,15 +256,16 @@ def _row(row: Mapping[str, Any], column: str | None) -> tuple[str, str | None, l
     texts = row[column] if isinstance(row[column], list) else [row[column]]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise TrainingDataError(f"{column!r} is {row[column]!r}, expected a text or a list of texts")
-    return name, mask, [text.strip() for text in texts]
+    return [text.strip() for text in texts]
 
 
 def _inner_path(row: Mapping[str, Any], column: str) -> str:
     """A path that stays in the folder, however the system reads it."""
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise TrainingDataError(f"there is no {column!r}")
-    posix, windows = PurePosixPath(value), PureWindowsPath(value)
+        others = ", ".join(map(str, row)) or "nothing"
+        raise TrainingDataError(f"there is no {column!r} (there is {others})")
+    posix, windows = PurePosixPath(value.strip()), PureWindowsPath(value.strip())
     if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
         raise TrainingDataError(f"{column!r} is {value!r}, which leaves the folder; expected a path inside it")
     return posix.as_posix()

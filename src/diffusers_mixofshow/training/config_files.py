@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, TextError
+from diffusers_mixofshow.texts import read_text
 from diffusers_mixofshow.training.settings import Setting
 
 
@@ -26,8 +27,8 @@ def read_settings(path: str | Path, known: Mapping[str, Setting]) -> dict[str, A
     if path.suffix.lower() not in readers:
         raise ConfigurationError(f"{path} is no configuration file; expected one that ends in {', '.join(readers)}.")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except TextError as error:
         raise ConfigurationError(f"{path} is no readable configuration file ({error}).") from error
     return readers[path.suffix.lower()](text, path, known)
 

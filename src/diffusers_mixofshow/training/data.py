@@ -7,33 +7,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.concepts import Concept, mentions_concept
+from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, TextError, TrainingDataError
+from diffusers_mixofshow.masks import read_mask
+from diffusers_mixofshow.pictures import PICTURE_SUFFIXES, read_picture
+from diffusers_mixofshow.texts import read_text
 from diffusers_mixofshow.training import inspection
 from diffusers_mixofshow.training.captions import (
-    METADATA_FILES,
+    CAPTION_SLOT,
     TEMPLATES,
-    Metadata,
     named,
     read_caption_file,
-    read_metadata,
+    read_description,
     with_shuffled_tags,
 )
 from diffusers_mixofshow.training.config import TrainingConfig
+from diffusers_mixofshow.training.folders import Listing, few, list_folder, one_a_line
 from diffusers_mixofshow.training.hub_data import fetch_data_set
-from diffusers_mixofshow.training.pictures import PICTURE_SUFFIXES, Photo, is_picture, read_picture
+from diffusers_mixofshow.training.pictures import Photo
 
-
-MASKS = "masks"
-"""Folder beside the photos that holds their masks."""
 
 _ASPECT_TOLERANCE = 0.02
 _KEPT = 2.0
 """A photo is kept with this many times the pixels of the training picture's side."""
-_NO_DATA = (".md", ".toml", ".yaml", ".yml", ".json", ".ini", ".db")
-"""Endings of files that may lie beside photos without being a slip."""
+_BARELY_OPAQUE = 2
+"""Of 255: what is no more opaque than this cannot be seen; alpha of 0 and 1 is most often meant as no and yes."""
 
 
 def load_photos(config: TrainingConfig) -> list[Photo]:
@@ -69,9 +70,9 @@ def read_photos(
     """Read every photo of a folder with its captions and mask, in the order of the names.
 
     Args:
-        folder: Photos in any common format, with captions from ``NAME.txt``, one a line, or from ``metadata.jsonl`` or
-            ``metadata.csv`` (`read_metadata`), and masks from ``masks/NAME.png`` or the photo's own alpha channel.
-            All but the photos is optional. A folder without photos but with a folder ``train`` stands for that.
+        folder: Photos in any common format, with captions from ``NAME.txt``, one a line, ``NAME.json``,
+            ``metadata.jsonl`` or ``metadata.csv`` (`read_metadata`), and masks from ``masks/NAME.png`` or the photo's
+            own alpha channel. All but the photos is optional. Where photos lie: `list_folder`.
         concept: The concept; ``<TOK>`` in a caption becomes its placeholder.
         resolution: Side of the training picture in pixels; with it, photos that are too small are named, and much
             larger ones are scaled down at once.
@@ -85,56 +86,60 @@ def read_photos(
         ConfigurationError: If there is no such folder.
         TrainingDataError: Lists every file that cannot be used, and why; what is a warning otherwise is in it, too.
     """
-    folder = _folder_of_photos(Path(folder))
-    metadata = read_metadata(folder, column=caption_column)
-    paths = _photo_paths(folder, metadata)
-    if not paths and not metadata.defects:
-        raise TrainingDataError(f"{folder} has no photos. Expected files that end in {', '.join(PICTURE_SUFFIXES)}.")
+    listing = list_folder(Path(folder), column=caption_column)
     reader = _Reader(
-        folder=folder,
+        listing=listing,
         concept=concept,
-        metadata=metadata,
+        column=caption_column,
         templates=tuple(templates),
         resolution=resolution,
         remarks=[],
+        unlisted=[],
     )
     photos: list[Photo] = []
-    defects = [*metadata.defects, *_stray_files(folder, paths, metadata)]
-    for path in paths:
+    defects = [*listing.defects, *reader.lost_captions()]
+    for path in listing.photos:
         try:
             photos.append(reader.photo(path))
-        except TrainingDataError as error:
+        except (TrainingDataError, PictureError, TextError) as error:
             defects.append(str(error))
-    remarks = [*reader.remarks, *_useless_files(folder), *inspection.duplicates(photos, folder)]
-    remarks += inspection.tiny(photos, resolution, folder) if resolution else []
+    remarks = [*reader.told(), *listing.remarks, *inspection.duplicates(photos, listing.folder)]
+    remarks += inspection.tiny(photos, resolution, listing.folder) if resolution else []
+    if not listing.photos and not defects:
+        more = f" {'; '.join(remarks)}." if remarks else ""
+        raise TrainingDataError(
+            f"{listing.folder} has no photos. Expected files that end in {', '.join(PICTURE_SUFFIXES)}.{more}"
+        )
     if defects:
         more = f". Besides: {'; '.join(remarks)}" if remarks else ""
-        raise TrainingDataError(f"{folder} cannot be used for training: {'; '.join(defects)}{more}")
+        raise TrainingDataError(f"{listing.folder} cannot be used for training: {'; '.join(defects)}{more}")
     if remarks:
-        warnings.warn(f"Photos in {folder}: {'; '.join(remarks)}.", MixOfShowWarning, stacklevel=2)
+        warnings.warn(one_a_line(f"Photos in {listing.folder}", remarks), MixOfShowWarning, stacklevel=2)
     return photos
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
-    """Reads the photos of one folder; what it notices beside defects goes to `remarks`."""
+    """Reads the photos of one folder; what it notices beside defects goes to `remarks` and `unlisted`."""
 
-    folder: Path
+    listing: Listing
     concept: Concept
-    metadata: Metadata
+    column: str | None
     templates: tuple[str, ...]
     resolution: int | None
     remarks: list[str]
+    unlisted: list[str]
 
     def photo(self, path: Path) -> Photo:
         """A photo with its captions and mask."""
-        name = path.relative_to(self.folder).as_posix()
+        name = self.listing.name(path)
         if not path.is_file():
-            raise TrainingDataError(f"{self.metadata.file} lists {name}, which is not there")
+            listed = name in self.listing.metadata.captions and not path.is_symlink()
+            why = f"{self.listing.metadata.file} lists {name}, which is not there"
+            raise TrainingDataError(why if listed else f"{name} is a link to nothing, or no plain file")
         picture = read_picture(path, called=name)
-        if picture.frames > 1:
-            self.remarks.append(f"{name} has {picture.frames} frames, only the first is used")
-        mask = self._mask(path, name, picture.image.size) or self._usable_alpha(picture.alpha, name)
+        self.remarks.extend(picture.remarks)
+        mask = self._mask(path, picture.image.size) or self._usable_alpha(picture.alpha, name)
         size = self._kept_size(picture.image.size)
         return Photo(
             path=path,
@@ -143,48 +148,81 @@ class _Reader:
             mask=None if mask is None else _shrunk(mask, size, Image.Resampling.BOX),
         )
 
+    def lost_captions(self) -> list[str]:
+        """Texts of no photo that name the concept: captions, most likely misnamed. Any other text is a remark."""
+        lost: list[str] = []
+        strays: list[str] = []
+        for path in self.listing.strays:
+            try:
+                text = read_text(path)
+            except TextError:
+                text = ""
+            names_it = CAPTION_SLOT in text or mentions_concept(text, [self.concept])
+            (lost if names_it else strays).append(self.listing.name(path))
+        self.remarks.extend(few(strays, "belongs to no photo", "belong to no photo"))
+        return [f"{name} belongs to no photo" for name in lost]
+
+    def told(self) -> list[str]:
+        """All remarks."""
+        there = f"in {self.listing.metadata.file}"
+        unlisted = few(
+            self.unlisted,
+            f"is not {there}, its captions are instance_prompt",
+            f"are not {there}, their captions are instance_prompt",
+        )
+        return [*self.remarks, *unlisted]
+
     def _kept_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The photo's size, but no more than training has a use for: twenty photos of a telephone fill gigabytes."""
         scale = 1.0 if self.resolution is None else _KEPT * self.resolution / min(size)
         return size if scale >= 1 else (round(size[0] * scale), round(size[1] * scale))
 
     def _captions(self, path: Path, name: str) -> tuple[str, ...]:
-        file = path.with_suffix(".txt")
-        listed = self.metadata.captions.get(name, ())
-        if file.exists() and listed:
-            raise TrainingDataError(f"{name} has captions in {file.name} and in {self.metadata.file}; keep one")
-        if file.exists():
-            return named(read_caption_file(file), self.concept, source=file.relative_to(self.folder).as_posix())
-        if listed:
-            return named(listed, self.concept, source=f"{self.metadata.file}, {name}")
-        if self.metadata.file and name not in self.metadata.captions:
-            self.remarks.append(f"{name} is not in {self.metadata.file}, its captions are instance_prompt")
+        metadata = self.listing.metadata
+        sources = {self.listing.name(file): read_caption_file(file) for file in self.listing.captions.get(path, ())}
+        if listed := metadata.captions.get(name, ()):
+            sources[metadata.file] = list(listed)
+        for file, texts in self._described(path).items():
+            if texts not in sources.values():  # tools that fetch pictures write captions twice
+                sources[file] = texts
+        if len(sources) > 1:
+            raise TrainingDataError(f"{name} has captions in {' and in '.join(sources)}; keep one")
+        for file, texts in sources.items():
+            return named(texts, self.concept, source=f"{file}, {name}" if file == metadata.file else file)
+        if metadata.file and not metadata.defects and name not in metadata.captions:
+            self.unlisted.append(name)
         return named(self.templates, self.concept, source="instance_prompt")
 
-    def _mask(self, path: Path, name: str, size: tuple[int, int]) -> Image.Image | None:
-        listed = self.metadata.masks.get(name)
-        files = [
-            file for file in sorted((path.parent / MASKS).glob("*")) if file.stem == path.stem and is_picture(file)
-        ]
-        if listed is not None:
-            files.append(self.folder / listed)
+    def _described(self, path: Path) -> dict[str, list[str]]:
+        """Captions in JSON files beside the photo."""
+        found: dict[str, list[str]] = {}
+        for file in self.listing.descriptions.get(path, ()):
+            texts = [] if self.column is None else read_description(file, column=self.column)
+            if texts:
+                found[self.listing.name(file)] = texts
+            elif self.column is not None:
+                self.remarks.append(f"{self.listing.name(file)} has no caption and was left alone")
+        return found
+
+    def _mask(self, path: Path, size: tuple[int, int]) -> Image.Image | None:
+        files = self.listing.masks.get(path, ())
+        names = [self.listing.name(file) for file in files]
         if len(files) > 1:
-            names = " and ".join(file.relative_to(self.folder).as_posix() for file in files)
-            raise TrainingDataError(f"{name} has several masks ({names}); keep one")
+            raise TrainingDataError(f"{self.listing.name(path)} has several masks ({' and '.join(names)}); keep one")
         if not files:
             return None
-        called = files[0].relative_to(self.folder).as_posix()
-        mask = read_picture(files[0], called=called).image.convert("L")
-        if abs(mask.width / mask.height / (size[0] / size[1]) - 1) > _ASPECT_TOLERANCE:
-            raise TrainingDataError(
-                f"{called} is {mask.width}x{mask.height}, expected the photo's shape, {size[0]}x{size[1]}"
-            )
-        if mask.getextrema()[1] == 0:
+        (called,) = names
+        mask = read_mask(files[0], called=called)
+        self.remarks.extend(mask.remarks)
+        height, width = mask.values.shape
+        if abs(width / height / (size[0] / size[1]) - 1) > _ASPECT_TOLERANCE:
+            raise TrainingDataError(f"{called} is {width}x{height}, expected the photo's shape, {size[0]}x{size[1]}")
+        if not mask.values.any():
             raise TrainingDataError(f"{called} is black everywhere; white marks the concept")
-        return mask
+        return mask.grey
 
     def _usable_alpha(self, alpha: Image.Image | None, name: str) -> Image.Image | None:
-        if alpha is not None and alpha.getextrema()[1] == 0:
+        if alpha is not None and np.asarray(alpha).max() <= _BARELY_OPAQUE:
             self.remarks.append(f"{name} is transparent everywhere")
             return None
         return alpha
@@ -192,60 +230,3 @@ class _Reader:
 
 def _shrunk(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
     return image if image.size == size else image.resize(size, resampling)
-
-
-def _folder_of_photos(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ConfigurationError(
-            f"{folder} is no folder. Expected a folder of photos ({', '.join(PICTURE_SUFFIXES)}); a data set of "
-            "the Hub is named by dataset_name."
-        )
-    try:
-        is_empty = not any(is_picture(path) or path.name in METADATA_FILES for path in folder.iterdir())
-    except OSError as error:
-        raise TrainingDataError(f"{folder} cannot be read ({error}). Check who may read it.") from error
-    return folder / "train" if is_empty and (folder / "train").is_dir() else folder
-
-
-def _photo_paths(folder: Path, metadata: Metadata) -> list[Path]:
-    """The pictures in the folder, and those below it that metadata lists; masks are none of them."""
-    masks = {folder / name for name in metadata.masks.values()}
-    listed = {folder / name for name in metadata.captions}
-    return sorted(({path for path in folder.iterdir() if is_picture(path)} | listed) - masks)
-
-
-def _stray_files(folder: Path, photos: Sequence[Path], metadata: Metadata) -> list[str]:
-    """Two photos of one stem would share captions; captions and masks of no photo are most likely misnamed."""
-    stems = [path.with_suffix("") for path in photos]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    defects = [
-        f"several photos are called {stem.relative_to(folder).as_posix()!r}, so their caption and mask are ambiguous"
-        for stem in twice
-    ]
-    defects += [
-        f"{path.relative_to(folder).as_posix()} belongs to no photo"
-        for path in _companions(folder)
-        if path.with_suffix("") not in stems and path.parent.parent / path.stem not in stems
-        if path.relative_to(folder).as_posix() not in metadata.masks.values()
-    ]
-    return defects + [
-        f"{MASKS}/{path.name} is no picture" for path in _visible(folder / MASKS) if not is_picture(path)
-    ]
-
-
-def _companions(folder: Path) -> list[Path]:
-    """Files that belong to a photo: captions and masks."""
-    return [*sorted(folder.glob("*.txt")), *_visible(folder / MASKS)]
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
-
-
-def _useless_files(folder: Path) -> list[str]:
-    known = (*_NO_DATA, *PICTURE_SUFFIXES, ".txt")
-    return [
-        f"{path.name} is of no known use and was left alone"
-        for path in _visible(folder)
-        if path.is_file() and path.name not in (*METADATA_FILES, "LICENSE") and path.suffix.lower() not in known
-    ]

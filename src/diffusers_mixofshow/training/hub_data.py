@@ -14,17 +14,14 @@ from huggingface_hub.errors import (
 )
 
 from diffusers_mixofshow.errors import HubError
+from diffusers_mixofshow.pictures import PICTURE_SUFFIXES
 from diffusers_mixofshow.training.captions import METADATA_FILES
-from diffusers_mixofshow.training.pictures import PICTURE_SUFFIXES
+from diffusers_mixofshow.training.folders import CAPTION_SUFFIXES
 
 
-_WANTED = [
-    *(f"*{suffix}" for suffix in (*PICTURE_SUFFIXES, ".txt")),
-    *(f"*{suffix.upper()}" for suffix in PICTURE_SUFFIXES),
-    *METADATA_FILES,
-    *(f"*/{name}" for name in METADATA_FILES),
-]
-"""Pictures, captions and metadata; code and archives of a data set are never fetched."""
+_ENDINGS = (*PICTURE_SUFFIXES, *CAPTION_SUFFIXES, ".json", *METADATA_FILES)
+_WANTED = ["*" + "".join(f"[{letter}{letter.upper()}]" for letter in ending) for ending in _ENDINGS]
+"""Pictures, captions and metadata, in any case of letters; code and archives of a data set are never fetched."""
 
 
 def fetch_data_set(name: str) -> Path:

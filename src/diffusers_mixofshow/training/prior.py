@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusers_mixofshow.atomic import write_picture
-from diffusers_mixofshow.errors import TrainingDataError
+from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, TrainingDataError
+from diffusers_mixofshow.pictures import read_picture
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.pictures import Photo, is_picture, read_picture
+from diffusers_mixofshow.training.folders import few, list_folder, one_a_line
+from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.samples import drawing_settings, plain_pipeline
+
+
+_SURPLUS = "beyond num_class_images: not used"
 
 
 def prompt_of_class(config: TrainingConfig) -> str:
@@ -32,26 +38,26 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
         TrainingDataError: If a picture cannot be read; lists all of them.
     """
     folder = Path(str(config.class_data_dir))
-    present = _pictures(folder)
+    present = list_folder(folder).photos if folder.is_dir() else []
     if drawing and len(present) < config.num_class_images:
         _draw(pipeline, config, folder, first=len(present))
-        present = _pictures(folder)
-    photos, defects = [], []
-    for path in present[: config.num_class_images]:
+    listing = list_folder(folder)
+    used, left = listing.photos[: config.num_class_images], listing.photos[config.num_class_images :]
+    photos, defects, remarks = [], list(listing.defects), list(listing.remarks)
+    for path in used:
         try:
-            image = read_picture(path, called=path.name).image
-            photos.append(Photo(path=path, image=image, captions=(prompt_of_class(config),), mask=None))
-        except TrainingDataError as error:
+            picture = read_picture(path, called=listing.name(path))
+        except PictureError as error:
             defects.append(str(error))
+            continue
+        remarks += picture.remarks
+        photos.append(Photo(path=path, image=picture.image, captions=(prompt_of_class(config),), mask=None))
     if defects:
         raise TrainingDataError(f"{folder}: these pictures of the class cannot be read: {'; '.join(defects)}")
+    remarks += few([listing.name(path) for path in left], _SURPLUS, _SURPLUS)
+    if remarks and not drawing:  # told once, when they are read for use
+        warnings.warn(one_a_line(f"Pictures of the class in {folder}", remarks), MixOfShowWarning, stacklevel=2)
     return photos
-
-
-def _pictures(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if is_picture(path))
 
 
 @torch.no_grad()

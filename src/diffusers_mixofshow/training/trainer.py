@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
@@ -182,7 +183,7 @@ class _Tuning:
         """Captions as tokens and pictures as latents; every process draws batches for itself."""
         config, accelerator = self.config, self.accelerator
         captions = list(dict.fromkeys(caption for photo in photos for caption in photo.captions))
-        _refuse_cut(captions, self.pipeline, config)
+        _refuse_cut(photos, self.pipeline, config)
         of_class: list[Photo] = []
         if config.class_data_dir is not None:
             class_pictures(self.pipeline, config, drawing=accelerator.is_main_process)
@@ -327,12 +328,20 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _refuse_cut(captions: Sequence[str], pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
-    tokenized = tokenize(captions, pipeline.tokenizer, [config.concept_to_learn])
-    cut = [caption for caption, names in zip(captions, tokenized.concept_tokens, strict=True) if not names]
+def _refuse_cut(photos: Sequence[Photo], pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
+    """Refuse captions in which a token of the concept lies behind the last one that the text encoder sees."""
+    concept, tokenizer = config.concept_to_learn, pipeline.tokenizer
+    captions = [(photo.path.name, caption) for photo in photos for caption in photo.captions]
+    seen = tokenize([caption for _, caption in captions], tokenizer, [concept]).concept_tokens
+    cut = [
+        f"{name}: {caption}"
+        for (name, caption), kept in zip(captions, seen, strict=True)
+        if len(kept) < sum(piece in concept.tokens for piece in split_prompt(caption, [concept]))
+    ]
     if cut:
         raise TrainingDataError(
-            f"In {len(cut)} captions the concept comes too late and is cut off; name it earlier: {'; '.join(cut)}"
+            f"The text encoder sees {tokenizer.model_max_length} tokens. In {len(cut)} captions the concept, or a "
+            f"part of it, comes later and is cut off; name it earlier in {'; '.join(cut)}"
         )
 
 

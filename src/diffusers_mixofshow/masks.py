@@ -1,0 +1,161 @@
+"""Masks of any kind, from a file or in memory: where the concept, or the region, is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusers_mixofshow.errors import PictureError
+from diffusers_mixofshow.pictures import Opened, Source, open_upright, unit_range
+
+
+_BARELY_COLOURED = 16
+"""A colour whose channels differ by no more than this, of 255, is a grey."""
+_BLACK, _WHITE = 64, 192
+"""Greys of 255 up to and from which a mask means outside and inside."""
+_OPAQUE = 240
+"""An alpha channel that is nowhere below says nothing."""
+_MOST_LABELS = 16
+"""A picture with no more values than this may be one of labels; soft edges have more."""
+_NEARLY_WHITE = 0.94
+"""The brightest of a soft mask's values, of 1; labels are small whole numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """A mask, read.
+
+    Args:
+        values: 1 inside, 0 outside, between them at soft edges; float64, shape (height, width).
+        remarks: What somebody should know who did not look into the file.
+    """
+
+    values: np.ndarray
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def inside(self) -> np.ndarray:
+        """Where the mask is above one half, booleans of shape (height, width)."""
+        return self.values > 0.5
+
+    @property
+    def grey(self) -> Image.Image:
+        """The mask as a picture of mode L, white inside."""
+        return Image.fromarray(np.rint(self.values * 255).astype(np.uint8))
+
+
+def read_mask(source: Source | np.ndarray | torch.Tensor, *, called: str) -> Mask:
+    """Read a mask.
+
+    Inside is what is white; or what is opaque, where the alpha channel varies; or the one label beside 0; or the one
+    colour beside black. Floats run from 0 to 1, whole numbers to 255, those of 16 bits to 65535.
+
+    Args:
+        source: A file, a picture of any mode, or an array or tensor of shape (height, width).
+        called: How errors and remarks name it.
+
+    Raises:
+        PictureError: If it cannot be read, or can be understood in more than one way.
+    """
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return Mask(values=_of_array(_plain(source, called), called))
+    opened = open_upright(source, called=called)
+    return Mask(values=_of_picture(opened, called), remarks=opened.remarks)
+
+
+def _plain(given: np.ndarray | torch.Tensor, called: str) -> np.ndarray:
+    """Array or tensor as an array of two dimensions."""
+    if isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+        given = (given.float() if given.is_floating_point() else given).numpy()
+    array = given
+    while array.ndim > 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 or not array.size:
+        raise PictureError(f"{called} has shape {tuple(given.shape)}; expected (height, width)")
+    if array.dtype.kind not in "buif":
+        raise PictureError(f"{called} has values of type {array.dtype}; expected booleans, whole numbers or floats")
+    return array
+
+
+def _of_array(array: np.ndarray, called: str) -> np.ndarray:
+    values = array.astype(np.float64)
+    if array.dtype.kind == "b":
+        return values
+    if array.dtype.kind == "f":
+        return _soft(unit_range(values, called), called)
+    limit = 65535 if array.dtype.kind == "u" and array.dtype.itemsize == 2 else 255
+    low, high = int(array.min()), int(array.max())
+    if not 0 <= low <= high <= limit:
+        raise PictureError(f"{called} has values from {low} to {high}; expected 0 to {limit}")
+    return _of_whole_numbers(values / limit, called)
+
+
+def _of_picture(opened: Opened, called: str) -> np.ndarray:
+    image = opened.image
+    if opened.deep is not None:
+        return (_soft if image.mode == "F" else _of_whole_numbers)(opened.deep, called)
+    colours = np.asarray(image.convert("RGB"))
+    alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
+    if alpha is None or alpha.min() == alpha.max() > 0 or alpha.min() >= _OPAQUE:
+        return _of_whole_numbers(_grey(colours, called) / 255, called)
+    if alpha.max() == 0:
+        raise PictureError(f"{called} is transparent everywhere; expected what is opaque, or white, to be inside")
+    visible = colours[alpha > alpha.max() / 2]
+    if not _is_coloured(visible) and visible.min() <= _BLACK and visible.max() >= _WHITE:
+        raise PictureError(
+            f"{called} is black and white and has an alpha channel as well, so that inside is either what is white or "
+            "what is opaque; save it without the alpha channel, or in one colour"
+        )
+    return _soft(_two_valued(alpha / 255, alpha.min() / 255), called)
+
+
+def _grey(colours: np.ndarray, called: str) -> np.ndarray:
+    """Greys of 255, shape (height, width), where the colours (height, width, 3) are greys, or black and another."""
+    if not _is_coloured(colours):
+        return colours.max(axis=2).astype(np.float64)
+    other = colours.any(axis=2)
+    if not other.all() and (colours[other] == colours[other][0]).all():
+        return np.where(other, 255.0, 0.0)
+    raise PictureError(
+        f"{called} has several colours, so that it is not known what is inside; expected black and white, or black "
+        "and one other colour (of labels, only the concept's)"
+    )
+
+
+def _is_coloured(colours: np.ndarray) -> bool:
+    """Whether some colour, along the last axis, is no grey."""
+    return bool((colours.max(axis=-1) - colours.min(axis=-1)).max() > _BARELY_COLOURED)
+
+
+def _of_whole_numbers(values: np.ndarray, called: str) -> np.ndarray:
+    """Take two labels, or greys; `values` are fractions of the largest number that could be."""
+    values = _two_valued(values, 0)
+    count = len(np.unique(values)) if 0 < values.max() < _NEARLY_WHITE else 0
+    if 0 < count <= _MOST_LABELS:
+        raise PictureError(
+            f"{called} has {count} values, none of them white, as pictures of labels have, so that it is not "
+            "known which label is inside; expected black and white, or 0 and one other value"
+        )
+    return _soft(values, called)
+
+
+def _two_valued(values: np.ndarray, low: float) -> np.ndarray:
+    """Zero and one where there is nothing but the low value and another: labels, or a brush of some opacity."""
+    high = values.max()
+    return (values > low).astype(np.float64) if ((values == low) | (values == high)).all() else values
+
+
+def _soft(values: np.ndarray, called: str) -> np.ndarray:
+    """Refuse a mask that is grey at its brightest; one of nothing but zeros is the caller's to judge."""
+    if 0 < values.max() <= 0.5:
+        raise PictureError(
+            f"{called} is nowhere brighter than {values.max():.2g} of its range; expected what is inside to be above "
+            "one half"
+        )
+    return values

@@ -1,0 +1,217 @@
+"""Masks of every kind say where the concept is; one that could say two things is refused and tells how it was read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, RegionError, TrainingDataError
+from diffusers_mixofshow.masks import read_mask
+from diffusers_mixofshow.regions import Layout, Region
+from diffusers_mixofshow.regions.region import pixels_inside
+from diffusers_mixofshow.training.data import read_photos
+
+
+SQUARE = np.zeros((64, 64), bool)
+SQUARE[16:48, 16:48] = True
+EIGHT = SQUARE.astype(np.uint8) * 255
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+CONCEPT = Concept.from_name("rex", "dog")
+
+
+def with_alpha(colour: object, alpha: np.ndarray = EIGHT) -> Image.Image:
+    colours = np.broadcast_to(np.asarray(colour, np.uint8), (64, 64, 3))
+    return Image.fromarray(np.dstack([colours, alpha.astype(np.uint8)]))
+
+
+def palette(labels: np.ndarray, *colours: tuple[int, int, int]) -> Image.Image:
+    image = Image.fromarray(labels.astype(np.uint8)).convert("P")
+    image.putpalette([value for colour in colours for value in colour])
+    return image
+
+
+def transparent_palette() -> Image.Image:
+    image = palette(SQUARE, (255, 255, 255), (200, 30, 60))
+    image.info["transparency"] = 0
+    return image
+
+
+PICTURES: dict[str, Callable[[], Image.Image]] = {
+    "black and white": lambda: Image.fromarray(EIGHT),
+    "mode 1": lambda: Image.fromarray(SQUARE),
+    "labels 0 and 1": lambda: Image.fromarray(SQUARE.astype(np.uint8)),
+    "labels 0 and 38": lambda: Image.fromarray(SQUARE.astype(np.uint8) * 38),
+    "labels of 16 bits": lambda: Image.fromarray(SQUARE.astype(np.uint16)),
+    "labels of 32 bits": lambda: Image.fromarray(SQUARE.astype(np.int32)),
+    "16 bits": lambda: Image.fromarray(SQUARE.astype(np.uint16) * 65535),
+    "8 bits in 16": lambda: Image.fromarray(SQUARE.astype(np.uint16) * 255),
+    "float": lambda: Image.fromarray(SQUARE.astype(np.float32)),
+    "red on black": lambda: Image.fromarray(np.dstack([EIGHT, EIGHT * 0, EIGHT * 0])),
+    "tinted white": lambda: Image.fromarray(np.dstack([EIGHT, EIGHT // 255 * 250, EIGHT // 255 * 245])),
+    "palette, red on black": lambda: palette(SQUARE, (0, 0, 0), (128, 0, 0)),
+    "palette, white first": lambda: palette(~SQUARE, (255, 255, 255), (0, 0, 0)),
+    "palette, transparent": transparent_palette,
+    "CMYK": lambda: Image.fromarray(EIGHT).convert("RGB").convert("CMYK"),
+    "YCbCr": lambda: Image.fromarray(EIGHT).convert("RGB").convert("YCbCr"),
+    "HSV": lambda: Image.fromarray(EIGHT).convert("RGB").convert("HSV"),
+    "white, alpha": lambda: with_alpha(255),
+    "brush, black on nothing": lambda: with_alpha(0),
+    "brush of opacity 100": lambda: with_alpha(0, EIGHT // 255 * 100),
+    "faded background": lambda: with_alpha(90, np.where(SQUARE, 255, 128)),
+    "cut-out, its colour kept below": lambda: with_alpha(200),
+    "cut-out of a photo": lambda: with_alpha(NOISE),
+    "cut-out, nothing below": lambda: with_alpha(NOISE * SQUARE[..., None]),
+    "alpha like the white": lambda: with_alpha(EIGHT[..., None]),
+    "grey and alpha": lambda: Image.fromarray(np.dstack([EIGHT * 0 + 255, EIGHT])),
+    "multiplied by alpha": lambda: with_alpha(255).convert("RGBa"),
+    "alpha of 1": lambda: with_alpha(255, SQUARE),
+    "opaque everywhere": lambda: with_alpha(EIGHT[..., None], EIGHT * 0 + 255),
+    "nearly opaque": lambda: with_alpha(EIGHT[..., None], np.where(SQUARE, 255, 250)),
+    "half transparent everywhere": lambda: with_alpha(EIGHT[..., None], EIGHT * 0 + 128),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Photos in")
+@pytest.mark.parametrize("kind", PICTURES)
+def test_regions_layouts_and_training_read_the_same_square(tmp_path: Path, kind: str) -> None:
+    mask = PICTURES[kind]()
+    assert pixels_inside(mask).numpy().tolist() == SQUARE.tolist()
+    if mask.mode in ("HSV", "RGBa"):  # in memory only
+        return
+    file = "1.tif" if mask.mode in ("F", "I", "CMYK", "YCbCr") else "1.png"
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(NOISE).save(tmp_path / "1.jpg")
+    mask.save(tmp_path / "masks" / file)
+    (photo,) = read_photos(tmp_path, CONCEPT)
+    assert photo.mask is not None
+    assert (np.array(photo.mask) > 127).tolist() == SQUARE.tolist()
+    assert photo.mask.getextrema()[1] >= 245
+    content = '{"format": "mixofshow-layout", "version": 1, "regions": [{"prompt": "a", "mask": "masks/%s"}]}'
+    (tmp_path / "layout.json").write_text(content % file)
+    (region,) = Layout.load(tmp_path / "layout.json")
+    assert region.mask is not None
+    assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
+
+
+ARRAYS: dict[str, object] = {
+    "booleans": SQUARE,
+    "uint8": EIGHT,
+    "labels": SQUARE.astype(np.int64),
+    "labels 0 and 7": SQUARE.astype(np.int32) * 7,
+    "int64 of 255": EIGHT.astype(np.int64),
+    "uint16": SQUARE.astype(np.uint16) * 65535,
+    "big-endian": SQUARE.astype(">u2") * 65535,
+    "big-endian float": SQUARE.astype(">f4"),
+    "half": SQUARE.astype(np.float16),
+    "turned around": EIGHT[::-1, ::-1],
+    "channel last": EIGHT[..., None],
+    "channels first": EIGHT[None, None],
+    "tensor": torch.from_numpy(EIGHT),
+    "bfloat16": torch.from_numpy(SQUARE).bfloat16(),
+    "with gradient": torch.from_numpy(SQUARE).float().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_and_tensors(kind: str) -> None:
+    region = Region("a", mask=ARRAYS[kind])  # type: ignore[arg-type]
+    assert region.mask is not None
+    assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
+
+
+RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        RAMP,
+        (RAMP * 255).round().astype(np.uint8),
+        (RAMP * 65535).astype(np.uint16),
+        Image.fromarray((RAMP * 255).round().astype(np.uint8)),
+        Image.fromarray((RAMP * 65535).astype(np.uint16)),
+        Image.fromarray((RAMP * (2**31 - 1)).astype(np.int32)),
+        Image.fromarray(RAMP.astype(np.float32)),
+        with_alpha(0, (RAMP * 255).round()),
+    ],
+    ids=["float array", "uint8", "uint16", "L", "I;16", "I", "F", "alpha"],
+)
+def test_soft_edges_keep_their_values(mask: object) -> None:
+    found = read_mask(mask, called="it")  # type: ignore[arg-type]
+    assert np.abs(found.values - RAMP).max() < 0.003
+    assert np.abs(np.asarray(found.grey) / 255 - RAMP).max() < 0.005
+    assert found.inside.mean() == 0.5
+
+
+def three(a: int, b: int, c: int) -> np.ndarray:
+    """Three values in stripes."""
+    return np.repeat(np.array([a, b, c], np.uint8), 22)[None, :64].repeat(64, axis=0)
+
+
+AMBIGUOUS: dict[str, tuple[object, str]] = {
+    "three labels": (Image.fromarray(three(0, 1, 2)), "3 values, none of them white"),
+    "three labels, one large": (Image.fromarray(three(0, 12, 130)), "3 values, none of them white"),
+    "labels without 0": (Image.fromarray(np.where(SQUARE, 2, 1).astype(np.uint8)), "2 values, none of them white"),
+    "three labels of 16 bits": (Image.fromarray(three(0, 1, 2).astype(np.uint16)), "3 values, none of them white"),
+    "array of three labels": (three(0, 1, 2), "3 values, none of them white"),
+    "palette of three labels": (palette(three(0, 1, 2), (0, 0, 0), (128, 0, 0), (0, 128, 0)), "several colours"),
+    "two colours, none black": (palette(SQUARE, (0, 0, 255), (255, 0, 0)), "several colours"),
+    "one colour everywhere": (Image.new("RGB", (64, 64), "red"), "several colours|one colour"),
+    "a photo": (Image.fromarray(NOISE), "several colours"),
+    "dark greys": (Image.fromarray((RAMP * 100).astype(np.uint8)), "nowhere brighter than 0.3"),
+    "8 bits in 16": (Image.fromarray((RAMP * 255).astype(np.uint16)), "nowhere brighter"),
+    "8 bits in 32": (Image.fromarray((RAMP * 255).astype(np.int32)), "nowhere brighter"),
+    "float of 255": (Image.fromarray((RAMP * 255).astype(np.float32)), "0.0 to 255.0; expected 0 to 1"),
+    "float array of 255": (RAMP * 255, "0.0 to 255.0; expected 0 to 1"),
+    "labels through a tensor of 0 to 1": (SQUARE / 255.0, "nowhere brighter"),
+    "no number": (np.where(SQUARE, np.nan, 0.0), "nan"),
+    "ignored label": (np.where(SQUARE, 1, -1), "-1 to 1; expected 0 to 255"),
+    "too large": (np.where(SQUARE, 300, 0), "0 to 300; expected 0 to 255"),
+    "colours": (NOISE, r"shape \(64, 64, 3\); expected \(height, width\)"),
+    "complex": (SQUARE.astype(complex), "complex128"),
+    "white and alpha": (with_alpha(np.where(RAMP < 0.5, 0, 255)[..., None]), "either what is white or what is opaque"),
+    "transparent everywhere": (with_alpha(EIGHT[..., None], EIGHT * 0), "transparent everywhere"),
+    "a faint brush": (with_alpha(0, RAMP * 100), "nowhere brighter"),
+}
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_what_could_say_two_things_is_refused(kind: str) -> None:
+    mask, words = AMBIGUOUS[kind]
+    with pytest.raises(PictureError, match=words):
+        read_mask(mask, called="it")  # type: ignore[arg-type]
+    with pytest.raises(RegionError, match=words):
+        Region("a", mask=mask)  # type: ignore[arg-type]
+
+
+def test_an_ambiguous_mask_of_a_photo_is_a_defect(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(NOISE).save(tmp_path / "1.jpg")
+    Image.fromarray(three(0, 1, 2)).save(tmp_path / "masks" / "1.png")
+    with pytest.raises(TrainingDataError, match=r"masks/1\.png has 3 values, none of them white"):
+        read_photos(tmp_path, CONCEPT)
+
+
+def test_masks_are_turned_upright_and_frames_are_told(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the photo's top is at the right
+    top = np.zeros((32, 64), np.uint8)
+    top[:, :32] = 255
+    Image.fromarray(top).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    inside = read_mask(tmp_path / "a.jpg", called="a").inside
+    assert inside.shape == (64, 32)
+    assert inside.mean(axis=1)[[0, -1]].tolist() == [1, 0]
+    frames = [Image.fromarray(EIGHT), Image.fromarray(255 - EIGHT)]
+    frames[0].save(tmp_path / "m.gif", save_all=True, append_images=frames[1:])
+    content = '{"format": "mixofshow-layout", "version": 1, "regions": [{"prompt": "a", "mask": "m.gif"}]}'
+    (tmp_path / "layout.json").write_text(content, encoding="utf-16")
+    with pytest.warns(MixOfShowWarning, match=r"m\.gif has 2 frames"):
+        (region,) = Layout.load(tmp_path / "layout.json")
+    assert region.mask is not None
+    assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
