@@ -82,9 +82,9 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
 def test_regions_layouts_and_training_read_the_same_square(tmp_path: Path, kind: str) -> None:
     mask = PICTURES[kind]()
     assert pixels_inside(mask).numpy().tolist() == SQUARE.tolist()
-    if mask.mode in ("HSV", "RGBa"):  # in memory only
+    if mask.mode in ("HSV", "RGBa", "YCbCr"):  # in memory only
         return
-    file = "1.tif" if mask.mode in ("F", "I", "CMYK", "YCbCr") else "1.png"
+    file = "1.tif" if mask.mode in ("F", "I", "CMYK") else "1.png"
     (tmp_path / "masks").mkdir()
     Image.fromarray(NOISE).save(tmp_path / "1.jpg")
     mask.save(tmp_path / "masks" / file)

@@ -13,8 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+import tiny
+from diffusers_mixofshow.cli.control import Control, condition_image
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora.card import write_samples
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
 from diffusers_mixofshow.pictures import read_image, read_picture
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.pipelines.refining import refine_regions
+from diffusers_mixofshow.regions import Layout
+from diffusers_mixofshow.toyland.autoencoder import to_pixels
+from diffusers_mixofshow.training.data import read_photos
 
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
@@ -148,6 +157,41 @@ def test_a_transparent_grey_of_sixteen_bits_is_refused() -> None:
     image.info["transparency"] = 0
     with pytest.raises(PictureError, match="one transparent grey"):
         read_picture(image, called="it")
+
+
+def first_pixel(door: str, image: Image.Image, folder: Path) -> tuple[int, ...]:
+    """What the first pixel of a picture becomes behind one of the doors of the package, from 0 to 255."""
+    if door == "layout":
+        return tuple(np.asarray(Layout().draw(image))[0, 0])
+    if door == "refining":
+        pipe = MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+        return tuple(np.asarray(refine_regions(pipe, [image], [])[0])[0, 0])
+    if door == "card":
+        write_samples(folder, {"a prompt": image})
+        return tuple(np.asarray(Image.open(folder / "samples" / "0.png"))[0, 0])
+    if door == "metric model":
+        return tuple((to_pixels([image])[0, :, 0, 0] * 127.5 + 127.5).round().int().tolist())
+    image.save(folder / "a.tif")
+    if door == "control":
+        return tuple(np.asarray(condition_image(Control("image", "x", folder / "a.tif")))[0, 0])
+    return tuple(np.asarray(read_photos(folder, Concept.from_name("rex", "dog"))[0].image)[0, 0])
+
+
+@pytest.mark.filterwarnings("ignore:Photos in")
+@pytest.mark.parametrize("door", ["layout", "card", "metric model", "control", "training", "refining"])
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGBA", (8, 8), (10, 200, 30, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (8, 8), (10, 200, 30, 255)), (10, 200, 30)),
+        (Image.new("LA", (8, 8), (10, 0)), (255, 255, 255)),
+        (Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)), (100, 100, 100)),
+        (Image.fromarray(np.full((8, 8), 0.4, np.float32)), (102, 102, 102)),
+    ],
+    ids=["transparent", "opaque", "grey, transparent", "16 bits", "float"],
+)
+def test_every_door_reads_alike(tmp_path: Path, door: str, image: Image.Image, expected: tuple[int, ...]) -> None:
+    assert first_pixel(door, image, tmp_path) == expected
 
 
 def test_files_and_pictures_in_memory_are_turned_upright(tmp_path: Path) -> None:
