@@ -190,6 +190,31 @@ def test_what_could_say_two_things_is_refused(kind: str) -> None:
         Region("a", mask=mask)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:Photos in")
+@pytest.mark.parametrize(
+    ("alpha", "share"),
+    [
+        (EIGHT, 0.25),
+        (EIGHT // 255 * 140, 0.25),
+        (np.where(SQUARE, 255, 128), 0.25),
+        (np.where(SQUARE, 255, 250), None),
+        (EIGHT * 0 + 200, None),
+        (EIGHT * 0, None),
+    ],
+    ids=["cut-out", "pale", "faded background", "nearly opaque", "one opacity", "nothing"],
+)
+def test_a_photos_own_alpha(tmp_path: Path, alpha: np.ndarray, share: float | None) -> None:
+    with_alpha(NOISE, alpha).save(tmp_path / "1.png")
+    found = read_photos(tmp_path, CONCEPT)[0].mask
+    assert (found and np.asarray(found).mean() / 255) == share
+
+
+def test_a_photo_that_can_hardly_be_seen_is_a_defect(tmp_path: Path) -> None:
+    with_alpha(NOISE, RAMP * 100).save(tmp_path / "1.png")
+    with pytest.raises(TrainingDataError, match=r"the alpha channel of 1\.png is nowhere brighter than 0\.39"):
+        read_photos(tmp_path, CONCEPT)
+
+
 def test_an_ambiguous_mask_of_a_photo_is_a_defect(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     Image.fromarray(NOISE).save(tmp_path / "1.jpg")

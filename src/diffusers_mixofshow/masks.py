@@ -66,6 +66,16 @@ def read_mask(source: Source | np.ndarray | torch.Tensor, *, called: str) -> Mas
     return Mask(values=_of_picture(opened, called), remarks=opened.remarks)
 
 
+def read_alpha(alpha: Image.Image, *, called: str) -> Mask | None:
+    """Read the alpha channel of a cut-out, mode L, as its mask; None where it is opaque everywhere, or nearly so.
+
+    Raises:
+        PictureError: If it is nowhere more than half opaque.
+    """
+    values = _of_alpha(np.asarray(alpha), called)
+    return None if values is None else Mask(values=values)
+
+
 def _plain(given: np.ndarray | torch.Tensor, called: str) -> np.ndarray:
     """Array or tensor as an array of two dimensions."""
     if isinstance(given, torch.Tensor):
@@ -102,16 +112,24 @@ def _of_picture(opened: Opened, called: str) -> np.ndarray:
         return (_soft if image.mode == "F" else _of_whole_numbers)(opened.deep, called)
     colours = np.asarray(image.convert("RGB"))
     alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-    if alpha is None or alpha.min() == alpha.max() > 0 or alpha.min() >= _OPAQUE:
+    opaque = None if alpha is None else _of_alpha(alpha, called)
+    if alpha is None or opaque is None:
         return _of_whole_numbers(_grey(colours, called) / 255, called)
-    if alpha.max() == 0:
-        raise PictureError(f"{called} is transparent everywhere; expected what is opaque, or white, to be inside")
     visible = colours[alpha > alpha.max() / 2]
     if not _is_coloured(visible) and visible.min() <= _BLACK and visible.max() >= _WHITE:
         raise PictureError(
             f"{called} is black and white and has an alpha channel as well, so that inside is either what is white or "
             "what is opaque; save it without the alpha channel, or in one colour"
         )
+    return opaque
+
+
+def _of_alpha(alpha: np.ndarray, called: str) -> np.ndarray | None:
+    """What is opaque, as a mask; None where opacity is the same everywhere, or nearly so."""
+    if alpha.max() == 0:
+        raise PictureError(f"{called} is transparent everywhere; expected what is opaque, or white, to be inside")
+    if alpha.min() == alpha.max() or alpha.min() >= _OPAQUE:
+        return None
     return _soft(_two_valued(alpha / 255, alpha.min() / 255), called)
 
 

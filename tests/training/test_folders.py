@@ -181,7 +181,8 @@ def test_what_is_of_no_use_is_one_line_each(tmp_path: Path) -> None:
             f"  dataset.toml {left};",
             f"  1.xmp, 2.xmp, 3.xmp and 1 more {several};",
             f"  masks/list.txt {left};",
-            f"  rejected/a.jpg, rejected/b.jpg, rejected/deep/c.jpg and 1 more {several}.",
+            "  rejected/a.jpg, rejected/b.jpg, rejected/deep/c.jpg and 1 more are in a subfolder that is not read; "
+            "name the photos in metadata, or move them up.",
         ]
     )
     assert len(photos) == 1
@@ -215,8 +216,8 @@ def test_folders_of_kohyas_scripts(tmp_path: Path) -> None:
     assert (photos[1].captions, photos[1].mask is None) == (SAID, False)
     assert "10_rex dog/ is read as kohya's scripts do, but each photo counts once, not 10 times" in told
     assert "1_other" not in told
-    assert "3_/1.jpg is of no known use" in told
-    assert "x_10/1.jpg is of no known use" in told
+    assert "3_/1.jpg is in a subfolder that is not read" in told
+    assert "x_10/1.jpg is in a subfolder that is not read" in told
     (tmp_path / "0.jpg").unlink()
     assert len(read(tmp_path)[0]) == 2
 
@@ -234,16 +235,19 @@ def test_what_lies_beside_train_is_told(tmp_path: Path, train: str) -> None:
 
 def test_a_folder_that_holds_photos_only_further_down_names_them(tmp_path: Path) -> None:
     photo(tmp_path / "rex" / "1.jpg")
-    with pytest.raises(TrainingDataError, match=r"has no photos.*rex/1\.jpg is of no known use"):
+    with pytest.raises(TrainingDataError, match=r"has no photos.*rex/1\.jpg is in a subfolder"):
         read_photos(tmp_path, REX)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("file_name,text\n1.jpg,a <TOK>, at night, <TOK>\n", "line 2 has 4 cells, the first line 2; put captions"),
+        (
+            "file_name,text\n1.jpg,a <TOK>, at night, <TOK>\n",
+            "line 2 has 4 cells, the first line 2; put captions with ','",
+        ),
         ("file_name,text\n1.jpg,a <TOK>\n1.jpg,a, <TOK>", "line 3 has 3 cells, the first line 2"),
-        ("file_name;text\n1.jpg;a <TOK>; at night\n", "line 2 has 3 cells, the first line 2"),
+        ("file_name;text\n1.jpg;a <TOK>; at night\n", "line 2 has 3 cells, the first line 2; put captions with ';'"),
         ("file_name,text\n1.jpg\n", "line 2: there is no 'text'"),
         ("file_name,text\n1.jpg,\n", "line 2: there is no 'text'"),
         ("file_name,text,text\n1.jpg,<TOK>,b\n", "line 1: there are several columns 'text'"),
@@ -330,7 +334,7 @@ def test_a_folder_with_a_pictures_name_is_a_folder(tmp_path: Path) -> None:
     photo(tmp_path / "album.jpg" / "2.jpg", 1)
     photos, told = read(tmp_path)
     assert len(photos) == 1
-    assert "album.jpg/2.jpg is of no known use" in told
+    assert "album.jpg/2.jpg is in a subfolder" in told
 
 
 def test_pictures_of_the_class_are_read_likewise(tmp_path: Path) -> None:

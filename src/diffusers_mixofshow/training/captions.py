@@ -220,7 +220,7 @@ def _csv_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]
             elif len(cells) > len(columns):
                 defects.append(
                     f"line {reader.line_num} has {len(cells)} cells, the first line {len(columns)}; put captions "
-                    "with commas into quotes"
+                    f"with {reader.dialect.delimiter!r} into quotes"
                 )
             else:
                 given = zip(columns, cells, strict=False)  # the last cells may be left out

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, TextError, TrainingDataError
-from diffusers_mixofshow.masks import read_mask
+from diffusers_mixofshow.masks import read_alpha, read_mask
 from diffusers_mixofshow.pictures import PICTURE_SUFFIXES, read_picture
 from diffusers_mixofshow.texts import read_text
 from diffusers_mixofshow.training import inspection
@@ -139,7 +139,7 @@ class _Reader:
             raise TrainingDataError(why if listed else f"{name} is a link to nothing, or no plain file")
         picture = read_picture(path, called=name)
         self.remarks.extend(picture.remarks)
-        mask = self._mask(path, picture.image.size) or self._usable_alpha(picture.alpha, name)
+        mask = self._mask(path, picture.image.size) or self._alpha(picture.alpha, name)
         size = self._kept_size(picture.image.size)
         return Photo(
             path=path,
@@ -221,11 +221,15 @@ class _Reader:
             raise TrainingDataError(f"{called} is black everywhere; white marks the concept")
         return mask.grey
 
-    def _usable_alpha(self, alpha: Image.Image | None, name: str) -> Image.Image | None:
-        if alpha is not None and np.asarray(alpha).max() <= _BARELY_OPAQUE:
+    def _alpha(self, alpha: Image.Image | None, name: str) -> Image.Image | None:
+        """The mask of a cut-out."""
+        if alpha is None:
+            return None
+        if np.asarray(alpha).max() <= _BARELY_OPAQUE:
             self.remarks.append(f"{name} is transparent everywhere")
             return None
-        return alpha
+        mask = read_alpha(alpha, called=f"the alpha channel of {name}")
+        return None if mask is None else mask.grey
 
 
 def _shrunk(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:

@@ -31,6 +31,7 @@ _SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@e
 """What systems put into folders; names that begin with a dot are hidden, too."""
 _ABOUT_DATA = re.compile(r"(readme|license|licence|copying)(\..*)?", re.IGNORECASE)
 """Texts about the data, which nobody expects to be used."""
+_ELSEWHERE = "in a subfolder that is not read; name the photos in metadata, or move them up"
 _NAMED = 3
 
 
@@ -181,7 +182,10 @@ class _Parts:
         told = []
         for _, files in sorted(self._useless.items()):
             names = [file.relative_to(self.folder).as_posix() for file in files]
-            told += few(names, "is of no known use and was left alone", "are of no known use and were left alone")
+            if all(file.parent in self._places or _is_mask_folder(file.parent) for file in files):
+                told += few(names, "is of no known use and was left alone", "are of no known use and were left alone")
+            else:
+                told += few(names, f"is {_ELSEWHERE}", f"are {_ELSEWHERE}")
         return told
 
     def _owner(self, file: Path, place: Path) -> Path | None:
