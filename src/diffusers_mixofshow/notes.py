@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,31 @@ def version() -> str:
     return metadata.version("diffusers-mixofshow")
 
 
-def sampler_name(scheduler: object) -> str:
-    """A scheduler as other programs call it."""
-    name = type(scheduler).__name__
+def public_name(source: str) -> str:
+    """What strangers may read of where something lies: of this disk the last part, of the Hub's all of its name."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else source
+
+
+def sheet_note(
+    rows: Mapping[str, Sequence[tuple[str, int]]], *, base_model: str, steps: int, guidance: float
+) -> dict[str, Any]:
+    """What a sheet tells of its pictures.
+
+    Args:
+        rows: Label to prompt and seed of each picture in the row.
+        base_model: Hub id, folder or ``toyland``.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+    """
+    told = {label: [{"prompt": prompt, "seed": seed} for prompt, seed in row] for label, row in rows.items()}
+    settings = {"base_model": public_name(base_model), "steps": steps, "guidance": guidance}
+    return {"version": version(), **settings, "rows": told}
+
+
+def sampler_name(scheduler: type) -> str:
+    """A class of schedulers as other programs call it."""
+    name = scheduler.__name__
     return _SAMPLERS.get(name, name.removesuffix("Scheduler"))
 
 

@@ -17,6 +17,7 @@ import tiny
 from diffusers_mixofshow import EDLoRA, cli
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, PictureError
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
+from diffusers_mixofshow.notes import read_note
 from diffusers_mixofshow.toyland.text import build_clip
 
 
@@ -70,6 +71,14 @@ def test_compare_shows_packs_side_by_side(options, place):
     assert [row["identity"] is None for row in record["rows"]] == [False] * 3 + [True] * 4
     with Image.open(place / "out" / "sheet.png") as sheet:
         assert sheet.height == 6 * 132 + 4
+    note = read_note(place / "out" / "sheet.png")
+    assert (note["base_model"], note["steps"], note["guidance"]) == ("base", 1, 1)
+    assert list(note["rows"]) == [f"{row['concept']} {row['pack']}" for row in record["rows"][:-1]]
+    prompts = ["a {} on a beach at noon", "a {} in front of a waterfall"]
+    for label, subject in (("<rex> class word", "dog"), ("<rex> rex", "<rex>"), ("<tom> rex-tom", "<tom>")):
+        assert note["rows"][label] == [
+            {"prompt": prompt.format(subject), "seed": seed} for prompt, seed in zip(prompts, (1, 2), strict=True)
+        ]
 
 
 def test_evaluate_notes_its_numbers_in_the_pack_and_on_its_card(options, place, tmp_path):

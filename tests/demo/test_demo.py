@@ -17,6 +17,7 @@ from diffusers_mixofshow.demo import DemoSettings, run_demo
 from diffusers_mixofshow.demo.photos import photos_of, prepare_photos
 from diffusers_mixofshow.demo.tuning import fingerprint, tune_all, tuning_config
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.notes import read_note
 
 
 TINY = {"max_train_steps": 1, "embedding_phase_steps": 1, "train_batch_size": 2, "captions_per_step": 1}
@@ -52,7 +53,15 @@ def test_the_whole_demo_and_again_from_what_is_finished(tmp_path: Path, monkeypa
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["identity_retention"]) == {"average", "fused"}
     assert set(report["right_concept_in_region"]) == {"regional", "unguided"}
-    assert (tmp_path / "sheets" / "together.png").exists()
+    together, kiki = (read_note(tmp_path / "sheets" / f"{name}.png")["rows"] for name in ("together", "kiki"))
+    (asked,) = together["with regions"]
+    assert (
+        asked
+        == together["without"][0]
+        == {"prompt": "a <bobo> critter and a <kiki> critter in a meadow", "seed": 5000}
+    )
+    assert kiki["fused"] == [{"prompt": "a photo of a <kiki> in the meadow", "seed": 1000}]
+    assert kiki["class word"] == [{"prompt": "a photo of a critter in the meadow", "seed": 1000}]
     files = list(tmp_path.rglob("edlora.safetensors"))
     assert len(files) == 4
     before = {path: path.stat().st_mtime_ns for path in files}

@@ -15,6 +15,7 @@ from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import refreshed
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
+from diffusers_mixofshow.notes import write_noted
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 
@@ -79,6 +80,19 @@ def test_samples_become_widget_gallery_and_files_without_their_metadata(pack, lo
     assert "<Gallery />" in card.text
     assert files["samples/1.png"].startswith(b"\x89PNG")
     assert b"taken at home" not in files["samples/1.png"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("x.png", "PNG"), ("x.jpg", "JPEG"), ("x.webp", "WEBP")])
+def test_a_sample_is_published_without_the_settings_that_drew_it(pack, tmp_path, name, kind):
+    """The card says the prompt that its user gives; the picture's own may say more than is meant for strangers."""
+    write_noted(tmp_path / name, Image.new("RGB", (8, 8)), kind, {"layout": "private"}, "private")
+    opened = Image.open(tmp_path / name)
+    pack.save_pretrained(tmp_path / "pack", samples={"a": tmp_path / name, "b": opened})
+    for number in (0, 1):
+        with Image.open(tmp_path / "pack" / "samples" / f"{number}.png") as published:
+            assert published.text == {}
+            assert not published.getexif()
+            assert "exif" not in published.info
 
 
 def test_a_sample_that_is_no_picture_is_refused(pack, tmp_path):

@@ -13,7 +13,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from diffusers_mixofshow.errors import MissingExtraError
+from diffusers_mixofshow.notes import read_note
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, tracking
+from infotext import parsed, text_of
 from short_training import quick, same
 
 
@@ -61,6 +63,12 @@ def test_sheets_are_drawn_and_change_nothing(pipeline: StableDiffusionPipeline, 
         assert last.size[0] > 2 * 32
         assert last.size[1] > 3 * 32
         assert last.tobytes() != early.tobytes()
+    drawn = [{"prompt": "a photo of a <potter>", "seed": config.seed + number} for number in (0, 1)]
+    assert read_note(sheets[1])["rows"] == {f"LoRA {scale}": drawn for scale in ("0", "0.7", "1")}
+    told = parsed(text_of(sheets[1]))
+    assert (told["prompt"], told["Steps"], told["Sampler"]) == ("a photo of a <potter>", "20", "DPM++ 2M")
+    assert (told["Size"], told["Seed"], told["CFG scale"]) == ("32x32", str(config.seed), "7.5")
+    assert Image.open(out / "samples" / "0.png").text == {}  # what is published is said on the card
     card = (out / "README.md").read_text()
     assert "a photo of a <potter> (LoRA scale 0 and 0.7 and 1, from top to bottom)" in card
     assert '"final_loss"' in card

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.regions import Isolation, Layout
 
+REFINED = 0.4
+"""How much of a region `--refine` draws anew."""
 _INPAINTED = (4, 9)
 """Input channels of U-Nets that diffusers inpaints with."""
 
@@ -88,13 +90,13 @@ class Drawn:
 
     Args:
         images: PIL pictures, one for each seed.
-        scheduler: The pipeline's.
+        scheduler: Class of the pipeline's.
         device: Where it drew.
         dtype: In which type.
     """
 
     images: list[Image.Image]
-    scheduler: object
+    scheduler: type
     device: str
     dtype: str
 
@@ -124,7 +126,7 @@ def draw(drawing: Drawing) -> Drawn:
     if drawing.refine:
         images = [_refined(pipe, image, seed, drawing) for image, seed in zip(images, drawing.seeds, strict=True)]
     dtype = str(pipe.unet.dtype).removeprefix("torch.")
-    return Drawn(images=images, scheduler=pipe.scheduler, device=pipe.device.type, dtype=dtype)
+    return Drawn(images=images, scheduler=type(pipe.scheduler), device=pipe.device.type, dtype=dtype)
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -169,7 +171,7 @@ def _size_of(picture: Image.Image, plan: Layout) -> tuple[int, int]:
     if plan.width and plan.height:
         return plan.width, plan.height
     scale = plan.width / picture.width if plan.width else plan.height / picture.height if plan.height else 1.0
-    width, height = (max(GRAIN, int(side * scale / GRAIN) * GRAIN) for side in picture.size)
+    width, height = (max(GRAIN, round(side * scale / GRAIN) * GRAIN) for side in picture.size)
     return plan.width or width, plan.height or height
 
 
@@ -216,6 +218,7 @@ def _refined(pipe: Any, image: Any, seed: int, drawing: Drawing) -> Any:
         [image],
         drawing.plan.regions,
         generator=torch.Generator().manual_seed(seed),
+        strength=REFINED,
         negative_prompt=drawing.plan.negative_prompt,
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import refuse_unwritable, write_picture
+from diffusers_mixofshow import notes
+from diffusers_mixofshow.atomic import refuse_unwritable
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
@@ -122,10 +123,7 @@ class Measurement:
 
     def public_settings(self) -> dict[str, Any]:
         """The settings as strangers may read them: models on this disk by the last part of their path."""
-        models = {
-            name: Path(self.settings[name]).name if Path(self.settings[name]).exists() else self.settings[name]
-            for name in ("base_model", "metric_model")
-        }
+        models = {name: notes.public_name(self.settings[name]) for name in ("base_model", "metric_model")}
         return {**self.settings, **models}
 
     def run(self) -> Evaluation:
@@ -235,7 +233,7 @@ def tell_results(
         info = records.run_info(Path(__file__).parent)
         records.write(record, told | {"run": info})
     if sheet is not None:
-        write_picture(sheet, _sheet_of(evaluation))
+        notes.write_noted(sheet, _sheet_of(evaluation), "PNG", _note_of(measurement, evaluation))
     if as_json:
         typer.echo(json.dumps(told))
         return
@@ -371,9 +369,30 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 def _sheet_of(evaluation: Evaluation) -> Image.Image:
     from diffusers_mixofshow.sheets import labelled_sheet
 
-    drawn = ((row.concept, row.pack) for row in evaluation.rows)
-    shown = {" ".join(each): evaluation.pictures[each] for each in drawn if each in evaluation.pictures}
-    return labelled_sheet({label: [_thumbnail(picture) for picture in row] for label, row in shown.items()})
+    rows = {" ".join(each): evaluation.pictures[each] for each in _shown(evaluation)}
+    return labelled_sheet({label: [_thumbnail(picture) for picture in row] for label, row in rows.items()})
+
+
+def _shown(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Concept and pack of each row of the sheet."""
+    drawn = [(row.concept, row.pack) for row in evaluation.rows]
+    return [each for each in drawn if each in evaluation.pictures]
+
+
+def _note_of(measurement: Measurement, evaluation: Evaluation) -> dict[str, Any]:
+    """Prompt and seed of every picture on the sheet."""
+    from diffusers_mixofshow.evaluation.packs import CLASS_WORD
+    from diffusers_mixofshow.evaluation.sampling import fill_templates
+
+    asked, settings = measurement.asked, measurement.settings
+    concepts = {concept.placeholder: concept for pack in measurement.packs.values() for concept in pack.concepts}
+    rows = {}
+    for name, pack in _shown(evaluation):
+        concept = concepts[name]
+        subject = concept.class_word if pack == CLASS_WORD else name
+        prompts = fill_templates(_templates(asked, measurement.base, concept), subject, asked.pictures)
+        rows[f"{name} {pack}"] = [(prompt, asked.seed + number) for number, prompt in enumerate(prompts)]
+    return notes.sheet_note(rows, base_model=measurement.base, steps=asked.steps, guidance=settings["guidance"])
 
 
 def _thumbnail(picture: Image.Image) -> Image.Image:

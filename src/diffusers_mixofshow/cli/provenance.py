@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Ending of a picture to Pillow's name of its format."""
 
-_NAME = re.compile(r"(?!\.)([^/\\]+/)?(?!\.)[^/\\]+")
+_NAME = re.compile(r"(?![.~])([^/\\]+/)?(?!\.)[^/\\]+")
 """A name in the folder where one is, or on the Hub; never a path that leads elsewhere."""
 _NUMBERS = ("seed", "steps", "guidance", "strength", "lora_scale", "control_scale")
 _NAMES = ("base", "concepts", "image", "mask")
@@ -70,7 +70,7 @@ def warn_of_changes(path: Path, drawing: Drawing) -> None:
     if path.suffix.lower() not in FORMATS:
         return
     before = _known_digests(notes.read_note(path))
-    now = {public_name(source): pack.digest for source, pack in drawing.packs.items()} | _digests(drawing)
+    now = {_pack_name(source): pack.digest for source, pack in drawing.packs.items()} | _digests(drawing)
     if changed := [name for name, digest in now.items() if before.get(name, digest) != digest]:
         warnings.warn(
             f"{', '.join(changed)} changed since {path} was drawn; the picture will be another one.",
@@ -87,21 +87,19 @@ def _known_digests(note: Mapping[str, Any]) -> dict[str, str]:
     return known | ({name: str(digest) for name, digest in pictures.items()} if isinstance(pictures, dict) else {})
 
 
-def public_name(source: str) -> str:
-    """A file or folder of this disk by its name alone; others, which the Hub has, in full."""
+def _pack_name(source: str) -> str:
+    """A pack as strangers may read it; one that is given by its file by the folder's name."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
     path = Path(source)
-    if not path.exists():
-        return source
-    return path.resolve().parent.name if path.name == FILE_NAME else path.resolve().name
+    return notes.public_name(str(path.parent) if path.name == FILE_NAME else source)
 
 
 def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, Any]:
     """What draws the picture again: options, layout, and what was read and used."""
     packs = [
         {
-            "name": public_name(source),
+            "name": _pack_name(source),
             "digest": pack.digest,
             "concepts": [concept.placeholder for concept in pack.concepts],
         }
@@ -112,7 +110,7 @@ def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, 
         "layout": plan.described(),
         "sample": _options(drawing, seed),
         "packs": packs,
-        "sampler": type(drawn.scheduler).__name__,
+        "sampler": drawn.scheduler.__name__,
         "device": drawn.device,
         "dtype": drawn.dtype,
         "pictures": _digests(drawing),
@@ -132,8 +130,8 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
         "seed": seed,
         "steps": drawing.steps,
         "guidance": drawing.guidance,
-        "base": public_name(drawing.base),
-        "concepts": [public_name(source) for source in drawing.packs],
+        "base": notes.public_name(drawing.base),
+        "concepts": [_pack_name(source) for source in drawing.packs],
         "lora_scale": list(drawing.lora_scales),
         "control": [_told_control(control) for control in drawing.controls],
         "adapter": [_told_control(control) for control in drawing.adapters],
@@ -151,7 +149,7 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
 
 
 def _told_control(control: Control) -> str:
-    return f"{control.detector}@{public_name(control.model)}={control.picture.name}"
+    return f"{control.detector}@{notes.public_name(control.model)}={control.picture.name}"
 
 
 def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, object]:
@@ -163,9 +161,9 @@ def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[s
         "CFG scale": f"{drawing.guidance:g}",
         "Seed": seed,
         "Size": f"{plan.width}x{plan.height}",
-        "Model": public_name(drawing.base).rpartition("/")[2],
+        "Model": notes.public_name(drawing.base).rpartition("/")[2],
         "Denoising strength": f"{drawing.strength:g}" if drawing.image else None,
-        "Mix-of-Show packs": ", ".join(map(public_name, drawing.packs)) or None,
+        "Mix-of-Show packs": ", ".join(map(_pack_name, drawing.packs)) or None,
         "Mix-of-Show regions": " | ".join(regions) or None,
         "Version": f"diffusers-mixofshow {notes.version()}",
     }

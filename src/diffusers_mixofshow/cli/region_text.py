@@ -14,7 +14,7 @@ from diffusers_mixofshow.errors import MixOfShowError, RegionError
 if TYPE_CHECKING:
     from diffusers_mixofshow.regions import Isolation, Region
 
-_COLON = re.compile(r"(?<!=[A-Za-z]):")
+_COLON = re.compile(r"(?<!mask=[A-Za-z]):")
 """Ends what stands before a region's prompt; not the colon of ``mask=C:...``."""
 _TEXTS = ("mask", "rounding")
 _NOT_HERE = ("prompt", "box", "negative_prompt")

@@ -17,7 +17,7 @@ from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
 from diffusers_mixofshow.cli.base_model import check_device, common_base
 from diffusers_mixofshow.cli.control import ADAPTERS, parse_control
-from diffusers_mixofshow.cli.drawing import Drawing, draw, refuse_inpainting
+from diffusers_mixofshow.cli.drawing import REFINED, Drawing, draw, refuse_inpainting
 from diffusers_mixofshow.cli.plans import DryRun, plan_of_sampling, tell
 from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
@@ -189,6 +189,8 @@ def _regions_defects(plan: Layout, asked: Mapping[str, Any]) -> list[str]:
     defects = []
     if asked["refine"] and not plan.regions:
         defects.append("--refine without any region to draw anew; give --region or --layout, too")
+    if asked["refine"] and int(REFINED * asked["steps"]) < 1:
+        defects.append(f"--refine of {asked['steps']} steps, of which a region takes {REFINED}: less than one step")
     if asked["isolation"] and not plan.regions:
         defects.append("--isolation without any region to keep apart; give --region or --layout, too")
     details = [name for name in ("isolation_steps", "isolation_scales") if asked[name] is not None]

@@ -96,6 +96,29 @@ def sample_all(
     return Pictures(alone=alone, regional=regional, unguided=unguided, order=order, layouts=layouts)
 
 
+def prompts_alone(method: str, concept: DemoConcept, settings: DemoSettings) -> list[str]:
+    """What a concept's pictures under a method are asked for with."""
+    subject = concept.class_word if method == "class word" else concept.placeholder
+    return fill_templates(HELD_OUT_PROMPTS, subject, settings.pictures)
+
+
+def prompts_together(order: Sequence[tuple[str, ...]], class_words: Mapping[str, str]) -> list[str]:
+    """The global prompts of pictures with several concepts, from left to right."""
+    return [
+        prompt_together([called(name, class_words[name]) for name in names], _place(index))
+        for index, names in enumerate(order)
+    ]
+
+
+def first_seeds(settings: DemoSettings) -> tuple[int, int]:
+    """Seeds of the first picture of a concept alone, and of the first with several; the others count on."""
+    return 1000 * (settings.seed + 1), _TOGETHER_SEED + 1000 * settings.seed
+
+
+def _place(index: int) -> str:
+    return TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
+
+
 def layout_of(class_words: Sequence[str]) -> Image.Image:
     """The condition image of things side by side in equal columns."""
     width = WIDTH if len(class_words) == _TOGETHER else HEIGHT
@@ -118,15 +141,14 @@ def _sample_alone(
     advance: ON_PICTURES,
 ) -> dict[str, list[Image.Image]]:
     sampling = Sampling(
-        steps=settings.steps, guidance_scale=settings.guidance_scale, first_seed=1000 * (settings.seed + 1)
+        steps=settings.steps, guidance_scale=settings.guidance_scale, first_seed=first_seeds(settings)[0]
     )
     pictures = {}
     for concept in concepts:
         if method != "class word":
             pipe.load_edlora(packs[f"single/{concept.name}" if method == "single" else method])
         try:
-            subject = concept.class_word if method == "class word" else concept.placeholder
-            prompts = fill_templates(HELD_OUT_PROMPTS, subject, settings.pictures)
+            prompts = prompts_alone(method, concept, settings)
             pictures[concept.name] = sample_pictures(pipe, prompts, sampling, advance=advance)
         finally:
             pipe.unload_edlora()
@@ -146,21 +168,21 @@ def _sample_together(
     sampling = Sampling(
         steps=settings.steps,
         guidance_scale=settings.guidance_scale,
-        first_seed=_TOGETHER_SEED + 1000 * settings.seed,
+        first_seed=first_seeds(settings)[1],
         height=layouts[0].height,
         width=layouts[0].width,
     )
     pictures = []
+    prompts = prompts_together(order, class_words)
     for index, (names, layout) in enumerate(zip(order, layouts, strict=True)):
-        place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
         subjects = [called(name, class_words[name]) for name in names]
         separation: dict[str, Any] = {}
         if with_regions:
-            separation["regions"] = regions_of(subjects, column_boxes(len(names)), place)
+            separation["regions"] = regions_of(subjects, column_boxes(len(names)), _place(index))
             separation["isolation"] = Isolation()
         pictures += sample_pictures(
             pipe,
-            [prompt_together(subjects, place)],
+            [prompts[index]],
             sampling,
             first=index,
             advance=advance,

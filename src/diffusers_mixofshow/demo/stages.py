@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.notes import sheet_note, write_noted
 
 
 if TYPE_CHECKING:
@@ -151,14 +152,28 @@ def _fuse_and_sample(
 def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings: DemoSettings) -> None:
     """One sheet a concept: its photos, then a row a method; and one of several concepts, with and without regions."""
     from diffusers_mixofshow.demo.photos import photos_of
+    from diffusers_mixofshow.demo.sampling import first_seeds, prompts_alone, prompts_together
     from diffusers_mixofshow.sheets import labelled_sheet
 
+    alone, several = first_seeds(settings)
     sheets = {"together": {"with regions": pictures.regional, "without": pictures.unguided}}
+    class_words = {concept.name: concept.class_word for concept in concepts}
+    together = _numbered(prompts_together(pictures.order, class_words), several)
+    asked = {"together": {"with regions": together, "without": together}}
     for concept in concepts:
         rows = {method: of_method[concept.name] for method, of_method in pictures.alone.items()}
         sheets[concept.name] = {"photos": photos_of(concept), **rows}
+        asked[concept.name] = {
+            method: _numbered(prompts_alone(method, concept, settings), alone) for method in pictures.alone
+        }
     for name, rows in sheets.items():
-        write_picture(settings.folder / "sheets" / f"{name}.png", labelled_sheet(rows, scale=2))
+        note = sheet_note(asked[name], base_model=TOYLAND, steps=settings.steps, guidance=settings.guidance_scale)
+        write_noted(settings.folder / "sheets" / f"{name}.png", labelled_sheet(rows, scale=2), "PNG", note)
+
+
+def _numbered(prompts: Sequence[str], first_seed: int) -> list[tuple[str, int]]:
+    """Prompts with their seeds, which count on."""
+    return [(prompt, first_seed + number) for number, prompt in enumerate(prompts)]
 
 
 def _fused(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.lora import TrainableLoRA
+from diffusers_mixofshow.notes import infotext, public_name, sampler_name, sheet_note
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -78,6 +79,28 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images
     return rows
+
+
+def told_of_sheet(config: TrainingConfig, prompt: str, labels: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """What a sheet tells of how it was drawn: exactly, and as other programs read it.
+
+    Args:
+        config: As for `draw_rows`.
+        prompt: The validation prompt, the concept in its place.
+        labels: Of the rows.
+    """
+    drawn, model = drawing_settings(config), config.pretrained_model_name_or_path
+    row = [(prompt, config.seed + number) for number in range(config.num_validation_images)]
+    note = sheet_note(dict.fromkeys(labels, row), base_model=model, steps=_STEPS, guidance=drawn["guidance_scale"])
+    settings = {
+        "Steps": _STEPS,
+        "Sampler": sampler_name(DPMSolverMultistepScheduler),
+        "CFG scale": f"{drawn['guidance_scale']:g}",
+        "Seed": config.seed,
+        "Size": f"{drawn['width']}x{drawn['height']}",
+        "Model": public_name(model).rpartition("/")[2],
+    }
+    return note, infotext(prompt, "", settings)
 
 
 @contextmanager

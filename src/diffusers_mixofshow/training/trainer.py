@@ -17,12 +17,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.notes import write_noted
 from diffusers_mixofshow.sheets import labelled_sheet
 from diffusers_mixofshow.training.averaging import MovingAverage
 from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
@@ -45,7 +45,7 @@ from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop
 from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
-from diffusers_mixofshow.training.samples import SCALES, draw_rows
+from diffusers_mixofshow.training.samples import SCALES, draw_rows, told_of_sheet
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
 from diffusers_mixofshow.training.trained import fresh
 from diffusers_mixofshow.training.trial import Trial
@@ -254,7 +254,8 @@ class _Tuning:
             step = self.loop.position.step
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
             sheet = labelled_sheet(rows, title=f"{prompt}, step {step}")
-            write_picture(folder / "validation" / f"step-{step:06d}.png", sheet)
+            path = folder / "validation" / f"step-{step:06d}.png"
+            write_noted(path, sheet, "PNG", *told_of_sheet(config, prompt, list(rows)))
             scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
             self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
             log_picture(self.accelerator, sheet, step)

@@ -1,0 +1,126 @@
+"""What pictures tell of how they were made."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from PIL import Image, PngImagePlugin
+
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.notes import infotext, public_name, read_note, sampler_name, sheet_note, write_noted
+from infotext import parsed, text_of
+
+
+KINDS = {"x.png": "PNG", "x.jpg": "JPEG", "x.webp": "WEBP"}
+SETTINGS = {"Steps": 20, "Sampler": "DDIM", "CFG scale": "7.5", "Seed": 3, "Size": "64x48", "Model": "toyland"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "expected"),
+    [
+        ("a cat", "", ("a cat", "")),
+        ("a cat, 4k, (red:1.2)", "blue, ugly", ("a cat, 4k, (red:1.2)", "blue, ugly")),
+        ("a <potter> и кошка, 猫 🐈", "größe", ("a <potter> и кошка, 猫 🐈", "größe")),
+        ("two\nlines", "of\neach", ("two lines", "of each")),
+        ("a cat\nNegative prompt: no, mine", "dog", ("a cat Negative prompt: no, mine", "dog")),
+        (
+            "a cat\nSteps: 1, Sampler: x, Seed: 9, Size: 1x1",
+            "",
+            ("a cat Steps: 1, Sampler: x, Seed: 9, Size: 1x1", ""),
+        ),
+        ('say "hi" \\ there', " \n ", ('say "hi" \\ there', "")),
+        ("", "x", ("", "x")),
+    ],
+)
+@pytest.mark.parametrize("name", KINDS)
+def test_other_programs_read_the_text(tmp_path, name, prompt, negative, expected) -> None:
+    given = {**SETTINGS, "Regions": '0,1: "a", b\\', "Left out": None}
+    write_noted(
+        tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], {"a": prompt}, infotext(prompt, negative, given)
+    )
+    found = parsed(text_of(tmp_path / name))
+    assert (found.pop("prompt"), found.pop("negative")) == expected
+    assert found == {**{key: str(value) for key, value in SETTINGS.items()}, "Regions": '0,1: "a", b\\'}
+    assert read_note(tmp_path / name) == {"a": prompt}
+
+
+def test_a_text_that_latin_1_holds_is_a_plain_one(tmp_path) -> None:
+    """Some readers know tEXt alone; iTXt is for what it cannot hold."""
+    for prompt, kinds in (("größe", (b"tEXt", b"tEXt")), ("猫", (b"iTXt", b"iTXt"))):
+        write_noted(tmp_path / "x.png", Image.new("RGB", (8, 8)), "PNG", {"p": prompt}, infotext(prompt, "", SETTINGS))
+        content = (tmp_path / "x.png").read_bytes()
+        assert content[content.index(b"parameters") - 4 :][:4] == kinds[0]
+        assert content[content.index(b"mixofshow\0") - 4 :][:4] == kinds[1]
+        assert b"\x89PNG" == content[:4]
+        assert content.index(b"parameters") < content.index(b"IDAT")  # readers need not read the pixels
+
+
+def test_the_picture_is_the_same_with_a_note(tmp_path) -> None:
+    picture = Image.linear_gradient("L").convert("RGB")
+    write_noted(tmp_path / "x.png", picture, "PNG", {"a": 1}, None)
+    with Image.open(tmp_path / "x.png") as read:
+        assert read.tobytes() == picture.tobytes()
+        assert "parameters" not in read.text
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.webp"])
+def test_a_note_that_no_jpeg_can_hold_is_left_out_and_told(tmp_path, name) -> None:
+    note = {"mask": "x" * 70_000}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        write_noted(tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], note, infotext("a", "", SETTINGS))
+    assert parsed(text_of(tmp_path / name))["prompt"] == "a"
+    if name == "x.webp":
+        assert not caught
+        assert read_note(tmp_path / name) == note
+        return
+    assert [each.category for each in caught] == [MixOfShowWarning]
+    assert "Write a PNG instead" in str(caught[0].message)
+    with pytest.raises(ConfigurationError, match="does not tell how it was made"):
+        read_note(tmp_path / name)
+
+
+def broken(path: Path, kind: str) -> Path:
+    chunks = PngImagePlugin.PngInfo()
+    contents = {"no json": "{", "a list": "[1]", "a number": "3", "null": "null", "deep": "[" * 100_000}
+    if kind in contents:
+        chunks.add_text("mixofshow", contents[kind])
+    if kind == "text file":
+        path.write_text("no picture")
+    elif kind == "jpeg":
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x927C] = b"\xff\xfe a camera's own"
+        Image.new("RGB", (4, 4)).save(path, "JPEG", exif=exif)
+    elif kind != "missing":
+        Image.new("RGB", (4, 4)).save(path, "PNG", pnginfo=chunks)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["bare", "no json", "a list", "a number", "null", "deep", "text file", "jpeg", "missing"]
+)
+def test_what_does_not_tell_how_it_was_made_is_one_clear_error(tmp_path, kind) -> None:
+    with pytest.raises(ConfigurationError, match=r"x\.png (does not tell|cannot be read)"):
+        read_note(broken(tmp_path / "x.png", kind))
+
+
+def test_places_on_this_disk_are_told_by_their_names_alone(tmp_path, monkeypatch) -> None:
+    (tmp_path / "secret" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "secret")
+    for source in ("base", "./base/", str(tmp_path / "secret" / "base"), "../secret/base"):
+        assert public_name(source) == "base"
+    assert public_name(".") == "secret"
+    assert (public_name("user/repo"), public_name("toyland")) == ("user/repo", "toyland")
+    told = json.dumps(
+        sheet_note({"row": [("a", 1)]}, base_model=str(tmp_path / "secret" / "base"), steps=1, guidance=2)
+    )
+    assert "secret" not in told
+
+
+def test_samplers_are_called_as_elsewhere() -> None:
+    names = [sampler_name(each) for each in (DDIMScheduler, DPMSolverMultistepScheduler, DDPMScheduler)]
+    assert names == ["DDIM", "DPM++ 2M", "DDPM"]
