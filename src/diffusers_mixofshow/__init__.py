@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline
     from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
     from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
+    from diffusers_mixofshow.pipelines.loader import EDLoRALoader
     from diffusers_mixofshow.pipelines.refining import refine_regions
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
     from diffusers_mixofshow.regions import Isolation, Layout, Region
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Concept",
     "EDLoRA",
+    "EDLoRALoader",
     "EDLoRATrainer",
     "FusedPack",
     "FusionSource",
@@ -55,6 +57,7 @@ __all__ = [
 _HOME = {
     "Concept": "concepts",
     "EDLoRA": "edlora",
+    "EDLoRALoader": "pipelines.loader",
     "EDLoRATrainer": "training.trainer",
     "FusedPack": "fusion.pack",
     "FusionSource": "fusion.sources",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tomllib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.errors import ConfigurationError, TextError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, TextError
 from diffusers_mixofshow.texts import read_text
 
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
 
 _TABLE = "source"
+_LIST = ".toml"
 _KINDS = {
     "path": (str,),
     "prompts": (list,),
@@ -29,7 +31,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     """Make sources of what stands on the command line.
 
     Args:
-        given: Hub ids, folders and files of ED-LoRAs; safetensors files of plain LoRAs; TOML files of sources.
+        given: Hub ids, folders and files of ED-LoRAs, other programs' concepts, plain LoRAs; TOML files of sources.
         prompts: Trigger prompts of each plain LoRA among them, in their order, separated by ``|``.
 
     Raises:
@@ -47,7 +49,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     asked = iter(prompts)
     sources: list[FusionSource | LoRASource] = []
     for path in given:
-        if path.endswith(".toml"):
+        if path.endswith(_LIST):
             sources += _from_toml(Path(path))
         elif path in plain:
             sources.append(LoRASource(path, [one.strip() for one in next(asked).split("|") if one.strip()]))
@@ -57,15 +59,16 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 
 
 def _is_plain(path: str) -> bool:
-    """Whether it is a LoRA without learnt embeddings: a safetensors file, or a folder with one of diffusers' name."""
-    from diffusers_mixofshow.edlora.file import FILE_NAME
-    from diffusers_mixofshow.edlora.reading import read_metadata
-    from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
+    """Whether it is a LoRA without learnt embeddings, whoever wrote it."""
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.interop.opening import read_any
 
-    place = Path(path)
-    if place.is_dir():
-        return (place / PLAIN_NAME).exists() and not (place / FILE_NAME).exists()
-    return place.suffix == ".safetensors" and place.exists() and "edlora" not in read_metadata(place)
+    if path.endswith(_LIST):
+        return False
+    with warnings.catch_warnings():  # what has to be told is told when it is read to be fused
+        warnings.simplefilter("ignore", MixOfShowWarning)
+        found = read_any(path)
+    return not isinstance(found, EDLoRA) and not found.tokens and not found.vectors
 
 
 def _from_toml(path: Path) -> list[FusionSource | LoRASource]:

@@ -18,7 +18,7 @@ from diffusers_mixofshow.atomic import refuse_unwritable
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring
-from diffusers_mixofshow.cli.sources import read_pack
+from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, meant
 
@@ -205,7 +205,7 @@ def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
         raise ConfigurationError(f"Given twice: {', '.join(twice)}. Name each ED-LoRA or pack once.")
     last = [Path(source).name or source for source in sources]
     names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
-    return {name: read_pack(source) for name, source in zip(names, sources, strict=True)}
+    return {name: read_concepts(source) for name, source in zip(names, sources, strict=True)}
 
 
 def writable(*paths: Path | None) -> list[Path]:

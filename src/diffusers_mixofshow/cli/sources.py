@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, MixOfShowWarning
 
 
 if TYPE_CHECKING:
@@ -25,25 +27,25 @@ def read_source(source: str) -> EDLoRA | Foreign:
         EDLoRAFormatError: If it is an ED-LoRA with defects, or cannot be read at all.
         HubError: If the Hub refuses or cannot be reached.
     """
-    from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.interop.foreign import read_foreign
+    from diffusers_mixofshow.interop.opening import read_any
 
     refuse_missing_file(source)
-    path = Path(source)
-    if path.exists() and not is_ours(path):
-        return read_foreign(path)
-    return EDLoRA.from_pretrained(source)
+    return read_any(source)
 
 
 def read_pack(source: str) -> EDLoRA:
-    """Read an ED-LoRA or a fused pack that is to be loaded into its base.
+    """Read an ED-LoRA, a fused pack or another program's file that is to be loaded into its base.
 
     Raises:
         ConfigurationError: If it is a complete pipeline, whose updates are in its weights.
-        MixOfShowError: See `EDLoRA.from_pretrained`.
+        MixOfShowError: See `open_edlora`.
+
+    Warns:
+        MixOfShowWarning: Which base is taken for a file that does not tell it.
     """
-    from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.merged import has_concepts
+    from diffusers_mixofshow.interop.foreign import default_base
+    from diffusers_mixofshow.interop.opening import open_edlora
 
     refuse_missing_file(source)
     path = Path(source)
@@ -52,7 +54,26 @@ def read_pack(source: str) -> EDLoRA:
             f"{source} is a complete pipeline with its concepts, no pack. Sample it with --base {source}; to measure "
             "it, give the pack that it was made of."
         )
-    return EDLoRA.from_pretrained(source)
+    opened = open_edlora(source)
+    guess = default_base(opened.foreign) if opened.foreign is not None else ""
+    if not guess or opened.edlora.base_model:
+        return opened.edlora
+    told = f"{source} does not tell its base model; {guess} is taken where --base names no other."
+    warnings.warn(told, MixOfShowWarning, stacklevel=2)
+    return replace(opened.edlora, base_model=guess)
+
+
+def read_concepts(source: str) -> EDLoRA:
+    """Read what `read_pack` reads, for commands that look at concepts.
+
+    Raises:
+        ConfigurationError: If it is a plain LoRA, which has none.
+        MixOfShowError: See `read_pack`.
+    """
+    pack = read_pack(source)
+    if not pack.concepts:
+        raise ConfigurationError(f"{source} is a plain LoRA: it has no concept that could be measured.")
+    return pack
 
 
 def refuse_missing_file(source: str) -> None:
@@ -70,13 +91,3 @@ def refuse_missing_file(source: str) -> None:
         f"{source} does not exist; the folder {path.parent} is there and holds {', '.join(near) or 'nothing'}. A "
         "repository of that name is read from the Hub where no such folder is."
     )
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file or folder is an ED-LoRA of this package, sound or not."""
-    from diffusers_mixofshow.edlora.file import FILE_NAME
-    from diffusers_mixofshow.edlora.reading import read_metadata
-
-    if path.is_dir():
-        return (path / FILE_NAME).exists()
-    return path.name == FILE_NAME or "edlora" in read_metadata(path)

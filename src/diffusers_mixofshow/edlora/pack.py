@@ -56,10 +56,11 @@ class EDLoRA:
             inner, subject=f"The ED-LoRA of {self._names} is defective", remedy="Tune it again or load another copy."
         )
         found = defects.fit_defects(self.embeddings, self.lora, self.layers, components)
+        tuned = f"It was tuned on {self.base_model!r}" if self.base_model else "It was made for another"
         defects.raise_if_any(
             found,
             subject=f"The ED-LoRA of {self._names} does not fit the model",
-            remedy=f"It was tuned on {self.base_model!r}; load it into that model or one of the same architecture.",
+            remedy=f"{tuned}; load it into that model or one of the same architecture.",
         )
 
     def save_pretrained(
@@ -104,6 +105,24 @@ class EDLoRA:
             file.write(path, self._contents())
         shown = card.write_samples(path.parent, samples or {})
         card.write_card(path.parent, self._card(os.fspath(folder), merged, shown, license))
+        return path
+
+    def save_beside(self, pipeline: str | os.PathLike[str]) -> Path:
+        """Write the concepts into the folder of a complete pipeline that holds the updates in its weights.
+
+        Args:
+            pipeline: The folder, written already; `MixOfShowPipeline.from_pretrained` loads it with its concepts.
+
+        Returns:
+            Path of the safetensors file, which holds the embeddings alone.
+
+        Raises:
+            FileWriteError: If the disk is full or the folder cannot be written to.
+        """
+        path = Path(pipeline) / file.FILE_NAME
+        file.write(path, replace(self, lora={})._contents())
+        merged_pipeline.mark(path.parent)
+        card.write_card(path.parent, self._card(os.fspath(pipeline), True, {}, None))
         return path
 
     @classmethod

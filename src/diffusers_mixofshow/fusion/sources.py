@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffusers_mixofshow.base_models import one_name
 from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.file import FILE_NAME
-from diffusers_mixofshow.edlora.hub import cached, commit_of, download, is_repo_id
+from diffusers_mixofshow.edlora.hub import commit_of, download, is_repo_id
 from diffusers_mixofshow.edlora.reading import within
 from diffusers_mixofshow.errors import (
     ConceptError,
@@ -30,7 +31,9 @@ from diffusers_mixofshow.errors import (
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import Factors
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+from diffusers_mixofshow.interop.opening import Opened, open_edlora
+from diffusers_mixofshow.sites import cross_attention_layers
 
 
 NAME = re.compile(r"<\w[\w.-]{0,99}>|\w[\w.,;()+&'-]{0,99}")
@@ -42,7 +45,7 @@ class FusionSource:
     """An ED-LoRA to fuse, with settings of its own.
 
     Args:
-        source: An ED-LoRA, or a path or Hub id of one.
+        source: An ED-LoRA, or a path or Hub id of one; of another program's file with embeddings, too.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
@@ -59,8 +62,7 @@ class LoRASource:
     """A plain LoRA to fuse: no learnt embeddings, it acts when its trigger words are in the prompt.
 
     Args:
-        source: A safetensors file in the names of diffusers, PEFT or kohya / A1111; or a folder or Hub id with a
-            ``pytorch_lora_weights.safetensors``.
+        source: A file in the names of diffusers, PEFT or kohya / A1111, or a folder or Hub id with one.
         prompts: Prompts with its trigger words, such as ``photo of sks dog``, to sample while layers are watched.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
@@ -99,7 +101,7 @@ class Source:
         scale: What every update is multiplied by.
         prompts: Recording prompts by placeholder; of a plain LoRA, by its name.
         origin: Path or Hub id that it was read from; empty of an object.
-        home: File on this disk beside which its statistics can be kept.
+        file: The file that it was read from, on this disk or in the Hub's cache; None of an object.
         statistics: What was recorded of it with its own LoRA.
         folded: How much of the scale is in the updates already.
     """
@@ -109,16 +111,19 @@ class Source:
     scale: float
     prompts: Mapping[str, tuple[str, ...]]
     origin: str = ""
-    home: Path | None = None
+    file: Path | None = None
     statistics: SourceStatistics | None = None
     folded: float = 1.0
 
     @property
     def revision(self) -> str:
         """Commit that it was read at; empty if it did not come from the Hub."""
-        name = FILE_NAME if self.edlora.concepts else PLAIN_NAME
-        path = cached(self.origin, name, revision=None, cache_dir=None) if is_repo_id(self.origin) else None
-        return "" if path is None else commit_of(path)
+        return commit_of(self.file) if self.file is not None and is_repo_id(self.origin) else ""
+
+    @property
+    def home(self) -> Path | None:
+        """File on this disk beside which its statistics can be kept; the Hub's cache is no place for them."""
+        return None if is_repo_id(self.origin) else self.file
 
     @property
     def name(self) -> str:
@@ -181,23 +186,23 @@ def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subf
     """
     origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # a path in a file is not followed
     places = [(carrier, subfolder, 1.0, None), (origin, "", entry["scale"], entry.get("revision") or None)]
-    plain = not any(name.startswith("<") for name in entry["concepts"])
     changed = False
     for location, part, scale, revision in places:
-        edlora = _edlora_at(location, part, revision, plain=plain)
-        if edlora is not None and _scaled(edlora, scale).digest == entry["digest"]:
-            path = _statistics_at(location, part, revision, beside=PLAIN_NAME if plain else FILE_NAME)
+        opened = _opened_at(location, part, revision)
+        if opened is not None and _scaled(opened.edlora, scale).digest == entry["digest"]:
+            path = _statistics_at(location, part, revision, beside=opened.file.name)
             statistics = None if path is None else SourceStatistics.load(path)
             return Source(
-                edlora=_scaled(edlora, scale),
+                edlora=_scaled(opened.edlora, scale),
                 weight=entry["weight"],
                 scale=entry["scale"],
                 folded=entry["scale"],
-                prompts=_found_prompts(entry["concepts"], edlora, statistics),
+                prompts=_found_prompts(entry["concepts"], opened.edlora, statistics),
                 origin=origin,
+                file=opened.file if location == origin else None,
                 statistics=statistics,
             )
-        changed |= edlora is not None
+        changed |= opened is not None
     fate = "has changed since" if changed else "is not there"
     raise FusionError(
         f"The pack was fused from {'+'.join(entry['concepts'])}, which {fate} "
@@ -215,29 +220,12 @@ def _found_prompts(
     return {name: tuple(recorded.get(name, defaults.get(name, ()))) for name in defaults or names}
 
 
-def _edlora_at(
-    location: str | os.PathLike[str], subfolder: str, revision: str | None, *, plain: bool
-) -> EDLoRA | None:
+def _opened_at(location: str | os.PathLike[str], subfolder: str, revision: str | None) -> Opened | None:
+    """What is at a place; None where nothing is."""
     try:
-        if not location:
-            return None
-        if plain:
-            return _plain(_lora_file(location, subfolder, revision))
-        return EDLoRA.from_pretrained(location, subfolder=subfolder or None, revision=revision)
+        return open_edlora(location, subfolder=subfolder or None, revision=revision) if location else None
     except EDLoRANotFoundError:
         return None
-
-
-def _lora_file(location: str | os.PathLike[str], subfolder: str = "", revision: str | None = None) -> Path:
-    """The file of a plain LoRA: the one given, or the one of diffusers' name in a folder or on the Hub."""
-    if is_repo_id(location):
-        return _fetched(str(location), PLAIN_NAME, subfolder, revision)
-    path = Path(location, subfolder)
-    return within(path, PLAIN_NAME) if path.is_dir() else path
-
-
-def _plain(path: Path) -> EDLoRA:
-    return EDLoRA(concepts=(), embeddings={}, lora=read_lora(path), base_model="", layers=())
 
 
 def _statistics_at(
@@ -279,7 +267,9 @@ def gather(
     """
     if isinstance(given, str | os.PathLike | EDLoRA | FusionSource | LoRASource):
         raise FusionError(f"Expected a list of sources to fuse, got {given!r} alone. Put it in brackets.")
-    sources = [one if isinstance(one, Source) else _read(one, prompts) for one in given]
+    unet = (components or {}).get("unet")
+    layers = cross_attention_layers(unet) if isinstance(unet, nn.Module) else ()
+    sources = [one if isinstance(one, Source) else _read(one, prompts, layers) for one in given]
     weights = [source.weight for source in sources] if weights is None else weights
     scales = [source.scale for source in sources] if scales is None else scales
     edloras = [source.edlora for source in sources]
@@ -304,13 +294,24 @@ def gather(
     )
 
 
-def _read(given: EDLoRA | FusionSource | LoRASource | str | os.PathLike[str], prompts: PromptSet | None) -> Source:
+def _read(
+    given: EDLoRA | FusionSource | LoRASource | str | os.PathLike[str],
+    prompts: PromptSet | None,
+    layers: tuple[str, ...],
+) -> Source:
     """A source as it was given, its scale noted but not folded in yet."""
     entry = given if isinstance(given, FusionSource | LoRASource) else FusionSource(given)
-    if isinstance(entry, LoRASource):
-        edlora, named = _plain(_lora_file(entry.source)), {entry.label: tuple(entry.prompts)}
+    origin, file = entry.source, None
+    if isinstance(origin, EDLoRA):
+        edlora = origin
     else:
-        edlora = entry.source if isinstance(entry.source, EDLoRA) else _with_concepts(entry.source)
+        plain = isinstance(entry, LoRASource) and Path(origin, PLAIN_NAME).is_file()
+        opened = open_edlora(origin, layers=layers, weight_name=PLAIN_NAME if plain else None)
+        edlora, file = opened.edlora, opened.file
+        _refuse_other_kind(entry, edlora)
+    if isinstance(entry, LoRASource):
+        named = {entry.label: tuple(entry.prompts)}
+    else:
         named = {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
     return Source(
         edlora=edlora,
@@ -318,25 +319,24 @@ def _read(given: EDLoRA | FusionSource | LoRASource | str | os.PathLike[str], pr
         scale=entry.scale,
         folded=1.0,
         prompts=named,
-        origin="" if isinstance(entry.source, EDLoRA) else os.fspath(entry.source),
-        home=_home(entry),
+        origin="" if isinstance(origin, EDLoRA) else os.fspath(origin),
+        file=file,
     )
 
 
-def _with_concepts(location: str | os.PathLike[str]) -> EDLoRA:
-    """An ED-LoRA; what is a plain LoRA instead is told how to give it."""
-    try:
-        return EDLoRA.from_pretrained(location)
-    except EDLoRAFormatError as error:
-        path = Path(location)
-        try:
-            read_lora(path)
-        except (EDLoRAFormatError, EDLoRANotFoundError):  # a Hub id is no path
-            raise error from None
+def _refuse_other_kind(entry: FusionSource | LoRASource, edlora: EDLoRA) -> None:
+    """Refuse a plain LoRA without its trigger words, and concepts that were given as one."""
+    place = os.fspath(entry.source)  # type: ignore[arg-type]
+    if edlora.concepts and isinstance(entry, LoRASource):
         raise FusionError(
-            f"{path} is a plain LoRA, which acts by its trigger words; give LoRASource({os.fspath(location)!r}, "
+            f"{place} is no plain LoRA: it holds embeddings of {_names(edlora)}. Give it by itself, or as "
+            f"FusionSource({place!r}); its prompts come from the fuser."
+        )
+    if not edlora.concepts and not isinstance(entry, LoRASource):
+        raise FusionError(
+            f"{place} is a plain LoRA, which acts by its trigger words; give LoRASource({place!r}, "
             "prompts=['photo of sks dog']), or the trigger words with --prompts on the command line."
-        ) from error
+        )
 
 
 def _settled(source: Source, weight: float, scale: float) -> Source:
@@ -353,16 +353,6 @@ def _label_defects(sources: Sequence[Source]) -> list[str]:
     if odd := [label for label in labels if label and not NAME.fullmatch(label)]:
         defects.append(f"LoRAs whose names are no names of folders: {', '.join(map(repr, odd))}; give name='...'")
     return defects
-
-
-def _home(entry: FusionSource | LoRASource) -> Path | None:
-    """The LoRA's file on this disk; None of an object, and of what lies in the Hub's cache."""
-    if isinstance(entry.source, EDLoRA) or is_repo_id(entry.source):
-        return None
-    if isinstance(entry, LoRASource):
-        return _lora_file(entry.source)
-    path = Path(entry.source)
-    return path / FILE_NAME if path.is_dir() else path
 
 
 def statistics_in(path: Path, *, recorded_again: bool) -> SourceStatistics | None:
@@ -393,8 +383,13 @@ def _statistics(source: Source, given: EDLoRASource, *, recorded_again: bool) ->
         return statistics
     if source.statistics is not None:
         return source.statistics
-    beside = FILE_NAME if source.edlora.concepts else PLAIN_NAME
-    path = _statistics_at(source.origin, beside=beside) if source.origin else None
+    path = None
+    if is_repo_id(source.origin) and source.file is not None:
+        path = _statistics_at(source.origin, beside=source.file.name)
+    elif (
+        source.file is not None and (beside := within(source.file.parent, statistics_path(source.file).name)).exists()
+    ):
+        path = beside
     return None if path is None else statistics_in(path, recorded_again=recorded_again)
 
 

@@ -302,7 +302,8 @@ def _files_in(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Files of a folder; where a ``.bin`` lies beside a safetensors file of its name, that is taken, as PEFT does."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     kept = [path for path in found if path.suffix != ".bin" or path.with_suffix(".safetensors") not in found]
-    return sorted(within(folder, *path.relative_to(folder).parts) for path in kept)
+    paths = sorted(within(folder, *path.relative_to(folder).parts) for path in kept)
+    return [path for path in paths if STATISTICS_KEY not in read_metadata(path)]  # which lie beside any LoRA
 
 
 def _joined(parts: Sequence[Foreign]) -> Foreign:

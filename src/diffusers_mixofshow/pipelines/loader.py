@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,12 +16,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from diffusers_mixofshow.base_models import in_dtype, location_of
+from diffusers_mixofshow.base_models import in_dtype, location_of, name_of
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
-from diffusers_mixofshow.edlora.merged import has_concepts, mark
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, meant
 from diffusers_mixofshow.lora import (
     adapted_components,
@@ -36,6 +34,7 @@ from diffusers_mixofshow.lora import (
     note_fused,
     take_out_fused,
 )
+from diffusers_mixofshow.pipelines.opening import LoadingRequest, own_concepts
 from diffusers_mixofshow.pipelines.publishing import joined
 from diffusers_mixofshow.sharing import changing
 from diffusers_mixofshow.sites import components_with_sites
@@ -67,10 +66,14 @@ class EDLoRALoader:
     # All that were ever loaded here and not unloaded, by adapter name. Replaced, never changed in place, as this empty
     # one belongs to the class.
     _given: Mapping[str, EDLoRA] = MappingProxyType({})
+    # The concepts that came with the pipeline, their updates in its weights.
+    _in_weights: EDLoRA | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a pipeline, and its concepts where `EDLoRA.save_pretrained(..., merged=True)` wrote them.
+
+        Also those of a model that the authors' code fused: a pipeline with ``new_concept_cfg.json`` beside its index.
 
         Takes what `DiffusionPipeline.from_pretrained` takes, ``dtype=`` with every version of diffusers, and
         ``"toyland"`` for the base that ships in the package. Without a dtype all parts are float32, whatever their
@@ -83,10 +86,11 @@ class EDLoRALoader:
         hushed = quietly() if source != os.fspath(pretrained_model_name_or_path) else nullcontext()
         with hushed:  # only the embedded base, which is ours to answer for
             pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
-        if has_concepts(source, kwargs.get("revision"), kwargs.get("cache_dir")):
-            shared = ("revision", "token", "cache_dir", "local_files_only")
-            options = {name: kwargs[name] for name in shared if name in kwargs}
-            pipeline.load_edlora(source, **options)
+        shared = ("revision", "token", "cache_dir", "local_files_only")
+        own = own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
+        if own is not None:
+            pipeline.load_edlora(own)
+            pipeline._in_weights = own
         return pipeline
 
     @property
@@ -128,33 +132,39 @@ class EDLoRALoader:
             with _without_cast_warnings():
                 made = super().from_pipe(pipeline, **kwargs, **in_dtype(pipeline.dtype))  # type: ignore[misc]
         made._edloras = dict(getattr(pipeline, "_edloras", {}))
+        made._in_weights = getattr(pipeline, "_in_weights", None)
         return made
 
     def load_edlora(
         self,
         source: str | os.PathLike[str] | EDLoRA,
-        scale: float = 1.0,
+        scale: float | str = 1.0,
         adapter_name: str | None = None,
         **hub: Any,
     ) -> None:
-        """Load one ED-LoRA, beside those already loaded.
+        """Load one ED-LoRA, beside those already loaded; or any LoRA, textual inversion or file of the authors.
 
         Args:
-            source: Hub id, folder or file, or an `EDLoRA` itself.
-            scale: Strength of the weight updates; at 0 only the embeddings act.
+            source: Hub id, folder or file, or an `EDLoRA` itself. Of another program's file what `mixofshow inspect`
+                understands; a plain LoRA brings no concept and acts by its trigger words.
+            scale: Strength of the weight updates; at 0 only the embeddings act. A text in its place is the adapter's
+                name, as in ``load_lora_weights``.
             adapter_name: PEFT's name for the updates; by default made from the concepts' names.
-            hub: Passed to `EDLoRA.from_pretrained`, e.g. `revision`.
+            hub: Where it lies, see `EDLoRA.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`,
+                `local_files_only`; and `weight_name`, the file inside a folder or repository.
 
         Raises:
             ConceptError: If a name is taken by a loaded concept or a word of the tokenizer.
-            EDLoRAFormatError: If the file is no ED-LoRA, or made for another model.
-            ConfigurationError: If the adapter name is taken or malformed.
+            EDLoRAFormatError: If the file is defective, or made for another model.
+            ConfigurationError: If the adapter name is taken or malformed, or an argument is not of its kind.
         """
-        edlora = source if isinstance(source, EDLoRA) else EDLoRA.from_pretrained(source, **hub)
+        request = LoadingRequest.of(source, scale, adapter_name, hub)
+        edlora, name = request.opened(self.components)
         check_distinct([*self.concepts.values(), *edlora.concepts])
         self._refuse_words_of_tokenizer(edlora.concepts)
-        name = adapter_name or _adapter_name(edlora.concepts)
-        inject(self.components, edlora, name, scale)
+        inject(self.components, edlora, name, request.scale)
+        if not edlora.base_model:  # as other programs' files leave it
+            edlora = replace(edlora, base_model=name_of(self))
         loaded, taken = self._edloras, {word for concept in edlora.concepts for word in _words(concept)}
         others = {
             other: pack
@@ -243,10 +253,13 @@ class EDLoRALoader:
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Write the pipeline without its concepts, which have files of their own: see `save_edlora`.
 
+        Only concepts that came with the pipeline go with it, as their updates are in its weights.
         Takes what `DiffusionPipeline.save_pretrained` takes.
         """
         with self._without_adapters():
             super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        if self._in_weights is not None and any(one is self._in_weights for one in self._edloras.values()):
+            self._in_weights.save_beside(str(args[0] if args else kwargs["save_directory"]))
 
     def push_to_hub(
         self,
@@ -287,8 +300,7 @@ class EDLoRALoader:
             folder = Path(temporary)
             with self._without_adapters(), merged(self.components, edlora):
                 super().save_pretrained(folder)  # type: ignore[misc]
-            mark(folder)
-            replace(edlora, lora={}).save_pretrained(folder)
+            edlora.save_beside(folder)
             return edlora.push_folder(
                 folder,
                 repo_id,
@@ -381,11 +393,6 @@ class EDLoRALoader:
                     layer.set_adapter(active)
                     if disabled:
                         layer.enable_adapters(False)
-
-
-def _adapter_name(concepts: Iterable[Concept]) -> str:
-    """A name that PEFT accepts: letters, digits, '_' and '-'."""
-    return re.sub(r"[^\w-]", "_", "_".join(concept.name for concept in concepts)) or "lora"
 
 
 def _subtracted(name: str) -> str:

@@ -38,8 +38,8 @@ def joined(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) -> E
         concepts=tuple(concept for pack in packs for concept in pack.concepts),
         embeddings={token: rows for pack in packs for token, rows in pack.embeddings.items()},
         lora={site: _stacked(updates) for site, updates in parts.items()},
-        base_model=packs[0].base_model,
-        layers=packs[0].layers,
+        base_model=next((pack.base_model for pack in packs if pack.base_model), ""),
+        layers=next((pack.layers for pack in packs if pack.layers), ()),
         training=packs[0].training if len(packs) == 1 else {},
     )
 

@@ -1,0 +1,174 @@
+"""Whatever holds a concept or a LoRA, opened: packs of this package and other programs' files, here or on the Hub.
+
+What `load_edlora`, `GradientFuser.fuse` and the command line are given goes through here.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers_mixofshow.edlora import EDLoRA, hub
+from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.merged import has_concepts
+from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, MixOfShowWarning
+from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming
+from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, read_foreign
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
+from diffusers_mixofshow.interop.original import ORIGINAL_NAME
+from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG
+
+
+_OF_PEFT = "adapter_model"
+_ON_THE_HUB = (
+    PLAIN_NAME,
+    "pytorch_lora_weights.bin",
+    f"{_OF_PEFT}.safetensors",
+    f"{_OF_PEFT}.bin",
+    ORIGINAL_NAME,
+    "learned_embeds.safetensors",
+    "learned_embeds.bin",
+)
+"""What other programs call their files in a repository, in the order in which they are looked for."""
+_INDEX = "model_index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What was found, as an ED-LoRA.
+
+    Args:
+        edlora: Without concepts where it is a plain LoRA, without updates where it is a textual inversion.
+        file: The file that it was read from; of several, the first.
+        foreign: What another program's file holds; None of a pack of this package.
+    """
+
+    edlora: EDLoRA
+    file: Path
+    foreign: Foreign | None = None
+
+
+def open_edlora(source: str | os.PathLike[str], *, layers: tuple[str, ...] = (), **where: Any) -> Opened:
+    """Read a pack of this package, or any file of another program that `mixofshow inspect` understands.
+
+    Args:
+        source: A file, a folder or a Hub id. What exists on this disk comes first.
+        layers: Cross-attention layers of the base that it is meant for, where that is known.
+        where: See `read_any`.
+
+    Raises:
+        EDLoRANotFoundError: If there is nothing.
+        EDLoRAFormatError: If it is defective or no ED-LoRA can say it; names all.
+        ConfigurationError: If it is a complete pipeline.
+        HubError: If the Hub refuses or cannot be reached.
+
+    Warns:
+        MixOfShowWarning: What another program's file does not tell and is taken for it.
+    """
+    file, found = _read(source, **where)
+    if isinstance(found, EDLoRA):
+        if file.name == FILE_NAME and has_concepts(file.parent):
+            raise _is_pipeline(file.parent)
+        return Opened(edlora=found, file=file)
+    counts = {len(rows) for rows in found.tokens.values()} - {1}
+    edlora = as_edlora(found, Naming(), layers if counts <= {len(layers)} else ())
+    if told := _remarks(edlora, found):
+        warnings.warn(f"{found.files[0]}: {'; '.join(told)}.", MixOfShowWarning, stacklevel=3)
+    return Opened(edlora=edlora, file=found.files[0], foreign=found)
+
+
+def read_any(source: str | os.PathLike[str], **where: Any) -> EDLoRA | Foreign:
+    """Read what `open_edlora` reads; of another program's file all that it holds, sound or not.
+
+    Args:
+        source: A file, a folder or a Hub id.
+        where: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only`, see `EDLoRA.from_pretrained`;
+            `weight_name`, the file inside a folder or repository, where it has another name than programs give it.
+
+    Raises:
+        MixOfShowError: See `open_edlora`.
+    """
+    return _read(source, **where)[1]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file or folder is an ED-LoRA of this package, sound or not."""
+    if path.is_dir():
+        return (path / FILE_NAME).exists()
+    return path.name == FILE_NAME or "edlora" in read_metadata(path)
+
+
+def _read(
+    source: str | os.PathLike[str], *, weight_name: str | None = None, subfolder: str | None = None, **where: Any
+) -> tuple[Path, EDLoRA | Foreign]:
+    """What is there, and the file that it is in."""
+    if hub.is_repo_id(source):
+        return _read_from_hub(str(source), weight_name, subfolder, where)
+    path = Path(source)
+    if is_folder(path):
+        path = within(path, *(name for name in (subfolder, weight_name) if name))
+        if (path / _INDEX).is_file() and not is_ours(path):
+            raise _is_pipeline(path)
+    elif subfolder:
+        path /= subfolder
+    if identity(path) is not None and not is_ours(path):
+        found = read_foreign(path)
+        return found.files[0], found
+    return (path / FILE_NAME if is_folder(path) else path), EDLoRA.from_pretrained(path)
+
+
+def _read_from_hub(
+    repo_id: str, weight_name: str | None, subfolder: str | None, where: dict[str, Any]
+) -> tuple[Path, EDLoRA | Foreign]:
+    """The pack of a repository; where it has none, the file that is named, or one that programs call so."""
+    if weight_name is None:
+        try:
+            file = _fetched(repo_id, FILE_NAME, subfolder, where)
+            return file, EDLoRA.from_pretrained(file)
+        except EDLoRANotFoundError as error:
+            missing = error
+    else:
+        missing = EDLoRANotFoundError(f"The repository {repo_id!r} holds no {weight_name}.")
+    for name in _ON_THE_HUB if weight_name is None else (weight_name,):
+        try:
+            file = _fetched(repo_id, name, subfolder, where)
+        except EDLoRANotFoundError:
+            continue
+        return file, EDLoRA.from_pretrained(file) if is_ours(file) else read_foreign(file)
+    raise missing
+
+
+def _fetched(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]) -> Path:
+    """A file of a repository, and PEFT's settings where they belong to it."""
+    options = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False} | where
+    file = hub.download(repo_id, name, subfolder=subfolder, **options)
+    if name.startswith(_OF_PEFT):
+        try:
+            hub.download(repo_id, PEFT_CONFIG, subfolder=subfolder, **options)
+        except EDLoRANotFoundError:  # what that means for its scaling is told by the reader
+            return file
+    return file
+
+
+def _is_pipeline(folder: Path) -> ConfigurationError:
+    """The error of a complete pipeline in place of a pack."""
+    return ConfigurationError(
+        f"{folder} is a complete pipeline, whose updates are in its weights. Load it as a pipeline, "
+        f"MixOfShowPipeline.from_pretrained({str(folder)!r}), or on the command line as --base."
+    )
+
+
+def _remarks(edlora: EDLoRA, foreign: Foreign) -> Sequence[str]:
+    """What the file does not tell and was taken for it."""
+    unknown = [concept.placeholder for concept in edlora.concepts if concept.class_word == UNKNOWN_CLASS]
+    if not unknown:
+        return ()
+    return (
+        f"it does not tell what {', '.join(unknown)} is, which is taken for an object called {UNKNOWN_CLASS!r}; "
+        "read_as_edlora(file, class_word=..., kind=...) or `mixofshow convert` say it",
+    )

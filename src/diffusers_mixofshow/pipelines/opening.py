@@ -1,0 +1,147 @@
+"""What `load_edlora` and `from_pretrained` are given: arguments checked, files opened for the pipeline at hand."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffusers_mixofshow.edlora import EDLoRA, hub
+from diffusers_mixofshow.edlora.merged import has_concepts
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError
+from diffusers_mixofshow.interop.fused_folder import CONCEPTS_NAME, FIRST_WORD, concepts_of_fused
+from diffusers_mixofshow.interop.opening import open_edlora
+from diffusers_mixofshow.sites import cross_attention_layers
+
+
+_WHERE = ("revision", "subfolder", "weight_name", "token", "cache_dir", "local_files_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingRequest:
+    """The arguments of `load_edlora`, each of its kind.
+
+    Args:
+        source: Hub id, folder or file, or an ED-LoRA itself.
+        scale: Strength of the weight updates.
+        adapter_name: As it was given; empty where it was not.
+        where: Where on the Hub or in a folder.
+    """
+
+    source: str | os.PathLike[str] | EDLoRA
+    scale: float
+    adapter_name: str
+    where: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Any, scale: Any, adapter_name: Any, where: Mapping[str, Any]) -> LoadingRequest:
+        """Sort the arguments; a text in the place of the scale is the adapter's name.
+
+        Raises:
+            ConfigurationError: If one is not of its kind; names all.
+        """
+        if isinstance(scale, str) and adapter_name is None and not _is_number(scale):
+            scale, adapter_name = 1.0, scale
+        defects = []
+        if not isinstance(source, str | os.PathLike | EDLoRA):
+            defects.append(
+                f"the source is {_told(source)}; expected a Hub id, a folder, a file or an EDLoRA, one a call"
+            )
+        if not _is_scale(scale):
+            defects.append(f"scale is {_told(scale)}; expected a number such as 0.8")
+        if not isinstance(adapter_name, str | None):
+            defects.append(f"adapter_name is {_told(adapter_name)}; expected a text")
+        if strange := [name for name in where if name not in _WHERE]:
+            defects.append(
+                f"there is no argument {', '.join(strange)}; expected scale, adapter_name, {', '.join(_WHERE)}"
+            )
+        if defects:
+            raise ConfigurationError(f"load_edlora: {'; '.join(defects)}.")
+        return cls(source=source, scale=float(scale), adapter_name=adapter_name or "", where=where)
+
+    def opened(self, components: Mapping[str, object]) -> tuple[EDLoRA, str]:
+        """The ED-LoRA, and the name of its adapter in ``pipeline.components``."""
+        if isinstance(self.source, EDLoRA):
+            return self.source, self.adapter_name or _usual_name(self.source, "lora")
+        found = open_edlora(self.source, layers=_layers(components), **self.where)
+        return found.edlora, self.adapter_name or _usual_name(found.edlora, found.file.stem)
+
+
+def own_concepts(
+    pipeline: str | os.PathLike[str], components: Mapping[str, Any], options: Mapping[str, Any]
+) -> EDLoRA | None:
+    """The concepts whose updates are in a pipeline's weights; None where it has none.
+
+    Args:
+        pipeline: Folder or Hub id that it was loaded from.
+        components: ``pipeline.components``.
+        options: How it was asked for on the Hub.
+
+    Raises:
+        EDLoRAFormatError: If the concepts beside it are defective or do not belong to it.
+    """
+    if has_concepts(pipeline, options.get("revision"), options.get("cache_dir")):
+        return EDLoRA.from_pretrained(pipeline, **options)
+    tokenizer, text_encoder = components.get("tokenizer"), components.get("text_encoder")
+    if tokenizer is None or text_encoder is None:
+        return None
+    file = _fused_concepts(pipeline, tokenizer, options)
+    if file is None:
+        return None
+    table = text_encoder.get_input_embeddings().weight
+    name = str(pipeline) if hub.is_repo_id(pipeline) else Path(pipeline).resolve().name
+    found = concepts_of_fused(file, tokenizer, table, _layers(components), name)
+    return found if found.concepts else None  # a model that was fused from plain LoRAs
+
+
+def _fused_concepts(pipeline: str | os.PathLike[str], tokenizer: Any, options: Mapping[str, Any]) -> Path | None:
+    """The list of concepts of a model that the authors' code fused; None of any other model."""
+    if not hub.is_repo_id(pipeline):
+        file = Path(pipeline, CONCEPTS_NAME)
+        return file if file.is_file() else None
+    if FIRST_WORD not in tokenizer.get_added_vocab():  # so that the Hub is not asked in vain
+        return None
+    defaults = {"revision": None, "subfolder": None, "token": None, "cache_dir": None, "local_files_only": False}
+    try:
+        return hub.download(str(pipeline), CONCEPTS_NAME, **defaults | dict(options))
+    except EDLoRANotFoundError:
+        return None
+
+
+def _layers(components: Mapping[str, object]) -> tuple[str, ...]:
+    unet = components.get("unet")
+    return cross_attention_layers(unet) if isinstance(unet, nn.Module) else ()
+
+
+def _usual_name(edlora: EDLoRA, otherwise: str) -> str:
+    """A name that PEFT accepts, letters, digits, '_' and '-', made of the concepts'."""
+    return re.sub(r"[^\w-]", "_", "_".join(concept.name for concept in edlora.concepts) or otherwise)
+
+
+def _is_scale(value: Any) -> bool:
+    if isinstance(value, bool | str | bytes | None):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _told(value: Any) -> str:
+    """A value as an error shows it: short, and never a wall of tensors."""
+    simple = isinstance(value, str | int | float | None)
+    return f"{str(value)[:80]!r}" if isinstance(value, str) else str(value) if simple else f"a {type(value).__name__}"
