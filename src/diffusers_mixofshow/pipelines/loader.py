@@ -371,7 +371,9 @@ class EDLoRALoader:
             )
         models = components_with_sites(components)
         held = {
-            name: {held: models[held] for held in holders(components, edlora, name)} for name, edlora in ours.items()
+            name: {holder: models[holder] for holder in found}
+            for name, edlora in ours.items()
+            if (found := holders(components, edlora, name))  # none where there are embeddings alone
         }
         states = [
             (model, path, dict(layer.scaling), list(layer.active_adapters), layer.disable_adapters)
