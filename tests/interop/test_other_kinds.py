@@ -66,7 +66,7 @@ OTHERS = {
     "an IP-Adapter": {"ip_adapter.1.to_k_ip.weight": (320, 768), "image_proj.norm.weight": (768,)},
     "ControlNet-LLLite": {"lllite_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.cond_emb.weight": (32, 32)},
     "a ControlNet": {"control_model.input_hint_block.0.weight": (16, 768)},
-    "T5 of Stable Diffusion 3 and FLUX": {"clip_l": (2, 768), "t5": (2, 4096)},
+    "embeddings for T5": {"clip_l": (2, 768), "t5": (2, 4096)},
     "LoRA of an embedding layer": {
         "base_model.model.text_model.embeddings.token_embedding.lora_embedding_A": (4, 49408 // 1024),
         "base_model.model.text_model.embeddings.token_embedding.lora_embedding_B": (768, 4),
@@ -334,6 +334,7 @@ def test_a_lone_tensor_is_a_word_only_with_the_width_of_one(tmp_path: Path):
         ("<rex.v1>", 768),
         ("<a weight>", 768),
         ("猫", 768),
+        ("llama", 768),
         ("<rex>", 32),
     ],
 )

@@ -94,9 +94,9 @@ def each_model(pipe, folder: Path) -> None:
         peft_folder(pipe, folder / component, component=component)
 
 
-def each_model_by_diffusers(pipe, folder: Path) -> None:
+def each_model_by_its_own_library(pipe, folder: Path) -> None:
     pipe.unet.save_lora_adapter(folder / "unet")
-    peft_folder(pipe, folder / "text_encoder", component="text_encoder")
+    pipe.text_encoder.save_pretrained(folder / "text_encoder")
 
 
 def in_components_names(pipe, folder: Path) -> None:
@@ -123,7 +123,7 @@ WAYS = {
     "PEFT, both": both_forms,
     "PEFT, renamed": renamed,
     "a folder for each model": each_model,
-    "a folder for each model, mixed": each_model_by_diffusers,
+    "a folder for each model, by its own library": each_model_by_its_own_library,
     "component in front": in_components_names,
     "adapter's name inside": a_dump_of_the_model,
 }
@@ -339,12 +339,27 @@ def test_settings_of_another_adapter_are_not_taken_for_a_file_with_alphas(tmp_pa
     flat = f"lora_unet_{TO_Q.replace('.', '_')}"
     tensors = {f"{flat}.lora_down.weight": torch.ones(4, 6), f"{flat}.lora_up.weight": torch.ones(8, 4)}
     save_file(tensors | {f"{flat}.alpha": torch.tensor(2.0)}, tmp_path / "dog.safetensors")
-    (tmp_path / "adapter_config.json").write_text(
-        '{"lora_alpha": 16, "use_rslora": true, "init_lora_weights": "pissa"}'
-    )
-    found = read_foreign(tmp_path / "dog.safetensors")
+    (tmp_path / "other.json").write_text('{"lora_alpha": 16, "use_rslora": true, "init_lora_weights": "pissa"}')
+    (tmp_path / "in").mkdir()
+    (tmp_path / "dog.safetensors").rename(tmp_path / "in" / "dog.safetensors")
+    (tmp_path / "in" / "adapter_config.json").symlink_to(tmp_path / "other.json")  # which is not even looked at
+    found = read_foreign(tmp_path / "in")
     assert ([update.scaling for update in found.lora.values()], found.defects) == ([0.5], ())
     assert found.alpha_from == "its own tensors"
+
+
+@pytest.mark.parametrize(
+    ("told", "warned"), [("1", True), ("1.0", True), ("4", False), ("4.0", False), ("Dynamic", False), ("None", False)]
+)
+def test_kohyas_alphas_that_were_lost_are_told(tmp_path: Path, told: str, warned: bool):
+    flat = f"lora_unet_{TO_Q.replace('.', '_')}"
+    tensors = {f"{flat}.lora_down.weight": torch.ones(4, 6), f"{flat}.lora_up.weight": torch.ones(8, 4)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"ss_network_dim": "4", "ss_network_alpha": told})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (update,) = read_lora(tmp_path / "x.safetensors").values()
+    assert update.scaling == 1
+    assert [f"says ss_network_alpha={told}, but the alphas" in str(one.message) for one in caught] == [True] * warned
 
 
 def test_pefts_file_without_its_settings_is_not_guessed(tmp_path: Path):

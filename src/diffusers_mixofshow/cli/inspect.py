@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,8 @@ def inspect(
 
     found = read_source(source)
     summary = summary_of_pack(found) if isinstance(found, EDLoRA) else summary_of_foreign(found)
-    summary |= {"source": source, "bytes": _size_of(source)}
+    files = _files_of(source) if isinstance(found, EDLoRA) else found.files
+    summary |= {"source": source, "bytes": sum(file.stat().st_size for file in files) if files else None}
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     else:
@@ -43,10 +45,10 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _size_of(source: str) -> int | None:
+def _files_of(source: str) -> Sequence[Path]:
+    """An ED-LoRA's files on this disk."""
     path = Path(source)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files) if path.exists() else None
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
 
 
 def _print_tables(summary: dict[str, Any]) -> None:
@@ -96,7 +98,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, object]:
         "alpha from": summary["alpha_from"] if layers else "",
         "adapted layers": f"{summary['adapted_layers']} ({layers})" if layers else "",
         "cross-attention layers": summary["cross_attention_layers"] or "",
-        "parameters": f"{summary['parameters']:,} ({', '.join(summary['dtypes'])})",
+        "parameters": f"{summary['parameters']:,} ({', '.join(summary['dtypes'])})" if summary["dtypes"] else "",
         "size": "on the Hub" if summary["bytes"] is None else f"{summary['bytes'] / 1e6:.2f} MB",
     }
     return {name: value for name, value in facts.items() if value != ""}

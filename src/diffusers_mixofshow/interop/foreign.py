@@ -24,7 +24,6 @@ from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.names import half_of
 from diffusers_mixofshow.interop.original import is_original, original_content
-from diffusers_mixofshow.interop.peft_settings import settings_of
 from diffusers_mixofshow.interop.tensors import PICKLES, load_pickle, load_safetensors
 from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_content
 
@@ -251,7 +250,7 @@ def _sorted(path: Path, content: Any, metadata: Mapping[str, str], component: st
         )
     if component:
         tensors = {f"{component}.{name.removeprefix(f'{component}.')}": tensor for name, tensor in tensors.items()}
-    return _of_lora(path, content_of(tensors, metadata, settings_of(path, metadata)))
+    return _of_lora(path, content_of(tensors, metadata, path))
 
 
 def _of_lora(path: Path, found: LoRAContent) -> Foreign:

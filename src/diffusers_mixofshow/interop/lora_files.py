@@ -19,7 +19,6 @@ from diffusers_mixofshow.errors import EDLoRAFormatError, MixOfShowWarning
 from diffusers_mixofshow.interop.architectures import recognised
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.names import kohya_name
-from diffusers_mixofshow.interop.peft_settings import settings_of
 from diffusers_mixofshow.interop.tensors import PICKLES, load_safetensors
 
 
@@ -73,7 +72,7 @@ def lora_content(path: Path) -> LoRAContent:
     if path.suffix in PICKLES:
         raise EDLoRAFormatError(f"{path}: pickles are not read as LoRAs. Convert it to safetensors first.")
     metadata, tensors = load_safetensors(path)
-    return content_of(tensors, metadata, settings_of(path, metadata))
+    return content_of(tensors, metadata, path)
 
 
 def companions(metadata: Mapping[str, str]) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from diffusers_mixofshow.edlora.defects import content_defects, listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.interop.names import Spelling, adapter_of, half_of, site_of, spelling_of
 from diffusers_mixofshow.interop.other_kinds import OtherKind, other_base, other_kind, other_method
-from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG, PeftSettings
+from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG, PeftSettings, settings_of
 from diffusers_mixofshow.interop.tensors import in_working_dtype
 from diffusers_mixofshow.sites import is_linear_site
 
@@ -25,6 +26,8 @@ _NOT_KNOWN = (
     f"alpha is not known: PEFT keeps it in {PEFT_CONFIG}, which is not beside it or does not say it. Put it there, or "
     'a file of this name with {"lora_alpha": 8}, or whatever the number was'
 )
+_KOHYAS = "ss_network_alpha"
+_LOST = "but the alphas that belong to it are missing; taken as the rank, as every program then does"
 _SORTED = (
     "several patterns give these layers' alphas; the first was taken, as PEFT takes it, but it sorts patterns when it "
     "saves, so that in training it may have been another"
@@ -111,17 +114,17 @@ class _Sorted:
 
 
 def content_of(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], settings: PeftSettings | None = None
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path | None = None
 ) -> LoRAContent:
     """Sort the tensors of a LoRA file.
 
     Args:
         tensors: Name to tensor, as in the file.
         metadata: The file's own.
-        settings: PEFT's settings that lie in it or beside it; they are those of tensors in PEFT's names alone.
+        path: The file, in or beside which PEFT's settings lie; of tensors in other names they would be another's.
     """
-    if settings is None or all(adapter_of(name) is None for name in tensors):
-        settings = PeftSettings()
+    in_pefts_names = any(adapter_of(name) is not None for name in tensors)
+    settings = settings_of(path, metadata) if path is not None and in_pefts_names else PeftSettings()
     found = _sorted(tensors)
     for settle in (_settle_unknown, _settle_bases, _settle_adapters):
         settle(found)
@@ -132,12 +135,13 @@ def content_of(
             found.refuse(fault, site)
         else:
             lora[site], origins[site] = _update(site, layer, settings)
-    ranks = {site: update.rank for site, update in lora.items() if origins[site] == settings.place}
-    untold = {found.layers[site].spelling for site, origin in origins.items() if origin == _NOT_TOLD}
-    remarks = [_ASSUMED] if Spelling.ONE_MODEL in untold else []
-    if unsure := settings.ambiguous(ranks):
+    by_settings = {site: update.rank for site, update in lora.items() if origins[site] == settings.place}
+    untold = {site: found.layers[site].spelling for site, origin in origins.items() if origin == _NOT_TOLD}
+    remarks = _assumed(untold, {lora[site].rank for site in untold}, metadata)
+    if unsure := settings.ambiguous(by_settings):
         remarks.append(f"{_SORTED}: {listed(unsure)}")
-    defects = [*settings.defects, *settings.misfits(ranks), *([_NOT_KNOWN] if Spelling.PEFT in untold else [])]
+    defects = [*settings.defects, *settings.misfits(by_settings)]
+    defects += [_NOT_KNOWN] if Spelling.PEFT in untold.values() else []
     defects += [f"{reason}: {listed(names)}" for reason, names in found.refused.items()]
     defects += content_defects((), {}, lora, ()) if lora else []
     if not lora and not defects:
@@ -235,6 +239,15 @@ def _update(site: str, layer: _Layer, settings: PeftSettings) -> tuple[LowRank, 
     if alpha is None:
         alpha, origin = float(rank), _NOT_TOLD
     return LowRank.from_file(down, up, alpha), origin
+
+
+def _assumed(untold: Mapping[str, Spelling], ranks: set[int], metadata: Mapping[str, str]) -> list[str]:
+    """What was assumed of sites without an alpha, of these spellings and ranks, that is no program's convention."""
+    remarks = [_ASSUMED] if Spelling.ONE_MODEL in untold.values() else []
+    told = metadata.get(_KOHYAS, "")
+    if untold and re.fullmatch(r"\d{1,6}(\.\d{1,6})?", told) and float(told) not in ranks:
+        remarks.append(f"its header says {_KOHYAS}={told}, {_LOST}")
+    return remarks
 
 
 def _counted(origins: Iterable[str]) -> str:

@@ -44,8 +44,7 @@ _KINDS = {
     r"to_[kv]_ip\.|image_proj\.": "an IP-Adapter, which load_ip_adapter reads",
     r"lllite_": "ControlNet-LLLite",
     r"controlnet_|control_model\.|lora_controlnet|input_hint_block": "a ControlNet",
-    r"(t5|t5xxl|t5_xxl|qwen\w*|gemma\w*|llama|mistral)$": "embeddings for the text encoder of another base "
-    "(T5 of Stable Diffusion 3 and FLUX, or a language model)",
+    r"t5(_?xxl)?$": "embeddings for T5, a text encoder of Stable Diffusion 3 and FLUX",
     r"bias$": "biases, " + _NO_UPDATE,
 }
 
