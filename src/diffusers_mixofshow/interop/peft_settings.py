@@ -51,14 +51,50 @@ _MOST_EXPRESSIONS = 16
 _LARGEST = 1e30
 
 
+class _Patterns:
+    """Values for the layers whose names match regular expressions, by PEFT's own rule."""
+
+    def __init__(self, values: Mapping[str, float] | None = None) -> None:
+        self._values = dict(values or {})
+        self._expressions = [pattern for pattern in self._values if not _PLAIN.fullmatch(pattern)]
+        # PEFT's function compiles every pattern anew for every layer, and a file of hundreds of layers can have as
+        # many. Plain names, in which a dot stands for any letter, are found by their last letters.
+        self._names: dict[str, list[tuple[str, str]]] = {}
+        for pattern in self._values.keys() - set(self._expressions):
+            name = re.sub(r"[\^\\]", "", pattern)
+            self._names.setdefault(name.rpartition(".")[2], []).append((name[::-1], pattern))
+
+    def matching(self, path: str) -> list[float]:
+        """The different values for a layer, first that which PEFT takes; none if no pattern matches."""
+        if not self._values:
+            return []
+        from peft.utils.other import get_pattern_key  # takes seconds, and most files need none of it
+
+        found: list[float] = []
+        for name in dict.fromkeys((path, path.removeprefix("text_model."))):
+            candidates = {*self._expressions, *self._alike(name)}
+            left = [pattern for pattern in self._values if pattern in candidates] if candidates else []
+            while (key := get_pattern_key(left, name)) in left:
+                found.append(self._values[key])
+                left = left[left.index(key) + 1 :]
+        return list(dict.fromkeys(found))
+
+    def _alike(self, path: str) -> Iterable[str]:
+        last, backwards = path.rpartition(".")[2], path[::-1]
+        for start in range(len(last) + 1):
+            for name, pattern in self._names.get(last[start:], ()):
+                if all(one in (".", other) for one, other in zip(name, backwards, strict=False)):
+                    yield pattern
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Component:
     """What is said of one component's layers."""
 
     rank: float | None = None
     alpha: float | None = None
-    rank_pattern: Mapping[str, float] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: _Patterns = field(default_factory=_Patterns)
+    alpha_pattern: _Patterns = field(default_factory=_Patterns)
     rslora: bool = False
 
 
@@ -84,20 +120,20 @@ class PeftSettings:
             rank: Of its update.
         """
         said, path = self._of(site)
-        alpha = next(iter(_matching(said.alpha_pattern, path)), said.alpha)
+        alpha = next(iter(said.alpha_pattern.matching(path)), said.alpha)
         return alpha * math.sqrt(rank) if alpha is not None and said.rslora else alpha
 
     def ambiguous(self, sites: Iterable[str]) -> list[str]:
         """The sites whose alphas several patterns tell differently: in files they stand sorted, not as in training."""
         told = [(site, *self._of(site)) for site in sites]
-        return [site for site, said, path in told if len(_matching(said.alpha_pattern, path)) > 1]
+        return [site for site, said, path in told if len(said.alpha_pattern.matching(path)) > 1]
 
     def misfits(self, ranks: Mapping[str, int]) -> list[str]:
         """The defect of settings that are another LoRA's, by the rank of each site; none if they fit."""
         wrong = []
         for site, rank in ranks.items():
             said, path = self._of(site)
-            if rank not in (_matching(said.rank_pattern, path) or [said.rank or rank]):
+            if rank not in (said.rank_pattern.matching(path) or [said.rank or rank]):
                 wrong.append(site)
         return [f"{self.place} tells of other ranks than these layers have: {listed(wrong)}"] if wrong else []
 
@@ -155,12 +191,13 @@ def _component(said: Mapping[str, Any]) -> tuple[_Component, list[str]]:
         numbers[key] = _number(said.get(key))
         if said.get(key) is not None and numbers[key] is None:
             defects.append(f"{key} is no number")
-    patterns: dict[str, dict[str, float]] = {}
+    patterns: dict[str, _Patterns] = {}
     for key in ("rank_pattern", "alpha_pattern"):
         given = said.get(key) or {}
         given = given if isinstance(given, dict) else {"": None}
-        patterns[key] = {name: float(given[name]) for name in _sound(given)}
-        if odd := [name for name in given if name not in patterns[key]]:
+        sound = _sound(given)
+        patterns[key] = _Patterns(sound)
+        if odd := [name for name in given if name not in sound]:
             defects.append(f"{key} is not understood: {listed(odd)}")
     found = _Component(rank=numbers["r"], alpha=numbers["lora_alpha"], rslora=bool(said.get("use_rslora")), **patterns)
     return found, defects
@@ -178,16 +215,16 @@ def _of_another_kind(said: Mapping[str, Any]) -> list[str]:
     return defects
 
 
-def _sound(patterns: Mapping[str, object]) -> list[str]:
-    """Those of a pattern's entries that have a number, and an expression that is quickly matched."""
-    sound, expressions = [], 0
+def _sound(patterns: Mapping[str, object]) -> dict[str, float]:
+    """Those entries that have a number, and an expression that is quickly matched."""
+    sound, expressions = {}, 0
     for pattern, value in patterns.items():
         if not _PLAIN.fullmatch(pattern):
             expressions += 1
             if expressions > _MOST_EXPRESSIONS or not _is_quick(pattern):
                 continue
-        if _number(value) is not None:
-            sound.append(pattern)
+        if (number := _number(value)) is not None:
+            sound[pattern] = number
     return sound
 
 
@@ -197,32 +234,6 @@ def _is_quick(pattern: str) -> bool:
     except (re.error, OverflowError, RecursionError):
         return False
     return not _REPEATED.search(pattern) and sum(map(pattern.count, "*+{")) <= _MOST_REPEATS
-
-
-def _matching(patterns: Mapping[str, float], path: str) -> list[float]:
-    """The different values of a layer's patterns, first that which PEFT takes; none if none matches."""
-    if not patterns:
-        return []
-    from peft.utils.other import get_pattern_key  # takes seconds, and most files need none of it
-
-    values: list[float] = []
-    for name in dict.fromkeys((path, path.removeprefix("text_model."))):
-        # It compiles each for each layer; a file of thousands of layers can have as many.
-        left = [pattern for pattern in patterns if _could_match(pattern, name)]
-        while (key := get_pattern_key(left, name)) in left:
-            values.append(patterns[key])
-            left = left[left.index(key) + 1 :]
-    return list(dict.fromkeys(values))
-
-
-def _could_match(pattern: str, path: str) -> bool:
-    """Whether a pattern may match: any expression, and names that end as the path does, a dot for any letter."""
-    if not _PLAIN.fullmatch(pattern):
-        return True
-    name = re.sub(r"[\^\\]", "", pattern)
-    return len(name) <= len(path) and all(
-        one in (".", other) for one, other in zip(name[::-1], path[::-1], strict=False)
-    )
 
 
 def _number(value: object) -> float | None:
