@@ -89,7 +89,6 @@ class AuthorsWay(MixOfShowPipeline):
         for number, path in enumerate(paths):
             layer = self.unet.get_submodule(path)
             wrapper = layer.processor
-            layer._modules.pop("processor")
             layer.processor = AuthorsProcessor(number, len(paths), self._regions[0], size)
             stack.callback(restore, layer, wrapper)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
 import packs
@@ -266,3 +267,22 @@ def test_a_strength_for_one_call_leaves_a_call_inside_its_callback_alone(calls):
 
 def _seeded():
     return {**SETTINGS, "generator": torch.Generator().manual_seed(0)}
+
+
+def test_processors_that_a_callback_sets_stay_and_serve_the_next_call(calls):
+    unet = calls.components["unet"]
+    before = dict(unet.attn_processors)
+    try:
+        calls.draw("plain", _at_first_step(lambda: unet.set_attn_processor(AttnProcessor())))
+        assert {type(each).__name__ for each in unet.attn_processors.values()} == {"AttnProcessor"}
+        torch.testing.assert_close(calls.draw("regions"), calls.alone["regions"], atol=1e-4, rtol=1e-3)
+        with pytest.raises(ConfigurationError, match="stop here"):
+            calls.draw("regions", _at_first_step(lambda: (unet.set_attn_processor(before), _stop())))
+        assert all(unet.attn_processors[name] is each for name, each in before.items())
+    finally:
+        unet.set_attn_processor(dict(before))
+    calls.assert_alone("regions", calls.draw("regions"))
+
+
+def _stop():
+    raise ConfigurationError("stop here")

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -153,7 +153,7 @@ def _wrapped(denoiser: nn.Module, wrappers: Mapping[str, type[_AnyWrapper]]) -> 
 def _wrapper_of(layer: Any, kind: type[_AnyWrapper]) -> _AnyWrapper:
     wrapper = layer.processor
     if not isinstance(wrapper, kind):
-        wrapper = kind(layer.processor)
+        wrapper = (kind.with_weights if isinstance(wrapper, nn.Module) else kind)(wrapper)
         _set_processor(layer, wrapper)
     wrapper.users += 1
     return wrapper
@@ -188,12 +188,15 @@ class _Cut:
         return stacks
 
 
-class _Wrapper(nn.Module):
+class _Wrapper:
     """Stands in for a layer's processor as long as any call needs it.
 
     Args:
-        inner: The processor that was installed; a child, so that offload and dtype changes reach its weights.
+        inner: The processor that was installed.
     """
+
+    # The same for a processor that is a module itself, which diffusers and offload treat otherwise.
+    with_weights: ClassVar[type[Any]]
 
     def __init__(self, inner: _Processor) -> None:
         super().__init__()
@@ -314,6 +317,18 @@ class _IsolatingProcessor(_Wrapper):
             part = self.inner(attn, rows[:, group.asking], rows[:, group.asked])
             group.put(output, part)
         return output
+
+
+class _StackedModule(_StackedProcessor, nn.Module):
+    """A `_StackedProcessor` with the inner one as a child, so that offload and dtype changes reach its weights."""
+
+
+class _IsolatingModule(_IsolatingProcessor, nn.Module):
+    """An `_IsolatingProcessor` with the inner one as a child."""
+
+
+_StackedProcessor.with_weights = _StackedModule
+_IsolatingProcessor.with_weights = _IsolatingModule
 
 
 def _attend_in_groups(attn: Any, hidden_states: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
