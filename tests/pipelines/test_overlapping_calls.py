@@ -277,7 +277,7 @@ def test_processors_that_a_callback_sets_stay_and_serve_the_next_call(calls):
         assert {type(each).__name__ for each in unet.attn_processors.values()} == {"AttnProcessor"}
         torch.testing.assert_close(calls.draw("regions"), calls.alone["regions"], atol=1e-4, rtol=1e-3)
         with pytest.raises(ConfigurationError, match="stop here"):
-            calls.draw("regions", _at_first_step(lambda: (unet.set_attn_processor(before), _stop())))
+            calls.draw("regions", _at_first_step(lambda: (unet.set_attn_processor(dict(before)), _stop())))
         assert all(unet.attn_processors[name] is each for name, each in before.items())
     finally:
         unet.set_attn_processor(dict(before))
