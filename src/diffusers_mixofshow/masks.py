@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_mixofshow.errors import PictureError
+from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
 from diffusers_mixofshow.pictures import Opened, Source, open_upright, unit_range
 
 
@@ -64,6 +65,14 @@ def read_mask(source: Source | np.ndarray | torch.Tensor, *, called: str) -> Mas
         return Mask(values=_of_array(_plain(source, called), called))
     opened = open_upright(source, called=called)
     return Mask(values=_of_picture(opened, called), remarks=opened.remarks)
+
+
+def mask_of(source: Source, *, called: str) -> Mask:
+    """Read a mask, and warn of what is odd about it; see `read_mask`."""
+    mask = read_mask(source, called=called)
+    for remark in mask.remarks:
+        warnings.warn(remark, MixOfShowWarning, stacklevel=2)
+    return mask
 
 
 def read_alpha(alpha: Image.Image, *, called: str) -> Mask | None:

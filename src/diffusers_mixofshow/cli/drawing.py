@@ -129,18 +129,6 @@ def draw(drawing: Drawing) -> Drawn:
     return Drawn(images=images, scheduler=type(pipe.scheduler), device=pipe.device.type, dtype=dtype)
 
 
-def read_mask(path: Path) -> Image.Image:
-    """Read a mask of mode L, white inside."""
-    return read_image(path).convert("L")
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read a picture as RGB."""
-    from diffusers_mixofshow.training.pictures import read_picture
-
-    return read_picture(path, called=str(path)).image
-
-
 def refuse_inpainting(base: str) -> None:
     """Refuse a base on this disk whose U-Net cannot inpaint, before it is loaded."""
     file = Path(location_of(base)) / "unet" / "config.json"
@@ -160,9 +148,12 @@ def _views(drawing: Drawing) -> list[Image.Image]:
     """The pictures that the drawing starts from or follows, as the models see them."""
     if drawing.image is None:
         return [condition_image(control) for control in (*drawing.controls, *drawing.adapters)]
-    picture = read_image(drawing.image)
+    from diffusers_mixofshow.masks import mask_of
+    from diffusers_mixofshow.pictures import read_image
+
+    picture = read_image(drawing.image, called=str(drawing.image))
     size = _size_of(picture, drawing.plan)
-    masks = [] if drawing.mask is None else [read_mask(drawing.mask)]
+    masks = [] if drawing.mask is None else [mask_of(drawing.mask, called=str(drawing.mask)).grey]
     return [picture.resize(size), *(mask.resize(size) for mask in masks)]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.errors import MixOfShowError, RegionError
+from diffusers_mixofshow.errors import MixOfShowError, PictureError, RegionError
 
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def parse_region(text: str) -> Region:
     """Read ``left,top,right,bottom:prompt`` or ``mask=FILE:prompt``; settings such as ``feather=0.1`` follow a comma.
 
     Raises:
-        RegionError: If the text is not of that form, the box is not inside the picture, or a setting cannot be.
-        TrainingDataError: If the mask cannot be read.
+        RegionError: If the text is not of that form, the box is not inside the picture, the mask cannot be read, or a
+            setting cannot be.
     """
     from diffusers_mixofshow.regions import Region
 
@@ -59,6 +59,8 @@ def parse_region(text: str) -> Region:
         if strange := [name for name in given if name not in known]:
             raise ValueError(f"it has {', '.join(strange)}; known are {', '.join(known)}")
         settings = {name: _value(name, value) for name, value in given.items()}
+    except PictureError as error:
+        raise RegionError(f"Region {text!r}: {error}.") from error
     except ValueError as error:
         raise RegionError(
             f"Region {text!r} is not of the form 'left,top,right,bottom:prompt', e.g. '0,0,0.5,1:a <potter>', or "
@@ -87,10 +89,10 @@ def parse_isolation(steps: str | None, scales: str | None) -> Isolation:
 
 
 def _value(name: str, text: str) -> Any:
-    from diffusers_mixofshow.cli.drawing import read_mask
+    from diffusers_mixofshow.masks import mask_of
 
     if name == "mask":
-        return read_mask(Path(text))
+        return mask_of(Path(text), called=text).values
     if name in _TEXTS:
         return text
     return int(text) if name == "order" else float(text)

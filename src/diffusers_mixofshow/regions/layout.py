@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
-from diffusers_mixofshow.masks import read_mask
+from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.masks import mask_of
 from diffusers_mixofshow.regions.drawing import draw_regions
 from diffusers_mixofshow.regions.region import Region, pixels_inside
 from diffusers_mixofshow.texts import read_text
@@ -230,14 +229,11 @@ def _read_mask(given: str, folder: Path) -> np.ndarray:
             source: Path | io.BytesIO = io.BytesIO(base64.b64decode(given.removeprefix(_PNG), validate=True))
         except binascii.Error as error:
             raise ValueError(f"no base64 ({error})") from error
-        return read_mask(source, called="it").values
+        return mask_of(source, called="it").values
     path = (folder / given).resolve()
     if not path.is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
         raise ValueError(f"{given!r} is no file in the layout's folder")
-    mask = read_mask(path, called=given)
-    for remark in mask.remarks:
-        warnings.warn(remark, MixOfShowWarning, stacklevel=2)
-    return mask.values
+    return mask_of(path, called=given).values
 
 
 def _unknown(owner: str, given: Mapping[str, object], known: set[str]) -> list[str]:
