@@ -300,6 +300,31 @@ def test_captions_in_two_places(tmp_path: Path) -> None:
         read_photos(tmp_path, REX)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"file_name": "1.jpg", "text": "<TOK>", "text": "b"}', "line 1: no JSON \\('text' more than once\\)"),
+        ('{"file_name": "1.jpg", "text": "a <TOK> \\ud83d"}', r"metadata\.jsonl, 1\.jpg: .* within a character"),
+    ],
+)
+def test_captions_that_are_there_twice_or_in_half(tmp_path: Path, line: str, words: str) -> None:
+    photo(tmp_path / "1.jpg")
+    write(tmp_path / "metadata.jsonl", line)
+    with pytest.raises(TrainingDataError, match=words):
+        read_photos(tmp_path, REX)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"caption": ""}', '{"caption": null}', "no JSON", '{"tags": "a, b"}', '["a"]', "[" * 9999]
+)
+def test_json_without_a_caption_is_told(tmp_path: Path, text: str) -> None:
+    photo(tmp_path / "1.jpg")
+    write(tmp_path / "1.json", text)
+    photos, told = read(tmp_path)
+    assert "a photo of a <rex>" in photos[0].captions
+    assert told.endswith("1.json has no caption and was left alone.")
+
+
 def test_captions_in_json_are_ignored_as_metadata_are(tmp_path: Path) -> None:
     photo(tmp_path / "1.jpg")
     write(tmp_path / "1.json", json.dumps({"prompt": BEACH, "caption": "another <TOK>"}))
@@ -350,7 +375,7 @@ def test_pictures_of_the_class_are_read_likewise(tmp_path: Path) -> None:
     assert [found.path.name for found in photos] == ["1.jpg", "2.PNG"]
     (warning,) = told
     assert "film.mp4 is of no known use" in str(warning.message)
-    assert "class.jpg beyond num_class_images: not used" in str(warning.message)
+    assert "class.jpg is beyond num_class_images and not used" in str(warning.message)
     write(tmp_path / "1_dog" / "1.jpg", "no picture")
     with pytest.raises(TrainingDataError, match=r"1_dog/1\.jpg is no readable picture"):
         prior.class_pictures(None, config, drawing=False)

@@ -121,7 +121,7 @@ def read_description(path: Path, *, column: str) -> list[str]:
         content = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError):
         return []
-    keys = [key for key in (column, "caption", "text") if isinstance(content, dict) and key in content]
+    keys = [key for key in (column, "caption", "text") if isinstance(content, dict) and content.get(key)]
     return _texts(content, keys[0]) if keys else []
 
 
@@ -138,6 +138,8 @@ def named(texts: Iterable[str], concept: Concept, *, source: str) -> tuple[str, 
     """
     captions = tuple(text.replace(CAPTION_SLOT, concept.placeholder) for text in texts)
     for caption in captions:
+        if any("\ud800" <= character <= "\udfff" for character in caption):
+            raise TrainingDataError(f"{source}: {caption!r} ends or begins within a character; write it anew")
         try:
             split_prompt(caption, [concept])
         except ConceptError as error:
@@ -189,7 +191,7 @@ def _json_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = json.loads(content, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             defects.append(f"line {line}: no JSON ({error})")
             continue
@@ -198,6 +200,14 @@ def _json_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str
         else:
             defects.append(f'line {line}: expected an object such as {{"file_name": ..., "text": ...}}')
     return rows, defects
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose keys is there twice; Python would take the last one."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(map(repr, twice))} more than once")
+    return dict(pairs)
 
 
 def _csv_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:

@@ -17,7 +17,7 @@ from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.samples import drawing_settings, plain_pipeline
 
 
-_SURPLUS = "beyond num_class_images: not used"
+_SURPLUS = "beyond num_class_images and not used"
 
 
 def prompt_of_class(config: TrainingConfig) -> str:
@@ -54,7 +54,7 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
         photos.append(Photo(path=path, image=picture.image, captions=(prompt_of_class(config),), mask=None))
     if defects:
         raise TrainingDataError(f"{folder}: these pictures of the class cannot be read: {'; '.join(defects)}")
-    remarks += few([listing.name(path) for path in left], _SURPLUS, _SURPLUS)
+    remarks += few([listing.name(path) for path in left], f"is {_SURPLUS}", f"are {_SURPLUS}")
     if remarks and not drawing:  # told once, when they are read for use
         warnings.warn(one_a_line(f"Pictures of the class in {folder}", remarks), MixOfShowWarning, stacklevel=2)
     return photos
