@@ -139,8 +139,9 @@ RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
         Image.fromarray((RAMP * (2**31 - 1)).astype(np.int32)),
         Image.fromarray(RAMP.astype(np.float32)),
         with_alpha(0, (RAMP * 255).round()),
+        Image.fromarray((RAMP[..., None] * [255, 250, 245]).round().astype(np.uint8)),
     ],
-    ids=["float array", "uint8", "uint16", "L", "I;16", "I", "F", "alpha"],
+    ids=["float array", "uint8", "uint16", "L", "I;16", "I", "F", "alpha", "yellowed"],
 )
 def test_soft_edges_keep_their_values(mask: object) -> None:
     found = read_mask(mask, called="it")  # type: ignore[arg-type]
