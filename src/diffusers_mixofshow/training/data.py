@@ -187,7 +187,8 @@ class _Reader:
                 sources[file] = texts
         if len(sources) > 1:
             raise TrainingDataError(f"{name} has captions in {' and in '.join(sources)}; keep one")
-        for file, texts in sources.items():
+        if sources:
+            ((file, texts),) = sources.items()
             return named(texts, self.concept, source=f"{file}, {name}" if file == metadata.file else file)
         if metadata.file and not metadata.defects and name not in metadata.captions:
             self.unlisted.append(name)
