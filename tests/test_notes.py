@@ -93,7 +93,7 @@ def broken(path: Path, kind: str) -> Path:
         path.write_text("no picture")
     elif kind == "jpeg":
         exif = Image.Exif()
-        exif.get_ifd(0x8769)[0x927C] = b"\xff\xfe a camera's own"
+        exif[0x8769] = {0x927C: b"\xff\xfe a camera's own"}
         Image.new("RGB", (4, 4)).save(path, "JPEG", exif=exif)
     elif kind != "missing":
         Image.new("RGB", (4, 4)).save(path, "PNG", pnginfo=chunks)

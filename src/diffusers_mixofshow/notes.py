@@ -149,12 +149,13 @@ def _content(picture: Image.Image) -> str | None:
 
 
 def _exif(text: str | None, content: str | None) -> bytes:
-    exif = Image.Exif()
-    tags = exif.get_ifd(ExifTags.IFD.Exif)
+    tags: dict[int, bytes] = {}
     if text is not None:
         tags[ExifTags.Base.UserComment] = _UNICODE + text.encode("utf-16-be")
     if content is not None:
         tags[ExifTags.Base.MakerNote] = content.encode("utf-8")
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = tags  # Pillow 10 forgets what is put into get_ifd() of an empty one
     return exif.tobytes()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -300,3 +301,41 @@ def test_toylands_own_adapter_places_things(tmp_path, monkeypatch) -> None:
         drawn.append(pixels[..., 0] - pixels[..., 2])  # red things are red
     assert drawn[0][:, :32].mean() > drawn[0][:, 32:].mean()
     assert drawn[1][:, :32].mean() < drawn[1][:, 32:].mean()
+
+
+def test_the_command_line_draws_what_the_demo_draws(tmp_path, monkeypatch) -> None:
+    from diffusers_mixofshow import toyland
+    from diffusers_mixofshow.concepts import Concept
+    from diffusers_mixofshow.demo.sampling import layout_of, sample_all
+    from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.pipelines import MixOfShowPipeline
+    from diffusers_mixofshow.sites import cross_attention_layers
+
+    monkeypatch.chdir(tmp_path)
+    pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    layers = cross_attention_layers(pipe.unet)
+    class_words = {"bobo": "critter", "kiki": "critter", "rex": "dog"}
+    concepts = tuple(Concept.from_name(name, word) for name, word in class_words.items())
+    noise = torch.Generator().manual_seed(0)
+    rows = {token: torch.randn(len(layers), 128, generator=noise) for each in concepts for token in each.tokens}
+    EDLoRA(concepts=concepts, embeddings=rows, lora={}, base_model="toyland", layers=layers).save_pretrained("fused")
+
+    chosen = [
+        DemoConcept(name=name, kind="pet", class_word=word, folder=tmp_path) for name, word in class_words.items()
+    ]
+    settings = DemoSettings(folder=tmp_path, concepts=tuple(class_words), pictures=1, together=1, steps=2)
+    single = {f"single/{name}": Path("fused") for name in class_words}
+    drawn = sample_all(pipe, chosen, {**single, "average": Path("fused"), "fused": Path("fused")}, settings, print)
+
+    layout_of(list(class_words.values())).save("places.png")
+    called = [f"a <{name}> {word}" for name, word in class_words.items()]
+    options = ["--concepts", "fused", "--width", "96", "--height", "64", "--seed", "5000", "--steps", "2"]
+    options += ["--adapter", "image@toyland=places.png", "--control-scale", "0.8", "--isolation"]
+    for number, subject in enumerate(called):
+        box = f"{number / 3!r},0.25,{(number + 1) / 3!r},0.97"
+        options += ["--region", f"{box}:{subject}, {subject} and {subject} in a meadow"]
+    options += ["--prompt", f"{called[0]}, {called[1]} and {called[2]} in a meadow"]
+    CliRunner().invoke(cli.app, ["sample", *options], catch_exceptions=False)
+    with Image.open("sample.png") as picture:
+        assert picture.tobytes() == drawn.regional[0].tobytes()
