@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_region
-from diffusers_mixofshow.errors import MixOfShowError, RegionError
+from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning, RegionError
 from diffusers_mixofshow.regions import Isolation, Region
 
 
@@ -154,6 +154,19 @@ def test_a_picture_to_start_from_decides_the_size_that_is_not_asked_for(place, m
         assert Image.open("sample.png").size == size
 
 
+def test_a_picture_as_a_camera_takes_it_is_told_to_be_large(place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    Image.new("RGB", (1600, 900)).save("large.png")
+    asked = ["sample", "--base", "no/base", "--prompt", "x", "--image", "large.png", "--dry-run", "--json"]
+    with pytest.warns(MixOfShowWarning, match=r"large\.png is drawn at its own size of 1600 x 896 pixels.*--width"):
+        told = json.loads(CliRunner().invoke(cli.app, asked, catch_exceptions=False).stdout)
+    assert told["size"] == "1600 x 896 pixels"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = json.loads(CliRunner().invoke(cli.app, [*asked, "--width", "512"], catch_exceptions=False).stdout)
+    assert told["size"] == "512 x 288 pixels"
+
+
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
@@ -178,6 +191,7 @@ def test_a_picture_to_start_from_decides_the_size_that_is_not_asked_for(place, m
         (["--lora-scale", "1"], ["--lora-scale without --concepts"]),
         (["--concepts", "rex", *("--lora-scale", "1") * 2], ["--lora-scale 2 times for 1 --concepts"]),
         (["--concepts", "rex", "--concepts", "rex"], ["--concepts rex twice"]),
+        (["--control", "zoe=photo.png", "--control", "canny"], ["is known for 'zoe'", "Control 'canny': it is not"]),
         (["--adapter", "zoe=photo.png"], ["no T2I-Adapter is known for 'zoe'"]),
         (["--adapter", "image@base=photo.png"], ["The T2I-Adapter 'base' cannot be loaded"]),
         (["--device", "nowhere"], ["--device nowhere", "doctor"]),
@@ -228,7 +242,7 @@ def test_a_dry_run_tells_the_plan_and_loads_nothing(place, monkeypatch) -> None:
         "device": "cuda:3",
         "dtype": "float16",
         "U-Net runs": "10, each on a batch of 2",
-        "size": "the picture's own",
+        "size": "32 x 32 pixels",
         "seeds": "0",
     }
     assert expected.items() <= told.items()

@@ -69,6 +69,23 @@ class Control:
     picture: Path
 
 
+def parse_controls(texts: Sequence[str], known: Mapping[str, str], *, called: str) -> tuple[Control, ...]:
+    """Read every text, see `parse_control`.
+
+    Raises:
+        ConfigurationError: Names all that are wrong.
+    """
+    controls, defects = [], []
+    for text in texts:
+        try:
+            controls.append(parse_control(text, known, called=called))
+        except ConfigurationError as error:
+            defects.append(str(error))
+    if defects:
+        raise ConfigurationError(" ".join(defects))
+    return tuple(controls)
+
+
 def parse_control(text: str, known: Mapping[str, str] = CONTROLNETS, *, called: str = "ControlNet") -> Control:
     """Read ``detector=picture`` or ``detector@model=picture``.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.cli.base_model import load_base
 from diffusers_mixofshow.cli.control import Control, condition_image, with_adapters, with_controls
 from diffusers_mixofshow.cli.sample_options import GRAIN
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 REFINED = 0.4
 """How much of a region `--refine` draws anew."""
+_LARGE = 1024 * 1024
+"""Pixels above which a picture to start from is told to be large."""
 _INPAINTED = (4, 9)
 """Input channels of U-Nets that diffusers inpaints with."""
 
@@ -129,6 +132,29 @@ def draw(drawing: Drawing) -> Drawn:
     return Drawn(images=images, scheduler=type(pipe.scheduler), device=pipe.device.type, dtype=dtype)
 
 
+def _image_of(path: Path) -> Image.Image:
+    from diffusers_mixofshow.pictures import read_image
+
+    return read_image(path, called=str(path))
+
+
+def sized_like(image: Path, plan: Layout) -> Layout:
+    """The layout with the size at which a picture is drawn anew: as asked for, and in its own shape otherwise."""
+    if plan.width and plan.height:
+        return plan
+    own = _image_of(image)
+    scale = plan.width / own.width if plan.width else plan.height / own.height if plan.height else 1.0
+    width, height = (max(GRAIN, round(side * scale / GRAIN) * GRAIN) for side in own.size)
+    if scale == 1.0 and width * height > _LARGE:
+        warnings.warn(
+            f"{image} is drawn at its own size of {width} x {height} pixels, which takes long and much memory, and is "
+            "more than Stable Diffusion knows; --width or --height draws it smaller.",
+            MixOfShowWarning,
+            stacklevel=2,
+        )
+    return replace(plan, width=plan.width or width, height=plan.height or height)
+
+
 def refuse_inpainting(base: str) -> None:
     """Refuse a base on this disk whose U-Net cannot inpaint, before it is loaded."""
     file = Path(location_of(base)) / "unet" / "config.json"
@@ -149,21 +175,11 @@ def _views(drawing: Drawing) -> list[Image.Image]:
     if drawing.image is None:
         return [condition_image(control) for control in (*drawing.controls, *drawing.adapters)]
     from diffusers_mixofshow.masks import mask_of
-    from diffusers_mixofshow.pictures import read_image
 
-    picture = read_image(drawing.image, called=str(drawing.image))
-    size = _size_of(picture, drawing.plan)
+    picture = _image_of(drawing.image)
+    size = drawing.plan.width or picture.width, drawing.plan.height or picture.height
     masks = [] if drawing.mask is None else [mask_of(drawing.mask, called=str(drawing.mask)).grey]
-    return [picture.resize(size), *(mask.resize(size) for mask in masks)]
-
-
-def _size_of(picture: Image.Image, plan: Layout) -> tuple[int, int]:
-    """Width and height at which a picture is drawn anew: as asked for, in its own shape where one is missing."""
-    if plan.width and plan.height:
-        return plan.width, plan.height
-    scale = plan.width / picture.width if plan.width else plan.height / picture.height if plan.height else 1.0
-    width, height = (max(GRAIN, round(side * scale / GRAIN) * GRAIN) for side in picture.size)
-    return plan.width or width, plan.height or height
+    return [view.resize(size) for view in (picture, *masks)]
 
 
 def _conditioned(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple[Any, dict[str, Any]]:
@@ -174,7 +190,6 @@ def _conditioned(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple
     if drawing.mask is not None:
         _refuse_channels(drawing.base, pipe.unet.config.in_channels)
         image, mask = views
-        size = {"width": image.width, "height": image.height}
         pictures = {"image": [image] * count, "mask_image": [mask] * count, "strength": drawing.strength}
         return MixOfShowInpaintPipeline.from_pipe(pipe), pictures | size
     if drawing.image is not None:

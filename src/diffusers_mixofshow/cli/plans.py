@@ -45,7 +45,7 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
         output: One file for each picture.
     """
     plan, packs, steps = drawing.plan, list(drawing.packs.values()), drawing.steps
-    own = "the model's own" if drawing.image is None else "the picture's own"
+    own = "the model's own"
     size = f"{plan.width or own} x {plan.height or own} pixels" if plan.width or plan.height else own
     batch = len(output) * (2 if drawing.guidance > 1 else 1)
     runs = steps if drawing.image is None else int(steps * drawing.strength)

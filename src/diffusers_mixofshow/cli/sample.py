@@ -16,8 +16,8 @@ from diffusers_mixofshow.atomic import refuse_unwritable
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
 from diffusers_mixofshow.cli.base_model import check_device, common_base
-from diffusers_mixofshow.cli.control import ADAPTERS, parse_control
-from diffusers_mixofshow.cli.drawing import REFINED, Drawing, draw, refuse_inpainting
+from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS, parse_controls
+from diffusers_mixofshow.cli.drawing import REFINED, Drawing, draw, refuse_inpainting, sized_like
 from diffusers_mixofshow.cli.plans import DryRun, plan_of_sampling, tell
 from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
@@ -96,8 +96,10 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
     plan = _planned(asked)
     _refuse_contradictions(plan, asked)
     refuse_unwritable(asked["output"])
-    controls = tuple(parse_control(text) for text in asked["control"] or [])
-    adapters = tuple(parse_control(text, ADAPTERS, called="T2I-Adapter") for text in asked["adapter"] or [])
+    if asked["image"] is not None:
+        plan = sized_like(asked["image"], plan)
+    controls = parse_controls(asked["control"] or [], CONTROLNETS, called="ControlNet")
+    adapters = parse_controls(asked["adapter"] or [], ADAPTERS, called="T2I-Adapter")
     packs = {source: read_pack(source) for source in asked["concepts"] or []}
     base = asked["base"] or _base_of(packs.values())
     if asked["mask"] is not None:
