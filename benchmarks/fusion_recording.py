@@ -71,7 +71,7 @@ def publish(pipe: MixOfShowPipeline, count: int, folder: Path) -> list[Path]:
     layers = cross_attention_layers(pipe.unet)
     folders = [folder / f"c{number:02}" for number in range(count)]
     for number, target in enumerate(folders):
-        random_concept(number, shapes, layers).save_pretrained(target)
+        random_concept(number, shapes, layers).save_pretrained(target, overwrite=True)
     return folders
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         height=options.size,
         width=options.size,
     ).fuse(folders)
-    pack.save_pretrained(options.work / "pack")
+    pack.save_pretrained(options.work / "pack", overwrite=True)
     seconds = time.perf_counter() - start
     names = ("recording_s", "solving_s", "peak_memory_mib", "peak_gpu_memory_mib")
     results = {"seconds": round(seconds, 2)} | {

@@ -24,6 +24,7 @@ RANK_OF = {
     "texts": 0,
     "pictures": 0,
     "masks": 0,
+    "progress": 0,
     "regions": 0,
     "sharing": 0,
     "sites": 0,
@@ -44,9 +45,16 @@ RANK_OF = {
     "__main__": 6,
 }
 # Imports between parts of one rank. Everybody may import errors; a mask is a picture first, and regions are read from
-# masks and texts; interop translates other files to and from an EDLoRA; the verb `demo` starts the demo.
+# masks and texts, and written whole; interop translates other files to and from an EDLoRA; the verb `demo` starts the
+# demo.
 SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo")}
-SIDEWAYS |= {("masks", "pictures"), ("regions", "pictures"), ("regions", "masks"), ("regions", "texts")}
+SIDEWAYS |= {
+    ("masks", "pictures"),
+    ("regions", "pictures"),
+    ("regions", "masks"),
+    ("regions", "texts"),
+    ("regions", "atomic"),
+}
 # Parts that use the package as its users do, by `from diffusers_mixofshow import ...`.
 USERS = {"demo", "cli"}
 LONGEST_FUNCTION = 60

@@ -140,7 +140,7 @@ def test_an_interrupted_write_keeps_the_old_file_and_leaves_nothing_behind(pack,
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pack.save_pretrained(path.parent)
+        pack.save_pretrained(path.parent, overwrite=True)
     assert path.read_bytes() == before
     assert sorted(os.listdir(path.parent)) == ["README.md", FILE]
 
@@ -227,8 +227,8 @@ def test_a_readme_of_the_user_stays(pack, tmp_path):
     pack.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my project"
     (tmp_path / "README.md").unlink()
-    pack.save_pretrained(tmp_path)
-    dataclasses.replace(pack, base_model="other/base").save_pretrained(tmp_path)
+    pack.save_pretrained(tmp_path, overwrite=True)
+    dataclasses.replace(pack, base_model="other/base").save_pretrained(tmp_path, overwrite=True)
     assert "other/base" in (tmp_path / "README.md").read_text()
 
 

@@ -49,8 +49,8 @@ def test_it_draws_what_base_and_pack_draw_with_and_without_concepts(pack: EDLoRA
 def test_it_is_written_over_an_earlier_one_and_nothing_else_is_touched(pack: EDLoRA, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").write_text("mine")
-    for _ in range(2):
-        pack.save_pretrained(tmp_path / "merged", merged=True)
+    for overwrite in (False, True):
+        pack.save_pretrained(tmp_path / "merged", merged=True, overwrite=overwrite)
     assert (tmp_path / "merged" / "mine.txt").read_text() == "mine"
     assert not list((tmp_path / "merged").glob(".merged-*"))
     assert "MixOfShowPipeline.from_pretrained" in (tmp_path / "merged" / "README.md").read_text()
@@ -77,7 +77,7 @@ def test_a_write_that_fails_leaves_the_pack_that_was_there(
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
-        pack.save_pretrained(tmp_path / "mine", merged=True)
+        pack.save_pretrained(tmp_path / "mine", merged=True, overwrite=True)
     assert path.read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and never in place of what nobody said may go."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import io
 import os
 import tempfile
 import time
+import unicodedata
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.errors import FileWriteError
+from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, OverwriteError
 
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 _LONGEST_WRITE_S = 3600.0
 """A temporary file older than this is of a process that was killed."""
+_NAMED = 4
+"""Places that an error names."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -51,22 +55,77 @@ def write_whole(path: Path, content: bytes) -> None:
     _sweep(path)
 
 
-def refuse_unwritable(*paths: Path) -> None:
-    """Notice what cannot be written before it is made, not after it; nothing is left behind.
+def check_outputs(*files: Path, overwrite: bool) -> None:
+    """Notice before the work what would fail, or destroy something, after it; nothing is left behind.
 
     Args:
-        paths: Files that are to be written; their folders may be missing.
+        files: Everything that is to be written; their folders may be missing.
+        overwrite: Whether what stands there may go.
 
     Raises:
-        FileWriteError: If the folder, or the nearest one above it that exists, takes no file.
+        ConfigurationError: If two of them are one file, or one would be the folder of another.
+        OverwriteError: If one is there already, and may not go.
+        FileWriteError: If a folder stands in the place of one, or its own folder takes no file.
     """
-    for path in paths:
+    _refuse_collisions(files)
+    if folders := [file for file in files if file.is_dir()]:
+        raise FileWriteError(
+            f"Expected files to write, but there are folders: {_listed(folders)}. Choose other names."
+        )
+    refuse_overwriting(*files, overwrite=overwrite)
+    for file in files:
         try:
-            write_probe(path.absolute().parent)
+            write_probe(file.absolute().parent)
         except OSError as error:
             raise FileWriteError(
-                f"{path} cannot be written: {error.strerror or error}. Choose a folder that you may write to."
+                f"{file} cannot be written: {error.strerror or error}. Choose a folder that you may write to."
             ) from error
+
+
+def standing(*places: Path) -> list[Path]:
+    """Those of the places where something is: a file, a folder, or a link, be it to nowhere."""
+    return [place for place in places if os.path.lexists(place)]
+
+
+def refuse_overwriting(*places: Path, overwrite: bool, otherwise: str = "Choose another place") -> None:
+    """Refuse to write where something is; cheap enough for a second look when the work is done.
+
+    Args:
+        places: Files and folders that would be replaced.
+        overwrite: Whether they may be.
+        otherwise: What else can be done.
+
+    Raises:
+        OverwriteError: Names all that is there.
+    """
+    if not overwrite and (there := standing(*places)):
+        verb = "is" if len(there) == 1 else "are"
+        raise OverwriteError(
+            f"{_listed(there)} {verb} there already, and nothing is overwritten unasked. {otherwise}, or give "
+            f"overwrite=True, which replaces {'it' if len(there) == 1 else 'them'}."
+        )
+
+
+def _refuse_collisions(files: Sequence[Path]) -> None:
+    """Refuse names that are one file on some system, and a file that would have to be a folder as well."""
+    spelt = [_spelling(file) for file in files]
+    for index, one in enumerate(spelt):
+        for other, file in zip(spelt[:index], files, strict=False):
+            if one == other or one in other.parents or other in one.parents:
+                raise ConfigurationError(
+                    f"{file} and {files[index]} are to be written, but one is where the other would be. Give each a "
+                    "place of its own."
+                )
+
+
+def _spelling(path: Path) -> Path:
+    """A path as systems see it to which capitals and the forms of Unicode's letters are all one."""
+    return Path(unicodedata.normalize("NFC", str(path.resolve())).casefold())
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return ", ".join(map(str, paths[:_NAMED])) + more
 
 
 def write_probe(folder: Path) -> None:

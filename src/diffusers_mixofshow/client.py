@@ -47,7 +47,7 @@ def _with_concepts(pipeline: Any) -> MixOfShowPipeline:
     """The same models in a pipeline that can load concepts."""
     if isinstance(pipeline, MixOfShowPipeline):
         return pipeline
-    return MixOfShowPipeline(
+    joined = MixOfShowPipeline(
         vae=pipeline.vae,
         text_encoder=pipeline.text_encoder,
         tokenizer=pipeline.tokenizer,
@@ -57,3 +57,5 @@ def _with_concepts(pipeline: Any) -> MixOfShowPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    joined.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return joined

@@ -28,6 +28,10 @@ class FileWriteError(MixOfShowError, OSError):
     """A file cannot be written: no room, no permission, no such place. What stood there before is untouched."""
 
 
+class OverwriteError(MixOfShowError, FileExistsError):
+    """Something stands where a file is to be written, and nobody said that it may go."""
+
+
 class RegionError(MixOfShowError, ValueError):
     """A region's box, mask or prompt cannot be used."""
 

@@ -147,7 +147,7 @@ def test_sample_follows_several_controls(photo, detectors, tmp_path: Path):
 
     def drawn(*more):
         output = tmp_path / "x.png"
-        result = CliRunner().invoke(cli.app, ["sample", *options, *more, "--output", str(output)])
+        result = CliRunner().invoke(cli.app, ["sample", *options, *more, "--overwrite", "--output", str(output)])
         assert result.exit_code == 0, result.exception
         return Image.open(output).tobytes()
 

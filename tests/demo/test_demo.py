@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,15 @@ from rich.console import Console
 from diffusers_mixofshow.demo import DemoSettings, run_demo
 from diffusers_mixofshow.demo.photos import photos_of, prepare_photos
 from diffusers_mixofshow.demo.tuning import fingerprint, tune_all, tuning_config
-from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.errors import ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.notes import read_note
 
 
 TINY = {"max_train_steps": 1, "embedding_phase_steps": 1, "train_batch_size": 2, "captions_per_step": 1}
+
+
+class Reached(Exception):
+    """The first stage has begun."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +47,18 @@ def tiny_settings(folder: Path) -> DemoSettings:
     )
 
 
-def test_the_whole_demo_and_again_from_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_demo_and_again_from_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = tiny_settings(tmp_path)
-    monkeypatch.setattr("diffusers_mixofshow.demo.stages._SECONDS_BETWEEN_LINES", 0.2)
+    monkeypatch.setattr("diffusers_mixofshow.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setenv("TQDM_DISABLE", "others")  # as the command line does where bars cannot be drawn
     log = io.StringIO()
     page = run_demo(settings, console=Console(file=log))
-    assert re.search(r"\n    <bobo>.* \d/2, <kiki>.* \d/2\n", log.getvalue())
-    assert re.search(r"[\x00-\x09\x0b-\x1f]", log.getvalue()) is None
+    told = capsys.readouterr().err
+    assert re.search(r"\n    tuning: 4/4 \[.*<bobo> 2/2, <kiki> 2/2\]\n", told)
+    assert re.search(r"\n    sampling: 10/10 \[", told)
+    assert re.search(r"[\x00-\x09\x0b-\x1f]", log.getvalue() + told) is None
     assert page == tmp_path / "index.html"
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["identity_retention"]) == {"average", "fused"}
@@ -70,6 +80,34 @@ def test_the_whole_demo_and_again_from_what_is_finished(tmp_path: Path, monkeypa
     tune_all(prepare_photos(settings), settings, lambda name, step, total, loss: steps.append((name, step, total)))
     assert steps == [("bobo", 2, 2), ("kiki", 2, 2)]
     assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_a_folder_of_something_else_is_refused_unless_it_may_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers_mixofshow.demo.stages._write_photos", lambda *_: (_ for _ in ()).throw(Reached))
+    settings, log = tiny_settings(tmp_path / "demo"), Console(file=io.StringIO())
+    for again in (settings, replace(settings, workers=1)):  # a new folder, and the same demo going on
+        with pytest.raises(Reached):
+            run_demo(again, console=log)
+    (tmp_path / "demo" / "photos").mkdir()
+    (tmp_path / "demo" / "mine.txt").write_text("mine")
+    other = replace(settings, seed=1)
+    with pytest.raises(OverwriteError, match=r"demo\.json, .*mine\.txt, .*photos are there already.*another folder"):
+        run_demo(other, console=log)
+    with pytest.raises(Reached):
+        run_demo(replace(other, overwrite=True), console=log)
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["demo.json", "mine.txt"]
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text("mine")
+    with pytest.raises(OverwriteError, match=r"index\.html is there already"):
+        run_demo(tiny_settings(tmp_path / "page"), console=log)
+
+
+def test_own_photos_inside_the_demos_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "mine").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="lies in the demo's own folder"):
+        DemoSettings(folder=tmp_path, photos=tmp_path / "photos" / "mine", class_word="dog")
 
 
 def test_a_failing_worker_says_why(tmp_path: Path) -> None:

@@ -105,10 +105,12 @@ def test_statistics_in_a_folder_of_their_own(pipe: MixOfShowPipeline, tmp_path: 
     GradientFuser(statistics=tmp_path / "kept").fuse([source])
 
 
-def test_without_statistics_or_pipeline_every_source_that_lacks_them_is_named(published: list[Path]) -> None:
+def test_without_statistics_or_pipeline_every_source_that_lacks_them_is_named(
+    published: list[Path], tmp_path: Path
+) -> None:
     (published[0] / STATISTICS).unlink()
     retuned = concept("kit", 9)
-    retuned.save_pretrained(published[1])
+    shutil.copy(retuned.save_pretrained(tmp_path / "retuned"), published[1])
     message = r"<rex> has none; the statistics given with <kit> are of another LoRA \(SHA-256 \w{12}, this one"
     with pytest.raises(FusionError, match=message):
         GradientFuser().fuse(published)
@@ -306,7 +308,7 @@ def test_a_pack_that_carries_its_sources_can_be_changed(published: list[Path], t
     shutil.rmtree(published[0])
     same_deltas(FusedPack.from_pretrained(folder).reweight({"<kit>": 9}), reweighted)
     same_deltas(FusedPack.from_pretrained(folder).remove("<rex>"), alone)
-    concept("rex", 9).save_pretrained(folder / "sources" / "rex")
+    concept("rex", 9).save_pretrained(folder / "sources" / "rex", overwrite=True)
     with pytest.raises(FusionError, match=r"fused from <rex>, which has changed since"):
         FusedPack.from_pretrained(folder)
     shutil.rmtree(folder / "sources" / "rex")

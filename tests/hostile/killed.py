@@ -58,7 +58,7 @@ def save_for_ever(folder: Path, numbers: tuple[int, ...], ready: int | None = No
         os.write(ready, b"!")
     while True:
         for pack in packs:
-            pack.save_pretrained(folder)
+            pack.save_pretrained(folder, overwrite=True)
 
 
 def forked(work, *arguments) -> int:
@@ -86,7 +86,7 @@ def kill(times: int, seed: int, folder: Path) -> dict[str, float]:
     left = {"old": 0, "new": 0}
     for trial in range(times):
         old = 10 * trial
-        version(old).save_pretrained(folder)
+        version(old).save_pretrained(folder, overwrite=True)
         reading, writing = os.pipe()
         child = forked(save_for_ever, folder, (old + 1, old + 2), writing)
         os.read(reading, 1)
@@ -103,9 +103,9 @@ def kill(times: int, seed: int, folder: Path) -> dict[str, float]:
 def save_time(folder: Path) -> float:
     """Seconds of one save of a process that has saved before."""
     pack = version(0)
-    pack.save_pretrained(folder)
+    pack.save_pretrained(folder, overwrite=True)
     start = time.perf_counter()
-    pack.save_pretrained(folder)
+    pack.save_pretrained(folder, overwrite=True)
     return time.perf_counter() - start
 
 

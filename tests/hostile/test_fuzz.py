@@ -150,7 +150,7 @@ def test_any_json_anywhere_in_the_record_of_fusion(sound, folder, data):
     read_all(folder, content(header, sound.data))
     try:
         pack = EDLoRA.from_pretrained(folder)
-        pack.save_pretrained(folder / "again")
+        pack.save_pretrained(folder / "again", overwrite=True)
     except MixOfShowError:
         return
     assert (folder / "again" / "README.md").read_text()
@@ -161,7 +161,7 @@ def test_a_weight_that_no_float_holds_is_left_out_of_the_card(sound, folder):
     fusion = put(FUSION, ("sources", 0, "weight"), 10**400)
     header = put(sound.header, ("__metadata__", "edlora"), json.dumps(sound.ours | {"training": {"fusion": fusion}}))
     read_all(folder, content(header, sound.data))
-    EDLoRA.from_pretrained(folder).save_pretrained(folder / "again")
+    EDLoRA.from_pretrained(folder).save_pretrained(folder / "again", overwrite=True)
     assert "<rex>" in (folder / "again" / "README.md").read_text()
 
 

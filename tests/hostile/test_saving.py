@@ -27,7 +27,7 @@ def statistics():
 
 
 WRITERS = {
-    "ED-LoRA": lambda folder: version(2).save_pretrained(folder),
+    "ED-LoRA": lambda folder: version(2).save_pretrained(folder, overwrite=True),
     "statistics": lambda folder: statistics().save(folder / "edlora.statistics.safetensors", max_bytes=None),
     "any file": lambda folder: write_whole(folder / "x", bytes(2**20)),
 }
@@ -109,7 +109,7 @@ def test_a_pipe_or_link_in_place_of_the_file_is_replaced_not_followed(tmp_path):
         folder.mkdir()
         (tmp_path / "private").write_text("mine")
         make(folder / "edlora.safetensors")
-        version(1, sites=1).save_pretrained(folder)
+        version(1, sites=1).save_pretrained(folder, overwrite=True)
         assert number_of(folder) == 1
         assert (tmp_path / "private").read_text() == "mine"
 

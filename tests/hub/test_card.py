@@ -38,7 +38,7 @@ def fused(components):
 
 
 def saved_card(pack, folder, **keywords):
-    pack.save_pretrained(folder, **keywords)
+    pack.save_pretrained(folder, overwrite=True, **keywords)
     return ModelCard.load(folder / "README.md")
 
 

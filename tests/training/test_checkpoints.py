@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, OverwriteError
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
 from diffusers_mixofshow.training.learner import Learner
 from short_training import quick, same
@@ -220,3 +220,46 @@ def test_weights_that_predict_nothing_of_use_are_never_saved(tmp_path: Path) -> 
     with pytest.raises(ConfigurationError, match=r"first pictures was 0\.\d+ and is [1-9].*diverged"):
         EDLoRATrainer(config, pipe).train()
     assert names(out) == ["checkpoint-1"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_training_takes_the_place_of_one_only_if_it_may(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "out", {"checkpointing_steps": 1, "num_validation_images": 1}
+    first = EDLoRATrainer(quick(photos, **settings, output_dir=out), pipeline).train()
+    before = contents(out)
+    told = r"edlora\.safetensors, .*checkpoint-2, .*checkpoint-3.* there already, .*resume_from_checkpoint 'latest'"
+    with pytest.raises(OverwriteError, match=f"{told}, choose another output_dir, or give overwrite=True"):
+        EDLoRATrainer(quick(photos, **settings, output_dir=out, seed=1)).train()  # before its base model is looked for
+    assert contents(out) == before
+
+    seen: list[list[str]] = []
+    config = quick(photos, **settings, output_dir=out, seed=1, overwrite=True)
+    second = EDLoRATrainer(config, pipeline, on_step=lambda report: seen.append(names(out))).train()
+    assert seen[0] == ["README.md", "edlora.safetensors", "samples", "validation"]  # until there is a new one
+    assert same(EDLoRA.from_pretrained(out), second)
+    assert not same(first, second)
+    assert "overwrite" not in second.training["settings"]
+
+
+def test_going_on_needs_no_leave_but_where_another_training_lies(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    settings = {"checkpointing_steps": 1}
+    for name in ("one", "other"):
+        EDLoRATrainer(quick(photos, **settings, output_dir=tmp_path / name), pipeline).train()
+    for wanted in ("latest", "checkpoint-2", tmp_path / "one" / "checkpoint-2"):
+        config = quick(photos, **settings, output_dir=tmp_path / "one", resume_from_checkpoint=wanted)
+        EDLoRATrainer(config, pipeline).train()
+    elsewhere = quick(photos, output_dir=tmp_path / "other", resume_from_checkpoint=tmp_path / "one" / "checkpoint-2")
+    with pytest.raises(OverwriteError, match="other/edlora"):
+        EDLoRATrainer(elsewhere, pipeline).train()
+    for checkpoint in (tmp_path / "one").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    nothing_to_go_on_from = quick(photos, output_dir=tmp_path / "one", resume_from_checkpoint="latest")
+    with pytest.raises(OverwriteError, match=r"unasked\. Choose another output_dir, or"):
+        EDLoRATrainer(nothing_to_go_on_from, pipeline).train()

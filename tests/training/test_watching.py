@@ -129,6 +129,19 @@ def test_pictures_of_the_class_are_drawn_once_and_count(
     assert not same(edlora, EDLoRATrainer(quick(photos), pipeline).train())
 
 
+def test_drawn_pictures_of_the_class_take_free_names(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "men").mkdir()
+    for name in ("class-0001.png", "class-0002.png"):  # as where somebody has sorted out the first one
+        Image.new("RGB", (32, 32), "green").save(tmp_path / "men" / name)
+    before = [path.read_bytes() for path in sorted((tmp_path / "men").iterdir())]
+    EDLoRATrainer(quick(photos, class_data_dir=tmp_path / "men", num_class_images=4), pipeline).train()
+    names = ["class-0000.png", "class-0001.png", "class-0002.png", "class-0003.png"]
+    assert sorted(path.name for path in (tmp_path / "men").iterdir()) == names
+    assert [(tmp_path / "men" / name).read_bytes() for name in names[1:3]] == before
+
+
 def test_embeddings_stand_still_once_they_are_long_enough(pipeline: StableDiffusionPipeline, photos: Path) -> None:
     reports: list[StepReport] = []
     config = quick(photos, max_train_steps=6, embedding_norm_threshold=0.2, embedding_learning_rate=0.02)

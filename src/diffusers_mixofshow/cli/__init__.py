@@ -16,7 +16,7 @@ from diffusers_mixofshow.cli.doctor import doctor
 from diffusers_mixofshow.cli.evaluate import evaluate
 from diffusers_mixofshow.cli.fuse import fuse
 from diffusers_mixofshow.cli.inspect import inspect
-from diffusers_mixofshow.cli.messages import tell, warnings_as_sentences
+from diffusers_mixofshow.cli.messages import as_options, tell, warnings_as_sentences
 from diffusers_mixofshow.cli.push import push
 from diffusers_mixofshow.cli.sample import sample
 from diffusers_mixofshow.cli.settings import settings_from
@@ -26,8 +26,10 @@ from diffusers_mixofshow.errors import (
     ConfigurationError,
     EDLoRANotFoundError,
     MixOfShowError,
+    OverwriteError,
     RegionError,
 )
+from diffusers_mixofshow.progress import announce, lines_only
 
 
 FAILED = 1
@@ -37,7 +39,9 @@ WRONG_USE = 2
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT)."""
 
-_MISUSES = (ConceptError, ConfigurationError, EDLoRANotFoundError, RegionError)
+_SLOW = ("train", "fuse", "sample", "evaluate", "compare")
+"""Verbs that need seconds before they can tell how far they are."""
+_MISUSES = (ConceptError, ConfigurationError, EDLoRANotFoundError, OverwriteError, RegionError)
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
 app = typer.Typer(
@@ -75,9 +79,8 @@ def _options(
             for verb, command in commands.items()
         }
         context.default_map = settings_from(config, options)
-    import rich
-
-    rich.reconfigure(stderr=True)  # where rich shows progress unless told otherwise; results go to standard output
+    if context.invoked_subcommand in _SLOW and sys.stderr.isatty() and not {"--help", "--dry-run"} & {*sys.argv}:
+        announce("Loading ...")
 
 
 def main() -> None:
@@ -88,15 +91,13 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of every try; our error tells of the last
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    lines_only()
     try:
         with warnings_as_sentences():
             code = app(prog_name="mixofshow", standalone_mode=False)
             sys.stdout.flush()
     except MixOfShowError as error:
-        tell(f"Error: {error}", "red")
+        tell(f"Error: {as_options(str(error))}", "red")
         code = WRONG_USE if isinstance(error, _MISUSES) else FAILED
     except _UsageError as error:
         _tell_of_misuse(error)

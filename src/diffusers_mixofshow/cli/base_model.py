@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.base_models import TOYLAND, location_of, not_loadable, one_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
+from diffusers_mixofshow.progress import bar_settings
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_base(name: str, device: str | None = None, dtype: str | None = None) ->
         pipe = load_model(name, partial(_load, device=device, dtype=dtype))
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    pipe.set_progress_bar_config(desc="Sampling", **bar_settings())
     return pipe
 
 

@@ -29,6 +29,7 @@ def compare(
     seed: measuring.Seed = 1,
     sheet: measuring.Sheet = None,
     record: measuring.Record = None,
+    overwrite: plans.Overwrite = False,
     dry_run: plans.DryRun = False,
     as_json: measuring.AsJson = False,
 ) -> None:
@@ -41,7 +42,7 @@ def compare(
       mixofshow compare edlora-potter edlora-thanos averaged hogwarts \\
         --photos potter=photos/potter --photos thanos=photos/thanos
     """
-    writes = measuring.writable(sheet, record)
+    writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
     asked = measuring.Asked(
         photos=photos or (),
         prompts=prompt or (),
@@ -56,6 +57,6 @@ def compare(
     )
     measurement = measuring.planned(measuring.read_packs(sources), asked)
     if dry_run:
-        plans.tell(measurement.plan(writes), as_json=as_json)
+        plans.tell(measurement.plan(writes, overwrite=overwrite), as_json=as_json)
         return
     measuring.tell_results(measurement, measurement.run(), sheet=sheet, record=record, as_json=as_json)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from diffusers_mixofshow.cli.plans import Overwrite
 from diffusers_mixofshow.interop.formats import Format
 
 
@@ -35,6 +36,7 @@ def convert(
     base: Annotated[
         str, typer.Option(help="Base model it was tuned on. (default: Stable Diffusion 1.5 for files of 1.x)")
     ] = "",
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print files and losses as JSON.")] = False,
 ) -> None:
     """Convert an ED-LoRA, a fused pack or another program's file to another format.
@@ -60,6 +62,7 @@ def convert(
         kind=kind,
         base_model=base,
         layers=layers_of(base),
+        overwrite=overwrite,
     )
     if as_json:
         typer.echo(json.dumps({"files": [str(file) for file in converted.files], "lost": list(converted.lost)}))

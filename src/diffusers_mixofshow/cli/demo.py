@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from diffusers_mixofshow.cli.plans import Overwrite
+
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for photos, ED-LoRAs, pictures and the page.")] = Path(
@@ -17,6 +19,7 @@ def demo(
     ] = None,
     class_word: Annotated[str | None, typer.Option(help="What your pictures show, e.g. dog.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of tuning and sampling.")] = 0,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the demo's report.json.")] = False,
 ) -> None:
     """Tune four concepts, fuse them, sample them alone and together, and write a page that shows and measures it.
@@ -32,6 +35,7 @@ def demo(
     from diffusers_mixofshow.demo import DemoSettings, run_demo
 
     page = run_demo(
-        DemoSettings(folder=output, photos=photos, class_word=class_word, seed=seed), console=Console(stderr=True)
+        DemoSettings(folder=output, photos=photos, class_word=class_word, seed=seed, overwrite=overwrite),
+        console=Console(stderr=True),
     )
     typer.echo((page.parent / "report.json").read_text("utf-8") if as_json else f"Open {page.resolve()}")

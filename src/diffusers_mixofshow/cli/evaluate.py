@@ -43,6 +43,7 @@ def evaluate(
     save: Save = False,
     sheet: measuring.Sheet = None,
     record: measuring.Record = None,
+    overwrite: plans.Overwrite = False,
     dry_run: plans.DryRun = False,
     as_json: measuring.AsJson = False,
 ) -> None:
@@ -59,7 +60,7 @@ def evaluate(
         --photos potter=photos/potter --photos thanos=photos/thanos --save
     """
     folder = _folder_of(source) if save else None
-    writes = measuring.writable(sheet, record)
+    writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
     name, packs = _packs(source, own or [])
     asked = measuring.Asked(
         photos=photos or (),
@@ -75,13 +76,14 @@ def evaluate(
     )
     measurement = measuring.planned(packs, asked)
     if dry_run:
-        plans.tell(measurement.plan([*([folder] if folder else []), *writes]), as_json=as_json)
+        plans.tell(measurement.plan(writes, noted_in=folder, overwrite=overwrite), as_json=as_json)
         return
     evaluation = measurement.run()
     if folder is not None:
         from diffusers_mixofshow.evaluation.packs import noted
 
-        noted(packs[name], name, evaluation, measurement.public_settings()).save_pretrained(folder)
+        measured = noted(packs[name], name, evaluation, measurement.public_settings())
+        measured.save_pretrained(folder, overwrite=True)
     measuring.tell_results(measurement, evaluation, sheet=sheet, record=record, as_json=as_json)
 
 
@@ -135,8 +137,9 @@ def _carried(source: str) -> dict[str, EDLoRA]:
     """The ED-LoRAs that a pack's folder carries, see `FusedPack.save_pretrained`; nothing of what is no folder."""
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.file import FILE_NAME
+    from diffusers_mixofshow.edlora.folder import SOURCES
 
     folder = _beside(source)
-    inside = folder / "sources"
+    inside = folder / SOURCES
     names = sorted(path.name for path in inside.iterdir() if (path / FILE_NAME).is_file()) if inside.is_dir() else []
-    return {f"sources/{name}": EDLoRA.from_pretrained(folder, subfolder=f"sources/{name}") for name in names}
+    return {f"{SOURCES}/{name}": EDLoRA.from_pretrained(folder, subfolder=f"{SOURCES}/{name}") for name in names}

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import refuse_unwritable
+from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import read_sources
-from diffusers_mixofshow.cli.plans import plan_of_fusion, tell
+from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
 from diffusers_mixofshow.errors import ConfigurationError
 
 
 if TYPE_CHECKING:
-    from diffusers_mixofshow.fusion import GradientFuser
+    from diffusers_mixofshow.fusion import FusedPack, GradientFuser
     from diffusers_mixofshow.fusion.solving import Ridge
     from diffusers_mixofshow.fusion.sources import Source
 
@@ -103,6 +103,7 @@ def fuse(
     device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
     keep_sources: KeepSources = False,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -124,22 +125,21 @@ def fuse(
     settings = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
     if not dry_run:  # which may be on another machine than the run
         check_device(device)
-    refuse_unwritable(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]))
+    _refuse_unwritable(output, heat_map)
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
+    taken = _places(output, heat_map, gathered, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _base_needed(gathered, base, features, method, prior)
     if dry_run:
-        tell(_plan(gathered, base_model, features, max_rank, output), as_json=as_json)
+        plan = _plan(gathered, base_model, features, max_rank, output)
+        tell(plan | replaces(*taken, overwrite=overwrite), as_json=as_json)
         return
-    fuser = _fuser(base_model, features, prior, **settings)
-    fused = fuser.fuse(gathered, method=method.value, weights=weight)
+    fused = _fuser(base_model, features, prior, **settings).fuse(gathered, method=method.value, weights=weight)
     if not writes:
         return
-    fused.save_pretrained(output, sources=keep_sources)
-    if heat_map is not None:
-        fused.report.heat_map(heat_map)
+    _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
     names = [name for source in gathered for name in source.prompts]
     if as_json:
         typer.echo(json.dumps({"output": str(output), "concepts": names, **fused.report.data}))
@@ -147,6 +147,29 @@ def fuse(
     if fused.report.residuals:
         fused.report.print()
     typer.echo(f"Wrote the fused pack of {', '.join(names)} to {output}")
+
+
+def _write(fused: FusedPack, output: Path, heat_map: Path | None, *, sources: bool, overwrite: bool) -> None:
+    fused.save_pretrained(output, sources=sources, overwrite=overwrite)
+    if heat_map is not None:
+        fused.report.heat_map(heat_map, overwrite=overwrite)
+
+
+def _refuse_unwritable(output: Path, heat_map: Path | None) -> None:
+    """Before anything is read; what may not be replaced shows when the sources tell which file it is."""
+    check_outputs(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]), overwrite=True)
+
+
+def _places(output: Path, heat_map: Path | None, gathered: Sequence[Source], *, overwrite: bool) -> list[Path]:
+    """All places that are written to, or whose content would be stale; refused where they are taken."""
+    from diffusers_mixofshow.edlora.folder import places
+    from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
+
+    plain = not any(source.edlora.concepts for source in gathered)
+    taken = places(output, PLAIN_NAME) if plain else places(output)
+    taken += [] if heat_map is None else [heat_map]
+    refuse_overwriting(*taken, overwrite=overwrite)
+    return taken
 
 
 def _fuser(base_model: str | None, features: Features, prior: float, **settings: Any) -> GradientFuser:

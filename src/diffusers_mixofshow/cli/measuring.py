@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow import notes
-from diffusers_mixofshow.atomic import refuse_unwritable
+from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
-from diffusers_mixofshow.cli.plans import plan_of_measuring
+from diffusers_mixofshow.cli.plans import plan_of_measuring, replaces
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, meant
+from diffusers_mixofshow.progress import progress
 
 
 if TYPE_CHECKING:
@@ -108,9 +107,9 @@ class Measurement:
     settings: Mapping[str, Any]
     asked: Asked
 
-    def plan(self, writes: Sequence[Path]) -> dict[str, Any]:
+    def plan(self, writes: Sequence[Path], *, overwrite: bool, noted_in: Path | None = None) -> dict[str, Any]:
         """What would be done, for ``--dry-run``."""
-        return plan_of_measuring(
+        planned = plan_of_measuring(
             self.packs,
             self.base,
             count=self.asked.pictures,
@@ -118,8 +117,9 @@ class Measurement:
             photos={name: len(files) for name, files in self.photos.items()},
             drawn=list(_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else [],
             metric_model=self.settings["metric_model"],
-            writes=writes,
+            writes=[*([] if noted_in is None else [noted_in]), *writes],
         )
+        return planned | replaces(*writes, overwrite=overwrite)
 
     def public_settings(self) -> dict[str, Any]:
         """The settings as strangers may read them: models on this disk by the last part of their path."""
@@ -137,7 +137,7 @@ class Measurement:
         sampling = Sampling(
             steps=self.asked.steps, guidance_scale=self.settings["guidance"], first_seed=self.asked.seed
         )
-        with _progress(picture_count(self.packs, self.asked.pictures)) as advance:
+        with progress("Pictures", picture_count(self.packs, self.asked.pictures)) as bar:
             return evaluate_packs(
                 pipe,
                 self.packs,
@@ -146,7 +146,7 @@ class Measurement:
                 templates=lambda concept: _templates(self.asked, self.base, concept),
                 sampling=sampling,
                 count=self.asked.pictures,
-                advance=advance,
+                advance=bar.update,
             )
 
     def _references(self) -> dict[str, Reference]:
@@ -208,14 +208,14 @@ def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
     return {name: read_concepts(source) for name, source in zip(names, sources, strict=True)}
 
 
-def writable(*paths: Path | None) -> list[Path]:
+def writable(*paths: Path | None, overwrite: bool) -> list[Path]:
     """Those of the paths that are given.
 
     Raises:
-        FileWriteError: If one cannot be written.
+        MixOfShowError: If one cannot be written, or may not be replaced, see `check_outputs`.
     """
     given = [path for path in paths if path is not None]
-    refuse_unwritable(*given)
+    check_outputs(*given, overwrite=overwrite)
     return given
 
 
@@ -353,17 +353,6 @@ def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) 
     concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
     own = {name: toyland.CONCEPTS.get(concept.name) for name, concept in concepts.items() if name not in given}
     return {name: toy for name, toy in own.items() if toy is not None and toy.class_word == concepts[name].class_word}
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("pictures", total=total)
-        yield lambda pictures: bar.advance(task, pictures)
 
 
 def _sheet_of(evaluation: Evaluation) -> Image.Image:

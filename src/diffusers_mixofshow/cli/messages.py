@@ -18,6 +18,11 @@ def tell(text: str, style: str) -> None:
     Console(stderr=True).print(Text(text, style=style), soft_wrap=True)
 
 
+def as_options(text: str) -> str:
+    """A message in the words of the command line: a switch where Python has an argument."""
+    return text.replace("overwrite=True", "--overwrite")
+
+
 @contextmanager
 def warnings_as_sentences(spelt: Callable[[str], str] = str) -> Iterator[None]:
     """Show our own warnings without the line of code that gave them; others as Python does.

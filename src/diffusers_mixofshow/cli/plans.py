@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.atomic import standing
 from diffusers_mixofshow.base_models import location_of, not_loadable
 from diffusers_mixofshow.cli.timing import time_of
 
@@ -23,6 +24,10 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
 ]
 
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there already; without it that is an error.")
+]
+
 _BYTES_OF_FLOAT64 = 8
 _RECORDED = 8
 """Largest batch while features are recorded: four pictures, with and without guidance."""
@@ -35,6 +40,17 @@ def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
         return
     for name, value in plan.items():
         typer.echo(f"{name}: {value}")
+
+
+def replaces(*places: Path, overwrite: bool) -> dict[str, str]:
+    """What a plan says of places that are taken already.
+
+    Args:
+        places: Files and folders that would be written anew or removed.
+        overwrite: Whether the command line allows that.
+    """
+    there = ", ".join(map(str, standing(*places)))
+    return {"replaces": f"{there}{'' if overwrite else '; asks for --overwrite'}" if there else "nothing"}
 
 
 def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import refuse_unwritable
+from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
 from diffusers_mixofshow.cli.base_model import check_device, common_base
 from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS, parse_controls
 from diffusers_mixofshow.cli.drawing import REFINED, Drawing, draw, refuse_inpainting, sized_like
-from diffusers_mixofshow.cli.plans import DryRun, plan_of_sampling, tell
+from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_of_sampling, replaces, tell
 from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
@@ -58,6 +58,7 @@ def sample(
     dtype: options.WeightType = None,
     output: options.Output = Path("sample.png"),
     count: options.Count = 1,
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -78,7 +79,7 @@ def sample(
     files = numbered(output, count)
     if dry_run:
         _refuse_unknown(drawing.plan, drawing.packs.values())
-        tell(plan_of_sampling(drawing, files), as_json=as_json)
+        tell(plan_of_sampling(drawing, files) | replaces(*files, overwrite=overwrite), as_json=as_json)
         return
     check_device(device, dtype)
     write_drawn(files, drawing, draw(drawing))
@@ -95,7 +96,8 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
     """What the options ask for, read and checked."""
     plan = _planned(asked)
     _refuse_contradictions(plan, asked)
-    refuse_unwritable(asked["output"])
+    files = numbered(asked["output"], asked["count"])
+    check_outputs(*files, overwrite=asked["overwrite"] or asked["dry_run"])
     if asked["image"] is not None:
         plan = sized_like(asked["image"], plan)
     controls = parse_controls(asked["control"] or [], CONTROLNETS, called="ControlNet")

@@ -18,8 +18,8 @@ from rich.markup import escape
 
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.cli.messages import warnings_as_sentences
-from diffusers_mixofshow.cli.plans import DryRun, plan_of_training, tell
-from diffusers_mixofshow.errors import ConceptError, ConfigurationError, TrainingDataError
+from diffusers_mixofshow.cli.plans import DryRun, plan_of_training, replaces, tell
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES
 from diffusers_mixofshow.training.config_files import read_settings
@@ -86,7 +86,10 @@ def train(**given: Any) -> None:
     with _options_in_errors(spelt), warnings_as_sentences(lambda text: _respelt(text, spelt)):
         checked = training_config(in_file | options)
         if dry_run:
-            tell(plan_of_training(checked), as_json=as_json)
+            from diffusers_mixofshow.training.checkpoints import replaced
+
+            taken = replaces(*replaced(checked), overwrite=checked.overwrite)
+            tell(plan_of_training(checked) | taken, as_json=as_json)
             return
 
         from diffusers_mixofshow.client import tune_concept
@@ -212,7 +215,7 @@ def _options_in_errors(spelt: Mapping[str, str]) -> Iterator[None]:
     """Let errors name options where they name settings."""
     try:
         yield
-    except (ConfigurationError, ConceptError, TrainingDataError) as error:
+    except (ConfigurationError, ConceptError, OverwriteError, TrainingDataError) as error:
         raise type(error)(_respelt(str(error), spelt)) from error
 
 

@@ -36,6 +36,7 @@ class DemoSettings:
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance.
         workers: Concepts tuned at the same time, one thread each; None takes one for each core.
+        overwrite: Whether a demo of other settings, or whatever else is in the folder, may be replaced.
 
     Raises:
         ConfigurationError: If a number is too small or the user's photos are half described.
@@ -54,6 +55,7 @@ class DemoSettings:
     steps: int = 20
     guidance_scale: float = usual_guidance(TOYLAND)
     workers: int | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Report every defect at once."""
@@ -71,6 +73,8 @@ class DemoSettings:
             )
         if self.photos is not None and not self.photos.is_dir():
             defects.append(f"--photos {self.photos} is no folder, expected one with your own pictures")
+        elif self.photos is not None and self.photos.resolve().is_relative_to(self.folder.resolve()):
+            defects.append(f"--photos {self.photos} lies in the demo's own folder, where pictures are written")
         if defects:
             raise ConfigurationError("The demo cannot start: " + "; ".join(defects) + ".")
 

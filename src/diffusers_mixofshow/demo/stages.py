@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from diffusers_mixofshow.atomic import refuse_overwriting, write_whole
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, FileWriteError
 from diffusers_mixofshow.notes import sheet_note, write_noted
+from diffusers_mixofshow.progress import progress
 
 
 if TYPE_CHECKING:
@@ -28,8 +30,12 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.fusion.fuser import Method
 
 _FUSION_BATCH = 8
-_SECONDS_BETWEEN_LINES = 10.0
-"""How often a log is told how far a stage is."""
+_MARK = "demo.json"
+"""Says which settings a folder's demo has."""
+_NO_MATTER = ("folder", "workers", "overwrite")
+"""Settings with which a demo goes on, as they change nothing in it."""
+_FOLDERS = ("photos", "concepts", "average", "fused", "sheets")
+"""What a demo keeps in its folder beside its page."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +46,13 @@ class _Stages:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
-    def __call__(self, name: str, description: str) -> Iterator[Progress]:
-        """Run one stage under a progress display."""
+    def __call__(self, name: str, description: str, total: int) -> Iterator[Any]:
+        """Run one stage of so many steps under a bar of tqdm."""
         self.console.print(f"[bold]{len(self.seconds) + 1}/6[/bold] {description}")
-        columns = (TextColumn("    {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         start = time.monotonic()
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
-            if self.console.is_terminal:
-                yield progress
-            else:
-                with _lines_of(progress):
-                    yield progress
+        with progress(f"    {name}", total) as bar:
+            yield bar
         self.seconds[name] = round(time.monotonic() - start, 1)
-
-
-@contextmanager
-def _lines_of(progress: Progress) -> Iterator[None]:
-    """Where no bars can be drawn, as in a log: one plain line now and then says how far every task is."""
-    done = threading.Event()
-
-    def tell() -> None:
-        while not done.wait(_SECONDS_BETWEEN_LINES):
-            tasks = (f"{task.description} {task.completed:.0f}/{task.total:.0f}" for task in progress.tasks)
-            progress.console.print(f"    {', '.join(tasks)}", markup=False, highlight=False, soft_wrap=True)
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        done.set()
-        teller.join()
 
 
 def run_demo(settings: DemoSettings, *, console: Console) -> Path:
@@ -84,45 +66,61 @@ def run_demo(settings: DemoSettings, *, console: Console) -> Path:
         The page, ``folder/index.html``.
     """
     console.print("[dim]Starting ...[/dim]")
-    try:
-        settings.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"The demo's folder {settings.folder} cannot be written ({error}).") from error
+    _claim(settings)
     stages = _Stages(console)
     concepts = _write_photos(settings, stages)
     singles = _tune(concepts, settings, stages)
     pictures = _fuse_and_sample(concepts, singles, settings, stages)
     measures = _measure(concepts, pictures, stages)
-    with stages("report", "Writing the page") as progress:
-        task = progress.add_task("page", total=1)
+    with stages("report", "Writing the page", 1) as bar:
         page = _report(concepts, pictures, measures, settings, stages.seconds)
-        progress.advance(task)
+        bar.update()
     _print_summary(measures, stages, console)
     return page
+
+
+def _claim(settings: DemoSettings) -> None:
+    """Make the folder this demo's; one that holds something else is refused, or what another demo left there goes."""
+    folder, told = settings.folder, {name: _as_json(value) for name, value in asdict(settings).items()}
+    identity = json.dumps({name: told[name] for name in told if name not in _NO_MATTER}, sort_keys=True)
+    mark = folder / _MARK
+    try:
+        earlier = mark.read_text(encoding="utf-8") if mark.is_file() else None
+        if earlier != identity:
+            refuse_overwriting(*_visible(folder), overwrite=settings.overwrite, otherwise="Choose another folder")
+        if earlier not in (None, identity):
+            for name in _FOLDERS:
+                shutil.rmtree(folder / name, ignore_errors=True)
+        write_whole(mark, identity.encode())
+    except FileWriteError as error:
+        raise ConfigurationError(f"The demo's folder {folder} cannot be written ({error}).") from error
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def _write_photos(settings: DemoSettings, stages: _Stages) -> list[DemoConcept]:
     from diffusers_mixofshow.demo.photos import prepare_photos
 
-    with stages("photos", "Photos of every concept") as progress:
-        task = progress.add_task("photos", total=len(settings.concepts))
+    with stages("photos", "Photos of every concept", len(settings.concepts)) as bar:
         concepts = prepare_photos(settings)
-        progress.update(task, completed=len(concepts))
+        bar.update(len(concepts))
     return concepts
 
 
 def _tune(concepts: Sequence[DemoConcept], settings: DemoSettings, stages: _Stages) -> dict[str, Path]:
     from diffusers_mixofshow.demo.tuning import tune_all, tuning_config
 
-    with stages("tuning", "One ED-LoRA for every concept, from its photos alone") as progress:
-        tasks: dict[str, TaskID] = {
-            each.name: progress.add_task(each.placeholder, total=tuning_config(each, settings).total_steps)
-            for each in concepts
-        }
+    totals = {each.name: tuning_config(each, settings).total_steps for each in concepts}
+    done, lock = dict.fromkeys(totals, 0), threading.Lock()
+    with stages("tuning", "One ED-LoRA for every concept, from its photos alone", sum(totals.values())) as bar:
 
         def on_step(name: str, step: int, total: int, loss: float) -> None:
-            shown = f"<{name}> loss {loss:.3f}" if loss == loss else f"<{name}>"
-            progress.update(tasks[name], completed=step, total=total, description=shown)
+            with lock:  # every concept has a thread that tells
+                done[name] = step
+                bar.set_postfix_str(", ".join(f"<{each}> {done[each]}/{totals[each]}" for each in done), refresh=False)
+                bar.update(sum(done.values()) - bar.n)
 
         return tune_all(concepts, settings, on_step)
 
@@ -135,16 +133,14 @@ def _fuse_and_sample(
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
     pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
-    with stages("fusion", "Fusing all ED-LoRAs into one, without any photo") as progress:
-        task = progress.add_task("packs", total=2)
+    with stages("fusion", "Fusing all ED-LoRAs into one, without any photo", 2) as bar:
         packs = {f"single/{name}": folder for name, folder in singles.items()}
         methods: tuple[tuple[Method, str], ...] = (("average", "average"), ("closed-form", "fused"))
         for method, name in methods:
             packs[name] = _fused(pipe, list(singles.values()), method, settings.folder / name, settings)
-            progress.advance(task)
-    with stages("sampling", "Every concept alone, and three together") as progress:
-        task = progress.add_task("pictures", total=picture_count(settings))
-        pictures = sample_all(pipe, concepts, packs, settings, lambda count: progress.advance(task, count))
+            bar.update()
+    with stages("sampling", "Every concept alone, and three together", picture_count(settings)) as bar:
+        pictures = sample_all(pipe, concepts, packs, settings, bar.update)
         _write_sheets(concepts, pictures, settings)
     return pictures
 
@@ -194,7 +190,8 @@ def _fused(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, set
     if marker.exists() and marker.read_text(encoding="utf-8") == digest.hexdigest():
         return folder
     marker.unlink(missing_ok=True)
-    GradientFuser(pipe, **arguments).fuse([str(single) for single in singles], method=method).save_pretrained(folder)
+    fused = GradientFuser(pipe, **arguments).fuse([str(single) for single in singles], method=method)
+    fused.save_pretrained(folder, overwrite=True)
     marker.write_text(digest.hexdigest(), encoding="utf-8")
     return folder
 
@@ -203,10 +200,9 @@ def _measure(concepts: Sequence[DemoConcept], pictures: Pictures, stages: _Stage
     from diffusers_mixofshow.demo.measuring import measure_all
     from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 
-    with stages("measuring", "Measuring identity, alone and in regions") as progress:
-        task = progress.add_task("measures", total=1)
+    with stages("measuring", "Measuring identity, alone and in regions", 1) as bar:
         measures = measure_all(concepts, pictures, ToylandJudge.load())
-        progress.advance(task)
+        bar.update()
     return measures
 
 

@@ -97,6 +97,7 @@ def _tune(name: str, config: TrainingConfig, on_step: ON_STEP, running: list[sub
     settings = config.as_record() | {
         "instance_data_dir": str(config.instance_data_dir),
         "output_dir": str(config.output_dir),
+        "overwrite": True,  # what an interrupted demo has left there
     }
     log = Path(str(config.output_dir)) / "worker.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{text}\n\n{_END}\n")
 
 
-def refreshed(existing: str | None, card: ModelCard) -> str:
+def refreshed(existing: str | None, card: ModelCard, *, anew: bool = False) -> str:
     """The text of a card that stands at its place already, with what we generate brought up to date.
 
     What stands around our marks, and every entry of the metadata that is not ours, stays. A card that somebody wrote
@@ -114,6 +114,7 @@ def refreshed(existing: str | None, card: ModelCard) -> str:
     Args:
         existing: The card that is there; None where there is none.
         card: What `model_card` says now.
+        anew: Whether the pack is another one than before, so that the pictures that are there are not its own.
     """
     if existing is None or not existing.strip():
         return str(card)
@@ -122,7 +123,7 @@ def refreshed(existing: str | None, card: ModelCard) -> str:
     if section is None or (text.strip() and not _SECTION.search(text)):
         return existing
     written = section.group()
-    if _GALLERY in text and _GALLERY not in written:  # the pictures that are there stay as well
+    if not anew and _GALLERY in text and _GALLERY not in written:  # the pictures that are there stay as well
         begin, heading, rest = written.split("\n\n", 2)
         written = "\n\n".join([begin, heading, _GALLERY, rest])
     body = _SECTION.sub(lambda _: written, text, count=1) if text.strip() else f"\n{written}\n"
@@ -130,14 +131,16 @@ def refreshed(existing: str | None, card: ModelCard) -> str:
         data = _joined_metadata(ModelCard(existing, ignore_metadata_errors=True).data.to_dict(), card.data.to_dict())
     except (ValueError, TypeError, yaml.YAMLError):  # no YAML that the client understands: it is people's, so it stays
         return existing
+    if anew and not card.data.get("widget"):
+        data.pop("widget", None)
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n" + body
 
 
-def write_card(folder: Path, card: ModelCard) -> None:
+def write_card(folder: Path, card: ModelCard, *, anew: bool = False) -> None:
     """Write or refresh README.md in a folder, see `refreshed`."""
     path = folder / CARD_NAME
     existing = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    text = refreshed(existing, card)
+    text = refreshed(existing, card, anew=anew)
     if text != existing:
         write_whole(path, text.encode())
 

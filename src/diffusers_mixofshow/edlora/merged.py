@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
-_INDEX = "model_index.json"
+INDEX = "model_index.json"
 _MARK = "_mixofshow_concepts"
 """In the pipeline's index, where diffusers overlooks names that begin with "_": an ED-LoRA file lies beside it."""
 
@@ -57,8 +57,8 @@ def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[P
             mark(Path(temporary))
             _declare_float32(Path(temporary) / "text_encoder" / "config.json")
             yield Path(temporary)
-            (folder / _INDEX).unlink(missing_ok=True)
-            for written in sorted(Path(temporary).iterdir(), key=lambda path: path.name == _INDEX):
+            (folder / INDEX).unlink(missing_ok=True)
+            for written in sorted(Path(temporary).iterdir(), key=lambda path: path.name == INDEX):
                 target = folder / written.name
                 if target.is_dir() and not target.is_symlink():
                     shutil.rmtree(target)
@@ -73,7 +73,7 @@ def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[P
 
 def mark(folder: Path) -> None:
     """Note in a pipeline's index that concepts lie beside it."""
-    index = folder / _INDEX
+    index = folder / INDEX
     write_whole(index, json.dumps({**json.loads(index.read_text()), _MARK: True}, indent=2).encode())
 
 
@@ -97,9 +97,9 @@ def has_concepts(
         revision: What was loaded from the Hub.
         cache_dir: Where it was downloaded to.
     """
-    index: Path | None = Path(pipeline) / _INDEX
+    index: Path | None = Path(pipeline) / INDEX
     if hub.is_repo_id(pipeline):
-        index = hub.cached(str(pipeline), _INDEX, revision=revision, cache_dir=cache_dir)
+        index = hub.cached(str(pipeline), INDEX, revision=revision, cache_dir=cache_dir)
     if index is None or not index.is_file():
         return False
     try:

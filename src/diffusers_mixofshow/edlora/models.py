@@ -10,13 +10,14 @@ import huggingface_hub
 
 from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.edlora import hub
+from diffusers_mixofshow.progress import announce
 
 
 _Model = TypeVar("_Model")
 
 
 def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_index.json") -> _Model:
-    """Load a model, without waiting for what cannot come.
+    """Load a model, without waiting for what cannot come, and say so on standard error.
 
     Where no Hub answers, diffusers would try for a quarter of a minute before it looks into the cache.
 
@@ -31,6 +32,7 @@ def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_in
     """
     place = location_of(name)
     if Path(place).exists():
+        announce(f"Loading {name} ...")
         return load(place)
     refuse_missing_folder(name)
     options: dict[str, Any] = {}
@@ -38,6 +40,7 @@ def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_in
         if hub.cached(name, index, revision=None, cache_dir=None) is None:
             raise reason
         options = {"local_files_only": True}
+    announce(f"Loading {name} ...")
     return load(place, **options)
 
 

@@ -13,11 +13,14 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelCard
 
+from diffusers_mixofshow.atomic import refuse_overwriting
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora import card, defects, file, hub, reading
+from diffusers_mixofshow.edlora import folder as pack_folder
 from diffusers_mixofshow.edlora import merged as merged_pipeline
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.pushing import push
+from diffusers_mixofshow.errors import MixOfShowError
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -70,11 +73,13 @@ class EDLoRA:
         merged: bool = False,
         samples: card.Samples | None = None,
         license: str | None = None,
+        overwrite: bool = False,
     ) -> Path:
         """Write the pack to ``folder/edlora.safetensors``, which stock diffusers reads as a LoRA, and a model card.
 
         The file appears whole or not at all. Tensors keep their dtype. In a README.md what this package wrote is
-        refreshed and everything else stays; one that it did not write is left as it is.
+        refreshed and everything else stays; one that it did not write is left as it is. Files of others in the folder
+        stay as well.
 
         Args:
             folder: Created where it is missing.
@@ -84,6 +89,8 @@ class EDLoRA:
             samples: Prompt to the picture it drew, for the card's gallery; written to ``folder/samples``.
             license: For the card, as the Hub spells it, e.g. ``apache-2.0``; by default that of the base model, where
                 it is known. A licence that stands in the card already stays.
+            overwrite: Take the place of the pack that is there, if any; if it is another one, its statistics, sources,
+                samples and merged pipeline go with it. With `merged`, of the pipeline that is there, whoever wrote it.
 
         Returns:
             Path of the safetensors file; in a merged pipeline it holds the embeddings alone.
@@ -92,9 +99,12 @@ class EDLoRA:
             EDLoRAFormatError: If the pack contradicts itself, or with `merged` does not fit its base model; nothing
                 is written then.
             ConfigurationError: If a sample is no picture, or `merged` asked for and the base model cannot be loaded.
+            OverwriteError: If a pack is there already, or with `merged` a pipeline; see `overwrite`.
             FileWriteError: If the disk is full or the folder cannot be written to; what was there stays.
         """
         path = Path(folder) / file.FILE_NAME
+        refuse_overwriting(*pack_folder.places(path.parent, merged=merged), overwrite=overwrite)
+        stale = self._stale(path.parent, merged=merged)
         if merged:
             pipeline = merged_pipeline.load_base(self.base_model)
             self.check_fits(pipeline.components)
@@ -103,8 +113,9 @@ class EDLoRA:
                 file.write(temporary / file.FILE_NAME, replace(self, lora={})._contents())
         else:
             file.write(path, self._contents())
+        pack_folder.remove(set(stale) - set(pack_folder.pipeline(path.parent) if merged else ()))
         shown = card.write_samples(path.parent, samples or {})
-        card.write_card(path.parent, self._card(os.fspath(folder), merged, shown, license))
+        card.write_card(path.parent, self._card(os.fspath(folder), merged, shown, license), anew=bool(stale))
         return path
 
     def save_beside(self, pipeline: str | os.PathLike[str]) -> Path:
@@ -271,6 +282,20 @@ class EDLoRA:
             feed(f"{site} {update.scaling!r} down", update.down)
             feed(f"{site} up", update.up)
         return digest.hexdigest()
+
+    def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
+        """What an earlier pack has left in a folder, unless that is the same as this one."""
+        left = pack_folder.beside(folder, self._file_name)
+        in_file = self._contents() | ({"lora": {}} if merged else {})
+        try:
+            same = left and EDLoRA.from_pretrained(folder).digest == replace(self, **in_file).digest
+        except MixOfShowError:  # it is missing or broken, so that nothing can be its own
+            same = False
+        return [] if same else left
+
+    @property
+    def _file_name(self) -> str:
+        return file.FILE_NAME
 
     @property
     def _names(self) -> str:

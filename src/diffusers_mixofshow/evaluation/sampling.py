@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.progress import without_bars
 from diffusers_mixofshow.regions import Region
 
 
@@ -77,20 +78,20 @@ def sample_pictures(
         arguments: Further arguments of every call, such as ``isolation``, or ``image`` for a T2I-Adapter.
     """
     pictures: list[Image.Image] = []
-    pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), sampling.batch_size):
         batch = list(prompts[start : start + sampling.batch_size])
         seeds = range(sampling.first_seed + first + start, sampling.first_seed + first + start + len(batch))
-        pictures += pipe(
-            prompt=batch,
-            negative_prompt=[""] * len(batch),
-            regions=list(regions) if regions else None,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            height=sampling.height,
-            width=sampling.width,
-            **arguments,
-        ).images
+        with without_bars(pipe):
+            pictures += pipe(
+                prompt=batch,
+                negative_prompt=[""] * len(batch),
+                regions=list(regions) if regions else None,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                height=sampling.height,
+                width=sampling.width,
+                **arguments,
+            ).images
         advance(len(batch))
     return pictures

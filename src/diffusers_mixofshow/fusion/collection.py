@@ -19,6 +19,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import shown
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part, input_name
+from diffusers_mixofshow.progress import without_bars
 from diffusers_mixofshow.sites import components_with_sites, linear_layers
 
 
@@ -258,14 +259,13 @@ def _adder(statistics: ConceptStatistics, name: str, positions: _Positions | Non
 @contextmanager
 def _quiet_dpm_solver(pipe: Any) -> Iterator[None]:
     """Sample with DPM-Solver and without the pipeline's own progress bar; both come back afterwards."""
-    scheduler, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
+    scheduler = pipe.scheduler
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
     try:
-        yield
+        with without_bars(pipe):
+            yield
     finally:
         pipe.scheduler = scheduler
-        pipe.set_progress_bar_config(**bar)
 
 
 def _pictures(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffusers_mixofshow.base_models import name_of
 from diffusers_mixofshow.edlora import LowRank
@@ -38,10 +37,11 @@ from diffusers_mixofshow.fusion.solving import (
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather, statistics_in
 from diffusers_mixofshow.fusion.statistics import GramStatistics, input_name
 from diffusers_mixofshow.fusion.team import Team
+from diffusers_mixofshow.progress import progress
 from diffusers_mixofshow.sites import adapted_layers, reads_text
 
 
-Advance = Callable[[str, int], None]
+Advance = Callable[[int], None]
 
 _RIDGE_IN_STAGES, _RIDGE_OF_OWN_FEATURES = 1e-3, 0.03
 """A fused model does not see quite what each concept's own model saw; a larger ridge keeps it from relying on that."""
@@ -180,15 +180,14 @@ class GradientFuser:
     ) -> FusedPack:
         gathered = self._gather(sources, weights, scales)
         if settings.method not in MEASURED:
-            return fuse_recorded(gathered, settings, {}, device=self.device)
+            return fuse_recorded(gathered, settings, {}, device=self.device, pipe=self.pipe)
         if self.sequential:
             return self._fuse_in_stages(gathered, settings)
         start = time.perf_counter()
         recorded = self._with_statistics(gathered, sites_of(gathered))
         prior = self._prior(recorded, sites_of(recorded), self.recording)
-        return fuse_recorded(
-            recorded, settings, self._record(sequential=False, since=start), prior, device=self.device
-        )
+        record = self._record(sequential=False, since=start)
+        return fuse_recorded(recorded, settings, record, prior, device=self.device, pipe=self.pipe)
 
     def record(self, source: EDLoRASource, *, alongside: Sequence[EDLoRASource] = ()) -> SourceStatistics:
         """Sample the concepts of one source with its own LoRA, and keep the statistics, for whoever fuses it.
@@ -256,7 +255,7 @@ class GradientFuser:
             return sources
         recorded = {}
         mine = [source for source in team.share(sources).values() if source.name in lacking]
-        with self._borrowed().concepts_set_aside(), _progress_bars(mine, [self.recording]) as advance:
+        with self._borrowed().concepts_set_aside(), self._progress("Recording", mine, self.recording) as advance:
             for source in mine:
                 self._tell_why_again(source, sites)
                 recorded[source.name] = self._kept(source, self._own_statistics(source, sites, advance))
@@ -300,9 +299,7 @@ class GradientFuser:
         pipe = self._borrowed()
         sites = tuple(dict.fromkeys([*adapted_layers(pipe.components), *wanted]))
         concepts = {
-            placeholder: collect(
-                pipe, source.edlora, prompts, sites, self.recording, _named(advance, placeholder), hold_out=True
-            )
+            placeholder: collect(pipe, source.edlora, prompts, sites, self.recording, advance, hold_out=True)
             for placeholder, prompts in source.prompts.items()
         }
         return SourceStatistics(
@@ -340,24 +337,27 @@ class GradientFuser:
         """The paper's order: what is solved in one stage is in the model when the next one is recorded."""
         start, solution, team = time.perf_counter(), Solution(), Team.present()
         stages = _stages(sites_of(sources), self.recording)
-        recordings = [stage.recording for stage in stages]
         mine = team.share(sources)
         with (
             self._borrowed().concepts_set_aside(),
-            _progress_bars([*mine.values()], recordings) as advance,
             StageShelf({**asdict(settings), "sources": [source.edlora.digest for source in sources]}) as shelf,
         ):
-            for stage in stages:
-                statistics = [
-                    self._staged(source, stage, solution.lora, advance, shelf, hold_out=settings.ridge == "auto")
-                    if place in mine
-                    else []
-                    for place, source in enumerate(sources)
-                ]
+            for number, stage in enumerate(stages, 1):
+                of_all = f", stage {number} of {len(stages)}"
+                with self._progress(f"Recording{of_all}", mine.values(), stage.recording) as advance:
+                    statistics = [
+                        self._staged(source, stage, solution.lora, advance, shelf, hold_out=settings.ridge == "auto")
+                        if place in mine
+                        else []
+                        for place, source in enumerate(sources)
+                    ]
                 prior = self._prior(sources, stage.sites, stage.recording)
-                for sites in by_input(stage.sites):
-                    gram = prior.get(input_name(sites[0]))
-                    solution.add(solve_input(sources, statistics, sites, settings, gram, team, self.device))
+                groups = by_input(stage.sites)
+                with progress(f"Solving{of_all}", len(groups), pipe=self.pipe) as bar:
+                    for sites in groups:
+                        gram = prior.get(input_name(sites[0]))
+                        solution.add(solve_input(sources, statistics, sites, settings, gram, team, self.device))
+                        bar.update()
             shelf.clear()
         solution.residuals = joined_residuals(solution, team)
         pack = packed(sources, settings, solution, self._record(sequential=True, since=start))
@@ -390,7 +390,7 @@ class GradientFuser:
                     prompts,
                     stage.sites,
                     stage.recording,
-                    _named(advance, placeholder),
+                    advance,
                     hold_out=hold_out,
                 )
                 for placeholder, prompts in source.prompts.items()
@@ -409,6 +409,13 @@ class GradientFuser:
             statistics = collect(pipe, None, prior_prompts(concepts, self.prior_prompts), sites, recording)
         return {name: self.prior * statistics.gram(name) for name in statistics.inputs}
 
+    @contextmanager
+    def _progress(self, description: str, sources: Iterable[Source], recording: Recording) -> Iterator[Advance]:
+        """Count denoising steps of pictures while sources are recorded."""
+        prompts = sum(len(texts) for source in sources for texts in source.prompts.values())
+        with progress(description, prompts * recording.steps * len(recording.seeds), pipe=self.pipe) as bar:
+            yield bar.update
+
     def _borrowed(self) -> FusablePipeline:
         if self.pipe is None:
             raise FusionError("This needs a pipeline; give GradientFuser one of the concepts' base model.")
@@ -423,10 +430,6 @@ class GradientFuser:
         return record
 
 
-def _named(advance: Advance, placeholder: str) -> Callable[[int], None]:
-    return lambda pictures: advance(placeholder, pictures)
-
-
 def _stages(sites: Sequence[str], recording: Recording) -> tuple[_Stage, ...]:
     """Text encoder, text keys and values, rest. Text does not change with the step."""
     text = tuple(site for site in sites if site.startswith("text_encoder"))
@@ -439,18 +442,3 @@ def _stages(sites: Sequence[str], recording: Recording) -> tuple[_Stage, ...]:
         _Stage(sites=rest, recording=recording),
     )
     return tuple(stage for stage in stages if stage.sites)
-
-
-@contextmanager
-def _progress_bars(sources: Sequence[Source], recordings: Sequence[Recording]) -> Iterator[Advance]:
-    """One bar per concept, counting denoised pictures; silent where the output is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns)
-    progress.disable = not progress.console.is_terminal
-    tasks = {}
-    for source in sources:
-        for placeholder, prompts in source.prompts.items():
-            total = len(prompts) * sum(recording.steps * len(recording.seeds) for recording in recordings)
-            tasks[placeholder] = progress.add_task(f"Recording {placeholder}", total=total)
-    with progress:
-        yield lambda placeholder, pictures: progress.advance(tasks[placeholder], pictures)

@@ -14,9 +14,11 @@ from typing import Any, Self
 
 import torch
 
+from diffusers_mixofshow.atomic import refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
+from diffusers_mixofshow.edlora.folder import SOURCES, places, remove
 from diffusers_mixofshow.edlora.reading import read_metadata
 from diffusers_mixofshow.errors import FusionError, MixOfShowWarning, meant
 from diffusers_mixofshow.fusion.precision import in_dtype
@@ -34,10 +36,19 @@ from diffusers_mixofshow.fusion.solving import (
     sites_of,
     solve_input,
 )
-from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, carry, found_source, gather, mutual_defects
+from diffusers_mixofshow.fusion.sources import (
+    EDLoRASource,
+    Source,
+    carry,
+    found_source,
+    gather,
+    is_carried,
+    mutual_defects,
+)
 from diffusers_mixofshow.fusion.statistics import input_name
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
+from diffusers_mixofshow.progress import progress
 
 
 _PLAIN_KEY = "mixofshow_fusion"
@@ -71,6 +82,7 @@ class FusedPack(EDLoRA):
         samples: Samples | None = None,
         license: str | None = None,
         sources: bool = False,
+        overwrite: bool = False,
     ) -> Path:
         """Write the pack, see `EDLoRA.save_pretrained`; without any concept, an ordinary LoRA.
 
@@ -82,27 +94,38 @@ class FusedPack(EDLoRA):
             sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that the
                 pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it finds only
                 those that came from the Hub.
+            overwrite: Take the place of the pack that is there, if any. Sources that it carries and that are this
+                pack's as well stay, the others go.
 
         Returns:
             Path of the safetensors file.
         """
-        if not self.concepts:
-            return self._save_plain(Path(folder), merged=merged, sources=sources)
-        if sources:
-            for source in self.sources:
-                carry(source, Path(folder, _carried(source.prompts)))
-        return super().save_pretrained(folder, merged=merged, samples=samples, license=license)
-
-    def _save_plain(self, folder: Path, *, merged: bool, sources: bool) -> Path:
-        """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
-        if merged:
+        refuse_overwriting(*places(Path(folder), self._file_name, merged=merged), overwrite=overwrite)
+        if not self.concepts and merged:
             raise FusionError(
                 "A pack without concepts is written as one plain LoRA; merged is for packs with concepts. Load it "
                 "with load_lora_weights() and use fuse_lora() instead."
             )
-        if sources:
-            for source in self.sources:
-                carry(source, Path(folder, _carried(source.prompts)))
+        for source in self.sources if sources else ():
+            carry(source, Path(folder, _carried(source.prompts)))
+        if not self.concepts:
+            return self._save_plain(Path(folder))
+        # what is carried just now is there already
+        return super().save_pretrained(folder, merged=merged, samples=samples, license=license, overwrite=True)
+
+    @property
+    def _file_name(self) -> str:
+        return FILE_NAME if self.concepts else PLAIN_NAME
+
+    def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
+        """What an earlier pack has left in a folder, but for sources that both are fused from."""
+        own = {Path(folder, _carried(source.prompts)): source for source in self.sources}
+        left = super()._stale(folder, merged=merged)
+        return [path for path in left if path not in own or not is_carried(own[path], path)]
+
+    def _save_plain(self, folder: Path) -> Path:
+        """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
+        remove(self._stale(folder))
         record = {_PLAIN_KEY: json.dumps(dict(self.training))}
         return write_lora(folder / PLAIN_NAME, in_dtype(self.lora, self.dtype), record)
 
@@ -244,6 +267,7 @@ def fuse_recorded(
     prior: Mapping[str, torch.Tensor] | None = None,
     *,
     device: Device = "cpu",
+    pipe: object = None,
 ) -> FusedPack:
     """Fuse sources from their statistics; without any, where the method does not ask.
 
@@ -253,6 +277,7 @@ def fuse_recorded(
         record: What else the report says.
         prior: Input to the Gram matrix whose outputs shall stay the base's, its weight in it.
         device: Where layers are solved.
+        pipe: The pipeline that they were recorded with, which may have its progress bars switched off.
     """
     prior = {} if prior is None else prior
     start, solution, sites = time.perf_counter(), Solution(), sites_of(sources)
@@ -260,9 +285,12 @@ def fuse_recorded(
     statistics = _statistics(sources, team)
     if statistics:
         check_recorded(sources, statistics, sites)
-    for group in by_input(sites):
-        gram = prior.get(input_name(group[0]))
-        solution.add(solve_input(sources, statistics, group, settings, gram, team, device))
+    groups = by_input(sites)
+    with progress("Solving", len(groups), pipe=pipe) as bar:
+        for group in groups:
+            gram = prior.get(input_name(group[0]))
+            solution.add(solve_input(sources, statistics, group, settings, gram, team, device))
+            bar.update()
     solution.residuals = joined_residuals(solution, team)
     pack = packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
     return replace(pack, prior=prior, device=device)
@@ -298,7 +326,7 @@ def packed(
 def _carried(names: Iterable[str]) -> str:
     """Where a pack carries a source: ``sources/potter``, ``sources/rex+kit``, ``sources/lora-ink`` of a plain LoRA."""
     spelt = [name[1:-1] if name.startswith("<") else f"lora-{name}" for name in names]
-    return "sources/" + re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never a path to anywhere else
+    return f"{SOURCES}/" + re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never a path to anywhere else
 
 
 def _plain_file(source: str | os.PathLike[str]) -> Path | None:

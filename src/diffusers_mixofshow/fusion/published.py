@@ -22,6 +22,7 @@ from safetensors.torch import save as serialize
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora.defects import WIDEST, listed, shown
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
+from diffusers_mixofshow.edlora.folder import statistics_name
 from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.edlora.reading import read_steadily
@@ -34,7 +35,6 @@ FORMAT_VERSION = 1
 DEFAULT_BYTES = 10_000_000
 """Size of a concept's low-rank factors."""
 
-_SUFFIX = ".statistics.safetensors"
 _LARGEST = 2.0**63
 """Above every number of tokens and every trace; NaN and Inf are not below it."""
 _REMEDY = "Record it again with GradientFuser(pipe, sequential=False), or ask its author for another copy."
@@ -51,7 +51,7 @@ class DamagedStatisticsError(FusionError):
 
 def statistics_path(lora_file: Path) -> Path:
     """Where statistics are kept: ``edlora.statistics.safetensors`` beside ``edlora.safetensors``."""
-    return lora_file.with_name(lora_file.name.removesuffix(".safetensors") + _SUFFIX)
+    return lora_file.with_name(statistics_name(lora_file.name))
 
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.atomic import check_outputs, write_picture
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
@@ -133,12 +133,18 @@ class FusionReport:
             told = f"Nearest to a conflict (overlap, 0 to 1): {', '.join(pairs)}"
             console.print(told, markup=False, soft_wrap=True)
 
-    def heat_map(self, path: str | os.PathLike[str]) -> Path:
+    def heat_map(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Draw layers (columns) by concepts (rows) as a PNG: white is kept, red is lost.
+
+        Args:
+            path: The file.
+            overwrite: Whether it may take the place of another.
 
         Raises:
             FusionError: If the pack was fused without statistics, so that nothing was measured.
+            OverwriteError: If something is there already.
         """
+        check_outputs(Path(path), overwrite=overwrite)
         if not self._layers:
             raise FusionError("Nothing was measured when this pack was fused, so there is nothing to draw.")
         names = list(self.residuals)

@@ -26,6 +26,7 @@ from diffusers_mixofshow.errors import (
     EDLoRAFormatError,
     EDLoRANotFoundError,
     FusionError,
+    MixOfShowError,
     MixOfShowWarning,
 )
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
@@ -166,11 +167,20 @@ def shares(sources: Sequence[Source]) -> list[float]:
 def carry(source: Source, folder: Path) -> None:
     """Write a source and its statistics into a folder, from which `found_source` takes them."""
     if source.edlora.concepts:
-        path = source.edlora.save_pretrained(folder)
+        path = source.edlora.save_pretrained(folder, overwrite=True)
     else:
         path = write_lora(folder / PLAIN_NAME, source.edlora.lora)
     if source.statistics is not None:
         source.statistics.copy(statistics_path(path))
+
+
+def is_carried(source: Source, folder: Path) -> bool:
+    """Whether a folder holds what `carry` writes of a source."""
+    try:
+        opened = _opened_at(folder, "", None)
+    except MixOfShowError:
+        return False
+    return opened is not None and opened.edlora.digest == source.edlora.digest
 
 
 def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subfolder: str) -> Source:

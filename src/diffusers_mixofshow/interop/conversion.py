@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
@@ -52,6 +52,7 @@ def convert(
     kind: str = "object",
     base_model: str = "",
     layers: tuple[str, ...] = (),
+    overwrite: bool = False,
 ) -> Conversion:
     """Write an ED-LoRA, a fused pack or another program's file in another format.
 
@@ -68,12 +69,14 @@ def convert(
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
         base_model: What it was tuned on; by default Stable Diffusion 1.5 where the file is for 1.x.
         layers: The base's cross-attention layers, where nothing in the file tells.
+        overwrite: Whether files that are there already may be replaced.
 
     Raises:
         EDLoRANotFoundError: If there is no such file.
         EDLoRAFormatError: If it is defective, or the format cannot hold it; nothing is written then.
         ConfigurationError: If an ED-LoRA is to be written to a file.
         ConceptError: If the name or kind is malformed.
+        OverwriteError: If one of the files is there already; nothing is written then.
     """
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)
     content = source if isinstance(source, EDLoRA | Foreign) else read_foreign(source)
@@ -81,19 +84,25 @@ def convert(
     if isinstance(content, Foreign):
         content.raise_if_defective()
     if target in (Format.EDLORA, Format.MIX_OF_SHOW):
-        return _as_concepts(content, path, target, naming, layers)
+        return _as_concepts(content, path, target, naming, layers, overwrite=overwrite)
     if isinstance(content, Foreign) and content.tokens:
         content = as_edlora(content, naming, layers)
     vectors = _words(content, naming)
     lost = _layers_lost(content) if isinstance(content, EDLoRA) else ()
     if target is Format.TEXTUAL_INVERSION:
-        return _write_words(path, vectors, (*lost, *_updates_lost(content.lora)))
+        return _write_words(path, vectors, (*lost, *_updates_lost(content.lora)), overwrite=overwrite)
     writer = write_kohya if target is Format.KOHYA else write_lora
-    return _write_lora_and_words(path, content, vectors, lost, writer)
+    return _write_lora_and_words(path, content, vectors, lost, writer, overwrite=overwrite)
 
 
 def _as_concepts(
-    content: EDLoRA | Foreign, path: Path, target: Format, naming: Naming, layers: tuple[str, ...]
+    content: EDLoRA | Foreign,
+    path: Path,
+    target: Format,
+    naming: Naming,
+    layers: tuple[str, ...],
+    *,
+    overwrite: bool,
 ) -> Conversion:
     """One of the two formats that hold layer-wise embeddings."""
     lost: tuple[str, ...] = ()
@@ -109,6 +118,7 @@ def _as_concepts(
                 *lost,
                 "The authors' layout has no place for the base model, class words and settings.",
             )
+        check_outputs(file, overwrite=overwrite)
         return Conversion(files=(write_original(file, content),), lost=lost)
     if path.suffix == ".safetensors":
         raise ConfigurationError(f"An ED-LoRA is written into a folder. Give {str(path.with_suffix(''))!r} as output.")
@@ -119,7 +129,7 @@ def _as_concepts(
         )
     if not content.base_model:
         raise EDLoRAFormatError("The file does not tell its base model. Name it: base_model=..., or --base.")
-    return Conversion(files=(content.save_pretrained(path),), lost=lost)
+    return Conversion(files=(content.save_pretrained(path, overwrite=overwrite),), lost=lost)
 
 
 def _words(content: EDLoRA | Foreign, naming: Naming) -> dict[str, Vectors]:
@@ -135,7 +145,7 @@ def _words(content: EDLoRA | Foreign, naming: Naming) -> dict[str, Vectors]:
     return dict(content.vectors)
 
 
-def _write_words(path: Path, vectors: Mapping[str, Vectors], lost: tuple[str, ...]) -> Conversion:
+def _write_words(path: Path, vectors: Mapping[str, Vectors], lost: tuple[str, ...], *, overwrite: bool) -> Conversion:
     if not vectors:
         raise EDLoRAFormatError("There is no embedding in it, so there is no textual inversion to write.")
     single = path.suffix == ".safetensors"
@@ -144,11 +154,15 @@ def _write_words(path: Path, vectors: Mapping[str, Vectors], lost: tuple[str, ..
             f"It holds {len(vectors)} concepts ({', '.join(vectors)}), and a textual-inversion file holds one. Give "
             "a folder as output."
         )
-    files = [
-        write_textual_inversion(path if single else path / f"{plain_name(word)}.safetensors", them, word=word)
-        for word, them in vectors.items()
-    ]
+    files = [path] if single else _word_files(path, vectors)
+    check_outputs(*files, overwrite=overwrite)
+    for file, (word, them) in zip(files, vectors.items(), strict=True):
+        write_textual_inversion(file, them, word=word)
     return Conversion(files=tuple(files), lost=lost)
+
+
+def _word_files(folder: Path, words: Iterable[str]) -> list[Path]:
+    return [folder / f"{plain_name(word)}.safetensors" for word in words]
 
 
 def _write_lora_and_words(
@@ -157,18 +171,21 @@ def _write_lora_and_words(
     vectors: Mapping[str, Vectors],
     lost: tuple[str, ...],
     writer: Callable[[Path, Mapping[str, LowRank], Mapping[str, str]], Path],
+    *,
+    overwrite: bool,
 ) -> Conversion:
     if not content.lora:
         raise EDLoRAFormatError("There is no LoRA in it. Convert it to 'textual-inversion'.")
     names = [plain_name(word) for word in vectors]
     usual = PLAIN_NAME if writer is write_lora else f"{'-'.join(names)[:80] or path.name}.safetensors"
     file = path if path.suffix == ".safetensors" else path / usual
-    words = _write_words(file.parent / EMBEDDINGS, vectors, ()).files if vectors else ()
-    files = [writer(file, content.lora, announcing(vectors)), *words]
+    folder, text = file.parent / EMBEDDINGS, file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
+    files = [file, *_word_files(folder, vectors), *([text] if vectors else [])]
+    check_outputs(*files, overwrite=overwrite)
+    writer(file, content.lora, announcing(vectors))
     if vectors:
-        text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
+        _write_words(folder, vectors, (), overwrite=True)
         write_whole(text, instructions(file.name, vectors, lost).encode())
-        files.append(text)
     return Conversion(files=tuple(files), lost=lost)
 
 

@@ -229,12 +229,13 @@ class EDLoRALoader:
                 eject(self.components, name)
             self._given = {other: edlora for other, edlora in self._given.items() if other != name}
 
-    def save_edlora(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+    def save_edlora(self, folder: str | os.PathLike[str], name: str | None = None, *, overwrite: bool = False) -> Path:
         """Write a loaded ED-LoRA as it was loaded; its scale is not part of it.
 
         Args:
             folder: Where to, see `EDLoRA.save_pretrained`.
             name: Which one, by placeholder or adapter name; needed if several are loaded.
+            overwrite: Take the place of the pack that is there, if any.
 
         Returns:
             Path of the file written.
@@ -248,7 +249,7 @@ class EDLoRALoader:
                 f"save_edlora() writes one ED-LoRA, but {len(adapters)} are loaded{_listed(self._edloras)}. "
                 "Choose one with name=..., or load one first."
             )
-        return self._given[adapters[0]].save_pretrained(folder)
+        return self._given[adapters[0]].save_pretrained(folder, overwrite=overwrite)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Write the pipeline without its concepts, which have files of their own: see `save_edlora`.

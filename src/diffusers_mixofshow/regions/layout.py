@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.masks import mask_of
 from diffusers_mixofshow.regions.drawing import draw_regions
@@ -121,17 +122,20 @@ class Layout:
         content |= {name: getattr(self, name) for name in _TOP if getattr(self, name) is not None}
         return content | {"regions": [_described(region) for region in self.regions]}
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the layout as JSON, masks included; the format is described in docs/regional_sampling.md."""
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the layout as JSON, masks included; the format is described in docs/regional_sampling.md.
+
+        Args:
+            path: The file.
+            overwrite: Whether it may take the place of another.
+
+        Raises:
+            OverwriteError: If something is there already.
+        """
+        check_outputs(Path(path), overwrite=overwrite)
         content = self.described()
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         return path
 
     @classmethod

@@ -13,6 +13,7 @@ from torch import nn
 from diffusers_mixofshow.base_models import TOYLAND, not_loadable
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.progress import announce
 from diffusers_mixofshow.training.config import TrainingConfig
 
 
@@ -27,6 +28,7 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
     from diffusers import StableDiffusionPipeline
 
     if config.pretrained_model_name_or_path == TOYLAND:
+        announce(f"Loading {TOYLAND} ...")
         from diffusers_mixofshow import toyland
 
         return toyland.load_pipeline()

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffusers_mixofshow.atomic import write_probe, write_whole
+from diffusers_mixofshow.atomic import refuse_overwriting, standing, write_probe, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.folder import places, remove
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.training.batches import CachedPhoto
 from diffusers_mixofshow.training.config import RATES, TrainingConfig
@@ -89,8 +90,7 @@ class CheckpointFolder:
 
     def present(self) -> list[Path]:
         """All whole checkpoints, the newest last."""
-        whole = [path for path in self.folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-        return sorted((path for path in whole if (path / _STATE).is_file()), key=_age)
+        return present(self.folder)
 
     def find(self, wanted: str | Path) -> Path | None:
         """The checkpoint to go on from: ``latest``, which may not exist yet, or a folder.
@@ -98,17 +98,7 @@ class CheckpointFolder:
         Raises:
             ConfigurationError: If the folder is no checkpoint.
         """
-        if wanted == LATEST:
-            present = self.present()
-            return present[-1] if present else None
-        path = Path(wanted) if (Path(wanted) / _STATE).is_file() else self.folder / wanted
-        if not (path / _STATE).is_file():
-            known = ", ".join(each.name for each in self.present()) or "none"
-            raise ConfigurationError(
-                f"resume_from_checkpoint is {str(wanted)!r}, which is no checkpoint. Expected {LATEST!r} or a folder "
-                f"checkpoint-STEP; in {self.folder} there are: {known}."
-            )
-        return path
+        return find(self.folder, wanted)
 
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state that `save` wrote, common and of this process, on the CPU.
@@ -130,6 +120,60 @@ class CheckpointFolder:
     @property
     def _own_name(self) -> str:
         return f"process-{self.accelerator.process_index}.pt"
+
+
+def present(folder: Path) -> list[Path]:
+    """All whole checkpoints in an output folder, the newest last."""
+    whole = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in whole if (path / _STATE).is_file()), key=_age)
+
+
+def find(folder: Path, wanted: str | Path) -> Path | None:
+    """See `CheckpointFolder.find`."""
+    if wanted == LATEST:
+        return present(folder)[-1] if present(folder) else None
+    path = Path(wanted) if (Path(wanted) / _STATE).is_file() else folder / wanted
+    if not (path / _STATE).is_file():
+        known = ", ".join(each.name for each in present(folder)) or "none"
+        raise ConfigurationError(
+            f"resume_from_checkpoint is {str(wanted)!r}, which is no checkpoint. Expected {LATEST!r} or a folder "
+            f"checkpoint-STEP; in {folder} there are: {known}."
+        )
+    return path
+
+
+def _steps_of_earlier(folder: Path) -> list[Path]:
+    """Checkpoints and sheets that an earlier training has left in an output folder."""
+    return [*present(folder), *sorted(folder.glob("validation/step-*.png"))]
+
+
+def replaced(config: TrainingConfig) -> list[Path]:
+    """What of an earlier training would go; nothing where this one goes on from a checkpoint beside it."""
+    if config.output_dir is None:
+        return []
+    folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    checkpoint = None if wanted is None else find(folder, wanted)
+    if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
+        return []
+    return standing(*places(folder), *_steps_of_earlier(folder))
+
+
+def refuse_replacing(config: TrainingConfig) -> None:
+    """Refuse to take the place of an earlier training unasked.
+
+    Raises:
+        OverwriteError: If there is one.
+        ConfigurationError: If what is to be gone on from is no checkpoint.
+    """
+    resumable = config.output_dir is not None and present(Path(config.output_dir))
+    going_on = "Go on with resume_from_checkpoint 'latest', choose" if resumable else "Choose"
+    refuse_overwriting(*replaced(config), overwrite=config.overwrite, otherwise=f"{going_on} another output_dir")
+
+
+def make_room(config: TrainingConfig) -> None:
+    """Remove checkpoints and sheets of an earlier training that may go; its ED-LoRA stays until there is a new one."""
+    if config.output_dir is not None and replaced(config):
+        remove(_steps_of_earlier(Path(config.output_dir)))
 
 
 def check_writable(folder: Path, *, make: bool = True) -> None:

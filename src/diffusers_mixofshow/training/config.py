@@ -33,14 +33,16 @@ CHOICES: dict[str, Collection[str]] = {
 PRODIGY = "prodigy"
 
 _REFUSAL = "Training cannot start with these settings: "
-_PRIVATE = (
+_UNRECORDED = (
     "instance_data_dir",
     "dataset_name",
     "output_dir",
     "latents_dir",
     "class_data_dir",
     "resume_from_checkpoint",
+    "overwrite",
 )
+"""Folders are private to whoever trains, and what becomes of their content says nothing of what is learnt."""
 _WITHOUT_EFFECT = (
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -102,6 +104,8 @@ class TrainingConfig:
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
         pretrained_model_name_or_path: Base model: Hub id, folder, or ``toyland`` for the embedded base.
         output_dir: Folder that receives the ED-LoRA; None does not save.
+        overwrite: Whether an earlier training in `output_dir` may go: its ED-LoRA, checkpoints and sheets. To go on
+            from its checkpoints needs no leave.
         seed: Seed of every random number of the tuning.
         resolution: Side of the square training picture, in pixels (512, paper).
         center_crop: Whether photos that are not square are cropped at the centre; else at random places (reference).
@@ -187,6 +191,7 @@ class TrainingConfig:
     kind: str = "object"
     pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     output_dir: str | Path | None = None
+    overwrite: bool = False
     seed: int = 0
     resolution: int = 512
     center_crop: bool = False
@@ -308,11 +313,11 @@ class TrainingConfig:
         return self.embedding_phase_steps + self.max_train_steps
 
     def as_record(self) -> dict[str, Any]:
-        """The settings as JSON values, without folder names, which are private to whoever trains."""
+        """The settings as JSON values, without folder names and what becomes of their content."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
-            if name not in _PRIVATE
+            if name not in _UNRECORDED
         }
 
     def as_identity(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
     folder = Path(str(config.class_data_dir))
     present = list_folder(folder).photos if folder.is_dir() else []
     if drawing and len(present) < config.num_class_images:
-        _draw(pipeline, config, folder, first=len(present))
+        _draw(pipeline, config, folder, missing=config.num_class_images - len(present))
     listing = list_folder(folder)
     used, left = listing.photos[: config.num_class_images], listing.photos[config.num_class_images :]
     photos, defects, remarks = [], list(listing.defects), list(listing.remarks)
@@ -61,10 +62,13 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
 
 
 @torch.no_grad()
-def _draw(pipeline: Any, config: TrainingConfig, folder: Path, first: int) -> None:
+def _draw(pipeline: Any, config: TrainingConfig, folder: Path, missing: int) -> None:
+    """Sample pictures under numbers that are free; each number is its picture's seed."""
     stock = plain_pipeline(pipeline)
-    for start in range(first, config.num_class_images, config.train_batch_size):
-        numbers = range(start, min(start + config.train_batch_size, config.num_class_images))
+    free = (number for number in count() if not (folder / f"class-{number:04d}.png").exists())
+    drawn = list(islice(free, missing))
+    for start in range(0, missing, config.train_batch_size):
+        numbers = drawn[start : start + config.train_batch_size]
         images = stock(
             [prompt_of_class(config)] * len(numbers),
             **drawing_settings(config),

@@ -14,8 +14,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
@@ -23,6 +21,7 @@ from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.notes import write_noted
+from diffusers_mixofshow.progress import progress, tell
 from diffusers_mixofshow.sheets import labelled_sheet
 from diffusers_mixofshow.training.averaging import MovingAverage
 from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
@@ -34,6 +33,8 @@ from diffusers_mixofshow.training.checkpoints import (
     check_space,
     check_writable,
     digest_of,
+    make_room,
+    refuse_replacing,
 )
 from diffusers_mixofshow.training.compute import compiled, lean_updates, recomputed_activations
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -95,8 +96,10 @@ class EDLoRATrainer:
             ConfigurationError: If the folder cannot be written or is nearly full, the model cannot be trained, the
                 loss diverges, the GPU's memory does not suffice, or a checkpoint belongs to another training.
             MissingExtraError: If the optimiser's or tracker's package is not installed.
+            OverwriteError: If an earlier training lies in the folder, see `TrainingConfig.overwrite`.
         """
         config = self.config
+        refuse_replacing(config)
         photos = load_photos(config)
         make_optimizer = optimizer_of(config.optimizer)
         check_tracker(config.report_to)
@@ -112,8 +115,9 @@ class EDLoRATrainer:
                 tuning = _Tuning(config, self.pipeline, accelerator, self._on_step)
                 edlora = tuning.run(photos, make_optimizer)
         edlora = replace(edlora, training={**edlora.training, "seconds": round(time.monotonic() - start, 1)})
+        replaces = config.overwrite or config.resume_from_checkpoint is not None
         if config.output_dir is not None and accelerator.is_main_process:
-            edlora.save_pretrained(config.output_dir, samples=tuning.samples)
+            edlora.save_pretrained(config.output_dir, samples=tuning.samples, overwrite=replaces)
         accelerator.wait_for_everyone()
         return edlora
 
@@ -208,27 +212,27 @@ class _Tuning:
 
     def _take_steps(self) -> None:
         """Run the loop; tell, draw and save between its steps."""
-        with _progress(self.accelerator.is_main_process) as progress, noticed_interruption() as interruption:
-            position = self.loop.position
-            bar = progress.add_task(
-                self.config.concept_to_learn.placeholder,
-                total=self.config.total_steps,
-                completed=position.step,
-                loss="",
-            )
+        config, position, tells = self.config, self.loop.position, self.accelerator.is_main_process
+        name = f"Tuning {config.concept_to_learn.placeholder}"
+        with (
+            progress(name, config.total_steps, done=position.step, pipe=self.pipeline, shown=tells) as bar,
+            noticed_interruption() as interruption,
+        ):
             for report in self.loop.steps(interruption):
                 self.trained.keep_inputs()
                 if self.average is not None:
                     self.average.update(report.step)
-                progress.update(bar, advance=1, loss=f"{report.phase} loss {final_mean(position.losses):.4f}")
+                bar.set_postfix_str(f"{report.phase} loss {final_mean(position.losses):.4f}", refresh=False)
+                bar.update()
                 self._tell(report)
                 if interruption.everywhere:
                     self._save()
-                    progress.console.print(self._farewell(report.step))
+                    if tells:
+                        tell(self._farewell(report.step))
                     raise KeyboardInterrupt
-                if _is_due(report.step, self.config.checkpointing_steps):
+                if _is_due(report.step, config.checkpointing_steps):
                     self._save()
-                if _is_due(report.step, self.config.validation_steps) and self.checkpoints is not None:
+                if _is_due(report.step, config.validation_steps) and self.checkpoints is not None:
                     self._draw_sheet(self.checkpoints.folder)
 
     def _farewell(self, step: int) -> str:
@@ -304,6 +308,8 @@ class _Tuning:
     def _resumed(self) -> Position:
         """Put everything back as the checkpoint has it, if one is asked for and there."""
         wanted = self.config.resume_from_checkpoint
+        if self.accelerator.is_main_process:
+            make_room(self.config)
         if wanted is None or self.checkpoints is None:
             return Position()
         path = self.checkpoints.find(wanted)
@@ -344,17 +350,3 @@ def _refuse_cut(photos: Sequence[Photo], pipeline: StableDiffusionPipeline, conf
             f"The text encoder sees {tokenizer.model_max_length} tokens. In {len(cut)} captions the concept, or a "
             f"part of it, comes later and is cut off; name it earlier in {'; '.join(cut)}"
         )
-
-
-def _progress(shown: bool) -> Progress:
-    """A bar with the loss on standard error; nothing where that is no terminal."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (shown and console.is_terminal),
-    )

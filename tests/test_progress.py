@@ -1,0 +1,241 @@
+"""Progress shows in terminals, notebooks and logs, stops where it is switched off, and says nothing twice."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from diffusers.utils import logging as of_diffusers
+from nbclient import NotebookClient
+from transformers.utils import logging as of_transformers
+
+import packs
+import tiny
+from diffusers_mixofshow import progress as module
+from diffusers_mixofshow.fusion import GradientFuser
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.progress import announce, lines_only, progress, tell, without_bars
+from diffusers_mixofshow.toyland import CONCEPTS, write_photos
+from diffusers_mixofshow.training import EDLoRATrainer, TrainingConfig
+
+
+CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f]")
+COUNT = "from diffusers_mixofshow.progress import progress\nwith progress('Counting', 3) as bar:\n    bar.update(3)\n"
+
+
+@pytest.fixture(autouse=True)
+def nobody_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TQDM_DISABLE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def pipe() -> MixOfShowPipeline:
+    return MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
+
+
+def count(pipe: object = None, *, shown: bool = True) -> None:
+    with progress("Counting", 3, pipe=pipe, shown=shown) as bar:
+        for number in range(3):
+            bar.set_postfix_str(f"number {number}", refresh=False)
+            bar.update()
+
+
+def test_a_log_gets_lines_without_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.0)
+    announce("Loading toyland ...")
+    count()
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert CONTROLS.search(told.err) is None
+    lines = told.err.splitlines()
+    assert lines[:2] == ["Loading toyland ...", "Counting: 0/3 [00:00<?]"]
+    assert [re.sub(r" \[.*, ", " [", line) for line in lines[2:]] == [
+        f"Counting: {n + 1}/3 [number {n}]" for n in range(3)
+    ]
+
+
+def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("Counting", 5000) as bar:
+        for _ in range(5000):
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" [")[0] for line in lines] == ["Counting: 0/5000", "Counting: 5000/5000"]
+
+
+def test_what_goes_on_from_somewhere_begins_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("Tuning", 10, done=7) as bar:
+        bar.update(3)
+    assert [line.partition(" [")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "Tuning: 7/10",
+        "Tuning: 10/10",
+    ]
+
+
+def _nothing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {}
+
+
+def _of_tqdm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    return {}
+
+
+def _of_diffusers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(of_diffusers, "_tqdm_active", True)  # put back afterwards
+    of_diffusers.disable_progress_bar()
+    return {}
+
+
+def _of_transformers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(of_transformers, "_tqdm_active", False)
+    return {}
+
+
+def _of_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    pipe = MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return {"pipe": pipe}
+
+
+def _of_another_process(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("RANK", "1")
+    return {}
+
+
+def _not_the_main_process(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"shown": False}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    ("switch", "shows"),
+    [
+        (_nothing, True),
+        (_of_tqdm, False),
+        (_of_diffusers, False),
+        (_of_transformers, False),
+        (_of_a_pipeline, False),
+        (_of_another_process, False),
+        (_not_the_main_process, False),
+    ],
+)
+def test_every_switch_is_heard(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, switch: Any, shows: bool, terminal: bool
+) -> None:
+    arguments = switch(monkeypatch)
+    monkeypatch.setattr(module, "_redraws", lambda: terminal)
+    capsys.readouterr()
+    count(**arguments)
+    announce("Loading ...", **arguments)
+    assert bool(capsys.readouterr().err) is shows
+    tell("Stopped.")  # no progress, but news
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
+OTHERS = """
+from diffusers_mixofshow.progress import bar_settings, lines_only
+lines_only()  # before tqdm is imported, as the command line does
+import tiny
+from diffusers.utils import logging
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+pipe = MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+for _ in logging.tqdm(range(3)):
+    pass
+pipe.set_progress_bar_config(desc="Sampling", **bar_settings())
+pipe("a dog", num_inference_steps=2, output_type="latent")
+"""
+
+
+def test_in_a_log_the_command_line_switches_off_the_bars_of_others_alone() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", OTHERS]
+    told = subprocess.run(
+        command, capture_output=True, text=True, env=environment(TRANSFORMERS_VERBOSITY="error"), check=True
+    ).stderr
+    assert [line.partition(" [")[0] for line in told.splitlines()] == ["Sampling: 0/2", "Sampling: 2/2"]
+    assert CONTROLS.search(told) is None
+
+
+def test_what_users_said_of_tqdm_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    lines_only()
+    assert os.environ["TQDM_DISABLE"] == "1"
+
+
+def test_a_pipeline_gets_its_settings_back(pipe: MixOfShowPipeline) -> None:
+    pipe.set_progress_bar_config(desc="mine")
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with without_bars(pipe):
+            assert pipe._progress_bar_config == {"desc": "mine", "disable": True}
+            raise KeyboardInterrupt
+    assert pipe._progress_bar_config == {"desc": "mine"}
+
+
+def test_training_and_fusing_tell_how_far_they_are(
+    capsys: pytest.CaptureFixture[str], pipe: MixOfShowPipeline, tmp_path: Path
+) -> None:
+    write_photos(CONCEPTS["rex"], tmp_path / "photos", count=2)
+    settings: dict[str, Any] = {"max_train_steps": 1, "embedding_phase_steps": 1, "num_validation_images": 0}
+    config = TrainingConfig(
+        instance_data_dir=tmp_path / "photos",
+        concept="tom",
+        class_word="dog",
+        resolution=32,
+        pretrained_model_name_or_path="someone/tiny",
+        **settings,
+    )
+    edlora = EDLoRATrainer(config, pipe).train()
+    told = capsys.readouterr().err
+    assert re.search(r"^Tuning <tom>: 0/2 \[", told, re.MULTILINE)
+    assert re.search(r"^Tuning <tom>: 2/2 \[.*joint loss \d\.\d{4}\]$", told, re.MULTILINE)
+
+    other = packs.random_pack(pipe.components, "kit", ranks=(2,))
+    few = {"steps": 2, "prompts": ("a <TOK>", "two <TOK>")}
+    GradientFuser(pipe, **few).fuse([edlora, other])
+    told = capsys.readouterr().err
+    for stage, count in enumerate((4, 4, 8), 1):
+        assert f"Recording, stage {stage} of 3: 0/{count} [" in told
+        assert f"Recording, stage {stage} of 3: {count}/{count} [" in told
+        assert re.search(rf"Solving, stage {stage} of 3: (\d+)/\1 \[", told)
+    GradientFuser(pipe, **few, sequential=False).fuse([edlora, other])
+    told = capsys.readouterr().err
+    assert "Recording: 8/8 [" in told
+    assert re.search(r"Solving: (\d+)/\1 \[", told)
+    pipe.set_progress_bar_config(disable=True)
+    GradientFuser(pipe, **few).fuse([edlora, other])
+    GradientFuser(pipe, **few, sequential=False).fuse([edlora, other])
+    EDLoRATrainer(config, pipe).train()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    subprocess.run([sys.executable, "-c", COUNT], stderr=follower, env=environment(), check=True)
+    drawn = os.read(leader, 10_000).decode()
+    assert "Counting:   0%|" in drawn
+    assert "\rCounting: 100%|" in drawn
+
+
+def test_a_notebook_gets_a_bar() -> None:
+    """Without ipywidgets tqdm says so once, and draws with characters."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(COUNT)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute(env=environment())
+    outputs = notebook.cells[0].outputs
+    text = "".join(str(output.get("text", output.get("data"))) for output in outputs)
+    assert "Counting" in text
+    assert "100%" in text or "FloatProgress" in text or "HBox" in text
