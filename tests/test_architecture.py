@@ -40,6 +40,7 @@ RANK_OF = {
     "pipelines": 3,
     "evaluation": 3,
     "client": 4,
+    "exporting": 4,
     "demo": 5,
     "cli": 5,
     "__main__": 6,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -18,6 +19,8 @@ import tiny
 from diffusers_mixofshow import EDLoRA, cli
 from diffusers_mixofshow.cli import diagnosis
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.exporting.shared import RANK_OF_A_CONCEPT
+from diffusers_mixofshow.interop import convert, read_lora
 from interop import foreign as files
 
 
@@ -109,7 +112,25 @@ def test_convert_prints_what_machines_read(tmp_path: Path):
         "HOW_TO_USE.txt",
     ]
     assert "approximation" in told["lost"][0]
+    assert all(word in told["lost"][0] for word in ("Most of the identity", "--base", "ed-lora-shared-layers"))
+    assert all(f"Lost: {sentence}" in result.stderr for sentence in told["lost"])
     assert any(name.startswith("lora_te_text_model_") for name in load_file(told["files"][0]))
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_convert_with_the_base_puts_layer_wise_embeddings_into_the_lora(tmp_path: Path, to: str):
+    pipe = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "base")
+    pack = packs.random_pack(pipe.components, "rex")
+    pack.save_pretrained(tmp_path / "rex")
+    convert(pack, tmp_path / "rex.pth", "mix-of-show")
+    for source in ("rex", "rex.pth"):
+        result = run("convert", tmp_path / source, tmp_path / f"out-{source}", "--to", to, "--base", tmp_path / "base")
+        assert "is in the LoRA" in result.stderr
+        assert "Most of the identity" not in result.stderr
+        (lora,) = (tmp_path / f"out-{source}").glob("*.safetensors")
+        assert {update.rank for update in read_lora(lora).values()} == {4, 4 + RANK_OF_A_CONCEPT}
+        assert "is in the LoRA" in (tmp_path / f"out-{source}" / "HOW_TO_USE.txt").read_text()
 
 
 def test_convert_takes_the_layers_of_a_base_on_this_disk(tmp_path: Path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import packs
+import tiny
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.interop import convert, read_as_edlora
@@ -86,3 +89,30 @@ def test_names_in_the_metadata_lead_nowhere_else(rex, tmp_path):
     path = write_kohya(tmp_path / "in" / "x.safetensors", rex.lora, announcing([f"../../{outside.stem}"]))
     (tmp_path / "in" / "embeddings").mkdir()
     assert read_foreign(path).vectors == {}
+
+
+def test_convert_tells_what_is_lost_before_it_writes(tmp_path: Path):
+    told = []
+
+    def stop(lost: Sequence[str]) -> None:
+        told.extend(lost)
+        raise KeyboardInterrupt
+
+    for to in ("kohya", "diffusers", "textual-inversion"):
+        with pytest.raises(KeyboardInterrupt):
+            convert(packs.random_pack(tiny.components(), "rex"), tmp_path / "out", to, before_writing=stop)
+    assert "Most of the identity" in told[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_to_use_sends_nobody_to_programs_that_load_nothing(tmp_path: Path):
+    texts = {}
+    for to in ("kohya", "diffusers"):
+        texts[to] = convert(packs.random_pack(tiny.components(), "rex"), tmp_path / to, to).files[-1].read_text()
+        assert 'pipe.load_textual_inversion("embeddings/rex.safetensors", token="<rex>")' in texts[to]
+        assert "pipe.load_lora_weights(" in texts[to]
+    assert "<lora:rex:1>" in texts["kohya"]
+    assert "models/loras" in texts["kohya"]
+    assert "models/" not in texts["diffusers"]
+    assert "Not for A1111 and ComfyUI" in texts["diffusers"]
+    assert "--to kohya" in texts["diffusers"]

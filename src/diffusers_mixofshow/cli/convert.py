@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffusers_mixofshow.cli.plans import Overwrite
 from diffusers_mixofshow.interop.formats import Format
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.interop.concept_names import Naming
+    from diffusers_mixofshow.interop.conversion import Conversion
+    from diffusers_mixofshow.interop.foreign import Foreign
+
+_BASE = (
+    "Base model it was tuned on (default: Stable Diffusion 1.5 for files of 1.x). For kohya and diffusers it is "
+    "loaded, and what layer-wise embeddings do is put into the LoRA."
+)
 
 
 def convert(
@@ -33,41 +46,71 @@ def convert(
     ] = "",
     class_word: Annotated[str, typer.Option(help="Plain word for what it is, e.g. man; files do not tell.")] = "",
     kind: Annotated[str, typer.Option(help="character, pet, object or scene.")] = "object",
-    base: Annotated[
-        str, typer.Option(help="Base model it was tuned on. (default: Stable Diffusion 1.5 for files of 1.x)")
-    ] = "",
+    base: Annotated[str, typer.Option(help=_BASE)] = "",
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print files and losses as JSON.")] = False,
 ) -> None:
     """Convert an ED-LoRA, a fused pack or another program's file to another format.
 
-    What the new format cannot say is told on standard error, and in a text beside the files.
+    What the new format cannot say is told on standard error before anything is written, and in a text beside the
+    files. Layer-wise embeddings lose most of the identity in kohya and diffusers without their --base.
 
     \b
     Examples:
       mixofshow convert edlora_model-latest.pth edlora-potter --to edlora \\
         --class-word man
-      mixofshow convert hogwarts for-comfyui --to kohya
+      mixofshow convert hogwarts for-comfyui --to kohya \\
+        --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
     from diffusers_mixofshow import interop
     from diffusers_mixofshow.cli.base_model import layers_of
     from diffusers_mixofshow.cli.sources import read_source
+    from diffusers_mixofshow.interop.concept_names import Naming
+    from diffusers_mixofshow.interop.conversion import plan_conversion
 
+    content, layers = read_source(source), layers_of(base)
+    naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base)
+    if base and to in (Format.KOHYA, Format.DIFFUSERS):
+        plan_conversion(content, output, to, naming, layers, overwrite=overwrite)  # before the base is loaded
+        content = _with_shared_layers(content, naming, layers)
     converted = interop.convert(
-        read_source(source),
+        content,
         output,
         to,
         name=name,
         class_word=class_word,
         kind=kind,
         base_model=base,
-        layers=layers_of(base),
+        layers=layers,
         overwrite=overwrite,
+        before_writing=_tell,
     )
+    _show(converted, as_json=as_json)
+
+
+def _show(converted: Conversion, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"files": [str(file) for file in converted.files], "lost": list(converted.lost)}))
         return
-    for sentence in converted.lost:
-        typer.echo(f"Lost: {sentence}", err=True)
     for file in converted.files:
         typer.echo(f"Wrote {file}")
+
+
+def _tell(lost: Sequence[str]) -> None:
+    for sentence in lost:
+        typer.echo(f"Lost: {sentence}", err=True)
+
+
+def _with_shared_layers(content: EDLoRA | Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLoRA | Foreign:
+    """The same concepts with one embedding for all layers, if they have one for each; the base is loaded then."""
+    from diffusers_mixofshow.cli.base_model import load_base
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.exporting import share_layers
+    from diffusers_mixofshow.interop.foreign import as_edlora
+    from diffusers_mixofshow.interop.textual_inversion import is_layerwise
+
+    if not isinstance(content, EDLoRA):
+        if not content.tokens:
+            return content
+        content = as_edlora(content, naming, layers)
+    return share_layers(load_base(naming.base_model), content) if is_layerwise(content) else content

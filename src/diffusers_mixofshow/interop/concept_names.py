@@ -44,6 +44,26 @@ def plain_name(text: str) -> str:
     return name[:_LONGEST].strip("-_.") or "concept"
 
 
+def distinct_names(words: Iterable[str], *, ignoring_case: bool = True) -> dict[str, str]:
+    """Word to a plain name of its own; the same words in the same order get the same names.
+
+    Args:
+        words: Each once.
+        ignoring_case: Whether names must differ in more than case, as file names must.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for word in words:
+        plain = name = plain_name(word)
+        number = 1
+        while (same := name.lower() if ignoring_case else name) in taken:
+            number += 1
+            name = f"{plain[: _LONGEST - len(str(number)) - 1]}-{number}"
+        taken.add(same)
+        names[word] = name
+    return names
+
+
 def grouped(tokens: Iterable[str], naming: Naming) -> dict[Hashable, tuple[Concept, str]]:
     """Make concepts of the tokens in a file: ``<potter1>`` and ``<potter2>`` are of one concept.
 
@@ -82,9 +102,12 @@ def worded(words: Mapping[str, int], naming: Naming) -> dict[Hashable, tuple[Con
     Returns:
         Word and number of the vector to its concept, and to its name there.
     """
+    names = (
+        dict.fromkeys(words, plain_name(naming.name)) if naming.name else distinct_names(words, ignoring_case=False)
+    )
     groups: dict[str, list[tuple[str, int]]] = {}
     for word, count in words.items():
-        group = groups.setdefault(plain_name(naming.name or word), [])
+        group = groups.setdefault(names[word], [])
         group += [(word, number) for number in range(1, count + 1)]
     found: dict[Hashable, tuple[Concept, str]] = {}
     for name, members in groups.items():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
-from diffusers_mixofshow.interop.concept_names import Naming, plain_name
+from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, plain_name
 from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base, read_foreign
 from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.instructions import instructions
@@ -27,6 +29,8 @@ from diffusers_mixofshow.interop.textual_inversion import (
 
 
 INSTRUCTIONS = "HOW_TO_USE.txt"
+SHARED_KEPT = "shared_layers_kept"
+"""In an ED-LoRA's `training`: how much of what layer-wise embeddings did is kept beside those that layers share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +57,12 @@ def convert(
     base_model: str = "",
     layers: tuple[str, ...] = (),
     overwrite: bool = False,
+    before_writing: Callable[[Sequence[str]], None] = lambda lost: None,
 ) -> Conversion:
     """Write an ED-LoRA, a fused pack or another program's file in another format.
 
-    Tensors keep their dtype and ranks and alphas their values, so that the way there and back is exact, but for what
-    `Conversion.lost` names.
+    Updates stay exactly what they were, but for what `Conversion.lost` names. Of layer-wise embeddings most is lost in
+    ``diffusers``, ``kohya`` and ``textual-inversion``: see `diffusers_mixofshow.exporting.share_layers`.
 
     Args:
         source: An `EDLoRA`, or another program's file or folder, see `read_as_edlora`.
@@ -70,6 +75,7 @@ def convert(
         base_model: What it was tuned on; by default Stable Diffusion 1.5 where the file is for 1.x.
         layers: The base's cross-attention layers, where nothing in the file tells.
         overwrite: Whether files that are there already may be replaced.
+        before_writing: Told `Conversion.lost` before anything is written; what it raises stops the conversion.
 
     Raises:
         EDLoRANotFoundError: If there is no such file.
@@ -80,30 +86,58 @@ def convert(
     """
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)
     content = source if isinstance(source, EDLoRA | Foreign) else read_foreign(source)
-    path, target = Path(output), Format(to)
-    if isinstance(content, Foreign):
-        content.raise_if_defective()
-    if target in (Format.EDLORA, Format.MIX_OF_SHOW):
-        return _as_concepts(content, path, target, naming, layers, overwrite=overwrite)
-    if isinstance(content, Foreign) and content.tokens:
-        content = as_edlora(content, naming, layers)
-    vectors = _words(content, naming)
-    lost = _layers_lost(content) if isinstance(content, EDLoRA) else ()
-    if target is Format.TEXTUAL_INVERSION:
-        return _write_words(path, vectors, (*lost, *_updates_lost(content.lora)), overwrite=overwrite)
-    writer = write_kohya if target is Format.KOHYA else write_lora
-    return _write_lora_and_words(path, content, vectors, lost, writer, overwrite=overwrite)
+    plan = plan_conversion(content, output, to, naming, layers, overwrite=overwrite)
+    before_writing(plan.lost)
+    for write in plan.files.values():
+        write()
+    return Conversion(files=tuple(plan.files), lost=plan.lost)
 
 
-def _as_concepts(
+@dataclass(frozen=True)
+class Plan:
+    """Every file to what writes it, and what is lost; all that can be refused has been."""
+
+    files: Mapping[Path, Callable[[], object]]
+    lost: tuple[str, ...] = ()
+
+
+def plan_conversion(
     content: EDLoRA | Foreign,
-    path: Path,
-    target: Format,
+    output: str | os.PathLike[str],
+    to: Format | str,
     naming: Naming,
     layers: tuple[str, ...],
     *,
     overwrite: bool,
-) -> Conversion:
+) -> Plan:
+    """Say what `convert` will write, and refuse what it would refuse."""
+    path, target = Path(output), Format(to)
+    if isinstance(content, Foreign):
+        content.raise_if_defective()
+    if target in (Format.EDLORA, Format.MIX_OF_SHOW):
+        plan = _concepts_planned(content, path, target, naming, layers, overwrite)
+    else:
+        plan = _others_planned(content, path, target, naming, layers)
+    check_outputs(*plan.files, overwrite=overwrite)
+    return plan
+
+
+def _others_planned(
+    content: EDLoRA | Foreign, path: Path, target: Format, naming: Naming, layers: tuple[str, ...]
+) -> Plan:
+    """One of the formats that other programs read, which hold one embedding for all layers."""
+    if isinstance(content, Foreign) and content.tokens:
+        content = as_edlora(content, naming, layers)
+    vectors = _words(content, naming)
+    lost = (*(_layers_lost(content) if isinstance(content, EDLoRA) else ()), *_names_lost(vectors))
+    if target is Format.TEXTUAL_INVERSION:
+        return Plan(_words_planned(path, vectors), (*lost, *_updates_lost(content.lora)))
+    return Plan(_lora_planned(path, content.lora, vectors, lost, target), lost)
+
+
+def _concepts_planned(
+    content: EDLoRA | Foreign, path: Path, target: Format, naming: Naming, layers: tuple[str, ...], overwrite: bool
+) -> Plan:
     """One of the two formats that hold layer-wise embeddings."""
     lost: tuple[str, ...] = ()
     if isinstance(content, Foreign):
@@ -118,8 +152,7 @@ def _as_concepts(
                 *lost,
                 "The authors' layout has no place for the base model, class words and settings.",
             )
-        check_outputs(file, overwrite=overwrite)
-        return Conversion(files=(write_original(file, content),), lost=lost)
+        return Plan({file: partial(write_original, file, content)}, lost)
     if path.suffix == ".safetensors":
         raise ConfigurationError(f"An ED-LoRA is written into a folder. Give {str(path.with_suffix(''))!r} as output.")
     if not content.concepts:
@@ -129,7 +162,7 @@ def _as_concepts(
         )
     if not content.base_model:
         raise EDLoRAFormatError("The file does not tell its base model. Name it: base_model=..., or --base.")
-    return Conversion(files=(content.save_pretrained(path, overwrite=overwrite),), lost=lost)
+    return Plan({path / FILE_NAME: partial(content.save_pretrained, path, overwrite=overwrite)}, lost)
 
 
 def _words(content: EDLoRA | Foreign, naming: Naming) -> dict[str, Vectors]:
@@ -145,7 +178,7 @@ def _words(content: EDLoRA | Foreign, naming: Naming) -> dict[str, Vectors]:
     return dict(content.vectors)
 
 
-def _write_words(path: Path, vectors: Mapping[str, Vectors], lost: tuple[str, ...], *, overwrite: bool) -> Conversion:
+def _words_planned(path: Path, vectors: Mapping[str, Vectors]) -> dict[Path, Callable[[], object]]:
     if not vectors:
         raise EDLoRAFormatError("There is no embedding in it, so there is no textual inversion to write.")
     single = path.suffix == ".safetensors"
@@ -154,51 +187,59 @@ def _write_words(path: Path, vectors: Mapping[str, Vectors], lost: tuple[str, ..
             f"It holds {len(vectors)} concepts ({', '.join(vectors)}), and a textual-inversion file holds one. Give "
             "a folder as output."
         )
-    files = [path] if single else _word_files(path, vectors)
-    check_outputs(*files, overwrite=overwrite)
-    for file, (word, them) in zip(files, vectors.items(), strict=True):
-        write_textual_inversion(file, them, word=word)
-    return Conversion(files=tuple(files), lost=lost)
+    names = distinct_names(vectors)
+    files = {word: path if single else path / f"{name}.safetensors" for word, name in names.items()}
+    return {file: partial(write_textual_inversion, file, vectors[word], word=word) for word, file in files.items()}
 
 
-def _word_files(folder: Path, words: Iterable[str]) -> list[Path]:
-    return [folder / f"{plain_name(word)}.safetensors" for word in words]
-
-
-def _write_lora_and_words(
-    path: Path,
-    content: EDLoRA | Foreign,
-    vectors: Mapping[str, Vectors],
-    lost: tuple[str, ...],
-    writer: Callable[[Path, Mapping[str, LowRank], Mapping[str, str]], Path],
-    *,
-    overwrite: bool,
-) -> Conversion:
-    if not content.lora:
+def _lora_planned(
+    path: Path, lora: Mapping[str, LowRank], vectors: Mapping[str, Vectors], lost: Sequence[str], target: Format
+) -> dict[Path, Callable[[], object]]:
+    """A LoRA, its embeddings in a folder beside it, and a text that says how to use them."""
+    if not lora:
         raise EDLoRAFormatError("There is no LoRA in it. Convert it to 'textual-inversion'.")
-    names = [plain_name(word) for word in vectors]
-    usual = PLAIN_NAME if writer is write_lora else f"{'-'.join(names)[:80] or path.name}.safetensors"
+    names = distinct_names(vectors)
+    writer = write_kohya if target is Format.KOHYA else write_lora
+    usual = PLAIN_NAME if writer is write_lora else f"{'-'.join(names.values())[:80] or path.name}.safetensors"
     file = path if path.suffix == ".safetensors" else path / usual
-    folder, text = file.parent / EMBEDDINGS, file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
-    files = [file, *_word_files(folder, vectors), *([text] if vectors else [])]
-    check_outputs(*files, overwrite=overwrite)
-    writer(file, content.lora, announcing(vectors))
+    files: dict[Path, Callable[[], object]] = {file: partial(writer, file, lora, announcing(vectors))}
     if vectors:
-        _write_words(folder, vectors, (), overwrite=True)
-        write_whole(text, instructions(file.name, vectors, lost).encode())
-    return Conversion(files=tuple(files), lost=lost)
+        text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
+        told = instructions(file.name, names, lost, target)
+        files |= _words_planned(file.parent / EMBEDDINGS, vectors)
+        files[text] = partial(write_whole, text, told.encode())
+    return files
+
+
+def _names_lost(words: Iterable[str]) -> tuple[str, ...]:
+    """Names that programs call words by which are called after their files, where the usual one was taken."""
+    changed = {word: name for word, name in distinct_names(words).items() if name != plain_name(word)}
+    return tuple(
+        f"The name of {word}: its file is called {name}, after others alike." for word, name in changed.items()
+    )
 
 
 def _layers_lost(edlora: EDLoRA) -> tuple[str, ...]:
-    """What the means over layers leave out, measured."""
+    """What one embedding in place of those of all layers leaves out, measured."""
     shares = {token: lost_in_mean(rows) for token, rows in edlora.embeddings.items()}
-    if not any(shares.values()):
-        return ()
-    return (
-        f"Layer-wise embeddings: every token has one for each of {len(edlora.layers)} cross-attention layers, and "
-        "these files hold their mean, an approximation.",
-        *(f"{token}: {share:.1%} of its embeddings, |E - mean| / |E|." for token, share in shares.items()),
-    )
+    kept = edlora.training.get(SHARED_KEPT)
+    if any(shares.values()):
+        return (
+            _MOST_LOST.format(layers=len(edlora.layers)),
+            *(f"{token}: {share:.1%} of its embeddings, |E - mean| / |E|." for token, share in shares.items()),
+        )
+    if isinstance(kept, int | float):
+        return (f"A part of the layer-wise embeddings: {kept:.1%} of what they do to keys and values is in the LoRA.",)
+    return ()
+
+
+_MOST_LOST = (
+    "Most of the identity. Layer-wise embeddings: every token has one for each of {layers} cross-attention layers; "
+    "these files hold their mean, an approximation that draws something else where they differ. Instead, name the "
+    "base model, so that what they do is put into the LoRA (--base, or share_layers in Python, for 'kohya' and "
+    "'diffusers'); or tune by the method ed-lora-shared-layers, which converts without loss; or draw it with "
+    "diffusers-mixofshow."
+)
 
 
 def _updates_lost(lora: Mapping[str, LowRank]) -> tuple[str, ...]:

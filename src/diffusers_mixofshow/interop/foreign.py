@@ -19,7 +19,7 @@ from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, MixOfShowWarning
 from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, Architecture, layers_of, recognised
-from diffusers_mixofshow.interop.concept_names import Naming, grouped, plain_name, worded
+from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, worded
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.names import half_of
@@ -113,7 +113,8 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
 
 def _with_companions(path: Path) -> Foreign:
     found = _read_file(path)
-    beside = [path.with_name(EMBEDDINGS) / f"{plain_name(word)}.safetensors" for word in companions(found.metadata)]
+    names = distinct_names(companions(found.metadata)).values()
+    beside = [path.with_name(EMBEDDINGS) / f"{name}.safetensors" for name in names]
     there = [within(path.parent, EMBEDDINGS, file.name) for file in beside if file.is_file()]
     return _joined([found, *map(_read_file, there)]) if there else found
 

@@ -122,6 +122,11 @@ def lost_in_mean(embedding: torch.Tensor) -> float:
     return float((rows - rows.mean(dim=0)).norm()) / size if size else 0.0
 
 
+def is_layerwise(edlora: EDLoRA) -> bool:
+    """Whether any token has embeddings that differ between layers."""
+    return any(lost_in_mean(rows) for rows in edlora.embeddings.values())
+
+
 def mean_vectors(edlora: EDLoRA) -> dict[str, Vectors]:
     """Every concept's word to the means of its tokens, shape (tokens, dim): an approximation, see `lost_in_mean`."""
     return {

@@ -1,0 +1,80 @@
+"""What a layer's own embeddings do to its keys and values, as a low-rank update beside embeddings that all share.
+
+A cross-attention layer reads states of the text through a weight W, its keys' or its values'. With embeddings of its
+own it meets the states Y, with shared ones X; both have one row for each place in each prompt. The update D that makes
+up for the difference minimises |X D^T - (Y - X) W^T|^2 + |N D^T|^2 + lambda |D|^2, where N are states of prompts
+without the concept, which shall not change. With G = X^T X + N^T N + lambda I it is D = W (Y - X)^T X G^-1, and of
+rank r the best is what the r largest singular values of D G^(1/2) leave of it. All in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+_RIDGE = 1e-3
+"""lambda as a fraction of the mean diagonal of the other terms."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """G and its roots, the same for all layers.
+
+    Args:
+        inverse_root: G^(-1/2), shape (dim, dim).
+        states: X, shape (places, dim).
+    """
+
+    inverse_root: torch.Tensor
+    states: torch.Tensor
+
+    @classmethod
+    def of(cls, states: torch.Tensor, neutral: torch.Tensor) -> Metric:
+        """Weigh what shall change and what shall not alike, however many places each has.
+
+        Args:
+            states: X, shape (places, dim).
+            neutral: N, shape (other places, dim).
+        """
+        states, neutral = states.double(), neutral.double()
+        gram = states.T @ states / len(states) + neutral.T @ neutral / len(neutral)
+        gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+        values, vectors = torch.linalg.eigh(len(states) * gram)
+        return cls((vectors * values.rsqrt()) @ vectors.T, states)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absorbed:
+    """The update ``up @ down`` of one weight.
+
+    Args:
+        down: Shape (rank, dim).
+        up: Shape (out, rank); its columns are as long as the rows of `down`.
+        kept: Share of what the layer's own embeddings do that the update does, 1 - |X D^T - (Y - X) W^T|^2 over
+            |(Y - X) W^T|^2; 1 where they do nothing.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    kept: float
+
+
+def absorbed(weight: torch.Tensor, own: torch.Tensor, metric: Metric, rank: int) -> Absorbed:
+    """Find the update of one weight.
+
+    Args:
+        weight: W, shape (out, dim).
+        own: Y, the states with the layer's own embeddings, shape (places, dim).
+        metric: Of the states with shared embeddings.
+        rank: Of the update; less where the weight is smaller.
+    """
+    wanted = (own.double() - metric.states) @ weight.double().T
+    turned = wanted.T @ (metric.states @ metric.inverse_root)  # D G^(1/2)
+    left, values, right = torch.linalg.svd(turned, full_matrices=False)
+    down, up = right[:rank] @ metric.inverse_root, left[:, :rank] * values[:rank]
+    missing = (wanted - metric.states @ down.T @ up.T).square().sum()
+    total = wanted.square().sum()
+    longer = down.norm(dim=1).sqrt() / up.norm(dim=0).sqrt().clamp_min(torch.finfo(up.dtype).tiny)
+    return Absorbed(down=down / longer[:, None], up=up * longer, kept=float(1 - missing / total) if total > 0 else 1.0)
