@@ -276,11 +276,12 @@ def test_the_command_line_takes_the_same(components: dict[str, object], rex: EDL
     assert "Wrote the fused pack of <rex>, style to" in result.output
     with pytest.raises(ConfigurationError, match=r"Got --prompts 0 times for 1 plain LoRAs \(.*style\)"):
         runner.invoke(app, ["fuse", str(checkpoint), str(style), *common], catch_exceptions=False)
-    drawing = ["--base", str(tmp_path / "base"), "--steps", "1", "--output", str(tmp_path / "a.png")]
+    drawing = ["--base", str(tmp_path / "base"), "--steps", "1"]
     for concepts, prompt in ((checkpoint, "a <rex>"), (style, "ink")):
-        sampled = ["sample", "--concepts", str(concepts), "--prompt", prompt, *drawing]
+        picture = tmp_path / f"{concepts.stem}.png"
+        sampled = ["sample", "--concepts", str(concepts), "--prompt", prompt, *drawing, "--output", str(picture)]
         assert runner.invoke(app, sampled, catch_exceptions=False).exit_code == 0
-    assert (tmp_path / "a.png").exists()
+        assert picture.exists()
 
 
 def _published(hub: Any, repo_id: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,22 +74,12 @@ def convert(
     if base and to in (Format.KOHYA, Format.DIFFUSERS):
         plan_conversion(content, output, to, naming, layers, overwrite=overwrite)  # before the base is loaded
         content = _with_shared_layers(content, naming, layers)
-    converted = interop.convert(
-        content,
-        output,
-        to,
-        name=name,
-        class_word=class_word,
-        kind=kind,
-        base_model=base,
-        layers=layers,
-        overwrite=overwrite,
-        before_writing=_tell,
-    )
-    _show(converted, as_json=as_json)
+    given = asdict(naming) | {"layers": layers, "overwrite": overwrite}
+    converted = interop.convert(content, output, to, **given, before_writing=_tell)
+    _show(converted, as_json)
 
 
-def _show(converted: Conversion, *, as_json: bool) -> None:
+def _show(converted: Conversion, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"files": [str(file) for file in converted.files], "lost": list(converted.lost)}))
         return
