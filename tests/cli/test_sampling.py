@@ -42,6 +42,7 @@ def draw(place, monkeypatch):
             "2",
             "--output",
             output,
+            "--overwrite",
         ]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of regions that leave nothing to the global prompt
@@ -150,8 +151,9 @@ def test_a_picture_to_start_from_decides_the_size_that_is_not_asked_for(place, m
     Image.new("L", (20, 12), 255).save("all.png")
     for more in ((), ("--mask", "all.png")):
         options = ["sample", "--base", "base", "--prompt", "x", "--steps", "2", "--image", "odd.png", *asked, *more]
+        options += ["--output", "sized.png", "--overwrite"]
         assert CliRunner().invoke(cli.app, options, catch_exceptions=False).exit_code == 0
-        assert Image.open("sample.png").size == size
+        assert Image.open("sized.png").size == size
 
 
 def test_a_picture_as_a_camera_takes_it_is_told_to_be_large(place, monkeypatch) -> None:
@@ -308,10 +310,19 @@ def test_toylands_own_adapter_places_things(tmp_path, monkeypatch) -> None:
     toyland.draw_places([(0.05, 0.3, 0.45, 0.95)], 64, 64).save("left.png")
     drawn = []
     for name in ("left", "right"):
-        options = ["--base", "toyland", "--prompt", "a red vase in the snow", "--steps", "8", "--output", "x.png"]
+        options = [
+            "--base",
+            "toyland",
+            "--prompt",
+            "a red vase in the snow",
+            "--steps",
+            "8",
+            "--output",
+            f"on the {name}.png",
+        ]
         more = ["--adapter", f"image@toyland={name}.png"]
         assert CliRunner().invoke(cli.app, ["sample", *options, *more], catch_exceptions=False).exit_code == 0
-        pixels = np.asarray(Image.open("x.png")).astype(int)
+        pixels = np.asarray(Image.open(f"on the {name}.png")).astype(int)
         drawn.append(pixels[..., 0] - pixels[..., 2])  # red things are red
     assert drawn[0][:, :32].mean() > drawn[0][:, 32:].mean()
     assert drawn[1][:, :32].mean() < drawn[1][:, 32:].mean()
