@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import packs
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import FusionError, MixOfShowWarning
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser
 from diffusers_mixofshow.fusion.published import SourceStatistics
@@ -148,9 +149,33 @@ def test_statistics_of_a_newer_release_are_not_written_over(pipe: MixOfShowPipel
     assert path.read_bytes() == newer
 
 
-def test_statistics_of_other_settings_are_recorded_again(pipe: MixOfShowPipeline, published: list[Path]) -> None:
-    GradientFuser(pipe, **RECORDED | {"steps": 1}).fuse(published[:1])
-    assert SourceStatistics.load(published[0] / STATISTICS).recording["steps"] == 1
+@pytest.mark.parametrize(("settings", "scale"), [({"steps": 1}, 1.0), ({}, 0.5)])
+def test_a_fusion_of_other_settings_records_for_itself_alone(
+    pipe: MixOfShowPipeline, published: list[Path], tmp_path: Path, settings: dict[str, int], scale: float
+) -> None:
+    path, fuser = published[0] / STATISTICS, GradientFuser(pipe, **RECORDED | settings)
+    before = path.read_bytes()
+    with pytest.warns(MixOfShowWarning, match=r"for this fusion alone \(.*statistics.safetensors stays; .*record"):
+        fused = fuser.fuse(published[:1], scales=[scale])
+    assert path.read_bytes() == before
+    path.unlink()
+    fresh = fuser.fuse(published[:1], scales=[scale])
+    for site, update in fresh.lora.items():
+        wanted = low_rank_delta(update)
+        assert (
+            low_rank_delta(fused.lora[site]) - wanted
+        ).norm() <= 0.02 * wanted.norm()  # statistics in float16, or not
+
+
+def test_a_folder_of_statistics_is_looked_into_where_those_beside_a_source_do_not_serve(
+    pipe: MixOfShowPipeline, published: list[Path], tmp_path: Path
+) -> None:
+    fuser = GradientFuser(pipe, statistics=tmp_path / "kept", **RECORDED | {"steps": 1})
+    with pytest.warns(MixOfShowWarning, match=r"recorded again: .*steps 2 instead of 1"):
+        fuser.fuse(published[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        fuser.fuse(published[:1])
 
 
 def test_statistics_belong_to_one_scale(published: list[Path]) -> None:

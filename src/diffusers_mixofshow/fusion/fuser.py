@@ -206,7 +206,7 @@ class GradientFuser:
         gathered = self._gather([source], None, None, with_statistics=True)
         others = [self._gather([other], None, None, with_statistics=False) for other in alongside]
         sites = sites_of([*gathered, *(other for several in others for other in several)])
-        (recorded,) = self._with_statistics(gathered, sites)
+        (recorded,) = self._with_statistics(gathered, sites, publishing=True)
         if recorded.statistics is None:
             raise RuntimeError("Recording left no statistics.")
         return recorded.statistics
@@ -230,12 +230,15 @@ class GradientFuser:
         return tuple(self._from_folder(source) for source in gathered)
 
     def _from_folder(self, source: Source) -> Source:
+        """The source with what the folder of statistics has of it, unless it brings some that serve."""
         path = self._place(source)
-        if source.statistics is None and self.statistics is not None and path is not None and path.exists():
-            return replace(source, statistics=statistics_in(path, recorded_again=self.pipe is not None))
-        return source
+        if self.statistics is None or path is None or not path.exists() or self._serves(source, ()):
+            return source
+        return replace(source, statistics=statistics_in(path, recorded_again=self.pipe is not None))
 
-    def _with_statistics(self, sources: tuple[Source, ...], sites: Sequence[str]) -> tuple[Source, ...]:
+    def _with_statistics(
+        self, sources: tuple[Source, ...], sites: Sequence[str], *, publishing: bool = False
+    ) -> tuple[Source, ...]:
         """Record what is missing, one source at a time; each is kept before the next one is begun."""
         team = Team.present()
         lacking = {source.name: True for source in sources if not self._serves(source, sites)}
@@ -257,17 +260,26 @@ class GradientFuser:
         mine = [source for source in team.share(sources).values() if source.name in lacking]
         with self._borrowed().concepts_set_aside(), self._progress("Recording", mine, self.recording) as advance:
             for source in mine:
-                self._tell_why_again(source, sites)
-                recorded[source.name] = self._kept(source, self._own_statistics(source, sites, advance))
+                place = None if self._stays(source, publishing) else self._place(source)
+                self._tell_why_again(source, sites, place)
+                recorded[source.name] = self._kept(source, self._own_statistics(source, sites, advance), place)
         team.joined(dict.fromkeys(recorded, True))  # the others' files are written now
         return tuple(recorded.get(source.name) or self._read_again(source, sites) for source in sources)
 
-    def _tell_why_again(self, source: Source, sites: Sequence[str]) -> None:
-        if source.statistics is not None:
-            why = "; ".join(self._misfits(source, source.statistics, sites))
-            place = self._place(source)
-            fate = f", in place of what is in {place}" if place is not None and place.exists() else ""
-            warnings.warn(f"Statistics are recorded again{fate}: {why}.", MixOfShowWarning, stacklevel=2)
+    def _stays(self, source: Source, publishing: bool) -> bool:
+        """Whether sound statistics beside the source, though of other settings, are somebody's to keep."""
+        return not publishing and self.statistics is None and source.statistics is not None
+
+    def _tell_why_again(self, source: Source, sites: Sequence[str], place: Path | None) -> None:
+        if source.statistics is None:
+            return
+        why = "; ".join(self._misfits(source, source.statistics, sites))
+        fate = ""
+        if place is None and source.statistics.file is not None:
+            fate = f" for this fusion alone ({source.statistics.file} stays; GradientFuser.record replaces it)"
+        elif place is not None and place.exists():
+            fate = f", in place of what is in {place}"
+        warnings.warn(f"Statistics are recorded again{fate}: {why}.", MixOfShowWarning, stacklevel=2)
 
     def _read_again(self, source: Source, sites: Sequence[str]) -> Source:
         """A source with the statistics that another process may have written just now."""
@@ -309,12 +321,11 @@ class GradientFuser:
             concepts=concepts,
         )
 
-    def _kept(self, source: Source, statistics: SourceStatistics) -> Source:
+    def _kept(self, source: Source, statistics: SourceStatistics, place: Path | None) -> Source:
         """Write statistics to their place and take them from there; where there is none, they stay in memory."""
-        path = self._place(source)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            statistics = SourceStatistics.load(statistics.save(path, max_bytes=self.statistics_bytes))
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            statistics = SourceStatistics.load(statistics.save(place, max_bytes=self.statistics_bytes))
         return replace(source, statistics=statistics)
 
     def _place(self, source: Source) -> Path | None:
@@ -404,9 +415,10 @@ class GradientFuser:
         if self.prior == 0:
             return {}
         concepts = [concept for source in sources for concept in source.edlora.concepts]
-        pipe = self._borrowed()
-        with pipe.concepts_set_aside():
-            statistics = collect(pipe, None, prior_prompts(concepts, self.prior_prompts), sites, recording)
+        pipe, prompts = self._borrowed(), prior_prompts(concepts, self.prior_prompts)
+        steps = len(prompts) * recording.steps * len(recording.seeds)
+        with pipe.concepts_set_aside(), progress("Recording the base", steps, pipe=pipe) as bar:
+            statistics = collect(pipe, None, prompts, sites, recording, bar.update)
         return {name: self.prior * statistics.gram(name) for name in statistics.inputs}
 
     @contextmanager
