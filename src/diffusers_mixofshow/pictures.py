@@ -128,6 +128,8 @@ def open_upright(source: Source, *, called: str) -> Opened:
     except _UNREADABLE as error:
         if isinstance(error, PictureError):
             raise
+        if isinstance(error, FileNotFoundError):
+            raise PictureError(f"{called} does not exist") from error
         raise PictureError(f"{called} is no readable picture ({error})") from error
 
 

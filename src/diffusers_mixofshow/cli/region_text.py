@@ -54,8 +54,10 @@ def parse_region(text: str) -> Region:
     known = [field.name for field in dataclasses.fields(Region) if field.name not in _NOT_HERE]
     try:
         box = tuple(float(number) for number in numbers)
-        if not prompt or len(box) != (0 if "mask" in given else 4):
-            raise ValueError("it has no prompt, or neither a mask nor a box of four numbers")
+        if not prompt:
+            raise ValueError("it has no prompt")
+        if len(box) != (0 if "mask" in given else 4):
+            raise ValueError(f"it has {len(box)} numbers; a box has four, and a mask stands in place of one")
         if strange := [name for name in given if name not in known]:
             raise ValueError(f"it has {', '.join(strange)}; known are {', '.join(known)}")
         settings = {name: _value(name, value) for name, value in given.items()}

@@ -62,7 +62,7 @@ convert it anew: mixofshow convert SOURCE OUTPUT --to kohya
 """
 )
 _ALWAYS = (
-    "Nothing of the weight updates: every layer changes exactly as in the original.",
+    "Nothing of the weight updates, which are written exactly.",
     "Prompts for regions, which keep several concepts apart in one picture: they need diffusers-mixofshow, or the "
     "program's own regional prompting.",
 )

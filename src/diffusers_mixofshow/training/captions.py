@@ -143,7 +143,10 @@ def named(texts: Iterable[str], concept: Concept, *, source: str) -> tuple[str, 
         try:
             split_prompt(caption, [concept])
         except ConceptError as error:
-            raise TrainingDataError(f"{source}: {error}") from error
+            unknown = str(error).partition(". ")[0]
+            raise TrainingDataError(
+                f"{source}: {unknown}; the concept of this training is {concept.placeholder}, or {CAPTION_SLOT}"
+            ) from error
         if not mentions_concept(caption, [concept]):
             raise TrainingDataError(
                 f"{source}: {caption!r} does not name the concept; write {CAPTION_SLOT} or {concept.placeholder}"
