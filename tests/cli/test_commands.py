@@ -354,7 +354,7 @@ def test_fuse_reads_every_file_once(tmp_path: Path, tiny_base: Path, monkeypatch
     sources = [str(tmp_path / name) for name in ("potter", "hermione")]
     options = ["--base", str(tiny_base), "--output", str(tmp_path / "both"), "--method", "average"]
     CliRunner().invoke(cli.app, ["fuse", *sources, *options], catch_exceptions=False)
-    assert reads == sources
+    assert [str(path) for path in reads] == sources
 
 
 def test_a_base_that_does_not_exist_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_several_adapters_are_added_by_their_strengths(build):
     parent = build("adapter", parent=True, adapter=adapters)
     expected = run(parent, "a dog", "adapter", image=images, adapter_conditioning_scale=scales)
     result = run(ours, "a dog", "adapter", image=images, adapter_conditioning_scale=scales)
-    assert torch.allclose(result, expected, atol=1e-5)
+    assert torch.allclose(result, expected, atol=1e-5 * float(expected.abs().max()))  # of float32
     without = run(ours, "a dog", "adapter", image=images, adapter_conditioning_scale=0.0)
     assert not torch.allclose(result, without, atol=1e-3)
 

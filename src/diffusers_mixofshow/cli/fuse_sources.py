@@ -61,9 +61,9 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 def _is_plain(path: str) -> bool:
     """Whether it is a LoRA without learnt embeddings, whoever wrote it."""
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.interop.opening import read_any
+    from diffusers_mixofshow.interop.opening import is_ours, read_any
 
-    if path.endswith(_LIST):
+    if path.endswith(_LIST) or (Path(path).exists() and is_ours(Path(path))):  # ours are read once, to be fused
         return False
     with warnings.catch_warnings():  # what has to be told is told when it is read to be fused
         warnings.simplefilter("ignore", MixOfShowWarning)
