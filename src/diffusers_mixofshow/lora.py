@@ -78,7 +78,7 @@ def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, 
         ConfigurationError: If the name is taken or malformed, adapters are fused, or another thread uses the model;
             the model is unchanged.
     """
-    _refuse_fused(components)
+    refuse_fused(components)
     edlora.check_fits(components)
     shapes = {site: (update.rank, update.alpha) for site, update in edlora.lora.items()}
     _check_name(components, adapter_name)
@@ -106,7 +106,7 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
         ConfigurationError: If adapters are fused, so that the weights could not be given back as they were, or another
             thread uses the model.
     """
-    _refuse_fused(components)
+    refuse_fused(components)
     for model in components_with_sites(components).values():
         with changing(model), _gradient_flags_kept(model):
             for path, layer in list(model.named_modules()):
@@ -262,7 +262,7 @@ def trainable(
     """
     if rank < 1:
         raise ConfigurationError(f"The rank of a LoRA must be at least 1, got {rank}.")
-    _refuse_fused(components)
+    refuse_fused(components)
     _check_name(components, _TRAINING_ADAPTER)
     shapes = dict.fromkeys(filter(wanted, adapted_layers(components)), (rank, alpha))
     with ExitStack() as stack:
@@ -429,14 +429,24 @@ def _check_name(components: Mapping[str, object], adapter_name: str) -> None:
         )
 
 
-def _refuse_fused(components: Mapping[str, object]) -> None:
-    """PEFT ignores a new adapter on a fused layer, and deletes a fused one without taking it out of the weight."""
+def refuse_fused(components: Mapping[str, object], names: Set[str] | None = None) -> None:
+    """Refuse while adapters, or those of these names, are fused into the weights.
+
+    PEFT ignores a new adapter on a fused layer, deletes a fused one without taking it out of the weight, and
+    subtracts it as strong as it is said to be by then, not as strong as it was added.
+
+    Raises:
+        ConfigurationError: Says what to call first.
+    """
     for model in components_with_sites(components).values():
-        if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
-            raise ConfigurationError(
-                "LoRA adapters are fused into the model's weights. Call pipe.unfuse_lora() before an ED-LoRA is "
-                "loaded, trained or unloaded, and pipe.fuse_lora() afterwards."
-            )
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer) and (
+                layer.merged if names is None else names & set(layer.merged_adapters)
+            ):
+                raise ConfigurationError(
+                    "LoRA adapters are fused into the model's weights. Call pipe.unfuse_lora() before an ED-LoRA is "
+                    "loaded, trained, given another strength or unloaded, and pipe.fuse_lora() afterwards."
+                )
 
 
 @contextmanager

@@ -389,3 +389,37 @@ def test_a_cast_model_still_has_its_concept(world, dtype):
     assert list(world.pipe.concepts) == [REX]
     world.pipe.unload_edlora()
     assert not _lora_layers(world.pipe)
+
+
+STRENGTHS = {
+    "another": lambda pipe: pipe.set_adapters(["rex"], [0.3]),
+    "the default": lambda pipe: pipe.set_adapters("rex"),
+    "by component": lambda pipe: pipe.set_adapters("rex", {"unet": 0.3, "text_encoder": 0.1}),
+    "with another": lambda pipe: pipe.set_adapters(["style", "rex"], adapter_weights=[1.0, 0.3]),
+    "of another": lambda pipe: pipe.set_adapters(["style"], [0.3]),
+}
+
+
+@pytest.mark.parametrize("fused", [["rex"], ["rex", "style"]], ids=" and ".join)
+@pytest.mark.parametrize("weigh", STRENGTHS.values(), ids=STRENGTHS)
+def test_what_is_fused_takes_no_other_strength(world, weigh, fused):
+    before = {key: value.clone() for key, value in world.pipe.unet.state_dict().items()}
+    world.load("rex", scale=0.5)
+    world.load_style()
+    world.pipe.fuse_lora(adapter_names=fused)
+    with pytest.raises(ConfigurationError, match=r"pipe\.unfuse_lora\(\).*another strength"):
+        weigh(world.pipe)
+    world.pipe.unfuse_lora()
+    weigh(world.pipe)
+    world.pipe.unload_edlora()
+    world.pipe.unload_lora_weights()
+    torch.testing.assert_close(world.pipe.unet.state_dict(), before, atol=1e-6, rtol=1e-5)
+
+
+def test_others_that_are_fused_are_left_to_diffusers(world):
+    world.load("rex")
+    world.load_style()
+    world.pipe.fuse_lora(adapter_names=["style"])
+    world.pipe.set_adapters(["rex"], [0.3])
+    world.pipe.unfuse_lora()
+    torch.testing.assert_close(_draw(world.pipe, "a dog"), _expected(world, "a dog", rex=0.3), atol=1e-4, rtol=1e-4)

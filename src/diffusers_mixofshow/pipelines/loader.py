@@ -32,6 +32,7 @@ from diffusers_mixofshow.lora import (
     kept_active,
     merged,
     note_fused,
+    refuse_fused,
     take_out_fused,
 )
 from diffusers_mixofshow.pipelines.opening import LoadingRequest, own_concepts
@@ -205,6 +206,19 @@ class EDLoRALoader:
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         note_fused(self.components, self._edloras.keys() & names)
         super().delete_adapters(adapter_names)  # type: ignore[misc]
+
+    def set_adapters(
+        self,
+        adapter_names: list[str] | str,
+        adapter_weights: float | dict[str, Any] | list[float] | list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Choose the active adapters and their strengths as diffusers does.
+
+        Raises:
+            ConfigurationError: If a concept is fused, as `unfuse_lora` would subtract it with its new strength.
+        """
+        refuse_fused(self.components, self._edloras.keys())
+        super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]
 
     def unload_edlora(self, names: str | Iterable[str] | None = None) -> None:
         """Unload ED-LoRAs; the model's modules and weights are then exactly what they were.
