@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 import tiny
 from diffusers_mixofshow import EDLoRA, MixOfShowImg2ImgPipeline, MixOfShowPipeline, Region
-from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError, OverwriteError
 from diffusers_mixofshow.interop.fused_folder import CONCEPTS_NAME
 from diffusers_mixofshow.sites import cross_attention_layers
 
@@ -256,3 +256,43 @@ def test_the_command_line_samples_it(fused: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["sample", *arguments], catch_exceptions=False)
     assert result.exit_code == 0
     assert (tmp_path / "a.png").exists()
+
+
+def _another_pack(folder: Path) -> None:
+    import packs
+
+    packs.random_pack(tiny.components(), "rex", ranks=(2,)).save_pretrained(folder)
+
+
+def _another_fused_pipeline(folder: Path) -> None:
+    write_fused(folder / "other", ("<kit1>", "<kit2>"))
+    load(folder / "other").save_pretrained(folder)
+
+
+def _a_broken_file(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "edlora.safetensors").write_bytes(b"half of a pack")
+
+
+OTHERS = {"a pack": _another_pack, "a pipeline": _another_fused_pipeline, "a broken file": _a_broken_file}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("occupy", OTHERS.values(), ids=OTHERS)
+def test_saving_it_destroys_no_other_pack(
+    pipe: MixOfShowPipeline, tmp_path: Path, occupy: Callable[[Path], None], named: bool
+) -> None:
+    folder = tmp_path / "mine"
+    occupy(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(OverwriteError, match=r"edlora\.safetensors.*<potter>, <thanos>.*another folder"):
+        pipe.save_pretrained(save_directory=folder) if named else pipe.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_once_its_concepts_are_unloaded_a_pack_in_the_folder_may_stay(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    _another_pack(tmp_path)
+    before = (tmp_path / "edlora.safetensors").read_bytes()
+    pipe.unload_edlora()
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "edlora.safetensors").read_bytes() == before

@@ -13,14 +13,14 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelCard
 
-from diffusers_mixofshow.atomic import refuse_overwriting
+from diffusers_mixofshow.atomic import refuse_overwriting, standing
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora import card, defects, file, hub, reading
 from diffusers_mixofshow.edlora import folder as pack_folder
 from diffusers_mixofshow.edlora import merged as merged_pipeline
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.pushing import push
-from diffusers_mixofshow.errors import MixOfShowError
+from diffusers_mixofshow.errors import MixOfShowError, OverwriteError
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -117,6 +117,22 @@ class EDLoRA:
         shown = card.write_samples(path.parent, samples or {})
         card.write_card(path.parent, self._card(os.fspath(folder), merged, shown, license), anew=bool(stale))
         return path
+
+    def check_beside(self, pipeline: str | os.PathLike[str]) -> None:
+        """Look, before a pipeline is written to a folder, whether `save_beside` would destroy another pack there.
+
+        Args:
+            pipeline: The folder; may be missing.
+
+        Raises:
+            OverwriteError: If another pack is there, or a file of its name that is none.
+        """
+        there = standing(Path(pipeline) / file.FILE_NAME)
+        if there and not self._is_in(there[0].parent, merged=True):
+            raise OverwriteError(
+                f"{there[0]} is there already and holds something else than {self._names}, whose updates are in the "
+                "pipeline's weights; nothing is overwritten unasked. Choose another folder, or move that file away."
+            )
 
     def save_beside(self, pipeline: str | os.PathLike[str]) -> Path:
         """Write the concepts into the folder of a complete pipeline that holds the updates in its weights.
@@ -286,12 +302,15 @@ class EDLoRA:
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
         """What an earlier pack has left in a folder, unless that is the same as this one."""
         left = pack_folder.beside(folder, self._file_name)
+        return [] if left and self._is_in(folder, merged=merged) else left
+
+    def _is_in(self, folder: Path, *, merged: bool) -> bool:
+        """Whether a folder's pack is this one, or with `merged` the embeddings of this one."""
         in_file = self._contents() | ({"lora": {}} if merged else {})
         try:
-            same = left and EDLoRA.from_pretrained(folder).digest == replace(self, **in_file).digest
+            return EDLoRA.from_pretrained(folder).digest == replace(self, **in_file).digest
         except MixOfShowError:  # it is missing or broken, so that nothing can be its own
-            same = False
-        return [] if same else left
+            return False
 
     @property
     def _file_name(self) -> str:

@@ -270,11 +270,19 @@ class EDLoRALoader:
 
         Only concepts that came with the pipeline go with it, as their updates are in its weights.
         Takes what `DiffusionPipeline.save_pretrained` takes.
+
+        Raises:
+            OverwriteError: If concepts go with it, and the folder holds others' `edlora.safetensors`; nothing is
+                written then.
         """
+        folder = str(args[0] if args else kwargs["save_directory"])
+        own = [one for one in self._edloras.values() if one is self._in_weights]
+        for edlora in own:
+            edlora.check_beside(folder)
         with self._without_adapters():
             super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
-        if self._in_weights is not None and any(one is self._in_weights for one in self._edloras.values()):
-            self._in_weights.save_beside(str(args[0] if args else kwargs["save_directory"]))
+        for edlora in own:
+            edlora.save_beside(folder)
 
     def push_to_hub(
         self,
