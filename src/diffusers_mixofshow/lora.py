@@ -81,7 +81,7 @@ def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, 
     refuse_fused(components)
     edlora.check_fits(components)
     shapes = {site: (update.rank, update.alpha) for site, update in edlora.lora.items()}
-    _check_name(components, adapter_name)
+    check_name(adapter_names(components), adapter_name)
     with changing(*components_with_sites(components).values()):
         try:
             with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten here
@@ -263,7 +263,7 @@ def trainable(
     if rank < 1:
         raise ConfigurationError(f"The rank of a LoRA must be at least 1, got {rank}.")
     refuse_fused(components)
-    _check_name(components, _TRAINING_ADAPTER)
+    check_name(adapter_names(components), _TRAINING_ADAPTER)
     shapes = dict.fromkeys(filter(wanted, adapted_layers(components)), (rank, alpha))
     with ExitStack() as stack:
         stack.enter_context(changing(*components_with_sites(components).values()))
@@ -416,12 +416,16 @@ def _has_fused_projections(model: nn.Module) -> bool:
     return any(isinstance(getattr(each, "inner", each), FusedAttnProcessor2_0) for each in processors)
 
 
-def _check_name(components: Mapping[str, object], adapter_name: str) -> None:
+def check_name(taken: Set[str], adapter_name: str) -> None:
+    """Refuse an adapter's name that PEFT cannot take, or that is taken.
+
+    Raises:
+        ConfigurationError: If it is malformed or among `taken`.
+    """
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ConfigurationError(
             f"Adapter name {adapter_name!r} cannot be used; PEFT takes letters, digits, '_' and '-' only."
         )
-    taken = adapter_names(components)
     if adapter_name in taken:
         raise ConfigurationError(
             f"An adapter named {adapter_name!r} is loaded already (loaded: {', '.join(sorted(taken))}). "

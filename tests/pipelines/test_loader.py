@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError, MixOfShowError
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError, MixOfShowError
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 
@@ -176,3 +176,18 @@ def test_concepts_go_with_the_unloading_of_all_lora_weights(pipe, make_pack, com
     pipe.save_pretrained(tmp_path)
     pipe.unload_edlora()
     assert _fingerprint(components) == before
+
+
+@pytest.mark.parametrize("first_has_updates", [False, True])
+@pytest.mark.parametrize("second_has_updates", [False, True])
+def test_a_name_is_taken_by_embeddings_alone_as_well(pipe, make_pack, first_has_updates, second_has_updates):
+    first, second = make_pack("potter"), make_pack("thanos")
+    first = first if first_has_updates else dataclasses.replace(first, lora={})
+    second = second if second_has_updates else dataclasses.replace(second, lora={})
+    pipe.load_edlora(first, adapter_name="a")
+    with pytest.raises(ConfigurationError, match="'a' is loaded already"):
+        pipe.load_edlora(second, adapter_name="a")
+    assert list(pipe.concepts) == ["<potter>"]
+    pipe.unload_edlora()
+    pipe.load_edlora(second, adapter_name="a")
+    assert list(pipe.concepts) == ["<thanos>"]

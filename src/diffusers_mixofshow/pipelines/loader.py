@@ -25,6 +25,7 @@ from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfSh
 from diffusers_mixofshow.lora import (
     adapted_components,
     adapter_names,
+    check_name,
     eject,
     holders,
     inject,
@@ -163,6 +164,7 @@ class EDLoRALoader:
         edlora, name = request.opened(self.components)
         check_distinct([*self.concepts.values(), *edlora.concepts])
         self._refuse_words_of_tokenizer(edlora.concepts)
+        check_name(self._edloras.keys(), name)  # also of embeddings alone, of which the models know nothing
         inject(self.components, edlora, name, request.scale)
         if not edlora.base_model:  # as other programs' files leave it
             edlora = replace(edlora, base_model=name_of(self))
