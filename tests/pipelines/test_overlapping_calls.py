@@ -225,6 +225,12 @@ def test_what_serves_one_thread_at_a_time_says_so(calls, shared):
 CHANGES = {
     "load": lambda pipe: pipe.load_edlora(packs.random_pack(pipe.components, "thanos")),
     "unload": lambda pipe: pipe.unload_edlora(),
+    "load a LoRA": lambda pipe: pipe.load_lora_weights(
+        {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(1, 64)}, adapter_name="style"
+    ),
+    "unload all LoRAs": lambda pipe: pipe.unload_lora_weights(),
+    "delete": lambda pipe: pipe.delete_adapters("potter"),
+    "weigh": lambda pipe: pipe.set_adapters(["potter"], [0.3]),
     "set aside": lambda pipe: pipe.concepts_set_aside().__enter__(),
     "train": lambda pipe: trainable(pipe.components, 1, 1.0).__enter__(),
     "merge": lambda pipe: merged(pipe.components, packs.random_pack(pipe.components)).__enter__(),

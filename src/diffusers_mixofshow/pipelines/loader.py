@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -186,28 +186,30 @@ class EDLoRALoader:
         """Load a LoRA as diffusers does; concepts that are active stay active beside it.
 
         Raises:
-            ConfigurationError: If a concept's updates would be swapped for others.
+            ConfigurationError: If a concept's updates would be swapped for others, or another thread uses the model.
         """
         if hotswap and adapter_name in self._edloras:
             raise ConfigurationError(
                 f"hotswap=True would put other weights in the place of {adapter_name!r}, which belong to embeddings of"
                 " their own. Call unload_edlora() and load_edlora(), or name another adapter."
             )
-        with kept_active(self.components, self._edloras):
+        with self._changing(), kept_active(self.components, self._edloras):
             super().load_lora_weights(  # type: ignore[misc]
                 pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, hotswap=hotswap, **kwargs
             )
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Unload all adapters as diffusers does, concepts' included; what is fused stays in the weights."""
-        note_fused(self.components, self._edloras.keys())
-        super().unload_lora_weights(*args, **kwargs)  # type: ignore[misc]
+        with self._changing():
+            note_fused(self.components, self._edloras.keys())
+            super().unload_lora_weights(*args, **kwargs)  # type: ignore[misc]
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Delete adapters as diffusers does; a concept goes with its own, unless that is fused into the weights."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        note_fused(self.components, self._edloras.keys() & names)
-        super().delete_adapters(adapter_names)  # type: ignore[misc]
+        with self._changing():
+            note_fused(self.components, self._edloras.keys() & names)
+            super().delete_adapters(adapter_names)  # type: ignore[misc]
 
     def set_adapters(
         self,
@@ -217,10 +219,12 @@ class EDLoRALoader:
         """Choose the active adapters and their strengths as diffusers does.
 
         Raises:
-            ConfigurationError: If a concept is fused, as `unfuse_lora` would subtract it with its new strength.
+            ConfigurationError: If a concept is fused, as `unfuse_lora` would subtract it with its new strength,
+                or another thread uses the model.
         """
         refuse_fused(self.components, self._edloras.keys())
-        super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]
+        with self._changing():
+            super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]
 
     def unload_edlora(self, names: str | Iterable[str] | None = None) -> None:
         """Unload ED-LoRAs; the model's modules and weights are then exactly what they were.
@@ -385,6 +389,10 @@ class EDLoRALoader:
             raise ConceptError(f"Not loaded: {', '.join(unknown)}{_listed(adapter_of)}.{guess}")
         return list(dict.fromkeys(adapter_of[name] for name in wanted))
 
+    def _changing(self) -> AbstractContextManager[bool]:
+        """A block that changes the models, refused while another thread uses them."""
+        return changing(*components_with_sites(self.components).values())
+
     @contextmanager
     def _without_adapters(self) -> Iterator[None]:
         """Take the weight updates out for a while; afterwards all are back, as strong and as active as before."""
@@ -406,7 +414,7 @@ class EDLoRALoader:
             for path, layer in model.named_modules()
             if isinstance(layer, LoraLayer)
         ]
-        with changing(*models.values()):
+        with self._changing():
             try:
                 for name, parts in held.items():
                     eject(parts, name)
