@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 import packs
 import tiny
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.pipelines import MixOfShowImg2ImgPipeline, MixOfShowPipeline
 from pipelines.conftest import SETTINGS
@@ -423,3 +424,13 @@ def test_others_that_are_fused_are_left_to_diffusers(world):
     world.pipe.set_adapters(["rex"], [0.3])
     world.pipe.unfuse_lora()
     torch.testing.assert_close(_draw(world.pipe, "a dog"), _expected(world, "a dog", rex=0.3), atol=1e-4, rtol=1e-4)
+
+
+def test_of_several_concepts_the_one_that_is_left_is_saved(world, tmp_path):
+    world.load("rex", "tom")
+    world.pipe.delete_adapters("rex")
+    world.pipe.save_edlora(tmp_path)
+    assert [concept.placeholder for concept in EDLoRA.from_pretrained(tmp_path).concepts] == [TOM]
+    world.pipe.delete_adapters("tom")
+    with pytest.raises(ConceptError, match=r"0 are loaded \(nothing is loaded\)"):
+        world.pipe.save_edlora(tmp_path)

@@ -263,7 +263,7 @@ class EDLoRALoader:
         Raises:
             ConceptError: If no or several ED-LoRAs are meant.
         """
-        adapters = self._adapters_of(name)
+        adapters = list(self._edloras) if name is None else self._adapters_of(name)
         if len(adapters) != 1:
             raise ConceptError(
                 f"save_edlora() writes one ED-LoRA, but {len(adapters)} are loaded{_listed(self._edloras)}. "
