@@ -108,7 +108,7 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
     """
     refuse_fused(components)
     for model in components_with_sites(components).values():
-        with changing(model), _gradient_flags_kept(model):
+        with changing(model), gradient_flags_kept(model):
             for path, layer in list(model.named_modules()):
                 if isinstance(layer, LoraLayer):
                     _delete_from_layer(layer, adapter_name)
@@ -205,7 +205,7 @@ def kept_active(components: Mapping[str, object], names: Collection[str]) -> Ite
         yield
     finally:
         for model, ours in before.items():
-            with _gradient_flags_kept(model):
+            with gradient_flags_kept(model):
                 for layer in model.modules():
                     if ours and isinstance(layer, BaseTunerLayer):
                         layer.set_adapter(list(dict.fromkeys([*ours, *layer.active_adapters])))
@@ -268,7 +268,7 @@ def trainable(
     with ExitStack() as stack:
         stack.enter_context(changing(*components_with_sites(components).values()))
         for model in components_with_sites(components).values():
-            stack.enter_context(_gradient_flags_kept(model))
+            stack.enter_context(gradient_flags_kept(model))
             model.requires_grad_(False)
         stack.callback(eject, components, _TRAINING_ADAPTER)
         layers = _add_adapter(components, _TRAINING_ADAPTER, shapes)
@@ -288,7 +288,7 @@ def _add_adapter(
         for path in wanted:
             _base_weight(model.get_submodule(path), path)  # refuses offloaded weights before anything is changed
         if wanted:
-            with _gradient_flags_kept(model):
+            with gradient_flags_kept(model):
                 _inject_into(model, adapter_name, wanted)
     layers = linear_layers(components)
     return {site: layers[site] for site in shapes if site in layers}
@@ -454,7 +454,7 @@ def refuse_fused(components: Mapping[str, object], names: Set[str] | None = None
 
 
 @contextmanager
-def _gradient_flags_kept(model: nn.Module) -> Iterator[None]:
+def gradient_flags_kept(model: nn.Module) -> Iterator[None]:
     """Give every parameter that is there now its present `requires_grad` back at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

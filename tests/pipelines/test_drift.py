@@ -434,3 +434,28 @@ def test_of_several_concepts_the_one_that_is_left_is_saved(world, tmp_path):
     world.pipe.delete_adapters("tom")
     with pytest.raises(ConceptError, match=r"0 are loaded \(nothing is loaded\)"):
         world.pipe.save_edlora(tmp_path)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_setting_concepts_aside_changes_no_gradient_flag(world, disabled):
+    world.load("rex", "tom")
+    world.load_style()
+    if disabled:
+        world.pipe.disable_lora()
+
+    def flags():
+        return {name: each.requires_grad for name, each in world.pipe.unet.named_parameters()}
+
+    before = flags()
+    with world.pipe.concepts_set_aside():
+        pass
+    assert flags() == before
+    assert not any(flag for name, flag in before.items() if "rex" in name or "tom" in name)
+
+
+def test_a_plain_lora_alone_is_not_published_as_a_concept(world):
+    with pytest.raises(ConceptError, match="Nothing is loaded"):
+        world.pipe.push_to_hub("me/style")
+    world.pipe.load_edlora(world.file)
+    with pytest.raises(ConceptError, match=r"Only LoRAs without a concept are loaded\. Load a concept"):
+        world.pipe.push_to_hub("me/style")

@@ -27,6 +27,7 @@ from diffusers_mixofshow.lora import (
     adapter_names,
     check_name,
     eject,
+    gradient_flags_kept,
     holders,
     inject,
     is_fused,
@@ -425,9 +426,10 @@ class EDLoRALoader:
                 for model, path, scaling, active, disabled in states:
                     layer: Any = model.get_submodule(path)
                     layer.scaling.update(scaling)
-                    layer.set_adapter(active)
-                    if disabled:
-                        layer.enable_adapters(False)
+                    with gradient_flags_kept(layer):
+                        layer.set_adapter(active)
+                        if disabled:
+                            layer.enable_adapters(False)
 
 
 def _subtracted(name: str) -> str:

@@ -23,10 +23,11 @@ def joined(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) -> E
         edloras: Adapter name to pack.
 
     Raises:
-        ConceptError: If nothing is loaded.
+        ConceptError: If no concept is loaded.
     """
-    if not edloras:
-        raise ConceptError("Nothing is loaded. Load a concept with load_edlora() first.")
+    if not any(edlora.concepts for edlora in edloras.values()):
+        what = "Only LoRAs without a concept are" if edloras else "Nothing is"
+        raise ConceptError(f"{what} loaded. Load a concept with load_edlora() first.")
     layers = linear_layers(components)
     parts: dict[str, list[tuple[LowRank, float]]] = {}
     for name, edlora in edloras.items():
