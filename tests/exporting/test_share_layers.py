@@ -15,7 +15,7 @@ from diffusers_mixofshow import toyland
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError, FusionError
 from diffusers_mixofshow.exporting import share_layers
 from diffusers_mixofshow.exporting.shared import RANK_OF_A_CONCEPT
 from diffusers_mixofshow.interop import convert
@@ -90,6 +90,42 @@ def test_another_base_and_a_nameless_prompt_are_refused(pipe):
         share_layers(toyland.load_pipeline(), pack)
     with pytest.raises(FusionError, match="without the concept"):
         share_layers(pipe, pack, prompts=["a photo"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_what_the_pipeline_has_loaded_changes_nothing(scale: float):
+    parts = tiny.components()
+    pipe = MixOfShowPipeline(**parts, requires_safety_checker=False)
+    pack, other = (packs.random_pack(parts, name) for name in ("rex", "kit"))
+    expected = share_layers(pipe, pack)
+    pipe.load_edlora(pack, scale)
+    pipe.load_edlora(other, adapter_name="other")
+    found = share_layers(pipe, pack)
+    assert found.training == expected.training
+    for site, update in expected.lora.items():
+        assert torch.equal(found.lora[site].down, update.down)
+        assert torch.equal(found.lora[site].up, update.up)
+    assert set(pipe.concepts) == {"<rex>", "<kit>"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adapters_of_others_are_refused_where_they_act(fused: bool, tmp_path: Path):
+    parts = tiny.components()
+    pack = packs.random_pack(parts, "rex")
+    (lora, *_) = convert(pack, tmp_path, "diffusers").files
+    plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    expected = share_layers(plain, pack)
+    plain.load_lora_weights(str(lora), adapter_name="theirs")
+    if fused:
+        plain.fuse_lora()
+    for pipe in (plain, MixOfShowPipeline(**plain.components, requires_safety_checker=False)):
+        with pytest.raises(ConfigurationError, match="theirs"):
+            share_layers(pipe, pack)
+    if fused:
+        plain.unfuse_lora()
+    plain.disable_lora()
+    found = share_layers(plain, pack)
+    assert all(torch.allclose(found.lora[site].up, update.up, atol=1e-5) for site, update in expected.lora.items())
 
 
 WORDS = ("blue", "cat", "yellow", "vase", "green", "dog", "pink")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.exporting.absorption import Absorbed, Metric, absorbed
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts, recording_prompts
 from diffusers_mixofshow.interop.conversion import SHARED_KEPT
@@ -34,6 +38,7 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
 
     Args:
         pipe: The base model that the concepts were tuned on, a Stable Diffusion pipeline; it leaves as it came.
+            Concepts that it has loaded are set aside meanwhile.
         edlora: A concept, or a fused pack.
         prompts: Templates with ``<TOK>``, for all concepts or by kind; by default those that fusion records.
 
@@ -45,12 +50,13 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
     Raises:
         EDLoRAFormatError: If it does not fit the model.
         FusionError: If a prompt does not name the concept.
+        ConfigurationError: If other adapters are active in the model.
     """
     if not is_layerwise(edlora):
         return edlora
     means = {token: mean_over_layers(rows) for token, rows in edlora.embeddings.items()}
     asked, neutral = _prompts(edlora, prompts)
-    with merged(pipe.components, edlora):
+    with _base_alone(pipe), merged(pipe.components, edlora):
         own = _states(pipe, edlora, asked, edlora.embeddings)
         once = {token: mean[None] for token, mean in means.items()}
         shared, others = (_states(pipe, edlora, texts, once).flatten(0, 2) for texts in (asked, neutral))
@@ -62,6 +68,22 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
         lora={**edlora.lora, **{site: _beside(edlora, site, update) for site, update in updates.items()}},
         training={**edlora.training, SHARED_KEPT: round(kept, 4)},
     )
+
+
+@contextmanager
+def _base_alone(pipe: Any) -> Iterator[None]:
+    """The model without what is loaded into it: an update that is there already would count twice."""
+    with pipe.concepts_set_aside() if hasattr(pipe, "concepts_set_aside") else nullcontext():
+        models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
+        layers = [layer for model in models for layer in model.modules() if isinstance(layer, LoraLayer)]
+        acting = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+        acting.update(name for layer in layers for name in layer.merged_adapters)
+        if acting:
+            raise ConfigurationError(
+                f"The base model has adapters that change it: {', '.join(sorted(acting))}. Take them out, or give a "
+                "pipeline without them."
+            )
+        yield
 
 
 def _prompts(edlora: EDLoRA, prompts: PromptSet | None) -> tuple[list[str], list[str]]:
