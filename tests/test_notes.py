@@ -10,8 +10,9 @@ import pytest
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image, PngImagePlugin
 
+from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
-from diffusers_mixofshow.notes import infotext, public_name, read_note, sampler_name, sheet_note, write_noted
+from diffusers_mixofshow.notes import infotext, read_note, sampler_name, sheet_note, write_noted
 from infotext import parsed, text_of
 
 
@@ -115,6 +116,9 @@ def test_places_on_this_disk_are_told_by_their_names_alone(tmp_path, monkeypatch
         assert public_name(source) == "base"
     assert public_name(".") == "secret"
     assert (public_name("user/repo"), public_name("toyland")) == ("user/repo", "toyland")
+    assert [public_name(gone) for gone in ("/gone/base", "./base/", "../x/base", "~/x/base", r"C:\Users\me\base")] == [
+        "base"
+    ] * 5
     told = json.dumps(
         sheet_note({"row": [("a", 1)]}, base_model=str(tmp_path / "secret" / "base"), steps=1, guidance=2)
     )

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
@@ -21,6 +21,8 @@ TOYLAND = "toyland"
 """Names the base model that ships in the package, in place of a Hub id."""
 
 _IN_CACHE = re.compile(r"/models--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]{40}$")
+_LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
+"""How a path begins that cannot be a Hub id."""
 _GUIDANCE, _GUIDANCE_OF_TOYLAND = 7.5, 3.0
 
 
@@ -49,9 +51,26 @@ def one_name(base_model: str) -> str:
 
 
 def name_of(pipeline: object) -> str:
-    """What a loaded pipeline's base model is called: what it was loaded by; empty of one made of parts."""
+    """What a loaded pipeline's base model is called: Toyland or the Hub's id, also of the cache's folder; else what it
+    was loaded by; empty of one made of parts.
+    """
     name = str(getattr(pipeline, "config", {}).get("_name_or_path") or "")
-    return TOYLAND if one_name(name) == TOYLAND else name
+    known = one_name(name)
+    return name if Path(known).is_absolute() else known
+
+
+def public_name(source: str) -> str:
+    """What strangers may read of where something lies: of this disk the last part, of the Hub's all of its name.
+
+    A path to what is no longer here is told by its last part as well.
+    """
+    known = one_name(source)
+    path = Path(known).expanduser()
+    if known != source and not path.is_absolute():
+        return known
+    if path.exists():
+        return path.resolve().name
+    return PureWindowsPath(known).name if _LOCAL.match(known) else known
 
 
 def usual_guidance(base_model: str) -> float:

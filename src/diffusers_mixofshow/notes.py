@@ -12,6 +12,7 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 
 
@@ -44,12 +45,6 @@ _SAMPLERS = {
 def version() -> str:
     """This package's version."""
     return metadata.version("diffusers-mixofshow")
-
-
-def public_name(source: str) -> str:
-    """What strangers may read of where something lies: of this disk the last part, of the Hub's all of its name."""
-    path = Path(source)
-    return path.resolve().name if path.exists() else source
 
 
 def sheet_note(

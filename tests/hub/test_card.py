@@ -58,6 +58,40 @@ def test_metadata_of_one_concept(pack, tmp_path):
     assert data.get("widget") is None
 
 
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("names", [("rex",), ("rex", "tom")])
+def test_of_a_base_on_this_disk_the_card_tells_the_name_alone(components, tmp_path, names, there):
+    base = tmp_path / "secret" / "mybase"
+    if there:
+        base.mkdir(parents=True)
+    pack = dataclasses.replace(
+        packs.random_pack(components, *names),
+        base_model=str(base),
+        training={"settings": {"pretrained_model_name_or_path": str(base)}},
+    )
+    card = saved_card(pack, tmp_path / "pack")
+    assert "secret" not in card.content
+    assert card.content.count("mybase") == 3  # summary, code, settings
+    assert card.data.base_model is None
+    assert EDLoRA.from_pretrained(tmp_path / "pack").base_model == str(base)
+
+
+def test_a_folder_of_the_hubs_cache_is_told_by_its_id(pack, tmp_path):
+    cached = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("ab" * 20)
+    cached.mkdir(parents=True)
+    card = saved_card(dataclasses.replace(pack, base_model=str(cached)), tmp_path / "pack")
+    assert card.data.base_model == "someone/tiny"
+    assert "abab" not in card.content
+
+
+def test_a_folder_that_is_spelt_like_an_id_is_no_link(pack, tmp_path, monkeypatch):
+    (tmp_path / "hidden-place" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = saved_card(dataclasses.replace(pack, base_model="hidden-place/base"), tmp_path / "pack")
+    assert card.data.base_model is None
+    assert "hidden-place" not in card.content
+
+
 def test_the_licence_is_the_one_given_or_that_of_a_known_base(pack, tmp_path):
     assert saved_card(pack, tmp_path / "a", license="cc-by-4.0").data.license == "cc-by-4.0"
     known = dataclasses.replace(pack, base_model="stable-diffusion-v1-5/stable-diffusion-v1-5")

@@ -13,7 +13,7 @@ import typer
 
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
-from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
+from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring, replaces
 from diffusers_mixofshow.cli.sources import read_concepts
@@ -123,7 +123,7 @@ class Measurement:
 
     def public_settings(self) -> dict[str, Any]:
         """The settings as strangers may read them: models on this disk by the last part of their path."""
-        models = {name: notes.public_name(self.settings[name]) for name in ("base_model", "metric_model")}
+        models = {name: public_name(self.settings[name]) for name in ("base_model", "metric_model")}
         return {**self.settings, **models}
 
     def run(self) -> Evaluation:

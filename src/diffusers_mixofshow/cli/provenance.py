@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow import notes
+from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 
 
@@ -92,7 +93,7 @@ def _pack_name(source: str) -> str:
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
     path = Path(source)
-    return notes.public_name(str(path.parent) if path.name == FILE_NAME else source)
+    return public_name(str(path.parent) if path.name == FILE_NAME else source)
 
 
 def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
         "seed": seed,
         "steps": drawing.steps,
         "guidance": drawing.guidance,
-        "base": notes.public_name(drawing.base),
+        "base": public_name(drawing.base),
         "concepts": [_pack_name(source) for source in drawing.packs],
         "lora_scale": list(drawing.lora_scales),
         "control": [_told_control(control) for control in drawing.controls],
@@ -149,7 +150,7 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
 
 
 def _told_control(control: Control) -> str:
-    return f"{control.detector}@{notes.public_name(control.model)}={control.picture.name}"
+    return f"{control.detector}@{public_name(control.model)}={control.picture.name}"
 
 
 def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, object]:
@@ -161,7 +162,7 @@ def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[s
         "CFG scale": f"{drawing.guidance:g}",
         "Seed": seed,
         "Size": f"{plan.width}x{plan.height}",
-        "Model": notes.public_name(drawing.base).rpartition("/")[2],
+        "Model": public_name(drawing.base).rpartition("/")[2],
         "Denoising strength": f"{drawing.strength:g}" if drawing.image else None,
         "Mix-of-Show packs": ", ".join(map(_pack_name, drawing.packs)) or None,
         "Mix-of-Show regions": " | ".join(regions) or None,

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import TOYLAND, usual_guidance
+from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.file import Contents
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
@@ -47,6 +47,8 @@ _GALLERY = "<Gallery />"
 _MOST_REGIONS = 3
 _SKY, _GROUND = 0.25, 0.97
 """Top and bottom of regions on Toyland, where things stand."""
+_BASE_SETTING = "pretrained_model_name_or_path"
+"""What training calls its base model, which may be a folder whose place is nobody's business."""
 _LONGEST_RECORD = 10_000
 _SD_1 = "creativeml-openrail-m"
 _LICENSES = {
@@ -77,7 +79,8 @@ def model_card(
     """Write the card of a pack.
 
     Args:
-        contents: What the pack holds. Its base model becomes a link on the Hub if it has the form of a Hub id.
+        contents: What the pack holds. Its base model becomes a link on the Hub if it has the form of a Hub id; of a
+            place on this disk the last part is shown.
         location: What the code example loads: the Hub id or the folder.
         merged: Whether it is a complete pipeline with the updates in its weights.
         samples: Path of a picture beside the card to the prompt that it shows.
@@ -92,7 +95,7 @@ def model_card(
     body = [
         f"# {title} {heading}",
         *([_GALLERY] if samples else []),
-        _summary(len(names), base_model, rank, merged=merged),
+        _summary(len(names), public_name(base_model), rank, merged=merged),
         _concept_table(concepts, contents["training"]),
         f"## Use\n\n```python\n{example(concepts, base_model, location, merged=merged)}```",
         f"{_STOCK_MERGED if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
@@ -172,7 +175,7 @@ def example(concepts: Sequence[Concept], base_model: str, location: str, *, merg
         pipe = "pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)"
     else:
         imports = "from diffusers_mixofshow import MixOfShowPipeline, Region\n"
-        pipe = f"pipe = MixOfShowPipeline.from_pretrained({base_model!r})"
+        pipe = f"pipe = MixOfShowPipeline.from_pretrained({public_name(base_model)!r})"
     if len(concepts) == 1:
         imports = imports.replace(", Region", "")
     return (
@@ -200,7 +203,7 @@ def _metadata(
     contents: Contents, *, merged: bool, samples: Mapping[str, str], license_id: str | None
 ) -> ModelCardData:
     """What the Hub's search, filters and widget read."""
-    base_model = contents["base_model"]
+    base_model = public_name(contents["base_model"])
     on_hub = _REPO_ID.fullmatch(base_model) is not None
     return ModelCardData(
         base_model=base_model if on_hub else None,
@@ -411,6 +414,9 @@ def _training_record(training: Mapping[str, object]) -> list[str]:
     if not isinstance(training.get("settings"), Mapping) or "fusion" in training:
         return []
     tuning = {key: value for key, value in training.items() if key != "evaluation"}
+    settings = _mapping(training["settings"])
+    if isinstance(base := settings.get(_BASE_SETTING), str):
+        tuning["settings"] = {**settings, _BASE_SETTING: public_name(base)}
     record = json.dumps(tuning, indent=1, sort_keys=True).replace("`", "'")
     if len(record) > _LONGEST_RECORD:
         return []

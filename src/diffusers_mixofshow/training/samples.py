@@ -10,12 +10,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from diffusers_mixofshow.base_models import usual_guidance
+from diffusers_mixofshow.base_models import public_name, usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.lora import TrainableLoRA
-from diffusers_mixofshow.notes import infotext, public_name, sampler_name, sheet_note
+from diffusers_mixofshow.notes import infotext, sampler_name, sheet_note
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
 
