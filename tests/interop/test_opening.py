@@ -384,12 +384,27 @@ def test_the_base_is_the_one_that_it_was_loaded_into(
     assert (everything.base_model, everything.layers) == (str(base), rex.layers)
 
 
+def test_a_base_in_the_hubs_cache_is_called_by_its_id(tmp_path: Path, rex: EDLoRA, components) -> None:
+    base = tmp_path / "models--someone--tiny" / "snapshots" / ("ab" * 20)
+    StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(base)
+    pipe = MixOfShowPipeline.from_pretrained(base)
+    pipe.load_edlora(write_original(tmp_path / "x.pth", rex))
+    pipe.save_edlora(tmp_path / "saved", "<rex>")
+    assert EDLoRA.from_pretrained(tmp_path / "saved").base_model == "someone/tiny"
+
+
 def test_the_command_line_says_which_base_it_takes(tmp_path: Path, rex: EDLoRA) -> None:
     files.original(tmp_path / "x.pth")
     arguments = ["sample", "--concepts", str(tmp_path / "x.pth"), "--prompt", "a <rex>", "--dry-run"]
     with pytest.warns(MixOfShowWarning, match=r"does not tell its base model; stable-diffusion-v1-5/\S+ is taken"):
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert "base model: stable-diffusion-v1-5/" in result.output
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)  # the class word decides nothing of the picture
+        CliRunner().invoke(app, [*arguments, "--base", "toyland"], catch_exceptions=False)
+        given = ["evaluate", str(tmp_path / "x.pth"), "--base", "toyland", "--class-word", "rex=cat", "--dry-run"]
+        result = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert result.exit_code == 0
     style = str(write_lora(tmp_path / "style.safetensors", rex.lora))
     with pytest.raises(ConfigurationError, match="is a plain LoRA: it has no concept"):
         CliRunner().invoke(app, ["evaluate", style, "--base", "toyland", "--dry-run"], catch_exceptions=False)

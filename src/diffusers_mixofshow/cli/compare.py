@@ -55,7 +55,7 @@ def compare(
         guidance=guidance,
         seed=seed,
     )
-    measurement = measuring.planned(measuring.read_packs(sources), asked)
+    measurement = measuring.planned(measuring.read_packs(sources, base), asked)
     if dry_run:
         plans.tell(measurement.plan(writes, overwrite=overwrite), as_json=as_json)
         return

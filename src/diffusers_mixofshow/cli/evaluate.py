@@ -61,7 +61,7 @@ def evaluate(
     """
     folder = _folder_of(source) if save else None
     writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
-    name, packs = _packs(source, own or [])
+    name, packs = _packs(source, own or [], base)
     asked = measuring.Asked(
         photos=photos or (),
         prompts=prompt or (),
@@ -87,13 +87,13 @@ def evaluate(
     measuring.tell_results(measurement, evaluation, sheet=sheet, record=record, as_json=as_json)
 
 
-def _packs(source: str, own: list[str]) -> tuple[str, dict[str, EDLoRA]]:
+def _packs(source: str, own: list[str], base: str) -> tuple[str, dict[str, EDLoRA]]:
     """The pack's name, and all packs: the concepts' own first, given or carried, the pack itself last.
 
     Raises:
         ConfigurationError: If an ED-LoRA that is given is no concept's own; names all of them.
     """
-    (name, pack), *others = measuring.read_packs([source, *own]).items()
+    (name, pack), *others = measuring.read_packs([source, *own], base).items()
     held = [concept.placeholder for concept in pack.concepts]
     defects = []
     for other, edlora in others:

@@ -193,8 +193,12 @@ def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
 
 
-def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
+def read_packs(sources: Sequence[str], base: str = "") -> dict[str, EDLoRA]:
     """Read ED-LoRAs and packs, each under the last part of its name, or all of it where that is taken.
+
+    Args:
+        sources: Files, folders or Hub ids.
+        base: The base that the user named, if any.
 
     Raises:
         ConfigurationError: If one is given twice.
@@ -205,7 +209,7 @@ def read_packs(sources: Sequence[str]) -> dict[str, EDLoRA]:
         raise ConfigurationError(f"Given twice: {', '.join(twice)}. Name each ED-LoRA or pack once.")
     last = [Path(source).name or source for source in sources]
     names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
-    return {name: read_concepts(source) for name, source in zip(names, sources, strict=True)}
+    return {name: read_concepts(source, base) for name, source in zip(names, sources, strict=True)}
 
 
 def writable(*paths: Path | None, overwrite: bool) -> list[Path]:

@@ -102,7 +102,7 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
         plan = sized_like(asked["image"], plan)
     controls = parse_controls(asked["control"] or [], CONTROLNETS, called="ControlNet")
     adapters = parse_controls(asked["adapter"] or [], ADAPTERS, called="T2I-Adapter")
-    packs = {source: read_pack(source) for source in asked["concepts"] or []}
+    packs = {source: read_pack(source, asked["base"]) for source in asked["concepts"] or []}
     base = asked["base"] or _base_of(packs.values())
     if asked["mask"] is not None:
         refuse_inpainting(base)

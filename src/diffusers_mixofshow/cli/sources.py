@@ -33,8 +33,12 @@ def read_source(source: str) -> EDLoRA | Foreign:
     return read_any(source)
 
 
-def read_pack(source: str) -> EDLoRA:
+def read_pack(source: str, base: str = "") -> EDLoRA:
     """Read an ED-LoRA, a fused pack or another program's file that is to be loaded into its base.
+
+    Args:
+        source: File, folder or Hub id.
+        base: The base that the user named; then none is taken for a file that does not tell its own.
 
     Raises:
         ConfigurationError: If it is a complete pipeline, whose updates are in its weights.
@@ -55,22 +59,22 @@ def read_pack(source: str) -> EDLoRA:
             "it, give the pack that it was made of."
         )
     opened = open_edlora(source)
-    guess = default_base(opened.foreign) if opened.foreign is not None else ""
+    guess = default_base(opened.foreign) if opened.foreign is not None and not base else ""
     if not guess or opened.edlora.base_model:
         return opened.edlora
-    told = f"{source} does not tell its base model; {guess} is taken where --base names no other."
+    told = f"{source} does not tell its base model; {guess} is taken; --base names another."
     warnings.warn(told, MixOfShowWarning, stacklevel=2)
     return replace(opened.edlora, base_model=guess)
 
 
-def read_concepts(source: str) -> EDLoRA:
+def read_concepts(source: str, base: str = "") -> EDLoRA:
     """Read what `read_pack` reads, for commands that look at concepts.
 
     Raises:
         ConfigurationError: If it is a plain LoRA, which has none.
         MixOfShowError: See `read_pack`.
     """
-    pack = read_pack(source)
+    pack = read_pack(source, base)
     if not pack.concepts:
         raise ConfigurationError(f"{source} is a plain LoRA: it has no concept that could be measured.")
     return pack

@@ -61,8 +61,7 @@ def agreed(
         word, kind = class_words.get(placeholder), kinds.get(placeholder)
         if word is None and not known:
             unknown.append(f"{placeholder} ({', '.join(told)})")
-        if word is None or kind is None:
-            remarks += _differing(placeholder, told, source)
+        remarks += _differing(placeholder, told, source, word=word is None, kind=kind is None)
         own = told[source]
         chosen[placeholder] = replace(own, class_word=word or own.class_word, kind=kind or own.kind)
     if unknown:
@@ -88,17 +87,19 @@ def _told(packs: Mapping[str, EDLoRA]) -> dict[str, dict[str, Concept]]:
     }
 
 
-def _differing(placeholder: str, told: Mapping[str, Concept], source: str) -> list[str]:
-    """What is said of packs that tell another class word or kind than the one that is believed."""
-    used = _called(told[source])
-    others = [f"{name} tells {_called(other)}" for name, other in told.items() if _called(other) != used]
+def _differing(placeholder: str, told: Mapping[str, Concept], source: str, *, word: bool, kind: bool) -> list[str]:
+    """What is said of packs that tell another class word or kind, as far as it counts, than the one believed."""
+    said = {name: _called(concept, word=word, kind=kind) for name, concept in told.items()}
+    used = said[source]
+    others = [f"{name} tells {other}" for name, other in said.items() if other and other != used]
     return [f"{source} tells that {placeholder} is {used}, which is taken; {', '.join(others)}"] if others else []
 
 
-def _called(concept: Concept) -> str:
+def _called(concept: Concept, *, word: bool, kind: bool) -> str:
+    """What a pack tells, the class word, the kind or both; a file that does not know the one knows not the other."""
     if concept.class_word == UNKNOWN_CLASS:
-        return "no class word"
-    return f"{concept.class_word!r}, kind {concept.kind}"
+        return "no class word" if word else ""
+    return ", ".join([repr(concept.class_word)] * word + [f"kind {concept.kind}"] * kind)
 
 
 def _with_concepts(pack: EDLoRA, chosen: Mapping[str, Concept]) -> EDLoRA:

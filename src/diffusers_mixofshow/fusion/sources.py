@@ -317,6 +317,7 @@ def _read(
     else:
         plain = isinstance(entry, LoRASource) and Path(origin, PLAIN_NAME).is_file()
         opened = open_edlora(origin, layers=layers, weight_name=PLAIN_NAME if plain else None)
+        opened.tell()
         edlora, file = opened.edlora, opened.file
         _refuse_other_kind(entry, edlora)
     if isinstance(entry, LoRASource):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,18 @@ class Opened:
         edlora: Without concepts where it is a plain LoRA, without updates where it is a textual inversion.
         file: The file that it was read from; of several, the first.
         foreign: What another program's file holds; None of a pack of this package.
+        remarks: What the file does not tell and was taken for it, each as a sentence; for those to whom it matters.
     """
 
     edlora: EDLoRA
     file: Path
     foreign: Foreign | None = None
+    remarks: tuple[str, ...] = ()
+
+    def tell(self) -> None:
+        """Warn of the remarks."""
+        for remark in self.remarks:
+            warnings.warn(f"{self.file}: {remark}.", MixOfShowWarning, stacklevel=3)
 
 
 def open_edlora(source: str | os.PathLike[str], *, layers: tuple[str, ...] = (), **where: Any) -> Opened:
@@ -66,9 +72,6 @@ def open_edlora(source: str | os.PathLike[str], *, layers: tuple[str, ...] = (),
         EDLoRAFormatError: If it is defective or no ED-LoRA can say it; names all.
         ConfigurationError: If it is a complete pipeline.
         HubError: If the Hub refuses or cannot be reached.
-
-    Warns:
-        MixOfShowWarning: What another program's file does not tell and is taken for it.
     """
     file, found = _read(source, **where)
     if isinstance(found, EDLoRA):
@@ -77,9 +80,7 @@ def open_edlora(source: str | os.PathLike[str], *, layers: tuple[str, ...] = (),
         return Opened(edlora=found, file=file)
     counts = {len(rows) for rows in found.tokens.values()} - {1}
     edlora = as_edlora(found, Naming(), layers if counts <= {len(layers)} else ())
-    if told := _remarks(edlora, found):
-        warnings.warn(f"{found.files[0]}: {'; '.join(told)}.", MixOfShowWarning, stacklevel=3)
-    return Opened(edlora=edlora, file=found.files[0], foreign=found)
+    return Opened(edlora=edlora, file=found.files[0], foreign=found, remarks=_remarks(edlora))
 
 
 def read_any(source: str | os.PathLike[str], **where: Any) -> EDLoRA | Foreign:
@@ -163,7 +164,7 @@ def _is_pipeline(folder: Path) -> ConfigurationError:
     )
 
 
-def _remarks(edlora: EDLoRA, foreign: Foreign) -> Sequence[str]:
+def _remarks(edlora: EDLoRA) -> tuple[str, ...]:
     """What the file does not tell and was taken for it."""
     unknown = [concept.placeholder for concept in edlora.concepts if concept.class_word == UNKNOWN_CLASS]
     if not unknown:

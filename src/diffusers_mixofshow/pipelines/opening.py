@@ -70,6 +70,7 @@ class LoadingRequest:
         if isinstance(self.source, EDLoRA):
             return self.source, self.adapter_name or _usual_name(self.source, "lora")
         found = open_edlora(self.source, layers=_layers(components), **self.where)
+        found.tell()
         return found.edlora, self.adapter_name or _usual_name(found.edlora, found.file.stem)
 
 
@@ -98,6 +99,13 @@ def own_concepts(
     name = str(pipeline) if hub.is_repo_id(pipeline) else Path(pipeline).resolve().name
     found = concepts_of_fused(file, tokenizer, table, _layers(components), name)
     return found if found.concepts else None  # a model that was fused from plain LoRAs
+
+
+def brings_concepts(base: str) -> bool:
+    """Whether a base model has concepts of its own in its weights; of a Hub id only the cache is asked."""
+    if has_concepts(base):
+        return True
+    return bool(hub.cached(base, CONCEPTS_NAME, revision=None, cache_dir=None)) if hub.is_repo_id(base) else Path(base, CONCEPTS_NAME).is_file()
 
 
 def _fused_concepts(pipeline: str | os.PathLike[str], tokenizer: Any, options: Mapping[str, Any]) -> Path | None:
