@@ -87,7 +87,7 @@ def evaluate(
     measuring.tell_results(measurement, evaluation, sheet=sheet, record=record, as_json=as_json)
 
 
-def _packs(source: str, own: list[str], base: str) -> tuple[str, dict[str, EDLoRA]]:
+def _packs(source: str, own: list[str], base: str | None) -> tuple[str, dict[str, EDLoRA]]:
     """The pack's name, and all packs: the concepts' own first, given or carried, the pack itself last.
 
     Raises:

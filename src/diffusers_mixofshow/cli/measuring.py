@@ -193,7 +193,7 @@ def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
 
 
-def read_packs(sources: Sequence[str], base: str = "") -> dict[str, EDLoRA]:
+def read_packs(sources: Sequence[str], base: str | None = None) -> dict[str, EDLoRA]:
     """Read ED-LoRAs and packs, each under the last part of its name, or all of it where that is taken.
 
     Args:

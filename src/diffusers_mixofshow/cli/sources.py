@@ -33,7 +33,7 @@ def read_source(source: str) -> EDLoRA | Foreign:
     return read_any(source)
 
 
-def read_pack(source: str, base: str = "") -> EDLoRA:
+def read_pack(source: str, base: str | None = None) -> EDLoRA:
     """Read an ED-LoRA, a fused pack or another program's file that is to be loaded into its base.
 
     Args:
@@ -67,7 +67,7 @@ def read_pack(source: str, base: str = "") -> EDLoRA:
     return replace(opened.edlora, base_model=guess)
 
 
-def read_concepts(source: str, base: str = "") -> EDLoRA:
+def read_concepts(source: str, base: str | None = None) -> EDLoRA:
     """Read what `read_pack` reads, for commands that look at concepts.
 
     Raises:
