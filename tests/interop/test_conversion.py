@@ -17,10 +17,12 @@ import tiny
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
-from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.interop import convert, read_as_edlora, read_lora
 from diffusers_mixofshow.interop.architectures import SD1
 from diffusers_mixofshow.interop.foreign import read_foreign
+from diffusers_mixofshow.interop.lora_files import write_kohya
+from diffusers_mixofshow.interop.original import write_original
 from diffusers_mixofshow.sites import cross_attention_layers, linear_layers
 from interop import foreign as files
 
@@ -216,3 +218,47 @@ def test_a_bundle_of_ours_reads_back_as_one_concept(tmp_path: Path, components):
     lora = read_foreign(tmp_path / "rex.safetensors").lora
     _same_updates(pack.lora, lora)
     assert read_as_edlora(tmp_path / "embeddings", layers=layers).concepts[0].tokens == ("<rex1>", "<rex2>")
+
+
+IDLE = {
+    "name of a pack": ("pack", "kohya", {"name": "foo"}, "name; an ED-LoRA keeps"),
+    "class word of a pack": ("pack", "edlora", {"class_word": "dog"}, "class word; an ED-LoRA keeps"),
+    "all of a pack": (
+        "pack",
+        "mix-of-show",
+        {"name": "a", "class_word": "b", "kind": "pet"},
+        "class word, kind, name;",
+    ),
+    "name of a plain LoRA": ("lora", "kohya", {"name": "foo"}, "name; there is no concept"),
+    "class word of words": (
+        "words",
+        "textual-inversion",
+        {"class_word": "dog"},
+        "class word; 'textual-inversion' has",
+    ),
+    "kind in the authors' layout": ("original", "mix-of-show", {"kind": "pet"}, "kind; 'mix-of-show' has no place"),
+    "class word in kohya's": ("original", "kohya", {"class_word": "dog"}, "class word; 'kohya' has no place"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_what_would_change_nothing_is_refused(tmp_path: Path, case: str):
+    source, to, given, said = IDLE[case]
+    pack = packs.random_pack(tiny.components(), "rex")
+    sources = {
+        "pack": lambda: pack,
+        "lora": lambda: write_kohya(tmp_path / "style.safetensors", pack.lora),
+        "words": lambda: convert(pack, tmp_path / "rex.safetensors", "textual-inversion").files[0],
+        "original": lambda: write_original(tmp_path / "rex.pth", pack),
+    }
+    found = sources[source]()
+    with pytest.raises(ConfigurationError, match=f"without effect: {said}"):
+        convert(found, tmp_path / "out", to, layers=pack.layers, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_is_given_where_the_format_holds_one(tmp_path: Path):
+    pack = packs.random_pack(tiny.components(), "rex")
+    path = write_original(tmp_path / "rex.pth", pack)
+    convert(path, tmp_path / "out", "kohya", name="foo", layers=pack.layers)
+    assert (tmp_path / "out" / "embeddings" / "foo.safetensors").is_file()

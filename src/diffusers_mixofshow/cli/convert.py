@@ -73,7 +73,9 @@ def convert(
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base)
     if base and to in (Format.KOHYA, Format.DIFFUSERS):
         plan_conversion(content, output, to, naming, layers, overwrite=overwrite)  # before the base is loaded
-        content = _with_shared_layers(content, naming, layers)
+        shared = _with_shared_layers(content, naming, layers)
+        if shared is not content:  # it has the name, class word and kind by now
+            content, naming = shared, Naming(base_model=base)
     given = asdict(naming) | {"layers": layers, "overwrite": overwrite}
     converted = interop.convert(content, output, to, **given, before_writing=_tell)
     _show(converted, as_json)

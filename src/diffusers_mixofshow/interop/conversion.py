@@ -80,7 +80,7 @@ def convert(
     Raises:
         EDLoRANotFoundError: If there is no such file.
         EDLoRAFormatError: If it is defective, or the format cannot hold it; nothing is written then.
-        ConfigurationError: If an ED-LoRA is to be written to a file.
+        ConfigurationError: If an ED-LoRA is to be written to a file, or a name, class word or kind has no effect.
         ConceptError: If the name or kind is malformed.
         OverwriteError: If one of the files is there already; nothing is written then.
     """
@@ -118,8 +118,26 @@ def plan_conversion(
         plan = _concepts_planned(content, path, target, naming, layers, overwrite)
     else:
         plan = _others_planned(content, path, target, naming, layers)
+    _refuse_idle(content, target, naming)
     check_outputs(*plan.files, overwrite=overwrite)
     return plan
+
+
+def _refuse_idle(content: EDLoRA | Foreign, target: Format, naming: Naming) -> None:
+    """Refuse a name, class word or kind that would change nothing in what is written."""
+    given = {"name": naming.name, "class word": naming.class_word, "kind": naming.kind != Naming().kind}
+    idle = {what for what, is_given in given.items() if is_given}
+    if isinstance(content, EDLoRA):
+        why = "an ED-LoRA keeps those that it has"
+    elif not content.tokens and not content.vectors:
+        why = "there is no concept in it"
+    elif target is Format.EDLORA or (content.tokens and naming.base_model):  # which are put into the LoRA by them
+        return
+    else:
+        why = f"{target.value!r} has no place for them"
+        idle -= {"name"}
+    if idle:
+        raise ConfigurationError(f"Given, but without effect: {', '.join(sorted(idle))}; {why}.")
 
 
 def _others_planned(
