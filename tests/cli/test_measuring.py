@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from diffusers_mixofshow import EDLoRA, cli
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, PictureError
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, PictureError
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
 from diffusers_mixofshow.notes import read_note
 from diffusers_mixofshow.toyland.text import build_clip
@@ -232,6 +232,15 @@ def test_a_complete_pipeline_is_no_pack(place, options):
             run("evaluate", source, *options)
         with pytest.raises(ConfigurationError, match="--base merged"):
             run("sample", "--concepts", source, "--prompt", "a <rex>")
+    plan = run("sample", "--base", "merged", "--prompt", "a <rex>", "--dry-run")
+    assert plan.exit_code == 0
+    with pytest.raises(ConceptError, match="Unknown in the prompt"):
+        run("sample", "--base", "base", "--prompt", "a <rex>", "--dry-run")
+    (place / "base" / "new_concept_cfg.json").write_text("{}")  # as a model that the authors' code fused has it
+    try:
+        assert run("sample", "--base", "base", "--prompt", "a <rex>", "--dry-run").exit_code == 0
+    finally:
+        (place / "base" / "new_concept_cfg.json").unlink()
 
 
 def test_a_pack_that_is_spelt_in_two_ways_is_given_twice(options, place):

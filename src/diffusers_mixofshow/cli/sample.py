@@ -78,7 +78,7 @@ def sample(
     _warn_of_bare_names(drawing.plan, drawing.packs.values())
     files = numbered(output, count)
     if dry_run:
-        _refuse_unknown(drawing.plan, drawing.packs.values())
+        _refuse_unknown(drawing)
         tell(plan_of_sampling(drawing, files) | replaces(*files, overwrite=overwrite), as_json=as_json)
         return
     check_device(device, dtype)
@@ -145,10 +145,14 @@ def _base_of(packs: Iterable[EDLoRA]) -> str:
     return common_base(packs)
 
 
-def _refuse_unknown(plan: Layout, packs: Iterable[EDLoRA]) -> None:
-    """Refuse concepts in prompts that no pack holds."""
-    known = [concept for pack in packs for concept in pack.concepts]
-    for text in _texts(plan):
+def _refuse_unknown(drawing: Drawing) -> None:
+    """Refuse concepts in prompts that no pack holds; what a base with its own ones knows is told by loading it."""
+    from diffusers_mixofshow.pipelines.opening import brings_concepts
+
+    if brings_concepts(drawing.base):
+        return
+    known = [concept for pack in drawing.packs.values() for concept in pack.concepts]
+    for text in _texts(drawing.plan):
         split_prompt(text, known)
 
 

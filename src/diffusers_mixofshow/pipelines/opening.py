@@ -105,7 +105,11 @@ def brings_concepts(base: str) -> bool:
     """Whether a base model has concepts of its own in its weights; of a Hub id only the cache is asked."""
     if has_concepts(base):
         return True
-    return bool(hub.cached(base, CONCEPTS_NAME, revision=None, cache_dir=None)) if hub.is_repo_id(base) else Path(base, CONCEPTS_NAME).is_file()
+    return (
+        bool(hub.cached(base, CONCEPTS_NAME, revision=None, cache_dir=None))
+        if hub.is_repo_id(base)
+        else Path(base, CONCEPTS_NAME).is_file()
+    )
 
 
 def _fused_concepts(pipeline: str | os.PathLike[str], tokenizer: Any, options: Mapping[str, Any]) -> Path | None:
