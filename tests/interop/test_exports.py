@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ import packs
 import tiny
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.fusion import GradientFuser, LoRASource
 from diffusers_mixofshow.interop import convert, read_as_edlora
 from diffusers_mixofshow.interop.architectures import EMBEDDED
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.summary import summary_of_foreign
 from diffusers_mixofshow.interop.textual_inversion import mean_over_layers
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sites import cross_attention_layers
 
 
@@ -79,6 +82,27 @@ def test_an_export_that_was_moved_alone_says_what_is_missing(rex, tmp_path):
     (problem,) = summary_of_foreign(read_foreign(alone))["problems"]
     assert "embeddings/" in problem
     assert "<rex>" in problem
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_an_export_without_its_embeddings_is_told_once_wherever_it_is_read(rex, tmp_path, to):
+    files = convert(rex, tmp_path / "out", to).files
+    (words,) = [file for file in files if file.parent.name == "embeddings"]
+    words.unlink()
+    pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    doors = {
+        "load_edlora": lambda: pipe.load_edlora(files[0]),
+        "convert": lambda: convert(files[0], tmp_path / "again", "kohya"),
+        "inspect": lambda: read_foreign(files[0]),
+        "the folder": lambda: read_foreign(tmp_path / "out"),
+        "fuse": lambda: GradientFuser(pipe).fuse([LoRASource(files[0], ["a dog"])], method="average"),
+    }
+    for door, read in doors.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read()
+        told = [str(one.message) for one in caught if "embeddings/ beside it: 1 (<rex>)" in str(one.message)]
+        assert len(told) == 1, door
 
 
 def test_names_in_the_metadata_lead_nowhere_else(rex, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Foreign:
         metadata: The LoRA file's own.
         alpha_from: Where the alphas of the updates come from, in words.
         remarks: What had to be assumed that no program's convention tells, each as a sentence.
+        missing: What was written beside it and is not there, as a sentence; empty if nothing.
         defects: What of it cannot be used.
     """
 
@@ -74,6 +75,7 @@ class Foreign:
     metadata: Mapping[str, str] = field(default_factory=dict)
     alpha_from: str = ""
     remarks: tuple[str, ...] = ()
+    missing: str = ""
     defects: tuple[str, ...] = ()
 
     @property
@@ -102,11 +104,15 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
         EDLoRAFormatError: If it cannot be read at all. What is defective inside is in `Foreign.defects`.
 
     Warns:
-        MixOfShowWarning: What had to be assumed, see `Foreign.remarks`.
+        MixOfShowWarning: What had to be assumed or is missing, see `Foreign.remarks` and `Foreign.missing`.
     """
     path = Path(source)
     found = _read_folder(path) if path.is_dir() else _with_companions(path)
-    for remark in found.remarks:
+    names = distinct_names(companions(found.metadata))
+    if lacking := [word for word, name in names.items() if not {word, name} & found.vectors.keys()]:
+        told = f"embeddings that belong to it and are not in {EMBEDDINGS}/ beside it: {listed(lacking)}"
+        found = replace(found, missing=told)
+    for remark in filter(None, (*found.remarks, found.missing)):
         warnings.warn(f"{path}: {remark}.", MixOfShowWarning, stacklevel=2)
     return found
 

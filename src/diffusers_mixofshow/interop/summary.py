@@ -13,9 +13,8 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.interop.architectures import CLIP_L, foreign_layers, recognised
-from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped
+from diffusers_mixofshow.interop.concept_names import Naming, grouped
 from diffusers_mixofshow.interop.foreign import Foreign
-from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
 
 
@@ -60,9 +59,8 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
     problems = list(foreign.defects)
     if family is not None and (strange := foreign_layers(foreign.lora, family)):
         problems.append(f"layers that {family.name} does not have: {listed(strange)}")
-    names = distinct_names(companions(foreign.metadata))
-    if missing := [word for word, name in names.items() if not {word, name} & foreign.vectors.keys()]:
-        problems.append(f"embeddings that belong to it and are not in {EMBEDDINGS}/ beside it: {listed(missing)}")
+    if foreign.missing:
+        problems.append(foreign.missing)
     if family is None and (foreign.lora or vectors or foreign.tokens):
         problems.append("its layers and widths are those of no Stable Diffusion known here")
     return {
