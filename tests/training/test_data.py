@@ -132,6 +132,24 @@ def test_heic_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert read_photos(tmp_path, POTTER)[0].image.size == (64, 48)
 
 
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize(("highest", "said"), [(1, "alpha of 0 and 1;"), (2, "alpha of 0 and 2;")])
+def test_a_photo_of_which_nothing_can_be_seen_is_an_error(
+    tmp_path: Path, highest: int, said: str, with_mask: bool
+) -> None:
+    save_noise(tmp_path / "cut.png", size=(8, 8), seed=0)
+    image = Image.open(tmp_path / "cut.png").convert("RGBA")
+    alpha = Image.new("L", (8, 8), 0)
+    alpha.paste(highest, (2, 2, 6, 6))
+    image.putalpha(alpha)
+    image.save(tmp_path / "cut.png")
+    if with_mask:
+        (tmp_path / "masks").mkdir()
+        Image.new("L", (8, 8), 255).save(tmp_path / "masks" / "cut.png")
+    with pytest.raises(TrainingDataError, match=rf"cut\.png would be a white sheet: it has an {said} save it with"):
+        read_photos(tmp_path, POTTER)
+
+
 def test_alpha_is_the_mask_unless_there_is_another(tmp_path: Path) -> None:
     for number, name in enumerate(("cut", "both")):
         save_noise(tmp_path / f"{name}.png", size=(8, 8), seed=number)

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, TextError, TrainingDataError
 from diffusers_mixofshow.masks import read_alpha, read_mask
-from diffusers_mixofshow.pictures import PICTURE_SUFFIXES, read_picture
+from diffusers_mixofshow.pictures import PICTURE_SUFFIXES
 from diffusers_mixofshow.texts import read_text
 from diffusers_mixofshow.training import inspection
 from diffusers_mixofshow.training.captions import (
@@ -27,14 +27,12 @@ from diffusers_mixofshow.training.captions import (
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.folders import Listing, few, list_folder, one_a_line
 from diffusers_mixofshow.training.hub_data import fetch_data_set
-from diffusers_mixofshow.training.pictures import Photo
+from diffusers_mixofshow.training.pictures import Photo, read_visible
 
 
 _ASPECT_TOLERANCE = 0.02
 _KEPT = 2.0
 """A photo is kept with this many times the pixels of the training picture's side."""
-_BARELY_OPAQUE = 2
-"""Of 255: what is no more opaque than this cannot be seen; alpha of 0 and 1 is most often meant as no and yes."""
 
 
 def load_photos(config: TrainingConfig) -> list[Photo]:
@@ -137,7 +135,7 @@ class _Reader:
             listed = name in self.listing.metadata.captions and not path.is_symlink()
             why = f"{self.listing.metadata.file} lists {name}, which is not there"
             raise TrainingDataError(why if listed else f"{name} is a link to nothing, or no plain file")
-        picture = read_picture(path, called=name)
+        picture = read_visible(path, called=name)
         self.remarks.extend(picture.remarks)
         mask = self._mask(path, picture.image.size) or self._alpha(picture.alpha, name)
         size = self._kept_size(picture.image.size)
@@ -226,7 +224,7 @@ class _Reader:
         """The mask of a cut-out."""
         if alpha is None:
             return None
-        if np.asarray(alpha).max() <= _BARELY_OPAQUE:
+        if not np.asarray(alpha).any():
             self.remarks.append(f"{name} is transparent everywhere")
             return None
         mask = read_alpha(alpha, called=f"the alpha channel of {name}")

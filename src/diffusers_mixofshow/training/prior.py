@@ -11,10 +11,9 @@ import torch
 
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, TrainingDataError
-from diffusers_mixofshow.pictures import read_picture
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.folders import few, list_folder, one_a_line
-from diffusers_mixofshow.training.pictures import Photo
+from diffusers_mixofshow.training.pictures import Photo, read_visible
 from diffusers_mixofshow.training.samples import drawing_settings, plain_pipeline
 
 
@@ -47,7 +46,7 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
     photos, defects, remarks = [], list(listing.defects), list(listing.remarks)
     for path in used:
         try:
-            picture = read_picture(path, called=listing.name(path))
+            picture = read_visible(path, called=listing.name(path))
         except PictureError as error:
             defects.append(str(error))
             continue
