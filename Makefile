@@ -12,6 +12,9 @@ $(VENV)/.ready-%: pyproject.toml $(PINS)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable ".$(EXTRA_$*)"
 	touch $@
 
+# One process for each core; the tests of a file, which share models, stay together.
+PYTEST := python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 EXTRA_dev := [dev]
 EXTRA_run :=
 
@@ -19,7 +22,7 @@ demo: $(VENV)/.ready-run
 	$(VENV)/bin/mixofshow demo
 
 test: $(VENV)/.ready-dev lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/$(PYTEST)
 
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
@@ -28,7 +31,7 @@ lint: $(VENV)/.ready-dev
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PINS=constraints/oldest.txt .venv-oldest/.ready-dev
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/$(PYTEST)
 
 constraints:
 	PYTHON=$(PYTHON) constraints/resolve.sh
