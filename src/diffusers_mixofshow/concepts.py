@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from diffusers_mixofshow.errors import ConceptError
@@ -130,3 +130,29 @@ def _unknown_message(unknown: list[str], known: Mapping[str, tuple[str, ...]]) -
         nearest = difflib.get_close_matches(word, known, n=1)
         hints.append(f"{word} (did you mean {nearest[0]}?)" if nearest else word)
     return f"Unknown in the prompt: {', '.join(hints)}. {loaded} Load it (load_edlora, --concepts) or mend the name."
+
+
+def replace_mention(text: str, concepts: Iterable[Concept], write: Callable[[str, Concept], str]) -> str:
+    """Write something else where a text first names a concept.
+
+    Args:
+        text: A prompt or caption.
+        concepts: The concepts to look for.
+        write: Gets the article before the name, or nothing, and the concept; what it returns takes the place of
+            article, name and, where it follows, class word.
+    """
+    found = [
+        (match.start(), match, concept)
+        for concept in concepts
+        if (match := re.search(_mention_of(concept), text, re.IGNORECASE)) is not None
+    ]
+    if not found:
+        return text
+    _, match, concept = min(found, key=lambda each: each[0])
+    return text[: match.start()] + write(match["article"] or "", concept) + text[match.end() :]
+
+
+def _mention_of(concept: Concept) -> str:
+    """Pattern of a concept's name with an article and the class word, where they are there."""
+    class_word = rf"(?: {re.escape(concept.class_word)}\b)?"
+    return rf"(?P<article>\b(?:an?|the|one) )?{re.escape(concept.placeholder)}{class_word}"

@@ -143,11 +143,13 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
         MissingExtraError: If the optimiser's or tracker's package is not installed.
     """
     from diffusers_mixofshow.training.checkpoints import check_writable
+    from diffusers_mixofshow.training.company import compose_company
     from diffusers_mixofshow.training.data import load_photos
     from diffusers_mixofshow.training.optimisers import optimizer_of
     from diffusers_mixofshow.training.tracking import check_tracker
 
     photos = load_photos(config)
+    composed = compose_company(photos, config)
     optimizer_of(config.optimizer)
     check_tracker(config.report_to)
     if config.output_dir is not None:
@@ -158,7 +160,8 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
     return {
         "base model": _told_base(config.pretrained_model_name_or_path),
         "concept": f"{config.concept_to_learn.placeholder}, a {config.concept_to_learn.class_word}",
-        "photos": f"{len(photos)} with {len(captions)} different captions, {masks} with a mask",
+        "photos": f"{len(photos)} with {len(captions)} different captions, {masks} with a mask"
+        + (f"; {len(composed)} pictures composed of them" if composed else ""),
         "method": f"{config.method}, rank {config.rank}",
         "time": time_of(
             config.pretrained_model_name_or_path,

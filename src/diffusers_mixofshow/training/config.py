@@ -71,6 +71,7 @@ RATES = ("embedding_learning_rate", "text_encoder_lr", "learning_rate", "text_kv
 """Settings that a training which goes on may have lowered."""
 _NOT_NEGATIVE = (
     *RATES,
+    "company",
     "tag_shuffles",
     "proportion_empty_prompts",
     "embedding_phase_steps",
@@ -120,6 +121,9 @@ class TrainingConfig:
             writing (no, reference).
         caption_column: The column of captions in ``metadata.jsonl`` or ``metadata.csv``; None ignores them.
         instance_prompt: Captions of photos that have none, one of them drawn at each step (after arXiv:2208.01618).
+        company: Share of training pictures, among all, that show the concept at two places. They are composed of the
+            photos by their masks; without masks, or for a scene, there are none (ours; not in ``paper``). What a
+            concept has never shown at a second place it half loses there.
         tag_shuffles: In how many random orders a caption's comma-separated tags are trained, the first tag always in
             front; 0: as written.
         proportion_empty_prompts: Share of captions that are left out, as guidance without a classifier wants it (0.1,
@@ -201,6 +205,7 @@ class TrainingConfig:
     random_flip: bool = False
     caption_column: str | None = "text"
     instance_prompt: tuple[str, ...] = TEMPLATES
+    company: float = 0.4
     tag_shuffles: int = 0
     proportion_empty_prompts: float = 0.0
     train_batch_size: int = 4
@@ -375,8 +380,11 @@ class TrainingConfig:
             defects.append("center_crop is set but framing is 'place', which crops nothing")
         if not self.instance_prompt:
             defects.append("instance_prompt is empty; give a caption such as 'a photo of a <TOK>'")
-        if self.proportion_empty_prompts >= 1:
-            defects.append(f"proportion_empty_prompts is {self.proportion_empty_prompts}, expected less than 1")
+        defects += [
+            f"{name} is {value}, expected less than 1"
+            for name in ("company", "proportion_empty_prompts")
+            if (value := getattr(self, name)) >= 1
+        ]
         if self.proportion_empty_prompts and 1 in (self.captions_per_step, self.train_batch_size):
             defects.append(
                 "proportion_empty_prompts is set but a step has a single caption; raise captions_per_step or "

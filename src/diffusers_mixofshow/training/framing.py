@@ -51,6 +51,8 @@ def crop_photo(photo: Photo, size: int | tuple[int, int], *, generator: torch.Ge
     x, y = (0.5, 0.5) if generator is None else torch.rand(2, generator=generator).tolist()
     image = ImageOps.fit(photo.image, (width, height), Image.Resampling.LANCZOS, centering=(x, y))
     valid = torch.ones(1, height, width)
+    if photo.known is not None:
+        valid = _to_tensor(ImageOps.fit(photo.known, (width, height), Image.Resampling.BOX, centering=(x, y)))
     mask = valid
     if photo.mask is not None:
         mask = _to_tensor(ImageOps.fit(photo.mask, (width, height), Image.Resampling.BOX, centering=(x, y)))

@@ -27,12 +27,14 @@ class Photo:
         image: RGB, turned upright.
         captions: Texts that describe it; each names the concept by its placeholder.
         mask: Where the concept is (mode L, white), as large as the image; None if there is no mask.
+        known: Where the loss may look (mode L, white), as large as the image; None: everywhere.
     """
 
     path: Path
     image: Image.Image
     captions: tuple[str, ...]
     mask: Image.Image | None
+    known: Image.Image | None = None
 
 
 def read_visible(path: Path, *, called: str) -> Picture:

@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "resolution": 512,
         "framing": "place",
         "random_flip": False,
+        "company": 0.0,
         "tag_shuffles": 8,
         "train_batch_size": 4,
         "captions_per_step": None,

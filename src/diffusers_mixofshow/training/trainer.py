@@ -36,6 +36,7 @@ from diffusers_mixofshow.training.checkpoints import (
     make_room,
     refuse_replacing,
 )
+from diffusers_mixofshow.training.company import compose_company
 from diffusers_mixofshow.training.compute import compiled, lean_updates, recomputed_activations
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos
@@ -101,6 +102,7 @@ class EDLoRATrainer:
         config = self.config
         refuse_replacing(config)
         photos = load_photos(config)
+        composed = compose_company(photos, config)
         make_optimizer = optimizer_of(config.optimizer)
         check_tracker(config.report_to)
         if config.output_dir is not None:
@@ -113,7 +115,7 @@ class EDLoRATrainer:
             check_words(config.concept_to_learn, self.pipeline.tokenizer)
             with borrowed(self.pipeline):
                 tuning = _Tuning(config, self.pipeline, accelerator, self._on_step)
-                edlora = tuning.run(photos, make_optimizer)
+                edlora = tuning.run(photos, composed, make_optimizer)
         edlora = replace(edlora, training={**edlora.training, "seconds": round(time.monotonic() - start, 1)})
         replaces = config.overwrite or config.resume_from_checkpoint is not None
         if config.output_dir is not None and accelerator.is_main_process:
@@ -146,11 +148,11 @@ class _Tuning:
         if config.output_dir is not None:
             self.checkpoints = CheckpointFolder(Path(config.output_dir), config.checkpoints_total_limit, accelerator)
 
-    def run(self, photos: Sequence[Photo], make_optimizer: MakeOptimizer) -> EDLoRA:
-        """Learn the concept, from the start or from a checkpoint."""
+    def run(self, photos: Sequence[Photo], composed: Sequence[Photo], make_optimizer: MakeOptimizer) -> EDLoRA:
+        """Learn the concept from its photos and the pictures composed of them, from the start or a checkpoint."""
         config, pipeline = self.config, self.pipeline
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        tokenized, self.batches = self._read_data(photos, scheduler.config.num_train_timesteps)
+        tokenized, self.batches = self._read_data([*photos, *composed], scheduler.config.num_train_timesteps)
         self.photos = len(photos)
         with ExitStack() as stack:
             self.trained = stack.enter_context(fresh(pipeline, config))

@@ -1,0 +1,166 @@
+"""Pictures of the concept in company of itself, composed of its own photos by their masks.
+
+Tuned on pictures of itself alone, a concept keeps its looks at the first place of a prompt and half loses them at the
+later ones, as nothing has ever shown it there.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from diffusers_mixofshow.concepts import Concept, replace_mention
+from diffusers_mixofshow.errors import MixOfShowWarning
+from diffusers_mixofshow.training.config import TrainingConfig
+from diffusers_mixofshow.training.pictures import Photo
+
+
+WORDINGS = (
+    "{0} and {0}",
+    "{0} and {0}",
+    "{0} on the left and {0} on the right",
+    "{0} left of {0}",
+    "{0} beside {0}",
+)
+"""How captions name the concept at two places; drawn with equal chances."""
+
+_PLACES = 2
+_HEIGHTS = (0.5, 0.68)
+"""Of a cut-out, as fractions of the picture's."""
+_WIDEST = 0.97
+"""Of a cut-out, as a fraction of its column's width."""
+_GROUNDS = (0.84, 0.97)
+"""Where cut-outs stand, as fractions of the picture's height; one that its photo cuts off below stands at the edge."""
+_INSIDE = 128
+"""From this value of 255 on, a pixel of a mask is inside."""
+_RIM = 0.01
+"""By how much of the picture's width a subject's mask is widened before the subject is taken away."""
+
+
+def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Photo]:
+    """Compose square pictures that show the concept twice side by side, before its photos' own backgrounds.
+
+    Args:
+        photos: The concept's; those with a mask are cut out, and are the backgrounds.
+        config: The share of composed pictures among all, the concept, and the seed that draws photos, sizes, places
+            and wordings.
+
+    Returns:
+        The composed pictures, captioned like the photos that they stand before. `Photo.known` leaves out what no photo
+        shows: what was behind a subject that was taken away.
+
+    Warns:
+        MixOfShowWarning: If no photo has a mask, so that nothing can be composed.
+    """
+    masked = [photo for photo in photos if photo.mask is not None]
+    if not config.company or config.kind == "scene":
+        return []
+    if not masked:
+        warnings.warn(
+            "No photo has a mask, so no pictures of the concept at several places are composed. With masks "
+            "(masks/NAME.png, white is the concept, or photos that are cut out) it would keep its looks better beside "
+            "others. company 0 says that none are wanted.",
+            MixOfShowWarning,
+            stacklevel=2,
+        )
+        return []
+    chance = random.Random(config.seed)
+    count = round(len(photos) * config.company / (1 - config.company))
+    grounds = [chance.sample(masked, len(masked)) for _ in range(0, count, len(masked))]
+    return [
+        _composed(ground, masked, config.concept_to_learn, chance)
+        for ground in list(chain.from_iterable(grounds))[:count]
+    ]
+
+
+@dataclass(frozen=True)
+class _Cutout:
+    """A subject without its surroundings, its mask (mode L), and whether its photo's lower edge cuts it off."""
+
+    image: Image.Image
+    mask: Image.Image
+    cut_off: bool
+
+
+def _composed(ground: Photo, masked: Sequence[Photo], concept: Concept, chance: random.Random) -> Photo:
+    image, known = _emptied(ground)
+    mask = Image.new("L", image.size)
+    for place in range(_PLACES):
+        cutout = _cut_out(chance.choice(masked))
+        left, top, size = _stand(cutout, image.width, place, chance)
+        subject = cutout.image.resize(size, Image.Resampling.LANCZOS)
+        shape = cutout.mask.resize(size, Image.Resampling.BOX)
+        image.paste(subject, (left, top), shape)
+        mask.paste(shape, (left, top), shape)
+        known.paste(255, (left, top, left + size[0], top + size[1]), shape)
+    captions = tuple(_named_twice(caption, concept, chance) for caption in ground.captions)
+    return Photo(path=ground.path, image=image, captions=captions, mask=mask, known=known)
+
+
+def _emptied(photo: Photo) -> tuple[Image.Image, Image.Image]:
+    """The photo's middle square with its subject's place filled from around it, and where it is still a photo."""
+    side = min(photo.image.size)
+    image = ImageOps.fit(photo.image, (side, side))
+    subject = ImageOps.fit(_mask_of(photo), (side, side), Image.Resampling.BOX)
+    inside = subject.filter(ImageFilter.MaxFilter(2 * max(1, round(_RIM * side)) + 1))
+    known = np.asarray(inside)[..., None] < _INSIDE
+    filled = fill_unknown(np.asarray(image, dtype=np.float64), known)
+    return Image.fromarray(filled.round().astype(np.uint8)), Image.fromarray(known[..., 0].astype(np.uint8) * 255)
+
+
+def fill_unknown(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Give unknown pixels the mean of the smallest aligned square of 2, 4, 8, ... pixels that has known ones.
+
+    Args:
+        values: Shape (height, width, channels), float.
+        known: Booleans of shape (height, width, 1).
+
+    Returns:
+        Shape (height, width, channels); zeros where nothing is known.
+    """
+    height, width = known.shape[:2]
+    if known.all() or max(height, width) == 1:
+        return np.where(known, values, 0)
+    counts, sums = (_quarters(part) for part in (known.astype(np.float64), np.where(known, values, 0)))
+    coarse = fill_unknown(sums / np.maximum(counts, 1), counts > 0)
+    return np.where(known, values, coarse.repeat(2, axis=0).repeat(2, axis=1)[:height, :width])
+
+
+def _quarters(values: np.ndarray) -> np.ndarray:
+    """Sums over squares of 2 x 2 pixels, of (height, width, channels)."""
+    padded = np.pad(values, ((0, values.shape[0] % 2), (0, values.shape[1] % 2), (0, 0)))
+    return padded[::2, ::2] + padded[1::2, ::2] + padded[::2, 1::2] + padded[1::2, 1::2]
+
+
+def _cut_out(photo: Photo) -> _Cutout:
+    mask = _mask_of(photo)
+    box = mask.point(lambda value: 255 * (value >= _INSIDE)).getbbox() or (0, 0, *mask.size)
+    return _Cutout(photo.image.crop(box), mask.crop(box), cut_off=box[3] == mask.height)
+
+
+def _mask_of(photo: Photo) -> Image.Image:
+    return photo.mask or Image.new("L", photo.image.size, 255)
+
+
+def _stand(cutout: _Cutout, side: int, place: int, chance: random.Random) -> tuple[int, int, tuple[int, int]]:
+    """Left, top and size of a cut-out at a random place in its column, in pixels."""
+    column, shape = side / _PLACES, cutout.image.width / cutout.image.height
+    height = min(chance.uniform(*_HEIGHTS) * side, _WIDEST * column / shape)
+    left = place * column + chance.random() * (column - height * shape)
+    bottom = side if cutout.cut_off else chance.uniform(*_GROUNDS) * side
+    return round(left), round(bottom - height), (max(1, round(height * shape)), max(1, round(height)))
+
+
+def _named_twice(caption: str, concept: Concept, chance: random.Random) -> str:
+    """The caption, but where it names the concept first it names one on each place."""
+    called = concept.placeholder + chance.choice(("", f" {concept.class_word}"))
+    together = chance.choice(WORDINGS)
+    return replace_mention(
+        caption, [concept], lambda article, _: together.format(f"a {called}" if article else called)
+    )
