@@ -22,7 +22,7 @@ from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_of_sampling, r
 from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
-from diffusers_mixofshow.concepts import split_prompt
+from diffusers_mixofshow.concepts import check_distinct, split_prompt
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 
 
@@ -103,6 +103,7 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
     controls = parse_controls(asked["control"] or [], CONTROLNETS, called="ControlNet")
     adapters = parse_controls(asked["adapter"] or [], ADAPTERS, called="T2I-Adapter")
     packs = {source: read_pack(source, asked["base"]) for source in asked["concepts"] or []}
+    check_distinct(concept for pack in packs.values() for concept in pack.concepts)
     base = asked["base"] or _base_of(packs.values())
     if asked["mask"] is not None:
         refuse_inpainting(base)

@@ -165,6 +165,7 @@ class GradientFuser:
             One ED-LoRA with all concepts; its `report` tells settings and residuals.
 
         Raises:
+            ConceptError: If concepts of several sources share names.
             FusionError: If the sources fit neither each other nor the model; lists everything that is wrong.
         """
         fused = self._fused(sources, replace(self.settings, method=method), weights, scales)

@@ -191,7 +191,8 @@ class FusedPack(EDLoRA):
             prompts: Recording prompts, only noted in the report.
 
         Raises:
-            FusionError: If statistics are missing, the source does not fit, or its concept is in the pack already.
+            ConceptError: If its concept is in the pack already.
+            FusionError: If statistics are missing, or the source does not fit.
         """
         (added,) = gather([source], None, prompts=prompts, with_statistics=True)
         return refused(self, (*self.sources, added))

@@ -22,7 +22,6 @@ from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import commit_of, download, is_repo_id
 from diffusers_mixofshow.edlora.reading import within
 from diffusers_mixofshow.errors import (
-    ConceptError,
     EDLoRAFormatError,
     EDLoRANotFoundError,
     FusionError,
@@ -273,6 +272,7 @@ def gather(
         with_statistics: Look for statistics beside the sources.
 
     Raises:
+        ConceptError: If concepts of several sources share names.
         FusionError: If anything does not fit; lists everything that is wrong.
     """
     if isinstance(given, str | os.PathLike | EDLoRA | FusionSource | LoRASource):
@@ -435,9 +435,14 @@ def _number_defects(what: str, numbers: Sequence[float], count: int, *, positive
 
 
 def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
-    """Find what keeps ED-LoRAs from being fused with each other: bases, layers, names, or that there are none."""
+    """Find what keeps ED-LoRAs from being fused with each other: bases, layers, or that there are none.
+
+    Raises:
+        ConceptError: If concepts share names, in which case they may as well be one source given twice.
+    """
     if not edloras:
         return ["none was given; give at least one"]
+    check_distinct(concept for edlora in edloras for concept in edlora.concepts)
     defects = []
     bases = {one_name(edlora.base_model): _names(edlora) for edlora in reversed(edloras) if edlora.base_model}
     if len(bases) > 1:
@@ -448,13 +453,6 @@ def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
         defects.append(f"they name different cross-attention layers (numbers of layers: {counts})")
     if misfits := _size_defects(edloras):
         defects.append(f"they were made for layers of different sizes ({', '.join(misfits[:3])})")
-    names = [_names(edlora) for edlora in edloras if edlora.concepts]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        return [*defects, f"given more than once: {'; '.join(twice)}; give each once, or rename one of the concepts"]
-    try:
-        check_distinct(concept for edlora in edloras for concept in edlora.concepts)
-    except ConceptError as error:
-        defects.append(str(error))
     return defects
 
 
