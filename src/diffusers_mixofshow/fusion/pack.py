@@ -44,6 +44,7 @@ from diffusers_mixofshow.fusion.sources import (
     gather,
     is_carried,
     mutual_defects,
+    refuse_replacing,
 )
 from diffusers_mixofshow.fusion.statistics import input_name
 from diffusers_mixofshow.fusion.team import Team
@@ -94,13 +95,18 @@ class FusedPack(EDLoRA):
             sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that the
                 pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it finds only
                 those that came from the Hub.
-            overwrite: Take the place of the pack that is there, if any. Sources that it carries and that are this
-                pack's as well stay, the others go.
+            overwrite: Take the place of the pack that is there, if any; of one of the sources only with `sources`.
+                Sources that it carries and that are this pack's as well stay, the others go.
 
         Returns:
             Path of the safetensors file.
+
+        Raises:
+            OverwriteError: If something is there already, or a source would be lost.
         """
-        refuse_overwriting(*places(Path(folder), self._file_name, merged=merged), overwrite=overwrite)
+        taken = replaced(Path(folder), self._file_name, self.sources, merged=merged)
+        refuse_replacing(self.sources, *taken, carried=sources)
+        refuse_overwriting(*taken, overwrite=overwrite)
         if not self.concepts and merged:
             raise FusionError(
                 "A pack without concepts is written as one plain LoRA; merged is for packs with concepts. Load it "
@@ -119,9 +125,8 @@ class FusedPack(EDLoRA):
 
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
         """What an earlier pack has left in a folder, but for sources that both are fused from."""
-        own = {Path(folder, _carried(source.prompts)): source for source in self.sources}
-        left = super()._stale(folder, merged=merged)
-        return [path for path in left if path not in own or not is_carried(own[path], path)]
+        kept = _kept(folder, self.sources)
+        return [path for path in super()._stale(folder, merged=merged) if path not in kept]
 
     def _save_plain(self, folder: Path) -> Path:
         """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
@@ -322,6 +327,25 @@ def packed(
         sources=sources,
         settings=settings,
     )
+
+
+def replaced(folder: Path, file_name: str, sources: Sequence[Source], *, merged: bool = False) -> list[Path]:
+    """What a pack of these sources takes the place of in a folder, or makes stale; sources that it has already stay.
+
+    Args:
+        folder: Where it is to be saved; may be missing.
+        file_name: The pack's file.
+        sources: What it is fused from.
+        merged: Whether a complete pipeline is to be saved.
+    """
+    kept = _kept(folder, sources)
+    return [place for place in places(folder, file_name, merged=merged) if place not in kept]
+
+
+def _kept(folder: Path, sources: Sequence[Source]) -> list[Path]:
+    """Those of the sources that a folder carries already, as a pack of them would carry them."""
+    carried = {Path(folder, _carried(source.prompts)): source for source in sources}
+    return [place for place, source in carried.items() if is_carried(source, place)]
 
 
 def _carried(names: Iterable[str]) -> str:

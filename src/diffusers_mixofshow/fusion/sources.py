@@ -27,6 +27,7 @@ from diffusers_mixofshow.errors import (
     FusionError,
     MixOfShowError,
     MixOfShowWarning,
+    OverwriteError,
 )
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
@@ -171,6 +172,27 @@ def carry(source: Source, folder: Path) -> None:
         path = write_lora(folder / PLAIN_NAME, source.edlora.lora)
     if source.statistics is not None:
         source.statistics.copy(statistics_path(path))
+
+
+def refuse_replacing(sources: Sequence[Source], *places: Path, carried: bool) -> None:
+    """Refuse to write where a source lies: nobody who fuses means to lose it, whatever else may be overwritten.
+
+    Args:
+        sources: What is fused.
+        places: Files and folders that the result replaces or removes.
+        carried: Whether the result carries its sources along, those of another scale as they were fused.
+
+    Raises:
+        OverwriteError: Names the sources that would be lost.
+    """
+    gone = [place.resolve() for place in places]
+    left = [source for source in sources if not (carried and source.folded == 1)]
+    homes = {source.origin: source.home.resolve() for source in left if source.home is not None}
+    if lost := [origin for origin, home in homes.items() if any(home.is_relative_to(place) for place in gone)]:
+        raise OverwriteError(
+            f"The result would take the place of {', '.join(lost)}, which it is fused from and would be lost. Choose "
+            "another place, or carry sources at their own scale along: sources=True, --keep-sources."
+        )
 
 
 def is_carried(source: Source, folder: Path) -> bool:
