@@ -14,7 +14,7 @@ import typer
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
-from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, known_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring, replaces
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.concepts import KINDS
@@ -53,12 +53,15 @@ Kind = Annotated[
     list[str] | None,
     typer.Option(help=f"'potter=character': its kind ({', '.join(KINDS)}), likewise; it chooses the prompts."),
 ]
-Base = Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)")]
+Base = Annotated[
+    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=known_base)
+]
 MetricModel = Annotated[
     str | None,
     typer.Option(
         help="CLIP that looks at the pictures: Hub id or folder. (default: openai/clip-vit-base-patch32; toyland: "
-        "its own)"
+        "its own)",
+        callback=known_base,
     ),
 ]
 Count = Annotated[int, typer.Option(min=1, help="Of each concept in each pack.")]
