@@ -154,5 +154,5 @@ def test_the_error_speaks_of_options(place: Path) -> None:
     assert (result.returncode, result.stdout) == (cli.WRONG_USE, "")
     assert result.stderr == (
         "Error: begun/checkpoint-2 is there already, and nothing is overwritten unasked. Go on with "
-        "--resume-from-checkpoint 'latest', choose another --output-dir, or give --overwrite, which replaces it.\n"
+        "--resume-from-checkpoint 'latest', choose another --output, or give --overwrite, which replaces it.\n"
     )

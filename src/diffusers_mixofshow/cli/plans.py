@@ -142,7 +142,7 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
         ConfigurationError: If the output folder cannot be written.
         MissingExtraError: If the optimiser's or tracker's package is not installed.
     """
-    from diffusers_mixofshow.training.checkpoints import check_writable
+    from diffusers_mixofshow.training.checkpoints import check_writable, starting_point
     from diffusers_mixofshow.training.data import load_photos
     from diffusers_mixofshow.training.optimisers import optimizer_of
     from diffusers_mixofshow.training.tracking import check_tracker
@@ -152,6 +152,7 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
     check_tracker(config.report_to)
     if config.output_dir is not None:
         check_writable(Path(config.output_dir), make=False)
+    checkpoint = starting_point(config)
     captions = {caption for photo in photos for caption in photo.captions}
     masks = sum(photo.mask is not None for photo in photos)
     batch = config.train_batch_size * config.gradient_accumulation_steps
@@ -168,6 +169,7 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
             backward=True,
         ),
         "steps": f"{config.total_steps} of {batch} pictures at {config.resolution} pixels",
+        "begins": f"after {checkpoint}" if checkpoint else "at its start",
         "writes": config.output_dir,
     }
 
