@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
 
@@ -42,10 +42,6 @@ class FileContent(io.BytesIO):
         """Read the file."""
         super().__init__(path.read_bytes())
         self.path = path
-
-    def __repr__(self) -> str:
-        """What Pillow's errors call it."""
-        return repr(str(self.path))
 
     @property
     def digest(self) -> str:
@@ -151,7 +147,9 @@ def open_upright(source: Source, *, called: str) -> Opened:
             raise
         if isinstance(error, FileNotFoundError):
             raise PictureError(f"{called} does not exist") from error
-        raise PictureError(f"{called} is no readable picture ({error})") from error
+        # The text of an unidentified one is its path once more.
+        reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+        raise PictureError(f"{called} is no readable picture ({reason})") from error
 
 
 def unit_range(values: np.ndarray, called: str) -> np.ndarray:

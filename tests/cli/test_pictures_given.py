@@ -114,11 +114,11 @@ def test_a_picture_tells_what_it_was_drawn_from_though_that_is_replaced(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--image", "text.png"], "cannot identify image file 'text.png'"),
-        (["--image", "photo.png", "--mask", "text.png"], "cannot identify image file 'text.png'"),
-        (["--control", "image@net=text.png"], "cannot identify image file 'text.png'"),
-        (["--adapter", "image@adapter=text.png"], "cannot identify image file 'text.png'"),
-        (["--control", "image@net=photo.png", "--control", "canny=text.png"], "cannot identify image file 'text.png'"),
+        (["--image", "text.png"], "its format is not known"),
+        (["--image", "photo.png", "--mask", "text.png"], "its format is not known"),
+        (["--control", "image@net=text.png"], "its format is not known"),
+        (["--adapter", "image@adapter=text.png"], "its format is not known"),
+        (["--control", "image@net=photo.png", "--control", "canny=text.png"], "its format is not known"),
         (["--image", "empty.png"], "the file is empty"),
         (["--control", "image@net=empty.png"], "the file is empty"),
     ],

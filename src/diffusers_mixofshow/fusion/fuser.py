@@ -326,7 +326,7 @@ class GradientFuser:
         """Write statistics to their place and take them from there; where there is none, they stay in memory."""
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            statistics = SourceStatistics.load(statistics.save(place, max_bytes=self.statistics_bytes))
+            statistics = SourceStatistics.load(statistics.save(place, max_bytes=self.statistics_bytes, overwrite=True))
         return replace(source, statistics=statistics)
 
     def _place(self, source: Source) -> Path | None:
