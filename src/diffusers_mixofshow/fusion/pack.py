@@ -125,8 +125,7 @@ class FusedPack(EDLoRA):
 
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
         """What an earlier pack has left in a folder, but for sources that both are fused from."""
-        kept = _kept(folder, self.sources)
-        return [path for path in super()._stale(folder, merged=merged) if path not in kept]
+        return _without_kept(super()._stale(folder, merged=merged), folder, self.sources)
 
     def _save_plain(self, folder: Path) -> Path:
         """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
@@ -338,14 +337,13 @@ def replaced(folder: Path, file_name: str, sources: Sequence[Source], *, merged:
         sources: What it is fused from.
         merged: Whether a complete pipeline is to be saved.
     """
-    kept = _kept(folder, sources)
-    return [place for place in places(folder, file_name, merged=merged) if place not in kept]
+    return _without_kept(places(folder, file_name, merged=merged), folder, sources)
 
 
-def _kept(folder: Path, sources: Sequence[Source]) -> list[Path]:
-    """Those of the sources that a folder carries already, as a pack of them would carry them."""
-    carried = {Path(folder, _carried(source.prompts)): source for source in sources}
-    return [place for place, source in carried.items() if is_carried(source, place)]
+def _without_kept(found: Sequence[Path], folder: Path, sources: Sequence[Source]) -> list[Path]:
+    """What was found in a folder but for those of the sources that it carries as a pack of them would."""
+    own = {Path(folder, _carried(source.prompts)): source for source in sources}
+    return [path for path in found if path not in own or not is_carried(own[path], path)]
 
 
 def _carried(names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ class FusionSource:
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
+        opened: What was found at that place already, which is not read again then.
     """
 
     source: EDLoRA | str | os.PathLike[str]
     weight: float = 1.0
     scale: float = 1.0
     statistics: SourceStatistics | str | os.PathLike[str] | None = None
+    opened: Opened | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class LoRASource:
         scale: Factor on all its updates.
         name: What reports call it; by default the file's name.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
+        opened: What was found at that place already, which is not read again then.
     """
 
     source: str | os.PathLike[str]
@@ -77,6 +80,7 @@ class LoRASource:
     scale: float = 1.0
     name: str = ""
     statistics: SourceStatistics | str | os.PathLike[str] | None = None
+    opened: Opened | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a source without a prompt: what it does then is never seen."""
@@ -338,7 +342,8 @@ def _read(
         edlora = origin
     else:
         plain = isinstance(entry, LoRASource) and Path(origin, PLAIN_NAME).is_file()
-        opened = open_edlora(origin, layers=layers, weight_name=PLAIN_NAME if plain else None)
+        weights = PLAIN_NAME if plain else None
+        opened = entry.opened or open_edlora(origin, layers=layers, weight_name=weights)
         opened.tell()
         edlora, file = opened.edlora, opened.file
         _refuse_other_kind(entry, edlora)
