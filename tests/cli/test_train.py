@@ -203,3 +203,26 @@ def test_errors_name_options_as_the_help_does_first() -> None:
     assert "--steps is 0" in message
     assert "--batch-size is 0" in message
     assert "--validation-steps is 'x'" in message
+
+
+@pytest.mark.parametrize(
+    ("class_word", "told"),
+    [
+        ("dog", ""),
+        ("Dog", ""),
+        ("red dog", "'red dog' is 2 tokens of the base"),
+        ("zeppelin", "'zeppelin' is no word that the base knows"),
+        ("blue zeppelin", "'zeppelin' is no word that the base knows"),
+        ("critterr", "Its words spelt most alike: critter"),
+    ],
+)
+def test_a_plan_tells_words_that_the_base_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_word: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Image.linear_gradient("L").resize((64, 64)).save("photos/a.png")
+    asked = ["train", "photos", "--concept", "rex", "--class-word", class_word, "--base", "toyland", "--dry-run"]
+    warned = CliRunner().invoke(cli.app, asked, catch_exceptions=False).stderr
+    assert told in warned
+    assert ("The class word" in warned) == bool(told)

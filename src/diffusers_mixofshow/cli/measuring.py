@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -193,6 +193,8 @@ def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
         "seed": asked.seed,
     }
     photos = _photo_files(asked.photos, known)
+    if base == TOYLAND == settings["metric_model"]:
+        _warn_of_looks_left_out(packs, photos)
     return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
 
 
@@ -351,6 +353,17 @@ def _drawn(packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_att
         photos: list[Image.Image] = [photo.image for photo in toyland.photos(toy)]
         references[placeholder] = Reference(photos=photos, attributes=attributes)
     return references
+
+
+def _warn_of_looks_left_out(packs: Mapping[str, EDLoRA], photos: Collection[str]) -> None:
+    own = _toyland_concepts(packs, {})
+    if left := [name for name in photos if name in own and own[name].kind != "scene"]:
+        warnings.warn(
+            f"the looks of {', '.join(left)} are not read: what they should be is known of the pictures that Toyland "
+            "draws, and --photos gives others; without --photos they are read.",
+            MixOfShowWarning,
+            stacklevel=2,
+        )
 
 
 def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) -> dict[str, ToyConcept]:

@@ -139,6 +139,7 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
 
     Raises:
         TrainingDataError: If photos, captions or masks cannot be used.
+        ConceptError: If the base's tokenizer knows the concept's name already, or cannot read its class word.
         ConfigurationError: If the output folder cannot be written.
         MissingExtraError: If the optimiser's or tracker's package is not installed.
     """
@@ -147,6 +148,7 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
     from diffusers_mixofshow.training.optimisers import optimizer_of
     from diffusers_mixofshow.training.tracking import check_tracker
 
+    _check_words(config)
     photos = load_photos(config)
     optimizer_of(config.optimizer)
     check_tracker(config.report_to)
@@ -172,6 +174,17 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
         "begins": f"after {checkpoint}" if checkpoint else "at its start",
         "writes": config.output_dir,
     }
+
+
+def _check_words(config: TrainingConfig) -> None:
+    """Say what the base's tokenizer makes of the class word, where it lies on this disk."""
+    from transformers import CLIPTokenizer
+
+    from diffusers_mixofshow.training.words import check_words
+
+    folder = Path(location_of(config.pretrained_model_name_or_path)) / "tokenizer"
+    if folder.is_dir():
+        check_words(config.concept_to_learn, CLIPTokenizer.from_pretrained(folder))
 
 
 def plan_of_measuring(
