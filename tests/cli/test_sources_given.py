@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from diffusers_mixofshow import EDLoRA, GradientFuser, MixOfShowPipeline, cli
-from diffusers_mixofshow.errors import ConceptError, MixOfShowWarning, OverwriteError
+from diffusers_mixofshow.errors import ConceptError, FusionError, MixOfShowWarning, OverwriteError
 from diffusers_mixofshow.interop import write_lora
 
 
@@ -130,6 +130,15 @@ def test_a_source_that_is_carried_along_is_not_lost(published: Path, tmp_path: P
     )
     carried = EDLoRA.from_pretrained(tmp_path / "rex" / "sources" / "rex")
     assert carried.digest == EDLoRA.from_pretrained(published / "rex").digest
+
+
+def test_sources_that_cannot_be_carried_are_told_before_the_fusion(published: Path, tmp_path: Path) -> None:
+    for name in ("a&b", "a,b"):
+        shutil.copy(published / "plain" / "pytorch_lora_weights.safetensors", tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("a&b", "a,b")]
+    asked = [*files, "--prompts", "a", "--prompts", "b", "--base", "no/base", "--output", str(tmp_path / "new")]
+    with pytest.raises(FusionError, match="one folder for a&b and a,b"):
+        run("fuse", *asked, "--keep-sources", "--dry-run")
 
 
 def test_a_pack_may_be_fused_anew_from_the_sources_that_it_carries(published: Path, tmp_path: Path) -> None:

@@ -174,10 +174,12 @@ def _places(
 ) -> list[Path]:
     """All places that are written to, or whose content would be stale; refused where they are taken."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
-    from diffusers_mixofshow.fusion.pack import replaced
+    from diffusers_mixofshow.fusion.pack import check_carried, replaced
     from diffusers_mixofshow.fusion.sources import refuse_replacing
     from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 
+    if carried:
+        check_carried(gathered)
     plain = not any(source.edlora.concepts for source in gathered)
     taken = replaced(output, PLAIN_NAME if plain else FILE_NAME, gathered)
     taken += [] if heat_map is None else [heat_map]

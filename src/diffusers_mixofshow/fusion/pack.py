@@ -103,7 +103,10 @@ class FusedPack(EDLoRA):
 
         Raises:
             OverwriteError: If something is there already, or a source would be lost.
+            FusionError: If two sources would be carried in one folder; nothing is written then.
         """
+        if sources:
+            check_carried(self.sources)
         taken = replaced(Path(folder), self._file_name, self.sources, merged=merged)
         refuse_replacing(self.sources, *taken, carried=sources)
         refuse_overwriting(*taken, overwrite=overwrite)
@@ -344,6 +347,22 @@ def _without_kept(found: Sequence[Path], folder: Path, sources: Sequence[Source]
     """What was found in a folder but for those of the sources that it carries as a pack of them would."""
     own = {Path(folder, _carried(source.prompts)): source for source in sources}
     return [path for path in found if path not in own or not is_carried(own[path], path)]
+
+
+def check_carried(sources: Sequence[Source]) -> None:
+    """Refuse sources that a pack would carry in one folder, also where a system takes capitals for the same letters.
+
+    Raises:
+        FusionError: Names them.
+    """
+    folders: dict[str, list[str]] = {}
+    for source in sources:
+        folders.setdefault(_carried(source.prompts).casefold(), []).append(source.name)
+    if clashes := [" and ".join(names) for names in folders.values() if len(names) > 1]:
+        raise FusionError(
+            f"A pack that carries its sources would have one folder for {'; for '.join(clashes)}. Give plain LoRAs "
+            "other names (name='...'), rename a concept, or leave the sources out."
+        )
 
 
 def _carried(names: Iterable[str]) -> str:
