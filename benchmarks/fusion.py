@@ -157,7 +157,7 @@ def synthetic_statistics(path: Path) -> SourceStatistics:
         features = torch.randn(2048, width, generator=generator) * torch.logspace(0, -2, width)
         concept.add(name, features)
     statistics = SourceStatistics(digest="", base_model="synthetic", recording={}, concepts={"<c>": concept})
-    return SourceStatistics.load(statistics.save(path, max_bytes=2_000_000))
+    return SourceStatistics.load(statistics.save(path, max_bytes=2_000_000, overwrite=True))
 
 
 def synthetic_edlora(number: int) -> EDLoRA:

@@ -185,7 +185,7 @@ def test_card_has_tags_table_and_code_for_one_concept(pack, tmp_path):
     assert "| `<rex>` | dog | pet | `a <rex>` |" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert f"pipe.load_edlora({str(tmp_path / 'rex')!r})" in code
+    assert "pipe.load_edlora('rex')" in code
     assert "Region" not in code
 
 

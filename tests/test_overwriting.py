@@ -239,11 +239,16 @@ def test_a_source_of_the_same_name_and_other_weights_is_another(published: Path,
     assert EDLoRA.from_pretrained(tmp_path / "sources" / "rex").digest == other.digest
 
 
-def test_a_fusion_may_take_the_place_of_one_of_its_sources(published: Path, tmp_path: Path) -> None:
+def test_a_fusion_may_take_the_place_of_one_of_its_sources_if_it_carries_them(published: Path, tmp_path: Path) -> None:
     shutil.copytree(published / "rex", tmp_path / "rex")
     pack = GradientFuser().fuse([str(tmp_path / "rex"), str(published / "kit")])
     with pytest.raises(OverwriteError, match="and nothing is overwritten"):
-        pack.save_pretrained(tmp_path / "rex")
+        pack.save_pretrained(tmp_path / "rex", sources=True)
+    before = contents(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(OverwriteError, match=r"rex, which it is fused from and would be lost.*sources=True"):
+            pack.save_pretrained(tmp_path / "rex", overwrite=overwrite)
+    assert contents(tmp_path) == before
     pack.save_pretrained(tmp_path / "rex", sources=True, overwrite=True)
     assert not (tmp_path / "rex" / STATISTICS).exists()
     again = FusedPack.from_pretrained(tmp_path / "rex").remove("<kit>")

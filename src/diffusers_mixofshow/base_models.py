@@ -26,9 +26,16 @@ _LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
 _GUIDANCE, _GUIDANCE_OF_TOYLAND = 7.5, 3.0
 
 
+def known_spelling(base_model: str) -> str:
+    """A base model's name as this package spells it: the embedded base in any case, unless a folder is called so."""
+    embedded = base_model.lower() == TOYLAND and (base_model == TOYLAND or not Path(base_model).is_dir())
+    return TOYLAND if embedded else base_model
+
+
 def location_of(base_model: str) -> str:
     """What diffusers loads for a base model's name: the name itself, or the folder of the embedded base."""
-    return str(Path(__file__).parent / "toyland" / "weights") if base_model == TOYLAND else base_model
+    embedded = known_spelling(base_model) == TOYLAND
+    return str(Path(__file__).parent / "toyland" / "weights") if embedded else base_model
 
 
 def one_name(base_model: str) -> str:
@@ -37,6 +44,8 @@ def one_name(base_model: str) -> str:
     The embedded base's folder is ``toyland``, a folder of the Hub's cache the id that it came from, and any other
     folder its full path; what is not here keeps its name.
     """
+    if known_spelling(base_model) == TOYLAND:
+        return TOYLAND
     try:
         path = Path(base_model).expanduser().resolve()
         here = bool(base_model) and path.is_dir()
@@ -75,7 +84,7 @@ def public_name(source: str) -> str:
 
 def usual_guidance(base_model: str) -> float:
     """The guidance scale that a base model draws well with: diffusers' default, or what Toyland measured best."""
-    if base_model == TOYLAND:
+    if known_spelling(base_model) == TOYLAND:
         return _GUIDANCE_OF_TOYLAND
     return guidance_of_unet(_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
 

@@ -67,16 +67,18 @@ class Concept:
 
 
 def check_distinct(concepts: Iterable[Concept]) -> None:
-    """Raise one `ConceptError` that lists every name used by more than one concept."""
-    seen: dict[str, str] = {}
+    """Raise one `ConceptError` that lists every name used by more than one concept; of a placeholder no tokens."""
+    owner: dict[str, str] = {}
     clashes = []
     for concept in concepts:
-        for name in (concept.placeholder, *concept.tokens):
-            if name in seen:
-                clashes.append(f"{name} (of {seen[name]} and {concept.placeholder})")
-            seen[name] = concept.placeholder
+        whole = owner.get(concept.placeholder) == concept.placeholder
+        names = (concept.placeholder, *(() if whole else concept.tokens))
+        others = "" if whole else " (of {} and {})"
+        clashes += [name + others.format(owner[name], concept.placeholder) for name in names if name in owner]
+        owner |= dict.fromkeys((concept.placeholder, *concept.tokens), concept.placeholder)
     if clashes:
-        raise ConceptError(f"Names used twice: {', '.join(clashes)}. Rename one of the concepts.")
+        told = ", ".join(dict.fromkeys(clashes))
+        raise ConceptError(f"Names used twice: {told}. Give each concept once, or rename one of them.")
 
 
 def split_prompt(prompt: str, concepts: Iterable[Concept], *, also_known: Collection[str] = ()) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
 
@@ -31,6 +33,21 @@ PICTURE_SUFFIXES = (
     *HEIF_SUFFIXES,
 )
 """Endings of the files that count as pictures, in lower case."""
+
+
+class FileContent(io.BytesIO):
+    """What a file held when it was read, for those who look at it and tell afterwards which one that was."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file."""
+        super().__init__(path.read_bytes())
+        self.path = path
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content."""
+        return hashlib.sha256(self.getbuffer()).hexdigest()
+
 
 Source = Path | BinaryIO | Image.Image
 """A picture's file, its bytes as an open file, or the picture itself."""
@@ -130,7 +147,9 @@ def open_upright(source: Source, *, called: str) -> Opened:
             raise
         if isinstance(error, FileNotFoundError):
             raise PictureError(f"{called} does not exist") from error
-        raise PictureError(f"{called} is no readable picture ({error})") from error
+        # The text of an unidentified one is its path once more.
+        reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+        raise PictureError(f"{called} is no readable picture ({reason})") from error
 
 
 def unit_range(values: np.ndarray, called: str) -> np.ndarray:
@@ -152,13 +171,14 @@ def unit_range(values: np.ndarray, called: str) -> np.ndarray:
 
 
 def _open(source: Path | BinaryIO, called: str) -> Image.Image:
-    if not isinstance(source, Path):
+    path = source.path if isinstance(source, FileContent) else source
+    if not isinstance(path, Path):
         return Image.open(source)
-    if source.exists() and not source.is_file():
+    if path.exists() and not path.is_file():
         raise ValueError("it is no file")
-    if source.is_file() and not source.stat().st_size:
+    if path.is_file() and not path.stat().st_size:
         raise ValueError("the file is empty")
-    if source.suffix.lower() not in HEIF_SUFFIXES:
+    if path.suffix.lower() not in HEIF_SUFFIXES:
         return Image.open(source)
     try:
         import pillow_heif

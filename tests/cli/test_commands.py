@@ -19,7 +19,7 @@ from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_region
 from diffusers_mixofshow.cli.sample import numbered
 from diffusers_mixofshow.cli.train import training_config
-from diffusers_mixofshow.errors import ConfigurationError, FusionError, MixOfShowError, RegionError
+from diffusers_mixofshow.errors import ConfigurationError, FusionError, MixOfShowError, MixOfShowWarning, RegionError
 from diffusers_mixofshow.regions import Layout, Region
 
 
@@ -355,6 +355,32 @@ def test_fuse_reads_every_file_once(tmp_path: Path, tiny_base: Path, monkeypatch
     options = ["--base", str(tiny_base), "--output", str(tmp_path / "both"), "--method", "average"]
     CliRunner().invoke(cli.app, ["fuse", *sources, *options], catch_exceptions=False)
     assert [str(path) for path in reads] == sources
+
+
+@pytest.mark.parametrize("way", ["arguments", "list"])
+def test_fuse_reads_files_of_other_programs_once(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    from diffusers_mixofshow.interop import convert, foreign
+
+    convert(packs.random_pack(tiny.components(), "potter", ranks=(2,)), tmp_path / "potter.pth", "mix-of-show")
+    lora = _plain_lora(tmp_path / "dog.safetensors")
+    (tmp_path / "list.toml").write_text(
+        "[[source]]\npath = 'potter.pth'\n[[source]]\npath = 'dog.safetensors'\nprompts = ['sks dog']\n"
+    )
+    reads: list[str] = []
+    read = foreign._with_companions
+    monkeypatch.setattr(foreign, "_with_companions", lambda path: (reads.append(path.name), read(path))[1])
+    given = [str(tmp_path / "potter.pth"), str(lora), "--prompts", "sks dog"]
+    options = ["--base", str(tiny_base), "--output", str(tmp_path / "both"), "--method", "average"]
+    with pytest.warns(MixOfShowWarning, match="does not tell what <potter> is") as caught:
+        CliRunner().invoke(
+            cli.app,
+            ["fuse", *([str(tmp_path / "list.toml")] if way == "list" else given), *options],
+            catch_exceptions=False,
+        )
+    assert sorted(reads) == ["dog.safetensors", "potter.pth"]
+    assert sum("does not tell what" in str(one.message) for one in caught) == 1
 
 
 def test_a_base_that_does_not_exist_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -115,6 +116,16 @@ def test_convert_prints_what_machines_read(tmp_path: Path):
     assert all(word in told["lost"][0] for word in ("Most of the identity", "--base", "ed-lora-shared-layers"))
     assert all(f"Lost: {sentence}" in result.stderr for sentence in told["lost"])
     assert any(name.startswith("lora_te_text_model_") for name in load_file(told["files"][0]))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "tiff", "webp", "gif"])
+def test_inspect_says_that_a_picture_is_one_and_what_it_expects(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / f"dog.{kind}")
+    with pytest.raises(
+        EDLoRAFormatError, match=r"it is a \w+ picture.*Expected an ED-LoRA, LoRA or textual inv"
+    ) as caught:
+        CliRunner().invoke(cli.app, ["inspect", str(tmp_path / f"dog.{kind}")], catch_exceptions=False)
+    assert "save_pretrained" not in str(caught.value)
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,14 @@ def test_toyland_needs_neither_photos_nor_a_metric_model(tmp_path, monkeypatch):
     (row,) = json.loads(run("evaluate", tmp_path / "bobo", *QUICK, "--json").stdout)["rows"][1:]
     assert set(row["identity"]) == {"alignment", "attributes", "nearest"}
     assert row["identity"]["attributes"] is not None
+    toyland.write_photos(toyland.CONCEPTS["bobo"], tmp_path / "photos", count=1)
+    given = ("evaluate", tmp_path / "bobo", *QUICK, "--dry-run", "--photos", f"bobo={tmp_path / 'photos'}")
+    with pytest.warns(MixOfShowWarning, match="the looks of <bobo> are not read.*without --photos they are"):
+        run(*given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        run(*given, "--metric-model", "no/clip")  # which reads no looks
+        run(*given[:-2])
 
 
 def test_a_dry_run_loads_and_writes_nothing(options, place, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from typer.testing import CliRunner
 import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_region
-from diffusers_mixofshow.errors import PictureError, RegionError
+from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, RegionError
+from diffusers_mixofshow.notes import read_note
 from diffusers_mixofshow.regions.region import pixels_inside
 
 
@@ -72,3 +75,62 @@ def test_inpainting_reads_any_kind(tmp_path: Path) -> None:
     assert np.array_equal(drawn(tmp_path, deep, BRUSH), expected)
     with pytest.raises(PictureError, match=r"mask\.png has 4 values"):
         drawn(tmp_path, deep, LABELS)
+
+
+FRAMES = (
+    ["--image", "frames.gif"],
+    ["--image", "photo.png", "--mask", "frames.gif"],
+    ["--control", "image@net=frames.gif"],
+)
+
+
+@pytest.mark.parametrize("options", FRAMES, ids=["image", "mask", "control"])
+def test_what_is_odd_about_a_picture_is_told_once(
+    place: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    frames = [Image.new("L", (32, 32), 255 * bright) for bright in (0, 1)]
+    frames[0].paste(255, (0, 0, 16, 16))
+    frames[0].save("frames.gif", save_all=True, append_images=frames[1:])
+    asked = ["sample", "--base", "base", "--prompt", "x", "--steps", "2", "--output", "odd.png", "--overwrite"]
+    with pytest.warns(MixOfShowWarning, match=r"frames\.gif has 2 frames, only the first is used") as caught:
+        CliRunner().invoke(cli.app, [*asked, *options], catch_exceptions=False)
+    assert len([one for one in caught if issubclass(one.category, MixOfShowWarning)]) == 1
+
+
+def test_a_picture_tells_what_it_was_drawn_from_though_that_is_replaced(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    shutil.copy("photo.png", "x-0.png")
+    shutil.copy("other.png", "x-1.png")
+    before = hashlib.sha256(Path("x-0.png").read_bytes()).hexdigest()
+    asked = ["sample", "--base", "base", "--prompt", "x", "--steps", "2", "--count", "2", "--output", "x.png"]
+    CliRunner().invoke(cli.app, [*asked, "--image", "x-0.png", "--overwrite"], catch_exceptions=False)
+    for name in ("x-0.png", "x-1.png"):
+        assert read_note(Path(name))["pictures"] == {"x-0.png": before}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--image", "text.png"], "its format is not known"),
+        (["--image", "photo.png", "--mask", "text.png"], "its format is not known"),
+        (["--control", "image@net=text.png"], "its format is not known"),
+        (["--adapter", "image@adapter=text.png"], "its format is not known"),
+        (["--control", "image@net=photo.png", "--control", "canny=text.png"], "its format is not known"),
+        (["--image", "empty.png"], "the file is empty"),
+        (["--control", "image@net=empty.png"], "the file is empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_plan_refuses_what_is_no_picture(
+    place: Path, options: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    Path("text.png").write_text("no picture")
+    Path("empty.png").touch()
+    with pytest.raises(PictureError, match=rf"\.png is no readable picture \({reason}\)"):
+        CliRunner().invoke(
+            cli.app, ["sample", "--base", "base", "--prompt", "x", "--dry-run", *options], catch_exceptions=False
+        )

@@ -168,3 +168,61 @@ def test_a_training_is_told_as_json(tmp_path: Path) -> None:
     assert told["concept"] == "<rex>"
     assert told["settings"]["max_train_steps"] == 1
     assert EDLoRA.from_pretrained(told["output"]).concepts[0].class_word == "dog"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ((), "begins: at its start"),
+        (("--resume-from-checkpoint", "none"), "begins: at its start"),
+        (("--resume-from-checkpoint", "latest"), "begins: at its start"),
+        (("--resume-from-checkpoint", "latest", "--output", "begun"), "begins: after begun/checkpoint-2"),
+        (("--resume-from-checkpoint", "checkpoint-2", "--output", "begun"), "begins: after begun/checkpoint-2"),
+        (("--resume-from-checkpoint", "begun/checkpoint-2"), "begins: after begun/checkpoint-2"),
+    ],
+    ids=" ".join,
+)
+def test_a_plan_tells_where_the_training_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: tuple[str, ...], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Image.linear_gradient("L").resize((64, 64)).save("photos/a.png")
+    Path("begun/checkpoint-2").mkdir(parents=True)
+    Path("begun/checkpoint-2/state.pt").touch()
+    (Path("new") / "checkpoint-9").mkdir(parents=True)  # which was not written to its end
+    asked = ["train", *NEEDED, "--base", "toyland", "--output", "new", "--dry-run", *wanted]
+    result = CliRunner().invoke(cli.app, asked, catch_exceptions=False)
+    assert told in result.stdout.splitlines()
+    vain = "latest" in wanted and "begun" not in wanted
+    assert ("Warning: new has no checkpoint yet, so the training begins at its start." in result.stderr) == vain
+
+
+def test_errors_name_options_as_the_help_does_first() -> None:
+    message = refusal(*NEEDED, "--steps", "0", "--train-batch-size", "0", "--validation-steps", "x")
+    assert "--steps is 0" in message
+    assert "--batch-size is 0" in message
+    assert "--validation-steps is 'x'" in message
+
+
+@pytest.mark.parametrize(
+    ("class_word", "told"),
+    [
+        ("dog", ""),
+        ("Dog", ""),
+        ("red dog", "'red dog' is 2 tokens of the base"),
+        ("zeppelin", "'zeppelin' is no word that the base knows"),
+        ("blue zeppelin", "'zeppelin' is no word that the base knows"),
+        ("critterr", "Its words spelt most alike: critter"),
+    ],
+)
+def test_a_plan_tells_words_that_the_base_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_word: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Image.linear_gradient("L").resize((64, 64)).save("photos/a.png")
+    asked = ["train", "photos", "--concept", "rex", "--class-word", class_word, "--base", "toyland", "--dry-run"]
+    warned = CliRunner().invoke(cli.app, asked, catch_exceptions=False).stderr
+    assert told in warned
+    assert ("The class word" in warned) == bool(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,3 +189,16 @@ def test_prompts_without_the_concept_hardly_change(motley: EDLoRA):
     pipe.unload_edlora()
     pipe.load_edlora(shared)
     assert float((noise(pipe, plain) - before).norm()) < 0.2 * effect
+
+
+def test_it_tells_how_far_it_is_and_whoever_switches_bars_off_hears_nothing(pipe, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    pack, prompts = packs.random_pack(pipe.components, "rex", ranks=(2,)), ("a <TOK>", "two <TOK>")
+    share_layers(pipe, pack, prompts)
+    done, total = re.findall(r"Sharing layers: (\d+)/(\d+)", capsys.readouterr().err)[-1]
+    assert done == total
+    assert int(total) > 3 * len(prompts) + len(pack.layers)
+    pipe.set_progress_bar_config(disable=True)
+    share_layers(pipe, pack, prompts)
+    assert capsys.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False)

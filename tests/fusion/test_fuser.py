@@ -14,7 +14,7 @@ import tiny
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.tokenize import STAND_IN_ID
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import ConceptError, FusionError
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.fusion.collection import Recording, collect
 from diffusers_mixofshow.fusion.solvers import Factors, relative_residual
@@ -280,7 +280,6 @@ def _same_name(source: EDLoRA) -> EDLoRA:
     [
         (_other_base, r"<rex> on 'tiny', <kit> on 'other'"),
         (_fewer_layers, r"different cross-attention layers \(numbers of layers: <rex> 4, <kit> 3\)"),
-        (_same_name, "given more than once: <rex>; give each once, or rename"),
         (lambda source: _other_base(_fewer_layers(source)), "different base models.*; .*cross-attention layers"),
     ],
 )
@@ -289,6 +288,12 @@ def test_what_does_not_fit_is_refused_together(
 ) -> None:
     sources = [_concept(pipe, "rex", 1), change(_concept(pipe, "kit", 2))]
     with pytest.raises(FusionError, match=message):
+        GradientFuser(pipe).fuse(sources)
+
+
+def test_names_used_twice_are_told_as_everywhere(pipe: MixOfShowPipeline) -> None:
+    sources = [_concept(pipe, "rex", 1), _same_name(_concept(pipe, "kit", 2))]
+    with pytest.raises(ConceptError, match=r"used twice: <rex>\. Give each concept once, or rename one of them\.$"):
         GradientFuser(pipe).fuse(sources)
 
 

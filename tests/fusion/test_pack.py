@@ -17,7 +17,7 @@ import packs
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
-from diffusers_mixofshow.errors import FusionError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConceptError, FusionError, MixOfShowWarning
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.report import FusionReport
@@ -198,7 +198,7 @@ def test_statistics_of_another_model_are_refused(published: list[Path]) -> None:
 
 
 def test_sources_that_do_not_fit_each_other_are_refused_without_a_model(published: list[Path]) -> None:
-    with pytest.raises(FusionError, match="given more than once: <rex>; give each once"):
+    with pytest.raises(ConceptError, match=r"used twice: <rex>\. Give each concept once, or rename one of them"):
         GradientFuser().fuse([published[0], published[0]])
     source = concept("tom", 5)
     lora = dict(source.lora)
@@ -229,7 +229,7 @@ def test_adding_and_removing_equal_a_fresh_fusion(published: list[Path], weights
 
 def test_changes_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, published: list[Path]) -> None:
     pack = GradientFuser().fuse(published[:2])
-    with pytest.raises(FusionError, match="given more than once: <rex>; give each once"):
+    with pytest.raises(ConceptError, match=r"used twice: <rex>\. Give each concept once, or rename one of them"):
         pack.add(published[0])
     with pytest.raises(FusionError, match="<zoe> is no source of this pack; its sources are <rex>, <kit>"):
         pack.remove("<zoe>")

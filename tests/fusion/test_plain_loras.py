@@ -1,5 +1,6 @@
 """Plain LoRAs with trigger prompts are sources like ED-LoRAs."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,35 @@ def test_a_pack_never_leads_out_of_its_folder() -> None:
     assert _carried(["../../x"]) == "sources/lora-.._.._x"
     assert _carried(["<../x>", "<rex>"]) == "sources/_x+rex"
     assert _carried(["<..>"]) == "sources/"
+
+
+@pytest.mark.parametrize(
+    ("names", "concepts", "told"),
+    [
+        (("a&b", "a,b"), (), "a&b and a,b"),
+        (("ink", "Ink"), (), "ink and Ink"),
+        (("ink",), ("lora-ink",), "<lora-ink> and ink"),
+        (("x-y", "x.y", "ink"), (), ""),
+        ((), ("Rex", "rex"), "<Rex> and <rex>"),
+        (("ink", "a&b", "INK", "a'b"), (), "ink and INK; for a&b and a'b"),
+        (("ink", "ink2"), ("rex", "ink"), ""),
+    ],
+    ids=str,
+)
+def test_sources_are_not_carried_in_one_folder(
+    pipe: MixOfShowPipeline, tmp_path: Path, names: tuple[str, ...], concepts: tuple[str, ...], told: str
+) -> None:
+    sources: list[Any] = [packs.random_pack(pipe.components, name, ranks=(1,)) for name in concepts]
+    update = packs.random_pack(pipe.components, ranks=(1,)).lora
+    for number, name in enumerate(names):
+        file = write_lora(tmp_path / f"{number}.safetensors", dict(update))
+        sources.append(LoRASource(file, ["sks"], name=name))
+    fused = GradientFuser().fuse(sources, method="average")
+    if told:
+        with pytest.raises(FusionError, match=f"one folder for {re.escape(told)}"):
+            fused.save_pretrained(tmp_path / "out", sources=True)
+        assert not (tmp_path / "out").exists()
+    else:
+        fused.save_pretrained(tmp_path / "out", sources=True)
+        assert len(list((tmp_path / "out" / "sources").iterdir())) == len(sources)
+    fused.save_pretrained(tmp_path / "alone")

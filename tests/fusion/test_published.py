@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import FileWriteError, FusionError, OverwriteError
 from diffusers_mixofshow.fusion.compression import Spectrum, ranks_within
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
@@ -142,15 +142,27 @@ def test_nan_in_a_file_is_named_when_it_is_read(tmp_path: Path) -> None:
         concept.gram("two")
 
 
+def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OverwriteError, match=r"mine is there already.*overwrite=True"):
+        _statistics().save(tmp_path / "mine")
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    with pytest.raises(FileWriteError, match="there are folders"):
+        _statistics().save(tmp_path / "folder", overwrite=True)
+    _statistics().save(tmp_path / "mine", overwrite=True)
+    assert SourceStatistics.load(tmp_path / "mine").digest == _statistics().digest
+
+
 def test_other_statistics_in_the_place_of_those_in_use_are_refused(tmp_path: Path) -> None:
     path = _statistics().save(tmp_path / "x", max_bytes=None)
     loaded = SourceStatistics.load(path)
     concept = loaded.concepts["<rex>"]
     before = concept.gram("one")
-    _statistics().save(path, max_bytes=None)  # the same once more, as another process may record them
+    _statistics().save(path, max_bytes=None, overwrite=True)  # the same once more, as another process may record them
     assert torch.equal(concept.gram("one"), before)
     for other in (replace(_statistics(), digest="cd34"), _statistics(rank=5)):
-        other.save(path, max_bytes=10**6)
+        other.save(path, max_bytes=10**6, overwrite=True)
         with pytest.raises(FusionError, match=r"x was replaced by other statistics while it was in use\. Fuse again"):
             concept.gram("one")
         with pytest.raises(FusionError, match="x was replaced by other statistics"):

@@ -161,6 +161,7 @@ def test_the_command_line_records_nothing_at_its_defaults(
 ) -> None:
     given = [str(tuned_once / "base") if option == "BASE" else option for option in options]
     with Kept(tuned):
+        warnings.filterwarnings("ignore", "<potter> is the only source")
         result = CliRunner().invoke(
             app, ["fuse", str(tuned), *given, "--output", str(tmp_path / "pack")], catch_exceptions=False
         )

@@ -33,6 +33,8 @@ KINDS = {
     "PNG": (picture("PNG"), "PNG picture"),
     "JPEG": (picture("JPEG"), "JPEG picture"),
     "GIF": (picture("GIF"), "GIF picture"),
+    "BMP": (picture("BMP"), "BMP picture"),
+    "TIFF": (picture("TIFF"), "TIFF picture"),
     "WebP": (picture("WEBP"), "WebP picture"),
     "PDF": (b"%PDF-1.7\n" + b"x" * 100, "PDF document"),
     "zip": (archive(), "zip archive"),

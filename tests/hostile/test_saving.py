@@ -28,7 +28,9 @@ def statistics():
 
 WRITERS = {
     "ED-LoRA": lambda folder: version(2).save_pretrained(folder, overwrite=True),
-    "statistics": lambda folder: statistics().save(folder / "edlora.statistics.safetensors", max_bytes=None),
+    "statistics": lambda folder: statistics().save(
+        folder / "edlora.statistics.safetensors", max_bytes=None, overwrite=True
+    ),
     "any file": lambda folder: write_whole(folder / "x", bytes(2**20)),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -74,6 +75,24 @@ def test_of_a_base_on_this_disk_the_card_tells_the_name_alone(components, tmp_pa
     assert card.content.count("mybase") == 3  # summary, code, settings
     assert card.data.base_model is None
     assert EDLoRA.from_pretrained(tmp_path / "pack").base_model == str(base)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("given", ["absolute", "relative", "here"])
+def test_the_code_of_a_local_card_tells_the_folders_own_name(components, tmp_path, monkeypatch, given, merged):
+    folder = tmp_path / "secret" / "mine"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder if given == "here" else tmp_path)
+    place = {"absolute": folder, "relative": Path("secret/mine"), "here": Path()}[given]
+    pack = packs.random_pack(components, "rex", "tom")
+    if merged:
+        (folder / "model_index.json").write_text("{}")
+        pack.save_beside(place)
+    else:
+        pack.save_pretrained(place)
+    content = (folder / "README.md").read_text()
+    assert ("MixOfShowPipeline.from_pretrained('mine')" if merged else "pipe.load_edlora('mine')") in content
+    assert "secret" not in content
 
 
 def test_a_folder_of_the_hubs_cache_is_told_by_its_id(pack, tmp_path):

@@ -405,6 +405,34 @@ def test_patterns_of_strangers_take_no_time(tmp_path: Path):
     assert time.monotonic() - begun < 60
 
 
+FEW = "up to 16 are matched, of up to 256 letters and with few repeats"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "refused"),
+    [
+        ({f".*.*.*{n}!": 1 for n in range(16)}, 16),
+        ({f".*.*{n}!": 1 for n in range(16)}, 7),
+        ({f".*{n}!": 1 for n in range(17)}, 1),
+        ({f"{'.?' * 40}{n}!": 1 for n in range(16)}, 16),
+        ({f"{'(.|.)' * 20}{n}!": 1 for n in range(2)}, 2),
+        ({f".*(.|.|.|.|.|.|.|.|.){n}!": 1 for n in range(2)}, 2),
+        ({f".*[{'a' * 300}]": 1}, 1),
+        ({f".*{n}(a|b)": 1 for n in range(16)}, 0),
+        ({".*attn.*to_.*": 1, "to_(q|k|v)": 2, r"(.*\.)?to_out\.0": 3}, 1),
+        ({r"(.*\.)?attn\d\.to_(q|k|v)": 2, ".*up_blocks.*attn1.*": 3}, 1),
+        ({r"(.*\.)?attn\d\.to_(q|k|v)": 2, ".*up_blocks.*": 3}, 0),
+        ({".*up_blocks.*to_(q|k|v)": 2}, 0),
+    ],
+    ids=lambda value: f"{next(iter(value))} x {len(value)}"[:60] if isinstance(value, dict) else "",
+)
+def test_expressions_that_are_too_many_or_too_slow_together_are_said(tmp_path: Path, patterns, refused):
+    found = read_foreign(written(tmp_path, {"r": 4, "lora_alpha": 4, "alpha_pattern": patterns}))
+    told = [defect for defect in found.defects if FEW in defect]
+    assert len(told) == bool(refused)
+    assert all(f"alpha_pattern is not understood: {refused} (" in defect for defect in told)
+
+
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path):
     inside = tmp_path / "in"
     inside.mkdir()

@@ -418,6 +418,43 @@ def test_what_is_fused_takes_no_other_strength(world, weigh, fused):
     torch.testing.assert_close(world.pipe.unet.state_dict(), before, atol=1e-6, rtol=1e-5)
 
 
+AGAIN = {
+    "by name": lambda pipe: pipe.fuse_lora(lora_scale=0.5),
+    "by place": lambda pipe: pipe.fuse_lora(["unet", "text_encoder"], 0.5),
+    "one adapter": lambda pipe: pipe.fuse_lora(adapter_names=["rex"], lora_scale=2.0),
+    "another one": lambda pipe: pipe.fuse_lora(adapter_names=["style"], lora_scale=0.5),
+}
+
+
+@pytest.mark.parametrize("again", AGAIN.values(), ids=AGAIN)
+def test_what_is_fused_is_not_fused_again_with_another_scale(world, again):
+    before = {key: value.clone() for key, value in world.pipe.unet.state_dict().items()}
+    world.load("rex")
+    world.load_style()
+    world.pipe.fuse_lora(adapter_names=["rex"])
+    with pytest.raises(ConfigurationError, match=r"pipe\.unfuse_lora\(\).*another strength"):
+        again(world.pipe)
+    world.pipe.fuse_lora(adapter_names=["rex"])  # which changes nothing
+    world.pipe.unfuse_lora()
+    again(world.pipe)
+    world.pipe.unfuse_lora()
+    world.pipe.unload_edlora()
+    world.pipe.unload_lora_weights()
+    torch.testing.assert_close(world.pipe.unet.state_dict(), before, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("updates", [True, False], ids=["with updates", "embeddings alone"])
+def test_a_lora_does_not_go_by_a_concepts_name(world, updates):
+    rex = packs.random_pack(world.pipe.components, "rex")
+    world.pipe.load_edlora(rex if updates else dataclasses.replace(rex, lora={}), adapter_name="a")
+    with pytest.raises(ConfigurationError, match=r"'a' is loaded already .*another adapter_name"):
+        world.pipe.load_lora_weights(str(world.file), adapter_name="a")
+    world.pipe.load_lora_weights(str(world.file), adapter_name="b")
+    world.pipe.unload_edlora("a")
+    assert world.pipe.get_list_adapters()["unet"] == ["b"]
+    world.pipe.load_lora_weights(str(world.file), adapter_name="a")
+
+
 def test_others_that_are_fused_are_left_to_diffusers(world):
     world.load("rex")
     world.load_style()

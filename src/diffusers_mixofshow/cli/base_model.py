@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import TOYLAND, location_of, not_loadable, one_name
+from diffusers_mixofshow.base_models import TOYLAND, known_spelling, location_of, not_loadable, one_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.progress import bar_settings
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 MOST_STEPS = 1000
 """Denoising steps: as many as Stable Diffusion was trained with. Schedulers break on more."""
 BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
+
+
+def known_base(name: str | None) -> str | None:
+    """What an option that names a base model stands for: one name for every spelling of the embedded base's."""
+    return name and known_spelling(name)
 
 
 def common_base(concepts: Sequence[EDLoRA]) -> str:

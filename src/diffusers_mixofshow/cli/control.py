@@ -112,8 +112,12 @@ def parse_control(text: str, known: Mapping[str, str] = CONTROLNETS, *, called: 
     return Control(detector, model or known[detector], Path(picture))
 
 
-def condition_image(control: Control) -> Image.Image:
+def condition_image(control: Control, picture: Image.Image | None = None) -> Image.Image:
     """What the control's detector sees in its picture.
+
+    Args:
+        control: Names detector and file.
+        picture: What the file shows, RGB; by default it is read.
 
     Raises:
         MissingExtraError: If controlnet_aux is needed and cannot be imported.
@@ -122,7 +126,7 @@ def condition_image(control: Control) -> Image.Image:
     """
     from diffusers_mixofshow.pictures import read_image
 
-    picture = read_image(control.picture, called=str(control.picture))
+    picture = picture or read_image(control.picture, called=str(control.picture))
     if control.detector == IMAGE:
         return picture
     with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.cli.base_model import load_base
 from diffusers_mixofshow.cli.control import Control, condition_image, with_adapters, with_controls
 from diffusers_mixofshow.cli.sample_options import GRAIN
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, PictureError
 
 
 if TYPE_CHECKING:
@@ -28,6 +28,39 @@ _LARGE = 1024 * 1024
 """Pixels above which a picture to start from is told to be large."""
 _INPAINTED = (4, 9)
 """Input channels of U-Nets that diffusers inpaints with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A picture that was given, as it was when its file was read.
+
+    Args:
+        path: The file.
+        image: RGB; a mask is of mode L, white inside.
+        digest: SHA-256 of the file.
+    """
+
+    path: Path
+    image: Image.Image
+    digest: str
+
+    @classmethod
+    def read(cls, path: Path, *, as_mask: bool = False) -> Given:
+        """Read a file, once.
+
+        Raises:
+            PictureError: If it cannot be read, or a mask be understood.
+        """
+        from diffusers_mixofshow.masks import mask_of
+        from diffusers_mixofshow.pictures import FileContent, read_image
+
+        try:
+            content = FileContent(path)
+        except OSError as error:
+            raise PictureError(f"{path} cannot be read: {error.strerror or error}.") from error
+        called = str(path)
+        image = mask_of(content, called=called).grey if as_mask else read_image(content, called=called)
+        return cls(path=path, image=image, digest=content.digest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +80,9 @@ class Drawing:
         image: Picture to start from.
         mask: Where that is drawn anew.
         strength: How much of it is.
-        controls: ControlNets with their pictures.
+        controls: ControlNets with the files of their pictures.
         adapters: T2I-Adapters with theirs.
+        followed: The picture of each of both.
         control_scales: Strength of each ControlNet or T2I-Adapter.
         device: Where to draw; None for the GPU where there is one.
         dtype: Name of the weights' type; None for the device's usual one.
@@ -63,11 +97,12 @@ class Drawing:
     guidance: float
     isolation: Isolation | None
     refine: bool
-    image: Path | None
-    mask: Path | None
+    image: Given | None
+    mask: Given | None
     strength: float
     controls: tuple[Control, ...]
     adapters: tuple[Control, ...]
+    followed: tuple[Given, ...]
     control_scales: tuple[float, ...]
     device: str | None
     dtype: str | None
@@ -75,10 +110,10 @@ class Drawing:
     @property
     def way(self) -> str:
         """How the pictures come about, in words."""
-        if self.mask is not None:
-            return f"inpainting of {self.image} where {self.mask} is white, strength {self.strength:g}"
+        if self.image is not None and self.mask is not None:
+            return f"inpainting of {self.image.path} where {self.mask.path} is white, strength {self.strength:g}"
         if self.image is not None:
-            return f"image to image from {self.image}, strength {self.strength:g}"
+            return f"image to image from {self.image.path}, strength {self.strength:g}"
         if followed := self.controls or self.adapters:
             called = "ControlNet" if self.controls else "T2I-Adapter"
             pairs = zip(followed, self.control_scales, strict=True)
@@ -132,23 +167,17 @@ def draw(drawing: Drawing) -> Drawn:
     return Drawn(images=images, scheduler=type(pipe.scheduler), device=pipe.device.type, dtype=dtype)
 
 
-def _image_of(path: Path) -> Image.Image:
-    from diffusers_mixofshow.pictures import read_image
-
-    return read_image(path, called=str(path))
-
-
-def sized_like(image: Path, plan: Layout) -> Layout:
+def sized_like(picture: Given, plan: Layout) -> Layout:
     """The layout with the size at which a picture is drawn anew: as asked for, and in its own shape otherwise."""
     if plan.width and plan.height:
         return plan
-    own = _image_of(image)
+    own = picture.image
     scale = plan.width / own.width if plan.width else plan.height / own.height if plan.height else 1.0
     width, height = (max(GRAIN, round(side * scale / GRAIN) * GRAIN) for side in own.size)
     if scale == 1.0 and width * height > _LARGE:
         warnings.warn(
-            f"{image} is drawn at its own size of {width} x {height} pixels, which takes long and much memory, and is "
-            "more than Stable Diffusion knows; --width or --height draws it smaller.",
+            f"{picture.path} is drawn at its own size of {width} x {height} pixels, which takes long and much memory, "
+            "and is more than Stable Diffusion knows; --width or --height draws it smaller.",
             MixOfShowWarning,
             stacklevel=2,
         )
@@ -173,12 +202,12 @@ def _refuse_channels(base: str, channels: object) -> None:
 def _views(drawing: Drawing) -> list[Image.Image]:
     """The pictures that the drawing starts from or follows, as the models see them."""
     if drawing.image is None:
-        return [condition_image(control) for control in (*drawing.controls, *drawing.adapters)]
-    from diffusers_mixofshow.masks import mask_of
-
-    picture = _image_of(drawing.image)
+        controls = (*drawing.controls, *drawing.adapters)
+        pairs = zip(controls, drawing.followed, strict=True)
+        return [condition_image(control, picture.image) for control, picture in pairs]
+    picture = drawing.image.image
     size = drawing.plan.width or picture.width, drawing.plan.height or picture.height
-    masks = [] if drawing.mask is None else [mask_of(drawing.mask, called=str(drawing.mask)).grey]
+    masks = [] if drawing.mask is None else [drawing.mask.image]
     return [view.resize(size) for view in (picture, *masks)]
 
 

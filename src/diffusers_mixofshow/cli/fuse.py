@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
-from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, known_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ Prior = Annotated[
     float,
     typer.Option(help="Weight of keeping the base on prompts without concepts, such as 0.1; needs the base model."),
 ]
+BaseModel = Annotated[
+    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=known_base)
+]
 KeepSources = Annotated[
     bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
 ]
@@ -92,7 +96,7 @@ def fuse(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the fused pack.")],
     method: Solver = Method.CLOSED_FORM,
     prompts: Prompts = None,
-    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)")] = None,
+    base: BaseModel = None,
     features: Recorded = Features.AUTO,
     weight: Annotated[
         list[float] | None, typer.Option(help="Share of each source, in their order; repeat it.")
@@ -129,18 +133,23 @@ def fuse(
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
     gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
-    taken = _places(output, heat_map, gathered, overwrite=overwrite or dry_run)
+    taken = _places(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _base_needed(gathered, base, features, method, prior)
+    if writes:
+        _tell_of_what_is_idle(gathered, used=base_model is None or features is not Features.AUTO)
     if dry_run:
         plan = _plan(gathered, base_model, features, max_rank, output)
         tell(plan | replaces(*taken, overwrite=overwrite), as_json=as_json)
         return
     fused = _fuser(base_model, features, prior, **settings).fuse(gathered, method=method.value, weights=weight)
-    if not writes:
-        return
-    _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
-    names = [name for source in gathered for name in source.prompts]
+    if writes:
+        _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
+        _tell_result(fused, output, as_json=as_json)
+
+
+def _tell_result(fused: FusedPack, output: Path, *, as_json: bool) -> None:
+    names = [name for source in fused.sources for name in source.prompts]
     if as_json:
         typer.echo(json.dumps({"output": str(output), "concepts": names, **fused.report.data}))
         return
@@ -160,14 +169,21 @@ def _refuse_unwritable(output: Path, heat_map: Path | None) -> None:
     check_outputs(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]), overwrite=True)
 
 
-def _places(output: Path, heat_map: Path | None, gathered: Sequence[Source], *, overwrite: bool) -> list[Path]:
+def _places(
+    output: Path, heat_map: Path | None, gathered: Sequence[Source], *, carried: bool, overwrite: bool
+) -> list[Path]:
     """All places that are written to, or whose content would be stale; refused where they are taken."""
-    from diffusers_mixofshow.edlora.folder import places
+    from diffusers_mixofshow.edlora.file import FILE_NAME
+    from diffusers_mixofshow.fusion.pack import check_carried, replaced
+    from diffusers_mixofshow.fusion.sources import refuse_replacing
     from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 
+    if carried:
+        check_carried(gathered)
     plain = not any(source.edlora.concepts for source in gathered)
-    taken = places(output, PLAIN_NAME) if plain else places(output)
+    taken = replaced(output, PLAIN_NAME if plain else FILE_NAME, gathered)
     taken += [] if heat_map is None else [heat_map]
+    refuse_replacing(gathered, *taken, carried=carried)
     refuse_overwriting(*taken, overwrite=overwrite)
     return taken
 
@@ -199,10 +215,29 @@ def _base_needed(
 
     if method.value not in MEASURED:
         return None
-    bring_all = all(source.statistics and not source.misfits(source.statistics) for source in gathered)
+    bring_all = all(map(_brings_statistics, gathered))
     if bring_all and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
     return base or common_base([source.edlora for source in gathered if source.edlora.base_model])
+
+
+def _tell_of_what_is_idle(gathered: Sequence[Source], *, used: bool) -> None:
+    """Warn of a fusion of one source, and of statistics that were found but not used."""
+    bring = [source.name for source in gathered if _brings_statistics(source)]
+    lack = [source.name for source in gathered if not _brings_statistics(source)]
+    if len(gathered) == 1:
+        _warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
+    if bring and not used:
+        why = f"{', '.join(lack)} without any that fit" if lack else "--base or --prior asks for the paper's order"
+        _warn(f"the statistics beside {', '.join(bring)} are not used ({why}); --features own uses them.")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, MixOfShowWarning, stacklevel=3)
+
+
+def _brings_statistics(source: Source) -> bool:
+    return source.statistics is not None and not source.misfits(source.statistics)
 
 
 def _plan(

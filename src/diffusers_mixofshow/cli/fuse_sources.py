@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, TextError
+from diffusers_mixofshow.errors import ConfigurationError, TextError
 from diffusers_mixofshow.texts import read_text
 
 
@@ -39,8 +38,10 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
             cannot be read.
     """
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
+    from diffusers_mixofshow.interop.opening import open_edlora
 
-    plain = [path for path in given if _is_plain(path)]
+    opened = {path: open_edlora(path) for path in given if not path.endswith(_LIST)}
+    plain = [path for path in given if path in opened and not opened[path].edlora.concepts]
     if len(plain) != len(prompts):
         raise ConfigurationError(
             f"Got --prompts {len(prompts)} times for {len(plain)} plain LoRAs ({', '.join(plain) or 'none'}). Give it "
@@ -52,23 +53,11 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
         if path.endswith(_LIST):
             sources += _from_toml(Path(path))
         elif path in plain:
-            sources.append(LoRASource(path, [one.strip() for one in next(asked).split("|") if one.strip()]))
+            texts = [one.strip() for one in next(asked).split("|") if one.strip()]
+            sources.append(LoRASource(path, texts, opened=opened[path]))
         else:
-            sources.append(FusionSource(path))
+            sources.append(FusionSource(path, opened=opened[path]))
     return sources
-
-
-def _is_plain(path: str) -> bool:
-    """Whether it is a LoRA without learnt embeddings, whoever wrote it."""
-    from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.interop.opening import is_ours, read_any
-
-    if path.endswith(_LIST) or (Path(path).exists() and is_ours(Path(path))):  # ours are read once, to be fused
-        return False
-    with warnings.catch_warnings():  # what has to be told is told when it is read to be fused
-        warnings.simplefilter("ignore", MixOfShowWarning)
-        found = read_any(path)
-    return not isinstance(found, EDLoRA) and not found.tokens and not found.vectors
 
 
 def _from_toml(path: Path) -> list[FusionSource | LoRASource]:
@@ -107,16 +96,20 @@ def _defects(table: dict[str, Any]) -> list[str]:
 
 def _source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
+    from diffusers_mixofshow.interop.opening import open_edlora
 
     values = dict(table)
     values["source"] = _placed(values.pop("path"), folder)
-    if "prompts" not in values and _is_plain(values["source"]):
+    if "statistics" in values:
+        values["statistics"] = folder / values["statistics"]
+    if "prompts" in values:
+        return LoRASource(**values)
+    opened = open_edlora(values["source"])
+    if not opened.edlora.concepts:
         raise ConfigurationError(
             f"{values['source']} is a plain LoRA: add prompts = ['...'] with its trigger words to its table."
         )
-    if "statistics" in values:
-        values["statistics"] = folder / values["statistics"]
-    return LoRASource(**values) if "prompts" in values else FusionSource(**values)
+    return FusionSource(**values, opened=opened)
 
 
 def _placed(path: str, folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
-from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, known_base, load_base
 from diffusers_mixofshow.cli.plans import plan_of_measuring, replaces
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.concepts import KINDS
@@ -53,12 +53,15 @@ Kind = Annotated[
     list[str] | None,
     typer.Option(help=f"'potter=character': its kind ({', '.join(KINDS)}), likewise; it chooses the prompts."),
 ]
-Base = Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)")]
+Base = Annotated[
+    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=known_base)
+]
 MetricModel = Annotated[
     str | None,
     typer.Option(
         help="CLIP that looks at the pictures: Hub id or folder. (default: openai/clip-vit-base-patch32; toyland: "
-        "its own)"
+        "its own)",
+        callback=known_base,
     ),
 ]
 Count = Annotated[int, typer.Option(min=1, help="Of each concept in each pack.")]
@@ -190,6 +193,8 @@ def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
         "seed": asked.seed,
     }
     photos = _photo_files(asked.photos, known)
+    if base == TOYLAND == settings["metric_model"]:
+        _warn_of_looks_left_out(packs, photos)
     return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
 
 
@@ -348,6 +353,17 @@ def _drawn(packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_att
         photos: list[Image.Image] = [photo.image for photo in toyland.photos(toy)]
         references[placeholder] = Reference(photos=photos, attributes=attributes)
     return references
+
+
+def _warn_of_looks_left_out(packs: Mapping[str, EDLoRA], photos: Collection[str]) -> None:
+    own = _toyland_concepts(packs, {})
+    if left := [name for name in photos if name in own and own[name].kind != "scene"]:
+        warnings.warn(
+            f"the looks of {', '.join(left)} are not read: what they should be is known of the pictures that Toyland "
+            "draws, and --photos gives others; without --photos they are read.",
+            MixOfShowWarning,
+            stacklevel=2,
+        )
 
 
 def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) -> dict[str, ToyConcept]:

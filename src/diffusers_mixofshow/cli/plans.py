@@ -139,21 +139,24 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
 
     Raises:
         TrainingDataError: If photos, captions or masks cannot be used.
+        ConceptError: If the base's tokenizer knows the concept's name already, or cannot read its class word.
         ConfigurationError: If the output folder cannot be written.
         MissingExtraError: If the optimiser's or tracker's package is not installed.
     """
-    from diffusers_mixofshow.training.checkpoints import check_writable
+    from diffusers_mixofshow.training.checkpoints import check_writable, starting_point
     from diffusers_mixofshow.training.company import compose_company
     from diffusers_mixofshow.training.data import load_photos
     from diffusers_mixofshow.training.optimisers import optimizer_of
     from diffusers_mixofshow.training.tracking import check_tracker
 
+    _check_words(config)
     photos = load_photos(config)
     composed = compose_company(photos, config)
     optimizer_of(config.optimizer)
     check_tracker(config.report_to)
     if config.output_dir is not None:
         check_writable(Path(config.output_dir), make=False)
+    checkpoint = starting_point(config)
     captions = {caption for photo in photos for caption in photo.captions}
     masks = sum(photo.mask is not None for photo in photos)
     batch = config.train_batch_size * config.gradient_accumulation_steps
@@ -171,8 +174,20 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
             backward=True,
         ),
         "steps": f"{config.total_steps} of {batch} pictures at {config.resolution} pixels",
+        "begins": f"after {checkpoint}" if checkpoint else "at its start",
         "writes": config.output_dir,
     }
+
+
+def _check_words(config: TrainingConfig) -> None:
+    """Say what the base's tokenizer makes of the class word, where it lies on this disk."""
+    from transformers import CLIPTokenizer
+
+    from diffusers_mixofshow.training.words import check_words
+
+    folder = Path(location_of(config.pretrained_model_name_or_path)) / "tokenizer"
+    if folder.is_dir():
+        check_words(config.concept_to_learn, CLIPTokenizer.from_pretrained(folder))
 
 
 def plan_of_measuring(

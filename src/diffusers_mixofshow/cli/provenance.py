@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -119,9 +118,9 @@ def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, 
 
 
 def _digests(drawing: Drawing) -> dict[str, str]:
-    """Name to SHA-256 of every picture that is read."""
-    read = [drawing.image, drawing.mask, *(each.picture for each in (*drawing.controls, *drawing.adapters))]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in read if file is not None}
+    """Name to SHA-256 of every picture that was read."""
+    read = [drawing.image, drawing.mask, *drawing.followed]
+    return {each.path.name: each.digest for each in read if each is not None}
 
 
 def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
@@ -141,8 +140,8 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
         "isolation": isolation is not None,
         "isolation_steps": isolation and f"{isolation.start},{isolation.end}",
         "isolation_scales": isolation and isolation.scales and ",".join(map(str, isolation.scales)),
-        "image": drawing.image and drawing.image.name,
-        "mask": drawing.mask and drawing.mask.name,
+        "image": drawing.image and drawing.image.path.name,
+        "mask": drawing.mask and drawing.mask.path.name,
         "strength": drawing.strength if drawing.image else None,
         "dtype": drawing.dtype and str(drawing.dtype),
     }

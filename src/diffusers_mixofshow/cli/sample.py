@@ -17,12 +17,12 @@ from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
 from diffusers_mixofshow.cli.base_model import check_device, common_base
 from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS, parse_controls
-from diffusers_mixofshow.cli.drawing import REFINED, Drawing, draw, refuse_inpainting, sized_like
+from diffusers_mixofshow.cli.drawing import REFINED, Drawing, Given, draw, refuse_inpainting, sized_like
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_of_sampling, replaces, tell
 from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
-from diffusers_mixofshow.concepts import split_prompt
+from diffusers_mixofshow.concepts import check_distinct, split_prompt
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 
 
@@ -98,11 +98,15 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
     _refuse_contradictions(plan, asked)
     files = numbered(asked["output"], asked["count"])
     check_outputs(*files, overwrite=asked["overwrite"] or asked["dry_run"])
-    if asked["image"] is not None:
-        plan = sized_like(asked["image"], plan)
+    image = asked["image"] and Given.read(asked["image"])
+    mask = asked["mask"] and Given.read(asked["mask"], as_mask=True)
+    if image is not None:
+        plan = sized_like(image, plan)
     controls = parse_controls(asked["control"] or [], CONTROLNETS, called="ControlNet")
     adapters = parse_controls(asked["adapter"] or [], ADAPTERS, called="T2I-Adapter")
+    read = {path: Given.read(path) for path in dict.fromkeys(each.picture for each in (*controls, *adapters))}
     packs = {source: read_pack(source, asked["base"]) for source in asked["concepts"] or []}
+    check_distinct(concept for pack in packs.values() for concept in pack.concepts)
     base = asked["base"] or _base_of(packs.values())
     if asked["mask"] is not None:
         refuse_inpainting(base)
@@ -117,11 +121,12 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
         guidance=usual_guidance(base) if asked["guidance"] is None else asked["guidance"],
         isolation=parse_isolation(asked["isolation_steps"], asked["isolation_scales"]) if asked["isolation"] else None,
         refine=asked["refine"],
-        image=asked["image"],
-        mask=asked["mask"],
+        image=image,
+        mask=mask,
         strength=strength,
         controls=controls,
         adapters=adapters,
+        followed=tuple(read[each.picture] for each in (*controls, *adapters)),
         control_scales=_for_each(asked["control_scale"], len(controls) + len(adapters)),
         device=asked["device"],
         dtype=asked["dtype"],

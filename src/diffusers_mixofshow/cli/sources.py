@@ -41,23 +41,15 @@ def read_pack(source: str, base: str | None = None) -> EDLoRA:
         base: The base that the user named; then none is taken for a file that does not tell its own.
 
     Raises:
-        ConfigurationError: If it is a complete pipeline, whose updates are in its weights.
         MixOfShowError: See `open_edlora`.
 
     Warns:
         MixOfShowWarning: Which base is taken for a file that does not tell it.
     """
-    from diffusers_mixofshow.edlora.merged import has_concepts
     from diffusers_mixofshow.interop.foreign import default_base
     from diffusers_mixofshow.interop.opening import open_edlora
 
     refuse_missing_file(source)
-    path = Path(source)
-    if has_concepts(path.parent if path.is_file() else source):
-        raise ConfigurationError(
-            f"{source} is a complete pipeline with its concepts, no pack. Sample it with --base {source}; to measure "
-            "it, give the pack that it was made of."
-        )
     opened = open_edlora(source)
     guess = default_base(opened.foreign) if opened.foreign is not None and not base else ""
     if not guess or opened.edlora.base_model:

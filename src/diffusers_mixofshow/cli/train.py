@@ -206,7 +206,7 @@ def _shown(value: object) -> str:
 
 def _spellings(in_file: Collection[str], file: Path | None) -> dict[str, str]:
     """How messages name a setting: as its option, or as the file does where it stands there alone."""
-    spelt = {name: setting.option for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
+    spelt = {name: _SHORT.get(name, setting.option) for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
     return spelt if file is None else spelt | {name: f"{name} ({file.name})" for name in in_file}
 
 

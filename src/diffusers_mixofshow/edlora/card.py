@@ -81,7 +81,7 @@ def model_card(
     Args:
         contents: What the pack holds. Its base model becomes a link on the Hub if it has the form of a Hub id; of a
             place on this disk the last part is shown.
-        location: What the code example loads: the Hub id or the folder.
+        location: What the code example loads: the Hub id, or the folder's own name.
         merged: Whether it is a complete pipeline with the updates in its weights.
         samples: Path of a picture beside the card to the prompt that it shows.
         license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a base model we know.

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from diffusers_mixofshow.atomic import refuse_overwriting, standing
+from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora import card, defects, file, hub, reading
 from diffusers_mixofshow.edlora import folder as pack_folder
@@ -115,7 +116,9 @@ class EDLoRA:
             file.write(path, self._contents())
         pack_folder.remove(set(stale) - set(pack_folder.pipeline(path.parent) if merged else ()))
         shown = card.write_samples(path.parent, samples or {})
-        card.write_card(path.parent, self._card(os.fspath(folder), merged, shown, license), anew=bool(stale))
+        card.write_card(
+            path.parent, self._card(public_name(os.fspath(folder)), merged, shown, license), anew=bool(stale)
+        )
         return path
 
     def check_beside(self, pipeline: str | os.PathLike[str]) -> None:
@@ -149,7 +152,7 @@ class EDLoRA:
         path = Path(pipeline) / file.FILE_NAME
         file.write(path, replace(self, lora={})._contents())
         merged_pipeline.mark(path.parent)
-        card.write_card(path.parent, self._card(os.fspath(pipeline), True, {}, None))
+        card.write_card(path.parent, self._card(public_name(os.fspath(pipeline)), True, {}, None))
         return path
 
     @classmethod

@@ -193,6 +193,6 @@ def _header_defect(path: Path, size: int) -> str:
 
 def _unreadable(path: Path, defect: str) -> EDLoRAFormatError:
     return EDLoRAFormatError(
-        f"{path} cannot be read as safetensors: {defect}. Expected an ED-LoRA as written by EDLoRA.save_pretrained(); "
-        "copy or download the file again."
+        f"{path} cannot be read as safetensors: {defect}. Expected an ED-LoRA, LoRA or textual inversion: a "
+        "folder, or a file .safetensors, .pth, .pt or .bin. If this is to be one, copy or download it again."
     )

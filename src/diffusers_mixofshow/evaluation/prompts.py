@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow.base_models import TOYLAND, known_spelling
 from diffusers_mixofshow.regions import Region
 
 
@@ -81,7 +81,7 @@ TOGETHER_PLACES = ("in a meadow", "on the beach", "in the desert", "in the snow"
 
 def evaluation_prompts(base_model: str, kind: str) -> tuple[str, ...]:
     """Templates that a concept of a kind is measured with on a base model."""
-    if base_model == TOYLAND:
+    if known_spelling(base_model) == TOYLAND:
         return HELD_OUT_SCENE_PROMPTS if kind == "scene" else HELD_OUT_PROMPTS
     return GENERAL_PROMPTS[kind]
 

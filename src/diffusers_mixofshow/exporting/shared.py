@@ -21,6 +21,7 @@ from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts, recordi
 from diffusers_mixofshow.interop.conversion import SHARED_KEPT
 from diffusers_mixofshow.interop.textual_inversion import is_layerwise, mean_over_layers
 from diffusers_mixofshow.lora import merged
+from diffusers_mixofshow.progress import progress
 from diffusers_mixofshow.sites import linear_layers
 
 
@@ -56,11 +57,16 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
         return edlora
     means = {token: mean_over_layers(rows) for token, rows in edlora.embeddings.items()}
     asked, neutral = _prompts(edlora, prompts)
-    with _base_alone(pipe), merged(pipe.components, edlora):
-        own = _states(pipe, edlora, asked, edlora.embeddings)
+    steps = 2 * len(asked) + len(neutral) + len(edlora.layers)
+    with (
+        _base_alone(pipe),
+        merged(pipe.components, edlora),
+        progress("Sharing layers", steps, pipe=pipe) as bar,
+    ):
+        own = _states(pipe, edlora, asked, edlora.embeddings, bar)
         once = {token: mean[None] for token, mean in means.items()}
-        shared, others = (_states(pipe, edlora, texts, once).flatten(0, 2) for texts in (asked, neutral))
-        updates = _updates(pipe.components, edlora, own, Metric.of(shared, others))
+        shared, others = (_states(pipe, edlora, texts, once, bar).flatten(0, 2) for texts in (asked, neutral))
+        updates = _updates(pipe.components, edlora, own, Metric.of(shared, others), bar)
     kept = sum(update.kept for update in updates.values()) / len(updates)
     return replace(
         edlora,
@@ -97,18 +103,21 @@ def _prompts(edlora: EDLoRA, prompts: PromptSet | None) -> tuple[list[str], list
     return asked, [*neutral, *prior_prompts(edlora.concepts)]
 
 
-def _states(pipe: Any, edlora: EDLoRA, prompts: Sequence[str], embeddings: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _states(
+    pipe: Any, edlora: EDLoRA, prompts: Sequence[str], embeddings: Mapping[str, torch.Tensor], bar: Any
+) -> torch.Tensor:
     """States of the text for every row of the embeddings, shape (prompts, rows, tokens, dim), float64 on the CPU."""
     rows = len(next(iter(embeddings.values())))
-    encoded = [
-        encode_layerwise(pipe.text_encoder, tokenize([prompt], pipe.tokenizer, edlora.concepts), embeddings, rows)
-        for prompt in prompts
-    ]
+    encoded = []
+    for prompt in prompts:
+        tokens = tokenize([prompt], pipe.tokenizer, edlora.concepts)
+        encoded.append(encode_layerwise(pipe.text_encoder, tokens, embeddings, rows))
+        bar.update()
     return torch.cat(encoded).cpu().double().unflatten(1, (rows, -1))
 
 
 def _updates(
-    components: Mapping[str, object], edlora: EDLoRA, own: torch.Tensor, metric: Metric
+    components: Mapping[str, object], edlora: EDLoRA, own: torch.Tensor, metric: Metric, bar: Any
 ) -> dict[str, Absorbed]:
     """Site to what it gains, for keys and values of every cross-attention layer."""
     modules, rank = linear_layers(components), RANK_OF_A_CONCEPT * len(edlora.concepts)
@@ -118,6 +127,7 @@ def _updates(
             site = f"unet.{layer}.{half}"
             weight = modules[site].get_parameter("weight").cpu()
             updates[site] = absorbed(weight, own[:, number].flatten(0, 1), metric, rank)
+        bar.update()
     return updates
 
 

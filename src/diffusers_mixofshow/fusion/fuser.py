@@ -165,6 +165,7 @@ class GradientFuser:
             One ED-LoRA with all concepts; its `report` tells settings and residuals.
 
         Raises:
+            ConceptError: If concepts of several sources share names.
             FusionError: If the sources fit neither each other nor the model; lists everything that is wrong.
         """
         fused = self._fused(sources, replace(self.settings, method=method), weights, scales)
@@ -325,7 +326,7 @@ class GradientFuser:
         """Write statistics to their place and take them from there; where there is none, they stay in memory."""
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            statistics = SourceStatistics.load(statistics.save(place, max_bytes=self.statistics_bytes))
+            statistics = SourceStatistics.load(statistics.save(place, max_bytes=self.statistics_bytes, overwrite=True))
         return replace(source, statistics=statistics)
 
     def _place(self, source: Source) -> Path | None:

@@ -44,6 +44,7 @@ from diffusers_mixofshow.fusion.sources import (
     gather,
     is_carried,
     mutual_defects,
+    refuse_replacing,
 )
 from diffusers_mixofshow.fusion.statistics import input_name
 from diffusers_mixofshow.fusion.team import Team
@@ -94,13 +95,21 @@ class FusedPack(EDLoRA):
             sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that the
                 pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it finds only
                 those that came from the Hub.
-            overwrite: Take the place of the pack that is there, if any. Sources that it carries and that are this
-                pack's as well stay, the others go.
+            overwrite: Take the place of the pack that is there, if any; of one of the sources only with `sources`.
+                Sources that it carries and that are this pack's as well stay, the others go.
 
         Returns:
             Path of the safetensors file.
+
+        Raises:
+            OverwriteError: If something is there already, or a source would be lost.
+            FusionError: If two sources would be carried in one folder; nothing is written then.
         """
-        refuse_overwriting(*places(Path(folder), self._file_name, merged=merged), overwrite=overwrite)
+        if sources:
+            check_carried(self.sources)
+        taken = replaced(Path(folder), self._file_name, self.sources, merged=merged)
+        refuse_replacing(self.sources, *taken, carried=sources)
+        refuse_overwriting(*taken, overwrite=overwrite)
         if not self.concepts and merged:
             raise FusionError(
                 "A pack without concepts is written as one plain LoRA; merged is for packs with concepts. Load it "
@@ -119,9 +128,7 @@ class FusedPack(EDLoRA):
 
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
         """What an earlier pack has left in a folder, but for sources that both are fused from."""
-        own = {Path(folder, _carried(source.prompts)): source for source in self.sources}
-        left = super()._stale(folder, merged=merged)
-        return [path for path in left if path not in own or not is_carried(own[path], path)]
+        return _without_kept(super()._stale(folder, merged=merged), folder, self.sources)
 
     def _save_plain(self, folder: Path) -> Path:
         """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
@@ -191,7 +198,8 @@ class FusedPack(EDLoRA):
             prompts: Recording prompts, only noted in the report.
 
         Raises:
-            FusionError: If statistics are missing, the source does not fit, or its concept is in the pack already.
+            ConceptError: If its concept is in the pack already.
+            FusionError: If statistics are missing, or the source does not fit.
         """
         (added,) = gather([source], None, prompts=prompts, with_statistics=True)
         return refused(self, (*self.sources, added))
@@ -321,6 +329,40 @@ def packed(
         sources=sources,
         settings=settings,
     )
+
+
+def replaced(folder: Path, file_name: str, sources: Sequence[Source], *, merged: bool = False) -> list[Path]:
+    """What a pack of these sources takes the place of in a folder, or makes stale; sources that it has already stay.
+
+    Args:
+        folder: Where it is to be saved; may be missing.
+        file_name: The pack's file.
+        sources: What it is fused from.
+        merged: Whether a complete pipeline is to be saved.
+    """
+    return _without_kept(places(folder, file_name, merged=merged), folder, sources)
+
+
+def _without_kept(found: Sequence[Path], folder: Path, sources: Sequence[Source]) -> list[Path]:
+    """What was found in a folder but for those of the sources that it carries as a pack of them would."""
+    own = {Path(folder, _carried(source.prompts)): source for source in sources}
+    return [path for path in found if path not in own or not is_carried(own[path], path)]
+
+
+def check_carried(sources: Sequence[Source]) -> None:
+    """Refuse sources that a pack would carry in one folder, also where a system takes capitals for the same letters.
+
+    Raises:
+        FusionError: Names them.
+    """
+    folders: dict[str, list[str]] = {}
+    for source in sources:
+        folders.setdefault(_carried(source.prompts).casefold(), []).append(source.name)
+    if clashes := [" and ".join(names) for names in folders.values() if len(names) > 1]:
+        raise FusionError(
+            f"A pack that carries its sources would have one folder for {'; for '.join(clashes)}. Give plain LoRAs "
+            "other names (name='...'), rename a concept, or leave the sources out."
+        )
 
 
 def _carried(names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialize
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.edlora.defects import WIDEST, listed, shown
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.folder import statistics_name
@@ -76,17 +76,23 @@ class SourceStatistics:
     concepts: Mapping[str, GramStatistics]
     file: Path | None = None
 
-    def save(self, path: str | os.PathLike[str], *, max_bytes: int | None = DEFAULT_BYTES) -> Path:
+    def save(
+        self, path: str | os.PathLike[str], *, max_bytes: int | None = DEFAULT_BYTES, overwrite: bool = False
+    ) -> Path:
         """Write the statistics; the file appears whole or not at all.
 
         Args:
             path: The file, see `statistics_path`.
             max_bytes: Size of one concept's low-rank factors; None writes the matrices in full, as float32.
+            overwrite: Take the place of the file that is there, if any.
 
         Raises:
+            OverwriteError: If something is there already.
             FusionError: If a matrix holds NaN or Inf; nothing is written then.
+            FileWriteError: If it cannot be written.
         """
         path = Path(path)
+        check_outputs(path, overwrite=overwrite)
         write_whole(path, self.serialized(max_bytes))
         return path
 
@@ -148,13 +154,13 @@ class SourceStatistics:
         )
 
     def copy(self, path: Path) -> None:
-        """Write the same statistics elsewhere, bit for bit where they come from a file.
+        """Write the same statistics elsewhere, bit for bit where they come from a file; replaces what is there.
 
         Raises:
             FusionError: If the file is gone or damaged, or other statistics have taken its place meanwhile.
         """
         if self.file is None:
-            self.save(path)
+            self.save(path, overwrite=True)
         elif self.file.resolve() != path.resolve():
             content, metadata = _whole(self.file)
             if any(_hash_of(metadata) != one.fingerprint for one in self._stored()):

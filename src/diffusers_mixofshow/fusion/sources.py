@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import commit_of, download, is_repo_id
 from diffusers_mixofshow.edlora.reading import within
 from diffusers_mixofshow.errors import (
-    ConceptError,
     EDLoRAFormatError,
     EDLoRANotFoundError,
     FusionError,
     MixOfShowError,
     MixOfShowWarning,
+    OverwriteError,
 )
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
@@ -50,12 +50,14 @@ class FusionSource:
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
+        opened: What was found at that place already, which is not read again then.
     """
 
     source: EDLoRA | str | os.PathLike[str]
     weight: float = 1.0
     scale: float = 1.0
     statistics: SourceStatistics | str | os.PathLike[str] | None = None
+    opened: Opened | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class LoRASource:
         scale: Factor on all its updates.
         name: What reports call it; by default the file's name.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
+        opened: What was found at that place already, which is not read again then.
     """
 
     source: str | os.PathLike[str]
@@ -77,6 +80,7 @@ class LoRASource:
     scale: float = 1.0
     name: str = ""
     statistics: SourceStatistics | str | os.PathLike[str] | None = None
+    opened: Opened | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a source without a prompt: what it does then is never seen."""
@@ -172,6 +176,27 @@ def carry(source: Source, folder: Path) -> None:
         path = write_lora(folder / PLAIN_NAME, source.edlora.lora)
     if source.statistics is not None:
         source.statistics.copy(statistics_path(path))
+
+
+def refuse_replacing(sources: Sequence[Source], *places: Path, carried: bool) -> None:
+    """Refuse to write where a source lies: nobody who fuses means to lose it, whatever else may be overwritten.
+
+    Args:
+        sources: What is fused.
+        places: Files and folders that the result replaces or removes.
+        carried: Whether the result carries its sources along, those of another scale as they were fused.
+
+    Raises:
+        OverwriteError: Names the sources that would be lost.
+    """
+    gone = [place.resolve() for place in places]
+    left = [source for source in sources if not (carried and source.folded == 1)]
+    homes = {source.origin: source.home.resolve() for source in left if source.home is not None}
+    if lost := [origin for origin, home in homes.items() if any(home.is_relative_to(place) for place in gone)]:
+        raise OverwriteError(
+            f"The result would take the place of {', '.join(lost)}, which it is fused from and would be lost. Choose "
+            "another place, or carry sources at their own scale along: sources=True, --keep-sources."
+        )
 
 
 def is_carried(source: Source, folder: Path) -> bool:
@@ -273,6 +298,7 @@ def gather(
         with_statistics: Look for statistics beside the sources.
 
     Raises:
+        ConceptError: If concepts of several sources share names.
         FusionError: If anything does not fit; lists everything that is wrong.
     """
     if isinstance(given, str | os.PathLike | EDLoRA | FusionSource | LoRASource):
@@ -316,7 +342,8 @@ def _read(
         edlora = origin
     else:
         plain = isinstance(entry, LoRASource) and Path(origin, PLAIN_NAME).is_file()
-        opened = open_edlora(origin, layers=layers, weight_name=PLAIN_NAME if plain else None)
+        weights = PLAIN_NAME if plain else None
+        opened = entry.opened or open_edlora(origin, layers=layers, weight_name=weights)
         opened.tell()
         edlora, file = opened.edlora, opened.file
         _refuse_other_kind(entry, edlora)
@@ -435,9 +462,14 @@ def _number_defects(what: str, numbers: Sequence[float], count: int, *, positive
 
 
 def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
-    """Find what keeps ED-LoRAs from being fused with each other: bases, layers, names, or that there are none."""
+    """Find what keeps ED-LoRAs from being fused with each other: bases, layers, or that there are none.
+
+    Raises:
+        ConceptError: If concepts share names, in which case they may as well be one source given twice.
+    """
     if not edloras:
         return ["none was given; give at least one"]
+    check_distinct(concept for edlora in edloras for concept in edlora.concepts)
     defects = []
     bases = {one_name(edlora.base_model): _names(edlora) for edlora in reversed(edloras) if edlora.base_model}
     if len(bases) > 1:
@@ -448,13 +480,6 @@ def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
         defects.append(f"they name different cross-attention layers (numbers of layers: {counts})")
     if misfits := _size_defects(edloras):
         defects.append(f"they were made for layers of different sizes ({', '.join(misfits[:3])})")
-    names = [_names(edlora) for edlora in edloras if edlora.concepts]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        return [*defects, f"given more than once: {'; '.join(twice)}; give each once, or rename one of the concepts"]
-    try:
-        check_distinct(concept for edlora in edloras for concept in edlora.concepts)
-    except ConceptError as error:
-        defects.append(str(error))
     return defects
 
 

@@ -160,7 +160,7 @@ def _is_pipeline(folder: Path) -> ConfigurationError:
     """The error of a complete pipeline in place of a pack."""
     return ConfigurationError(
         f"{folder} is a complete pipeline, whose updates are in its weights. Load it as a pipeline, "
-        f"MixOfShowPipeline.from_pretrained({str(folder)!r}), or on the command line as --base."
+        f"MixOfShowPipeline.from_pretrained({str(folder)!r}), or on the command line with --base {folder}."
     )
 
 

@@ -46,8 +46,12 @@ _REFUSED = {
 # Patterns are regular expressions of strangers: what could take for ever on a layer's name is not tried.
 _PLAIN = re.compile(r"\^?([\w.-]|\\[.-])+")
 _REPEATED = re.compile(r"\)[*+{]")
-_MOST_REPEATS = 3
 _MOST_EXPRESSIONS = 16
+_LONGEST_NAME = 96
+"""Letters of a layer's name; those of Stable Diffusion have some 70. No expression is tried on a longer one."""
+_LONGEST_EXPRESSION = 256
+_MOST_TRIES = 9 * 64**2
+"""Ways to match a name that all expressions have together: as many as nine that repeat twice."""
 _LARGEST = 1e30
 
 
@@ -72,7 +76,7 @@ class _Patterns:
 
         found: list[float] = []
         for name in dict.fromkeys((path, path.removeprefix("text_model."))):
-            candidates = {*self._expressions, *self._alike(name)}
+            candidates = {*(self._expressions if len(name) <= _LONGEST_NAME else ()), *self._alike(name)}
             left = [pattern for pattern in self._values if pattern in candidates] if candidates else []
             while (key := get_pattern_key(left, name)) in left:
                 found.append(self._values[key])
@@ -198,7 +202,7 @@ def _component(said: Mapping[str, Any]) -> tuple[_Component, list[str]]:
         sound = _sound(given)
         patterns[key] = _Patterns(sound)
         if odd := [name for name in given if name not in sound]:
-            defects.append(f"{key} is not understood: {listed(odd)}")
+            defects.append(f"{key} is not understood: {listed(odd)}{_bounds(odd)}")
     found = _Component(rank=numbers["r"], alpha=numbers["lora_alpha"], rslora=bool(said.get("use_rslora")), **patterns)
     return found, defects
 
@@ -216,24 +220,44 @@ def _of_another_kind(said: Mapping[str, Any]) -> list[str]:
 
 
 def _sound(patterns: Mapping[str, object]) -> dict[str, float]:
-    """Those entries that have a number, and an expression that is quickly matched."""
-    sound, expressions = {}, 0
+    """Those entries that have a number, and an expression that is quickly matched, beside those before it."""
+    sound, expressions, tries = {}, 0, 0
     for pattern, value in patterns.items():
         if not _PLAIN.fullmatch(pattern):
             expressions += 1
-            if expressions > _MOST_EXPRESSIONS or not _is_quick(pattern):
+            tries += _tries(pattern)
+            if expressions > _MOST_EXPRESSIONS or tries > _MOST_TRIES or not _is_expression(pattern):
+                tries -= _tries(pattern)
                 continue
         if (number := _number(value)) is not None:
             sound[pattern] = number
     return sound
 
 
-def _is_quick(pattern: str) -> bool:
+def _tries(pattern: str) -> int:
+    """In how many ways an expression may have to be tried on a name, in the order of magnitude."""
+    if len(pattern) > _LONGEST_EXPRESSION or _REPEATED.search(pattern):
+        return _MOST_TRIES + 1
+    repeats, choices = (sum(map(pattern.count, signs)) for signs in ("*+{", "?|"))
+    return int(min(64.0**repeats * 3.0**choices, _MOST_TRIES + 1))
+
+
+def _is_expression(pattern: str) -> bool:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
         return False
-    return not _REPEATED.search(pattern) and sum(map(pattern.count, "*+{")) <= _MOST_REPEATS
+    return True
+
+
+def _bounds(odd: Iterable[str]) -> str:
+    """What expressions must keep to, where one is among the patterns that were not understood."""
+    if all(map(_PLAIN.fullmatch, odd)):
+        return ""
+    return (
+        f"; of a stranger's expressions up to {_MOST_EXPRESSIONS} are matched, of up to {_LONGEST_EXPRESSION} letters "
+        "and with few repeats (*, +, {) and choices (?, |) in all, as others could take for ever. Name layers plainly"
+    )
 
 
 def _number(value: object) -> float | None:

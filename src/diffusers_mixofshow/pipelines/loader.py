@@ -187,17 +187,31 @@ class EDLoRALoader:
         """Load a LoRA as diffusers does; concepts that are active stay active beside it.
 
         Raises:
-            ConfigurationError: If a concept's updates would be swapped for others, or another thread uses the model.
+            ConfigurationError: If a concept goes by that adapter name, also one of embeddings alone; or its updates
+                would be swapped for others; or another thread uses the model.
         """
         if hotswap and adapter_name in self._edloras:
             raise ConfigurationError(
                 f"hotswap=True would put other weights in the place of {adapter_name!r}, which belong to embeddings of"
                 " their own. Call unload_edlora() and load_edlora(), or name another adapter."
             )
+        if adapter_name in self._edloras:
+            check_name(self._edloras.keys(), adapter_name)
         with self._changing(), kept_active(self.components, self._edloras):
             super().load_lora_weights(  # type: ignore[misc]
                 pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, hotswap=hotswap, **kwargs
             )
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Fuse adapters into the weights as diffusers does.
+
+        Raises:
+            ConfigurationError: If a concept is fused already and a scale is given: diffusers would not add it once
+                more, but subtract it with the new strength.
+        """
+        if kwargs.get("lora_scale", args[1] if len(args) > 1 else 1.0) != 1.0:
+            refuse_fused(self.components, self._edloras.keys())
+        super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Unload all adapters as diffusers does, concepts' included; what is fused stays in the weights."""

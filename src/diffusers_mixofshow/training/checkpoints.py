@@ -92,14 +92,6 @@ class CheckpointFolder:
         """All whole checkpoints, the newest last."""
         return present(self.folder)
 
-    def find(self, wanted: str | Path) -> Path | None:
-        """The checkpoint to go on from: ``latest``, which may not exist yet, or a folder.
-
-        Raises:
-            ConfigurationError: If the folder is no checkpoint.
-        """
-        return find(self.folder, wanted)
-
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state that `save` wrote, common and of this process, on the CPU.
 
@@ -129,7 +121,11 @@ def present(folder: Path) -> list[Path]:
 
 
 def find(folder: Path, wanted: str | Path) -> Path | None:
-    """See `CheckpointFolder.find`."""
+    """The checkpoint to go on from: ``latest``, which may not exist yet, or a folder.
+
+    Raises:
+        ConfigurationError: If the folder is no checkpoint.
+    """
     if wanted == LATEST:
         return present(folder)[-1] if present(folder) else None
     path = Path(wanted) if (Path(wanted) / _STATE).is_file() else folder / wanted
@@ -139,6 +135,25 @@ def find(folder: Path, wanted: str | Path) -> Path | None:
             f"resume_from_checkpoint is {str(wanted)!r}, which is no checkpoint. Expected {LATEST!r} or a folder "
             f"checkpoint-STEP; in {folder} there are: {known}."
         )
+    return path
+
+
+def starting_point(config: TrainingConfig) -> Path | None:
+    """The checkpoint that a training goes on from; None where it begins at its start.
+
+    Raises:
+        ConfigurationError: If what it is to go on from is no checkpoint.
+
+    Warns:
+        MixOfShowWarning: If it is to go on from the latest, and there is none yet.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted is None or config.output_dir is None:
+        return None
+    path = find(Path(config.output_dir), wanted)
+    if path is None:
+        told = f"{config.output_dir} has no checkpoint yet, so the training begins at its start."
+        warnings.warn(told, MixOfShowWarning, stacklevel=2)
     return path
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow.base_models import TOYLAND, known_spelling
 from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
@@ -253,10 +253,11 @@ class TrainingConfig:
     save_statistics: bool = True
 
     def __post_init__(self) -> None:
-        """Report every defect at once."""
+        """Report every defect at once, and call the embedded base by the name that it goes by."""
         defects = self._defects()
         if defects:
             raise ConfigurationError(_REFUSAL + "; ".join(defects))
+        object.__setattr__(self, "pretrained_model_name_or_path", known_spelling(self.pretrained_model_name_or_path))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> TrainingConfig:
@@ -395,7 +396,7 @@ class TrainingConfig:
         return defects + self._contradictions_of_base() + self._contradictions_of_method() + self._missing_output()
 
     def _contradictions_of_base(self) -> list[str]:
-        if self.pretrained_model_name_or_path != TOYLAND or self.resolution <= _LARGEST_IN_TOYLAND:
+        if known_spelling(self.pretrained_model_name_or_path) != TOYLAND or self.resolution <= _LARGEST_IN_TOYLAND:
             return []
         return [
             f"resolution is {self.resolution}, but the embedded base draws pictures of 64 pixels; "

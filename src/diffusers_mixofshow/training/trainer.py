@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -19,7 +18,7 @@ from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.errors import TrainingDataError
 from diffusers_mixofshow.notes import write_noted
 from diffusers_mixofshow.progress import progress, tell
 from diffusers_mixofshow.sheets import labelled_sheet
@@ -35,6 +34,7 @@ from diffusers_mixofshow.training.checkpoints import (
     digest_of,
     make_room,
     refuse_replacing,
+    starting_point,
 )
 from diffusers_mixofshow.training.company import compose_company
 from diffusers_mixofshow.training.compute import compiled, lean_updates, recomputed_activations
@@ -309,18 +309,10 @@ class _Tuning:
 
     def _resumed(self) -> Position:
         """Put everything back as the checkpoint has it, if one is asked for and there."""
-        wanted = self.config.resume_from_checkpoint
         if self.accelerator.is_main_process:
             make_room(self.config)
-        if wanted is None or self.checkpoints is None:
-            return Position()
-        path = self.checkpoints.find(wanted)
-        if path is None:
-            warnings.warn(
-                f"{self.checkpoints.folder} has no checkpoint yet, so the training begins at its start.",
-                MixOfShowWarning,
-                stacklevel=2,
-            )
+        path = starting_point(self.config)
+        if path is None or self.checkpoints is None:
             return Position()
         state, own = self.checkpoints.load(path)
         check_same_training(path, state, self.config.as_identity(), self.data)

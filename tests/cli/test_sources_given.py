@@ -1,0 +1,185 @@
+"""Sources of `sample` and `fuse` that get in each other's way: told before anything is drawn, solved or replaced."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import packs
+import tiny
+from diffusers_mixofshow import EDLoRA, GradientFuser, MixOfShowPipeline, cli
+from diffusers_mixofshow.errors import ConceptError, FusionError, MixOfShowWarning, OverwriteError
+from diffusers_mixofshow.interop import write_lora
+
+
+@pytest.fixture(scope="module")
+def here(place: Path) -> Path:
+    """The folder of `place`, with packs that share names with `rex`."""
+    components = tiny.components()
+    packs.random_pack(components, "rex", seed=1).save_pretrained(place / "again")
+    packs.random_pack(components, "rex1", seed=1).save_pretrained(place / "token")
+    packs.random_pack(components, "tom", "rex", seed=2).save_pretrained(place / "both")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        (("rex", "again"), "<rex>"),
+        (("again", "rex", "tom"), "<rex>"),
+        (("rex", "./rex"), "<rex>"),
+        (("rex", "rex/edlora.safetensors"), "<rex>"),
+        (("both", "rex"), "<rex>"),
+        (("both", "rex", "tom"), "<rex>, <tom>"),
+        (("rex", "token"), "<rex1> (of <rex> and <rex1>)"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("plan", [(), ("--dry-run",)], ids=["run", "plan"])
+@pytest.mark.parametrize("verb", ["sample", "fuse"])
+def test_names_used_twice_are_told_alike(
+    here: Path, verb: str, plan: tuple[str, ...], sources: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    given = sources if verb == "fuse" else [word for source in sources for word in ("--concepts", source)]
+    more = ("--output", "fused") if verb == "fuse" else ("--prompt", "a <rex>", "--output", "new.png")
+    result = CliRunner().invoke(cli.app, [verb, *given, "--base", "no/base", *more, *plan])
+    assert isinstance(result.exception, ConceptError)
+    assert isinstance(result.exception, cli._MISUSES)
+    assert str(result.exception) == f"Names used twice: {told}. Give each concept once, or rename one of them."
+    assert not (here / "fused").exists()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, two ED-LoRAs with statistics, one without, and a pack that carries its sources."""
+    folder = tmp_path_factory.mktemp("published")
+    pipe = MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "base")
+    fuser = GradientFuser(pipe, steps=1, prompts=("a <TOK>", "two <TOK>"), sequential=False)
+    for seed, name in enumerate(("rex", "kit", "bare")):
+        pack = packs.random_pack(pipe.components, name, ranks=(1,), seed=seed)
+        replace(pack, base_model=str(folder / "base")).save_pretrained(folder / name)
+        if name != "bare":
+            fuser.record(folder / name)
+    GradientFuser().fuse([folder / "rex", folder / "kit"]).save_pretrained(folder / "pack", sources=True)
+    write_lora(folder / "plain" / "pytorch_lora_weights.safetensors", pack.lora)
+    (folder / "half.toml").write_text("[[source]]\npath = 'pack/sources/rex'\nscale = 0.5\n[[source]]\npath = 'bare'")
+    (folder / "link").symlink_to("rex")
+    return folder
+
+
+def run(*arguments: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MixOfShowWarning)
+        result = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lost"),
+    [
+        (("rex", "kit", "--output", "rex"), "rex"),
+        (("rex", "kit", "--output", "./kit"), "kit"),
+        (("rex/edlora.safetensors", "kit", "--output", "rex"), "rex/edlora.safetensors"),
+        (("link", "kit", "--output", "rex"), "link"),
+        (("rex", "kit", "--output", "link"), "rex"),
+        (("rex", "--output", "rex"), "rex"),
+        (("pack", "bare", "--output", "pack"), "pack"),
+        (("half.toml", "--output", "pack"), "pack/sources/rex"),
+        (("half.toml", "--output", "pack", "--keep-sources"), "pack/sources/rex"),
+        (("plain", "--prompts", "a dog", "--output", "plain"), "plain"),
+        (("rex", "kit", "--output", "new", "--heat-map", "kit/edlora.safetensors"), "kit"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_no_source_is_lost_to_its_own_fusion(
+    published: Path, arguments: tuple[str, ...], lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(published)
+    before = contents(published)
+    for more in ((), ("--dry-run",), ("--overwrite",), ("--overwrite", "--dry-run")):
+        with pytest.raises(
+            OverwriteError, match=f"take the place of {lost}, which it is fused from and would be lost"
+        ):
+            run("fuse", *arguments, "--base", "base", *more)
+    assert contents(published) == before
+
+
+def test_a_source_that_is_carried_along_is_not_lost(published: Path, tmp_path: Path) -> None:
+    shutil.copytree(published / "rex", tmp_path / "rex")
+    run(
+        "fuse",
+        str(tmp_path / "rex"),
+        str(published / "kit"),
+        "--output",
+        str(tmp_path / "rex"),
+        "--overwrite",
+        "--keep-sources",
+    )
+    carried = EDLoRA.from_pretrained(tmp_path / "rex" / "sources" / "rex")
+    assert carried.digest == EDLoRA.from_pretrained(published / "rex").digest
+
+
+def test_sources_that_cannot_be_carried_are_told_before_the_fusion(published: Path, tmp_path: Path) -> None:
+    for name in ("a&b", "a,b"):
+        shutil.copy(published / "plain" / "pytorch_lora_weights.safetensors", tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("a&b", "a,b")]
+    asked = [*files, "--prompts", "a", "--prompts", "b", "--base", "no/base", "--output", str(tmp_path / "new")]
+    with pytest.raises(FusionError, match="one folder for a&b and a,b"):
+        run("fuse", *asked, "--keep-sources", "--dry-run")
+
+
+def test_a_pack_may_be_fused_anew_from_the_sources_that_it_carries(published: Path, tmp_path: Path) -> None:
+    shutil.copytree(published / "pack", tmp_path / "pack")
+    carried = [str(tmp_path / "pack" / "sources" / name) for name in ("rex", "kit")]
+    kept = contents(tmp_path / "pack" / "sources")
+    run("fuse", *carried, "--weight", "3", "--weight", "1", "--output", str(tmp_path / "pack"), "--overwrite")
+    assert contents(tmp_path / "pack" / "sources") == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("rex", "kit"), []),
+        (("rex", "kit", "--features", "own"), []),
+        (("rex", "bare", "--features", "own"), []),
+        (("rex", "kit", "--features", "sequential"), []),
+        (("rex", "bare", "--method", "average"), []),
+        (("rex", "bare"), ["the statistics beside <rex> are not used (<bare> without any that fit)"]),
+        (("kit", "bare", "rex"), ["the statistics beside <kit>, <rex> are not used (<bare> without any that fit)"]),
+        (("rex", "kit", "--base", "base"), ["the statistics beside <rex>, <kit> are not used (--base or --prior"]),
+        (("rex", "kit", "--prior", "0.1"), ["the statistics beside <rex>, <kit> are not used (--base or --prior"]),
+        (("rex",), ["<rex> is the only source"]),
+        (("pack", "--method", "average"), ["<rex>+<kit> is the only source"]),
+        (("bare",), ["<bare> is the only source"]),
+        (("plain", "--prompts", "a dog", "--base", "base"), ["plain is the only source"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_given_in_vain_is_told(
+    published: Path, arguments: tuple[str, ...], told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(published)
+    with warnings.catch_warnings(record=True) as caught:
+        run("fuse", *arguments, "--output", "new", "--dry-run")
+    ours = [str(one.message) for one in caught if issubclass(one.category, MixOfShowWarning)]
+    assert len(ours) == len(told)
+    assert all(text.startswith(start) for text, start in zip(ours, told, strict=True))
+
+
+def test_what_is_given_in_vain_is_told_once(published: Path, tmp_path: Path) -> None:
+    with pytest.warns(MixOfShowWarning, match="<rex> is the only source") as caught:
+        run("fuse", str(published / "rex"), "--output", str(tmp_path / "new"))
+    assert len(caught) == 1
