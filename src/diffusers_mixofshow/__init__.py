@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.pipelines.loader import EDLoRALoader
     from diffusers_mixofshow.pipelines.refining import refine_regions
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
-    from diffusers_mixofshow.regions import Isolation, Layout, Region
+    from diffusers_mixofshow.regions import Draft, Isolation, Layout, Refinement, Region
     from diffusers_mixofshow.training.config import TrainingConfig
     from diffusers_mixofshow.training.trainer import EDLoRATrainer
 
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Concept",
+    "Draft",
     "EDLoRA",
     "EDLoRALoader",
     "EDLoRATrainer",
@@ -48,6 +49,7 @@ __all__ = [
     "MixOfShowInpaintPipeline",
     "MixOfShowPipeline",
     "MixOfShowWarning",
+    "Refinement",
     "Region",
     "TrainingConfig",
     "refine_regions",
@@ -56,6 +58,7 @@ __all__ = [
 
 _HOME = {
     "Concept": "concepts",
+    "Draft": "regions",
     "EDLoRA": "edlora",
     "EDLoRALoader": "pipelines.loader",
     "EDLoRATrainer": "training.trainer",
@@ -72,6 +75,7 @@ _HOME = {
     "MixOfShowInpaintPipeline": "pipelines.inpainting",
     "MixOfShowPipeline": "pipelines.stable_diffusion",
     "MixOfShowWarning": "errors",
+    "Refinement": "regions",
     "Region": "regions",
     "TrainingConfig": "training.config",
     "refine_regions": "pipelines.refining",

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.regions import Isolation, Layout
+    from diffusers_mixofshow.regions import Draft, Isolation, Layout, Refinement
 
-REFINED = 0.4
-"""How much of a region `--refine` draws anew."""
 _LARGE = 1024 * 1024
 """Pixels above which a picture to start from is told to be large."""
 _INPAINTED = (4, 9)
@@ -76,6 +74,7 @@ class Drawing:
         steps: Denoising steps.
         guidance: Guidance scale.
         isolation: Whether regions are kept apart in self-attention.
+        draft: Whether regions are first drawn alone.
         refine: Whether regions are drawn anew afterwards.
         image: Picture to start from.
         mask: Where that is drawn anew.
@@ -96,7 +95,8 @@ class Drawing:
     steps: int
     guidance: float
     isolation: Isolation | None
-    refine: bool
+    draft: Draft | None
+    refine: Refinement | None
     image: Given | None
     mask: Given | None
     strength: float
@@ -156,13 +156,13 @@ def draw(drawing: Drawing) -> Drawn:
         negative_prompt=[plan.negative_prompt or ""] * count,
         regions=plan,
         isolation=drawing.isolation,
+        draft=drawing.draft,
+        refine=drawing.refine,
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in drawing.seeds],
         **conditions,
     ).images
-    if drawing.refine:
-        images = [_refined(pipe, image, seed, drawing) for image, seed in zip(images, drawing.seeds, strict=True)]
     dtype = str(pipe.unet.dtype).removeprefix("torch.")
     return Drawn(images=images, scheduler=type(pipe.scheduler), device=pipe.device.type, dtype=dtype)
 
@@ -240,21 +240,3 @@ def _size(pipe: Any, plan: Layout) -> dict[str, int]:
     height, width = (cells, cells) if isinstance(cells, int) else cells
     scale = pipe.vae_scale_factor
     return {"height": plan.height or height * scale, "width": plan.width or width * scale}
-
-
-def _refined(pipe: Any, image: Any, seed: int, drawing: Drawing) -> Any:
-    """The picture with its regions drawn anew; the same for a seed, whatever other pictures there are."""
-    import torch
-
-    from diffusers_mixofshow.pipelines import refine_regions
-
-    return refine_regions(
-        pipe,
-        [image],
-        drawing.plan.regions,
-        generator=torch.Generator().manual_seed(seed),
-        strength=REFINED,
-        negative_prompt=drawing.plan.negative_prompt,
-        num_inference_steps=drawing.steps,
-        guidance_scale=drawing.guidance,
-    )[0]

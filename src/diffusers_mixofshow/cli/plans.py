@@ -66,7 +66,8 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
     batch = len(output) * (2 if drawing.guidance > 1 else 1)
     runs = steps if drawing.image is None else int(steps * drawing.strength)
     pixels = (plan.height, plan.width) if plan.height and plan.width else None
-    anew = f"{len(plan.regions) * len(output)} regions, up to {steps} runs each" if drawing.refine else "none"
+    regions, draft, refine = len(plan.regions) * len(output), drawing.draft, drawing.refine
+    more = [name for name, wanted in (("drafts", draft), ("what is drawn anew", refine)) if wanted]
     return {
         "base model": _told_base(drawing.base),
         "concepts": _names(packs) or "none",
@@ -80,10 +81,11 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
         "pictures": len(output),
         "seeds": ", ".join(map(str, drawing.seeds)),
         "U-Net runs": f"{runs}, each on a batch of {batch}",
-        "drawn anew": anew,
+        "drafts": f"{regions} regions, {draft.steps} runs each" if draft else "none",
+        "drawn anew": f"{regions} regions, up to {refine.runs_in(steps)} runs each" if refine else "none",
         "device": drawing.device or "cuda if there is one, else cpu",
         "dtype": str(drawing.dtype or "the device's usual one"),
-        "time": time_of(drawing.base, runs, batch, pixels=pixels) + (", and what is drawn anew" * drawing.refine),
+        "time": ", and ".join([time_of(drawing.base, runs, batch, pixels=pixels), *more]),
         "writes": ", ".join(map(str, output)),
     }
 

@@ -27,7 +27,7 @@ _NAME = re.compile(r"(?![.~])([^/\\]+/)?(?!\.)[^/\\]+")
 _NUMBERS = ("seed", "steps", "guidance", "strength", "lora_scale", "control_scale")
 _NAMES = ("base", "concepts", "image", "mask")
 _CONTROLS = ("control", "adapter")
-_OTHERS = ("isolation", "isolation_steps", "isolation_scales", "refine", "dtype")
+_OTHERS = ("isolation", "isolation_steps", "isolation_scales", "draft", "refine", "dtype")
 
 
 def write_drawn(files: Sequence[Path], drawing: Drawing, drawn: Drawn) -> None:
@@ -62,7 +62,8 @@ def settings_of(path: Path) -> dict[str, Any]:
     defects = [f"{name} {value!r}" for name, value in told.items() if not _expected(name, value)]
     if defects:
         raise ConfigurationError(f"{path} tells what no picture of mixofshow does: {', '.join(defects)}.")
-    return {**told, "layout": str(path)}
+    # Pictures of the time before drafts tell nothing of them.
+    return {"draft": False} | told | {"layout": str(path)}
 
 
 def warn_of_changes(path: Path, drawing: Drawing) -> None:
@@ -136,7 +137,7 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
         "control": [_told_control(control) for control in drawing.controls],
         "adapter": [_told_control(control) for control in drawing.adapters],
         "control_scale": list(drawing.control_scales),
-        "refine": drawing.refine,
+        "refine": drawing.refine is not None,
         "isolation": isolation is not None,
         "isolation_steps": isolation and f"{isolation.start},{isolation.end}",
         "isolation_scales": isolation and isolation.scales and ",".join(map(str, isolation.scales)),
@@ -145,7 +146,8 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
         "strength": drawing.strength if drawing.image else None,
         "dtype": drawing.dtype and str(drawing.dtype),
     }
-    return {name: value for name, value in told.items() if value is not None and value is not False and value != []}
+    told = {name: value for name, value in told.items() if value is not None and value is not False and value != []}
+    return told | ({"draft": drawing.draft is not None} if drawing.plan.regions else {})
 
 
 def _told_control(control: Control) -> str:

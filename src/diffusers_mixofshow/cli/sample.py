@@ -17,7 +17,7 @@ from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
 from diffusers_mixofshow.cli.base_model import check_device, common_base
 from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS, parse_controls
-from diffusers_mixofshow.cli.drawing import REFINED, Drawing, Given, draw, refuse_inpainting, sized_like
+from diffusers_mixofshow.cli.drawing import Drawing, Given, draw, refuse_inpainting, sized_like
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_of_sampling, replaces, tell
 from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
@@ -28,7 +28,7 @@ from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.regions import Layout
+    from diffusers_mixofshow.regions import Draft, Layout
 
 
 def sample(
@@ -41,6 +41,7 @@ def sample(
     isolation: options.Isolate = False,
     isolation_steps: options.IsolationSteps = None,
     isolation_scales: options.IsolationScales = None,
+    draft: options.Drafted = None,
     refine: options.Refine = False,
     image: options.Image = None,
     mask: options.Mask = None,
@@ -110,6 +111,8 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
     base = asked["base"] or _base_of(packs.values())
     if asked["mask"] is not None:
         refuse_inpainting(base)
+    from diffusers_mixofshow.regions import Refinement
+
     strength = asked["strength"] or (0.8 if asked["mask"] is None else 1.0)
     drawing = Drawing(
         base=base,
@@ -120,7 +123,8 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
         steps=asked["steps"],
         guidance=usual_guidance(base) if asked["guidance"] is None else asked["guidance"],
         isolation=parse_isolation(asked["isolation_steps"], asked["isolation_scales"]) if asked["isolation"] else None,
-        refine=asked["refine"],
+        draft=_draft(plan, asked),
+        refine=Refinement() if asked["refine"] else None,
         image=image,
         mask=mask,
         strength=strength,
@@ -134,6 +138,14 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
     if asked["layout"] is not None:
         warn_of_changes(asked["layout"], drawing)
     return drawing
+
+
+def _draft(plan: Layout, asked: Mapping[str, Any]) -> Draft | None:
+    """Drafts of the regions, unless they are not wanted or a picture to start from says where everything is."""
+    from diffusers_mixofshow.regions import Draft
+
+    wanted = asked["image"] is None if asked["draft"] is None else asked["draft"]
+    return Draft() if wanted and plan.regions else None
 
 
 def _for_each(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -202,8 +214,10 @@ def _regions_defects(plan: Layout, asked: Mapping[str, Any]) -> list[str]:
     defects = []
     if asked["refine"] and not plan.regions:
         defects.append("--refine without any region to draw anew; give --region or --layout, too")
-    if asked["refine"] and int(REFINED * asked["steps"]) < 1:
-        defects.append(f"--refine of {asked['steps']} steps, of which a region takes {REFINED}: less than one step")
+    if asked["draft"] and not plan.regions:
+        defects.append("--draft without any region to draw alone; give --region or --layout, too")
+    if asked["draft"] and asked["image"] is not None:
+        defects.append("--draft and --image, which starts from a picture instead of noise")
     if asked["isolation"] and not plan.regions:
         defects.append("--isolation without any region to keep apart; give --region or --layout, too")
     details = [name for name in ("isolation_steps", "isolation_scales") if asked[name] is not None]

@@ -68,6 +68,15 @@ IsolationScales = Annotated[
         help="Feature maps on which they are, by latent cells: '2,4,8'. (default: all)", rich_help_panel=_REGIONS
     ),
 ]
+Drafted = Annotated[
+    bool | None,
+    typer.Option(
+        "--draft/--no-draft",
+        help="Draw every region alone in a few steps, then put it into the picture, so that its prompt need not "
+        "say anything of the others. (default: on, but not with --image)",
+        rich_help_panel=_REGIONS,
+    ),
+]
 Refine = Annotated[
     bool,
     typer.Option(

@@ -220,6 +220,10 @@ class Canvas:
             maps.append((numbers @ self._weights(plan, (height, width))).reshape(1, height, width))
         return torch.stack(maps)
 
+    def shares(self, height: int, width: int, step: int) -> list[torch.Tensor]:
+        """Each picture's regions' weights at a step on a latent of this size, each of shape (regions, cells)."""
+        return [plan.weights(height, width, step, self.steps, torch.float64)[1:] for plan in self.plans]
+
     def regions(self) -> list[Region]:
         """The regions of all plans, each once."""
         return list(dict.fromkeys(region for plan in self.plans for region in plan.regions))

@@ -46,14 +46,14 @@ class _Patch:
 def refine_regions(
     pipe: Any,
     images: Sequence[Image.Image],
-    regions: Sequence[Region],
+    regions: Sequence[Region] | Sequence[Sequence[Region]],
     *,
-    strength: float = 0.4,
+    strength: float = 0.6,
     size: int | None = None,
-    margin: float = 0.15,
+    margin: float = 0.0,
     feather: float = 0.05,
     batch_size: int = 4,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     **settings: Any,
 ) -> list[Image.Image]:
     """Draw every region anew at a higher resolution, from its own prompt: crop, enlarge, image to image, paste.
@@ -63,16 +63,16 @@ def refine_regions(
     Args:
         pipe: A pipeline of this package with the concepts loaded; it is not changed.
         images: Finished pictures; they are not changed.
-        regions: The regions of all pictures; those of a higher order are pasted last.
+        regions: The regions of all pictures, or a list of them for each; those of a higher order are pasted last.
         strength: How much of each crop is drawn anew, from 0 to 1.
         size: Root of the area, in pixels, to which a crop is enlarged; the model's own by default. A crop that is as
             large already is left as it is.
         margin: Added around a region on each side, as a fraction of its own size, for the model to see.
         feather: Width of the paste's soft edge, as a fraction of the picture, where the region has less.
         batch_size: Crops of one size in one pass.
-        generator: Source of the noise.
-        settings: Passed to image to image, e.g. `negative_prompt` (for regions that have none of their own),
-            `num_inference_steps` and `guidance_scale`.
+        generator: Source of the noise, one for all pictures or one for each.
+        settings: Passed to image to image, e.g. `negative_prompt` (for regions that have none of their own; a text,
+            or one for each picture), `num_inference_steps` and `guidance_scale`.
 
     Returns:
         New pictures, the same outside of the regions.
@@ -80,13 +80,15 @@ def refine_regions(
     Raises:
         RegionError: If something in the lists is no picture or no region; names every defect at once.
     """
-    _check(images, regions)
+    nested = any(isinstance(entry, list | tuple) for entry in regions)
+    of_pictures: list[Sequence[Any]] = list(regions) if nested else [regions] * len(images)  # type: ignore[arg-type]
+    _check(images, of_pictures)
     images = [read_image(image, called=f"picture {number}") for number, image in enumerate(images)]
     size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     found = [
         _patch(number, image, region, size, margin)
-        for number, image in enumerate(images)
-        for region in sorted(regions, key=lambda region: region.order)
+        for number, (image, own) in enumerate(zip(images, of_pictures, strict=True))
+        for region in sorted(own, key=lambda region: region.order)
     ]
     patches = [patch for patch in found if patch is not None]
     call = {**settings, "strength": strength, "generator": generator}
@@ -106,39 +108,58 @@ def _drawn_anew(
 ) -> dict[_Patch, Image.Image]:
     """Every patch enlarged and drawn anew, those of one size together."""
     drawn: dict[_Patch, Image.Image] = {}
-    negative = call.pop("negative_prompt", None) or ""
+    negative, generators = call.pop("negative_prompt", None) or "", call.pop("generator", None)
     for size in dict.fromkeys(patch.size for patch in patches):
         alike = [patch for patch in patches if patch.size == size]
         for start in range(0, len(alike), batch_size):
             batch = alike[start : start + batch_size]
             pictures = redraw(
                 [patch.region.prompt for patch in batch],
-                image=[images[patch.picture].crop(patch.box).resize(size) for patch in batch],
-                negative_prompt=[_negative(patch.region, negative) for patch in batch],
+                image=[_cut(images[patch.picture], patch.box).resize(size) for patch in batch],
+                negative_prompt=[_negative(patch, negative) for patch in batch],
+                generator=[generators[patch.picture] for patch in batch]
+                if isinstance(generators, Sequence)
+                else generators,
                 **call,
             ).images
             drawn |= dict(zip(batch, pictures, strict=True))
     return drawn
 
 
-def _check(images: Sequence[object], regions: Sequence[object]) -> None:
+def _check(images: Sequence[object], regions: Sequence[Sequence[object]]) -> None:
     defects = [f"a {type(image).__name__} is no picture" for image in images if not isinstance(image, Image.Image)]
-    defects += [f"a {type(region).__name__} is no Region" for region in regions if not isinstance(region, Region)]
+    others = {type(region).__name__ for own in regions for region in own if not isinstance(region, Region)}
+    defects += [f"a {other} is no Region" for other in sorted(others)]
+    if len(regions) != len(images):
+        defects.append(
+            f"{len(regions)} lists of regions for {len(images)} pictures; give one for each, or one for all"
+        )
     if defects:
         raise RegionError("refine_regions: " + "; ".join(defects) + ".")
 
 
-def _negative(region: Region, otherwise: str) -> str:
-    return otherwise if region.negative_prompt is None else region.negative_prompt
+def _negative(patch: _Patch, otherwise: str | Sequence[str]) -> str:
+    own = patch.region.negative_prompt
+    if own is not None:
+        return own
+    return otherwise if isinstance(otherwise, str) else otherwise[patch.picture]
 
 
 def _patch(number: int, image: Image.Image, region: Region, size: int, margin: float) -> _Patch | None:
-    """Where the region is with its margin, and how large it shall become; None if it is that large already."""
+    """Where the region is with its margin, and how large it shall become; None if it is that large already.
+
+    Models know square pictures and wide ones better than narrow ones, so no patch is narrower than high. The region is
+    in its middle, and the patch goes on beyond the picture.
+    """
     rows, columns = (coverage(region, image.height, image.width) > 0).nonzero(as_tuple=True)
     if not len(rows):
         return None
-    left, right = _widened(int(columns.min()), int(columns.max()) + 1, margin, image.width)
-    top, bottom = _widened(int(rows.min()), int(rows.max()) + 1, margin, image.height)
+    height = round((1 + 2 * margin) * (int(rows.max()) + 1 - int(rows.min())))
+    width = max(height, round((1 + 2 * margin) * (int(columns.max()) + 1 - int(columns.min()))))
+    top, left = (
+        (int(along.min()) + int(along.max()) + 1 - side) // 2 for along, side in ((rows, height), (columns, width))
+    )
+    right, bottom = left + width, top + height
     scale = size / math.sqrt((right - left) * (bottom - top))
     if scale <= 1:
         return None
@@ -146,18 +167,22 @@ def _patch(number: int, image: Image.Image, region: Region, size: int, margin: f
     return _Patch(number, region, (left, top, right, bottom), (width, height))
 
 
-def _widened(start: int, end: int, margin: float, limit: int) -> tuple[int, int]:
-    extra = round(margin * (end - start))
-    return max(start - extra, 0), min(end + extra, limit)
+def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """A part of a picture, which goes on beyond its edges as it is there."""
+    left, top, right, bottom = box
+    rows = np.arange(top, bottom).clip(0, image.height - 1)
+    columns = np.arange(left, right).clip(0, image.width - 1)
+    return Image.fromarray(np.asarray(image)[rows[:, None], columns])
 
 
 def _paste(picture: Image.Image, patch: _Patch, drawn: Image.Image, feather: float) -> None:
     """Put the drawn patch into the picture, with a soft edge."""
     left, top, right, bottom = patch.box
     soft = dataclasses.replace(patch.region, feather=max(feather, patch.region.feather), rounding="nearest")
-    share = coverage(soft, picture.height, picture.width).numpy()[top:bottom, left:right]
-    small = drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
-    picture.paste(small, (left, top), Image.fromarray((share * 255).round().astype(np.uint8)))
+    share = coverage(soft, picture.height, picture.width).numpy()
+    layer = picture.copy()
+    layer.paste(drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+    picture.paste(layer, mask=Image.fromarray((share * 255).round().astype(np.uint8)))
 
 
 def _image_to_image(pipe: Any) -> MixOfShowImg2ImgPipeline:

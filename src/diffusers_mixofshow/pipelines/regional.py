@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
@@ -15,6 +15,7 @@ from diffusers_mixofshow.conditioning.control import regional_control
 from diffusers_mixofshow.conditioning.passes import PassHook, hooked_passes
 from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
 from diffusers_mixofshow.pipelines.calls import separate_call
+from diffusers_mixofshow.pipelines.drafting import drafts_put_in
 from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, prompt_count
 from diffusers_mixofshow.pipelines.remarks import (
     Regions,
@@ -24,12 +25,19 @@ from diffusers_mixofshow.pipelines.remarks import (
     silent_remarks,
     text_remarks,
 )
-from diffusers_mixofshow.regions import Isolation, Region
+from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
+from diffusers_mixofshow.regions.wording import repeat_subjects
 
+
+_ALSO_REFINED = ("guidance_scale", "clip_skip", "cross_attention_kwargs")
+"""What a call says that holds for regions drawn anew as well."""
+_Anything = TypeVar("_Anything")
 
 _ADDED = {
     "regions": "list[Region] | Layout | list[list[Region] | Layout | None] | None",
     "isolation": "Isolation | None",
+    "draft": "Draft | None",
+    "refine": "Refinement | None",
 }
 REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally, in regions.
 
@@ -41,6 +49,12 @@ REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally,
                 `negative_prompt` where a region has none.
             isolation (`Isolation`, *optional*):
                 Whether self-attention, too, keeps the regions apart, and on which feature maps and in which steps.
+            draft (`Draft`, *optional*):
+                Whether every region is first drawn alone and then put into its place, so that its prompt can say what
+                it shows without a word on the rest of the picture. For calls that begin with noise alone.
+            refine (`Refinement`, *optional*):
+                Whether every region that is smaller than the model's own pictures is drawn anew at that size in the
+                end, from its own prompt. For pictures as the result (`output_type="pil"`).
         """
 
 
@@ -55,16 +69,32 @@ class RegionalSampling(LayerwisePrompts):
     _pass_hooks: tuple[PassHook, ...] = ()
 
     def __call__(
-        self, *args: Any, regions: Regions | None = None, isolation: Isolation | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        regions: Regions | None = None,
+        isolation: Isolation | None = None,
+        draft: Draft | None = None,
+        refine: Refinement | None = None,
+        **kwargs: Any,
     ) -> Any:
         """See `regional_signature`, which gives each pipeline class its own `__call__`."""
         parent = super().__call__  # type: ignore[misc]
         given = inspect.signature(parent).bind_partial(*args, **kwargs)
         arguments = given.arguments
-        if not (isolation is None or isinstance(isolation, Isolation)):
-            raise RegionError(f"`isolation` is a {type(isolation).__name__}; expected Isolation(...) or None.")
-        with separate_call(self, arguments), self._conditioned_call(regions, isolation, arguments):
-            return parent(*given.args, **given.kwargs)
+        for name, value, kind in (
+            ("isolation", isolation, Isolation),
+            ("draft", draft, Draft),
+            ("refine", refine, Refinement),
+        ):
+            if not (value is None or isinstance(value, kind)):
+                raise RegionError(f"`{name}` is a {type(value).__name__}; expected {kind.__name__}(...) or None.")
+        if refine is not None and arguments.get("output_type", "pil") != "pil":
+            raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
+        if not regions:
+            _tell_idle(isolation=isolation, draft=draft, refine=refine)
+        with separate_call(self, arguments), self._conditioned_call(regions, isolation, draft, arguments) as described:
+            output = parent(*given.args, **given.kwargs)
+        return output if refine is None or not described else self._refined(output, refine, described, arguments)
 
     @property
     def guidance_scale(self) -> Any:
@@ -97,9 +127,17 @@ class RegionalSampling(LayerwisePrompts):
 
     @contextmanager
     def _conditioned_call(
-        self, regions: Regions | None, isolation: Isolation | None, arguments: Mapping[str, Any]
-    ) -> Iterator[None]:
-        """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs."""
+        self,
+        regions: Regions | None,
+        isolation: Isolation | None,
+        draft: Draft | None,
+        arguments: MutableMapping[str, Any],
+    ) -> Iterator[tuple[tuple[Region, ...], ...]]:
+        """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs.
+
+        Yields:
+            The regions with their prompts as they were given, of all prompts or of each.
+        """
         outer, outer_canvas = self._regions, self._canvas
         names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
         try:
@@ -107,6 +145,9 @@ class RegionalSampling(LayerwisePrompts):
             self._refuse_unknown_words(self._texts_of(arguments))
             self._regions, unseen = self._regions_seen(self._regions, arguments)
             remarks = [*unseen, *self._remarks(arguments)]
+            described = self._regions
+            if draft is not None and draft.repeat_subject:
+                self._regions = tuple(tuple(repeat_subjects(own, self._nameable)) for own in described)
             with ExitStack() as stack:
                 for hook in self._pass_hooks:
                     stack.enter_context(hooked_passes(self._denoisers()[0], hook))
@@ -114,7 +155,13 @@ class RegionalSampling(LayerwisePrompts):
                     for denoiser in self._denoisers():
                         stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layers))
                     self._canvas = self._enter_regions(stack, isolation, arguments) if self._regions else None
-                yield
+                drafts = None
+                if draft is not None and self._canvas is not None:
+                    pictures = self._of_pictures(described, arguments)
+                    drafts = stack.enter_context(drafts_put_in(self, draft, pictures, self._canvas.shares, arguments))
+                yield described
+            if drafts is not None and not drafts.are_put_in:
+                remarks.append("the draft has no effect in a call of a single step")
             if self._canvas is not None:
                 remarks += layout_remarks(self._canvas)
         finally:
@@ -124,16 +171,57 @@ class RegionalSampling(LayerwisePrompts):
 
     def _enter_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
         """Install the attention of the regions for as long as the stack lives."""
-        prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
-        pictures = arguments.get("num_images_per_prompt") or 1
         shared = [RegionPlan(own) for own in self._regions]
-        plans = shared if len(shared) == 1 else [plan for plan in shared[:prompts] for _ in range(pictures)]
+        plans = shared if len(shared) == 1 else self._of_pictures(shared, arguments)
         canvases = [
             stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps, isolation))
             for denoiser in self._denoisers()
         ]
         stack.enter_context(regional_control(self._denoisers()[0], canvases[0]))
         return canvases[0]
+
+    def _refined(
+        self, output: Any, refine: Refinement, regions: tuple[tuple[Region, ...], ...], arguments: Mapping[str, Any]
+    ) -> Any:
+        """The call's output, with the regions of its pictures drawn anew."""
+        from diffusers_mixofshow.pipelines.refining import refine_regions  # which needs image to image, made of this
+
+        images = output[0]
+        of_pictures = self._of_pictures(regions, arguments)
+        negative = arguments.get("negative_prompt")
+        if isinstance(negative, list):
+            negative = [negative[number * len(negative) // len(images)] for number in range(len(images))]
+        refined = refine_regions(
+            self,
+            images,
+            of_pictures,
+            strength=refine.strength,
+            num_inference_steps=refine.steps_of(arguments.get("num_inference_steps", 50)),
+            negative_prompt=negative,
+            generator=arguments.get("generator"),
+            batch_size=len(images),
+            **{name: arguments[name] for name in _ALSO_REFINED if name in arguments},
+        )
+        if isinstance(output, tuple):
+            return (refined, *output[1:])
+        output.images = refined
+        return output
+
+    @staticmethod
+    def _of_pictures(shared: Sequence[_Anything], arguments: Mapping[str, Any]) -> list[_Anything]:
+        """What belongs to all prompts, or to each, once for every picture."""
+        prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+        of_prompts = list(shared) * prompts if len(shared) == 1 else shared[:prompts]
+        return [each for each in of_prompts for _ in range(arguments.get("num_images_per_prompt") or 1)]
+
+    @contextmanager
+    def _without_regions(self) -> Iterator[None]:
+        """Let prompts be encoded for a picture without regions, in a call that has some."""
+        outer, self._regions = self._regions, ()
+        try:
+            yield
+        finally:
+            self._regions = outer
 
     def _remarks(self, arguments: Mapping[str, Any]) -> list[str]:
         """What can be said of the call's texts and strengths before it runs."""
@@ -154,6 +242,14 @@ class RegionalSampling(LayerwisePrompts):
         controlnet = self.components.get("controlnet")
         nets = list(getattr(controlnet, "nets", [] if controlnet is None else [controlnet]))
         return list(dict.fromkeys([self.unet, *nets]))
+
+
+def _tell_idle(**given: object) -> None:
+    """Warn of arguments about regions in a call that has none."""
+    idle = [f"`{name}`" for name, value in given.items() if value is not None]
+    if idle:
+        verb = "has" if len(idle) == 1 else "have"
+        warnings.warn(f"{' and '.join(idle)} {verb} no effect without regions.", MixOfShowWarning, stacklevel=4)
 
 
 def regional_signature(parent: type, doc: str = REGIONS_DOC) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

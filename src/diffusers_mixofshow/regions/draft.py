@@ -1,0 +1,95 @@
+"""Drafts: what a region shows is first drawn alone, as its prompt describes it, and then put into its place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from diffusers_mixofshow.errors import RegionError
+
+
+_WIDEST = 2.0
+"""Width of a draft over its height; a wider region is drawn in the middle of its draft."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Draw every region alone in a few steps of its own, and put it into the picture between two steps.
+
+    A base draws what a text describes as a whole picture: told "a <rex>, in a meadow" in each of three regions, it
+    draws one large subject across all of them. A draft has a picture of its own, of the size that the model knows, so
+    its prompt may say what a user would write. It is made smaller, put into its region with fresh noise, and the
+    call goes on from there.
+
+    Args:
+        steps: Of each draft.
+        until: The fraction of the call's steps after which the drafts are put in.
+        repeat_subject: Whether a region's prompt in the picture then names its subject once for each region that names
+            one, as "a <rex> dog, a <rex> dog and a <rex> dog, in a meadow", see `repeat_subjects`: so the base does
+            not take the whole picture for one subject.
+
+    Raises:
+        RegionError: Names every defect at once.
+    """
+
+    steps: int = 3
+    until: float = 0.5
+    repeat_subject: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        defects = []
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            defects.append(f"its steps are {self.steps!r}; expected a whole number, 1 or more")
+        if not isinstance(self.until, int | float) or not 0 < self.until < 1:
+            defects.append(f"its until is {self.until!r}; expected a number between 0 and 1")
+        if not isinstance(self.repeat_subject, bool):
+            defects.append(f"its repeat_subject is {self.repeat_subject!r}; expected True or False")
+        if defects:
+            raise RegionError("Draft: " + "; ".join(defects) + ".")
+
+    def first_step_after(self, steps: int, order: int = 1) -> int:
+        """The step of so many before which drafts are put in, a multiple of the scheduler's passes a step."""
+        wanted = round(self.until * steps / order) * order
+        return min(max(wanted, order), (steps - 1) // order * order)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The cells of a latent that a draft fills, also beyond its edges, and the draft's own size in cells."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    draft_height: int
+    draft_width: int
+
+    def placed(self, drafts: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Make drafts (n, channels, draft_height, draft_width) fill the window of a latent; zeros around it."""
+        small = functional.interpolate(
+            drafts, size=(self.height, self.width), mode="bilinear", antialias=True, align_corners=False
+        )
+        right, bottom = width - self.left - self.width, height - self.top - self.height
+        return functional.pad(small, (self.left, right, self.top, bottom))
+
+
+def window_of(inside: torch.Tensor, side: int, multiple: int) -> Window:
+    """Where a region's draft goes: as high as the region, and as wide, but no narrower than high.
+
+    Models know square pictures and wide ones better than narrow ones; what is beside a narrow region is cut off.
+
+    Args:
+        inside: Which cells of the latent are the region's, booleans of shape (height, width); one at least.
+        side: Height of the draft in cells, that of the model's own pictures.
+        multiple: What the draft's width is a multiple of.
+    """
+    rows, columns = inside.nonzero(as_tuple=True)
+    top, left = int(rows.min()), int(columns.min())
+    height, width = int(rows.max()) + 1 - top, int(columns.max()) + 1 - left
+    taller, wider = max(0, math.ceil(width / _WIDEST) - height), max(0, height - width)
+    top, left, height, width = top - taller // 2, left - wider // 2, height + taller, width + wider
+    return Window(top, left, height, width, side, round(side * width / height / multiple) * multiple)

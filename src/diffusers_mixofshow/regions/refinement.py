@@ -1,0 +1,42 @@
+"""Refinement: how finished regions are drawn anew at the size that the model knows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from diffusers_mixofshow.errors import RegionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """Draw every region of a finished picture anew, larger, from its own prompt; see `refine_regions`.
+
+    Args:
+        strength: How much of each region is drawn anew, above 0 and up to 1.
+        steps: Of a region that is drawn from the start, of which `strength` is taken; half of the call's by default.
+
+    Raises:
+        RegionError: Names every defect at once.
+    """
+
+    strength: float = 0.6
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        defects = []
+        if not isinstance(self.strength, int | float) or not 0 < self.strength <= 1:
+            defects.append(f"its strength is {self.strength!r}; expected a number above 0 and up to 1")
+        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+            defects.append(f"its steps are {self.steps!r}; expected a whole number, 1 or more, or None")
+        if defects:
+            raise RegionError("Refinement: " + "; ".join(defects) + ".")
+
+    def steps_of(self, call: int) -> int:
+        """`steps`, in a call of so many: enough that at least one is taken."""
+        return self.steps or max(round(call / 2), math.ceil(1 / self.strength))
+
+    def runs_in(self, call: int) -> int:
+        """How many of the steps are taken, in a call of so many."""
+        return min(int(self.steps_of(call) * self.strength), self.steps_of(call))

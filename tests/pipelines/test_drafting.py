@@ -1,0 +1,448 @@
+"""Drafts: every region alone for a few steps, then put into the picture, and what the call makes of it."""
+
+import warnings
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.callbacks import SDCFGCutoffCallback
+from torch.nn import functional
+
+import tiny
+from diffusers_mixofshow import (
+    Draft,
+    Isolation,
+    MixOfShowAdapterPipeline,
+    MixOfShowControlNetPipeline,
+    MixOfShowWarning,
+    Refinement,
+    Region,
+)
+from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.pipelines.drafting import _clean_and_noise
+from diffusers_mixofshow.regions.draft import window_of
+from diffusers_mixofshow.regions.wording import repeat_subjects
+
+
+STEPS = 4
+LEFT, RIGHT = Region("a <potter>", box=(0, 0, 0.5, 1)), Region("a dog", box=(0.5, 0.25, 1, 1))
+PLAIN = Draft(steps=2, repeat_subject=False)
+
+
+@pytest.fixture
+def potter(pipe, make_pack):
+    """The pipeline with one concept; its scheduler looks back at earlier steps."""
+    pipe.load_edlora(make_pack("potter"))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(pipe, prompt="two friends", *, regions=(LEFT, RIGHT), seed=0, **settings):
+    """Latents of a call."""
+    given = {"num_inference_steps": STEPS, "output_type": "latent", "height": 32, "width": 64, "guidance_scale": 3.0}
+    return pipe(prompt, regions=list(regions), generator=seeded(seed), **{**given, **settings}).images
+
+
+def seen_by_unet(pipe, **settings):
+    """What the U-Net is given in each pass on the whole picture, the first half of the batch."""
+    seen = []
+
+    def keep(_model, inputs, _named):
+        if inputs[0].shape[-1] == 32:
+            seen.append(inputs[0][: len(inputs[0]) // 2].clone())
+
+    hook = pipe.unet.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        draw(pipe, **settings)
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_regions_alone_change_between_two_steps_and_nothing_before(potter):
+    without, drafted = (seen_by_unet(potter, draft=draft) for draft in (None, PLAIN))
+    assert len(without) == len(drafted) == STEPS
+    assert all(torch.equal(one, other) for one, other in zip(without[:2], drafted[:2], strict=True))
+    differs = (without[2] != drafted[2]).any(dim=1)[0]
+    inside = torch.zeros(16, 32, dtype=torch.bool)
+    inside[:, :16] = inside[4:, 16:] = True
+    assert torch.equal(differs, inside)
+
+
+@pytest.mark.parametrize(("until", "step"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.7, 3), (0.99, 3)])
+def test_until_says_between_which_steps(potter, until, step):
+    without = seen_by_unet(potter)
+    drafted = seen_by_unet(potter, draft=Draft(steps=1, until=until, repeat_subject=False))
+    assert [torch.equal(one, other) for one, other in zip(without, drafted, strict=True)] == [
+        number < step for number in range(STEPS)
+    ]
+
+
+def test_what_is_put_in_is_the_region_drawn_alone(potter):
+    """One pass on the region's own text and noise, its estimate made smaller, and fresh noise: computed here anew."""
+    region = Region("a dog", box=(0, 0, 0.25, 0.5), negative_prompt="cat", guidance_scale=2.0)
+    put_in = seen_by_unet(potter, regions=[region], draft=Draft(steps=1, repeat_subject=False))[2]
+
+    noise = seeded()
+    torch.randn(1, 4, 16, 32, generator=noise)  # the picture's own
+    first = torch.randn(1, 4, 16, 16, generator=noise)
+    scheduler = DDIMScheduler.from_config(potter.scheduler.config)
+    potter.scheduler.set_timesteps(STEPS)
+    start, at = potter.scheduler.timesteps[0], potter.scheduler.timesteps[2:3]
+    text, without = potter.encode_prompt("a dog", potter.device, 1, True, "cat")
+    with torch.no_grad():
+        predicted = potter.unet(torch.cat([first] * 2), start, encoder_hidden_states=torch.cat([without, text])).sample
+    guided = predicted[:1] + 2.0 * (predicted[1:] - predicted[:1])
+    scheduler.set_timesteps(STEPS)
+    clean = scheduler.step(guided, start, first).pred_original_sample
+    small = functional.interpolate(clean, size=(8, 8), mode="bilinear", antialias=True)
+    fresh = torch.randn(1, 4, 16, 32, generator=noise)
+    expected = scheduler.add_noise(small, fresh[..., :8, :8], at)
+    torch.testing.assert_close(put_in[..., :8, :8], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_drafts_take_their_steps_on_the_way_to_where_the_call_goes_on(potter):
+    passes = []
+
+    def keep(_model, inputs, _named):
+        if inputs[0].shape[-1] == 16:
+            passes.append((len(inputs[0]), int(inputs[1])))
+
+    hook = potter.unet.register_forward_pre_hook(keep, with_kwargs=True)
+    halves = [LEFT, Region("a dog", box=(0.5, 0, 1, 1))]
+    draw(potter, regions=halves, draft=Draft(steps=3))
+    draw(potter, regions=halves, draft=Draft(steps=1), guidance_scale=1.0)
+    hook.remove()
+    potter.scheduler.set_timesteps(STEPS)
+    first, last = int(potter.scheduler.timesteps[0]), int(potter.scheduler.timesteps[2])
+    way = [first, round(first - (first - last) / 3), round(first - 2 * (first - last) / 3)]
+    assert passes == [(2, timestep) for timestep in (*way, *way)] + [(1, first)] * 2
+
+
+def test_without_guidance_there_is_no_negative_half(potter):
+    region = Region("a dog", box=(0, 0, 0.5, 1))
+    drafted, without = (draw(potter, regions=[region], draft=draft, guidance_scale=1.0) for draft in (PLAIN, None))
+    assert drafted.isfinite().all()
+    assert not torch.equal(drafted, without)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_predictions_are_taken_apart_as_schedulers_do(kind):
+    random = seeded()
+    noisy, prediction = (torch.randn(1, 4, 8, 8, generator=random) for _ in range(2))
+    scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False)
+    scheduler.set_timesteps(10)
+    alpha = float(scheduler.alphas_cumprod[501])
+    clean, noise = _clean_and_noise(noisy, prediction, alpha, kind)
+    torch.testing.assert_close(clean, scheduler.step(prediction, 501, noisy).pred_original_sample)
+    torch.testing.assert_close(alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise, noisy)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler,
+        PNDMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler,
+    ],
+)
+def test_every_scheduler_goes_on_as_if_it_began_there(pipe, scheduler):
+    """The steps after the drafts do not depend on what schedulers remember of those before."""
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    everywhere = [Region("a dog", box=(0, 0, 1, 1))]
+    settings = {"regions": everywhere, "draft": PLAIN, "num_inference_steps": 6}
+    first = draw(pipe, "one text", **settings)
+    other = draw(pipe, "another text", latents=torch.full((1, 4, 16, 32), 0.5), **settings)
+    assert first.isfinite().all()
+    assert not torch.equal(first, draw(pipe, "one text", **{**settings, "draft": None}))
+    # Given latents draw no random numbers, so that the drafts' noise differs; with a seed of its own it does not.
+    again = draw(pipe, "another text", **settings)
+    torch.testing.assert_close(first, again, rtol=1e-3, atol=1e-3)
+    assert other.isfinite().all()
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch(potter):
+    both = [[LEFT, RIGHT], [Region("a cat", box=(0.25, 0, 0.75, 1))]]
+    given = {"num_inference_steps": STEPS, "output_type": "latent", "height": 32, "width": 64, "guidance_scale": 3.0}
+    together = potter(
+        ["two friends", "a cat"],
+        negative_prompt=["", "dog"],
+        regions=both,
+        generator=[seeded(3), seeded(4)],
+        draft=PLAIN,
+        **given,
+    ).images
+    for number, (prompt, negative) in enumerate((("two friends", ""), ("a cat", "dog"))):
+        alone = potter(
+            prompt,
+            negative_prompt=negative,
+            regions=both[number],
+            generator=[seeded(3 + number)],
+            draft=PLAIN,
+            **given,
+        ).images
+        torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_of_one_prompt_have_drafts_of_their_own(potter):
+    one, other = draw(potter, num_images_per_prompt=2, draft=PLAIN, latents=torch.ones(2, 4, 16, 32))
+    assert not torch.equal(one, other)
+
+
+def test_a_region_that_does_not_hold_yet_has_no_draft(potter):
+    late = Region("a dog", box=(0.5, 0, 1, 1), start=0.8)
+    without, drafted = (seen_by_unet(potter, regions=[LEFT, late], draft=draft)[2] for draft in (None, PLAIN))
+    assert torch.equal(without[..., 16:], drafted[..., 16:])
+    assert not torch.equal(without[..., :16], drafted[..., :16])
+
+
+def test_the_upper_of_two_regions_is_seen_where_both_are(potter):
+    lower, upper = Region("a dog", box=(0, 0, 1, 1)), Region("a cat", box=(0, 0, 1, 1), order=1)
+    both = draw(potter, regions=[lower, upper], draft=PLAIN)
+    assert both.isfinite().all()
+    changed = draw(potter, regions=[Region("a frog", box=(0, 0, 1, 1)), upper], draft=PLAIN)
+    assert torch.equal(both, changed)
+
+
+def test_callbacks_are_called_with_what_they_ask_for(potter):
+    steps, given = [], []
+
+    def theirs(_pipe, step, _timestep, tensors):
+        steps.append(step)
+        given.append(set(tensors))
+        return tensors
+
+    called = draw(
+        potter, draft=PLAIN, callback_on_step_end=theirs, callback_on_step_end_tensor_inputs=["prompt_embeds"]
+    )
+    assert steps == list(range(STEPS))
+    assert all(each >= {"prompt_embeds"} for each in given)
+    assert torch.equal(called, draw(potter, draft=PLAIN))
+
+
+def test_callbacks_of_diffusers_work(potter):
+    cut = draw(potter, draft=PLAIN, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.25))
+    assert cut.isfinite().all()
+    assert not torch.equal(cut, draw(potter, draft=PLAIN))
+
+
+def test_what_a_callback_does_to_latents_is_kept(potter):
+    def halve(_pipe, step, _timestep, tensors):
+        return {"latents": tensors["latents"] / 2} if step == 1 else {}
+
+    small = [Region("a dog", box=(0.25, 0.25, 0.5, 0.75))]
+    seen = seen_by_unet(potter, regions=small, draft=PLAIN, callback_on_step_end=halve)[2]
+    plain = seen_by_unet(potter, regions=small, draft=PLAIN)[2]
+    torch.testing.assert_close(seen[..., 20:], plain[..., 20:] / 2)
+
+
+def test_subjects_are_repeated_in_the_picture_and_said_once_in_drafts(potter, monkeypatch):
+    texts = []
+    encode = type(potter).encode_prompt
+
+    def encoded(self, prompt, *rest, **named):
+        texts.extend([prompt] if isinstance(prompt, str) else prompt)
+        texts.extend(region.prompt for own in self._regions for region in own)
+        return encode(self, prompt, *rest, **named)
+
+    monkeypatch.setattr(type(potter), "encode_prompt", encoded)
+    two = [LEFT, Region("the <potter>, in snow", box=(0.5, 0, 1, 1))]
+    draw(potter, regions=two, draft=Draft(steps=1))
+    assert texts == [
+        "two friends",
+        "a <potter> man and a <potter> man",
+        "a <potter> man and a <potter> man, in snow",
+        "a <potter>",
+        "the <potter>, in snow",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        (["a <rex>, in a meadow"], ["a <rex>, in a meadow"]),
+        (["a <rex>", "a dog"], ["a <rex>", "a dog"]),
+        (["a <rex>", "<kit>"], ["a <rex> dog and a <rex> dog", "<kit> cat and <kit> cat"]),
+        (
+            ["photo of a <rex> dog on snow", "a <rex1>", "The <kit> and a <rex>"],
+            [
+                "photo of a <rex> dog, a <rex> dog and a <rex> dog on snow",
+                "a <rex1>",
+                "a <kit> cat, a <kit> cat and a <kit> cat and a <rex>",
+            ],
+        ),
+        (["a <rex> doghouse", "a <kit>"], ["a <rex> dog and a <rex> dog doghouse", "a <kit> cat and a <kit> cat"]),
+    ],
+)
+def test_subjects_are_repeated_for_every_region_that_has_one(prompts, expected):
+    concepts = [Concept.from_name("rex", "dog"), Concept.from_name("kit", "cat")]
+    regions = [Region(prompt, box=(0, 0, 1, 1), order=2) for prompt in prompts]
+    repeated = repeat_subjects(regions, concepts)
+    assert [region.prompt for region in repeated] == expected
+    assert {region.order for region in repeated} == {2}
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((4, 8, 12, 16), (4, 8, 8, 8, 16, 16)),  # square
+        ((0, 10, 16, 14), (0, 4, 16, 16, 16, 16)),  # narrow: as wide as high
+        ((4, 0, 12, 16), (4, 0, 8, 16, 16, 32)),  # wide: in its own shape
+        ((6, 0, 10, 32), (0, 0, 16, 32, 16, 32)),  # wider than twice its height
+        ((0, 0, 16, 4), (0, -6, 16, 16, 16, 16)),  # beyond the edge
+        ((0, 0, 6, 7), (0, 0, 6, 7, 16, 20)),
+    ],
+)
+def test_windows_surround_their_region(box, expected):
+    top, left, bottom, right = box
+    inside = torch.zeros(16, 32, dtype=torch.bool)
+    inside[top:bottom, left:right] = True
+    window = window_of(inside, 16, 4)
+    assert (
+        window.top, window.left, window.height, window.width, window.draft_height, window.draft_width
+    ) == expected  # fmt: skip
+    drafts = torch.ones(1, 1, window.draft_height, window.draft_width)
+    placed = window.placed(drafts, 16, 32)[0, 0] > 0
+    assert placed.shape == inside.shape
+    assert placed[inside].all() or expected[2] < bottom - top
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": 0}, "steps are 0"),
+        ({"steps": 1.5}, "steps are 1.5"),
+        ({"steps": True}, "steps are True"),
+        ({"until": 0}, "until is 0"),
+        ({"until": 1.0}, "until is 1.0"),
+        ({"until": "half"}, "until is 'half'"),
+        ({"repeat_subject": 1}, "repeat_subject is 1"),
+        ({"steps": 0, "until": 2}, "steps are 0.*until is 2"),
+    ],
+)
+def test_impossible_drafts_are_refused(settings, words):
+    with pytest.raises(RegionError, match=words):
+        Draft(**settings)
+
+
+@pytest.mark.parametrize("name", ["draft", "refine", "isolation"])
+def test_switches_are_objects(potter, name):
+    with pytest.raises(RegionError, match=rf"`{name}` is a bool; expected \w+\(...\) or None"):
+        draw(potter, **{name: True})
+
+
+def test_arguments_about_regions_without_any_are_told(potter):
+    with pytest.warns(MixOfShowWarning, match="`isolation` and `draft` and `refine` have no effect without regions"):
+        potter(
+            "a <potter>",
+            isolation=Isolation(),
+            draft=Draft(),
+            refine=Refinement(),
+            num_inference_steps=1,
+            height=32,
+            width=32,
+        )
+
+
+def test_a_call_of_one_step_tells_that_drafts_have_no_effect(potter):
+    with pytest.warns(MixOfShowWarning, match="draft has no effect in a call of a single step"):
+        draw(potter, num_inference_steps=1, draft=PLAIN)
+
+
+def test_controlled_pipelines_have_drafts(pipe, make_pack):
+    pictures = torch.rand(1, 3, 32, 64, generator=seeded())
+    controlnet = tiny.controlnet(pipe.unet)
+    pipe.load_edlora(make_pack("potter"))
+    control = MixOfShowControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
+    adapter = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=tiny.adapter())
+    for pipe in (control, adapter):
+        pipe.set_progress_bar_config(disable=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MixOfShowWarning)
+            drafted, without = (draw(pipe, image=pictures, draft=draft) for draft in (PLAIN, None))
+        assert drafted.isfinite().all()
+        assert not torch.equal(drafted, without)
+
+
+def test_the_pipeline_is_left_as_it_came(potter):
+    scheduler, processors = potter.scheduler, dict(potter.unet.attn_processors)
+    draw(potter, draft=PLAIN)
+    assert potter.scheduler is scheduler
+    assert all(potter.unet.attn_processors[name] is each for name, each in processors.items())
+    assert not potter.unet._forward_pre_hooks
+    assert torch.equal(draw(potter), draw(potter))
+
+
+def test_refining_in_the_call_is_refining_after_it(potter):
+    from diffusers_mixofshow import refine_regions
+
+    regions = [
+        Region("a <potter>", box=(0, 0, 0.3, 0.5)),
+        Region("a dog", box=(0.5, 0.5, 0.8, 1), negative_prompt="cat"),
+    ]
+    given = {"num_inference_steps": STEPS, "height": 32, "width": 64, "guidance_scale": 3.0}
+    settings = {"regions": regions, "negative_prompt": "frog", **given}
+    inside = potter("two", generator=seeded(), refine=Refinement(strength=0.5, steps=4), **settings).images
+    generator = seeded()
+    plain = potter("two", generator=generator, **settings).images
+    after = refine_regions(
+        potter,
+        plain,
+        regions,
+        strength=0.5,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        negative_prompt="frog",
+        generator=generator,
+        batch_size=1,
+    )
+    assert inside[0].tobytes() == after[0].tobytes()
+    assert inside[0].tobytes() != plain[0].tobytes()
+    (as_tuple, _) = potter(
+        "two", generator=seeded(), refine=Refinement(strength=0.5, steps=4), return_dict=False, **settings
+    )
+    assert as_tuple[0].tobytes() == inside[0].tobytes()
+
+
+def test_refining_needs_pictures(potter):
+    with pytest.raises(RegionError, match="`refine` needs pictures, but output_type is 'latent'"):
+        draw(potter, refine=Refinement())
+
+
+@pytest.mark.parametrize(
+    ("settings", "call", "steps", "runs"),
+    [
+        ({}, 20, 10, 6),
+        ({}, 50, 25, 15),
+        ({}, 1, 2, 1),
+        ({"strength": 0.2}, 4, 5, 1),
+        ({"strength": 1.0}, 4, 2, 2),
+        ({"steps": 8}, 20, 8, 4),
+    ],
+)
+def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
+    refine = Refinement(**settings)
+    assert (refine.steps_of(call), refine.runs_in(call)) == (steps, runs)
+
+
+@pytest.mark.parametrize("settings", [{"strength": 0}, {"strength": 1.1}, {"strength": "a"}, {"steps": 0}])
+def test_impossible_refinements_are_refused(settings):
+    with pytest.raises(RegionError, match="Refinement: its "):
+        Refinement(**settings)
