@@ -15,11 +15,14 @@ from diffusers_mixofshow.evaluation.identity import (
     Identity,
     Subject,
     concepts_in_regions,
+    confusion,
     crop_region,
     mean_identity,
     measure_identity,
+    measure_in_regions,
     region_accuracy,
     retention,
+    summarise_regions,
 )
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
@@ -80,6 +83,35 @@ def test_concepts_are_found_where_they_stand() -> None:
     found = concepts_in_regions([picture], column_boxes(2), SUBJECTS, JUDGE)
     assert found == [["ruby", "azure"]]
     assert region_accuracy(found, [("ruby", "ruby")]) == {"regions": 0.5, "whole_pictures": 0.0}
+
+
+def test_a_picture_is_measured_region_by_region() -> None:
+    picture = Image.new("RGB", (96, 64), "blue")
+    picture.paste("red", (0, 0, 48, 64))
+    ruby, azure = SUBJECTS
+    both = measure_in_regions(picture, column_boxes(2), [ruby, azure], JUDGE)
+    assert both.found == ("ruby", "azure")
+    assert (both.right, both.looks) == (1, 1)
+    own = [
+        float(torch.cosine_similarity(JUDGE.features([each]), subject.photos))
+        for each, subject in ((RED, ruby), (BLUE, azure))
+    ]
+    assert both.likeness == pytest.approx(sum(own) / 2)
+    exchanged = measure_in_regions(picture, column_boxes(2), [azure, ruby], JUDGE)
+    assert exchanged.found == ("ruby", "azure")
+    assert (exchanged.right, exchanged.looks) == (0, 0)
+    crossed = float(torch.cosine_similarity(JUDGE.features([RED]), azure.photos))
+    assert exchanged.likeness == pytest.approx(crossed)
+
+    summary = summarise_regions([both, exchanged, both, both])
+    assert summary["right"]["mean"] == summary["whole_pictures"]["mean"] == summary["looks"]["mean"] == 0.75
+    assert confusion([both, exchanged], [("ruby", "azure"), ("azure", "ruby")]) == {
+        "ruby": {"ruby": 1, "azure": 1},
+        "azure": {"azure": 1, "ruby": 1},
+    }
+    half = measure_in_regions(Image.new("RGB", (96, 64), "blue"), column_boxes(2), [ruby, azure], JUDGE)
+    assert summarise_regions([half])["right"]["mean"] == 0.5
+    assert summarise_regions([half])["whole_pictures"]["mean"] == 0
 
 
 class Stranger(ColourJudge):

@@ -72,3 +72,17 @@ def test_malformed_features_are_refused(features: torch.Tensor) -> None:
 def test_features_of_two_models_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="one model"):
         metrics.image_alignment(X, torch.ones(1, 3))
+
+
+def test_intervals_cover_the_mean_in_95_of_100_samples() -> None:
+    random = torch.Generator().manual_seed(1)
+    hits = 0
+    for _ in range(200):
+        values = torch.rand(60, generator=random, dtype=torch.float64).tolist()
+        found = metrics.mean_with_interval(values)
+        assert found["mean"] == pytest.approx(sum(values) / 60, abs=1e-4)
+        # Means of 60 numbers from 0 to 1 deviate by sqrt(1 / 12 / 60).
+        assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * (1 / 12 / 60) ** 0.5, rel=0.3)
+        hits += found["low"] <= 0.5 <= found["high"]
+    assert 180 <= hits <= 198
+    assert metrics.mean_with_interval([1.0] * 5) == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 5}

@@ -179,6 +179,75 @@ def region_accuracy(found: Sequence[Sequence[str]], expected: Sequence[Sequence[
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class InRegions:
+    """How well one picture shows several concepts, each in its region; every number from 0 to 1.
+
+    Args:
+        found: Name of what each region shows, see `concepts_in_regions`.
+        right: Share of regions that show the right one.
+        looks: Share of its own concept's attributes that each region shows, on average.
+        likeness: Mean cosine of each region with its own concept's photos, on average.
+    """
+
+    found: tuple[str, ...]
+    right: float
+    looks: float
+    likeness: float
+
+
+def measure_in_regions(
+    picture: Image.Image, boxes: Sequence[Box], expected: Sequence[Subject], judge: Judge
+) -> InRegions:
+    """Measure one picture of several concepts.
+
+    Args:
+        picture: The picture.
+        boxes: The regions.
+        expected: What each region should show; the candidates for what is found are these.
+        judge: Who looks.
+    """
+    (found,) = concepts_in_regions([picture], boxes, expected, judge)
+    crops = [crop_region(picture, box) for box in boxes]
+    features, read = judge.features(crops), judge.read(crops)
+    count = len(expected)
+    return InRegions(
+        found=tuple(found),
+        right=sum(name == subject.name for name, subject in zip(found, expected, strict=True)) / count,
+        looks=sum(
+            metrics.attribute_accuracy([seen], subject.attributes)
+            for seen, subject in zip(read, expected, strict=True)
+        )
+        / count,
+        likeness=sum(
+            metrics.image_alignment(features[number : number + 1], subject.photos)
+            for number, subject in enumerate(expected)
+        )
+        / count,
+    )
+
+
+def summarise_regions(pictures: Sequence[InRegions]) -> dict[str, dict[str, float]]:
+    """Mean of every measure over pictures, with its 95 % interval, see `metrics.mean_with_interval`."""
+    values = {
+        "right": [picture.right for picture in pictures],
+        "whole_pictures": [float(picture.right == 1) for picture in pictures],
+        "looks": [picture.looks for picture in pictures],
+        "likeness": [picture.likeness for picture in pictures],
+    }
+    return {name: metrics.mean_with_interval(each) for name, each in values.items()}
+
+
+def confusion(pictures: Sequence[InRegions], expected: Sequence[Sequence[str]]) -> dict[str, dict[str, int]]:
+    """How often a concept was found where one was asked for: asked for, found, times."""
+    counts: dict[str, dict[str, int]] = {}
+    for picture, names in zip(pictures, expected, strict=True):
+        for name, found in zip(names, picture.found, strict=True):
+            row = counts.setdefault(name, {})
+            row[found] = row.get(found, 0) + 1
+    return counts
+
+
 def _similarity(features: torch.Tensor, candidates: Sequence[Subject]) -> torch.Tensor:
     """Mean cosine with every candidate's photos, shape (n, candidates)."""
     return torch.stack([metrics.cosine_matrix(features, each.photos).mean(dim=1) for each in candidates], dim=1)
