@@ -4,11 +4,11 @@
     python benchmarks/regions.py --work DIR --layouts 12     # fewer; the first of the 200
 
 Half of the layouts have no class twice, half have at least two concepts of one class. Regions are columns of random
-widths, in random order. The same prompts and seeds are sampled with a plain prompt, with regions, with isolated
-regions, with regions on a pack fused by weight averaging, with regions whose prompts say nothing but the concept, and
-with a T2I-Adapter that is told where things stand, without and with isolated regions. In every region the judges name
-the concept, out of those asked for, and the attribute reader tells which attributes are another region's; missing is a
-concept that no region of its picture shows.
+widths, in random order. The same prompts and seeds are sampled with a plain prompt, with isolated regions whose
+prompts say what a user would write or repeat their subject for every place, with drafts, refined, so on a pack fused
+by weight averaging, and with a T2I-Adapter that is told where things stand. In every region the judges name the
+concept, out of those asked for, and the attribute reader tells which attributes are another region's; missing is a
+concept that no region of its picture shows. Every figure has its 95 % interval over pictures.
 
 Tuned concepts, among them those that `benchmarks/toyland.py --work DIR` left, fused packs and pictures lie in the work
 folder, under the hash of the settings, the weights of the base and of the concepts, and are not made again when the
@@ -32,15 +32,18 @@ from kept import Kept, markdown
 from PIL import Image
 
 from diffusers_mixofshow import (
+    Draft,
     Isolation,
     MixOfShowAdapterPipeline,
     MixOfShowPipeline,
     MixOfShowWarning,
+    Refinement,
     Region,
 )
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.evaluation import record
-from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region
+from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region, measure_in_regions
+from diffusers_mixofshow.evaluation.metrics import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import (
     RECORDING_PROMPTS,
     TOGETHER_PLACES,
@@ -63,17 +66,19 @@ COLUMN = 32
 LAYOUT = "layout"
 """In place of a setting: a T2I-Adapter is told where things stand."""
 LAYOUT_STRENGTH = 0.8
-BARE = "bare"
-"""In place of a setting: a region's prompt is the concept alone, without its class, place or the whole picture."""
+REPEATED = "repeated"
+"""In place of a setting: a region's prompt names its subject for every place; else it says what a user would write."""
 
+_BEST: dict[str, Any] = {"isolation": Isolation(), "draft": Draft(), "refine": Refinement()}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain prompt": ("closed-form", {"regions": None}),
-    "regions": ("closed-form", {}),
-    "regions, isolated": ("closed-form", {"isolation": Isolation()}),
-    "regions, averaged weights": ("average", {}),
-    "regions, bare prompts": ("closed-form", {BARE: True}),
+    "regions": ("closed-form", {"isolation": Isolation()}),
+    "regions, subjects repeated": ("closed-form", {"isolation": Isolation(), REPEATED: True}),
+    "regions, drafts": ("closed-form", {"isolation": Isolation(), "draft": Draft()}),
+    "regions, drafts, refined": ("closed-form", _BEST),
+    "the same, averaged weights": ("average", _BEST),
     "layout": ("closed-form", {"regions": None, LAYOUT: True}),
-    "layout, regions, isolated": ("closed-form", {"isolation": Isolation(), LAYOUT: True}),
+    "layout, regions, drafts, refined": ("closed-form", {LAYOUT: True} | _BEST),
 }
 Box = tuple[float, float, float, float]
 
@@ -103,13 +108,13 @@ class Scene:
 
     @property
     def regions(self) -> list[Region]:
-        """One for each concept."""
-        return regions_of(self.subjects, self.boxes, self.place)
+        """One for each concept, which says what a user would write."""
+        return [Region(f"a <{name}>, {self.place}", box=box) for name, box in zip(self.names, self.boxes, strict=True)]
 
     @property
-    def bare_regions(self) -> list[Region]:
-        """One for each concept, which says no more than its name."""
-        return [Region(f"a <{name}>", box=box) for name, box in zip(self.names, self.boxes, strict=True)]
+    def repeated_regions(self) -> list[Region]:
+        """One for each concept, which names it for every place."""
+        return regions_of(self.subjects, self.boxes, self.place)
 
     def places(self, width: int, height: int) -> list[Box]:
         """Where its things stand, in a picture of so many pixels."""
@@ -162,8 +167,8 @@ def sample_scenes(
     batch = [scenes[number] for number in numbers]
     height, width = 2 * COLUMN, COLUMN * len(batch[0].names)
     arguments = {"regions": [scene.regions for scene in batch]} | dict(settings)
-    if arguments.pop(BARE, False):
-        arguments["regions"] = [scene.bare_regions for scene in batch]
+    if arguments.pop(REPEATED, False):
+        arguments["regions"] = [scene.repeated_regions for scene in batch]
     if arguments.pop(LAYOUT, False):
         pipe = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=load_layout_adapter())
         pipe.set_progress_bar_config(disable=True)
@@ -208,21 +213,20 @@ def judge_picture(
     return {
         "right": sum(map(str.__eq__, found, scene.names)) / len(asked),
         "missing": len(set(scene.names) - set(found)) / len(asked),
+        "likeness": measure_in_regions(picture, scene.boxes, asked, judge).likeness,
         "attributes": right / attributes,
         "leaked": leaked / max(1, others_differ),
     }
 
 
-def mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of every measure over pictures, and how many pictures there were."""
-    means = {name: round(sum(row[name] for row in rows) / len(rows), 4) for name in rows[0]}
-    return means | {
-        "whole_pictures": round(sum(row["right"] == 1 for row in rows) / len(rows), 4),
-        "pictures": len(rows),
-    }
+def mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean of every measure over pictures, with its interval."""
+    values = {name: [row[name] for row in rows] for name in rows[0]}
+    values |= {"whole_pictures": [float(row["right"] == 1) for row in rows]}
+    return {name: mean_with_interval(each) for name, each in values.items()}
 
 
-def summarise(scenes: Sequence[Scene], rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def summarise(scenes: Sequence[Scene], rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
     """All pictures, and those with and without two concepts of one class, and by number of concepts."""
     groups = {
         "all": lambda scene: True,
@@ -260,22 +264,25 @@ def worst_sheet(
     return labelled_sheet(lines)
 
 
-def tables(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def tables(results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
     """The results as Markdown: a table of all ways, and one of right concepts by kind of layout."""
     measures = {
         "right concept in its region": "right",
         "all right in a picture": "whole_pictures",
         "missing": "missing",
         "right attributes": "attributes",
+        "likeness": "likeness",
         "attributes of another region": "leaked",
     }
-    every = {way: [f"{100 * rows['all'][key]:.0f} %" for key in measures.values()] for way, rows in results.items()}
+    every = {way: [told(rows["all"][key]) for key in measures.values()] for way, rows in results.items()}
     groups = list(next(iter(results.values())))[1:]
-    cells = {
-        way: [f"{100 * rows[group]['right']:.0f} %, {100 * rows[group]['leaked']:.0f} %" for group in groups]
-        for way, rows in results.items()
-    }
-    return f"{markdown(list(measures), every)}\n\nRight concept, leaked attributes:\n\n{markdown(groups, cells)}"
+    cells = {way: [told(rows[group]["right"]) for group in groups] for way, rows in results.items()}
+    return f"{markdown(list(measures), every)}\n\nRight concept:\n\n{markdown(groups, cells)}"
+
+
+def told(value: Mapping[str, float]) -> str:
+    """Per cent, with the interval."""
+    return f"{100 * value['mean']:.0f} % ({100 * value['low']:.0f} to {100 * value['high']:.0f})"
 
 
 def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -301,7 +308,7 @@ def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         rows = [judge_picture(picture, scene, subjects, judge) for picture, scene in pairs]
         results[way] = summarise(scenes, rows)
         write_picture(kept.picture_path(way, 0).parent.with_suffix(".png"), worst_sheet(pictures, scenes, rows))
-        print(f"{way:28}", "  ".join(f"{name} {share:.3g}" for name, share in results[way]["all"].items()), flush=True)
+        print(f"{way:34}", "  ".join(f"{name} {told(each)}" for name, each in results[way]["all"].items()), flush=True)
     print(f"Pictures and sheets of each way's ten worst: {kept.folder}")
     return results
 

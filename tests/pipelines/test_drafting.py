@@ -22,6 +22,8 @@ from diffusers_mixofshow import (
     Isolation,
     MixOfShowAdapterPipeline,
     MixOfShowControlNetPipeline,
+    MixOfShowImg2ImgPipeline,
+    MixOfShowInpaintPipeline,
     MixOfShowWarning,
     Refinement,
     Region,
@@ -379,6 +381,28 @@ def test_controlled_pipelines_have_drafts(pipe, make_pack):
             drafted, without = (draw(pipe, image=pictures, draft=draft) for draft in (PLAIN, None))
         assert drafted.isfinite().all()
         assert not torch.equal(drafted, without)
+
+
+@pytest.mark.parametrize("kind", [MixOfShowImg2ImgPipeline, MixOfShowInpaintPipeline])
+def test_calls_that_begin_with_a_picture_have_no_drafts(potter, kind):
+    pipe, picture = kind.from_pipe(potter), torch.rand(1, 3, 32, 64)
+    given = {"image": picture} | ({"mask_image": picture[:, :1]} if kind is MixOfShowInpaintPipeline else {})
+    with pytest.raises(RegionError, match="a call that begins with noise"):
+        pipe("two friends", regions=[LEFT], draft=Draft(), **given)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("unet", {"in_channels": 9}, "takes a picture, or guidance, as an input"),
+        ("unet", {"time_cond_proj_dim": 32}, "takes a picture, or guidance, as an input"),
+        ("unet", {"encoder_hid_dim_type": "ip_image_proj"}, "pictures of an IP-Adapter"),
+    ],
+)
+def test_models_that_need_more_than_a_text_are_refused(potter, part, change, words):
+    getattr(potter, part).register_to_config(**change)
+    with pytest.raises(RegionError, match=words):
+        draw(potter, draft=Draft())
 
 
 def test_the_pipeline_is_left_as_it_came(potter):

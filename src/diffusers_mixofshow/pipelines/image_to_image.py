@@ -18,6 +18,8 @@ class MixOfShowImg2ImgPipeline(RegionalSampling, EDLoRALoader, StableDiffusionIm
         >>> pipe("two people", image=photo, strength=0.6, regions=[...]).images[0]
     """
 
+    _begins_with_noise = False
+
     @regional_signature(StableDiffusionImg2ImgPipeline)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replaced by the parent's, see `regional_signature`."""

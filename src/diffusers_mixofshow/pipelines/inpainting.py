@@ -25,6 +25,8 @@ class MixOfShowInpaintPipeline(RegionalSampling, EDLoRALoader, StableDiffusionIn
         >>> pipe("two people", image=photo, mask_image=white_where_new, regions=[...]).images[0]
     """
 
+    _begins_with_noise = False
+
     def _regions_seen(
         self, regions: tuple[tuple[Region, ...], ...], arguments: Mapping[str, Any]
     ) -> tuple[tuple[tuple[Region, ...], ...], list[str]]:

@@ -63,6 +63,8 @@ class RegionalSampling(LayerwisePrompts):
 
     vae_scale_factor: int
     num_timesteps: int
+    # Whether a call begins with noise alone instead of a picture.
+    _begins_with_noise = True
     # The regions on the U-Net's feature maps, in the call under way.
     _canvas: Canvas | None = None
     # What a subclass does to the U-Net's passes in the next call.
@@ -88,6 +90,10 @@ class RegionalSampling(LayerwisePrompts):
         ):
             if not (value is None or isinstance(value, kind)):
                 raise RegionError(f"`{name}` is a {type(value).__name__}; expected {kind.__name__}(...) or None.")
+        if draft is not None and not self._begins_with_noise:
+            raise RegionError(
+                "A draft needs a call that begins with noise; this one begins with a picture. Leave it out."
+            )
         if refine is not None and arguments.get("output_type", "pil") != "pil":
             raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
         if not regions:
