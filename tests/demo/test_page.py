@@ -40,8 +40,8 @@ def page(tmp_path: Path, *, command: str = "mixofshow demo", attributes: float |
         },
         found={"regional": [["bobo", "kiki"]], "unguided": [["kiki", "kiki"]]},
         regions={
-            "regional": {"regions": 1.0, "whole_pictures": 1.0},
-            "unguided": {"regions": 0.5, "whole_pictures": 0.0},
+            "regional": {"regions": 1.0, "whole_pictures": 1.0, "looks": None if attributes is None else 0.77},
+            "unguided": {"regions": 0.5, "whole_pictures": 0.0, "looks": None if attributes is None else 0.33},
         },
     )
     report = {
@@ -67,7 +67,7 @@ def test_the_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
 
 def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     text = page(tmp_path)
-    for number in ("92&nbsp;%", "41&nbsp;%", "100&nbsp;%", "50&nbsp;%", "0.750"):
+    for number in ("92&nbsp;%", "41&nbsp;%", "100&nbsp;%", "50&nbsp;%", "0.750", "77&nbsp;%", "33&nbsp;%"):
         assert number in text
     assert "asked: bobo" in text
 
@@ -75,6 +75,7 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
 def test_without_attributes_the_page_falls_back_to_image_alignment(tmp_path: Path) -> None:
     text = page(tmp_path, attributes=None)
     assert "<b>93&nbsp;%</b>" in text
+    assert "of the looks" not in text
 
 
 def test_text_is_escaped_and_tags_are_closed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from diffusers_mixofshow.evaluation.identity import (
     concepts_in_regions,
     mean_identity,
     measure_identity,
+    measure_in_regions,
     region_accuracy,
     retention,
 )
@@ -33,14 +34,15 @@ class Measures:
         mean: Method to the mean over concepts.
         retention: ``average`` and ``fused`` to the share of identity kept, for every measure.
         found: Method (``regional``, ``unguided``) to the concept found in every region of every picture.
-        regions: Method to the share of regions, and of whole pictures, with the right concepts.
+        regions: Method to the share of regions, and of whole pictures, with the right concepts, and to the ``looks``
+            read right in regions; None where they are not known.
     """
 
     identity: dict[str, dict[str, Identity]]
     mean: dict[str, Identity]
     retention: dict[str, dict[str, float | None]]
     found: dict[str, list[list[str]]]
-    regions: dict[str, dict[str, float]]
+    regions: dict[str, dict[str, float | None]]
 
     def as_record(self) -> dict[str, Any]:
         """All numbers as JSON values."""
@@ -70,10 +72,8 @@ def measure_all(concepts: Sequence[DemoConcept], pictures: Pictures, judge: Judg
     mean = {method: mean_identity(list(of_method.values())) for method, of_method in identity.items()}
     meeting = [subject for subject in subjects if subject.name in pictures.order[0]]
     boxes = column_boxes(len(meeting))
-    found = {
-        method: concepts_in_regions(images, boxes, meeting, judge)
-        for method, images in (("regional", pictures.regional), ("unguided", pictures.unguided))
-    }
+    together = {"regional": pictures.regional, "unguided": pictures.unguided}
+    found = {method: concepts_in_regions(images, boxes, meeting, judge) for method, images in together.items()}
     return Measures(
         identity=identity,
         mean=mean,
@@ -81,8 +81,28 @@ def measure_all(concepts: Sequence[DemoConcept], pictures: Pictures, judge: Judg
             method: retention(mean[method], mean["single"], mean["class word"]) for method in ("average", "fused")
         },
         found=found,
-        regions={method: region_accuracy(names, pictures.order) for method, names in found.items()},
+        regions={
+            method: {
+                **region_accuracy(found[method], pictures.order),
+                "looks": _looks(images, pictures, meeting, judge),
+            }
+            for method, images in together.items()
+        },
     )
+
+
+def _looks(
+    images: Sequence[Image.Image], pictures: Pictures, meeting: Sequence[Subject], judge: Judge
+) -> float | None:
+    """Share of the looks that every region shows of the concept that it should show."""
+    if not all(subject.attributes for subject in meeting):
+        return None
+    by_name, boxes = {subject.name: subject for subject in meeting}, column_boxes(len(meeting))
+    judged = [
+        measure_in_regions(image, boxes, [by_name[name] for name in names], judge)
+        for image, names in zip(images, pictures.order, strict=True)
+    ]
+    return round(sum(each.looks for each in judged) / len(judged), 4)
 
 
 def _subject(concept: DemoConcept, photos: Sequence[Image.Image], judge: Judge) -> Subject:

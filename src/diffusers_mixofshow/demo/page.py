@@ -193,7 +193,7 @@ def _numbers(measures: Measures) -> str:
 def _together(pictures: Pictures, measures: Measures) -> str:
     sections = []
     titles = {
-        "regional": "With one region for each concept",
+        "regional": "With one region for each concept, drafted alone first and refined in the end",
         "unguided": "The same layout, prompts and seeds without regions",
     }
     images = {"regional": pictures.regional, "unguided": pictures.unguided}
@@ -205,9 +205,12 @@ def _together(pictures: Pictures, measures: Measures) -> str:
             ]
         )
         rates = measures.regions[method]
+        looks = (
+            "" if rates["looks"] is None else f"; {percent(rates['looks'])} of the looks read right in their places"
+        )
         sections.append(
             f"<div class='card'><h3>{title}: right concept in {percent(rates['regions'])} of the places, in all "
-            f"places of {percent(rates['whole_pictures'])} of the pictures</h3>"
+            f"places of {percent(rates['whole_pictures'])} of the pictures{looks}</h3>"
             f"<div class='pairs'>{figures}</div></div>"
         )
     places = ", ".join(escape(name) for name in pictures.order[0])

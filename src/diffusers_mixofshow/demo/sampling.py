@@ -17,11 +17,10 @@ from diffusers_mixofshow.evaluation.prompts import (
     called,
     column_boxes,
     prompt_together,
-    regions_of,
 )
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline
-from diffusers_mixofshow.regions import Isolation
+from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
 
 
 METHODS = {
@@ -48,7 +47,7 @@ class Pictures:
 
     Args:
         alone: Method to concept name to pictures.
-        regional: Pictures of several concepts with isolated regions.
+        regional: Pictures of several concepts in isolated regions, drafted and refined.
         unguided: The same prompts and seeds without regions.
         order: For each of those pictures, the concepts from left to right.
         layouts: For each of those pictures, what told the T2I-Adapter where things stand.
@@ -175,11 +174,11 @@ def _sample_together(
     pictures = []
     prompts = prompts_together(order, class_words)
     for index, (names, layout) in enumerate(zip(order, layouts, strict=True)):
-        subjects = [called(name, class_words[name]) for name in names]
         separation: dict[str, Any] = {}
         if with_regions:
-            separation["regions"] = regions_of(subjects, column_boxes(len(names)), _place(index))
-            separation["isolation"] = Isolation()
+            boxes = zip(names, column_boxes(len(names)), strict=True)
+            separation["regions"] = [Region(f"a <{name}>, {_place(index)}", box=box) for name, box in boxes]
+            separation |= {"isolation": Isolation(), "draft": Draft(), "refine": Refinement()}
         pictures += sample_pictures(
             pipe,
             [prompts[index]],

@@ -252,8 +252,7 @@ def _print_summary(measures: Measures, stages: _Stages, console: Console) -> Non
             f"Identity kept by {method}: {percent(kept['attributes'])} (attributes), "
             f"{percent(kept['alignment'])} (image alignment)"
         )
-    console.print(
-        f"Right concept in its region: {percent(measures.regions['regional']['regions'])} with regions, "
-        f"{percent(measures.regions['unguided']['regions'])} without"
-    )
+    for name, measure in (("Right concept in its region", "regions"), ("Looks read right there", "looks")):
+        shares = [percent(measures.regions[method][measure]) for method in ("regional", "unguided")]
+        console.print(f"{name}: {shares[0]} with regions, {shares[1]} without")
     console.print(f"[dim]{sum(stages.seconds.values()):.0f} s[/dim]")
