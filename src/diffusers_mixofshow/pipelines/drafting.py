@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _callback_of(arguments: Mapping[str, Any]) -> tuple[_OnStepEnd | None, list[
 
 def _refuse_other_models(pipe: Any) -> None:
     config = pipe.unet.config
-    if config.in_channels != pipe.vae.config.latent_channels or config.time_cond_proj_dim is not None:
+    if config.in_channels != config.out_channels or config.time_cond_proj_dim is not None:
         raise RegionError(
             "A draft needs a U-Net that draws from a text alone; this one takes a picture, or guidance, as an input. "
             "Leave `draft` out."
@@ -91,6 +92,16 @@ def _start_again(scheduler: Any, fresh: Any, step: int) -> None:
     vars(scheduler).update(vars(copy.deepcopy(fresh)))
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(step)
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """A draft that is to be drawn: of which picture's which region, where it goes, and its noise."""
+
+    picture: int
+    number: int
+    window: Window
+    noise: torch.Tensor
 
 
 class _Drafts:
@@ -116,35 +127,48 @@ class _Drafts:
         shares = [each.unflatten(1, (height, width)) for each in self.weights(height, width, step)]
         shares = shares * len(latents) if len(shares) == 1 else shares
         clean = latents.new_zeros(latents.shape, dtype=torch.float32)
-        for picture, number, drawn, window in self._drawn(shares, latents, step):
-            share = shares[picture][number].to(clean)
-            clean[picture] += share * window.placed(drawn, height, width)[0]
+        for planned, drawn in self._drawn(self._planned(shares, latents), latents, step):
+            share = shares[planned.picture][planned.number].to(clean)
+            clean[planned.picture] += share * planned.window.placed(drawn[None], height, width)[0]
         total = torch.stack([each.sum(dim=0) for each in shares])[:, None].to(clean)
         noise = randn_tensor(latents.shape, self.arguments.get("generator"), latents.device, torch.float32)
         at = self.pipe.scheduler.timesteps[step : step + 1]
         noisy = self.pipe.scheduler.add_noise(clean / total.clamp(min=0.5), noise, at)
         return torch.where(total > 0.5, noisy, latents.float()).to(latents)
 
-    def _drawn(
-        self, shares: Sequence[torch.Tensor], latents: torch.Tensor, step: int
-    ) -> Iterator[tuple[int, int, torch.Tensor, Window]]:
-        """Every region that holds somewhere: its picture, number, draft (1, channels, height, width) and window."""
-        generators = self.arguments.get("generator")
-        size = self.pipe.unet.config.sample_size
+    def _planned(self, shares: Sequence[torch.Tensor], latents: torch.Tensor) -> list[_Planned]:
+        """A draft for every region that holds somewhere, with its noise."""
+        generators, size = self.arguments.get("generator"), self.pipe.unet.config.sample_size
+        planned = []
         for picture, own in enumerate(shares):
             for number, share in enumerate(own):
                 if not (share > 0).any():
                     continue
-                window = window_of(share > 0, size, self.multiple)
-                shape = (1, latents.shape[1], window.draft_height, window.draft_width)
+                window = window_of(share > 0, size if isinstance(size, int) else min(size), self.multiple)
+                shape = (latents.shape[1], window.draft_height, window.draft_width)
                 generator = generators[picture] if isinstance(generators, list) else generators
                 noise = randn_tensor(shape, generator=generator, device=latents.device, dtype=torch.float32)
-                yield picture, number, self._draw(self.regions[picture][number], picture, noise, step), window
+                planned.append(_Planned(picture, number, window, noise))
+        return planned
 
-    def _draw(self, region: Region, picture: int, noise: torch.Tensor, step: int) -> torch.Tensor:
-        """What the model expects behind the noise after the draft's steps, of its shape, float32."""
-        own = outside_of_calls(self._denoise)
-        return own(noise, self._conditioning(region, picture), self._guidance(region), self._timesteps(step))
+    def _drawn(
+        self, planned: Sequence[_Planned], latents: torch.Tensor, step: int
+    ) -> Iterator[tuple[_Planned, torch.Tensor]]:
+        """Every draft (channels, height, width), those of one size together, as large a batch as the call's own."""
+        for shape in dict.fromkeys(each.noise.shape for each in planned):
+            alike = [each for each in planned if each.noise.shape == shape]
+            together = max(1, latents.numel() // shape.numel())
+            for start in range(0, len(alike), together):
+                batch = alike[start : start + together]
+                yield from zip(batch, outside_of_calls(self._draw)(batch, step), strict=True)
+
+    def _draw(self, planned: Sequence[_Planned], step: int) -> torch.Tensor:
+        """What the model expects behind the noise in the end, shape (drafts, channels, height, width), float32."""
+        regions = [self.regions[each.picture][each.number] for each in planned]
+        noise = torch.stack([each.noise for each in planned])
+        guidance = torch.tensor([self._guidance(region) for region in regions]).to(noise)
+        text = self._conditioning(regions, [each.picture for each in planned])
+        return self._denoise(noise, text, guidance[:, None, None, None], self._timesteps(step))
 
     def _timesteps(self, step: int) -> list[int]:
         """Of the draft's steps: from the call's first on, equally far apart, to where the call goes on."""
@@ -155,45 +179,53 @@ class _Drafts:
         whole = self.pipe._guidance_scale
         return whole if region.guidance_scale is None or whole <= 1 else region.guidance_scale
 
-    def _conditioning(self, region: Region, picture: int) -> torch.Tensor:
-        """The region's text, behind the negative one where there is guidance, shape (1 or 2, tokens, dim)."""
+    def _conditioning(self, regions: Sequence[Region], pictures: Sequence[int]) -> torch.Tensor:
+        """The regions' texts, shape (regions, tokens, dim), where there is guidance behind the negative ones."""
         pipe, given = self.pipe, self.arguments
         negative = given.get("negative_prompt") or ""
-        if isinstance(negative, list):
-            negative = negative[picture * len(negative) // len(self.regions)]
-        scale = (pipe.cross_attention_kwargs or {}).get("scale")
-        texts = {"negative_prompt": negative if region.negative_prompt is None else region.negative_prompt}
-        texts |= {"lora_scale": scale, "clip_skip": given.get("clip_skip")}
+        negatives = negative if isinstance(negative, list) else [negative]
+        texts = [
+            negatives[picture * len(negatives) // len(self.regions)]
+            if region.negative_prompt is None
+            else region.negative_prompt
+            for region, picture in zip(regions, pictures, strict=True)
+        ]
         with pipe._without_regions():
             text, without = pipe.encode_prompt(
-                region.prompt, pipe._execution_device, 1, pipe._guidance_scale > 1, **texts
+                [region.prompt for region in regions],
+                pipe._execution_device,
+                1,
+                pipe._guidance_scale > 1,
+                negative_prompt=texts,
+                lora_scale=(pipe.cross_attention_kwargs or {}).get("scale"),
+                clip_skip=given.get("clip_skip"),
             )
         return text if without is None else torch.cat([without, text])
 
     def _denoise(
-        self, noisy: torch.Tensor, text: torch.Tensor, guidance: float, timesteps: Sequence[int]
+        self, noisy: torch.Tensor, text: torch.Tensor, guidance: torch.Tensor, timesteps: Sequence[int]
     ) -> torch.Tensor:
-        """DDIM without added noise (arXiv:2010.02502, equation 12), up to the last estimate of the clean latent."""
-        alphas = self.pipe.scheduler.alphas_cumprod
+        """DDIM without added noise (arXiv:2010.02502, equation 12), up to the last estimate of the clean latents."""
+        scheduler = self.pipe.scheduler
         clean = noise = noisy
         for number, timestep in enumerate(timesteps):
-            alpha = float(alphas[timestep])
+            alpha = float(scheduler.alphas_cumprod[timestep])
             if number:
                 noisy = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
             prediction = self._predict(noisy, text, guidance, timestep)
-            clean, noise = _clean_and_noise(noisy, prediction, alpha, self.pipe.scheduler.config.prediction_type)
+            clean, noise = _clean_and_noise(noisy, prediction, alpha, scheduler.config.prediction_type)
         return clean
 
-    def _predict(self, noisy: torch.Tensor, text: torch.Tensor, guidance: float, timestep: int) -> torch.Tensor:
-        unet = self.pipe.unet
-        output = unet(
-            noisy.repeat(len(text), 1, 1, 1).to(text.dtype),
+    def _predict(self, noisy: torch.Tensor, text: torch.Tensor, guidance: torch.Tensor, timestep: int) -> torch.Tensor:
+        halves = len(text) // len(noisy)
+        output = self.pipe.unet(
+            noisy.repeat(halves, 1, 1, 1).to(text.dtype),
             torch.tensor(timestep, device=noisy.device),
             encoder_hidden_states=text,
             cross_attention_kwargs=self.pipe.cross_attention_kwargs,
             return_dict=False,
         )[0].float()
-        if len(text) == 1:
+        if halves == 1:
             return output
         without, given = output.chunk(2)
         return without + guidance * (given - without)
