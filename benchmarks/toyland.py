@@ -4,8 +4,9 @@ Eight critters, the same class on purpose, are tuned (or taken from ``--concepts
 closed form and by weight averaging, and sampled with prompts that fusion never recorded. Three at a time, they are
 sampled in several ways by the same prompts and seeds; beside them stand the same three as the world draws them, seen
 through the autoencoder. Then five at a time, in a picture wider than any that the base has seen, with who was found
-where whom was asked for. Every figure of places has its 95 % interval over pictures. One JSON record a run, and into
-the work folder a sheet of every way's first pictures and the confusion as a picture.
+where whom was asked for; and two whose regions overlap by 10 to 40 %, the right one in front. Every figure of places
+has its 95 % interval over pictures. One JSON record a run, and into the work folder a sheet of every way's first
+pictures and the confusion as a picture.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from diffusers_mixofshow.demo.tuning import tune_all
 from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import (
     NOBODY,
+    Box,
     Identity,
     Subject,
     concepts_in_regions,
@@ -84,6 +86,8 @@ LAYOUT_STRENGTH = 0.8
 FRESH_PHOTOS = 99
 COLUMN = 32
 """Pixels of width a thing."""
+OVERLAPS = (0.1, 0.2, 0.3, 0.4)
+"""Of two regions, as fractions of the width of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,7 @@ class Plan:
     pictures: int
     together: int
     five: int
+    contact: int
     steps: int
     guidance_scale: float
     ridge: float
@@ -225,12 +230,46 @@ def measure_together(bench: Bench, pack: Any, work: Path) -> dict[str, Any]:
     return result
 
 
+def measure_contact(bench: Bench, pack: Any, work: Path) -> dict[str, Any]:
+    """Two concepts whose regions overlap, the right one in front, with drafts and without, and as the world draws."""
+    rng = random.Random(bench.plan.seed)
+    pairs = [tuple(rng.sample(bench.plan.critters, 2)) for _ in range(bench.plan.contact)]
+    result: dict[str, Any] = {}
+    bench.pipe.load_edlora(pack)
+    try:
+        for overlap in OVERLAPS:
+            boxes = overlapping_boxes(overlap)
+            ways = {
+                "natural": {"wording": NATURAL},
+                "natural, drafts, refined": TOGETHER["natural, drafts, refined"],
+            }
+            shown = {way: sample_together(bench, pairs, settings, boxes) for way, settings in ways.items()}
+            shown["drawn"] = [drawn_together(bench, each, index, boxes) for index, each in enumerate(pairs)]
+            for way, pictures in shown.items():
+                called_so = f"overlap {overlap:.0%}, {way}"
+                result[called_so] = judge_together(bench, called_so, pictures, pairs, work, boxes)
+    finally:
+        bench.pipe.unload_edlora()
+    return result
+
+
+def overlapping_boxes(overlap: float) -> list[Box]:
+    """Two columns as wide as the picture together, which share so much of their width."""
+    width, (_, top, _, bottom) = 1 / (2 - overlap), column_boxes(1)[0]
+    return [(0.0, top, width, bottom), (1 - width, top, 1.0, bottom)]
+
+
 def judge_together(
-    bench: Bench, way: str, pictures: Sequence[Image.Image], names: Sequence[tuple[str, ...]], work: Path
+    bench: Bench,
+    way: str,
+    pictures: Sequence[Image.Image],
+    names: Sequence[tuple[str, ...]],
+    work: Path,
+    boxes: Sequence[Box] | None = None,
 ) -> dict[str, Any]:
     """Every measure of places, and who was found where whom was asked for."""
     by_name = {subject.name: subject for subject in bench.subjects}
-    boxes = column_boxes(len(names[0]))
+    boxes = boxes or column_boxes(len(names[0]))
     judged = [
         measure_in_regions(picture, boxes, [by_name[name] for name in asked], bench.judge)
         for picture, asked in zip(pictures, names, strict=True)
@@ -287,7 +326,10 @@ def sample_together(bench: Bench, groups: Sequence[tuple[str, ...]], settings: d
     for index, names in enumerate(groups):
         place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
         subjects = [called(name, CLASS_WORD) for name in names]
-        natural = [Region(f"a <{name}>, {place}", box=box) for name, box in zip(names, boxes, strict=True)]
+        natural = [
+            Region(f"a <{name}>, {place}", box=box, order=order)
+            for order, (name, box) in enumerate(zip(names, boxes, strict=True))
+        ]
         regions = {NATURAL: natural, REPEATED: regions_of(subjects, boxes, place), None: None}[wording]
         prompts = [prompt_together(subjects, place)]
         sampling = bench.sampling(50_000, (height, width))
@@ -295,13 +337,17 @@ def sample_together(bench: Bench, groups: Sequence[tuple[str, ...]], settings: d
     return pictures
 
 
-def drawn_together(bench: Bench, names: Sequence[str], seed: int) -> Image.Image:
+def drawn_together(bench: Bench, names: Sequence[str], seed: int, boxes: Sequence[Box] | None = None) -> Image.Image:
     """The concepts side by side as the world draws them, seen through the autoencoder: no sample can be better."""
     rng, width = random.Random(seed), COLUMN * len(names)
     things = [
         place_thing(as_thing(toyland.CONCEPTS[name]), rng, slot=slot, slots=len(names), width=width)
         for slot, name in enumerate(names)
     ]
+    if boxes:
+        things = [
+            replace(thing, centre=(left + right) / 2) for thing, (left, _, right, _) in zip(things, boxes, strict=True)
+        ]
     scene = Scene(background=rng.choice(BACKGROUNDS), things=tuple(things), width=width)
     return round_trip(bench.pipe, [draw(scene).image])[0]
 
@@ -333,6 +379,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, help="of every critter and method (default 32, short 6)")
     parser.add_argument("--together", type=int, help="pictures with three critters (default 60, short 12)")
     parser.add_argument("--five", type=int, help="pictures with five critters (default 30, short 6)")
+    parser.add_argument("--contact", type=int, help="pictures of each overlap (default 20, short 6)")
+    parser.add_argument("--only", choices=("alone", "together", "contact"), nargs="+", help="leave out the rest")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
     parser.add_argument("--ridge", type=float, default=1e-3)
@@ -347,6 +395,7 @@ def main() -> None:
         pictures=options.pictures or (6 if options.short else 32),
         together=options.together or (12 if options.short else 60),
         five=options.five or (6 if options.short else 30),
+        contact=options.contact or (6 if options.short else 20),
         steps=options.steps,
         guidance_scale=options.guidance,
         ridge=options.ridge,
@@ -360,15 +409,20 @@ def main() -> None:
     tuned = time.monotonic()
     fused = fuse_all(bench, packs)
     solved = time.monotonic()
-    results = measure_alone(bench, packs, fused)
-    results["together"] = measure_together(bench, fused["closed_form"], options.work)
+    wanted, results = options.only or ("alone", "together", "contact"), dict[str, Any]()
+    if "alone" in wanted:
+        results |= measure_alone(bench, packs, fused)
+    if "together" in wanted:
+        results["together"] = measure_together(bench, fused["closed_form"], options.work)
+    if "contact" in wanted:
+        results["contact"] = measure_contact(bench, fused["closed_form"], options.work)
     written = write_record(
         options.output,
         plan,
         results,
         {"tuning": tuned - start, "fusion": solved - tuned, "measuring": time.monotonic() - solved},
     )
-    bench.console.print_json(json.dumps(results["identity_retention"]))
+    bench.console.print_json(json.dumps(results.get("identity_retention", {})))
     bench.console.print(f"Wrote {written}")
 
 
