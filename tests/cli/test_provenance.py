@@ -15,7 +15,7 @@ import packs
 import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, MixOfShowWarning
-from diffusers_mixofshow.notes import read_note
+from diffusers_mixofshow.notes import read_note, write_noted
 from infotext import parsed, text_of
 
 
@@ -43,6 +43,7 @@ def pixels(path: str) -> np.ndarray:
         ((*SIZE, *REGIONS, "--isolation", "--isolation-steps", "0,0.5", "--isolation-scales", "1,2"), "c.png"),
         ((*SIZE, *REGIONS, "--isolation", "--steps", "3", "--refine"), "d.png"),
         ((*SIZE, "--layout", "masked.json", "--dtype", "bfloat16"), "e.png"),
+        ((*SIZE, *REGIONS, "--no-draft"), "l.png"),
         (("--image", "photo.png", "--strength", "0.6"), "f.png"),
         (("--image", "photo.png", "--mask", "left.png", *REGIONS), "g.png"),
         ((*SIZE, "--control", "image@net=photo.png", "--control-scale", "0.5"), "h.png"),
@@ -59,6 +60,18 @@ def test_a_picture_is_drawn_again_from_itself(place, monkeypatch, options, outpu
     again = f"again-{output}"
     run("--config", output, "sample", "--output", again)
     assert Path(again).read_bytes() == Path(output).read_bytes()  # what it tells, too
+
+
+def test_pictures_of_the_time_before_drafts_are_drawn_without(place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    run("sample", *COMMON, *SIZE, *REGIONS, "--no-draft", "--output", "now.png")
+    note = read_note(Path("now.png"))
+    del note["sample"]["draft"]
+    write_noted(Path("then.png"), Image.open("now.png"), "PNG", note, "")
+    run("--config", "then.png", "sample", "--output", "again.png")
+    assert np.array_equal(pixels("again.png"), pixels("now.png"))
+    run("--config", "then.png", "sample", "--draft", "--output", "drafted.png")
+    assert not np.array_equal(pixels("drafted.png"), pixels("now.png"))
 
 
 def test_each_of_several_pictures_tells_its_own_seed(place, monkeypatch) -> None:
