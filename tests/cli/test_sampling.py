@@ -371,3 +371,21 @@ def test_the_command_line_draws_what_the_demo_draws(tmp_path, monkeypatch) -> No
     CliRunner().invoke(cli.app, ["sample", *options], catch_exceptions=False)
     with Image.open("sample.png") as picture:
         assert picture.tobytes() == drawn.regional[0].tobytes()
+
+
+def test_a_dry_run_tells_drafts_and_what_regions_say_after_them(place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    asked = ["sample", "--base", "no/base", "--concepts", "rex", "--prompt", "x", "--dry-run", "--json"]
+    asked += ["--region", "0,0,0.5,1:a <rex>, asleep", "--region", "0.5,0,1,1:the <rex>"]
+
+    def plan(*more: str) -> dict[str, str]:
+        return json.loads(CliRunner().invoke(cli.app, [*asked, *more], catch_exceptions=False).stdout)
+
+    drafted, refined, plain = plan(), plan("--refine", "--steps", "20"), plan("--no-draft")
+    assert drafted["drafts"] == "2 regions, 3 runs each"
+    assert drafted["after drafts"] == "a <rex> dog and a <rex> dog, asleep; a <rex> dog and a <rex> dog"
+    assert drafted["time"].endswith(", and drafts")
+    assert refined["drawn anew"] == "2 regions, up to 6 runs each"
+    assert refined["time"].endswith(", and drafts, and what is drawn anew")
+    assert plain["drafts"] == plain["drawn anew"] == "none"
+    assert "after drafts" not in plain

@@ -82,12 +82,21 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
         "seeds": ", ".join(map(str, drawing.seeds)),
         "U-Net runs": f"{runs}, each on a batch of {batch}",
         "drafts": f"{regions} regions, {draft.steps} runs each" if draft else "none",
+        **({"after drafts": _told_prompts(drawing)} if draft and draft.repeat_subject else {}),
         "drawn anew": f"{regions} regions, up to {refine.runs_in(steps)} runs each" if refine else "none",
         "device": drawing.device or "cuda if there is one, else cpu",
         "dtype": str(drawing.dtype or "the device's usual one"),
         "time": ", and ".join([time_of(drawing.base, runs, batch, pixels=pixels), *more]),
         "writes": ", ".join(map(str, output)),
     }
+
+
+def _told_prompts(drawing: Drawing) -> str:
+    """What the regions' prompts become in the picture, where a draft repeats their subjects."""
+    from diffusers_mixofshow.regions.wording import repeat_subjects
+
+    concepts = [concept for pack in drawing.packs.values() for concept in pack.concepts]
+    return "; ".join(region.prompt for region in repeat_subjects(drawing.plan.regions, concepts))
 
 
 def _told_isolation(isolation: Isolation | None) -> str:
