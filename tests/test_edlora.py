@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import stat
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import packs
 import tiny
+from diffusers_mixofshow import MixOfShowPipeline
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 from diffusers_mixofshow.lora import merged
@@ -195,6 +197,34 @@ def test_card_of_several_concepts_shows_regions(components, tmp_path):
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "Region('a <ann>', box=(0.67, 0.1, 1.00, 1.0))" in code
+    assert "draft=Draft()" in code
+    assert "refine=Refinement()" in code
+
+
+@pytest.mark.parametrize(
+    ("kinds", "prompts"),
+    [
+        (("pet", "character"), ["a dog and a dog in a meadow", "a <rex> in a meadow", "a <tom> in a meadow"]),
+        (("scene", "pet"), ["a dog in a <rex>", "a <tom> in a <rex>"]),
+        (("scene", "scene"), ["a dog and a dog", "<rex>", "<tom>"]),
+    ],
+)
+def test_regions_on_cards_of_the_embedded_base_say_what_they_show_and_where(components, tmp_path, kinds, prompts):
+    pack = packs.random_pack(components, "rex", "tom")
+    concepts = [dataclasses.replace(each, kind=kind) for each, kind in zip(pack.concepts, kinds, strict=True)]
+    pack = dataclasses.replace(pack, concepts=tuple(concepts), base_model="toyland")
+    code = ModelCard.load(pack.save_pretrained(tmp_path).parent / "README.md").text.split("```python\n")[1]
+    assert re.findall(r"^    '(.*)',$|Region\('(.*?)'", code, re.MULTILINE) == [
+        (prompts[0], ""),
+        *(("", prompt) for prompt in prompts[1:]),
+    ]
+
+
+@pytest.mark.parametrize(("names", "wide"), [("rex tom", False), ("rex tom ann", True), ("rex tom ann joe", True)])
+def test_three_things_on_the_embedded_base_get_a_wide_picture(components, tmp_path, names, wide):
+    pack = dataclasses.replace(packs.random_pack(components, *names.split()), base_model="toyland")
+    code = ModelCard.load(pack.save_pretrained(tmp_path).parent / "README.md").text
+    assert ("    width=96,\n    height=64,\n" in code) == wide
 
 
 @pytest.mark.parametrize("names", [("rex",), ("rex", "tom")])
@@ -202,12 +232,13 @@ def test_the_code_on_the_card_runs_when_pasted(components, tmp_path, monkeypatch
     fused = dataclasses.replace(packs.random_pack(components, *names), base_model="toyland")
     card = ModelCard.load(fused.save_pretrained(tmp_path / "pack").parent / "README.md")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusers_mixofshow.toyland.load_pipeline", tiny_pipeline, raising=False)
+    monkeypatch.setattr(MixOfShowPipeline, "from_pretrained", classmethod(tiny_pipeline))
     exec(card.text.split("```python\n")[1].split("```")[0], {})
     assert (tmp_path / "rex.png").stat().st_size > 0
 
 
-def tiny_pipeline(pipeline_class):
+def tiny_pipeline(pipeline_class, source):
+    assert source == "toyland"
     pipe = pipeline_class(**tiny.components(), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -45,8 +45,8 @@ _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
 _GALLERY = "<Gallery />"
 """Where the Hub shows the widget's pictures."""
 _MOST_REGIONS = 3
-_SKY, _GROUND = 0.25, 0.97
-"""Top and bottom of regions on Toyland, where things stand."""
+_SKY, _GROUND, _PLACE = 0.25, 0.97, " in a meadow"
+"""Top and bottom of regions on Toyland, where things stand, and what is around them."""
 _BASE_SETTING = "pretrained_model_name_or_path"
 """What training calls its base model, which may be a folder whose place is nobody's business."""
 _LONGEST_RECORD = 10_000
@@ -167,20 +167,12 @@ def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
 
 def example(concepts: Sequence[Concept], base_model: str, location: str, *, merged: bool) -> str:
     """Python code that loads the pack and draws its concepts, together in regions if there are several."""
-    if merged:
-        imports = "from diffusers_mixofshow import MixOfShowPipeline, Region\n"
-        pipe = f"pipe = MixOfShowPipeline.from_pretrained({location!r})"
-    elif base_model == TOYLAND:
-        imports = "from diffusers_mixofshow import MixOfShowPipeline, Region, toyland\n"
-        pipe = "pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)"
-    else:
-        imports = "from diffusers_mixofshow import MixOfShowPipeline, Region\n"
-        pipe = f"pipe = MixOfShowPipeline.from_pretrained({public_name(base_model)!r})"
-    if len(concepts) == 1:
-        imports = imports.replace(", Region", "")
+    names = "MixOfShowPipeline" if len(concepts) == 1 else "Draft, MixOfShowPipeline, Refinement, Region"
+    source = location if merged else public_name(base_model)
     return (
-        f"import torch\n{imports}\n"
-        f'{pipe}.to("cuda" if torch.cuda.is_available() else "cpu")\n'
+        f"import torch\nfrom diffusers_mixofshow import {names}\n\n"
+        f"pipe = MixOfShowPipeline.from_pretrained({source!r})"
+        f'.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         + ("" if merged else f"pipe.load_edlora({location!r})\n")
         + f"{_call(concepts, base_model)}"
         f'image.save("{concepts[0].name}.png")\n'
@@ -232,34 +224,22 @@ def _call(concepts: Sequence[Concept], base_model: str) -> str:
     if len(concepts) == 1:
         return f"image = pipe({_prompt(concepts[0])!r}, {guidance}).images[0]\n"
     things = [concept for concept in concepts if concept.kind != "scene"]
+    top, bottom, where, more = 0.1, 1.0, "", ""
+    shown = concepts[:_MOST_REGIONS]
     if base_model == TOYLAND and things:
-        together, prompts = _wide_prompts(things[:_MOST_REGIONS], concepts)
-        top, bottom, more = _SKY, _GROUND, f"    {guidance},\n"
-    else:
-        shown = concepts[:_MOST_REGIONS]
-        together = " and ".join(_article(concept.class_word) for concept in shown)
-        prompts, top, bottom, more = [_prompt(concept) for concept in shown], 0.1, 1.0, ""
+        shown, top, bottom, more = things[:_MOST_REGIONS], _SKY, _GROUND, f"    {guidance},\n"
+        more += "    width=96,\n    height=64,\n" if len(shown) > 2 else ""
+        where = next((f" in a {concept.placeholder}" for concept in concepts if concept.kind == "scene"), _PLACE)
+    together = " and ".join(_article(concept.class_word) for concept in shown) + where
     regions = "".join(
-        f"        Region({prompt!r}, box=({i / len(prompts):.2f}, {top}, {(i + 1) / len(prompts):.2f}, {bottom})),\n"
-        for i, prompt in enumerate(prompts)
+        f"        Region({_prompt(concept) + where!r}, "
+        f"box=({i / len(shown):.2f}, {top}, {(i + 1) / len(shown):.2f}, {bottom})),\n"
+        for i, concept in enumerate(shown)
     )
-    return f"image = pipe(\n    {together!r},\n    regions=[\n{regions}    ],\n{more}).images[0]\n"
-
-
-def _wide_prompts(things: Sequence[Concept], concepts: Sequence[Concept]) -> tuple[str, list[str]]:
-    """A prompt for the picture, and one for each region that describes the whole picture with its subject everywhere.
-
-    Toyland draws what a prompt says of a whole picture, see docs/regional_sampling.md, "Prompting regions".
-    """
-    scene = next((concept for concept in concepts if concept.kind == "scene"), None)
-    place = "in a meadow" if scene is None else f"in a {scene.placeholder}"
-    called = [f"a {concept.placeholder} {concept.class_word}" for concept in things]
-
-    def together(subjects: Sequence[str]) -> str:
-        *others, last = subjects
-        return f"{', '.join(others)} and {last} {place}" if others else f"{last} {place}"
-
-    return together(called), [together([subject] * len(called)) for subject in called]
+    return (
+        f"image = pipe(\n    {together!r},\n    regions=[\n{regions}    ],\n"
+        f"    draft=Draft(),\n    refine=Refinement(),\n{more}).images[0]\n"
+    )
 
 
 def _summary(count: int, base_model: str, rank: int, *, merged: bool) -> str:
