@@ -70,12 +70,12 @@ def sample(
     \b
     Examples:
       mixofshow sample --concepts hogwarts --prompt "two people near the castle" \\
-        --region "0,0.2,0.5,1:a <potter>" --region "0.5,0.2,1,1:a <hermione>"
+        --region "0,0.2,0.5,1:a <potter>, near the castle" \\
+        --region "0.5,0.2,1,1:a <hermione>, near the castle" --refine
       mixofshow sample --base toyland --prompt "a dog in snow" --output dog.png
       mixofshow sample --base toyland --prompt "a red dog" --image dog.png
     """
-    asked = dict(locals())
-    drawing = _drawing(asked)
+    drawing = _drawing(dict(locals()))
     _warn_of_bare_names(drawing.plan, drawing.packs.values())
     files = numbered(output, count)
     if dry_run:

@@ -19,6 +19,11 @@ class MixOfShowPipeline(RegionalSampling, EDLoRALoader, StableDiffusionPipeline)
         >>> pipe = MixOfShowPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
         >>> pipe.load_edlora("user/edlora-potter")
         >>> pipe("a <potter> in front of the Eiffel tower").images[0]
+
+        >>> pipe.load_edlora("user/edlora-hermione")
+        >>> left = Region("a <potter> in uniform, near the castle", box=(0, 0.2, 0.5, 1))
+        >>> right = Region("a <hermione>, near the castle", box=(0.5, 0.2, 1, 1))
+        >>> pipe("two people near the castle", regions=[left, right], draft=Draft(), refine=Refinement()).images[0]
     """
 
     @regional_signature(StableDiffusionPipeline)
