@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.pipelines import refine_regions
-from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
+from diffusers_mixofshow.pipelines import refine_regions, refining
 from diffusers_mixofshow.regions import Region
 
 
@@ -58,13 +57,13 @@ def test_its_own_prompts_are_used(potter, images):
 
 def test_regions_of_one_size_are_one_pass(potter, images, monkeypatch):
     sizes = []
-    call = MixOfShowImg2ImgPipeline.__call__
+    call = refining._ImageToImage.__call__
 
     def counted(self, prompt, **settings):
         sizes.append((len(prompt), settings["image"][0].size))
         return call(self, prompt, **settings)
 
-    monkeypatch.setattr(MixOfShowImg2ImgPipeline, "__call__", counted)
+    monkeypatch.setattr(refining._ImageToImage, "__call__", counted)
     _refine(potter, images, [SMALL, ALIKE])
     wide = Region("wide", box=(0.1, 0.4, 0.9, 0.6))
     _refine(potter, images, [SMALL, ALIKE, wide], batch_size=3)

@@ -93,7 +93,7 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
 
 def _told_prompts(drawing: Drawing) -> str:
     """What the regions' prompts become in the picture, where a draft repeats their subjects."""
-    from diffusers_mixofshow.regions.wording import repeat_subjects
+    from diffusers_mixofshow.pipelines.wording import repeat_subjects
 
     concepts = [concept for pack in drawing.packs.values() for concept in pack.concepts]
     return "; ".join(region.prompt for region in repeat_subjects(drawing.plan.regions, concepts))

@@ -141,10 +141,11 @@ def _drawing(asked: Mapping[str, Any]) -> Drawing:
 
 
 def _draft(plan: Layout, asked: Mapping[str, Any]) -> Draft | None:
-    """Drafts of the regions, unless they are not wanted or a picture to start from says where everything is."""
+    """Drafts of the regions, unless they are not wanted or a picture says where everything is."""
     from diffusers_mixofshow.regions import Draft
 
-    wanted = asked["image"] is None if asked["draft"] is None else asked["draft"]
+    guided = asked["image"] or asked["control"] or asked["adapter"]
+    wanted = not guided if asked["draft"] is None else asked["draft"]
     return Draft() if wanted and plan.regions else None
 
 

@@ -73,7 +73,7 @@ Drafted = Annotated[
     typer.Option(
         "--draft/--no-draft",
         help="Draw every region alone in a few steps, then put it into the picture, so that its prompt need not "
-        "say anything of the others. (default: on, but not with --image)",
+        "say anything of the others. (default: on, but not with --image, --control or --adapter)",
         rich_help_panel=_REGIONS,
     ),
 ]

@@ -22,7 +22,8 @@ from diffusers_mixofshow.conditioning.passes import PassHook
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import prompt_count
-from diffusers_mixofshow.pipelines.regional import REGIONS_DOC, RegionalSampling, regional_signature
+from diffusers_mixofshow.pipelines.refining import RefinedSampling
+from diffusers_mixofshow.pipelines.regional import REGIONS_DOC, regional_signature
 
 
 # Sizes that StableDiffusionPipeline takes.
@@ -46,7 +47,7 @@ _ADAPTER_DOC = """Call the pipeline with a condition image for each adapter.
         """
 
 
-class MixOfShowAdapterPipeline(RegionalSampling, EDLoRALoader, StableDiffusionPipeline):
+class MixOfShowAdapterPipeline(RefinedSampling, EDLoRALoader, StableDiffusionPipeline):
     """Concepts and regions with one T2I-Adapter, or several as a list (arXiv:2302.08453).
 
     Args:

@@ -7,10 +7,11 @@ from typing import Any
 from diffusers import StableDiffusionControlNetPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.regional import RegionalSampling, regional_signature
+from diffusers_mixofshow.pipelines.refining import RefinedSampling
+from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
-class MixOfShowControlNetPipeline(RegionalSampling, EDLoRALoader, StableDiffusionControlNetPipeline):
+class MixOfShowControlNetPipeline(RefinedSampling, EDLoRALoader, StableDiffusionControlNetPipeline):
     """Concepts and regions with one ControlNet, or several as a list (arXiv:2302.05543).
 
     A ControlNet sees the prompt as the U-Net does: layer by layer and region by region.

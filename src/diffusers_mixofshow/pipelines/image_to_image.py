@@ -7,10 +7,11 @@ from typing import Any
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.regional import RegionalSampling, regional_signature
+from diffusers_mixofshow.pipelines.refining import RefinedSampling
+from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
-class MixOfShowImg2ImgPipeline(RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
+class MixOfShowImg2ImgPipeline(RefinedSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
     """Concepts and regions in a picture that is there already.
 
     Example:

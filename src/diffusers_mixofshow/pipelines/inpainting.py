@@ -9,13 +9,14 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.regional import RegionalSampling, regional_signature
+from diffusers_mixofshow.pipelines.refining import RefinedSampling
+from diffusers_mixofshow.pipelines.regional import regional_signature
 from diffusers_mixofshow.pipelines.remarks import missing_remarks
 from diffusers_mixofshow.regions import Region
 from diffusers_mixofshow.regions.cropping import Crop
 
 
-class MixOfShowInpaintPipeline(RegionalSampling, EDLoRALoader, StableDiffusionInpaintPipeline):
+class MixOfShowInpaintPipeline(RefinedSampling, EDLoRALoader, StableDiffusionInpaintPipeline):
     """Concepts and regions in the masked part of a picture, with any U-Net or one made for inpainting.
 
     Regions are parts of the picture also where `padding_mask_crop` draws the neighbourhood of the mask alone.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.pictures import read_image
-from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
-from diffusers_mixofshow.regions import Region
+from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, of_pictures, tell_idle
+from diffusers_mixofshow.pipelines.remarks import Regions, regions_of_prompts
+from diffusers_mixofshow.regions import Refinement, Region
 from diffusers_mixofshow.regions.weights import coverage
 
 
@@ -31,6 +35,61 @@ _SHARED = (
 )
 # Sizes that StableDiffusionImg2ImgPipeline takes.
 _FACTOR = 8
+
+
+_ALSO_REFINED = ("guidance_scale", "clip_skip", "cross_attention_kwargs")
+"""What a call says that holds for regions drawn anew as well."""
+
+
+class RefinedSampling(RegionalSampling):
+    """Mixin for a diffusers pipeline: `__call__` with `regions` that are drawn anew in the end."""
+
+    def __call__(
+        self, *args: Any, regions: Regions | None = None, refine: Refinement | None = None, **kwargs: Any
+    ) -> Any:
+        """See `regional_signature`, which gives each pipeline class its own `__call__`."""
+        check_kind("refine", refine, Refinement)
+        if refine is None:
+            return super().__call__(*args, regions=regions, **kwargs)
+        parent = super(RegionalSampling, self).__call__  # type: ignore[misc]
+        named = {name: value for name, value in kwargs.items() if name not in ("isolation", "draft")}
+        arguments = inspect.signature(parent).bind_partial(*args, **named).arguments
+        if arguments.get("output_type", "pil") != "pil":
+            raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
+        if not regions:
+            tell_idle(refine=refine)
+        output = super().__call__(*args, regions=regions, **kwargs)
+        found = regions_of_prompts(regions, arguments, self.vae_scale_factor)
+        return self._refined(output, refine, of_pictures(found, arguments), arguments) if found else output
+
+    def _refined(
+        self, output: Any, refine: Refinement, regions: Sequence[Sequence[Region]], arguments: Mapping[str, Any]
+    ) -> Any:
+        """The call's output, with the regions of its pictures drawn anew."""
+        images, negative = output[0], arguments.get("negative_prompt")
+        if isinstance(negative, list):
+            negative = [negative[number * len(negative) // len(images)] for number in range(len(images))]
+        refined = refine_regions(
+            self,
+            images,
+            regions,
+            strength=refine.strength,
+            num_inference_steps=refine.steps_of(arguments.get("num_inference_steps", 50)),
+            negative_prompt=negative,
+            generator=arguments.get("generator"),
+            batch_size=len(images),
+            **{name: arguments[name] for name in _ALSO_REFINED if name in arguments},
+        )
+        if isinstance(output, tuple):
+            return (refined, *output[1:])
+        output.images = refined
+        return output
+
+
+class _ImageToImage(RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
+    """Image to image with concepts, for what is drawn anew."""
+
+    _begins_with_noise = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +140,13 @@ def refine_regions(
         RegionError: If something in the lists is no picture or no region; names every defect at once.
     """
     nested = any(isinstance(entry, list | tuple) for entry in regions)
-    of_pictures: list[Sequence[Any]] = list(regions) if nested else [regions] * len(images)  # type: ignore[arg-type]
-    _check(images, of_pictures)
+    lists: list[Sequence[Any]] = list(regions) if nested else [regions] * len(images)  # type: ignore[arg-type]
+    _check(images, lists)
     images = [read_image(image, called=f"picture {number}") for number, image in enumerate(images)]
     size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     found = [
         _patch(number, image, region, size, margin)
-        for number, (image, own) in enumerate(zip(images, of_pictures, strict=True))
+        for number, (image, own) in enumerate(zip(images, lists, strict=True))
         for region in sorted(own, key=lambda region: region.order)
     ]
     patches = [patch for patch in found if patch is not None]
@@ -100,7 +159,7 @@ def refine_regions(
 
 
 def _drawn_anew(
-    redraw: MixOfShowImg2ImgPipeline,
+    redraw: _ImageToImage,
     images: Sequence[Image.Image],
     patches: Sequence[_Patch],
     batch_size: int,
@@ -185,10 +244,10 @@ def _paste(picture: Image.Image, patch: _Patch, drawn: Image.Image, feather: flo
     picture.paste(layer, mask=Image.fromarray((share * 255).round().astype(np.uint8)))
 
 
-def _image_to_image(pipe: Any) -> MixOfShowImg2ImgPipeline:
+def _image_to_image(pipe: Any) -> _ImageToImage:
     """A pipeline of the same components and concepts."""
     shared = {name: pipe.components.get(name) for name in _SHARED}
-    redraw = MixOfShowImg2ImgPipeline(**shared, requires_safety_checker=False)
+    redraw = _ImageToImage(**shared, requires_safety_checker=False)
     redraw._edloras = pipe._edloras
     redraw.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return redraw

@@ -25,12 +25,10 @@ from diffusers_mixofshow.pipelines.remarks import (
     silent_remarks,
     text_remarks,
 )
-from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
-from diffusers_mixofshow.regions.wording import repeat_subjects
+from diffusers_mixofshow.pipelines.wording import repeat_subjects
+from diffusers_mixofshow.regions import Draft, Isolation, Region
 
 
-_ALSO_REFINED = ("guidance_scale", "clip_skip", "cross_attention_kwargs")
-"""What a call says that holds for regions drawn anew as well."""
 _Anything = TypeVar("_Anything")
 
 _ADDED = {
@@ -76,31 +74,22 @@ class RegionalSampling(LayerwisePrompts):
         regions: Regions | None = None,
         isolation: Isolation | None = None,
         draft: Draft | None = None,
-        refine: Refinement | None = None,
         **kwargs: Any,
     ) -> Any:
         """See `regional_signature`, which gives each pipeline class its own `__call__`."""
         parent = super().__call__  # type: ignore[misc]
         given = inspect.signature(parent).bind_partial(*args, **kwargs)
         arguments = given.arguments
-        for name, value, kind in (
-            ("isolation", isolation, Isolation),
-            ("draft", draft, Draft),
-            ("refine", refine, Refinement),
-        ):
-            if not (value is None or isinstance(value, kind)):
-                raise RegionError(f"`{name}` is a {type(value).__name__}; expected {kind.__name__}(...) or None.")
+        check_kind("isolation", isolation, Isolation)
+        check_kind("draft", draft, Draft)
         if draft is not None and not self._begins_with_noise:
             raise RegionError(
                 "A draft needs a call that begins with noise; this one begins with a picture. Leave it out."
             )
-        if refine is not None and arguments.get("output_type", "pil") != "pil":
-            raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
         if not regions:
-            _tell_idle(isolation=isolation, draft=draft, refine=refine)
-        with separate_call(self, arguments), self._conditioned_call(regions, isolation, draft, arguments) as described:
-            output = parent(*given.args, **given.kwargs)
-        return output if refine is None or not described else self._refined(output, refine, described, arguments)
+            tell_idle(isolation=isolation, draft=draft)
+        with separate_call(self, arguments), self._conditioned_call(regions, isolation, draft, arguments):
+            return parent(*given.args, **given.kwargs)
 
     @property
     def guidance_scale(self) -> Any:
@@ -138,12 +127,8 @@ class RegionalSampling(LayerwisePrompts):
         isolation: Isolation | None,
         draft: Draft | None,
         arguments: MutableMapping[str, Any],
-    ) -> Iterator[tuple[tuple[Region, ...], ...]]:
-        """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs.
-
-        Yields:
-            The regions with their prompts as they were given, of all prompts or of each.
-        """
+    ) -> Iterator[None]:
+        """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs."""
         outer, outer_canvas = self._regions, self._canvas
         names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
         try:
@@ -163,9 +148,9 @@ class RegionalSampling(LayerwisePrompts):
                     self._canvas = self._enter_regions(stack, isolation, arguments) if self._regions else None
                 drafts = None
                 if draft is not None and self._canvas is not None:
-                    pictures = self._of_pictures(described, arguments)
+                    pictures = of_pictures(described, arguments)
                     drafts = stack.enter_context(drafts_put_in(self, draft, pictures, self._canvas.shares, arguments))
-                yield described
+                yield
             if drafts is not None and not drafts.are_put_in:
                 remarks.append("the draft has no effect in a call of a single step")
             if self._canvas is not None:
@@ -178,47 +163,13 @@ class RegionalSampling(LayerwisePrompts):
     def _enter_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
         """Install the attention of the regions for as long as the stack lives."""
         shared = [RegionPlan(own) for own in self._regions]
-        plans = shared if len(shared) == 1 else self._of_pictures(shared, arguments)
+        plans = shared if len(shared) == 1 else of_pictures(shared, arguments)
         canvases = [
             stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps, isolation))
             for denoiser in self._denoisers()
         ]
         stack.enter_context(regional_control(self._denoisers()[0], canvases[0]))
         return canvases[0]
-
-    def _refined(
-        self, output: Any, refine: Refinement, regions: tuple[tuple[Region, ...], ...], arguments: Mapping[str, Any]
-    ) -> Any:
-        """The call's output, with the regions of its pictures drawn anew."""
-        from diffusers_mixofshow.pipelines.refining import refine_regions  # which needs image to image, made of this
-
-        images = output[0]
-        of_pictures = self._of_pictures(regions, arguments)
-        negative = arguments.get("negative_prompt")
-        if isinstance(negative, list):
-            negative = [negative[number * len(negative) // len(images)] for number in range(len(images))]
-        refined = refine_regions(
-            self,
-            images,
-            of_pictures,
-            strength=refine.strength,
-            num_inference_steps=refine.steps_of(arguments.get("num_inference_steps", 50)),
-            negative_prompt=negative,
-            generator=arguments.get("generator"),
-            batch_size=len(images),
-            **{name: arguments[name] for name in _ALSO_REFINED if name in arguments},
-        )
-        if isinstance(output, tuple):
-            return (refined, *output[1:])
-        output.images = refined
-        return output
-
-    @staticmethod
-    def _of_pictures(shared: Sequence[_Anything], arguments: Mapping[str, Any]) -> list[_Anything]:
-        """What belongs to all prompts, or to each, once for every picture."""
-        prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
-        of_prompts = list(shared) * prompts if len(shared) == 1 else shared[:prompts]
-        return [each for each in of_prompts for _ in range(arguments.get("num_images_per_prompt") or 1)]
 
     @contextmanager
     def _without_regions(self) -> Iterator[None]:
@@ -250,7 +201,20 @@ class RegionalSampling(LayerwisePrompts):
         return list(dict.fromkeys([self.unet, *nets]))
 
 
-def _tell_idle(**given: object) -> None:
+def of_pictures(shared: Sequence[_Anything], arguments: Mapping[str, Any]) -> list[_Anything]:
+    """What belongs to all prompts of a call, or to each, once for every picture."""
+    prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+    of_prompts = list(shared) * prompts if len(shared) == 1 else shared[:prompts]
+    return [each for each in of_prompts for _ in range(arguments.get("num_images_per_prompt") or 1)]
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuse an argument that is neither left out nor of its class."""
+    if not (value is None or isinstance(value, kind)):
+        raise RegionError(f"`{name}` is a {type(value).__name__}; expected {kind.__name__}(...) or None.")
+
+
+def tell_idle(**given: object) -> None:
     """Warn of arguments about regions in a call that has none."""
     idle = [f"`{name}`" for name, value in given.items() if value is not None]
     if idle:
