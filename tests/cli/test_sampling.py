@@ -364,10 +364,18 @@ def test_the_command_line_draws_what_the_demo_draws(tmp_path, monkeypatch) -> No
     layout_of(list(class_words.values())).save("places.png")
     called = [f"a <{name}> {word}" for name, word in class_words.items()]
     options = ["--concepts", "fused", "--width", "96", "--height", "64", "--seed", "5000", "--steps", "2"]
-    options += ["--adapter", "image@toyland=places.png", "--control-scale", "0.8", "--isolation"]
-    for number, subject in enumerate(called):
+    options += [
+        "--adapter",
+        "image@toyland=places.png",
+        "--control-scale",
+        "0.8",
+        "--isolation",
+        "--draft",
+        "--refine",
+    ]
+    for number, name in enumerate(class_words):
         box = f"{number / 3!r},0.25,{(number + 1) / 3!r},0.97"
-        options += ["--region", f"{box}:{subject}, {subject} and {subject} in a meadow"]
+        options += ["--region", f"{box}:a <{name}>, in a meadow"]
     options += ["--prompt", f"{called[0]}, {called[1]} and {called[2]} in a meadow"]
     CliRunner().invoke(cli.app, ["sample", *options], catch_exceptions=False)
     with Image.open("sample.png") as picture:

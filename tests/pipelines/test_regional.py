@@ -31,7 +31,7 @@ def _regions():
 def test_the_signature_is_the_parents_and_regions():
     parent = inspect.signature(StableDiffusionPipeline.__call__).parameters
     ours = inspect.signature(MixOfShowPipeline.__call__).parameters
-    assert [name for name in ours if name not in ("regions", "isolation")] == list(parent)
+    assert [name for name in ours if name not in ("regions", "isolation", "draft", "refine")] == list(parent)
     assert all(ours[name].default == parent[name].default for name in parent)
     assert "regions" in MixOfShowPipeline.__call__.__doc__
     assert "callback_on_step_end" in MixOfShowPipeline.__call__.__doc__

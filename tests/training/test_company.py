@@ -161,6 +161,12 @@ def test_the_loss_leaves_out_what_no_photo_shows(tmp_path: Path, pipeline: Stabl
         assert cached.mask.min() == 0
 
 
+def test_captions_that_grow_too_long_are_left_out(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    (photos / "0.txt").write_text("a " * 70 + "<TOK>", encoding="utf-8")
+    long, without = (EDLoRATrainer(quick(photos, company=share), pipeline).train() for share in (0.8, 0.0))
+    assert same(long, without)
+
+
 def test_training_sees_composed_pictures_and_counts_photos_alone(
     pipeline: StableDiffusionPipeline, photos: Path
 ) -> None:

@@ -152,7 +152,9 @@ class _Tuning:
         """Learn the concept from its photos and the pictures composed of them, from the start or a checkpoint."""
         config, pipeline = self.config, self.pipeline
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        tokenized, self.batches = self._read_data([*photos, *composed], scheduler.config.num_train_timesteps)
+        _refuse_cut(photos, pipeline, config)
+        pictures = [*photos, *_whole_ones(composed, pipeline, config)]
+        tokenized, self.batches = self._read_data(pictures, scheduler.config.num_train_timesteps)
         self.photos = len(photos)
         with ExitStack() as stack:
             self.trained = stack.enter_context(fresh(pipeline, config))
@@ -189,7 +191,6 @@ class _Tuning:
         """Captions as tokens and pictures as latents; every process draws batches for itself."""
         config, accelerator = self.config, self.accelerator
         captions = list(dict.fromkeys(caption for photo in photos for caption in photo.captions))
-        _refuse_cut(photos, self.pipeline, config)
         of_class: list[Photo] = []
         if config.class_data_dir is not None:
             class_pictures(self.pipeline, config, drawing=accelerator.is_main_process)
@@ -331,16 +332,33 @@ def _is_due(step: int, every: int | None) -> bool:
 
 def _refuse_cut(photos: Sequence[Photo], pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
     """Refuse captions in which a token of the concept lies behind the last one that the text encoder sees."""
-    concept, tokenizer = config.concept_to_learn, pipeline.tokenizer
-    captions = [(photo.path.name, caption) for photo in photos for caption in photo.captions]
-    seen = tokenize([caption for _, caption in captions], tokenizer, [concept]).concept_tokens
-    cut = [
-        f"{name}: {caption}"
-        for (name, caption), kept in zip(captions, seen, strict=True)
-        if len(kept) < sum(piece in concept.tokens for piece in split_prompt(caption, [concept]))
-    ]
+    cut = [f"{photo.path.name}: {caption}" for photo, caption in _cut_captions(photos, pipeline, config)]
     if cut:
         raise TrainingDataError(
-            f"The text encoder sees {tokenizer.model_max_length} tokens. In {len(cut)} captions the concept, or a "
-            f"part of it, comes later and is cut off; name it earlier in {'; '.join(cut)}"
+            f"The text encoder sees {pipeline.tokenizer.model_max_length} tokens. In {len(cut)} captions the concept, "
+            f"or a part of it, comes later and is cut off; name it earlier in {'; '.join(cut)}"
         )
+
+
+def _whole_ones(composed: Sequence[Photo], pipeline: StableDiffusionPipeline, config: TrainingConfig) -> list[Photo]:
+    """The composed pictures, without captions that grew so long that a token of the concept is not seen."""
+    cut = {caption for _, caption in _cut_captions(composed, pipeline, config)}
+    kept = [
+        replace(picture, captions=tuple(caption for caption in picture.captions if caption not in cut))
+        for picture in composed
+    ]
+    return [picture for picture in kept if picture.captions]
+
+
+def _cut_captions(
+    photos: Sequence[Photo], pipeline: StableDiffusionPipeline, config: TrainingConfig
+) -> list[tuple[Photo, str]]:
+    """Captions in which the text encoder does not see every token of the concept."""
+    concept = config.concept_to_learn
+    captions = [(photo, caption) for photo in photos for caption in photo.captions]
+    seen = tokenize([caption for _, caption in captions], pipeline.tokenizer, [concept]).concept_tokens
+    return [
+        each
+        for each, kept in zip(captions, seen, strict=True)
+        if len(kept) < sum(piece in concept.tokens for piece in split_prompt(each[1], [concept]))
+    ]
