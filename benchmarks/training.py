@@ -113,7 +113,7 @@ class Plan:
         if changed.pop(ALL_AT_ONCE, False):
             steps = {"embedding_phase_steps": 0, "max_train_steps": self.embedding_steps + self.joint_steps}
         named = {"concept": run.concept, "class_word": concept.class_word, "kind": concept.kind}
-        return {**named, "seed": run.seed, **steps, **changed}
+        return {**named, "seed": run.seed, "company": 0.0, **steps, **changed}  # photos alone, as the paper's study
 
     def file_of(self, run: Run) -> str:
         """A name that is another one where the numbers may be others."""
