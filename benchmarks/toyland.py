@@ -309,10 +309,15 @@ def draw_confusion(counts: dict[str, dict[str, int]], cell: int = 44) -> Image.I
     return image
 
 
-def sample_together(bench: Bench, groups: Sequence[tuple[str, ...]], settings: dict[str, Any]) -> list[Image.Image]:
-    """One picture for each group of concepts, which stand in columns from left to right."""
+def sample_together(
+    bench: Bench,
+    groups: Sequence[tuple[str, ...]],
+    settings: dict[str, Any],
+    boxes: Sequence[Box] | None = None,
+) -> list[Image.Image]:
+    """One picture for each group of concepts, in columns from left to right or in other boxes, the last in front."""
     pipe, settings = bench.pipe, dict(settings)
-    boxes = column_boxes(len(groups[0]))
+    boxes = boxes or column_boxes(len(groups[0]))
     height, width = HEIGHT, COLUMN * len(boxes)
     wording = settings.pop("wording", None)
     if settings.pop("layout", False):
