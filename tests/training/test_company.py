@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusers_mixofshow import EDLoRATrainer, MixOfShowWarning
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.training.batches import cache_photos
 from diffusers_mixofshow.training.company import compose_company, fill_unknown
+from diffusers_mixofshow.training.framing import place_photo
 from diffusers_mixofshow.training.pictures import Photo
 from short_training import quick, same
 
@@ -159,6 +161,16 @@ def test_the_loss_leaves_out_what_no_photo_shows(tmp_path: Path, pipeline: Stabl
         cells = torch.nn.functional.adaptive_avg_pool2d(known[None], cached.mask.shape[-2:])
         torch.testing.assert_close(cached.mask[0], cells)
         assert cached.mask.min() == 0
+
+
+def test_the_loss_leaves_it_out_of_pictures_placed_on_black_as_well(tmp_path: Path) -> None:
+    (composed, *_) = compose_company([photo((13, 6, 51, 38), size=(64, 64))] * 12, quick(tmp_path))
+    crop = place_photo(composed, 64, generator=torch.Generator().manual_seed(0))
+    whole = place_photo(replace(composed, known=None), 64, generator=torch.Generator().manual_seed(0))
+    share = float((np.asarray(composed.known) > 0).mean())
+    assert share < 0.95
+    assert float(crop.valid.sum() / whole.valid.sum()) == pytest.approx(share, abs=0.03)
+    assert torch.equal(crop.pixels, whole.pixels)
 
 
 def test_captions_that_grow_too_long_are_left_out(pipeline: StableDiffusionPipeline, photos: Path) -> None:

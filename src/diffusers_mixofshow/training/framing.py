@@ -78,7 +78,7 @@ def place_photo(photo: Photo, resolution: int, *, generator: torch.Generator) ->
         square.paste(image.resize((width, height), resampling), corner)
         return _to_tensor(square)
 
-    valid = placed(Image.new("L", photo.image.size, 255), Image.Resampling.NEAREST)
+    valid = placed(photo.known or Image.new("L", photo.image.size, 255), Image.Resampling.NEAREST)
     return Crop(
         pixels=placed(photo.image, Image.Resampling.LANCZOS) * 2 - 1,
         mask=valid if photo.mask is None else placed(photo.mask, Image.Resampling.BOX),
