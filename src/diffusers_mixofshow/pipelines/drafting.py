@@ -89,7 +89,7 @@ def _refuse_other_models(pipe: Any) -> None:
 
 def _start_again(scheduler: Any, fresh: Any, step: int) -> None:
     """Forget the steps of a scheduler that looks back at them: they led to other latents."""
-    vars(scheduler).update(vars(copy.deepcopy(fresh)))
+    vars(scheduler).update(vars(fresh))
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(step)
 
