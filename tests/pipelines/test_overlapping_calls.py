@@ -164,6 +164,22 @@ def test_threads_that_nobody_orders(calls):
     assert calls.left_behind() == {"AttnProcessor2_0"}
 
 
+def test_prompts_are_encoded_by_many_threads_at_once(calls):
+    # A fast tokenizer keeps its truncation as state, which a concept's prompt and a plain one want otherwise; a
+    # LoRA's scale is the text encoder's.
+    pipe = calls.pipes["concept"]
+    wanted = [("a <potter>", None), ("a dog " * 60, None), ("a <potter> and a dog", 0.5), ("a dog", 0.5)] * 40
+
+    def encode(prompt, scale):
+        with torch.no_grad():
+            return pipe.encode_prompt(prompt, "cpu", 1, False, lora_scale=scale)[0]
+
+    alone = {one: encode(*one) for one in dict.fromkeys(wanted)}
+    with ThreadPoolExecutor(8) as pool:
+        for one, encoded in zip(wanted, pool.map(encode, *zip(*wanted, strict=True)), strict=True):
+            torch.testing.assert_close(encoded, alone[one])
+
+
 @pytest.mark.parametrize("compiled", ["in place", "wrapped"])
 def test_compiled_denoisers_serve_overlapping_calls(calls, compiled):
     unet = calls.components["unet"]

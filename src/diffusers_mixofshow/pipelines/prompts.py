@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,15 @@ from diffusers_mixofshow.sites import cross_attention_layers
 # For a pipeline that was given no tokenizer, only ready-made embeddings.
 _CLIP_TOKENS = 77
 
+_lock = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other threads from encoding meanwhile: truncation is a fast tokenizer's state, scale a text encoder's."""
+    with _lock:
+        yield
+
 
 class LayerwisePrompts(EDLoRALoader):
     """Mixin for a diffusers pipeline: `encode_prompt` for prompts with concepts and for regions.
@@ -38,6 +48,7 @@ class LayerwisePrompts(EDLoRALoader):
     # The regions of the call under way: of all prompts, or of each.
     _regions: tuple[tuple[Region, ...], ...] = ()
 
+    @_alone()
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
