@@ -3,7 +3,7 @@ PYTHON ?= python3
 PINS ?= constraints/current.txt
 VENV ?= .venv
 
-.PHONY: demo test test-oldest lint constraints clean
+.PHONY: demo test test-oldest lint mutants constraints clean
 
 # torch comes first and pinned, so that no other package picks a build with gigabytes of CUDA.
 $(VENV)/.ready-%: pyproject.toml $(PINS)
@@ -32,6 +32,10 @@ lint: $(VENV)/.ready-dev
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PINS=constraints/oldest.txt .venv-oldest/.ready-dev
 	.venv-oldest/bin/$(PYTEST)
+
+# What the tests do not notice: make mutants ARGS="--sample 100 --seed 1 src/diffusers_mixofshow/fusion".
+mutants: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/mutation/run.py $(ARGS)
 
 constraints:
 	PYTHON=$(PYTHON) constraints/resolve.sh

@@ -1,0 +1,320 @@
+"""Measure which plausible mistakes the tests notice: `make mutants`.
+
+Each mutant is one mistake in one file (see `mutants.py`). It is tried in a copy of the checkout, in a process forked
+from one that has imported torch and diffusers already, with the tests that run the mistaken line: first those of the
+folder of the same name, quick ones before slow ones. A test that fails is run once more without the mistake, and only
+counts if it passes then. What no test notices is printed, to be read one by one.
+
+    python tests/mutation/run.py --sample 300 --seed 0              # over all of src/
+    python tests/mutation/run.py src/diffusers_mixofshow/masks.py   # a random sample of one file or folder
+    python tests/mutation/run.py --changed-since main --sample 50   # of the lines that a branch changed
+
+The first run records which test runs which line (`.mutation/`, as long as the whole suite takes); `--map` does it
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from xml.etree import ElementTree
+
+from mutants import Mutant, mutants_of
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "diffusers_mixofshow"
+STORE = ROOT / ".mutation"
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL.Image", "pytest", "typer.testing")
+# Seconds of tests, as recorded: tried first, and at most.
+FIRST, MOST = 40.0, 240.0
+
+
+class TestMap:
+    """Which tests run which line, and how many seconds each takes."""
+
+    def __init__(self, folder: Path) -> None:
+        from coverage import CoverageData
+
+        self._data = CoverageData(basename=str(folder / "coverage"))
+        self._data.read()
+        self._lines: dict[str, dict[int, list[str]]] = {}
+        self._measured = {name[name.index("src/diffusers_mixofshow") :]: name for name in self._data.measured_files()}
+        self.seconds = json.loads((folder / "seconds.json").read_text())
+
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """The tests that run a mutant's line, or, for one that runs at import, its file: those worth most first."""
+        lines = self._lines_of(mutant.path)
+        tests = {context.split("|")[0] for context in lines.get(mutant.line, [])} - {""}
+        if not tests:
+            tests = {context.split("|")[0] for contexts in lines.values() for context in contexts} - {""}
+        files = defaultdict(list)
+        for test in tests:
+            files[test.split("::")[0]].append(test)
+        folder = mutant.path.split("/")[2].removesuffix(".py")
+
+        def worth(file: str) -> tuple[bool, float]:
+            seconds = sorted(self.seconds.get(test, 1.0) for test in files[file])
+            return f"/{folder}/" not in file and f"test_{folder}" not in file, sum(seconds[:5])
+
+        ordered = []
+        for file in sorted(files, key=worth):
+            ordered += _by_function(sorted(files[file], key=lambda test: self.seconds.get(test, 1.0)))
+        return ordered
+
+    def _lines_of(self, path: str) -> dict[int, list[str]]:
+        if path not in self._lines:
+            self._lines[path] = self._data.contexts_by_lineno(self._measured[path]) if path in self._measured else {}
+        return self._lines[path]
+
+
+def _by_function(tests: Sequence[str]) -> list[str]:
+    """One case of every test function first, then the others' second cases, and so on."""
+    seen: dict[str, int] = defaultdict(int)
+    rounds = []
+    for number, test in enumerate(tests):
+        function = test.split("[")[0]
+        rounds.append((seen[function], number, test))
+        seen[function] += 1
+    return [test for _, _, test in sorted(rounds)]
+
+
+def record_map(folder: Path) -> None:
+    """Run the whole suite and keep which test runs which line."""
+    folder.mkdir(exist_ok=True)
+    times = folder / "times.xml"
+    options = ["--numprocesses", "auto", "--dist", "loadfile", "--cov", str(PACKAGE), "--cov-context", "test"]
+    environment = os.environ | {"COVERAGE_FILE": str(folder / "coverage"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", *options, "--cov-report", "", f"--junitxml={times}"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    seconds = {}
+    for case in ElementTree.parse(times).iter("testcase"):
+        name = case.get("classname", "").replace(".", "/") + ".py::" + case.get("name", "")
+        seconds[name] = float(case.get("time", "1"))
+    (folder / "seconds.json").write_text(json.dumps(seconds))
+
+
+class Bench:
+    """A copy of the checkout in which one mutant at a time is tried."""
+
+    def __init__(self, folder: Path, tests: TestMap) -> None:
+        self._folder = folder / "checkout"
+        self._map = tests
+        self._sound: dict[str, bool] = {}
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
+            if (ROOT / name).is_file():
+                target = self._folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, target)
+        if self._first_failure(["tests"], "--collect-only") is not None:
+            raise SystemExit("The tests cannot be collected even without a mistake.")
+
+    def verdict(self, mutant: Mutant) -> tuple[str, str]:
+        """Whether a mutant is 'killed', by which test, or 'survived' or is 'untested'."""
+        tests = self._map.tests_of(mutant)
+        if not tests:
+            return "untested", ""
+        file = self._folder / mutant.path
+        source = file.read_bytes()
+        try:
+            for chosen in self._portions(tests):
+                while chosen:
+                    file.write_bytes(mutant.applied(source))
+                    failed = self._first_failure(chosen)
+                    file.write_bytes(source)
+                    if failed is None:
+                        break
+                    if self._passes(failed):
+                        return "killed", failed
+                    chosen = [test for test in chosen if test != failed and self._sound.get(test, True)]
+            return "survived", f"{len(tests)} tests run it"
+        finally:
+            file.write_bytes(source)
+
+    def _portions(self, tests: Sequence[str]) -> Iterable[list[str]]:
+        """First a few quick tests, then more."""
+        first, rest, spent = [], [], 0.0
+        for test in tests:
+            spent += self._map.seconds.get(test, 1.0)
+            if spent < FIRST or not first:
+                first.append(test)
+            elif spent < MOST:
+                rest.append(test)
+        return [portion for portion in (first, rest) if portion]
+
+    def _passes(self, test: str) -> bool:
+        if test not in self._sound:
+            # A mistake that keeps the tests from being imported, or from ending, is noticed as well.
+            self._sound[test] = test in ("", "timeout") or self._first_failure([test]) is None
+        return self._sound[test]
+
+    def _first_failure(self, tests: Sequence[str], *options: str) -> str | None:
+        """The first test that fails, '' if none can run; None if all pass, 'timeout' if they do not end."""
+        expected = sum(self._map.seconds.get(test, 1.0) for test in tests)
+        with tempfile.NamedTemporaryFile(mode="r") as failure:
+            child = os.fork()
+            if child == 0:
+                _run_pytest(self._folder, [*options, *tests], failure.name)
+            status = _wait(child, 90 + 5 * expected)
+            text = failure.read()
+        if status is None:
+            return "timeout"
+        return None if status == 0 else text.split("\n")[0]
+
+
+def _run_pytest(folder: Path, arguments: Sequence[str], failure: str) -> None:
+    """In a forked process: run tests in a copy until one fails, and write its name down."""
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        quiet = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(quiet, stream)
+        os.environ |= {"PYTHONPATH": str(folder / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        sys.dont_write_bytecode = True
+        sys.path[:] = [str(folder / "src"), *(each for each in sys.path if not each.startswith(str(ROOT / "tests")))]
+        pytest = importlib.import_module("pytest")
+
+        class Notes:
+            def pytest_runtest_logreport(self, report: object) -> None:
+                if report.failed:
+                    Path(failure).write_text(report.nodeid)
+
+        plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", "--rootdir", str(folder)]
+        code = pytest.main([*plain, *arguments], plugins=[Notes()])
+    finally:
+        os._exit(int(code))
+
+
+def _wait(child: int, seconds: float) -> int | None:
+    """The exit status of a process, or None where it had to be stopped."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # what its tests started
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def draw(paths: Sequence[Path], sample: int, seed: int, changed: dict[str, set[int]] | None) -> list[Mutant]:
+    """A random sample; each folder has its share, and where it has as many at least eight."""
+    groups: dict[str, list[Mutant]] = defaultdict(list)
+    for path in paths:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            for mutant in mutants_of(file, ROOT):
+                if changed is None or mutant.line in changed.get(mutant.path, ()):
+                    groups[mutant.path.split("/")[2]].append(mutant)
+    dice = random.Random(seed)
+    total = sum(map(len, groups.values()))
+    chosen = []
+    for _, group in sorted(groups.items()):
+        count = max(min(8, sample), round(sample * len(group) / total))
+        chosen += dice.sample(group, min(count, len(group)))
+    dice.shuffle(chosen)
+    return chosen
+
+
+def changed_lines(since: str) -> dict[str, set[int]]:
+    """The lines of each file that differ from a commit."""
+    command = ["git", "diff", "--unified=0", since, "--", "src"]
+    lines: dict[str, set[int]] = defaultdict(set)
+    file = ""
+    for line in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
+        if line.startswith("+++ "):
+            file = line.removeprefix("+++ b/")
+        elif match := re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line):
+            first = int(match[1])
+            lines[file] |= set(range(first, first + int(match[2] or 1)))
+    return lines
+
+
+def try_all(chosen: Sequence[Mutant], processes: int) -> list[tuple[Mutant, str, str]]:
+    """The verdict on each mutant, printed as it falls; several are tried at once, each in a copy of its own."""
+    results = []
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        get_context("fork").Pool(processes, _open_bench, [Path(folder)]) as pool,
+    ):
+        for result in pool.imap_unordered(_attempt, chosen):
+            results.append(result)
+            print(f"{len(results)}/{len(chosen)} {result[1]:9} {result[0]}  ({result[2]})", flush=True)
+    return results
+
+
+def _open_bench(folder: Path) -> None:
+    """In each process: its copy of the checkout."""
+    global _bench
+    _bench = Bench(folder / str(os.getpid()), TestMap(STORE))
+
+
+def _attempt(mutant: Mutant) -> tuple[Mutant, str, str]:
+    return mutant, *_bench.verdict(mutant)
+
+
+def report(results: Sequence[tuple[Mutant, str, str]], arguments: argparse.Namespace) -> dict[str, object]:
+    """How many of each folder are noticed, and which are not."""
+    folders: dict[str, list[str]] = defaultdict(list)
+    for mutant, verdict, _ in results:
+        folders[mutant.path.split("/")[2]].append(verdict)
+    table = {name: {"mutants": len(all_), "killed": all_.count("killed")} for name, all_ in sorted(folders.items())}
+    killed = sum(row["killed"] for row in table.values())
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "command": f"tests/mutation/run.py --sample {arguments.sample} --seed {arguments.seed}",
+        "commit": commit,
+        "mutants": len(results),
+        "killed": killed,
+        "share": round(killed / max(len(results), 1), 3),
+        "folders": table,
+        "unnoticed": [f"{mutant} ({verdict})" for mutant, verdict, _ in results if verdict != "killed"],
+    }
+
+
+def main() -> None:
+    """Draw, try, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, default=[PACKAGE], help="files or folders of src/")
+    parser.add_argument("--sample", type=int, default=100, help="how many mutants")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--changed-since", help="only lines that differ from this commit")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many are tried at once")
+    parser.add_argument("--map", action="store_true", help="record anew which test runs which line")
+    parser.add_argument("--report", type=Path, help="a JSON file for the result")
+    arguments = parser.parse_args()
+    if arguments.map or not (STORE / "seconds.json").exists():
+        record_map(STORE)
+    for name in HEAVY:
+        importlib.import_module(name)
+    changed = changed_lines(arguments.changed_since) if arguments.changed_since else None
+    chosen = draw([path.resolve() for path in arguments.paths], arguments.sample, arguments.seed, changed)
+    result = report(try_all(chosen, arguments.processes), arguments)
+    print(json.dumps(result, indent=2))
+    if arguments.report:
+        arguments.report.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

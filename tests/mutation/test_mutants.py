@@ -1,0 +1,61 @@
+"""The mistakes that `make mutants` makes."""
+
+import ast
+
+import pytest
+
+from mutation.mutants import mutants_of
+
+
+def _mutated(tmp_path, code):
+    path = tmp_path / "module.py"
+    path.write_text(code, encoding="utf-8")
+    found = mutants_of(path, tmp_path)
+    return [mutant.applied(path.read_bytes()).decode() for mutant in found], found
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("x = a - b", ["x = (a + b)"]),
+        ("x = a @ b", ["x = (b @ a)"]),
+        ("x = a <= b", ["x = (a < b)", "x = (a > b)"]),
+        ("x = a is None", ["x = (a is not None)"]),
+        ("x = a and b", ["x = (a or b)", "x = (b)", "x = (a)"]),
+        ("x = not a", ["x = (a)"]),
+        ("x = a if b else c", ["x = (c if b else a)"]),
+        ("x = f(a, b)", ["x = (f(b, a))", "x = (f(a))"]),
+        ("x = f(a, b=c)", ["x = (f(a))"]),
+        ("x = f(*a, b)", []),
+        ("x = min(a)", ["x = (max(a))"]),
+        ("x = [a for a in b if a]", ["x = ([a for a in b])"]),
+        ("x = 1", ["x = (2)"]),
+        ("x = .5", ["x = (1.0)"]),
+        ("x = True", ["x = (False)"]),
+        ("x = 'key'", ["x = ('keyx')"]),
+        ("x = 'a sentence'", []),
+        ("x.y = a", ["pass"]),
+        ("x += a", ["x -= a"]),
+        ("f(a)", ["pass"]),
+        ("raise ValueError(1)", ["pass"]),
+        ("def f():\n    return a", ["def f():\n    return None"]),
+        ("for a in b:\n    break", ["for a in b:\n    continue"]),
+        ('"""Words."""', []),
+        ("x: list[1] = a", []),
+        ("__all__ = ['x']", []),
+        ("x = f'{1 + 2}'", []),
+        ("å = 'ä' or 1", ["å = ('ä' and 1)", "å = (1)", "å = ('ä')", "å = ('äx') or 1", "å = 'ä' or (2)"]),
+    ],
+)
+def test_mistakes(tmp_path, code, wrong):
+    mutated, found = _mutated(tmp_path, code + "\n")
+    assert sorted(mutated) == sorted(each + "\n" for each in wrong)
+    assert {mutant.path for mutant in found} <= {"module.py"}
+    for each in mutated:
+        ast.parse(each)
+
+
+def test_lines_are_those_of_the_mistakes(tmp_path):
+    _, found = _mutated(tmp_path, "x = a\n\n\ny = (\n    b +\n    c\n)\n")
+    assert [(mutant.line, mutant.kind) for mutant in found] == [(5, "operator")]
+    assert str(found[0]) == "module.py:5 [operator] b + c  ->  (b - c)"
