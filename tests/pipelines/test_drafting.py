@@ -463,6 +463,7 @@ def test_refining_needs_pictures(potter):
         ({"strength": 0.2}, 4, 5, 1),
         ({"strength": 1.0}, 4, 2, 2),
         ({"steps": 8}, 20, 8, 4),
+        ({"strength": 0.5, "steps": 2}, 20, 2, 1),
     ],
 )
 def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
@@ -470,7 +471,9 @@ def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
     assert (refine.steps_of(call), refine.runs_in(call)) == (steps, runs)
 
 
-@pytest.mark.parametrize("settings", [{"strength": 0}, {"strength": 1.1}, {"strength": "a"}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"strength": 0}, {"strength": 1.1}, {"strength": "a"}, {"steps": 0}, {"strength": 0.4, "steps": 2}]
+)
 def test_impossible_refinements_are_refused(settings):
     with pytest.raises(RegionError, match="Refinement: its "):
         Refinement(**settings)

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_mixofshow.conditioning.passes import hooked_passes, outside_of_calls
 from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.pipelines.prompts import negatives_of_pictures
 from diffusers_mixofshow.regions import Draft, Region
 from diffusers_mixofshow.regions.draft import Window, window_of
 
@@ -182,12 +183,9 @@ class _Drafts:
     def _conditioning(self, regions: Sequence[Region], pictures: Sequence[int]) -> torch.Tensor:
         """The regions' texts, shape (regions, tokens, dim), where there is guidance behind the negative ones."""
         pipe, given = self.pipe, self.arguments
-        negative = given.get("negative_prompt") or ""
-        negatives = negative if isinstance(negative, list) else [negative]
+        negatives = negatives_of_pictures(given)
         texts = [
-            negatives[picture * len(negatives) // len(self.regions)]
-            if region.negative_prompt is None
-            else region.negative_prompt
+            negatives[picture] if region.negative_prompt is None else region.negative_prompt
             for region, picture in zip(regions, pictures, strict=True)
         ]
         with pipe._without_regions():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils.peft_utils import scale_lora_layers
@@ -23,6 +23,8 @@ from diffusers_mixofshow.sites import cross_attention_layers
 
 # For a pipeline that was given no tokenizer, only ready-made embeddings.
 _CLIP_TOKENS = 77
+
+_Anything = TypeVar("_Anything")
 
 _lock = threading.RLock()
 
@@ -216,6 +218,19 @@ def prompt_count(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | N
     if prompt_embeds is not None:
         return len(prompt_embeds)
     return len(prompt) if isinstance(prompt, list) else 1
+
+
+def of_pictures(shared: Sequence[_Anything], arguments: Mapping[str, Any]) -> list[_Anything]:
+    """What belongs to all prompts of a call, or to each, once for every picture."""
+    prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+    of_prompts = list(shared) * prompts if len(shared) == 1 else shared[:prompts]
+    return [each for each in of_prompts for _ in range(arguments.get("num_images_per_prompt") or 1)]
+
+
+def negatives_of_pictures(arguments: Mapping[str, Any]) -> list[str]:
+    """The negative prompt of every picture of a call; none is an empty one."""
+    negative = arguments.get("negative_prompt") or ""
+    return of_pictures(negative if isinstance(negative, list) else [negative], arguments)
 
 
 def _as_list(prompt: str | list[str] | None) -> list[str]:

@@ -17,7 +17,8 @@ from PIL import Image
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, of_pictures, tell_idle
+from diffusers_mixofshow.pipelines.prompts import negatives_of_pictures, of_pictures
+from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, tell_idle
 from diffusers_mixofshow.pipelines.remarks import Regions, regions_of_prompts
 from diffusers_mixofshow.regions import Refinement, Region
 from diffusers_mixofshow.regions.weights import coverage
@@ -66,16 +67,14 @@ class RefinedSampling(RegionalSampling):
         self, output: Any, refine: Refinement, regions: Sequence[Sequence[Region]], arguments: Mapping[str, Any]
     ) -> Any:
         """The call's output, with the regions of its pictures drawn anew."""
-        images, negative = output[0], arguments.get("negative_prompt")
-        if isinstance(negative, list):
-            negative = [negative[number * len(negative) // len(images)] for number in range(len(images))]
+        images = output[0]
         refined = refine_regions(
             self,
             images,
             regions,
             strength=refine.strength,
             num_inference_steps=refine.steps_of(arguments.get("num_inference_steps", 50)),
-            negative_prompt=negative,
+            negative_prompt=negatives_of_pictures(arguments),
             generator=arguments.get("generator"),
             batch_size=len(images),
             **{name: arguments[name] for name in _ALSO_REFINED if name in arguments},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
@@ -16,7 +16,7 @@ from diffusers_mixofshow.conditioning.passes import PassHook, hooked_passes
 from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
 from diffusers_mixofshow.pipelines.calls import separate_call
 from diffusers_mixofshow.pipelines.drafting import drafts_put_in
-from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, prompt_count
+from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, of_pictures
 from diffusers_mixofshow.pipelines.remarks import (
     Regions,
     control_remarks,
@@ -28,8 +28,6 @@ from diffusers_mixofshow.pipelines.remarks import (
 from diffusers_mixofshow.pipelines.wording import repeat_subjects
 from diffusers_mixofshow.regions import Draft, Isolation, Region
 
-
-_Anything = TypeVar("_Anything")
 
 _ADDED = {
     "regions": "list[Region] | Layout | list[list[Region] | Layout | None] | None",
@@ -199,13 +197,6 @@ class RegionalSampling(LayerwisePrompts):
         controlnet = self.components.get("controlnet")
         nets = list(getattr(controlnet, "nets", [] if controlnet is None else [controlnet]))
         return list(dict.fromkeys([self.unet, *nets]))
-
-
-def of_pictures(shared: Sequence[_Anything], arguments: Mapping[str, Any]) -> list[_Anything]:
-    """What belongs to all prompts of a call, or to each, once for every picture."""
-    prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
-    of_prompts = list(shared) * prompts if len(shared) == 1 else shared[:prompts]
-    return [each for each in of_prompts for _ in range(arguments.get("num_images_per_prompt") or 1)]
 
 
 def check_kind(name: str, value: object, kind: type) -> None:

@@ -30,6 +30,9 @@ class Refinement:
             defects.append(f"its strength is {self.strength!r}; expected a number above 0 and up to 1")
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
             defects.append(f"its steps are {self.steps!r}; expected a whole number, 1 or more, or None")
+        if not defects and self.steps is not None and self.steps * self.strength < 1:
+            taken = f"its strength is {self.strength:g} of {self.steps} steps"
+            defects.append(f"{taken}, less than a single one; expected more of either")
         if defects:
             raise RegionError("Refinement: " + "; ".join(defects) + ".")
 
@@ -39,4 +42,4 @@ class Refinement:
 
     def runs_in(self, call: int) -> int:
         """How many of the steps are taken, in a call of so many."""
-        return min(int(self.steps_of(call) * self.strength), self.steps_of(call))
+        return int(self.steps_of(call) * self.strength)
