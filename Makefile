@@ -28,6 +28,7 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell src tests docs benchmarks examples *.md
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PINS=constraints/oldest.txt .venv-oldest/.ready-dev

@@ -10,8 +10,8 @@ PACKAGE = PurePosixPath("diffusers_mixofshow")
 REQUIRED = ("py.typed", "__init__.py", "cli/__init__.py", "toyland/weights/README.md")
 SDIST_TOP_LEVEL = {
     *("src", "tests", "examples", "docs", "benchmarks", "constraints"),
-    *(".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md"),
-    "pyproject.toml",
+    *(".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile"),
+    *("PKG-INFO", "README.md", "mkdocs.yml", "pyproject.toml"),
 }
 KEPT = "tests/compatibility/files/"  # small files of other programs, which tests read
 JUNK = (".pyc", ".pt", ".pth", ".ckpt", ".log", ".orig", ".rej", ".swp")
