@@ -47,6 +47,7 @@ class Mutant:
 
     path: str
     line: int
+    function: int  # the first line of the function it is in, decorators included; 0 outside of functions
     kind: str
     start: int
     end: int
@@ -67,13 +68,26 @@ def mutants_of(path: Path, root: Path) -> list[Mutant]:
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
+    tree = ast.parse(source)
+    functions = _functions_of(tree)
     found = {}
-    for node, kind, after in _changes(ast.parse(source)):
+    for node, kind, after in _changes(tree):
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         name = path.relative_to(root).as_posix()
-        found[start, end, after] = Mutant(name, node.lineno, kind, start, end, source[start:end].decode(), after)
+        inside = max((first for first, body, last in functions if body <= node.lineno <= last), default=0)
+        before = source[start:end].decode()
+        found[start, end, after] = Mutant(name, node.lineno, inside, kind, start, end, before, after)
     return list(found.values())
+
+
+def _functions_of(tree: ast.AST) -> list[tuple[int, int, int]]:
+    """Of every function: its first line, decorators included, the first of its body, and its last."""
+    return [
+        (min([node.lineno, *(each.lineno for each in node.decorator_list)]), node.body[0].lineno, node.end_lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
 
 
 def _changes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, str]]:

@@ -1,15 +1,15 @@
 """Measure which plausible mistakes the tests notice: `make mutants`.
 
 Each mutant is one mistake in one file (see `mutants.py`). It is tried in a copy of the checkout, in a process forked
-from one that has imported torch and diffusers already, with the tests that run the mistaken line: first those of the
-folder of the same name, quick ones before slow ones. A test that fails is run once more without the mistake, and only
-counts if it passes then. What no test notices is printed, to be read one by one.
+from one that has imported torch and diffusers already, with the tests that run the mistaken function: first those of
+the folder of the same name, quick ones before slow ones. A test that fails is run once more without the mistake, and
+only counts if it passes then. What no test notices is printed, to be read one by one.
 
     python tests/mutation/run.py --sample 300 --seed 0              # over all of src/
     python tests/mutation/run.py src/diffusers_mixofshow/masks.py   # a random sample of one file or folder
     python tests/mutation/run.py --changed-since main --sample 50   # of the lines that a branch changed
 
-The first run records which test runs which line (`.mutation/`, as long as the whole suite takes); `--map` does it
+The first run records which test runs which function (`.mutation/`, as long as the whole suite takes); `--map` does it
 again.
 """
 
@@ -32,7 +32,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from xml.etree import ElementTree
 
 from mutants import Mutant, mutants_of
 
@@ -46,26 +45,31 @@ FIRST, MOST = 40.0, 240.0
 
 
 class TestMap:
-    """Which tests run which line, and how many seconds each takes."""
+    """Which tests run which function, and how many seconds each takes; see `watching`."""
 
     def __init__(self, folder: Path) -> None:
-        from coverage import CoverageData
-
-        self._data = CoverageData(basename=str(folder / "coverage"))
-        self._data.read()
-        self._lines: dict[str, dict[int, list[str]]] = {}
-        self._measured = {name[name.index("src/diffusers_mixofshow") :]: name for name in self._data.measured_files()}
-        self.seconds = json.loads((folder / "seconds.json").read_text())
+        self.seconds: dict[str, float] = {}
+        self._functions: dict[str, set[str]] = defaultdict(set)
+        self._of_file: dict[str, list[str]] = defaultdict(list)
+        for path in sorted(folder.glob("functions-*.json")):
+            found = json.loads(path.read_text())
+            self.seconds |= found["seconds"]
+            for key, tests in found["functions"].items():
+                self._functions[key] |= set(tests)
+        for test in self.seconds:
+            self._of_file[test.split("::")[0]].append(test)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that run a mutant's line, or, for one that runs at import, its file: those worth most first."""
-        lines = self._lines_of(mutant.path)
-        tests = {context.split("|")[0] for context in lines.get(mutant.line, [])} - {""}
-        if not tests:
-            tests = {context.split("|")[0] for contexts in lines.values() for context in contexts} - {""}
-        files = defaultdict(list)
-        for test in tests:
-            files[test.split("::")[0]].append(test)
+        """The tests that run a mutant's function, or, of what runs at import, its file: those worth most first."""
+        marks = self._functions.get(f"{mutant.path}:{mutant.function}")
+        if marks is None:
+            marks = set().union(
+                *(tests for key, tests in self._functions.items() if key.startswith(f"{mutant.path}:"))
+            )
+        files = defaultdict(set)
+        for mark in marks - {""}:
+            file = mark.split("::")[0]
+            files[file] |= {mark} if "::" in mark else set(self._of_file[file])
         folder = mutant.path.split("/")[2].removesuffix(".py")
 
         def worth(file: str) -> tuple[bool, float]:
@@ -76,11 +80,6 @@ class TestMap:
         for file in sorted(files, key=worth):
             ordered += _by_function(sorted(files[file], key=lambda test: self.seconds.get(test, 1.0)))
         return ordered
-
-    def _lines_of(self, path: str) -> dict[int, list[str]]:
-        if path not in self._lines:
-            self._lines[path] = self._data.contexts_by_lineno(self._measured[path]) if path in self._measured else {}
-        return self._lines[path]
 
 
 def _by_function(tests: Sequence[str]) -> list[str]:
@@ -95,18 +94,13 @@ def _by_function(tests: Sequence[str]) -> list[str]:
 
 
 def record_map(folder: Path) -> None:
-    """Run the whole suite and keep which test runs which line."""
-    folder.mkdir(exist_ok=True)
-    times = folder / "times.xml"
-    options = ["--numprocesses", "auto", "--dist", "loadfile", "--cov", str(PACKAGE), "--cov-context", "test"]
-    environment = os.environ | {"COVERAGE_FILE": str(folder / "coverage"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", *options, "--cov-report", "", f"--junitxml={times}"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=False)
-    seconds = {}
-    for case in ElementTree.parse(times).iter("testcase"):
-        name = case.get("classname", "").replace(".", "/") + ".py::" + case.get("name", "")
-        seconds[name] = float(case.get("time", "1"))
-    (folder / "seconds.json").write_text(json.dumps(seconds))
+    """Run the whole suite and keep which test runs which function."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    options = ["--numprocesses", "auto", "--dist", "loadfile", "-p", "mutation.watching"]
+    environment = os.environ | {"MUTATION_MAP": str(folder), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=ROOT, env=environment, check=False)
 
 
 class Bench:
@@ -143,7 +137,7 @@ class Bench:
                     if self._passes(failed):
                         return "killed", failed
                     chosen = [test for test in chosen if test != failed and self._sound.get(test, True)]
-            return "survived", f"{len(tests)} tests run it"
+            return "survived", f"{len(tests)} tests run its function"
         finally:
             file.write_bytes(source)
 
@@ -197,7 +191,8 @@ def _run_pytest(folder: Path, arguments: Sequence[str], failure: str) -> None:
                 if report.failed:
                     Path(failure).write_text(report.nodeid)
 
-        plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", "--rootdir", str(folder)]
+        plain = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(folder)]
+        plain += ["--basetemp", str(folder.parent / "files")]  # those of other runs are not cleared away
         code = pytest.main([*plain, *arguments], plugins=[Notes()])
     finally:
         os._exit(int(code))
@@ -301,10 +296,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--changed-since", help="only lines that differ from this commit")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many are tried at once")
-    parser.add_argument("--map", action="store_true", help="record anew which test runs which line")
+    parser.add_argument("--map", action="store_true", help="record anew which test runs which function")
     parser.add_argument("--report", type=Path, help="a JSON file for the result")
     arguments = parser.parse_args()
-    if arguments.map or not (STORE / "seconds.json").exists():
+    if arguments.map or not list(STORE.glob("functions-*.json")):
         record_map(STORE)
     for name in HEAVY:
         importlib.import_module(name)

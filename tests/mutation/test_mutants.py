@@ -59,3 +59,9 @@ def test_lines_are_those_of_the_mistakes(tmp_path):
     _, found = _mutated(tmp_path, "x = a\n\n\ny = (\n    b +\n    c\n)\n")
     assert [(mutant.line, mutant.kind) for mutant in found] == [(5, "operator")]
     assert str(found[0]) == "module.py:5 [operator] b + c  ->  (b - c)"
+
+
+def test_mistakes_know_their_function(tmp_path):
+    code = "x = a + b\n@c\ndef f(d=a + b):\n    y = a + b\n\n    def g():\n        return a + b\n"
+    _, found = _mutated(tmp_path, code)
+    assert sorted((m.line, m.function) for m in found if m.kind == "operator") == [(1, 0), (3, 0), (4, 2), (7, 6)]
