@@ -30,7 +30,6 @@ RANK_OF = {
     "sites": 0,
     "edlora": 1,
     "interop": 1,
-    "toyland": 1,
     "sheets": 1,
     "notes": 1,
     "lora": 2,
@@ -38,6 +37,7 @@ RANK_OF = {
     "training": 3,
     "fusion": 3,
     "pipelines": 3,
+    "toyland": 3,
     "evaluation": 3,
     "client": 4,
     "exporting": 4,
@@ -46,9 +46,9 @@ RANK_OF = {
     "__main__": 6,
 }
 # Imports between parts of one rank. Everybody may import errors; a mask is a picture first, and regions are read from
-# masks and texts, and written whole; interop translates other files to and from an EDLoRA; the verb `demo` starts the
-# demo.
-SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo")}
+# masks and texts, and written whole; interop translates other files to and from an EDLoRA; Toyland's judge is one
+# of those that evaluate; the verb `demo` starts the demo.
+SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo"), ("evaluation", "toyland")}
 SIDEWAYS |= {
     ("masks", "pictures"),
     ("regions", "pictures"),

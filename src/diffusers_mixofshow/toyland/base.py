@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,8 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
+from diffusers_mixofshow.conditioning.tokenize import plain_ids
+from diffusers_mixofshow.edlora.models import quietly
 from diffusers_mixofshow.errors import MixOfShowError
 from diffusers_mixofshow.pictures import read_image
 
@@ -42,31 +42,6 @@ def path() -> Path:
             "`python -m diffusers_mixofshow.toyland.train --output DIR --weights FOLDER`."
         )
     return folder
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keep transformers and diffusers from printing bars and notes that concern nobody; restore their settings."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        diffusers_logging.set_verbosity(levels[0])
-        transformers_logging.set_verbosity(levels[1])
-        if bars[0]:
-            diffusers_logging.enable_progress_bar()
-        if bars[1]:
-            transformers_logging.enable_progress_bar()
 
 
 def load_pipeline(
@@ -127,9 +102,7 @@ class MetricModel:
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors (n, d) of texts."""
-        from diffusers_mixofshow.toyland.text import encode_prompts
-
-        pooled = self.text_encoder(input_ids=encode_prompts(self.tokenizer, texts)).pooler_output
+        pooled = self.text_encoder(input_ids=plain_ids(texts, self.tokenizer)).pooler_output
         return self.towers.texts(pooled)
 
 

@@ -25,6 +25,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffusers_mixofshow.conditioning.tokenize import plain_ids
 from diffusers_mixofshow.toyland.alignment import AlignmentObjective, claim_about, holding
 from diffusers_mixofshow.toyland.autoencoder import (
     AutoencoderObjective,
@@ -65,7 +66,6 @@ from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.text import (
     ContrastiveObjective,
     build_clip,
-    encode_prompts,
     sample_captions,
     tells_looks,
     write_tokenizer,
@@ -158,7 +158,7 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         wordings = torch.randint(2**31, (batch_size,), generator=generator).tolist()
         captions = [caption(scenes[index], seed) for index, seed in zip(chosen.tolist(), wordings, strict=True)]
         pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
-        token_ids = encode_prompts(tokenizer, captions)[:, :32]
+        token_ids = plain_ids(captions, tokenizer)[:, :32]
         told = [tells_looks(words, scenes[index]) for index, words in zip(chosen.tolist(), captions, strict=True)]
         said = torch.where(torch.tensor(told)[:, None], labels[chosen], UNKNOWN)
         return tuple(part.to(accelerator.device) for part in (pixels, token_ids, labels[chosen], said))
@@ -338,7 +338,7 @@ def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size
         shown = [scenes[index] for index in chosen.tolist()]
         claims = [claim_about(scene, rng) for scene in shown]
         pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
-        token_ids = encode_prompts(tokenizer, [claim.text for claim in claims])[:, :32]
+        token_ids = plain_ids([claim.text for claim in claims], tokenizer)[:, :32]
         parts = (pixels, token_ids, holding(claims, shown), labels[chosen])
         return tuple(part.to(accelerator.device) for part in parts)
 
