@@ -13,7 +13,6 @@ from diffusers_mixofshow.conditioning.tokenize import plain_ids
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.pictures import read_image
-from diffusers_mixofshow.toyland.text import image_embeddings, text_embeddings
 
 
 if TYPE_CHECKING:
@@ -85,6 +84,18 @@ class ClipJudge:
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
         """Nothing: CLIP knows no attributes."""
         return [{} for _ in images]
+
+
+def image_embeddings(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (n, d) of pictures (n, 3, side, side), coloured as the model was trained."""
+    pooled = model.vision_model(pixel_values=pixels).pooler_output
+    return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+
+
+def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (n, d) of token ids."""
+    pooled = model.text_model(input_ids=token_ids).pooler_output
+    return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
 
 
 def _pixels(image: Image.Image, side: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The text and metric model: a small CLIPModel with a vocabulary of its own."""
+"""The text tower's training: a small CLIPModel with a vocabulary of its own, and its contrastive objective."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from benchmarks.toyland_base.reader import attribute_loss
 from diffusers_mixofshow.conditioning.tokenize import CLIP_POSITIONS
-from diffusers_mixofshow.toyland.reader import attribute_loss
+from diffusers_mixofshow.evaluation.clip_judge import image_embeddings, text_embeddings
 from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
 from diffusers_mixofshow.toyland.world import Scene
 
@@ -85,18 +86,6 @@ def build_clip(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 3) -> 
     }
     vision = {**tower, "image_size": 64, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
-
-
-def image_embeddings(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Unit vectors (n, d) of pictures in [-1, 1]."""
-    pooled = model.vision_model(pixel_values=pixels).pooler_output
-    return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
-
-
-def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
-    """Unit vectors (n, d) of token ids."""
-    pooled = model.text_model(input_ids=token_ids).pooler_output
-    return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
 
 
 def tells_looks(words: str, scene: Scene) -> bool:

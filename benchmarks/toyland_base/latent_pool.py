@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
+from benchmarks.toyland_base.autoencoder import render_pixels
 from diffusers_mixofshow.conditioning.tokenize import plain_ids
-from diffusers_mixofshow.toyland.autoencoder import render_pixels
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.world import Scene
 
