@@ -19,7 +19,7 @@ from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
 from PIL import Image
 
 from benchmarks.toyland_base.autoencoder import peak_signal_to_noise, reconstruct
-from benchmarks.toyland_base.provenance import current_commit
+from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.base import (
     MetricModel,
     load_layout_adapter,
@@ -337,7 +337,7 @@ def measure(weights: Path, count: int, guidance_scales: Sequence[float], sheet: 
         part = file.relative_to(weights).parts[0]
         sizes[part] = sizes.get(part, 0) + file.stat().st_size
     return {
-        "commit": current_commit(),
+        "commit": commit(Path(__file__).parent) or "unknown",
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "psnr": measure_autoencoder(pipeline.vae),
         "identity": {name: asdict(value) for name, value in measure_identity(pipeline.vae, reader).items()},

@@ -54,7 +54,6 @@ from benchmarks.toyland_base.export import (
 from benchmarks.toyland_base.latent_pool import LatentPool
 from benchmarks.toyland_base.loop import LoopConfig, train_stage
 from benchmarks.toyland_base.optimiser import Muon
-from benchmarks.toyland_base.provenance import current_commit
 from benchmarks.toyland_base.reader import (
     UNKNOWN,
     ReaderObjective,
@@ -72,6 +71,7 @@ from benchmarks.toyland_base.text import (
     write_tokenizer,
 )
 from diffusers_mixofshow.conditioning.tokenize import plain_ids
+from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.layout import Box, draw_places
 from diffusers_mixofshow.toyland.reader import ReaderNetwork, to_pixels
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
@@ -433,7 +433,7 @@ def _record(output: Path, name: str, config: LoopConfig, minutes: float, batch_s
         "minutes": round(minutes, 1),
         "batch_size": batch_size,
         "pool_size": pool_size,
-        "commit": current_commit(),
+        "commit": commit(Path(__file__).parent) or "unknown",
     }
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 

@@ -15,6 +15,7 @@ from benchmarks.toyland_base.denoiser import velocity_weight
 from benchmarks.toyland_base.loop import LoopConfig, learning_rate_factor
 from benchmarks.toyland_base.optimiser import orthogonalise
 from benchmarks.toyland_base.train import main
+from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.base import load_layout_adapter, load_metric_model, load_pipeline, load_reader
 from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.world import draw
@@ -73,6 +74,12 @@ def test_training_goes_on_from_the_weights_of_an_earlier_one(trained: Path, tmp_
         torch.testing.assert_close(now[name], value, msg=name)
     record = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
     assert record["unet"]["continues"]["settings"]["steps"] == 2
+
+
+def test_the_record_names_the_commit_that_the_checkout_stands_at(trained: Path) -> None:
+    record = json.loads((trained / "training.json").read_text(encoding="utf-8"))
+    here = commit(Path(__file__).parent) or "unknown"
+    assert {stage["commit"].rstrip("+") for stage in record.values()} == {here.rstrip("+")}
 
 
 def test_processes_on_cpus_train_one_model_together(tmp_path: Path) -> None:
