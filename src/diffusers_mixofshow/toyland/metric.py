@@ -1,6 +1,6 @@
 """The metric model: pictures and texts as vectors of one space, in which instances are apart.
 
-Its image tower is convolutional: it learns in minutes what the contrastive stage's vision transformer does in hours.
+Its image tower is convolutional: it learns in minutes what a vision transformer like CLIP's does in hours.
 """
 
 from __future__ import annotations
