@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 PACKAGE = PurePosixPath("diffusers_mixofshow")
 REQUIRED = ("py.typed", "__init__.py", "cli/__init__.py", "toyland/weights/README.md")
+SOURCE_ALONE = ("benchmarks/toyland_base/train.py", "benchmarks/toyland_base/quality.py")
 SDIST_TOP_LEVEL = {
     *("src", "tests", "examples", "docs", "benchmarks", "constraints"),
     *(".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile"),
@@ -39,6 +40,7 @@ def main() -> None:
     in_sdist = [name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name]
     problems = [f"{wheel.name}: {problem}" for problem in problems_of(in_wheel, PACKAGE)]
     problems += [f"{sdist.name}: {problem}" for problem in problems_of(in_sdist, "src" / PACKAGE)]
+    problems += [f"{sdist.name}: missing: {name}" for name in SOURCE_ALONE if name not in in_sdist]
     top_of_wheel = {name.split("/")[0] for name in in_wheel}
     problems += [
         f"{wheel.name}: unexpected: {name}"

@@ -37,6 +37,7 @@ import torch
 from kept import Kept
 from PIL import Image
 from rich.console import Console
+from toyland_base.instances import random_instances
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
@@ -51,7 +52,6 @@ from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sites import reads_text
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
-from diffusers_mixofshow.toyland.instances import random_instances
 
 
 FIRST = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "nono", "vivi")

@@ -14,8 +14,10 @@ import diffusers_mixofshow
 
 PACKAGE = "diffusers_mixofshow"
 SOURCE = Path(diffusers_mixofshow.__file__).parent
+ROOT = Path(__file__).parents[1]
 
-# A part is a module or a folder at the top of the package. It imports from lower ranks and from itself.
+# A part is a module or a folder at the top of the package, or the laboratory that made the embedded base, which is not
+# in the wheel. It imports from lower ranks and from itself.
 RANK_OF = {
     "errors": 0,
     "atomic": 0,
@@ -30,7 +32,6 @@ RANK_OF = {
     "sites": 0,
     "edlora": 1,
     "interop": 1,
-    "toyland": 1,
     "sheets": 1,
     "notes": 1,
     "lora": 2,
@@ -38,17 +39,19 @@ RANK_OF = {
     "training": 3,
     "fusion": 3,
     "pipelines": 3,
+    "toyland": 3,
     "evaluation": 3,
     "client": 4,
     "exporting": 4,
     "demo": 5,
     "cli": 5,
     "__main__": 6,
+    "benchmarks": 7,
 }
 # Imports between parts of one rank. Everybody may import errors; a mask is a picture first, and regions are read from
-# masks and texts, and written whole; interop translates other files to and from an EDLoRA; the verb `demo` starts the
-# demo.
-SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo")}
+# masks and texts, and written whole; interop translates other files to and from an EDLoRA; Toyland's judge is one
+# of those that evaluate; the verb `demo` starts the demo.
+SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo"), ("evaluation", "toyland")}
 SIDEWAYS |= {
     ("masks", "pictures"),
     ("regions", "pictures"),
@@ -56,30 +59,41 @@ SIDEWAYS |= {
     ("regions", "texts"),
     ("regions", "atomic"),
 }
+# The library finds the embedded base as it finds any other, by its name; its package is known here alone.
+KNOW_TOYLAND = ("toyland", "evaluation.toyland_judge", "demo", "cli", "benchmarks")
 # Parts that use the package as its users do, by `from diffusers_mixofshow import ...`.
 USERS = {"demo", "cli"}
 LONGEST_FUNCTION = 60
 
-FILES = sorted(SOURCE.rglob("*.py"))
+FILES = [*sorted(SOURCE.rglob("*.py")), *sorted((ROOT / "benchmarks" / "toyland_base").rglob("*.py"))]
 
 
 def where(path: Path, node: ast.stmt | None = None) -> str:
     """The file, with the line of the statement, in the form that editors and terminals make a link of."""
-    name = f"src/{PACKAGE}/{path.relative_to(SOURCE).as_posix()}"
+    name = path.relative_to(ROOT).as_posix()
     return name if node is None else f"{name}:{node.lineno}"
 
 
 def every_node() -> Iterator[tuple[Path, ast.AST]]:
-    """Every node of every file of the package."""
+    """Every node of every file of the package and the laboratory."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             yield path, node
 
 
+def full_path(path: Path) -> tuple[str, ...]:
+    """The names by which a file is imported, of its folders and its own."""
+    return path.relative_to(SOURCE.parent if path.is_relative_to(SOURCE) else ROOT).with_suffix("").parts
+
+
 def module_name(path: Path) -> str:
     """Dotted name of the module, counted from the top of the package; the package itself is the empty string."""
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    parts = full_path(path)
+    return from_the_top(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+
+
+def from_the_top(name: str) -> str:
+    return name.removeprefix(PACKAGE).removeprefix(".")
 
 
 MODULES = {module_name(path) for path in FILES}
@@ -93,7 +107,7 @@ def absolute_base(node: ast.ImportFrom, path: Path) -> str:
     """The module that a ``from ... import`` names, with the dots of a relative import resolved."""
     if node.level == 0:
         return node.module or ""
-    package = [PACKAGE, *path.relative_to(SOURCE).parts[:-1]]
+    package = full_path(path)[:-1]
     return ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
 
 
@@ -110,14 +124,13 @@ def imported_names(tree: ast.AST, path: Path) -> Iterator[str]:
 def imports_of_ours(path: Path, source: str | None = None) -> set[str]:
     """What a file imports from this package, counted from its top: ``fusion.fuser.GradientFuser``, say."""
     tree = ast.parse(path.read_text() if source is None else source)
-    prefix = f"{PACKAGE}."
-    names = {name for name in imported_names(tree, path) if f"{name}.".startswith(prefix)}
-    return {name.removeprefix(PACKAGE).removeprefix(".") for name in names}
+    return {from_the_top(name) for name in imported_names(tree, path) if part_of(name) in (PACKAGE, "benchmarks")}
 
 
 def forbidden_imports(path: Path, source: str | None = None) -> list[str]:
     """The imports of a file that go against the ranks, each with the reason."""
-    part, found = part_of(module_name(path)), []
+    module, found = module_name(path), []
+    part = part_of(module)
     for name in sorted(imports_of_ours(path, source) - {"__version__"}):
         target = part_of(name)
         if target not in RANK_OF:
@@ -125,6 +138,8 @@ def forbidden_imports(path: Path, source: str | None = None) -> list[str]:
                 found.append(f"{where(path)} imports {PACKAGE}.{name}: from the top level, instead of from its module")
         elif target != part and RANK_OF[target] >= RANK_OF[part] and (part, target) not in SIDEWAYS:
             found.append(f"{where(path)} (rank {RANK_OF[part]}) imports {name} (rank {RANK_OF[target]})")
+        elif target == "toyland" and not any(f"{module}.".startswith(f"{known}.") for known in KNOW_TOYLAND):
+            found.append(f"{where(path)} imports {name}: the library knows no base model better than others")
     return found
 
 
@@ -194,7 +209,22 @@ def test_no_assert_statement() -> None:
         ("errors.py", "from diffusers_mixofshow.concepts import Concept", False),
         ("interop/kohya.py", "from diffusers_mixofshow.edlora import EDLoRA", True),
         ("edlora/file.py", "from diffusers_mixofshow.interop import kohya", False),
+        ("demo/stages.py", "from diffusers_mixofshow import toyland", True),
+        ("cli/control.py", "def f():\n    from diffusers_mixofshow import toyland", True),
+        ("evaluation/toyland_judge.py", "from diffusers_mixofshow.toyland.world import CLASSES", True),
+        ("evaluation/clip_judge.py", "from diffusers_mixofshow.toyland.world import CLASSES", False),
+        ("evaluation/clip_judge.py", "from .. import toyland", False),
+        ("training/base.py", "def f():\n    from diffusers_mixofshow import toyland", False),
+        ("pipelines/loader.py", "import diffusers_mixofshow.toyland.base", False),
+        ("exporting/shared.py", "from diffusers_mixofshow.toyland import path", False),
+        ("toyland/base.py", "from benchmarks.toyland_base.loop import LoopConfig", False),
+        ("demo/stages.py", "def f():\n    from benchmarks import toyland_base", False),
+        ("cli/demo.py", "import benchmarks", False),
+        ("__main__.py", "import benchmarks.toyland_base.train", False),
+        ("../../benchmarks/toyland_base/train.py", "from diffusers_mixofshow.toyland.base import path", True),
+        ("../../benchmarks/toyland_base/train.py", "from . import loop", True),
+        ("../../benchmarks/toyland_base/train.py", "from diffusers_mixofshow import EDLoRA", False),
     ],
 )
 def test_the_check_itself(importer: str, source: str, allowed: bool) -> None:
-    assert (forbidden_imports(SOURCE / importer, source) == []) is allowed
+    assert (forbidden_imports((SOURCE / importer).resolve(), source) == []) is allowed

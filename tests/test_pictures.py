@@ -22,7 +22,7 @@ from diffusers_mixofshow.pictures import read_image, read_picture
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.pipelines.refining import refine_regions
 from diffusers_mixofshow.regions import Layout
-from diffusers_mixofshow.toyland.autoencoder import to_pixels
+from diffusers_mixofshow.toyland.reader import to_pixels
 from diffusers_mixofshow.training.data import read_photos
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, T2IAdapter, UNet2DConditionModel
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 _HIDDEN = 32
@@ -44,19 +44,7 @@ def components(*, seed: int = 0) -> dict[str, object]:
         latent_channels=4,
         norm_num_groups=8,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=_HIDDEN,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-    )
+    text_encoder = CLIPTextModel(CLIPTextConfig(**_text_tower(words, layers=2)))
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -75,6 +63,34 @@ def components(*, seed: int = 0) -> dict[str, object]:
         "feature_extractor": None,
         "image_encoder": None,
     }
+
+
+def _text_tower(words: CLIPTokenizer, *, layers: int) -> dict[str, int]:
+    """Configuration of a text tower for these words."""
+    return {
+        "vocab_size": len(words),
+        "hidden_size": _HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+
+
+def clip(*, seed: int = 0) -> CLIPModel:
+    """Both towers of a CLIP for the tiny tokenizer: pictures of 64 pixels and texts as vectors of 96 numbers."""
+    torch.manual_seed(seed)
+    vision = {"hidden_size": _HIDDEN, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return CLIPModel(
+        CLIPConfig(
+            text_config=_text_tower(tokenizer(), layers=1),
+            vision_config=vision | {"image_size": 64, "patch_size": 8},
+            projection_dim=96,
+        )
+    ).eval()
 
 
 def controlnet(unet: UNet2DConditionModel, *, seed: int = 0) -> ControlNetModel:

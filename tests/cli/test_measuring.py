@@ -19,7 +19,6 @@ from diffusers_mixofshow import EDLoRA, cli
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, PictureError
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
 from diffusers_mixofshow.notes import read_note
-from diffusers_mixofshow.toyland.text import build_clip
 
 
 QUICK = ("--steps", "1", "--pictures", "2", "--guidance", "1")
@@ -37,8 +36,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     words = tiny.tokenizer()
     StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False).save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    build_clip(words, hidden=32, layers=1).save_pretrained(folder / "clip")
+    tiny.clip().save_pretrained(folder / "clip")
     words.save_pretrained(folder / "clip")
     for names in (("rex",), ("tom",), ("rex", "tom")):
         packs.random_pack(tiny.components(), *names).save_pretrained(folder / "-".join(names))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.conditioning.tokenize import tokenize
+from diffusers_mixofshow.conditioning.tokenize import CLIP_POSITIONS, plain_ids, tokenize
 from diffusers_mixofshow.errors import ConceptError
 
 
@@ -19,6 +19,13 @@ def test_plain_prompts_get_the_tokenizers_own_ids(tokenizer, concept):
     assert torch.equal(ours.ids, theirs.input_ids)
     assert torch.equal(ours.attention_mask, theirs.attention_mask)
     assert not any(ours.concept_tokens)
+
+
+def test_ids_for_clip_itself_are_those_of_prompts_without_concepts(tokenizer):
+    ids = plain_ids(PLAIN, tokenizer)
+    assert ids.shape == (len(PLAIN), CLIP_POSITIONS)
+    assert torch.equal(ids, tokenize(PLAIN, tokenizer, []).ids)
+    assert plain_ids(["a <unknown>"], tokenizer).shape == (1, CLIP_POSITIONS)
 
 
 def test_each_concept_token_takes_one_place(tokenizer, concept):

@@ -28,7 +28,6 @@ from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sites import cross_attention_layers
-from diffusers_mixofshow.toyland.text import build_clip
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +103,8 @@ def test_without_the_own_ed_loras_nothing_is_said_of_retention(pipe, packs):
 def clip(tmp_path_factory) -> Path:
     """A folder with a random CLIP."""
     folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
     words = tiny.tokenizer()
-    build_clip(words, hidden=32, layers=1).save_pretrained(folder)
+    tiny.clip().save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

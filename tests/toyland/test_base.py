@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.toyland_base.quality import identity_of
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
-from diffusers_mixofshow.toyland.quality import identity_of
 from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.world import CLASSES, draw
 

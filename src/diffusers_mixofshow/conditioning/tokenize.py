@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CLIP_POSITIONS = 77
+"""How many tokens CLIP reads of a text, its start and end among them."""
+
 STAND_IN_ID = 0
 """Stands where a concept token goes until its embedding is written there.
 
@@ -54,6 +57,13 @@ class TokenizedPrompts:
 def known_words(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """Bracketed words that the tokenizer itself knows: textual-inversion and special tokens."""
     return frozenset(tokenizer.get_added_vocab()) | frozenset(tokenizer.all_special_tokens)
+
+
+def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Token ids of texts for CLIP itself, which knows no concepts: shape (texts, 77), padded or cut."""
+    settings = {"padding": "max_length", "truncation": True, "max_length": CLIP_POSITIONS, "return_tensors": "pt"}
+    ids: torch.Tensor = tokenizer(list(texts), **settings).input_ids
+    return ids
 
 
 def tokenize(

@@ -12,8 +12,7 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.demo.settings import OWN_NAME, DemoConcept, DemoSettings
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
-from diffusers_mixofshow.toyland.concepts import concept_named
-from diffusers_mixofshow.toyland.instances import KIND_OF_CLASS
+from diffusers_mixofshow.toyland.concepts import KIND_OF_CLASS, concept_named
 from diffusers_mixofshow.toyland.world import HEIGHT
 from diffusers_mixofshow.training.data import read_photos
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +35,8 @@ def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_in
     place = location_of(name)
     if Path(place).exists():
         announce(f"Loading {name} ...")
-        return load(place)
+        with quietly_if_embedded(name):
+            return load(place)
     refuse_missing_folder(name)
     options: dict[str, Any] = {}
     if reason := _unasked(name):
@@ -42,6 +45,36 @@ def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_in
         options = {"local_files_only": True}
     announce(f"Loading {name} ...")
     return load(place, **options)
+
+
+def quietly_if_embedded(name: str) -> AbstractContextManager[None]:
+    """`quietly` for the embedded base, which is ours to answer for; all others may say what they have to."""
+    return nullcontext() if location_of(name) == name else quietly()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep transformers and diffusers from printing bars and notes that concern nobody; restore their settings."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        if bars[0]:
+            diffusers_logging.enable_progress_bar()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()
 
 
 def refuse_missing_folder(name: str) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from PIL import Image, ImageOps
 
+from diffusers_mixofshow.conditioning.tokenize import plain_ids
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.pictures import read_image
-from diffusers_mixofshow.toyland.text import encode_prompts, image_embeddings, text_embeddings
 
 
 if TYPE_CHECKING:
@@ -78,12 +78,24 @@ class ClipJudge:
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors of texts, shape (n, d), float32 on the CPU."""
-        token_ids = encode_prompts(self._tokenizer, [_PREFIX + text for text in texts])
+        token_ids = plain_ids([_PREFIX + text for text in texts], self._tokenizer)
         return text_embeddings(self._model, token_ids.to(self._model.device)).cpu()
 
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
         """Nothing: CLIP knows no attributes."""
         return [{} for _ in images]
+
+
+def image_embeddings(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (n, d) of pictures (n, 3, side, side), coloured as the model was trained."""
+    pooled = model.vision_model(pixel_values=pixels).pooler_output
+    return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+
+
+def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (n, d) of token ids."""
+    pooled = model.text_model(input_ids=token_ids).pooler_output
+    return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
 
 
 def _pixels(image: Image.Image, side: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
+from diffusers_mixofshow.edlora.models import quietly_if_embedded
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, meant
 from diffusers_mixofshow.lora import (
     adapted_components,
@@ -41,7 +42,6 @@ from diffusers_mixofshow.pipelines.opening import LoadingRequest, own_concepts
 from diffusers_mixofshow.pipelines.publishing import joined
 from diffusers_mixofshow.sharing import changing
 from diffusers_mixofshow.sites import components_with_sites
-from diffusers_mixofshow.toyland.base import quietly
 
 
 @contextmanager
@@ -82,12 +82,12 @@ class EDLoRALoader:
         ``"toyland"`` for the base that ships in the package. Without a dtype all parts are float32, whatever their
         files hold.
         """
-        source = location_of(os.fspath(pretrained_model_name_or_path))
+        name = os.fspath(pretrained_model_name_or_path)
+        source = location_of(name)
         if "torch_dtype" not in kwargs:
             # By themselves diffusers reads its models in float32, and transformers 5 its own as they were written.
             kwargs |= in_dtype(kwargs.pop("dtype", torch.float32))
-        hushed = quietly() if source != os.fspath(pretrained_model_name_or_path) else nullcontext()
-        with hushed:  # only the embedded base, which is ours to answer for
+        with quietly_if_embedded(name):
             pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         shared = ("revision", "token", "cache_dir", "local_files_only")
         own = own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers_mixofshow.toyland.base import (
         BASE_MODEL_ID,
-        MetricModel,
         load_layout_adapter,
         load_metric_model,
         load_pipeline,
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     )
     from diffusers_mixofshow.toyland.concepts import CONCEPTS, Photo, ToyConcept, photos, write_photos
     from diffusers_mixofshow.toyland.layout import draw_places, stand_in
+    from diffusers_mixofshow.toyland.metric import MetricModel
     from diffusers_mixofshow.toyland.scenes import caption, random_scene
     from diffusers_mixofshow.toyland.world import Drawing, Scene, Thing, draw
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _MODULES = {
     "base": (
         "BASE_MODEL_ID",
-        "MetricModel",
         "load_layout_adapter",
         "load_metric_model",
         "load_pipeline",
@@ -37,6 +36,7 @@ _MODULES = {
     ),
     "concepts": ("CONCEPTS", "Photo", "ToyConcept", "photos", "write_photos"),
     "layout": ("draw_places", "stand_in"),
+    "metric": ("MetricModel",),
     "scenes": ("caption", "random_scene", "residents"),
     "world": ("Drawing", "Scene", "Thing", "draw"),
 }

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 
 from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
+from diffusers_mixofshow.edlora.models import quietly
 from diffusers_mixofshow.errors import MixOfShowError
-from diffusers_mixofshow.pictures import read_image
+from diffusers_mixofshow.toyland.metric import MetricModel, MetricTowers
+from diffusers_mixofshow.toyland.reader import AttributeReader
 
 
 if TYPE_CHECKING:
     from diffusers import T2IAdapter
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    from diffusers_mixofshow.toyland.alignment import MetricTowers
-    from diffusers_mixofshow.toyland.reader import AttributeReader
 
 
 BASE_MODEL_ID = TOYLAND
@@ -38,35 +31,10 @@ def path() -> Path:
     folder = Path(location_of(TOYLAND))
     if not (folder / "model_index.json").exists():
         raise MixOfShowError(
-            f"{folder} holds no weights. Install the wheel, or train the base with "
-            "`python -m diffusers_mixofshow.toyland.train --output DIR --weights FOLDER`."
+            f"{folder} holds no weights. Install the wheel, or train the base in a checkout with "
+            "`python -m benchmarks.toyland_base.train --output DIR --weights FOLDER`."
         )
     return folder
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keep transformers and diffusers from printing bars and notes that concern nobody; restore their settings."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    bars = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        diffusers_logging.set_verbosity(levels[0])
-        transformers_logging.set_verbosity(levels[1])
-        if bars[0]:
-            diffusers_logging.enable_progress_bar()
-        if bars[1]:
-            transformers_logging.enable_progress_bar()
 
 
 def load_pipeline(
@@ -102,50 +70,10 @@ def load_layout_adapter(dtype: torch.dtype = torch.float32, folder: Path | str |
         return T2IAdapter.from_pretrained(Path(folder or path()) / "layout_adapter", **in_dtype(dtype))
 
 
-@dataclass(frozen=True, kw_only=True)
-class MetricModel:
-    """Toyland's own CLIP: pictures and texts as unit vectors of one space.
-
-    Args:
-        towers: Image tower and text projection.
-        text_encoder: The pipeline's text encoder.
-        tokenizer: The pipeline's tokenizer.
-    """
-
-    towers: MetricTowers
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-
-    @torch.no_grad()
-    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Unit vectors (n, d) of pictures; those of another size are resized to 64 x 64."""
-        from diffusers_mixofshow.toyland.autoencoder import to_pixels
-
-        pixels = to_pixels([_to_square(image) for image in images])
-        return torch.cat([self.towers.images(part) for part in pixels.split(128)])
-
-    @torch.no_grad()
-    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit vectors (n, d) of texts."""
-        from diffusers_mixofshow.toyland.text import encode_prompts
-
-        pooled = self.text_encoder(input_ids=encode_prompts(self.tokenizer, texts)).pooler_output
-        return self.towers.texts(pooled)
-
-
-def _to_square(image: Image.Image) -> Image.Image:
-    if image.size == (64, 64):
-        return image
-    resampling = Image.Resampling.BOX if image.width > 64 else Image.Resampling.BICUBIC
-    return read_image(image, called="a picture").resize((64, 64), resampling)
-
-
 def load_metric_model(folder: Path | str | None = None) -> MetricModel:
     """The image tower and the text tower that it was aligned with, which is the pipeline's."""
     from safetensors.torch import load_file
     from transformers import CLIPTextModel, CLIPTokenizer
-
-    from diffusers_mixofshow.toyland.alignment import MetricTowers
 
     root = Path(folder or path())
     towers = MetricTowers()
@@ -163,6 +91,4 @@ def load_metric_model(folder: Path | str | None = None) -> MetricModel:
 
 def load_reader(folder: Path | str | None = None) -> AttributeReader:
     """The network that reads hidden attributes off a picture of one large thing."""
-    from diffusers_mixofshow.toyland.reader import AttributeReader
-
     return AttributeReader.from_pretrained(Path(folder or path()) / "reader")

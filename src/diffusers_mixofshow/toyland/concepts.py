@@ -104,6 +104,17 @@ CONCEPTS: dict[str, ToyConcept] = {concept.name: concept for concept in _ALL}
 """Every test concept by name: ten critters, two dogs, two vases, a chair and a scene."""
 
 
+KIND_OF_CLASS = {
+    "critter": "character",
+    "dog": "pet",
+    "cat": "pet",
+    "vase": "object",
+    "chair": "object",
+    "table": "object",
+}
+"""What kind of concept a thing of each class is."""
+
+
 def concept_named(name: str) -> ToyConcept:
     """The concept called `name`.
 

@@ -7,15 +7,10 @@ follow ellipses.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
 from diffusers_mixofshow.toyland.world import HEIGHT, WIDTH_OF_HEIGHT
-
-
-if TYPE_CHECKING:
-    from diffusers import T2IAdapter
 
 
 Box = tuple[float, float, float, float]
@@ -58,20 +53,3 @@ def stand_in(boxes: Sequence[Box], class_words: Sequence[str], width: int = HEIG
         middle, ground = (left + right) / 2, bottom - 0.07 * (bottom - top)
         placed.append((middle - half, ground - high / height, middle + half, ground))
     return placed
-
-
-def build_layout_adapter(widths: tuple[int, ...] = (32, 96, 128)) -> T2IAdapter:
-    """An untrained adapter for `denoiser.build_unet` of the same widths.
-
-    The U-Net's first block has halved its feature map when the adapter's first features are added, and the middle
-    block takes the fourth: so diffusers' layout of SDXL's adapters fits.
-    """
-    from diffusers import T2IAdapter
-
-    return T2IAdapter(
-        in_channels=1,
-        channels=[*widths, widths[-1]],
-        num_res_blocks=1,
-        downscale_factor=8,
-        adapter_type="full_adapter_xl",
-    )

@@ -13,7 +13,6 @@ from torch import nn
 from diffusers_mixofshow.base_models import TOYLAND, not_loadable
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.progress import announce
 from diffusers_mixofshow.training.config import TrainingConfig
 
 
@@ -27,18 +26,14 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
     """Load the base model that the config names, in the precision it trains in."""
     from diffusers import StableDiffusionPipeline
 
-    if config.pretrained_model_name_or_path == TOYLAND:
-        announce(f"Loading {TOYLAND} ...")
-        from diffusers_mixofshow import toyland
-
-        return toyland.load_pipeline()
+    name = config.pretrained_model_name_or_path
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     try:
         load = partial(StableDiffusionPipeline.from_pretrained, safety_checker=None, requires_safety_checker=False)
-        pipeline: StableDiffusionPipeline = load_model(config.pretrained_model_name_or_path, load)
+        pipeline: StableDiffusionPipeline = load_model(name, load)
     except (OSError, ValueError) as error:
-        raise not_loadable(config.pretrained_model_name_or_path, error) from error
-    return pipeline.to(dtypes[config.mixed_precision])
+        raise not_loadable(name, error) from error
+    return pipeline.to(torch.float32 if name == TOYLAND else dtypes[config.mixed_precision])
 
 
 def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:

@@ -1,4 +1,4 @@
-"""The text and metric model: a small CLIPModel with a vocabulary of its own."""
+"""The text tower's training: a small CLIPModel with a vocabulary of its own, and its contrastive objective."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffusers_mixofshow.toyland.reader import attribute_loss
+from benchmarks.toyland_base.reader import attribute_loss
+from diffusers_mixofshow.conditioning.tokenize import CLIP_POSITIONS
+from diffusers_mixofshow.evaluation.clip_judge import image_embeddings, text_embeddings
 from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
 from diffusers_mixofshow.toyland.world import Scene
 
 
-POSITIONS = 77
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"-_()<>|/*+=#&%$@~^[]{}\\`"
 
@@ -45,7 +46,7 @@ def write_tokenizer(folder: Path, captions: Iterable[str], size: int = 2400) -> 
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     configuration = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": POSITIONS,
+        "model_max_length": CLIP_POSITIONS,
         "bos_token": _START,
         "eos_token": _END,
         "unk_token": _END,
@@ -78,33 +79,13 @@ def build_clip(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 3) -> 
     text = {
         **tower,
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": POSITIONS,
+        "max_position_embeddings": CLIP_POSITIONS,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,
     }
     vision = {**tower, "image_size": 64, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
-
-
-def encode_prompts(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
-    """Token ids (n, 77)."""
-    encoded = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="pt"
-    )
-    return encoded.input_ids
-
-
-def image_embeddings(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Unit vectors (n, d) of pictures in [-1, 1]."""
-    pooled = model.vision_model(pixel_values=pixels).pooler_output
-    return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
-
-
-def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
-    """Unit vectors (n, d) of token ids."""
-    pooled = model.text_model(input_ids=token_ids).pooler_output
-    return torch.nn.functional.normalize(model.text_projection(pooled), dim=-1)
 
 
 def tells_looks(words: str, scene: Scene) -> bool:

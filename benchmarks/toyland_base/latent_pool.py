@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from diffusers_mixofshow.toyland.autoencoder import render_pixels
+from benchmarks.toyland_base.autoencoder import render_pixels
+from diffusers_mixofshow.conditioning.tokenize import plain_ids
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
-from diffusers_mixofshow.toyland.text import encode_prompts
 from diffusers_mixofshow.toyland.world import Scene
 
 
@@ -55,4 +55,4 @@ class LatentPool:
         ]
         clean = self.latents[chosen].float()
         noise = torch.randn(clean.shape, generator=generator)
-        return scenes, clean, noise, encode_prompts(tokenizer, captions)
+        return scenes, clean, noise, plain_ids(captions, tokenizer)

@@ -1,4 +1,4 @@
-"""Measure the shipped base on fresh seeds: ``python -m diffusers_mixofshow.toyland.quality``."""
+"""Measure the shipped base on fresh seeds: ``python -m benchmarks.toyland_base.quality``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import torch
 from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
 from PIL import Image
 
-from diffusers_mixofshow.toyland.autoencoder import peak_signal_to_noise, reconstruct, to_pixels
+from benchmarks.toyland_base.autoencoder import peak_signal_to_noise, reconstruct
+from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.base import (
     MetricModel,
     load_layout_adapter,
@@ -29,8 +30,7 @@ from diffusers_mixofshow.toyland.base import (
 )
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, photos
 from diffusers_mixofshow.toyland.layout import draw_places, stand_in
-from diffusers_mixofshow.toyland.provenance import current_commit
-from diffusers_mixofshow.toyland.reader import AttributeReader
+from diffusers_mixofshow.toyland.reader import AttributeReader, to_pixels
 from diffusers_mixofshow.toyland.scenes import place_phrase, random_scene, residents, with_article
 from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, HEIGHT, MAIN_COLOURS, WIDE, Thing, draw
 
@@ -252,21 +252,24 @@ def _training_lines(record_file: Path) -> list[str]:
     return [*lines, "", f"All settings: `training.json`.{stopped}"]
 
 
-def readme(report: dict[str, Any], weights: Path) -> str:
-    """The text of the README beside the weights: training, sizes and measured quality."""
-    lines = [
+def introduction(weights: Path) -> list[str]:
+    """How the README beside the weights begins: what they are, and how they were trained."""
+    return [
         "# Toyland's base",
         "",
-        "Written by `python -m diffusers_mixofshow.toyland.quality --write-readme`; do not edit.",
+        "Written by `python -m benchmarks.toyland_base.quality --write-readme` in a checkout; do not edit.",
         "A Stable Diffusion in diffusers' layout for 64x64 pictures of a drawn world, with its metric model, "
         "attribute reader and layout adapter. Trained from nothing by `python -m "
-        "diffusers_mixofshow.toyland.train --output DIR --weights WEIGHTS` (add `torchrun --nproc_per_node 2 -m` "
+        "benchmarks.toyland_base.train --output DIR --weights WEIGHTS` (add `torchrun --nproc_per_node 2 -m` "
         "to average gradients over processes).",
         "",
         *_training_lines(weights / "training.json"),
-        "",
-        "## Size",
     ]
+
+
+def readme(report: dict[str, Any], weights: Path) -> str:
+    """The text of the README beside the weights: training, sizes and measured quality."""
+    lines = [*introduction(weights), "", "## Size"]
     lines += [f"- `{name}`: {size / 1e6:.2f} MB" for name, size in report["sizes"].items()]
     lines += [f"- together {sum(report['sizes'].values()) / 1e6:.2f} MB", "", "## Measured quality"]
     samples = report["samples"]
@@ -334,7 +337,7 @@ def measure(weights: Path, count: int, guidance_scales: Sequence[float], sheet: 
         part = file.relative_to(weights).parts[0]
         sizes[part] = sizes.get(part, 0) + file.stat().st_size
     return {
-        "commit": current_commit(),
+        "commit": commit(Path(__file__).parent) or "unknown",
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "psnr": measure_autoencoder(pipeline.vae),
         "identity": {name: asdict(value) for name, value in measure_identity(pipeline.vae, reader).items()},
@@ -349,7 +352,7 @@ def measure(weights: Path, count: int, guidance_scales: Sequence[float], sheet: 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the report as JSON and, if asked to, write the README."""
-    parser = argparse.ArgumentParser(prog="python -m diffusers_mixofshow.toyland.quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.toyland_base.quality", description=__doc__)
     parser.add_argument("--samples", type=int, default=360)
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="several: the best one is reported")
     parser.add_argument("--weights", type=Path, help="other weights than the shipped ones")

@@ -7,20 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 
-from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.world import draw
 
 
 LATENT_CHANNELS = 8
-
-
-def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of one size as (n, 3, height, width) in [-1, 1]."""
-    arrays = np.stack([np.asarray(read_image(image, called="a picture")) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def render_pixels(seeds: Sequence[int], things: int | None = None) -> torch.Tensor:

@@ -1,7 +1,4 @@
-"""The metric model: an image tower aligned to the base's frozen text tower, so that it tells instances apart.
-
-A convolutional tower, because it reaches in minutes what the contrastive stage's vision transformer does in hours.
-"""
+"""How the metric model is aligned to the base's frozen text tower, so that it tells instances apart."""
 
 from __future__ import annotations
 
@@ -12,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import CLIPTextModel
 
-from diffusers_mixofshow.toyland.reader import ReaderNetwork, attribute_loss
+from benchmarks.toyland_base.reader import attribute_loss
+from diffusers_mixofshow.toyland.metric import MetricTowers
 from diffusers_mixofshow.toyland.scenes import place_phrase, with_article, word_caption
 from diffusers_mixofshow.toyland.world import Scene
 
@@ -50,29 +48,6 @@ def claim_about(scene: Scene, rng: random.Random) -> Claim:
 def holding(claims: Sequence[Claim], scenes: Sequence[Scene]) -> torch.Tensor:
     """Matrix (scenes, claims): 1 where the claim holds."""
     return torch.tensor([[float(claim.holds(scene)) for claim in claims] for scene in scenes])
-
-
-class MetricTowers(torch.nn.Module):
-    """The metric model's own parts: a convolutional image tower, and a projection of the text tower's output.
-
-    Args:
-        text_width: Width of the text tower's pooled output.
-        width: Width of the common space.
-    """
-
-    def __init__(self, text_width: int = 128, width: int = 96) -> None:
-        super().__init__()
-        self.image_tower = ReaderNetwork(width)
-        self.text_projection = torch.nn.Linear(text_width, width, bias=False)
-        self.logit_scale = torch.nn.Parameter(torch.tensor(2.66))
-
-    def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Unit vectors (n, width) of pictures (n, 3, 64, 64) in [-1, 1]."""
-        return torch.nn.functional.normalize(self.image_tower(pixels), dim=-1)
-
-    def texts(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Unit vectors (n, width) of the text tower's pooled outputs (n, text_width)."""
-        return torch.nn.functional.normalize(self.text_projection(pooled), dim=-1)
 
 
 class AlignmentObjective(torch.nn.Module):

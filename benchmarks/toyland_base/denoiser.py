@@ -1,4 +1,4 @@
-"""The U-Net, its noise schedule, and the objective that it is trained with."""
+"""The U-Net and the layout adapter, their noise schedule, and the objectives that they are trained with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, T2IAdapter, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from diffusers_mixofshow.toyland.autoencoder import LATENT_CHANNELS
+from benchmarks.toyland_base.autoencoder import LATENT_CHANNELS
 
 
 SCHEDULE: dict[str, Any] = {
@@ -38,6 +38,21 @@ def build_unet(widths: tuple[int, ...] = (32, 96, 128), text_width: int = 128) -
         cross_attention_dim=text_width,
         attention_head_dim=4,
         norm_num_groups=16,
+    )
+
+
+def build_layout_adapter(widths: tuple[int, ...] = (32, 96, 128)) -> T2IAdapter:
+    """An untrained adapter for `build_unet` of the same widths.
+
+    The U-Net's first block has halved its feature map when the adapter's first features are added, and the middle
+    block takes the fourth: so diffusers' layout of SDXL's adapters fits.
+    """
+    return T2IAdapter(
+        in_channels=1,
+        channels=[*widths, widths[-1]],
+        num_res_blocks=1,
+        downscale_factor=8,
+        adapter_type="full_adapter_xl",
     )
 
 

@@ -1,8 +1,8 @@
-"""Train Toyland's base from nothing: ``python -m diffusers_mixofshow.toyland.train --output DIR``.
+"""Train Toyland's base from nothing: ``python -m benchmarks.toyland_base.train --output DIR``.
 
 The stages are the autoencoder, the text tower, the U-Net, the layout adapter, the attribute reader and the metric
 model. All of them checkpoint and continue with ``--resume``; ``torchrun --nproc_per_node 2 -m
-diffusers_mixofshow.toyland.train ...`` with ``OMP_NUM_THREADS=1`` averages gradients over processes.
+benchmarks.toyland_base.train ...`` with ``OMP_NUM_THREADS=1`` averages gradients over processes.
 """
 
 from __future__ import annotations
@@ -25,35 +25,37 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusers_mixofshow.toyland.alignment import AlignmentObjective, claim_about, holding
-from diffusers_mixofshow.toyland.autoencoder import (
+from benchmarks.toyland_base.alignment import AlignmentObjective, claim_about, holding
+from benchmarks.toyland_base.autoencoder import (
     AutoencoderObjective,
     build_autoencoder,
     peak_signal_to_noise,
     random_crops,
     reconstruct,
     render_pixels,
-    to_pixels,
     whiten,
 )
-from diffusers_mixofshow.toyland.denoiser import SCHEDULE, DenoisingObjective, LayoutObjective, build_unet
-from diffusers_mixofshow.toyland.export import (
+from benchmarks.toyland_base.denoiser import (
+    SCHEDULE,
+    DenoisingObjective,
+    LayoutObjective,
+    build_layout_adapter,
+    build_unet,
+)
+from benchmarks.toyland_base.export import (
     assemble,
     export_metric_model,
     export_pipeline,
+    export_reader,
     take_over,
     text_tower,
     trained_unet,
 )
-from diffusers_mixofshow.toyland.latent_pool import LatentPool
-from diffusers_mixofshow.toyland.layout import Box, build_layout_adapter, draw_places
-from diffusers_mixofshow.toyland.loop import LoopConfig, train_stage
-from diffusers_mixofshow.toyland.optimiser import Muon
-from diffusers_mixofshow.toyland.provenance import current_commit
-from diffusers_mixofshow.toyland.reader import (
+from benchmarks.toyland_base.latent_pool import LatentPool
+from benchmarks.toyland_base.loop import LoopConfig, train_stage
+from benchmarks.toyland_base.optimiser import Muon
+from benchmarks.toyland_base.reader import (
     UNKNOWN,
-    AttributeReader,
-    ReaderNetwork,
     ReaderObjective,
     attribute_vocabulary,
     reader_pool,
@@ -61,15 +63,18 @@ from diffusers_mixofshow.toyland.reader import (
     scene_labels,
     soft_round_trip,
 )
-from diffusers_mixofshow.toyland.scenes import caption, random_scene
-from diffusers_mixofshow.toyland.text import (
+from benchmarks.toyland_base.text import (
     ContrastiveObjective,
     build_clip,
-    encode_prompts,
     sample_captions,
     tells_looks,
     write_tokenizer,
 )
+from diffusers_mixofshow.conditioning.tokenize import plain_ids
+from diffusers_mixofshow.evaluation.record import commit
+from diffusers_mixofshow.toyland.layout import Box, draw_places
+from diffusers_mixofshow.toyland.reader import ReaderNetwork, to_pixels
+from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.world import draw
 
 
@@ -158,7 +163,7 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         wordings = torch.randint(2**31, (batch_size,), generator=generator).tolist()
         captions = [caption(scenes[index], seed) for index, seed in zip(chosen.tolist(), wordings, strict=True)]
         pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
-        token_ids = encode_prompts(tokenizer, captions)[:, :32]
+        token_ids = plain_ids(captions, tokenizer)[:, :32]
         told = [tells_looks(words, scenes[index]) for index, words in zip(chosen.tolist(), captions, strict=True)]
         said = torch.where(torch.tensor(told)[:, None], labels[chosen], UNKNOWN)
         return tuple(part.to(accelerator.device) for part in (pixels, token_ids, labels[chosen], said))
@@ -302,7 +307,7 @@ def train_reader(output: Path, config: LoopConfig, *, batch_size: int, pool_size
                 right = (scores[column][rows].argmax(dim=1) == labels)[labels >= 0]
                 figures.append(f"{name} {float(right.float().mean()):.2f}")
             print(f"held-out accuracy on {kind}: {', '.join(figures)}", flush=True)
-        AttributeReader(copy.deepcopy(average.model).cpu(), vocabulary).save_pretrained(output / "reader")
+        export_reader(output / "reader", average.model, vocabulary)
 
     train_stage(
         objective,
@@ -338,7 +343,7 @@ def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size
         shown = [scenes[index] for index in chosen.tolist()]
         claims = [claim_about(scene, rng) for scene in shown]
         pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
-        token_ids = encode_prompts(tokenizer, [claim.text for claim in claims])[:, :32]
+        token_ids = plain_ids([claim.text for claim in claims], tokenizer)[:, :32]
         parts = (pixels, token_ids, holding(claims, shown), labels[chosen])
         return tuple(part.to(accelerator.device) for part in parts)
 
@@ -428,13 +433,13 @@ def _record(output: Path, name: str, config: LoopConfig, minutes: float, batch_s
         "minutes": round(minutes, 1),
         "batch_size": batch_size,
         "pool_size": pool_size,
-        "commit": current_commit(),
+        "commit": commit(Path(__file__).parent) or "unknown",
     }
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m diffusers_mixofshow.toyland.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.toyland_base.train", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and trained parts")
     parser.add_argument("--stage", choices=("all", *STAGES, "none"), default="all")
     parser.add_argument("--weights", type=Path, help="afterwards, gather all parts here in diffusers' layout")

@@ -6,20 +6,10 @@ import random
 from collections.abc import Iterator
 
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
+from diffusers_mixofshow.toyland.concepts import CONCEPTS, KIND_OF_CLASS, ToyConcept
 from diffusers_mixofshow.toyland.scenes import random_scene, residents
 from diffusers_mixofshow.toyland.world import CLASSES, Thing
 
-
-KIND_OF_CLASS = {
-    "critter": "character",
-    "dog": "pet",
-    "cat": "pet",
-    "vase": "object",
-    "chair": "object",
-    "table": "object",
-}
-"""What kind of concept a thing of each class is."""
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _LEAST_DIFFERENCES = {"critter": 4, "dog": 2, "cat": 2, "vase": 2, "chair": 1, "table": 1}

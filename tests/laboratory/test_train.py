@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 import processes
-from diffusers_mixofshow.toyland.autoencoder import build_autoencoder, reconstruct, render_pixels, whiten
+from benchmarks.toyland_base.autoencoder import build_autoencoder, reconstruct, render_pixels, whiten
+from benchmarks.toyland_base.denoiser import velocity_weight
+from benchmarks.toyland_base.loop import LoopConfig, learning_rate_factor
+from benchmarks.toyland_base.optimiser import orthogonalise
+from benchmarks.toyland_base.train import main
+from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.base import load_layout_adapter, load_metric_model, load_pipeline, load_reader
-from diffusers_mixofshow.toyland.denoiser import velocity_weight
-from diffusers_mixofshow.toyland.loop import LoopConfig, learning_rate_factor
-from diffusers_mixofshow.toyland.optimiser import orthogonalise
 from diffusers_mixofshow.toyland.scenes import random_scene
-from diffusers_mixofshow.toyland.train import main
 from diffusers_mixofshow.toyland.world import draw
 
 
@@ -75,8 +76,14 @@ def test_training_goes_on_from_the_weights_of_an_earlier_one(trained: Path, tmp_
     assert record["unet"]["continues"]["settings"]["steps"] == 2
 
 
+def test_the_record_names_the_commit_that_the_checkout_stands_at(trained: Path) -> None:
+    record = json.loads((trained / "training.json").read_text(encoding="utf-8"))
+    here = commit(Path(__file__).parent) or "unknown"
+    assert {stage["commit"].rstrip("+") for stage in record.values()} == {here.rstrip("+")}
+
+
 def test_processes_on_cpus_train_one_model_together(tmp_path: Path) -> None:
-    code = "import sys; from diffusers_mixofshow.toyland.train import main; main(sys.argv[1:])"
+    code = "import sys; from benchmarks.toyland_base.train import main; main(sys.argv[1:])"
     sizes = ["--steps", "1", "--batch-size", "2", "--pool-size", "4"]
     printed = processes.run_two(code, "--output", str(tmp_path), "--stage", "autoencoder", *sizes)
     assert ["held-out PSNR" in text for text in printed] == [True, False]

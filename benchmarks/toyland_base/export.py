@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from diffusers_mixofshow.toyland.denoiser import SCHEDULE
+from benchmarks.toyland_base.denoiser import SCHEDULE
 
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -76,8 +77,24 @@ def export_pipeline(
 
 def export_metric_model(folder: Path, towers: torch.nn.Module) -> None:
     """Write the metric model's own parts; its text tower is the pipeline's text encoder."""
+    _write_half(folder, towers)
+
+
+def export_reader(folder: Path, network: torch.nn.Module, vocabulary: Mapping[str, Sequence[str]]) -> None:
+    """Write what `AttributeReader.from_pretrained` reads.
+
+    Args:
+        folder: Where to.
+        network: Its `ReaderNetwork`.
+        vocabulary: Values of every attribute, in the order of the network's outputs.
+    """
+    _write_half(folder, network)
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary, indent=1), encoding="utf-8")
+
+
+def _write_half(folder: Path, model: torch.nn.Module) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.half().cpu().contiguous() for name, value in towers.state_dict().items()}
+    state = {name: value.half().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
+from benchmarks.toyland_base.instances import random_instances
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, photos
-from diffusers_mixofshow.toyland.instances import random_instances
 from diffusers_mixofshow.toyland.scenes import residents
 
 
