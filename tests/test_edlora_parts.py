@@ -418,7 +418,11 @@ def test_whether_the_hub_is_there_is_asked_twice(
 # --- models by name ---
 
 
-def test_a_model_is_looked_for_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_looked_for_where_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("TQDM_DISABLE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     calls: list[tuple[str, dict[str, Any]]] = []
@@ -447,6 +451,7 @@ def test_a_model_is_looked_for_where_it_can_be(tmp_path: Path, monkeypatch: pyte
     alone = {"local_files_only": True}
     assert calls == [("base", {}), ("user/base", {}), ("user/base", alone), ("user/base", alone)]
     assert cached == [("user/base", "config.json", None, None)] * 2
+    assert capsys.readouterr().err.splitlines() == ["Loading base ...", *["Loading user/base ..."] * 3]
     with pytest.raises(HubError, match="'user/base' is neither on this disk nor in the cache"):
         answering(False, None)()
     with pytest.raises(FileNotFoundError, match="'user/base' is not in the cache, and HF_HUB_OFFLINE is set"):

@@ -19,9 +19,13 @@ from PIL import Image
 import tiny
 from diffusers_mixofshow import MixOfShowPipeline, client, tune_concept
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import MissingExtraError
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.notes import read_note
 from diffusers_mixofshow.sites import cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, loop, tracking
+from diffusers_mixofshow.training.batches import Batch
+from diffusers_mixofshow.training.checkpoints import CheckpointFolder
+from diffusers_mixofshow.training.learner import Learner
 from diffusers_mixofshow.training.prior import class_pictures
 from short_training import quick, same, tensors
 
@@ -152,6 +156,85 @@ def test_rows_of_a_sheet_are_what_the_pack_draws_at_their_strength(
         ).images[0]
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(cell, dtype=int)).max() <= 3
     assert Path(tmp_path, "README.md").read_text().count("my <potter>, red (LoRA scale 0 and 0.7 and 1") > 0
+
+
+def test_a_method_without_updates_has_one_row_and_draws_in_silence(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = quick(photos, output_dir=tmp_path, num_validation_images=1, method="p-plus", max_train_steps=1)
+    EDLoRATrainer(config, pipeline).train()
+    assert "(LoRA scale 1, from top to bottom)" in (tmp_path / "README.md").read_text()
+    with Image.open(tmp_path / "validation" / "step-000002.png") as sheet:
+        assert sheet.height < 2 * 32
+    assert read_note(tmp_path / "validation" / "step-000002.png")["rows"].keys() == {"LoRA 1"}
+    assert "20/20" not in capsys.readouterr().err
+
+
+def test_pictures_of_the_class_are_whole_however_photos_are_framed(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "men").mkdir()
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "men" / "0.png")
+    (photos / "masks" / "0.png").unlink()
+    batches = []
+    forward = Learner.forward
+
+    def noting(learner: Learner, batch: Batch) -> dict[str, torch.Tensor]:
+        batches.append(batch)
+        return forward(learner, batch)
+
+    monkeypatch.setattr(Learner, "forward", noting)
+    prior = {"class_data_dir": tmp_path / "men", "num_class_images": 1}
+    config = quick(photos, framing="place", max_train_steps=1, embedding_phase_steps=0, **prior)
+    EDLoRATrainer(config, pipeline).train()
+    for batch in batches:
+        assert batch.prior_pictures == 2
+        assert all(mask.min() < 0.5 for mask in batch.mask[:2])
+        assert (batch.mask[2:] == 1).all()
+
+
+def test_gradients_that_are_no_numbers_end_a_training(
+    pipeline: StableDiffusionPipeline, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Learner.forward
+
+    def steep(learner: Learner, batch: Batch) -> dict[str, torch.Tensor]:
+        losses = forward(learner, batch)
+        rows = learner.values[0]
+        return {**losses, "loss": losses["loss"] + (rows - rows.detach()).abs().sqrt().sum()}
+
+    monkeypatch.setattr(Learner, "forward", steep)
+    seen: list[StepReport] = []
+    with pytest.raises(ConfigurationError, match=r"The loss became \d.* in the embeddings phase, or its gradients"):
+        EDLoRATrainer(quick(photos), pipeline, on_step=seen.append).train()
+    assert seen == []
+
+
+def test_a_training_that_goes_on_tells_from_where(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = quick(photos, output_dir=tmp_path, checkpointing_steps=2)
+    EDLoRATrainer(config, pipeline).train()
+    capsys.readouterr()
+    again = quick(photos, output_dir=tmp_path, checkpointing_steps=2, resume_from_checkpoint="latest")
+    EDLoRATrainer(again, pipeline).train()
+    told = [line.partition(" [")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("Tuning")]
+    assert told == ["Tuning <potter>: 2/3", "Tuning <potter>: 3/3"]
+
+
+def test_a_checkpoint_takes_the_place_of_what_is_half_there(pack: EDLoRA, tmp_path: Path) -> None:
+    for name in ("checkpoint-3", ".checkpoint-3.tmp", "checkpoint-9"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "junk").write_text("x")
+    folder = CheckpointFolder(tmp_path, 2, Accelerator(cpu=True))
+    for step in (1, 2, 3):
+        assert folder.save(step, pack, {"of": step}, {"own": step}) == tmp_path / f"checkpoint-{step}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-9"]
+    names = sorted(path.name for path in (tmp_path / "checkpoint-3").iterdir())
+    assert names == ["README.md", "edlora.safetensors", "process-0.pt", "state.pt"]
+    state, own = folder.load(tmp_path / "checkpoint-3")
+    assert state == {"format_version": 1, "step": 3, "of": 3, "processes": 1}
+    assert own == {"own": 3}
 
 
 @pytest.mark.parametrize(
