@@ -21,7 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.errors import ConfigurationError, HubError, MixOfShowWarning, TrainingDataError
+from diffusers_mixofshow.errors import (
+    ConceptError,
+    ConfigurationError,
+    HubError,
+    MixOfShowWarning,
+    TrainingDataError,
+)
 from diffusers_mixofshow.sites import cross_attention_layers
 from diffusers_mixofshow.training import hub_data, inspection
 from diffusers_mixofshow.training.attention_maps import recorded_attention
@@ -35,6 +41,7 @@ from diffusers_mixofshow.training.latents import LatentEncoder
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.settings import settings_of
 from diffusers_mixofshow.training.trained import fresh
+from diffusers_mixofshow.training.words import check_words
 from short_training import quick
 
 
@@ -408,3 +415,167 @@ def test_first_values_of_updates_are_pefts_and_hang_on_the_seed_alone(
             assert 0.8 * bound < float(value.abs().max()) <= bound  # uniform, as of a linear layer
         elif name.endswith(" up"):
             assert not value.any()
+
+
+# --- what is written beside photos ---
+
+
+def refusal_of(folder: Path) -> str:
+    """What the folder is refused with; empty if it is not."""
+    try:
+        read_photos(folder, Concept.from_name("potter", "man"))
+    except TrainingDataError as error:
+        return str(error)
+    return ""
+
+
+def gradient(path: Path, turn: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient("L").rotate(turn).save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "<TOK>"}\n\n  \n{"file_name": "b.png", "text": "my <TOK>"}\n',
+        ),
+        ("metadata.csv", "\n,,\nfile_name,text\n\n,\na.png,<TOK>\n , \nb.png,my <TOK>\n"),
+    ],
+)
+def test_empty_lines_of_metadata_end_nothing(tmp_path: Path, name: str, text: str) -> None:
+    for turn, photo in enumerate(("a.png", "b.png")):
+        gradient(tmp_path / photo, 90 * turn)
+    (tmp_path / name).write_text(text)
+    photos = read_photos(tmp_path, Concept.from_name("potter", "man"))
+    assert [photo.captions for photo in photos] == [("<potter>",), ("my <potter>",)]
+
+
+@pytest.mark.parametrize(("count", "more"), [(19, ""), (20, ""), (21, "metadata.jsonl, and 1 more")])
+def test_twenty_wrong_lines_are_named(tmp_path: Path, count: int, more: str) -> None:
+    gradient(tmp_path / "a.png")
+    rows = [f'{{"file_name": "{number}.png", "mask_file_name": "m"}}' for number in range(count)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    told = refusal_of(tmp_path)
+    assert told.count("there is no 'text' (there is no other column)") == min(count, 20)
+    assert ("more" in told) is bool(more)
+    assert more in told
+
+
+@pytest.mark.parametrize(
+    ("masks", "told"),
+    [
+        (("masks/a.png",), ""),
+        (("a_mask.png",), ""),
+        (("masks/a.png", "a_mask.png"), "a.png has several masks (a_mask.png and masks/a.png); keep one"),
+        (("masks/a.png", "mask/a.png"), "a.png has several masks (mask/a.png and masks/a.png); keep one"),
+    ],
+)
+def test_a_photo_has_one_mask(tmp_path: Path, masks: tuple[str, ...], told: str) -> None:
+    for name in ("a.png", *masks):
+        gradient(tmp_path / name)
+    refused = refusal_of(tmp_path)
+    assert told in refused
+    assert bool(refused) is bool(told)
+
+
+@pytest.mark.parametrize(
+    ("highest", "refused", "remark"), [(0, False, True), (1, True, False), (2, True, False), (3, False, False)]
+)
+def test_what_is_transparent_is_told(
+    tmp_path: Path, highest: int, refused: bool, remark: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    image = Image.linear_gradient("L").convert("RGBA")
+    alpha = Image.new("L", image.size)
+    alpha.paste(highest, (0, 0, 100, 100))
+    image.putalpha(alpha)
+    image.save(tmp_path / "a.png")
+    assert ("would be a white sheet" in refusal_of(tmp_path)) is refused
+    assert any("a.png is transparent everywhere" in str(each.message) for each in recwarn) is remark
+
+
+@dataclasses.dataclass
+class Words:
+    """A tokenizer that knows some words, and takes others apart into letters."""
+
+    known: tuple[str, ...]
+    unk_token: str = "?"
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: number for number, word in enumerate(self.known)}
+
+    def tokenize(self, text: str) -> list[str]:
+        found = []
+        for word in text.split():
+            whole = f"{word}</w>"
+            found += [whole] if whole in self.known else [letter if letter.isascii() else "?" for letter in word]
+        return found
+
+
+TAKEN = "is already a word of the base's tokenizer; choose another name"
+
+
+@pytest.mark.parametrize(
+    ("more", "class_word", "refused", "warned"),
+    [
+        ((), "dog", "", ""),
+        (("<rex>",), "dog", f"Concept '<rex>': <rex> {TAKEN}.", ""),
+        (("<rex2></w>", "<rex>"), "dog", f"Concept '<rex>': <rex>, <rex2> {TAKEN}.", ""),
+        (
+            (),
+            "größe",
+            "Concept '<rex>': the base's tokenizer cannot read its class word 'größe'; use plain letters.",
+            "",
+        ),
+        (
+            ("<rex1>",),
+            "ö",
+            f"Concept '<rex>': <rex1> {TAKEN}; the base's tokenizer cannot read its class word 'ö'; use plain "
+            "letters.",
+            "",
+        ),
+        (
+            (),
+            "red dog",
+            "",
+            "The class word 'red dog' is 2 tokens of the base (red + dog); <rex2> starts from the mean of their "
+            "embeddings.",
+        ),
+        (
+            (),
+            "red Doge",
+            "",
+            "The class word 'red Doge' is 5 tokens of the base (red + D + o + g + e), so 'Doge' is no word that the "
+            "base knows; <rex2> starts from the mean of pieces that mean nothing by themselves. Choose a plainer "
+            "class word. Its words spelt most alike: dog.",
+        ),
+        (
+            (),
+            "do zzz",
+            "",
+            "The class word 'do zzz' is 4 tokens of the base (do + z + z + z), so 'zzz' is no word that the base "
+            "knows; <rex2> starts from the mean of pieces that mean nothing by themselves. Choose a plainer class "
+            "word.",
+        ),
+        (
+            (),
+            "dx",
+            "",
+            "The class word 'dx' is 2 tokens of the base (d + x), so 'dx' is no word that the base knows; <rex2> "
+            "starts from the mean of pieces that mean nothing by themselves. Choose a plainer class word.",
+        ),
+    ],
+)
+def test_what_a_tokenizer_makes_of_names_and_words(
+    more: tuple[str, ...], class_word: str, refused: str, warned: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    tokenizer: Any = Words(("dog</w>", "red</w>", "do</w>", "doge", *more))
+    concept = Concept.from_name("rex", class_word)
+    if refused:
+        with pytest.raises(ConceptError) as caught:
+            check_words(concept, tokenizer)
+        assert str(caught.value) == refused
+    else:
+        check_words(concept, tokenizer)
+    assert [str(each.message) for each in recwarn] == ([warned] if warned else [])
