@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -579,3 +580,49 @@ def test_what_a_tokenizer_makes_of_names_and_words(
     else:
         check_words(concept, tokenizer)
     assert [str(each.message) for each in recwarn] == ([warned] if warned else [])
+
+
+# --- where photos lie ---
+
+
+def test_a_folder_below_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient(tmp_path / "a.png")
+    gradient(tmp_path / "10_more" / "b.png", 90)
+    scan = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path).name == "10_more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert "10_more cannot be read (Permission denied)" in refusal_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("beside", "read"),
+    [((), ["b.png"]), (("a.png",), ["a.png"]), (("notes.txt",), ["b.png"]), (("README.md",), ["b.png"])],
+)
+def test_a_folder_called_train_stands_for_one_without_photos(
+    tmp_path: Path, beside: tuple[str, ...], read: list[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    gradient(tmp_path / "train" / "b.png", 90)
+    for name in beside:
+        if name.endswith("png"):
+            gradient(tmp_path / name)
+        else:
+            (tmp_path / name).write_text("x")
+    photos = read_photos(tmp_path, Concept.from_name("potter", "man"))
+    assert [photo.path.name for photo in photos] == read
+    told = " ".join(str(each.message) for each in recwarn)
+    assert ("train/b.png is in a subfolder that is not read" in told) is (read == ["a.png"])
+    assert ("notes.txt lies beside the photos' folder" in told) is ("notes.txt" in beside)
+
+
+@pytest.mark.parametrize("name", ["ehthumbs.db", "EHTHUMBS.DB", "$RECYCLE.BIN/x.png", "@eadir/x.png", ".x/y.png"])
+def test_what_systems_leave_is_passed_over(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    gradient(tmp_path / "a.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    assert len(read_photos(tmp_path, Concept.from_name("potter", "man"))) == 1
+    assert not list(recwarn)
