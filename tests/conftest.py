@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -10,6 +11,12 @@ import pytest
 # Read when torch is first imported, here and in every process that a test starts: on models this small several threads
 # only wait for each other, and on a busy machine for minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; accelerate collects garbage after every training, and would look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

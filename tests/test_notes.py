@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from importlib import metadata
 from pathlib import Path
 
+import diffusers
 import pytest
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image, PngImagePlugin
 
 from diffusers_mixofshow.base_models import public_name
@@ -126,6 +127,62 @@ def test_places_on_this_disk_are_told_by_their_names_alone(tmp_path, monkeypatch
     assert "secret" not in told
 
 
+SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSinglestepScheduler": "DPM++ 2S",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "LCMScheduler": "LCM",
+    "LMSDiscreteScheduler": "LMS",
+    "PNDMScheduler": "PLMS",
+    "UniPCMultistepScheduler": "UniPC",
+    "DDPMScheduler": "DDPM",
+}
+
+
 def test_samplers_are_called_as_elsewhere() -> None:
-    names = [sampler_name(each) for each in (DDIMScheduler, DPMSolverMultistepScheduler, DDPMScheduler)]
-    assert names == ["DDIM", "DPM++ 2M", "DDPM"]
+    assert {name: sampler_name(getattr(diffusers, name)) for name in SAMPLERS} == SAMPLERS
+
+
+def test_a_sheet_tells_of_every_picture() -> None:
+    rows = {"one": [("a", 3), ("b", 4)], "other": []}
+    assert sheet_note(rows, base_model="user/base", steps=7, guidance=2.5) == {
+        "version": metadata.version("diffusers-mixofshow"),
+        "base_model": "user/base",
+        "steps": 7,
+        "guidance": 2.5,
+        "rows": {"one": [{"prompt": "a", "seed": 3}, {"prompt": "b", "seed": 4}], "other": []},
+    }
+
+
+def test_a_jpeg_holds_as_much_as_it_can(tmp_path) -> None:
+    """65,533 bytes of EXIF, with the six that mark them."""
+
+    def told(length: int) -> bool:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MixOfShowWarning)
+            write_noted(tmp_path / "x.jpg", Image.new("RGB", (8, 8)), "JPEG", {"m": "x" * length})
+        with Image.open(tmp_path / "x.jpg") as picture:
+            longest.append(len(picture.info.get("exif", b"")))
+        return not caught
+
+    longest: list[int] = []
+    assert told(60_000)
+    room = 65_533 - longest[0]
+    assert told(60_000 + room - room % 2)
+    assert longest[-1] in (65_532, 65_533)
+    assert not told(60_000 + room + 2)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_read_is_what_was_noted(tmp_path, name) -> None:
+    note = {"größe": [1, 2.5, None, True, {"猫": "🐈"}], "empty": {}}
+    write_noted(tmp_path / name, Image.new("RGB", (8, 8), "red"), KINDS[name], note)
+    assert read_note(tmp_path / name) == note
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == KINDS[name]
+    assert "größe".encode() in (tmp_path / name).read_bytes()

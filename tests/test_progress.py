@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
 import subprocess
 import sys
 import termios
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import tiny
 from diffusers_mixofshow import progress as module
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.progress import announce, lines_only, progress, tell, without_bars
+from diffusers_mixofshow.progress import announce, bar_settings, is_off, lines_only, progress, tell, without_bars
 from diffusers_mixofshow.toyland import CONCEPTS, write_photos
 from diffusers_mixofshow.training import EDLoRATrainer, TrainingConfig
 
@@ -159,6 +161,57 @@ for _ in logging.tqdm(range(3)):
 pipe.set_progress_bar_config(desc="Sampling", **bar_settings())
 pipe("a dog", num_inference_steps=2, output_type="latent")
 """
+
+
+def test_bars_in_a_log_are_lines_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_redraws", lambda: False)
+    settings = bar_settings()
+    file = settings.pop("file")
+    assert settings == {
+        "disable": False,
+        "mininterval": 10.0,
+        "maxinterval": 10.0,
+        "miniters": 1,
+        "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+    }
+    log = io.StringIO()
+    monkeypatch.setattr(file, "_log", log)
+    for text in ("\r one ", "\x1b[A", "\r one", "\n", "two\x1b[31m\n", " one"):
+        file.write(text)
+    file.flush()
+    assert log.getvalue() == " one\ntwo\n one\n"
+    monkeypatch.setattr(module, "_redraws", lambda: True)
+    assert (bar_settings(), bar_settings(shown=False)) == ({}, {"disable": True})
+
+
+@pytest.mark.parametrize("value", ["", "others"])
+def test_values_of_tqdms_switch_that_mean_no_to_us(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", value)
+    monkeypatch.setenv("RANK", "0")
+    assert not is_off()
+    assert is_off(shown=False)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "shell", "redraws"),
+    [
+        (False, None, False),
+        (True, None, True),
+        (False, {"IPKernelApp": {}}, True),
+        (False, {"TerminalIPythonApp": {}}, False),
+    ],
+)
+def test_where_a_line_can_be_drawn_over(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, shell: dict[str, object] | None, redraws: bool
+) -> None:
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: terminal))
+    running = None if shell is None else types.SimpleNamespace(config=shell)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: running))
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert bool(bar_settings()) is not redraws
+    lines_only()
+    assert os.environ.get("TQDM_DISABLE") == (None if redraws else "others")
+    monkeypatch.setenv("TQDM_DISABLE", "")  # so that what was set is gone afterwards
 
 
 def test_in_a_log_the_command_line_switches_off_the_bars_of_others_alone() -> None:

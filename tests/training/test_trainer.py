@@ -223,15 +223,6 @@ def test_folder_that_cannot_be_written_is_noticed_first(
     assert reports == []
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_schedulers_prediction_type_is_learnt(
-    pipeline: StableDiffusionPipeline, photos: Path, prediction_type: str
-) -> None:
-    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
-    edlora = EDLoRATrainer(quick(photos, snr_gamma=5.0), pipeline).train()
-    assert edlora.training["final_loss"] > 0  # type: ignore[operator]
-
-
 def test_divergence_is_an_error_and_restores(pipeline: StableDiffusionPipeline, photos: Path) -> None:
     before = fingerprint(pipeline)
     with pytest.raises(ConfigurationError, match="diverged"):

@@ -224,10 +224,11 @@ def _call(concepts: Sequence[Concept], base_model: str) -> str:
     if len(concepts) == 1:
         return f"image = pipe({_prompt(concepts[0])!r}, {guidance}).images[0]\n"
     things = [concept for concept in concepts if concept.kind != "scene"]
-    top, bottom, where, more = 0.1, 1.0, "", ""
+    top, bottom, where = 0.1, 1.0, ""
+    more = f"    {guidance},\n" if base_model == TOYLAND else ""
     shown = concepts[:_MOST_REGIONS]
     if base_model == TOYLAND and things:
-        shown, top, bottom, more = things[:_MOST_REGIONS], _SKY, _GROUND, f"    {guidance},\n"
+        shown, top, bottom = things[:_MOST_REGIONS], _SKY, _GROUND
         more += "    width=96,\n    height=64,\n" if len(shown) > 2 else ""
         where = next((f" in a {concept.placeholder}" for concept in concepts if concept.kind == "scene"), _PLACE)
     together = " and ".join(_article(concept.class_word) for concept in shown) + where

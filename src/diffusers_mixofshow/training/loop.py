@@ -261,7 +261,7 @@ def learning_rate_factor(step: int, steps: int, config: TrainingConfig) -> float
     """
     if step < config.lr_warmup_steps:
         return (step + 1) / (config.lr_warmup_steps + 1)
-    progress = min(1.0, (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps))
+    progress = (step - config.lr_warmup_steps) / (steps - config.lr_warmup_steps)
     if config.lr_scheduler == "linear":
         return 1 - progress
     if config.lr_scheduler == "cosine":
