@@ -32,6 +32,7 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.pipelines.drafting import _clean_and_noise
 from diffusers_mixofshow.pipelines.wording import repeat_subjects
+from diffusers_mixofshow.regions import region_weights
 from diffusers_mixofshow.regions.draft import window_of
 
 
@@ -114,6 +115,53 @@ def test_what_is_put_in_is_the_region_drawn_alone(potter):
     fresh = torch.randn(1, 4, 16, 32, generator=noise)
     expected = scheduler.add_noise(small, fresh[..., :8, :8], at)
     torch.testing.assert_close(put_in[..., :8, :8], expected, rtol=1e-4, atol=1e-4)
+
+
+def ddim(pipe, noise, region, negative, guidance, timesteps):
+    """Section 4.1 of DDIM without added noise: the estimate of the clean latent after the last of the timesteps."""
+    text, without = pipe.encode_prompt(region.prompt, pipe.device, 1, True, negative)
+    alphas = pipe.scheduler.alphas_cumprod
+    noisy = clean = found = noise
+    for number, timestep in enumerate(timesteps):
+        if number:
+            noisy = alphas[timestep] ** 0.5 * clean + (1 - alphas[timestep]) ** 0.5 * found
+        with torch.no_grad():
+            halves = [pipe.unet(noisy, timestep, encoder_hidden_states=one).sample for one in (without, text)]
+        found = halves[0] + guidance * (halves[1] - halves[0])
+        clean = (noisy - (1 - alphas[timestep]) ** 0.5 * found) / alphas[timestep] ** 0.5
+    return clean
+
+
+def test_drafts_of_several_steps_share_a_place_by_their_weights(potter):
+    """Two soft regions on one another, one with texts of its own: put in where they hold mostly."""
+    regions = [
+        Region("a dog", box=(0, 0, 0.25, 0.5), feather=0.25, weight=0.5),
+        Region("a cat", box=(0, 0, 0.25, 0.5), negative_prompt="bird", guidance_scale=1.5),
+    ]
+    draft = Draft(steps=3, until=0.75, repeat_subject=False)
+    calls = {"regions": regions, "negative_prompt": "frog", "guidance_scale": 4.0}
+    before, put_in = (seen_by_unet(potter, draft=one, **calls)[3] for one in (None, draft))
+
+    noise = seeded()
+    torch.randn(1, 4, 16, 32, generator=noise)  # the picture's own
+    shares = region_weights(regions, 16, 32)
+    potter.scheduler.set_timesteps(STEPS)
+    first, last = int(potter.scheduler.timesteps[0]), int(potter.scheduler.timesteps[3])
+    timesteps = [round(first - (first - last) * number / 3) for number in range(3)]
+    clean = torch.zeros(1, 4, 16, 32)
+    # What reaches beyond a box by its soft edge is the region's as well: 8 + 2 rows, 8 + 4 columns, in its shape.
+    sizes = ((10, 12, 16, 20), (8, 8, 16, 16))
+    starts = [torch.randn(1, 4, *size[2:], generator=noise) for size in sizes]
+    settings = (("frog", 4.0), ("bird", 1.5))
+    for region, share, size, start, (negative, guidance) in zip(regions, shares, sizes, starts, settings, strict=True):
+        drawn = ddim(potter, start, region, negative, guidance, timesteps)
+        small = functional.interpolate(drawn, size=size[:2], mode="bilinear", antialias=True)
+        clean[..., : size[0], : size[1]] += share[: size[0], : size[1]] * small
+    fresh, total = torch.randn(1, 4, 16, 32, generator=noise), shares.sum(dim=0)
+    alpha = potter.scheduler.alphas_cumprod[last]
+    noisy = alpha**0.5 * clean / total.clamp(min=0.5) + (1 - alpha) ** 0.5 * fresh
+    torch.testing.assert_close(put_in, torch.where(total > 0.5, noisy, before), rtol=1e-4, atol=1e-4)
+    assert len(total[(total > 0) & (total < 1)].unique()) > 3
 
 
 def test_drafts_take_their_steps_on_the_way_to_where_the_call_goes_on(potter):
