@@ -6,6 +6,7 @@ low-rank factors, shared inputs and held-out parts are the package's own affair.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -255,3 +256,101 @@ def test_weights_are_shares_and_scales_are_factors(pipe: MixOfShowPipeline, sour
     assert changed_by(fused(pipe, sources, USUAL, weights=[3, 1], scales=[0.5, 1]), by_hand) < 1e-3
     given = [FusionSource(sources[0], weight=6, scale=0.5), FusionSource(sources[1], weight=2)]
     assert changed_by(fused(pipe, given, USUAL), by_hand) < 1e-3
+
+
+def norm_on(delta: torch.Tensor, gram: torch.Tensor) -> float:
+    """|delta X| of inputs with this Gram matrix."""
+    return (delta @ gram * delta).sum().item() ** 0.5
+
+
+def test_the_reports_numbers_are_the_equations(pipe: MixOfShowPipeline, sources: list[EDLoRA]) -> None:
+    """Residuals of every layer and source, overlaps, ridge, condition and what a smaller rank keeps."""
+    way = replace(USUAL, sequential=False, max_rank=2)
+    report = GradientFuser(pipe, **vars(way)).fuse(sources, weights=[3, 1]).report.data
+    shares = [0.75, 0.25]
+    grams: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
+    for source in sources:
+        prompts = [prompt.replace("<TOK>", source.concepts[0].placeholder) for prompt in way.prompts]
+        for part in ("fit", "held_out"):
+            seen = features(pipe, source, pictures(prompts, way, part), SITES, way)
+            for site, rows in seen.items():
+                grams[site].append(gram_of(rows))
+    fused_residuals: dict[str, list[float]] = {"average": [], "fused": []}
+    overlap = []
+    for site in SITES:
+        own = [torch.stack(grams[site][2 * place : 2 * place + 2]).mean(dim=0) for place in (0, 1)]
+        deltas = [dense(source.lora[site]) for source in sources]
+        whole = least_squares(deltas, own, shares, way.ridge)
+        left, values, right = torch.linalg.svd(whole)
+        kept = left[:, :2] * values[:2] @ right[:2]
+        average = sum(share * delta for share, delta in zip(shares, deltas, strict=True))
+        layer = report["residuals"]["layers"][site]
+        for place, name in enumerate(("<rex>", "<kit>")):
+            told = {
+                kind: norm_on(delta - deltas[place], own[place]) / norm_on(deltas[place], own[place])
+                for kind, delta in (("average", average), ("fused", kept))
+            }
+            assert layer[name] == pytest.approx(told, abs=2e-3)
+            if place == 0:
+                for kind, value in told.items():
+                    fused_residuals[kind].append(value)
+        total = sum(share * gram for share, gram in zip(shares, own, strict=True))
+        damped = total + way.ridge * total.diagonal().mean() * torch.eye(len(total)).double()
+        condition = torch.linalg.matrix_norm(damped, 1) * torch.linalg.matrix_norm(damped.inverse(), 1)
+        numbers = {"ridge": way.ridge, "condition": condition.item()}
+        numbers["energy_kept"] = (values[:2].square().sum() / values.square().sum()).item()
+        assert report["layers"][site] == pytest.approx(numbers, rel=1e-2)
+        if site not in (KEYS_VALUES[1], REST[1]):  # layers of one input count once, by the first
+            asked = [share * delta @ gram for share, delta, gram in zip(shares, deltas, own, strict=True)]
+            own_norms = [(rows @ rows.T).norm() for rows in asked]
+            overlap.append(((asked[0] @ asked[1].T).norm() / (own_norms[0] * own_norms[1]).sqrt()).item())
+    means = {kind: sum(values) / len(SITES) for kind, values in fused_residuals.items()}
+    assert report["residuals"]["mean"]["<rex>"] == pytest.approx(means, abs=2e-3)
+    assert report["overlaps"] == {"<rex> <kit>": pytest.approx(sum(overlap) / len(overlap), abs=2e-3)}
+
+
+def test_what_a_report_says_of_sources_and_settings(pipe: MixOfShowPipeline, sources: list[EDLoRA]) -> None:
+    way = replace(USUAL, prior=0.5, seeds=(3,), negative_prompt="blurry")
+    report = GradientFuser(pipe, **vars(way)).fuse(sources, weights=[3, 1], scales=[1, 0.5]).report.data
+    told = {name: report[name] for name in ("steps", "guidance_scale", "negative_prompt", "seeds", "height", "width")}
+    assert told == {
+        "steps": 2,
+        "guidance_scale": 7.5,
+        "negative_prompt": "blurry",
+        "seeds": [3],
+        "height": 16,
+        "width": 16,
+    }
+    told = {name: report[name] for name in ("method", "ridge", "max_rank", "prior", "sequential", "text_tokens")}
+    assert told == {
+        "method": "closed-form",
+        "ridge": 0.05,
+        "max_rank": None,
+        "prior": 0.5,
+        "sequential": True,
+        "text_tokens": "all",
+    }
+    assert report["sampler"] == "DPMSolverMultistepScheduler"
+    assert report["prompts"] == {"<rex>": ["a <rex>", "two <rex>"], "<kit>": ["a <kit>", "two <kit>"]}
+    assert report["recording_s"] > 0
+    first, second = report["sources"]
+    assert (first["concepts"], first["weight"], first["share"], first["scale"]) == (["<rex>"], 3, 0.75, 1)
+    assert (second["concepts"], second["weight"], second["share"], second["scale"]) == (["<kit>"], 1, 0.25, 0.5)
+    assert first["digest"] == sources[0].digest != second["digest"] != sources[1].digest
+    assert (first["origin"], first["revision"]) == ("", "")
+    assert first["training"] == dict(sources[0].training)
+    assert ("peak_memory_mib" in report) == (sys.platform != "win32")
+
+
+def test_the_papers_solver_has_its_steps(pipe: MixOfShowPipeline, sources: list[EDLoRA]) -> None:
+    """500 steps are nearly the least squares without a ridge; 50 are on the way to them."""
+    steps = {TEXT[0]: 500, KEYS_VALUES[1]: 500, REST[2]: 50}
+    few = [replace(source, lora={site: source.lora[site] for site in steps}) for source in sources]
+    way = replace(USUAL, sequential=False)
+    pack = GradientFuser(pipe, **vars(way)).fuse(few, method="lbfgs")
+    assert {site: numbers["steps"] for site, numbers in pack.report.data["layers"].items()} == steps
+    exact = GradientFuser(pipe, **vars(replace(way, ridge=1e-9))).fuse(few).report.data["residuals"]["layers"]
+    for site, layer in pack.report.data["residuals"]["layers"].items():
+        for name, told in layer.items():
+            assert told["fused"] == pytest.approx(exact[site][name]["fused"], abs=0.06)
+        assert sum(told["fused"] for told in layer.values()) < sum(told["average"] for told in layer.values())
