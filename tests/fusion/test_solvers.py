@@ -300,3 +300,16 @@ def test_a_gram_matrix_that_is_singular_is_named_or_taken_at_minimum_norm() -> N
         factorise(grams, ridge=1e-40)
     fused = closed_form(updates, grams, factorise(grams, ridge=0))
     torch.testing.assert_close(fused.delta @ features[0], updates[0].delta.double() @ features[0])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_svd_has_the_largest_rank_among_the_updates(rank: int) -> None:
+    random = torch.Generator().manual_seed(5)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    updates = [Factors(down=values(one, IN), up=values(OUT, one)) for one in (rank, 0)]
+    merged = svd_merged(updates, [0.5, 0.5])
+    assert len(merged.down) == rank
+    torch.testing.assert_close(merged.delta, 0.5 * updates[0].delta)

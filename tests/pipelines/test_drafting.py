@@ -525,3 +525,28 @@ def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
 def test_impossible_refinements_are_refused(settings):
     with pytest.raises(RegionError, match="Refinement: its "):
         Refinement(**settings)
+
+
+def test_half_precision_draws_nearly_the_same(potter):
+    """Noise and sums are in float32, so that the same picture is drawn as in float32."""
+    settings = {"regions": [LEFT, RIGHT], "draft": PLAIN}
+    full = seen_by_unet(potter, **settings)[2]
+    potter.to(torch.bfloat16)
+    half = seen_by_unet(potter, **settings)[2]
+    assert half.dtype == torch.bfloat16
+    inside = torch.zeros(16, 32, dtype=torch.bool)
+    inside[:, :16] = inside[4:, 16:] = True
+    difference = (half.float() - full)[..., inside].abs()
+    assert difference.mean() < 0.05 * full[..., inside].abs().mean()
+
+
+def test_a_model_with_a_height_and_a_width_of_its_own_drafts_at_the_smaller(potter):
+    expected = draw(potter, draft=PLAIN)
+    potter.unet.register_to_config(sample_size=(16, 24))
+    assert torch.equal(draw(potter, draft=PLAIN), expected)
+
+
+def test_a_good_draft_is_not_remarked_upon(potter):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        draw(potter, regions=[LEFT, Region("the <potter>", box=(0.6, 0, 1, 1))], draft=Draft())

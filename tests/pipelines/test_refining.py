@@ -155,3 +155,12 @@ def test_every_setting_does_what_it_says(potter, images, settings):
         )
         assert difference.max() <= 2
         assert change.max() > 50
+
+
+def test_without_regions_pictures_come_back_as_they_are(potter, images):
+    for regions in ([], [[], []]):
+        found = _refine(potter, images, regions)
+        assert [one.tobytes() for one in found] == [image.tobytes() for image in images]
+        assert all(one is not image for one, image in zip(found, images, strict=True))
+    with pytest.raises(RegionError, match="1 lists of regions for 2 pictures"):
+        _refine(potter, images, [[SMALL]])
