@@ -1,5 +1,6 @@
 """Drafts: every region alone for a few steps, then put into the picture, and what the call makes of it."""
 
+import copy
 import warnings
 
 import pytest
@@ -201,6 +202,30 @@ def test_predictions_are_taken_apart_as_schedulers_do(kind):
     torch.testing.assert_close(alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise, noisy)
 
 
+def by_hand_from_there(pipe, settings):
+    """Latents at the end of a fresh scheduler that begins with what was put in; one region is the whole picture."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(settings["num_inference_steps"])
+    begin = settings["draft"].first_step_after(len(scheduler.timesteps), scheduler.order)
+    put_in = seen_by_unet(pipe, prompt="one text", **settings)[begin + settings["draft"].steps]  # drafts are as large
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    timesteps = scheduler.timesteps[begin:]
+    latents = put_in / scheduler.scale_model_input(torch.ones(1), timesteps[0])
+    text, without = pipe.encode_prompt("a dog", pipe.device, 1, True, "")
+    noise = seeded()
+    for _ in range(3 + begin):  # the picture's own, an ancestral scheduler's, the draft's, and the fresh noise
+        torch.randn(1, 4, 16, 32, generator=noise)
+    for timestep in timesteps:
+        given = scheduler.scale_model_input(latents, timestep)
+        with torch.no_grad():
+            halves = [pipe.unet(given, timestep, encoder_hidden_states=one).sample for one in (without, text)]
+        found = halves[0] + 3.0 * (halves[1] - halves[0])
+        random = {"generator": noise} if "Ancestral" in type(scheduler).__name__ else {}
+        latents = scheduler.step(found, timestep, latents, **random).prev_sample
+    return latents
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -219,6 +244,7 @@ def test_every_scheduler_goes_on_as_if_it_began_there(pipe, scheduler):
     everywhere = [Region("a dog", box=(0, 0, 1, 1))]
     settings = {"regions": everywhere, "draft": PLAIN, "num_inference_steps": 6}
     first = draw(pipe, "one text", **settings)
+    torch.testing.assert_close(first, by_hand_from_there(pipe, settings), rtol=1e-3, atol=1e-3)
     other = draw(pipe, "another text", latents=torch.full((1, 4, 16, 32), 0.5), **settings)
     assert first.isfinite().all()
     assert not torch.equal(first, draw(pipe, "one text", **{**settings, "draft": None}))
@@ -512,6 +538,7 @@ def test_refining_needs_pictures(potter):
         ({"strength": 1.0}, 4, 2, 2),
         ({"steps": 8}, 20, 8, 4),
         ({"strength": 0.5, "steps": 2}, 20, 2, 1),
+        ({"steps": 1, "strength": 1}, 20, 1, 1),
     ],
 )
 def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
