@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import packs
@@ -346,3 +347,21 @@ def test_trainable_refuses_rank_zero_and_a_second_run_inside(flat):
         with pytest.raises(ConfigurationError, match="loaded already"), trainable(flat, rank=1, alpha=1):
             pass
         assert outer.read()
+
+
+@pytest.mark.parametrize("failing", ["fill", "scale"])
+def test_an_injection_that_fails_half_way_leaves_no_trace(flat, monkeypatch, failing):
+    before, calls = state(flat), []
+
+    def fail(*_arguments, **_named):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    if failing == "fill":
+        monkeypatch.setattr("diffusers_mixofshow.lora._fill", fail)
+    else:
+        monkeypatch.setattr(LoraLayer, "set_scale", fail)
+    with pytest.raises(KeyboardInterrupt):
+        inject(flat, packs.random_pack(flat), "rex")
+    assert_unchanged(before, flat)

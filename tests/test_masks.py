@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, RegionError, TrainingDataError
-from diffusers_mixofshow.masks import read_mask
+from diffusers_mixofshow.masks import mask_of, read_alpha, read_mask
 from diffusers_mixofshow.regions import Layout, Region
 from diffusers_mixofshow.regions.region import pixels_inside
 from diffusers_mixofshow.training.data import read_photos
@@ -241,3 +241,62 @@ def test_masks_are_turned_upright_and_frames_are_told(tmp_path: Path) -> None:
         (region,) = Layout.load(tmp_path / "layout.json")
     assert region.mask is not None
     assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
+
+
+def coloured(difference: int) -> Image.Image:
+    """Grey stripes of many shades, one channel lower by so much."""
+    greys = np.dstack([(RAMP * 255).round()] * 3)
+    greys[..., 2] = (greys[..., 2] - difference).clip(0)
+    return Image.fromarray(greys.astype(np.uint8))
+
+
+def values(count: int, high: int) -> Image.Image:
+    """So many shades from 0 to the highest."""
+    return Image.fromarray(np.linspace(0, high, count).round().astype(np.uint8)[None].repeat(4, axis=0))
+
+
+def two_shades(low: int, high: int) -> Image.Image:
+    """A cut-out whose own colours are two greys."""
+    return with_alpha(np.where(RAMP < 0.5, low, high)[..., None])
+
+
+BOUNDS: dict[str, tuple[Image.Image, Image.Image]] = {
+    "a tint is no colour up to 16 of 255": (coloured(16), coloured(17)),
+    "soft edges have more than 16 values": (values(17, 200), values(16, 200)),
+    "labels are no brighter than .94": (values(16, 240), values(16, 239)),
+    "black ends at 64": (two_shades(65, 255), two_shades(64, 255)),
+    "white begins at 192": (two_shades(0, 191), two_shades(0, 192)),
+    "inside is above one half": (values(40, 128), values(40, 127)),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_where_a_mask_begins_to_be_ambiguous(bound: str) -> None:
+    sound, ambiguous = BOUNDS[bound]
+    assert read_mask(sound, called="it").values.max() > 0.5
+    with pytest.raises(PictureError):
+        read_mask(ambiguous, called="it")
+
+
+def test_an_alpha_channel_that_is_nowhere_below_240_says_nothing() -> None:
+    for least, share in ((239, 0.25), (240, None)):
+        found = read_alpha(Image.fromarray(np.where(SQUARE, 255, least).astype(np.uint8)), called="it")
+        assert (None if found is None else found.values.mean()) == share
+
+
+def test_the_bounds_of_whole_numbers() -> None:
+    for dtype, largest in ((np.uint8, 255), (np.uint16, 65535), (np.int16, 255), (np.int64, 255)):
+        assert read_mask(SQUARE.astype(dtype) * dtype(largest), called="it").inside.tolist() == SQUARE.tolist()
+        ramp = (RAMP * largest).round().astype(dtype)
+        assert np.abs(read_mask(ramp, called="it").values - RAMP).max() < 0.003
+    for array in (SQUARE.astype(np.int64) * 256, SQUARE.astype(np.uint32) * 65535, -SQUARE.astype(np.int8)):
+        with pytest.raises(PictureError, match="expected 0 to 255"):
+            read_mask(array, called="it")
+
+
+def test_remarks_on_a_mask_become_one_warning_each(tmp_path: Path) -> None:
+    Image.fromarray(EIGHT).save(tmp_path / "m.gif", save_all=True, append_images=[Image.fromarray(255 - EIGHT)])
+    with pytest.warns(MixOfShowWarning, match="mine has 2 frames") as caught:
+        found = mask_of(tmp_path / "m.gif", called="mine")
+    assert len(caught) == len(found.remarks) == 1
+    assert found.inside.tolist() == SQUARE.tolist()

@@ -144,13 +144,13 @@ def replace_mention(text: str, concepts: Iterable[Concept], write: Callable[[str
             article, name and, where it follows, class word.
     """
     found = [
-        (match.start(), match, concept)
+        (match, concept)
         for concept in concepts
         if (match := re.search(_mention_of(concept), text, re.IGNORECASE)) is not None
     ]
     if not found:
         return text
-    _, match, concept = min(found, key=lambda each: each[0])
+    match, concept = min(found, key=lambda each: each[0].start())
     return text[: match.start()] + write(match["article"] or "", concept) + text[match.end() :]
 
 

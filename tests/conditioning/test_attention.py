@@ -1,14 +1,19 @@
 """What each cross-attention layer sees, and how contexts are blended."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor
+from peft.tuners.lora import LoraLayer
 
+import packs
 from diffusers_mixofshow.conditioning import attention
 from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
-from diffusers_mixofshow.regions import Region, region_weights
+from diffusers_mixofshow.lora import inject
+from diffusers_mixofshow.regions import Isolation, Region, region_weights
 from diffusers_mixofshow.sites import cross_attention_layers
 
 
@@ -209,3 +214,73 @@ def test_weights_sum_to_one_and_need_no_rounding_leftovers():
     weights = RegionPlan(regions).weights(4, 4)
     assert torch.equal(weights[0], torch.zeros(16))
     assert torch.allclose(RegionPlan([LEFT, *regions]).weights(4, 4).sum(0), torch.ones(16))
+
+
+def _scale(unet):
+    for module in unet.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("one", 0.5)
+
+
+CHANGES = {
+    "a strength": _scale,
+    "other adapters": lambda unet: unet.set_adapter("two"),
+    "both adapters": lambda unet: unet.set_adapter(["one", "two"]),
+    "none": lambda unet: unet.disable_adapters(),
+    "fused at another strength": lambda unet: unet.fuse_lora(lora_scale=0.3, adapter_names=["one"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("half", ["to_k", "to_v"])
+def test_keys_of_a_text_are_computed_anew_for_another_lora(components, unet, layers, noise, change, half):
+    for number, name in enumerate(("one", "two")):
+        pack = packs.random_pack(components, seed=number)
+        pack = replace(
+            pack, lora={site: update for site, update in pack.lora.items() if site.endswith(f"attn2.{half}")}
+        )
+        inject({"unet": unet}, pack, name)
+    unet.set_adapter("one")
+    text = _context(layers)
+    with layerwise_attention(unet):
+        before = _run(unet, noise, text)
+        change(unet)
+        kept = _run(unet, noise, text)
+        assert torch.equal(kept, _run(unet, noise, text.clone()))
+    assert not torch.allclose(kept, before, atol=1e-4)
+
+
+def test_a_text_that_changes_unseen_is_projected_each_time(unet, layers, noise):
+    """In inference mode nobody counts the changes of a tensor."""
+    with torch.inference_mode(), layerwise_attention(unet):
+        text = _context(layers)
+        before = _run(unet, noise, text)
+        text.mul_(0.5)
+        after = _run(unet, noise, text)
+        assert torch.equal(after, _run(unet, noise, text.clone()))
+        assert not torch.allclose(after, before, atol=1e-4)
+
+
+def test_gradients_reach_the_text_in_every_pass(unet, layers, noise):
+    text = _context(layers).requires_grad_()
+    gradients = []
+    with layerwise_attention(unet):
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(unet(noise, 5, encoder_hidden_states=text).sample.sum(), text)
+            gradients.append(gradient)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("isolation", [None, Isolation()])
+def test_masks_for_the_attention_of_a_pass_are_handed_on(unet, noise, isolation):
+    """A mask of positions in self-attention, and one of the text's tokens in cross-attention."""
+    region = Region("everywhere", box=(0, 0, 1, 1))
+    text = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(3))
+    masks = {"encoder_attention_mask": torch.tensor([[1] * 20 + [0] * 57] * 2)}
+    with torch.no_grad():
+        plain, expected = (unet(noise, 5, encoder_hidden_states=text, **given).sample for given in ({}, masks))
+        with regional_attention(unet, RegionPlan([region]), isolation=isolation):
+            found = unet(noise, 5, encoder_hidden_states=torch.cat([text, text], dim=1), **masks).sample
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)

@@ -107,3 +107,18 @@ def test_text_encoders_of_both_transformers_generations(
     tokenized = tokenize(["a <potter>", "b"], tokenizer, [concept])
     expected = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
     assert torch.equal(encode_layerwise(Other(), tokenized, embeddings, layers, clip_skip), expected)
+
+
+@pytest.mark.parametrize("clip_skip", [None, 1])
+def test_padding_is_masked_where_the_encoder_was_trained_so(
+    text_encoder, tokenizer, concept, embeddings, layers, clip_skip
+):
+    """As diffusers does by the encoder's `use_attention_mask`; padding reads less then, the text itself the same."""
+    tokenized = tokenize(["a <potter>", "b"], tokenizer, [concept])
+    plain = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
+    text_encoder.config.use_attention_mask = True
+    masked = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
+    for row, end in enumerate(tokenized.end_positions):
+        one, other = (each[row].unflatten(0, (layers, 77)) for each in (plain, masked))
+        assert torch.allclose(one[:, : end + 1], other[:, : end + 1], atol=1e-5)
+        assert not torch.allclose(one[:, end + 1 :], other[:, end + 1 :], atol=1e-3)

@@ -124,3 +124,18 @@ def test_every_defect_is_named_at_once():
         Isolation(start=0.5, end=0.5)
     with pytest.raises(RegionError, match="scales"):
         Isolation(scales=())
+
+
+@pytest.mark.parametrize("isolation", [None, Isolation()])
+def test_a_layer_with_a_mask_of_its_own_keeps_it(unet, noise, isolation):
+    layer = unet.get_submodule(self_attention_layers(unet)[0])
+    hidden = torch.randn(1, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(1, 1, 64, dtype=torch.float64)
+    mask[..., 20:] = -1e4
+    with torch.no_grad():
+        plain, expected = layer(hidden), layer(hidden, attention_mask=mask)
+        with regional_attention(unet, RegionPlan([LEFT, RIGHT]), isolation=isolation) as canvas:
+            canvas.note_call((noise,), {})
+            found = layer(hidden, attention_mask=mask, canvas=canvas)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, plain)

@@ -77,3 +77,23 @@ def test_prompts_can_be_selected(tokenizer, concept):
     assert torch.equal(chosen.ids, found.ids[[1, 0]])
     assert chosen.concept_tokens == (found.concept_tokens[1], {})
     assert tokenize([], tokenizer, [concept]).ids.shape == (0, 77)
+
+
+@pytest.mark.parametrize("length", range(71, 78))
+def test_every_place_where_a_prompt_may_be_cut(tokenizer, concept, caplog, length):
+    """75 ids fit between start and end; what is beyond is told, all of it and nothing more."""
+    with caplog.at_level(logging.WARNING):
+        (row,) = (found := tokenize(["x" * length + " <potter>!"], tokenizer, [concept])).ids.tolist()
+    ids = tokenizer("x" * length, add_special_tokens=False).input_ids
+    whole = [*ids, 0, 0, *tokenizer("!", add_special_tokens=False).input_ids]
+    kept = [tokenizer.bos_token_id, *whole[:75], tokenizer.eos_token_id]
+    assert row == kept + [tokenizer.pad_token_id] * (77 - len(kept))
+    places = {length + 1: "<potter1>", length + 2: "<potter2>"}
+    assert found.concept_tokens == ({place: name for place, name in places.items() if place <= 75},)
+    assert found.end_positions == (len(kept) - 1,)
+    assert found.attention_mask[0].tolist() == [1] * len(kept) + [0] * (77 - len(kept))
+    lost = [
+        word for place, word in ((length, "<potter1>"), (length + 1, "<potter2>"), (length + 2, "!")) if place >= 75
+    ]
+    told = " ".join(["x" * max(0, length - 75), *lost]).strip()
+    assert [record.args for record in caplog.records] == ([(77, [told])] if told else [])

@@ -349,3 +349,60 @@ def test_statistics_on_the_hub_serve_as_those_on_disk(loopback_hub: Any, publish
     statistics = SourceStatistics.load(published[0] / STATISTICS)
     statistics.push_to_hub("me/edlora-rex", token=loopback_hub.token)
     same_deltas(GradientFuser().fuse(["me/edlora-rex"]), GradientFuser().fuse(published[:1]))
+
+
+def test_a_changed_pack_is_solved_as_it_was(published: list[Path]) -> None:
+    """Ridge, rank, dtype of the file and device are the pack's own, not the defaults."""
+    fuser = GradientFuser(ridge=0.3, max_rank=2, dtype=torch.float32, device="cpu:0")
+    pack = fuser.fuse(published[:2])
+    for changed, fresh in (
+        (pack.add(published[2]), fuser.fuse(published)),
+        (pack.remove("<kit>"), fuser.fuse(published[:1])),
+        (pack.reweight({"<kit>": 4}), fuser.fuse(published[:2], weights=[1, 4])),
+    ):
+        same_deltas(changed, fresh)
+        assert (changed.settings, changed.dtype, changed.device) == (pack.settings, torch.float32, "cpu:0")
+        assert {update.rank for update in changed.lora.values()} == {2}
+    average = GradientFuser().fuse(published[:2], method="average").reweight({"<kit>": 3})
+    same_deltas(average, GradientFuser().fuse(published[:2], method="average", weights=[1, 3]))
+
+
+def test_a_complete_pipeline_of_a_fused_pack_draws_all_of_it(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    pipe.save_pretrained(base)
+    sources = [replace(concept(name, seed), base_model=str(base)) for seed, name in enumerate(("rex", "kit"))]
+    pack = GradientFuser().fuse(sources, method="average")
+    pack.save_pretrained(tmp_path / "whole", merged=True)
+    whole = MixOfShowPipeline.from_pretrained(tmp_path / "whole")
+    assert list(whole.concepts) == ["<rex>", "<kit>"]
+    pipe.load_edlora(pack)
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    ours, theirs = (
+        one("a <rex>, a <kit>", generator=torch.Generator().manual_seed(0), **call).images for one in (pipe, whole)
+    )
+    assert (ours - theirs).norm() < 5e-3 * ours.norm()  # its file is in half precision
+
+
+@pytest.mark.parametrize(
+    ("what", "numbers", "told"),
+    [
+        ("weights", [1.0, 0.0], r"weights must be finite and above 0, got \[0\.0\]"),
+        ("weights", [1.0, float("inf")], r"weights must be finite and above 0, got \[inf\]"),
+        ("weights", [-1, float("nan")], r"weights must be finite and above 0, got \[-1, nan\]"),
+        ("weights", [1.0], "got 1 weights for 2 ED-LoRAs; give one for each"),
+        ("scales", [1.0, float("-inf")], r"scales must be finite, got \[-inf\]"),
+        ("scales", [1.0, 1.0, 1.0], "got 3 scales for 2 ED-LoRAs"),
+    ],
+)
+def test_shares_and_factors_that_make_no_sense_are_refused(what: str, numbers: list[float], told: str) -> None:
+    sources = [concept("rex", 1), concept("kit", 2)]
+    with pytest.raises(FusionError, match=told):
+        GradientFuser().fuse(sources, method="average", **{what: numbers})
+
+
+def test_a_source_may_be_left_out_or_turned_round_by_its_factor() -> None:
+    sources = [concept("rex", 1), concept("kit", 2)]
+    fused = GradientFuser().fuse(sources, method="sum", scales=[0, -2])
+    for site, update in fused.lora.items():
+        wanted = -2 * low_rank_delta(sources[1].lora[site])
+        torch.testing.assert_close(low_rank_delta(update), wanted, rtol=1e-4, atol=1e-5)

@@ -194,3 +194,17 @@ def test_sources_are_not_carried_in_one_folder(
         fused.save_pretrained(tmp_path / "out", sources=True)
         assert len(list((tmp_path / "out" / "sources").iterdir())) == len(sources)
     fused.save_pretrained(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "label"),
+    [
+        ("styles/ink wash.safetensors", "", "ink_wash"),
+        ("styles/ink.v2.safetensors", "", "ink.v2"),
+        ("x.safetensors", "my own  style", "my_own_style"),
+        ("x.safetensors", "<ink>", "ink"),
+        (Path("x.safetensors"), " a<b>c ", "a_b_c"),
+    ],
+)
+def test_a_plain_lora_is_called_by_its_name_or_its_files(source: str | Path, name: str, label: str) -> None:
+    assert LoRASource(source, ["sks"], name=name).label == label

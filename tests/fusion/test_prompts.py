@@ -49,6 +49,8 @@ def test_the_placeholder_goes_in() -> None:
         ([], "none given"),
         ({"object": ["<TOK>"]}, "need 'pet'"),
         ({"pet": ["<TOK>"], "plant": ["<TOK>"]}, "The kinds are character"),
+        ({}, "got none, need 'pet'"),
+        (["a <TOK>", "a dog", "<TOK>"], "without the concept: \\['a dog'\\]"),
     ],
 )
 def test_prompts_that_record_nothing_of_the_concept_are_refused(prompts: object, message: str) -> None:

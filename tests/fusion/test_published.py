@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.errors import FileWriteError, FusionError, OverwriteError
 from diffusers_mixofshow.fusion.compression import Spectrum, ranks_within
-from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
@@ -200,3 +200,131 @@ def test_statistics_that_are_replaced_again_and_again_are_read_whole(tmp_path: P
         stop.set()
         writer.join()
     assert set(found) <= {2, 3}
+
+
+SOUND = {"tokens": 3, "tail": 0.5, "energy": 0.9}
+NUMBERS = {
+    "no tokens": {"tokens": 0},
+    "half a token": {"tokens": 2.5},
+    "a truth for tokens": {"tokens": True},
+    "endlessly many tokens": {"tokens": 2**63},
+    "tokens in words": {"tokens": "3"},
+    "a tail below zero": {"tail": -0.1},
+    "a tail that is no number": {"tail": float("nan")},
+    "an endless energy": {"energy": float("inf")},
+    "an energy in words": {"energy": "all"},
+    "one more": {"more": 1},
+}
+
+
+def _with_header(path: Path, entries: object, tensors: dict[str, torch.Tensor], **changes: object) -> Path:
+    header = {"format_version": 1, "source": "x", "base_model": "y", "recording": {}, "form": "low-rank"}
+    text = json.dumps({**header, "concepts": entries, **changes})
+    save_file(tensors, path, metadata={"edlora_statistics": text})
+    return path
+
+
+def _tensors(
+    rows: tuple[int, ...] = (2, 4), scale: tuple[int, ...] = (2,), part: str = "fit"
+) -> dict[str, torch.Tensor]:
+    return {f"<rex>|{part}|one|rows": torch.ones(rows).half(), f"<rex>|{part}|one|scale": torch.full(scale, 0.5)}
+
+
+def test_a_header_that_is_sound_is_read_as_it_is_meant(tmp_path: Path) -> None:
+    for least in (SOUND, SOUND | {"tail": 0, "tokens": 1, "energy": 1}):
+        path = _with_header(tmp_path / "x", {"<rex>": {"one": {"fit": least}}}, _tensors())
+        concept = SourceStatistics.load(path).concepts["<rex>"]
+        assert (concept.inputs, concept.parts, concept.tokens("one", "held_out")) == (("one",), ("fit",), 0)
+        assert concept.tokens("one") == least["tokens"]
+        wanted = 2 * 0.25 * torch.ones(4, 4) + least["tail"] * torch.eye(4)
+        torch.testing.assert_close(concept.gram("one"), wanted.double())
+
+
+@pytest.mark.parametrize("change", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_of_a_header_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = _with_header(tmp_path / "x", {"<rex>": {"one": {"fit": SOUND | change}}}, _tensors())
+    with pytest.raises(DamagedStatisticsError, match="describes the inputs in another way"):
+        SourceStatistics.load(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [[], {"one": []}, {"one": {}}, {"one": {"other": SOUND}}, {"one": {"fit": {"tokens": 3}}}, {"one": {"fit": 1}}],
+)
+def test_entries_of_a_header_that_cannot_be_are_refused(tmp_path: Path, entry: object) -> None:
+    path = _with_header(tmp_path / "x", {"<rex>": entry}, _tensors())
+    with pytest.raises(DamagedStatisticsError, match="describes the inputs in another way"):
+        SourceStatistics.load(path)
+
+
+@pytest.mark.parametrize("field", ["source", "base_model", "recording", "form", "concepts"])
+def test_fields_of_a_header_of_another_kind_are_named(tmp_path: Path, field: str) -> None:
+    path = _with_header(tmp_path / "x", {"<rex>": {"one": {"fit": SOUND}}}, _tensors(), **{field: 3})
+    with pytest.raises(DamagedStatisticsError, match=rf"another type: {field}\."):
+        SourceStatistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "kind"),
+    [(2, FusionError), (0, DamagedStatisticsError), ("1", DamagedStatisticsError), (True, DamagedStatisticsError)],
+)
+def test_newer_files_are_not_damaged_ones(tmp_path: Path, version: object, kind: type) -> None:
+    path = _with_header(tmp_path / "x", {}, {}, format_version=version)
+    with pytest.raises(FusionError, match="this release reads 1") as caught:
+        SourceStatistics.load(path)
+    assert type(caught.value) is kind
+    assert ("Update" in str(caught.value)) == (kind is FusionError)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        _tensors(rows=(2, 2, 2)),
+        _tensors(scale=(3,)),
+        _tensors(scale=(2, 1)),
+        _tensors(rows=(1, 2**17 + 1), scale=(1,)),
+        _tensors() | _tensors(part="held_out", rows=(2, 5)),
+    ],
+    ids=["three dimensions", "a scale too many", "scales in a table", "too wide", "two widths"],
+)
+def test_tensors_that_do_not_belong_together_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    parts = dict.fromkeys(("fit", "held_out") if len(tensors) > 2 else ("fit",), SOUND)
+    path = _with_header(tmp_path / "x", {"<rex>": {"one": parts}}, tensors)
+    with pytest.raises(DamagedStatisticsError, match=r"of another shape: .*one"):
+        SourceStatistics.load(path)
+
+
+def test_full_matrices_are_square(tmp_path: Path) -> None:
+    tensors = {"<rex>|fit|one|gram": torch.ones(4, 5)}
+    path = _with_header(tmp_path / "x", {"<rex>": {"one": {"fit": SOUND}}}, tensors, form="full")
+    with pytest.raises(DamagedStatisticsError, match=r"of another shape: 1 \(<rex>\|fit\|one\|gram"):
+        SourceStatistics.load(path)
+
+
+def test_copies_are_the_same_bytes_and_the_file_itself_stays(tmp_path: Path) -> None:
+    path = _statistics().save(tmp_path / "x", max_bytes=2000)
+    loaded = SourceStatistics.load(path)
+    assert loaded.file == path
+    (tmp_path / "y").write_bytes(b"replaced")
+    loaded.copy(tmp_path / "y")
+    loaded.copy(path)
+    assert (tmp_path / "y").read_bytes() == path.read_bytes() != b"replaced"
+    _statistics().copy(tmp_path / "z")
+    assert SourceStatistics.load(tmp_path / "z").concepts["<rex>"].tokens("one", "held_out") == 100
+
+
+def test_the_budget_is_for_each_concept_and_kept(tmp_path: Path) -> None:
+    """A part counts by its share of the tokens: 300 of 400 were fitted. What is left of the bytes is not wasted."""
+    one = _statistics().concepts["<rex>"]
+    both = replace(_statistics(), concepts={"<rex>": one, "<kit>": one})
+    tensors = load_file(both.save(tmp_path / "x", max_bytes=2 * WIDTH * 40))
+    for name in ("<rex>", "<kit>"):
+        kept = {
+            part: sum(len(tensors[f"{name}|{part}|{layer}|rows"]) for layer in ("one", "two"))
+            for part in ("fit", "held_out")
+        }
+        assert kept["fit"] + kept["held_out"] == 40
+        assert kept["fit"] > 1.2 * kept["held_out"]
+    for name, values in tensors.items():
+        if name.endswith("rows"):
+            torch.testing.assert_close(values.abs().amax(dim=1), torch.ones(len(values)).half())

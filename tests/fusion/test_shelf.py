@@ -71,3 +71,28 @@ def test_nothing_half_written_is_left(tmp_path: Path, source: EDLoRA) -> None:
         with pytest.raises(FusionError, match="cannot be written"):
             shelf.taken_or_put(tmp_path / "file", source, {}, _Recorder())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_that_somebody_has_removed_are_no_matter(tmp_path: Path, source: EDLoRA) -> None:
+    with StageShelf({}) as shelf:
+        for steps in (1, 2):
+            shelf.taken_or_put(tmp_path, source, {"steps": steps}, _Recorder())
+        for file in list(tmp_path.iterdir())[:1]:
+            file.unlink()
+        shelf.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_recorded_otherwise_is_recorded_again(tmp_path: Path, source: EDLoRA) -> None:
+    """Another fusion, other settings, another LoRA: each has a file of its own, and they do not mix."""
+    other = packs.random_pack(tiny.components(), "rex", ranks=(1,), seed=5)
+    for number, (fusion, edlora, steps) in enumerate(
+        [(1, source, 1), (2, source, 1), (1, other, 1), (1, source, 2)], 1
+    ):
+        record = _Recorder(float(number))
+        with StageShelf({"ridge": fusion}) as shelf:
+            found = shelf.taken_or_put(tmp_path, edlora, {"steps": steps}, record)
+        assert record.calls == 1
+        assert found.concepts["<rex>"].gram("layer")[0, 0] == number**2
+        assert (found.digest, found.base_model) == (edlora.digest, edlora.base_model)
+        assert len(list(tmp_path.glob(".*.stage.safetensors"))) == number

@@ -1,5 +1,6 @@
 """Drafts: every region alone for a few steps, then put into the picture, and what the call makes of it."""
 
+import copy
 import warnings
 
 import pytest
@@ -32,6 +33,7 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.pipelines.drafting import _clean_and_noise
 from diffusers_mixofshow.pipelines.wording import repeat_subjects
+from diffusers_mixofshow.regions import region_weights
 from diffusers_mixofshow.regions.draft import window_of
 
 
@@ -116,6 +118,53 @@ def test_what_is_put_in_is_the_region_drawn_alone(potter):
     torch.testing.assert_close(put_in[..., :8, :8], expected, rtol=1e-4, atol=1e-4)
 
 
+def ddim(pipe, noise, region, negative, guidance, timesteps):
+    """Section 4.1 of DDIM without added noise: the estimate of the clean latent after the last of the timesteps."""
+    text, without = pipe.encode_prompt(region.prompt, pipe.device, 1, True, negative)
+    alphas = pipe.scheduler.alphas_cumprod
+    noisy = clean = found = noise
+    for number, timestep in enumerate(timesteps):
+        if number:
+            noisy = alphas[timestep] ** 0.5 * clean + (1 - alphas[timestep]) ** 0.5 * found
+        with torch.no_grad():
+            halves = [pipe.unet(noisy, timestep, encoder_hidden_states=one).sample for one in (without, text)]
+        found = halves[0] + guidance * (halves[1] - halves[0])
+        clean = (noisy - (1 - alphas[timestep]) ** 0.5 * found) / alphas[timestep] ** 0.5
+    return clean
+
+
+def test_drafts_of_several_steps_share_a_place_by_their_weights(potter):
+    """Two soft regions on one another, one with texts of its own: put in where they hold mostly."""
+    regions = [
+        Region("a dog", box=(0, 0, 0.25, 0.5), feather=0.25, weight=0.5),
+        Region("a cat", box=(0, 0, 0.25, 0.5), negative_prompt="bird", guidance_scale=1.5),
+    ]
+    draft = Draft(steps=3, until=0.75, repeat_subject=False)
+    calls = {"regions": regions, "negative_prompt": "frog", "guidance_scale": 4.0}
+    before, put_in = (seen_by_unet(potter, draft=one, **calls)[3] for one in (None, draft))
+
+    noise = seeded()
+    torch.randn(1, 4, 16, 32, generator=noise)  # the picture's own
+    shares = region_weights(regions, 16, 32)
+    potter.scheduler.set_timesteps(STEPS)
+    first, last = int(potter.scheduler.timesteps[0]), int(potter.scheduler.timesteps[3])
+    timesteps = [round(first - (first - last) * number / 3) for number in range(3)]
+    clean = torch.zeros(1, 4, 16, 32)
+    # What reaches beyond a box by its soft edge is the region's as well: 8 + 2 rows, 8 + 4 columns, in its shape.
+    sizes = ((10, 12, 16, 20), (8, 8, 16, 16))
+    starts = [torch.randn(1, 4, *size[2:], generator=noise) for size in sizes]
+    settings = (("frog", 4.0), ("bird", 1.5))
+    for region, share, size, start, (negative, guidance) in zip(regions, shares, sizes, starts, settings, strict=True):
+        drawn = ddim(potter, start, region, negative, guidance, timesteps)
+        small = functional.interpolate(drawn, size=size[:2], mode="bilinear", antialias=True)
+        clean[..., : size[0], : size[1]] += share[: size[0], : size[1]] * small
+    fresh, total = torch.randn(1, 4, 16, 32, generator=noise), shares.sum(dim=0)
+    alpha = potter.scheduler.alphas_cumprod[last]
+    noisy = alpha**0.5 * clean / total.clamp(min=0.5) + (1 - alpha) ** 0.5 * fresh
+    torch.testing.assert_close(put_in, torch.where(total > 0.5, noisy, before), rtol=1e-4, atol=1e-4)
+    assert len(total[(total > 0) & (total < 1)].unique()) > 3
+
+
 def test_drafts_take_their_steps_on_the_way_to_where_the_call_goes_on(potter):
     passes = []
 
@@ -153,6 +202,30 @@ def test_predictions_are_taken_apart_as_schedulers_do(kind):
     torch.testing.assert_close(alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise, noisy)
 
 
+def by_hand_from_there(pipe, settings):
+    """Latents at the end of a fresh scheduler that begins with what was put in; one region is the whole picture."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(settings["num_inference_steps"])
+    begin = settings["draft"].first_step_after(len(scheduler.timesteps), scheduler.order)
+    put_in = seen_by_unet(pipe, prompt="one text", **settings)[begin + settings["draft"].steps]  # drafts are as large
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    timesteps = scheduler.timesteps[begin:]
+    latents = put_in / scheduler.scale_model_input(torch.ones(1), timesteps[0])
+    text, without = pipe.encode_prompt("a dog", pipe.device, 1, True, "")
+    noise = seeded()
+    for _ in range(3 + begin):  # the picture's own, an ancestral scheduler's, the draft's, and the fresh noise
+        torch.randn(1, 4, 16, 32, generator=noise)
+    for timestep in timesteps:
+        given = scheduler.scale_model_input(latents, timestep)
+        with torch.no_grad():
+            halves = [pipe.unet(given, timestep, encoder_hidden_states=one).sample for one in (without, text)]
+        found = halves[0] + 3.0 * (halves[1] - halves[0])
+        random = {"generator": noise} if "Ancestral" in type(scheduler).__name__ else {}
+        latents = scheduler.step(found, timestep, latents, **random).prev_sample
+    return latents
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -171,6 +244,7 @@ def test_every_scheduler_goes_on_as_if_it_began_there(pipe, scheduler):
     everywhere = [Region("a dog", box=(0, 0, 1, 1))]
     settings = {"regions": everywhere, "draft": PLAIN, "num_inference_steps": 6}
     first = draw(pipe, "one text", **settings)
+    torch.testing.assert_close(first, by_hand_from_there(pipe, settings), rtol=1e-3, atol=1e-3)
     other = draw(pipe, "another text", latents=torch.full((1, 4, 16, 32), 0.5), **settings)
     assert first.isfinite().all()
     assert not torch.equal(first, draw(pipe, "one text", **{**settings, "draft": None}))
@@ -464,6 +538,7 @@ def test_refining_needs_pictures(potter):
         ({"strength": 1.0}, 4, 2, 2),
         ({"steps": 8}, 20, 8, 4),
         ({"strength": 0.5, "steps": 2}, 20, 2, 1),
+        ({"steps": 1, "strength": 1}, 20, 1, 1),
     ],
 )
 def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
@@ -477,3 +552,28 @@ def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
 def test_impossible_refinements_are_refused(settings):
     with pytest.raises(RegionError, match="Refinement: its "):
         Refinement(**settings)
+
+
+def test_half_precision_draws_nearly_the_same(potter):
+    """Noise and sums are in float32, so that the same picture is drawn as in float32."""
+    settings = {"regions": [LEFT, RIGHT], "draft": PLAIN}
+    full = seen_by_unet(potter, **settings)[2]
+    potter.to(torch.bfloat16)
+    half = seen_by_unet(potter, **settings)[2]
+    assert half.dtype == torch.bfloat16
+    inside = torch.zeros(16, 32, dtype=torch.bool)
+    inside[:, :16] = inside[4:, 16:] = True
+    difference = (half.float() - full)[..., inside].abs()
+    assert difference.mean() < 0.05 * full[..., inside].abs().mean()
+
+
+def test_a_model_with_a_height_and_a_width_of_its_own_drafts_at_the_smaller(potter):
+    expected = draw(potter, draft=PLAIN)
+    potter.unet.register_to_config(sample_size=(16, 24))
+    assert torch.equal(draw(potter, draft=PLAIN), expected)
+
+
+def test_a_good_draft_is_not_remarked_upon(potter):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        draw(potter, regions=[LEFT, Region("the <potter>", box=(0.6, 0, 1, 1))], draft=Draft())

@@ -9,6 +9,7 @@ import torch
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError, MixOfShowError
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.pipelines.publishing import joined
 
 
 def _fingerprint(components):
@@ -191,3 +192,34 @@ def test_a_name_is_taken_by_embeddings_alone_as_well(pipe, make_pack, first_has_
     pipe.unload_edlora()
     pipe.load_edlora(second, adapter_name="a")
     assert list(pipe.concepts) == ["<thanos>"]
+
+
+def test_all_that_is_loaded_becomes_one_pack_that_acts_the_same(pipe, make_pack, latents):
+    """Strengths and switches included; a plain LoRA goes with it, one that is switched off does not."""
+    potter, thanos = make_pack("potter", seed=1), make_pack("thanos", seed=2)
+    plain, silent = (
+        dataclasses.replace(make_pack(seed=seed), base_model="", layers=(), embeddings={}, concepts=())
+        for seed in (3, 4)
+    )
+    for name, one in (("plain", plain), ("potter", potter), ("thanos", thanos), ("silent", silent)):
+        pipe.load_edlora(one, adapter_name=name)
+    pipe.set_adapters(["plain", "potter", "thanos"], [0.5, 1.5, 0.25])
+    expected = latents(pipe, "a <potter> and <thanos>")
+    pack = joined(pipe.components, pipe._edloras)
+    assert [concept.name for concept in pack.concepts] == ["potter", "thanos"]
+    assert pack.embeddings.keys() == {*potter.embeddings, *thanos.embeddings}
+    assert (pack.layers, pack.training) == (potter.layers, {})
+    assert all(update.rank == 6 and update.scaling == 1 for update in pack.lora.values())
+    pipe.unload_edlora()
+    pipe.load_edlora(pack)
+    assert torch.allclose(latents(pipe, "a <potter> and <thanos>"), expected, atol=1e-4)
+
+
+def test_one_pack_that_is_published_keeps_what_is_said_of_its_training(pipe, make_pack):
+    pipe.load_edlora(dataclasses.replace(make_pack("potter"), training={"steps": 3}))
+    assert joined(pipe.components, pipe._edloras).training == {"steps": 3}
+    pipe.disable_lora()
+    assert not any(site.startswith("unet") for site in joined(pipe.components, pipe._edloras).lora)
+    pipe.unload_edlora()
+    with pytest.raises(ConceptError, match=r"^Nothing is loaded\. Load a concept"):
+        joined(pipe.components, pipe._edloras)

@@ -15,7 +15,7 @@ from diffusers import (
 from PIL import Image
 
 import tiny
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.pipelines import (
     MixOfShowAdapterPipeline,
     MixOfShowControlNetPipeline,
@@ -300,3 +300,15 @@ def test_adapters_beside_lora_files_and_textual_inversion(build, make_pack, tmp_
     pipeline.load_textual_inversion(torch.randn(32, generator=torch.Generator().manual_seed(0)), token="<style>")
     styled = run(pipeline, "a dog <style>", "adapter")
     assert not torch.allclose(styled, run(pipeline, "a dog style", "adapter"), atol=1e-4)
+
+
+def test_an_adapter_pipeline_has_all_that_it_is_made_of(components):
+    """Also the parts that may be left out, and the switch of the safety checker."""
+    given = components | {"image_encoder": components["vae"], "feature_extractor": components["tokenizer"]}
+    for required in (False, True):
+        made = MixOfShowAdapterPipeline(**given, adapter=tiny.adapter(), requires_safety_checker=required)
+        assert made.config.requires_safety_checker is required
+        assert all(made.components[name] is part for name, part in given.items() if part is not None)
+    with pytest.warns(MixOfShowWarning, match="strength of 0 has no effect") as told:
+        made("x", image=picture(), num_inference_steps=1, output_type="latent", adapter_conditioning_scale=0.0)
+    assert len(told) == 1

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.pipelines import refine_regions, refining
+from diffusers_mixofshow.pipelines import MixOfShowImg2ImgPipeline, refine_regions, refining
 from diffusers_mixofshow.regions import Region
 
 
@@ -88,3 +88,79 @@ def test_the_pipeline_is_not_changed(potter, images):
 def test_every_defect_is_named_at_once(potter):
     with pytest.raises(RegionError, match=r"a str is no picture.*a dict is no Region"):
         _refine(potter, ["photo.png"], [{}])
+
+
+def _by_hand(pipe, image, below, region, noise, *, size=32, margin=0.0, feather=0.05, **call):
+    """Crop with a margin, no narrower than high, enlarge to size x size in area, draw anew, paste with a soft edge."""
+    pixels, (width, height) = np.asarray(image), image.size
+    reached = np.argwhere(_soft_box(region.box, region.feather or 1e-9, height, width) > 0)  # soft edge included
+    (top, left), (bottom, right) = reached.min(axis=0), reached.max(axis=0) + 1
+    tall = round((1 + 2 * margin) * (bottom - top))
+    wide = max(tall, round((1 + 2 * margin) * (right - left)))
+    top, left = (top + bottom - tall) // 2, (left + right - wide) // 2
+    rows, columns = np.arange(top, top + tall), np.arange(left, left + wide)
+    crop = Image.fromarray(pixels[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)])
+    scale = size / (tall * wide) ** 0.5
+    large = tuple(8 * round(side * scale / 8) for side in (wide, tall))
+    redraw = MixOfShowImg2ImgPipeline.from_pipe(pipe)
+    drawn = redraw(region.prompt, image=crop.resize(large), generator=noise, **call).images[0]
+    small = np.asarray(drawn.resize((wide, tall), Image.Resampling.LANCZOS)).astype(float)
+    result = np.asarray(below).astype(float)
+    share = _soft_box(region.box, max(feather, region.feather), height, width)[..., None]
+    here = np.ix_(rows[(rows >= 0) & (rows < height)], columns[(columns >= 0) & (columns < width)])
+    own = small[here[0] - top, here[1] - left]
+    result[here] = share[here] * own + (1 - share[here]) * result[here]
+    return Image.fromarray(result.round().astype(np.uint8))
+
+
+def _soft_box(box, feather, height, width):
+    """Part of a window of the feather's size around each pixel that is in the box; it goes on beyond the picture."""
+
+    def along(low, high, cells):
+        low, high = low if low > 0 else -9, high if high < 1 else 9
+        middles = (np.arange(cells) + 0.5) / cells
+        covered = np.minimum(middles + feather / 2, high) - np.maximum(middles - feather / 2, low)
+        return (covered / feather).clip(0, 1)
+
+    left, top, right, bottom = box
+    return along(top, bottom, height)[:, None] * along(left, right, width)[None]
+
+
+UPPER = Region("a dog", box=(0.3, 0.5, 0.6, 1), order=1, feather=0.2)
+WIDE = Region("a cat", box=(0, 0.5, 0.5, 0.75))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"size": 48, "margin": 0.25, "feather": 0.2},
+        {"strength": 0.4, "num_inference_steps": 5, "guidance_scale": 2.0},
+    ],
+    ids=["usual", "patch", "call"],
+)
+def test_every_setting_does_what_it_says(potter, images, settings):
+    call = {"num_inference_steps": 2, "strength": 0.6, **settings}
+    negatives, noises = ["hat", "beak"], [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    found = refine_regions(
+        potter, images, [[UPPER, SMALL], [WIDE]], generator=noises, negative_prompt=negatives, batch_size=1, **call
+    )
+    for number, own in enumerate([[SMALL, UPPER], [WIDE]]):  # the upper one is pasted last
+        noise, wanted = torch.Generator().manual_seed(5 + number), images[number]
+        for region in own:
+            negative = negatives[number] if region.negative_prompt is None else region.negative_prompt
+            wanted = _by_hand(potter, images[number], wanted, region, noise, negative_prompt=negative, **call)
+        difference, change = (
+            np.abs(np.asarray(one).astype(int) - np.asarray(wanted)) for one in (found[number], images[number])
+        )
+        assert difference.max() <= 2
+        assert change.max() > 50
+
+
+def test_without_regions_pictures_come_back_as_they_are(potter, images):
+    for regions in ([], [[], []]):
+        found = _refine(potter, images, regions)
+        assert [one.tobytes() for one in found] == [image.tobytes() for image in images]
+        assert all(one is not image for one, image in zip(found, images, strict=True))
+    with pytest.raises(RegionError, match="1 lists of regions for 2 pictures"):
+        _refine(potter, images, [[SMALL]])

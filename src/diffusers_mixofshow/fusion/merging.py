@@ -65,7 +65,7 @@ def svd_merged(updates: Sequence[Factors], shares: Sequence[float]) -> Factors:
         shares: One per concept, summing to 1.
     """
     largest = max(len(update.down) for update in updates)
-    return recompressed(weighted_average(updates, shares), max(1, largest))[0]
+    return recompressed(weighted_average(updates, shares), largest)[0]
 
 
 def _factored(delta: torch.Tensor) -> Factors:

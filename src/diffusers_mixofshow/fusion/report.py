@@ -176,8 +176,7 @@ def _peak_memory() -> dict[str, int]:
     """The most memory that this process has had, and that it has had of a GPU, in MiB; as far as the system tells."""
     peak: dict[str, int] = {}
     if sys.platform == "linux":  # whose resource.getrusage counts the program that started this one as well
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+        if found := re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes()):
             peak["peak_memory_mib"] = int(found[1]) // 2**10
     elif sys.platform != "win32":
         import resource

@@ -92,6 +92,7 @@ def _start_again(scheduler: Any, fresh: Any, step: int) -> None:
     """Forget the steps of a scheduler that looks back at them: they led to other latents."""
     vars(scheduler).update(vars(fresh))
     if hasattr(scheduler, "set_begin_index"):
+        scheduler._step_index = None  # Those that scale the model's input had begun to count when the copy was made.
         scheduler.set_begin_index(step)
 
 

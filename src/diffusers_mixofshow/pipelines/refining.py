@@ -88,8 +88,6 @@ class RefinedSampling(RegionalSampling):
 class _ImageToImage(RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
     """Image to image with concepts, for what is drawn anew."""
 
-    _begins_with_noise = False
-
 
 @dataclass(frozen=True, eq=False)
 class _Patch:
