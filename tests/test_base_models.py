@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from diffusers_mixofshow import MixOfShowPipeline, TrainingConfig, cli, toyland
-from diffusers_mixofshow.base_models import known_spelling, location_of, one_name, usual_guidance
+from diffusers_mixofshow import MixOfShowPipeline, TrainingConfig, base_models, cli, toyland
+from diffusers_mixofshow.base_models import (
+    guidance_of_unet,
+    in_dtype,
+    known_spelling,
+    location_of,
+    name_of,
+    not_loadable,
+    one_name,
+    public_name,
+    usual_guidance,
+)
+from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line, meant
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 
 
@@ -79,3 +93,107 @@ def test_every_option_that_names_a_base_or_its_judge_knows_it(verb: str) -> None
     context = typer.Context(command)
     assert {option.process_value(context, "TOYLAND") for option in named} == {"toyland"}
     assert not any(option.process_value(context, None) for option in named)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_names_by_which_we_and_strangers_know_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded base, a folder of the Hub's cache, a folder of one's own, and what is not on this disk."""
+    monkeypatch.chdir(tmp_path)
+    cached = tmp_path / "hub" / "models--user--name--x" / "snapshots" / COMMIT
+    cached.mkdir(parents=True)
+    other = tmp_path / "models--user--name" / "snapshots" / "main"
+    other.mkdir(parents=True)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "link").symlink_to(cached)
+    (tmp_path / "file.safetensors").touch()
+    home = tmp_path / "home"
+    (home / "mine").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    table = {
+        location_of("toyland"): ("toyland", "toyland"),
+        str(cached): ("user/name--x", "user/name--x"),
+        "link": ("user/name--x", "user/name--x"),
+        str(other): (str(other), "main"),
+        "own": (str(tmp_path / "own"), "own"),
+        "./own/": (str(tmp_path / "own"), "own"),
+        "~/mine": (str(home / "mine"), "mine"),
+        "~/gone": ("~/gone", "gone"),
+        "file.safetensors": ("file.safetensors", "file.safetensors"),
+        "user/name": ("user/name", "user/name"),
+        "/gone/away": ("/gone/away", "away"),
+        "../gone/away": ("../gone/away", "away"),
+        "C:\\gone\\away": ("C:\\gone\\away", "away"),
+        "\\\\there\\share\\away": ("\\\\there\\share\\away", "away"),
+        "": ("", tmp_path.name),
+        "x\0y": ("x\0y", None),
+    }
+    for given, (ours, public) in table.items():
+        assert one_name(given) == ours, given
+        if public is not None and given:
+            assert public_name(given) == public, given
+        if given:
+            named = {"_name_or_path": given}
+            assert name_of(SimpleNamespace(config=named)) == (given if Path(ours).is_absolute() else ours)
+    assert name_of(SimpleNamespace(config={})) == name_of(object()) == ""
+    assert name_of(SimpleNamespace(config={"_name_or_path": None})) == ""
+
+
+def test_the_usual_guidance_is_told_by_the_u_net(tmp_path: Path) -> None:
+    """A copy of the embedded base draws as it does, whatever it is called; what differs in anything does not."""
+    shipped = json.loads(Path(location_of("toyland"), "unet", "config.json").read_text())
+    assert usual_guidance("user/base") == usual_guidance("") == 7.5
+    (tmp_path / "unet").mkdir()
+    file = tmp_path / "unet" / "config.json"
+    for content, guidance in (
+        (json.dumps(shipped), 3.0),
+        (json.dumps(shipped | {"_diffusers_version": "9"}), 3.0),
+        (json.dumps(shipped | {"further": 1}), 3.0),
+        (json.dumps(shipped | {"sample_size": 64}), 7.5),
+        (json.dumps({name: shipped[name] for name in list(shipped)[:-1]}), 7.5),
+        ("[]", 7.5),
+        ("no JSON", 7.5),
+        ("[" * 100_000, 7.5),
+    ):
+        file.write_text(content)
+        assert usual_guidance(str(tmp_path)) == guidance, content[:40]
+    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in shipped.items()}
+    assert any(isinstance(value, tuple) for value in lists.values())
+    assert guidance_of_unet(lists) == 3.0
+    assert guidance_of_unet({}) == 7.5
+
+
+@pytest.mark.parametrize(
+    ("version", "name"), [("0.39.1", "torch_dtype"), ("0.40.0", "dtype"), ("0.9.0", "torch_dtype"), ("1.0.0", "dtype")]
+)
+def test_diffusers_takes_a_dtype_by_the_name_of_its_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, name: str
+) -> None:
+    monkeypatch.setattr(base_models, "version", lambda package: {"diffusers": version}[package])
+    assert in_dtype(torch.float16) == {name: torch.float16}
+
+
+def test_a_base_that_cannot_be_loaded_says_why_and_what_may_be_meant(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bases" / "sd15").mkdir(parents=True)
+    (tmp_path / "sd14").touch()
+    ends = (
+        "Expected a Hub id, a folder of a Stable Diffusion pipeline, or 'toyland', the base in the package. "
+        "(first line.)"
+    )
+    error = OSError("\n first line.\nand more")
+    for name, guess in (("toylnd", "toyland"), ("bases/sd16", "bases/sd15"), ("bases/sd15", ""), ("sd13", "")):
+        told = not_loadable(name, error)
+        assert type(told) is ConfigurationError
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        assert str(told) == f"The base model {name!r} cannot be loaded.{hint} {ends}"
+    assert type(not_loadable("user/base", HubError("gone"))) is HubError
+
+
+def test_words_of_errors() -> None:
+    assert first_line(ValueError("  one.\ntwo")) == "one"
+    assert first_line(ValueError("...")) == ""
+    assert first_line(KeyError()) == "KeyError"
+    assert meant("rexx", ["tom", "rex"]) == " Did you mean rex?"
+    assert meant("rex", iter(["tom"])) == ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from diffusers_mixofshow.cli.control import Control, condition_image
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.card import write_samples
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
-from diffusers_mixofshow.pictures import read_image, read_picture
+from diffusers_mixofshow.pictures import FileContent, is_picture, read_image, read_picture, unit_range
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.pipelines.refining import refine_regions
 from diffusers_mixofshow.regions import Layout
@@ -233,3 +236,92 @@ def test_a_picture_that_is_missing_is_named(tmp_path: Path, make: Callable[[Path
     make(tmp_path / "a.png")
     with pytest.raises(PictureError, match=r"^a\.png does not exist$"):
         read_picture(tmp_path / "a.png", called="a.png")
+
+
+@pytest.mark.parametrize(
+    "ending", ["png", "jpg", "jpeg", "jfif", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif"]
+)
+def test_endings_of_pictures_count_in_any_case(ending: str) -> None:
+    assert is_picture(Path(f"a.{ending}"))
+    assert is_picture(Path(f"a.b.{ending.upper()}"))
+    assert not is_picture(Path(ending))
+    assert not is_picture(Path(f"a.{ending}x"))
+    assert not is_picture(Path(f"a.{ending}.txt"))
+
+
+def test_the_content_of_a_file_is_known_by_its_digest(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2), (10, 20, 30)).save(tmp_path / "a.png")
+    content = FileContent(tmp_path / "a.png")
+    before = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
+    (tmp_path / "a.png").unlink()
+    assert read_image(content, called="a").getpixel((0, 0)) == (10, 20, 30)
+    assert (content.digest, content.path) == (before, tmp_path / "a.png")
+    (tmp_path / "b.png").touch()
+    with pytest.raises(PictureError, match=r"^b is no readable picture \(the file is empty\)$"):
+        read_image(FileContent(tmp_path / "b.png"), called="b")
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.HEIF"])
+@pytest.mark.parametrize("as_content", [False, True])
+def test_photos_of_phones_need_a_package_that_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, as_content: bool
+) -> None:
+    (tmp_path / name).write_bytes(b"heif")
+    source = FileContent(tmp_path / name) if as_content else tmp_path / name
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(PictureError, match=r"^it is HEIC, which needs pillow-heif \(pip install 'diffusers-mixofshow"):
+        read_image(source, called="it")
+    asked = []
+    photo = Image.new("RGB", (2, 2), (10, 20, 30))
+    opened = SimpleNamespace(to_pillow=lambda: photo)
+    module = SimpleNamespace(open_heif=lambda given: (asked.append(given), opened)[1])
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    assert read_image(source, called="it").getpixel((0, 0)) == (10, 20, 30)
+    assert asked == [source]
+
+
+def test_the_depth_behind_a_phones_photo_is_passed_over(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.mpo") as stored:
+        assert (stored.format, stored.n_frames) == ("MPO", 2)
+    picture = read_picture(tmp_path / "a.mpo", called="a")
+    assert picture.remarks == ()
+    assert picture.image.getpixel((0, 0))[0] > 200
+
+
+@pytest.mark.parametrize(
+    ("values", "sound"),
+    [((0, 1), True), ((-0.0019, 1.0019), True), ((-0.0021, 1), False), ((0, 1.0021), False), ((0.5, 0.5), True)],
+)
+def test_floats_leave_their_range_by_half_a_step_at_most(values: tuple[float, float], sound: bool) -> None:
+    given = np.array([values])
+    if sound:
+        assert unit_range(given, "it").tolist() == [[max(0, values[0]), min(1, values[1])]]
+    else:
+        with pytest.raises(PictureError, match=f"it has values from {values[0]}"):
+            unit_range(given, "it")
+
+
+def test_what_is_half_transparent_is_half_white_and_its_opacity_known() -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((0, 0), (0, 100, 0, 51))
+    picture = read_picture(image, called="it")
+    assert [picture.image.getpixel((x, 0)) for x in (0, 1)] == [(204, 224, 204), (0, 0, 0)]
+    assert picture.alpha is not None
+    assert (picture.alpha.mode, list(picture.alpha.tobytes())) == ("L", [51, 255])
+
+
+@pytest.mark.parametrize(
+    ("brightest", "said"), [(0.49, "black"), (0.51, "almost"), (1.99, "almost"), (2.01, ""), (0, "")]
+)
+def test_how_dark_a_picture_may_be(brightest: float, said: str) -> None:
+    image = Image.fromarray(np.full((2, 2), brightest / 255, np.float32))
+    if said == "black":
+        with pytest.raises(PictureError, match=r"it would be black: its values reach 0\.0019 of what its mode \(F\)"):
+            read_picture(image, called="it")
+    else:
+        remarks = read_picture(image, called="it").remarks
+        assert [remark.startswith("it is almost black: its values reach 0.0") for remark in remarks] == [True] * bool(
+            said
+        )  # fmt: skip

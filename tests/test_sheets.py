@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import pytest
+from PIL import Image, ImageDraw
 
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.sheets import labelled_sheet
@@ -48,3 +49,43 @@ def test_a_written_sheet_is_a_png(tmp_path: Path) -> None:
     with Image.open(tmp_path / "made" / "sheet.png") as read:
         assert read.format == "PNG"
         assert read.tobytes() == sheet.tobytes()
+
+
+@pytest.mark.parametrize(("title", "top"), [(None, 4), ("what it is", 20)])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_every_picture_stands_where_rows_and_columns_meet(title: str | None, top: int, scale: int) -> None:
+    """Four pixels are left between pictures, and before and behind the longest label."""
+    rows = {
+        "a": [Image.new("RGB", (30, 20), "red"), Image.new("RGB", (10, 40), "lime")],
+        "longer": [Image.new("RGB", (20, 40), "blue"), Image.new("RGB", (16, 10), "cyan")],
+        "one\ntwo\nthree\nfour\nfive\nsix\nseven\neight\nnine\nten": [Image.new("RGB", (5, 5), "magenta")],
+    }
+    sheet = labelled_sheet(rows, title=title, scale=scale)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [pen.multiline_textbbox((0, 0), label) for label in rows]
+    left, tall = 8 + int(max(box[2] for box in boxes)), int(boxes[2][3])
+    second, third = top + 40 * scale + 4, top + 80 * scale + 8
+    expected = {
+        (255, 0, 0): (left, top, 30 * scale, 20 * scale),
+        (0, 255, 0): (left + 30 * scale + 4, top, 10 * scale, 40 * scale),
+        (0, 0, 255): (left, second, 20 * scale, 40 * scale),
+        (0, 255, 255): (left + 30 * scale + 4, second, 16 * scale, 10 * scale),
+        (255, 0, 255): (left, third, 5 * scale, 5 * scale),
+    }
+    for colour, (x, y, width, height) in expected.items():
+        assert coloured(sheet, colour) == (slice(y, y + height), slice(x, x + width))
+    assert sheet.size == (left + 46 * scale + 8, third + max(tall, 5 * scale) + 4)
+    dark = np.asarray(sheet.convert("L"))[:, : left - 4] < 100
+    for (x, y, _, _), height, box in zip(
+        [expected[255, 0, 0], expected[0, 0, 255], expected[255, 0, 255]],
+        (40 * scale, 40 * scale, max(tall, 5 * scale)), boxes, strict=True,
+    ):  # fmt: skip
+        lines = np.nonzero(dark[y : y + height].any(axis=1))[0]
+        middle = (height - int(box[3])) // 2
+        assert lines.min() == pytest.approx(middle + box[1], abs=1)
+        assert lines.max() == pytest.approx(middle + box[3] - 1, abs=1)
+        assert np.nonzero(dark[y : y + height].any(axis=0))[0].min() == pytest.approx(4, abs=1)
+        assert x > 0
+    assert (np.asarray(sheet)[:4, -4:] == 255).all()
+    if title is not None:
+        assert np.nonzero(dark[:20].any(axis=1))[0].min() >= 2

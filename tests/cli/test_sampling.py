@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from cli.commands import named_in, options_of
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_region
 from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning, RegionError
+from diffusers_mixofshow.notes import read_note
 from diffusers_mixofshow.regions import Isolation, Region
 
 
 LEFT, RIGHT = "0,0,0.5,1:a <rex>", "0.5,0,1,1:a cat"
 REGIONS = ("--region", LEFT, "--region", RIGHT)
 DRAWN: dict[tuple[str, ...], np.ndarray] = {}
+TOLD: dict[tuple[str, ...], dict[str, object]] = {}
 
 
 @pytest.fixture
@@ -51,6 +54,9 @@ def draw(place, monkeypatch):
             raise result.exception
         with Image.open(seen or output) as picture:
             DRAWN[options] = np.asarray(picture).astype(int)
+        note = read_note(Path(seen or output))
+        read = {"sampler": note["sampler"], "pictures": note["pictures"], "drawn in": note["dtype"]}
+        TOLD[options] = note["layout"] | note["sample"] | read
         return DRAWN[options]
 
     return drawn
@@ -61,50 +67,66 @@ CONTROL = ("--control", "image@net=photo.png")
 ADAPTER = ("--adapter", "image@adapter=photo.png")
 
 
+CHANGES = [
+    ((), ("--prompt", "a cat"), "prompt"),
+    ((), ("--seed", "1"), "seed"),
+    ((), ("--steps", "3"), "steps"),
+    ((), ("--guidance", "2"), "guidance"),
+    ((), ("--negative-prompt", "blue"), "negative_prompt"),
+    ((), ("--lora-scale", "0.5"), "lora_scale"),
+    # one for each instead of one for all
+    (("--concepts", "tom", "--lora-scale", "0.5"), ("--lora-scale", "1"), "lora_scale"),
+    ((), ("--dtype", "bfloat16"), "dtype, drawn in"),
+    ((), ("--region", LEFT), "regions, draft"),
+    ((), ("--region", "mask=left.png:a cat"), "regions, draft"),
+    ((), ("--layout", "masked.json"), "regions, draft"),
+    ((), IMAGE, "image, strength, pictures"),
+    ((), CONTROL, "control, control_scale, pictures"),
+    ((), ADAPTER, "adapter, control_scale, pictures"),
+    (("--region", "mask=left.png:a cat"), ("--region", "mask=corner.png,order=1:a dog"), "regions"),
+    (REGIONS, ("--isolation",), "isolation, isolation_steps"),
+    ((*REGIONS, "--isolation"), ("--isolation-steps", "0,0.5"), "isolation_steps"),
+    ((*REGIONS, "--isolation"), ("--isolation-scales", "1"), "isolation_scales"),
+    (("--region", "0,0,0.5,0.5:a cat"), ("--refine",), "refine"),
+    (("--region", LEFT), ("--no-draft",), "draft"),
+    ((*ADAPTER, "--region", LEFT), ("--draft",), "draft"),
+    ((*IMAGE, "--steps", "5"), ("--strength", "0.5"), "strength"),
+    (IMAGE, ("--image", "other.png"), "image, pictures"),
+    (IMAGE, ("--mask", "left.png"), "mask, strength, pictures"),
+    ((*IMAGE, "--mask", "left.png"), ("--mask", "corner.png"), "mask, pictures"),
+    ((*IMAGE, "--mask", "left.png"), ("--strength", "0.5"), "strength"),
+    (IMAGE, ("--region", LEFT), "regions, draft"),
+    ((*IMAGE, "--mask", "left.png"), ("--region", LEFT), "regions, draft"),
+    (CONTROL, ("--control-scale", "0.5"), "control_scale"),
+    (CONTROL, CONTROL, "control, control_scale"),
+    ((*CONTROL, *CONTROL, "--control-scale", "1"), ("--control-scale", "0.5"), "control_scale"),
+    (ADAPTER, ("--control-scale", "0.5"), "control_scale"),
+    (ADAPTER, ADAPTER, "adapter, control_scale"),
+    (ADAPTER, ("--region", LEFT), "regions, draft"),
+]
+"""Options, those that are added to them, and all that the picture tells differently then."""
+
+
 @pytest.mark.parametrize(
-    ("before", "more"),
-    [
-        ((), ("--prompt", "a cat")),
-        ((), ("--seed", "1")),
-        ((), ("--steps", "3")),
-        ((), ("--guidance", "2")),
-        ((), ("--negative-prompt", "blue")),
-        ((), ("--lora-scale", "0.5")),
-        (("--concepts", "tom", "--lora-scale", "0.5"), ("--lora-scale", "1")),  # one for each instead of one for all
-        ((), ("--dtype", "bfloat16")),
-        ((), ("--region", LEFT)),
-        ((), ("--region", "mask=left.png:a cat")),
-        ((), ("--layout", "masked.json")),
-        ((), IMAGE),
-        ((), CONTROL),
-        ((), ADAPTER),
-        (("--region", "mask=left.png:a cat"), ("--region", "mask=corner.png,order=1:a dog")),
-        (REGIONS, ("--isolation",)),
-        ((*REGIONS, "--isolation"), ("--isolation-steps", "0,0.5")),
-        ((*REGIONS, "--isolation"), ("--isolation-scales", "1")),
-        (("--region", "0,0,0.5,0.5:a cat"), ("--refine",)),
-        (("--region", LEFT), ("--no-draft",)),
-        ((*ADAPTER, "--region", LEFT), ("--draft",)),
-        ((*IMAGE, "--steps", "5"), ("--strength", "0.5")),
-        (IMAGE, ("--image", "other.png")),
-        (IMAGE, ("--mask", "left.png")),
-        ((*IMAGE, "--mask", "left.png"), ("--mask", "corner.png")),
-        ((*IMAGE, "--mask", "left.png"), ("--strength", "0.5")),
-        (IMAGE, ("--region", LEFT)),
-        ((*IMAGE, "--mask", "left.png"), ("--region", LEFT)),
-        (CONTROL, ("--control-scale", "0.5")),
-        (CONTROL, CONTROL),
-        ((*CONTROL, *CONTROL, "--control-scale", "1"), ("--control-scale", "0.5")),
-        (ADAPTER, ("--control-scale", "0.5")),
-        (ADAPTER, ADAPTER),
-        (ADAPTER, ("--region", LEFT)),
-    ],
-    ids=lambda options: " ".join(options).replace("--", ""),
+    ("before", "more", "told"),
+    CHANGES,
+    ids=lambda options: options if isinstance(options, str) else " ".join(options).replace("--", ""),
 )
-def test_every_option_changes_the_picture(draw, before, more) -> None:
+def test_every_option_changes_the_picture(draw, before, more, told) -> None:
     one, other = draw(*before), draw(*before, *more)
     assert one.shape == other.shape
     assert (one != other).any()
+    notes = TOLD[before], TOLD[(*before, *more)]
+    changed = {name for name in {*notes[0], *notes[1]} if notes[0].get(name) != notes[1].get(name)}
+    assert changed == set(told.split(", "))
+
+
+def test_every_option_of_sample_is_in_a_table() -> None:
+    sizes = {"--width", "--height"}  # test_a_picture_to_start_from_decides_the_size_that_is_not_asked_for
+    places = {"--base", "--device"}  # test_what_cannot_be_is_one_error_that_names_all_of_it
+    result = {"--output", "--count", "--overwrite", "--dry-run", "--json"}  # test_options_of_the_result
+    changing = named_in(*((*before, *more) for before, more, _ in CHANGES))
+    assert changing | sizes | places | result == options_of("sample")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.identity import (
     NOBODY,
@@ -26,9 +27,11 @@ from diffusers_mixofshow.evaluation.identity import (
 )
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
+    HELD_OUT_SCENE_PROMPTS,
     RECORDING_PROMPTS,
     called,
     column_boxes,
+    evaluation_prompts,
     prompt_together,
     regions_of,
 )
@@ -184,3 +187,80 @@ def test_prompts_name_every_concept() -> None:
     assert fill_templates(("a <TOK>", "<TOK> here"), "dog", 3) == ["a dog", "dog here", "a dog"]
     with pytest.raises(ConfigurationError, match="<TOK>"):
         fill_templates(("a dog",), "dog", 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "square"),
+    [
+        ((96, 64), (1 / 3, 0.25, 2 / 3, 0.97), (27.2, 20.48, 41.6)),  # 1.3 times as wide as the region, its foot
+        ((96, 64), (0.0, 0.25, 1 / 3, 0.97), (0, 20.48, 41.6)),  # moved in from the left edge
+        ((96, 64), (2 / 3, 0.25, 1.0, 0.97), (54.4, 20.48, 41.6)),  # and from the right one
+        ((96, 64), (1 / 3, 0.0, 2 / 3, 0.3), (27.2, 0, 41.6)),  # and from the top
+        ((96, 64), (0.0, 0.0, 1.0, 1.0), (16, 0, 64)),  # no larger than the picture is high
+        ((40, 64), (0.0, 0.0, 1.0, 1.0), (0, 24, 40)),  # nor than it is wide
+    ],
+)
+def test_the_square_of_a_region_is_where_things_stand(size, box, square) -> None:
+    """In pictures whose red tells the column and whose green the row, four times over."""
+    picture = Image.new("RGB", size)
+    picture.putdata([(2 * x, 2 * y, 0) for y in range(size[1]) for x in range(size[0])])
+    left, top, side = square
+    crop = crop_region(picture, box)
+    assert crop.size == (size[1], size[1])
+    step = side / size[1]
+    for x, y in ((8, 8), (size[1] - 9, 8), (8, size[1] - 9)):
+        expected = (2 * (left + (x + 0.5) * step - 0.5), 2 * (top + (y + 0.5) * step - 0.5))
+        assert crop.getpixel((x, y))[:2] == pytest.approx(expected, abs=1.5)
+
+
+def test_columns_are_equal_and_as_high_as_things_stand() -> None:
+    assert column_boxes(2) == [(0, 0.25, 0.5, 0.97), (0.5, 0.25, 1, 0.97)]
+    assert column_boxes(4)[2] == (0.5, 0.25, 0.75, 0.97)
+
+
+def test_records_are_rounded_to_four_digits() -> None:
+    identity = Identity(alignment=2 / 3, attributes=None, nearest=1 / 3)
+    assert identity.as_record() == {"alignment": 0.6667, "attributes": None, "nearest": 0.3333}
+    kept = retention(identity, Identity(alignment=1.0, attributes=1.0, nearest=0), identity)
+    assert kept == {"alignment": 0.0, "attributes": None}
+
+
+def test_shares_of_regions_are_counted_over_all_and_whole_pictures_apart() -> None:
+    expected = [("ruby", "azure", "ruby")] * 3
+    found = [("ruby", "azure", "ruby"), ("ruby", "ruby", "ruby"), ("azure", "azure", NOBODY)]
+    assert region_accuracy(found, expected) == {"regions": 0.6667, "whole_pictures": 0.3333}
+
+
+def test_looks_are_read_only_where_they_are_known() -> None:
+    """A judge that cannot read is not asked to."""
+
+    class Blind(ColourJudge):
+        def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
+            raise AssertionError("nobody asked for looks")
+
+    unknown = dataclasses.replace(SUBJECTS[0], attributes={})
+    assert measure_identity([RED], unknown, [unknown, SUBJECTS[1]], Blind()) == Identity(
+        alignment=pytest.approx(1.0), attributes=None, nearest=1.0
+    )
+    assert concepts_in_regions([RED], column_boxes(1), [unknown, SUBJECTS[1]], Blind()) == [["ruby"]]
+
+
+def test_prompts_of_regions_and_of_the_whole_picture_in_words() -> None:
+    assert prompt_together(["a <rex> dog"], "at night") == "a <rex> dog at night"
+    assert prompt_together(["a", "b", "c"], "here") == "a, b and c here"
+    assert called("rex", "dog") == "a <rex> dog"
+    regions = regions_of(["a", "b"], [(0, 0, 0.5, 1), (0.5, 0, 1, 1)], "here")
+    assert [(region.prompt, region.box) for region in regions] == [
+        ("a and a here", (0, 0, 0.5, 1)), ("b and b here", (0.5, 0, 1, 1)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["toyland", "Toyland", "someone/base"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_base_and_kind_has_prompts_of_its_own(base: str, kind: str) -> None:
+    prompts = evaluation_prompts(base, kind)
+    if base == "someone/base":
+        assert len(prompts) == len(set(prompts)) == 6
+        assert [kind for kind in KINDS if evaluation_prompts(base, kind) == prompts] == [kind]
+    else:
+        assert prompts == (HELD_OUT_SCENE_PROMPTS if kind == "scene" else HELD_OUT_PROMPTS)

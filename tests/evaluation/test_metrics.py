@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -86,3 +88,48 @@ def test_intervals_cover_the_mean_in_95_of_100_samples() -> None:
         hits += found["low"] <= 0.5 <= found["high"]
     assert 180 <= hits <= 198
     assert metrics.mean_with_interval([1.0] * 5) == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 5}
+
+
+def test_an_interval_ends_where_the_binomial_distribution_does() -> None:
+    """Means of 1000 coins, half of them heads: 469 and 531 of 1000 are its quantiles at 2.5 and 97.5 %."""
+    exact = []
+    for share in (0.025, 0.975):
+        total, count = 0.0, -1
+        while total < share:
+            count += 1
+            total += math.comb(1000, count) / 2**1000
+        exact.append(count / 1000)
+    assert exact == [0.469, 0.531]
+    found = metrics.mean_with_interval([0.0, 1.0] * 500)
+    assert [found["low"], found["high"]] == pytest.approx(exact, abs=0.0025)  # 474 and 526 at 5 and 95 %
+    assert (found["mean"], found["count"]) == (0.5, 1000)
+    assert metrics.mean_with_interval([0.0, 1.0] * 500) == found
+    coarse = metrics.mean_with_interval([0.0, 1.0] * 500, resamples=1)
+    assert coarse["low"] == coarse["high"] != 0.5
+    third = metrics.mean_with_interval([0.0, 0.0, 1.0])
+    assert third == {"mean": 0.3333, "low": 0.0, "high": 1.0, "count": 3}  # 3.7 % of samples of three are all heads
+
+
+def test_of_equally_near_concepts_the_first_is_named() -> None:
+    assert metrics.nearest_concept(DIAGONAL, {"y": Y, "x": X}) == ["y"]
+    assert metrics.nearest_concept(DIAGONAL, {"x": X, "y": Y}) == ["x"]
+
+
+def test_the_nearest_concept_is_so_by_the_mean_over_its_photos() -> None:
+    """Not by its nearest photo: one of those of "y" is the picture itself."""
+    assert metrics.nearest_concept(X, {"y": torch.cat([X, -X, Y]), "x": DIAGONAL}) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("found", "missing"), [((0, 1), "2 attributes"), ((1, 0), "1 pictures"), ((0, 0), "0 pictures")]
+)
+def test_accuracy_of_nothing_is_refused(found: tuple[int, int], missing: str) -> None:
+    read, expected = [{"eyes": "one"}] * found[0], dict.fromkeys(("eyes", "hat")[: 2 * found[1]], "one")
+    with pytest.raises(ConfigurationError, match=missing):
+        metrics.attribute_accuracy(read, expected)
+
+
+@pytest.mark.parametrize(("single", "floor"), [(0.5, 0.5), (0.4, 0.5)])
+def test_nothing_is_kept_of_what_was_not_gained(single: float, floor: float) -> None:
+    with pytest.raises(ConfigurationError, match="undefined"):
+        metrics.identity_retention(0.6, single, floor)

@@ -1,0 +1,172 @@
+"""What `--dry-run` tells, line by line, beside numbers counted here."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import packs
+import tiny
+from diffusers_mixofshow import EDLoRA, cli
+from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow.cli import timing
+
+
+def plan(*arguments: object) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        told = [str(argument) for argument in (*arguments, "--dry-run", "--json")]
+        return json.loads(CliRunner().invoke(cli.app, told, catch_exceptions=False).stdout)
+
+
+@pytest.fixture
+def rex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EDLoRA:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("rex", "tom")):
+        packs.random_pack(tiny.components(), name, ranks=(2, 3), seed=number).save_pretrained(name)
+    return EDLoRA.from_pretrained("rex")
+
+
+HUB = "someone/tiny, from the Hub or its cache"
+PASSES = "{} times that of one U-Net pass on your device; not measured, as no model is loaded"
+
+
+def test_a_plan_of_sampling(rex: EDLoRA) -> None:
+    numbers = sum(update.down.numel() + update.up.numel() for update in rex.lora.values())
+    expected = {
+        "base model": HUB,
+        "concepts": "<rex>",
+        "weight updates": f"{numbers:,} numbers",
+        "strength of the updates": "1",
+        "way": "text to image",
+        "prompt": "a <rex>",
+        "regions": 0,
+        "isolation": "none",
+        "size": "the model's own",
+        "pictures": 1,
+        "seeds": "0",
+        "U-Net runs": "20, each on a batch of 2",
+        "drafts": "none",
+        "drawn anew": "none",
+        "device": "cuda if there is one, else cpu",
+        "dtype": "the device's usual one",
+        "time": PASSES.format(20),
+        "writes": "sample.png",
+        "replaces": "nothing",
+    }
+    asked = ("sample", "--concepts", "rex", "--prompt", "a <rex>")
+    assert plan(*asked) == expected
+    changed = {
+        ("--guidance", "1"): {"U-Net runs": "20, each on a batch of 1"},
+        ("--guidance", "1.5"): {},
+        ("--count", "2", "--seed", "7"): {
+            "pictures": 2, "seeds": "7, 8", "U-Net runs": "20, each on a batch of 4",
+            "writes": "sample-0.png, sample-1.png",
+        },
+        ("--steps", "3"): {"U-Net runs": "3, each on a batch of 2", "time": PASSES.format(3)},
+        ("--width", "64"): {"size": "64 x the model's own pixels"},
+        ("--height", "64"): {"size": "the model's own x 64 pixels"},
+        ("--width", "40", "--height", "64"): {"size": "40 x 64 pixels"},
+        ("--region", "0,0,1,1:a <rex>", "--isolation", "--isolation-scales", "2", "--count", "2", "--refine"): {
+            "pictures": 2, "seeds": "0, 1", "U-Net runs": "20, each on a batch of 4", "regions": 1,
+            "writes": "sample-0.png, sample-1.png", "isolation": "from 0 to 1 of the steps, maps of 2 cells",
+            "drafts": "2 regions, 3 runs each", "after drafts": "a <rex>",
+            "drawn anew": "2 regions, up to 6 runs each",
+            "time": PASSES.format(20) + ", and drafts, and what is drawn anew",
+        },
+        ("--region", "0,0,1,1:a <rex>", "--isolation", "--no-draft"): {
+            "regions": 1, "isolation": "from 0 to 1 of the steps, all feature maps",
+        },
+    }  # fmt: skip
+    for more, difference in changed.items():
+        assert plan(*asked, *more) == expected | difference, more
+
+
+def test_a_plan_of_fusion(rex: EDLoRA) -> None:
+    tom = EDLoRA.from_pretrained("tom")
+    sizes = {site: (update.up.shape[0], update.down.shape[1]) for site, update in rex.lora.items()}
+    ranks = {site: update.rank + tom.lora[site].rank for site, update in rex.lora.items()}
+    rows = sum(each.numel() for pack in (rex, tom) for each in pack.embeddings.values())
+
+    def numbers(most: int) -> int:
+        return rows + sum(min(ranks[site], most, *size) * sum(size) for site, size in sizes.items())
+
+    def told(most: int) -> str:
+        return f"{numbers(most):,} numbers, {2 * numbers(most) / 1e6:.1f} MB in float16; embeddings come on top"
+
+    # Queries, keys and values of one self-attention see one input; each input of each concept has a Gram matrix.
+    inputs = {
+        re.sub(r"(attn1|self_attn)\.(to_[qkv]|[qkv]_proj)$", r"\1", site): size[1] for site, size in sizes.items()
+    }
+    inputs = {re.sub(r"attn2\.to_[kv]$", "attn2.kv", site): width for site, width in inputs.items()}
+    own = sum(width**2 for width in inputs.values()) * 8 * 2 / 1e6
+    expected = {
+        "concepts": "<rex>, <tom>",
+        "base model": HUB,
+        "layers": len(sizes),
+        "rank": f"at most {max(min(ranks[site], *sizes[site]) for site in sizes)}",
+        "U-Net runs": "88 at most, each on a batch of up to 8",  # two steps more, four batches of prompts
+        "time": PASSES.format(88),
+        "pack": told(99),
+        "writes": "both",
+        "replaces": "nothing",
+    }
+    asked = ("fuse", "rex", "tom", "--output", "both")
+    found = plan(*asked)
+    memory = int(re.fullmatch(r"(\d+) MB at most", found.pop("memory for statistics"))[1])
+    assert memory == round(own)
+    assert found == expected
+    cut = plan(*asked, "--max-rank", "3")
+    assert (cut["rank"], cut["pack"]) == ("at most 3", told(3))
+    assert plan(*asked, "--features", "own")["U-Net runs"] == "80 at most, each on a batch of up to 8"
+    merged = plan(*asked, "--method", "average")
+    assert (merged["base model"], merged["U-Net runs"]) == ("none is needed", "none")
+    assert merged["memory for statistics"] == "that of the files beside the sources"
+    assert merged["time"] == f"that of solving {len(sizes)} layers; no model runs"
+
+
+def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def measured(batch: int, pixels: Any, *, backward: bool) -> float:
+        asked.append((batch, pixels, backward))
+        return 0.25
+
+    monkeypatch.setattr(timing, "_measured", measured)
+    told = timing.time_of(TOYLAND, 40, 3, pixels=(64, 96), backward=True)
+    assert told == (
+        "at least 10 s on this CPU: 40 U-Net passes there and back of 250 ms, measured just now; texts, pictures and "
+        "loading come on top"
+    )
+    assert timing.time_of(TOYLAND, 1, 2).startswith("at least 1 s on this CPU: 1 U-Net passes of 250 ms")
+    assert timing.time_of(TOYLAND, 476, 2).startswith("at least 119 s ")
+    assert timing.time_of(TOYLAND, 480, 2).startswith("at least 2 min ")
+    assert timing.time_of(TOYLAND, 2400, 2).startswith("at least 10 min ")
+    assert asked[:2] == [(3, (64, 96), True), (2, None, False)]
+    assert timing.time_of("x", 7, 2, backward=True).startswith("7 times that of one U-Net pass there and back on your")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "backward", "shape"), [(None, False, (2, 8, 16, 16)), ((64, 96), True, (2, 8, 16, 24))]
+)
+def test_a_pass_is_measured_at_the_size_of_the_pictures(monkeypatch, pixels, backward, shape) -> None:
+    """The quickest of three passes counts, after one that is not timed."""
+    from diffusers import UNet2DConditionModel
+
+    forward, seen = UNet2DConditionModel.forward, []
+
+    def noted(self: Any, sample: Any, step: Any, text: Any) -> Any:
+        seen.append((tuple(sample.shape), tuple(text.shape), sample.requires_grad))
+        return forward(self, sample, step, text)
+
+    clock = iter([0, 9, 9, 16, 16, 18, 18, 23])
+    monkeypatch.setattr(UNet2DConditionModel, "forward", noted)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert timing._measured(2, pixels, backward=backward) == 2
+    assert seen == [(shape, (2, 77, 128), backward)] * 4

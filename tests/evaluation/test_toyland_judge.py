@@ -1,0 +1,52 @@
+"""Toyland's own judges on what they should know best: drawings of its concepts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.evaluation.metrics import attribute_accuracy, cosine_matrix
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes, subject_of
+
+
+@pytest.fixture(scope="module")
+def judge() -> ToylandJudge:
+    return ToylandJudge.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes"),
+    [
+        ("bobo", {"colour": "blue", "ear_colour": "red", "ear_shape": "round", "eyes": "two", "eye_colour": "yellow",
+                  "pattern": "spots", "pattern_colour": "yellow", "belly_colour": "white", "hat": "bare",
+                  "wings": "none"}),
+        ("ming", {"colour": "blue", "shape": "round", "pattern": "stripes", "pattern_colour": "white",
+                  "flower_colour": "pink"}),
+    ],
+)  # fmt: skip
+def test_what_is_hidden_is_all_that_no_caption_names(name: str, attributes: dict[str, str]) -> None:
+    assert hidden_attributes(toyland.CONCEPTS[name]) == attributes
+
+
+@pytest.mark.parametrize("name", ["bobo", "kiki", "rex", "ming"])
+def test_drawings_of_a_concept_are_read_as_what_they_show(judge: ToylandJudge, name: str) -> None:
+    concept = toyland.CONCEPTS[name]
+    images = [photo.image for photo in toyland.photos(concept)]
+    read = judge.read(images)
+    assert len(read) == len(images)
+    assert [seen["class"] for seen in read] == [concept.class_word] * len(images)
+    assert attribute_accuracy(read, hidden_attributes(concept)) > 0.9
+    subject = subject_of(concept, judge)
+    assert (subject.name, subject.class_word) == (name, concept.class_word)
+    assert subject.attributes == hidden_attributes(concept)
+    assert torch.equal(subject.photos, judge.features(images))
+
+
+def test_texts_and_pictures_are_compared_in_one_space(judge: ToylandJudge) -> None:
+    """The description of its class and background is nearer to a drawing than that of another."""
+    photos = {name: toyland.photos(toyland.CONCEPTS[name])[0].image for name in ("rex", "ming")}
+    texts = judge.text_features(["a dog in a meadow", "a vase in a meadow"])
+    likeness = cosine_matrix(judge.features(list(photos.values())), texts)
+    assert likeness[0, 0] > likeness[0, 1]
+    assert likeness[1, 1] > likeness[1, 0]
