@@ -185,10 +185,8 @@ def box(*edges, prompt="a <kit>", **settings):
 HALVES = [box(0, 0.1, 0.55, 1, prompt="a <rex> here", negative_prompt="cat"), box(0.4, 0, 1, 0.9)]
 CALLS = {
     "one concept": {"prompt": "a <rex> at sea"},
-    "no guidance but little": {"prompt": "a <rex>", "guidance": 1.5},
-    "half as strong": {"prompt": "a <rex>", "scale": 0.5},
-    "a negative prompt with a concept": {"prompt": "a <rex>", "negative": "a <kit>"},
-    "without the last text layer": {"prompt": "a <rex>", "clip_skip": 1},
+    "half as strong, with little guidance": {"prompt": "a <rex>", "scale": 0.5, "guidance": 1.5},
+    "a concept to avoid, without the last text layer": {"prompt": "a <rex>", "negative": "a <kit>", "clip_skip": 1},
     "two regions": {"prompt": "two friends", "negative": "bad", "regions": HALVES},
     "regions with guidance of their own": {
         "prompt": "two friends",
