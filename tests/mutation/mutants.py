@@ -2,7 +2,7 @@
 
 A mutant replaces one expression or statement by another that a tired programmer could have written: an operator or
 a boundary exchanged, a condition turned round, an argument dropped or exchanged, a constant changed, a statement or
-a guard left out. Annotations, documentation and the wording of errors are left alone.
+a guard left out. Annotations, documentation, the wording of errors and `zip(strict=True)` are left alone.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ _OPPOSITES = {
     ast.Gt: ast.LtE,
     ast.LtE: ast.Gt,
 }
+# Of zip() and warn(): they tell of mistakes, and change nothing else.
+_GUARDS = ("strict", "stacklevel")
 _TWINS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -115,6 +117,8 @@ def _walked(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_left_alone(node: ast.AST) -> bool:
+    if isinstance(node, ast.keyword) and node.arg in _GUARDS:
+        return True
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return True
     if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("__all__", "logger"):
@@ -198,7 +202,7 @@ def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.expr]]:
     if isinstance(node.func, ast.Name) and node.func.id in _TWINS:
         yield "function", _with(node, func=ast.Name(_TWINS[node.func.id]))
     for number, keyword in enumerate(node.keywords):
-        if keyword.arg is not None:
+        if keyword.arg is not None and keyword.arg not in _GUARDS:
             rest = [*node.keywords[:number], *node.keywords[number + 1 :]]
             yield "argument dropped", _with(node, keywords=rest)
     if len(node.args) >= 2 and not any(isinstance(argument, ast.Starred) for argument in node.args):

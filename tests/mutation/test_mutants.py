@@ -27,6 +27,7 @@ def _mutated(tmp_path, code):
         ("x = f(a, b)", ["x = (f(b, a))", "x = (f(a))"]),
         ("x = f(a, b=c)", ["x = (f(a))"]),
         ("x = f(*a, b)", []),
+        ("x = zip(a, strict=True)", []),
         ("x = min(a)", ["x = (max(a))"]),
         ("x = [a for a in b if a]", ["x = ([a for a in b])"]),
         ("x = 1", ["x = (2)"]),
