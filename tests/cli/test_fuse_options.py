@@ -87,7 +87,6 @@ TABLE = [
     (("--ridge", "0"), {"ridge": 0.0}),
     (("--ridge", "auto"), {"ridge": "auto"}),
     (("--max-rank", "1"), {"max_rank": 1}),
-    (("--base", "base"), IN_ORDER),
     (("--base", "base", "--features", "own", "--prior", "2"), {"prior": 2, "sequential": False}),
     (
         ("--base", "base", "--features", "sequential", "--ridge", "0.5", "--prior", "2"),
@@ -125,53 +124,54 @@ def test_no_two_rows_of_the_table_make_the_same_pack() -> None:
     assert not any(alike(one, other) for number, one in enumerate(packs) for other in packs[:number])
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_every_method_is_asked_for_by_its_name(place, monkeypatch, tmp_path, method) -> None:
-    """Of those that take long, too."""
-    asked = []
+@pytest.fixture
+def asked(place, monkeypatch: pytest.MonkeyPatch, made: list[dict[str, Any]]) -> Any:
+    """Runs the command up to where it would record and solve: what the fuser is asked for, and of which sources."""
 
-    def fuse(self: GradientFuser, sources: Any, method: str, weights: Any) -> Any:
-        asked.append(method)
+    def fuse(self: GradientFuser, sources: Any, **given: Any) -> Any:
+        made[-1] |= given | {"sources": [dict(source.prompts) for source in sources]}
         raise FusionError("enough")
 
-    monkeypatch.chdir(place)
+    def run_up_to_there(*arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        monkeypatch.chdir(place)
+        with pytest.raises(FusionError, match="enough"):
+            run(*arguments)
+        (settings,) = made
+        return settings, settings.pop("sources")
+
     monkeypatch.setattr(GradientFuser, "fuse", fuse)
-    with pytest.raises(FusionError, match="enough"):
-        run("rex", "tom", "--method", method, "--output", str(tmp_path / "both"))
-    assert asked == [method]
+    return run_up_to_there
 
 
-def test_another_device_than_the_usual_one_is_the_solvers(place, monkeypatch, made, tmp_path) -> None:
-    monkeypatch.chdir(place)
-    run("rex", "tom", "--device", "cpu:0", "--output", str(tmp_path / "both"))
-    assert made == [USUAL | {"device": "cpu:0"}]
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        *((("--method", method.value), {"method": method.value}) for method in Method),
+        (("--device", "cpu:0"), {"device": "cpu:0"}),
+        (("--base", "base"), IN_ORDER),
+    ],
+    ids=lambda each: " ".join(each),
+)
+def test_what_takes_long_is_asked_for_as_well(asked, tmp_path, options, settings) -> None:
+    told, sources = asked("rex", "tom", *options, "--output", str(tmp_path / "both"))
+    assert told == USUAL | settings
+    assert [list(prompts) for prompts in sources] == [["<rex>"], ["<tom>"]]
 
 
 def test_sources_without_statistics_are_recorded_in_the_papers_order_with_their_own_base(
-    place, monkeypatch, made, tmp_path
+    place, asked, tmp_path
 ) -> None:
-    monkeypatch.chdir(place)
     for name in ("rex", "bare"):
-        pack = EDLoRA.from_pretrained(name)
+        pack = EDLoRA.from_pretrained(place / name)
         replace(pack, base_model=str(place / "base")).save_pretrained(tmp_path / name)
-    run(str(tmp_path / "rex"), str(tmp_path / "bare"), "--output", str(tmp_path / "both"))
-    assert made == [USUAL | IN_ORDER]
-    assert EDLoRA.from_pretrained(tmp_path / "both").training["fusion"]["sequential"] is True
+    told, _ = asked(str(tmp_path / "rex"), str(tmp_path / "bare"), "--output", str(tmp_path / "both"))
+    assert told == USUAL | IN_ORDER
 
 
-def test_plain_loras_are_recorded_with_their_own_prompts(place, monkeypatch, tmp_path) -> None:
-    monkeypatch.chdir(place)
-    given: list[Any] = []
-
-    def fuse(self: GradientFuser, sources: Any, method: str, weights: Any) -> Any:
-        given.extend(sources)
-        raise FusionError("enough")
-
-    monkeypatch.setattr(GradientFuser, "fuse", fuse)
-    asked = ("--prompts", "photo of sks dog |  sks dog, asleep", "--base", "base", "--output", str(tmp_path / "both"))
-    with pytest.raises(FusionError, match="enough"):
-        run("rex", "dog.safetensors", *asked)
-    assert [dict(source.prompts) for source in given][1] == {"dog": ("photo of sks dog", "sks dog, asleep")}
+def test_plain_loras_are_recorded_with_their_own_prompts(asked, tmp_path) -> None:
+    texts = ("--prompts", "photo of sks dog |  sks dog, asleep")
+    _, sources = asked("rex", "dog.safetensors", *texts, "--base", "base", "--output", str(tmp_path / "both"))
+    assert sources[1] == {"dog": ("photo of sks dog", "sks dog, asleep")}
 
 
 def test_options_of_the_result(place, monkeypatch, tmp_path) -> None:

@@ -1,0 +1,132 @@
+"""Which family of models a file is for, told from its layers and widths alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.interop.architectures import (
+    ARCHITECTURES,
+    CLIP_G,
+    CLIP_L,
+    EMBEDDED,
+    SD1,
+    SD2,
+    SDXL,
+    foreign_layers,
+    layers_of,
+    recognised,
+)
+from diffusers_mixofshow.interop.foreign import read_foreign
+from diffusers_mixofshow.interop.summary import summary_of_foreign
+from diffusers_mixofshow.sites import cross_attention_layers
+
+
+def lora(*sites: str, width: int = 8) -> dict[str, LowRank]:
+    return {site: LowRank(down=torch.ones(1, width), up=torch.ones(4, 1), alpha=1.0) for site in sites}
+
+
+BLOCK = "attentions.0.transformer_blocks.0"
+KEY, TEXT = f"unet.mid_block.{BLOCK}.attn2.to_k", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+OF_XL = f"unet.down_blocks.2.{BLOCK[:-1]}9.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("updates", "vectors", "expected"),
+    [
+        (lora(KEY, width=768), [], SD1),
+        (lora(KEY.replace("to_k", "to_v"), width=1024), [], SD2),
+        (lora(KEY, width=2048), [], SDXL),
+        (lora(KEY, width=128), [], EMBEDDED),
+        (lora(f"unet.down_blocks.0.{BLOCK}.attn2.to_k", width=128), [], None),  # as wide as Toyland, other layers
+        (lora(KEY, width=640), [], None),
+        (lora(KEY, width=768) | lora(KEY.replace("to_k", "to_v"), width=1024), [], None),
+        (lora("text_encoder_2.x.self_attn.q_proj", width=768), [], SDXL),
+        ({}, [{CLIP_L: 768}, {CLIP_L: 768, CLIP_G: 1280}], SDXL),
+        (lora(KEY, width=768), [{CLIP_G: 1280}], SD1),  # what cross-attention reads comes first
+        (lora(f"unet.mid_block.{BLOCK}.attn1.to_q"), [], SD1),
+        (lora(f"unet.mid_block.{BLOCK}.attn2.to_q"), [], SD1),  # which reads the picture, not the text
+        (lora(OF_XL), [], SDXL),
+        (lora("unet.up_blocks.9.attentions.0.transformer_blocks.0.attn1.to_q"), [], None),
+        (lora(TEXT, width=768), [], SD1),
+        (lora(TEXT, width=1024), [], SD2),
+        (lora(TEXT, width=128), [], EMBEDDED),
+        (lora(TEXT.replace("q_proj", "out_proj"), width=768), [], None),
+        (lora(TEXT, width=768), [{CLIP_L: 1024}], None),
+        ({}, [{CLIP_L: 768}], SD1),
+        ({}, [{CLIP_L: 1024}], SD2),
+        ({}, [{CLIP_L: 5}], None),
+        ({}, [], None),
+    ],
+)
+def test_families_are_known_by_widths_and_layers(updates, vectors, expected) -> None:
+    assert recognised(updates, vectors) is expected
+
+
+def test_the_layers_of_the_families_are_those_of_their_models() -> None:
+    settings = [
+        (SD1, {"cross_attention_dim": 768, "attention_head_dim": 8}),
+        (SDXL, {
+            "cross_attention_dim": 2048,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+        }),
+    ]  # fmt: skip
+    for family, given in settings:
+        with torch.device("meta"):
+            assert cross_attention_layers(UNet2DConditionModel(**given)) == family.layers
+    assert EMBEDDED.layers == cross_attention_layers(toyland.load_pipeline().unet)
+    assert SD2.layers == SD1.layers
+    assert [one.is_xl for one in ARCHITECTURES] == [False, False, True, False]
+    assert [(one.kohya, one.base) for one in ARCHITECTURES] == [
+        ("sd_v1", "stable-diffusion-v1-5/stable-diffusion-v1-5"), ("sd_v2", ""), ("sdxl_base_v1-0", ""),
+        ("toyland", "toyland"),
+    ]  # fmt: skip
+
+
+def test_layers_of_an_unknown_family_are_those_that_it_names_in_the_models_order() -> None:
+    order = ["down_blocks.2", "down_blocks.10", "mid_block", "up_blocks.1"]
+    sites = [f"unet.{block}.{BLOCK}.attn{number}.to_k" for block in reversed(order) for number in (1, 2)]
+    sites.append("unet.up_blocks.1.attentions.0.transformer_blocks.10.attn1.to_q")
+    sites.append("unet.up_blocks.1.attentions.0.transformer_blocks.9.attn1.to_q")
+    named = tuple(f"{block}.{BLOCK}.attn2" for block in order)
+    named += tuple(f"up_blocks.1.attentions.0.transformer_blocks.{number}.attn2" for number in (9, 10))
+    assert layers_of(lora(*sites, width=7), 7) == named
+    assert layers_of(lora(*sites, width=7), 7, 6) == named
+    assert layers_of(lora(*sites, width=7), 7, 5) == ()
+    assert layers_of({}, None) == layers_of({}, 7) == ()
+    assert layers_of({}, 768) == layers_of({}, 768, 16) == SD1.layers
+    assert layers_of({}, 768, 15) == ()
+    assert layers_of(lora(KEY, width=2048), None) == SDXL.layers
+
+
+def test_layers_that_a_family_has_not_are_named() -> None:
+    strange = f"unet.up_blocks.0.{BLOCK}.attn1.to_q"
+    assert foreign_layers(lora(KEY, strange, TEXT, "unet.conv_in"), SD1) == [strange]
+
+
+@pytest.mark.parametrize(
+    ("width", "block", "problem"),
+    [
+        (768, "mid_block", ""),
+        (640, "mid_block", "its layers and widths are those of no Stable Diffusion known here"),
+        (768, "up_blocks.0", "layers that Stable Diffusion 1.x does not have: "),
+    ],
+)
+def test_a_summary_tells_what_fits_no_family(tmp_path: Path, width: int, block: str, problem: str) -> None:
+    halves = {"lora_A": torch.ones(2, width), "lora_B": torch.ones(8, 2)}
+    save_file(
+        {f"unet.{block}.{BLOCK}.attn2.to_k.{half}.weight": value for half, value in halves.items()},
+        tmp_path / "x.safetensors",
+    )
+    problems = summary_of_foreign(read_foreign(tmp_path / "x.safetensors"))["problems"]
+    assert [one[: len(problem)] for one in problems] == [problem] * bool(problem)
