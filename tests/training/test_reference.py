@@ -137,7 +137,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "learning_rate": 0.004,
         "text_encoder_lr": 0.004,
     },
-    "long embeddings": {"embedding_norm_threshold": 0.16, "max_train_steps": 3},
+    "long embeddings": {"embedding_norm_threshold": 0.2, "embedding_learning_rate": 20.0, "max_train_steps": 3},
     "warm-up": {"lr_warmup_steps": 2, "lr_scheduler": "linear", "max_train_steps": 4, "embedding_phase_steps": 2},
     "cosine": {"lr_scheduler": "cosine", "max_train_steps": 3},
     "polynomial": {"lr_scheduler": "polynomial", "lr_power": 2.0},
