@@ -1,6 +1,8 @@
 """Every error that a user can cause: what we got, what we expected, what to do."""
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -62,6 +64,18 @@ class MissingExtraError(MixOfShowError, ImportError):
 
 class MixOfShowWarning(UserWarning):
     """A call runs, but something that it asks for has no effect, or not the one expected."""
+
+
+_BETWEEN = ("diffusers_mixofshow", "diffusers", "torch", "contextlib")
+"""Packages whose lines lie between a user's line and what is to be told of it."""
+
+
+def warn(message: str) -> None:
+    """Warn with `MixOfShowWarning`, at the line of the user's that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, MixOfShowWarning, stacklevel=level)
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
+from diffusers_mixofshow.errors import PictureError, warn
 from diffusers_mixofshow.pictures import Opened, Source, open_upright, unit_range
 
 
@@ -71,7 +70,7 @@ def mask_of(source: Source, *, called: str) -> Mask:
     """Read a mask, and warn of what is odd about it; see `read_mask`."""
     mask = read_mask(source, called=called)
     for remark in mask.remarks:
-        warnings.warn(remark, MixOfShowWarning, stacklevel=2)
+        warn(remark)
     return mask
 
 

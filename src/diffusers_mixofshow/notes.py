@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import public_name
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
 KEY = "mixofshow"
@@ -108,11 +107,9 @@ def write_noted(path: Path, picture: Image.Image, kind: str, note: Mapping[str, 
     exif = _exif(text, content)
     if kind == "JPEG" and len(exif) > _LONGEST_EXIF:
         exif = _exif(text, None)
-        warnings.warn(
+        warn(
             f"{path} does not say how to draw it again: masks of regions make that longer than a JPEG can hold. "
-            "Write a PNG instead.",
-            MixOfShowWarning,
-            stacklevel=2,
+            "Write a PNG instead."
         )
     write_picture(path, picture, kind, exif=exif)
 

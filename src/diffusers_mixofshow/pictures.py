@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
+from diffusers_mixofshow.errors import PictureError, warn
 
 
 HEIF_SUFFIXES = (".heic", ".heif")
@@ -100,7 +99,7 @@ def read_image(source: Source, *, called: str) -> Image.Image:
     """Read a picture as upright RGB, and warn of what is odd about it; see `read_picture`."""
     picture = read_picture(source, called=called)
     for remark in picture.remarks:
-        warnings.warn(remark, MixOfShowWarning, stacklevel=2)
+        warn(remark)
     return picture.image
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.cli.base_model import load_base
 from diffusers_mixofshow.cli.control import Control, condition_image, with_adapters, with_controls
 from diffusers_mixofshow.cli.sample_options import GRAIN
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, PictureError
+from diffusers_mixofshow.errors import ConfigurationError, PictureError, warn
 
 
 if TYPE_CHECKING:
@@ -175,11 +174,9 @@ def sized_like(picture: Given, plan: Layout) -> Layout:
     scale = plan.width / own.width if plan.width else plan.height / own.height if plan.height else 1.0
     width, height = (max(GRAIN, round(side * scale / GRAIN) * GRAIN) for side in own.size)
     if scale == 1.0 and width * height > _LARGE:
-        warnings.warn(
+        warn(
             f"{picture.path} is drawn at its own size of {width} x {height} pixels, which takes long and much memory, "
-            "and is more than Stable Diffusion knows; --width or --height draws it smaller.",
-            MixOfShowWarning,
-            stacklevel=2,
+            "and is more than Stable Diffusion knows; --width or --height draws it smaller."
         )
     return replace(plan, width=plan.width or width, height=plan.height or height)
 

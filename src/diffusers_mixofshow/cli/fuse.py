@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, known_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
 if TYPE_CHECKING:
@@ -233,7 +232,7 @@ def _tell_of_what_is_idle(gathered: Sequence[Source], *, used: bool) -> None:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, MixOfShowWarning, stacklevel=3)
+    warn(text)
 
 
 def _brings_statistics(source: Source) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_bas
 from diffusers_mixofshow.cli.plans import plan_of_measuring, replaces
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.concepts import KINDS
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, meant
+from diffusers_mixofshow.errors import ConfigurationError, meant, warn
 from diffusers_mixofshow.progress import progress
 
 
@@ -292,7 +291,7 @@ def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[P
     listings = {placeholder: list_folder(Path(folder)) for placeholder, folder in folders.items()}
     for listing in listings.values():
         if listing.remarks:
-            warnings.warn(one_a_line(f"Photos in {listing.folder}", listing.remarks), MixOfShowWarning, stacklevel=2)
+            warn(one_a_line(f"Photos in {listing.folder}", listing.remarks))
     return {placeholder: list(listing.photos) for placeholder, listing in listings.items()}
 
 
@@ -358,11 +357,9 @@ def _drawn(packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_att
 def _warn_of_looks_left_out(packs: Mapping[str, EDLoRA], photos: Collection[str]) -> None:
     own = _toyland_concepts(packs, {})
     if left := [name for name in photos if name in own and own[name].kind != "scene"]:
-        warnings.warn(
+        warn(
             f"the looks of {', '.join(left)} are not read: what they should be is known of the pictures that Toyland "
-            "draws, and --photos gives others; without --photos they are read.",
-            MixOfShowWarning,
-            stacklevel=2,
+            "draws, and --photos gives others; without --photos they are read."
         )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.base_models import public_name
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
 if TYPE_CHECKING:
@@ -73,11 +72,7 @@ def warn_of_changes(path: Path, drawing: Drawing) -> None:
     before = _known_digests(notes.read_note(path))
     now = {_pack_name(source): pack.digest for source, pack in drawing.packs.items()} | _digests(drawing)
     if changed := [name for name, digest in now.items() if before.get(name, digest) != digest]:
-        warnings.warn(
-            f"{', '.join(changed)} changed since {path} was drawn; the picture will be another one.",
-            MixOfShowWarning,
-            stacklevel=2,
-        )
+        warn(f"{', '.join(changed)} changed since {path} was drawn; the picture will be another one.")
 
 
 def _known_digests(note: Mapping[str, Any]) -> dict[str, str]:

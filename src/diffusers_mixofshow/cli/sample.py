@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_d
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import check_distinct, split_prompt
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
 if TYPE_CHECKING:
@@ -182,9 +181,7 @@ def _warn_of_bare_names(plan: Layout, packs: Iterable[EDLoRA]) -> None:
         bare = re.compile(rf"(?<![\w<]){re.escape(concept.name)}(?![\w>])", re.IGNORECASE)
         found = next((match[0] for text in texts if (match := bare.search(text))), None)
         if found and not asked_for:
-            warnings.warn(
-                f"the prompt says {found}; did you mean {concept.placeholder}?", MixOfShowWarning, stacklevel=2
-            )
+            warn(f"the prompt says {found}; did you mean {concept.placeholder}?")
 
 
 def _texts(plan: Layout) -> list[str]:

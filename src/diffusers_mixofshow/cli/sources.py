@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
 
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def read_pack(source: str, base: str | None = None) -> EDLoRA:
     if not guess or opened.edlora.base_model:
         return opened.edlora
     told = f"{source} does not tell its base model; {guess} is taken; --base names another."
-    warnings.warn(told, MixOfShowWarning, stacklevel=2)
+    warn(told)
     return replace(opened.edlora, base_model=guess)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
 
 
@@ -28,7 +27,7 @@ def warn_of_concepts_spelt_alike(packs: Mapping[str, EDLoRA]) -> None:
         for concept in pack.concepts:
             spelt.setdefault(concept.placeholder.casefold(), {})[concept.placeholder] = None
     if alike := [" and ".join(names) for names in spelt.values() if len(names) > 1]:
-        warnings.warn(f"{'; '.join(alike)} are measured as different concepts.", MixOfShowWarning, stacklevel=2)
+        warn(f"{'; '.join(alike)} are measured as different concepts.")
 
 
 def agreed(
@@ -70,7 +69,7 @@ def agreed(
             f"is counted from it. Give it: --class-word {unknown[0].split()[0][1:-1]}=WORD."
         )
     if remarks:
-        warnings.warn("; ".join(remarks) + ".", MixOfShowWarning, stacklevel=2)
+        warn("; ".join(remarks) + ".")
     return {name: _with_concepts(pack, chosen) for name, pack in packs.items()}
 
 

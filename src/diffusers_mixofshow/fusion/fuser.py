@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,7 @@ import torch
 from diffusers_mixofshow.base_models import name_of
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.defects import listed
-from diffusers_mixofshow.errors import FusionError, MixOfShowWarning
+from diffusers_mixofshow.errors import FusionError, warn
 from diffusers_mixofshow.fusion.borrowing import refuse_unfusable
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect, differences
 from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, joined_residuals, packed
@@ -280,7 +279,7 @@ class GradientFuser:
             fate = f" for this fusion alone ({source.statistics.file} stays; GradientFuser.record replaces it)"
         elif place is not None and place.exists():
             fate = f", in place of what is in {place}"
-        warnings.warn(f"Statistics are recorded again{fate}: {why}.", MixOfShowWarning, stacklevel=2)
+        warn(f"Statistics are recorded again{fate}: {why}.")
 
     def _read_again(self, source: Source, sites: Sequence[str]) -> Source:
         """A source with the statistics that another process may have written just now."""

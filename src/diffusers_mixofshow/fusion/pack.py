@@ -6,7 +6,6 @@ import json
 import os
 import re
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
 from diffusers_mixofshow.edlora.folder import SOURCES, places, remove
 from diffusers_mixofshow.edlora.reading import read_metadata
-from diffusers_mixofshow.errors import FusionError, MixOfShowWarning, meant
+from diffusers_mixofshow.errors import FusionError, meant, warn
 from diffusers_mixofshow.fusion.precision import in_dtype
 from diffusers_mixofshow.fusion.prompts import PromptSet
 from diffusers_mixofshow.fusion.record import recorded
@@ -318,7 +317,7 @@ def packed(
         embeddings |= edlora.embeddings
     report = FusionReport.record(sources, settings, solution, record)
     for warning in FusionReport(report).warnings:
-        warnings.warn(warning, MixOfShowWarning, stacklevel=2)
+        warn(warning)
     return FusedPack(
         concepts=tuple(concept for edlora in edloras for concept in edlora.concepts),
         embeddings=embeddings,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +25,8 @@ from diffusers_mixofshow.errors import (
     EDLoRANotFoundError,
     FusionError,
     MixOfShowError,
-    MixOfShowWarning,
     OverwriteError,
+    warn,
 )
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
@@ -407,7 +406,7 @@ def statistics_in(path: Path, *, recorded_again: bool) -> SourceStatistics | Non
     except DamagedStatisticsError as error:
         if not recorded_again:
             raise
-        warnings.warn(f"Statistics are recorded again: {error.args[0]}.", MixOfShowWarning, stacklevel=2)
+        warn(f"Statistics are recorded again: {error.args[0]}.")
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -17,7 +16,7 @@ from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.file import STATISTICS_KEY
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, MixOfShowWarning
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, Architecture, layers_of, recognised
 from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, worded
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
@@ -113,7 +112,7 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
         told = f"embeddings that belong to it and are not in {EMBEDDINGS}/ beside it: {listed(lacking)}"
         found = replace(found, missing=told)
     for remark in filter(None, (*found.remarks, found.missing)):
-        warnings.warn(f"{path}: {remark}.", MixOfShowWarning, stacklevel=2)
+        warn(f"{path}: {remark}.")
     return found
 
 

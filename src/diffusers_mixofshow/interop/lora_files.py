@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError, MixOfShowWarning
+from diffusers_mixofshow.errors import EDLoRAFormatError, warn
 from diffusers_mixofshow.interop.architectures import recognised
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.names import kohya_name
@@ -57,7 +56,7 @@ def read_lora(path: Path) -> dict[str, LowRank]:
         remedy="Expected a LoRA of Stable Diffusion in the names of diffusers, PEFT or kohya.",
     )
     for remark in content.remarks:
-        warnings.warn(f"{path}: {remark}.", MixOfShowWarning, stacklevel=2)
+        warn(f"{path}: {remark}.")
     return dict(content.lora)
 
 

@@ -6,7 +6,6 @@ What `load_edlora`, `GradientFuser.fuse` and the command line are given goes thr
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from diffusers_mixofshow.edlora import EDLoRA, hub
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.merged import has_concepts
 from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
-from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming
 from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, read_foreign
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
@@ -56,7 +55,7 @@ class Opened:
     def tell(self) -> None:
         """Warn of the remarks."""
         for remark in self.remarks:
-            warnings.warn(f"{self.file}: {remark}.", MixOfShowWarning, stacklevel=3)
+            warn(f"{self.file}: {remark}.")
 
 
 def open_edlora(source: str | os.PathLike[str], *, layers: tuple[str, ...] = (), **where: Any) -> Opened:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from diffusers_mixofshow.conditioning.passes import PassHook
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import prompt_count
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
@@ -107,7 +106,7 @@ class MixOfShowAdapterPipeline(RefinedSampling, EDLoRALoader, StableDiffusionPip
         height, width = pixels[0].shape[-2:]
         strengths = _strengths(adapter_conditioning_scale, len(pixels))
         if 0 in strengths:
-            warnings.warn("An adapter with a strength of 0 has no effect.", MixOfShowWarning, stacklevel=3)
+            warn("An adapter with a strength of 0 has no effect.")
         features = self._adapter_features(pixels, strengths)
         features = [_for_each_picture(feature, arguments) for feature in features]
         with self._next_call_hooked(_adding(features)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -22,7 +21,7 @@ from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.models import quietly_if_embedded
-from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, meant
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, meant, warn
 from diffusers_mixofshow.lora import (
     adapted_components,
     adapter_names,
@@ -259,7 +258,7 @@ class EDLoRALoader:
         for name in self._adapters_of(names):
             if is_fused(self.components, name):
                 take_out_fused(self.components, self._given[name], name)
-                warnings.warn(_subtracted(name), MixOfShowWarning, stacklevel=2)
+                warn(_subtracted(name))
             if name in loaded or name not in adapter_names(self.components):  # else it is somebody else's by now
                 eject(self.components, name)
             self._given = {other: edlora for other, edlora in self._given.items() if other != name}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from diffusers_mixofshow.conditioning.attention import layerwise_attention, regi
 from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.conditioning.control import regional_control
 from diffusers_mixofshow.conditioning.passes import PassHook, hooked_passes
-from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
+from diffusers_mixofshow.errors import RegionError, warn
 from diffusers_mixofshow.pipelines.calls import separate_call
 from diffusers_mixofshow.pipelines.drafting import drafts_put_in
 from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, of_pictures
@@ -156,7 +155,7 @@ class RegionalSampling(LayerwisePrompts):
         finally:
             self._regions, self._canvas = outer, outer_canvas
         if remarks:
-            warnings.warn("; ".join(remarks) + ".", MixOfShowWarning, stacklevel=5)
+            warn("; ".join(remarks) + ".")
 
     def _enter_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
         """Install the attention of the regions for as long as the stack lives."""
@@ -210,7 +209,7 @@ def tell_idle(**given: object) -> None:
     idle = [f"`{name}`" for name, value in given.items() if value is not None]
     if idle:
         verb = "has" if len(idle) == 1 else "have"
-        warnings.warn(f"{' and '.join(idle)} {verb} no effect without regions.", MixOfShowWarning, stacklevel=4)
+        warn(f"{' and '.join(idle)} {verb} no effect without regions.")
 
 
 def regional_signature(parent: type, doc: str = REGIONS_DOC) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

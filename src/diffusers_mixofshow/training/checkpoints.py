@@ -11,7 +11,6 @@ import hashlib
 import io
 import re
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from accelerate import Accelerator
 from diffusers_mixofshow.atomic import refuse_overwriting, standing, write_probe, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.folder import places, remove
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.training.batches import CachedPhoto
 from diffusers_mixofshow.training.config import RATES, TrainingConfig
 
@@ -153,7 +152,7 @@ def starting_point(config: TrainingConfig) -> Path | None:
     path = find(Path(config.output_dir), wanted)
     if path is None:
         told = f"{config.output_dir} has no checkpoint yet, so the training begins at its start."
-        warnings.warn(told, MixOfShowWarning, stacklevel=2)
+        warn(told)
     return path
 
 
@@ -268,11 +267,7 @@ def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[
             "on, or set resume_from_checkpoint to None to begin anew."
         )
     if rates:
-        warnings.warn(
-            f"The training goes on from {path} with other rates: {'; '.join(changed[name] for name in rates)}.",
-            MixOfShowWarning,
-            stacklevel=2,
-        )
+        warn(f"The training goes on from {path} with other rates: {'; '.join(changed[name] for name in rates)}.")
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -7,7 +7,6 @@ later ones, as nothing has ever shown it there.
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from diffusers_mixofshow.concepts import Concept, replace_mention
-from diffusers_mixofshow.errors import MixOfShowWarning
+from diffusers_mixofshow.errors import warn
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.pictures import Photo
 
@@ -62,12 +61,10 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
     if not config.company or config.kind == "scene":
         return []
     if not masked:
-        warnings.warn(
+        warn(
             "No photo has a mask, so no pictures of the concept at several places are composed. With masks "
             "(masks/NAME.png, white is the concept, or photos that are cut out) it would keep its looks better beside "
-            "others. company 0 says that none are wanted.",
-            MixOfShowWarning,
-            stacklevel=2,
+            "others. company 0 says that none are wanted."
         )
         return []
     chance = random.Random(config.seed)

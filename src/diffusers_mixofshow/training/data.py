@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from diffusers_mixofshow.concepts import Concept, mentions_concept
-from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, TextError, TrainingDataError
+from diffusers_mixofshow.errors import PictureError, TextError, TrainingDataError, warn
 from diffusers_mixofshow.masks import read_alpha, read_mask
 from diffusers_mixofshow.pictures import PICTURE_SUFFIXES
 from diffusers_mixofshow.texts import read_text
@@ -112,7 +111,7 @@ def read_photos(
         more = f". Besides: {'; '.join(remarks)}" if remarks else ""
         raise TrainingDataError(f"{listing.folder} cannot be used for training: {'; '.join(defects)}{more}")
     if remarks:
-        warnings.warn(one_a_line(f"Photos in {listing.folder}", remarks), MixOfShowWarning, stacklevel=2)
+        warn(one_a_line(f"Photos in {listing.folder}", remarks))
     return photos
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora.reading import read_tensors
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, MixOfShowWarning
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.training.framing import Crop
 
 
@@ -86,13 +85,13 @@ def _read(path: Path, key: str, crops: int) -> tuple[torch.Tensor, torch.Tensor]
     except EDLoRANotFoundError:
         return None
     except EDLoRAFormatError as error:
-        warnings.warn(f"Latents are computed again: {error}", MixOfShowWarning, stacklevel=2)
+        warn(f"Latents are computed again: {error}")
         return None
     whole = tensors.keys() == _NAMES and all(
         len(part) == crops and part.dtype == torch.float32 and bool(part.isfinite().all()) for part in tensors.values()
     )
     if not whole or metadata.get(_KEY) != key or tensors["mean"].shape != tensors["deviation"].shape:
-        warnings.warn(f"Latents are computed again: {path} is of something else.", MixOfShowWarning, stacklevel=2)
+        warn(f"Latents are computed again: {path} is of something else.")
         return None
     return tensors["mean"], tensors["deviation"]
 

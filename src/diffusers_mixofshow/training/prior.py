@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.atomic import write_picture
-from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, TrainingDataError
+from diffusers_mixofshow.errors import PictureError, TrainingDataError, warn
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.folders import few, list_folder, one_a_line
 from diffusers_mixofshow.training.pictures import Photo, read_visible
@@ -56,7 +55,7 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
         raise TrainingDataError(f"{folder}: these pictures of the class cannot be read: {'; '.join(defects)}")
     remarks += few([listing.name(path) for path in left], f"is {_SURPLUS}", f"are {_SURPLUS}")
     if remarks and not drawing:  # told once, when they are read for use
-        warnings.warn(one_a_line(f"Pictures of the class in {folder}", remarks), MixOfShowWarning, stacklevel=2)
+        warn(one_a_line(f"Pictures of the class in {folder}", remarks))
     return photos
 
 

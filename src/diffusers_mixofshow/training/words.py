@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.errors import ConceptError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConceptError, warn
 
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ConceptError(f"Concept {concept.placeholder!r}: {'; '.join(defects)}.")
     if len(pieces) > 1:
         unknown = [word for word in concept.class_word.split() if len(tokenizer.tokenize(word)) > 1]
-        warnings.warn(_about_pieces(concept, pieces, unknown, list(vocabulary)), MixOfShowWarning, stacklevel=2)
+        warn(_about_pieces(concept, pieces, unknown, list(vocabulary)))
 
 
 def _about_pieces(concept: Concept, pieces: list[str], unknown: list[str], vocabulary: list[str]) -> str:
