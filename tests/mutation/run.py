@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "diffusers_mixofshow"
 STORE = ROOT / ".mutation"
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL.Image", "pytest", "typer.testing")
-# Seconds of tests, as recorded: tried first, and at most.
-FIRST, MOST = 40.0, 240.0
+FIRST = 20.0
+"""Seconds of tests, as recorded, that are tried first."""
 
 
 class TestMap:
@@ -106,9 +106,9 @@ def record_map(folder: Path) -> None:
 class Bench:
     """A copy of the checkout in which one mutant at a time is tried."""
 
-    def __init__(self, folder: Path, tests: TestMap) -> None:
+    def __init__(self, folder: Path, tests: TestMap, most: float) -> None:
         self._folder = folder / "checkout"
-        self._map = tests
+        self._map, self._most = tests, most
         self._sound: dict[str, bool] = {}
         listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines():
@@ -134,8 +134,10 @@ class Bench:
                     file.write_bytes(source)
                     if failed is None:
                         break
-                    if self._passes(failed):
-                        return "killed", failed
+                    if self._passes(failed, chosen):
+                        return "killed", failed or "none can be imported"
+                    if failed == "":
+                        raise SystemExit(f"Tests of the map are gone: {chosen}. Record it again with --map.")
                     chosen = [test for test in chosen if test != failed and self._sound.get(test, True)]
             return "survived", f"{len(tests)} tests run its function"
         finally:
@@ -148,14 +150,16 @@ class Bench:
             spent += self._map.seconds.get(test, 1.0)
             if spent < FIRST or not first:
                 first.append(test)
-            elif spent < MOST:
+            elif spent < self._most:
                 rest.append(test)
         return [portion for portion in (first, rest) if portion]
 
-    def _passes(self, test: str) -> bool:
+    def _passes(self, test: str, tests: Sequence[str]) -> bool:
+        """Whether, without the mistake, a test passes; where none could run, whether all can be imported."""
+        if test == "":
+            return self._first_failure(tests, "--collect-only") is None
         if test not in self._sound:
-            # A mistake that keeps the tests from being imported, or from ending, is noticed as well.
-            self._sound[test] = test in ("", "timeout") or self._first_failure([test]) is None
+            self._sound[test] = test == "timeout" or self._first_failure([test]) is None
         return self._sound[test]
 
     def _first_failure(self, tests: Sequence[str], *options: str) -> str | None:
@@ -215,7 +219,7 @@ def _wait(child: int, seconds: float) -> int | None:
 
 
 def draw(paths: Sequence[Path], sample: int, seed: int, changed: dict[str, set[int]] | None) -> list[Mutant]:
-    """A random sample; each folder has its share, and where it has as many at least eight."""
+    """A random sample; each folder has its share, and where it has as many at least six."""
     groups: dict[str, list[Mutant]] = defaultdict(list)
     for path in paths:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
@@ -226,7 +230,7 @@ def draw(paths: Sequence[Path], sample: int, seed: int, changed: dict[str, set[i
     total = sum(map(len, groups.values()))
     chosen = []
     for _, group in sorted(groups.items()):
-        count = max(min(8, sample), round(sample * len(group) / total))
+        count = max(min(6, sample), round(sample * len(group) / total))
         chosen += dice.sample(group, min(count, len(group)))
     dice.shuffle(chosen)
     return chosen
@@ -246,12 +250,12 @@ def changed_lines(since: str) -> dict[str, set[int]]:
     return lines
 
 
-def try_all(chosen: Sequence[Mutant], processes: int) -> list[tuple[Mutant, str, str]]:
+def try_all(chosen: Sequence[Mutant], processes: int, most: float) -> list[tuple[Mutant, str, str]]:
     """The verdict on each mutant, printed as it falls; several are tried at once, each in a copy of its own."""
     results = []
     with (
         tempfile.TemporaryDirectory(prefix="mutants-") as folder,
-        get_context("fork").Pool(processes, _open_bench, [Path(folder)]) as pool,
+        get_context("fork").Pool(processes, _open_bench, [Path(folder), most]) as pool,
     ):
         for result in pool.imap_unordered(_attempt, chosen):
             results.append(result)
@@ -259,10 +263,10 @@ def try_all(chosen: Sequence[Mutant], processes: int) -> list[tuple[Mutant, str,
     return results
 
 
-def _open_bench(folder: Path) -> None:
+def _open_bench(folder: Path, most: float) -> None:
     """In each process: its copy of the checkout."""
     global _bench
-    _bench = Bench(folder / str(os.getpid()), TestMap(STORE))
+    _bench = Bench(folder / str(os.getpid()), TestMap(STORE), most)
 
 
 def _attempt(mutant: Mutant) -> tuple[Mutant, str, str]:
@@ -277,8 +281,9 @@ def report(results: Sequence[tuple[Mutant, str, str]], arguments: argparse.Names
     table = {name: {"mutants": len(all_), "killed": all_.count("killed")} for name, all_ in sorted(folders.items())}
     killed = sum(row["killed"] for row in table.values())
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    settings = {name: getattr(arguments, name) for name in ("sample", "seed", "seconds")}
     return {
-        "command": f"tests/mutation/run.py --sample {arguments.sample} --seed {arguments.seed}",
+        "command": " ".join(["run.py", *(f"--{name} {value}" for name, value in settings.items())]),
         "commit": commit,
         "mutants": len(results),
         "killed": killed,
@@ -296,6 +301,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--changed-since", help="only lines that differ from this commit")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many are tried at once")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of tests, at most, for each mutant")
     parser.add_argument("--map", action="store_true", help="record anew which test runs which function")
     parser.add_argument("--report", type=Path, help="a JSON file for the result")
     arguments = parser.parse_args()
@@ -305,7 +311,7 @@ def main() -> None:
         importlib.import_module(name)
     changed = changed_lines(arguments.changed_since) if arguments.changed_since else None
     chosen = draw([path.resolve() for path in arguments.paths], arguments.sample, arguments.seed, changed)
-    result = report(try_all(chosen, arguments.processes), arguments)
+    result = report(try_all(chosen, arguments.processes, arguments.seconds), arguments)
     print(json.dumps(result, indent=2))
     if arguments.report:
         arguments.report.write_text(json.dumps(result, indent=2) + "\n")
