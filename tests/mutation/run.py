@@ -116,8 +116,6 @@ class Bench:
                 target = self._folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, target)
-        if self._first_failure(["tests"], "--collect-only") is not None:
-            raise SystemExit("The tests cannot be collected even without a mistake.")
 
     def verdict(self, mutant: Mutant) -> tuple[str, str]:
         """Whether a mutant is 'killed', by which test, or 'survived' or is 'untested'."""
@@ -137,7 +135,7 @@ class Bench:
                     if self._passes(failed, chosen):
                         return "killed", failed or "none can be imported"
                     if failed == "":
-                        raise SystemExit(f"Tests of the map are gone: {chosen}. Record it again with --map.")
+                        raise RuntimeError(f"Tests of the map are gone: {chosen}. Record it again with --map.")
                     chosen = [test for test in chosen if test != failed and self._sound.get(test, True)]
             return "survived", f"{len(tests)} tests run its function"
         finally:
