@@ -56,6 +56,8 @@ class TestMap:
             self.seconds |= found["seconds"]
             for key, tests in found["functions"].items():
                 self._functions[key] |= set(tests)
+        known = _collected()
+        self.seconds = {test: seconds for test, seconds in self.seconds.items() if test in known}
         for test in self.seconds:
             self._of_file[test.split("::")[0]].append(test)
 
@@ -69,7 +71,7 @@ class TestMap:
         files = defaultdict(set)
         for mark in marks - {""}:
             file = mark.split("::")[0]
-            files[file] |= {mark} if "::" in mark else set(self._of_file[file])
+            files[file] |= {mark} & self.seconds.keys() if "::" in mark else set(self._of_file[file])
         folder = mutant.path.split("/")[2].removesuffix(".py")
 
         def worth(file: str) -> tuple[bool, float]:
@@ -80,6 +82,13 @@ class TestMap:
         for file in sorted(files, key=worth):
             ordered += _by_function(sorted(files[file], key=lambda test: self.seconds.get(test, 1.0)))
         return ordered
+
+
+def _collected() -> set[str]:
+    """The tests that there are; a map may be older, and some names have the checkout's place in them."""
+    listed = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
+    text = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {line for line in text.splitlines() if "::" in line}
 
 
 def _by_function(tests: Sequence[str]) -> list[str]:
@@ -135,7 +144,7 @@ class Bench:
                     if self._passes(failed, chosen):
                         return "killed", failed or "none can be imported"
                     if failed == "":
-                        raise RuntimeError(f"Tests of the map are gone: {chosen}. Record it again with --map.")
+                        raise RuntimeError(f"Tests of the map are gone: {chosen}. Is something else changing them?.")
                     chosen = [test for test in chosen if test != failed and self._sound.get(test, True)]
             return "survived", f"{len(tests)} tests run its function"
         finally:
@@ -251,9 +260,10 @@ def changed_lines(since: str) -> dict[str, set[int]]:
 def try_all(chosen: Sequence[Mutant], processes: int, most: float) -> list[tuple[Mutant, str, str]]:
     """The verdict on each mutant, printed as it falls; several are tried at once, each in a copy of its own."""
     results = []
+    tests = TestMap(STORE)
     with (
         tempfile.TemporaryDirectory(prefix="mutants-") as folder,
-        get_context("fork").Pool(processes, _open_bench, [Path(folder), most]) as pool,
+        get_context("fork").Pool(processes, _open_bench, [Path(folder), tests, most]) as pool,
     ):
         for result in pool.imap_unordered(_attempt, chosen):
             results.append(result)
@@ -261,10 +271,10 @@ def try_all(chosen: Sequence[Mutant], processes: int, most: float) -> list[tuple
     return results
 
 
-def _open_bench(folder: Path, most: float) -> None:
+def _open_bench(folder: Path, tests: TestMap, most: float) -> None:
     """In each process: its copy of the checkout."""
     global _bench
-    _bench = Bench(folder / str(os.getpid()), TestMap(STORE), most)
+    _bench = Bench(folder / str(os.getpid()), tests, most)
 
 
 def _attempt(mutant: Mutant) -> tuple[Mutant, str, str]:

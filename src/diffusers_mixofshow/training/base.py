@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import TOYLAND, not_loadable
+from diffusers_mixofshow.base_models import TOYLAND, in_dtype, not_loadable
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -28,12 +28,15 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
 
     name = config.pretrained_model_name_or_path
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    given = in_dtype(torch.float32 if name == TOYLAND else dtypes[config.mixed_precision])
+    load = partial(
+        StableDiffusionPipeline.from_pretrained, safety_checker=None, requires_safety_checker=False, **given
+    )
     try:
-        load = partial(StableDiffusionPipeline.from_pretrained, safety_checker=None, requires_safety_checker=False)
         pipeline: StableDiffusionPipeline = load_model(name, load)
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
-    return pipeline.to(torch.float32 if name == TOYLAND else dtypes[config.mixed_precision])
+    return pipeline
 
 
 def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
