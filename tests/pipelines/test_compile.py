@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
+import tiny
 from diffusers_mixofshow.regions import Isolation, Region
 from pipelines.conftest import SETTINGS
 
@@ -38,6 +40,25 @@ def _forget_compiled():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def components():
+    """With a U-Net of one block down and one up, as tracing takes seconds for each."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32,),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    return tiny.components() | {"unet": unet.eval()}
 
 
 _PLACED = {"regions": [Region("a <potter>", box=LEFT), Region("a dog", box=RIGHT)]}
