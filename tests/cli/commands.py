@@ -1,7 +1,17 @@
-"""What the command line offers, so that a table in a test can be held against it."""
+"""What the command line offers, so that a table in a test can be held against it, and how tests run it."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import huggingface_hub
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 from typer.main import get_command
 
 from diffusers_mixofshow import cli
@@ -18,3 +28,39 @@ def named_in(*rows: object) -> set[str]:
     if all(isinstance(row, str) for row in rows):
         return {row for row in rows if row.startswith("--")}
     return set().union(*(named_in(row) if isinstance(row, str) else named_in(*row) for row in rows))
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``mixofshow`` in a process forked from this one, which has imported torch and diffusers already."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if child == 0:
+            _become_the_command(arguments, cwd, output.fileno(), errors.fileno())
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())
+
+
+def _become_the_command(arguments: tuple[str, ...], cwd: Path | None, output: int, errors: int) -> None:
+    """Do what a new process would, and end. What libraries read from the environment at import is set by hand."""
+    code: object = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        os.chdir(cwd or Path.cwd())
+        os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+        sys.argv = ["mixofshow", *arguments]
+        cli.main()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import packs
 import tiny
+from cli.commands import run
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_region
 from diffusers_mixofshow.cli.sample import numbered
@@ -37,16 +38,6 @@ def tiny_base(tmp_path: Path) -> Path:
     return folder
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "COLUMNS": "100",
-        "NO_COLOR": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, env=environment, check=False, cwd=cwd)
-
-
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_an_example_in_its_help(verb: str) -> None:
     result = CliRunner().invoke(cli.app, [verb, "--help"])
@@ -66,7 +57,9 @@ def test_help_imports_no_heavy_module() -> None:
 
 
 def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
-    result = run("inspect", "/no/such/file")
+    command = [*RUN, "inspect", "/no/such/file"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == cli.WRONG_USE
     assert result.stdout == ""
     assert result.stderr.startswith("Error: ")
