@@ -72,7 +72,6 @@ class TestMap:
         for mark in marks - {""}:
             file = mark.split("::")[0]
             files[file] |= {mark} & self.seconds.keys() if "::" in mark else set(self._of_file[file])
-        folder = mutant.path.split("/")[2].removesuffix(".py")
 
         def worth(file: str) -> tuple[bool, float]:
             seconds = sorted(self.seconds.get(test, 1.0) for test in files[file])
