@@ -194,6 +194,7 @@ def test_a_base_that_cannot_be_loaded_says_why_and_what_may_be_meant(tmp_path: P
 def test_words_of_errors() -> None:
     assert first_line(ValueError("  one.\ntwo")) == "one"
     assert first_line(ValueError("...")) == ""
+    assert first_line(ValueError("no fax.")) == "no fax"
     assert first_line(KeyError()) == "KeyError"
     assert meant("rexx", ["tom", "rex"]) == " Did you mean rex?"
     assert meant("rex", iter(["tom"])) == ""

@@ -275,6 +275,11 @@ def test_condition_number_of_a_diagonal() -> None:
     assert condition_number(matrix, matrix.inverse()) == pytest.approx(8)
 
 
+def test_condition_number_is_of_the_largest_column_sums() -> None:
+    matrix = torch.tensor([[2.0, 1.0], [0.0, 1.0]]).double()
+    assert condition_number(matrix, torch.tensor([[0.5, -0.5], [0.0, 1.0]]).double()) == pytest.approx(2 * 1.5)
+
+
 def test_residual_of_a_low_rank_factor_is_that_of_its_matrix() -> None:
     updates, features = _concepts(2)
     factor = Spectrum.of(features[0] @ features[0].T).leading(4)

@@ -1,8 +1,8 @@
 """Measure which plausible mistakes the tests notice: `make mutants`.
 
 Each mutant is one mistake in one file (see `mutants.py`). It is tried in a copy of the checkout, in a process forked
-from one that has imported torch and diffusers already, with the tests that run the mistaken function: first those of
-the folder of the same name, quick ones before slow ones. A test that fails is run once more without the mistake, and
+from one that has imported torch and diffusers already, with the tests that run the mistaken function: first those that
+run few others. A test that fails is run once more without the mistake, and
 only counts if it passes then. What no test notices is printed, to be read one by one.
 
     python tests/mutation/run.py --sample 300 --seed 0              # over all of src/
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
@@ -51,36 +51,30 @@ class TestMap:
         self.seconds: dict[str, float] = {}
         self._functions: dict[str, set[str]] = defaultdict(set)
         self._of_file: dict[str, list[str]] = defaultdict(list)
+        self._breadth: Counter[str] = Counter()  # how many functions a test runs
         for path in sorted(folder.glob("functions-*.json")):
             found = json.loads(path.read_text())
             self.seconds |= found["seconds"]
             for key, tests in found["functions"].items():
                 self._functions[key] |= set(tests)
+                self._breadth.update(tests)
         known = _collected()
         self.seconds = {test: seconds for test, seconds in self.seconds.items() if test in known}
         for test in self.seconds:
             self._of_file[test.split("::")[0]].append(test)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that run a mutant's function, or, of what runs at import, its file: those worth most first."""
+        """The tests that run a mutant's function, or, of what runs at import, its file: the most particular first."""
         marks = self._functions.get(f"{mutant.path}:{mutant.function}")
         if marks is None:
-            marks = set().union(
-                *(tests for key, tests in self._functions.items() if key.startswith(f"{mutant.path}:"))
-            )
-        files = defaultdict(set)
-        for mark in marks - {""}:
-            file = mark.split("::")[0]
-            files[file] |= {mark} & self.seconds.keys() if "::" in mark else set(self._of_file[file])
-
-        def worth(file: str) -> tuple[bool, float]:
-            seconds = sorted(self.seconds.get(test, 1.0) for test in files[file])
-            return f"/{folder}/" not in file and f"test_{folder}" not in file, sum(seconds[:5])
-
-        ordered = []
-        for file in sorted(files, key=worth):
-            ordered += _by_function(sorted(files[file], key=lambda test: self.seconds.get(test, 1.0)))
-        return ordered
+            of_file = [tests for key, tests in self._functions.items() if key.startswith(f"{mutant.path}:")]
+            marks = set().union(*of_file)
+        if not marks:  # a module without functions
+            folder = mutant.path.split("/")[2].removesuffix(".py")
+            marks = {file for file in self._of_file if file.startswith((f"tests/{folder}/", f"tests/test_{folder}"))}
+        tests = {mark for mark in marks if mark in self.seconds}
+        tests |= {test for mark in marks for test in self._of_file.get(mark, ())}
+        return sorted(tests, key=lambda test: (self._breadth[test], self.seconds[test], test))
 
 
 def _collected() -> set[str]:
@@ -88,17 +82,6 @@ def _collected() -> set[str]:
     listed = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
     text = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return {line for line in text.splitlines() if "::" in line}
-
-
-def _by_function(tests: Sequence[str]) -> list[str]:
-    """One case of every test function first, then the others' second cases, and so on."""
-    seen: dict[str, int] = defaultdict(int)
-    rounds = []
-    for number, test in enumerate(tests):
-        function = test.split("[")[0]
-        rounds.append((seen[function], number, test))
-        seen[function] += 1
-    return [test for _, _, test in sorted(rounds)]
 
 
 def record_map(folder: Path) -> None:
@@ -150,7 +133,7 @@ class Bench:
             file.write_bytes(source)
 
     def _portions(self, tests: Sequence[str]) -> Iterable[list[str]]:
-        """First a few quick tests, then more."""
+        """First a few tests, then more."""
         first, rest, spent = [], [], 0.0
         for test in tests:
             spent += self._map.seconds.get(test, 1.0)
@@ -158,7 +141,8 @@ class Bench:
                 first.append(test)
             elif spent < self._most:
                 rest.append(test)
-        return [portion for portion in (first, rest) if portion]
+        # Tests of one file, which share models, stay together.
+        return [sorted(portion, key=lambda test: test.split("::")[0]) for portion in (first, rest) if portion]
 
     def _passes(self, test: str, tests: Sequence[str]) -> bool:
         """Whether, without the mistake, a test passes; where none could run, whether all can be imported."""

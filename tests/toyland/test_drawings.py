@@ -1,7 +1,7 @@
-"""The drawn world stays what the embedded base was trained on: pictures and captions of an earlier day, kept in files.
+"""The drawn world stays what the embedded base was trained on: pictures and captions of an earlier day.
 
-``drawn.png`` and ``captions.txt`` are written by ``python tests/toyland/test_drawings.py``; a change of the world needs
-a base trained anew.
+``python tests/toyland/test_drawings.py`` writes ``drawn.png`` and ``captions.txt``; a change of the world needs a base
+trained anew.
 """
 
 from __future__ import annotations
