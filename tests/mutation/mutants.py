@@ -49,7 +49,7 @@ class Mutant:
 
     path: str
     line: int
-    function: int  # the first line of the function it is in, decorators included; 0 outside of functions
+    function: str  # qualified name of the function it is in; empty outside of functions
     kind: str
     start: int
     end: int
@@ -77,19 +77,26 @@ def mutants_of(path: Path, root: Path) -> list[Mutant]:
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         name = path.relative_to(root).as_posix()
-        inside = max((first for first, body, last in functions if body <= node.lineno <= last), default=0)
+        inside = [name for name, first, last in functions if first <= node.lineno <= last]
         before = source[start:end].decode()
-        found[start, end, after] = Mutant(name, node.lineno, inside, kind, start, end, before, after)
+        found[start, end, after] = Mutant(
+            name, node.lineno, inside[-1] if inside else "", kind, start, end, before, after
+        )
     return list(found.values())
 
 
-def _functions_of(tree: ast.AST) -> list[tuple[int, int, int]]:
-    """Of every function: its first line, decorators included, the first of its body, and its last."""
-    return [
-        (min([node.lineno, *(each.lineno for each in node.decorator_list)]), node.body[0].lineno, node.end_lineno)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
+def _functions_of(node: ast.AST, outer: str = "") -> list[tuple[str, int, int]]:
+    """Of every function: its qualified name as Python writes it, and the lines of its body; inner ones later."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        name = outer
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.append((outer + child.name, child.body[0].lineno, child.end_lineno))
+            name = f"{outer}{child.name}.<locals>."
+        elif isinstance(child, ast.ClassDef):
+            name = f"{outer}{child.name}."
+        found += _functions_of(child, name)
+    return found
 
 
 def _changes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, str]]:

@@ -63,6 +63,8 @@ def test_lines_are_those_of_the_mistakes(tmp_path):
 
 
 def test_mistakes_know_their_function(tmp_path):
-    code = "x = a + b\n@c\ndef f(d=a + b):\n    y = a + b\n\n    def g():\n        return a + b\n"
-    _, found = _mutated(tmp_path, code)
-    assert sorted((m.line, m.function) for m in found if m.kind == "operator") == [(1, 0), (3, 0), (4, 2), (7, 6)]
+    lines = ["x = a + b", "@c", "def f(d=a + b):", "    y = a + b", "", "    def g():", "        return a + b"]
+    lines += ["class C:", "    e = a + b", "    def m(self):", "        return a + b"]
+    _, found = _mutated(tmp_path, "\n".join(lines) + "\n")
+    functions = {mutant.line: mutant.function for mutant in found if mutant.kind == "operator"}
+    assert functions == {1: "", 3: "", 4: "f", 7: "f.<locals>.g", 9: "", 11: "C.m"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from collections import defaultdict
@@ -28,7 +29,9 @@ def _note(frame: FrameType, event: str, argument: object) -> None:
     code = frame.f_code
     if code not in _keys:
         name = code.co_filename
-        _keys[code] = f"{name[name.index(_PART) :]}:{code.co_firstlineno}" if _PART in name else None
+        # What a comprehension or a lambda runs, its function runs.
+        function = re.sub(r"(\.<locals>)?\.?<(?!locals).*$", "", code.co_qualname)
+        _keys[code] = f"{name[name.index(_PART) :]}:{function}" if _PART in name else None
     if (key := _keys[code]) is not None:
         _met[key].add(_now)
 
