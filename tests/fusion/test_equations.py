@@ -94,7 +94,10 @@ def features(
     hooks = []
     for site in sites:
         component, path = site.split(".", 1)
-        module = pipe.components[component].get_submodule(path.removeprefix("text_model."))
+        model = pipe.components[component]
+        # transformers before 5.6 has a module of that name.
+        inner = model if component == "unet" else getattr(model, "text_model", model)
+        module = inner.get_submodule(path.removeprefix("text_model."))
 
         def keep(_module: Any, inputs: tuple[torch.Tensor, ...], site: str = site) -> None:
             seen[site].append(inputs[0].detach().double().flatten(end_dim=-2))
