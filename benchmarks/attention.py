@@ -43,7 +43,7 @@ from diffusers_mixofshow import Concept, EDLoRA, MixOfShowPipeline, MixOfShowWar
 from diffusers_mixofshow.conditioning.attention import RegionPlan
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.evaluation import record
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.toyland import path as toyland_path
 
 

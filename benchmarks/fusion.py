@@ -24,10 +24,11 @@ import torch
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.evaluation import record
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import FusionSource, GradientFuser
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors, closed_form, factorise
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
 RECORDS = Path(__file__).parent / "records"
@@ -153,7 +154,7 @@ def sizes() -> dict[str, tuple[int, int]]:
 def synthetic_statistics(path: Path) -> SourceStatistics:
     """One concept's statistics, with a decaying spectrum; all synthetic concepts share them."""
     generator, concept = torch.Generator().manual_seed(0), ConceptStatistics()
-    for name, width in {input_name(site): shape[1] for site, shape in sizes().items()}.items():
+    for name, width in {STABLE_DIFFUSION.input_of(site): shape[1] for site, shape in sizes().items()}.items():
         features = torch.randn(2048, width, generator=generator) * torch.logspace(0, -2, width)
         concept.add(name, features)
     statistics = SourceStatistics(digest="", base_model="synthetic", recording={}, concepts={"<c>": concept})

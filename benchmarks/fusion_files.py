@@ -30,9 +30,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.evaluation import record
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
 RANK = 4
@@ -70,7 +71,7 @@ def synthetic_statistics(shapes: dict[str, tuple[int, int]], path: Path) -> Path
     """One concept's statistics of every input, with decaying spectra."""
     if not path.exists():
         generator, concept = torch.Generator().manual_seed(0), ConceptStatistics()
-        for name, width in {input_name(site): shape[1] for site, shape in shapes.items()}.items():
+        for name, width in {STABLE_DIFFUSION.input_of(site): shape[1] for site, shape in shapes.items()}.items():
             concept.add(name, torch.randn(ROWS, width, generator=generator) * torch.logspace(0, -2, width))
         path.parent.mkdir(parents=True, exist_ok=True)
         SourceStatistics(digest="", base_model="synthetic", recording={}, concepts={"<c>": concept}).save(path)

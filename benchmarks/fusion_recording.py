@@ -21,10 +21,10 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_mixofshow.evaluation import record
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
 
 
 def random_pipeline(*, tiny: bool) -> MixOfShowPipeline:

@@ -48,9 +48,9 @@ from diffusers_mixofshow.evaluation.identity import Identity, Subject, mean_iden
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import reads_text
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
 
 
@@ -78,8 +78,8 @@ SETTINGS = (
 
 LAYERS: Mapping[str, Callable[[str], bool]] = {
     "text-encoder": lambda site: site.startswith("text_encoder."),
-    "text-kv": reads_text,
-    "spatial": lambda site: site.startswith("unet.") and not reads_text(site),
+    "text-kv": STABLE_DIFFUSION.reads_text,
+    "spatial": lambda site: site.startswith("unet.") and not STABLE_DIFFUSION.reads_text(site),
 }
 """Groups of layers, as fusion records them one after another."""
 

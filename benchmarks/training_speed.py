@@ -43,7 +43,7 @@ from torch.nn import functional
 
 from diffusers_mixofshow import EDLoRATrainer, MixOfShowWarning, toyland
 from diffusers_mixofshow.evaluation import record
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.training import TrainingConfig
 
 

@@ -10,7 +10,7 @@ from transformers import CLIPTextModelWithProjection
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 
 
 def random_pack(

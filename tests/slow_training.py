@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.batches import Batch
 

@@ -29,7 +29,7 @@ RANK_OF = {
     "progress": 0,
     "regions": 0,
     "sharing": 0,
-    "sites": 0,
+    "families": 0,
     "edlora": 1,
     "interop": 1,
     "sheets": 1,
@@ -50,9 +50,11 @@ RANK_OF = {
 }
 # Imports between parts of one rank. Everybody may import errors; a mask is a picture first, and regions are read from
 # masks and texts, and written whole; interop translates other files to and from an EDLoRA; Toyland's judge is one
-# of those that evaluate; the verb `demo` starts the demo.
+# of those that evaluate; the verb `demo` starts the demo; names of base models are their
+# families'.
 SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo"), ("evaluation", "toyland")}
 SIDEWAYS |= {
+    ("base_models", "families"),
     ("masks", "pictures"),
     ("regions", "pictures"),
     ("regions", "masks"),

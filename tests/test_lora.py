@@ -16,8 +16,8 @@ import tiny
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.families.layers import adapted_layers
 from diffusers_mixofshow.lora import eject, inject, merged, trainable
-from diffusers_mixofshow.sites import adapted_layers
 
 
 @pytest.fixture(params=["flat", "nested"])

@@ -11,19 +11,20 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
+from diffusers_mixofshow.families.recognition import BASE_MODELS
+from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1
 
 
 if TYPE_CHECKING:
     import torch
 
 
-TOYLAND = "toyland"
+TOYLAND = EMBEDDED.id
 """Names the base model that ships in the package, in place of a Hub id."""
 
 _IN_CACHE = re.compile(r"/models--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]{40}$")
 _LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
 """How a path begins that cannot be a Hub id."""
-_GUIDANCE, _GUIDANCE_OF_TOYLAND = 7.5, 3.0
 
 
 def known_spelling(base_model: str) -> str:
@@ -82,10 +83,15 @@ def public_name(source: str) -> str:
     return PureWindowsPath(known).name if _LOCAL.match(known) else known
 
 
+def license_of(base_model: str) -> str:
+    """The licence of a base model, as the Hub spells it; empty where the package does not know it."""
+    return next((one.license for one in BASE_MODELS if base_model and base_model in (one.id, *one.other_ids)), "")
+
+
 def usual_guidance(base_model: str) -> float:
     """The guidance scale that a base model draws well with: diffusers' default, or what Toyland measured best."""
     if known_spelling(base_model) == TOYLAND:
-        return _GUIDANCE_OF_TOYLAND
+        return EMBEDDED.guidance
     return guidance_of_unet(_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
 
 
@@ -98,7 +104,7 @@ def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
     shipped = _configuration(Path(location_of(TOYLAND), "unet", "config.json"))
     told = {name: value for name, value in shipped.items() if not name.startswith("_")}
     is_toyland = bool(told) and all(_plain(configuration.get(name)) == value for name, value in told.items())
-    return _GUIDANCE_OF_TOYLAND if is_toyland else _GUIDANCE
+    return EMBEDDED.guidance if is_toyland else SD1.guidance
 
 
 def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -20,8 +20,8 @@ from torch import nn
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.layers import adapted_layers, canonical_name, components_with_sites, linear_layers
 from diffusers_mixofshow.sharing import changing
-from diffusers_mixofshow.sites import adapted_layers, canonical_name, components_with_sites, linear_layers
 
 
 _TRAINING_ADAPTER = "edlora_training"

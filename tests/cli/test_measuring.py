@@ -114,7 +114,7 @@ def test_a_pushed_pack_takes_its_numbers_along(options, place, tmp_path, loopbac
 def test_toyland_needs_neither_photos_nor_a_metric_model(tmp_path, monkeypatch):
     from diffusers_mixofshow import toyland
     from diffusers_mixofshow.concepts import Concept
-    from diffusers_mixofshow.sites import cross_attention_layers
+    from diffusers_mixofshow.families.layers import cross_attention_layers
 
     layers = cross_attention_layers(toyland.load_pipeline().unet)
     bobo = Concept.from_name("bobo", "critter", kind="character")

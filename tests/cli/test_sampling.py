@@ -364,8 +364,8 @@ def test_the_command_line_draws_what_the_demo_draws(tmp_path, monkeypatch) -> No
     from diffusers_mixofshow.demo.sampling import layout_of, sample_all
     from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
     from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.families.layers import cross_attention_layers
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
-    from diffusers_mixofshow.sites import cross_attention_layers
 
     monkeypatch.chdir(tmp_path)
     pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)

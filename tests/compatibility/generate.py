@@ -79,7 +79,7 @@ def format_1_layout(path: Path) -> None:
 
 def _original(path: Path, half: str, entry: str) -> None:
     """Layers of Stable Diffusion 1.x; the authors' files are float32."""
-    from diffusers_mixofshow.interop.architectures import SD1
+    from diffusers_mixofshow.families.stable_diffusion import SD1
 
     params: dict = {
         entry: {f"<potter{n}>": values(n, 16, 8).float() for n in (1, 2)},

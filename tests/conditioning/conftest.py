@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.sites import cross_attention_layers
+from diffusers_mixofshow.families.layers import cross_attention_layers
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import packs
 from diffusers_mixofshow.conditioning import attention
 from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.lora import inject
 from diffusers_mixofshow.regions import Isolation, Region, region_weights
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 LEFT = Region("left", box=(0, 0, 0.5, 1))

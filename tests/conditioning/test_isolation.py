@@ -9,9 +9,9 @@ from diffusers.models.attention_processor import AttnProcessor
 import tiny
 from diffusers_mixofshow.conditioning.attention import RegionPlan, regional_attention
 from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.families.layers import self_attention_layers
 from diffusers_mixofshow.regions import Isolation, Region
 from diffusers_mixofshow.regions.isolation import attention_groups
-from diffusers_mixofshow.sites import self_attention_layers
 
 
 LEFT, RIGHT = Region("left", box=(0, 0, 0.4, 1)), Region("right", box=(0.6, 0.2, 1, 1))

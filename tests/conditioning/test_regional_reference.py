@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import tiny
 from diffusers_mixofshow.conditioning.attention import RegionPlan, layerwise_attention, regional_attention
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.regions import Region
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 TOKENS, WIDTH = 77, 32

@@ -25,9 +25,9 @@ from diffusers_mixofshow.evaluation.packs import (
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 from diffusers_mixofshow.evaluation.sampling import Sampling
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 @pytest.fixture(scope="module")

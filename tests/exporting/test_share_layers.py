@@ -19,10 +19,10 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError, FusionError
 from diffusers_mixofshow.exporting import share_layers
 from diffusers_mixofshow.exporting.shared import RANK_OF_A_CONCEPT
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.interop import convert
 from diffusers_mixofshow.interop.textual_inversion import is_layerwise, mean_over_layers
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.tokenize import STAND_IN_ID
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import ConceptError, FusionError
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.fusion.collection import Recording, collect
 from diffusers_mixofshow.fusion.solvers import Factors, relative_residual
-from diffusers_mixofshow.fusion.statistics import input_name
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
 
 
 PROMPTS = ("a <TOK>", "two <TOK>")
@@ -183,12 +183,12 @@ def test_statistics_are_the_features(pipe: MixOfShowPipeline, text_tokens: str) 
     moved: list[int] = []
     statistics = collect(pipe, source, ["a <rex>"], list(source.lora), recording, moved.append)
     assert sum(moved) == 2
-    assert set(statistics.inputs) == {input_name(site) for site in source.lora}
+    assert set(statistics.inputs) == {STABLE_DIFFUSION.input_of(site) for site in source.lora}
     layers, text = len(source.layers), statistics.inputs[0]
     # Begin, a, the two tokens and end for each layer's prompt; begin and end for the negative prompt.
     counts = {"all": (layers + 1) * 77, "unpadded": layers * 5 + 2, "concept": layers * 3 + 2}
     assert statistics.tokens(text) == counts[text_tokens]
-    keys_values = input_name(f"unet.{source.layers[0]}.to_k")
+    keys_values = STABLE_DIFFUSION.input_of(f"unet.{source.layers[0]}.to_k")
     assert statistics.tokens(keys_values) == 2 * 77  # halves of guidance; keys and values are computed once a call
     pipe.load_edlora(source)
     halves = pipe.encode_prompt("a <rex>", pipe.device, 1, True, "")
@@ -357,4 +357,5 @@ def test_residuals_of_the_report_are_those_of_the_pack(pipe: MixOfShowPipeline) 
             for edlora in (sources[0], fused)
         )
         reported = fused.training["fusion"]["residuals"]["layers"][site]["<rex>"]["fused"]
-        assert relative_residual(pack, own, statistics.gram(input_name(site))) == pytest.approx(reported, abs=1e-3)
+        gram = statistics.gram(STABLE_DIFFUSION.input_of(site))
+        assert relative_residual(pack, own, gram) == pytest.approx(reported, abs=1e-3)

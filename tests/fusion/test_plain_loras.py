@@ -13,11 +13,11 @@ import packs
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
+from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
 from diffusers_mixofshow.fusion.pack import _carried
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import linear_layers
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import tiny
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics, input_name, summed_gram
-from diffusers_mixofshow.sites import adapted_layers
+from diffusers_mixofshow.families.layers import adapted_layers
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics, summed_gram
 
 
 def test_streaming_equals_batch() -> None:
@@ -57,9 +58,9 @@ def test_concepts_weigh_the_same_however_long_they_were_recorded() -> None:
     ],
 )
 def test_names_of_inputs(site: str, name: str) -> None:
-    assert input_name(site) == name
+    assert STABLE_DIFFUSION.input_of(site) == name
 
 
 def test_each_attention_reads_two_inputs_or_three() -> None:
-    names = {input_name(site) for site in adapted_layers(tiny.components())}
+    names = {STABLE_DIFFUSION.input_of(site) for site in adapted_layers(tiny.components())}
     assert len(names) == 2 * 2 + 4 * (2 + 3)  # 2 text layers, 4 transformer blocks of two attentions

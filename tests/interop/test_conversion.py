@@ -18,12 +18,12 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.families.layers import cross_attention_layers, linear_layers
+from diffusers_mixofshow.families.stable_diffusion import SD1
 from diffusers_mixofshow.interop import convert, read_as_edlora, read_lora
-from diffusers_mixofshow.interop.architectures import SD1
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.lora_files import write_kohya
 from diffusers_mixofshow.interop.original import write_original
-from diffusers_mixofshow.sites import cross_attention_layers, linear_layers
 from interop import foreign as files
 
 

@@ -14,14 +14,14 @@ import packs
 import tiny
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.families.layers import cross_attention_layers
+from diffusers_mixofshow.families.stable_diffusion import EMBEDDED
 from diffusers_mixofshow.fusion import GradientFuser, LoRASource
 from diffusers_mixofshow.interop import convert, read_as_edlora
-from diffusers_mixofshow.interop.architectures import EMBEDDED
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.summary import summary_of_foreign
 from diffusers_mixofshow.interop.textual_inversion import mean_over_layers
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 def toyland_pack(name, components):

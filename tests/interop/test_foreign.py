@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 import tiny
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
-from diffusers_mixofshow.interop.architectures import SD1, SD2, SDXL
+from diffusers_mixofshow.families.layers import cross_attention_layers
+from diffusers_mixofshow.families.sdxl import SDXL
+from diffusers_mixofshow.families.stable_diffusion import SD1, SD2
 from diffusers_mixofshow.interop.foreign import Kind, read_as_edlora, read_foreign
-from diffusers_mixofshow.sites import cross_attention_layers
 from interop import foreign as files
 
 
@@ -103,7 +104,7 @@ def test_every_spelling_of_a_textual_inversion(tmp_path: Path, file: str, write,
     write(tmp_path / file)
     found = read_foreign(tmp_path / file)
     assert found.kind is Kind.TEXTUAL_INVERSION
-    assert found.architecture is SD1
+    assert found.made_for is SD1
     edlora = read_as_edlora(tmp_path / file)
     assert [concept.placeholder for concept in edlora.concepts] == [word]
     assert torch.equal(edlora.embeddings["<rex2>"], VECTORS[1].expand(16, -1))
@@ -144,14 +145,14 @@ def test_pefts_settings_beside_its_file(tmp_path: Path):
 
 def test_embeddings_for_two_text_encoders_are_no_ed_lora(tmp_path: Path):
     save_file({"clip_l": VECTORS, "clip_g": torch.ones(2, 1280)}, tmp_path / "rex.safetensors")
-    assert read_foreign(tmp_path / "rex.safetensors").architecture is SDXL
+    assert read_foreign(tmp_path / "rex.safetensors").made_for is SDXL
     with pytest.raises(EDLoRAFormatError, match="two text encoders"):
         read_as_edlora(tmp_path / "rex.safetensors")
 
 
 def test_widths_tell_stable_diffusion_2(tmp_path: Path):
     save_file({"<rex>": torch.ones(1024)}, tmp_path / "rex.safetensors")
-    assert read_foreign(tmp_path / "rex.safetensors").architecture is SD2
+    assert read_foreign(tmp_path / "rex.safetensors").made_for is SD2
 
 
 def test_another_base_needs_its_layers(tmp_path: Path):

@@ -14,8 +14,8 @@ from diffusers import StableDiffusionPipeline
 import tiny
 from diffusers_mixofshow import EDLoRA, MixOfShowImg2ImgPipeline, MixOfShowPipeline, Region
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError, OverwriteError
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.interop.fused_folder import CONCEPTS_NAME
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 TOKENS = ("<potter1>", "<potter2>", "<thanos1>", "<thanos2>")

@@ -19,8 +19,8 @@ import tiny
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.edlora.stock import KEY, adapter_metadata
+from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.interop import read_lora, write_kohya, write_lora
-from diffusers_mixofshow.sites import linear_layers
 
 
 SHAPES = {

@@ -17,8 +17,8 @@ import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.families.stable_diffusion import SD1
 from diffusers_mixofshow.interop import convert
-from diffusers_mixofshow.interop.architectures import SD1
 from diffusers_mixofshow.interop.foreign import Kind, read_foreign
 from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.lora_files import read_lora

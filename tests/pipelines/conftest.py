@@ -7,8 +7,8 @@ from diffusers import StableDiffusionPipeline
 import tiny
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
 
 
 SETTINGS = {"num_inference_steps": 2, "output_type": "latent", "height": 32, "width": 32}

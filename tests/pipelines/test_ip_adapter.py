@@ -5,8 +5,8 @@ import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.regions import Region
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 WIDTH = 32

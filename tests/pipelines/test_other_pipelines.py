@@ -16,6 +16,7 @@ from PIL import Image
 
 import tiny
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.pipelines import (
     MixOfShowAdapterPipeline,
     MixOfShowControlNetPipeline,
@@ -24,7 +25,6 @@ from diffusers_mixofshow.pipelines import (
     MixOfShowPipeline,
 )
 from diffusers_mixofshow.regions import Region
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 SIZE = {"height": 32, "width": 32}

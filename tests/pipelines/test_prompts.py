@@ -8,8 +8,8 @@ import torch
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 
 from diffusers_mixofshow.errors import ConceptError, RegionError
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.regions import Region
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)

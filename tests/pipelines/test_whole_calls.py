@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from diffusers_mixofshow import MixOfShowAdapterPipeline, MixOfShowPipeline, Region
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 
 
 STEPS, SIZE = 3, (16, 24)  # rows and columns of the latent

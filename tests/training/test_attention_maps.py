@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.sites import cross_attention_layers
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport
 from diffusers_mixofshow.training.attention_maps import recorded_attention
 from diffusers_mixofshow.training.losses import attention_outside, attention_to_mask

@@ -11,11 +11,15 @@ from diffusers import StableDiffusionPipeline
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.layers import adapted_layers
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.lora import merged
-from diffusers_mixofshow.sites import adapted_layers, reads_text
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport
 from diffusers_mixofshow.training.methods import METHODS
 from short_training import quick, same
+
+
+reads_text = STABLE_DIFFUSION.reads_text
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -20,8 +20,8 @@ import tiny
 from diffusers_mixofshow import MixOfShowPipeline, client, tune_concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.notes import read_note
-from diffusers_mixofshow.sites import cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, loop, tracking
 from diffusers_mixofshow.training.batches import Batch
 from diffusers_mixofshow.training.checkpoints import CheckpointFolder

@@ -29,7 +29,7 @@ from diffusers_mixofshow.errors import (
     MixOfShowWarning,
     TrainingDataError,
 )
-from diffusers_mixofshow.sites import cross_attention_layers
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.training import hub_data, inspection
 from diffusers_mixofshow.training.attention_maps import recorded_attention
 from diffusers_mixofshow.training.captions import with_shuffled_tags

@@ -16,8 +16,8 @@ from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.lora import merged
-from diffusers_mixofshow.sites import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
 from diffusers_mixofshow.training.config import LR_SCHEDULERS

@@ -106,7 +106,7 @@ def layers_of(name: str) -> tuple[str, ...]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from diffusers_mixofshow.sites import cross_attention_layers
+    from diffusers_mixofshow.families.layers import cross_attention_layers
 
     try:
         with torch.device("meta"):

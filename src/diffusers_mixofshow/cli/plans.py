@@ -119,7 +119,7 @@ def plan_of_fusion(
         output: Folder of the pack.
         runs: How often the U-Net runs on a batch while features are recorded, at most.
     """
-    from diffusers_mixofshow.fusion.statistics import input_name
+    from diffusers_mixofshow.families import family_of_sites
 
     ranks: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] = {}
@@ -130,7 +130,7 @@ def plan_of_fusion(
     capped = {site: min(rank, *sizes[site], max_rank or rank) for site, rank in ranks.items()}
     numbers = sum(capped[site] * sum(sizes[site]) for site in capped)
     numbers += sum(rows.numel() for pack in packs for rows in pack.embeddings.values())
-    inputs = {input_name(site): size[1] for site, size in sizes.items()}
+    inputs = {name: sizes[group[0]][1] for name, group in family_of_sites(sizes).by_input(sizes).items()}
     gram = sum(width * width for width in inputs.values()) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
     return {
         "concepts": ", ".join(names),

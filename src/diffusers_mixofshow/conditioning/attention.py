@@ -30,8 +30,9 @@ from torch import nn
 from diffusers_mixofshow.conditioning.canvas import Canvas, Group, Placement, RegionPlan
 from diffusers_mixofshow.conditioning.passes import hooked_passes
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.layers import cross_attention_layers, self_attention_layers
+from diffusers_mixofshow.families.recognition import uncompiled
 from diffusers_mixofshow.regions import Isolation
-from diffusers_mixofshow.sites import cross_attention_layers, self_attention_layers, uncompiled
 
 
 __all__ = ["RegionPlan", "layerwise_attention", "regional_attention"]

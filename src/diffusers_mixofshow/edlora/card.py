@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
+from diffusers_mixofshow.base_models import TOYLAND, license_of, public_name, usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.file import Contents
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
@@ -50,14 +50,6 @@ _SKY, _GROUND, _PLACE = 0.25, 0.97, " in a meadow"
 _BASE_SETTING = "pretrained_model_name_or_path"
 """What training calls its base model, which may be a folder whose place is nobody's business."""
 _LONGEST_RECORD = 10_000
-_SD_1 = "creativeml-openrail-m"
-_LICENSES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD_1,
-    "runwayml/stable-diffusion-v1-5": _SD_1,
-    "CompVis/stable-diffusion-v1-4": _SD_1,
-    TOYLAND: "apache-2.0",
-}
-"""Licences of base models that those of what is tuned on them must follow."""
 _STOCK_PACK = (
     "Stock diffusers loads the file as a LoRA (`pipe.load_lora_weights(...)`), without the concepts' embeddings."
 )
@@ -202,7 +194,7 @@ def _metadata(
         base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        license=license_id or _LICENSES.get(base_model),
+        license=license_id or license_of(base_model) or None,
         tags=list(_TAGS),
         instance_prompt=_prompt(contents["concepts"][0]),
         widget=[{"text": prompt, "output": {"url": path}} for path, prompt in samples.items()] or None,

@@ -12,7 +12,7 @@ from torch import nn
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
-from diffusers_mixofshow.sites import components_with_sites, cross_attention_layers, linear_layers
+from diffusers_mixofshow.families.layers import components_with_sites, cross_attention_layers, linear_layers
 
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet")

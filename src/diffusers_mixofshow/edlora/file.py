@@ -21,7 +21,7 @@ from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import defects, header, reading, stock
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.sites import canonical_name
+from diffusers_mixofshow.families.layers import canonical_name
 
 
 FILE_NAME = "edlora.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,3 +71,8 @@ def low_rank_delta(update: LowRank, *, like: torch.Tensor | None = None) -> torc
     like = update.up if like is None else like
     dtype = torch.promote_types(torch.promote_types(update.up.dtype, torch.float32), like.dtype)
     return update.scaling * (update.up.to(like.device, dtype) @ update.down.to(like.device, dtype))
+
+
+def input_widths(lora: Mapping[str, LowRank]) -> dict[str, int]:
+    """Site name to the width of the layer's input."""
+    return {site: update.down.shape[-1] for site, update in lora.items()}

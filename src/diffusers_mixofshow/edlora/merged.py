@@ -21,7 +21,7 @@ from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import FileWriteError, MixOfShowError
-from diffusers_mixofshow.sites import linear_layers
+from diffusers_mixofshow.families.layers import linear_layers
 
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.exporting.absorption import Absorbed, Metric, absorbed
+from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts, recording_prompts
 from diffusers_mixofshow.interop.conversion import SHARED_KEPT
 from diffusers_mixofshow.interop.textual_inversion import is_layerwise, mean_over_layers
 from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.progress import progress
-from diffusers_mixofshow.sites import linear_layers
 
 
 RANK_OF_A_CONCEPT = 8

@@ -18,9 +18,10 @@ from diffusers_mixofshow.conditioning.encode import concept_positions
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import shown
 from diffusers_mixofshow.errors import FusionError
-from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part, input_name
+from diffusers_mixofshow.families import family_of
+from diffusers_mixofshow.families.layers import components_with_sites, linear_layers
+from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
 from diffusers_mixofshow.progress import without_bars
-from diffusers_mixofshow.sites import components_with_sites, linear_layers
 
 
 TextTokens = Literal["all", "unpadded", "concept"]
@@ -166,7 +167,7 @@ def collect(
             with watched(pipe, sites, statistics, recording.text_tokens, part):
                 for batch in _batches(_pictures(prompts, recording, part, hold_out=hold_out), recording.batch_size):
                     _sample(pipe, batch, recording, advance)
-    missing = sorted({input_name(site) for site in sites} - set(statistics.inputs))
+    missing = sorted(family_of(pipe.components).by_input(sites).keys() - set(statistics.inputs))
     if missing:
         raise FusionError(f"Layers that sampling never used: {', '.join(missing)}. Is the pipeline complete?")
     statistics.offload()
@@ -204,10 +205,10 @@ def watched(
         part: Which part of the statistics they go to.
     """
     modules = linear_layers(pipe.components)
-    inputs = {input_name(site): site for site in reversed(sites)}
+    inputs = family_of(pipe.components).by_input(sites)
     with ExitStack() as hooks:
         counted = {} if text_tokens == "all" else _counted_positions(pipe, hooks, text_tokens)
-        for name, site in inputs.items():
+        for name, (site, *_) in inputs.items():
             positions = counted.get(site.partition(".")[0])
             hook = modules[site].register_forward_pre_hook(_adder(statistics, name, positions, part), with_kwargs=True)
             hooks.callback(hook.remove)
@@ -235,11 +236,11 @@ class _Positions:
 
 def _counted_positions(pipe: FusablePipeline, hooks: ExitStack, text_tokens: TextTokens) -> dict[str, _Positions]:
     counted = {}
-    for component, encoder in components_with_sites(pipe.components).items():
-        if component != "unet":
-            tokenizer = pipe.components[component.replace("text_encoder", "tokenizer")]
-            counted[component] = _Positions(tokenizer.eos_token_id, text_tokens)
-            hook = encoder.register_forward_pre_hook(counted[component], with_kwargs=True)
+    models = components_with_sites(pipe.components)
+    for component, encoder in family_of(pipe.components).text_encoders.items():
+        if component in models:
+            counted[component] = _Positions(pipe.components[encoder.tokenizer].eos_token_id, text_tokens)
+            hook = models[component].register_forward_pre_hook(counted[component], with_kwargs=True)
             hooks.callback(hook.remove)
     return counted
 

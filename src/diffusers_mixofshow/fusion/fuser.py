@@ -15,6 +15,8 @@ from diffusers_mixofshow.base_models import name_of
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.errors import FusionError, warn
+from diffusers_mixofshow.families import Family, family_of_sites
+from diffusers_mixofshow.families.layers import adapted_layers
 from diffusers_mixofshow.fusion.borrowing import refuse_unfusable
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect, differences
 from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, joined_residuals, packed
@@ -28,16 +30,15 @@ from diffusers_mixofshow.fusion.solving import (
     Ridge,
     Settings,
     Solution,
-    by_input,
     check_device,
+    family_of_sources,
     sites_of,
     solve_input,
 )
 from diffusers_mixofshow.fusion.sources import EDLoRASource, Source, gather, statistics_in
-from diffusers_mixofshow.fusion.statistics import GramStatistics, input_name
+from diffusers_mixofshow.fusion.statistics import GramStatistics
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.progress import progress
-from diffusers_mixofshow.sites import adapted_layers, reads_text
 
 
 Advance = Callable[[int], None]
@@ -297,7 +298,7 @@ class GradientFuser:
         misfits = source.misfits(statistics)
         if misfits or self.pipe is None:
             return misfits
-        inputs = {input_name(site) for site in sites}
+        inputs = family_of_sites(sites).by_input(sites).keys()
         lacking = sorted(set().union(*(inputs - set(concept.inputs) for concept in statistics.concepts.values())))
         if lacking:
             misfits.append(f"the statistics given with {source.name} lack layers that are fused: {listed(lacking)}")
@@ -347,7 +348,8 @@ class GradientFuser:
     def _fuse_in_stages(self, sources: tuple[Source, ...], settings: Settings) -> FusedPack:
         """The paper's order: what is solved in one stage is in the model when the next one is recorded."""
         start, solution, team = time.perf_counter(), Solution(), Team.present()
-        stages = _stages(sites_of(sources), self.recording)
+        family = family_of_sources(sources)
+        stages = _stages(family, sites_of(sources), self.recording)
         mine = team.share(sources)
         with (
             self._borrowed().concepts_set_aside(),
@@ -363,11 +365,13 @@ class GradientFuser:
                         for place, source in enumerate(sources)
                     ]
                 prior = self._prior(sources, stage.sites, stage.recording)
-                groups = by_input(stage.sites)
+                groups = family.by_input(stage.sites)
                 with progress(f"Solving{of_all}", len(groups), pipe=self.pipe) as bar:
-                    for sites in groups:
-                        gram = prior.get(input_name(sites[0]))
-                        solution.add(solve_input(sources, statistics, sites, settings, gram, team, self.device))
+                    for name, group in groups.items():
+                        gram = prior.get(name)
+                        solution.add(
+                            solve_input(family, sources, statistics, group, settings, gram, team, self.device)
+                        )
                         bar.update()
             shelf.clear()
         solution.residuals = joined_residuals(solution, team)
@@ -442,15 +446,14 @@ class GradientFuser:
         return record
 
 
-def _stages(sites: Sequence[str], recording: Recording) -> tuple[_Stage, ...]:
-    """Text encoder, text keys and values, rest. Text does not change with the step."""
-    text = tuple(site for site in sites if site.startswith("text_encoder"))
-    keys_values = tuple(site for site in sites if reads_text(site))
-    rest = tuple(site for site in sites if site not in {*text, *keys_values})
+def _stages(family: Family, sites: Sequence[str], recording: Recording) -> tuple[_Stage, ...]:
+    """The family's stages that have sites. What sees the text alone does not change with the step."""
     one_step = replace(recording, steps=1, seeds=recording.seeds[:1])
-    stages = (
-        _Stage(sites=text, recording=one_step),
-        _Stage(sites=keys_values, recording=one_step),
-        _Stage(sites=rest, recording=recording),
+    members: dict[str, list[str]] = {stage.name: [] for stage in family.stages}
+    for site in sites:
+        members[family.stage_of(site).name].append(site)
+    return tuple(
+        _Stage(sites=tuple(members[stage.name]), recording=one_step if stage.text_alone else recording)
+        for stage in family.stages
+        if members[stage.name]
     )
-    return tuple(stage for stage in stages if stage.sites)

@@ -30,8 +30,8 @@ from diffusers_mixofshow.fusion.solving import (
     Settings,
     Solution,
     Statistics,
-    by_input,
     check_recorded,
+    family_of_sources,
     sites_of,
     solve_input,
 )
@@ -45,7 +45,6 @@ from diffusers_mixofshow.fusion.sources import (
     mutual_defects,
     refuse_replacing,
 )
-from diffusers_mixofshow.fusion.statistics import input_name
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
 from diffusers_mixofshow.progress import progress
@@ -292,11 +291,11 @@ def fuse_recorded(
     statistics = _statistics(sources, team)
     if statistics:
         check_recorded(sources, statistics, sites)
-    groups = by_input(sites)
+    family = family_of_sources(sources)
+    groups = family.by_input(sites)
     with progress("Solving", len(groups), pipe=pipe) as bar:
-        for group in groups:
-            gram = prior.get(input_name(group[0]))
-            solution.add(solve_input(sources, statistics, group, settings, gram, team, device))
+        for name, group in groups.items():
+            solution.add(solve_input(family, sources, statistics, group, settings, prior.get(name), team, device))
             bar.update()
     solution.residuals = joined_residuals(solution, team)
     pack = packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})

@@ -20,9 +20,9 @@ from diffusers_mixofshow.atomic import check_outputs, write_picture
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.families import family_of_sites
 from diffusers_mixofshow.fusion.solving import Settings, Solution
 from diffusers_mixofshow.fusion.sources import Source
-from diffusers_mixofshow.sites import reads_text
 
 
 POOR = 0.95
@@ -119,13 +119,15 @@ class FusionReport:
     def print(self, console: Console | None = None) -> None:
         """Show a table of the concepts, how each kind of layer keeps them, and the nearest pairs."""
         console = console or Console()
-        groups = sorted({_group(site) for site in self._layers})
+        family = family_of_sites(self._layers)
+        groups: dict[str, list[str]] = {}
+        for site in self._layers:
+            groups.setdefault(family.group_of(site), []).append(site)
         title = "Residual of features (0: its own model, 1: the base)"
-        table = Table("concept", "averaged", "fused", *groups, title=title)
+        table = Table("concept", "averaged", "fused", *sorted(groups), title=title)
         for name, mean in self.residuals.items():
-            table.add_row(
-                escape(name), _number(mean["average"]), _number(mean["fused"]), *(self._mean(name, g) for g in groups)
-            )
+            of_groups = [self._mean(name, groups[group]) for group in sorted(groups)]
+            table.add_row(escape(name), _number(mean["average"]), _number(mean["fused"]), *of_groups)
         console.print(table)
         console.print(_MEANING, highlight=False, markup=False, soft_wrap=True)
         pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
@@ -166,9 +168,8 @@ class FusionReport:
     def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
         return dict(self.data.get("residuals", {}).get("layers", {}))
 
-    def _mean(self, name: str, group: str) -> str:
-        values = [layer[name]["fused"] for site, layer in self._layers.items() if _group(site) == group]
-        known = [value for value in values if value is not None]
+    def _mean(self, name: str, sites: Sequence[str]) -> str:
+        known = [value for site in sites if (value := self._layers[site][name]["fused"]) is not None]
         return _number(sum(known) / len(known) if known else None)
 
 
@@ -220,15 +221,6 @@ def _residual_report(sources: Sequence[Source], solution: Solution) -> dict[str,
         "mean": {source.name: rounded([layer[source.name] for layer in layers.values()]) for source in sources},
         "layers": {site: {name: rounded([pair]) for name, pair in layer.items()} for site, layer in layers.items()},
     }
-
-
-def _group(site: str) -> str:
-    """Kind of layer: text, cross k v, cross q out, self."""
-    if site.startswith("text_encoder"):
-        return "text"
-    if ".attn2." in site:
-        return "cross k v" if reads_text(site) else "cross q out"
-    return "self" if ".attn1." in site else "other"
 
 
 def _number(value: float | None) -> str:

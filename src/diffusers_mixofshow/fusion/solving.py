@@ -12,6 +12,7 @@ import torch
 
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.errors import FusionError, first_line
+from diffusers_mixofshow.families import Family, family_of_sites
 from diffusers_mixofshow.fusion.compression import GramFactor
 from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
 from diffusers_mixofshow.fusion.ridge import chosen_ridge
@@ -29,9 +30,8 @@ from diffusers_mixofshow.fusion.solvers import (
     weighted_average,
 )
 from diffusers_mixofshow.fusion.sources import Source, shares
-from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part, input_name, summed_factor, summed_gram
+from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part, summed_factor, summed_gram
 from diffusers_mixofshow.fusion.team import Team
-from diffusers_mixofshow.sites import reads_text
 
 
 Method = Literal["closed-form", "lbfgs", "average", "sum", "ties", "dare", "svd"]
@@ -141,6 +141,7 @@ class SharedInput:
     Matrices of the sources are read one at a time and summed, so that memory does not grow with their number.
 
     Args:
+        family: Whose layers they are.
         sources: What to fuse.
         statistics: What was recorded, or nothing for methods that do not ask.
         sites: Layers that share the input.
@@ -151,6 +152,7 @@ class SharedInput:
 
     def __init__(
         self,
+        family: Family,
         sources: Sequence[Source],
         statistics: Statistics,
         sites: Sequence[str],
@@ -159,7 +161,7 @@ class SharedInput:
         device: Device = "cpu",
     ) -> None:
         """Read no matrix yet."""
-        self.name, self.device = input_name(sites[0]), device
+        self.family, self.name, self.device = family, family.input_of(sites[0]), device
         self.prior = None if prior is None else prior.to(device)
         self.sources, self.weights = sources, shares(sources)
         self.updates = {site: updates_of(sources, site, device) for site in sites}
@@ -242,6 +244,7 @@ class SharedInput:
 
 
 def solve_input(
+    family: Family,
     sources: Sequence[Source],
     statistics: Statistics,
     sites: Sequence[str],
@@ -253,6 +256,7 @@ def solve_input(
     """Fuse the layers that read one input.
 
     Args:
+        family: Whose layers they are.
         sources: What to fuse.
         statistics: What was recorded of each; empty for methods that do not ask, which then report no residuals.
         sites: Layers that share an input.
@@ -264,7 +268,7 @@ def solve_input(
     Raises:
         FusionError: If a Gram matrix is singular, or a ridge is to be chosen and nothing was held out.
     """
-    shared, solution = SharedInput(sources, statistics, sites, prior, team, device), Solution()
+    shared, solution = SharedInput(family, sources, statistics, sites, prior, team, device), Solution()
     for site in sites:
         fused, numbers = SOLVERS[settings.method](shared, site, settings)
         low_rank, kept = _low_rank(fused, settings.max_rank)
@@ -294,12 +298,9 @@ def _residuals(shared: SharedInput, lora: Mapping[str, LowRank]) -> dict[str, di
     return found
 
 
-def by_input(sites: Sequence[str]) -> list[tuple[str, ...]]:
-    """Group layers that read the same input."""
-    groups: dict[str, list[str]] = {}
-    for site in sites:
-        groups.setdefault(input_name(site), []).append(site)
-    return [tuple(group) for group in groups.values()]
+def family_of_sources(sources: Sequence[Source]) -> Family:
+    """The family whose layers the sources change."""
+    return family_of_sites(sites_of(sources))
 
 
 def sites_of(sources: Sequence[Source]) -> tuple[str, ...]:
@@ -333,7 +334,7 @@ def _solve_closed_form(shared: SharedInput, site: str, settings: Settings) -> So
 
 
 def _solve_lbfgs(shared: SharedInput, site: str, settings: Settings) -> Solved:
-    steps = LBFGS_STEPS["text" if site.startswith("text_encoder") or reads_text(site) else "spatial"]
+    steps = LBFGS_STEPS["text" if shared.family.stage_of(site).text_alone else "spatial"]
     return lbfgs(shared.updates[site], shared.sums().met[site], shared.total, steps=steps), {"steps": steps}
 
 
@@ -371,7 +372,7 @@ def _pairs(names: Sequence[str], table: Sequence[Sequence[float]]) -> Overlaps:
 
 def check_recorded(sources: Sequence[Source], statistics: Statistics, sites: Sequence[str]) -> None:
     """Raise one `FusionError` that names the sources whose statistics lack an input of the sites."""
-    needed = {input_name(site) for site in sites}
+    needed = set(family_of_sites(sites).by_input(sites))
     lacking = []
     for source, concepts in zip(sources, statistics, strict=True):
         if missing := sorted({name for name in needed for one in concepts if name not in one.inputs}):

@@ -28,12 +28,12 @@ from diffusers_mixofshow.errors import (
     OverwriteError,
     warn,
 )
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import Factors
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.interop.opening import Opened, open_edlora
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 NAME = re.compile(r"<\w[\w.-]{0,99}>|\w[\w.,;()+&'-]{0,99}")

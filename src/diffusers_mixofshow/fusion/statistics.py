@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
@@ -16,38 +15,13 @@ Part = Literal["fit", "held_out"]
 
 PARTS: tuple[Part, ...] = ("fit", "held_out")
 
-_SHARED = re.compile(r"(?P<attention>.*)\.(?P<projection>to_q|to_k|to_v|q_proj|k_proj|v_proj)")
-
-
-def input_name(site: str) -> str:
-    """Name the input that a layer reads, the same for all layers that read the same tensor.
-
-    The q, k and v of a self-attention read one input, and so do the k and v of a cross-attention.
-
-    Args:
-        site: A layer's name, see `sites`.
-
-    Returns:
-        E.g. ``....attn1.to_q+to_k+to_v``, ``....attn2.to_k+to_v``, ``....self_attn.q_proj+k_proj+v_proj``, or the
-        site's own name.
-    """
-    match = _SHARED.fullmatch(site)
-    if match is None:
-        return site
-    attention, projection = match["attention"], match["projection"]
-    if attention.endswith(".attn2"):
-        return site if projection == "to_q" else f"{attention}.to_k+to_v"
-    if projection.startswith("to_"):
-        return f"{attention}.to_q+to_k+to_v"
-    return f"{attention}.q_proj+k_proj+v_proj"
-
 
 class GramStatistics(Protocol):
     """Gram matrices of one concept's layer inputs, wherever they are kept."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs, see `input_name`."""
+        """Names of the inputs, see `Family.input_of`."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -78,7 +52,7 @@ class ConceptStatistics:
         """Add the features that went into a layer.
 
         Args:
-            name: The input's name, see `input_name`.
+            name: The input's name, see `Family.input_of`.
             features: Any number of tokens, shape (..., in_features).
             part: What they are for, see `Part`.
         """
@@ -112,7 +86,7 @@ class ConceptStatistics:
         """Gram matrix per token, X X^T / tokens, so that concepts weigh the same however long they were recorded.
 
         Args:
-            name: The input's name, see `input_name`.
+            name: The input's name, see `Family.input_of`.
             part: Of which inputs; all by default.
 
         Returns:
@@ -158,7 +132,7 @@ def summed_gram(statistics: Iterable[GramStatistics], name: str, part: Part | No
 
     Args:
         statistics: One per concept.
-        name: The input's name, see `input_name`.
+        name: The input's name, see `Family.input_of`.
         part: Of which inputs; all by default.
 
     Returns:

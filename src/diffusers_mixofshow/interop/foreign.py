@@ -14,10 +14,12 @@ import torch
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.file import STATISTICS_KEY
-from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
-from diffusers_mixofshow.interop.architectures import CLIP_G, CLIP_L, Architecture, layers_of, recognised
+from diffusers_mixofshow.families import BaseModel
+from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
+from diffusers_mixofshow.families.recognition import layers_of, recognise
 from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, worded
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
@@ -78,11 +80,11 @@ class Foreign:
     defects: tuple[str, ...] = ()
 
     @property
-    def architecture(self) -> Architecture | None:
-        """The family of base models it was made for, where its layers and widths tell."""
+    def made_for(self) -> BaseModel | None:
+        """The base models it was made for, where its layers and widths tell."""
         widths = [{encoder: rows.shape[1] for encoder, rows in one.items()} for one in self.vectors.values()]
         widths += [{CLIP_L: rows.shape[1]} for rows in self.tokens.values()]
-        return recognised(self.lora, widths)
+        return recognise(input_widths(self.lora), widths)
 
     def raise_if_defective(self) -> None:
         """Raise one `EDLoRAFormatError` that lists everything that is wrong, if anything is."""
@@ -181,7 +183,7 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
         shapes = listed(f"{found[key][1]} {tuple(embedding.shape)}" for key, embedding in rows.items())
         raise EDLoRAFormatError(f"{subject}: embeddings of different shapes: {shapes}. They belong to one base model.")
     if rows and not layers:
-        layers = layers_of(foreign.lora, max(widths), max(counts, default=None))
+        layers = layers_of(input_widths(foreign.lora), max(widths), max(counts, default=None))
         if not layers:
             raise EDLoRAFormatError(
                 f"{subject}: embeddings of shape {tuple(next(iter(rows.values())).shape)}, which are of no base known "
@@ -199,7 +201,7 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
 
 def default_base(foreign: Foreign) -> str:
     """The base model that is taken where nobody tells; empty where that would be a guess."""
-    return foreign.architecture.base if foreign.architecture else ""
+    return foreign.made_for.id if foreign.made_for else ""
 
 
 def _for_layers(embedding: torch.Tensor, layers: int) -> torch.Tensor:

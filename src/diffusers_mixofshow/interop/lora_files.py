@@ -13,9 +13,9 @@ from safetensors.torch import save as serialize
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
-from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, warn
-from diffusers_mixofshow.interop.architectures import recognised
+from diffusers_mixofshow.families.recognition import recognise
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.names import kohya_name
 from diffusers_mixofshow.interop.tensors import PICKLES, load_safetensors
@@ -113,8 +113,8 @@ def write_kohya(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, 
         lora: Site name to update.
         metadata: Further entries of the file's header.
     """
-    family = recognised(lora)
-    xl = family is not None and family.is_xl
+    base = recognise(input_widths(lora))
+    xl = base is not None and base.has_two_text_encoders
     lora = _scaled_alike(lora)
     ranks, alphas = {update.rank for update in lora.values()}, {update.alpha for update in lora.values()}
     alpha = alphas.pop() if len(alphas) == 1 else None
@@ -129,8 +129,8 @@ def write_kohya(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, 
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alpha:g}" if alpha is not None else "Dynamic",
     }
-    if family is not None:
-        told["ss_base_model_version"] = family.kohya
+    if base is not None:
+        told["ss_base_model_version"] = base.kohya
     if alpha is None:  # diffusers takes this header or alphas, never both
         told |= stock.adapter_metadata(lora)
     return _write(path, tensors, {**(metadata or {}), **told})

@@ -12,11 +12,11 @@ import torch
 
 from diffusers_mixofshow.edlora.defects import content_defects, listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.families.recognition import is_linear_site
 from diffusers_mixofshow.interop.names import Spelling, adapter_of, half_of, site_of, spelling_of
 from diffusers_mixofshow.interop.other_kinds import OtherKind, other_base, other_kind, other_method
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG, PeftSettings, settings_of
 from diffusers_mixofshow.interop.tensors import in_working_dtype
-from diffusers_mixofshow.sites import is_linear_site
 
 
 _BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<vectors>string_to_param\.\*|emb_params|clip_l|clip_g)")

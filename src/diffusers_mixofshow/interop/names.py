@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 
-from diffusers_mixofshow.sites import canonical_name
+from diffusers_mixofshow.families.layers import canonical_name
 
 
 class Spelling(StrEnum):

@@ -11,8 +11,9 @@ import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed
-from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.interop.architectures import CLIP_L, foreign_layers, recognised
+from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
+from diffusers_mixofshow.families.clip import CLIP_L
+from diffusers_mixofshow.families.recognition import foreign_layers, recognise
 from diffusers_mixofshow.interop.concept_names import Naming, grouped
 from diffusers_mixofshow.interop.foreign import Foreign
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
@@ -26,12 +27,12 @@ _TOLD = ("ss_base_model_version", "ss_sd_model_name", "ss_output_name", "ss_netw
 def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
     """Tell what an ED-LoRA or a fused pack holds."""
     fused = "fusion" in pack.training
-    family = recognised(pack.lora, [{CLIP_L: rows.shape[1]} for rows in pack.embeddings.values()])
+    base = recognise(input_widths(pack.lora), [{CLIP_L: rows.shape[1]} for rows in pack.embeddings.values()])
     return {
         "kind": "fused pack" if fused else "ED-LoRA",
         "layout": "diffusers-mixofshow",
         "base_model": pack.base_model,
-        "architecture": family.name if family else None,
+        "architecture": base.name if base else None,
         "concepts": [
             {
                 "placeholder": concept.placeholder,
@@ -54,20 +55,20 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
 
 def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
     """Tell what another program's file holds; everything that is wrong with it is under ``problems``."""
-    family = foreign.architecture
+    base = foreign.made_for
     vectors = [rows for by_encoder in foreign.vectors.values() for rows in by_encoder.values()]
     problems = list(foreign.defects)
-    if family is not None and (strange := foreign_layers(foreign.lora, family)):
-        problems.append(f"layers that {family.name} does not have: {listed(strange)}")
+    if base is not None and (strange := foreign_layers(foreign.lora, base)):
+        problems.append(f"layers that {base.name} does not have: {listed(strange)}")
     if foreign.missing:
         problems.append(foreign.missing)
-    if family is None and (foreign.lora or vectors or foreign.tokens):
+    if base is None and (foreign.lora or vectors or foreign.tokens):
         problems.append("its layers and widths are those of no Stable Diffusion known here")
     return {
         "kind": foreign.kind.value,
         "layout": foreign.layout,
         "base_model": foreign.metadata.get("ss_sd_model_name", ""),
-        "architecture": family.name if family else None,
+        "architecture": base.name if base else None,
         "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],
         "cross_attention_layers": max((len(rows) for rows in foreign.tokens.values()), default=0),
         **_of_lora(foreign.lora),

@@ -17,7 +17,8 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.interop.architectures import ARCHITECTURES, CLIP_G, CLIP_L
+from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
+from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.interop.concept_names import plain_name
 from diffusers_mixofshow.interop.other_kinds import other_kind
 from diffusers_mixofshow.interop.tensors import in_working_dtype
@@ -40,7 +41,7 @@ _MOST_VECTORS = 75
 _WORD = re.compile(r"<[^<>]+>|[^.]+")
 _NO_WORDS = ("weight", "bias", "alpha", "beta", "gamma", "scale")
 """Names that any layer's own tensors have."""
-_WIDTHS = {width for family in ARCHITECTURES for width in family.embeddings.values()}
+_WIDTHS = {width for model in BASE_MODELS for width in model.embeddings.values()}
 
 
 @dataclass(frozen=True, kw_only=True)

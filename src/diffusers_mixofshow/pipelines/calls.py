@@ -11,8 +11,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from diffusers_mixofshow.conditioning.passes import outside_of_calls, own_call
+from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.sharing import changing, using
-from diffusers_mixofshow.sites import components_with_sites
 
 
 # What diffusers' calls leave on their pipeline while they run.

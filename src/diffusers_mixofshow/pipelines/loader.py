@@ -22,6 +22,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.models import quietly_if_embedded
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, meant, warn
+from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.lora import (
     adapted_components,
     adapter_names,
@@ -40,7 +41,6 @@ from diffusers_mixofshow.lora import (
 from diffusers_mixofshow.pipelines.opening import LoadingRequest, own_concepts
 from diffusers_mixofshow.pipelines.publishing import joined
 from diffusers_mixofshow.sharing import changing
-from diffusers_mixofshow.sites import components_with_sites
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from torch import nn
 from diffusers_mixofshow.edlora import EDLoRA, hub
 from diffusers_mixofshow.edlora.merged import has_concepts
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.interop.fused_folder import CONCEPTS_NAME, FIRST_WORD, concepts_of_fused
 from diffusers_mixofshow.interop.opening import open_edlora
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 _WHERE = ("revision", "subfolder", "weight_name", "token", "cache_dir", "local_files_only")

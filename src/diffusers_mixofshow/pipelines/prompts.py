@@ -16,9 +16,9 @@ from diffusers_mixofshow.concepts import mentions_concept, split_prompt
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import known_words, tokenize
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.regions import Region
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 # For a pipeline that was given no tokenizer, only ready-made embeddings.

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import ConceptError
-from diffusers_mixofshow.sites import linear_layers
+from diffusers_mixofshow.families.layers import linear_layers
 
 
 def joined(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) -> EDLoRA:

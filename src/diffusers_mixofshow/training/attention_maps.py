@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.conditioning.attention import SharedTexts
-from diffusers_mixofshow.sites import cross_attention_layers
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.training.losses import token_attention
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.sites import reads_text
+from diffusers_mixofshow.families import family_of
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def start_token_inputs(pipeline: StableDiffusionPipeline, layers: Mapping[str, n
         encoded = encoder(prompts)[0]
     if not torch.allclose(encoded[0, 0], encoded[1, 0], rtol=1e-2, atol=1e-2):  # what bfloat16 rounds
         raise ConfigurationError(_without_start("what a prompt says reaches its start token"))
-    seen |= {site: encoded for site in layers if reads_text(site)}
+    seen |= {site: encoded for site in layers if family_of(pipeline.components).reads_text(site)}
     return {site: nn.functional.normalize(state[0, 0].float(), dim=0) for site, state in seen.items()}
 
 

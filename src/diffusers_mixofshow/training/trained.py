@@ -12,8 +12,9 @@ from torch import nn
 
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families import Family, family_of
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.lora import TrainableLoRA, trainable
-from diffusers_mixofshow.sites import cross_attention_layers, reads_text
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.learner import initial_embeddings
 from diffusers_mixofshow.training.loop import EMBEDDINGS, Phase
@@ -34,6 +35,7 @@ class Trained:
         fixed_tokens: Tokens whose embedding does not change.
         lora: The updates inside the model; None for a method without.
         whole_matrices: Whether `down` of every update is the identity and stays, so that `up` is a whole matrix.
+        family: Whose layers they are.
         layers: The U-Net's cross-attention layers.
         kept_inputs: Site name to the direction of an input at which its update changes nothing, see `keep_inputs`.
     """
@@ -42,6 +44,7 @@ class Trained:
     fixed_tokens: frozenset[str]
     lora: TrainableLoRA | None
     whole_matrices: bool
+    family: Family
     layers: tuple[str, ...]
     kept_inputs: Mapping[str, torch.Tensor]
 
@@ -121,10 +124,14 @@ class Trained:
             ("text_encoder", lambda site: site.startswith("text_encoder."), config.text_encoder_lr),
             (
                 "unet_text_kv",
-                reads_text,
+                self.family.reads_text,
                 config.learning_rate if config.text_kv_lr is None else config.text_kv_lr,
             ),
-            ("unet", lambda site: site.startswith("unet.") and not reads_text(site), config.learning_rate),
+            (
+                "unet",
+                lambda site: site.startswith("unet.") and not self.family.reads_text(site),
+                config.learning_rate,
+            ),
         ]
         return [
             {
@@ -167,6 +174,7 @@ def fresh(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Iterator
             fixed_tokens=frozenset() if method.trains_class else frozenset({concept.tokens[-1]}),
             lora=lora,
             whole_matrices=whole,
+            family=family_of(pipeline.components),
             layers=layers,
             kept_inputs=kept,
         )
@@ -182,7 +190,7 @@ def _low_rank(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Any:
 def _whole(pipeline: StableDiffusionPipeline) -> Iterator[TrainableLoRA]:
     """Updates of whole matrices on text keys and values: LoRA of full rank whose `down` is the identity."""
     width = pipeline.unet.config.cross_attention_dim
-    with trainable(pipeline.components, width, width, wanted=reads_text) as lora:
+    with trainable(pipeline.components, width, width, wanted=family_of(pipeline.components).reads_text) as lora:
         for layer in lora.layers.values():
             nn.init.eye_(layer.lora_A[lora.adapter_name].weight)
         yield lora

@@ -7,17 +7,16 @@ import torch
 
 import packs
 import tiny
-from diffusers_mixofshow.sites import (
+from diffusers_mixofshow.families.layers import (
     adapted_layers,
     canonical_name,
     components_with_sites,
     cross_attention_layers,
-    is_linear_site,
     linear_layers,
-    reads_text,
     self_attention_layers,
-    uncompiled,
 )
+from diffusers_mixofshow.families.recognition import is_linear_site, uncompiled
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 
 
 BLOCKS = (
@@ -125,7 +124,7 @@ def test_a_compiled_model_is_the_model_inside(components: dict[str, object]) -> 
     ],
 )
 def test_names_of_sites(site: str, reads: bool, linear: bool) -> None:
-    assert (reads_text(site), is_linear_site(site)) == (reads, linear)
+    assert (STABLE_DIFFUSION.reads_text(site), is_linear_site(site)) == (reads, linear)
 
 
 def test_text_sites_carry_one_name_under_every_transformers() -> None:

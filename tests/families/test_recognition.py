@@ -10,22 +10,14 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from diffusers_mixofshow import toyland
-from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.interop.architectures import (
-    ARCHITECTURES,
-    CLIP_G,
-    CLIP_L,
-    EMBEDDED,
-    SD1,
-    SD2,
-    SDXL,
-    foreign_layers,
-    layers_of,
-    recognised,
-)
+from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
+from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
+from diffusers_mixofshow.families.layers import cross_attention_layers
+from diffusers_mixofshow.families.recognition import BASE_MODELS, foreign_layers, layers_of, recognise
+from diffusers_mixofshow.families.sdxl import SDXL
+from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, SD2
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.summary import summary_of_foreign
-from diffusers_mixofshow.sites import cross_attention_layers
 
 
 def lora(*sites: str, width: int = 8) -> dict[str, LowRank]:
@@ -66,7 +58,7 @@ OF_XL = f"unet.down_blocks.2.{BLOCK[:-1]}9.attn1.to_q"
     ],
 )
 def test_families_are_known_by_widths_and_layers(updates, vectors, expected) -> None:
-    assert recognised(updates, vectors) is expected
+    assert recognise(input_widths(updates), vectors) is expected
 
 
 def test_the_layers_of_the_families_are_those_of_their_models() -> None:
@@ -86,10 +78,10 @@ def test_the_layers_of_the_families_are_those_of_their_models() -> None:
             assert cross_attention_layers(UNet2DConditionModel(**given)) == family.layers
     assert EMBEDDED.layers == cross_attention_layers(toyland.load_pipeline().unet)
     assert SD2.layers == SD1.layers
-    assert [one.is_xl for one in ARCHITECTURES] == [False, False, True, False]
-    assert [(one.kohya, one.base) for one in ARCHITECTURES] == [
-        ("sd_v1", "stable-diffusion-v1-5/stable-diffusion-v1-5"), ("sd_v2", ""), ("sdxl_base_v1-0", ""),
-        ("toyland", "toyland"),
+    assert [one.has_two_text_encoders for one in BASE_MODELS] == [False, False, False, True]
+    assert [(one.kohya, one.id) for one in BASE_MODELS] == [
+        ("sd_v1", "stable-diffusion-v1-5/stable-diffusion-v1-5"), ("sd_v2", ""), ("toyland", "toyland"),
+        ("sdxl_base_v1-0", ""),
     ]  # fmt: skip
 
 
@@ -100,13 +92,13 @@ def test_layers_of_an_unknown_family_are_those_that_it_names_in_the_models_order
     sites.append("unet.up_blocks.1.attentions.0.transformer_blocks.9.attn1.to_q")
     named = tuple(f"{block}.{BLOCK}.attn2" for block in order)
     named += tuple(f"up_blocks.1.attentions.0.transformer_blocks.{number}.attn2" for number in (9, 10))
-    assert layers_of(lora(*sites, width=7), 7) == named
-    assert layers_of(lora(*sites, width=7), 7, 6) == named
-    assert layers_of(lora(*sites, width=7), 7, 5) == ()
+    assert layers_of(input_widths(lora(*sites, width=7)), 7) == named
+    assert layers_of(input_widths(lora(*sites, width=7)), 7, 6) == named
+    assert layers_of(input_widths(lora(*sites, width=7)), 7, 5) == ()
     assert layers_of({}, None) == layers_of({}, 7) == ()
     assert layers_of({}, 768) == layers_of({}, 768, 16) == SD1.layers
     assert layers_of({}, 768, 15) == ()
-    assert layers_of(lora(KEY, width=2048), None) == SDXL.layers
+    assert layers_of(input_widths(lora(KEY, width=2048)), None) == SDXL.layers
 
 
 def test_layers_that_a_family_has_not_are_named() -> None:

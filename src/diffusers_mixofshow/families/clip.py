@@ -1,0 +1,22 @@
+"""CLIP's text encoder, which several families have."""
+
+from __future__ import annotations
+
+import re
+
+from diffusers_mixofshow.families.family import TextEncoder
+
+
+_ADAPTED = r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+_LINEAR = _ADAPTED + r"|(text_model\.)?encoder\.layers\.\d+\.mlp\.fc[12]"
+
+SHARED_INPUT = (re.compile(r"(.*\.self_attn)\.(q_proj|k_proj|v_proj)"), r"\1.q_proj+k_proj+v_proj")
+"""The queries, keys and values of a self-attention read one tensor."""
+
+CLIP_L, CLIP_G = "clip_l", "clip_g"
+"""What files of embeddings call the CLIP of OpenAI, and the larger one of OpenCLIP."""
+
+
+def clip_with(tokenizer: str) -> TextEncoder:
+    """A CLIP text encoder whose tokenizer is this component."""
+    return TextEncoder(tokenizer=tokenizer, adapted=re.compile(_ADAPTED), linear=re.compile(_LINEAR))

@@ -1,0 +1,173 @@
+"""What the package has to know of a family of base models: the contract that every module of this folder fulfils.
+
+A *site* is a linear layer that a LoRA may adapt. Its name is the component's name in the pipeline, a dot, and
+the module's path, e.g. ``unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`` or
+``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. The names of CLIP's layers always carry ``text_model.``,
+whether or not the installed transformers has a module of that name (it is gone since 5.6).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """A text encoder of a family.
+
+    Args:
+        tokenizer: Name of its tokenizer among the pipeline's components.
+        adapted: Paths of the layers that an ED-LoRA adapts.
+        linear: Paths of the layers that any LoRA may adapt.
+    """
+
+    tokenizer: str
+    adapted: re.Pattern[str]
+    linear: re.Pattern[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Layers that fusion records and solves together; earlier stages are fused by then (paper, section 3.3.2).
+
+    Args:
+        name: What progress calls it.
+        sites: Names of its sites; a site belongs to the first stage that has it.
+        text_alone: Whether its layers see nothing but the text, so that one denoising step shows all that they see.
+    """
+
+    name: str
+    sites: re.Pattern[str]
+    text_alone: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BaseModel:
+    """A series of published base models of a family, all of one size.
+
+    Args:
+        name: What people call it.
+        kohya: What kohya's trainers call it in a file's metadata.
+        text_width: Width of the text states that its cross-attention reads.
+        embeddings: Name of the text encoder, as files of embeddings spell it, to the width of its embeddings.
+        layers: The cross-attention layers in order down, mid, up.
+        id: The base model that is taken where nobody tells; empty where that would be a guess.
+        other_ids: What else it is called on the Hub.
+        license: Its licence, as the Hub spells it, which that of what is tuned on it must follow; empty where unknown.
+        guidance: The guidance scale that it draws well with.
+    """
+
+    name: str
+    kohya: str
+    text_width: int
+    embeddings: Mapping[str, int]
+    layers: tuple[str, ...]
+    id: str = ""
+    other_ids: tuple[str, ...] = ()
+    license: str = ""
+    guidance: float = 7.5
+
+    @property
+    def has_two_text_encoders(self) -> bool:
+        """Whether it has two, as SDXL; kohya numbers them then, and names the U-Net as the original code does."""
+        return len(self.embeddings) > 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """Base models whose parts, layers and calls are alike, whatever their sizes.
+
+    A module of this folder makes one of these, and `FAMILIES` lists it; nothing else has to change.
+    ``docs/adding_a_family.md`` leads through it, and ``tests/families`` runs every family through the contract.
+
+    Args:
+        name: What people call it.
+        pipeline: Class of its text-to-image pipeline in diffusers.
+        denoiser: Name of the denoising model among the pipeline's components.
+        denoiser_class: Class of that model in diffusers.
+        text_encoders: The text encoders that are adapted, by their names among the components, in the order in which
+            their sites stand.
+        adapted: Paths of the denoiser's layers that an ED-LoRA adapts.
+        linear: Paths of the denoiser's layers that any LoRA may adapt.
+        blocks: First parts of the denoiser's paths, in the order in which their sites stand; empty where the model's
+            own order is right.
+        inputs: Layers that read one tensor: a pattern of their names, and what the input is called, as a template for
+            `re.Match.expand`. What matches none reads an input of its own.
+        stages: The stages of fusion, in order; together they have every site.
+        groups: What reports call layers of one kind, to a pattern of their names; the first that fits.
+        cross_attention: What the denoiser's cross-attention modules are called, to which layer-wise embeddings belong;
+            empty where it has none.
+        self_attention: What its self-attention modules are called.
+        guidance_argument: What the pipeline calls the strength of guidance.
+        models: Its published base models.
+    """
+
+    name: str
+    pipeline: str
+    denoiser: str
+    denoiser_class: str
+    text_encoders: Mapping[str, TextEncoder]
+    adapted: re.Pattern[str]
+    linear: re.Pattern[str]
+    inputs: Sequence[tuple[re.Pattern[str], str]]
+    stages: tuple[Stage, ...]
+    groups: Mapping[str, re.Pattern[str]]
+    models: tuple[BaseModel, ...]
+    blocks: tuple[str, ...] = ()
+    cross_attention: str = ""
+    self_attention: str = ""
+    guidance_argument: str = "guidance_scale"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components whose layers are adapted: text encoders, then the denoiser."""
+        return (*self.text_encoders, self.denoiser)
+
+    def has_site(self, site: str) -> bool:
+        """Whether a site has the name of a layer that a LoRA may adapt."""
+        component, _, path = site.partition(".")
+        if component == self.denoiser:
+            known_block = not self.blocks or path.partition(".")[0] in self.blocks
+            return known_block and self.linear.fullmatch(path) is not None
+        encoder = self.text_encoders.get(component)
+        return encoder is not None and encoder.linear.fullmatch(path) is not None
+
+    def input_of(self, site: str) -> str:
+        """Name the input that a layer reads, the same for all layers that read the same tensor.
+
+        Args:
+            site: A layer's name.
+
+        Returns:
+            E.g. ``....attn1.to_q+to_k+to_v``, ``....attn2.to_k+to_v``, ``....self_attn.q_proj+k_proj+v_proj``, or the
+            site's own name.
+        """
+        for pattern, template in self.inputs:
+            if match := pattern.fullmatch(site):
+                return match.expand(template)
+        return site
+
+    def by_input(self, sites: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Group layers by the input that they read: name of the input to its layers."""
+        groups: dict[str, list[str]] = {}
+        for site in sites:
+            groups.setdefault(self.input_of(site), []).append(site)
+        return {name: tuple(group) for name, group in groups.items()}
+
+    def stage_of(self, site: str) -> Stage:
+        """The stage of fusion that a layer belongs to."""
+        return next(stage for stage in self.stages if stage.sites.fullmatch(site))
+
+    def group_of(self, site: str) -> str:
+        """What reports call layers of its kind."""
+        return next(group for group, pattern in self.groups.items() if pattern.fullmatch(site))
+
+    def reads_text(self, site: str) -> bool:
+        """Whether a site of the denoiser sees the text alone: in a U-Net, the keys and values of cross-attention."""
+        return site.startswith(f"{self.denoiser}.") and self.stage_of(site).text_alone
+
+    def place_of(self, path: str) -> int:
+        """Sort key of a path in the denoiser: the place of its block."""
+        return self.blocks.index(path.partition(".")[0]) if self.blocks else 0

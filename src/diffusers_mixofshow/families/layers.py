@@ -1,0 +1,90 @@
+"""The layers of a loaded model that are adapted: which, how they are named, and in which order they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from diffusers_mixofshow.families.recognition import family_of, family_of_denoiser, uncompiled
+
+
+_CLIP_PATH = re.compile(r"(text_model\.)?(encoder|encoder\..+|embeddings|embeddings\..+|final_layer_norm)")
+
+
+def canonical_name(component: str, path: str) -> str:
+    """Site name of a module path inside a component, the same under every transformers version."""
+    if component.startswith("text_encoder") and _CLIP_PATH.fullmatch(path):
+        path = "text_model." + path.removeprefix("text_model.")
+    return f"{component}.{path}"
+
+
+def components_with_sites(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Pick the pipeline components whose layers are adapted: text encoders, then the denoiser.
+
+    Of a component that `torch.compile` has wrapped it is the model inside.
+    """
+    found = {name: components.get(name) for name in family_of(components).components}
+    return {name: uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def adapted_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Find every linear layer that an ED-LoRA adapts: q, k, v and out of all attention modules.
+
+    Args:
+        components: ``pipeline.components`` or any mapping with some of them; absent ones are left out. A layer
+            already wrapped by PEFT counts under its own name.
+
+    Returns:
+        Site name to module, text encoders first, then the denoiser in the order of its blocks.
+    """
+    return _matching(components, any_lora=False)
+
+
+def linear_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Find every layer that any LoRA may adapt: those of ED-LoRAs, feed-forward layers and projections.
+
+    Args:
+        components: As in `adapted_layers`.
+
+    Returns:
+        Site name to module, which is linear or a 1 x 1 convolution, in the order of `adapted_layers`.
+    """
+    return _matching(components, any_lora=True)
+
+
+def cross_attention_layers(denoiser: nn.Module) -> tuple[str, ...]:
+    """Name a denoiser's cross-attention modules, in the order of its blocks.
+
+    Works for a ControlNet, too, whose layers are the first ones of its U-Net.
+
+    Returns:
+        Module paths such as ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``; layer k of a layer-wise
+        embedding belongs to the k-th of them.
+    """
+    return _modules_called(family_of_denoiser(denoiser).cross_attention, denoiser)
+
+
+def self_attention_layers(denoiser: nn.Module) -> tuple[str, ...]:
+    """Name the denoiser's self-attention modules, in the same order as `cross_attention_layers`."""
+    return _modules_called(family_of_denoiser(denoiser).self_attention, denoiser)
+
+
+def _modules_called(name: str, denoiser: nn.Module) -> tuple[str, ...]:
+    paths = [path for path, _ in uncompiled(denoiser).named_modules() if name and path.endswith(f".{name}")]
+    return tuple(sorted(paths, key=family_of_denoiser(denoiser).place_of))
+
+
+def _matching(components: Mapping[str, object], *, any_lora: bool) -> dict[str, nn.Module]:
+    """Site name to module, of the layers that an ED-LoRA or any LoRA may adapt."""
+    family = family_of(components)
+    sites: dict[str, nn.Module] = {}
+    for component, model in components_with_sites(components).items():
+        part = family.text_encoders.get(component, family)
+        pattern = part.linear if any_lora else part.adapted
+        found = [(path, module) for path, module in model.named_modules() if pattern.fullmatch(path)]
+        if part is family:
+            found.sort(key=lambda one: family.place_of(one[0]))
+        sites |= {canonical_name(component, path): module for path, module in found}
+    return sites

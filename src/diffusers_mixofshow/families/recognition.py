@@ -1,0 +1,119 @@
+"""Which family, and which of its base models, somebody's model or file belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+
+from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
+from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
+from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, SD2, STABLE_DIFFUSION
+from diffusers_mixofshow.families.unet import BLOCKS
+
+
+FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
+"""Every family that the package knows; where several fit equally well, the first is meant."""
+
+BASE_MODELS: tuple[BaseModel, ...] = tuple(model for family in FAMILIES for model in family.models)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has wrapped it."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def family_of(components: Mapping[str, object]) -> Family:
+    """The family that a pipeline's components belong to: by the denoiser's class, then by the text encoders.
+
+    Args:
+        components: ``pipeline.components``, or a part of them.
+    """
+
+    def fit(family: Family) -> tuple[bool, int]:
+        encoders = sum(components.get(encoder) is not None for encoder in family.text_encoders)
+        return _is_of(components.get(family.denoiser), family), encoders
+
+    return max(FAMILIES, key=fit)
+
+
+def family_of_denoiser(model: nn.Module) -> Family:
+    """The family that a denoiser, or a ControlNet beside one, belongs to."""
+    return next((family for family in FAMILIES if _is_of(model, family)), STABLE_DIFFUSION)
+
+
+def family_of_sites(sites: Iterable[str]) -> Family:
+    """The family that has these sites, or most of them."""
+    named = tuple(sites)
+    return max(FAMILIES, key=lambda family: sum(map(family.has_site, named)))
+
+
+def is_linear_site(site: str) -> bool:
+    """Whether a site has the name of a layer that a LoRA of some family may adapt."""
+    return any(family.has_site(site) for family in FAMILIES)
+
+
+def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = ()) -> BaseModel | None:
+    """The base models that a LoRA's layers and embeddings' widths belong to, or None.
+
+    Args:
+        widths: Site name to the width of the layer's input.
+        vectors: For every embedding, text encoder to width.
+    """
+    reading = {width for site, width in widths.items() if re.search(r"\.attn2\.to_[kv]$", site)}
+    for model in BASE_MODELS:
+        # Any small model may be as wide as the embedded one; it has its own layers.
+        if reading == {model.text_width} and not (model is EMBEDDED and foreign_layers(widths, EMBEDDED)):
+            return model
+    if reading:
+        return None
+    if any(site.startswith("text_encoder_2.") for site in widths) or any(CLIP_G in each for each in vectors):
+        return SDXL
+    named = set(_cross_attention_named(widths))
+    if named:
+        return next((one for one in (SD1, SDXL) if named <= set(one.layers)), None)
+    encoder = {width for site, width in widths.items() if site.endswith("self_attn.q_proj")}
+    told = encoder | {width for each in vectors for width in each.values()}
+    return next((one for one in (SD1, SD2, EMBEDDED) if told == set(one.embeddings.values())), None)
+
+
+def layers_of(widths: Mapping[str, int], width: int | None, count: int | None = None) -> tuple[str, ...]:
+    """Cross-attention layers of the U-Net that a file was made for; empty if nothing in it tells.
+
+    Args:
+        widths: Site name to the width of the layer's input.
+        width: Width of the embeddings.
+        count: Number of layers, where it is known.
+    """
+    model = recognise(widths, [{CLIP_L: width}] if width else [])
+    if model is not None and count in (None, len(model.layers)):
+        return model.layers
+    named = sorted(set(_cross_attention_named(widths)), key=_by_block_and_number)
+    return tuple(named) if named and count in (None, len(named)) else ()
+
+
+def foreign_layers(sites: Iterable[str], model: BaseModel) -> list[str]:
+    """Sites of attention layers that a base model does not have."""
+    return [site for site in sites if any(layer not in model.layers for layer in _cross_attention_named([site]))]
+
+
+def _is_of(denoiser: object, family: Family) -> bool:
+    """Whether a model is of the class of a family's denoiser."""
+    if not isinstance(denoiser, nn.Module):
+        return False
+    return family.denoiser_class in {kind.__name__ for kind in type(uncompiled(denoiser)).__mro__}
+
+
+def _cross_attention_named(sites: Iterable[str]) -> Iterator[str]:
+    """The cross-attention layers of the U-Net's transformer blocks that have one of these sites."""
+    for site in sites:
+        if match := re.fullmatch(r"unet\.(.+)\.attn[12]\..+", site):
+            yield f"{match[1]}.attn2"
+
+
+def _by_block_and_number(path: str) -> tuple[int, ...]:
+    """Order down, mid, up, and by numbers within."""
+    return (BLOCKS.index(path.partition(".")[0]), *(int(number) for number in re.findall(r"\.(\d+)", path)))

@@ -1,0 +1,36 @@
+"""Stable Diffusion XL: a U-Net that reads the states of two CLIPs side by side, and the pooled state of the second."""
+
+from __future__ import annotations
+
+from diffusers_mixofshow.families import unet
+from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L, clip_with
+from diffusers_mixofshow.families.family import BaseModel, Family
+
+
+SDXL = BaseModel(
+    name="Stable Diffusion XL",
+    kohya="sdxl_base_v1-0",
+    text_width=2048,
+    embeddings={CLIP_L: 768, CLIP_G: 1280},
+    layers=unet.cross_attention_of(
+        {"down_blocks.1": (2, 2), "down_blocks.2": (2, 10), "mid_block": (1, 10)}
+        | {"up_blocks.0": (3, 10), "up_blocks.1": (3, 2)}
+    ),
+)
+
+STABLE_DIFFUSION_XL = Family(
+    name="Stable Diffusion XL",
+    pipeline="StableDiffusionXLPipeline",
+    denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
+    text_encoders={"text_encoder": clip_with("tokenizer"), "text_encoder_2": clip_with("tokenizer_2")},
+    adapted=unet.ADAPTED,
+    linear=unet.LINEAR,
+    blocks=unet.BLOCKS,
+    inputs=unet.INPUTS,
+    stages=unet.STAGES,
+    groups=unet.GROUPS,
+    cross_attention="attn2",
+    self_attention="attn1",
+    models=(SDXL,),
+)

@@ -1,0 +1,56 @@
+"""Stable Diffusion 1.x and 2.x, and the embedded base: a U-Net that reads the states of one CLIP."""
+
+from __future__ import annotations
+
+from diffusers_mixofshow.families import unet
+from diffusers_mixofshow.families.clip import CLIP_L, clip_with
+from diffusers_mixofshow.families.family import BaseModel, Family
+
+
+_LAYERS = unet.cross_attention_of(
+    {f"down_blocks.{block}": (2, 1) for block in range(3)}
+    | {"mid_block": (1, 1)}
+    | {f"up_blocks.{block}": (3, 1) for block in range(1, 4)}
+)
+
+SD1 = BaseModel(
+    name="Stable Diffusion 1.x",
+    kohya="sd_v1",
+    text_width=768,
+    embeddings={CLIP_L: 768},
+    layers=_LAYERS,
+    id="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    other_ids=("runwayml/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4"),
+    license="creativeml-openrail-m",
+)
+SD2 = BaseModel(name="Stable Diffusion 2.x", kohya="sd_v2", text_width=1024, embeddings={CLIP_L: 1024}, layers=_LAYERS)
+EMBEDDED = BaseModel(
+    name="Toyland, the base in diffusers-mixofshow",
+    kohya="toyland",
+    text_width=128,
+    embeddings={CLIP_L: 128},
+    layers=unet.cross_attention_of(
+        {"down_blocks.1": (1, 1), "down_blocks.2": (1, 1), "mid_block": (1, 1)}
+        | {"up_blocks.0": (2, 1), "up_blocks.1": (2, 1)}
+    ),
+    id="toyland",
+    license="apache-2.0",
+    guidance=3.0,
+)
+
+STABLE_DIFFUSION = Family(
+    name="Stable Diffusion",
+    pipeline="StableDiffusionPipeline",
+    denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
+    text_encoders={"text_encoder": clip_with("tokenizer")},
+    adapted=unet.ADAPTED,
+    linear=unet.LINEAR,
+    blocks=unet.BLOCKS,
+    inputs=unet.INPUTS,
+    stages=unet.STAGES,
+    groups=unet.GROUPS,
+    cross_attention="attn2",
+    self_attention="attn1",
+    models=(SD1, SD2, EMBEDDED),
+)
