@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from benchmarks.toyland_base.reader import attribute_loss
-from diffusers_mixofshow.conditioning.tokenize import CLIP_POSITIONS
 from diffusers_mixofshow.evaluation.clip_judge import image_embeddings, text_embeddings
+from diffusers_mixofshow.families.clip import POSITIONS
 from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
 from diffusers_mixofshow.toyland.world import Scene
 
@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path, captions: Iterable[str], size: int = 2400) -> 
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     configuration = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": CLIP_POSITIONS,
+        "model_max_length": POSITIONS,
         "bos_token": _START,
         "eos_token": _END,
         "unk_token": _END,
@@ -79,7 +79,7 @@ def build_clip(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 3) -> 
     text = {
         **tower,
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": CLIP_POSITIONS,
+        "max_position_embeddings": POSITIONS,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,

@@ -11,8 +11,9 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
+from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.recognition import BASE_MODELS
-from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1
+from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, STABLE_DIFFUSION
 
 
 if TYPE_CHECKING:
@@ -93,6 +94,15 @@ def usual_guidance(base_model: str) -> float:
     if known_spelling(base_model) == TOYLAND:
         return EMBEDDED.guidance
     return guidance_of_unet(_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
+
+
+def guidance_of(components: Mapping[str, object]) -> float:
+    """The same of a loaded pipeline's components."""
+    family = family_of(components)
+    if family is not STABLE_DIFFUSION:
+        return family.models[0].guidance
+    unet: Any = components[family.denoiser]
+    return guidance_of_unet(unet.config)
 
 
 def guidance_of_unet(configuration: Mapping[str, Any]) -> float:

@@ -60,11 +60,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a dict of parts": (tiny.components, "a dict, which is no pipeline"),
     "a U-Net": (lambda: tiny.components()["unet"], "a UNet2DConditionModel, which is no pipeline"),
     "an ED-LoRA": (lambda: packs.random_pack(tiny.components()), "a EDLoRA, which is no pipeline"),
-    "diffusers' own": (_plain, rf"a StableDiffusionPipeline, which loads no concepts\. {HINT}"),
     "one for pictures": (lambda: _plain(StableDiffusionImg2ImgPipeline), rf"needs a picture to draw\. {HINT}"),
     "ours for pictures": (lambda: _plain(MixOfShowImg2ImgPipeline), rf"needs a picture to draw\. {HINT}"),
     "ours with a ControlNet": (_controlled, HINT),
-    "SDXL": (_xl, "a StableDiffusionXLPipeline with two text encoders; SDXL cannot be fused yet"),
     "another family": (_unconditional, "a DDPMPipeline without text_encoder, tokenizer"),
     "without a text encoder": (
         lambda: MixOfShowPipeline(**tiny.components() | {"text_encoder": None}, requires_safety_checker=False),
@@ -79,6 +77,16 @@ def test_what_cannot_be_borrowed_is_refused_in_one_line(make: Any, message: str)
         GradientFuser(make())
     assert "\n" not in str(told.value)
     assert len(str(told.value)) < 250
+
+
+@pytest.mark.parametrize("make", [_plain, _xl], ids=["SD 1", "SDXL"])
+def test_diffusers_own_pipelines_take_no_concepts(make: Any) -> None:
+    pipe = make()
+    message = rf"got a {type(pipe).__name__}, which loads no concepts\. {HINT}"
+    fuser = GradientFuser(pipe, steps=1, prompts=["a <TOK>"])
+    for act in (fuser.fuse, lambda given: fuser.record(given[0])):
+        with pytest.raises(FusionError, match=message):
+            act([packs.random_pack(tiny.components(), "rex", ranks=(2,))])
 
 
 @pytest.mark.parametrize("make", [_plain, lambda: _plain(MixOfShowImg2ImgPipeline), _controlled])

@@ -10,8 +10,6 @@ from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
 
 _MEASURED = 3
 """Passes that are timed, after one that is not; the quickest counts."""
-_TEXT = 77
-"""Tokens of a prompt."""
 
 
 def time_of(
@@ -43,13 +41,17 @@ def _measured(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> 
     import torch
     from diffusers import UNet2DConditionModel
 
+    from diffusers_mixofshow.families.clip import POSITIONS
+    from diffusers_mixofshow.families.layers import own_size
+
     folder = Path(location_of(TOYLAND))
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **in_dtype(torch.float32))
-    cells, scale = unet.config.sample_size, 64 // unet.config.sample_size
-    height, width = (side // scale for side in pixels) if pixels else (cells, cells)
+    height, width = own_size(unet)
+    scale = 64 // height
+    height, width = (side // scale for side in pixels) if pixels else (height, width)
     unet.requires_grad_(False)
     sample = torch.zeros(batch, unet.config.in_channels, height, width, requires_grad=backward)
-    text = torch.zeros(batch, _TEXT, unet.config.cross_attention_dim)
+    text = torch.zeros(batch, POSITIONS, unet.config.cross_attention_dim)
     best = float("inf")
     with torch.set_grad_enabled(backward):
         for _ in range(_MEASURED + 1):

@@ -30,6 +30,7 @@ from torch import nn
 from diffusers_mixofshow.conditioning.canvas import Canvas, Group, Placement, RegionPlan
 from diffusers_mixofshow.conditioning.passes import hooked_passes
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.clip import POSITIONS
 from diffusers_mixofshow.families.layers import cross_attention_layers, self_attention_layers
 from diffusers_mixofshow.families.recognition import uncompiled
 from diffusers_mixofshow.regions import Isolation
@@ -65,7 +66,9 @@ class SharedTexts:
 
 
 @contextmanager
-def layerwise_attention(denoiser: nn.Module, tokens: int = 77, layers: int | None = None) -> Iterator[SharedTexts]:
+def layerwise_attention(
+    denoiser: nn.Module, tokens: int = POSITIONS, layers: int | None = None
+) -> Iterator[SharedTexts]:
     """Let every cross-attention layer see its own part of a layer-wise conditioning.
 
     Inside, the denoiser takes `encoder_hidden_states` of shape (batch, layers * tokens, dim), or

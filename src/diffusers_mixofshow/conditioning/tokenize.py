@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffusers_mixofshow.concepts import Concept, split_prompt
+from diffusers_mixofshow.families.clip import POSITIONS
 
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLIP_POSITIONS = 77
 """How many tokens CLIP reads of a text, its start and end among them."""
 
 STAND_IN_ID = 0
@@ -61,7 +61,7 @@ def known_words(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Token ids of texts for CLIP itself, which knows no concepts: shape (texts, 77), padded or cut."""
-    settings = {"padding": "max_length", "truncation": True, "max_length": CLIP_POSITIONS, "return_tensors": "pt"}
+    settings = {"padding": "max_length", "truncation": True, "max_length": POSITIONS, "return_tensors": "pt"}
     ids: torch.Tensor = tokenizer(list(texts), **settings).input_ids
     return ids
 

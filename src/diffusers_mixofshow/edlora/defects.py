@@ -13,9 +13,9 @@ from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
 from diffusers_mixofshow.families.layers import components_with_sites, cross_attention_layers, linear_layers
+from diffusers_mixofshow.families.recognition import COMPONENTS
 
 
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 LONGEST_NAME = 100

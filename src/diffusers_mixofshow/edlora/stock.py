@@ -18,7 +18,7 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
 
     Stock loaders take alpha == rank where nothing is said, so nothing is said where that is right: then other
     programs, which do not know this metadata, are right as well. Where ranks differ between layers it is said all the
-    same, as diffusers 0.38 then takes one layer's rank for the alpha of all. A U-Net's patterns match whole names;
+    same, as diffusers 0.38 then takes one layer's rank for the alpha of all. A denoiser's patterns match whole names;
     those of text encoders match ends of names, since transformers puts ``text_model.`` in front or not.
 
     Args:
@@ -52,4 +52,4 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
 
 def _pattern(component: str, path: str) -> str:
     """A regular expression for one layer, by PEFT's rule, which matches ends of names unless told otherwise."""
-    return f"{'^' if component == 'unet' else ''}{re.escape(path)}"
+    return f"{'' if component.startswith('text_encoder') else '^'}{re.escape(path)}"

@@ -10,6 +10,9 @@ from diffusers_mixofshow.families.family import TextEncoder
 _ADAPTED = r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 _LINEAR = _ADAPTED + r"|(text_model\.)?encoder\.layers\.\d+\.mlp\.fc[12]"
 
+POSITIONS = 77
+"""Tokens of one text, its start and end counted."""
+
 SHARED_INPUT = (re.compile(r"(.*\.self_attn)\.(q_proj|k_proj|v_proj)"), r"\1.q_proj+k_proj+v_proj")
 """The queries, keys and values of a self-attention read one tensor."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ class BaseModel:
     Args:
         name: What people call it.
         kohya: What kohya's trainers call it in a file's metadata.
-        text_width: Width of the text states that its cross-attention reads.
+        text_width: Width of the text states that its cross-attention reads; 0 where it has none.
         embeddings: Name of the text encoder, as files of embeddings spell it, to the width of its embeddings.
-        layers: The cross-attention layers in order down, mid, up.
+        layers: The cross-attention layers in order down, mid, up; empty where it has none.
         id: The base model that is taken where nobody tells; empty where that would be a guess.
         other_ids: What else it is called on the Hub.
         license: Its licence, as the Hub spells it, which that of what is tuned on it must follow; empty where unknown.
@@ -61,9 +61,9 @@ class BaseModel:
 
     name: str
     kohya: str
-    text_width: int
-    embeddings: Mapping[str, int]
-    layers: tuple[str, ...]
+    text_width: int = 0
+    embeddings: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
     id: str = ""
     other_ids: tuple[str, ...] = ()
     license: str = ""
@@ -100,7 +100,10 @@ class Family:
         cross_attention: What the denoiser's cross-attention modules are called, to which layer-wise embeddings belong;
             empty where it has none.
         self_attention: What its self-attention modules are called.
+        sampler: Class of diffusers' scheduler that shows a model's features in few steps; empty: its own.
         guidance_argument: What the pipeline calls the strength of guidance.
+        guidance_off: The strength at which, and below, nothing is guided: one half is drawn instead of two.
+        takes_negative_prompt: Whether the pipeline takes negative prompts, and draws a half for them.
         models: Its published base models.
     """
 
@@ -118,12 +121,21 @@ class Family:
     blocks: tuple[str, ...] = ()
     cross_attention: str = ""
     self_attention: str = ""
+    sampler: str = ""
     guidance_argument: str = "guidance_scale"
+    guidance_off: float = 1.0
+    takes_negative_prompt: bool = True
 
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the components whose layers are adapted: text encoders, then the denoiser."""
         return (*self.text_encoders, self.denoiser)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the components without which its pipeline draws nothing."""
+        tokenizers = (encoder.tokenizer for encoder in self.text_encoders.values())
+        return (self.denoiser, *self.text_encoders, *tokenizers, "vae", "scheduler")
 
     def has_site(self, site: str) -> bool:
         """Whether a site has the name of a layer that a LoRA may adapt."""

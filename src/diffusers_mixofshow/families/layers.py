@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
+from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.recognition import family_of, family_of_denoiser, uncompiled
 
 
@@ -69,6 +71,28 @@ def cross_attention_layers(denoiser: nn.Module) -> tuple[str, ...]:
 def self_attention_layers(denoiser: nn.Module) -> tuple[str, ...]:
     """Name the denoiser's self-attention modules, in the same order as `cross_attention_layers`."""
     return _modules_called(family_of_denoiser(denoiser).self_attention, denoiser)
+
+
+def own_size(denoiser: nn.Module) -> tuple[int, int]:
+    """Height and width, in cells of the latent, that a denoiser draws where nobody asks for others.
+
+    Raises:
+        ConfigurationError: If its configuration does not say.
+    """
+    size = said_size(denoiser)
+    if size is None:
+        raise ConfigurationError("The denoiser's configuration has no sample_size; give height and width.")
+    return size
+
+
+def said_size(denoiser: nn.Module) -> tuple[int, int] | None:
+    """The same; None if the configuration does not say."""
+    config: Any = uncompiled(denoiser).config
+    size = config.get("sample_size")
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def _modules_called(name: str, denoiser: nn.Module) -> tuple[str, ...]:

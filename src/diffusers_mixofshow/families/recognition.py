@@ -9,13 +9,31 @@ from torch import nn
 
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.flux1 import FLUX1
+from diffusers_mixofshow.families.flux2_klein import FLUX2_KLEIN
+from diffusers_mixofshow.families.krea2 import KREA2
+from diffusers_mixofshow.families.qwen_image import QWEN_IMAGE
+from diffusers_mixofshow.families.sd3 import STABLE_DIFFUSION_3
 from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, SD2, STABLE_DIFFUSION
 from diffusers_mixofshow.families.unet import BLOCKS
+from diffusers_mixofshow.families.z_image import Z_IMAGE
 
 
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
+FAMILIES: tuple[Family, ...] = (
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    FLUX1,
+    FLUX2_KLEIN,
+    STABLE_DIFFUSION_3,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    KREA2,
+)
 """Every family that the package knows; where several fit equally well, the first is meant."""
+
+COMPONENTS = tuple(sorted({component for family in FAMILIES for component in family.components}))
+"""Names of every component that has sites, in any family."""
 
 BASE_MODELS: tuple[BaseModel, ...] = tuple(model for family in FAMILIES for model in family.models)
 
@@ -24,6 +42,13 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The model itself, where `torch.compile` has wrapped it."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def is_of(denoiser: object, family: Family) -> bool:
+    """Whether a model is of the class of a family's denoiser."""
+    if not isinstance(denoiser, nn.Module):
+        return False
+    return family.denoiser_class in {kind.__name__ for kind in type(uncompiled(denoiser)).__mro__}
 
 
 def family_of(components: Mapping[str, object]) -> Family:
@@ -35,14 +60,14 @@ def family_of(components: Mapping[str, object]) -> Family:
 
     def fit(family: Family) -> tuple[bool, int]:
         encoders = sum(components.get(encoder) is not None for encoder in family.text_encoders)
-        return _is_of(components.get(family.denoiser), family), encoders
+        return is_of(components.get(family.denoiser), family), encoders
 
     return max(FAMILIES, key=fit)
 
 
 def family_of_denoiser(model: nn.Module) -> Family:
     """The family that a denoiser, or a ControlNet beside one, belongs to."""
-    return next((family for family in FAMILIES if _is_of(model, family)), STABLE_DIFFUSION)
+    return next((family for family in FAMILIES if is_of(model, family)), STABLE_DIFFUSION)
 
 
 def family_of_sites(sites: Iterable[str]) -> Family:
@@ -63,6 +88,9 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
         widths: Site name to the width of the layer's input.
         vectors: For every embedding, text encoder to width.
     """
+    family = family_of_sites(widths)
+    if family.denoiser != STABLE_DIFFUSION.denoiser:
+        return family.models[0]
     reading = {width for site, width in widths.items() if re.search(r"\.attn2\.to_[kv]$", site)}
     for model in BASE_MODELS:
         # Any small model may be as wide as the embedded one; it has its own layers.
@@ -98,13 +126,6 @@ def layers_of(widths: Mapping[str, int], width: int | None, count: int | None = 
 def foreign_layers(sites: Iterable[str], model: BaseModel) -> list[str]:
     """Sites of attention layers that a base model does not have."""
     return [site for site in sites if any(layer not in model.layers for layer in _cross_attention_named([site]))]
-
-
-def _is_of(denoiser: object, family: Family) -> bool:
-    """Whether a model is of the class of a family's denoiser."""
-    if not isinstance(denoiser, nn.Module):
-        return False
-    return family.denoiser_class in {kind.__name__ for kind in type(uncompiled(denoiser)).__mro__}
 
 
 def _cross_attention_named(sites: Iterable[str]) -> Iterator[str]:

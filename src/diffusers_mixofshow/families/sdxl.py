@@ -12,6 +12,7 @@ SDXL = BaseModel(
     kohya="sdxl_base_v1-0",
     text_width=2048,
     embeddings={CLIP_L: 768, CLIP_G: 1280},
+    guidance=5.0,
     layers=unet.cross_attention_of(
         {"down_blocks.1": (2, 2), "down_blocks.2": (2, 10), "mid_block": (1, 10)}
         | {"up_blocks.0": (3, 10), "up_blocks.1": (3, 2)}
@@ -32,5 +33,6 @@ STABLE_DIFFUSION_XL = Family(
     groups=unet.GROUPS,
     cross_attention="attn2",
     self_attention="attn1",
+    sampler="DPMSolverMultistepScheduler",
     models=(SDXL,),
 )

@@ -52,5 +52,6 @@ STABLE_DIFFUSION = Family(
     groups=unet.GROUPS,
     cross_attention="attn2",
     self_attention="attn1",
+    sampler="DPMSolverMultistepScheduler",
     models=(SD1, SD2, EMBEDDED),
 )

@@ -1,16 +1,23 @@
-"""Which pipelines fusion can borrow: those that load concepts and draw from a prompt alone."""
+"""Which pipelines fusion can borrow, those that draw from a prompt alone, and how sources are loaded into them."""
 
 from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.families import FAMILIES, family_of
+from diffusers_mixofshow.families.recognition import is_of
+from diffusers_mixofshow.lora import adapter_names, eject, inject
 
 
-_PARTS = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
 _METHODS = ("load_edlora", "unload_edlora", "concepts_set_aside")
+_ADAPTER = "mixofshow_recording"
+_INSTEAD = "Give MixOfShowPipeline.from_pipe(pipe), which shares its models"
 
 
 def refuse_unfusable(pipe: Any) -> None:
@@ -34,12 +41,75 @@ def _defect(pipe: Any) -> str:
     name, components = type(pipe).__name__, getattr(pipe, "components", None)
     if not isinstance(components, dict) or not callable(pipe):
         return f"a {name}, which is no pipeline"
-    if components.get("text_encoder_2") is not None:
-        return f"a {name} with two text encoders; SDXL cannot be fused yet, only Stable Diffusion 1.x and its like"
-    if missing := [part for part in _PARTS if components.get(part) is None]:
-        return f"a {name} without {', '.join(missing)}; concepts are for Stable Diffusion 1.x and its like"
-    needs_picture = "image" in inspect.signature(pipe.__call__).parameters
-    if needs_picture or not all(hasattr(pipe, method) for method in _METHODS):
-        why = ", which needs a picture to draw" if needs_picture else ", which loads no concepts"
-        return f"a {name}{why}. Give MixOfShowPipeline.from_pipe(pipe), which shares its models"
+    family = family_of(components)
+    if missing := [part for part in family.parts if components.get(part) is None]:
+        return f"a {name} without {', '.join(missing)}; expected a pipeline of {_known()}"
+    if not is_of(components[family.denoiser], family):
+        kind = type(components[family.denoiser]).__name__
+        return f"a {name} with a {kind}; expected a pipeline of {_known()}"
+    if name != family.pipeline and "image" in inspect.signature(pipe.__call__).parameters:
+        return (
+            f"a {name}, which needs a picture to draw. Give MixOfShowPipeline.from_pipe(pipe), which shares its models"
+        )
     return ""
+
+
+def loads_concepts(pipe: Any) -> bool:
+    """Whether a pipeline loads ED-LoRAs; one of diffusers' own takes plain LoRAs alone."""
+    return all(hasattr(pipe, method) for method in _METHODS)
+
+
+def refuse_concepts(pipe: Any, edloras: Iterable[EDLoRA]) -> None:
+    """Refuse concepts for a pipeline that loads none.
+
+    Raises:
+        FusionError: Says how to make one of it that does.
+    """
+    if any(edlora.concepts for edlora in edloras) and not loads_concepts(pipe):
+        raise FusionError(
+            f"GradientFuser needs a loaded MixOfShowPipeline, got a {type(pipe).__name__}, which loads no concepts. "
+            f"{_INSTEAD}."
+        )
+
+
+@contextmanager
+def set_aside(pipe: Any) -> Iterator[None]:
+    """A pipeline without what the user has loaded into it, for the length of a block.
+
+    Raises:
+        FusionError: If the pipeline cannot set it aside.
+    """
+    if loads_concepts(pipe):
+        with pipe.concepts_set_aside():
+            yield
+        return
+    if names := adapter_names(pipe.components):
+        raise FusionError(
+            f"The pipeline has LoRAs loaded ({', '.join(sorted(names))}), which would be recorded as a part of the "
+            "base. Call pipe.unload_lora_weights() first."
+        )
+    yield
+
+
+@contextmanager
+def loaded(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
+    """Load an ED-LoRA or a plain LoRA, or nothing, for the length of a block."""
+    if edlora is None:
+        yield
+    elif loads_concepts(pipe):
+        pipe.load_edlora(edlora)
+        try:
+            yield
+        finally:
+            pipe.unload_edlora()
+    else:
+        inject(pipe.components, edlora, _ADAPTER)
+        try:
+            yield
+        finally:
+            eject(pipe.components, _ADAPTER)
+
+
+def _known() -> str:
+    """Names of the families that can be fused."""
+    return ", ".join(family.name for family in FAMILIES)

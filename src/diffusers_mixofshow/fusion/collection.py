@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
+import diffusers
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
-from diffusers_mixofshow.base_models import guidance_of_unet
+from diffusers_mixofshow.base_models import guidance_of
 from diffusers_mixofshow.conditioning.encode import concept_positions
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import shown
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of
-from diffusers_mixofshow.families.layers import components_with_sites, linear_layers
+from diffusers_mixofshow.families.layers import components_with_sites, linear_layers, said_size
+from diffusers_mixofshow.fusion.borrowing import loaded
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
 from diffusers_mixofshow.progress import without_bars
 
 
 TextTokens = Literal["all", "unpadded", "concept"]
-SAMPLER = "DPMSolverMultistepScheduler"
 
 _HELD_OUT_EVERY = 4
 
 
 class FusablePipeline(Protocol):
-    """What fusion needs of a pipeline: its components, and to load, sample and unload a concept."""
+    """What fusion needs of a pipeline: its components, and to sample; ours load concepts as well, see `borrowing`."""
 
     scheduler: Any
     vae_scale_factor: int
@@ -39,15 +39,6 @@ class FusablePipeline(Protocol):
     @property
     def components(self) -> Mapping[str, Any]:
         """Model components by name."""
-
-    def load_edlora(self, source: EDLoRA) -> None:
-        """Load an ED-LoRA."""
-
-    def unload_edlora(self) -> None:
-        """Unload everything that was loaded."""
-
-    def concepts_set_aside(self) -> AbstractContextManager[None]:
-        """Block without the concepts that the user had loaded."""
 
     def __call__(self, **arguments: Any) -> Any:
         """Sample pictures, with diffusers' arguments."""
@@ -58,7 +49,7 @@ class Recording:
     """How concepts are sampled while their layers are watched.
 
     Args:
-        steps: Denoising steps of DPM-Solver.
+        steps: Denoising steps, for Stable Diffusion of DPM-Solver.
         guidance_scale: Guidance; above 1 both halves are sampled and recorded. None is the model's usual one.
         negative_prompt: Prompt of the unconditional half; None is none.
         seeds: Every prompt is sampled once with each of them.
@@ -68,6 +59,7 @@ class Recording:
             prompt names no concept, as those of plain LoRAs, ``concept`` is ``unpadded``.
         height: Height of the pictures in pixels; the model's own by default.
         width: Width of the pictures in pixels; the model's own by default.
+        sampler: Class of the scheduler; the family's own when settings are resolved.
     """
 
     steps: int = 20
@@ -78,6 +70,7 @@ class Recording:
     text_tokens: TextTokens = "all"
     height: int | None = None
     width: int | None = None
+    sampler: str = ""
 
     def __post_init__(self) -> None:
         """Refuse settings that would record nothing."""
@@ -95,13 +88,17 @@ class Recording:
 
     def resolved(self, pipe: FusablePipeline) -> Recording:
         """The same settings spelt out: what is None is what the pipeline would take for it."""
-        unet = pipe.components["unet"]
-        height, width = _own_size(unet.config.sample_size, pipe.vae_scale_factor)
-        usual = guidance_of_unet(unet.config)
+        family = family_of(pipe.components)
+        height, width = (
+            None if cells is None else cells * pipe.vae_scale_factor
+            for cells in said_size(pipe.components[family.denoiser]) or (None, None)
+        )
+        usual = guidance_of(pipe.components)
         return replace(
             self,
             guidance_scale=float(usual if self.guidance_scale is None else self.guidance_scale),
             negative_prompt=self.negative_prompt or "",
+            sampler=family.sampler or type(pipe.scheduler).__name__,
             height=height if self.height is None else self.height,
             width=width if self.width is None else self.width,
         )
@@ -110,7 +107,7 @@ class Recording:
         """What of it shapes the statistics, as JSON values; the size of batches does not."""
         values = {name: int(value) if isinstance(value, Integral) else value for name, value in asdict(self).items()}
         del values["batch_size"]
-        return values | {"seeds": [int(seed) for seed in self.seeds], "sampler": SAMPLER}
+        return values | {"seeds": [int(seed) for seed in self.seeds]}
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -127,14 +124,6 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], own: Map
         for name, value in wanted.items()
         if then[name] != value
     ]
-
-
-def _own_size(sample_size: int | Sequence[int] | None, scale: int) -> tuple[int | None, int | None]:
-    """Height and width in pixels that a U-Net draws by itself; None where it does not say."""
-    if sample_size is None:
-        return None, None
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    return height * scale, width * scale
 
 
 def collect(
@@ -162,7 +151,7 @@ def collect(
         The statistics of every input that the sites read.
     """
     statistics, recording = ConceptStatistics(), recording.resolved(pipe)
-    with loaded(pipe, edlora), _quiet_dpm_solver(pipe):
+    with loaded(pipe, edlora), _sampling_quietly(pipe):
         for part in PARTS:
             with watched(pipe, sites, statistics, recording.text_tokens, part):
                 for batch in _batches(_pictures(prompts, recording, part, hold_out=hold_out), recording.batch_size):
@@ -172,19 +161,6 @@ def collect(
         raise FusionError(f"Layers that sampling never used: {', '.join(missing)}. Is the pipeline complete?")
     statistics.offload()
     return statistics
-
-
-@contextmanager
-def loaded(pipe: FusablePipeline, edlora: EDLoRA | None) -> Iterator[None]:
-    """Load an ED-LoRA, or nothing, for the length of a block."""
-    if edlora is None:
-        yield
-        return
-    pipe.load_edlora(edlora)
-    try:
-        yield
-    finally:
-        pipe.unload_edlora()
 
 
 @contextmanager
@@ -258,10 +234,11 @@ def _adder(statistics: ConceptStatistics, name: str, positions: _Positions | Non
 
 
 @contextmanager
-def _quiet_dpm_solver(pipe: Any) -> Iterator[None]:
-    """Sample with DPM-Solver and without the pipeline's own progress bar; both come back afterwards."""
-    scheduler = pipe.scheduler
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+def _sampling_quietly(pipe: Any) -> Iterator[None]:
+    """Sample with the family's sampler and without the pipeline's own progress bar; both come back afterwards."""
+    scheduler, sampler = pipe.scheduler, family_of(pipe.components).sampler
+    if sampler:
+        pipe.scheduler = getattr(diffusers, sampler).from_config(scheduler.config)
     try:
         with without_bars(pipe):
             yield
@@ -293,12 +270,14 @@ def _sample(
         advance(len(batch))
         return tensors
 
-    guided = recording.guidance_scale is not None and recording.guidance_scale > 1
+    family = family_of(pipe.components)
+    guided = recording.guidance_scale is not None and recording.guidance_scale > family.guidance_off
+    negative = [recording.negative_prompt] * len(batch) if guided else None
     pipe(
         prompt=[prompt for prompt, _ in batch],
-        negative_prompt=[recording.negative_prompt] * len(batch) if guided else None,
         num_inference_steps=recording.steps,
-        guidance_scale=recording.guidance_scale,
+        **{family.guidance_argument: recording.guidance_scale},
+        **({"negative_prompt": negative} if family.takes_negative_prompt else {}),
         generator=[torch.Generator().manual_seed(seed) for _, seed in batch],
         height=recording.height,
         width=recording.width,

@@ -17,7 +17,7 @@ from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.errors import FusionError, warn
 from diffusers_mixofshow.families import Family, family_of_sites
 from diffusers_mixofshow.families.layers import adapted_layers
-from diffusers_mixofshow.fusion.borrowing import refuse_unfusable
+from diffusers_mixofshow.fusion.borrowing import refuse_concepts, refuse_unfusable, set_aside
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect, differences
 from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, joined_residuals, packed
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts
@@ -228,6 +228,8 @@ class GradientFuser:
             scales=scales,
             with_statistics=not self.sequential if with_statistics is None else with_statistics,
         )
+        if self.pipe is not None:
+            refuse_concepts(self.pipe, (source.edlora for source in gathered))
         return tuple(self._from_folder(source) for source in gathered)
 
     def _from_folder(self, source: Source) -> Source:
@@ -259,7 +261,7 @@ class GradientFuser:
             return sources
         recorded = {}
         mine = [source for source in team.share(sources).values() if source.name in lacking]
-        with self._borrowed().concepts_set_aside(), self._progress("Recording", mine, self.recording) as advance:
+        with set_aside(self._borrowed()), self._progress("Recording", mine, self.recording) as advance:
             for source in mine:
                 place = None if self._stays(source, publishing) else self._place(source)
                 self._tell_why_again(source, sites, place)
@@ -352,7 +354,7 @@ class GradientFuser:
         stages = _stages(family, sites_of(sources), self.recording)
         mine = team.share(sources)
         with (
-            self._borrowed().concepts_set_aside(),
+            set_aside(self._borrowed()),
             StageShelf({**asdict(settings), "sources": [source.edlora.digest for source in sources]}) as shelf,
         ):
             for number, stage in enumerate(stages, 1):
@@ -421,7 +423,7 @@ class GradientFuser:
         concepts = [concept for source in sources for concept in source.edlora.concepts]
         pipe, prompts = self._borrowed(), prior_prompts(concepts, self.prior_prompts)
         steps = len(prompts) * recording.steps * len(recording.seeds)
-        with pipe.concepts_set_aside(), progress("Recording the base", steps, pipe=pipe) as bar:
+        with set_aside(pipe), progress("Recording the base", steps, pipe=pipe) as bar:
             statistics = collect(pipe, None, prompts, sites, recording, bar.update)
         return {name: self.prior * statistics.gram(name) for name in statistics.inputs}
 

@@ -19,7 +19,7 @@ from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, wi
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
-from diffusers_mixofshow.families.recognition import layers_of, recognise
+from diffusers_mixofshow.families.recognition import COMPONENTS, layers_of, recognise
 from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, worded
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
@@ -35,7 +35,6 @@ _ADAPTERS = tuple(
     f"{stem}{end}" for stem in ("adapter_model", "pytorch_lora_weights") for end in (".safetensors", ".bin")
 )
 """What PEFT and diffusers call the weights of an adapter."""
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 """Folders of a folder, each with the adapter of one model, as PEFT's DreamBooth example writes them."""
 
 
@@ -290,7 +289,7 @@ def _read_folder(folder: Path) -> Foreign:
     """A LoRA, in one file or in a folder for each model, with the embeddings that lie beside it."""
     patterns = ("*.safetensors", "*.pth", "learned_embeds*.bin", *_ADAPTERS, f"{EMBEDDINGS}/*.safetensors")
     paths = _files_in(folder, patterns)
-    models = {model: _files_in(folder, [f"{model}/{name}" for name in _ADAPTERS]) for model in _COMPONENTS}
+    models = {model: _files_in(folder, [f"{model}/{name}" for name in _ADAPTERS]) for model in COMPONENTS}
     if not paths and not any(models.values()):
         below = sorted({path.parent.name for name in _ADAPTERS for path in folder.glob(f"*/{name}")})
         hint = f"Its folders do, name one of them: {listed(below)}." if below else "Name the file itself."

@@ -26,7 +26,7 @@ _HALF = re.compile(
 )
 _FLAT = re.compile(r"(lora_(?P<component>unet|te|te1|te2)|lycoris)_(?P<path>.+)")
 _FLAT_COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
-_COMPONENT = re.compile(r"(unet|text_encoder_2|text_encoder)\.")
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder_2|text_encoder)\.")
 _COMFYUI = {
     "diffusion_model.": "unet",
     "text_encoders.clip_l.transformer.": "text_encoder",
@@ -94,7 +94,7 @@ def site_of(layer: str) -> str:
     named = _COMPONENT.match(layer.removeprefix(_PEFT))
     component = named[1] if named else ("text_encoder" if "encoder.layers" in layer else "unet")
     path = layer.removeprefix(_PEFT).removeprefix(f"{component}.").removeprefix(_PEFT).replace(".processor.", ".")
-    if path.endswith(".to_out"):
+    if path.endswith(".to_out") and component != "transformer":
         path += ".0"
     if component != "unet":
         path = re.sub(r"(?<=\.self_attn\.)(to_q|to_k|to_v|to_out\.0)$", lambda old: _OLD_TEXT_NAMES[old[0]], path)

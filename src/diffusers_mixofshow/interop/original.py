@@ -22,6 +22,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.interop.lora_tensors import content_of
 from diffusers_mixofshow.interop.tensors import in_working_dtype
 
@@ -30,7 +31,7 @@ ORIGINAL_NAME = "edlora_model-latest.pth"
 """What the authors' trainer calls its result."""
 
 _EMBEDDINGS = ("new_concept_embedding", "new_concept_token")
-_COMPONENTS = ("text_encoder", "unet")
+_COMPONENTS = STABLE_DIFFUSION.components
 _OF_LORA = re.compile(r"\.lora|_lora\.")
 
 

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_mixofshow.conditioning.passes import hooked_passes, outside_of_calls
 from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.families.layers import own_size
 from diffusers_mixofshow.pipelines.prompts import negatives_of_pictures
 from diffusers_mixofshow.regions import Draft, Region
 from diffusers_mixofshow.regions.draft import Window, window_of
@@ -140,13 +141,13 @@ class _Drafts:
 
     def _planned(self, shares: Sequence[torch.Tensor], latents: torch.Tensor) -> list[_Planned]:
         """A draft for every region that holds somewhere, with its noise."""
-        generators, size = self.arguments.get("generator"), self.pipe.unet.config.sample_size
+        generators, size = self.arguments.get("generator"), min(own_size(self.pipe.unet))
         planned = []
         for picture, own in enumerate(shares):
             for number, share in enumerate(own):
                 if not (share > 0).any():
                     continue
-                window = window_of(share > 0, size if isinstance(size, int) else min(size), self.multiple)
+                window = window_of(share > 0, size, self.multiple)
                 shape = (latents.shape[1], window.draft_height, window.draft_width)
                 generator = generators[picture] if isinstance(generators, list) else generators
                 noise = randn_tensor(shape, generator=generator, device=latents.device, dtype=torch.float32)

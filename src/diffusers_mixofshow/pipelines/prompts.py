@@ -16,13 +16,13 @@ from diffusers_mixofshow.concepts import mentions_concept, split_prompt
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import known_words, tokenize
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.clip import POSITIONS
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.regions import Region
 
 
 # For a pipeline that was given no tokenizer, only ready-made embeddings.
-_CLIP_TOKENS = 77
 
 _Anything = TypeVar("_Anything")
 
@@ -136,7 +136,7 @@ class LayerwisePrompts(EDLoRALoader):
     @property
     def _tokens(self) -> int:
         """Number of tokens of one encoding."""
-        return _CLIP_TOKENS if self.tokenizer is None else self.tokenizer.model_max_length
+        return POSITIONS if self.tokenizer is None else self.tokenizer.model_max_length
 
     def _is_stack(self, embeds: torch.Tensor | None) -> bool:
         return embeds is not None and embeds.shape[1] == self._layers * self._tokens

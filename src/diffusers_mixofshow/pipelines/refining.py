@@ -15,6 +15,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.families.layers import own_size
 from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import negatives_of_pictures, of_pictures
@@ -140,7 +141,7 @@ def refine_regions(
     lists: list[Sequence[Any]] = list(regions) if nested else [regions] * len(images)  # type: ignore[arg-type]
     _check(images, lists)
     images = [read_image(image, called=f"picture {number}") for number, image in enumerate(images)]
-    size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = size or min(own_size(pipe.unet)) * pipe.vae_scale_factor
     found = [
         _patch(number, image, region, size, margin)
         for number, (image, own) in enumerate(zip(images, lists, strict=True))

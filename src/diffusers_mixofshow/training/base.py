@@ -13,13 +13,12 @@ from torch import nn
 from diffusers_mixofshow.base_models import TOYLAND, in_dtype, not_loadable
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.training.config import TrainingConfig
 
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-_NEEDED = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
 
 
 def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
@@ -42,7 +41,7 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
 def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
     """Raise one `ConfigurationError` that lists why this pipeline cannot be trained with this config."""
     components = pipeline.components
-    defects = [f"it has no {name}" for name in _NEEDED if components.get(name) is None]
+    defects = [f"it has no {name}" for name in STABLE_DIFFUSION.parts if components.get(name) is None]
     if components.get("text_encoder_2") is not None:
         defects.append("it has two text encoders, expected one (SDXL cannot be trained yet)")
     modules = {name: module for name, module in components.items() if isinstance(module, nn.Module)}

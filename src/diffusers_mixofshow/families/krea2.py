@@ -1,0 +1,33 @@
+"""Krea 2: one stream for picture and text, after blocks that join the states of many layers of its text encoder."""
+
+from __future__ import annotations
+
+import re
+
+from diffusers_mixofshow.families.family import BaseModel, Family, Stage
+from diffusers_mixofshow.families.transformer import ANY, groups
+
+
+_BLOCK = r"(transformer_blocks|text_fusion\.(layerwise|refiner)_blocks)\.\d+\."
+_ATTENTION = r"attn\.(to_[qkv]|to_gate|to_out\.0)"
+
+KREA2 = Family(
+    name="Krea 2",
+    pipeline="Krea2Pipeline",
+    denoiser="transformer",
+    denoiser_class="Krea2Transformer2DModel",
+    text_encoders={},
+    adapted=re.compile(_BLOCK + _ATTENTION),
+    linear=re.compile(rf"{_BLOCK}({_ATTENTION}|ff\.(gate|up|down))"),
+    inputs=(
+        (re.compile(r"(.*\.attn)\.(to_q|to_k|to_v|to_gate)"), r"\1.to_q+to_k+to_v+to_gate"),
+        (re.compile(r"(.*\.ff)\.(gate|up)"), r"\1.gate+up"),
+    ),
+    stages=(
+        Stage(name="text", sites=re.compile(r"transformer\.text_fusion\..*"), text_alone=True),
+        Stage(name="transformer", sites=ANY, text_alone=False),
+    ),
+    groups=groups(text_fusion=r".*\.text_fusion\..*", attention=r".*\.attn\..*", feed_forward=r".*\.ff\..*"),
+    models=(BaseModel(name="Krea 2", kohya="krea2", guidance=4.5),),
+    guidance_off=0.0,
+)

@@ -1,0 +1,28 @@
+"""Qwen-Image: blocks with a stream each for picture and text."""
+
+from __future__ import annotations
+
+import re
+
+from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.transformer import ATTENTION, OF_TEXT, ONE_STAGE, QUERY_KEY_VALUE, groups
+
+
+QWEN_IMAGE = Family(
+    name="Qwen-Image",
+    pipeline="QwenImagePipeline",
+    denoiser="transformer",
+    denoiser_class="QwenImageTransformer2DModel",
+    text_encoders={},
+    adapted=re.compile(rf"transformer_blocks\.\d+\.{ATTENTION}"),
+    linear=re.compile(rf"transformer_blocks\.\d+\.({ATTENTION}|(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)"),
+    inputs=(
+        (re.compile(r"transformer\..*\.(img|txt)_mod\.1"), "transformer.modulation"),
+        QUERY_KEY_VALUE,
+        OF_TEXT,
+    ),
+    stages=ONE_STAGE,
+    groups=groups(attention=r".*\.attn\..*", modulation=r".*_mod\.1", feed_forward=r".*_mlp\..*"),
+    models=(BaseModel(name="Qwen-Image", kohya="qwen_image", id="Qwen/Qwen-Image", guidance=4.0),),
+    guidance_argument="true_cfg_scale",
+)

@@ -1,0 +1,34 @@
+"""Z-Image: one stream for picture and text, after refiners that each of them passes alone."""
+
+from __future__ import annotations
+
+import re
+
+from diffusers_mixofshow.families.family import BaseModel, Family, Stage
+from diffusers_mixofshow.families.transformer import ANY, QUERY_KEY_VALUE, groups
+
+
+_BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+\."
+_ATTENTION = r"attention\.(to_[qkv]|to_out\.0)"
+
+Z_IMAGE = Family(
+    name="Z-Image",
+    pipeline="ZImagePipeline",
+    denoiser="transformer",
+    denoiser_class="ZImageTransformer2DModel",
+    text_encoders={},
+    adapted=re.compile(_BLOCK + _ATTENTION),
+    linear=re.compile(rf"{_BLOCK}({_ATTENTION}|feed_forward\.w[123]|adaLN_modulation\.0)"),
+    inputs=(
+        (re.compile(r"transformer\..*\.adaLN_modulation\.0"), "transformer.modulation"),
+        (re.compile(r"(.*\.feed_forward)\.(w1|w3)"), r"\1.w1+w3"),
+        QUERY_KEY_VALUE,
+    ),
+    stages=(
+        Stage(name="text", sites=re.compile(r"transformer\.context_refiner\..*"), text_alone=True),
+        Stage(name="transformer", sites=ANY, text_alone=False),
+    ),
+    groups=groups(attention=r".*\.attention\..*", modulation=r".*\.adaLN.*", feed_forward=r".*\.feed_forward\..*"),
+    models=(BaseModel(name="Z-Image", kohya="zimage", id="Tongyi-MAI/Z-Image-Turbo", guidance=0.0),),
+    guidance_off=0.0,
+)

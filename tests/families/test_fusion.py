@@ -1,0 +1,159 @@
+"""Plain LoRAs of every family are fused with its pipeline of diffusers, which loads what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffusers_mixofshow import GradientFuser, LoRASource
+from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.edlora.low_rank import low_rank_delta
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.families import FAMILIES, Family
+from diffusers_mixofshow.families.layers import linear_layers
+from diffusers_mixofshow.interop.lora_files import read_lora
+from families.pipelines import tiny_pipeline
+
+
+RIDGE = 1e-3
+SMALL = {"steps": 2, "height": 32, "width": 32, "ridge": RIDGE, "batch_size": 2}
+PROMPTS = {"dog": ["photo of sks dog", "sks dog on a beach"], "ink": ["a castle, ink drawing"]}
+# The pack's file holds float32 here; its factors have been through one rounding. Statistics are kept in float16.
+ROUNDING, HALF = 1e-4, 3e-3
+
+
+@pytest.fixture(
+    scope="module",
+    params=[family for family in FAMILIES if hasattr(diffusers, family.pipeline)],
+    ids=lambda family: family.name,
+)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(family: Family) -> Any:
+    return tiny_pipeline(family.name)
+
+
+def _sites(family: Family, pipe: Any) -> list[str]:
+    """One layer for every input of the first of each kind of block, so that the test is quick."""
+    chosen: dict[tuple[str, str], str] = {}
+    for site, layer in linear_layers(pipe.components).items():
+        if isinstance(layer, torch.nn.Linear):
+            kind = "".join(letter for letter in site if not letter.isdigit())
+            chosen.setdefault((kind, family.input_of(site) if "modulation" in site else ""), site)
+    return list(chosen.values())
+
+
+def _lora(family: Family, pipe: Any, seed: int, rank: int, alpha: float) -> dict[str, LowRank]:
+    generator, layers = torch.Generator().manual_seed(seed), linear_layers(pipe.components)
+    return {
+        site: LowRank(
+            down=torch.randn(rank, layers[site].in_features, generator=generator) * 0.1,
+            up=torch.randn(layers[site].out_features, rank, generator=generator) * 0.1,
+            alpha=alpha,
+        )
+        for site in _sites(family, pipe)
+    }
+
+
+@pytest.fixture(scope="module")
+def files(family: Family, pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two LoRA files as diffusers writes them, of different ranks."""
+    folder = tmp_path_factory.mktemp(family.name.replace(" ", "-"))
+    paths = {}
+    for seed, (name, rank) in enumerate({"dog": 2, "ink": 3}.items()):
+        tensors = {}
+        for site, update in _lora(family, pipe, seed, rank, float(rank)).items():
+            tensors[f"{site}.lora_A.weight"], tensors[f"{site}.lora_B.weight"] = update.down, update.up
+        paths[name] = folder / f"{name}.safetensors"
+        save_file(tensors, paths[name])
+    return paths
+
+
+def _sources(files: Mapping[str, Path]) -> list[LoRASource]:
+    return [LoRASource(path, prompts=PROMPTS[name]) for name, path in files.items()]
+
+
+@contextmanager
+def _features(pipe: Any, sites: list[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """What layers read inside the block, whatever is wrapped around them; rows of float64."""
+    found: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
+    layers = linear_layers(pipe.components)
+
+    def note(site: str) -> Any:
+        return lambda module, inputs: found[site].append(inputs[0].double().flatten(end_dim=-2))
+
+    hooks = [layers[site].register_forward_pre_hook(note(site)) for site in sites]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def test_fused_layers_are_the_dense_solution(
+    family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """D (sum_i G_i / 2 + ridge I) = sum_i D_i G_i / 2 with G_i the mean outer product of what layer and LoRA saw."""
+    sites, fuser = (
+        _sites(family, pipe),
+        GradientFuser(pipe, sequential=False, dtype=torch.float32, statistics_bytes=None, **SMALL),
+    )
+    before = {name: value.clone() for name, value in pipe.components[family.denoiser].state_dict().items()}
+    grams, deltas = [], []
+    for name, source in zip(files, _sources(files), strict=True):
+        with _features(pipe, sites) as features:
+            fuser.record(source)
+        rows = {site: torch.cat(parts) for site, parts in features.items()}
+        grams.append({site: one.T @ one / len(one) for site, one in rows.items()})
+        deltas.append({site: low_rank_delta(update).double() for site, update in read_lora(files[name]).items()})
+    fused = fuser.fuse(_sources(files))
+    assert set(fused.lora) == set(sites)
+    for site in sites:
+        total = sum(gram[site] / 2 for gram in grams)
+        asked = sum(delta[site] @ gram[site] / 2 for delta, gram in zip(deltas, grams, strict=True))
+        damped = total + RIDGE * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
+        expected = torch.linalg.solve(damped, asked.T).T
+        found = low_rank_delta(fused.lora[site]).double()
+        assert (found - expected).norm() < HALF * expected.norm(), site
+    after = pipe.components[family.denoiser].state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_in_stages_it_is_one_ordinary_lora_that_diffusers_loads(
+    family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    fused = GradientFuser(pipe, dtype=torch.float32, **SMALL).fuse(_sources(files))
+    assert fused.report.residuals.keys() == PROMPTS.keys()
+    fused.save_pretrained(tmp_path / "both")
+    pipe.load_lora_weights(tmp_path / "both")
+    try:
+        layers = linear_layers(pipe.components)
+        for site, update in fused.lora.items():
+            ((name, down),) = layers[site].lora_A.items()
+            arrived = layers[site].scaling[name] * layers[site].lora_B[name].weight @ down.weight
+            expected = low_rank_delta(update)
+            assert (arrived - expected).norm() < ROUNDING * expected.norm(), site
+    finally:
+        pipe.unload_lora_weights()
+    ours = read_lora(tmp_path / "both" / "pytorch_lora_weights.safetensors")
+    assert ours.keys() == fused.lora.keys()
+
+
+def test_what_is_loaded_already_would_be_recorded_as_the_base(
+    family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    pipe.load_lora_weights(files["ink"])
+    try:
+        with pytest.raises(FusionError, match=r"has LoRAs loaded .*unload_lora_weights\(\) first"):
+            GradientFuser(pipe, **SMALL).fuse(_sources(files))
+    finally:
+        pipe.unload_lora_weights()
