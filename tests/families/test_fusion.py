@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from diffusers_mixofshow import GradientFuser, LoRASource
+from diffusers_mixofshow import GradientFuser, LoRASource, cli
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import FusionError
@@ -22,7 +24,7 @@ from diffusers_mixofshow.interop.lora_files import read_lora
 from families.pipelines import tiny_pipeline
 
 
-RIDGE = 1e-3
+RIDGE = 3e-2
 SMALL = {"steps": 2, "height": 32, "width": 32, "ridge": RIDGE, "batch_size": 2}
 PROMPTS = {"dog": ["photo of sks dog", "sks dog on a beach"], "ink": ["a castle, ink drawing"]}
 # The pack's file holds float32 here; its factors have been through one rounding. Statistics are kept in float16.
@@ -48,7 +50,7 @@ def _sites(family: Family, pipe: Any) -> list[str]:
     chosen: dict[tuple[str, str], str] = {}
     for site, layer in linear_layers(pipe.components).items():
         if isinstance(layer, torch.nn.Linear):
-            kind = "".join(letter for letter in site if not letter.isdigit())
+            kind = re.sub(r"\.\d+(?=\.)", "", site)
             chosen.setdefault((kind, family.input_of(site) if "modulation" in site else ""), site)
     return list(chosen.values())
 
@@ -157,3 +159,35 @@ def test_what_is_loaded_already_would_be_recorded_as_the_base(
             GradientFuser(pipe, **SMALL).fuse(_sources(files))
     finally:
         pipe.unload_lora_weights()
+
+
+def test_the_command_line_fuses_them_on_a_base_of_their_family(
+    family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option says which family it is; files and folder do. What has no option, size and steps, is small here."""
+    pipe.save_pretrained(tmp_path / "base")
+    original = GradientFuser.__init__
+    monkeypatch.setattr(GradientFuser, "__init__", lambda self, pipe, **given: original(self, pipe, **(SMALL | given)))
+    asked = [part for name in files for part in ("--prompts", " | ".join(PROMPTS[name]))]
+    arguments = [*map(str, files.values()), *asked, "--base", str(tmp_path / "base")]
+    result = CliRunner().invoke(
+        cli.app, ["fuse", *arguments, "--output", str(tmp_path / "both")], catch_exceptions=False
+    )
+    assert "Wrote the fused pack of dog, ink to" in result.output
+    assert read_lora(tmp_path / "both" / "pytorch_lora_weights.safetensors").keys() == set(_sites(family, pipe))
+
+
+def test_loras_of_two_families_are_told_apart(
+    family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    other = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 768}
+    if family.denoiser == "unet":
+        other = {"transformer.single_transformer_blocks.0.proj_mlp": 32}
+    tensors = {}
+    for site, width in other.items():
+        tensors |= {f"{site}.lora_A.weight": torch.ones(1, width), f"{site}.lora_B.weight": torch.ones(4, 1)}
+    save_file(tensors, tmp_path / "other.safetensors")
+    strange = LoRASource(tmp_path / "other.safetensors", prompts=["sks"], name="other")
+    told = rf"no family of base models has together \(dog for {family.name}, ink for {family.name}, other for .*\)"
+    with pytest.raises(FusionError, match=told):
+        GradientFuser().fuse([*_sources(files), strange], method="average")

@@ -7,14 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import TOYLAND, known_spelling, location_of, not_loadable, one_name
+from diffusers_mixofshow.base_models import TOYLAND, in_dtype, known_spelling, location_of, not_loadable, one_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.progress import bar_settings
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 MOST_STEPS = 1000
 """Denoising steps: as many as Stable Diffusion was trained with. Schedulers break on more."""
@@ -40,13 +39,14 @@ def common_base(concepts: Sequence[EDLoRA]) -> str:
     return next(iter(bases))
 
 
-def load_base(name: str, device: str | None = None, dtype: str | None = None) -> MixOfShowPipeline:
-    """Load a base model as a Mix-of-Show pipeline, on the GPU in fp16 where there is one.
+def load_base(name: str, device: str | None = None, dtype: str | None = None, *, concepts: bool = True) -> Any:
+    """Load a base model as a Mix-of-Show pipeline, on the GPU in half precision where there is one.
 
     Args:
         name: Hub id, folder, or ``toyland``.
         device: Where to, such as ``cuda:1``.
         dtype: Name of the weights' type, such as ``float16``.
+        concepts: Whether it has to draw concepts; otherwise it is loaded as the class of diffusers that it is.
 
     Raises:
         ConfigurationError: If it cannot be found or read, or this machine has no such device.
@@ -55,8 +55,9 @@ def load_base(name: str, device: str | None = None, dtype: str | None = None) ->
     from diffusers_mixofshow.edlora.models import load_model
 
     device, dtype = check_device(device, dtype)
+    load = _load if concepts else _load_as_it_is
     try:
-        pipe = load_model(name, partial(_load, device=device, dtype=dtype))
+        pipe = load_model(name, partial(load, device=device, dtype=dtype))
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
     pipe.set_progress_bar_config(desc="Sampling", **bar_settings())
@@ -78,7 +79,7 @@ def check_device(device: str | None, dtype: str | None) -> tuple[str, str | None
     return device, dtype
 
 
-def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> MixOfShowPipeline:
+def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
     """Load what is known to be there; the pipelines are imported no earlier, which takes seconds."""
     import torch
 
@@ -92,6 +93,21 @@ def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> MixO
     else:
         pipe = MixOfShowPipeline.from_pretrained(place, dtype=numbers, **options)
     return pipe.to(device)
+
+
+def _load_as_it_is(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
+    """Load a pipeline as the class of diffusers that its folder names."""
+    import diffusers
+    import torch
+
+    numbers = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(place, **in_dtype(numbers), **options).to(device)
+    except AttributeError as error:
+        raise ConfigurationError(
+            f"The installed diffusers {diffusers.__version__} cannot load this pipeline: {first_line(error)}. Install "
+            "a newer one: pip install -U diffusers."
+        ) from error
 
 
 def layers_of(name: str) -> tuple[str, ...]:

@@ -141,7 +141,9 @@ def fuse(
         plan = _plan(gathered, base_model, features, max_rank, output)
         tell(plan | replaces(*taken, overwrite=overwrite), as_json=as_json)
         return
-    fused = _fuser(base_model, features, prior, **settings).fuse(gathered, method=method.value, weights=weight)
+    fused = _fuser(gathered, base_model, features, prior, **settings).fuse(
+        gathered, method=method.value, weights=weight
+    )
     if writes:
         _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
         _tell_result(fused, output, as_json=as_json)
@@ -187,13 +189,18 @@ def _places(
     return taken
 
 
-def _fuser(base_model: str | None, features: Features, prior: float, **settings: Any) -> GradientFuser:
+def _fuser(
+    gathered: Sequence[Source], base_model: str | None, features: Features, prior: float, **settings: Any
+) -> GradientFuser:
     """The fuser of these settings, with the base loaded where one is needed."""
+    from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
     from diffusers_mixofshow.fusion import GradientFuser
+    from diffusers_mixofshow.fusion.solving import family_of_sources
 
     if base_model is None:
         return GradientFuser(**settings)
-    return GradientFuser(load_base(base_model), prior=prior, sequential=features is not Features.OWN, **settings)
+    pipe = load_base(base_model, concepts=family_of_sources(gathered) is STABLE_DIFFUSION)
+    return GradientFuser(pipe, prior=prior, sequential=features is not Features.OWN, **settings)
 
 
 def _joins_others() -> bool:

@@ -108,6 +108,16 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
     return next((one for one in (SD1, SD2, EMBEDDED) if told == set(one.embeddings.values())), None)
 
 
+def family_of_updates(widths: Mapping[str, int]) -> Family:
+    """The family that a LoRA belongs to: by its widths where they tell, as one U-Net's names are another's.
+
+    Args:
+        widths: Site name to the width of the layer's input.
+    """
+    model = recognise(widths)
+    return family_of_sites(widths) if model is None else next(one for one in FAMILIES if model in one.models)
+
+
 def layers_of(widths: Mapping[str, int], width: int | None, count: int | None = None) -> tuple[str, ...]:
     """Cross-attention layers of the U-Net that a file was made for; empty if nothing in it tells.
 

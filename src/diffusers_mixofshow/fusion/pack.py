@@ -39,6 +39,7 @@ from diffusers_mixofshow.fusion.sources import (
     EDLoRASource,
     Source,
     carry,
+    family_defects,
     found_source,
     gather,
     is_carried,
@@ -253,7 +254,7 @@ def refused(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
             "This pack was recorded on top of what was fused already, or with a prior that its file does not hold. It "
             "cannot be changed from statistics; fuse all sources anew, or with GradientFuser(pipe, sequential=False)."
         )
-    if defects := mutual_defects([source.edlora for source in sources]):
+    if defects := [*mutual_defects([source.edlora for source in sources]), *family_defects(sources)]:
         raise FusionError("The pack cannot be changed in this way: " + "; ".join(defects))
     missing = [source.name for source in sources if source.statistics is None]
     if missing and pack.settings.method in MEASURED:

@@ -11,8 +11,10 @@ from zlib import crc32
 import torch
 
 from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import FusionError, first_line
 from diffusers_mixofshow.families import Family, family_of_sites
+from diffusers_mixofshow.families.recognition import family_of_updates
 from diffusers_mixofshow.fusion.compression import GramFactor
 from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
 from diffusers_mixofshow.fusion.ridge import chosen_ridge
@@ -300,7 +302,9 @@ def _residuals(shared: SharedInput, lora: Mapping[str, LowRank]) -> dict[str, di
 
 def family_of_sources(sources: Sequence[Source]) -> Family:
     """The family whose layers the sources change."""
-    return family_of_sites(sites_of(sources))
+    return family_of_updates(
+        input_widths({site: one for source in sources for site, one in source.edlora.lora.items()})
+    )
 
 
 def sites_of(sources: Sequence[Source]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import commit_of, download, is_repo_id
+from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.edlora.reading import within
 from diffusers_mixofshow.errors import (
     EDLoRAFormatError,
@@ -28,7 +29,9 @@ from diffusers_mixofshow.errors import (
     OverwriteError,
     warn,
 )
+from diffusers_mixofshow.families import family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
+from diffusers_mixofshow.families.recognition import family_of_updates
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import Factors
@@ -312,6 +315,7 @@ def gather(
         *_number_defects("weights", weights, len(edloras), positive=True),
         *_number_defects("scales", scales, len(edloras), positive=False),
         *mutual_defects(edloras),
+        *family_defects(sources),
         *_label_defects(sources),
         *_model_defects(edloras, components),
     ]
@@ -480,6 +484,16 @@ def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
     if misfits := _size_defects(edloras):
         defects.append(f"they were made for layers of different sizes ({', '.join(misfits[:3])})")
     return defects
+
+
+def family_defects(sources: Sequence[Source]) -> list[str]:
+    """Name the families of sources whose layers no single family has."""
+    common = family_of_sites([site for source in sources for site in source.edlora.lora])
+    if all(common.has_site(site) for source in sources for site in source.edlora.lora):
+        return []
+    families = [family_of_updates(input_widths(source.edlora.lora)).name for source in sources]
+    told = ", ".join(f"{source.name} for {family}" for source, family in zip(sources, families, strict=True))
+    return [f"they change layers that no family of base models has together ({told})"]
 
 
 def _size_defects(edloras: Sequence[EDLoRA]) -> list[str]:
