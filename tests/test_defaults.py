@@ -30,7 +30,7 @@ PROMISED = {
         "max_rank": None,
         "sequential": None,
         "statistics": None,
-        "statistics_bytes": 10_000_000,
+        "statistics_bytes": "auto",
         "text_tokens": "all",
         "batch_size": 4,
         "device": "cpu",
@@ -61,7 +61,7 @@ PROMISED = {
         "sources": False,
         "overwrite": False,
     },
-    SourceStatistics.save: {"max_bytes": 10_000_000, "overwrite": False},
+    SourceStatistics.save: {"max_bytes": "auto", "overwrite": False},
     Region: {
         "box": None,
         "mask": None,

@@ -20,7 +20,7 @@ from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import FAMILIES, Family
 from diffusers_mixofshow.families.layers import linear_layers
-from diffusers_mixofshow.interop.lora_files import read_lora
+from diffusers_mixofshow.interop.lora_files import read_lora, write_lora
 from families.pipelines import tiny_pipeline
 
 
@@ -128,6 +128,27 @@ def test_fused_layers_are_the_dense_solution(
     after = pipe.components[family.denoiser].state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"sequential": False}, {"ridge": "auto"}, {"prior": 0.5}], ids=str)
+def test_sketches_of_all_inputs_give_what_whole_matrices_give(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sketch of as many directions as the tiny layers are wide loses nothing."""
+    family = next(one for one in FAMILIES if one.name == "FLUX.1")
+    pipe, given = tiny_pipeline(family.name), SMALL | {"statistics_bytes": None} | settings
+    sources = []
+    for seed, name in enumerate(PROMPTS):
+        write_lora(tmp_path / f"{name}.safetensors", _lora(family, pipe, seed, 2, 2.0))
+        sources.append(LoRASource(tmp_path / f"{name}.safetensors", prompts=PROMPTS["dog"]))
+    whole = GradientFuser(pipe, statistics=tmp_path / "whole", dtype=torch.float32, **given).fuse(sources)
+    for module in ("statistics", "solving"):
+        monkeypatch.setattr(f"diffusers_mixofshow.fusion.{module}.WIDEST_MATRIX", 0)
+    monkeypatch.setattr("diffusers_mixofshow.fusion.sketch.DIRECTIONS", 10**6)
+    sketched = GradientFuser(pipe, statistics=tmp_path / "sketched", dtype=torch.float32, **given).fuse(sources)
+    for site, update in whole.lora.items():
+        expected, found = low_rank_delta(update), low_rank_delta(sketched.lora[site])
+        assert (found - expected).norm() < 10 * HALF * expected.norm(), site
 
 
 def test_in_stages_it_is_one_ordinary_lora_that_diffusers_loads(

@@ -46,6 +46,11 @@ class GramFactor:
         factor = self.rows.to(rows)
         return (rows @ factor.T) @ factor + self.tail * rows
 
+    @property
+    def mean(self) -> float:
+        """Mean of the diagonal."""
+        return float(self.rows.double().square().sum() / self.rows.shape[1]) + self.tail
+
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """``total += weight * gram()``, in place and without another matrix.
 
@@ -68,6 +73,51 @@ class GramFactor:
         rows = [weight**0.5 * factor.rows.double() for factor, weight in zip(factors, weights, strict=True)]
         tail = sum(weight * factor.tail for factor, weight in zip(factors, weights, strict=True))
         return cls(rows=torch.cat(rows), tail=tail, energy=min(factor.energy for factor in factors))
+
+
+def matrix_of(gram: torch.Tensor | GramFactor) -> torch.Tensor:
+    """The matrix itself, shape (in_features, in_features), float64."""
+    return gram.gram() if isinstance(gram, GramFactor) else gram
+
+
+class GramSum:
+    """A weighted sum of Gram matrices: a matrix, or a factor where the layer is wide and every summand is one."""
+
+    def __init__(self, width: int, device: str | torch.device, *, as_matrix: bool) -> None:
+        """Start with nothing.
+
+        Args:
+            width: Features of the layer's input.
+            device: Of the matrix.
+            as_matrix: Make a matrix of it whatever is added.
+        """
+        self._width, self._device = width, device
+        self._matrix = self._zeros() if as_matrix else None
+        self._factors: list[tuple[GramFactor, float]] = []
+
+    def add(self, gram: torch.Tensor | GramFactor, weight: float) -> None:
+        """Add ``weight * gram``."""
+        if isinstance(gram, GramFactor) and self._matrix is None:
+            self._factors.append((gram, weight))
+            return
+        if self._matrix is None:
+            self._matrix, earlier = self._zeros(), self._factors
+            for factor, share in earlier:
+                factor.add_to(self._matrix, share)
+        if isinstance(gram, GramFactor):
+            gram.add_to(self._matrix, weight)
+        else:
+            self._matrix.add_(gram, alpha=weight)
+
+    @property
+    def value(self) -> torch.Tensor | GramFactor:
+        """The sum, shape (in_features, in_features), float64, or its factor; zeros if nothing was added."""
+        if self._matrix is None and self._factors:
+            return GramFactor.summed(*zip(*self._factors, strict=True))
+        return self._zeros() if self._matrix is None else self._matrix
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(self._width, self._width, dtype=torch.float64, device=self._device)
 
 
 @dataclass(frozen=True)
@@ -98,6 +148,14 @@ class Spectrum:
         values, vectors = _leading(gram, known)
         rest = (gram.trace() - values.sum()).clamp_min(0) / (width - known)
         return cls(torch.cat([values, rest.expand(width - known)]), vectors)
+
+    @classmethod
+    def of_factor(cls, factor: GramFactor) -> Spectrum:
+        """The spectrum that a factor with orthogonal rows stands for."""
+        squares, width = factor.rows.double().square().sum(dim=1), factor.rows.shape[1]
+        rows = factor.rows.double() / squares.sqrt().clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        rest = torch.full((width - len(squares),), factor.tail, dtype=torch.float64)
+        return cls(torch.cat([squares + factor.tail, rest]), rows.T)
 
     def leading(self, kept: int) -> GramFactor:
         """Keep the largest eigenvalues.

@@ -19,13 +19,15 @@ from diffusers_mixofshow.families import Family, family_of_sites
 from diffusers_mixofshow.families.layers import adapted_layers
 from diffusers_mixofshow.fusion.borrowing import refuse_concepts, refuse_unfusable, set_aside
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens, collect, differences
+from diffusers_mixofshow.fusion.compression import GramFactor
 from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, joined_residuals, packed
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts
-from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.published import MaxBytes, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.shelf import StageShelf
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
     Device,
+    Gram,
     Method,
     Ridge,
     Settings,
@@ -84,6 +86,7 @@ class GradientFuser:
             a pipeline.
         statistics: Folder in which statistics are kept, instead of beside the sources.
         statistics_bytes: Size of a concept's kept statistics; None keeps them in full, some 400 MB for SD 1.5.
+            ``auto`` is 10 MB, and more for bases that are wider than SD 1.5.
         text_tokens: What the text encoder's layers count: ``all`` positions, the ``unpadded`` ones, or of these the
             ``concept`` tokens and the end token.
         batch_size: Pictures sampled together.
@@ -108,7 +111,7 @@ class GradientFuser:
         max_rank: int | None = None,
         sequential: bool | None = None,
         statistics: str | os.PathLike[str] | None = None,
-        statistics_bytes: int | None = DEFAULT_BYTES,
+        statistics_bytes: MaxBytes = "auto",
         text_tokens: TextTokens = "all",
         batch_size: int = 4,
         device: Device = "cpu",
@@ -416,7 +419,7 @@ class GradientFuser:
         shelved = shelf.taken_or_put(self._folder(source), edlora, recording, collected)
         return [shelved.concepts[placeholder] for placeholder in source.prompts]
 
-    def _prior(self, sources: Sequence[Source], sites: Sequence[str], recording: Recording) -> dict[str, torch.Tensor]:
+    def _prior(self, sources: Sequence[Source], sites: Sequence[str], recording: Recording) -> dict[str, Gram]:
         """Gram matrices of the base on prompts without concepts, by input, the prior's weight in them."""
         if self.prior == 0:
             return {}
@@ -425,7 +428,11 @@ class GradientFuser:
         steps = len(prompts) * recording.steps * len(recording.seeds)
         with set_aside(pipe), progress("Recording the base", steps, pipe=pipe) as bar:
             statistics = collect(pipe, None, prompts, sites, recording, bar.update)
-        return {name: self.prior * statistics.gram(name) for name in statistics.inputs}
+        factors = {name: statistics.factor(name) for name in statistics.inputs}
+        return {
+            name: self.prior * statistics.gram(name) if factor is None else GramFactor.summed([factor], [self.prior])
+            for name, factor in factors.items()
+        }
 
     @contextmanager
     def _progress(self, description: str, sources: Iterable[Source], recording: Recording) -> Iterator[Advance]:

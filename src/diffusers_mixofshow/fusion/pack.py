@@ -27,6 +27,7 @@ from diffusers_mixofshow.fusion.report import FusionReport
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
     Device,
+    Gram,
     Settings,
     Solution,
     Statistics,
@@ -70,7 +71,7 @@ class FusedPack(EDLoRA):
 
     sources: tuple[Source, ...] = ()
     settings: Settings = field(default_factory=Settings)
-    prior: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    prior: Mapping[str, Gram] = field(default_factory=dict)
     dtype: torch.dtype = torch.float16
     device: Device = "cpu"
 
@@ -271,7 +272,7 @@ def fuse_recorded(
     sources: tuple[Source, ...],
     settings: Settings,
     record: Mapping[str, object],
-    prior: Mapping[str, torch.Tensor] | None = None,
+    prior: Mapping[str, Gram] | None = None,
     *,
     device: Device = "cpu",
     pipe: object = None,

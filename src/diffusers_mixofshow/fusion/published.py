@@ -1,8 +1,9 @@
 """Fusion statistics as a file beside an ED-LoRA, so that others can fuse it without a model and without a GPU.
 
 One safetensors file a source. Tensors: ``<placeholder>|<part>|<input>|gram``, float32, (in_features, in_features); or,
-as low-rank factors, ``...|rows``, float16, (kept, in_features), each row divided by its entry of ``...|scale``,
-float32, (kept,). Header metadata: one JSON string under ``edlora_statistics``.
+of wide layers or where the file shall be small, as low-rank factors, ``...|rows``, float16, (kept, in_features), each
+row divided by its entry of ``...|scale``, float32, (kept,). Header metadata: one JSON string under
+``edlora_statistics``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as serialize
@@ -33,7 +34,11 @@ from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
 
 FORMAT_VERSION = 1
 DEFAULT_BYTES = 10_000_000
-"""Size of a concept's low-rank factors."""
+"""Size of a concept's low-rank factors, at least: with all of its layers, 62 directions of each input of SD 1.5."""
+_BYTES_A_FEATURE = 124
+"""As many directions of each input, in float16; that is more bytes where a base's inputs are wider in all."""
+
+MaxBytes = int | Literal["auto"] | None
 
 _LARGEST = 2.0**63
 """Above every number of tokens and every trace; NaN and Inf are not below it."""
@@ -76,14 +81,13 @@ class SourceStatistics:
     concepts: Mapping[str, GramStatistics]
     file: Path | None = None
 
-    def save(
-        self, path: str | os.PathLike[str], *, max_bytes: int | None = DEFAULT_BYTES, overwrite: bool = False
-    ) -> Path:
+    def save(self, path: str | os.PathLike[str], *, max_bytes: MaxBytes = "auto", overwrite: bool = False) -> Path:
         """Write the statistics; the file appears whole or not at all.
 
         Args:
             path: The file, see `statistics_path`.
-            max_bytes: Size of one concept's low-rank factors; None writes the matrices in full, as float32.
+            max_bytes: Size of one concept's low-rank factors; None writes the matrices in full, as float32, but those
+                of wide layers, which are sketched. ``auto`` is 10 MB, and more for bases that are wider than SD 1.5.
             overwrite: Take the place of the file that is there, if any.
 
         Raises:
@@ -96,7 +100,7 @@ class SourceStatistics:
         write_whole(path, self.serialized(max_bytes))
         return path
 
-    def serialized(self, max_bytes: int | None, dtype: torch.dtype = torch.float32) -> bytes:
+    def serialized(self, max_bytes: MaxBytes, dtype: torch.dtype = torch.float32) -> bytes:
         """What `save` writes.
 
         Args:
@@ -134,7 +138,9 @@ class SourceStatistics:
         names = shapes.keys()
         entries = {placeholder: _entry(path, entry) for placeholder, entry in header["concepts"].items()}
         concepts = {
-            placeholder: StoredStatistics(path, fingerprint, placeholder, header["form"] == "full", entry)
+            placeholder: StoredStatistics(
+                path, fingerprint, placeholder, _whole_inputs(header, placeholder, shapes), entry
+            )
             for placeholder, entry in entries.items()
         }
         expected = {name for concept in concepts.values() for name in concept.tensor_names()}
@@ -195,9 +201,14 @@ class StoredStatistics:
     """
 
     def __init__(
-        self, path: Path, fingerprint: str, placeholder: str, full: bool, inputs: Mapping[str, Mapping[Part, Any]]
+        self,
+        path: Path,
+        fingerprint: str,
+        placeholder: str,
+        full: Collection[str],
+        inputs: Mapping[str, Mapping[Part, Any]],
     ) -> None:
-        """Remember where it is; see `SourceStatistics.load`."""
+        """Remember where it is, and of which inputs the matrix is there in full; see `SourceStatistics.load`."""
         self._path, self.fingerprint, self._placeholder = path, fingerprint, placeholder
         self._full, self._inputs = full, inputs
 
@@ -232,8 +243,8 @@ class StoredStatistics:
         return torch.stack(grams).sum(dim=0) / self.tokens(name, part)
 
     def factor(self, name: str, part: Part | None = None) -> GramFactor | None:
-        """The Gram matrix of one part or of all as a low-rank factor; None where the file holds full matrices."""
-        if self._full:
+        """The Gram matrix of one part or of all as a low-rank factor; None where the file holds it in full."""
+        if name in self._full:
             return None
         wanted = [one for one in (PARTS if part is None else (part,)) if one in self._inputs[name]]
         read = self._read(name, wanted)
@@ -242,13 +253,16 @@ class StoredStatistics:
 
     def tensor_names(self) -> list[str]:
         """Every tensor of the file that belongs to this concept."""
-        kinds = ("gram",) if self._full else ("rows", "scale")
         return [
             _tensor_name(self._placeholder, part, name, kind)
             for name, entry in self._inputs.items()
             for part in entry
-            for kind in kinds
+            for kind in self._kinds(name)
         ]
+
+    def _kinds(self, name: str) -> tuple[str, ...]:
+        """Kinds of tensors that the file has of an input."""
+        return ("gram",) if name in self._full else ("rows", "scale")
 
     def misshapen(self, shapes: Shapes) -> list[str]:
         """Tensors whose shapes do not belong together; all of them must be there."""
@@ -256,11 +270,11 @@ class StoredStatistics:
         for name, entry in self._inputs.items():
             widths = set()
             for part in entry:
-                kind = "gram" if self._full else "rows"
+                kind, full = self._kinds(name)[0], name in self._full
                 tensor = _tensor_name(self._placeholder, part, name, kind)
                 shape = shapes[tensor]
-                scale = () if self._full else shapes[_tensor_name(self._placeholder, part, name, "scale")]
-                sound = len(shape) == 2 and (shape[0] == shape[1] if self._full else scale == shape[:1])
+                scale = () if full else shapes[_tensor_name(self._placeholder, part, name, "scale")]
+                sound = len(shape) == 2 and (shape[0] == shape[1] if full else scale == shape[:1])
                 if not sound or shape[1] > WIDEST:
                     wrong.append(tensor)
                 widths.add(shape[-1:])
@@ -269,7 +283,7 @@ class StoredStatistics:
 
     def _read(self, name: str, parts: Sequence[Part]) -> dict[tuple[Part, str], torch.Tensor]:
         """Tensors of one input by part and kind, float64, of the file whose header was loaded."""
-        kinds = ("gram",) if self._full else ("rows", "scale")
+        kinds = self._kinds(name)
 
         def take(opened: Any) -> tuple[str, dict[tuple[Part, str], torch.Tensor]]:
             found = _hash_of(opened.metadata())
@@ -290,7 +304,7 @@ class StoredStatistics:
         return tensors
 
     def _gram(self, read: Mapping[tuple[Part, str], torch.Tensor], name: str, part: Part) -> torch.Tensor:
-        return read[part, "gram"] if self._full else self._factor(read, name, part).gram()
+        return read[part, "gram"] if name in self._full else self._factor(read, name, part).gram()
 
     def _factor(self, read: Mapping[tuple[Part, str], torch.Tensor], name: str, part: Part) -> GramFactor:
         entry = self._inputs[name][part]
@@ -326,42 +340,69 @@ def _replaced(path: Path) -> FusionError:
 
 
 def _written(
-    placeholder: str, statistics: GramStatistics, max_bytes: int | None, dtype: torch.dtype
+    placeholder: str, statistics: GramStatistics, max_bytes: MaxBytes, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and header entry of one concept."""
     keys = [(name, part) for name in statistics.inputs for part in PARTS if statistics.tokens(name, part)]
-    endless = [key[0] for key in keys if not statistics.gram(*key).isfinite().all()]
+    endless = [key[0] for key in keys if not _is_finite(statistics, *key)]
     if endless:
         raise FusionError(
             f"The statistics of {placeholder} hold NaN or Inf at {len(endless)} inputs, first at {endless[0]}. "
             "Sample the concept alone and look at the picture; in float16 a model may overflow, float32 does not."
         )
-    factors = {} if max_bytes is None else _factors(statistics, keys, max_bytes)
+    factors = _factors(statistics, keys, max_bytes)
     tensors: dict[str, torch.Tensor] = {}
     entry: dict[str, Any] = {}
     for name, part in keys:
         numbers = {"tokens": statistics.tokens(name, part), "tail": 0.0, "energy": 1.0}
-        if max_bytes is None:
+        factor = factors.get((name, part))
+        if factor is None:
             tensors[_tensor_name(placeholder, part, name, "gram")] = statistics.gram(name, part).to(dtype).contiguous()
         else:
-            factor = factors[name, part]
-            scale = factor.rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-            tensors[_tensor_name(placeholder, part, name, "rows")] = (factor.rows / scale[:, None]).half()
-            tensors[_tensor_name(placeholder, part, name, "scale")] = scale.float()
+            scale = factor.rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny).float()
+            rows = factor.rows / scale[:, None]
+            tensors[_tensor_name(placeholder, part, name, "rows")] = rows.to(
+                dtype if max_bytes is None else torch.half
+            )
+            tensors[_tensor_name(placeholder, part, name, "scale")] = scale
             numbers |= {"tail": factor.tail, "energy": factor.energy}
         entry.setdefault(name, {})[part] = numbers
     return tensors, entry
 
 
 def _factors(
-    statistics: GramStatistics, keys: Sequence[tuple[str, Part]], max_bytes: int
+    statistics: GramStatistics, keys: Sequence[tuple[str, Part]], max_bytes: MaxBytes
 ) -> dict[tuple[str, Part], GramFactor]:
-    """Low-rank factors of all matrices within a budget, each matrix decomposed once."""
-    known = most_rows([len(statistics.gram(*key)) for key in keys], max_bytes)
-    spectra = {key: Spectrum.of(statistics.gram(*key), known) for key in keys}
+    """Low-rank factors within a budget, each matrix decomposed once; without one, of those whose matrix is unknown."""
+    sketched = {key: factor for key in keys if (factor := statistics.factor(*key)) is not None}
+    if max_bytes is None:
+        return sketched
+    whole = [key for key in keys if key not in sketched]
+    widths = {key: len(statistics.gram(*key)) for key in whole}
+    widths |= {key: factor.rows.shape[1] for key, factor in sketched.items()}
+    if max_bytes == "auto":
+        of_inputs = {name: width for (name, _), width in widths.items()}
+        max_bytes = max(DEFAULT_BYTES, _BYTES_A_FEATURE * sum(of_inputs.values()))
+    known = most_rows(list(widths.values()), max_bytes)
+    spectra = {key: Spectrum.of_factor(factor) for key, factor in sketched.items()}
+    spectra |= {key: Spectrum.of(statistics.gram(*key), known) for key in whole}
     shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in keys}
     kept = ranks_within({key: spectrum.values for key, spectrum in spectra.items()}, max_bytes, shares)
     return {key: spectrum.leading(kept[key]) for key, spectrum in spectra.items()}
+
+
+def _is_finite(statistics: GramStatistics, name: str, part: Part) -> bool:
+    factor = statistics.factor(name, part)
+    return bool((statistics.gram(name, part) if factor is None else factor.rows).isfinite().all())
+
+
+def _whole_inputs(header: Mapping[str, Any], placeholder: str, shapes: Shapes) -> frozenset[str]:
+    """Inputs of a concept whose matrix the file has in full; of wide ones it has a factor in any case."""
+    if header["form"] != "full":
+        return frozenset()
+    inputs = header["concepts"][placeholder]
+    names = {name: [_tensor_name(placeholder, part, name, "rows") for part in parts] for name, parts in inputs.items()}
+    return frozenset(name for name, rows in names.items() if not any(row in shapes for row in rows))
 
 
 def _tensor_name(placeholder: str, part: Part, name: str, kind: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from diffusers_mixofshow.fusion.solvers import Factors
+from diffusers_mixofshow.fusion.compression import GramFactor
+from diffusers_mixofshow.fusion.solvers import Factors, InverseOfFactor
 
 
 CANDIDATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 3))
@@ -40,17 +42,52 @@ def chosen_ridge(
         The ridge, and its error on the inputs held out relative to leaving the base as it is.
     """
     values, vectors = spectrum
-    up = torch.cat([update.up.double() for update in updates], dim=1)
-    inner = up.T @ up  # (sum r_i, sum r_i)
     turned, turned_asked = met @ vectors, asked @ vectors
     seen = vectors.T @ held_out @ vectors
-    errors = []
-    for candidate in candidates:
-        rows = turned / (values + candidate * values.mean())  # D = U rows V^T
-        errors.append(float((inner * (rows @ seen @ rows.T - 2 * rows @ turned_asked.T)).sum()))
-    best = min(range(len(candidates)), key=errors.__getitem__)
+    solved = {each: turned / (values + each * values.mean()) for each in candidates}  # D = U rows V^T
+    products = {each: rows @ seen @ rows.T - 2 * rows @ turned_asked.T for each, rows in solved.items()}
+    return _best(updates, asked, products)
+
+
+def chosen_ridge_of_factors(
+    updates: Sequence[Factors],
+    met: torch.Tensor,
+    asked: torch.Tensor,
+    held_out: GramFactor,
+    fitted: GramFactor,
+    candidates: Sequence[float] = CANDIDATES,
+) -> tuple[float, float]:
+    """The same of a wide layer, whose sums are factors.
+
+    Args:
+        updates: As in `chosen_ridge`.
+        met: As there.
+        asked: As there.
+        held_out: H.
+        fitted: sum_i G_i with whatever prior was added.
+        candidates: Ridges to choose from, relative to the mean diagonal.
+
+    Returns:
+        As there.
+    """
+    inverse = InverseOfFactor.of(fitted, 0.0)
+    products = {}
+    for each in candidates:
+        rows = replace(inverse, damping=fitted.tail + each * fitted.mean).applied(met)
+        products[each] = held_out.applied(rows) @ rows.T - 2 * rows @ asked.T
+    return _best(updates, asked, products)
+
+
+def _best(
+    updates: Sequence[Factors], asked: torch.Tensor, products: Mapping[float, torch.Tensor]
+) -> tuple[float, float]:
+    """The ridge of the smallest error, given rows H rows^T - 2 rows S^T of each, (sum_i r_i, sum_i r_i)."""
+    up = torch.cat([update.up.double() for update in updates], dim=1)
+    inner = up.T @ up
+    errors = {each: float((inner * product).sum()) for each, product in products.items()}
+    best = min(errors, key=errors.__getitem__)
     base = _own_energy(updates, asked)
-    return candidates[best], (errors[best] + base) / base if base > 0 else 0.0
+    return best, (errors[best] + base) / base if base > 0 else 0.0
 
 
 def _own_energy(updates: Sequence[Factors], asked: torch.Tensor) -> float:

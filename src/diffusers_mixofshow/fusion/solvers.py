@@ -79,6 +79,49 @@ def factorise(grams: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
     return torch.cholesky_inverse(lower)
 
 
+@dataclass(frozen=True)
+class InverseOfFactor:
+    """Inverse of F^T F + (tail + lambda) I without a matrix of the layer's width: Woodbury's identity on F F^T.
+
+    Args:
+        vectors: Orthonormal rows of the space of F, shape (directions, in_features), float64.
+        values: Eigenvalues of F^T F there, (directions,).
+        damping: tail + lambda, what every other direction has; 0 leaves those out, as the pseudo-inverse does.
+    """
+
+    vectors: torch.Tensor
+    values: torch.Tensor
+    damping: float
+
+    @classmethod
+    def of(cls, gram: GramFactor, ridge: float) -> InverseOfFactor:
+        """Invert a factor with a ridge, as `factorise` inverts a matrix.
+
+        Args:
+            gram: F and tail.
+            ridge: lambda as a fraction of the mean diagonal; dimensionless.
+        """
+        rows = gram.rows.double()
+        values, turned = torch.linalg.eigh(rows @ rows.T)
+        known = values > values.max().clamp_min(0) * len(rows) * torch.finfo(values.dtype).eps
+        values, turned = values[known], turned[:, known]
+        vectors = turned.T @ rows / values.sqrt()[:, None]
+        return cls(vectors, values, gram.tail + ridge * gram.mean)
+
+    def applied(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` times the inverse, shape (n, in_features), float64."""
+        inside = rows @ self.vectors.T
+        if self.damping == 0:
+            return (inside / self.values) @ self.vectors
+        return rows / self.damping + (inside * (1 / (self.values + self.damping) - 1 / self.damping)) @ self.vectors
+
+    @property
+    def condition(self) -> float:
+        """Largest eigenvalue over the smallest, of the matrix that was inverted."""
+        smallest = self.damping or float(self.values.min())
+        return (float(self.values.max()) + self.damping) / smallest
+
+
 def closed_form(updates: Sequence[Factors], grams: Sequence[torch.Tensor], inverse: torch.Tensor) -> Factors:
     """The update that reproduces every concept's outputs on its own inputs, exactly as a LoRA of rank sum_i r_i.
 
@@ -109,15 +152,16 @@ def _applied(gram: torch.Tensor | GramFactor, rows: torch.Tensor) -> torch.Tenso
     return gram.applied(rows) if isinstance(gram, GramFactor) else rows @ gram.double()
 
 
-def fused_update(updates: Sequence[Factors], met: torch.Tensor, inverse: torch.Tensor) -> Factors:
+def fused_update(updates: Sequence[Factors], met: torch.Tensor, inverse: torch.Tensor | InverseOfFactor) -> Factors:
     """The closed form from sums that may come from elsewhere, see `closed_form`.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
         met: See `met_rows`.
-        inverse: See `factorise`.
+        inverse: See `factorise`, or `InverseOfFactor`.
     """
-    return Factors(down=met @ inverse, up=_beside(updates))
+    down = inverse.applied(met) if isinstance(inverse, InverseOfFactor) else met @ inverse
+    return Factors(down=down, up=_beside(updates))
 
 
 def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -132,7 +176,7 @@ def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Fa
 
 
 def lbfgs(
-    updates: Sequence[Factors], met: torch.Tensor, gram: torch.Tensor, *, steps: int, history: int = 25
+    updates: Sequence[Factors], met: torch.Tensor, gram: torch.Tensor | GramFactor, *, steps: int, history: int = 25
 ) -> Factors:
     """The paper's solver (section 6.1): LBFGS with strong Wolfe line search from the base weights, stopped early.
 
@@ -144,7 +188,7 @@ def lbfgs(
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
         met: See `met_rows`, (sum_i r_i, in_features).
-        gram: G, (in_features, in_features).
+        gram: G, (in_features, in_features), or a factor of it.
         steps: LBFGS iterations; the paper takes 500 for text layers and text keys and values, 50 for the rest.
         history: Number of past steps that the curvature is estimated from.
     """
@@ -158,7 +202,7 @@ def lbfgs(
     )
 
     def closure() -> torch.Tensor:
-        image = moving.detach() @ gram
+        image = _applied(gram, moving.detach())
         moving.grad = 2 * per_feature * (image - target)
         return per_feature * (moving.detach() * (image - 2 * target)).sum()
 

@@ -15,11 +15,13 @@ from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import FusionError, first_line
 from diffusers_mixofshow.families import Family, family_of_sites
 from diffusers_mixofshow.families.recognition import family_of_updates
-from diffusers_mixofshow.fusion.compression import GramFactor
+from diffusers_mixofshow.fusion.compression import GramFactor, GramSum, matrix_of
 from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
-from diffusers_mixofshow.fusion.ridge import chosen_ridge
+from diffusers_mixofshow.fusion.ridge import chosen_ridge, chosen_ridge_of_factors
+from diffusers_mixofshow.fusion.sketch import WIDEST_MATRIX
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
+    InverseOfFactor,
     at_most_full_rank,
     condition_number,
     factorise,
@@ -77,6 +79,9 @@ class Settings:
             raise FusionError("Fusion settings: " + "; ".join(defects))
 
 
+Gram = torch.Tensor | GramFactor
+"""A Gram matrix, (in_features, in_features), float64, or its low-rank factor."""
+
 Overlaps = dict[tuple[str, str], float]
 """Pair of sources to how much they ask for the same place of the input space; see `solvers.overlaps`."""
 
@@ -129,11 +134,11 @@ class Sums:
     """All that the objective needs to know of the sources at one input, their shares in it.
 
     Args:
-        gram: Sum of the Gram matrices, (in_features, in_features).
+        gram: Sum of the Gram matrices, (in_features, in_features); a factor of it where it is wide.
         met: Site to what the sources ask of it, see `met_rows`; (sum_i r_i, in_features).
     """
 
-    gram: torch.Tensor
+    gram: Gram
     met: Mapping[str, torch.Tensor]
 
 
@@ -147,7 +152,8 @@ class SharedInput:
         sources: What to fuse.
         statistics: What was recorded, or nothing for methods that do not ask.
         sites: Layers that share the input.
-        prior: Gram matrix whose outputs shall stay the base's, its weight in it; (in_features, in_features).
+        prior: Gram matrix whose outputs shall stay the base's, its weight in it; (in_features, in_features), or a
+            factor of it.
         team: The processes that share the sources.
         device: Where sums are taken and solved, in float64.
     """
@@ -158,22 +164,22 @@ class SharedInput:
         sources: Sequence[Source],
         statistics: Statistics,
         sites: Sequence[str],
-        prior: torch.Tensor | None = None,
+        prior: Gram | None = None,
         team: Team | None = None,
         device: Device = "cpu",
     ) -> None:
         """Read no matrix yet."""
         self.family, self.name, self.device = family, family.input_of(sites[0]), device
-        self.prior = None if prior is None else prior.to(device)
+        self.prior = prior.to(device) if isinstance(prior, torch.Tensor) else prior
         self.sources, self.weights = sources, shares(sources)
         self.updates = {site: updates_of(sources, site, device) for site in sites}
         self.width = next(iter(self.updates.values()))[0].down.shape[1]
         self._statistics = statistics
         self._team = Team() if team is None else team
         self._sums: dict[Part | None, Sums] = {}
-        self._inverses: dict[float, torch.Tensor] = {}
+        self._inverses: dict[float, torch.Tensor | InverseOfFactor] = {}
 
-    def grams(self, part: Part | None = None) -> Iterator[tuple[int, torch.Tensor | GramFactor]]:
+    def grams(self, part: Part | None = None) -> Iterator[tuple[int, Gram]]:
         """Place and Gram matrix of each source that this process has, one at a time.
 
         Shape (in_features, in_features), float64; or its low-rank factor where it is kept as one.
@@ -195,21 +201,22 @@ class SharedInput:
     def sums(self, part: Part | None = None) -> Sums:
         """The sums over all sources of all processes."""
         if part not in self._sums:
-            total = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
+            as_matrix = self.width <= WIDEST_MATRIX or self._team.size > 1
+            total = GramSum(self.width, self.device, as_matrix=as_matrix)
             met = {
                 site: torch.cat([torch.zeros_like(one.down) for one in self.updates[site]]) for site in self.updates
             }
             blocks = {site: rows.split([len(one.down) for one in self.updates[site]]) for site, rows in met.items()}
             for place, gram in self.grams(part):
                 weight = self.weights[place]
-                if isinstance(gram, GramFactor):
-                    gram.add_to(total, weight)
-                else:
-                    total.add_(gram, alpha=weight)
+                total.add(gram, weight)
                 for site, updates in self.updates.items():
                     blocks[site][place].copy_(weight * met_rows([updates[place]], [gram]))
             summed_rows = {site: self._team.summed(rows) for site, rows in met.items()}
-            self._sums[part] = Sums(self._team.summed(total), summed_rows)
+            value = total.value
+            if isinstance(value, torch.Tensor):
+                value = self._team.summed(value)
+            self._sums[part] = Sums(value, summed_rows)
         return self._sums[part]
 
     @property
@@ -219,30 +226,47 @@ class SharedInput:
         return set.intersection(set(PARTS), *mine)
 
     @cached_property
-    def total(self) -> torch.Tensor:
+    def total(self) -> Gram:
         """Sum of the Gram matrices, and the prior."""
         return self._with_prior(self.sums().gram)
 
     @cached_property
+    def fitted(self) -> Gram:
+        """The same of the fitted part alone."""
+        return self._with_prior(self.sums("fit").gram)
+
+    @cached_property
     def spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues and eigenvectors of the fitted part, prior included."""
-        values, vectors = torch.linalg.eigh(self._with_prior(self.sums("fit").gram))
+        values, vectors = torch.linalg.eigh(matrix_of(self.fitted))
         return values.clamp_min(0), vectors
 
-    def inverse(self, ridge: float) -> torch.Tensor:
+    def inverse(self, ridge: float) -> torch.Tensor | InverseOfFactor:
         """Inverse of sum_i G_i + prior + lambda I, see `factorise`."""
         if ridge not in self._inverses:
-            self._inverses[ridge] = factorise([self.total], ridge)
+            total = self.total
+            self._inverses[ridge] = (
+                InverseOfFactor.of(total, ridge) if isinstance(total, GramFactor) else factorise([total], ridge)
+            )
         return self._inverses[ridge]
 
     def condition(self, ridge: float) -> float:
         """Condition number of the matrix that `inverse` inverts."""
-        damped = self.total.clone()
-        damped.diagonal().add_(ridge * self.total.diagonal().mean())
-        return condition_number(damped, self.inverse(ridge))
+        inverse = self.inverse(ridge)
+        if isinstance(inverse, InverseOfFactor):
+            return inverse.condition
+        damped = matrix_of(self.total).clone()
+        damped.diagonal().add_(ridge * damped.diagonal().mean())
+        return condition_number(damped, inverse)
 
-    def _with_prior(self, gram: torch.Tensor) -> torch.Tensor:
-        return gram if self.prior is None else gram + self.prior
+    def _with_prior(self, gram: Gram) -> Gram:
+        if self.prior is None:
+            return gram
+        as_matrix = isinstance(gram, torch.Tensor)
+        total = GramSum(self.width, self.device, as_matrix=as_matrix)
+        total.add(gram, 1.0)
+        total.add(self.prior, 1.0)
+        return total.value
 
 
 def solve_input(
@@ -251,7 +275,7 @@ def solve_input(
     statistics: Statistics,
     sites: Sequence[str],
     settings: Settings,
-    prior: torch.Tensor | None = None,
+    prior: Gram | None = None,
     team: Team | None = None,
     device: Device = "cpu",
 ) -> Solution:
@@ -331,7 +355,11 @@ def _solve_closed_form(shared: SharedInput, site: str, settings: Settings) -> So
                 "Record with two prompts or more for each concept, or give the ridge as a number, such as 1e-2."
             )
         fitted, asked = shared.sums("fit"), shared.sums("held_out")
-        ridge, error = chosen_ridge(updates, fitted.met[site], asked.met[site], asked.gram, shared.spectrum)
+        given = (updates, fitted.met[site], asked.met[site])
+        if isinstance(asked.gram, GramFactor) and isinstance(shared.fitted, GramFactor):
+            ridge, error = chosen_ridge_of_factors(*given, asked.gram, shared.fitted)
+        else:
+            ridge, error = chosen_ridge(*given, matrix_of(asked.gram), shared.spectrum)
         numbers["held_out_residual"] = max(0.0, error) ** 0.5
     fused = fused_update(updates, shared.sums().met[site], shared.inverse(ridge))
     return fused, {"ridge": ridge, "condition": shared.condition(ridge)} | numbers

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
 
 from diffusers_mixofshow.fusion.compression import GramFactor
+from diffusers_mixofshow.fusion.sketch import WIDEST_MATRIX, GramSketch
 
 
 Part = Literal["fit", "held_out"]
@@ -38,7 +40,7 @@ class GramStatistics(Protocol):
 
 
 class ConceptStatistics:
-    """Streaming Gram matrices X X^T of one concept's layer inputs; no feature is kept.
+    """Streaming Gram matrices X X^T of one concept's layer inputs; no feature is kept, and of wide inputs no matrix.
 
     Products are taken in float64 on a CPU and in float32 elsewhere, and summed in float64 where the device has it.
     """
@@ -46,6 +48,7 @@ class ConceptStatistics:
     def __init__(self) -> None:
         """Start with nothing seen."""
         self._sums: dict[tuple[str, Part], torch.Tensor] = {}
+        self._sketches: dict[tuple[str, Part], GramSketch] = {}
         self._tokens: dict[tuple[str, Part], int] = {}
 
     def add(self, name: str, features: torch.Tensor, part: Part = "fit") -> None:
@@ -56,27 +59,36 @@ class ConceptStatistics:
             features: Any number of tokens, shape (..., in_features).
             part: What they are for, see `Part`.
         """
-        product = _product(features.detach().flatten(end_dim=-2))  # (in_features, in_features)
+        rows = features.detach().flatten(end_dim=-2)
+        with _exact_products(rows) as exact:
+            if rows.shape[1] > WIDEST_MATRIX:
+                self._sketches.setdefault((name, part), GramSketch(rows.shape[1])).add(exact)
+            else:
+                self._add_product(name, part, exact.T @ exact)
+        self._tokens[name, part] = self._tokens.get((name, part), 0) + len(rows)
+
+    def _add_product(self, name: str, part: Part, product: torch.Tensor) -> None:
+        """Add X^T X, (in_features, in_features)."""
         if (name, part) not in self._sums:
             dtype = torch.float32 if product.device.type == "mps" else torch.float64
             self._sums[name, part] = torch.zeros(product.shape, dtype=dtype, device=product.device)
-            self._tokens[name, part] = 0
         self._sums[name, part] += product
-        self._tokens[name, part] += features[..., 0].numel()
 
     def offload(self) -> None:
         """Move what was gathered to the CPU, so that a GPU holds no more than one concept's sums at a time."""
         self._sums = {key: gram.cpu() for key, gram in self._sums.items()}
+        for sketch in self._sketches.values():
+            sketch.offload()
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs seen so far."""
-        return tuple(dict.fromkeys(name for name, _ in self._sums))
+        return tuple(dict.fromkeys(name for name, _ in self._tokens))
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """Parts seen so far."""
-        return tuple(part for part in PARTS if any(part == seen for _, seen in self._sums))
+        return tuple(part for part in PARTS if any(part == seen for _, seen in self._tokens))
 
     def tokens(self, name: str, part: Part | None = None) -> int:
         """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
@@ -92,31 +104,38 @@ class ConceptStatistics:
         Returns:
             Shape (in_features, in_features), float64, on the CPU.
         """
-        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._sums]
+        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._tokens]
         if not wanted:
             raise KeyError(name)
+        if factor := self.factor(name, part):
+            return factor.gram()
         total = sum(self._sums[name, one].cpu().double() for one in wanted)
         return torch.as_tensor(total) / self.tokens(name, part)
 
-    def factor(self, name: str, part: Part | None = None) -> None:
-        """None: what is gathered is the matrix itself."""
+    def factor(self, name: str, part: Part | None = None) -> GramFactor | None:
+        """What is known of a wide input's matrix; None of others, of which the matrix itself is gathered."""
+        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._sketches]
+        if not wanted:
+            return None
+        factors = [self._sketches[name, one].factor(self._tokens[name, one]) for one in wanted]
+        return GramFactor.summed(factors, [self._tokens[name, one] / self.tokens(name, part) for one in wanted])
 
 
-def _product(rows: torch.Tensor) -> torch.Tensor:
-    """X X^T of rows (tokens, in_features): in float64 on a CPU, else in true float32, whatever the user turned on.
+@contextmanager
+def _exact_products(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Rows whose products are taken in float64 on a CPU, else in true float32, whatever the user turned on.
 
     TensorFloat-32 keeps ten bits, and autocast would multiply in half precision.
     """
     device = rows.device.type
     if device == "cpu":
-        rows = rows.double()
-        return rows.T @ rows
+        yield rows.double()
+        return
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         with torch.autocast(device, enabled=False):
-            rows = rows.float()
-            return rows.T @ rows
+            yield rows.float()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
