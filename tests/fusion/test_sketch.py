@@ -14,7 +14,7 @@ from diffusers_mixofshow.fusion.compression import GramFactor, GramSum, Spectrum
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.ridge import chosen_ridge, chosen_ridge_of_factors
 from diffusers_mixofshow.fusion.sketch import GramSketch
-from diffusers_mixofshow.fusion.solvers import Factors, InverseOfFactor, factorise, lbfgs, met_rows
+from diffusers_mixofshow.fusion.solvers import FactorInverter, Factors, factorise, lbfgs, met_rows
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
@@ -97,12 +97,12 @@ def test_what_was_never_met_is_all_zero() -> None:
 def test_the_inverse_of_a_factor_is_that_of_its_matrix(ridge: float, tail: float) -> None:
     gram = GramFactor(rows=rows(7, tokens=9), tail=tail, energy=1.0)
     asked = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    inverse, dense = InverseOfFactor.of(gram, ridge), factorise([gram.gram()], ridge)
+    inverse, dense = FactorInverter(gram).inverse(ridge), factorise([gram.gram()], ridge)
     torch.testing.assert_close(inverse.applied(asked), asked @ dense, rtol=1e-6, atol=1e-6)
     values = torch.linalg.eigvalsh(gram.gram())
     damped = values + ridge * values.mean()
-    seen = damped if tail or ridge else damped[damped > 1e-9]
-    assert inverse.condition == pytest.approx(float(seen.max() / seen.min()), rel=1e-6)
+    expected = float(damped.max() / damped.min()) if tail or ridge else float("inf")
+    assert inverse.condition == pytest.approx(expected, rel=1e-3)
 
 
 def test_sums_of_factors_are_those_of_matrices() -> None:

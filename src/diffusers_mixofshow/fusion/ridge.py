@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
 from diffusers_mixofshow.fusion.compression import GramFactor
-from diffusers_mixofshow.fusion.solvers import Factors, InverseOfFactor
+from diffusers_mixofshow.fusion.solvers import FactorInverter, Factors
 
 
 CANDIDATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 3))
@@ -70,10 +69,9 @@ def chosen_ridge_of_factors(
     Returns:
         As there.
     """
-    inverse = InverseOfFactor.of(fitted, 0.0)
-    products = {}
+    inverter, products = FactorInverter(fitted), {}
     for each in candidates:
-        rows = replace(inverse, damping=fitted.tail + each * fitted.mean).applied(met)
+        rows = inverter.inverse(each).applied(met)
         products[each] = held_out.applied(rows) @ rows.T - 2 * rows @ asked.T
     return _best(updates, asked, products)
 

@@ -79,47 +79,64 @@ def factorise(grams: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
     return torch.cholesky_inverse(lower)
 
 
-@dataclass(frozen=True)
-class InverseOfFactor:
-    """Inverse of F^T F + (tail + lambda) I without a matrix of the layer's width: Woodbury's identity on F F^T.
+class FactorInverter:
+    """Inverts F^T F + (tail + lambda) I for any lambda, without a matrix of the layer's width.
 
     Args:
-        vectors: Orthonormal rows of the space of F, shape (directions, in_features), float64.
-        values: Eigenvalues of F^T F there, (directions,).
-        damping: tail + lambda, what every other direction has; 0 leaves those out, as the pseudo-inverse does.
+        gram: F, of far fewer rows than features, and tail.
     """
 
-    vectors: torch.Tensor
-    values: torch.Tensor
-    damping: float
+    def __init__(self, gram: GramFactor) -> None:
+        """Take the inner products of the rows of F, (rows, rows), which is nearly all of the work."""
+        self._gram, self._rows = gram, gram.rows.double()
+        self._core = self._rows @ self._rows.T
 
-    @classmethod
-    def of(cls, gram: GramFactor, ridge: float) -> InverseOfFactor:
-        """Invert a factor with a ridge, as `factorise` inverts a matrix.
+    def inverse(self, ridge: float) -> InverseOfFactor:
+        """The inverse for one ridge.
 
         Args:
-            gram: F and tail.
-            ridge: lambda as a fraction of the mean diagonal; dimensionless.
+            ridge: lambda as a fraction of the mean diagonal, as in `factorise`.
         """
-        rows = gram.rows.double()
-        values, turned = torch.linalg.eigh(rows @ rows.T)
-        known = values > values.max().clamp_min(0) * len(rows) * torch.finfo(values.dtype).eps
-        values, turned = values[known], turned[:, known]
-        vectors = turned.T @ rows / values.sqrt()[:, None]
-        return cls(vectors, values, gram.tail + ridge * gram.mean)
+        damping = self._gram.tail + ridge * self._gram.mean
+        if damping == 0:
+            squared = torch.linalg.pinv(self._core, hermitian=True)
+            return InverseOfFactor(self._rows, squared @ squared, damping, float("inf"))
+        damped = self._core.clone()
+        damped.diagonal().add_(damping)
+        lower = torch.linalg.cholesky(damped)
+        condition = (_largest_eigenvalue(self._core) + damping) / damping
+        return InverseOfFactor(self._rows, -torch.cholesky_inverse(lower) / damping, damping, condition)
+
+
+@dataclass(frozen=True)
+class InverseOfFactor:
+    """An inverse as Woodbury's identity has it: (F^T F + t I)^-1 = (I - F^T (F F^T + t I)^-1 F) / t.
+
+    Args:
+        rows: F, shape (rows, in_features), float64.
+        inner: What stands between F^T and F, (rows, rows): -(F F^T + t I)^-1 / t; for t = 0 the square of the
+            pseudo-inverse of F F^T, so that the whole is the pseudo-inverse.
+        damping: t.
+        condition: Largest eigenvalue of what was inverted over its smallest.
+    """
+
+    rows: torch.Tensor
+    inner: torch.Tensor
+    damping: float
+    condition: float
 
     def applied(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` times the inverse, shape (n, in_features), float64."""
-        inside = rows @ self.vectors.T
-        if self.damping == 0:
-            return (inside / self.values) @ self.vectors
-        return rows / self.damping + (inside * (1 / (self.values + self.damping) - 1 / self.damping)) @ self.vectors
+        changed = ((rows @ self.rows.T) @ self.inner) @ self.rows
+        return changed if self.damping == 0 else rows / self.damping + changed
 
-    @property
-    def condition(self) -> float:
-        """Largest eigenvalue over the smallest, of the matrix that was inverted."""
-        smallest = self.damping or float(self.values.min())
-        return (float(self.values.max()) + self.damping) / smallest
+
+def _largest_eigenvalue(matrix: torch.Tensor, steps: int = 30) -> float:
+    """Of a symmetric matrix without negative eigenvalues, by power iteration: close enough for a condition number."""
+    vector = torch.ones(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for _ in range(steps):
+        vector = matrix @ torch.nn.functional.normalize(vector, dim=0)
+    return float(vector.norm())
 
 
 def closed_form(updates: Sequence[Factors], grams: Sequence[torch.Tensor], inverse: torch.Tensor) -> Factors:

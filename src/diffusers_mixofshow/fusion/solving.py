@@ -20,6 +20,7 @@ from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, 
 from diffusers_mixofshow.fusion.ridge import chosen_ridge, chosen_ridge_of_factors
 from diffusers_mixofshow.fusion.sketch import WIDEST_MATRIX
 from diffusers_mixofshow.fusion.solvers import (
+    FactorInverter,
     Factors,
     InverseOfFactor,
     at_most_full_rank,
@@ -245,9 +246,10 @@ class SharedInput:
         """Inverse of sum_i G_i + prior + lambda I, see `factorise`."""
         if ridge not in self._inverses:
             total = self.total
-            self._inverses[ridge] = (
-                InverseOfFactor.of(total, ridge) if isinstance(total, GramFactor) else factorise([total], ridge)
-            )
+            if isinstance(total, GramFactor):
+                self._inverses[ridge] = FactorInverter(total).inverse(ridge)
+            else:
+                self._inverses[ridge] = factorise([total], ridge)
         return self._inverses[ridge]
 
     def condition(self, ridge: float) -> float:
