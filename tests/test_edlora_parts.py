@@ -189,7 +189,7 @@ def test_what_is_wrong_with_an_update(update: LowRank, told: str) -> None:
     assert told in found
     assert bool(found) is bool(told)
     (strange,) = defects.content_defects([], {}, {"vae.x": update_of()}, [])
-    assert strange == "layers of no known component (text_encoder, text_encoder_2, unet): 1 (vae.x)"
+    assert strange == "layers of no known component (text_encoder, text_encoder_2, transformer, unet): 1 (vae.x)"
     assert defects.content_defects([], {}, {}, []) == ["it holds neither a concept nor an update"]
 
 

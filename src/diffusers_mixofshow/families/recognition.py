@@ -76,6 +76,12 @@ def family_of_sites(sites: Iterable[str]) -> Family:
     return max(FAMILIES, key=lambda family: sum(map(family.has_site, named)))
 
 
+def families_with(sites: Iterable[str]) -> tuple[Family, ...]:
+    """Every family that has all of these sites; families of transformers share many names."""
+    named = tuple(sites)
+    return tuple(family for family in FAMILIES if named and all(map(family.has_site, named)))
+
+
 def is_linear_site(site: str) -> bool:
     """Whether a site has the name of a layer that a LoRA of some family may adapt."""
     return any(family.has_site(site) for family in FAMILIES)
@@ -88,9 +94,9 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
         widths: Site name to the width of the layer's input.
         vectors: For every embedding, text encoder to width.
     """
-    family = family_of_sites(widths)
-    if family.denoiser != STABLE_DIFFUSION.denoiser:
-        return family.models[0]
+    if any(site.startswith("transformer.") for site in widths):
+        found = families_with(widths)
+        return found[0].models[0] if len(found) == 1 else None
     reading = {width for site, width in widths.items() if re.search(r"\.attn2\.to_[kv]$", site)}
     for model in BASE_MODELS:
         # Any small model may be as wide as the embedded one; it has its own layers.

@@ -12,8 +12,9 @@ import torch
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
+from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_L
-from diffusers_mixofshow.families.recognition import foreign_layers, recognise
+from diffusers_mixofshow.families.recognition import families_with, foreign_layers, recognise
 from diffusers_mixofshow.interop.concept_names import Naming, grouped
 from diffusers_mixofshow.interop.foreign import Foreign
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
@@ -32,7 +33,7 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
         "kind": "fused pack" if fused else "ED-LoRA",
         "layout": "diffusers-mixofshow",
         "base_model": pack.base_model,
-        "architecture": base.name if base else None,
+        "architecture": _architecture(base, pack.lora),
         "concepts": [
             {
                 "placeholder": concept.placeholder,
@@ -62,13 +63,13 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         problems.append(f"layers that {base.name} does not have: {listed(strange)}")
     if foreign.missing:
         problems.append(foreign.missing)
-    if base is None and (foreign.lora or vectors or foreign.tokens):
+    if (foreign.lora or vectors or foreign.tokens) and _architecture(base, foreign.lora) is None:
         problems.append("its layers and widths are those of no Stable Diffusion known here")
     return {
         "kind": foreign.kind.value,
         "layout": foreign.layout,
         "base_model": foreign.metadata.get("ss_sd_model_name", ""),
-        "architecture": base.name if base else None,
+        "architecture": _architecture(base, foreign.lora),
         "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],
         "cross_attention_layers": max((len(rows) for rows in foreign.tokens.values()), default=0),
         **_of_lora(foreign.lora),
@@ -108,6 +109,14 @@ def _word_concepts(foreign: Foreign) -> list[dict[str, Any]]:
         }
         for word, them in foreign.vectors.items()
     ]
+
+
+def _architecture(base: BaseModel | None, lora: Mapping[str, LowRank]) -> str | None:
+    """What it was made for: the base models, or every family of transformers that has its layers; None if unknown."""
+    if base is not None:
+        return base.name
+    families = [family.name for family in families_with(lora) if family.denoiser == "transformer"]
+    return " or ".join(families) or None
 
 
 def _of_lora(lora: Mapping[str, LowRank]) -> dict[str, Any]:
