@@ -31,7 +31,7 @@ class EDLoRA:
     Args:
         concepts: The concepts it holds; one after tuning, several after fusion.
         embeddings: Token to its layer-wise embedding, shape (layers, dim), in the order of `layers`.
-        lora: Site name (see `sites`) to its low-rank update.
+        lora: Site name (see `families.family`) to its low-rank update.
         base_model: Id of the model it was tuned on.
         layers: The U-Net's cross-attention layers in order down, mid, up.
         training: Settings and measurements of the tuning or fusion, JSON values only.

@@ -142,7 +142,7 @@ def collect(
         pipe: A pipeline without any concept loaded; it leaves as it came.
         edlora: What to load, already scaled; None records the base as it is.
         prompts: Prompts that name the concept.
-        sites: Layers to watch, see `sites`.
+        sites: Layers to watch, see `families.family`.
         recording: How to sample.
         advance: Called after each denoising step with the number of pictures it moved on.
         hold_out: Keep every fourth prompt apart, or the last one of fewer, so that a ridge can be judged by it.

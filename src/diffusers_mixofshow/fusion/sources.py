@@ -141,7 +141,7 @@ class Source:
         """Its update of one layer, float64, on the CPU; of rank 0 where it leaves the layer alone.
 
         Args:
-            site: The layer, see `sites`.
+            site: The layer, see `families.family`.
             shape: The layer's (out_features, in_features).
         """
         update = self.edlora.lora.get(site)

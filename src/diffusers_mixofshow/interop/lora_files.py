@@ -39,7 +39,7 @@ def read_lora(path: Path) -> dict[str, LowRank]:
         path: A safetensors file; pickles are not read.
 
     Returns:
-        Site name (see `sites`) to its update; 1 x 1 convolutions as matrices.
+        Site name (see `families.family`) to its update; 1 x 1 convolutions as matrices.
 
     Raises:
         EDLoRANotFoundError: If there is no such file.

@@ -1,4 +1,4 @@
-"""How other programs spell the layers of a LoRA, to and from site names (see `sites`)."""
+"""How other programs spell the layers of a LoRA, to and from site names (see `families.family`)."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
     """A site in kohya's names, which A1111 and ComfyUI share.
 
     Args:
-        site: The layer, see `sites`.
+        site: The layer, see `families.family`.
         several_text_encoders: Whether the model has two, as SDXL has; they are numbered then.
         ldm: Name the U-Net's blocks as the original code does, which kohya does for SDXL alone.
     """

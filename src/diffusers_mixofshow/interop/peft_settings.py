@@ -120,7 +120,7 @@ class PeftSettings:
         """The alpha for which alpha / rank is the scaling of a layer, or None where nothing is said of it.
 
         Args:
-            site: The layer, see `sites`.
+            site: The layer, see `families.family`.
             rank: Of its update.
         """
         said, path = self._of(site)
