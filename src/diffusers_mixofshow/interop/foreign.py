@@ -151,8 +151,8 @@ def read_as_edlora(
         class_word: The plain word for what it is; files do not tell.
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
         base_model: What it was tuned on; files do not tell reliably.
-        layers: The base's cross-attention layers (`families.layers.cross_attention_layers`), if it is no Stable Diffusion 1.x
-            or 2.x and the LoRA does not name them all.
+        layers: The base's cross-attention layers (`families.layers.cross_attention_layers`), if it is no Stable
+            Diffusion 1.x or 2.x and the LoRA does not name them all.
 
     Raises:
         EDLoRANotFoundError: If there is nothing.
