@@ -135,6 +135,20 @@ def test_merged_goes_below_injected_adapters(components):
         torch.testing.assert_close(outputs(components), expected)
 
 
+def test_weights_of_which_attention_reads_copies_are_not_merged_into(flat):
+    flat["unet"].fuse_qkv_projections()
+    before = {name: weight.clone() for name, weight in flat["unet"].state_dict().items()}
+    with (
+        pytest.raises(ConfigurationError, match=r"copies.*pipe\.unet\.unfuse_qkv_projections\(\)"),
+        merged(flat, packs.random_pack(flat)),
+    ):
+        pytest.fail("the block was entered")
+    torch.testing.assert_close(flat["unet"].state_dict(), before, atol=0, rtol=0)
+    flat["unet"].unfuse_qkv_projections()
+    with merged(flat, packs.random_pack(flat)):
+        pass
+
+
 def test_a_pack_for_another_model_changes_nothing(flat):
     pack = packs.random_pack(flat)
     flat["unet"].mid_block.attentions[0].transformer_blocks[0].attn2.to_k = nn.Linear(16, 64, bias=False)

@@ -29,6 +29,11 @@ _TRAINING_ADAPTER = "edlora_training"
 _CAST = 2**-8
 # Adapters that diffusers removed while they were fused, with their strength in each layer.
 _fused: WeakKeyDictionary[nn.Module, dict[str, dict[str, float]]] = WeakKeyDictionary()
+_COPIES = (
+    "Attention reads copies of the weights, which fuse_qkv_projections() made, and which stay as they are when "
+    "updates are put into the weights or taken out. Call pipe.unet.unfuse_qkv_projections() first, and "
+    "pipe.unet.fuse_qkv_projections() afterwards."
+)
 
 
 @contextmanager
@@ -44,8 +49,10 @@ def merged(components: Mapping[str, object], edlora: EDLoRA, scale: float = 1.0)
 
     Raises:
         EDLoRAFormatError: If the ED-LoRA does not fit the model.
+        ConfigurationError: If attention reads copies of the weights, which would not have the updates.
     """
     edlora.check_fits(components)
+    refuse_copied(components)
     layers = linear_layers(components)
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     with changing(*components_with_sites(components).values()):
@@ -103,10 +110,13 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
     if the user has deleted it with diffusers' own methods before.
 
     Raises:
-        ConfigurationError: If adapters are fused, so that the weights could not be given back as they were, or another
-            thread uses the model.
+        ConfigurationError: If adapters are fused, so that the weights could not be given back as they were, or
+            copies of such weights are in use, or another thread uses the model.
     """
     refuse_fused(components)
+    for model in components_with_sites(components).values():
+        if _reads_old_copies(model):
+            raise ConfigurationError(_COPIES)
     for model in components_with_sites(components).values():
         with changing(model), gradient_flags_kept(model):
             for path, layer in list(model.named_modules()):
@@ -180,14 +190,11 @@ def take_out_fused(components: Mapping[str, object], edlora: EDLoRA, adapter_nam
     Raises:
         ConfigurationError: If copies of the weights are in use, or another thread uses the model.
     """
+    if is_fused(components, adapter_name):
+        refuse_copied(components)
     for component, model in components_with_sites(components).items():
         with changing(model):
             strengths = _fused.get(model, {}).get(adapter_name, {})
-            if strengths and _has_fused_projections(model):
-                raise ConfigurationError(
-                    f"{adapter_name!r} is fused into weights of which fuse_qkv_projections() made copies. Call"
-                    " pipe.unfuse_qkv_projections() before it is unloaded."
-                )
             for path, strength in strengths.items():
                 site = canonical_name(component, path)
                 weight = _base_weight(model.get_submodule(path), path)
@@ -394,10 +401,11 @@ def _why_silent(model: nn.Module, site: str, adapter_name: str, held: bool) -> s
     layer = _layer_at(model, site)
     if not held:
         return "has been taken out; call load_edlora() again"
-    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
-        return None  # fused for good
-    if _has_fused_projections(model):
-        return "is passed over by fuse_qkv_projections(); call pipe.unfuse_qkv_projections()"
+    passed_over = "is passed over by fuse_qkv_projections(); call pipe.unet.unfuse_qkv_projections()"
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:  # fused for good
+        return passed_over if _reads_old_copies(model) else None
+    if _copying_attention(model):
+        return passed_over
     if layer.merged:
         if adapter_name in layer.merged_adapters:
             return None
@@ -410,10 +418,33 @@ def _why_silent(model: nn.Module, site: str, adapter_name: str, held: bool) -> s
     return None
 
 
-def _has_fused_projections(model: nn.Module) -> bool:
-    """Whether attention reads copies of the weights; the layers' own marks stay when that is over."""
-    processors = [getattr(module, "processor", None) for module in model.modules()]
-    return any(isinstance(getattr(each, "inner", each), FusedAttnProcessor2_0) for each in processors)
+def _copying_attention(model: nn.Module) -> list[nn.Module]:
+    """The attention layers that read copies of the weights; the layers' own marks stay when that is over."""
+    processors = ((module, getattr(module, "processor", None)) for module in model.modules())
+    return [module for module, each in processors if isinstance(getattr(each, "inner", each), FusedAttnProcessor2_0)]
+
+
+def _reads_old_copies(model: nn.Module) -> bool:
+    """Whether adapters were fused into weights, or taken out of them, since attention reads copies of these."""
+    return any(
+        not torch.equal(copy.weight, torch.cat([_base_weight(getattr(attention, name), name) for name in names]))
+        for attention in _copying_attention(model)
+        for copy, names in (
+            (getattr(attention, "to_qkv", None), ("to_q", "to_k", "to_v")),
+            (getattr(attention, "to_kv", None), ("to_k", "to_v")),
+        )
+        if copy is not None
+    )
+
+
+def refuse_copied(components: Mapping[str, object]) -> None:
+    """Refuse while attention reads copies of the weights, which would stay as they are when these change.
+
+    Raises:
+        ConfigurationError: Says what to call first.
+    """
+    if any(_copying_attention(model) for model in components_with_sites(components).values()):
+        raise ConfigurationError(_COPIES)
 
 
 def check_name(taken: Set[str], adapter_name: str) -> None:

@@ -53,6 +53,23 @@ def _same_updates(one, other) -> None:
         assert (update.alpha, update.convolution) == (other[site].alpha, other[site].convolution)
 
 
+@pytest.mark.parametrize(
+    "where", [Path, str, lambda folder: folder / "edlora.safetensors"], ids=["Path", "str", "file"]
+)
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "textual-inversion", "edlora"])
+def test_an_ed_lora_is_converted_from_where_it_lies(tmp_path: Path, components, to: str, where):
+    pack = packs.random_pack(components)
+    pack.save_pretrained(tmp_path / "ours")
+    done = convert(where(tmp_path / "ours"), tmp_path / "out", to)
+    expected = convert(pack, tmp_path / "expected", to)
+    assert done.lost == expected.lost
+    for one, other in zip(done.files, expected.files, strict=True):
+        if one.suffix != ".safetensors":  # in whose headers entries stand in any order
+            assert one.name == other.name
+            continue
+        torch.testing.assert_close(load_file(one), load_file(other), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_ranks_alphas_and_values_survive_the_way_there_and_back(tmp_path: Path, components, to: str, dtype):

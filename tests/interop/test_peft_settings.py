@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 import warnings
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -60,6 +63,36 @@ def pipeline_folder(pipe, folder: Path) -> None:
         unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
         text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder),
         text_encoder_lora_adapter_metadata=pipe.text_encoder.peft_config["default"].to_dict(),
+    )
+
+
+def training_script(pipe, folder: Path) -> None:
+    """As diffusers' own training scripts save: in old names, with PEFT's settings in the header."""
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet)),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+        text_encoder_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.text_encoder)),
+        text_encoder_lora_adapter_metadata=pipe.text_encoder.peft_config["default"].to_dict(),
+    )
+
+
+def in_kohyas_names(pipe, folder: Path) -> None:
+    """Without alphas, but with the header that diffusers reads."""
+    training_script(pipe, folder)
+    path = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    halves = {
+        re.sub(r"\.(lora|lora_linear_layer)\.(down|up)\.weight$", r".lora_\2.weight", name): half
+        for name, half in load_file(path).items()
+        if name.startswith("unet.")
+    }
+    flat = {name.partition(".lora_") for name in halves}
+    save_file(
+        {f"lora_{layer.replace('.', '_')}.lora_{half}": halves[f"{layer}.lora_{half}"] for layer, _, half in flat},
+        path,
+        metadata=header,
     )
 
 
@@ -118,6 +151,8 @@ def a_dump_of_the_model(pipe, folder: Path) -> None:
 WAYS = {
     "save_lora_adapter": model_folder,
     "save_lora_weights": pipeline_folder,
+    "diffusers' training scripts": training_script,
+    "kohya's names, diffusers' header": in_kohyas_names,
     "PEFT": peft_folder,
     "PEFT, pickled": as_pickle,
     "PEFT, both": both_forms,
@@ -127,6 +162,9 @@ WAYS = {
     "component in front": in_components_names,
     "adapter's name inside": a_dump_of_the_model,
 }
+
+
+OF_BOTH_MODELS = (pipeline_folder, training_script, each_model, each_model_by_its_own_library)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -147,7 +185,7 @@ def test_every_way_to_save_keeps_the_scaling(pipe, tmp_path: Path, way: str):
     assert (found.kind, found.defects, found.remarks) == (Kind.LORA, (), ())
     assert "header" in found.alpha_from or "adapter_config.json" in found.alpha_from
     components = {site.partition(".")[0] for site in found.lora}
-    assert components == ({"unet", "text_encoder"} if way in ("save_lora_weights", *list(WAYS)[6:8]) else {"unet"})
+    assert components == ({"unet", "text_encoder"} if WAYS[way] in OF_BOTH_MODELS else {"unet"})
     for site, update in found.lora.items():
         component, _, path = site.partition(".")
         model = getattr(pipe, component)
@@ -248,6 +286,11 @@ def test_an_adapter_that_changed_the_base_is_refused_by_name(tmp_path: Path, sta
     assert "changes the base" in defect
     with pytest.raises(EDLoRAFormatError, match="changes the base"):
         read_lora(tmp_path / "adapter_model.safetensors")
+    # So is what diffusers' training scripts make of it, in names that are not PEFT's.
+    halves = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+    told = model.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "x", halves, unet_lora_adapter_metadata=told)
+    assert any("changes the base" in defect for defect in read_foreign(tmp_path / "x").defects)
     # What PEFT converts on saving is an ordinary LoRA, which says so.
     model.save_pretrained(tmp_path / "start")
     model.save_pretrained(tmp_path / "made", path_initial_model_for_weight_conversion=str(tmp_path / "start"))

@@ -227,6 +227,17 @@ ORDERS = {
         None,
         "in unet: adapter 'rex' is passed over by fuse_qkv_projections",
     ),
+    "projections fused, then fused for good by the models": (
+        [
+            lambda w: w.load("rex"),
+            lambda w: w.pipe.unet.fuse_qkv_projections(),
+            lambda w: w.pipe.unet.fuse_lora(),
+            lambda w: w.pipe.unload_lora_weights(),
+        ],
+        [REX],
+        None,
+        "in unet: adapter 'rex' is passed over by fuse_qkv_projections",
+    ),
     "projections fused after fusing for good": (
         [
             lambda w: w.load("rex"),
@@ -441,6 +452,73 @@ def test_what_is_fused_is_not_fused_again_with_another_scale(world, again):
     world.pipe.unload_edlora()
     world.pipe.unload_lora_weights()
     torch.testing.assert_close(world.pipe.unet.state_dict(), before, atol=1e-6, rtol=1e-5)
+
+
+# What would change the weights under the copies of them that attention reads: the steps, and the one that is refused.
+UNDER_COPIES = {
+    "fuse": ([lambda w: w.pipe.fuse_qkv_projections()], lambda w: w.pipe.fuse_lora()),
+    "fuse, copied by the model": ([lambda w: w.pipe.unet.fuse_qkv_projections()], lambda w: w.pipe.fuse_lora()),
+    "fuse a style": (
+        [lambda w: w.load_style(), lambda w: w.pipe.fuse_qkv_projections()],
+        lambda w: w.pipe.fuse_lora(adapter_names=["style"]),
+    ),
+    "unfuse": (
+        [lambda w: w.pipe.fuse_lora(), lambda w: w.pipe.fuse_qkv_projections()],
+        lambda w: w.pipe.unfuse_lora(),
+    ),
+    "unload what the models unfused": (
+        [
+            lambda w: w.pipe.fuse_lora(),
+            lambda w: w.pipe.fuse_qkv_projections(),
+            lambda w: (w.pipe.unet.unfuse_lora(), _unmerged(w.pipe.text_encoder)),
+        ],
+        lambda w: w.pipe.unload_edlora(),
+    ),
+    "unload what was fused for good": (
+        [
+            lambda w: w.pipe.fuse_lora(),
+            lambda w: w.pipe.unload_lora_weights(),
+            lambda w: w.pipe.fuse_qkv_projections(),
+        ],
+        lambda w: w.pipe.unload_edlora(),
+    ),
+}
+
+
+def _unmerged(model):
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.unmerge()
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")
+@pytest.mark.filterwarnings("ignore:The updates of 'rex':diffusers_mixofshow.errors.MixOfShowWarning")
+@pytest.mark.parametrize(("steps", "refused"), UNDER_COPIES.values(), ids=UNDER_COPIES)
+def test_weights_are_not_changed_under_copies_of_them(world, steps, refused):
+    before = _draw(world.pipe, "a dog")
+    world.load("rex")
+    for step in steps:
+        step(world)
+    drawn = _draw(world.pipe, "a dog")
+    with pytest.raises(ConfigurationError, match=r"copies.*pipe\.unet\.unfuse_qkv_projections\(\)"):
+        refused(world)
+    assert torch.equal(_draw(world.pipe, "a dog"), drawn)
+    world.pipe.unet.unfuse_qkv_projections()
+    refused(world)
+    world.pipe.unfuse_lora()
+    world.pipe.unload_edlora()
+    world.pipe.unload_lora_weights()
+    torch.testing.assert_close(_draw(world.pipe, "a dog"), before, atol=1e-4, rtol=1e-4)
+
+
+def test_copies_of_the_bases_own_weights_are_no_hindrance(world):
+    world.pipe.fuse_qkv_projections()
+    before = _draw(world.pipe, "a dog")
+    world.load("rex")
+    world.pipe.unload_edlora()
+    torch.testing.assert_close(_draw(world.pipe, "a dog"), before)
+    world.load_style()
+    world.pipe.fuse_lora()  # a style alone is diffusers' own business
 
 
 @pytest.mark.parametrize("updates", [True, False], ids=["with updates", "embeddings alone"])

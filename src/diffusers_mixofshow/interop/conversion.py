@@ -15,10 +15,11 @@ from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, plain_name
-from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base, read_foreign
+from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base
 from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.instructions import instructions
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, PLAIN_NAME, announcing, write_kohya, write_lora
+from diffusers_mixofshow.interop.opening import read_any
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME, write_original
 from diffusers_mixofshow.interop.textual_inversion import (
     Vectors,
@@ -65,7 +66,7 @@ def convert(
     ``diffusers``, ``kohya`` and ``textual-inversion``: see `diffusers_mixofshow.exporting.share_layers`.
 
     Args:
-        source: An `EDLoRA`, or another program's file or folder, see `read_as_edlora`.
+        source: An `EDLoRA`, or a file, folder or Hub id of one or of another program, as `load_edlora` takes it.
         output: A folder, or a file where the format is one file. Every file appears whole or not at all.
         to: ``edlora``, this package's own; ``diffusers`` or ``kohya``, an ordinary LoRA with textual-inversion files
             beside it; ``textual-inversion``, these alone; ``mix-of-show``, the authors' ``.pth``.
@@ -85,7 +86,7 @@ def convert(
         OverwriteError: If one of the files is there already; nothing is written then.
     """
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)
-    content = source if isinstance(source, EDLoRA | Foreign) else read_foreign(source)
+    content = source if isinstance(source, EDLoRA | Foreign) else read_any(source)
     plan = plan_conversion(content, output, to, naming, layers, overwrite=overwrite)
     before_writing(plan.lost)
     for write in plan.files.values():

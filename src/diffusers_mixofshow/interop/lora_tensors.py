@@ -15,7 +15,7 @@ from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.families.recognition import families_with, is_linear_site
 from diffusers_mixofshow.interop.names import Spelling, adapter_of, half_of, site_of, spelling_of
 from diffusers_mixofshow.interop.other_kinds import OtherKind, other_base, other_kind, other_method
-from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG, PeftSettings, settings_of
+from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG, PeftSettings, settings_beside, settings_in_header
 from diffusers_mixofshow.interop.tensors import in_working_dtype
 
 
@@ -121,10 +121,13 @@ def content_of(
     Args:
         tensors: Name to tensor, as in the file.
         metadata: The file's own.
-        path: The file, in or beside which PEFT's settings lie; of tensors in other names they would be another's.
+        path: The file, beside which PEFT's settings lie.
     """
-    in_pefts_names = any(adapter_of(name) is not None for name in tensors)
-    settings = settings_of(path, metadata) if path is not None and in_pefts_names else PeftSettings()
+    settings = settings_in_header(metadata)
+    if settings is None:
+        # In a folder of downloads they are another's, unless the tensors have PEFT's names.
+        in_pefts_names = any(adapter_of(name) is not None for name in tensors)
+        settings = settings_beside(path) if path is not None and in_pefts_names else PeftSettings()
     found = _sorted(tensors)
     for settle in (_settle_unknown, _settle_bases, _settle_adapters):
         settle(found)

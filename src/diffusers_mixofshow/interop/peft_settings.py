@@ -146,15 +146,13 @@ class PeftSettings:
         return self.components.get(component) or self.components.get("") or _Component(), path
 
 
-def settings_of(path: Path, metadata: Mapping[str, str]) -> PeftSettings:
-    """Find the settings that belong to a file: in its header, as diffusers writes them, or in PEFT's file beside it.
+def settings_in_header(metadata: Mapping[str, str]) -> PeftSettings | None:
+    """The settings that diffusers wrote into a file's header, whatever its tensors are called; None without any."""
+    return _parsed(f"{stock.KEY} in its header", metadata[stock.KEY]) if stock.KEY in metadata else None
 
-    Args:
-        path: The file of weights, whatever it is called.
-        metadata: Its header's.
-    """
-    if stock.KEY in metadata:
-        return _parsed(f"{stock.KEY} in its header", metadata[stock.KEY])
+
+def settings_beside(path: Path) -> PeftSettings:
+    """The settings in PEFT's own file beside a file of weights."""
     beside = within(path.parent, PEFT_CONFIG)
     if not beside.is_file():
         return PeftSettings()

@@ -35,6 +35,7 @@ from diffusers_mixofshow.lora import (
     kept_active,
     merged,
     note_fused,
+    refuse_copied,
     refuse_fused,
     take_out_fused,
 )
@@ -206,11 +207,24 @@ class EDLoRALoader:
 
         Raises:
             ConfigurationError: If a concept is fused already and a scale is given: diffusers would not add it once
-                more, but subtract it with the new strength.
+                more, but subtract it with the new strength. Or if there are concepts, and attention reads copies of
+                the weights, which `fuse_qkv_projections` made.
         """
+        if self._edloras:
+            refuse_copied(self.components)
         if kwargs.get("lora_scale", args[1] if len(args) > 1 else 1.0) != 1.0:
             refuse_fused(self.components, self._edloras.keys())
         super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Take fused adapters out of the weights as diffusers does.
+
+        Raises:
+            ConfigurationError: If there are concepts, and attention reads copies of the weights.
+        """
+        if self._edloras:
+            refuse_copied(self.components)
+        super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Unload all adapters as diffusers does, concepts' included; what is fused stays in the weights."""
