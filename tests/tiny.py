@@ -117,9 +117,15 @@ def clipseg(*, seed: int = 0) -> CLIPSegForImageSegmentation:
             use_complex_transposed_convolution=True,
         )
     )
-    with torch.no_grad():
-        model.decoder.transposed_convolution[-1].weight *= 400
-    return model.eval()
+    model.eval()
+    last = model.decoder.transposed_convolution[-1]
+    with torch.no_grad():  # versions draw other weights; of a picture of noise one half shall be likely
+        last.bias.zero_()
+        ids = torch.tensor([[tokenizer().bos_token_id, 1, tokenizer().eos_token_id]])
+        logits = model(pixel_values=torch.randn(1, 3, 176, 176), input_ids=ids).logits
+        last.weight *= 4 / logits.std()
+        last.bias -= 4 * logits.median() / logits.std()
+    return model
 
 
 def controlnet(unet: UNet2DConditionModel, *, seed: int = 0) -> ControlNetModel:
