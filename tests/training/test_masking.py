@@ -267,6 +267,25 @@ def test_unsure_photos_are_named_and_get_no_mask(tmp_path: Path, clipseg: str) -
         assert not list((tmp_path / "masks").iterdir())
 
 
+def test_two_of_a_kind_give_a_mask_and_a_warning(
+    tmp_path: Path, clipseg: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("1.png", "2.png"):
+        photo(size=(SIDE, SIDE)).save(tmp_path / name)
+    maps = iter([drawn(TALL), drawn(TALL, (25, 5, 35, 35))])
+    monkeypatch.setattr(Finder, "likelihood", lambda *given: next(maps))
+    with pytest.warns(
+        MixOfShowWarning, match=r"(?s)^Masks of .*2\.png is unsure: more than one was found.*by hand"
+    ) as told:
+        made = make_masks(tmp_path, "dog", model=clipseg)
+    assert "1.png" not in str(told[0].message)
+    assert [bool(each.remark) for each in made] == [False, True]
+    for each in made:
+        assert each.mask is not None
+        assert (np.asarray(Image.open(each.mask)) > 128).tolist() == box(*TALL).tolist()
+        assert each.share == box(*TALL).mean()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
