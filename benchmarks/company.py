@@ -150,20 +150,28 @@ def measure(bench: Bench, packs: dict[str, Path], names: Sequence[str]) -> dict[
             boxes = {"alone": {"alone": None}, "twice": {"twice, left": left, "twice, right": right}}
             for told, box in boxes.get(way, {"behind a stranger": right}).items():
                 found.setdefault(told, []).extend(looks(bench, pictures, name, box))
+    if bench.plan.together:
+        found["in regions, fused"] = looks_in_regions(bench, packs, names)
+    return found
+
+
+def looks_in_regions(bench: Bench, packs: dict[str, Path], names: Sequence[str]) -> list[float]:
+    """Looks of the critters, in the mean of each picture, where they stand among others of the pack that all make."""
     rng = random.Random(bench.plan.seed)
     groups = [tuple(rng.sample(CRITTERS, 3)) for _ in range(4 * bench.plan.together)]
     groups = [each for each in groups if set(each) & set(names)][: bench.plan.together]
     bench.pipe.load_edlora(fuse_all(bench, packs)["closed_form"])
     pictures = sample_together(bench, groups, REGIONS)
     bench.pipe.unload_edlora()
+    shown = []
     for picture, group in zip(pictures, groups, strict=True):
         own = [
             looks(bench, [picture], name, box)[0]
             for name, box in zip(group, column_boxes(3), strict=True)
             if name in names
         ]
-        found.setdefault("in regions, fused", []).append(sum(own) / len(own))
-    return found
+        shown.append(sum(own) / len(own))
+    return shown
 
 
 def main() -> None:
@@ -172,7 +180,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "records")
     parser.add_argument("--critters", nargs="+", default=("kiki", "bobo"), choices=CRITTERS)
     parser.add_argument("--pictures", type=int, default=24, help="of every critter and prompt")
-    parser.add_argument("--together", type=int, default=24, help="pictures in regions")
+    parser.add_argument("--together", type=int, default=24, help="pictures in regions; 0 fuses nothing")
     parser.add_argument("--tune-only", action="store_true")
     options = parser.parse_args()
     plan = Plan(

@@ -75,13 +75,15 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "repeated": {"wording": REPEATED},
     "natural, drafts": {"wording": NATURAL, "draft": Draft()},
     "natural, drafts, refined": {"wording": NATURAL, "draft": Draft(), "refine": Refinement()},
+    "natural, each alone": {"wording": NATURAL, "refine": Refinement(strength=1.0, steps=20)},
     "layout": {"layout": True},
     "layout, natural": {"layout": True, "wording": NATURAL},
     "layout, repeated": {"layout": True, "wording": REPEATED},
     "layout, natural, drafts, refined": {"layout": True, "wording": NATURAL, "draft": Draft(), "refine": Refinement()},
 }
 """How critters are sampled together; with a wording in isolated regions. A layout is a T2I-Adapter's that sees where
-things stand."""
+things stand. Each alone: nothing of the picture is left in its regions, each is drawn from noise at the size that the
+model knows, and pasted, so that no company can disturb it."""
 UNDRAWN = "nono"
 """The critter whose lime the base was never shown; places are summed up without it as well."""
 LAYOUT_STRENGTH = 0.8
