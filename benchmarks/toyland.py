@@ -75,13 +75,17 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "repeated": {"wording": REPEATED},
     "natural, drafts": {"wording": NATURAL, "draft": Draft()},
     "natural, drafts, refined": {"wording": NATURAL, "draft": Draft(), "refine": Refinement()},
+    "natural, each alone": {"wording": NATURAL, "refine": Refinement(strength=1.0, steps=20)},
     "layout": {"layout": True},
     "layout, natural": {"layout": True, "wording": NATURAL},
     "layout, repeated": {"layout": True, "wording": REPEATED},
     "layout, natural, drafts, refined": {"layout": True, "wording": NATURAL, "draft": Draft(), "refine": Refinement()},
 }
 """How critters are sampled together; with a wording in isolated regions. A layout is a T2I-Adapter's that sees where
-things stand."""
+things stand. Each alone: nothing of the picture is left in its regions, each is drawn from noise at the size that the
+model knows, and pasted, so that no company can disturb it."""
+UNDRAWN = "nono"
+"""The critter whose lime the base was never shown; places are summed up without it as well."""
 LAYOUT_STRENGTH = 0.8
 FRESH_PHOTOS = 99
 COLUMN = 32
@@ -207,8 +211,8 @@ def measure_alone(bench: Bench, packs: dict[str, Path], fused: dict[str, Any]) -
     }
 
 
-def measure_together(bench: Bench, pack: Any, work: Path) -> dict[str, Any]:
-    """Several concepts in one picture, by every way, and as the world draws them."""
+def measure_together(bench: Bench, pack: Any, work: Path, ways: Sequence[str]) -> dict[str, Any]:
+    """Several concepts in one picture, by some of the ways, and as the world draws them."""
     rng = random.Random(bench.plan.seed)
     groups = {
         count: [tuple(rng.sample(bench.plan.critters, count)) for _ in range(pictures)]
@@ -220,9 +224,9 @@ def measure_together(bench: Bench, pack: Any, work: Path) -> dict[str, Any]:
     try:
         for count, names in groups.items():
             shown = {"drawn": [drawn_together(bench, each, index) for index, each in enumerate(names)]}
-            for way, settings in TOGETHER.items():
+            for way in ways:
                 if count == 3 or way == "natural, drafts, refined":
-                    shown[way] = sample_together(bench, names, settings)
+                    shown[way] = sample_together(bench, names, TOGETHER[way])
                     result[f"{count}, {way}"] = judge_together(bench, f"{count}, {way}", shown[way], names, work)
             result[f"{count}, drawn"] = judge_together(bench, f"{count}, drawn", shown["drawn"], names, work)
     finally:
@@ -281,8 +285,13 @@ def judge_together(
     of_all = [concepts_in_regions([picture], boxes, bench.subjects, bench.judge)[0] for picture in pictures]
     everyone = [replace(each, found=tuple(found)) for each, found in zip(judged, of_all, strict=True)]
     counts = confusion(everyone, names)
+    others = [each for each, asked in zip(judged, names, strict=True) if UNDRAWN not in asked]
+    without = summarise_regions(others) if others else {}
+    bench.console.print(
+        f"  {f'  without {UNDRAWN} ({len(others)})':36}", "  ".join(told(*each) for each in without.items())
+    )
     write_picture(work / f"confusion-{way.replace(', ', '-').replace(' ', '-')}.png", draw_confusion(counts))
-    return summary | {"found_of_all_fused": counts}
+    return summary | {"found_of_all_fused": counts, f"without_{UNDRAWN}": without}
 
 
 def told(name: str, value: dict[str, float]) -> str:
@@ -386,6 +395,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--five", type=int, help="pictures with five critters (default 30, short 6)")
     parser.add_argument("--contact", type=int, help="pictures of each overlap (default 20, short 6)")
     parser.add_argument("--only", choices=("alone", "together", "contact"), nargs="+", help="leave out the rest")
+    parser.add_argument(
+        "--ways", choices=tuple(TOGETHER), default=tuple(TOGETHER), nargs="+", help="of several critters"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
     parser.add_argument("--ridge", type=float, default=1e-3)
@@ -418,7 +430,7 @@ def main() -> None:
     if "alone" in wanted:
         results |= measure_alone(bench, packs, fused)
     if "together" in wanted:
-        results["together"] = measure_together(bench, fused["closed_form"], options.work)
+        results["together"] = measure_together(bench, fused["closed_form"], options.work, options.ways)
     if "contact" in wanted:
         results["contact"] = measure_contact(bench, fused["closed_form"], options.work)
     written = write_record(

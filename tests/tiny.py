@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, T2IAdapter, UNet2DConditionModel
 from tokenizers import pre_tokenizers
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 
 _HIDDEN = 32
@@ -91,6 +99,33 @@ def clip(*, seed: int = 0) -> CLIPModel:
             projection_dim=96,
         )
     ).eval()
+
+
+def clipseg(*, seed: int = 0) -> CLIPSegForImageSegmentation:
+    """A CLIPSeg for the tiny tokenizer, in patches of 8 pixels; likelihoods are from near 0 to near 1."""
+    torch.manual_seed(seed)
+    vision = {"hidden_size": _HIDDEN, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = CLIPSegForImageSegmentation(
+        CLIPSegConfig(
+            text_config=_text_tower(tokenizer(), layers=1),
+            vision_config=vision | {"image_size": 64, "patch_size": 8},
+            projection_dim=16,
+            reduce_dim=16,
+            extract_layers=[0],
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=32,
+            use_complex_transposed_convolution=True,
+        )
+    )
+    model.eval()
+    last = model.decoder.transposed_convolution[-1]
+    with torch.no_grad():  # versions draw other weights; of a picture of noise one half shall be likely
+        last.bias.zero_()
+        ids = torch.tensor([[tokenizer().bos_token_id, 1, tokenizer().eos_token_id]])
+        logits = model(pixel_values=torch.randn(1, 3, 176, 176), input_ids=ids).logits
+        last.weight *= 4 / logits.std()
+        last.bias -= 4 * logits.median() / logits.std()
+    return model
 
 
 def controlnet(unet: UNet2DConditionModel, *, seed: int = 0) -> ControlNetModel:

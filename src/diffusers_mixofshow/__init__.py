@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
     from diffusers_mixofshow.regions import Draft, Isolation, Layout, Refinement, Region
     from diffusers_mixofshow.training.config import TrainingConfig
+    from diffusers_mixofshow.training.masking import make_masks
     from diffusers_mixofshow.training.trainer import EDLoRATrainer
 
 
@@ -52,6 +53,7 @@ __all__ = [
     "Refinement",
     "Region",
     "TrainingConfig",
+    "make_masks",
     "refine_regions",
     "tune_concept",
 ]
@@ -78,6 +80,7 @@ _HOME = {
     "Refinement": "regions",
     "Region": "regions",
     "TrainingConfig": "training.config",
+    "make_masks": "training.masking",
     "refine_regions": "pipelines.refining",
     "tune_concept": "client",
 }

@@ -12,7 +12,7 @@ from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS
 
 
 COMMANDS = get_command(cli.app).commands
-VERBS = ("train", "fuse", "sample", "evaluate", "compare", "inspect", "convert", "push", "demo", "doctor")
+VERBS = ("masks", "train", "fuse", "sample", "evaluate", "compare", "inspect", "convert", "push", "demo", "doctor")
 
 
 def test_the_verbs_stand_in_the_order_of_the_work() -> None:

@@ -35,6 +35,8 @@ def place(components: dict[str, object], tmp_path: Path, monkeypatch: pytest.Mon
         EDLoRA(**vars(pack) | {"base_model": "toyland", "embeddings": embeddings}).save_pretrained(tmp_path / name)
     toyland.write_photos(toyland.CONCEPTS["rex"], tmp_path / "photos", count=2)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "1.png")
     for name in (
         "x-1.png",
         "x.json",
@@ -81,6 +83,7 @@ CASES = [
     (("convert", "rex", "rex.pth", "--to", "mix-of-show"), "rex.pth", False),
     (("convert", "kit", "taken", "--to", "edlora"), "taken/edlora.safetensors", False),
     (("demo", "--output", "page"), "page/index.html", False),
+    (("masks", "bare", "--class-word", "dog", "--sheet", "x.png"), "x.png", True),
 ]
 
 
@@ -111,6 +114,7 @@ def test_a_verb_refuses_before_it_loads_and_its_plan_tells(
         ("compare", "rex", "kit", "--record", "new.json"),
         (*TRAIN, "--output", "photos"),
         (*TRAIN, "--output", "begun", "--resume-from-checkpoint", "latest"),
+        ("masks", "bare", "--class-word", "dog"),
     ],
 )
 def test_a_plan_of_what_is_free_replaces_nothing(place: Path, arguments: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from PIL import Image
 
@@ -281,6 +282,29 @@ def test_wrong_condition_images_are_refused(build, adapters, arguments, words):
     with pytest.raises(ConfigurationError) as error:
         run(pipeline, "x", "adapter", **arguments)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("factor", "acting"), [(1.0, 4), (0.75, 3), (0.5, 2), (0.6, 2), (0.25, 1), (0.2, 0), (0.0, 0), (1, 4)]
+)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_adapters_act_in_the_first_part_of_the_steps(build, monkeypatch, factor, acting, guidance_scale):
+    pipeline, forward, seen = build("adapter"), UNet2DConditionModel.forward, []
+
+    def watched(self, *inputs, **named):
+        seen.append(bool(named.get("down_intrablock_additional_residuals")))
+        return forward(self, *inputs, **named)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+    settings = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
+    run(pipeline, "a dog", "adapter", adapter_conditioning_factor=factor, **settings)
+    assert seen == [True] * acting + [False] * (4 - acting)
+
+
+@pytest.mark.parametrize("factor", [-0.1, 1.1, float("nan"), "half", True, None])
+def test_impossible_parts_of_the_steps_are_refused(build, factor):
+    with pytest.raises(ConfigurationError, match="adapter_conditioning_factor"):
+        run(build("adapter"), "a dog", "adapter", adapter_conditioning_factor=factor)
 
 
 def test_adapters_have_what_the_plain_pipeline_has():

@@ -105,6 +105,7 @@ def test_without_masks_nothing_is_composed_and_it_is_said(tmp_path: Path, settin
         warnings.simplefilter("always")
         assert compose_company([photo(None)] * 3, quick(tmp_path, **settings)) == []
     assert [each.category for each in caught] == [MixOfShowWarning] * told
+    assert all("`mixofshow masks PHOTOS --class-word man` makes them" in str(each.message) for each in caught)
 
 
 @pytest.mark.parametrize("settings", [{"company": 0.0}, {"kind": "scene"}, {"preset": "paper"}])

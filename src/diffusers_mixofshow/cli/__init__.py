@@ -16,6 +16,7 @@ from diffusers_mixofshow.cli.doctor import doctor
 from diffusers_mixofshow.cli.evaluate import evaluate
 from diffusers_mixofshow.cli.fuse import fuse
 from diffusers_mixofshow.cli.inspect import inspect
+from diffusers_mixofshow.cli.masks import masks
 from diffusers_mixofshow.cli.messages import as_options, tell, warnings_as_sentences
 from diffusers_mixofshow.cli.push import push
 from diffusers_mixofshow.cli.sample import sample
@@ -39,7 +40,7 @@ WRONG_USE = 2
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT)."""
 
-_SLOW = ("train", "fuse", "sample", "evaluate", "compare")
+_SLOW = ("masks", "train", "fuse", "sample", "evaluate", "compare")
 """Verbs that need seconds before they can tell how far they are."""
 _MISUSES = (ConceptError, ConfigurationError, EDLoRANotFoundError, OverwriteError, RegionError)
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
@@ -52,6 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(masks)
 app.command(context_settings=SPELLINGS)(train)
 for _verb in (fuse, sample, evaluate, compare, inspect, convert, push, demo, doctor):
     app.command()(_verb)

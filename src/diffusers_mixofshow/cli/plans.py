@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.regions import Isolation
     from diffusers_mixofshow.training import TrainingConfig
+    from diffusers_mixofshow.training.masking import MaskPlan
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
@@ -187,6 +188,23 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
         "steps": f"{config.total_steps} of {batch} pictures at {config.resolution} pixels",
         "begins": f"after {checkpoint}" if checkpoint else "at its start",
         "writes": config.output_dir,
+    }
+
+
+def plan_of_masks(plan: MaskPlan, *, overwrite: bool) -> dict[str, Any]:
+    """What `mixofshow masks` would do.
+
+    Args:
+        plan: The photos, and how their masks are made.
+        overwrite: Whether the command line allows that files are replaced.
+    """
+    return {
+        "photos": f"{len(plan.todo)} without a mask, {plan.masked} with one",
+        "looks for": plan.class_word,
+        "model": _told_model(plan.model) if plan.todo else "none is needed",
+        "threshold": plan.threshold,
+        "writes": ", ".join(map(str, plan.writes)) or "nothing",
+        **replaces(*plan.writes, overwrite=overwrite),
     }
 
 

@@ -71,7 +71,8 @@ def train(**given: Any) -> None:
     --no-masked-loss. Where a setting can be None, none is its text.
 
     Beside a photo NAME.jpg may stand its captions, NAME.txt (<TOK> is the
-    concept), and its mask, masks/NAME.png (white is the concept).
+    concept), and its mask, masks/NAME.png (white is the concept), which
+    `mixofshow masks` makes.
     """
     config: Path | None = given.pop("config")
     photos: str | None = given.pop("photos")

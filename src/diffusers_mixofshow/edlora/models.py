@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import huggingface_hub
+import torch
 
 from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.edlora import hub
+from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.progress import announce
 
 
@@ -45,6 +48,38 @@ def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_in
         options = {"local_files_only": True}
     announce(f"Loading {name} ...")
     return load(place, **options)
+
+
+def load_looker(name: str, kind: type, *, called: str, expected: str) -> tuple[Any, Any]:
+    """Load a model that looks at pictures and reads texts, onto the GPU where there is one, with its tokenizer.
+
+    Args:
+        name: Hub id or folder.
+        kind: A class of transformers that is made of a CLIP.
+        called: How errors name it.
+        expected: What errors ask for, and an example.
+
+    Returns:
+        The model in float32 and evaluation mode, and its CLIP tokenizer.
+
+    Raises:
+        HubError: If only the Hub has it, and that cannot be reached.
+        ConfigurationError: If there is none, or what is there is something else.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        load = partial(kind.from_pretrained, output_loading_info=True)  # type: ignore[attr-defined]
+        model, loaded = load_model(name, load, index="config.json")
+        words = load_model(name, CLIPTokenizer.from_pretrained, index="config.json")
+    except HubError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise _unusable(name, first_line(error), called, expected) from error
+    missing = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))
+    if missing:
+        raise _unusable(name, f"{len(missing)} weights are missing, {missing[0]} among them", called, expected)
+    return model.float().eval().to("cuda" if torch.cuda.is_available() else "cpu"), words
 
 
 def quietly_if_embedded(name: str) -> AbstractContextManager[None]:
@@ -93,3 +128,7 @@ def _unasked(name: str) -> OSError | None:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return FileNotFoundError(f"{name!r} is not in the cache, and HF_HUB_OFFLINE is set")
     return None if hub.answers() else hub.unreached(name)
+
+
+def _unusable(name: str, reason: str, called: str, expected: str) -> ConfigurationError:
+    return ConfigurationError(f"The {called} {name!r} cannot be used: {reason}. Expected {expected}.")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image, ImageOps
 
 from diffusers_mixofshow.conditioning.tokenize import plain_ids
-from diffusers_mixofshow.edlora.models import load_model
-from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
+from diffusers_mixofshow.edlora.models import load_looker
 from diffusers_mixofshow.pictures import read_image
 
 
@@ -50,20 +48,10 @@ class ClipJudge:
             HubError: If only the Hub has it, and that cannot be reached.
             ConfigurationError: If there is none, or what is there is something else.
         """
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPModel
 
-        try:
-            load = partial(CLIPModel.from_pretrained, output_loading_info=True)
-            model, loaded = load_model(name, load, index="config.json")
-            tokenizer = load_model(name, CLIPTokenizer.from_pretrained, index="config.json")
-        except HubError:
-            raise
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise _unusable(name, first_line(error)) from error
-        missing = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))
-        if missing:
-            raise _unusable(name, f"{len(missing)} weights are missing, {missing[0]} among them")
-        return cls(model.float().eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+        expected = f"a Hub id or a folder of a CLIP model with its tokenizer, such as {DEFAULT_CLIP!r}"
+        return cls(*load_looker(name, CLIPModel, called="metric model", expected=expected))
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -104,10 +92,3 @@ def _pixels(image: Image.Image, side: int) -> torch.Tensor:
     values: Any = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     colours = values.view(side, side, 3).permute(2, 0, 1).float() / 255  # -> (3, side, side)
     return (colours - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_DEVIATION)[:, None, None]
-
-
-def _unusable(name: str, reason: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"The metric model {name!r} cannot be used: {reason}. Expected a Hub id or a folder of a CLIP model with its "
-        f"tokenizer, such as {DEFAULT_CLIP!r}."
-    )

@@ -7,8 +7,9 @@ one is `StableDiffusionPipeline`, and the adapters' features reach the U-Net bes
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class MixOfShowAdapterPipeline(RefinedSampling, EDLoRALoader, StableDiffusionPip
         width: int | None = None,
         *args: Any,
         adapter_conditioning_scale: float | Sequence[float] = 1.0,
+        adapter_conditioning_factor: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         """Replaced by the parent's, see `regional_signature`."""
@@ -105,11 +107,12 @@ class MixOfShowAdapterPipeline(RefinedSampling, EDLoRALoader, StableDiffusionPip
         pixels = self._condition_pixels(image, height, width)
         height, width = pixels[0].shape[-2:]
         strengths = _strengths(adapter_conditioning_scale, len(pixels))
+        _check_part(adapter_conditioning_factor)
         if 0 in strengths:
             warn("An adapter with a strength of 0 has no effect.")
         features = self._adapter_features(pixels, strengths)
         features = [_for_each_picture(feature, arguments) for feature in features]
-        with self._next_call_hooked(_adding(features)):
+        with self._next_call_hooked(_adding(features, lambda: int(self.num_timesteps * adapter_conditioning_factor))):
             return super().__call__(prompt, height, width, *args, **kwargs)
 
     @property
@@ -168,10 +171,18 @@ def _for_each_picture(feature: torch.Tensor, arguments: Mapping[str, Any]) -> to
     return feature.repeat_interleave(arguments.get("num_images_per_prompt", 1), dim=0)
 
 
-def _adding(features: Sequence[torch.Tensor]) -> PassHook:
-    """Hand the adapters' features to the U-Net with each pass, once for each half of guidance."""
+def _check_part(factor: object) -> None:
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 <= factor <= 1:
+        raise ConfigurationError(f"`adapter_conditioning_factor` is {factor!r}; expected a number from 0 to 1.")
+
+
+def _adding(features: Sequence[torch.Tensor], passes: Callable[[], int]) -> PassHook:
+    """Hand the adapters' features to the U-Net in so many passes, the first ones, once for each half of guidance."""
+    done = itertools.count()
 
     def add(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if next(done) >= passes():
+            return inputs, named
         rows = len(inputs[0] if inputs else named["sample"])
         # A new list each time, as the U-Net takes its entries out.
         states = [feature.repeat(rows // len(feature), 1, 1, 1) for feature in features]

@@ -7,6 +7,7 @@ later ones, as nothing has ever shown it there.
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -64,7 +65,8 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
         warn(
             "No photo has a mask, so no pictures of the concept at several places are composed. With masks "
             "(masks/NAME.png, white is the concept, or photos that are cut out) it would keep its looks better beside "
-            "others. company 0 says that none are wanted."
+            f"others: `mixofshow masks PHOTOS --class-word {shlex.quote(config.class_word)}` makes them, in Python "
+            "make_masks. company 0 says that none are wanted."
         )
         return []
     chance = random.Random(config.seed)
