@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import packs
 import tiny
+from diffusers_mixofshow import EDLoRA
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.families.sdxl import SDXL
@@ -204,6 +206,19 @@ def test_nothing_there(tmp_path: Path):
     for path in (tmp_path / "none.pth", tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(EDLoRANotFoundError):
             read_as_edlora(path)
+
+
+@pytest.mark.parametrize("file", [".", "edlora.safetensors", "renamed.safetensors"])
+def test_a_pack_of_ours_is_told_as_that(tmp_path: Path, file: str, pack: EDLoRA):
+    pack.save_pretrained(tmp_path)
+    (tmp_path / "renamed.safetensors").write_bytes((tmp_path / "edlora.safetensors").read_bytes())
+    place = tmp_path / file
+    for read in (read_as_edlora, read_foreign):
+        with pytest.raises(EDLoRAFormatError) as raised:
+            read(place)
+        told = f"{place} is an ED-LoRA of this package. Read it: EDLoRA.from_pretrained({str(place)!r})."
+        assert str(raised.value) == told
+    packs.assert_same_pack(EDLoRA.from_pretrained(place), pack)
 
 
 def test_several_loras_in_a_folder(tmp_path: Path):

@@ -13,7 +13,7 @@ import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
-from diffusers_mixofshow.edlora.file import STATISTICS_KEY
+from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
@@ -91,6 +91,13 @@ class Foreign:
         raise_if_any(self.defects, subject=subject, remedy="Expected a LoRA or embeddings of Stable Diffusion.")
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file or folder is an ED-LoRA of this package, sound or not."""
+    if path.is_dir():
+        return (path / FILE_NAME).exists()
+    return path.name == FILE_NAME or "edlora" in read_metadata(path)
+
+
 def read_foreign(source: str | os.PathLike[str]) -> Foreign:
     """Read a file of another program, or a folder with a LoRA and the embeddings that belong to it.
 
@@ -101,12 +108,17 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
 
     Raises:
         EDLoRANotFoundError: If there is nothing.
-        EDLoRAFormatError: If it cannot be read at all. What is defective inside is in `Foreign.defects`.
+        EDLoRAFormatError: If it cannot be read at all, or is this package's own. What is defective inside is in
+            `Foreign.defects`.
 
     Warns:
         MixOfShowWarning: What had to be assumed or is missing, see `Foreign.remarks` and `Foreign.missing`.
     """
     path = Path(source)
+    if is_ours(path):
+        raise EDLoRAFormatError(
+            f"{path} is an ED-LoRA of this package. Read it: EDLoRA.from_pretrained({str(path)!r})."
+        )
     found = _read_folder(path) if path.is_dir() else _with_companions(path)
     names = distinct_names(companions(found.metadata))
     if lacking := [word for word, name in names.items() if not {word, name} & found.vectors.keys()]:
@@ -156,7 +168,8 @@ def read_as_edlora(
 
     Raises:
         EDLoRANotFoundError: If there is nothing.
-        EDLoRAFormatError: If anything in it is defective, or no ED-LoRA can say it; names all.
+        EDLoRAFormatError: If anything in it is defective, or no ED-LoRA can say it; names all. Or if it is one of this
+            package's own.
         ConceptError: If the name or kind is malformed.
     """
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)

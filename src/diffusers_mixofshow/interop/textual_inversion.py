@@ -39,8 +39,11 @@ _A1111 = "string_to_param"
 _MOST_VECTORS = 75
 """Of one word; as many as a prompt of CLIP has room for."""
 _WORD = re.compile(r"<[^<>]+>|[^.]+")
-_NO_WORDS = ("weight", "bias", "alpha", "beta", "gamma", "scale")
-"""Names that any layer's own tensors have."""
+_NO_WORDS = re.compile(
+    r"lora_.*|(.*_)?(weight|bias|alpha|beta|gamma|scale|mean|std|var|variance|query|key|value|mask|proj|projection"
+    r"|(embed|embedding|feature|hidden_state|state|latent|token|logit)s?)"
+)
+"""Names that layers' own tensors, halves of adapters and what models put out have."""
 _WIDTHS = {width for model in BASE_MODELS for width in model.embeddings.values()}
 
 
@@ -147,14 +150,17 @@ def _is_vectors(value: object) -> bool:
 def _are_words(tensors: Mapping[str, object]) -> bool:
     """Whether names and shapes are those of words of one text encoder: any file may hold small matrices.
 
-    Without brackets around it a name is a word only where the width is that of a text encoder known here.
+    Without brackets around it a name is a word only alone or beside one with them, where no program calls tensors so,
+    and where the width is that of a text encoder known here.
     """
+    bare_ones_may_be = len(tensors) == 1 or any(name.startswith("<") for name in tensors)
     widths = set()
     for name, value in tensors.items():
-        if not _is_vectors(value) or not _WORD.fullmatch(name) or name in _NO_WORDS or other_kind(name):
+        if not _is_vectors(value) or not _WORD.fullmatch(name) or other_kind(name):
             return False
         rows = value.reshape(-1, value.shape[-1])  # type: ignore[attr-defined]
-        if len(rows) > _MOST_VECTORS or not (name.startswith("<") or rows.shape[1] in _WIDTHS):
+        bare = bare_ones_may_be and not _NO_WORDS.fullmatch(name.lower()) and rows.shape[1] in _WIDTHS
+        if len(rows) > _MOST_VECTORS or not (name.startswith("<") or bare):
             return False
         widths.add(rows.shape[1])
     return len(widths) == 1
