@@ -11,8 +11,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from diffusers_mixofshow import MixOfShowPipeline, TrainingConfig, base_models, cli, toyland
+from diffusers_mixofshow import GradientFuser, MixOfShowPipeline, TrainingConfig, base_models, cli, toyland
 from diffusers_mixofshow.base_models import (
+    devices,
     guidance_of_unet,
     in_dtype,
     known_spelling,
@@ -23,7 +24,7 @@ from diffusers_mixofshow.base_models import (
     public_name,
     usual_guidance,
 )
-from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line, meant
+from diffusers_mixofshow.errors import ConfigurationError, FusionError, HubError, first_line, meant
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 
 
@@ -198,3 +199,16 @@ def test_words_of_errors() -> None:
     assert first_line(KeyError()) == "KeyError"
     assert meant("rexx", ["tom", "rex"]) == " Did you mean rex?"
     assert meant("rex", iter(["tom"])) == ""
+
+
+@pytest.mark.parametrize(
+    ("cards", "apple", "expected"),
+    [(0, False, "cpu"), (1, False, "cpu, cuda:0"), (2, False, "cpu, cuda:0, cuda:1"), (0, True, "cpu, mps")],
+)
+def test_devices_are_those_that_the_machine_has(monkeypatch, cards: int, apple: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: max(cards, 1))  # also of cards that no driver runs
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    assert devices() == expected
+    with pytest.raises(FusionError, match=f"of those that this machine has: {expected}.$"):
+        GradientFuser(device="nowhere")

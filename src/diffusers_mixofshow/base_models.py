@@ -123,6 +123,15 @@ def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {known_as: dtype}
 
 
+def devices() -> str:
+    """The devices that torch has on this machine, as it names them, separated by commas."""
+    import torch
+
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    apple = ["mps"] if torch.backends.mps.is_available() else []
+    return ", ".join(["cpu", *(f"cuda:{number}" for number in range(cards)), *apple])
+
+
 def not_loadable(base_model: str, error: Exception) -> ConfigurationError | HubError:
     """The error of a base model that cannot be found or read, with the reason's first line."""
     kind = HubError if isinstance(error, HubError) else ConfigurationError

@@ -30,9 +30,9 @@ _CAST = 2**-8
 # Adapters that diffusers removed while they were fused, with their strength in each layer.
 _fused: WeakKeyDictionary[nn.Module, dict[str, dict[str, float]]] = WeakKeyDictionary()
 _COPIES = (
-    "Attention reads copies of the weights, which fuse_qkv_projections() made, and which stay as they are when "
-    "updates are put into the weights or taken out. Call pipe.unet.unfuse_qkv_projections() first, and "
-    "pipe.unet.fuse_qkv_projections() afterwards."
+    "Attention reads copies of the weights, which fuse_qkv_projections() made: they stay as they are when updates are "
+    "put into the weights or taken out, and the layers themselves are passed over, so that they record nothing. Call "
+    "pipe.unet.unfuse_qkv_projections() first, and pipe.unet.fuse_qkv_projections() afterwards."
 )
 
 
@@ -438,7 +438,7 @@ def _reads_old_copies(model: nn.Module) -> bool:
 
 
 def refuse_copied(components: Mapping[str, object]) -> None:
-    """Refuse while attention reads copies of the weights, which would stay as they are when these change.
+    """Refuse while attention reads copies of the weights: they stay when these change, and no layer sees its input.
 
     Raises:
         ConfigurationError: Says what to call first.

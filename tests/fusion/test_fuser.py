@@ -14,7 +14,7 @@ import tiny
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.tokenize import STAND_IN_ID
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
-from diffusers_mixofshow.errors import ConceptError, FusionError
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, FusionError
 from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import GradientFuser
@@ -243,6 +243,23 @@ def test_pipeline_comes_back_as_it_was(
         fuser.fuse(sources)
     assert _fingerprint(pipe) == before
     assert torch.equal(_latents(pipe), latents)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("record", [True, False])
+def test_layers_that_attention_passes_over_are_told_before_anything_is_recorded(
+    pipe: MixOfShowPipeline, sequential: bool, record: bool, passes: Any
+) -> None:
+    pipe.fuse_qkv_projections()
+    source, before = _concept(pipe, "rex", 1), _fingerprint(pipe)
+    fuser = GradientFuser(pipe, sequential=sequential, **CLOSED_FORM)
+    with pytest.raises(ConfigurationError, match=r"copies.*pipe\.unet\.unfuse_qkv_projections\(\)"):
+        fuser.record(source) if record else fuser.fuse([source])
+    assert (passes.done, _fingerprint(pipe)) == (0, before)
+    assert fuser.fuse([source], method="average").concepts == source.concepts  # which records nothing
+    pipe.unet.unfuse_qkv_projections()
+    fuser.record(source) if record else fuser.fuse([source])
+    assert passes.done
 
 
 def test_result_does_not_depend_on_what_the_user_had_loaded(pipe: MixOfShowPipeline) -> None:

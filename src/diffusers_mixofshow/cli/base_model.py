@@ -7,7 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import TOYLAND, in_dtype, known_spelling, location_of, not_loadable, one_name
+from diffusers_mixofshow.base_models import (
+    TOYLAND,
+    devices,
+    in_dtype,
+    known_spelling,
+    location_of,
+    not_loadable,
+    one_name,
+)
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.progress import bar_settings
 
@@ -74,7 +82,7 @@ def check_device(device: str | None, dtype: str | None) -> tuple[str, str | None
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ConfigurationError(
             f"Got --device {device}{f' --dtype {dtype}' if dtype else ''}, which this machine cannot draw with: "
-            f"{first_line(error)}. Expected a device that it has, such as cpu or cuda; 'mixofshow doctor' tells which."
+            f"{first_line(error)}. Expected a device that it has ({devices()}); 'mixofshow doctor' tells more."
         ) from error
     return device, dtype
 

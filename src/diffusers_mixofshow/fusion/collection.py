@@ -22,6 +22,7 @@ from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites, linear_layers, said_size
 from diffusers_mixofshow.fusion.borrowing import loaded
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
+from diffusers_mixofshow.lora import refuse_copied
 from diffusers_mixofshow.progress import without_bars
 
 
@@ -149,7 +150,12 @@ def collect(
 
     Returns:
         The statistics of every input that the sites read.
+
+    Raises:
+        ConfigurationError: If attention reads copies of the weights, so that the sites see nothing.
+        FusionError: If sampling does not use all sites.
     """
+    refuse_copied(pipe.components)
     statistics, recording = ConceptStatistics(), recording.resolved(pipe)
     with loaded(pipe, edlora), _sampling_quietly(pipe):
         for part in PARTS:

@@ -10,6 +10,7 @@ from zlib import crc32
 
 import torch
 
+from diffusers_mixofshow.base_models import devices
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import FusionError, first_line
@@ -93,8 +94,8 @@ def check_device(device: Device) -> None:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise FusionError(
-            f"Layers cannot be solved on device={str(device)!r}: {first_line(error)}. Expected a device of "
-            "this machine that has float64, such as 'cpu' or 'cuda'."
+            f"Layers cannot be solved on device={str(device)!r}: {first_line(error)}. Expected a device with float64, "
+            f"of those that this machine has: {devices()}."
         ) from error
 
 
