@@ -167,6 +167,23 @@ def test_what_stands_somewhere_is_whatever_is_there(tmp_path: Path) -> None:
     assert standing(*places) == [places[0], places[2], places[3]]
 
 
+@pytest.mark.parametrize("way", ["gone/..", "gone/deeper/../..", "folder/gone/../..", "linked/gone/../..", "."])
+def test_what_stands_somewhere_is_found_on_ways_that_writing_makes(tmp_path: Path, way: str) -> None:
+    """A folder that is missing is made by whoever writes, and ``..`` then leads out of it again."""
+    start = tmp_path / "start"
+    (start / "folder").mkdir(parents=True)
+    (start / "linked").symlink_to("folder")
+    (start / "file").write_text("mine")
+    (start / "link").symlink_to("nowhere")
+    for name in ("file", "link", "folder"):
+        assert standing(start / way / name) == [start / way / name]
+    assert standing(start / way / "other") == []
+    with pytest.raises(OverwriteError):
+        check_outputs(start / way / "file", overwrite=False)
+    with pytest.raises(FileWriteError, match="folders"):
+        check_outputs(start / way / "folder", overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("count", "told"),
     [

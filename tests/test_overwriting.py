@@ -143,6 +143,8 @@ def test_what_stands_there_stays_unless_its_writer_is_told(
     ) as error:
         save(place, False)
     assert str(place) in str(error.value)
+    with pytest.raises(OverwriteError):  # the way there is made by the writer itself
+        save(tmp_path / "gone" / ".." / "new" / name, False)
     assert contents(tmp_path) == before | {place.relative_to(tmp_path).as_posix(): b"mine"}
     save(place, True)
     assert contents(tmp_path).keys() == before.keys()

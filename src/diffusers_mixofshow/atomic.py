@@ -68,7 +68,7 @@ def check_outputs(*files: Path, overwrite: bool) -> None:
         FileWriteError: If a folder stands in the place of one, or its own folder takes no file.
     """
     _refuse_collisions(files)
-    if folders := [file for file in files if file.is_dir()]:
+    if folders := [file for file in files if _when_made(file).is_dir()]:
         raise FileWriteError(
             f"Expected files to write, but there are folders: {_listed(folders)}. Choose other names."
         )
@@ -84,7 +84,12 @@ def check_outputs(*files: Path, overwrite: bool) -> None:
 
 def standing(*places: Path) -> list[Path]:
     """Those of the places where something is: a file, a folder, or a link, be it to nowhere."""
-    return [place for place in places if os.path.lexists(place)]
+    return [place for place in places if os.path.lexists(_when_made(place))]
+
+
+def _when_made(place: Path) -> Path:
+    """The place as writing will find it, which makes folders that are missing: a ``..`` leads out of these again."""
+    return Path(os.path.realpath(place.parent), place.name)
 
 
 def refuse_overwriting(*places: Path, overwrite: bool, otherwise: str = "Choose another place") -> None:
