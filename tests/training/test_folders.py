@@ -153,6 +153,7 @@ def test_what_systems_leave_is_no_data(tmp_path: Path) -> None:
         *("._1.jpg", ".DS_Store", "Thumbs.db", "thumbs.DB", "desktop.ini", "Icon\r", "._1.txt", ".hidden.png"),
         *("__MACOSX/._1.jpg", "__MACOSX/1.jpg", ".ipynb_checkpoints/1-checkpoint.jpg", "@eaDir/1.jpg/x.jpg"),
         *(".cache/huggingface/download/1.jpg.metadata", ".git/config", "masks/.DS_Store", "masks/Thumbs.db"),
+        *("1.jpg:Zone.Identifier", "masks/1.png:Zone.Identifier"),
         *("README.md", "readme.txt", "LICENSE", "LICENSE.txt"),
     ):
         write(tmp_path / name, "no picture")
@@ -293,7 +294,7 @@ def test_captions_in_two_places(tmp_path: Path) -> None:
     with pytest.raises(TrainingDataError, match=r"1\.jpg has captions in 1\.txt and in 1\.json; keep one"):
         read_photos(tmp_path, REX)
     write(tmp_path / "1.json", json.dumps({"caption": 5}))
-    with pytest.raises(TrainingDataError, match="'caption' is 5"):
+    with pytest.raises(TrainingDataError, match=r"training: 1\.json: 'caption' is 5, expected a text"):
         read_photos(tmp_path, REX)
     (tmp_path / "1.json").unlink()
     write(tmp_path / "1.caption", "another <TOK>")

@@ -122,7 +122,10 @@ def read_description(path: Path, *, column: str) -> list[str]:
     except (json.JSONDecodeError, RecursionError):
         return []
     keys = [key for key in (column, "caption", "text") if isinstance(content, dict) and content.get(key)]
-    return _texts(content, keys[0]) if keys else []
+    try:
+        return _texts(content, keys[0]) if keys else []
+    except TrainingDataError as error:
+        raise TrainingDataError(f"{path.name}: {error}") from error
 
 
 def named(texts: Iterable[str], concept: Concept, *, source: str) -> tuple[str, ...]:

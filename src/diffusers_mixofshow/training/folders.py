@@ -28,7 +28,8 @@ _TRAIN = "train"
 _REPEATED = re.compile(r"(\d+)_.+")
 """Folders of photos as kohya's scripts name them: how often each is used, and what it shows."""
 _SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin")
-"""What systems put into folders; names that begin with a dot are hidden, too."""
+_BESIDE_DOWNLOADS = ":zone.identifier"
+"""What systems put into folders, and beside downloads; names that begin with a dot are hidden, too."""
 _ABOUT_DATA = re.compile(r"(readme|license|licence|copying)(\..*)?", re.IGNORECASE)
 """Texts about the data, which nobody expects to be used."""
 _ELSEWHERE = "in a subfolder that is not read; name the photos in metadata, or move them up"
@@ -221,7 +222,7 @@ def _folder_of_photos(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _SYSTEMS
+    return name.startswith(".") or name.lower() in _SYSTEMS or name.lower().endswith(_BESIDE_DOWNLOADS)
 
 
 def _is_mask_folder(folder: Path) -> bool:
