@@ -179,9 +179,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("toyland-benchmark"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "records")
     parser.add_argument("--critters", nargs="+", default=("kiki", "bobo"), choices=CRITTERS)
+    parser.add_argument("--beside", nargs="+", default=(ANOTHER, DRAWN), choices=(ANOTHER, DRAWN))
     parser.add_argument("--pictures", type=int, default=24, help="of every critter and prompt")
     parser.add_argument("--together", type=int, default=24, help="pictures in regions; 0 fuses nothing")
-    parser.add_argument("--tune-only", action="store_true")
     options = parser.parse_args()
     plan = Plan(
         critters=CRITTERS, pictures=options.pictures, together=options.together, five=0, contact=0, steps=20,
@@ -192,10 +192,8 @@ def main() -> None:
     bench = Bench(plan=plan, pipe=pipe, judge=judge, subjects=subjects_of(CRITTERS, judge))
     usual = single_packs(CRITTERS, plan.seed, options.work / "concepts", options.work)
     ways = {ITSELF: usual}
-    for variant in (ANOTHER, DRAWN):
+    for variant in options.beside:
         ways[variant] = usual | {name: tuned(bench, name, variant, options.work) for name in options.critters}
-    if options.tune_only:
-        return
     results: dict[str, Any] = {}
     for variant, packs in ways.items():
         found = measure(bench, packs, options.critters)
