@@ -12,6 +12,7 @@ from diffusers import (
     DDPMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DModel,
 )
@@ -31,6 +32,10 @@ def _xl() -> StableDiffusionXLPipeline:
     names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
     two = {"text_encoder_2": parts["text_encoder"], "tokenizer_2": parts["tokenizer"]}
     return StableDiffusionXLPipeline(**{name: parts[name] for name in names}, **two, add_watermarker=False)
+
+
+def _xl_for_pictures() -> StableDiffusionXLImg2ImgPipeline:
+    return StableDiffusionXLImg2ImgPipeline(**_xl().components, add_watermarker=False)
 
 
 def _unconditional() -> DDPMPipeline:
@@ -63,6 +68,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one for pictures": (lambda: _plain(StableDiffusionImg2ImgPipeline), rf"needs a picture to draw\. {HINT}"),
     "ours for pictures": (lambda: _plain(MixOfShowImg2ImgPipeline), rf"needs a picture to draw\. {HINT}"),
     "ours with a ControlNet": (_controlled, HINT),
+    "SDXL for pictures": (_xl_for_pictures, r"needs a picture to draw\. Give StableDiffusionXLPipeline\.from_pipe"),
     "another family": (_unconditional, "a DDPMPipeline without text_encoder, tokenizer"),
     "without a text encoder": (
         lambda: MixOfShowPipeline(**tiny.components() | {"text_encoder": None}, requires_safety_checker=False),
@@ -79,10 +85,14 @@ def test_what_cannot_be_borrowed_is_refused_in_one_line(make: Any, message: str)
     assert len(str(told.value)) < 250
 
 
-@pytest.mark.parametrize("make", [_plain, _xl], ids=["SD 1", "SDXL"])
-def test_diffusers_own_pipelines_take_no_concepts(make: Any) -> None:
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [(_plain, HINT), (_xl, "Only plain LoRAs of Stable Diffusion XL can be fused; concepts are for")],
+    ids=["SD 1", "SDXL"],
+)
+def test_diffusers_own_pipelines_take_no_concepts(make: Any, advice: str) -> None:
     pipe = make()
-    message = rf"got a {type(pipe).__name__}, which loads no concepts\. {HINT}"
+    message = rf"got a {type(pipe).__name__}, which loads no concepts\. {advice}"
     fuser = GradientFuser(pipe, steps=1, prompts=["a <TOK>"])
     for act in (fuser.fuse, lambda given: fuser.record(given[0])):
         with pytest.raises(FusionError, match=message):

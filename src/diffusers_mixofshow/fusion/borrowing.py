@@ -12,12 +12,12 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import FAMILIES, family_of
 from diffusers_mixofshow.families.recognition import is_of
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.lora import adapter_names, eject, inject
 
 
 _METHODS = ("load_edlora", "unload_edlora", "concepts_set_aside")
 _ADAPTER = "mixofshow_recording"
-_INSTEAD = "Give MixOfShowPipeline.from_pipe(pipe), which shares its models"
 
 
 def refuse_unfusable(pipe: Any) -> None:
@@ -48,9 +48,8 @@ def _defect(pipe: Any) -> str:
         kind = type(components[family.denoiser]).__name__
         return f"a {name} with a {kind}; expected a pipeline of {_known()}"
     if name != family.pipeline and "image" in inspect.signature(pipe.__call__).parameters:
-        return (
-            f"a {name}, which needs a picture to draw. Give MixOfShowPipeline.from_pipe(pipe), which shares its models"
-        )
+        ours = "MixOfShowPipeline" if family is STABLE_DIFFUSION else family.pipeline
+        return f"a {name}, which needs a picture to draw. Give {ours}.from_pipe(pipe), which shares its models"
     return ""
 
 
@@ -63,13 +62,18 @@ def refuse_concepts(pipe: Any, edloras: Iterable[EDLoRA]) -> None:
     """Refuse concepts for a pipeline that loads none.
 
     Raises:
-        FusionError: Says how to make one of it that does.
+        FusionError: Says how to make one of it that does, where that can be.
     """
-    if any(edlora.concepts for edlora in edloras) and not loads_concepts(pipe):
-        raise FusionError(
-            f"GradientFuser needs a loaded MixOfShowPipeline, got a {type(pipe).__name__}, which loads no concepts. "
-            f"{_INSTEAD}."
-        )
+    if loads_concepts(pipe) or not any(edlora.concepts for edlora in edloras):
+        return
+    family = family_of(pipe.components)
+    advice = f"Only plain LoRAs of {family.name} can be fused; concepts are for Stable Diffusion 1.x and its like"
+    if family is STABLE_DIFFUSION:
+        advice = "Give MixOfShowPipeline.from_pipe(pipe), which shares its models"
+    kind = type(pipe).__name__
+    raise FusionError(
+        f"GradientFuser needs a loaded MixOfShowPipeline, got a {kind}, which loads no concepts. {advice}."
+    )
 
 
 @contextmanager
