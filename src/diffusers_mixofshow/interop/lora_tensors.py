@@ -12,7 +12,7 @@ import torch
 
 from diffusers_mixofshow.edlora.defects import content_defects, listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.families.recognition import families_with, is_linear_site
+from diffusers_mixofshow.families.recognition import is_linear_site
 from diffusers_mixofshow.interop.names import Spelling, adapter_of, half_of, site_of, spelling_of
 from diffusers_mixofshow.interop.other_kinds import OtherKind, other_base, other_kind, other_method
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG, PeftSettings, settings_beside, settings_in_header
@@ -202,7 +202,7 @@ def _settle_bases(found: _Sorted) -> None:
     """Tell which other base a file was made for, if it was, by layers and tensors that no Stable Diffusion has."""
     unfit = {layer.name: site for site, layer in found.layers.items() if not is_linear_site(site)}
     transformer = {layer.name: site for site, layer in found.layers.items() if site.startswith("transformer.")}
-    if not families_with(transformer.values()) and any(re.search(r"\.\d+\.", site) for site in unfit.values()):
+    if any(re.search(r"\.\d+\.", site) for site in unfit.values()):
         unfit |= transformer  # whose blocks are another model's, though some layers are called like a known one's
     base, names = other_base([*unfit, *(name for names in found.refused.values() for name in names)])
     for name in names:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from diffusers_mixofshow.families.layers import canonical_name
+from diffusers_mixofshow.families.recognition import is_linear_site
 
 
 class Spelling(StrEnum):
@@ -90,15 +91,24 @@ def site_of(layer: str) -> str:
         return canonical_name(component, _in_diffusers(_WORDS.findall(flat["path"])))
     for prefix, component in _COMFYUI.items():
         if layer.startswith(prefix):
-            return canonical_name(component, _in_diffusers(layer.removeprefix(prefix).split(".")))
+            path = layer.removeprefix(prefix)
+            return _transformer_site(path) or canonical_name(component, _in_diffusers(path.split(".")))
     named = _COMPONENT.match(layer.removeprefix(_PEFT))
     component = named[1] if named else ("text_encoder" if "encoder.layers" in layer else "unet")
     path = layer.removeprefix(_PEFT).removeprefix(f"{component}.").removeprefix(_PEFT).replace(".processor.", ".")
+    if named is None and (site := _transformer_site(path)):
+        return site
     if path.endswith(".to_out") and component != "transformer":
         path += ".0"
     if component != "unet":
         path = re.sub(r"(?<=\.self_attn\.)(to_q|to_k|to_v|to_out\.0)$", lambda old: _OLD_TEXT_NAMES[old[0]], path)
     return canonical_name(component, path)
+
+
+def _transformer_site(path: str) -> str:
+    """The site of a path that a known transformer has, and no U-Net; empty of any other path."""
+    site = f"transformer.{path}"
+    return site if is_linear_site(site) else ""
 
 
 def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
