@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.fusion.ridge import chosen_ridge
-from diffusers_mixofshow.fusion.solvers import Factors, factorise, fused_update, met_rows
+from diffusers_mixofshow.fusion.solvers import Factors, factorise, fused_update, target_rows
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics, Part
 
 
@@ -207,10 +207,10 @@ def measure(group: Group, concepts: int, share: float, steps: tuple[int, int], s
     gathered = gather(problem)
     updates, (grams, read_s) = problem.updates, timed(gathered.grams)
     inverse, inverting_s = timed(lambda: factorise(grams, RIDGES["ridge 1e-2"]))
-    deltas["ridge 1e-2"], solving_s = timed(lambda: fused_update(updates, met_rows(updates, grams), inverse).delta)
+    deltas["ridge 1e-2"], solving_s = timed(lambda: fused_update(updates, target_rows(updates, grams), inverse).delta)
     for name, ridge in RIDGES.items():
         if name not in deltas:
-            deltas[name] = fused_update(updates, met_rows(updates, grams), factorise(grams, ridge)).delta
+            deltas[name] = fused_update(updates, target_rows(updates, grams), factorise(grams, ridge)).delta
     fitted = gathered.grams("fit")
     spectrum, spectrum_s = timed(lambda: torch.linalg.eigh(torch.stack(fitted).sum(dim=0)))
     (deltas["ridge chosen"], ridge), choosing_s = timed(
@@ -261,10 +261,10 @@ def solved_with_chosen_ridge(
 ) -> tuple[torch.Tensor, float]:
     """The ridge that two recorded prompts prefer, and the solution on all of them with it."""
     values, vectors = spectrum
-    met, asked = met_rows(updates, fitted), met_rows(updates, held_out)
+    met, asked = target_rows(updates, fitted), target_rows(updates, held_out)
     total = torch.stack(held_out).sum(dim=0)
     ridge, _ = chosen_ridge(updates, met, asked, total, (values.clamp_min(0), vectors))
-    return fused_update(updates, met_rows(updates, grams), factorise(grams, ridge)).delta, ridge
+    return fused_update(updates, target_rows(updates, grams), factorise(grams, ridge)).delta, ridge
 
 
 def totals(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

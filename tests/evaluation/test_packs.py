@@ -19,7 +19,7 @@ from diffusers_mixofshow.evaluation.packs import (
     MEAN,
     Reference,
     evaluate_packs,
-    noted,
+    note_rows,
     picture_count,
 )
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
@@ -91,7 +91,7 @@ def test_without_the_own_ed_loras_nothing_is_said_of_retention(pipe, packs):
     evaluation = measured(pipe, {"both": packs["both"]}, {"<ruby>": Reference(photos=photos)})
     assert [row.retention for row in evaluation.rows] == [None] * 5
     assert [row.identity is None for row in evaluation.rows] == [False, False, True, True, True]
-    noted_pack = noted(packs["both"], "both", evaluation, {"pictures": 2})
+    noted_pack = note_rows(packs["both"], "both", evaluation, {"pictures": 2})
     entries = noted_pack.training["evaluation"]
     assert entries["pictures"] == 2
     assert set(entries["concepts"]) == {"<ruby>", "<azure>"}

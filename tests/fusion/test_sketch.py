@@ -14,7 +14,7 @@ from diffusers_mixofshow.fusion.compression import GramFactor, GramSum, Spectrum
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.ridge import chosen_ridge, chosen_ridge_of_factors
 from diffusers_mixofshow.fusion.sketch import GramSketch
-from diffusers_mixofshow.fusion.solvers import FactorInverter, Factors, factorise, lbfgs, met_rows
+from diffusers_mixofshow.fusion.solvers import FactorInverter, Factors, factorise, lbfgs, target_rows
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
@@ -137,7 +137,7 @@ def test_the_ridge_of_factors_is_that_of_their_matrices() -> None:
     updates = _updates(2)
     fit, held = ([factor_of(rows(12, seed=seed + k)) for seed in (0, 1)] for k in (0, 10))
     fitted, asked = (GramFactor.summed(each, [0.5, 0.5]) for each in (fit, held))
-    met, wanted = met_rows(updates, fit), met_rows(updates, held)
+    met, wanted = target_rows(updates, fit), target_rows(updates, held)
     values, vectors = torch.linalg.eigh(fitted.gram())
     dense = chosen_ridge(updates, met, wanted, asked.gram(), (values.clamp_min(0), vectors))
     found = chosen_ridge_of_factors(updates, met, wanted, asked, fitted)
@@ -147,7 +147,7 @@ def test_the_ridge_of_factors_is_that_of_their_matrices() -> None:
 
 def test_the_papers_solver_takes_factors() -> None:
     updates, grams = _updates(2), [factor_of(rows(12, seed=seed)) for seed in (0, 1)]
-    met, total = met_rows(updates, grams), GramFactor.summed(grams, [1.0, 1.0])
+    met, total = target_rows(updates, grams), GramFactor.summed(grams, [1.0, 1.0])
     dense, found = (lbfgs(updates, met, each, steps=30).delta for each in (total.gram(), total))
     assert (found - dense).norm() < 1e-5 * dense.norm()
 

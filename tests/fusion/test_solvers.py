@@ -14,10 +14,10 @@ from diffusers_mixofshow.fusion.solvers import (
     condition_number,
     factorise,
     lbfgs,
-    met_rows,
     overlaps,
     recompressed,
     relative_residual,
+    target_rows,
     weighted_average,
 )
 
@@ -168,7 +168,7 @@ def test_lbfgs_on_statistics_is_lbfgs_on_features(steps: int) -> None:
         return loss
 
     optimiser.step(closure)
-    met, total = met_rows(updates, _grams(features)), sum(_grams(features))
+    met, total = target_rows(updates, _grams(features)), sum(_grams(features))
     found = lbfgs(updates, met, total, steps=steps).delta
     assert (found - dense.detach()).norm() < 1e-5 * dense.detach().norm()
 
@@ -178,7 +178,7 @@ def test_lbfgs_comes_to_the_least_squares_in_the_papers_500_steps() -> None:
     grams = _grams(features)
     floor = _objective(closed_form(updates, grams, factorise(grams, ridge=0)).delta, updates, features)
     few, many = (
-        _objective(lbfgs(updates, met_rows(updates, grams), sum(grams), steps=steps).delta, updates, features)
+        _objective(lbfgs(updates, target_rows(updates, grams), sum(grams), steps=steps).delta, updates, features)
         for steps in (5, 500)
     )
     assert floor <= many <= floor * (1 + 1e-6) < few
@@ -247,7 +247,7 @@ def test_chosen_ridge_is_the_best_on_held_out_inputs() -> None:
     fresh = [x + 2 * torch.randn(x.shape, generator=generator).double() for x in features]
     fitted, held_out = _grams(features), _grams(fresh)
     values, vectors = torch.linalg.eigh(sum(fitted))
-    met, asked = met_rows(updates, fitted), met_rows(updates, held_out)
+    met, asked = target_rows(updates, fitted), target_rows(updates, held_out)
     ridge, error = chosen_ridge(updates, met, asked, sum(held_out), (values, vectors))
 
     def relative(candidate: float) -> float:
@@ -265,8 +265,10 @@ def test_overlaps_are_those_of_row_spaces() -> None:
     basis = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64)).Q
     apart = [basis[:, : IN // 2], basis[:, IN // 2 :]]
     grams = _grams([part @ part.T @ x for part, x in zip(apart, features, strict=True)])
-    torch.testing.assert_close(overlaps(updates, met_rows(updates, grams)), torch.eye(2).double(), atol=1e-9, rtol=0)
-    same = overlaps([updates[0]] * 2, met_rows([updates[0]] * 2, [grams[0]] * 2))
+    torch.testing.assert_close(
+        overlaps(updates, target_rows(updates, grams)), torch.eye(2).double(), atol=1e-9, rtol=0
+    )
+    same = overlaps([updates[0]] * 2, target_rows([updates[0]] * 2, [grams[0]] * 2))
     torch.testing.assert_close(same, torch.ones(2, 2).double())
 
 
@@ -292,7 +294,7 @@ def test_residual_of_a_low_rank_factor_is_that_of_its_matrix() -> None:
 def test_a_factor_stands_for_its_matrix() -> None:
     updates, features = _concepts(1)
     factor = Spectrum.of(features[0] @ features[0].T).leading(4)
-    torch.testing.assert_close(met_rows(updates, [factor]), met_rows(updates, [factor.gram()]))
+    torch.testing.assert_close(target_rows(updates, [factor]), target_rows(updates, [factor.gram()]))
     total = torch.eye(IN).double()
     factor.add_to(total, 0.5)
     torch.testing.assert_close(total, torch.eye(IN).double() + 0.5 * factor.gram())

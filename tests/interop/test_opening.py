@@ -24,7 +24,7 @@ from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError, ED
 from diffusers_mixofshow.fusion import FusedPack
 from diffusers_mixofshow.interop import convert, write_kohya, write_lora, write_original
 from diffusers_mixofshow.interop.opening import read_any
-from diffusers_mixofshow.pipelines.publishing import joined
+from diffusers_mixofshow.pipelines.publishing import join_packs
 from interop import foreign as files
 
 
@@ -380,7 +380,7 @@ def test_the_base_is_the_one_that_it_was_loaded_into(
     pipe.save_edlora(tmp_path / "saved", "<rex>")
     assert EDLoRA.from_pretrained(tmp_path / "saved").base_model == str(base)
     assert GradientFuser(pipe).fuse([path], method="average").base_model == str(base)
-    everything = joined(pipe.components, pipe._edloras)
+    everything = join_packs(pipe.components, pipe._edloras)
     assert (everything.base_model, everything.layers) == (str(base), rex.layers)
 
 

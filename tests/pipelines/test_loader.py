@@ -9,7 +9,7 @@ import torch
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError, MixOfShowError
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.pipelines.publishing import joined
+from diffusers_mixofshow.pipelines.publishing import join_packs
 
 
 def _fingerprint(components):
@@ -205,7 +205,7 @@ def test_all_that_is_loaded_becomes_one_pack_that_acts_the_same(pipe, make_pack,
         pipe.load_edlora(one, adapter_name=name)
     pipe.set_adapters(["plain", "potter", "thanos"], [0.5, 1.5, 0.25])
     expected = latents(pipe, "a <potter> and <thanos>")
-    pack = joined(pipe.components, pipe._edloras)
+    pack = join_packs(pipe.components, pipe._edloras)
     assert [concept.name for concept in pack.concepts] == ["potter", "thanos"]
     assert pack.embeddings.keys() == {*potter.embeddings, *thanos.embeddings}
     assert (pack.layers, pack.training) == (potter.layers, {})
@@ -217,9 +217,9 @@ def test_all_that_is_loaded_becomes_one_pack_that_acts_the_same(pipe, make_pack,
 
 def test_one_pack_that_is_published_keeps_what_is_said_of_its_training(pipe, make_pack):
     pipe.load_edlora(dataclasses.replace(make_pack("potter"), training={"steps": 3}))
-    assert joined(pipe.components, pipe._edloras).training == {"steps": 3}
+    assert join_packs(pipe.components, pipe._edloras).training == {"steps": 3}
     pipe.disable_lora()
-    assert not any(site.startswith("unet") for site in joined(pipe.components, pipe._edloras).lora)
+    assert not any(site.startswith("unet") for site in join_packs(pipe.components, pipe._edloras).lora)
     pipe.unload_edlora()
     with pytest.raises(ConceptError, match=r"^Nothing is loaded\. Load a concept"):
-        joined(pipe.components, pipe._edloras)
+        join_packs(pipe.components, pipe._edloras)

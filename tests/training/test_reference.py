@@ -16,7 +16,7 @@ import tiny
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
 from diffusers_mixofshow.training.batches import Batch
 from diffusers_mixofshow.training.learner import Learner
-from diffusers_mixofshow.training.trained import fresh
+from diffusers_mixofshow.training.trained import initialise
 from short_training import quick, tensors
 from slow_training import SlowTraining, in_float64
 
@@ -61,7 +61,7 @@ def start_of(pipeline: StableDiffusionPipeline) -> Callable[[TrainingConfig], di
     def start(config: TrainingConfig) -> dict[str, torch.Tensor]:
         key = config.rank, config.keep_start_token
         if key not in kept:
-            with fresh(pipeline, config) as trained:
+            with initialise(pipeline, config) as trained:
                 kept[key] = {name: value.detach().clone() for name, value in trained.parameters().items()}
         return kept[key]
 

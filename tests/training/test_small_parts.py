@@ -41,7 +41,7 @@ from diffusers_mixofshow.training.framing import Crop
 from diffusers_mixofshow.training.latents import LatentEncoder
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.settings import settings_of
-from diffusers_mixofshow.training.trained import fresh
+from diffusers_mixofshow.training.trained import initialise
 from diffusers_mixofshow.training.words import check_words
 from short_training import quick
 
@@ -385,7 +385,7 @@ def test_why_a_data_set_cannot_be_fetched(error: type[Exception], told: str, mon
 
 
 def test_values_of_another_model_are_refused(pipeline: StableDiffusionPipeline, photos: Path) -> None:
-    with fresh(pipeline, quick(photos)) as trained:
+    with initialise(pipeline, quick(photos)) as trained:
         values = {name: value.detach() + 1 for name, value in trained.parameters().items()}
         trained.write(values)
         assert all(torch.equal(value, values[name]) for name, value in trained.parameters().items())
@@ -405,7 +405,7 @@ def test_first_values_of_updates_are_pefts_and_hang_on_the_seed_alone(
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(found))
-        with fresh(pipeline, quick(photos, seed=seed, keep_start_token=False)) as trained:
+        with initialise(pipeline, quick(photos, seed=seed, keep_start_token=False)) as trained:
             found.append({name: value.detach().clone() for name, value in trained.parameters().items()})
     first, again, other = found
     for name, value in first.items():

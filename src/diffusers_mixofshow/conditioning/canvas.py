@@ -12,7 +12,7 @@ from diffusers_mixofshow.regions import Isolation, Region, feature_grids, region
 from diffusers_mixofshow.regions.isolation import attention_groups
 
 
-# Three thirds are not quite one; what is left is not the global prompt's.
+# Tolerance: rounding must not give the global prompt a weight.
 _ROUNDING = 1e-9
 
 

@@ -215,7 +215,7 @@ def unreached(name: str) -> HubError:
 
 
 def answers() -> bool:
-    """Whether anything takes a connection at the Hub's address; yes where it is not to be asked.
+    """Whether anything takes a connection at the Hub's address; True in offline mode.
 
     The client itself would try for half a minute, and again for every try of ours.
     """

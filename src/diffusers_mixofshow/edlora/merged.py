@@ -37,8 +37,8 @@ _MARK = "_mixofshow_concepts"
 def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[Path]:
     """Write a pipeline in float16 beside what is in a folder, and replace that when the block is done.
 
-    The index, without which diffusers loads nothing, goes first and comes last: if the power goes between, there is no
-    pipeline of which half is another's.
+    The index, without which diffusers loads nothing, is deleted first and written last: a crash leaves no loadable
+    mixture of two pipelines.
 
     Args:
         pipeline: Base model with the updates in its weights.

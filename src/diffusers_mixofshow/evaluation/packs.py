@@ -156,7 +156,7 @@ def picture_count(packs: Mapping[str, EDLoRA], count: int) -> int:
     return count * (len(_by_class_word(packs.values())) + loaded)
 
 
-def noted(pack: EDLoRA, name: str, evaluation: Evaluation, settings: Mapping[str, object]) -> EDLoRA:
+def note_rows(pack: EDLoRA, name: str, evaluation: Evaluation, settings: Mapping[str, object]) -> EDLoRA:
     """The pack with its own rows among what its file tells of it, where the model card finds them.
 
     Args:

@@ -202,7 +202,7 @@ class FusedPack(EDLoRA):
             FusionError: If statistics are missing, or the source does not fit.
         """
         (added,) = gather([source], None, prompts=prompts, with_statistics=True)
-        return refused(self, (*self.sources, added))
+        return fuse_again(self, (*self.sources, added))
 
     def remove(self, name: str) -> FusedPack:
         """Take one source out; the result equals a fresh fusion of the others.
@@ -216,7 +216,7 @@ class FusedPack(EDLoRA):
         leaving = self._source_of(name)
         if len(self.sources) == 1:
             raise FusionError(f"{name} is all that this pack was fused from. Add another source before it is removed.")
-        return refused(self, tuple(source for source in self.sources if source is not leaving))
+        return fuse_again(self, tuple(source for source in self.sources if source is not leaving))
 
     def reweight(self, weights: Mapping[str, float]) -> FusedPack:
         """Give sources other weights; the result equals a fresh fusion with these weights.
@@ -231,7 +231,7 @@ class FusedPack(EDLoRA):
         wrong = {name: weight for name, weight in new.items() if not 0 < weight < float("inf")}
         if wrong:
             raise FusionError(f"Weights must be finite and above 0, got {wrong}.")
-        return refused(self, tuple(replace(one, weight=new.get(one.name, one.weight)) for one in self.sources))
+        return fuse_again(self, tuple(replace(one, weight=new.get(one.name, one.weight)) for one in self.sources))
 
     def _source_of(self, name: str) -> Source:
         for source in self.sources:
@@ -243,7 +243,7 @@ class FusedPack(EDLoRA):
         raise FusionError(f"{name} is no source of this pack; its sources are {known}.{guess}")
 
 
-def refused(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
+def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
     """Fuse changed sources again, as a pack was fused, from their statistics alone.
 
     Raises:

@@ -30,7 +30,7 @@ def chosen_ridge(
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        met: M of the inputs fitted, (sum_i r_i, in_features), see `met_rows`.
+        met: M of the inputs fitted, (sum_i r_i, in_features), see `target_rows`.
         asked: The same of the inputs held out.
         held_out: H, (in_features, in_features).
         spectrum: Eigenvalues s, (in_features,), and eigenvectors V as columns of the matrix that is inverted,

@@ -151,11 +151,11 @@ def closed_form(updates: Sequence[Factors], grams: Sequence[torch.Tensor], inver
         grams: One Gram matrix per concept, (in_features, in_features), in the same order.
         inverse: What `factorise` makes of the same Gram matrices.
     """
-    return fused_update(updates, met_rows(updates, grams), inverse)
+    return fused_update(updates, target_rows(updates, grams), inverse)
 
 
-def met_rows(updates: Sequence[Factors], grams: Sequence[torch.Tensor | GramFactor]) -> torch.Tensor:
-    """What the objective asks of a layer: stack_i(s_i A_i G_i), shape (sum_i r_i, in_features), float64.
+def target_rows(updates: Sequence[Factors], grams: Sequence[torch.Tensor | GramFactor]) -> torch.Tensor:
+    """Right-hand side of the normal equations before B: stack_i(s_i A_i G_i), (sum_i r_i, in_features), float64.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
@@ -174,7 +174,7 @@ def fused_update(updates: Sequence[Factors], met: torch.Tensor, inverse: torch.T
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        met: See `met_rows`.
+        met: See `target_rows`.
         inverse: See `factorise`, or `InverseOfFactor`.
     """
     down = inverse.applied(met) if isinstance(inverse, InverseOfFactor) else met @ inverse
@@ -204,7 +204,7 @@ def lbfgs(
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        met: See `met_rows`, (sum_i r_i, in_features).
+        met: See `target_rows`, (sum_i r_i, in_features).
         gram: G, (in_features, in_features), or a factor of it.
         steps: LBFGS iterations; the paper takes 500 for text layers and text keys and values, 50 for the rest.
         history: Number of past steps that the curvature is estimated from.
@@ -315,7 +315,7 @@ def overlaps(updates: Sequence[Factors], met: torch.Tensor) -> torch.Tensor:
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        met: See `met_rows`, (sum_i r_i, in_features).
+        met: See `target_rows`, (sum_i r_i, in_features).
 
     Returns:
         Shape (concepts, concepts), symmetric.

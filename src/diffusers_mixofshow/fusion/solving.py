@@ -29,10 +29,10 @@ from diffusers_mixofshow.fusion.solvers import (
     factorise,
     fused_update,
     lbfgs,
-    met_rows,
     overlaps,
     recompressed,
     relative_residual,
+    target_rows,
     weighted_average,
 )
 from diffusers_mixofshow.fusion.sources import Source, shares
@@ -137,7 +137,7 @@ class Sums:
 
     Args:
         gram: Sum of the Gram matrices, (in_features, in_features); a factor of it where it is wide.
-        met: Site to what the sources ask of it, see `met_rows`; (sum_i r_i, in_features).
+        met: Site to what the sources ask of it, see `target_rows`; (sum_i r_i, in_features).
     """
 
     gram: Gram
@@ -213,7 +213,7 @@ class SharedInput:
                 weight = self.weights[place]
                 total.add(gram, weight)
                 for site, updates in self.updates.items():
-                    blocks[site][place].copy_(weight * met_rows([updates[place]], [gram]))
+                    blocks[site][place].copy_(weight * target_rows([updates[place]], [gram]))
             summed_rows = {site: self._team.summed(rows) for site, rows in met.items()}
             value = total.value
             if isinstance(value, torch.Tensor):

@@ -92,7 +92,7 @@ def grouped(tokens: Iterable[str], naming: Naming) -> dict[Hashable, tuple[Conce
     return found
 
 
-def worded(words: Mapping[str, int], naming: Naming) -> dict[Hashable, tuple[Concept, str]]:
+def name_words(words: Mapping[str, int], naming: Naming) -> dict[Hashable, tuple[Concept, str]]:
     """Make concepts of words that stand for vectors: ``<potter>`` for ``<potter1>``, ``<potter2>``, ...
 
     Args:

@@ -20,7 +20,7 @@ from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, w
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.recognition import COMPONENTS, layers_of, recognise
-from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, worded
+from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, name_words
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.names import half_of
@@ -186,7 +186,7 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
             "one; convert it to 'diffusers' or 'kohya' instead."
         )
     words = {word: by_encoder[CLIP_L] for word, by_encoder in foreign.vectors.items()}
-    found = grouped(foreign.tokens, naming) | worded({word: len(rows) for word, rows in words.items()}, naming)
+    found = grouped(foreign.tokens, naming) | name_words({word: len(rows) for word, rows in words.items()}, naming)
     rows: dict[Hashable, torch.Tensor] = dict(foreign.tokens.items())
     rows |= {(word, number): row for word, them in words.items() for number, row in _each(them)}
     widths = {embedding.shape[1] for embedding in rows.values()}

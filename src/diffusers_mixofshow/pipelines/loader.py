@@ -40,7 +40,7 @@ from diffusers_mixofshow.lora import (
     take_out_fused,
 )
 from diffusers_mixofshow.pipelines.opening import LoadingRequest, own_concepts
-from diffusers_mixofshow.pipelines.publishing import joined
+from diffusers_mixofshow.pipelines.publishing import join_packs
 from diffusers_mixofshow.sharing import changing
 
 
@@ -66,8 +66,8 @@ class EDLoRALoader:
 
     components: Mapping[str, object]
     tokenizer: Any
-    # All that were ever loaded here and not unloaded, by adapter name. Replaced, never changed in place, as this empty
-    # one belongs to the class.
+    # All that were ever loaded here and not unloaded, by adapter name. Shared class default: assign a new mapping,
+    # never mutate.
     _given: Mapping[str, EDLoRA] = MappingProxyType({})
     # The concepts that came with the pipeline, their updates in its weights.
     _in_weights: EDLoRA | None = None
@@ -352,7 +352,7 @@ class EDLoRALoader:
             ConceptError: If no concept is loaded.
             HubError: If the Hub refuses or cannot be reached.
         """
-        edlora = joined(self.components, self._edloras)
+        edlora = join_packs(self.components, self._edloras)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             with self._without_adapters(), merged(self.components, edlora):

@@ -12,7 +12,7 @@ from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.families.layers import linear_layers
 
 
-def joined(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) -> EDLoRA:
+def join_packs(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) -> EDLoRA:
     """One pack that acts as all loaded ones do together: with their scales, without those that are switched off.
 
     Updates of one layer are stacked, sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...], so that nothing is

@@ -145,7 +145,7 @@ class Trained:
 
 
 @contextmanager
-def fresh(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Iterator[Trained]:
+def initialise(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Iterator[Trained]:
     """What the config's method learns, at its start, inside the pipeline's models for the length of the block.
 
     First values depend on the seed alone; the global random state stays.

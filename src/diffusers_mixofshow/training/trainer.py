@@ -49,7 +49,7 @@ from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
 from diffusers_mixofshow.training.samples import SCALES, draw_rows, told_of_sheet
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
-from diffusers_mixofshow.training.trained import fresh
+from diffusers_mixofshow.training.trained import initialise
 from diffusers_mixofshow.training.trial import Trial
 from diffusers_mixofshow.training.words import check_words
 
@@ -157,7 +157,7 @@ class _Tuning:
         tokenized, self.batches = self._read_data(pictures, scheduler.config.num_train_timesteps)
         self.photos = len(photos)
         with ExitStack() as stack:
-            self.trained = stack.enter_context(fresh(pipeline, config))
+            self.trained = stack.enter_context(initialise(pipeline, config))
             shared = stack.enter_context(layerwise_attention(pipeline.unet))
             if self.trained.lora is not None:
                 stack.enter_context(lean_updates(self.trained.lora))
