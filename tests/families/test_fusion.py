@@ -146,6 +146,11 @@ def test_sketches_of_all_inputs_give_what_whole_matrices_give(
         monkeypatch.setattr(f"diffusers_mixofshow.fusion.{module}.WIDEST_MATRIX", 0)
     monkeypatch.setattr("diffusers_mixofshow.fusion.sketch.DIRECTIONS", 10**6)
     sketched = GradientFuser(pipe, statistics=tmp_path / "sketched", dtype=torch.float32, **given).fuse(sources)
+    if settings.get("ridge") == "auto":  # two ridges may be as good as each other
+        errors = [each.training["fusion"]["layers"] for each in (whole, sketched)]
+        for site, numbers in errors[0].items():
+            assert errors[1][site]["held_out_residual"] == pytest.approx(numbers["held_out_residual"], abs=0.02), site
+        return
     for site, update in whole.lora.items():
         expected, found = low_rank_delta(update), low_rank_delta(sketched.lora[site])
         assert (found - expected).norm() < 10 * HALF * expected.norm(), site

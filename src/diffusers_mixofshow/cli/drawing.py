@@ -13,7 +13,6 @@ from diffusers_mixofshow.cli.base_model import load_base
 from diffusers_mixofshow.cli.control import Control, condition_image, with_adapters, with_controls
 from diffusers_mixofshow.cli.sample_options import GRAIN
 from diffusers_mixofshow.errors import ConfigurationError, PictureError, warn
-from diffusers_mixofshow.families.layers import own_size
 
 
 if TYPE_CHECKING:
@@ -234,5 +233,7 @@ def _conditioned(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple
 
 def _size(pipe: Any, plan: Layout) -> dict[str, int]:
     """Height and width in pixels; diffusers would forget one that is given alone."""
+    from diffusers_mixofshow.families.layers import own_size
+
     (height, width), scale = own_size(pipe.unet), pipe.vae_scale_factor
     return {"height": plan.height or height * scale, "width": plan.width or width * scale}

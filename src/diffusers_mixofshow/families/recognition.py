@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.family import BaseModel, Family
@@ -19,6 +18,9 @@ from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, SD2, ST
 from diffusers_mixofshow.families.unet import BLOCKS
 from diffusers_mixofshow.families.z_image import Z_IMAGE
 
+
+if TYPE_CHECKING:  # torch takes seconds, and names need none of it
+    from torch import nn
 
 FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFUSION,
@@ -40,15 +42,14 @@ BASE_MODELS: tuple[BaseModel, ...] = tuple(model for family in FAMILIES for mode
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model itself, where `torch.compile` has wrapped it."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def is_of(denoiser: object, family: Family) -> bool:
     """Whether a model is of the class of a family's denoiser."""
-    if not isinstance(denoiser, nn.Module):
-        return False
-    return family.denoiser_class in {kind.__name__ for kind in type(uncompiled(denoiser)).__mro__}
+    inner = getattr(denoiser, "_orig_mod", denoiser)  # where torch.compile has wrapped it
+    return family.denoiser_class in {kind.__name__ for kind in type(inner).__mro__}
 
 
 def family_of(components: Mapping[str, object]) -> Family:

@@ -115,7 +115,7 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
         MixOfShowWarning: What had to be assumed or is missing, see `Foreign.remarks` and `Foreign.missing`.
     """
     path = Path(source)
-    if is_ours(path):
+    if "edlora" in read_metadata(path / FILE_NAME if path.is_dir() else path):
         raise EDLoRAFormatError(
             f"{path} is an ED-LoRA of this package. Read it: EDLoRA.from_pretrained({str(path)!r})."
         )
