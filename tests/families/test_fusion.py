@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -201,6 +202,26 @@ def test_the_command_line_fuses_them_on_a_base_of_their_family(
     )
     assert "Wrote the fused pack of dog, ink to" in result.output
     assert read_lora(tmp_path / "both" / "pytorch_lora_weights.safetensors").keys() == set(_sites(family, pipe))
+
+
+def test_a_plan_counts_what_recording_keeps(
+    family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of float64: a matrix of each narrow input, of each wide one a sketch; passes of each stage."""
+    widest = 20
+    for module in ("sketch", "statistics", "solving"):
+        monkeypatch.setattr(f"diffusers_mixofshow.fusion.{module}.WIDEST_MATRIX", widest)
+    monkeypatch.setattr("diffusers_mixofshow.fusion.sketch.DIRECTIONS", 5)
+    layers, by_input = linear_layers(pipe.components), family.by_input(_sites(family, pipe))
+    widths = [layers[sites[0]].in_features for sites in by_input.values()]
+    numbers = sum(width * width if width <= widest else 5 * width for width in widths)
+    asked = [part for name in files for part in ("--prompts", " | ".join(PROMPTS[name]))]
+    arguments = [*map(str, files.values()), *asked, "--base", "some/base", "--output", str(tmp_path / "x")]
+    result = CliRunner().invoke(cli.app, ["fuse", *arguments, "--dry-run", "--json"], catch_exceptions=False)
+    told = json.loads(result.stdout)
+    assert told["memory for statistics"] == f"{8 * len(files) * numbers / 1e6:.0f} MB at most"
+    one_step_stages = sum(stage.text_alone for stage in family.stages)
+    assert str((20 + one_step_stages) * len(files)) in told["time"]
 
 
 def test_loras_of_two_families_are_told_apart(

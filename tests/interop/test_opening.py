@@ -190,6 +190,15 @@ def _of_sd(folder: Path, pack: EDLoRA) -> Path:
     return folder / "x.pth"
 
 
+def _of_flux(folder: Path, pack: EDLoRA) -> Path:
+    layer = "transformer.single_transformer_blocks.0.proj_mlp"
+    save_file(
+        {f"{layer}.lora_A.weight": torch.ones(4, 32), f"{layer}.lora_B.weight": torch.ones(32, 4)},
+        folder / "flux.safetensors",
+    )
+    return folder / "flux.safetensors"
+
+
 BROKEN: dict[str, tuple[Callable[[Path, EDLoRA], Any], str]] = {
     "values that are not finite": (_endless, "not finite"),
     "half an update": (_halved, "not a pair of matrices"),
@@ -197,6 +206,7 @@ BROKEN: dict[str, tuple[Callable[[Path, EDLoRA], Any], str]] = {
     "nothing in it": (_empty, "holds no LoRA"),
     "nothing there": (lambda folder, pack: folder / "none.pth", "does not exist"),
     "of another base": (_of_sd, "does not fit the model"),
+    "of another family": (_of_flux, "has no transformer, whose layers it changes: 1"),
     "a name of 10,000 letters": (lambda folder, pack: "x" * 10_000, "does not exist"),
 }
 
@@ -210,8 +220,10 @@ def test_what_cannot_be_used_is_one_error_and_the_pipeline_stays(
         pipe.load_edlora(place)
     assert not pipe.concepts
     assert not pipe.get_list_adapters()
+    plain = write is _of_flux
+    given = LoRASource(place, prompts=["sks"]) if plain else place
     with pytest.raises((EDLoRAFormatError, EDLoRANotFoundError, FusionError), match=message):
-        GradientFuser(pipe).fuse([place], method="average")
+        GradientFuser(pipe).fuse([given], method="average")
 
 
 @pytest.mark.parametrize(

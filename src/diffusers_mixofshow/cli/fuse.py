@@ -257,9 +257,11 @@ def _plan(
 def _runs(gathered: Sequence[Source], features: Features) -> int:
     """How often the U-Net runs while features are recorded, at most; what is kept already is not recorded again."""
     from diffusers_mixofshow.fusion.collection import Recording
+    from diffusers_mixofshow.fusion.solving import family_of_sources
 
-    recording = Recording()
-    steps = recording.steps + (0 if features is Features.OWN else 2)  # text sites are recorded in a step of their own
+    recording, stages = Recording(), family_of_sources(gathered).stages
+    # In stages, what sees the text alone is recorded in a step of its own.
+    steps = recording.steps + (0 if features is Features.OWN else sum(stage.text_alone for stage in stages))
     prompts = [len(texts) for source in gathered for texts in source.prompts.values()]
     return steps * sum(math.ceil(count / recording.batch_size) for count in prompts)
 

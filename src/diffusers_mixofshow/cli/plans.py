@@ -121,6 +121,7 @@ def plan_of_fusion(
         runs: How often the U-Net runs on a batch while features are recorded, at most.
     """
     from diffusers_mixofshow.families import family_of_sites
+    from diffusers_mixofshow.fusion.sketch import numbers_kept
 
     ranks: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] = {}
@@ -132,7 +133,7 @@ def plan_of_fusion(
     numbers = sum(capped[site] * sum(sizes[site]) for site in capped)
     numbers += sum(rows.numel() for pack in packs for rows in pack.embeddings.values())
     inputs = {name: sizes[group[0]][1] for name, group in family_of_sites(sizes).by_input(sizes).items()}
-    gram = sum(width * width for width in inputs.values()) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
+    gram = sum(map(numbers_kept, inputs.values())) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
     return {
         "concepts": ", ".join(names),
         "base model": _told_base(base) if base else "none is needed",

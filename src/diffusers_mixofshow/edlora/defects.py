@@ -12,6 +12,7 @@ from torch import nn
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
+from diffusers_mixofshow.families import FAMILIES, family_of
 from diffusers_mixofshow.families.layers import components_with_sites, cross_attention_layers, linear_layers
 from diffusers_mixofshow.families.recognition import COMPONENTS
 
@@ -81,7 +82,7 @@ def fit_defects(
     models = components_with_sites(components)
     if not models:
         return [f"the model has none of {', '.join(COMPONENTS)}, got {listed(map(str, components))}"]
-    defects = []
+    defects = _denoiser_defects(lora, components, models)
     if "unet" in models and layers and layers != cross_attention_layers(models["unet"]):
         defects.append(_layer_mismatch(layers, cross_attention_layers(models["unet"])))
     if "text_encoder" in models:
@@ -180,6 +181,16 @@ def _width_defects(embeddings: Mapping[str, torch.Tensor], text_encoder: nn.Modu
     width = text_encoder.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     wrong = [f"{token} {rows.shape[-1]}" for token, rows in embeddings.items() if rows.shape[-1] != width]
     return [f"embeddings must have the text encoder's width {width}: {listed(wrong)}"] if wrong else []
+
+
+def _denoiser_defects(
+    lora: Mapping[str, LowRank], components: Mapping[str, object], models: Mapping[str, nn.Module]
+) -> list[str]:
+    """Find updates of the denoiser of another family than the model's, which would change nothing."""
+    own = family_of(components).denoiser
+    others = {family.denoiser for family in FAMILIES} - {own} if own in models else set()
+    sites = {other: [site for site in lora if site.startswith(f"{other}.")] for other in sorted(others)}
+    return [f"it has no {other}, whose layers it changes: {listed(found)}" for other, found in sites.items() if found]
 
 
 def _site_defects(

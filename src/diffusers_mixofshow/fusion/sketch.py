@@ -15,6 +15,11 @@ DIRECTIONS = 96
 """Of a sketch. On the embedded base 64 to 96 give the residuals of the whole matrix."""
 
 
+def numbers_kept(width: int) -> int:
+    """How many numbers recording keeps of an input's Gram matrix."""
+    return width * width if width <= WIDEST_MATRIX else width * DIRECTIONS
+
+
 class GramSketch:
     """A sum of outer products G = X^T X of rows X, seen as Y = G Omega and tr G (arXiv:1706.05736).
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
@@ -19,6 +20,7 @@ from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base
 from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.instructions import instructions
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, PLAIN_NAME, announcing, write_kohya, write_lora
+from diffusers_mixofshow.interop.names import has_kohya_name
 from diffusers_mixofshow.interop.opening import read_any
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME, write_original
 from diffusers_mixofshow.interop.textual_inversion import (
@@ -217,6 +219,11 @@ def _lora_planned(
     """A LoRA, its embeddings in a folder beside it, and a text that says how to use them."""
     if not lora:
         raise EDLoRAFormatError("There is no LoRA in it. Convert it to 'textual-inversion'.")
+    if target is Format.KOHYA and (strange := [site for site in lora if not has_kohya_name(site)]):
+        raise EDLoRAFormatError(
+            f"kohya's names of Stable Diffusion have no place for layers of other models: {listed(strange)}. Convert "
+            "it to 'diffusers'."
+        )
     names = distinct_names(vectors)
     writer = write_kohya if target is Format.KOHYA else write_lora
     usual = PLAIN_NAME if writer is write_lora else f"{'-'.join(names.values())[:80] or path.name}.safetensors"

@@ -35,7 +35,6 @@ _ADAPTERS = tuple(
     f"{stem}{end}" for stem in ("adapter_model", "pytorch_lora_weights") for end in (".safetensors", ".bin")
 )
 """What PEFT and diffusers call the weights of an adapter."""
-"""Folders of a folder, each with the adapter of one model, as PEFT's DreamBooth example writes them."""
 
 
 class Kind(StrEnum):
@@ -89,13 +88,6 @@ class Foreign:
         """Raise one `EDLoRAFormatError` that lists everything that is wrong, if anything is."""
         subject = ", ".join(map(str, self.files))
         raise_if_any(self.defects, subject=subject, remedy="Expected a LoRA or embeddings of Stable Diffusion.")
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file or folder is an ED-LoRA of this package, sound or not."""
-    if path.is_dir():
-        return (path / FILE_NAME).exists()
-    return path.name == FILE_NAME or "edlora" in read_metadata(path)
 
 
 def read_foreign(source: str | os.PathLike[str]) -> Foreign:
@@ -299,7 +291,9 @@ def _endless(embeddings: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
 
 
 def _read_folder(folder: Path) -> Foreign:
-    """A LoRA, in one file or in a folder for each model, with the embeddings that lie beside it."""
+    """A LoRA, in one file or, as PEFT's DreamBooth example writes it, in a folder for each model; with the embeddings
+    that lie beside it.
+    """
     patterns = ("*.safetensors", "*.pth", "learned_embeds*.bin", *_ADAPTERS, f"{EMBEDDINGS}/*.safetensors")
     paths = _files_in(folder, patterns)
     models = {model: _files_in(folder, [f"{model}/{name}" for name in _ADAPTERS]) for model in COMPONENTS}

@@ -27,6 +27,8 @@ _HALF = re.compile(
 )
 _FLAT = re.compile(r"(lora_(?P<component>unet|te|te1|te2)|lycoris)_(?P<path>.+)")
 _FLAT_COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+_NUMBERS = {"text_encoder": "1", "text_encoder_2": "2"}
+"""Of text encoders in kohya's names, where there are two."""
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder_2|text_encoder)\.")
 _COMFYUI = {
     "diffusion_model.": "unet",
@@ -111,6 +113,11 @@ def _transformer_site(path: str) -> str:
     return site if is_linear_site(site) else ""
 
 
+def has_kohya_name(site: str) -> bool:
+    """Whether kohya's names of Stable Diffusion have a place for a site."""
+    return site.partition(".")[0] in ("unet", *_NUMBERS)
+
+
 def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
     """A site in kohya's names, which A1111 and ComfyUI share.
 
@@ -122,7 +129,7 @@ def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
     component, _, path = site.partition(".")
     if component == "unet":
         return "lora_unet_" + "_".join(_in_ldm(path.split(".")) if ldm else path.split("."))
-    number = {"text_encoder": "1", "text_encoder_2": "2"}[component] if several_text_encoders else ""
+    number = _NUMBERS[component] if several_text_encoders else ""
     return f"lora_te{number}_{path.replace('.', '_')}"
 
 

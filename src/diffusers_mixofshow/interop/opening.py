@@ -13,10 +13,10 @@ from typing import Any
 from diffusers_mixofshow.edlora import EDLoRA, hub
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.merged import has_concepts
-from diffusers_mixofshow.edlora.reading import identity, is_folder, within
+from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming
-from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, is_ours, read_foreign
+from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, read_foreign
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG
@@ -94,6 +94,13 @@ def read_any(source: str | os.PathLike[str], **where: Any) -> EDLoRA | Foreign:
         MixOfShowError: See `open_edlora`.
     """
     return _read(source, **where)[1]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file or folder is an ED-LoRA of this package, sound or not."""
+    if path.is_dir():
+        return (path / FILE_NAME).exists()
+    return path.name == FILE_NAME or "edlora" in read_metadata(path)
 
 
 def _read(

@@ -96,8 +96,8 @@ def write_original(path: Path, edlora: EDLoRA) -> Path:
     """
     if others := [site for site in edlora.lora if site.partition(".")[0] not in _COMPONENTS]:
         raise EDLoRAFormatError(
-            f"The authors' layout has no place for layers of a second text encoder: {listed(others)}. Convert it to "
-            "'diffusers' or 'kohya'."
+            "The authors' layout has no place for layers of a second text encoder or of another model: "
+            f"{listed(others)}. Convert it to 'diffusers'."
         )
     params: dict[str, dict[str, torch.Tensor]] = {part: {} for part in ("new_concept_embedding", *_COMPONENTS)}
     params["new_concept_embedding"] = {token: _separate(rows) for token, rows in edlora.embeddings.items()}
