@@ -91,15 +91,20 @@ def publish(edlora: EDLoRA, shared: Path, folder: Path) -> Path:
     return folder
 
 
-def fuse(folders: list[Path], output: Path) -> dict[str, Any]:
-    """Run the command and measure it."""
+def fuse(arguments: list[str], file: Path) -> dict[str, Any]:
+    """Run the command and measure it.
+
+    Args:
+        arguments: Of ``mixofshow fuse``.
+        file: What it leaves.
+    """
     # Not ru_maxrss, in which Linux counts the process that started this one.
     code = (
         "import re, sys, time\nfrom diffusers_mixofshow.cli import main\n"
         "try:\n    main()\nfinally:\n    peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
         "    print('PEAK', peak, time.process_time(), file=sys.stderr)\n"
     )
-    command = [sys.executable, "-c", code, "fuse", *map(str, folders), "--output", str(output)]
+    command = [sys.executable, "-c", code, "fuse", *arguments]
     start = time.perf_counter()
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
@@ -110,7 +115,7 @@ def fuse(folders: list[Path], output: Path) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "processor_s": round(float(processor), 2),
         "peak_memory_mib": int(peak) // 2**10,
-        "pack_mb": round((output / "edlora.safetensors").stat().st_size / 1e6, 1),
+        "pack_mb": round(file.stat().st_size / 1e6, 1),
     }
 
 
@@ -133,7 +138,10 @@ def main() -> None:
             publish(random_concept(number, shapes, layers), shared, options.work / f"c{number:02}{part}")
             for number in range(count)
         ]
-        results[f"{count} concepts"] = fuse(folders, options.work / f"pack{part}-{count}")
+        output = options.work / f"pack{part}-{count}"
+        results[f"{count} concepts"] = fuse(
+            [*map(str, folders), "--output", str(output)], output / "edlora.safetensors"
+        )
         print(count, results[f"{count} concepts"])
         content = {
             "run_info": {

@@ -14,22 +14,22 @@ import argparse
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from fusion_files import fuse
 from safetensors.torch import save_file
 
 from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.edlora.file import STATISTICS_KEY
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.families.flux1 import FLUX1
-from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics
+from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solvers import factorise
-from diffusers_mixofshow.interop.lora_files import read_lora, write_lora
+from diffusers_mixofshow.fusion.sources import LoRASource, gather
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 
 
 SOURCES, RANK, DIRECTIONS = 8, 16, 96
@@ -68,10 +68,6 @@ def publish(number: int, shapes: dict[str, tuple[int, int]], folder: Path) -> Pa
 
 def random_statistics(lora: Path, shapes: dict[str, tuple[int, int]], number: int) -> None:
     """Statistics beside a LoRA: random factors, in the format that recording writes."""
-    from diffusers_mixofshow.edlora.file import STATISTICS_KEY
-    from diffusers_mixofshow.fusion.published import statistics_path
-    from diffusers_mixofshow.fusion.sources import LoRASource, gather
-
     path = statistics_path(lora)
     if path.exists():
         return
@@ -97,42 +93,6 @@ def random_statistics(lora: Path, shapes: dict[str, tuple[int, int]], number: in
     SourceStatistics.load(path)  # checks that it is what recording writes
 
 
-def fuse(loras: list[Path], output: Path) -> dict[str, Any]:
-    """Time and peak memory of the command in a process of its own."""
-    code = (
-        "import resource, sys, time\n"
-        "from diffusers_mixofshow.cli import main\n"
-        "sys.argv[0] = 'mixofshow'\n"
-        "try:\n    main()\nfinally:\n"
-        "    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "    print('PEAK', peak, time.process_time(), file=sys.stderr)\n"
-    )
-    prompts = [part for _ in loras for part in ("--prompts", "a picture")]
-    command = [sys.executable, "-c", code, "fuse", *map(str, loras), *prompts, "--output", str(output), "--overwrite"]
-    start = time.perf_counter()
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    if ran.returncode:
-        raise SystemExit(f"fuse failed:\n{ran.stderr[-3000:]}")
-    _, peak, processor = next(line for line in ran.stderr.splitlines() if line.startswith("PEAK")).split()
-    report = read_report(output)
-    return {
-        "seconds": round(seconds, 1),
-        "processor_s": round(float(processor), 1),
-        "solving_s": report["solving_s"],
-        "peak_memory_mib": int(peak) // 2**10,
-        "lora_mb": round((output / "pytorch_lora_weights.safetensors").stat().st_size / 1e6, 1),
-        "layers": len(read_lora(output / "pytorch_lora_weights.safetensors")),
-    }
-
-
-def read_report(output: Path) -> dict[str, Any]:
-    """What the pack says of its fusion."""
-    from diffusers_mixofshow.fusion import FusedPack
-
-    return dict(FusedPack._of_plain(output / "pytorch_lora_weights.safetensors").training["fusion"])
-
-
 def seconds_as_matrix(width: int) -> float:
     """Of inverting one input's Gram matrix whole."""
     rows = torch.randn(SOURCES * DIRECTIONS, width, dtype=torch.float64)
@@ -154,7 +114,9 @@ def main() -> None:
     for number in range(options.sources):
         loras.append(publish(number, shapes, options.work))
         random_statistics(loras[-1], shapes, number)
-    results = fuse(loras, options.work / "fused")
+    output = options.work / "fused" / PLAIN_NAME
+    asked = [part for _ in loras for part in ("--prompts", "a picture")]
+    results = fuse([*map(str, loras), *asked, "--output", str(output.parent), "--overwrite"], output)
     print(results)
     content = {
         "run_info": {
@@ -163,6 +125,7 @@ def main() -> None:
             "load_average": round(os.getloadavg()[0], 1),
         },
         "settings": {"sources": options.sources, "rank": RANK, "directions": DIRECTIONS, "blocks": options.blocks},
+        "layers": len(shapes),
         "inputs": len(FLUX1.by_input(shapes)),
         "default_statistics_bytes": max(DEFAULT_BYTES, 124 * sum(widths_of(shapes))),
         "results": results,

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
+ANY_SITE = re.compile(r".*")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
     """A text encoder of a family.

@@ -12,7 +12,7 @@ from diffusers_mixofshow.families.transformer import (
     OF_TEXT,
     QUERY_KEY_VALUE,
     groups,
-    stages_after_text,
+    text_first,
 )
 
 
@@ -37,7 +37,7 @@ FLUX1 = Family(
         OF_TEXT,
         SHARED_INPUT,
     ),
-    stages=stages_after_text(re.compile(r"text_encoder\..*")),
+    stages=text_first(r"text_encoder\..*"),
     groups=groups(
         text_encoder=r"text_encoder\..*",
         attention=r".*\.attn\..*",

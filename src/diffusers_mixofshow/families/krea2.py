@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from diffusers_mixofshow.families.family import BaseModel, Family, Stage
-from diffusers_mixofshow.families.transformer import ANY, groups
+from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.transformer import groups, text_first
 
 
 _BLOCK = r"(transformer_blocks|text_fusion\.(layerwise|refiner)_blocks)\.\d+\."
@@ -23,10 +23,7 @@ KREA2 = Family(
         (re.compile(r"(.*\.attn)\.(to_q|to_k|to_v|to_gate)"), r"\1.to_q+to_k+to_v+to_gate"),
         (re.compile(r"(.*\.ff)\.(gate|up)"), r"\1.gate+up"),
     ),
-    stages=(
-        Stage(name="text", sites=re.compile(r"transformer\.text_fusion\..*"), text_alone=True),
-        Stage(name="transformer", sites=ANY, text_alone=False),
-    ),
+    stages=text_first(r"transformer\.text_fusion\..*"),
     groups=groups(text_fusion=r".*\.text_fusion\..*", attention=r".*\.attn\..*", feed_forward=r".*\.ff\..*"),
     models=(BaseModel(name="Krea 2", kohya="krea2", guidance=4.5),),
     guidance_off=0.0,

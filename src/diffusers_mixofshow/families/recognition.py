@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.family import BaseModel, Family
@@ -21,6 +21,8 @@ from diffusers_mixofshow.families.z_image import Z_IMAGE
 
 if TYPE_CHECKING:  # torch takes seconds, and names need none of it
     from torch import nn
+
+Model = TypeVar("Model")
 
 FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFUSION,
@@ -40,16 +42,15 @@ COMPONENTS = tuple(sorted({component for family in FAMILIES for component in fam
 BASE_MODELS: tuple[BaseModel, ...] = tuple(model for family in FAMILIES for model in family.models)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile` has wrapped it."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
+def uncompiled(model: Model) -> Model:
+    """The model itself, where `torch.compile` has wrapped it; anything else is itself."""
+    inner: Model = getattr(model, "_orig_mod", model)
     return inner
 
 
 def is_of(denoiser: object, family: Family) -> bool:
     """Whether a model is of the class of a family's denoiser."""
-    inner = getattr(denoiser, "_orig_mod", denoiser)  # where torch.compile has wrapped it
-    return family.denoiser_class in {kind.__name__ for kind in type(inner).__mro__}
+    return family.denoiser_class in {kind.__name__ for kind in type(uncompiled(denoiser)).__mro__}
 
 
 def family_of(components: Mapping[str, object]) -> Family:

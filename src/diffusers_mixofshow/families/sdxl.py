@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from diffusers_mixofshow.families import unet
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L, clip_with
-from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.family import BaseModel
+from diffusers_mixofshow.families.unet import cross_attention_of, unet_family
 
 
 SDXL = BaseModel(
@@ -13,26 +13,15 @@ SDXL = BaseModel(
     text_width=2048,
     embeddings={CLIP_L: 768, CLIP_G: 1280},
     guidance=5.0,
-    layers=unet.cross_attention_of(
+    layers=cross_attention_of(
         {"down_blocks.1": (2, 2), "down_blocks.2": (2, 10), "mid_block": (1, 10)}
         | {"up_blocks.0": (3, 10), "up_blocks.1": (3, 2)}
     ),
 )
 
-STABLE_DIFFUSION_XL = Family(
-    name="Stable Diffusion XL",
-    pipeline="StableDiffusionXLPipeline",
-    denoiser="unet",
-    denoiser_class="UNet2DConditionModel",
-    text_encoders={"text_encoder": clip_with("tokenizer"), "text_encoder_2": clip_with("tokenizer_2")},
-    adapted=unet.ADAPTED,
-    linear=unet.LINEAR,
-    blocks=unet.BLOCKS,
-    inputs=unet.INPUTS,
-    stages=unet.STAGES,
-    groups=unet.GROUPS,
-    cross_attention="attn2",
-    self_attention="attn1",
-    sampler="DPMSolverMultistepScheduler",
-    models=(SDXL,),
+STABLE_DIFFUSION_XL = unet_family(
+    "Stable Diffusion XL",
+    "StableDiffusionXLPipeline",
+    {"text_encoder": clip_with("tokenizer"), "text_encoder_2": clip_with("tokenizer_2")},
+    (SDXL,),
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from diffusers_mixofshow.families import unet
 from diffusers_mixofshow.families.clip import CLIP_L, clip_with
-from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.family import BaseModel
+from diffusers_mixofshow.families.unet import cross_attention_of, unet_family
 
 
-_LAYERS = unet.cross_attention_of(
+_LAYERS = cross_attention_of(
     {f"down_blocks.{block}": (2, 1) for block in range(3)}
     | {"mid_block": (1, 1)}
     | {f"up_blocks.{block}": (3, 1) for block in range(1, 4)}
@@ -29,7 +29,7 @@ EMBEDDED = BaseModel(
     kohya="toyland",
     text_width=128,
     embeddings={CLIP_L: 128},
-    layers=unet.cross_attention_of(
+    layers=cross_attention_of(
         {"down_blocks.1": (1, 1), "down_blocks.2": (1, 1), "mid_block": (1, 1)}
         | {"up_blocks.0": (2, 1), "up_blocks.1": (2, 1)}
     ),
@@ -38,20 +38,9 @@ EMBEDDED = BaseModel(
     guidance=3.0,
 )
 
-STABLE_DIFFUSION = Family(
-    name="Stable Diffusion",
-    pipeline="StableDiffusionPipeline",
-    denoiser="unet",
-    denoiser_class="UNet2DConditionModel",
-    text_encoders={"text_encoder": clip_with("tokenizer")},
-    adapted=unet.ADAPTED,
-    linear=unet.LINEAR,
-    blocks=unet.BLOCKS,
-    inputs=unet.INPUTS,
-    stages=unet.STAGES,
-    groups=unet.GROUPS,
-    cross_attention="attn2",
-    self_attention="attn1",
-    sampler="DPMSolverMultistepScheduler",
-    models=(SD1, SD2, EMBEDDED),
+STABLE_DIFFUSION = unet_family(
+    "Stable Diffusion",
+    "StableDiffusionPipeline",
+    {"text_encoder": clip_with("tokenizer")},
+    (SD1, SD2, EMBEDDED),
 )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 
-from diffusers_mixofshow.families.family import Stage
+from diffusers_mixofshow.families.family import ANY_SITE, Stage
 
-
-ANY = re.compile(r".*")
 
 QUERY_KEY_VALUE = (re.compile(r"(.*\.(?:attn|attn2|attention))\.(to_q|to_k|to_v)"), r"\1.to_q+to_k+to_v")
 """The queries, keys and values of an attention read one tensor."""
@@ -20,15 +18,15 @@ OF_TEXT = (
 ATTENTION = r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
 
-ONE_STAGE = (Stage(name="transformer", sites=ANY, text_alone=False),)
+ONE_STAGE = (Stage(name="transformer", sites=ANY_SITE, text_alone=False),)
 """Text and picture meet in every block, so that all layers change from step to step."""
 
 
-def stages_after_text(text_encoders: re.Pattern[str]) -> tuple[Stage, ...]:
-    """The text encoders, then the transformer."""
-    return (Stage(name="text encoder", sites=text_encoders, text_alone=True), *ONE_STAGE)
+def text_first(sites: str) -> tuple[Stage, ...]:
+    """What sees the text alone, given as a pattern of its sites, then the transformer."""
+    return (Stage(name="text", sites=re.compile(sites), text_alone=True), *ONE_STAGE)
 
 
 def groups(**patterns: str) -> dict[str, re.Pattern[str]]:
     """Groups for reports, by patterns of names; what fits none is called other."""
-    return {name.replace("_", " "): re.compile(pattern) for name, pattern in patterns.items()} | {"other": ANY}
+    return {name.replace("_", " "): re.compile(pattern) for name, pattern in patterns.items()} | {"other": ANY_SITE}

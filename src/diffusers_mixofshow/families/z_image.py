@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from diffusers_mixofshow.families.family import BaseModel, Family, Stage
-from diffusers_mixofshow.families.transformer import ANY, QUERY_KEY_VALUE, groups
+from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.transformer import QUERY_KEY_VALUE, groups, text_first
 
 
 _BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+\."
@@ -24,10 +24,7 @@ Z_IMAGE = Family(
         (re.compile(r"(.*\.feed_forward)\.(w1|w3)"), r"\1.w1+w3"),
         QUERY_KEY_VALUE,
     ),
-    stages=(
-        Stage(name="text", sites=re.compile(r"transformer\.context_refiner\..*"), text_alone=True),
-        Stage(name="transformer", sites=ANY, text_alone=False),
-    ),
+    stages=text_first(r"transformer\.context_refiner\..*"),
     groups=groups(attention=r".*\.attention\..*", modulation=r".*\.adaLN.*", feed_forward=r".*\.feed_forward\..*"),
     models=(BaseModel(name="Z-Image", kohya="zimage", id="Tongyi-MAI/Z-Image-Turbo", guidance=0.0),),
     guidance_off=0.0,

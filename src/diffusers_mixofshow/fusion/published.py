@@ -344,13 +344,18 @@ def _written(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and header entry of one concept."""
     keys = [(name, part) for name in statistics.inputs for part in PARTS if statistics.tokens(name, part)]
-    endless = [key[0] for key in keys if not _is_finite(statistics, *key)]
+    sketched = {key: factor for key in keys if (factor := statistics.factor(*key)) is not None}
+    endless = [
+        key[0]
+        for key in keys
+        if not (sketched[key].rows if key in sketched else statistics.gram(*key)).isfinite().all()
+    ]
     if endless:
         raise FusionError(
             f"The statistics of {placeholder} hold NaN or Inf at {len(endless)} inputs, first at {endless[0]}. "
             "Sample the concept alone and look at the picture; in float16 a model may overflow, float32 does not."
         )
-    factors = _factors(statistics, keys, max_bytes)
+    factors = sketched if max_bytes is None else _factors(statistics, keys, sketched, max_bytes)
     tensors: dict[str, torch.Tensor] = {}
     entry: dict[str, Any] = {}
     for name, part in keys:
@@ -371,29 +376,24 @@ def _written(
 
 
 def _factors(
-    statistics: GramStatistics, keys: Sequence[tuple[str, Part]], max_bytes: MaxBytes
+    statistics: GramStatistics,
+    keys: Sequence[tuple[str, Part]],
+    sketched: Mapping[tuple[str, Part], GramFactor],
+    max_bytes: int | Literal["auto"],
 ) -> dict[tuple[str, Part], GramFactor]:
-    """Low-rank factors within a budget, each matrix decomposed once; without one, of those whose matrix is unknown."""
-    sketched = {key: factor for key in keys if (factor := statistics.factor(*key)) is not None}
-    if max_bytes is None:
-        return sketched
+    """Low-rank factors of all matrices within a budget, each matrix decomposed once; of some a factor is known."""
     whole = [key for key in keys if key not in sketched]
     widths = {key: len(statistics.gram(*key)) for key in whole}
     widths |= {key: factor.rows.shape[1] for key, factor in sketched.items()}
-    if max_bytes == "auto":
-        of_inputs = {name: width for (name, _), width in widths.items()}
-        max_bytes = max(DEFAULT_BYTES, _BYTES_A_FEATURE * sum(of_inputs.values()))
-    known = most_rows(list(widths.values()), max_bytes)
+    of_inputs = {name: width for (name, _), width in widths.items()}
+    usual = max(DEFAULT_BYTES, _BYTES_A_FEATURE * sum(of_inputs.values()))
+    budget = max_bytes if isinstance(max_bytes, int) else usual
+    known = most_rows(list(widths.values()), budget)
     spectra = {key: Spectrum.of_factor(factor) for key, factor in sketched.items()}
     spectra |= {key: Spectrum.of(statistics.gram(*key), known) for key in whole}
     shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in keys}
-    kept = ranks_within({key: spectrum.values for key, spectrum in spectra.items()}, max_bytes, shares)
+    kept = ranks_within({key: spectrum.values for key, spectrum in spectra.items()}, budget, shares)
     return {key: spectrum.leading(kept[key]) for key, spectrum in spectra.items()}
-
-
-def _is_finite(statistics: GramStatistics, name: str, part: Part) -> bool:
-    factor = statistics.factor(name, part)
-    return bool((statistics.gram(name, part) if factor is None else factor.rows).isfinite().all())
 
 
 def _whole_inputs(header: Mapping[str, Any], placeholder: str, shapes: Shapes) -> frozenset[str]:

@@ -69,7 +69,7 @@ def chosen_ridge_of_factors(
     Returns:
         As there.
     """
-    inverter, products = FactorInverter(fitted), {}
+    inverter, products = FactorInverter(fitted, met.device), {}
     for each in candidates:
         rows = inverter.inverse(each).applied(met)
         products[each] = held_out.applied(rows) @ rows.T - 2 * rows @ asked.T

@@ -84,11 +84,12 @@ class FactorInverter:
 
     Args:
         gram: F, of far fewer rows than features, and tail.
+        device: Where it inverts.
     """
 
-    def __init__(self, gram: GramFactor) -> None:
+    def __init__(self, gram: GramFactor, device: str | torch.device = "cpu") -> None:
         """Take the inner products of the rows of F, (rows, rows), which is nearly all of the work."""
-        self._gram, self._rows = gram, gram.rows.double()
+        self._gram, self._rows = gram, gram.rows.to(device).double()
         self._core = self._rows @ self._rows.T
 
     def inverse(self, ridge: float) -> InverseOfFactor:

@@ -248,7 +248,7 @@ class SharedInput:
         if ridge not in self._inverses:
             total = self.total
             if isinstance(total, GramFactor):
-                self._inverses[ridge] = FactorInverter(total).inverse(ridge)
+                self._inverses[ridge] = FactorInverter(total, self.device).inverse(ridge)
             else:
                 self._inverses[ridge] = factorise([total], ridge)
         return self._inverses[ridge]
