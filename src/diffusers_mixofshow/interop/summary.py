@@ -57,19 +57,20 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
 def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
     """Tell what another program's file holds; everything that is wrong with it is under ``problems``."""
     base = foreign.made_for
+    architecture = _architecture(base, foreign.lora)
     vectors = [rows for by_encoder in foreign.vectors.values() for rows in by_encoder.values()]
     problems = list(foreign.defects)
     if base is not None and (strange := foreign_layers(foreign.lora, base)):
         problems.append(f"layers that {base.name} does not have: {listed(strange)}")
     if foreign.missing:
         problems.append(foreign.missing)
-    if (foreign.lora or vectors or foreign.tokens) and _architecture(base, foreign.lora) is None:
+    if architecture is None and (foreign.lora or vectors or foreign.tokens):
         problems.append("its layers and widths are those of no Stable Diffusion known here")
     return {
         "kind": foreign.kind.value,
         "layout": foreign.layout,
         "base_model": foreign.metadata.get("ss_sd_model_name", ""),
-        "architecture": _architecture(base, foreign.lora),
+        "architecture": architecture,
         "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],
         "cross_attention_layers": max((len(rows) for rows in foreign.tokens.values()), default=0),
         **_of_lora(foreign.lora),
