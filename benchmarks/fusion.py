@@ -26,8 +26,9 @@ from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import FusionSource, GradientFuser
+from diffusers_mixofshow.fusion.gram import sum_grams
 from diffusers_mixofshow.fusion.published import SourceStatistics
-from diffusers_mixofshow.fusion.solvers import Factors, closed_form, factorise
+from diffusers_mixofshow.fusion.solvers import Factors, closed_form, target_rows
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
@@ -82,7 +83,12 @@ def solve_streaming(problem: Problem, ridge: float) -> tuple[torch.Tensor, dict[
             seconds += timed(lambda: statistics.add("layer", rows), problem.device)[1]  # noqa: B023
         grams.append(statistics.gram("layer"))
     updates = [Factors(down=one.down.cpu(), up=one.up.cpu()) for one in problem.updates]
-    delta, solving = timed(lambda: closed_form(updates, grams, factorise(grams, ridge)).delta, "cpu")
+
+    def solve() -> torch.Tensor:
+        inverse = sum_grams((gram, 1.0) for gram in grams).inverse(ridge)
+        return closed_form(updates, target_rows(updates, grams), inverse).delta
+
+    delta, solving = timed(solve, "cpu")
     held = problem.concepts * problem.width**2 * 8
     return delta, {"recording_s": seconds, "solving_s": solving, "held_mib": held / 2**20}
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ import torch
 from torch.nn import functional as F
 
 from diffusers_mixofshow.evaluation import record
-from diffusers_mixofshow.fusion.ridge import chosen_ridge
-from diffusers_mixofshow.fusion.solvers import Factors, factorise, fused_update, target_rows
+from diffusers_mixofshow.fusion.gram import Gram, sum_grams
+from diffusers_mixofshow.fusion.ridge import choose_ridge
+from diffusers_mixofshow.fusion.solvers import Factors, closed_form, target_rows
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics, Part
 
 
@@ -176,7 +177,7 @@ class Gathered:
     statistics: list[ConceptStatistics]
     seconds: float
 
-    def grams(self, part: Part | None = None) -> list[torch.Tensor]:
+    def grams(self, part: Part | None = None) -> list[Gram]:
         return [one.gram("input", part) for one in self.statistics]
 
 
@@ -206,15 +207,16 @@ def measure(group: Group, concepts: int, share: float, steps: tuple[int, int], s
     deltas["LBFGS"], lbfgs_s = solve_lbfgs(problem, steps[0] if group.text else steps[1])
     gathered = gather(problem)
     updates, (grams, read_s) = problem.updates, timed(gathered.grams)
-    inverse, inverting_s = timed(lambda: factorise(grams, RIDGES["ridge 1e-2"]))
-    deltas["ridge 1e-2"], solving_s = timed(lambda: fused_update(updates, target_rows(updates, grams), inverse).delta)
+    inverse, inverting_s = timed(lambda: added_up(grams).inverse(RIDGES["ridge 1e-2"]))
+    deltas["ridge 1e-2"], solving_s = timed(lambda: closed_form(updates, target_rows(updates, grams), inverse).delta)
     for name, ridge in RIDGES.items():
         if name not in deltas:
-            deltas[name] = fused_update(updates, target_rows(updates, grams), factorise(grams, ridge)).delta
+            deltas[name] = closed_form(updates, target_rows(updates, grams), added_up(grams).inverse(ridge)).delta
     fitted = gathered.grams("fit")
-    spectrum, spectrum_s = timed(lambda: torch.linalg.eigh(torch.stack(fitted).sum(dim=0)))
+    total = added_up(fitted)
+    _, spectrum_s = timed(lambda: list(total.solve(target_rows(updates, fitted), [1.0])))  # decomposed, and kept
     (deltas["ridge chosen"], ridge), choosing_s = timed(
-        lambda: solved_with_chosen_ridge(updates, fitted, gathered.grams("held_out"), grams, spectrum)
+        lambda: solved_with_chosen_ridge(updates, fitted, gathered.grams("held_out"), grams, total)
     )
     return {
         "rows": concepts * PROMPTS * problem.rows_a_prompt,
@@ -252,19 +254,17 @@ def of_group(group: Group, measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def added_up(grams: Sequence[Gram]) -> Gram:
+    return sum_grams((gram, 1.0) for gram in grams)
+
+
 def solved_with_chosen_ridge(
-    updates: list[Factors],
-    fitted: list[torch.Tensor],
-    held_out: list[torch.Tensor],
-    grams: list[torch.Tensor],
-    spectrum: tuple[torch.Tensor, torch.Tensor],
+    updates: list[Factors], fitted: list[Gram], held_out: list[Gram], grams: list[Gram], total: Gram
 ) -> tuple[torch.Tensor, float]:
     """The ridge that two recorded prompts prefer, and the solution on all of them with it."""
-    values, vectors = spectrum
-    met, asked = target_rows(updates, fitted), target_rows(updates, held_out)
-    total = torch.stack(held_out).sum(dim=0)
-    ridge, _ = chosen_ridge(updates, met, asked, total, (values.clamp_min(0), vectors))
-    return fused_update(updates, target_rows(updates, grams), factorise(grams, ridge)).delta, ridge
+    targets, asked = target_rows(updates, fitted), target_rows(updates, held_out)
+    ridge, _ = choose_ridge(updates, targets, asked, added_up(held_out), total)
+    return closed_form(updates, target_rows(updates, grams), added_up(grams).inverse(ridge)).delta, ridge
 
 
 def totals(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -26,8 +26,8 @@ from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.file import STATISTICS_KEY
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.families.flux1 import FLUX1
+from diffusers_mixofshow.fusion.gram import DenseGram
 from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
-from diffusers_mixofshow.fusion.solvers import factorise
 from diffusers_mixofshow.fusion.sources import LoRASource, gather
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 
@@ -97,7 +97,7 @@ def seconds_as_matrix(width: int) -> float:
     """Of inverting one input's Gram matrix whole."""
     rows = torch.randn(SOURCES * DIRECTIONS, width, dtype=torch.float64)
     start = time.perf_counter()
-    factorise([rows.T @ rows], 1e-2)
+    DenseGram(rows.T @ rows).inverse(1e-2)
     return round(time.perf_counter() - start, 2)
 
 

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from diffusers_mixofshow import Draft, GradientFuser, Isolation, Layout, Refinement, Region
+from diffusers_mixofshow import Draft, FusionConfig, GradientFuser, Isolation, Layout, Refinement, Region
 from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
 from diffusers_mixofshow.fusion import FusionSource, LoRASource
 from diffusers_mixofshow.fusion.collection import Recording, collect
@@ -17,8 +17,8 @@ from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPip
 
 
 PROMISED = {
-    GradientFuser.__init__: {
-        "pipe": None,
+    GradientFuser.__init__: {"pipe": None, "config": None},
+    FusionConfig: {
         "prompts": None,
         "steps": 20,
         "guidance_scale": None,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.concepts import Concept
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning
+    from diffusers_mixofshow.fusion.config import FusionConfig
     from diffusers_mixofshow.fusion.fuser import GradientFuser
     from diffusers_mixofshow.fusion.pack import FusedPack
     from diffusers_mixofshow.fusion.sources import FusionSource, LoRASource
@@ -38,6 +39,7 @@ __all__ = [
     "EDLoRALoader",
     "EDLoRATrainer",
     "FusedPack",
+    "FusionConfig",
     "FusionSource",
     "GradientFuser",
     "Isolation",
@@ -65,6 +67,7 @@ _HOME = {
     "EDLoRALoader": "pipelines.loader",
     "EDLoRATrainer": "training.trainer",
     "FusedPack": "fusion.pack",
+    "FusionConfig": "fusion.config",
     "FusionSource": "fusion.sources",
     "GradientFuser": "fusion.fuser",
     "Isolation": "regions",

@@ -143,7 +143,7 @@ def test_sketches_of_all_inputs_give_what_whole_matrices_give(
         write_lora(tmp_path / f"{name}.safetensors", _lora(family, pipe, seed, 2, 2.0))
         sources.append(LoRASource(tmp_path / f"{name}.safetensors", prompts=PROMPTS["dog"]))
     whole = GradientFuser(pipe, statistics=tmp_path / "whole", dtype=torch.float32, **given).fuse(sources)
-    for module in ("statistics", "solving"):
+    for module in ("statistics", "team"):
         monkeypatch.setattr(f"diffusers_mixofshow.fusion.{module}.WIDEST_MATRIX", 0)
     monkeypatch.setattr("diffusers_mixofshow.fusion.sketch.DIRECTIONS", 10**6)
     sketched = GradientFuser(pipe, statistics=tmp_path / "sketched", dtype=torch.float32, **given).fuse(sources)
@@ -209,7 +209,7 @@ def test_a_plan_counts_what_recording_keeps(
 ) -> None:
     """Bytes of float64: a matrix of each narrow input, of each wide one a sketch; passes of each stage."""
     widest = 20
-    for module in ("sketch", "statistics", "solving"):
+    for module in ("sketch", "statistics", "team"):
         monkeypatch.setattr(f"diffusers_mixofshow.fusion.{module}.WIDEST_MATRIX", widest)
     monkeypatch.setattr("diffusers_mixofshow.fusion.sketch.DIRECTIONS", 5)
     layers, by_input = linear_layers(pipe.components), family.by_input(_sites(family, pipe))

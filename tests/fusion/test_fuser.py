@@ -179,7 +179,7 @@ def test_layers_that_a_concept_leaves_alone_stay_alone_for_it(pipe: MixOfShowPip
 def test_statistics_are_the_features(pipe: MixOfShowPipeline, text_tokens: str) -> None:
     source = _concept(pipe, "rex", 1)
     before = _fingerprint(pipe)
-    recording = Recording(steps=2, text_tokens=text_tokens, batch_size=1)
+    recording = Recording(steps=2, text_tokens=text_tokens, batch_size=1).resolve(pipe)
     moved: list[int] = []
     statistics = collect(pipe, source, ["a <rex>"], list(source.lora), recording, moved.append)
     assert sum(moved) == 2
@@ -194,14 +194,14 @@ def test_statistics_are_the_features(pipe: MixOfShowPipeline, text_tokens: str) 
     halves = pipe.encode_prompt("a <rex>", pipe.device, 1, True, "")
     rows = torch.cat([half[:, :77] for half in halves]).double().flatten(end_dim=1)
     torch.testing.assert_close(
-        statistics.gram(keys_values), (rows.T @ rows / len(rows)).detach(), rtol=1e-4, atol=1e-6
+        statistics.gram(keys_values).matrix(), (rows.T @ rows / len(rows)).detach(), rtol=1e-4, atol=1e-6
     )
     pipe.unload_edlora()
     assert _fingerprint(pipe) == before
 
 
 def test_words_with_the_id_that_stands_in_for_concepts_are_no_concepts(pipe: MixOfShowPipeline) -> None:
-    source, recording = _concept(pipe, "rex", 1), Recording(steps=1, text_tokens="concept")
+    source, recording = _concept(pipe, "rex", 1), Recording(steps=1, text_tokens="concept").resolve(pipe)
     assert pipe.tokenizer("!!", add_special_tokens=False).input_ids[0] == STAND_IN_ID
 
     def counted(edlora: EDLoRA, prompt: str) -> int:
@@ -217,12 +217,15 @@ def test_words_with_the_id_that_stands_in_for_concepts_are_no_concepts(pipe: Mix
 def test_batch_size_does_not_matter(pipe: MixOfShowPipeline) -> None:
     source = _concept(pipe, "rex", 1)
     grams = [
-        collect(pipe, source, ["a <rex>", "<rex>"], list(source.lora), Recording(steps=2, batch_size=size))
+        collect(
+            pipe, source, ["a <rex>", "<rex>"], list(source.lora), Recording(steps=2, batch_size=size).resolve(pipe)
+        )
         for size in (1, 2)
     ]
     for name in grams[0].inputs:
         if name.startswith("unet"):
-            torch.testing.assert_close(grams[0].gram(name), grams[1].gram(name), rtol=1e-3, atol=1e-3)
+            one, two = (each.gram(name).matrix() for each in grams)
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -367,7 +370,8 @@ def test_residuals_of_the_report_are_those_of_the_pack(pipe: MixOfShowPipeline) 
     fused = GradientFuser(pipe, sequential=False, **CLOSED_FORM).fuse(sources)
     prompts = ["a <rex>", "two <rex>"]
     sites = list(sources[0].lora)
-    statistics = collect(pipe, sources[0], prompts, sites, Recording(steps=2, batch_size=2), hold_out=True)
+    recording = Recording(steps=2, batch_size=2).resolve(pipe)
+    statistics = collect(pipe, sources[0], prompts, sites, recording, hold_out=True)
     for site in sites[::7]:
         own, pack = (
             Factors(down=edlora.lora[site].scaling * edlora.lora[site].down, up=edlora.lora[site].up)

@@ -15,7 +15,7 @@ from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
-from diffusers_mixofshow.fusion.pack import _carried
+from diffusers_mixofshow.fusion.pack_sources import carried_at
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
@@ -159,9 +159,9 @@ def test_a_plain_pack_goes_to_the_hub_and_comes_from_there(
 
 
 def test_a_pack_never_leads_out_of_its_folder() -> None:
-    assert _carried(["../../x"]) == "sources/lora-.._.._x"
-    assert _carried(["<../x>", "<rex>"]) == "sources/_x+rex"
-    assert _carried(["<..>"]) == "sources/"
+    assert carried_at(["../../x"]) == "sources/lora-.._.._x"
+    assert carried_at(["<../x>", "<rex>"]) == "sources/_x+rex"
+    assert carried_at(["<..>"]) == "sources/"
 
 
 @pytest.mark.parametrize(

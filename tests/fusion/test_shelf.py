@@ -36,7 +36,7 @@ def test_what_lies_there_is_taken_and_clearing_removes_it(tmp_path: Path, source
     for _ in range(2):
         with StageShelf({"ridge": 0.1}) as shelf:
             found = shelf.taken_or_put(tmp_path / "new", source, {"steps": 1}, record)
-            assert torch.equal(found.concepts["<rex>"].gram("layer"), torch.ones(4, 4).double())
+            assert torch.equal(found.concepts["<rex>"].gram("layer").matrix(), torch.ones(4, 4).double())
     assert record.calls == 1
     with StageShelf({"ridge": 0.2}) as other:
         other.taken_or_put(tmp_path / "new", source, {"steps": 1}, record)
@@ -93,6 +93,6 @@ def test_what_is_recorded_otherwise_is_recorded_again(tmp_path: Path, source: ED
         with StageShelf({"ridge": fusion}) as shelf:
             found = shelf.taken_or_put(tmp_path, edlora, {"steps": steps}, record)
         assert record.calls == 1
-        assert found.concepts["<rex>"].gram("layer")[0, 0] == number**2
+        assert found.concepts["<rex>"].gram("layer").matrix()[0, 0] == number**2
         assert (found.digest, found.base_model) == (edlora.digest, edlora.base_model)
         assert len(list(tmp_path.glob(".*.stage.safetensors"))) == number

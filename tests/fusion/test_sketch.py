@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 import diffusers_mixofshow.fusion.sketch as sketching
 from diffusers_mixofshow.fusion import published
-from diffusers_mixofshow.fusion.compression import GramFactor, GramSum, Spectrum
+from diffusers_mixofshow.fusion.compression import Spectrum
+from diffusers_mixofshow.fusion.gram import DenseGram, GramFactor, sum_grams
 from diffusers_mixofshow.fusion.published import SourceStatistics
-from diffusers_mixofshow.fusion.ridge import chosen_ridge, chosen_ridge_of_factors
+from diffusers_mixofshow.fusion.ridge import choose_ridge
 from diffusers_mixofshow.fusion.sketch import GramSketch
-from diffusers_mixofshow.fusion.solvers import FactorInverter, Factors, factorise, lbfgs, target_rows
+from diffusers_mixofshow.fusion.solvers import Factors, lbfgs, target_rows
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
@@ -34,7 +35,7 @@ def factor_of(features: torch.Tensor, directions: int = 20) -> GramFactor:
     sketch = GramSketch(WIDTH, directions)
     for part in features.split(150):
         sketch.add(part)
-    return sketch.factor(len(features))
+    return sketch.gram(len(features))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -43,7 +44,7 @@ def test_a_matrix_of_fewer_directions_than_the_sketch_is_found_exactly(rank: int
     features = scale * rows(rank)
     expected = features.T @ features / len(features)
     found = factor_of(features)
-    assert (found.gram() - expected).norm() < 1e-6 * expected.norm()
+    assert (found.matrix() - expected).norm() < 1e-6 * expected.norm()
     assert found.tail <= 1e-6 * expected.diagonal().mean()
     assert found.energy == pytest.approx(1)
 
@@ -54,11 +55,11 @@ def test_of_more_directions_it_has_the_trace_and_never_more_than_there_is(direct
     gram = features.T @ features / len(features)
     found = factor_of(features, directions)
     assert 0.5 * directions < len(found.rows) <= directions
-    assert float(found.gram().trace()) == pytest.approx(float(gram.trace()))
+    assert float(found.matrix().trace()) == pytest.approx(float(gram.trace()))
     leading = found.rows.T @ found.rows + found.tail * torch.linalg.pinv(found.rows) @ found.rows
     assert torch.linalg.eigvalsh(gram - leading).min() > -1e-9 * gram.norm()
-    best_of_half = Spectrum.of(gram).leading(directions // 2).gram()
-    assert (found.gram() - gram).norm() < 2 * (best_of_half - gram).norm()
+    best_of_half = Spectrum.of(DenseGram(gram)).leading(directions // 2).matrix()
+    assert (found.matrix() - gram).norm() < 2 * (best_of_half - gram).norm()
     assert 0.5 < found.energy < 1
 
 
@@ -68,10 +69,10 @@ def test_sketches_are_the_same_whatever_the_order_and_the_parts() -> None:
     whole.add(features)
     for part in reversed(features.split(7)):
         parts.add(part)
-    torch.testing.assert_close(whole.factor(400).gram(), parts.factor(400).gram(), **EXACT)
+    torch.testing.assert_close(whole.gram(400).matrix(), parts.gram(400).matrix(), **EXACT)
     half = GramSketch(WIDTH, 20)
     half.add(features)
-    torch.testing.assert_close(half.factor(800).gram(), whole.factor(400).gram() / 2, **EXACT)
+    torch.testing.assert_close(half.gram(800).matrix(), whole.gram(400).matrix() / 2, **EXACT)
 
 
 def test_rounded_features_do_not_break_the_core() -> None:
@@ -79,17 +80,17 @@ def test_rounded_features_do_not_break_the_core() -> None:
     features = (3e4 * rows(1) / rows(1).abs().max() + rows(WIDTH, seed=1) * 1e-3).half()
     sketch = GramSketch(WIDTH, 20)
     sketch.add(features.float())
-    found = sketch.factor(len(features))
+    found = sketch.gram(len(features))
     gram = features.double().T @ features.double() / len(features)
     assert found.rows.isfinite().all()
-    assert (found.gram() - gram).norm() < 1e-3 * gram.norm()
+    assert (found.matrix() - gram).norm() < 1e-3 * gram.norm()
     assert found.tail >= 0
 
 
 def test_what_was_never_met_is_all_zero() -> None:
     sketch = GramSketch(WIDTH, 20)
     sketch.add(torch.zeros(5, WIDTH, dtype=torch.float64))
-    assert not sketch.factor(5).gram().any()
+    assert not sketch.gram(5).matrix().any()
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.1, 0.0])
@@ -97,9 +98,11 @@ def test_what_was_never_met_is_all_zero() -> None:
 def test_the_inverse_of_a_factor_is_that_of_its_matrix(ridge: float, tail: float) -> None:
     gram = GramFactor(rows=rows(7, tokens=9), tail=tail, energy=1.0)
     asked = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    inverse, dense = FactorInverter(gram).inverse(ridge), factorise([gram.gram()], ridge)
-    torch.testing.assert_close(inverse.applied(asked), asked @ dense, rtol=1e-6, atol=1e-6)
-    values = torch.linalg.eigvalsh(gram.gram())
+    inverse, dense = gram.inverse(ridge), DenseGram(gram.matrix()).inverse(ridge)
+    torch.testing.assert_close(inverse.multiply(asked), dense.multiply(asked), rtol=1e-6, atol=1e-6)
+    (solved,) = gram.solve(asked, [ridge])
+    torch.testing.assert_close(solved, inverse.multiply(asked), **EXACT)
+    values = torch.linalg.eigvalsh(gram.matrix())
     damped = values + ridge * values.mean()
     expected = float(damped.max() / damped.min()) if tail or ridge else float("inf")
     assert inverse.condition == pytest.approx(expected, rel=1e-3)
@@ -107,19 +110,16 @@ def test_the_inverse_of_a_factor_is_that_of_its_matrix(ridge: float, tail: float
 
 def test_sums_of_factors_are_those_of_matrices() -> None:
     one, two = (GramFactor(rows=rows(3, 4, seed=seed), tail=0.1 * (seed + 1), energy=1.0) for seed in (0, 1))
-    dense = torch.eye(WIDTH, dtype=torch.float64)
-    expected = 0.3 * one.gram() + 0.7 * two.gram()
+    dense = DenseGram(torch.eye(WIDTH, dtype=torch.float64))
+    expected = 0.3 * one.matrix() + 0.7 * two.matrix()
     for as_matrix in (False, True):
-        total = GramSum(WIDTH, "cpu", as_matrix=as_matrix)
-        total.add(one, 0.3)
-        total.add(two, 0.7)
-        value = total.value
-        assert isinstance(value, torch.Tensor) is as_matrix
-        torch.testing.assert_close(value if as_matrix else value.gram(), expected, **EXACT)
-        total.add(dense, 2.0)
-        assert isinstance(total.value, torch.Tensor)
-        torch.testing.assert_close(total.value, expected + 2 * dense, **EXACT)
-    assert not GramSum(WIDTH, "cpu", as_matrix=False).value.any()
+        total = sum_grams([(one, 0.3), (two, 0.7)], as_matrix=as_matrix)
+        assert isinstance(total, DenseGram) is as_matrix
+        torch.testing.assert_close(total.matrix(), expected, **EXACT)
+        with_dense = sum_grams([(one, 0.3), (dense, 2.0), (two, 0.7)], as_matrix=as_matrix)
+        assert isinstance(with_dense, DenseGram)
+        torch.testing.assert_close(with_dense.matrix(), expected + 2 * dense.matrix(), **EXACT)
+    assert torch.equal(dense.matrix(), torch.eye(WIDTH, dtype=torch.float64))  # what is added up stays as it is
 
 
 def _updates(count: int) -> list[Factors]:
@@ -136,19 +136,18 @@ def _updates(count: int) -> list[Factors]:
 def test_the_ridge_of_factors_is_that_of_their_matrices() -> None:
     updates = _updates(2)
     fit, held = ([factor_of(rows(12, seed=seed + k)) for seed in (0, 1)] for k in (0, 10))
-    fitted, asked = (GramFactor.summed(each, [0.5, 0.5]) for each in (fit, held))
-    met, wanted = target_rows(updates, fit), target_rows(updates, held)
-    values, vectors = torch.linalg.eigh(fitted.gram())
-    dense = chosen_ridge(updates, met, wanted, asked.gram(), (values.clamp_min(0), vectors))
-    found = chosen_ridge_of_factors(updates, met, wanted, asked, fitted)
+    fitted, asked = (sum_grams((gram, 0.5) for gram in each) for each in (fit, held))
+    targets, wanted = target_rows(updates, fit), target_rows(updates, held)
+    dense = choose_ridge(updates, targets, wanted, DenseGram(asked.matrix()), DenseGram(fitted.matrix()))
+    found = choose_ridge(updates, targets, wanted, asked, fitted)
     assert found[0] == dense[0]
     assert found[1] == pytest.approx(dense[1], rel=1e-6)
 
 
 def test_the_papers_solver_takes_factors() -> None:
     updates, grams = _updates(2), [factor_of(rows(12, seed=seed)) for seed in (0, 1)]
-    met, total = target_rows(updates, grams), GramFactor.summed(grams, [1.0, 1.0])
-    dense, found = (lbfgs(updates, met, each, steps=30).delta for each in (total.gram(), total))
+    targets, total = target_rows(updates, grams), sum_grams((gram, 1.0) for gram in grams)
+    dense, found = (lbfgs(updates, targets, each, steps=30).delta for each in (DenseGram(total.matrix()), total))
     assert (found - dense).norm() < 1e-5 * dense.norm()
 
 
@@ -162,12 +161,13 @@ def test_statistics_keep_wide_inputs_as_sketches_of_each_part(monkeypatch: pytes
     assert found.inputs == ("wide", "narrow")
     assert found.parts == ("fit", "held_out")
     assert (found.tokens("wide"), found.tokens("wide", "fit"), found.tokens("narrow")) == (400, 100, 400)
-    assert found.factor("narrow") is None
+    assert isinstance(found.gram("narrow"), DenseGram)
     double = features.double()
     for part, seen in (("fit", double[:100]), ("held_out", double[100:]), (None, double)):
         expected = seen.T @ seen / len(seen)
-        for gram in (found.gram("wide", part), found.factor("wide", part).gram()):
-            assert (gram - expected).norm() < 1e-5 * expected.norm()
+        gram = found.gram("wide", part)
+        assert isinstance(gram, GramFactor)
+        assert (gram.matrix() - expected).norm() < 1e-5 * expected.norm()
     found.offload()
     with pytest.raises(KeyError):
         found.gram("never")
@@ -196,11 +196,12 @@ def test_a_file_has_matrices_and_factors_side_by_side(
     statistics = _mixed(monkeypatch)
     path = statistics.save(tmp_path / "x", max_bytes=max_bytes)
     found, recorded = (each.concepts["<rex>"] for each in (SourceStatistics.load(path), statistics))
-    assert (found.factor("narrow") is None) is (max_bytes is None)
+    assert isinstance(found.gram("narrow"), DenseGram) is (max_bytes is None)
     for name, part in (("wide", "fit"), ("wide", "held_out"), ("wide", None), ("narrow", None)):
         assert found.tokens(name, part) == recorded.tokens(name, part)
-        assert (found.gram(name, part) - recorded.gram(name, part)).norm() < tolerance * recorded.gram(name).norm()
-    assert found.factor("wide").tail == pytest.approx(recorded.factor("wide").tail, rel=1e-2, abs=1e-9)
+        ours, theirs = found.gram(name, part).matrix(), recorded.gram(name, part).matrix()
+        assert (ours - theirs).norm() < tolerance * recorded.gram(name).matrix().norm()
+    assert found.gram("wide").tail == pytest.approx(recorded.gram("wide").tail, rel=1e-2, abs=1e-9)
 
 
 def test_a_budget_is_dealt_out_over_sketches_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +210,8 @@ def test_a_budget_is_dealt_out_over_sketches_too(tmp_path: Path, monkeypatch: py
     numbers = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith("|rows"))
     assert 2 * WIDTH * 5 < 2 * numbers <= 2 * WIDTH * 7
     found = SourceStatistics.load(path).concepts["<rex>"]
-    assert float(found.gram("wide").trace()) == pytest.approx(
-        float(_mixed(monkeypatch).concepts["<rex>"].gram("wide").trace()), rel=1e-2
+    assert float(found.gram("wide").matrix().trace()) == pytest.approx(
+        float(_mixed(monkeypatch).concepts["<rex>"].gram("wide").matrix().trace()), rel=1e-2
     )
 
 

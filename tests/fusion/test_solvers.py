@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from diffusers_mixofshow.errors import FusionError
-from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum
+from diffusers_mixofshow.fusion.compression import Spectrum
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, sum_grams
 from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
-from diffusers_mixofshow.fusion.ridge import CANDIDATES, chosen_ridge
+from diffusers_mixofshow.fusion.ridge import CANDIDATES, choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
     at_most_full_rank,
     closed_form,
-    condition_number,
-    factorise,
     lbfgs,
     overlaps,
     recompressed,
@@ -36,14 +35,22 @@ def _concepts(count: int, tokens: int = 200) -> tuple[list[Factors], list[torch.
     return updates, [normal(IN, IN) @ normal(IN, tokens) for _ in range(count)]
 
 
-def _grams(features: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [one @ one.T for one in features]
+def _grams(features: list[torch.Tensor]) -> list[DenseGram]:
+    return [DenseGram(one @ one.T) for one in features]
+
+
+def _sum(grams: list[Gram]) -> Gram:
+    return sum_grams((gram, 1.0) for gram in grams)
+
+
+def _fused(updates: list[Factors], grams: list[Gram], ridge: float) -> Factors:
+    return closed_form(updates, target_rows(updates, grams), _sum(grams).inverse(ridge))
 
 
 def test_closed_form_is_dense_least_squares() -> None:
     updates, features = _concepts(3)
     grams = _grams(features)
-    fused = closed_form(updates, grams, factorise(grams, ridge=0))
+    fused = _fused(updates, grams, 0)
     targets = torch.cat([update.delta @ x for update, x in zip(updates, features, strict=True)], dim=1)
     dense = torch.linalg.lstsq(torch.cat(features, dim=1).T, targets.T).solution.T
     torch.testing.assert_close(fused.delta, dense)
@@ -54,20 +61,20 @@ def test_closed_form_with_ridge_has_no_gradient_left() -> None:
     updates, features = _concepts(3)
     grams = _grams(features)
     ridge = 0.05
-    delta = closed_form(updates, grams, factorise(grams, ridge)).delta.requires_grad_()
-    damping = ridge * sum(grams).diagonal().mean()
+    delta = _fused(updates, grams, ridge).delta.requires_grad_()
+    damping = ridge * _sum(grams).matrix().diagonal().mean()
     objective = damping * delta.square().sum() + sum(
         ((update.delta - delta) @ x).square().sum() for update, x in zip(updates, features, strict=True)
     )
     (gradient,) = torch.autograd.grad(objective, delta)
-    scale = 2 * sum(update.delta @ gram for update, gram in zip(updates, grams, strict=True)).norm()
+    scale = 2 * sum(update.delta @ gram.matrix() for update, gram in zip(updates, grams, strict=True)).norm()
     assert gradient.norm() / scale < 1e-12
 
 
 def test_one_concept_alone_comes_back() -> None:
     updates, features = _concepts(1)
     grams = _grams(features)
-    fused = closed_form(updates, grams, factorise(grams, ridge=1e-12))
+    fused = _fused(updates, grams, 1e-12)
     torch.testing.assert_close(fused.delta, updates[0].delta, rtol=1e-6, atol=1e-6)
 
 
@@ -77,7 +84,7 @@ def test_directions_without_features_keep_the_base() -> None:
     features = [x - unseen @ (unseen.T @ x) for x in features]
     grams = _grams(features)
     for ridge in (0, 1e-6):
-        fused = closed_form(updates, grams, factorise(grams, ridge))
+        fused = _fused(updates, grams, ridge)
         assert (fused.delta @ unseen).abs().max() < 1e-6
     assert all(relative_residual(fused, own, gram) < 1.5 for own, gram in zip(updates, grams, strict=True))
 
@@ -87,7 +94,7 @@ def test_concepts_in_separate_subspaces_are_all_kept() -> None:
     basis = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64)).Q
     parts = [basis[:, : IN // 2], basis[:, IN // 2 :]]
     grams = _grams([part @ part.T @ x for part, x in zip(parts, features, strict=True)])
-    fused = closed_form(updates, grams, factorise(grams, ridge=1e-10))
+    fused = _fused(updates, grams, 1e-10)
     average = weighted_average(updates, [0.5, 0.5])
     for own, gram in zip(updates, grams, strict=True):
         assert relative_residual(fused, own, gram) < 1e-4
@@ -97,8 +104,8 @@ def test_concepts_in_separate_subspaces_are_all_kept() -> None:
 def test_order_does_not_matter() -> None:
     updates, features = _concepts(3)
     grams = _grams(features)
-    forward = closed_form(updates, grams, factorise(grams, 1e-2)).delta
-    backward = closed_form(updates[::-1], grams[::-1], factorise(grams[::-1], 1e-2)).delta
+    forward = _fused(updates, grams, 1e-2).delta
+    backward = _fused(updates[::-1], grams[::-1], 1e-2).delta
     torch.testing.assert_close(forward, backward)
 
 
@@ -122,21 +129,21 @@ def test_residual_is_the_relative_error_of_the_outputs() -> None:
     updates, features = _concepts(2)
     x = features[0]
     expected = ((updates[1].delta - updates[0].delta) @ x).norm() / (updates[0].delta @ x).norm()
-    assert relative_residual(updates[1], updates[0], x @ x.T) == pytest.approx(expected.item())
-    assert relative_residual(updates[0], updates[0], x @ x.T) == pytest.approx(0, abs=1e-6)
+    assert relative_residual(updates[1], updates[0], DenseGram(x @ x.T)) == pytest.approx(expected.item())
+    assert relative_residual(updates[0], updates[0], DenseGram(x @ x.T)) == pytest.approx(0, abs=1e-6)
 
 
 def test_residual_where_a_concept_changes_nothing() -> None:
     updates, features = _concepts(1)
     nothing = Factors(down=torch.zeros(0, IN).double(), up=torch.zeros(OUT, 0).double())
-    gram = features[0] @ features[0].T
+    (gram,) = _grams(features)
     assert relative_residual(nothing, nothing, gram) == 0
     assert relative_residual(updates[0], nothing, gram) == float("inf")
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(FusionError, match="NaN"):
-        factorise([torch.full((IN, IN), float("nan"))], ridge=1e-2)
+        DenseGram(torch.full((IN, IN), float("nan")).double()).inverse(1e-2)
 
 
 def _objective(delta: torch.Tensor, updates: list[Factors], features: list[torch.Tensor]) -> float:
@@ -168,17 +175,17 @@ def test_lbfgs_on_statistics_is_lbfgs_on_features(steps: int) -> None:
         return loss
 
     optimiser.step(closure)
-    met, total = target_rows(updates, _grams(features)), sum(_grams(features))
-    found = lbfgs(updates, met, total, steps=steps).delta
+    targets, total = target_rows(updates, _grams(features)), _sum(_grams(features))
+    found = lbfgs(updates, targets, total, steps=steps).delta
     assert (found - dense.detach()).norm() < 1e-5 * dense.detach().norm()
 
 
 def test_lbfgs_comes_to_the_least_squares_in_the_papers_500_steps() -> None:
     updates, features = _concepts(3)
     grams = _grams(features)
-    floor = _objective(closed_form(updates, grams, factorise(grams, ridge=0)).delta, updates, features)
+    floor = _objective(_fused(updates, grams, 0).delta, updates, features)
     few, many = (
-        _objective(lbfgs(updates, target_rows(updates, grams), sum(grams), steps=steps).delta, updates, features)
+        _objective(lbfgs(updates, target_rows(updates, grams), _sum(grams), steps=steps).delta, updates, features)
         for steps in (5, 500)
     )
     assert floor <= many <= floor * (1 + 1e-6) < few
@@ -246,12 +253,11 @@ def test_chosen_ridge_is_the_best_on_held_out_inputs() -> None:
     generator = torch.Generator().manual_seed(1)
     fresh = [x + 2 * torch.randn(x.shape, generator=generator).double() for x in features]
     fitted, held_out = _grams(features), _grams(fresh)
-    values, vectors = torch.linalg.eigh(sum(fitted))
-    met, asked = target_rows(updates, fitted), target_rows(updates, held_out)
-    ridge, error = chosen_ridge(updates, met, asked, sum(held_out), (values, vectors))
+    targets, asked = target_rows(updates, fitted), target_rows(updates, held_out)
+    ridge, error = choose_ridge(updates, targets, asked, _sum(held_out), _sum(fitted))
 
     def relative(candidate: float) -> float:
-        delta = closed_form(updates, fitted, factorise(fitted, candidate)).delta
+        delta = _fused(updates, fitted, candidate).delta
         base = sum((update.delta @ x).square().sum().item() for update, x in zip(updates, fresh, strict=True))
         return _objective(delta, updates, fresh) / base
 
@@ -273,39 +279,41 @@ def test_overlaps_are_those_of_row_spaces() -> None:
 
 
 def test_condition_number_of_a_diagonal() -> None:
-    matrix = torch.diag(torch.tensor([4.0, 0.5]))
-    assert condition_number(matrix, matrix.inverse()) == pytest.approx(8)
+    matrix = torch.diag(torch.tensor([4.0, 0.5])).double()
+    assert DenseGram(matrix).inverse(0).condition == pytest.approx(8)
+    assert DenseGram(matrix).inverse(1.0).condition == pytest.approx((4 + 2.25) / (0.5 + 2.25))
 
 
 def test_condition_number_is_of_the_largest_column_sums() -> None:
-    matrix = torch.tensor([[2.0, 1.0], [0.0, 1.0]]).double()
-    assert condition_number(matrix, torch.tensor([[0.5, -0.5], [0.0, 1.0]]).double()) == pytest.approx(2 * 1.5)
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 1.0]]).double()  # its inverse is [[1, -1], [-1, 2]]
+    assert DenseGram(matrix).inverse(0).condition == pytest.approx(3 * 3)
 
 
 def test_residual_of_a_low_rank_factor_is_that_of_its_matrix() -> None:
     updates, features = _concepts(2)
-    factor = Spectrum.of(features[0] @ features[0].T).leading(4)
-    expected = relative_residual(updates[1], updates[0], factor.gram())
+    factor = Spectrum.of(_grams(features)[0]).leading(4)
+    expected = relative_residual(updates[1], updates[0], DenseGram(factor.matrix()))
     assert relative_residual(updates[1], updates[0], factor) == pytest.approx(expected)
-    both = GramFactor.summed([factor, factor], [1.0, 2.0])
-    torch.testing.assert_close(both.gram(), 3 * factor.gram())
+    both = sum_grams([(factor, 1.0), (factor, 2.0)])
+    torch.testing.assert_close(both.matrix(), 3 * factor.matrix())
 
 
 def test_a_factor_stands_for_its_matrix() -> None:
     updates, features = _concepts(1)
-    factor = Spectrum.of(features[0] @ features[0].T).leading(4)
-    torch.testing.assert_close(target_rows(updates, [factor]), target_rows(updates, [factor.gram()]))
+    factor = Spectrum.of(_grams(features)[0]).leading(4)
+    dense = DenseGram(factor.matrix())
+    torch.testing.assert_close(target_rows(updates, [factor]), target_rows(updates, [dense]))
     total = torch.eye(IN).double()
     factor.add_to(total, 0.5)
-    torch.testing.assert_close(total, torch.eye(IN).double() + 0.5 * factor.gram())
+    torch.testing.assert_close(total, torch.eye(IN).double() + 0.5 * factor.matrix())
 
 
 def test_a_gram_matrix_that_is_singular_is_named_or_taken_at_minimum_norm() -> None:
     updates, features = _concepts(1, tokens=2)
     grams = _grams(features)
     with pytest.raises(FusionError, match=r"cannot be inverted with ridge=1e-40.*raise the ridge"):
-        factorise(grams, ridge=1e-40)
-    fused = closed_form(updates, grams, factorise(grams, ridge=0))
+        _sum(grams).inverse(1e-40)
+    fused = _fused(updates, grams, 0)
     torch.testing.assert_close(fused.delta @ features[0], updates[0].delta.double() @ features[0])
 
 

@@ -6,7 +6,8 @@ import torch
 import tiny
 from diffusers_mixofshow.families.layers import adapted_layers
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics, summed_gram
+from diffusers_mixofshow.fusion.gram import sum_grams
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
 def test_streaming_equals_batch() -> None:
@@ -15,7 +16,7 @@ def test_streaming_equals_batch() -> None:
     for part in features.split(2):
         stream.add("layer", part)
     rows = features.double().flatten(end_dim=-2)
-    torch.testing.assert_close(stream.gram("layer"), rows.T @ rows / 30)
+    torch.testing.assert_close(stream.gram("layer").matrix(), rows.T @ rows / 30)
     assert stream.tokens("layer") == 30
     assert stream.tokens("other") == 0
     assert stream.inputs == ("layer",)
@@ -25,7 +26,7 @@ def test_half_precision_features_are_summed_in_full() -> None:
     features = torch.randn(5000, 4).half()
     statistics = ConceptStatistics()
     statistics.add("layer", features)
-    torch.testing.assert_close(statistics.gram("layer"), features.double().T @ features.double() / 5000)
+    torch.testing.assert_close(statistics.gram("layer").matrix(), features.double().T @ features.double() / 5000)
 
 
 def test_autocast_does_not_reach_the_products() -> None:
@@ -33,7 +34,7 @@ def test_autocast_does_not_reach_the_products() -> None:
     statistics = ConceptStatistics()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         statistics.add("layer", features)
-    torch.testing.assert_close(statistics.gram("layer"), features.double().T @ features.double() / 50)
+    torch.testing.assert_close(statistics.gram("layer").matrix(), features.double().T @ features.double() / 50)
 
 
 def test_concepts_weigh_the_same_however_long_they_were_recorded() -> None:
@@ -42,8 +43,9 @@ def test_concepts_weigh_the_same_however_long_they_were_recorded() -> None:
     short.add("layer", features)
     for _ in range(7):
         long.add("layer", features)
-    torch.testing.assert_close(short.gram("layer"), long.gram("layer"))
-    torch.testing.assert_close(summed_gram([short, long], "layer"), 2 * short.gram("layer"))
+    torch.testing.assert_close(short.gram("layer").matrix(), long.gram("layer").matrix())
+    both = sum_grams((one.gram("layer"), 1.0) for one in (short, long))
+    torch.testing.assert_close(both.matrix(), 2 * short.gram("layer").matrix())
 
 
 @pytest.mark.parametrize(

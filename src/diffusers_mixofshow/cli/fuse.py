@@ -124,6 +124,7 @@ def fuse(
     """
     from diffusers_mixofshow.fusion.solving import MEASURED, check_device
     from diffusers_mixofshow.fusion.sources import gather
+    from diffusers_mixofshow.fusion.store import StatisticsStore
 
     settings = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
     if not dry_run:  # which may be on another machine than the run
@@ -131,7 +132,9 @@ def fuse(
     _refuse_unwritable(output, heat_map)
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
-    gathered = gather(read_sources(sources, prompts or []), None, prompts=None, with_statistics=own)
+    given = read_sources(sources, prompts or [])
+    gathered = gather(given, None, prompts=None)
+    gathered = StatisticsStore().attach(gathered, given) if own else gathered
     taken = _places(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _base_needed(gathered, base, features, method, prior)
@@ -175,14 +178,13 @@ def _places(
 ) -> list[Path]:
     """All places that are written to, or whose content would be stale; refused where they are taken."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
-    from diffusers_mixofshow.fusion.pack import check_carried, replaced
-    from diffusers_mixofshow.fusion.sources import refuse_replacing
+    from diffusers_mixofshow.fusion.pack_sources import check_carried, find_replaced, refuse_replacing
     from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 
     if carried:
         check_carried(gathered)
     plain = not any(source.edlora.concepts for source in gathered)
-    taken = replaced(output, PLAIN_NAME if plain else FILE_NAME, gathered)
+    taken = find_replaced(output, PLAIN_NAME if plain else FILE_NAME, gathered)
     taken += [] if heat_map is None else [heat_map]
     refuse_replacing(gathered, *taken, carried=carried)
     refuse_overwriting(*taken, overwrite=overwrite)

@@ -87,7 +87,7 @@ class Recording:
         if defects:
             raise FusionError("Recording: " + "; ".join(defects))
 
-    def resolved(self, pipe: FusablePipeline) -> Recording:
+    def resolve(self, pipe: FusablePipeline) -> Recording:
         """The same settings spelt out: what is None is what the pipeline would take for it."""
         family = family_of(pipe.components)
         height, width = (
@@ -104,11 +104,18 @@ class Recording:
             width=width if self.width is None else self.width,
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """What of it shapes the statistics, as JSON values; the size of batches does not."""
+    def as_json(self, prompts: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+        """What of it shapes the statistics, as JSON values; the size of batches does not.
+
+        Args:
+            prompts: What is sampled, by placeholder; told as well where it is given.
+        """
         values = {name: int(value) if isinstance(value, Integral) else value for name, value in asdict(self).items()}
         del values["batch_size"]
-        return values | {"seeds": [int(seed) for seed in self.seeds]}
+        values |= {"seeds": [int(seed) for seed in self.seeds]}
+        return values | (
+            {} if prompts is None else {"prompts": {name: list(texts) for name, texts in prompts.items()}}
+        )
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -144,7 +151,7 @@ def collect(
         edlora: What to load, already scaled; None records the base as it is.
         prompts: Prompts that name the concept.
         sites: Layers to watch, see `families.family`.
-        recording: How to sample.
+        recording: How to sample, resolved.
         advance: Called after each denoising step with the number of pictures it moved on.
         hold_out: Keep every fourth prompt apart, or the last one of fewer, so that a ridge can be judged by it.
 
@@ -156,7 +163,7 @@ def collect(
         FusionError: If sampling does not use all sites.
     """
     refuse_copied(pipe.components)
-    statistics, recording = ConceptStatistics(), recording.resolved(pipe)
+    statistics = ConceptStatistics()
     with loaded(pipe, edlora), _sampling_quietly(pipe):
         for part in PARTS:
             with watched(pipe, sites, statistics, recording.text_tokens, part):

@@ -1,4 +1,4 @@
-"""Gram matrices as low-rank factors, so that a concept's statistics fit beside its LoRA."""
+"""Which directions of Gram matrices are kept, so that a concept's statistics fit beside its LoRA."""
 
 from __future__ import annotations
 
@@ -9,115 +9,13 @@ from typing import TypeVar
 
 import torch
 
+from diffusers_mixofshow.fusion.gram import Gram, GramFactor
+
 
 Key = TypeVar("Key")
 
 _BYTES = 2  # of a float16 value
 _FEW, _OVERSAMPLED, _ITERATIONS = 4, 16, 4  # of subspace iteration
-
-
-@dataclass(frozen=True, kw_only=True)
-class GramFactor:
-    """A Gram matrix per token, approximated as F^T F + tail I.
-
-    Args:
-        rows: F, shape (kept, in_features): the leading eigenvectors, times the roots of what their eigenvalues have
-            beyond the tail.
-        tail: Mean of the eigenvalues that were left out, so that the trace is the original's; the directions left
-            out count alike instead of not at all.
-        energy: Share of the trace that the rows keep, 0 to 1.
-    """
-
-    rows: torch.Tensor
-    tail: float
-    energy: float
-
-    def gram(self) -> torch.Tensor:
-        """The approximation, shape (in_features, in_features), float64."""
-        rows = self.rows.double()
-        return rows.T @ rows + self.tail * torch.eye(rows.shape[1], dtype=torch.float64)
-
-    def applied(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows @ gram()`` without the matrix, at a cost linear in the width.
-
-        Args:
-            rows: Shape (n, in_features), float64.
-        """
-        factor = self.rows.to(rows)
-        return (rows @ factor.T) @ factor + self.tail * rows
-
-    @property
-    def mean(self) -> float:
-        """Mean of the diagonal."""
-        return float(self.rows.double().square().sum() / self.rows.shape[1]) + self.tail
-
-    def add_to(self, total: torch.Tensor, weight: float) -> None:
-        """``total += weight * gram()``, in place and without another matrix.
-
-        Args:
-            total: Shape (in_features, in_features), float64.
-            weight: Its factor.
-        """
-        factor = self.rows.to(total)
-        total.addmm_(factor.T, factor, alpha=weight)
-        total.diagonal().add_(weight * self.tail)
-
-    @classmethod
-    def summed(cls, factors: Sequence[GramFactor], weights: Sequence[float]) -> GramFactor:
-        """Factor of a weighted sum of matrices: all rows together.
-
-        Args:
-            factors: One for each matrix, of one width.
-            weights: Above 0.
-        """
-        rows = [weight**0.5 * factor.rows.double() for factor, weight in zip(factors, weights, strict=True)]
-        tail = sum(weight * factor.tail for factor, weight in zip(factors, weights, strict=True))
-        return cls(rows=torch.cat(rows), tail=tail, energy=min(factor.energy for factor in factors))
-
-
-def matrix_of(gram: torch.Tensor | GramFactor) -> torch.Tensor:
-    """The matrix itself, shape (in_features, in_features), float64."""
-    return gram.gram() if isinstance(gram, GramFactor) else gram
-
-
-class GramSum:
-    """A weighted sum of Gram matrices: a matrix, or a factor where the layer is wide and every summand is one."""
-
-    def __init__(self, width: int, device: str | torch.device, *, as_matrix: bool) -> None:
-        """Start with nothing.
-
-        Args:
-            width: Features of the layer's input.
-            device: Of the matrix.
-            as_matrix: Make a matrix of it whatever is added.
-        """
-        self._width, self._device = width, device
-        self._matrix = self._zeros() if as_matrix else None
-        self._factors: list[tuple[GramFactor, float]] = []
-
-    def add(self, gram: torch.Tensor | GramFactor, weight: float) -> None:
-        """Add ``weight * gram``."""
-        if isinstance(gram, GramFactor) and self._matrix is None:
-            self._factors.append((gram, weight))
-            return
-        if self._matrix is None:
-            self._matrix, earlier = self._zeros(), self._factors
-            for factor, share in earlier:
-                factor.add_to(self._matrix, share)
-        if isinstance(gram, GramFactor):
-            gram.add_to(self._matrix, weight)
-        else:
-            self._matrix.add_(gram, alpha=weight)
-
-    @property
-    def value(self) -> torch.Tensor | GramFactor:
-        """The sum, shape (in_features, in_features), float64, or its factor; zeros if nothing was added."""
-        if self._matrix is None and self._factors:
-            return GramFactor.summed(*zip(*self._factors, strict=True))
-        return self._zeros() if self._matrix is None else self._matrix
-
-    def _zeros(self) -> torch.Tensor:
-        return torch.zeros(self._width, self._width, dtype=torch.float64, device=self._device)
 
 
 @dataclass(frozen=True)
@@ -133,29 +31,27 @@ class Spectrum:
     vectors: torch.Tensor
 
     @classmethod
-    def of(cls, gram: torch.Tensor, known: int | None = None) -> Spectrum:
-        """Decompose a symmetric matrix.
+    def of(cls, gram: Gram, known: int | None = None) -> Spectrum:
+        """Decompose a Gram matrix; of a factor, whose rows are orthogonal, the spectrum is there already.
 
         Args:
             gram: Shape (in_features, in_features).
             known: How many leading vectors are wanted; by default all. Where they are few, they are found by subspace
                 iteration (arXiv:0909.4061, algorithm 4.4), which is ten times as fast as decomposing 1280 x 1280.
         """
-        gram, width = gram.double(), len(gram)
+        width = gram.width
+        if isinstance(gram, GramFactor):
+            squares = gram.rows.double().square().sum(dim=1)
+            rows = gram.rows.double() / squares.sqrt().clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+            rest = torch.full((width - len(squares),), gram.tail, dtype=torch.float64)
+            return cls(torch.cat([squares + gram.tail, rest]), rows.T)
+        matrix = gram.matrix()
         if known is None or width < _FEW * known:
-            values, vectors = torch.linalg.eigh(gram)
+            values, vectors = torch.linalg.eigh(matrix)
             return cls(values.flip(0).clamp_min(0), vectors.flip(1)[:, :known])
-        values, vectors = _leading(gram, known)
-        rest = (gram.trace() - values.sum()).clamp_min(0) / (width - known)
+        values, vectors = _leading(matrix, known)
+        rest = (matrix.trace() - values.sum()).clamp_min(0) / (width - known)
         return cls(torch.cat([values, rest.expand(width - known)]), vectors)
-
-    @classmethod
-    def of_factor(cls, factor: GramFactor) -> Spectrum:
-        """The spectrum that a factor with orthogonal rows stands for."""
-        squares, width = factor.rows.double().square().sum(dim=1), factor.rows.shape[1]
-        rows = factor.rows.double() / squares.sqrt().clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-        rest = torch.full((width - len(squares),), factor.tail, dtype=torch.float64)
-        return cls(torch.cat([squares + factor.tail, rest]), rows.T)
 
     def leading(self, kept: int) -> GramFactor:
         """Keep the largest eigenvalues.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,39 +16,36 @@ from diffusers_mixofshow.atomic import refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
-from diffusers_mixofshow.edlora.folder import SOURCES, places, remove
+from diffusers_mixofshow.edlora.folder import remove
 from diffusers_mixofshow.edlora.reading import read_metadata
 from diffusers_mixofshow.errors import FusionError, meant, warn
+from diffusers_mixofshow.fusion.gram import Device, Gram
+from diffusers_mixofshow.fusion.pack_sources import (
+    carried_at,
+    carry,
+    check_carried,
+    find_replaced,
+    find_source,
+    leave_out_carried,
+    read_record,
+    refuse_replacing,
+)
 from diffusers_mixofshow.fusion.precision import in_dtype
 from diffusers_mixofshow.fusion.prompts import PromptSet
-from diffusers_mixofshow.fusion.record import recorded
 from diffusers_mixofshow.fusion.report import FusionReport
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
-    Device,
-    Gram,
     Settings,
     Solution,
     Statistics,
     check_recorded,
-    family_of_sources,
     sites_of,
-    solve_input,
+    solve,
 )
-from diffusers_mixofshow.fusion.sources import (
-    EDLoRASource,
-    Source,
-    carry,
-    family_defects,
-    found_source,
-    gather,
-    is_carried,
-    mutual_defects,
-    refuse_replacing,
-)
+from diffusers_mixofshow.fusion.sources import FusionInput, Source, family_defects, gather, mutual_defects
+from diffusers_mixofshow.fusion.store import StatisticsStore
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
-from diffusers_mixofshow.progress import progress
 
 
 _PLAIN_KEY = "mixofshow_fusion"
@@ -107,7 +103,7 @@ class FusedPack(EDLoRA):
         """
         if sources:
             check_carried(self.sources)
-        taken = replaced(Path(folder), self._file_name, self.sources, merged=merged)
+        taken = find_replaced(Path(folder), self._file_name, self.sources, merged=merged)
         refuse_replacing(self.sources, *taken, carried=sources)
         refuse_overwriting(*taken, overwrite=overwrite)
         if not self.concepts and merged:
@@ -116,7 +112,7 @@ class FusedPack(EDLoRA):
                 "with load_lora_weights() and use fuse_lora() instead."
             )
         for source in self.sources if sources else ():
-            carry(source, Path(folder, _carried(source.prompts)))
+            carry(source, Path(folder, carried_at(source.prompts)))
         if not self.concepts:
             return self._save_plain(Path(folder))
         # what is carried just now is there already
@@ -128,7 +124,7 @@ class FusedPack(EDLoRA):
 
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
         """What an earlier pack has left in a folder, but for sources that both are fused from."""
-        return _without_kept(super()._stale(folder, merged=merged), folder, self.sources)
+        return leave_out_carried(super()._stale(folder, merged=merged), folder, self.sources)
 
     def _save_plain(self, folder: Path) -> Path:
         """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
@@ -176,8 +172,8 @@ class FusedPack(EDLoRA):
         """
         plain = _plain_file(source)
         pack = super().from_pretrained(source, **hub) if plain is None else cls._of_plain(plain)
-        settings, entries = recorded(FusionReport.of(pack).data)
-        found = [found_source(entry, source, _carried(entry["concepts"])) for entry in entries]
+        settings, entries = read_record(FusionReport.of(pack).data)
+        found = [find_source(entry, source) for entry in entries]
         return replace(pack, sources=tuple(found), settings=settings)
 
     @classmethod
@@ -190,7 +186,7 @@ class FusedPack(EDLoRA):
         """What fusion kept of every concept, layer by layer."""
         return FusionReport.of(self)
 
-    def add(self, source: EDLoRASource, *, prompts: PromptSet | None = None) -> FusedPack:
+    def add(self, source: FusionInput, *, prompts: PromptSet | None = None) -> FusedPack:
         """Fuse one more source in; the result equals a fresh fusion of all of them.
 
         Args:
@@ -201,7 +197,7 @@ class FusedPack(EDLoRA):
             ConceptError: If its concept is in the pack already.
             FusionError: If statistics are missing, or the source does not fit.
         """
-        (added,) = gather([source], None, prompts=prompts, with_statistics=True)
+        (added,) = StatisticsStore().attach(gather([source], None, prompts=prompts), [source])
         return fuse_again(self, (*self.sources, added))
 
     def remove(self, name: str) -> FusedPack:
@@ -288,23 +284,16 @@ def fuse_recorded(
         pipe: The pipeline that they were recorded with, which may have its progress bars switched off.
     """
     prior = {} if prior is None else prior
-    start, solution, sites = time.perf_counter(), Solution(), sites_of(sources)
-    team = Team.present()
-    statistics = _statistics(sources, team)
+    start, sites = time.perf_counter(), sites_of(sources)
+    statistics = _statistics_of(sources, Team.present())
     if statistics:
         check_recorded(sources, statistics, sites)
-    family = family_of_sources(sources)
-    groups = family.by_input(sites)
-    with progress("Solving", len(groups), pipe=pipe) as bar:
-        for name, group in groups.items():
-            solution.add(solve_input(family, sources, statistics, group, settings, prior.get(name), team, device))
-            bar.update()
-    solution.residuals = joined_residuals(solution, team)
-    pack = packed(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
-    return replace(pack, prior=prior, device=device)
+    solution = solve(sources, statistics, sites, settings, prior=prior, device=device, pipe=pipe)
+    fused = pack_solution(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
+    return replace(fused, prior=prior, device=device)
 
 
-def packed(
+def pack_solution(
     sources: tuple[Source, ...], settings: Settings, solution: Solution, record: Mapping[str, object]
 ) -> FusedPack:
     """Put fused layers, and the concepts' embeddings side by side, into a pack with its report.
@@ -331,46 +320,6 @@ def packed(
     )
 
 
-def replaced(folder: Path, file_name: str, sources: Sequence[Source], *, merged: bool = False) -> list[Path]:
-    """What a pack of these sources takes the place of in a folder, or makes stale; sources that it has already stay.
-
-    Args:
-        folder: Where it is to be saved; may be missing.
-        file_name: The pack's file.
-        sources: What it is fused from.
-        merged: Whether a complete pipeline is to be saved.
-    """
-    return _without_kept(places(folder, file_name, merged=merged), folder, sources)
-
-
-def _without_kept(found: Sequence[Path], folder: Path, sources: Sequence[Source]) -> list[Path]:
-    """What was found in a folder but for those of the sources that it carries as a pack of them would."""
-    own = {Path(folder, _carried(source.prompts)): source for source in sources}
-    return [path for path in found if path not in own or not is_carried(own[path], path)]
-
-
-def check_carried(sources: Sequence[Source]) -> None:
-    """Refuse sources that a pack would carry in one folder, also where a system takes capitals for the same letters.
-
-    Raises:
-        FusionError: Names them.
-    """
-    folders: dict[str, list[str]] = {}
-    for source in sources:
-        folders.setdefault(_carried(source.prompts).casefold(), []).append(source.name)
-    if clashes := [" and ".join(names) for names in folders.values() if len(names) > 1]:
-        raise FusionError(
-            f"A pack that carries its sources would have one folder for {'; for '.join(clashes)}. Give plain LoRAs "
-            "other names (name='...'), rename a concept, or leave the sources out."
-        )
-
-
-def _carried(names: Iterable[str]) -> str:
-    """Where a pack carries a source: ``sources/potter``, ``sources/rex+kit``, ``sources/lora-ink`` of a plain LoRA."""
-    spelt = [name[1:-1] if name.startswith("<") else f"lora-{name}" for name in names]
-    return f"{SOURCES}/" + re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never a path to anywhere else
-
-
 def _plain_file(source: str | os.PathLike[str]) -> Path | None:
     """The file of a pack that was fused from plain LoRAs alone, in a folder or by itself."""
     path = Path(source)
@@ -379,16 +328,7 @@ def _plain_file(source: str | os.PathLike[str]) -> Path | None:
     return path if path.is_file() and _PLAIN_KEY in read_metadata(path) else None
 
 
-def joined_residuals(solution: Solution, team: Team) -> dict[str, dict[str, tuple[float, float]]]:
-    """Residuals of all sources, each measured by the process that has it."""
-    found = {(site, name): pair for site, layer in solution.residuals.items() for name, pair in layer.items()}
-    joined: dict[str, dict[str, tuple[float, float]]] = {}
-    for (site, name), pair in team.joined(found).items():
-        joined.setdefault(site, {})[name] = pair
-    return joined
-
-
-def _statistics(sources: Sequence[Source], team: Team) -> Statistics:
+def _statistics_of(sources: Sequence[Source], team: Team) -> Statistics:
     """Statistics of the concepts of this process's sources; nothing unless all sources have them."""
     mine = {
         place: [source.statistics.concepts[placeholder] for placeholder in source.prompts]

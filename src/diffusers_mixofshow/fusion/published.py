@@ -28,7 +28,8 @@ from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.edlora.reading import read_steadily
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError
-from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum, most_rows, ranks_within
+from diffusers_mixofshow.fusion.compression import Spectrum, most_rows, ranks_within
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, GramFactor, sum_grams
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
 
 
@@ -113,7 +114,7 @@ class SourceStatistics:
         tensors: dict[str, torch.Tensor] = {}
         entries: dict[str, Any] = {}
         for placeholder, statistics in self.concepts.items():
-            written, entries[placeholder] = _written(placeholder, statistics, max_bytes, dtype)
+            written, entries[placeholder] = _write_concept(placeholder, statistics, max_bytes, dtype)
             tensors |= written
         header = {
             "format_version": FORMAT_VERSION,
@@ -227,29 +228,16 @@ class StoredStatistics:
         entry = self._inputs.get(name, {})
         return sum(entry[one]["tokens"] for one in (PARTS if part is None else (part,)) if one in entry)
 
-    def energy(self, name: str, part: Part) -> float:
-        """Share of the trace that a low-rank factor keeps; 1 of a full matrix."""
-        return float(self._inputs[name][part]["energy"])
-
-    def gram(self, name: str, part: Part | None = None) -> torch.Tensor:
-        """Gram matrix per token, (in_features, in_features), float64, on the CPU; of one part or of all.
+    def gram(self, name: str, part: Part | None = None) -> Gram:
+        """Gram matrix per token, on the CPU; of one part or of all. A low-rank factor where the file holds one.
 
         Raises:
-            FusionError: If the file's matrix holds NaN or Inf, or has another shape.
+            FusionError: If the file's matrix holds NaN or Inf, or is not the one whose header was loaded.
         """
-        wanted = [one for one in (PARTS if part is None else (part,)) if one in self._inputs[name]]
+        entry, every = self._inputs[name], self.tokens(name, part)
+        wanted = [one for one in (PARTS if part is None else (part,)) if one in entry]
         read = self._read(name, wanted)
-        grams = [self.tokens(name, one) * self._gram(read, name, one) for one in wanted]
-        return torch.stack(grams).sum(dim=0) / self.tokens(name, part)
-
-    def factor(self, name: str, part: Part | None = None) -> GramFactor | None:
-        """The Gram matrix of one part or of all as a low-rank factor; None where the file holds it in full."""
-        if name in self._full:
-            return None
-        wanted = [one for one in (PARTS if part is None else (part,)) if one in self._inputs[name]]
-        read = self._read(name, wanted)
-        factors = [self._factor(read, name, one) for one in wanted]
-        return GramFactor.summed(factors, [self.tokens(name, one) / self.tokens(name, part) for one in wanted])
+        return sum_grams((self._gram(read, name, one), entry[one]["tokens"] / every) for one in wanted)
 
     def tensor_names(self) -> list[str]:
         """Every tensor of the file that belongs to this concept."""
@@ -303,10 +291,9 @@ class StoredStatistics:
             raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
         return tensors
 
-    def _gram(self, read: Mapping[tuple[Part, str], torch.Tensor], name: str, part: Part) -> torch.Tensor:
-        return read[part, "gram"] if name in self._full else self._factor(read, name, part).gram()
-
-    def _factor(self, read: Mapping[tuple[Part, str], torch.Tensor], name: str, part: Part) -> GramFactor:
+    def _gram(self, read: Mapping[tuple[Part, str], torch.Tensor], name: str, part: Part) -> Gram:
+        if name in self._full:
+            return DenseGram(read[part, "gram"])
         entry = self._inputs[name][part]
         rows = read[part, "rows"] * read[part, "scale"][:, None]
         return GramFactor(rows=rows, tail=entry["tail"], energy=entry["energy"])
@@ -339,58 +326,44 @@ def _replaced(path: Path) -> FusionError:
     )
 
 
-def _written(
+def _write_concept(
     placeholder: str, statistics: GramStatistics, max_bytes: MaxBytes, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and header entry of one concept."""
     keys = [(name, part) for name in statistics.inputs for part in PARTS if statistics.tokens(name, part)]
-    sketched = {key: factor for key in keys if (factor := statistics.factor(*key)) is not None}
-    endless = [
-        key[0]
-        for key in keys
-        if not (sketched[key].rows if key in sketched else statistics.gram(*key)).isfinite().all()
-    ]
-    if endless:
+    if endless := [name for name, part in keys if not statistics.gram(name, part).is_finite]:
         raise FusionError(
             f"The statistics of {placeholder} hold NaN or Inf at {len(endless)} inputs, first at {endless[0]}. "
             "Sample the concept alone and look at the picture; in float16 a model may overflow, float32 does not."
         )
-    factors = sketched if max_bytes is None else _factors(statistics, keys, sketched, max_bytes)
+    factors = {} if max_bytes is None else _shrink(statistics, keys, max_bytes)
     tensors: dict[str, torch.Tensor] = {}
     entry: dict[str, Any] = {}
     for name, part in keys:
-        numbers = {"tokens": statistics.tokens(name, part), "tail": 0.0, "energy": 1.0}
-        factor = factors.get((name, part))
-        if factor is None:
-            tensors[_tensor_name(placeholder, part, name, "gram")] = statistics.gram(name, part).to(dtype).contiguous()
-        else:
-            scale = factor.rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny).float()
-            rows = factor.rows / scale[:, None]
-            tensors[_tensor_name(placeholder, part, name, "rows")] = rows.to(
-                dtype if max_bytes is None else torch.half
-            )
+        gram = factors.get((name, part)) or statistics.gram(name, part)
+        numbers = {"tokens": statistics.tokens(name, part), "tail": gram.tail, "energy": 1.0}
+        if isinstance(gram, GramFactor):
+            scale = gram.rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny).float()
+            rows = (gram.rows / scale[:, None]).to(dtype if max_bytes is None else torch.half)
+            tensors[_tensor_name(placeholder, part, name, "rows")] = rows
             tensors[_tensor_name(placeholder, part, name, "scale")] = scale
-            numbers |= {"tail": factor.tail, "energy": factor.energy}
+            numbers["energy"] = gram.energy
+        else:
+            tensors[_tensor_name(placeholder, part, name, "gram")] = gram.matrix().to(dtype).contiguous()
         entry.setdefault(name, {})[part] = numbers
     return tensors, entry
 
 
-def _factors(
-    statistics: GramStatistics,
-    keys: Sequence[tuple[str, Part]],
-    sketched: Mapping[tuple[str, Part], GramFactor],
-    max_bytes: int | Literal["auto"],
+def _shrink(
+    statistics: GramStatistics, keys: Sequence[tuple[str, Part]], max_bytes: int | Literal["auto"]
 ) -> dict[tuple[str, Part], GramFactor]:
-    """Low-rank factors of all matrices within a budget, each matrix decomposed once; of some a factor is known."""
-    whole = [key for key in keys if key not in sketched]
-    widths = {key: len(statistics.gram(*key)) for key in whole}
-    widths |= {key: factor.rows.shape[1] for key, factor in sketched.items()}
+    """Low-rank factors of all matrices within a budget, each matrix decomposed once."""
+    widths = {key: statistics.gram(*key).width for key in keys}
     of_inputs = {name: width for (name, _), width in widths.items()}
     usual = max(DEFAULT_BYTES, _BYTES_A_FEATURE * sum(of_inputs.values()))
     budget = max_bytes if isinstance(max_bytes, int) else usual
     known = most_rows(list(widths.values()), budget)
-    spectra = {key: Spectrum.of_factor(factor) for key, factor in sketched.items()}
-    spectra |= {key: Spectrum.of(statistics.gram(*key), known) for key in whole}
+    spectra = {key: Spectrum.of(statistics.gram(*key), known) for key in keys}
     shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in keys}
     kept = ranks_within({key: spectrum.values for key, spectrum in spectra.items()}, budget, shares)
     return {key: spectrum.leading(kept[key]) for key, spectrum in spectra.items()}

@@ -6,7 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from diffusers_mixofshow.fusion.compression import GramFactor, Spectrum
+from diffusers_mixofshow.fusion.compression import Spectrum
+from diffusers_mixofshow.fusion.gram import GramFactor
 
 
 WIDEST_MATRIX = 2048
@@ -37,6 +38,7 @@ class GramSketch:
         self._width, self._directions = width, min(DIRECTIONS if directions is None else directions, width)
         self._image: torch.Tensor | None = None  # Y, (width, directions)
         self._trace = torch.zeros((), dtype=torch.float64)
+        self._found: tuple[int, GramFactor] | None = None  # asked for several times while a file is written
 
     def add(self, rows: torch.Tensor) -> None:
         """Add X^T (X Omega) and the squares of X.
@@ -44,7 +46,7 @@ class GramSketch:
         Args:
             rows: X, shape (tokens, width), float64 on a CPU, float32 elsewhere.
         """
-        image = rows.T @ (rows @ self._omega(rows))
+        image, self._found = rows.T @ (rows @ self._omega(rows)), None
         self._image = image if self._image is None else self._image + image
         self._trace += rows.square().sum(dtype=torch.float32 if rows.device.type == "mps" else torch.float64).cpu()
 
@@ -53,7 +55,7 @@ class GramSketch:
         if self._image is not None:
             self._image = self._image.cpu()
 
-    def factor(self, tokens: int) -> GramFactor:
+    def gram(self, tokens: int) -> GramFactor:
         """The matrix per token as a low-rank factor with a tail (Nystrom, algorithm 3 of arXiv:1706.05736).
 
         G is taken as Y (Omega^T Y)^+ Y^T, the best guess from what is known; its eigenvalues are never above G's.
@@ -62,6 +64,11 @@ class GramSketch:
         Args:
             tokens: How many rows were added, above 0.
         """
+        if self._found is None or self._found[0] != tokens:
+            self._found = (tokens, self._factor(tokens))
+        return self._found[1]
+
+    def _factor(self, tokens: int) -> GramFactor:
         if self._image is None:
             raise RuntimeError("Nothing was added to this sketch.")
         eps = torch.finfo(self._image.dtype).eps

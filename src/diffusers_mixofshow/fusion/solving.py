@@ -16,18 +16,13 @@ from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import FusionError, first_line
 from diffusers_mixofshow.families import Family, family_of_sites
 from diffusers_mixofshow.families.recognition import family_of_updates
-from diffusers_mixofshow.fusion.compression import GramFactor, GramSum, matrix_of
+from diffusers_mixofshow.fusion.gram import Device, Gram, Inverse, sum_grams
 from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
-from diffusers_mixofshow.fusion.ridge import chosen_ridge, chosen_ridge_of_factors
-from diffusers_mixofshow.fusion.sketch import WIDEST_MATRIX
+from diffusers_mixofshow.fusion.ridge import choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
-    FactorInverter,
     Factors,
-    InverseOfFactor,
     at_most_full_rank,
-    condition_number,
-    factorise,
-    fused_update,
+    closed_form,
     lbfgs,
     overlaps,
     recompressed,
@@ -36,8 +31,9 @@ from diffusers_mixofshow.fusion.solvers import (
     weighted_average,
 )
 from diffusers_mixofshow.fusion.sources import Source, shares
-from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part, summed_factor, summed_gram
+from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
 from diffusers_mixofshow.fusion.team import Team
+from diffusers_mixofshow.progress import progress
 
 
 Method = Literal["closed-form", "lbfgs", "average", "sum", "ties", "dare", "svd"]
@@ -46,8 +42,6 @@ MEASURED: tuple[Method, ...] = ("closed-form", "lbfgs")
 """Methods that need statistics; the others see only the updates."""
 
 Ridge = float | Literal["auto"]
-
-Device = str | torch.device
 
 LBFGS_STEPS = {"text": 500, "spatial": 50}
 """The paper's settings (section 6.1): text layers and text keys and values, and the other layers."""
@@ -80,9 +74,6 @@ class Settings:
         if defects:
             raise FusionError("Fusion settings: " + "; ".join(defects))
 
-
-Gram = torch.Tensor | GramFactor
-"""A Gram matrix, (in_features, in_features), float64, or its low-rank factor."""
 
 Overlaps = dict[tuple[str, str], float]
 """Pair of sources to how much they ask for the same place of the input space; see `solvers.overlaps`."""
@@ -136,12 +127,12 @@ class Sums:
     """All that the objective needs to know of the sources at one input, their shares in it.
 
     Args:
-        gram: Sum of the Gram matrices, (in_features, in_features); a factor of it where it is wide.
-        met: Site to what the sources ask of it, see `target_rows`; (sum_i r_i, in_features).
+        gram: Sum of the Gram matrices, (in_features, in_features).
+        targets: Site to what the sources ask of it, see `target_rows`; (sum_i r_i, in_features).
     """
 
     gram: Gram
-    met: Mapping[str, torch.Tensor]
+    targets: Mapping[str, torch.Tensor]
 
 
 class SharedInput:
@@ -154,9 +145,7 @@ class SharedInput:
         sources: What to fuse.
         statistics: What was recorded, or nothing for methods that do not ask.
         sites: Layers that share the input.
-        prior: Gram matrix whose outputs shall stay the base's, its weight in it; (in_features, in_features), or a
-            factor of it.
-        team: The processes that share the sources.
+        prior: Gram matrix whose outputs shall stay the base's, its weight in it; (in_features, in_features).
         device: Where sums are taken and solved, in float64.
     """
 
@@ -167,58 +156,54 @@ class SharedInput:
         statistics: Statistics,
         sites: Sequence[str],
         prior: Gram | None = None,
-        team: Team | None = None,
         device: Device = "cpu",
     ) -> None:
         """Read no matrix yet."""
         self.family, self.name, self.device = family, family.input_of(sites[0]), device
-        self.prior = prior.to(device) if isinstance(prior, torch.Tensor) else prior
         self.sources, self.weights = sources, shares(sources)
         self.updates = {site: updates_of(sources, site, device) for site in sites}
         self.width = next(iter(self.updates.values()))[0].down.shape[1]
-        self._statistics = statistics
-        self._team = Team() if team is None else team
+        self._prior = None if prior is None else prior.to(device)
+        self._statistics, self._team = statistics, Team.present()
         self._sums: dict[Part | None, Sums] = {}
-        self._inverses: dict[float, torch.Tensor | InverseOfFactor] = {}
+        self._inverses: dict[float, Inverse] = {}
 
     def grams(self, part: Part | None = None) -> Iterator[tuple[int, Gram]]:
         """Place and Gram matrix of each source that this process has, one at a time.
 
-        Shape (in_features, in_features), float64; or its low-rank factor where it is kept as one.
+        Concepts of a source share one update, and every one of them weighs the same.
         """
         for place, concepts in enumerate(self._statistics):
             if not concepts:
                 continue
-            factor = summed_factor(concepts, self.name, part)
-            gram = summed_gram(concepts, self.name, part).to(self.device) if factor is None else factor
-            width = (gram.rows if isinstance(gram, GramFactor) else gram).shape[1]
-            if width != self.width:
+            gram = sum_grams((one.gram(self.name, part), 1.0) for one in concepts).to(self.device)
+            if gram.width != self.width:
                 raise FusionError(
                     f"Statistics of {self.name} must be {(self.width, self.width)} for these ED-LoRAs, got "
-                    f"{self.sources[place].name} {(width, width)}. They were recorded on another model; record "
-                    "them on the one that the ED-LoRAs were tuned on."
+                    f"{self.sources[place].name} {(gram.width, gram.width)}. They were recorded on another model; "
+                    "record them on the one that the ED-LoRAs were tuned on."
                 )
             yield place, gram
 
     def sums(self, part: Part | None = None) -> Sums:
         """The sums over all sources of all processes."""
         if part not in self._sums:
-            as_matrix = self.width <= WIDEST_MATRIX or self._team.size > 1
-            total = GramSum(self.width, self.device, as_matrix=as_matrix)
-            met = {
-                site: torch.cat([torch.zeros_like(one.down) for one in self.updates[site]]) for site in self.updates
+            ranks = {site: [len(one.down) for one in updates] for site, updates in self.updates.items()}
+            targets = {
+                site: torch.zeros(sum(rank), self.width, dtype=torch.float64, device=self.device)
+                for site, rank in ranks.items()
             }
-            blocks = {site: rows.split([len(one.down) for one in self.updates[site]]) for site, rows in met.items()}
-            for place, gram in self.grams(part):
-                weight = self.weights[place]
-                total.add(gram, weight)
-                for site, updates in self.updates.items():
-                    blocks[site][place].copy_(weight * target_rows([updates[place]], [gram]))
-            summed_rows = {site: self._team.summed(rows) for site, rows in met.items()}
-            value = total.value
-            if isinstance(value, torch.Tensor):
-                value = self._team.summed(value)
-            self._sums[part] = Sums(value, summed_rows)
+            blocks = {site: rows.split(ranks[site]) for site, rows in targets.items()}
+
+            def weighted() -> Iterator[tuple[Gram, float]]:
+                for place, gram in self.grams(part):
+                    for site, updates in self.updates.items():
+                        asked = target_rows([updates[place]], [gram])
+                        blocks[site][place].copy_(self.weights[place] * asked)
+                    yield gram, self.weights[place]
+
+            gram = self._team.sum_gram(weighted(), self.width, self.device)
+            self._sums[part] = Sums(gram, {site: self._team.summed(rows) for site, rows in targets.items()})
         return self._sums[part]
 
     @property
@@ -237,83 +222,78 @@ class SharedInput:
         """The same of the fitted part alone."""
         return self._with_prior(self.sums("fit").gram)
 
-    @cached_property
-    def spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eigenvalues and eigenvectors of the fitted part, prior included."""
-        values, vectors = torch.linalg.eigh(matrix_of(self.fitted))
-        return values.clamp_min(0), vectors
+    def _with_prior(self, gram: Gram) -> Gram:
+        return gram if self._prior is None else sum_grams([(gram, 1.0), (self._prior, 1.0)])
 
-    def inverse(self, ridge: float) -> torch.Tensor | InverseOfFactor:
-        """Inverse of sum_i G_i + prior + lambda I, see `factorise`."""
+    def inverse(self, ridge: float) -> Inverse:
+        """Inverse of sum_i G_i + prior + lambda I."""
         if ridge not in self._inverses:
-            total = self.total
-            if isinstance(total, GramFactor):
-                self._inverses[ridge] = FactorInverter(total, self.device).inverse(ridge)
-            else:
-                self._inverses[ridge] = factorise([total], ridge)
+            self._inverses[ridge] = self.total.inverse(ridge)
         return self._inverses[ridge]
 
-    def condition(self, ridge: float) -> float:
-        """Condition number of the matrix that `inverse` inverts."""
-        inverse = self.inverse(ridge)
-        if isinstance(inverse, InverseOfFactor):
-            return inverse.condition
-        damped = matrix_of(self.total).clone()
-        damped.diagonal().add_(ridge * damped.diagonal().mean())
-        return condition_number(damped, inverse)
 
-    def _with_prior(self, gram: Gram) -> Gram:
-        if self.prior is None:
-            return gram
-        as_matrix = isinstance(gram, torch.Tensor)
-        total = GramSum(self.width, self.device, as_matrix=as_matrix)
-        total.add(gram, 1.0)
-        total.add(self.prior, 1.0)
-        return total.value
-
-
-def solve_input(
-    family: Family,
+def solve(
     sources: Sequence[Source],
     statistics: Statistics,
     sites: Sequence[str],
     settings: Settings,
-    prior: Gram | None = None,
-    team: Team | None = None,
+    *,
+    prior: Mapping[str, Gram] | None = None,
     device: Device = "cpu",
+    told: str = "Solving",
+    pipe: object = None,
 ) -> Solution:
-    """Fuse the layers that read one input.
+    """Fuse layers, those that read one input together.
+
+    Every process of a team solves every layer from the same sums, so that all of them hold the same fused layers.
 
     Args:
-        family: Whose layers they are.
         sources: What to fuse.
         statistics: What was recorded of each; empty for methods that do not ask, which then report no residuals.
-        sites: Layers that share an input.
+        sites: The layers.
         settings: How.
-        prior: See `SharedInput`.
-        team: See `SharedInput`; the residuals are those of the sources that this process has.
-        device: See `SharedInput`; the result is on the CPU.
+        prior: Input to the Gram matrix whose outputs shall stay the base's, its weight in it.
+        device: Where sums are taken and solved, in float64; the result is on the CPU.
+        told: What progress calls it.
+        pipe: The pipeline that they were recorded with, which may have its progress bars switched off.
 
     Raises:
         FusionError: If a Gram matrix is singular, or a ridge is to be chosen and nothing was held out.
     """
-    shared, solution = SharedInput(family, sources, statistics, sites, prior, team, device), Solution()
-    for site in sites:
+    family, solution = family_of_sources(sources), Solution()
+    groups = family.by_input(sites)
+    with progress(told, len(groups), pipe=pipe) as bar:
+        for name, group in groups.items():
+            shared = SharedInput(family, sources, statistics, group, (prior or {}).get(name), device)
+            solution.add(_solve_input(shared, settings, measured=bool(statistics)))
+            bar.update()
+    found = {(site, name): pair for site, layer in solution.residuals.items() for name, pair in layer.items()}
+    solution.residuals = {site: {} for site in solution.residuals}
+    for (site, name), pair in Team.present().joined(found).items():  # each measured by the process that has it
+        solution.residuals[site][name] = pair
+    return solution
+
+
+def _solve_input(shared: SharedInput, settings: Settings, *, measured: bool) -> Solution:
+    """Fuse the layers that read one input; the residuals are those of the sources that this process has."""
+    solution = Solution()
+    for site in shared.updates:
         fused, numbers = SOLVERS[settings.method](shared, site, settings)
         low_rank, kept = _low_rank(fused, settings.max_rank)
-        convolution = any(source.edlora.lora[site].convolution for source in sources if site in source.edlora.lora)
-        solution.lora[site] = replace(low_rank, convolution=convolution)
+        own = [source.edlora.lora[site] for source in shared.sources if site in source.edlora.lora]
+        solution.lora[site] = replace(low_rank, convolution=any(update.convolution for update in own))
         solution.layers[site] = numbers | ({} if kept == 1 else {"energy_kept": kept})
-    if statistics:
+    if measured:
         solution.residuals = _residuals(shared, solution.lora)
-        table = overlaps(shared.updates[sites[0]], shared.sums().met[sites[0]]).tolist()
-        solution.overlaps, solution.inputs = _pairs([source.name for source in sources], table), 1
+        site, names = next(iter(shared.updates)), [source.name for source in shared.sources]
+        table = overlaps(shared.updates[site], shared.sums().targets[site]).tolist()
+        solution.overlaps, solution.inputs = _pairs(names, table), 1
     return solution
 
 
 def _residuals(shared: SharedInput, lora: Mapping[str, LowRank]) -> dict[str, dict[str, tuple[float, float]]]:
     """Site to source to relative residual under the weighted average and after fusion."""
-    fused = {site: _factors(lora[site], shared.device) for site in shared.updates}
+    fused = {site: Factors.of(lora[site]).to(shared.device) for site in shared.updates}
     average = {site: weighted_average(updates, shared.weights) for site, updates in shared.updates.items()}
     found: dict[str, dict[str, tuple[float, float]]] = {site: {} for site in shared.updates}
     for place, gram in shared.grams():
@@ -357,20 +337,18 @@ def _solve_closed_form(shared: SharedInput, site: str, settings: Settings) -> So
                 "ridge='auto' judges a ridge by inputs that were held out, and these statistics have none. "
                 "Record with two prompts or more for each concept, or give the ridge as a number, such as 1e-2."
             )
-        fitted, asked = shared.sums("fit"), shared.sums("held_out")
-        given = (updates, fitted.met[site], asked.met[site])
-        if isinstance(asked.gram, GramFactor) and isinstance(shared.fitted, GramFactor):
-            ridge, error = chosen_ridge_of_factors(*given, asked.gram, shared.fitted)
-        else:
-            ridge, error = chosen_ridge(*given, matrix_of(asked.gram), shared.spectrum)
+        held_out = shared.sums("held_out")
+        targets = (shared.sums("fit").targets[site], held_out.targets[site])
+        ridge, error = choose_ridge(updates, *targets, held_out.gram, shared.fitted)
         numbers["held_out_residual"] = max(0.0, error) ** 0.5
-    fused = fused_update(updates, shared.sums().met[site], shared.inverse(ridge))
-    return fused, {"ridge": ridge, "condition": shared.condition(ridge)} | numbers
+    inverse = shared.inverse(ridge)
+    fused = closed_form(updates, shared.sums().targets[site], inverse)
+    return fused, {"ridge": ridge, "condition": inverse.condition} | numbers
 
 
 def _solve_lbfgs(shared: SharedInput, site: str, settings: Settings) -> Solved:
     steps = LBFGS_STEPS["text" if shared.family.stage_of(site).text_alone else "spatial"]
-    return lbfgs(shared.updates[site], shared.sums().met[site], shared.total, steps=steps), {"steps": steps}
+    return lbfgs(shared.updates[site], shared.sums().targets[site], shared.total, steps=steps), {"steps": steps}
 
 
 SOLVERS: Mapping[str, Callable[[SharedInput, str, Settings], Solved]] = {
@@ -394,10 +372,6 @@ def _low_rank(update: Factors, max_rank: int | None) -> tuple[LowRank, float]:
         update, kept = recompressed(update, max_rank)
     down, up = update.down.cpu().float().contiguous(), update.up.cpu().float().contiguous()
     return LowRank(down=down, up=up, alpha=float(len(down))), kept
-
-
-def _factors(update: LowRank, device: Device) -> Factors:
-    return Factors(down=update.scaling * update.down.double(), up=update.up.double()).to(device)
 
 
 def _pairs(names: Sequence[str], table: Sequence[Sequence[float]]) -> Overlaps:

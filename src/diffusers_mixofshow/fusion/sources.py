@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,25 +16,16 @@ from diffusers_mixofshow.base_models import one_name
 from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
-from diffusers_mixofshow.edlora.file import FILE_NAME
-from diffusers_mixofshow.edlora.hub import commit_of, download, is_repo_id
+from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
 from diffusers_mixofshow.edlora.low_rank import input_widths
-from diffusers_mixofshow.edlora.reading import within
-from diffusers_mixofshow.errors import (
-    EDLoRAFormatError,
-    EDLoRANotFoundError,
-    FusionError,
-    MixOfShowError,
-    OverwriteError,
-    warn,
-)
+from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
 from diffusers_mixofshow.families import family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.families.recognition import family_of_updates
 from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
-from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 from diffusers_mixofshow.interop.opening import Opened, open_edlora
 
 
@@ -147,7 +137,12 @@ class Source:
         update = self.edlora.lora.get(site)
         if update is None:
             return Factors(down=torch.zeros(0, shape[1]).double(), up=torch.zeros(shape[0], 0).double())
-        return Factors(down=update.scaling * update.down.cpu().double(), up=update.up.cpu().double())
+        return Factors.of(update).to("cpu")
+
+    def at_scale(self, scale: float, *, weight: float) -> Source:
+        """The same with its updates at a scale, however much of one is folded in already, and with a weight."""
+        edlora = self.edlora if scale == self.folded else scale_updates(self.edlora, scale / self.folded)
+        return replace(self, edlora=edlora, weight=weight, scale=scale, folded=scale)
 
     def misfits(self, statistics: SourceStatistics) -> list[str]:
         """Why statistics cannot stand for this source; empty if they can."""
@@ -161,7 +156,7 @@ class Source:
         return []
 
 
-EDLoRASource = EDLoRA | FusionSource | LoRASource | Source | str | os.PathLike[str]
+FusionInput = EDLoRA | FusionSource | LoRASource | Source | str | os.PathLike[str]
 
 
 def shares(sources: Sequence[Source]) -> list[float]:
@@ -170,124 +165,13 @@ def shares(sources: Sequence[Source]) -> list[float]:
     return [source.weight / total for source in sources]
 
 
-def carry(source: Source, folder: Path) -> None:
-    """Write a source and its statistics into a folder, from which `found_source` takes them."""
-    if source.edlora.concepts:
-        path = source.edlora.save_pretrained(folder, overwrite=True)
-    else:
-        path = write_lora(folder / PLAIN_NAME, source.edlora.lora)
-    if source.statistics is not None:
-        source.statistics.copy(statistics_path(path))
-
-
-def refuse_replacing(sources: Sequence[Source], *places: Path, carried: bool) -> None:
-    """Refuse to write where a source lies: nobody who fuses means to lose it, whatever else may be overwritten.
-
-    Args:
-        sources: What is fused.
-        places: Files and folders that the result replaces or removes.
-        carried: Whether the result carries its sources along, those of another scale as they were fused.
-
-    Raises:
-        OverwriteError: Names the sources that would be lost.
-    """
-    gone = [place.resolve() for place in places]
-    left = [source for source in sources if not (carried and source.folded == 1)]
-    homes = {source.origin: source.home.resolve() for source in left if source.home is not None}
-    if lost := [origin for origin, home in homes.items() if any(home.is_relative_to(place) for place in gone)]:
-        raise OverwriteError(
-            f"The result would take the place of {', '.join(lost)}, which it is fused from and would be lost. Choose "
-            "another place, or carry sources at their own scale along: sources=True, --keep-sources."
-        )
-
-
-def is_carried(source: Source, folder: Path) -> bool:
-    """Whether a folder holds what `carry` writes of a source."""
-    try:
-        opened = _opened_at(folder, "", None)
-    except MixOfShowError:
-        return False
-    return opened is not None and opened.edlora.digest == source.edlora.digest
-
-
-def found_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], subfolder: str) -> Source:
-    """Find a source of a pack again: in the pack's own folder or repository, or on the Hub, where it came from.
-
-    Args:
-        entry: What the pack's report says of it.
-        carrier: Folder or Hub id of the pack.
-        subfolder: Where the pack would carry it.
-
-    Raises:
-        FusionError: If it is at neither place, or another LoRA is.
-    """
-    origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # a path in a file is not followed
-    places = [(carrier, subfolder, 1.0, None), (origin, "", entry["scale"], entry.get("revision") or None)]
-    changed = False
-    for location, part, scale, revision in places:
-        opened = _opened_at(location, part, revision)
-        if opened is not None and _scaled(opened.edlora, scale).digest == entry["digest"]:
-            path = _statistics_at(location, part, revision, beside=opened.file.name)
-            statistics = None if path is None else SourceStatistics.load(path)
-            return Source(
-                edlora=_scaled(opened.edlora, scale),
-                weight=entry["weight"],
-                scale=entry["scale"],
-                folded=entry["scale"],
-                prompts=_found_prompts(entry["concepts"], opened.edlora, statistics),
-                origin=origin,
-                file=opened.file if location == origin else None,
-                statistics=statistics,
-            )
-        changed |= opened is not None
-    fate = "has changed since" if changed else "is not there"
-    raise FusionError(
-        f"The pack was fused from {'+'.join(entry['concepts'])}, which {fate} "
-        f"({f'it came from {origin}' if origin else 'it came from a disk'}). Save packs with sources=True, which "
-        "carries them along, or fuse all sources anew."
-    )
-
-
-def _found_prompts(
-    names: Sequence[str], edlora: EDLoRA, statistics: SourceStatistics | None
-) -> dict[str, tuple[str, ...]]:
-    """Prompts of a source that was found again: those that it was recorded with, where that is known."""
-    recorded = {} if statistics is None else statistics.recording.get("prompts", {})
-    defaults = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
-    return {name: tuple(recorded.get(name, defaults.get(name, ()))) for name in defaults or names}
-
-
-def _opened_at(location: str | os.PathLike[str], subfolder: str, revision: str | None) -> Opened | None:
-    """What is at a place; None where nothing is."""
-    try:
-        return open_edlora(location, subfolder=subfolder or None, revision=revision) if location else None
-    except EDLoRANotFoundError:
-        return None
-
-
-def _statistics_at(
-    location: str | os.PathLike[str], subfolder: str = "", revision: str | None = None, beside: str = FILE_NAME
-) -> Path | None:
-    """The file of statistics beside a LoRA's, if there is one."""
-    name = statistics_path(Path(beside)).name
-    if is_repo_id(location):
-        try:
-            return _fetched(str(location), name, subfolder, revision)
-        except EDLoRANotFoundError:
-            return None
-    path = Path(location, subfolder)
-    path = within(path, name) if path.is_dir() else statistics_path(path)
-    return path if path.exists() else None
-
-
 def gather(
-    given: Sequence[EDLoRASource],
+    given: Sequence[FusionInput],
     components: Mapping[str, object] | None,
     *,
     prompts: PromptSet | None,
     weights: Sequence[float] | None = None,
     scales: Sequence[float] | None = None,
-    with_statistics: bool = False,
 ) -> tuple[Source, ...]:
     """Read the ED-LoRAs and check that they can be fused with each other and with the model.
 
@@ -297,7 +181,6 @@ def gather(
         prompts: See `recording_prompts`.
         weights: Share of each, any positive numbers; by default each one's own, 1.
         scales: Factor on all updates of each; by default each one's own, 1.
-        with_statistics: Look for statistics beside the sources.
 
     Raises:
         ConceptError: If concepts of several sources share names.
@@ -321,16 +204,8 @@ def gather(
     ]
     if defects:
         raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(defects))
-    gathered = [
-        _settled(source, weight, scale) for source, weight, scale in zip(sources, weights, scales, strict=True)
-    ]
-    if not with_statistics:
-        return tuple(gathered)
-    again = components is not None
-    return tuple(
-        replace(source, statistics=_statistics(source, entry, recorded_again=again))
-        for source, entry in zip(gathered, given, strict=True)
-    )
+    numbers = zip(sources, weights, scales, strict=True)
+    return tuple(source.at_scale(scale, weight=weight) for source, weight, scale in numbers)
 
 
 def _read(
@@ -380,12 +255,6 @@ def _refuse_other_kind(entry: FusionSource | LoRASource, edlora: EDLoRA) -> None
         )
 
 
-def _settled(source: Source, weight: float, scale: float) -> Source:
-    """A source with its scale folded into its updates."""
-    edlora = source.edlora if scale == source.folded else _scaled(source.edlora, scale / source.folded)
-    return replace(source, edlora=edlora, weight=weight, scale=scale, folded=scale)
-
-
 def _label_defects(sources: Sequence[Source]) -> list[str]:
     labels = [source.name for source in sources if not source.edlora.concepts]
     defects = []
@@ -396,58 +265,8 @@ def _label_defects(sources: Sequence[Source]) -> list[str]:
     return defects
 
 
-def statistics_in(path: Path, *, recorded_again: bool) -> SourceStatistics | None:
-    """Statistics in a file; None of a damaged one, where they can be recorded again.
-
-    Raises:
-        FusionError: If a newer release wrote them, which are not written over; or if nothing can be recorded.
-
-    Warns:
-        MixOfShowWarning: Why they are recorded again.
-    """
-    try:
-        return SourceStatistics.load(path)
-    except DamagedStatisticsError as error:
-        if not recorded_again:
-            raise
-        warn(f"Statistics are recorded again: {error.args[0]}.")
-        return None
-
-
-def _statistics(source: Source, given: EDLoRASource, *, recorded_again: bool) -> SourceStatistics | None:
-    """Statistics that were given with a source, or lie beside it; those given on purpose must fit it."""
-    if isinstance(given, FusionSource | LoRASource) and given.statistics is not None:
-        own = given.statistics
-        statistics = own if isinstance(own, SourceStatistics) else SourceStatistics.load(own)
-        if misfits := source.misfits(statistics):
-            raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(misfits))
-        return statistics
-    if source.statistics is not None:
-        return source.statistics
-    path = None
-    if is_repo_id(source.origin) and source.file is not None:
-        path = _statistics_at(source.origin, beside=source.file.name)
-    elif (
-        source.file is not None and (beside := within(source.file.parent, statistics_path(source.file).name)).exists()
-    ):
-        path = beside
-    return None if path is None else statistics_in(path, recorded_again=recorded_again)
-
-
-def _fetched(repo_id: str, name: str, subfolder: str, revision: str | None) -> Path:
-    """A file of a repository on the Hub."""
-    return download(
-        repo_id,
-        name,
-        revision=revision,
-        subfolder=subfolder or None,
-        token=None,
-        cache_dir=None,
-        local_files_only=False,
-    )
-
-
-def _scaled(edlora: EDLoRA, scale: float) -> EDLoRA:
+def scale_updates(edlora: EDLoRA, scale: float) -> EDLoRA:
+    """An ED-LoRA with all of its updates multiplied by a factor."""
     if scale == 1:
         return edlora
     updates = {site: replace(update, alpha=scale * update.alpha) for site, update in edlora.lora.items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
 
-from diffusers_mixofshow.fusion.compression import GramFactor
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, sum_grams
 from diffusers_mixofshow.fusion.sketch import WIDEST_MATRIX, GramSketch
 
 
@@ -32,11 +32,8 @@ class GramStatistics(Protocol):
     def tokens(self, name: str, part: Part | None = None) -> int:
         """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
 
-    def gram(self, name: str, part: Part | None = None) -> torch.Tensor:
-        """Gram matrix per token, (in_features, in_features), float64, on the CPU; of one part or of all."""
-
-    def factor(self, name: str, part: Part | None = None) -> GramFactor | None:
-        """The Gram matrix of one part or of all as a low-rank factor, where it is kept as one."""
+    def gram(self, name: str, part: Part | None = None) -> Gram:
+        """Gram matrix per token, on the CPU; of one part or of all."""
 
 
 class ConceptStatistics:
@@ -47,8 +44,7 @@ class ConceptStatistics:
 
     def __init__(self) -> None:
         """Start with nothing seen."""
-        self._sums: dict[tuple[str, Part], torch.Tensor] = {}
-        self._sketches: dict[tuple[str, Part], GramSketch] = {}
+        self._sums: dict[tuple[str, Part], _DenseSum | GramSketch] = {}
         self._tokens: dict[tuple[str, Part], int] = {}
 
     def add(self, name: str, features: torch.Tensor, part: Part = "fit") -> None:
@@ -60,25 +56,16 @@ class ConceptStatistics:
             part: What they are for, see `Part`.
         """
         rows = features.detach().flatten(end_dim=-2)
-        with _exact_products(rows) as exact:
-            if rows.shape[1] > WIDEST_MATRIX:
-                self._sketches.setdefault((name, part), GramSketch(rows.shape[1])).add(exact)
-            else:
-                self._add_product(name, part, exact.T @ exact)
-        self._tokens[name, part] = self._tokens.get((name, part), 0) + len(rows)
-
-    def _add_product(self, name: str, part: Part, product: torch.Tensor) -> None:
-        """Add X^T X, (in_features, in_features)."""
         if (name, part) not in self._sums:
-            dtype = torch.float32 if product.device.type == "mps" else torch.float64
-            self._sums[name, part] = torch.zeros(product.shape, dtype=dtype, device=product.device)
-        self._sums[name, part] += product
+            self._sums[name, part] = _DenseSum() if rows.shape[1] <= WIDEST_MATRIX else GramSketch(rows.shape[1])
+        with _exact_products(rows) as exact:
+            self._sums[name, part].add(exact)
+        self._tokens[name, part] = self._tokens.get((name, part), 0) + len(rows)
 
     def offload(self) -> None:
         """Move what was gathered to the CPU, so that a GPU holds no more than one concept's sums at a time."""
-        self._sums = {key: gram.cpu() for key, gram in self._sums.items()}
-        for sketch in self._sketches.values():
-            sketch.offload()
+        for one in self._sums.values():
+            one.offload()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -94,31 +81,44 @@ class ConceptStatistics:
         """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
         return sum(self._tokens.get((name, one), 0) for one in (PARTS if part is None else (part,)))
 
-    def gram(self, name: str, part: Part | None = None) -> torch.Tensor:
+    def gram(self, name: str, part: Part | None = None) -> Gram:
         """Gram matrix per token, X X^T / tokens, so that concepts weigh the same however long they were recorded.
 
         Args:
             name: The input's name, see `Family.input_of`.
             part: Of which inputs; all by default.
 
-        Returns:
-            Shape (in_features, in_features), float64, on the CPU.
+        Raises:
+            KeyError: If the input was never met.
         """
-        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._tokens]
+        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._sums]
         if not wanted:
             raise KeyError(name)
-        if factor := self.factor(name, part):
-            return factor.gram()
-        total = sum(self._sums[name, one].cpu().double() for one in wanted)
-        return torch.as_tensor(total) / self.tokens(name, part)
+        every = self.tokens(name, part)
+        seen = {one: self._tokens[name, one] for one in wanted}
+        return sum_grams((self._sums[name, one].gram(tokens), tokens / every) for one, tokens in seen.items())
 
-    def factor(self, name: str, part: Part | None = None) -> GramFactor | None:
-        """What is known of a wide input's matrix; None of others, of which the matrix itself is gathered."""
-        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._sketches]
-        if not wanted:
-            return None
-        factors = [self._sketches[name, one].factor(self._tokens[name, one]) for one in wanted]
-        return GramFactor.summed(factors, [self._tokens[name, one] / self.tokens(name, part) for one in wanted])
+
+class _DenseSum:
+    """A sum of outer products X^T X of rows X, (in_features, in_features)."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+
+    def add(self, rows: torch.Tensor) -> None:
+        product = rows.T @ rows
+        if self._sum is None:
+            self._sum = product.to(torch.float32 if product.device.type == "mps" else torch.float64)
+        else:
+            self._sum += product
+
+    def offload(self) -> None:
+        self._sum = None if self._sum is None else self._sum.cpu()
+
+    def gram(self, tokens: int) -> DenseGram:
+        if self._sum is None:
+            raise RuntimeError("Nothing was added to this sum.")
+        return DenseGram(self._sum.cpu().double() / tokens)
 
 
 @contextmanager
@@ -138,23 +138,3 @@ def _exact_products(rows: torch.Tensor) -> Iterator[torch.Tensor]:
             yield rows.float()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-def summed_factor(statistics: Sequence[GramStatistics], name: str, part: Part | None = None) -> GramFactor | None:
-    """Factor of `summed_gram`; None unless every concept keeps one."""
-    factors = [factor for one in statistics if (factor := one.factor(name, part)) is not None]
-    return GramFactor.summed(factors, [1.0] * len(factors)) if len(factors) == len(statistics) else None
-
-
-def summed_gram(statistics: Iterable[GramStatistics], name: str, part: Part | None = None) -> torch.Tensor:
-    """Gram matrix of several concepts that share one update, every concept weighing the same.
-
-    Args:
-        statistics: One per concept.
-        name: The input's name, see `Family.input_of`.
-        part: Of which inputs; all by default.
-
-    Returns:
-        Shape (in_features, in_features), float64, on the CPU.
-    """
-    return torch.stack([one.gram(name, part) for one in statistics]).sum(dim=0)

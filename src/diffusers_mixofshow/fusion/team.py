@@ -6,12 +6,16 @@ same fused layers when the next stage is recorded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import distributed
+
+from diffusers_mixofshow.fusion.gram import DenseGram, Device, Gram, sum_grams
+from diffusers_mixofshow.fusion.sketch import WIDEST_MATRIX
 
 
 Name = TypeVar("Name")
@@ -49,6 +53,19 @@ class Team:
         moved = tensor.detach().clone().to(device)
         distributed.all_reduce(moved)
         return moved.to(tensor.device)
+
+    def sum_gram(self, weighted: Iterable[tuple[Gram, float]], width: int, device: Device) -> Gram:
+        """Sum of the Gram matrices of all processes, the same everywhere, of which this one may have none.
+
+        Args:
+            weighted: Its own matrices and their weights.
+            width: Of the input that they are of.
+            device: Where the sum is taken.
+        """
+        if self.size == 1:
+            return sum_grams(weighted, as_matrix=width <= WIDEST_MATRIX)
+        none = DenseGram(torch.zeros(width, width, dtype=torch.float64, device=device))
+        return DenseGram(self.summed(sum_grams(itertools.chain([(none, 1.0)], weighted), as_matrix=True).matrix()))
 
     def joined(self, found: Mapping[Name, Item]) -> dict[Name, Item]:
         """Entries of all processes in one mapping; every process waits here for all others."""

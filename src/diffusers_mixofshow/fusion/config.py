@@ -1,0 +1,132 @@
+"""All settings of gradient fusion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypedDict
+
+import torch
+
+from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens
+from diffusers_mixofshow.fusion.gram import Device
+from diffusers_mixofshow.fusion.prompts import PromptSet
+from diffusers_mixofshow.fusion.published import MaxBytes
+from diffusers_mixofshow.fusion.solving import Ridge, Settings, check_device
+
+
+_RIDGE_IN_STAGES, _RIDGE_OF_OWN_FEATURES = 1e-3, 0.03
+"""A fused model does not see quite what each concept's own model saw; a larger ridge keeps it from relying on that."""
+
+
+class FusionKeywords(TypedDict, total=False):
+    """The fields of `FusionConfig`, as keywords."""
+
+    prompts: PromptSet | None
+    steps: int
+    guidance_scale: float | None
+    negative_prompt: str | None
+    seeds: Sequence[int]
+    ridge: Ridge | None
+    prior: float
+    prior_prompts: Sequence[str] | None
+    max_rank: int | None
+    sequential: bool | None
+    statistics: str | os.PathLike[str] | None
+    statistics_bytes: MaxBytes
+    text_tokens: TextTokens
+    batch_size: int
+    device: Device
+    dtype: torch.dtype
+    height: int | None
+    width: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """How `GradientFuser` records and solves.
+
+    Args:
+        prompts: Recording prompts with ``<TOK>`` for the concept, for all concepts or by kind. They must span what
+            users will ask for: contexts that they never show are not protected. Default: see `prompts`.
+        steps: Denoising steps, for Stable Diffusion of DPM-Solver.
+        guidance_scale: Guidance while recording; above 1 both halves are recorded. Default: 7.5, on Toyland 3.
+        negative_prompt: Prompt of the unconditional half.
+        seeds: Every prompt is sampled once with each of them.
+        ridge: Weight of small updates against a perfect fit, as a fraction of the mean squared feature. ``auto``
+            keeps every fourth prompt apart while recording and picks the ridge of every layer by it. Default: what
+            Toyland measured best, 1e-3 in stages and 0.03 with each concept's own model.
+        prior: Weight of keeping the base's outputs on prompts without any concept, relative to all concepts together;
+            0 records none. Prompts without concepts change less then, and concepts are kept less.
+        prior_prompts: Those prompts; the concepts' class words are added. Default: see `prompts`.
+        max_rank: Fused updates of a higher rank are cut down to it; the report tells what that loses.
+        sequential: Record the text keys and values on top of the fused text encoder, and the remaining layers on top
+            of both, as the paper does. False records all layers with the concept's own LoRA at once, so that
+            statistics do not depend on what else is fused: they are taken from beside the sources where they lie, and
+            kept there where they do not. Default: True with a pipeline.
+        statistics: Folder in which statistics are kept, instead of beside the sources.
+        statistics_bytes: Size of a concept's kept statistics; None keeps them in full, some 400 MB for SD 1.5.
+            ``auto`` is 10 MB, and more for bases that are wider than SD 1.5.
+        text_tokens: What the text encoder's layers count: ``all`` positions, the ``unpadded`` ones, or of these the
+            ``concept`` tokens and the end token.
+        batch_size: Pictures sampled together.
+        device: Where layers are solved, in float64; such as ``cuda``. The fused layers are on the CPU.
+        dtype: In which the pack's file holds the fused layers.
+        height: Height of the recorded pictures in pixels; the model's own by default.
+        width: Width of the recorded pictures in pixels; the model's own by default.
+
+    Raises:
+        FusionError: If a setting makes no sense.
+    """
+
+    prompts: PromptSet | None = None
+    steps: int = Recording.steps
+    guidance_scale: float | None = Recording.guidance_scale
+    negative_prompt: str | None = Recording.negative_prompt
+    seeds: Sequence[int] = Recording.seeds
+    ridge: Ridge | None = None
+    prior: float = 0.0
+    prior_prompts: Sequence[str] | None = None
+    max_rank: int | None = None
+    sequential: bool | None = None
+    statistics: str | os.PathLike[str] | None = None
+    statistics_bytes: MaxBytes = "auto"
+    text_tokens: TextTokens = Recording.text_tokens
+    batch_size: int = Recording.batch_size
+    device: Device = "cpu"
+    dtype: torch.dtype = torch.float16
+    height: int | None = Recording.height
+    width: int | None = Recording.width
+
+    def __post_init__(self) -> None:
+        """Refuse settings that make no sense."""
+        if not 0 <= self.prior < float("inf"):
+            raise FusionError(f"prior must be 0 or more, and above 0 it needs a pipeline to sample; got {self.prior}.")
+        check_device(self.device)
+        _ = self.recording, self.settings
+
+    @property
+    def recording(self) -> Recording:
+        """How concepts are sampled."""
+        own = {field.name: getattr(self, field.name) for field in fields(Recording) if hasattr(self, field.name)}
+        return Recording(**own | {"seeds": tuple(self.seeds)})
+
+    @property
+    def settings(self) -> Settings:
+        """How layers are solved."""
+        usual = _RIDGE_IN_STAGES if self.sequential else _RIDGE_OF_OWN_FEATURES
+        return Settings(ridge=usual if self.ridge is None else self.ridge, max_rank=self.max_rank)
+
+    def resolve(self, pipe: FusablePipeline | None) -> FusionConfig:
+        """The same settings with the choices made that depend on whether there is a pipeline.
+
+        Raises:
+            FusionError: If a setting needs one that is not there.
+        """
+        if self.sequential and pipe is None:
+            raise FusionError("sequential=True samples with a model; give GradientFuser a pipeline.")
+        if self.prior > 0 and pipe is None:
+            raise FusionError(f"prior must be 0 or more, and above 0 it needs a pipeline to sample; got {self.prior}.")
+        return replace(self, sequential=pipe is not None if self.sequential is None else self.sequential)

@@ -1,0 +1,207 @@
+"""The sources of a pack: carried along with it, told in its file, and found again by whoever changes it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.folder import SOURCES, places
+from diffusers_mixofshow.edlora.hub import is_repo_id
+from diffusers_mixofshow.errors import (
+    ConfigurationError,
+    EDLoRANotFoundError,
+    FusionError,
+    MixOfShowError,
+    OverwriteError,
+)
+from diffusers_mixofshow.fusion.prompts import recording_prompts
+from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.solving import Settings
+from diffusers_mixofshow.fusion.sources import NAME, Source, scale_updates
+from diffusers_mixofshow.fusion.store import statistics_beside
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+from diffusers_mixofshow.interop.opening import Opened, open_edlora
+
+
+def carry(source: Source, folder: Path) -> None:
+    """Write a source and its statistics into a folder, from which `find_source` takes them."""
+    if source.edlora.concepts:
+        path = source.edlora.save_pretrained(folder, overwrite=True)
+    else:
+        path = write_lora(folder / PLAIN_NAME, source.edlora.lora)
+    if source.statistics is not None:
+        source.statistics.copy(statistics_path(path))
+
+
+def refuse_replacing(sources: Sequence[Source], *places: Path, carried: bool) -> None:
+    """Refuse to write where a source lies: nobody who fuses means to lose it, whatever else may be overwritten.
+
+    Args:
+        sources: What is fused.
+        places: Files and folders that the result replaces or removes.
+        carried: Whether the result carries its sources along, those of another scale as they were fused.
+
+    Raises:
+        OverwriteError: Names the sources that would be lost.
+    """
+    gone = [place.resolve() for place in places]
+    left = [source for source in sources if not (carried and source.folded == 1)]
+    homes = {source.origin: source.home.resolve() for source in left if source.home is not None}
+    if lost := [origin for origin, home in homes.items() if any(home.is_relative_to(place) for place in gone)]:
+        raise OverwriteError(
+            f"The result would take the place of {', '.join(lost)}, which it is fused from and would be lost. Choose "
+            "another place, or carry sources at their own scale along: sources=True, --keep-sources."
+        )
+
+
+def is_carried(source: Source, folder: Path) -> bool:
+    """Whether a folder holds what `carry` writes of a source."""
+    try:
+        opened = _open_at(folder, "", None)
+    except MixOfShowError:
+        return False
+    return opened is not None and opened.edlora.digest == source.edlora.digest
+
+
+def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str]) -> Source:
+    """Find a source of a pack again: in the pack's own folder or repository, or on the Hub, where it came from.
+
+    Args:
+        entry: What the pack's report says of it.
+        carrier: Folder or Hub id of the pack.
+
+    Raises:
+        FusionError: If it is at neither place, or another LoRA is.
+    """
+    origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # a path in a file is not followed
+    places = [
+        (carrier, carried_at(entry["concepts"]), 1.0, None),
+        (origin, "", entry["scale"], entry.get("revision") or None),
+    ]
+    changed = False
+    for location, part, scale, revision in places:
+        opened = _open_at(location, part, revision)
+        if opened is not None and scale_updates(opened.edlora, scale).digest == entry["digest"]:
+            path = statistics_beside(location, subfolder=part, revision=revision, file_name=opened.file.name)
+            statistics = None if path is None else SourceStatistics.load(path)
+            return Source(
+                edlora=scale_updates(opened.edlora, scale),
+                weight=entry["weight"],
+                scale=entry["scale"],
+                folded=entry["scale"],
+                prompts=_prompts_of(entry["concepts"], opened.edlora, statistics),
+                origin=origin,
+                file=opened.file if location == origin else None,
+                statistics=statistics,
+            )
+        changed |= opened is not None
+    fate = "has changed since" if changed else "is not there"
+    raise FusionError(
+        f"The pack was fused from {'+'.join(entry['concepts'])}, which {fate} "
+        f"({f'it came from {origin}' if origin else 'it came from a disk'}). Save packs with sources=True, which "
+        "carries them along, or fuse all sources anew."
+    )
+
+
+def _prompts_of(
+    names: Sequence[str], edlora: EDLoRA, statistics: SourceStatistics | None
+) -> dict[str, tuple[str, ...]]:
+    """Prompts of a source that was found again: those that it was recorded with, where that is known."""
+    recorded = {} if statistics is None else statistics.recording.get("prompts", {})
+    defaults = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
+    return {name: tuple(recorded.get(name, defaults.get(name, ()))) for name in defaults or names}
+
+
+def _open_at(location: str | os.PathLike[str], subfolder: str, revision: str | None) -> Opened | None:
+    """What is at a place; None where nothing is."""
+    try:
+        return open_edlora(location, subfolder=subfolder or None, revision=revision) if location else None
+    except EDLoRANotFoundError:
+        return None
+
+
+def find_replaced(folder: Path, file_name: str, sources: Sequence[Source], *, merged: bool = False) -> list[Path]:
+    """What a pack of these sources takes the place of in a folder, or makes stale; sources that it has already stay.
+
+    Args:
+        folder: Where it is to be saved; may be missing.
+        file_name: The pack's file.
+        sources: What it is fused from.
+        merged: Whether a complete pipeline is to be saved.
+    """
+    return leave_out_carried(places(folder, file_name, merged=merged), folder, sources)
+
+
+def leave_out_carried(found: Sequence[Path], folder: Path, sources: Sequence[Source]) -> list[Path]:
+    """What was found in a folder but for those of the sources that it carries as a pack of them would."""
+    own = {Path(folder, carried_at(source.prompts)): source for source in sources}
+    return [path for path in found if path not in own or not is_carried(own[path], path)]
+
+
+def check_carried(sources: Sequence[Source]) -> None:
+    """Refuse sources that a pack would carry in one folder, also where a system takes capitals for the same letters.
+
+    Raises:
+        FusionError: Names them.
+    """
+    folders: dict[str, list[str]] = {}
+    for source in sources:
+        folders.setdefault(carried_at(source.prompts).casefold(), []).append(source.name)
+    if clashes := [" and ".join(names) for names in folders.values() if len(names) > 1]:
+        raise FusionError(
+            f"A pack that carries its sources would have one folder for {'; for '.join(clashes)}. Give plain LoRAs "
+            "other names (name='...'), rename a concept, or leave the sources out."
+        )
+
+
+def carried_at(names: Iterable[str]) -> str:
+    """Where a pack carries a source: ``sources/potter``, ``sources/rex+kit``, ``sources/lora-ink`` of a plain LoRA."""
+    spelt = [name[1:-1] if name.startswith("<") else f"lora-{name}" for name in names]
+    return f"{SOURCES}/" + re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never a path to anywhere else
+
+
+def read_record(record: Mapping[str, Any]) -> tuple[Settings, list[Mapping[str, Any]]]:
+    """Settings and sources in a report of fusion.
+
+    Raises:
+        FusionError: If it does not say them in the way that this release writes them; names what is wrong.
+    """
+    defects = [f"no {key}" for key in ("method", "ridge", "max_rank", "sources") if key not in record]
+    entries = record.get("sources")
+    if not isinstance(entries, list):
+        defects, entries = [*defects, "sources that are no list"], []
+    wrong = [number for number, entry in enumerate(entries) if not _is_source(entry)]
+    defects += [f"source {number} is described in another way" for number in wrong[:6]]
+    if not defects:
+        try:
+            return Settings(**{key: record[key] for key in ("method", "ridge", "max_rank")}), entries
+        except (ConfigurationError, FusionError, TypeError, ValueError) as error:
+            defects.append(f"settings that cannot be used ({str(error)[:160]})")
+    raise FusionError(
+        f"The pack's record of its fusion cannot be used: {'; '.join(defects)}. It draws all the same "
+        "(EDLoRA.from_pretrained); to change it, fuse its sources anew."
+    )
+
+
+def _is_source(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    names, weight, scale = entry.get("concepts"), entry.get("weight"), entry.get("scale")
+    return (
+        isinstance(names, list)
+        and bool(names)
+        and all(isinstance(name, str) and NAME.fullmatch(name) for name in names)
+        and all(isinstance(entry.get(key), str) for key in ("origin", "digest"))
+        and isinstance(entry.get("revision", ""), str)
+        and _is_finite(weight)
+        and _is_finite(scale)
+    )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e6 and math.isfinite(value)
