@@ -55,7 +55,7 @@ from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
 
 
 FIRST = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "nono", "vivi")
-METHODS = ("closed-form", "average", "lbfgs", "svd", "ties", "dare", "sum")
+METHODS = ("closed-form", "average", "lbfgs", "ssr", "svd", "ties", "dare", "sum")
 """Every solver."""
 
 SETTINGS = (

@@ -128,4 +128,4 @@ def test_defaults_are_those_promised(called) -> None:
 
 def test_numbers_of_the_papers_solver() -> None:
     assert LBFGS_STEPS == {"text": 500, "spatial": 50}
-    assert METHODS == ("closed-form", "lbfgs", "average", "sum", "ties", "dare", "svd")
+    assert METHODS == ("closed-form", "lbfgs", "ssr", "average", "sum", "ties", "dare", "svd")

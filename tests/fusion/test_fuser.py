@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.fusion.collection import Recording, collect
+from diffusers_mixofshow.fusion.config import FusionConfig, FusionKeywords
 from diffusers_mixofshow.fusion.solvers import Factors, relative_residual
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
@@ -325,7 +326,7 @@ def test_names_used_twice_are_told_as_everywhere(pipe: MixOfShowPipeline) -> Non
         ({"weights": [1, 2]}, "got 2 weights for 1 ED-LoRAs"),
         ({"weights": [-1]}, "weights must be finite and above 0"),
         ({"scales": [float("nan")]}, "scales must be finite"),
-        ({"method": "magic"}, "unknown method 'magic', expected 'closed-form', 'lbfgs', 'average'"),
+        ({"method": "magic"}, "unknown method 'magic', expected 'closed-form', 'lbfgs', 'ssr', 'average'"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(
@@ -358,11 +359,44 @@ def test_an_interrupted_fusion_in_stages_goes_on_where_it_stopped(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"ridge": -1}, {"steps": 0}, {"seeds": ()}, {"text_tokens": "some"}, {"prior": -1}, {"device": "abacus"}],
+    [
+        {"ridge": -1},
+        {"max_rank": 0},
+        {"steps": 0},
+        {"seeds": ()},
+        {"text_tokens": "some"},
+        {"prior": -1},
+        {"device": "abacus"},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, settings: dict[str, object]) -> None:
     with pytest.raises(FusionError):
         GradientFuser(pipe, **settings)  # type: ignore[arg-type]
+
+
+def test_a_config_is_what_its_keywords_are() -> None:
+    config = FusionConfig(steps=3, ridge="auto")
+    assert GradientFuser(None, config).config == GradientFuser(None, steps=3, ridge="auto").config
+    changed = GradientFuser(None, config, steps=4).config
+    assert (changed.steps, changed.ridge, config.steps) == (4, "auto", 3)
+    with pytest.raises(FrozenInstanceError):
+        config.steps = 5  # type: ignore[misc]
+    with pytest.raises(TypeError, match="stepps"):
+        GradientFuser(None, stepps=4)  # type: ignore[call-arg]
+    assert get_type_hints(FusionKeywords).keys() == {field.name for field in fields(FusionConfig)}
+
+
+@pytest.mark.parametrize(("pipe_given", "ridge"), [(True, 1e-3), (False, 0.03)])
+def test_the_usual_ridge_depends_on_whose_features_are_recorded(
+    pipe: MixOfShowPipeline, pipe_given: bool, ridge: float
+) -> None:
+    assert GradientFuser(pipe if pipe_given else None).config.settings.ridge == ridge
+    assert GradientFuser(pipe, sequential=pipe_given).config.settings.ridge == ridge
+
+
+def test_ssr_takes_no_automatic_ridge(pipe: MixOfShowPipeline) -> None:
+    with pytest.raises(FusionError, match="ridge 'auto' is for 'closed-form'; give 'ssr' a number"):
+        GradientFuser(pipe, ridge="auto").fuse([_concept(pipe, "rex", 1)], "ssr")
 
 
 def test_residuals_of_the_report_are_those_of_the_pack(pipe: MixOfShowPipeline) -> None:

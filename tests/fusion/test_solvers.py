@@ -12,6 +12,7 @@ from diffusers_mixofshow.fusion.solvers import (
     Factors,
     at_most_full_rank,
     closed_form,
+    closed_form_in_span,
     lbfgs,
     overlaps,
     recompressed,
@@ -264,6 +265,28 @@ def test_chosen_ridge_is_the_best_on_held_out_inputs() -> None:
     assert error == pytest.approx(relative(ridge))
     assert error == pytest.approx(min(relative(candidate) for candidate in CANDIDATES))
     assert CANDIDATES[0] < ridge < CANDIDATES[-1]
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.05])
+def test_the_closed_form_in_the_span_of_the_rows_is_the_dense_optimum_there(ridge: float) -> None:
+    """Least squares for R in D = B R A, written out over all entries of R, with rows of sqrt(lambda) for its ridge."""
+    updates, features = _concepts(2)
+    grams = _grams(features)
+    fused = closed_form_in_span(updates, target_rows(updates, grams), _sum(grams), ridge)
+    ups = torch.cat([update.up for update in updates], dim=1)
+    downs = torch.cat([update.down for update in updates])
+    seen = downs @ torch.cat(features, dim=1)
+    # B's columns carry no ridge of their own: the ridge is on B R, as the closed form's is on D.
+    asked = torch.cat([update.delta @ x for update, x in zip(updates, features, strict=True)], dim=1)
+    damping = ridge * (seen @ seen.T).diagonal().mean()
+    padded = torch.cat([seen, damping.sqrt() * torch.eye(len(seen), dtype=torch.float64)], dim=1)
+    asked = torch.cat([asked, torch.zeros(OUT, len(seen), dtype=torch.float64)], dim=1)
+    mixed = torch.linalg.lstsq(padded.T, asked.T).solution.T  # B R, (out, ranks)
+    torch.testing.assert_close(fused.delta, mixed @ downs)
+    torch.testing.assert_close(fused.up, ups)
+    free = _fused(updates, grams, ridge=0)
+    if ridge == 0:
+        assert _objective(free.delta, updates, features) < 0.9 * _objective(fused.delta, updates, features)
 
 
 def test_overlaps_are_those_of_row_spaces() -> None:

@@ -30,6 +30,7 @@ class Method(StrEnum):
 
     CLOSED_FORM = "closed-form"
     LBFGS = "lbfgs"
+    SSR = "ssr"
     AVERAGE = "average"
     SUM = "sum"
     TIES = "ties"

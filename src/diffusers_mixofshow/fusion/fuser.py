@@ -94,8 +94,9 @@ class GradientFuser:
         Args:
             sources: ED-LoRAs, or paths and Hub ids of them, of other programs' files, too; `FusionSource` gives one
                 settings of its own, and `LoRASource` a plain LoRA its trigger words.
-            method: ``closed-form`` is gradient fusion, ``lbfgs`` the paper's solver for it. The others see only the
-                updates: ``average`` is equation 2, ``sum``, ``ties``, ``dare`` and ``svd`` are merges of the field.
+            method: ``closed-form`` is gradient fusion, ``lbfgs`` the paper's solver for it, ``ssr`` SSR-Merge, which
+                keeps to the span of the LoRAs' own rows. The others see only the updates: ``average`` is equation 2,
+                ``sum``, ``ties``, ``dare`` and ``svd`` are merges of the field.
             weights: Share of each source in the objective or the average; equal by default.
             scales: Factor on all updates of each source; 1 by default.
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.fusion.gram import Gram, Inverse
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, Inverse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,27 @@ def closed_form(updates: Sequence[Factors], targets: torch.Tensor, inverse: Inve
         inverse: (sum_j G_j + lambda I)^-1.
     """
     return Factors(down=inverse.multiply(targets), up=_beside(updates))
+
+
+def closed_form_in_span(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, ridge: float) -> Factors:
+    """The closed form among updates whose rows are those of the concepts' own: SSR-Merge (arXiv:2606.10617).
+
+    With A = stack_i(s_i A_i) and B = [B_1 .. B_n], D = B R A. R minimises sum_i |dW_i X_i - D X_i|^2 + lambda |B R|^2,
+    so that R (A G A^T + lambda I) = stack_i(s_i A_i G_i) A^T with G = sum_i G_i. Its authors take one prompt, one
+    denoising step and an absolute ridge of 1e-4; here it gets what `closed_form` gets.
+
+    Args:
+        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
+        targets: See `target_rows`, (sum_i r_i, in_features).
+        gram: G, (in_features, in_features).
+        ridge: lambda as a fraction of the mean diagonal of A G A^T.
+
+    Raises:
+        FusionError: If A G A^T + lambda I is numerically singular in spite of a ridge.
+    """
+    downs = torch.cat([update.down.double() for update in updates])
+    inner = DenseGram(gram.multiply(downs) @ downs.T).inverse(ridge)  # what the concepts' own rows see
+    return Factors(down=inner.multiply(targets @ downs.T) @ downs, up=_beside(updates))
 
 
 def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:

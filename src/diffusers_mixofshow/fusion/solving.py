@@ -23,6 +23,7 @@ from diffusers_mixofshow.fusion.solvers import (
     Factors,
     at_most_full_rank,
     closed_form,
+    closed_form_in_span,
     lbfgs,
     overlaps,
     recompressed,
@@ -36,9 +37,9 @@ from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.progress import progress
 
 
-Method = Literal["closed-form", "lbfgs", "average", "sum", "ties", "dare", "svd"]
+Method = Literal["closed-form", "lbfgs", "ssr", "average", "sum", "ties", "dare", "svd"]
 METHODS: tuple[Method, ...] = get_args(Method)
-MEASURED: tuple[Method, ...] = ("closed-form", "lbfgs")
+MEASURED: tuple[Method, ...] = ("closed-form", "lbfgs", "ssr")
 """Methods that need statistics; the others see only the updates."""
 
 Ridge = float | Literal["auto"]
@@ -69,6 +70,8 @@ class Settings:
             defects.append(f"unknown method {self.method!r}, expected {', '.join(map(repr, METHODS))}")
         if self.ridge != "auto" and not (isinstance(self.ridge, int | float) and 0 <= self.ridge < float("inf")):
             defects.append(f"ridge must be 'auto' or 0 or more, got {self.ridge!r}; usual values are 1e-3 to 1e-1")
+        if self.method == "ssr" and self.ridge == "auto":
+            defects.append("ridge 'auto' is for 'closed-form'; give 'ssr' a number, such as 1e-3")
         if self.max_rank is not None and self.max_rank < 1:
             defects.append(f"max_rank must be at least 1, got {self.max_rank}")
         if defects:
@@ -351,9 +354,17 @@ def _solve_lbfgs(shared: SharedInput, site: str, settings: Settings) -> Solved:
     return lbfgs(shared.updates[site], shared.sums().targets[site], shared.total, steps=steps), {"steps": steps}
 
 
+def _solve_in_span(shared: SharedInput, site: str, settings: Settings) -> Solved:
+    ridge = float(settings.ridge)
+    return closed_form_in_span(shared.updates[site], shared.sums().targets[site], shared.total, ridge), {
+        "ridge": ridge
+    }
+
+
 SOLVERS: Mapping[str, Callable[[SharedInput, str, Settings], Solved]] = {
     "closed-form": _solve_closed_form,
     "lbfgs": _solve_lbfgs,
+    "ssr": _solve_in_span,
     "average": lambda shared, site, settings: (weighted_average(shared.updates[site], shared.weights), {}),
     "sum": lambda shared, site, settings: (summed(shared.updates[site]), {}),
     "ties": lambda shared, site, settings: (ties_merged(shared.updates[site], shared.weights), {}),
