@@ -1,6 +1,6 @@
 """How much identity every fusion method keeps on Toyland, for 8, 14 and 30 concepts, and what it does to the base.
 
-    python benchmarks/retention.py --work DIR               # seven methods; goes on where it stopped when restarted
+    python benchmarks/retention.py --work DIR               # eight methods; goes on where it stopped when restarted
     python benchmarks/retention.py --work DIR --minutes 35  # begins nothing new after that, and writes what there is
     python benchmarks/retention.py --work DIR --counts 8 --settings  # ridges, a prior, each concept's own model, ...
     python benchmarks/retention.py --work DIR --counts 2 --methods closed-form average --pictures 2

@@ -14,13 +14,13 @@ import typer
 
 from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
 from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, known_base, load_base
-from diffusers_mixofshow.cli.fuse_sources import read_sources
+from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
 if TYPE_CHECKING:
-    from diffusers_mixofshow.fusion import FusedPack, GradientFuser
+    from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
     from diffusers_mixofshow.fusion.solving import Ridge
     from diffusers_mixofshow.fusion.sources import Source
 
@@ -56,8 +56,8 @@ Sources = Annotated[
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
-        help="Prompts with the trigger words of a plain LoRA, separated by '|'; repeat it for each of them, in their "
-        "order."
+        help="Prompts with the trigger words of a plain LoRA, separated by '|'; repeat it for each of them whose file "
+        "does not tell its trigger words, or for all, in their order."
     ),
 ]
 Recorded = Annotated[
@@ -124,8 +124,6 @@ def fuse(
         --output hogwarts
     """
     from diffusers_mixofshow.fusion.solving import MEASURED, check_device
-    from diffusers_mixofshow.fusion.sources import gather
-    from diffusers_mixofshow.fusion.store import StatisticsStore
 
     settings = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
     if not dry_run:  # which may be on another machine than the run
@@ -134,23 +132,34 @@ def fuse(
     writes = _joins_others()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
     given = read_sources(sources, prompts or [])
-    gathered = gather(given, None, prompts=None)
-    gathered = StatisticsStore().attach(gathered, given) if own else gathered
+    gathered = _gather(given, with_statistics=own)
     taken = _places(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _base_needed(gathered, base, features, method, prior)
     if writes:
         _tell_of_what_is_idle(gathered, used=base_model is None or features is not Features.AUTO)
+    found = [describe_source(source) for source in given]
     if dry_run:
-        plan = _plan(gathered, base_model, features, max_rank, output)
+        plan = {"sources": "; ".join(found)} | _plan(gathered, base_model, features, max_rank, output)
         tell(plan | replaces(*taken, overwrite=overwrite), as_json=as_json)
         return
+    if writes and not as_json:
+        typer.echo("\n".join(found))
     fused = _fuser(gathered, base_model, features, prior, **settings).fuse(
         gathered, method=method.value, weights=weight
     )
     if writes:
         _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
         _tell_result(fused, output, as_json=as_json)
+
+
+def _gather(given: Sequence[FusionSource | LoRASource], *, with_statistics: bool) -> tuple[Source, ...]:
+    """What is given, read and checked, with what lies beside it."""
+    from diffusers_mixofshow.fusion.sources import gather
+    from diffusers_mixofshow.fusion.store import StatisticsStore
+
+    gathered = gather(given, None, prompts=None)
+    return StatisticsStore().attach(gathered, given) if with_statistics else gathered
 
 
 def _tell_result(fused: FusedPack, output: Path, *, as_json: bool) -> None:

@@ -13,6 +13,7 @@ from diffusers_mixofshow.texts import read_text
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
+    from diffusers_mixofshow.interop.opening import Opened
 
 _TABLE = "source"
 _LIST = ".toml"
@@ -31,7 +32,8 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 
     Args:
         given: Hub ids, folders and files of ED-LoRAs, other programs' concepts, plain LoRAs; TOML files of sources.
-        prompts: Trigger prompts of each plain LoRA among them, in their order, separated by ``|``.
+        prompts: Trigger prompts of each plain LoRA among them, in their order, separated by ``|``; of those alone
+            whose files do not tell their trigger words, or of all.
 
     Raises:
         ConfigurationError: If a plain LoRA has no prompts, there are more prompts than plain LoRAs, or a TOML file
@@ -42,22 +44,51 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 
     opened = {path: open_edlora(path) for path in given if not path.endswith(_LIST)}
     plain = [path for path in given if path in opened and not opened[path].edlora.concepts]
-    if len(plain) != len(prompts):
+    silent = [path for path in plain if not _trigger_words(opened[path])]
+    asked = dict(zip(silent if len(prompts) == len(silent) else plain, prompts, strict=False))
+    if len(prompts) not in (len(silent), len(plain)):
         raise ConfigurationError(
-            f"Got --prompts {len(prompts)} times for {len(plain)} plain LoRAs ({', '.join(plain) or 'none'}). Give it "
-            "once for each in their order, as in --prompts 'photo of sks dog | sks dog on the beach'."
+            f"Got --prompts {len(prompts)} times for {len(silent)} plain LoRAs ({', '.join(silent) or 'none'}) whose "
+            f"files tell no trigger words, of {len(plain)} in all. Give it once for each in their order, as in "
+            "--prompts 'photo of sks dog | sks dog on the beach'."
         )
-    asked = iter(prompts)
     sources: list[FusionSource | LoRASource] = []
     for path in given:
         if path.endswith(_LIST):
             sources += _from_toml(Path(path))
         elif path in plain:
-            texts = [one.strip() for one in next(asked).split("|") if one.strip()]
+            texts = [one.strip() for one in asked.get(path, "").split("|") if one.strip()]
             sources.append(LoRASource(path, texts, opened=opened[path]))
         else:
             sources.append(FusionSource(path, opened=opened[path]))
     return sources
+
+
+def describe_source(source: FusionSource | LoRASource) -> str:
+    """One line of what a source on the command line is, as far as its file tells."""
+    from diffusers_mixofshow.edlora.defects import shown
+    from diffusers_mixofshow.interop.summary import summary_of_foreign, summary_of_pack
+
+    opened = source.opened
+    if opened is None:
+        return str(source.source)
+    foreign = opened.foreign
+    told = summary_of_pack(opened.edlora) if foreign is None else summary_of_foreign(foreign)
+    parts = [
+        f"{told['kind']} of {told['architecture'] or 'an unknown base'}",
+        told["layout"],
+        f"rank {' and '.join(map(str, told['ranks']))}",
+        f"{told['adapted_layers']} layers",
+        f"tuned on {shown(told['base_model'])}" if told["base_model"] else "",
+        f"trigger words {', '.join(map(repr, told['trigger_words']))}" if told.get("trigger_words") else "",
+    ]
+    return f"{source.source}: {', '.join(filter(None, parts))}"
+
+
+def _trigger_words(opened: Opened) -> tuple[str, ...]:
+    from diffusers_mixofshow.interop.trigger_words import find_trigger_words
+
+    return () if opened.foreign is None else find_trigger_words(opened.foreign.metadata)
 
 
 def _from_toml(path: Path) -> list[FusionSource | LoRASource]:
@@ -89,8 +120,6 @@ def _defects(table: dict[str, Any]) -> list[str]:
         defects.append("prompts must be strings")
     if "path" not in table:
         defects.append("path is missing")
-    if "name" in table and "prompts" not in table:
-        defects.append("name is for plain LoRAs, which need prompts")
     return defects
 
 
@@ -105,10 +134,14 @@ def _source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
     if "prompts" in values:
         return LoRASource(**values)
     opened = open_edlora(values["source"])
+    if not opened.edlora.concepts and _trigger_words(opened):
+        return LoRASource(**values, opened=opened)
     if not opened.edlora.concepts:
         raise ConfigurationError(
             f"{values['source']} is a plain LoRA: add prompts = ['...'] with its trigger words to its table."
         )
+    if "name" in values:
+        raise ConfigurationError(f"{values['source']} has concepts, which have names of their own: leave name out.")
     return FusionSource(**values, opened=opened)
 
 

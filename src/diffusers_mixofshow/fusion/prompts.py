@@ -81,6 +81,15 @@ def prior_prompts(concepts: Iterable[Concept], prompts: Sequence[str] | None = N
     return (*class_words, *(PRIOR_PROMPTS if prompts is None else prompts))
 
 
+def prompts_of_trigger(words: Iterable[str]) -> tuple[str, ...]:
+    """Prompts that a plain LoRA is recorded with where nobody gives any.
+
+    Args:
+        words: Its trigger words, such as ``sks dog``.
+    """
+    return tuple(template.replace(PLACEHOLDER, word) for word in words for template in _ANYTHING)
+
+
 def recording_prompts(concept: Concept, prompts: PromptSet | None = None) -> tuple[str, ...]:
     """Spell the prompts that one concept is recorded with.
 

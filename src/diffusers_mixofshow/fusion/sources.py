@@ -18,15 +18,16 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
 from diffusers_mixofshow.edlora.low_rank import input_widths
-from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
+from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
 from diffusers_mixofshow.families import family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.families.recognition import family_of_updates
-from diffusers_mixofshow.fusion.prompts import PromptSet, recording_prompts
+from diffusers_mixofshow.fusion.prompts import PromptSet, prompts_of_trigger, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 from diffusers_mixofshow.interop.opening import Opened, open_edlora
+from diffusers_mixofshow.interop.trigger_words import find_trigger_words
 
 
 NAME = re.compile(r"<\w[\w.-]{0,99}>|\w[\w.,;()+&'-]{0,99}")
@@ -58,7 +59,8 @@ class LoRASource:
 
     Args:
         source: A file in the names of diffusers, PEFT or kohya / A1111, or a folder or Hub id with one.
-        prompts: Prompts with its trigger words, such as ``photo of sks dog``, to sample while layers are watched.
+        prompts: Prompts with its trigger words, such as ``photo of sks dog``, to sample while layers are watched;
+            by default they are made of the trigger words in the file's metadata, where there are any.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
         name: What reports call it; by default the file's name.
@@ -67,7 +69,7 @@ class LoRASource:
     """
 
     source: str | os.PathLike[str]
-    prompts: Sequence[str]
+    prompts: Sequence[str] = ()
     weight: float = 1.0
     scale: float = 1.0
     name: str = ""
@@ -75,8 +77,8 @@ class LoRASource:
     opened: Opened | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse a source without a prompt: what it does then is never seen."""
-        if isinstance(self.prompts, str) or not self.prompts:
+        """Refuse one prompt alone, whose letters would be taken for prompts."""
+        if isinstance(self.prompts, str):
             raise FusionError(
                 f"LoRASource({os.fspath(self.source)!r}) needs a list of prompts with its trigger words, such as "
                 f"['photo of sks dog', 'sks dog on the beach'], got {self.prompts!r}."
@@ -215,44 +217,49 @@ def _read(
 ) -> Source:
     """A source as it was given, its scale noted but not folded in yet."""
     entry = given if isinstance(given, FusionSource | LoRASource) else FusionSource(given)
-    origin, file = entry.source, None
-    if isinstance(origin, EDLoRA):
-        edlora = origin
-    else:
-        plain = isinstance(entry, LoRASource) and Path(origin, PLAIN_NAME).is_file()
-        weights = PLAIN_NAME if plain else None
-        opened = entry.opened or open_edlora(origin, layers=layers, weight_name=weights)
-        opened.tell()
-        edlora, file = opened.edlora, opened.file
-        _refuse_other_kind(entry, edlora)
-    if isinstance(entry, LoRASource):
-        named = {entry.label: tuple(entry.prompts)}
-    else:
-        named = {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
-    return Source(
-        edlora=edlora,
-        weight=entry.weight,
-        scale=entry.scale,
-        folded=1.0,
-        prompts=named,
-        origin="" if isinstance(origin, EDLoRA) else os.fspath(origin),
-        file=file,
-    )
-
-
-def _refuse_other_kind(entry: FusionSource | LoRASource, edlora: EDLoRA) -> None:
-    """Refuse a plain LoRA without its trigger words, and concepts that were given as one."""
-    place = os.fspath(entry.source)  # type: ignore[arg-type]
+    if isinstance(entry.source, EDLoRA):
+        return _source(entry, entry.source, _prompts_of_concepts(entry.source, prompts))
+    plain = isinstance(entry, LoRASource) and Path(entry.source, PLAIN_NAME).is_file()
+    opened = entry.opened or open_edlora(entry.source, layers=layers, weight_name=PLAIN_NAME if plain else None)
+    opened.tell()
+    edlora, place = opened.edlora, os.fspath(entry.source)
     if edlora.concepts and isinstance(entry, LoRASource):
         raise FusionError(
             f"{place} is no plain LoRA: it holds embeddings of {_names(edlora)}. Give it by itself, or as "
             f"FusionSource({place!r}); its prompts come from the fuser."
         )
-    if not edlora.concepts and not isinstance(entry, LoRASource):
+    if edlora.concepts:
+        return _source(entry, edlora, _prompts_of_concepts(edlora, prompts), opened.file)
+    lora = entry if isinstance(entry, LoRASource) else LoRASource(place)
+    return _source(entry, edlora, {lora.label: tuple(lora.prompts) or _prompts_of_file(lora, opened)}, opened.file)
+
+
+def _source(
+    entry: FusionSource | LoRASource, edlora: EDLoRA, prompts: Mapping[str, tuple[str, ...]], file: Path | None = None
+) -> Source:
+    origin = "" if isinstance(entry.source, EDLoRA) else os.fspath(entry.source)
+    return Source(edlora=edlora, weight=entry.weight, scale=entry.scale, prompts=prompts, origin=origin, file=file)
+
+
+def _prompts_of_concepts(edlora: EDLoRA, prompts: PromptSet | None) -> dict[str, tuple[str, ...]]:
+    return {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
+
+
+def _prompts_of_file(lora: LoRASource, opened: Opened) -> tuple[str, ...]:
+    """Prompts made of the trigger words that a LoRA's file tells; what it does without any is never seen."""
+    words = () if opened.foreign is None else find_trigger_words(opened.foreign.metadata)
+    if not words:
         raise FusionError(
-            f"{place} is a plain LoRA, which acts by its trigger words; give LoRASource({place!r}, "
-            "prompts=['photo of sks dog']), or the trigger words with --prompts on the command line."
+            f"{os.fspath(lora.source)} is a plain LoRA, which acts by its trigger words, and its file tells none; "
+            f"give LoRASource({os.fspath(lora.source)!r}, prompts=['photo of sks dog', ...]), or the "
+            "trigger words with --prompts on the command line."
         )
+    prompts = prompts_of_trigger(words)
+    warn(
+        f"{lora.label} is recorded with prompts made of the trigger words in its file, "
+        f"{', '.join(map(repr, words))}: {'; '.join(prompts[:3])}; ... Give prompts of your own if it acts on others."
+    )
+    return prompts
 
 
 def _label_defects(sources: Sequence[Source]) -> list[str]:

@@ -18,6 +18,7 @@ from diffusers_mixofshow.families.recognition import families_with, foreign_laye
 from diffusers_mixofshow.interop.concept_names import Naming, grouped
 from diffusers_mixofshow.interop.foreign import Foreign
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
+from diffusers_mixofshow.interop.trigger_words import find_trigger_words
 
 
 _LARGEST = 5
@@ -76,6 +77,7 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         **_of_lora(foreign.lora),
         "alpha_from": foreign.alpha_from,
         **_of_tensors([*foreign.tokens.values(), *vectors, *_halves(foreign.lora)]),
+        "trigger_words": list(find_trigger_words(foreign.metadata)),
         "training": {key: foreign.metadata[key] for key in _TOLD if key in foreign.metadata},
         "notes": list(foreign.remarks),
         "problems": problems,
