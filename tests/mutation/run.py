@@ -9,8 +9,8 @@ only counts if it passes then. What no test notices is printed, to be read one b
     python tests/mutation/run.py src/diffusers_mixofshow/masks.py   # a random sample of one file or folder
     python tests/mutation/run.py --changed-since main --sample 50   # of the lines that a branch changed
 
-The first run records which test runs which function (`.mutation/`, as long as the whole suite takes); `--map` does it
-again.
+The first run records which test runs which function (`.mutation/`, as long as the whole suite takes), later ones what
+has been written since; `--map` does it again for all.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ STORE = ROOT / ".mutation"
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL.Image", "pytest", "typer.testing")
 FIRST = 20.0
 """Seconds of tests, as recorded, that are tried first."""
+_AT_IMPORT = ""
+"""What `watching` notes in place of a test, of a function that runs while tests are collected."""
 
 
 class TestMap:
@@ -59,16 +61,17 @@ class TestMap:
                 self._functions[key] |= set(tests)
                 self._breadth.update(tests)
         known = _collected()
+        self.new_files = sorted({test.split("::")[0] for test in known - self.seconds.keys()})
         self.seconds = {test: seconds for test, seconds in self.seconds.items() if test in known}
         for test in self.seconds:
             self._of_file[test.split("::")[0]].append(test)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
         """The tests that run a mutant's function, or, of what runs at import, its file: the most particular first."""
-        marks = self._functions.get(f"{mutant.path}:{mutant.function}")
-        if marks is None:
+        marks = self._functions.get(f"{mutant.path}:{mutant.function}", {_AT_IMPORT})
+        if _AT_IMPORT in marks:
             of_file = [tests for key, tests in self._functions.items() if key.startswith(f"{mutant.path}:")]
-            marks = set().union(*of_file)
+            marks = set().union(*of_file) - {_AT_IMPORT}
         if not marks:  # a module without functions
             folder = mutant.path.split("/")[2].removesuffix(".py")
             marks = {file for file in self._of_file if file.startswith((f"tests/{folder}/", f"tests/test_{folder}"))}
@@ -84,14 +87,15 @@ def _collected() -> set[str]:
     return {line for line in text.splitlines() if "::" in line}
 
 
-def record_map(folder: Path) -> None:
-    """Run the whole suite and keep which test runs which function."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+def record_map(folder: Path, files: Sequence[str] = ()) -> None:
+    """Run some files of tests, or the whole suite, and keep which test runs which function."""
+    if not files:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
     options = ["--numprocesses", "auto", "--dist", "loadfile", "-p", "mutation.watching"]
     environment = os.environ | {"MUTATION_MAP": str(folder), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    subprocess.run([sys.executable, "-m", "pytest", "-q", *options], cwd=ROOT, env=environment, check=False)
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *options, *files], cwd=ROOT, env=environment, check=False)
 
 
 class Bench:
@@ -298,6 +302,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.map or not list(STORE.glob("functions-*.json")):
         record_map(STORE)
+    if new_files := TestMap(STORE).new_files:
+        record_map(STORE, new_files)
     for name in HEAVY:
         importlib.import_module(name)
     changed = changed_lines(arguments.changed_since) if arguments.changed_since else None
