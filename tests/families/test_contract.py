@@ -128,6 +128,29 @@ def test_names_of_sites_alone_tell_the_family_where_no_other_has_them(family: Fa
     assert all(map(found.has_site, linear_layers(pipe.components)))
 
 
+@pytest.mark.parametrize(("above", "halves"), [(0.0, 1), (0.5, 2)])
+def test_above_its_bound_guidance_draws_a_second_half(family: Family, pipe: Any, above: float, halves: int) -> None:
+    rows: list[int] = []
+
+    def count(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        first = next(each for each in (*inputs, *named.values()) if isinstance(each, torch.Tensor | list))
+        rows.append(len(first))
+
+    hook = pipe.components[family.denoiser].register_forward_pre_hook(count, with_kwargs=True)
+    pipe(
+        prompt=["a red dog"],
+        **{family.guidance_argument: family.guidance_off + above},
+        **({"negative_prompt": ["blurry"]} if family.takes_negative_prompt and above else {}),
+        num_inference_steps=1,
+        height=8 * pipe.vae_scale_factor,
+        width=8 * pipe.vae_scale_factor,
+        output_type="latent",
+    )
+    hook.remove()
+    # FLUX.1 learnt what guidance gives, and reads its strength as a number.
+    assert sum(rows) == (1 if family.name == "FLUX.1" else halves)
+
+
 def test_the_call_takes_what_the_family_says(family: Family, pipe: Any) -> None:
     taken = inspect.signature(pipe.__call__).parameters
     assert family.guidance_argument in taken
