@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -117,6 +118,22 @@ def test_a_clip_looks_at_pictures_of_any_size_and_at_texts(clip):
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(features[0], features[2])
     assert not torch.allclose(features[0], features[1])
+
+
+def test_a_clip_sees_what_clip_was_trained_on_and_reads_texts_as_clipscore_does(clip):
+    """OpenAI's means and deviations of each colour; "A photo depicts" before each text; 33 pictures at once."""
+    judge, model = ClipJudge.load(str(clip)), tiny.clip()
+    noise = np.random.default_rng(0).integers(0, 256, (33, 64, 64, 3), dtype=np.uint8)
+    colours = (noise / 255 - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
+    texts = ["a cat", "a dog in the snow"]
+    ids = tiny.tokenizer()([f"A photo depicts {text}" for text in texts], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        seen = model.vision_model(pixel_values=torch.tensor(colours).float().permute(0, 3, 1, 2)).pooler_output
+        read = model.text_model(input_ids=ids.input_ids).pooler_output
+        pictures, words = model.visual_projection(seen), model.text_projection(read)
+    found = judge.features([Image.fromarray(each) for each in noise])
+    torch.testing.assert_close(found, pictures / pictures.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(judge.text_features(texts), words / words.norm(dim=1, keepdim=True))
 
 
 def test_what_is_no_clip_is_refused(clip, tmp_path):
