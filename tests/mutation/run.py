@@ -67,17 +67,21 @@ class TestMap:
             self._of_file[test.split("::")[0]].append(test)
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that run a mutant's function, or, of what runs at import, its file: the most particular first."""
+        """Tests that run a mutant's function or, where it runs at import, know its file: the most particular first."""
         marks = self._functions.get(f"{mutant.path}:{mutant.function}", {_AT_IMPORT})
         if _AT_IMPORT in marks:
             of_file = [tests for key, tests in self._functions.items() if key.startswith(f"{mutant.path}:")]
-            marks = set().union(*of_file) - {_AT_IMPORT}
-        if not marks:  # a module without functions
-            folder = mutant.path.split("/")[2].removesuffix(".py")
-            marks = {file for file in self._of_file if file.startswith((f"tests/{folder}/", f"tests/test_{folder}"))}
+            marks = self._naming(mutant.path).union(*of_file) - {_AT_IMPORT}
         tests = {mark for mark in marks if mark in self.seconds}
         tests |= {test for mark in marks for test in self._of_file.get(mark, ())}
         return sorted(tests, key=lambda test: (self._breadth[test], self.seconds[test], test))
+
+    def _naming(self, path: str) -> set[str]:
+        """Files of tests that name a module: they may look at its constants, and run none of its functions."""
+        module = path.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        package, _, name = module.rpartition(".")
+        naming = re.compile(rf"\b{re.escape(module)}\b|from {re.escape(package)} import .*\b{name}\b")
+        return {file for file in self._of_file if naming.search((ROOT / file).read_text(encoding="utf-8"))}
 
 
 def _collected() -> set[str]:
@@ -137,14 +141,17 @@ class Bench:
             file.write_bytes(source)
 
     def _portions(self, tests: Sequence[str]) -> Iterable[list[str]]:
-        """First a few tests, then more."""
+        """First a few tests, then more; what would take longer than the time that is left is left out."""
         first, rest, spent = [], [], 0.0
         for test in tests:
-            spent += self._map.seconds.get(test, 1.0)
-            if spent < FIRST or not first:
+            seconds = self._map.seconds.get(test, 1.0)
+            if spent + seconds < FIRST or not first:
                 first.append(test)
-            elif spent < self._most:
+            elif spent + seconds < self._most:
                 rest.append(test)
+            else:
+                continue
+            spent += seconds
         # Tests of one file, which share models, stay together.
         return [sorted(portion, key=lambda test: test.split("::")[0]) for portion in (first, rest) if portion]
 
