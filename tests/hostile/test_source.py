@@ -1,4 +1,7 @@
-"""What the package itself must never do, read in its source: unpickle, evaluate, trust remote code, start a shell."""
+"""What the package itself must never do, read in its source: unpickle, evaluate, trust remote code, start a shell.
+
+Nor read or write a text in whatever encoding a machine prefers.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import diffusers_mixofshow
 SOURCE = Path(diffusers_mixofshow.__file__).parent
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load"}
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+TEXTS = {"read_text", "write_text"}
 FORBIDDEN_KEYWORDS = {"trust_remote_code", "shell", "allow_pickle"}
 
 
@@ -38,6 +42,8 @@ def _calls(node: ast.Call) -> Iterator[str]:
         yield "calls yaml.load with a loader that makes objects"
     if called.endswith("np.load") and keywords.get("allow_pickle", "False") != "False":
         yield "calls np.load with pickles"
+    if isinstance(node.func, ast.Attribute) and node.func.attr in TEXTS and "encoding" not in keywords:
+        yield f"calls {called} without an encoding"
     yield from (f"gives {name}=True" for name in FORBIDDEN_KEYWORDS if keywords.get(str(name)) == "True")
 
 
@@ -64,6 +70,8 @@ def test_no_file_of_the_package_breaks_a_rule() -> None:
         "subprocess.run(x, shell=True)",
         "A.from_pretrained(x, trust_remote_code=True)",
         "np.load(x, allow_pickle=True)",
+        "path.read_text()",
+        "path.write_text(x)",
     ],
 )
 def test_the_check_itself(source: str) -> None:

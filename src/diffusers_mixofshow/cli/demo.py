@@ -38,4 +38,4 @@ def demo(
         DemoSettings(folder=output, photos=photos, class_word=class_word, seed=seed, overwrite=overwrite),
         console=Console(stderr=True),
     )
-    typer.echo((page.parent / "report.json").read_text("utf-8") if as_json else f"Open {page.resolve()}")
+    typer.echo((page.parent / "report.json").read_text(encoding="utf-8") if as_json else f"Open {page.resolve()}")

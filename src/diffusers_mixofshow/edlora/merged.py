@@ -74,7 +74,7 @@ def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[P
 def mark(folder: Path) -> None:
     """Note in a pipeline's index that concepts lie beside it."""
     index = folder / INDEX
-    write_whole(index, json.dumps({**json.loads(index.read_text()), _MARK: True}, indent=2).encode())
+    write_whole(index, json.dumps({**json.loads(index.read_bytes()), _MARK: True}, indent=2).encode())
 
 
 def _declare_float32(config: Path) -> None:
