@@ -4,28 +4,49 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 import tiny
-from diffusers_mixofshow import GradientFuser, tune_concept
+from diffusers_mixofshow import GradientFuser, MixOfShowPipeline, tune_concept
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
+from diffusers_mixofshow.training import StepReport
 from short_training import quick
 
 
-def test_statistics_lie_beside_what_was_tuned(tmp_path: Path) -> None:
-    from PIL import Image
-
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "photos" / "0.png")
-    pipeline = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
-    folder = tmp_path / "out"
-    edlora = tune_concept(quick(tmp_path / "photos", max_train_steps=1, output_dir=folder), pipeline)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, MixOfShowPipeline])
+def test_statistics_lie_beside_what_was_tuned(
+    photos: Path, kind: type[StableDiffusionPipeline], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = kind(**tiny.components(), requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    folder = photos.parent / "out"
+    edlora = tune_concept(quick(photos, max_train_steps=1, output_dir=folder), pipeline)
+    assert capsys.readouterr().err == ""
     statistics = SourceStatistics.load(statistics_path(folder / "edlora.safetensors"))
     assert statistics.digest == edlora.digest
     assert set(statistics.concepts) == {"<potter>"}
-    assert type(pipeline) is StableDiffusionPipeline
+    assert type(pipeline) is kind
     fused = GradientFuser().fuse([str(folder)])
     assert set(fused.lora) == set(edlora.lora)
-    without = quick(tmp_path / "photos", max_train_steps=1, output_dir=tmp_path / "other", save_statistics=False)
-    tune_concept(without, pipeline)
-    assert not statistics_path(tmp_path / "other" / "edlora.safetensors").exists()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_without_leave_or_a_folder_nothing_is_recorded(photos: Path, asked: bool) -> None:
+    pipeline = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+    folder = None if asked else photos.parent / "other"
+    config = quick(photos, max_train_steps=1, output_dir=folder, save_statistics=asked)
+    reports: list[StepReport] = []
+    edlora = tune_concept(config, pipeline, on_step=reports.append)
+    assert [concept.placeholder for concept in edlora.concepts] == ["<potter>"]
+    assert [(report.step, report.total_steps) for report in reports] == [(1, 2), (2, 2)]
+    assert not list(photos.parent.rglob("*.statistics.safetensors"))
+    assert (folder is not None and (folder / "edlora.safetensors").is_file()) is not asked

@@ -125,6 +125,46 @@ def test_arrays_and_tensors(kind: str) -> None:
     assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
 
 
+@pytest.mark.parametrize("place", [(0, 0), (17, 3), (63, 63)])
+@pytest.mark.parametrize("colour", [(255, 255, 255), (1, 1, 1), (0, 0, 128)])
+def test_one_pixel_is_a_mask(place: tuple[int, int], colour: tuple[int, int, int]) -> None:
+    image = Image.new("RGB", (64, 64))
+    image.putpixel(place, colour)
+    expected = np.zeros((64, 64), bool)
+    expected[place[1], place[0]] = True
+    assert read_mask(image, called="it").inside.tolist() == expected.tolist()
+
+
+def greys(count: int, brightest: int) -> np.ndarray:
+    """So many values, evenly from 0 on."""
+    return np.resize(np.rint(np.linspace(0, brightest, count)).astype(np.uint8), (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("count", "brightest", "told"),
+    [
+        (3, 200, "3 values, none of them white"),
+        (16, 200, "16 values, none of them white"),
+        (17, 200, ""),  # more than there are labels
+        (16, 239, "16 values, none of them white"),  # 0.937 of white
+        (16, 240, ""),
+        (2, 7, ""),
+        (17, 127, "nowhere brighter than 0.5 "),
+        (17, 128, ""),
+    ],
+)
+def test_few_greys_below_white_are_labels_and_many_are_soft_edges(count: int, brightest: int, told: str) -> None:
+    values = greys(count, brightest)
+    assert len(np.unique(values)) == count
+    for mask in (values, Image.fromarray(values)):
+        if told:
+            with pytest.raises(PictureError, match=told):
+                read_mask(mask, called="it")
+        else:
+            read = read_mask(mask, called="it").values
+            assert np.array_equal(read, values > 0 if count == 2 else values / 255)
+
+
 RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
 
 

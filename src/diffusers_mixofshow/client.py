@@ -39,7 +39,7 @@ def tune_concept(
     edlora = trainer.train()
     if config.save_statistics and config.output_dir is not None:
         # With every setting at its default, so that whoever fuses at the defaults is served.
-        GradientFuser(_with_concepts(trainer.pipeline), sequential=False).record(Path(config.output_dir))
+        GradientFuser(_with_concepts(trainer.pipeline)).record(Path(config.output_dir))
     return edlora
 
 

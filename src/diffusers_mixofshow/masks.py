@@ -162,8 +162,7 @@ def _is_coloured(colours: np.ndarray) -> bool:
 def _of_whole_numbers(values: np.ndarray, called: str) -> np.ndarray:
     """Take two labels, or greys; `values` are fractions of the largest number that could be."""
     values = _two_valued(values, 0)
-    count = len(np.unique(values)) if 0 < values.max() < _NEARLY_WHITE else 0
-    if 0 < count <= _MOST_LABELS:
+    if 0 < values.max() < _NEARLY_WHITE and (count := len(np.unique(values))) <= _MOST_LABELS:
         raise PictureError(
             f"{called} has {count} values, none of them white, as pictures of labels have, so that it is not "
             "known which label is inside; expected black and white, or 0 and one other value"
