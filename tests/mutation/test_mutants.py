@@ -29,6 +29,8 @@ def _mutated(tmp_path, code):
         ("x = f(*a, b)", []),
         ("x = zip(a, strict=True)", []),
         ("x = min(a)", ["x = (max(a))"]),
+        ("x = min(a, b)", ["x = (max(a, b))", "x = (min(a))"]),
+        ("x = f(encoding=a)", []),
         ("x = [a for a in b if a]", ["x = ([a for a in b])"]),
         ("x = 1", ["x = (2)"]),
         ("x = .5", ["x = (1.0)"]),
