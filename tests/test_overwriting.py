@@ -190,9 +190,10 @@ def test_another_pack_leaves_nothing_of_the_one_before(published: Path, tmp_path
     zoe = EDLoRA.from_pretrained(published / "zoe")
     zoe.save_pretrained(folder, overwrite=True, samples={"a <zoe>": picture})
     assert contents(folder).keys() == {FILE, "README.md", "samples/0.png"}
+    assert {path.name for path in folder.iterdir()} == {FILE, "README.md", "samples"}  # no empty folders
     assert [entry["text"] for entry in ModelCard.load(card).data.widget] == ["a <zoe>"]
     EDLoRA.from_pretrained(published / "kit").save_pretrained(folder, overwrite=True)
-    assert contents(folder).keys() == {FILE, "README.md"}
+    assert {path.name for path in folder.iterdir()} == {FILE, "README.md"}
     assert ModelCard.load(card).data.get("widget") is None
     assert "<Gallery />" not in card.read_text()
     assert "My own words." in card.read_text()

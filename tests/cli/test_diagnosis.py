@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -201,3 +202,24 @@ def test_a_problem_ends_with_1_and_a_note_does_not(monkeypatch) -> None:
             assert CliRunner().invoke(cli.app, ["doctor", *more]).exit_code == code
     told = json.loads(CliRunner().invoke(cli.app, ["doctor", "--json"]).stdout)
     assert told[1] == {"name": "x", "state": "problem", "found": "y", "remedy": "z"}
+
+
+def test_states_have_colours_on_a_terminal_and_remedies_stand_below(monkeypatch) -> None:
+    monkeypatch.setattr(
+        diagnosis,
+        "diagnose",
+        lambda: [
+            diagnosis.Finding("a", "ok", "[3]"),
+            diagnosis.Finding("b", "note", "4", "pip install [x]"),
+            diagnosis.Finding("c", "problem", "5", "y " * 99),
+        ],
+    )
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    told = CliRunner().invoke(cli.app, ["doctor"]).stdout
+    for state, colour in (("ok", 32), ("note", 33), ("problem", 31)):
+        assert f"\x1b[{colour}m{state}\x1b[0m" in told
+    plain = re.sub(r"\x1b\[[\d;]*m", "", told)
+    assert "[3]" in plain
+    assert plain.endswith(f"How to mend it:\n  b: pip install [x]\n  c: {'y ' * 99}\n")

@@ -22,6 +22,7 @@ from diffusers_mixofshow.cli import diagnosis
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.exporting.shared import RANK_OF_A_CONCEPT
 from diffusers_mixofshow.interop import convert, read_lora
+from diffusers_mixofshow.interop.summary import summary_of_pack
 from interop import foreign as files
 
 
@@ -71,6 +72,21 @@ def test_inspect_names_problems_and_fails(tmp_path: Path):
     problems = " ".join(json.loads(result.stdout)["problems"])
     assert "DoRA" in problems
     assert "not a pair of matrices" in problems
+
+
+def test_on_a_terminal_problems_are_red_and_notes_yellow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    summary = {"problems": ["it is [broken]"], "notes": ["it is [odd]"]}
+    monkeypatch.setattr(
+        "diffusers_mixofshow.interop.summary.summary_of_pack", lambda pack: summary_of_pack(pack) | summary
+    )
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    result = run("inspect", tmp_path)
+    assert result.exit_code == cli.FAILED
+    assert "\x1b[31mit is [broken]" in result.stdout
+    assert "\x1b[33mit is [odd]" in result.stdout
 
 
 def test_inspect_tells_an_ed_lora_from_other_files_by_what_is_in_it(tmp_path: Path):

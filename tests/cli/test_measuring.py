@@ -127,7 +127,8 @@ def test_toyland_needs_neither_photos_nor_a_metric_model(tmp_path, monkeypatch):
     toyland.write_photos(toyland.CONCEPTS["bobo"], tmp_path / "photos", count=1)
     given = ("evaluate", tmp_path / "bobo", *QUICK, "--dry-run", "--photos", f"bobo={tmp_path / 'photos'}")
     with pytest.warns(MixOfShowWarning, match="the looks of <bobo> are not read.*without --photos they are"):
-        run(*given)
+        assert "drawn of" not in run(*given).stdout
+    assert "drawn of <bobo>" in run(*given[:-2]).stdout
     with warnings.catch_warnings():
         warnings.simplefilter("error", MixOfShowWarning)
         run(*given, "--metric-model", "no/clip")  # which reads no looks

@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.lora import trainable
-from diffusers_mixofshow.training.compute import lean_updates
+from diffusers_mixofshow.training.compute import compiled, lean_updates, recomputed_activations
 from diffusers_mixofshow.training.samples import scaled
+
+
+def attributes(*models: torch.nn.Module) -> list[dict[str, object]]:
+    return [dict(vars(module)) for model in models for module in model.modules()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_activations_are_computed_again_inside_the_block_alone(pipeline: StableDiffusionPipeline, fails: bool) -> None:
+    """Blocks ask for training mode; their children, whose dropout would wake, stay as they were."""
+    models = (pipeline.unet, pipeline.text_encoder)
+    blocks = [each for model in models for each in model.modules() if hasattr(each, "gradient_checkpointing")]
+    others = [each for model in models for each in model.modules() if each not in blocks]
+    vars(blocks[0])["_gradient_checkpointing_func"] = theirs = object()
+    blocks[1].training = True
+    before = attributes(*models)
+    assert len(blocks) > 4
+    with pytest.raises(KeyError) if fails else nullcontext(), recomputed_activations(*models):
+        assert all(each.gradient_checkpointing and each.training for each in blocks)
+        assert all(each._gradient_checkpointing_func is not theirs for each in blocks)
+        assert not any(each.training for each in others)
+        if fails:
+            raise KeyError
+    assert attributes(*models) == before
+    assert blocks[0]._gradient_checkpointing_func is theirs
+
+
+def test_recomputed_activations_give_the_same_gradients_in_less_memory(pipeline: StableDiffusionPipeline) -> None:
+    unet, generator = pipeline.unet, torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 4, 16, 16, generator=generator), 5, torch.randn(1, 7, 32, generator=generator)
+    runs: list[int] = []
+    hook = unet.down_blocks[1].resnets[0].register_forward_pre_hook(lambda *given: runs.append(1))
+    weight = unet.conv_in.weight
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(unet(*inputs).sample.square().mean(), weight)[0]
+
+    expected = gradient()
+    assert len(runs) == 1
+    with recomputed_activations(unet):
+        torch.testing.assert_close(gradient(), expected)
+    hook.remove()
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_compiled_model_shares_its_weights_and_keeps_no_marks(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    def compile_with_a_mark(module: torch.nn.Module) -> torch.nn.Module:
+        module.mark = 1
+        return torch.nn.Sequential(module)
+
+    monkeypatch.setattr(torch, "compile", compile_with_a_mark)
+    model = torch.nn.Linear(2, 2)
+    model.mine = "kept"
+    before = set(vars(model))
+    with pytest.raises(KeyError) if fails else nullcontext(), compiled(model) as made:
+        assert made[0] is model
+        assert model.mark == 1
+        if fails:
+            raise KeyError
+    assert set(vars(model)) == before
+    assert model.mine == "kept"
 
 
 def test_lean_updates_are_those_of_peft(pipeline: StableDiffusionPipeline) -> None:

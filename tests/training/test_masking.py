@@ -15,6 +15,7 @@ from PIL import Image
 import tiny
 from diffusers_mixofshow import Concept, make_masks
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, OverwriteError, TrainingDataError
+from diffusers_mixofshow.sheets import labelled_sheet
 from diffusers_mixofshow.training.data import read_photos
 from diffusers_mixofshow.training.finding import Finder
 from diffusers_mixofshow.training.masking import MadeMask
@@ -284,6 +285,39 @@ def test_two_of_a_kind_give_a_mask_and_a_warning(
         assert each.mask is not None
         assert (np.asarray(Image.open(each.mask)) > 128).tolist() == box(*TALL).tolist()
         assert each.share == box(*TALL).mean()
+
+
+def test_the_sheet_is_photo_mask_and_cut_out_in_small_with_what_was_found(
+    tmp_path: Path, clipseg: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {"sure": (400, 400), "two": (200, 400), "none": (80, 40)}
+    for name, size in places.items():
+        photo("red", "blue", size).save(tmp_path / f"{name}.png")
+    maps = {"none": drawn(low=0.0), "sure": drawn(TALL), "two": drawn(TALL, (25, 5, 35, 35))}
+    order = iter(maps.values())  # by name
+    monkeypatch.setattr(Finder, "likelihood", lambda *given: next(order))
+    quietly(tmp_path, "dog", model=clipseg, sheet=tmp_path / "look.png")
+    rows = {}
+    for name, label in (("none", "0%\nno mask"), ("sure", "22%"), ("two", "22%\nlook here")):
+        image = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        mask = Image.new("L", image.size)
+        if name != "none":
+            mask = Image.open(tmp_path / "masks" / f"{name}.png")
+        cut_out = Image.composite(image, Image.new("RGB", image.size, (255, 0, 255)), mask)
+        rows[f"{name}.png\n{label}"] = row = [image, mask.convert("RGB"), cut_out]
+        for each in row:
+            each.thumbnail((160, 160))
+    assert [row[0].size for row in rows.values()] == [(80, 40), (160, 160), (80, 160)]
+    expected = labelled_sheet(rows, title="photo, mask, cut-out")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "look.png")), np.asarray(expected))
+
+
+def test_a_photo_that_is_transparent_everywhere_is_not_cut_out(tmp_path: Path, clipseg: str) -> None:
+    clear = photo().convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    (made,) = quietly(tmp_path, "dog", model=clipseg)
+    assert made.photo == tmp_path / "clear.png"
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,15 @@ def test_a_base_without_a_start_of_its_own_is_refused(pipeline: StableDiffusionP
         trained(pipeline, photos)
 
 
+@pytest.mark.parametrize("missing", ["bos_token", "eos_token"])
+def test_a_tokenizer_without_start_or_end_is_refused(
+    missing: str, pipeline: StableDiffusionPipeline, photos: Path
+) -> None:
+    setattr(pipeline.tokenizer, missing, None)
+    with pytest.raises(ConfigurationError, match=r"no token for the start or the end.*Set keep_start_token to False"):
+        start_token_inputs(pipeline, adapted_layers(pipeline.components))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_base_in_half_precision_keeps_its_start_token(
     dtype: torch.dtype, pipeline: StableDiffusionPipeline, photos: Path
