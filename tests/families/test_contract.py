@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from diffusers_mixofshow.families import FAMILIES, Family, family_of, family_of_sites
 from diffusers_mixofshow.families.layers import adapted_layers, components_with_sites, linear_layers
 from families.pipelines import tiny_pipeline
+from families.spellings import original_shapes, shapes_in_diffusers
 
 
 # The installed diffusers may be older than a family.
@@ -158,3 +160,19 @@ def test_the_call_takes_what_the_family_says(family: Family, pipe: Any) -> None:
     assert not family.sampler or hasattr(diffusers, family.sampler)
     assert family.models
     assert all(not model.layers or family.cross_attention for model in family.models)
+
+
+def test_its_original_code_has_every_layer_of_the_denoiser_once(family: Family, pipe: Any) -> None:
+    if not family.original:
+        pytest.skip("Its files' names are told by rules.")
+    ours = shapes_in_diffusers(family, pipe)
+    layers = [family.original_layer(name) for name in original_shapes(family, pipe)]
+    counts = Counter(path for layer in layers if layer for path in layer.paths if path in ours)
+    assert counts.keys() == ours.keys()
+    assert {path: count for path, count in counts.items() if count != 1} == {}
+
+
+def test_no_two_names_of_transformers_are_alike_without_their_dots() -> None:
+    paths = {path for family in FAMILIES for name, layer in family.original.items() for path in (name, *layer.paths)}
+    flat = Counter(path.replace(".", "_") for path in paths)
+    assert [name for name, count in flat.items() if count > 1] == []

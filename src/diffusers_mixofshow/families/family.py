@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from diffusers_mixofshow.families.original_code import OriginalLayer, with_number, without_number
 
 
 ANY_SITE = re.compile(r".*")
@@ -108,6 +110,7 @@ class Family:
         guidance_off: The strength at which, and below, nothing is guided: one half is drawn instead of two.
         takes_negative_prompt: Whether the pipeline takes negative prompts, and draws a half for them.
         models: Its published base models.
+        original: What its original code calls the denoiser's layers, with ``N`` for the number of the block.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Family:
     guidance_argument: str = "guidance_scale"
     guidance_off: float = 1.0
     takes_negative_prompt: bool = True
+    original: Mapping[str, OriginalLayer] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -148,6 +152,12 @@ class Family:
             return known_block and self.linear.fullmatch(path) is not None
         encoder = self.text_encoders.get(component)
         return encoder is not None and encoder.linear.fullmatch(path) is not None
+
+    def original_layer(self, path: str) -> OriginalLayer | None:
+        """The layer that the original code calls so, with the number of its block; None if it has none."""
+        name, number = without_number(path)
+        layer = self.original.get(name)
+        return layer and replace(layer, paths=tuple(with_number(each, number) for each in layer.paths))
 
     def input_of(self, site: str) -> str:
         """Name the input that a layer reads, the same for all layers that read the same tensor.

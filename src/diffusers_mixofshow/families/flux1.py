@@ -6,11 +6,13 @@ import re
 
 from diffusers_mixofshow.families.clip import SHARED_INPUT, clip_with
 from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.original_code import OriginalLayer, in_block, one
 from diffusers_mixofshow.families.transformer import (
     ATTENTION,
     FEED_FORWARD,
     OF_TEXT,
     QUERY_KEY_VALUE,
+    TWO_STREAMS,
     groups,
     text_first,
 )
@@ -18,6 +20,27 @@ from diffusers_mixofshow.families.transformer import (
 
 _DOUBLE = rf"transformer_blocks\.\d+\.({ATTENTION}|{FEED_FORWARD}|norm1(_context)?\.linear)"
 _SINGLE = r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)"
+_ORIGINAL = in_block(
+    "double_blocks.N",
+    "transformer_blocks.N",
+    {
+        **TWO_STREAMS,
+        "img_mlp.0": one("ff.net.0.proj", rows=4),
+        "img_mlp.2": one("ff.net.2", rows=1, width=4),
+        "txt_mlp.0": one("ff_context.net.0.proj", rows=4),
+        "txt_mlp.2": one("ff_context.net.2", rows=1, width=4),
+        "img_mod.lin": one("norm1.linear", rows=6),
+        "txt_mod.lin": one("norm1_context.linear", rows=6),
+    },
+) | in_block(
+    "single_blocks.N",
+    "single_transformer_blocks.N",
+    {
+        "linear1": OriginalLayer(paths=("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), rows=(1, 1, 1, 4)),
+        "linear2": one("proj_out", rows=1, width=5),
+        "modulation.lin": one("norm.linear", rows=3),
+    },
+)
 
 FLUX1 = Family(
     name="FLUX.1",
@@ -46,4 +69,5 @@ FLUX1 = Family(
     ),
     models=(BaseModel(name="FLUX.1", kohya="flux1", id="black-forest-labs/FLUX.1-dev", guidance=3.5),),
     takes_negative_prompt=False,
+    original=_ORIGINAL,
 )

@@ -5,8 +5,20 @@ from __future__ import annotations
 import re
 
 from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.original_code import alike, in_block
 from diffusers_mixofshow.families.transformer import ATTENTION, OF_TEXT, ONE_STAGE, QUERY_KEY_VALUE, groups
 
+
+_BLOCK = "transformer_blocks.N"
+_ORIGINAL = in_block(
+    _BLOCK,
+    _BLOCK,
+    alike(
+        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        *(f"{stream}_{part}" for stream in ("img", "txt") for part in ("mlp.net.0.proj", "mlp.net.2", "mod.1")),
+    ),
+)
 
 QWEN_IMAGE = Family(
     name="Qwen-Image",
@@ -25,4 +37,5 @@ QWEN_IMAGE = Family(
     groups=groups(attention=r".*\.attn\..*", modulation=r".*_mod\.1", feed_forward=r".*_mlp\..*"),
     models=(BaseModel(name="Qwen-Image", kohya="qwen_image", id="Qwen/Qwen-Image", guidance=4.0),),
     guidance_argument="true_cfg_scale",
+    original=_ORIGINAL,
 )

@@ -89,6 +89,13 @@ def is_linear_site(site: str) -> bool:
     return any(family.has_site(site) for family in FAMILIES)
 
 
+def is_original_alone(site: str) -> bool:
+    """Whether a layer has a name of the original code of some family, and none of diffusers'."""
+    component, _, path = site.partition(".")
+    called = any(family.denoiser == component and family.original_layer(path) for family in FAMILIES)
+    return called and not is_linear_site(site)
+
+
 def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = ()) -> BaseModel | None:
     """The base models that a LoRA's layers and embeddings' widths belong to, or None.
 

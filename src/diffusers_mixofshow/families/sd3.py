@@ -6,6 +6,7 @@ import re
 
 from diffusers_mixofshow.families.clip import SHARED_INPUT, clip_with
 from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.original_code import in_block, one, stack
 from diffusers_mixofshow.families.transformer import (
     ATTENTION,
     FEED_FORWARD,
@@ -15,6 +16,26 @@ from diffusers_mixofshow.families.transformer import (
     text_first,
 )
 
+
+_ORIGINAL = in_block(
+    "joint_blocks.N",
+    "transformer_blocks.N",
+    {
+        "x_block.attn.qkv": stack("attn.to_q", "attn.to_k", "attn.to_v"),
+        "x_block.attn2.qkv": stack("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+        "context_block.attn.qkv": stack("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "x_block.attn.proj": one("attn.to_out.0", rows=1),
+        "x_block.attn2.proj": one("attn2.to_out.0", rows=1),
+        "context_block.attn.proj": one("attn.to_add_out", rows=1),
+        "x_block.mlp.fc1": one("ff.net.0.proj", rows=4),
+        "x_block.mlp.fc2": one("ff.net.2", rows=1, width=4),
+        "context_block.mlp.fc1": one("ff_context.net.0.proj", rows=4),
+        "context_block.mlp.fc2": one("ff_context.net.2", rows=1, width=4),
+        "x_block.adaLN_modulation.1": one("norm1.linear"),
+        # In the last block, which makes no text anew, it is a shift and a scale alone.
+        "context_block.adaLN_modulation.1": one("norm1_context.linear", swapped=2),
+    },
+)
 
 STABLE_DIFFUSION_3 = Family(
     name="Stable Diffusion 3",
@@ -42,4 +63,5 @@ STABLE_DIFFUSION_3 = Family(
             name="Stable Diffusion 3.5", kohya="sd3", id="stabilityai/stable-diffusion-3.5-medium", guidance=7.0
         ),
     ),
+    original=_ORIGINAL,
 )

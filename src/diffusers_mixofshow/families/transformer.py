@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from diffusers_mixofshow.families.family import ANY_SITE, Stage
+from diffusers_mixofshow.families.original_code import one, stack
 
 
 QUERY_KEY_VALUE = (re.compile(r"(.*\.(?:attn|attn2|attention))\.(to_q|to_k|to_v)"), r"\1.to_q+to_k+to_v")
@@ -17,6 +18,14 @@ OF_TEXT = (
 
 ATTENTION = r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
+
+TWO_STREAMS = {
+    "img_attn.qkv": stack("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": stack("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": one("attn.to_out.0", rows=1),
+    "txt_attn.proj": one("attn.to_add_out", rows=1),
+}
+"""The attention of a double block, as the original code of FLUX names it."""
 
 ONE_STAGE = (Stage(name="transformer", sites=ANY_SITE, text_alone=False),)
 """Text and picture meet in every block, so that all layers change from step to step."""

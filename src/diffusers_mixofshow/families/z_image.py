@@ -5,11 +5,25 @@ from __future__ import annotations
 import re
 
 from diffusers_mixofshow.families.family import BaseModel, Family
+from diffusers_mixofshow.families.original_code import alike, in_block, one, stack
 from diffusers_mixofshow.families.transformer import QUERY_KEY_VALUE, groups, text_first
 
 
 _BLOCK = r"(noise_refiner|context_refiner|layers)\.\d+\."
 _ATTENTION = r"attention\.(to_[qkv]|to_out\.0)"
+_ORIGINAL = {
+    name: layer
+    for block in ("noise_refiner.N", "context_refiner.N", "layers.N")
+    for name, layer in in_block(
+        block,
+        block,
+        {
+            "attention.qkv": stack("attention.to_q", "attention.to_k", "attention.to_v"),
+            "attention.out": one("attention.to_out.0", rows=1),
+            **alike("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"),
+        },
+    ).items()
+}
 
 Z_IMAGE = Family(
     name="Z-Image",
@@ -28,4 +42,5 @@ Z_IMAGE = Family(
     groups=groups(attention=r".*\.attention\..*", modulation=r".*\.adaLN.*", feed_forward=r".*\.feed_forward\..*"),
     models=(BaseModel(name="Z-Image", kohya="zimage", id="Tongyi-MAI/Z-Image-Turbo", guidance=0.0),),
     guidance_off=0.0,
+    original=_ORIGINAL,
 )

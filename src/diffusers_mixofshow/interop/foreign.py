@@ -87,7 +87,7 @@ class Foreign:
     def raise_if_defective(self) -> None:
         """Raise one `EDLoRAFormatError` that lists everything that is wrong, if anything is."""
         subject = ", ".join(map(str, self.files))
-        raise_if_any(self.defects, subject=subject, remedy="Expected a LoRA or embeddings of Stable Diffusion.")
+        raise_if_any(self.defects, subject=subject, remedy="Expected a LoRA or embeddings of a supported base.")
 
 
 def read_foreign(source: str | os.PathLike[str]) -> Foreign:

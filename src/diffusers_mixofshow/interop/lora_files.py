@@ -53,7 +53,7 @@ def read_lora(path: Path) -> dict[str, LowRank]:
     raise_if_any(
         [*content.defects, *([bundled] if content.bundled else [])],
         subject=str(path),
-        remedy="Expected a LoRA of Stable Diffusion in the names of diffusers, PEFT or kohya.",
+        remedy="Expected a LoRA of a supported base in the names of diffusers, PEFT, kohya or the base's own code.",
     )
     for remark in content.remarks:
         warn(f"{path}: {remark}.")

@@ -12,8 +12,9 @@ import torch
 
 from diffusers_mixofshow.edlora.defects import content_defects, listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.families.recognition import is_linear_site
+from diffusers_mixofshow.families.recognition import is_linear_site, is_original_alone
 from diffusers_mixofshow.interop.names import Spelling, adapter_of, half_of, site_of, spelling_of
+from diffusers_mixofshow.interop.original_code import in_diffusers
 from diffusers_mixofshow.interop.other_kinds import OtherKind, other_base, other_kind, other_method
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG, PeftSettings, settings_beside, settings_in_header
 from diffusers_mixofshow.interop.tensors import in_working_dtype
@@ -144,11 +145,13 @@ def content_of(
     if unsure := settings.ambiguous(by_settings):
         remarks.append(f"{_SORTED}: {listed(unsure)}")
     defects = [*settings.defects, *settings.misfits(by_settings)]
-    defects += [_NOT_KNOWN] if Spelling.PEFT in untold.values() else []
+    of_diffusers_model = Spelling.ORIGINAL not in untold.values()  # whose alphas are the ranks
+    defects += [_NOT_KNOWN] if Spelling.PEFT in untold.values() and of_diffusers_model else []
     defects += [f"{reason}: {listed(names)}" for reason, names in found.refused.items()]
-    defects += content_defects((), {}, lora, ()) if lora else []
+    lora, misfits = in_diffusers(lora)
+    defects += [*misfits, *(content_defects((), {}, lora, ()) if lora else [])]
     if not lora and not defects:
-        defects.append("no tensor of it belongs to a layer of a text encoder or U-Net")
+        defects.append("no tensor of it belongs to a layer of a text encoder, U-Net or transformer")
     spellings = Counter(spelling_of(name) for name in tensors if half_of(name))
     return LoRAContent(
         lora=lora,
@@ -199,14 +202,14 @@ def _settle_unknown(found: _Sorted) -> None:
 
 
 def _settle_bases(found: _Sorted) -> None:
-    """Tell which other base a file was made for, if it was, by layers and tensors that no Stable Diffusion has."""
-    unfit = {layer.name: site for site, layer in found.layers.items() if not is_linear_site(site)}
+    """Tell which other base a file was made for, if it was, by layers and tensors that no family here has."""
+    unfit = {layer.name: site for site, layer in found.layers.items() if not _is_known(site)}
     transformer = {layer.name: site for site, layer in found.layers.items() if site.startswith("transformer.")}
     if any(re.search(r"\.\d+\.", site) for site in unfit.values()):
         unfit |= transformer  # whose blocks are another model's, though some layers are called like a known one's
     base, names = other_base([*unfit, *(name for names in found.refused.values() for name in names)])
     for name in names:
-        found.refuse(f"made for {base}, not for Stable Diffusion 1, 2 or XL", name)
+        found.refuse(f"made for {base}, a base that is not supported", name)
         found.layers.pop(unfit.get(name, ""), None)
 
 
@@ -230,9 +233,14 @@ def _fault(site: str, layer: _Layer) -> str:
     flat = all(half.dim() == 2 or half.shape[2:] == (1, 1) for half in (down, up))
     if not flat or not 1 <= down.shape[0] == up.shape[1]:
         return "not a pair of matrices of a linear layer or 1 x 1 convolution"
-    if not is_linear_site(site):
+    if not _is_known(site):
         return "layers that are not supported, which are those of attention, feed-forward parts and projections"
     return ""
+
+
+def _is_known(site: str) -> bool:
+    """Whether some family has a linear layer of this name, in diffusers or in its original code."""
+    return is_linear_site(site) or is_original_alone(site)
 
 
 def _update(site: str, layer: _Layer, settings: PeftSettings) -> tuple[LowRank, str]:

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from diffusers_mixofshow.families.layers import canonical_name
-from diffusers_mixofshow.families.recognition import is_linear_site
+from diffusers_mixofshow.families.original_code import with_number
+from diffusers_mixofshow.families.recognition import FAMILIES, is_linear_site, is_original_alone
 
 
 class Spelling(StrEnum):
     """Whose names a LoRA's tensors have; the value is what people call it."""
 
     KOHYA = "kohya / A1111 / ComfyUI"
+    ONE_TRAINER = "OneTrainer"
+    LYCORIS = "LyCORIS"
     COMFYUI = "ComfyUI, saved by its own nodes"
+    AI_TOOLKIT = "ai-toolkit / ComfyUI"
+    ORIGINAL = "the original code's names"
     PEFT = "PEFT"
     DIFFUSERS = "diffusers"
     ONE_MODEL = "diffusers, one model's adapter"
@@ -25,8 +30,24 @@ _HALF = re.compile(
     r"(?P<layer>.+?)(\.(?P<peft>lora_A|lora_B)(\.(?P<adapter>[^.]+))?|"
     r"[._](lora_|lora\.|lora_linear_layer\.)(?P<half>down|up))\.weight"
 )
-_FLAT = re.compile(r"(lora_(?P<component>unet|te|te1|te2)|lycoris)_(?P<path>.+)")
-_FLAT_COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+_FLAT = re.compile(r"(lora_(?P<component>unet|transformer|te|te1|te2)|lycoris)_(?P<path>.+)")
+_FLAT_COMPONENTS = {
+    "unet": "unet",
+    "transformer": "transformer",
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+}
+_FLAT_PATHS = {
+    path.replace(".", "_"): path
+    for family in FAMILIES
+    for name, layer in family.original.items()
+    for path in (name, *layer.paths)
+}
+"""Paths in transformers without dots, with N for the block's number, to the paths: of the original code and ours."""
+_FLAT_NUMBER = re.compile(r"(?<=_)\d+(?=_)")
+"""The number of a block; the first one is meant."""
+_FLAT_SPELLINGS = {None: Spelling.LYCORIS, "transformer": Spelling.ONE_TRAINER}
 _NUMBERS = {"text_encoder": "1", "text_encoder_2": "2"}
 """Of text encoders in kohya's names, where there are two."""
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder_2|text_encoder)\.")
@@ -73,21 +94,30 @@ def adapter_of(name: str) -> str | None:
 
 
 def spelling_of(name: str) -> Spelling:
-    """Whose name a tensor has."""
-    if _FLAT.match(name):
-        return Spelling.KOHYA
+    """Whose name a half of a LoRA has."""
+    if flat := _FLAT.match(name):
+        return _FLAT_SPELLINGS.get(flat["component"], Spelling.KOHYA)
+    of_peft = ".lora_A." in name or ".lora_B." in name
     if name.startswith(tuple(_COMFYUI)):
-        return Spelling.COMFYUI
+        return Spelling.AI_TOOLKIT if of_peft else Spelling.COMFYUI
+    if (half := half_of(name)) and is_original_alone(site_of(half[0])):
+        return Spelling.ORIGINAL
     if _COMPONENT.sub("", name, count=1).startswith(_PEFT):
         return Spelling.PEFT
-    if ".lora_A." not in name and ".lora_B." not in name:
+    if not of_peft:
         return Spelling.DIFFUSERS_OLD
     return Spelling.DIFFUSERS if _COMPONENT.match(name) else Spelling.ONE_MODEL
 
 
 def site_of(layer: str) -> str:
-    """Site name of a layer as any of the programs spells it."""
+    """Site name of a layer as any of the programs spells it.
+
+    A layer of a transformer's original code that diffusers calls otherwise gets its path there; several layers may be
+    one of its, see `interop.original_code`.
+    """
     if flat := _FLAT.fullmatch(layer):
+        if path := _with_dots(flat["path"]):
+            return f"transformer.{path}"
         told = "te" if "encoder_layers" in flat["path"] else "unet"  # LyCORIS's own names tell no component
         component = _FLAT_COMPONENTS[flat["component"] or told]
         return canonical_name(component, _in_diffusers(_WORDS.findall(flat["path"])))
@@ -110,7 +140,14 @@ def site_of(layer: str) -> str:
 def _transformer_site(path: str) -> str:
     """The site of a path that a known transformer has, and no U-Net; empty of any other path."""
     site = f"transformer.{path}"
-    return site if is_linear_site(site) else ""
+    return site if is_linear_site(site) or is_original_alone(site) else ""
+
+
+def _with_dots(flat: str) -> str:
+    """The path in a known transformer whose dots these underscores were; empty of any other path."""
+    number = _FLAT_NUMBER.search(flat)
+    path = _FLAT_PATHS.get(_FLAT_NUMBER.sub("N", flat, count=1), "")
+    return with_number(path, number[0]) if number else path
 
 
 def has_kohya_name(site: str) -> bool:

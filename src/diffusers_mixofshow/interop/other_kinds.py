@@ -1,4 +1,4 @@
-"""What a tensor's name tells of a file that is no LoRA, or none for Stable Diffusion: tables of names."""
+"""What a tensor's name tells of a file that is no LoRA, or none for a supported base: tables of names."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ _KINDS = {
     r"to_[kv]_ip\.|image_proj\.": "an IP-Adapter, which load_ip_adapter reads",
     r"lllite_": "ControlNet-LLLite",
     r"controlnet_|control_model\.|lora_controlnet|input_hint_block": "a ControlNet",
+    r"(lora_te\d_)?encoder[._]block[._]\d+[._]layer[._]": "updates of T5, a text encoder of Stable Diffusion 3 and "
+    "FLUX, which nothing in diffusers loads",
     r"t5(_?xxl)?$": "embeddings for T5, a text encoder of Stable Diffusion 3 and FLUX",
     r"bias$": "biases, " + _NO_UPDATE,
 }
@@ -51,7 +53,8 @@ _KINDS = {
 # A name that has one of these is of a U-Net like Stable Diffusion's, whatever else it has.
 _STAGES = re.compile(r"^(?!lora_prior_).*(down|up|mid|input|output|middle)_blocks?[._]")
 _BLOCKS = r"(?:^|\.|lora_unet_|lora_transformer_|lycoris_)blocks[._]\d+[._]"
-# Made for another base than Stable Diffusion; the first that any name of a file has, special ones before general ones.
+# Made for a base that is no family here, or in names that none has; the first that any name of a file has, special
+# ones before general ones.
 _BASES = {
     r"distilled_guidance_layer": "Chroma",
     r"to_qkv_mlp_proj|(double|single)_stream_modulation": "FLUX.2",
@@ -70,7 +73,6 @@ _BASES = {
     r"(?<!encoder[._])layers[._]\d+[._](self_attn|self_attention|mlp)[._]": "a language model, or one like it",
     r"add_[qkv]_proj|to_add_out|ff_context": "a transformer with joint attention, as Stable Diffusion 3, FLUX and "
     "Qwen-Image have it",
-    r"(text_encoder_3|lora_te3|t5xxl)[._]": "Stable Diffusion 3 or FLUX (their T5)",
     r"^(base_model\.model\.)?(lora_)?transformer[._]|(^|[._])(transformer_)?blocks[._]\d": "a transformer such as "
     "PixArt, Sana, LTX-Video or CogVideoX",
 }
