@@ -64,7 +64,11 @@ class Written:
 
 
 def written(
-    family: Family, pipe: Any, spelling: Spelling, chosen: Callable[[str], bool] = lambda path: True
+    family: Family,
+    pipe: Any,
+    spelling: Spelling,
+    chosen: Callable[[str], bool] = lambda path: True,
+    ranks: tuple[int, ...] = (1, 2, 3),
 ) -> Written:
     """A file with all layers of the denoiser, of ranks and alphas that differ, in a spelling.
 
@@ -73,13 +77,14 @@ def written(
         pipe: A pipeline of it.
         spelling: How names are spelt.
         chosen: Which paths to write, of the original code or of diffusers, as the spelling is.
+        ranks: Of the layers, in turn.
     """
     shapes = original_shapes(family, pipe) if spelling.original else shapes_in_diffusers(family, pipe)
     generator, file, whole = torch.Generator().manual_seed(0), Written(), {}
     for number, (path, (out, width)) in enumerate(shapes.items()):
         if not chosen(path):
             continue
-        rank, alpha = 1 + number % 3, (1.0, 4.0, 0.5, 3.0)[number % 4]
+        rank, alpha = ranks[number % len(ranks)], (1.0, 4.0, 0.5, 3.0)[number % 4]
         down, up = torch.randn(rank, width, generator=generator), torch.randn(out, rank, generator=generator)
         down_name, up_name, alpha_name = spelling.names(path)
         file.tensors |= {down_name: down, up_name: up}
@@ -160,3 +165,9 @@ def in_diffusers(family: Family, differences: Mapping[str, torch.Tensor]) -> Ten
         and value.dim() == 2
         and value.any()
     }
+
+
+def differences_of(pipe: Any) -> dict[str, torch.Tensor]:
+    """What the adapters that diffusers has loaded add to the weights, by site."""
+    layers = {site: layer for site, layer in linear_layers(pipe.components).items() if hasattr(layer, "lora_A")}
+    return {site: layer.get_delta_weight(layer.active_adapters[0]) for site, layer in layers.items()}

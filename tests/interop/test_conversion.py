@@ -204,16 +204,20 @@ def test_embeddings_of_sdxl_stay_as_they_are(tmp_path: Path):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("to", ["kohya", "mix-of-show"])
-def test_layers_of_a_transformer_have_no_names_in_formats_of_stable_diffusion(tmp_path: Path, to: str):
+def test_layers_of_a_transformer_have_names_in_formats_of_today_alone(tmp_path: Path):
     layer = "transformer.single_transformer_blocks.0.proj_mlp"
-    halves = {f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}
+    halves = {f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(32, 2)}
     save_file(halves, tmp_path / "flux.safetensors")
     with pytest.raises(EDLoRAFormatError, match=rf"no place for layers .*: 1 \({layer}\)"):
-        convert(tmp_path / "flux.safetensors", tmp_path / "no", to)
+        convert(tmp_path / "flux.safetensors", tmp_path / "no", "mix-of-show")
     assert not (tmp_path / "no").exists()
     convert(tmp_path / "flux.safetensors", tmp_path / "yes", "diffusers")
     assert load_file(tmp_path / "yes" / "pytorch_lora_weights.safetensors").keys() == halves.keys()
+    (file,) = convert(tmp_path / "flux.safetensors", tmp_path / "kohya.safetensors", "kohya").files
+    written = load_file(file)
+    whole = "lora_unet_single_blocks_0_linear1"
+    assert written.keys() == {f"{whole}.lora_down.weight", f"{whole}.lora_up.weight"}
+    assert torch.equal(written[f"{whole}.lora_up.weight"], torch.cat([torch.zeros(24, 2), torch.ones(32, 2)]))
 
 
 def test_what_a_format_cannot_hold(tmp_path: Path, components):

@@ -27,13 +27,23 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
     Returns:
         Nothing, or one entry.
     """
-    if all(update.alpha == update.rank for update in lora.values()) and len({u.rank for u in lora.values()}) <= 1:
+    return _metadata({site: (update.rank, update.alpha) for site, update in lora.items()})
+
+
+def metadata_of_ranks(ranks: Mapping[str, int]) -> dict[str, str]:
+    """The same of updates without any scaling but their own: site name to rank."""
+    return _metadata({site: (rank, float(rank)) for site, rank in ranks.items()})
+
+
+def _metadata(updates: Mapping[str, tuple[int, float]]) -> dict[str, str]:
+    """The metadata of site name to rank and alpha."""
+    if all(alpha == rank for rank, alpha in updates.values()) and len({rank for rank, _ in updates.values()}) <= 1:
         return {}
     values: dict[str, object] = {}
-    for component in dict.fromkeys(site.partition(".")[0] for site in lora):
+    for component in dict.fromkeys(site.partition(".")[0] for site in updates):
         shapes = {
-            site.removeprefix(f"{component}.").removeprefix("text_model."): (update.rank, update.alpha)
-            for site, update in lora.items()
+            site.removeprefix(f"{component}.").removeprefix("text_model."): shape
+            for site, shape in updates.items()
             if site.startswith(f"{component}.")
         }
         (usual_rank, usual_alpha), _ = Counter(shapes.values()).most_common(1)[0]

@@ -111,6 +111,9 @@ class Family:
         takes_negative_prompt: Whether the pipeline takes negative prompts, and draws a half for them.
         models: Its published base models.
         original: What its original code calls the denoiser's layers, with ``N`` for the number of the block.
+        shared_names: The names under which ComfyUI and diffusers both load LoRAs of a transformer: a prefix, and
+            ``{original}`` or ``{path}``, as the original code or as diffusers calls the layer; dots become underscores
+            after a prefix of kohya's. Empty for a U-Net, whose names are kohya's.
     """
 
     name: str
@@ -132,6 +135,7 @@ class Family:
     guidance_off: float = 1.0
     takes_negative_prompt: bool = True
     original: Mapping[str, OriginalLayer] = field(default_factory=dict)
+    shared_names: str = ""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -158,6 +162,12 @@ class Family:
         name, number = without_number(path)
         layer = self.original.get(name)
         return layer and replace(layer, paths=tuple(with_number(each, number) for each in layer.paths))
+
+    def original_name(self, path: str) -> str:
+        """What the original code calls the layer that has, or is, one of diffusers'; empty where it has none."""
+        ours, number = without_number(path)
+        name = next((name for name, layer in self.original.items() if ours in layer.paths), "")
+        return with_number(name, number)
 
     def input_of(self, site: str) -> str:
         """Name the input that a layer reads, the same for all layers that read the same tensor.

@@ -70,4 +70,5 @@ FLUX1 = Family(
     models=(BaseModel(name="FLUX.1", kohya="flux1", id="black-forest-labs/FLUX.1-dev", guidance=3.5),),
     takes_negative_prompt=False,
     original=_ORIGINAL,
+    shared_names="lora_unet_{original}",
 )

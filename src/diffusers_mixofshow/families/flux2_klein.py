@@ -65,4 +65,5 @@ FLUX2_KLEIN = Family(
     models=(BaseModel(name="FLUX.2 klein", kohya="flux2", id="black-forest-labs/FLUX.2-klein-4B", guidance=1.0),),
     takes_negative_prompt=False,
     original=_ORIGINAL,
+    shared_names="diffusion_model.{original}",
 )

@@ -51,4 +51,5 @@ KREA2 = Family(
     models=(BaseModel(name="Krea 2", kohya="krea2", guidance=4.5),),
     guidance_off=0.0,
     original=_ORIGINAL,
+    shared_names="diffusion_model.{original}",
 )

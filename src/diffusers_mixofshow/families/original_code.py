@@ -30,11 +30,13 @@ class OriginalLayer:
     width: int = 1
     swapped: int = 0
 
+    def heights(self, width: int) -> tuple[int, ...]:
+        """Rows of each of its layers in diffusers where its input has this width; empty where any number is right."""
+        return tuple(part * width // self.width for part in self.rows)
+
     def split(self, rows: int, width: int) -> tuple[int, ...]:
         """Rows of each of its layers in diffusers; none if the original code has no layer of this shape here."""
-        if not self.rows:
-            return (rows,)
-        sizes = tuple(part * width // self.width for part in self.rows)
+        sizes = self.heights(width) or (rows,)
         return sizes if width % self.width == 0 and sum(sizes) == rows else ()
 
     def halves_are_swapped(self, rows: int, width: int) -> bool:

@@ -38,4 +38,5 @@ QWEN_IMAGE = Family(
     models=(BaseModel(name="Qwen-Image", kohya="qwen_image", id="Qwen/Qwen-Image", guidance=4.0),),
     guidance_argument="true_cfg_scale",
     original=_ORIGINAL,
+    shared_names="diffusion_model.{path}",
 )

@@ -89,6 +89,22 @@ def is_linear_site(site: str) -> bool:
     return any(family.has_site(site) for family in FAMILIES)
 
 
+def transformers_with(sites: Iterable[str], base_model: str = "") -> tuple[Family, ...]:
+    """The families of transformers that have all of these sites; the one that a base model is of, where it is.
+
+    Args:
+        sites: A LoRA's sites; without one of a transformer no family is meant.
+        base_model: A base model's id, or nothing.
+    """
+    named = tuple(sites)
+    denoisers = {site.partition(".")[0] for site in named}
+    found = tuple(family for family in families_with(named) if family.original and family.denoiser in denoisers)
+    told = tuple(
+        one for one in found if base_model and any(base_model in (model.id, *model.other_ids) for model in one.models)
+    )
+    return told or found
+
+
 def is_original_alone(site: str) -> bool:
     """Whether a layer has a name of the original code of some family, and none of diffusers'."""
     component, _, path = site.partition(".")

@@ -17,6 +17,7 @@ from diffusers_mixofshow.families.transformer import (
 )
 
 
+_ATTENTION = rf"({ATTENTION}|attn2\.(to_[qkv]|to_out\.0))"
 _ORIGINAL = in_block(
     "joint_blocks.N",
     "transformer_blocks.N",
@@ -43,8 +44,8 @@ STABLE_DIFFUSION_3 = Family(
     denoiser="transformer",
     denoiser_class="SD3Transformer2DModel",
     text_encoders={"text_encoder": clip_with("tokenizer"), "text_encoder_2": clip_with("tokenizer_2")},
-    adapted=re.compile(rf"transformer_blocks\.\d+\.{ATTENTION}"),
-    linear=re.compile(rf"transformer_blocks\.\d+\.({ATTENTION}|{FEED_FORWARD}|norm1(_context)?\.linear)"),
+    adapted=re.compile(rf"transformer_blocks\.\d+\.{_ATTENTION}"),
+    linear=re.compile(rf"transformer_blocks\.\d+\.({_ATTENTION}|{FEED_FORWARD}|norm1(_context)?\.linear)"),
     inputs=(
         (re.compile(r"transformer\..*\.norm1(_context)?\.linear"), "transformer.modulation"),
         QUERY_KEY_VALUE,
@@ -64,4 +65,5 @@ STABLE_DIFFUSION_3 = Family(
         ),
     ),
     original=_ORIGINAL,
+    shared_names="transformer.{path}",
 )

@@ -16,7 +16,7 @@ OF_TEXT = (
 )
 """So do those of the text's own stream."""
 
-ATTENTION = r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+ATTENTION = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 FEED_FORWARD = r"(ff|ff_context)\.net\.(0\.proj|2)"
 
 TWO_STREAMS = {

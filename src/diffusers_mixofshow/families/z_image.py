@@ -43,4 +43,5 @@ Z_IMAGE = Family(
     models=(BaseModel(name="Z-Image", kohya="zimage", id="Tongyi-MAI/Z-Image-Turbo", guidance=0.0),),
     guidance_off=0.0,
     original=_ORIGINAL,
+    shared_names="diffusion_model.{path}",
 )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
@@ -19,8 +18,14 @@ from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, pl
 from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base
 from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.instructions import instructions
-from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, PLAIN_NAME, announcing, write_kohya, write_lora
-from diffusers_mixofshow.interop.names import has_kohya_name
+from diffusers_mixofshow.interop.lora_files import (
+    EMBEDDINGS,
+    PLAIN_NAME,
+    announcing,
+    transformer_of,
+    write_kohya,
+    write_lora,
+)
 from diffusers_mixofshow.interop.opening import read_any
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME, write_original
 from diffusers_mixofshow.interop.textual_inversion import (
@@ -153,7 +158,8 @@ def _others_planned(
     lost = (*(_layers_lost(content) if isinstance(content, EDLoRA) else ()), *_names_lost(vectors))
     if target is Format.TEXTUAL_INVERSION:
         return Plan(_words_planned(path, vectors), (*lost, *_updates_lost(content.lora)))
-    return Plan(_lora_planned(path, content.lora, vectors, lost, target), lost)
+    base_model = naming.base_model or (content.base_model if isinstance(content, EDLoRA) else "")
+    return Plan(_lora_planned(path, content.lora, vectors, lost, target, base_model), lost)
 
 
 def _concepts_planned(
@@ -214,19 +220,22 @@ def _words_planned(path: Path, vectors: Mapping[str, Vectors]) -> dict[Path, Cal
 
 
 def _lora_planned(
-    path: Path, lora: Mapping[str, LowRank], vectors: Mapping[str, Vectors], lost: Sequence[str], target: Format
+    path: Path,
+    lora: Mapping[str, LowRank],
+    vectors: Mapping[str, Vectors],
+    lost: Sequence[str],
+    target: Format,
+    base_model: str,
 ) -> dict[Path, Callable[[], object]]:
     """A LoRA, its embeddings in a folder beside it, and a text that says how to use them."""
     if not lora:
         raise EDLoRAFormatError("There is no LoRA in it. Convert it to 'textual-inversion'.")
-    if target is Format.KOHYA and (strange := [site for site in lora if not has_kohya_name(site)]):
-        raise EDLoRAFormatError(
-            f"kohya's names of Stable Diffusion have no place for layers of other models: {listed(strange)}. Convert "
-            "it to 'diffusers'."
-        )
+    if target is Format.KOHYA:
+        transformer_of(lora, base_model)  # refuses one that has no names of its own
     names = distinct_names(vectors)
-    writer = write_kohya if target is Format.KOHYA else write_lora
-    usual = PLAIN_NAME if writer is write_lora else f"{'-'.join(names.values())[:80] or path.name}.safetensors"
+    of_kohya = target is Format.KOHYA
+    writer = partial(write_kohya, base_model=base_model) if of_kohya else write_lora
+    usual = f"{'-'.join(names.values())[:80] or path.name}.safetensors" if of_kohya else PLAIN_NAME
     file = path if path.suffix == ".safetensors" else path / usual
     files: dict[Path, Callable[[], object]] = {file: partial(writer, file, lora, announcing(vectors))}
     if vectors:

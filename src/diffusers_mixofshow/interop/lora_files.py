@@ -15,9 +15,11 @@ from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, warn
-from diffusers_mixofshow.families.recognition import recognise
+from diffusers_mixofshow.families import Family
+from diffusers_mixofshow.families.recognition import recognise, transformers_with
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
-from diffusers_mixofshow.interop.names import kohya_name
+from diffusers_mixofshow.interop.names import kohya_name, shared_name
+from diffusers_mixofshow.interop.original_code import Joined, in_original_code
 from diffusers_mixofshow.interop.tensors import PICKLES, load_safetensors
 
 
@@ -100,19 +102,30 @@ def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, s
     return _write(path, tensors, {**(metadata or {}), **stock.adapter_metadata(lora)})
 
 
-def write_kohya(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
+def write_kohya(
+    path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None, *, base_model: str = ""
+) -> Path:
     """Write a LoRA file in kohya's names, which A1111, ComfyUI and diffusers load; it appears whole or not at all.
 
-    Every layer has the same alpha: diffusers takes one for many where they differ. Where they do, each layer's scaling
-    is multiplied into its ``up`` (see `LowRank.folded`); where ranks differ as well, no layer has an alpha, which all
-    programs read as a scale of 1. The text encoder's layers keep ``text_model`` in their names, and those of SDXL's
-    two are numbered, whatever transformers calls them.
+    That of a transformer is written in names that ComfyUI and diffusers both know, which are kohya's for some bases
+    (`Family.shared_names`), with the scaling multiplied into each ``up``.
+
+    Of a U-Net every layer has the same alpha: diffusers takes one for many where they differ. Where they do, each
+    layer's scaling is multiplied into its ``up`` (see `LowRank.folded`); where ranks differ as well, no layer has an
+    alpha, which all programs read as a scale of 1. The text encoder's layers keep ``text_model`` in their names, and
+    those of SDXL's two are numbered, whatever transformers calls them.
 
     Args:
         path: The file; its folder is created where it is missing.
         lora: Site name to update.
         metadata: Further entries of the file's header.
+        base_model: The base model's id, where its layers alone do not tell of which transformer they are.
+
+    Raises:
+        EDLoRAFormatError: If nothing tells which transformer it is for, or layers have shapes that its have not.
     """
+    if family := transformer_of(lora, base_model):
+        return _write_for_transformer(path, lora, metadata or {}, family)
     base = recognise(input_widths(lora))
     xl = base is not None and base.has_two_text_encoders
     lora = _scaled_alike(lora)
@@ -134,6 +147,41 @@ def write_kohya(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, 
     if alpha is None:  # diffusers takes this header or alphas, never both
         told |= stock.adapter_metadata(lora)
     return _write(path, tensors, {**(metadata or {}), **told})
+
+
+def transformer_of(lora: Mapping[str, LowRank], base_model: str) -> Family | None:
+    """The family of transformers that a LoRA is for; None of a U-Net's, or of one for text encoders alone.
+
+    Raises:
+        EDLoRAFormatError: If it may be one of several, and the base model tells none.
+    """
+    families = transformers_with(lora, base_model)
+    if len(families) > 1:
+        raise EDLoRAFormatError(
+            f"Its layers may be those of {', '.join(family.name for family in families)}, and other programs' names "
+            f"depend on that. Name the base model, such as {families[0].models[0].id!r}: base_model=..., or --base."
+        )
+    return families[0] if families else None
+
+
+def _write_for_transformer(
+    path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str], family: Family
+) -> Path:
+    folded = {site: update.folded for site, update in lora.items()}
+    of_kohya = family.shared_names.startswith("lora_")
+    joined = (
+        in_original_code(family, folded, taken_apart=of_kohya)
+        if "{original}" in family.shared_names
+        else Joined(lora=folded, ranks={site: update.rank for site, update in folded.items()})
+    )
+    halves = ("lora_down", "lora_up") if of_kohya else ("lora_A", "lora_B")
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, update in joined.lora.items():
+        name = shared_name(family, layer)
+        for half, factor in zip(halves, update.in_file, strict=True):
+            tensors[f"{name}.{half}.weight"] = factor
+    told = {"ss_base_model_version": family.models[0].kohya}
+    return _write(path, tensors, {**metadata, **told, **stock.metadata_of_ranks(joined.ranks)})
 
 
 def _scaled_alike(lora: Mapping[str, LowRank]) -> Mapping[str, LowRank]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import content_defects, listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.families.recognition import is_linear_site, is_original_alone
@@ -138,7 +139,9 @@ def content_of(
         if fault := _fault(site, layer):
             found.refuse(fault, site)
         else:
-            lora[site], origins[site] = _update(site, layer, settings)
+            # The header speaks of diffusers' layers.
+            silent = stock.KEY in metadata and is_original_alone(site)
+            lora[site], origins[site] = _update(site, layer, PeftSettings() if silent else settings)
     by_settings = {site: update.rank for site, update in lora.items() if origins[site] == settings.place}
     untold = {site: found.layers[site].spelling for site, origin in origins.items() if origin == _NOT_TOLD}
     remarks = _assumed(untold, {lora[site].rank for site in untold}, metadata)

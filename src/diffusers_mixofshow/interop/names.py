@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 
+from diffusers_mixofshow.families import FAMILIES, Family
 from diffusers_mixofshow.families.layers import canonical_name
 from diffusers_mixofshow.families.original_code import with_number
-from diffusers_mixofshow.families.recognition import FAMILIES, is_linear_site, is_original_alone
+from diffusers_mixofshow.families.recognition import is_linear_site, is_original_alone
 
 
 class Spelling(StrEnum):
@@ -150,9 +151,18 @@ def _with_dots(flat: str) -> str:
     return with_number(path, number[0]) if number else path
 
 
-def has_kohya_name(site: str) -> bool:
-    """Whether kohya's names of Stable Diffusion have a place for a site."""
-    return site.partition(".")[0] in ("unet", *_NUMBERS)
+def shared_name(family: Family, layer: str) -> str:
+    """What ComfyUI and diffusers both call a layer of a transformer or of its text encoders.
+
+    Args:
+        family: Its family, see `Family.shared_names`.
+        layer: Its site name, or the transformer with the path in the original code.
+    """
+    component, _, path = layer.partition(".")
+    prefix = family.shared_names.partition("{")[0]
+    if component != family.denoiser:
+        return layer if prefix.endswith(".") else kohya_name(layer, several_text_encoders=True, ldm=False)
+    return prefix + (path if prefix.endswith(".") else path.replace(".", "_"))
 
 
 def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
