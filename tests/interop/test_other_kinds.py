@@ -289,9 +289,14 @@ def test_updates_of_t5_are_told_as_that_and_nothing_else(tmp_path: Path, layer: 
     assert problems.count(" / ") == 0
 
 
-def test_a_checkpoint_of_another_base_is_told_by_its_names(tmp_path: Path):
+def test_a_checkpoint_of_a_known_or_another_base_is_told_by_its_names(tmp_path: Path):
     _, problems = told(tmp_path, {f"double_blocks.{n}.img_attn.proj.weight": (1,) for n in range(70)})
-    assert "made for FLUX" in problems
+    assert problems.startswith(
+        "whole weights, as of a checkpoint, where a LoRA has pairs of matrices: 70 (double_blocks.0"
+    )
+    assert problems.count(" / ") == 0
+    _, problems = told(tmp_path, {f"blocks.{n}.cross_attn.k.weight": (1,) for n in range(70)})
+    assert "made for Wan" in problems
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from diffusers_mixofshow.families.recognition import COMPONENTS, layers_of, reco
 from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, name_words
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
+from diffusers_mixofshow.interop.lycoris import is_part
 from diffusers_mixofshow.interop.names import half_of
 from diffusers_mixofshow.interop.original import is_original, original_content
 from diffusers_mixofshow.interop.tensors import PICKLES, load_pickle, load_safetensors
@@ -241,7 +242,7 @@ def _read_safetensors(path: Path, component: str) -> Foreign:
             "edlora.safetensors beside it."
         )
     names = _names(path)
-    if len(names) > _MOST_WORDS and not any(map(half_of, names)):
+    if len(names) > _MOST_WORDS and not any(half_of(name) or is_part(name) for name in names):
         # a checkpoint, or layers that are no LoRA: the names tell, gigabytes stay on the disk
         return _of_lora(path, content_of(dict.fromkeys(names, torch.empty(0)), {}))
     metadata, tensors = load_safetensors(path)
@@ -251,7 +252,7 @@ def _read_safetensors(path: Path, component: str) -> Foreign:
 def _sorted(path: Path, content: Any, metadata: Mapping[str, str], component: str) -> Foreign:
     tensors = {str(name): tensor for name, tensor in _items(content) if isinstance(tensor, torch.Tensor)}
     found = inversion_content(content, path.stem.removesuffix("_emb"))
-    if found is not None and not any(map(half_of, tensors)):
+    if found is not None and not any(half_of(name) or is_part(name) for name in tensors):
         return Foreign(
             kind=Kind.TEXTUAL_INVERSION,
             layout=found.layout,

@@ -14,6 +14,7 @@ from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import content_defects, listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.families.recognition import is_linear_site, is_original_alone
+from diffusers_mixofshow.interop.lycoris import with_halves
 from diffusers_mixofshow.interop.names import Spelling, adapter_of, half_of, site_of, spelling_of
 from diffusers_mixofshow.interop.original_code import in_diffusers
 from diffusers_mixofshow.interop.other_kinds import OtherKind, other_base, other_kind, other_method
@@ -28,6 +29,7 @@ _NOT_KNOWN = (
     f"alpha is not known: PEFT keeps it in {PEFT_CONFIG}, which is not beside it or does not say it. Put it there, or "
     'a file of this name with {"lora_alpha": 8}, or whatever the number was'
 )
+_WHOLE = "whole weights, as of a checkpoint, where a LoRA has pairs of matrices"
 _KOHYAS = "ss_network_alpha"
 _LOST = "but the alphas that belong to it are missing; taken as the rank, as every program then does"
 _SORTED = (
@@ -125,6 +127,7 @@ def content_of(
         metadata: The file's own.
         path: The file, beside which PEFT's settings lie.
     """
+    tensors = with_halves(tensors)
     settings = settings_in_header(metadata)
     if settings is None:
         # In a folder of downloads they are another's, unless the tensors have PEFT's names.
@@ -200,7 +203,8 @@ def _settle_unknown(found: _Sorted) -> None:
     told = {name for names in found.refused.values() for name in names}
     for name in found.unknown:
         if name not in told and site_of(name.rpartition(".")[0]) not in found.strange:
-            found.refuse("tensors of no known meaning", name)
+            whole = name.endswith((".weight", ".bias")) and _is_of_known(name)
+            found.refuse(_WHOLE if whole else "tensors of no known meaning", name)
     found.layers = {site: layer for site, layer in found.layers.items() if layer.halves or site not in found.strange}
 
 
@@ -210,7 +214,8 @@ def _settle_bases(found: _Sorted) -> None:
     transformer = {layer.name: site for site, layer in found.layers.items() if site.startswith("transformer.")}
     if any(re.search(r"\.\d+\.", site) for site in unfit.values()):
         unfit |= transformer  # whose blocks are another model's, though some layers are called like a known one's
-    base, names = other_base([*unfit, *(name for names in found.refused.values() for name in names)])
+    refused = (name for names in found.refused.values() for name in names if not _is_of_known(name))
+    base, names = other_base([*unfit, *refused])
     for name in names:
         found.refuse(f"made for {base}, a base that is not supported", name)
         found.layers.pop(unfit.get(name, ""), None)
@@ -244,6 +249,12 @@ def _fault(site: str, layer: _Layer) -> str:
 def _is_known(site: str) -> bool:
     """Whether some family has a linear layer of this name, in diffusers or in its original code."""
     return is_linear_site(site) or is_original_alone(site)
+
+
+def _is_of_known(name: str) -> bool:
+    """Whether a tensor of any kind belongs to such a layer, which its name says but for the last one or two words."""
+    owner = name.rpartition(".")[0]
+    return any(_is_known(site_of(layer)) for layer in (owner, owner.rpartition(".")[0]) if layer)
 
 
 def _update(site: str, layer: _Layer, settings: PeftSettings) -> tuple[LowRank, str]:

@@ -94,6 +94,11 @@ def adapter_of(name: str) -> str | None:
     return (match["adapter"] or "") if match and match["peft"] else None
 
 
+def is_of_peft(name: str) -> bool:
+    """Whether a name has the prefix that PEFT puts before those of a model."""
+    return _COMPONENT.sub("", name, count=1).startswith(_PEFT)
+
+
 def spelling_of(name: str) -> Spelling:
     """Whose name a half of a LoRA has."""
     if flat := _FLAT.match(name):
@@ -103,7 +108,7 @@ def spelling_of(name: str) -> Spelling:
         return Spelling.AI_TOOLKIT if of_peft else Spelling.COMFYUI
     if (half := half_of(name)) and is_original_alone(site_of(half[0])):
         return Spelling.ORIGINAL
-    if _COMPONENT.sub("", name, count=1).startswith(_PEFT):
+    if is_of_peft(name):
         return Spelling.PEFT
     if not of_peft:
         return Spelling.DIFFUSERS_OLD

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from functools import cache
 from typing import NamedTuple
 
+from diffusers_mixofshow.interop.lycoris import HIGHEST_RANK
+
 
 class OtherKind(NamedTuple):
     """A tensor that is no half of a LoRA.
@@ -21,18 +23,24 @@ class OtherKind(NamedTuple):
 
 
 _NO_UPDATE = "which are no low-rank update"
+_NOT_LOW = (
+    f"which is one of low rank only where the ranks of both multiply to {HIGHEST_RANK} at most and to less than the "
+    "layer's size, and is read of LyCORIS's own files of linear layers then"
+)
 _KINDS = {
     # Of layers that also have halves of a LoRA, or would otherwise be taken for one.
     r"dora_scale|lora_magnitude_vector": "DoRA, whose effect is no low-rank update",
-    r"hada_[wt]\d": "LoHa (LyCORIS, PEFT), a product of two updates, which is no low-rank update",
-    r"lokr_[wt]\d": "LoKr (LyCORIS, PEFT), a Kronecker product, which is no low-rank update",
+    r"hada_[wt]\d": f"LoHa (LyCORIS, PEFT), a product of two updates, {_NOT_LOW}",
+    r"lokr_[wt]\d": f"LoKr (LyCORIS, PEFT), a Kronecker product, {_NOT_LOW}",
     r"lora_mid\.": "Tucker layers (LyCORIS), which are no low-rank update of a linear layer",
     r"oft_(blocks|R|diag)|boft_[Rs]|rescale$": "OFT or BOFT, rotations of the weights, " + _NO_UPDATE,
     r"on_input$|ia3_l": "(IA)^3, factors on features, " + _NO_UPDATE,
     r"([ab][12]|bm)\.weight$|glora_[A-E]\.": "GLoRA, which depends on the weights and is no low-rank update of them",
     r"[qp]_layer\.weight$|lambda_layer$": "T-LoRA, whose rank depends on the time step",
     r"[wb]_norm$|ln_tuning_layers\.": "trained norms (LyCORIS, LN tuning of PEFT), " + _NO_UPDATE,
-    r"diff(_b)?$|set_weight$|reshape_weight$": "full differences (LyCORIS, ComfyUI), " + _NO_UPDATE,
+    r"diff$": "full differences (LyCORIS, ComfyUI), which are no low-rank update of a linear layer",
+    r"diff_b$": "full differences of biases (LyCORIS, ComfyUI), " + _NO_UPDATE,
+    r"set_weight$|reshape_weight$": "full differences (ComfyUI), whole weights or shapes, " + _NO_UPDATE,
     r"lora_E(\.|$)|ranknum": "AdaLoRA of PEFT, whose singular values stand between the halves",
     r"lora_diag": "KaSA of PEFT, which changes the base",
     r"lora_embedding_[AB]": "LoRA of an embedding layer (PEFT), which is no linear layer",
