@@ -13,7 +13,14 @@ from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.layers import cross_attention_layers
-from diffusers_mixofshow.families.recognition import BASE_MODELS, foreign_layers, layers_of, recognise
+from diffusers_mixofshow.families.recognition import (
+    BASE_MODELS,
+    FAMILIES,
+    foreign_layers,
+    layers_of,
+    recognise,
+    transformers_with,
+)
 from diffusers_mixofshow.families.sdxl import SDXL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, SD2
 from diffusers_mixofshow.interop.foreign import read_foreign
@@ -122,3 +129,40 @@ def test_a_summary_tells_what_fits_no_family(tmp_path: Path, width: int, block: 
     )
     problems = summary_of_foreign(read_foreign(tmp_path / "x.safetensors"))["problems"]
     assert [one[: len(problem)] for one in problems] == [problem] * bool(problem)
+
+
+DOUBLE = "transformer.transformer_blocks.0.attn"
+
+
+@pytest.mark.parametrize(
+    ("site", "width", "families"),
+    [
+        (f"{DOUBLE}.to_q", 1536, ["Stable Diffusion 3"]),
+        (f"{DOUBLE}.add_k_proj", 2432, ["Stable Diffusion 3"]),
+        (f"{DOUBLE}.to_q", 4096, ["FLUX.2 klein"]),
+        (f"{DOUBLE}.to_q", 3072, ["FLUX.1", "FLUX.2 klein", "Qwen-Image"]),
+        (f"{DOUBLE}.to_q", 6144, ["Krea 2"]),
+        (f"{DOUBLE}.to_q", 32, ["FLUX.1", "FLUX.2 klein", "Stable Diffusion 3", "Qwen-Image", "Krea 2"]),
+        (f"{DOUBLE}.to_out.0", 1536, ["FLUX.1", "FLUX.2 klein", "Stable Diffusion 3", "Qwen-Image", "Krea 2"]),
+        (f"{DOUBLE[:-4]}attn2.to_q", 32, ["Stable Diffusion 3"]),
+        ("transformer.single_transformer_blocks.0.attn.to_q", 1536, ["FLUX.1"]),
+        ("transformer.layers.0.attention.to_q", 3072, ["Z-Image"]),
+        ("transformer.transformer_blocks.0.attn.to_gate", 8, ["Krea 2"]),
+        (KEY, 768, []),
+        (TEXT, 768, []),
+    ],
+)
+def test_transformers_are_known_by_names_and_where_these_are_alike_by_widths(site, width, families) -> None:
+    widths = input_widths(lora(site, width=width))
+    assert [family.name for family in transformers_with(widths)] == families
+    model = recognise(widths)
+    if len(families) == 1:
+        assert model in next(one for one in FAMILIES if one.name == families[0]).models
+    elif families:
+        assert model is None
+
+
+def test_a_base_models_name_tells_which_transformer_is_meant() -> None:
+    widths = input_widths(lora(f"{DOUBLE}.to_q", width=32))
+    assert [one.name for one in transformers_with(widths, "Qwen/Qwen-Image")] == ["Qwen-Image"]
+    assert len(transformers_with(widths, "somebody/else")) == 5

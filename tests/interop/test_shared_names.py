@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from diffusers_mixofshow import GradientFuser, LoRASource
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import EDLoRAFormatError
@@ -222,3 +223,24 @@ def test_layers_of_other_shapes_than_the_bases_have_no_place_in_its_code(tmp_pat
     ):
         write_kohya(tmp_path / "x.safetensors", lora)
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_file_of_kohya_is_fused_as_the_same_one_of_diffusers(tmp_path: Path) -> None:
+    """By what its layers see; the fused LoRA is written for other programs like any."""
+    pipe = tiny_pipeline("FLUX.1")
+    layers = {site: shape for site, shape in layers_of(pipe).items() if ".single_transformer_blocks.0." in site}
+    fused = {}
+    for name, write in {"kohya": write_kohya, "diffusers": write_lora}.items():
+        sources = [
+            LoRASource(write(tmp_path / f"{name}-{rank}.safetensors", random_lora(layers, (rank,), (1.0,))), ["a dog"])
+            for rank in (2, 3)
+        ]
+        fuser = GradientFuser(pipe, steps=1, height=32, width=32, sequential=False, statistics_bytes=None)
+        fused[name] = fuser.fuse(sources)
+    assert fused["kohya"].lora.keys() == layers.keys()
+    for site, update in fused["diffusers"].lora.items():
+        expected, found = low_rank_delta(update), low_rank_delta(fused["kohya"].lora[site])
+        assert (found - expected).norm() < 1e-4 * expected.norm(), site
+    fused["kohya"].save_pretrained(tmp_path / "both")
+    (file,) = convert(tmp_path / "both", tmp_path / "out.safetensors", "kohya").files
+    same(read(file), read_lora(tmp_path / "both" / "pytorch_lora_weights.safetensors"))

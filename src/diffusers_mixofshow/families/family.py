@@ -56,6 +56,8 @@ class BaseModel:
         name: What people call it.
         kohya: What kohya's trainers call it in a file's metadata.
         text_width: Width of the text states that its cross-attention reads; 0 where it has none.
+        stream_widths: Widths of the states that the attention of a transformer's blocks reads, one for each size; they
+            tell families apart whose layers are called alike.
         embeddings: Name of the text encoder, as files of embeddings spell it, to the width of its embeddings.
         layers: The cross-attention layers in order down, mid, up; empty where it has none.
         id: The base model that is taken where nobody tells; empty where that would be a guess.
@@ -67,6 +69,7 @@ class BaseModel:
     name: str
     kohya: str
     text_width: int = 0
+    stream_widths: tuple[int, ...] = ()
     embeddings: Mapping[str, int] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
     id: str = ""

@@ -67,7 +67,11 @@ FLUX1 = Family(
         modulation=r".*\.norm[^.]*\.linear",
         feed_forward=r".*\.(ff(_context)?\..*|proj_mlp|proj_out)",
     ),
-    models=(BaseModel(name="FLUX.1", kohya="flux1", id="black-forest-labs/FLUX.1-dev", guidance=3.5),),
+    models=(
+        BaseModel(
+            name="FLUX.1", kohya="flux1", id="black-forest-labs/FLUX.1-dev", guidance=3.5, stream_widths=(3072,)
+        ),
+    ),
     takes_negative_prompt=False,
     original=_ORIGINAL,
     shared_names="lora_unet_{original}",

@@ -62,7 +62,15 @@ FLUX2_KLEIN = Family(
         modulation=r".*_modulation.*",
         feed_forward=r".*\.ff(_context)?\..*",
     ),
-    models=(BaseModel(name="FLUX.2 klein", kohya="flux2", id="black-forest-labs/FLUX.2-klein-4B", guidance=1.0),),
+    models=(
+        BaseModel(
+            name="FLUX.2 klein",
+            kohya="flux2",
+            id="black-forest-labs/FLUX.2-klein-4B",
+            guidance=1.0,
+            stream_widths=(3072, 4096),
+        ),
+    ),
     takes_negative_prompt=False,
     original=_ORIGINAL,
     shared_names="diffusion_model.{original}",

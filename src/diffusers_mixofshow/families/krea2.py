@@ -48,7 +48,7 @@ KREA2 = Family(
     ),
     stages=text_first(r"transformer\.text_fusion\..*"),
     groups=groups(text_fusion=r".*\.text_fusion\..*", attention=r".*\.attn\..*", feed_forward=r".*\.ff\..*"),
-    models=(BaseModel(name="Krea 2", kohya="krea2", guidance=4.5),),
+    models=(BaseModel(name="Krea 2", kohya="krea2", guidance=4.5, stream_widths=(6144,)),),
     guidance_off=0.0,
     original=_ORIGINAL,
     shared_names="diffusion_model.{original}",

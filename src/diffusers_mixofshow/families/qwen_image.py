@@ -35,7 +35,9 @@ QWEN_IMAGE = Family(
     ),
     stages=ONE_STAGE,
     groups=groups(attention=r".*\.attn\..*", modulation=r".*_mod\.1", feed_forward=r".*_mlp\..*"),
-    models=(BaseModel(name="Qwen-Image", kohya="qwen_image", id="Qwen/Qwen-Image", guidance=4.0),),
+    models=(
+        BaseModel(name="Qwen-Image", kohya="qwen_image", id="Qwen/Qwen-Image", guidance=4.0, stream_widths=(3072,)),
+    ),
     guidance_argument="true_cfg_scale",
     original=_ORIGINAL,
     shared_names="diffusion_model.{path}",

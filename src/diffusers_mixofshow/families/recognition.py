@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # torch takes seconds, and names need none of it
 
 Model = TypeVar("Model")
 
+_READS_STREAM = re.compile(r"transformer\..*\.attn\.(to_[qkv]|add_[qkv]_proj)")
+"""Layers whose input is as wide as the stream of a transformer."""
+
 FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFUSION,
     STABLE_DIFFUSION_XL,
@@ -89,20 +92,22 @@ def is_linear_site(site: str) -> bool:
     return any(family.has_site(site) for family in FAMILIES)
 
 
-def transformers_with(sites: Iterable[str], base_model: str = "") -> tuple[Family, ...]:
-    """The families of transformers that have all of these sites; the one that a base model is of, where it is.
+def transformers_with(widths: Mapping[str, int], base_model: str = "") -> tuple[Family, ...]:
+    """The families of transformers that have all of these sites, as few as widths or the base model tell.
 
     Args:
-        sites: A LoRA's sites; without one of a transformer no family is meant.
+        widths: Site name to the width of the layer's input; without a site of a transformer no family is meant.
         base_model: A base model's id, or nothing.
     """
-    named = tuple(sites)
-    denoisers = {site.partition(".")[0] for site in named}
-    found = tuple(family for family in families_with(named) if family.original and family.denoiser in denoisers)
-    told = tuple(
-        one for one in found if base_model and any(base_model in (model.id, *model.other_ids) for model in one.models)
-    )
-    return told or found
+    denoisers = {site.partition(".")[0] for site in widths}
+    found = tuple(family for family in families_with(widths) if family.original and family.denoiser in denoisers)
+    streams = {width for site, width in widths.items() if _READS_STREAM.fullmatch(site)}
+    for fits in (
+        lambda model: bool(base_model) and base_model in (model.id, *model.other_ids),
+        lambda model: bool(streams) and streams <= set(model.stream_widths),
+    ):
+        found = tuple(family for family in found if any(map(fits, family.models))) or found
+    return found
 
 
 def is_original_alone(site: str) -> bool:
@@ -120,7 +125,7 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
         vectors: For every embedding, text encoder to width.
     """
     if any(site.startswith("transformer.") for site in widths):
-        found = families_with(widths)
+        found = transformers_with(widths)
         return found[0].models[0] if len(found) == 1 else None
     reading = {width for site, width in widths.items() if re.search(r"\.attn2\.to_[kv]$", site)}
     for model in BASE_MODELS:

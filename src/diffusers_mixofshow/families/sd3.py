@@ -61,7 +61,11 @@ STABLE_DIFFUSION_3 = Family(
     ),
     models=(
         BaseModel(
-            name="Stable Diffusion 3.5", kohya="sd3", id="stabilityai/stable-diffusion-3.5-medium", guidance=7.0
+            name="Stable Diffusion 3.5",
+            kohya="sd3",
+            id="stabilityai/stable-diffusion-3.5-medium",
+            guidance=7.0,
+            stream_widths=(1536, 2432),
         ),
     ),
     original=_ORIGINAL,

@@ -155,7 +155,7 @@ def transformer_of(lora: Mapping[str, LowRank], base_model: str) -> Family | Non
     Raises:
         EDLoRAFormatError: If it may be one of several, and the base model tells none.
     """
-    families = transformers_with(lora, base_model)
+    families = transformers_with(input_widths(lora), base_model)
     if len(families) > 1:
         raise EDLoRAFormatError(
             f"Its layers may be those of {', '.join(family.name for family in families)}, and other programs' names "

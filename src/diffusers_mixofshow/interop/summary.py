@@ -14,7 +14,7 @@ from diffusers_mixofshow.edlora.defects import listed
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_L
-from diffusers_mixofshow.families.recognition import families_with, foreign_layers, recognise
+from diffusers_mixofshow.families.recognition import foreign_layers, recognise, transformers_with
 from diffusers_mixofshow.interop.concept_names import Naming, grouped
 from diffusers_mixofshow.interop.foreign import Foreign
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
@@ -118,8 +118,7 @@ def _architecture(base: BaseModel | None, lora: Mapping[str, LowRank]) -> str | 
     """What it was made for: the base models, or every family of transformers that has its layers; None if unknown."""
     if base is not None:
         return base.name
-    families = [family.name for family in families_with(lora) if family.denoiser == "transformer"]
-    return " or ".join(families) or None
+    return " or ".join(family.name for family in transformers_with(input_widths(lora))) or None
 
 
 def _of_lora(lora: Mapping[str, LowRank]) -> dict[str, Any]:
