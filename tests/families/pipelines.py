@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import tiny
+from diffusers_mixofshow.families import Family
 
 
 _CHAT = (
@@ -310,6 +311,28 @@ def _krea2() -> Any:
     )
 
 
+def _anima() -> Any:
+    """Its transformer alone, in the only pipeline that it has; the width of its text is the true one."""
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=1024,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        patch_size=(1, 2, 2),
+        rope_scale=(1.0, 4.0, 4.0),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    )
+    pipe = diffusers.AnimaAutoBlocks().init_pipeline()
+    pipe.update_components(transformer=transformer.eval())
+    return pipe
+
+
 _MADE: Mapping[str, Callable[[], Any]] = {
     "Stable Diffusion": _stable_diffusion,
     "Stable Diffusion XL": _sdxl,
@@ -319,7 +342,13 @@ _MADE: Mapping[str, Callable[[], Any]] = {
     "Qwen-Image": _qwen_image,
     "Z-Image": _z_image,
     "Krea 2": _krea2,
+    "Anima": _anima,
 }
+
+
+def is_here(family: Family) -> bool:
+    """Whether the installed diffusers, which may be older than a family, has its pipeline."""
+    return hasattr(diffusers, family.pipeline or "AnimaAutoBlocks")
 
 
 def tiny_pipeline(family: str) -> Any:
@@ -327,5 +356,6 @@ def tiny_pipeline(family: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = _MADE[family]()
-    made.set_progress_bar_config(disable=True)
+    if hasattr(made, "set_progress_bar_config"):
+        made.set_progress_bar_config(disable=True)
     return made

@@ -150,6 +150,7 @@ _CONVERTERS: Mapping[str, Callable[[Tensors], Tensors]] = {
     "Qwen-Image": lambda found: found,  # whose names are diffusers'
     "Z-Image": lambda found: single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers(found),
     "Krea 2": lambda found: single_file_utils.convert_krea2_transformer_checkpoint_to_diffusers(found),
+    "Anima": lambda found: single_file_utils.convert_cosmos_transformer_checkpoint_to_diffusers(found),
 }
 
 

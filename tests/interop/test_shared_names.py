@@ -21,11 +21,11 @@ from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.families import FAMILIES, Family
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.interop import convert, read_lora, write_kohya, write_lora
-from families.pipelines import tiny_pipeline
+from families.pipelines import is_here, tiny_pipeline
 from families.spellings import differences_of, original_shapes, shapes_in_diffusers
 
 
-NAMED = [family for family in FAMILIES if family.original and hasattr(diffusers, family.pipeline)]
+NAMED = [family for family in FAMILIES if family.original and is_here(family)]
 
 
 @pytest.fixture(scope="module", params=NAMED, ids=lambda family: family.name)
@@ -116,6 +116,7 @@ def test_comfyui_has_a_key_for_every_tensor(family: Family, pipe: Any, tmp_path:
         "Qwen-Image": ["transformer.{}", "{}"],
         "Z-Image": ["transformer.{}", "diffusion_model.{}", "{}"],
         "Krea 2": ["transformer.{}", "diffusion_model.{}", "{}"],
+        "Anima": [],
     }
     keys |= {template.format(path) for template in also[family.name] for path in ours}
     for number, encoder in enumerate(family.text_encoders, start=1):

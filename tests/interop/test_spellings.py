@@ -19,11 +19,11 @@ from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.interop import read_lora
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.summary import summary_of_foreign
-from families.pipelines import tiny_pipeline
+from families.pipelines import is_here, tiny_pipeline
 from families.spellings import SPELLINGS, Written, differences_of, written
 
 
-NAMED = [family for family in FAMILIES if family.original and hasattr(diffusers, family.pipeline)]
+NAMED = [family for family in FAMILIES if family.original and is_here(family)]
 OLD = Version(diffusers.__version__) < Version("0.42")
 
 
@@ -78,6 +78,8 @@ LOADED = [
     ("Z-Image", "ComfyUI, diffusers' names", r"^$"),
     ("Krea 2", "ai-toolkit", r"^$"),
     ("Krea 2", "original under PEFT", r"^$"),
+    ("Anima", "ai-toolkit", r"^$"),
+    ("Anima", "diffusers", r"^$"),
 ]
 
 

@@ -92,7 +92,8 @@ class Family:
 
     Args:
         name: What people call it.
-        pipeline: Class of its text-to-image pipeline in diffusers.
+        pipeline: Class of its text-to-image pipeline in diffusers; empty where it has a modular one alone, which
+            cannot be recorded here.
         denoiser: Name of the denoising model among the pipeline's components.
         denoiser_class: Class of that model in diffusers.
         text_encoders: The text encoders that are adapted, by their names among the components, in the order in which

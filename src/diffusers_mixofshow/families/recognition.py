@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+from diffusers_mixofshow.families.anima import ANIMA
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.family import BaseModel, Family
 from diffusers_mixofshow.families.flux1 import FLUX1
@@ -24,8 +25,10 @@ if TYPE_CHECKING:  # torch takes seconds, and names need none of it
 
 Model = TypeVar("Model")
 
-_READS_STREAM = re.compile(r"transformer\..*\.attn\.(to_[qkv]|add_[qkv]_proj)")
+_READS_STREAM = re.compile(r"transformer\..*\.(attn\.(to_[qkv]|add_[qkv]_proj)|attn2\.to_q)")
 """Layers whose input is as wide as the stream of a transformer."""
+_READS_TEXT = re.compile(r".*\.attn2\.to_[kv]")
+"""Layers whose input is as wide as the text, where there is cross-attention."""
 
 FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFUSION,
@@ -36,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_IMAGE,
     Z_IMAGE,
     KREA2,
+    ANIMA,
 )
 """Every family that the package knows; where several fit equally well, the first is meant."""
 
@@ -101,10 +105,11 @@ def transformers_with(widths: Mapping[str, int], base_model: str = "") -> tuple[
     """
     denoisers = {site.partition(".")[0] for site in widths}
     found = tuple(family for family in families_with(widths) if family.original and family.denoiser in denoisers)
-    streams = {width for site, width in widths.items() if _READS_STREAM.fullmatch(site)}
+    streams, texts = ({w for site, w in widths.items() if p.fullmatch(site)} for p in (_READS_STREAM, _READS_TEXT))
     for fits in (
         lambda model: bool(base_model) and base_model in (model.id, *model.other_ids),
         lambda model: bool(streams) and streams <= set(model.stream_widths),
+        lambda model: texts == {model.text_width},
     ):
         found = tuple(family for family in found if any(map(fits, family.models))) or found
     return found
@@ -127,7 +132,7 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
     if any(site.startswith("transformer.") for site in widths):
         found = transformers_with(widths)
         return found[0].models[0] if len(found) == 1 else None
-    reading = {width for site, width in widths.items() if re.search(r"\.attn2\.to_[kv]$", site)}
+    reading = {width for site, width in widths.items() if _READS_TEXT.fullmatch(site)}
     for model in BASE_MODELS:
         # Any small model may be as wide as the embedded one; it has its own layers.
         if reading == {model.text_width} and not (model is EMBEDDED and foreign_layers(widths, EMBEDDED)):

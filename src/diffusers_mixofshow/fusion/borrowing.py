@@ -42,6 +42,11 @@ def _defect(pipe: Any) -> str:
     if not isinstance(components, dict) or not callable(pipe):
         return f"a {name}, which is no pipeline"
     family = family_of(components)
+    if not family.pipeline:
+        return (
+            f"a {name}: {family.name} has a modular pipeline alone, which cannot be recorded here. Its LoRAs are "
+            "merged without one, by methods that see the updates alone: GradientFuser().fuse(..., method='average')"
+        )
     if missing := [part for part in family.parts if components.get(part) is None]:
         return f"a {name} without {', '.join(missing)}; expected a pipeline of {_known()}"
     if not is_of(components[family.denoiser], family):
@@ -116,4 +121,4 @@ def loaded(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
 
 def _known() -> str:
     """Names of the families that can be fused."""
-    return ", ".join(family.name for family in FAMILIES)
+    return ", ".join(family.name for family in FAMILIES if family.pipeline)

@@ -13,7 +13,7 @@ import torch
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import content_defects, listed
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.families.recognition import is_linear_site, is_original_alone
+from diffusers_mixofshow.families.recognition import families_with, is_linear_site, is_original_alone
 from diffusers_mixofshow.interop.lycoris import with_halves
 from diffusers_mixofshow.interop.names import Spelling, adapter_of, half_of, site_of, spelling_of
 from diffusers_mixofshow.interop.original_code import in_diffusers
@@ -212,13 +212,29 @@ def _settle_bases(found: _Sorted) -> None:
     """Tell which other base a file was made for, if it was, by layers and tensors that no family here has."""
     unfit = {layer.name: site for site, layer in found.layers.items() if not _is_known(site)}
     transformer = {layer.name: site for site, layer in found.layers.items() if site.startswith("transformer.")}
-    if any(re.search(r"\.\d+\.", site) for site in unfit.values()):
+    if any(re.search(r"\.\d+\.", site) for site in unfit.values()) or _reads_another_text(found, transformer.values()):
         unfit |= transformer  # whose blocks are another model's, though some layers are called like a known one's
     refused = (name for names in found.refused.values() for name in names if not _is_of_known(name))
     base, names = other_base([*unfit, *refused])
     for name in names:
-        found.refuse(f"made for {base}, a base that is not supported", name)
+        found.refuse(f"made for {base}, with layers that no supported base has", name)
         found.layers.pop(unfit.get(name, ""), None)
+
+
+def _reads_another_text(found: _Sorted, sites: Iterable[str]) -> bool:
+    """Whether layers are called like those of one known transformer but do not show that they read its text.
+
+    Transformers with cross-attention are called alike in diffusers, whatever base they are of.
+    """
+    widths = {model.text_width for family in families_with(sites) for model in family.models}
+    if not widths or 0 in widths:
+        return False
+    reading = {
+        layer.halves["down"].shape[-1]
+        for site, layer in found.layers.items()
+        if re.search(r"\.attn2\.to_[kv]$", site) and "down" in layer.halves
+    }
+    return not reading or not reading <= widths
 
 
 def _settle_adapters(found: _Sorted) -> None:

@@ -27,6 +27,8 @@ _NOT_LOW = (
     f"which is one of low rank only where the ranks of both multiply to {HIGHEST_RANK} at most and to less than the "
     "layer's size, and is read of LyCORIS's own files of linear layers then"
 )
+_T5 = r"(lora_te\d_)?encoder[._]block[._]\d+[._]layer[._]"
+_CONDITIONER = r"(lora_unet_)?llm_adapter[._]|text_conditioner\."
 _KINDS = {
     # Of layers that also have halves of a LoRA, or would otherwise be taken for one.
     r"dora_scale|lora_magnitude_vector": "DoRA, whose effect is no low-rank update",
@@ -52,14 +54,16 @@ _KINDS = {
     r"to_[kv]_ip\.|image_proj\.": "an IP-Adapter, which load_ip_adapter reads",
     r"lllite_": "ControlNet-LLLite",
     r"controlnet_|control_model\.|lora_controlnet|input_hint_block": "a ControlNet",
-    r"(lora_te\d_)?encoder[._]block[._]\d+[._]layer[._]": "updates of T5, a text encoder of Stable Diffusion 3 and "
-    "FLUX, which nothing in diffusers loads",
+    _T5: "updates of T5, a text encoder of Stable Diffusion 3 and FLUX, which nothing in diffusers loads",
+    _CONDITIONER: "updates of Anima's text conditioner, which are not supported",
     r"t5(_?xxl)?$": "embeddings for T5, a text encoder of Stable Diffusion 3 and FLUX",
     r"bias$": "biases, " + _NO_UPDATE,
 }
 
 # A name that has one of these is of a U-Net like Stable Diffusion's, whatever else it has.
 _STAGES = re.compile(r"^(?!lora_prior_).*(down|up|mid|input|output|middle)_blocks?[._]")
+# Of a text model, which tells nothing of the base beside it.
+_TEXT = re.compile(rf"(?<![^.])({_T5}|{_CONDITIONER})")
 _BLOCKS = r"(?:^|\.|lora_unet_|lora_transformer_|lycoris_)blocks[._]\d+[._]"
 # Made for a base that is no family here, or in names that none has; the first that any name of a file has, special
 # ones before general ones.
@@ -75,7 +79,7 @@ _BASES = {
     r"audio_attn|audio_to_video|video_to_audio": "LTX-2",
     r"text_fusion|[._]to_gate": "Krea 2",
     r"(context|noise)_refiner|(?<!encoder[._])layers[._]\d+[._](attention|attn|feed_forward)[._]": "Z-Image or Lumina",
-    _BLOCKS + r"(self|cross)_attn[._]([qkv]|output)_proj|llm_adapter": "Cosmos or Anima",
+    _BLOCKS + r"(self|cross)_attn[._]([qkv]|output)_proj": "Cosmos or Anima",
     _BLOCKS + r"((self|cross)_attn[._][qkvo](_img)?([._]|$)|attn[12][._]to_|ffn[._])": "Wan",
     r"prior_(unet|te)_": "Stable Cascade",
     r"(?<!encoder[._])layers[._]\d+[._](self_attn|self_attention|mlp)[._]": "a language model, or one like it",
@@ -100,7 +104,7 @@ def other_base(names: Collection[str]) -> tuple[str, list[str]]:
     """The base of another kind than Stable Diffusion that a file was made for, and the names that are not of Stable
     Diffusion's; nothing of either where none of them tells.
     """
-    strange = [name for name in names if not _STAGES.search(name)]
+    strange = [name for name in names if not _STAGES.search(name) and not _TEXT.search(name)]
     for pattern, base in _BASES.items():
         if any(re.search(pattern, name) for name in strange):
             return base, strange
