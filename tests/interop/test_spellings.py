@@ -255,3 +255,24 @@ def test_the_clip_of_flux_1_is_read_beside_it(tmp_path: Path) -> None:
     save_file(pair(LINEAR1, 56, 8) | pair(clip, 8, 8), tmp_path / "x.safetensors")
     told = summary_of_foreign(read_foreign(tmp_path / "x.safetensors"))
     assert (told["architecture"], told["layers"]) == ("FLUX.1", {"text_encoder": 1, "transformer": 4})
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_the_processors_of_xlabs_are_read_as_diffusers_reads_them(prefix: str, tmp_path: Path) -> None:
+    pipe, generator, tensors = tiny_pipeline("FLUX.1"), torch.Generator().manual_seed(0), {}
+    layers = {f"double_blocks.{n}.processor.{part}": shape for n in (0, 1) for part, shape in (
+        ("qkv_lora1", (96, 32)), ("qkv_lora2", (96, 32)), ("proj_lora1", (32, 32)), ("proj_lora2", (32, 32))
+    )}  # fmt: skip
+    layers |= {"single_blocks.1.processor.qkv_lora": (96, 32), "single_blocks.1.processor.proj_lora": (32, 160)}
+    for layer, (out, width) in layers.items():
+        tensors[f"{prefix}{layer}.down.weight"] = torch.randn(2, width, generator=generator)
+        tensors[f"{prefix}{layer}.up.weight"] = torch.randn(out, 2, generator=generator)
+    path = saved(tmp_path, Written(tensors))
+    found = read_lora(path)
+    pipe.load_lora_weights(str(path))
+    loaded = differences_of(pipe)
+    assert loaded.keys() == found.keys()
+    assert len(found) == 2 * 8 + 4
+    for site, difference in loaded.items():
+        torch.testing.assert_close(low_rank_delta(found[site]), difference)
+    assert summary_of_foreign(read_foreign(path))["architecture"] == "FLUX.1"

@@ -115,6 +115,7 @@ class Family:
         takes_negative_prompt: Whether the pipeline takes negative prompts, and draws a half for them.
         models: Its published base models.
         original: What its original code calls the denoiser's layers, with ``N`` for the number of the block.
+        also_called: What else files call some of these layers, or parts of them, likewise; it is read and not written.
         shared_names: The names under which ComfyUI and diffusers both load LoRAs of a transformer: a prefix, and
             ``{original}`` or ``{path}``, as the original code or as diffusers calls the layer; dots become underscores
             after a prefix of kohya's. Empty for a U-Net, whose names are kohya's.
@@ -139,6 +140,7 @@ class Family:
     guidance_off: float = 1.0
     takes_negative_prompt: bool = True
     original: Mapping[str, OriginalLayer] = field(default_factory=dict)
+    also_called: Mapping[str, OriginalLayer] = field(default_factory=dict)
     shared_names: str = ""
 
     @property
@@ -164,7 +166,7 @@ class Family:
     def original_layer(self, path: str) -> OriginalLayer | None:
         """The layer that the original code calls so, with the number of its block; None if it has none."""
         name, number = without_number(path)
-        layer = self.original.get(name)
+        layer = self.original.get(name) or self.also_called.get(name)
         return layer and replace(layer, paths=tuple(with_number(each, number) for each in layer.paths))
 
     def original_name(self, path: str) -> str:

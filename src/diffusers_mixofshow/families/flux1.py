@@ -6,7 +6,7 @@ import re
 
 from diffusers_mixofshow.families.clip import SHARED_INPUT, clip_with
 from diffusers_mixofshow.families.family import BaseModel, Family
-from diffusers_mixofshow.families.original_code import OriginalLayer, in_block, one
+from diffusers_mixofshow.families.original_code import OriginalLayer, in_block, one, stack
 from diffusers_mixofshow.families.transformer import (
     ATTENTION,
     FEED_FORWARD,
@@ -41,6 +41,21 @@ _ORIGINAL = in_block(
         "modulation.lin": one("norm.linear", rows=3),
     },
 )
+# XLabs' trainer has processors of attention, with LoRAs inside.
+_OF_XLABS = in_block(
+    "double_blocks.N",
+    "transformer_blocks.N",
+    {
+        "qkv_lora1": TWO_STREAMS["img_attn.qkv"],
+        "qkv_lora2": TWO_STREAMS["txt_attn.qkv"],
+        "proj_lora1": TWO_STREAMS["img_attn.proj"],
+        "proj_lora2": TWO_STREAMS["txt_attn.proj"],
+    },
+) | in_block(
+    "single_blocks.N",
+    "single_transformer_blocks.N",
+    {"qkv": stack("attn.to_q", "attn.to_k", "attn.to_v"), "proj": one("proj_out", rows=1, width=5)},
+)
 
 FLUX1 = Family(
     name="FLUX.1",
@@ -74,5 +89,6 @@ FLUX1 = Family(
     ),
     takes_negative_prompt=False,
     original=_ORIGINAL,
+    also_called=_OF_XLABS,
     shared_names="lora_unet_{original}",
 )

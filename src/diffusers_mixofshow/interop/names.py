@@ -29,7 +29,7 @@ class Spelling(StrEnum):
 
 _HALF = re.compile(
     r"(?P<layer>.+?)(\.(?P<peft>lora_A|lora_B)(\.(?P<adapter>[^.]+))?|"
-    r"[._](lora_|lora\.|lora_linear_layer\.)(?P<half>down|up))\.weight"
+    r"([._](lora_|lora\.|lora_linear_layer\.)|(?<=_lora[12])\.)(?P<half>down|up))\.weight"
 )
 _FLAT = re.compile(r"(lora_(?P<component>unet|transformer|te|te1|te2)|lycoris)_(?P<path>.+)")
 _FLAT_COMPONENTS = {
@@ -129,7 +129,7 @@ def site_of(layer: str) -> str:
         return canonical_name(component, _in_diffusers(_WORDS.findall(flat["path"])))
     for prefix, component in _COMFYUI.items():
         if layer.startswith(prefix):
-            path = layer.removeprefix(prefix)
+            path = layer.removeprefix(prefix).replace(".processor.", ".")
             return _transformer_site(path) or canonical_name(component, _in_diffusers(path.split(".")))
     named = _COMPONENT.match(layer.removeprefix(_PEFT))
     component = named[1] if named else ("text_encoder" if "encoder.layers" in layer else "unet")
