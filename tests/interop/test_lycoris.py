@@ -17,7 +17,7 @@ from torch import nn
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.families.layers import linear_layers
-from diffusers_mixofshow.interop import read_lora
+from diffusers_mixofshow.interop import lycoris, read_lora
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.lycoris import HIGHEST_RANK
 from diffusers_mixofshow.interop.summary import summary_of_foreign
@@ -196,6 +196,7 @@ NONE = {
     "LoHa of integers": ({name: tensor.int() for name, tensor in loha(20, 24).items()}, "LoHa"),
     "LoKr of two whole factors": (lokr((8, 8), (16, 16)), "LoKr"),
     "LoKr of a high rank": (lokr((64, 64), (8, 5, 8)), "LoKr"),
+    "LoKr of more rows than any layer has": (lokr((512, 2), (512, 1, 4)), "LoKr"),
     "LoKr of one factor": ({"lokr_w1": numbers(4, 4)}, "LoKr"),
     "LoKr of a factor twice": (lokr((4, 4), (8, 2, 8)) | {"lokr_w2": numbers(8, 8)}, "LoKr"),
     "LoKr of halves that do not fit": (lokr((4, 4), (8, 2, 8)) | {"lokr_w2_b": numbers(3, 8)}, "LoKr"),
@@ -243,3 +244,18 @@ def test_a_file_of_many_layers_is_read_whole(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "x.safetensors")
     assert len(read_foreign(tmp_path / "x.safetensors").lora) == 30
+
+
+def test_a_small_file_does_not_become_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some layers fit what all may have together; the others are told."""
+    monkeypatch.setattr(lycoris, "MOST_NUMBERS", 1000)
+    tensors = {
+        f"lora_unet_blocks_{n}_attn_gate.{part}": tensor.clone()
+        for n in range(5)
+        for part, tensor in loha(20, 24).items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = read_foreign(tmp_path / "x.safetensors")
+    assert len(found.lora) == 3  # of 396 numbers each
+    assert found.defects[0].startswith("LoHa")
+    assert ": 8 (lora_unet_blocks_3_attn_gate.hada_w1_a, " in found.defects[0]

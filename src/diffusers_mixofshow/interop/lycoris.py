@@ -14,12 +14,15 @@ from collections.abc import Mapping
 
 import torch
 
+from diffusers_mixofshow.edlora.defects import WIDEST
 from diffusers_mixofshow.interop.names import is_of_peft
 from diffusers_mixofshow.interop.tensors import in_working_dtype
 
 
 HIGHEST_RANK = 256
 """Above which an update is not taken for one of low rank."""
+MOST_NUMBERS = 2**31
+"""That all layers of a file may have as low-rank updates, in which a few kilobytes may become gigabytes."""
 
 _PART = re.compile(r"(?P<layer>.+)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](_[ab])?|diff|diff_b|alpha)")
 _DIFFERENCES = {"diff", "diff_b"}
@@ -48,13 +51,15 @@ def with_halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     layers = _layers(tensors)
     parts = {f"{layer}.{part}" for layer, parts in layers.items() for part in parts}
     found = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    left = MOST_NUMBERS
     for layer, of_layer in layers.items():
         if of_layer.keys() <= _DIFFERENCES and not any(bool(tensor.any()) for tensor in of_layer.values()):
             continue
-        if (factors := _factors(of_layer)) is None:
+        if left < 0 or (factors := _factors(of_layer)) is None:
             found |= {f"{layer}.{part}": tensor for part, tensor in of_layer.items()}
             continue
         up, down, scaling = factors
+        left -= up.numel() + down.numel()
         found |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
         found[f"{layer}.alpha"] = torch.tensor(scaling * down.shape[0], dtype=torch.float64)
     return found
@@ -162,7 +167,7 @@ def _of_full(difference: torch.Tensor) -> Factors | None:
 
 
 def _is_low(rank: int, out: int, width: int) -> bool:
-    return 1 <= rank <= HIGHEST_RANK and rank < min(out, width)
+    return 1 <= rank <= HIGHEST_RANK and rank < min(out, width) and max(out, width) <= WIDEST
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ class OtherKind(NamedTuple):
 _NO_UPDATE = "which are no low-rank update"
 _NOT_LOW = (
     f"which is one of low rank only where the ranks of both multiply to {HIGHEST_RANK} at most and to less than the "
-    "layer's size, and is read of LyCORIS's own files of linear layers then"
+    "layer's size, and is read of LyCORIS's own files of linear layers then (of 8 GB in all at most)"
 )
 _T5 = r"(lora_te\d_)?encoder[._]block[._]\d+[._]layer[._]"
 _CONDITIONER = r"(lora_unet_)?llm_adapter[._]|text_conditioner\."
