@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.pipelines.loader import EDLoRALoader
     from diffusers_mixofshow.pipelines.refining import refine_regions
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
+    from diffusers_mixofshow.pipelines.stable_diffusion_xl import MixOfShowXLPipeline
     from diffusers_mixofshow.regions import Draft, Isolation, Layout, Refinement, Region
     from diffusers_mixofshow.training.config import TrainingConfig
     from diffusers_mixofshow.training.masking import make_masks
@@ -52,6 +53,7 @@ __all__ = [
     "MixOfShowInpaintPipeline",
     "MixOfShowPipeline",
     "MixOfShowWarning",
+    "MixOfShowXLPipeline",
     "Refinement",
     "Region",
     "TrainingConfig",
@@ -80,6 +82,7 @@ _HOME = {
     "MixOfShowInpaintPipeline": "pipelines.inpainting",
     "MixOfShowPipeline": "pipelines.stable_diffusion",
     "MixOfShowWarning": "errors",
+    "MixOfShowXLPipeline": "pipelines.stable_diffusion_xl",
     "Refinement": "regions",
     "Region": "regions",
     "TrainingConfig": "training.config",

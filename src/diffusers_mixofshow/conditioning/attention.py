@@ -67,7 +67,7 @@ class SharedTexts:
 
 @contextmanager
 def layerwise_attention(
-    denoiser: nn.Module, tokens: int = POSITIONS, layers: int | None = None
+    denoiser: nn.Module, tokens: int = POSITIONS, layers: Sequence[str] | None = None
 ) -> Iterator[SharedTexts]:
     """Let every cross-attention layer see its own part of a layer-wise conditioning.
 
@@ -78,22 +78,35 @@ def layerwise_attention(
     Args:
         denoiser: A U-Net, or a ControlNet made from one.
         tokens: Tokens of one encoding.
-        layers: Number of layers in the conditioning; those of the denoiser by default. A ControlNet needs it:
-            its layers are the first ones of its U-Net.
+        layers: Whose encodings stand in the conditioning, see `embedding_layers`; each cross-attention module reads
+            its own or its group's. By default each module of the denoiser has one. A ControlNet needs it: it sees
+            what its U-Net does, and has some of its layers.
 
     Yields:
         Where texts are shared by pictures; without regions only.
 
     Raises:
-        ConfigurationError: If a call under way reads stacks of another size.
+        ConfigurationError: If a call under way reads stacks of another size, or a module's encoding is not there.
     """
     paths = cross_attention_layers(denoiser)
-    layers = len(paths) if layers is None else layers
+    names = paths if layers is None else tuple(layers)
+    places = [_place_among(names, path) for path in paths]
     with _wrapped(denoiser, dict.fromkeys(paths, _StackedProcessor)) as processors:
         shared = next((processor.shared for processor in processors), SharedTexts())
-        for layer, processor in enumerate(processors):
-            processor.cut_by(_Cut(layer, layers, tokens), shared)
+        for place, processor in zip(places, processors, strict=True):
+            processor.cut_by(_Cut(place, len(names), tokens), shared)
         yield shared
+
+
+def _place_among(layers: Sequence[str], path: str) -> int:
+    """Which of the layers a module is, or belongs to."""
+    for place, layer in enumerate(layers):
+        if path == layer or path.startswith(f"{layer}."):
+            return place
+    raise ConfigurationError(
+        f"The cross-attention module {path} is none of the U-Net's, nor in one of its groups ({', '.join(layers)}): "
+        "no encoding belongs to it. Take a ControlNet that was made from a U-Net like this."
+    )
 
 
 @contextmanager

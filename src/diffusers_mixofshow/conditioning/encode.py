@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from torch import nn
 
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts
 from diffusers_mixofshow.errors import ConceptError
+from diffusers_mixofshow.families import TextEncoder
+from diffusers_mixofshow.families.clip import clip_with
 
+
+_PLAIN = clip_with("tokenizer")
 
 _concept_positions: ContextVar[torch.Tensor | None] = ContextVar("concept_positions", default=None)
 
@@ -26,6 +31,19 @@ def concept_positions() -> torch.Tensor | None:
     return _concept_positions.get()
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Prompts as a denoiser reads them.
+
+    Args:
+        states: The encodings for layer 0, 1, ... one after another, shape (prompts, layers * tokens, dim).
+        pooled: Vector of each whole prompt, shape (prompts, dim); None where the denoiser reads none.
+    """
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None
+
+
 def encode_layerwise(
     text_encoder: nn.Module,
     tokenized: TokenizedPrompts,
@@ -35,6 +53,24 @@ def encode_layerwise(
     *,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
+    """Encode every prompt once for each layer by the text encoder of Stable Diffusion; see `encode`.
+
+    Returns:
+        Shape (prompts, layers * tokens, dim).
+    """
+    return encode(text_encoder, tokenized, embeddings, layers, clip_skip, device=device).states
+
+
+def encode(
+    text_encoder: nn.Module,
+    tokenized: TokenizedPrompts,
+    embeddings: Mapping[str, torch.Tensor],
+    layers: int,
+    clip_skip: int | None = None,
+    *,
+    reading: TextEncoder = _PLAIN,
+    device: torch.device | str | None = None,
+) -> Encoded:
     """Encode every prompt once for each cross-attention layer, with that layer's concept embeddings.
 
     A prompt that names no concept is the same for all layers; it is encoded once and repeated. Differentiable
@@ -43,34 +79,36 @@ def encode_layerwise(
     Args:
         text_encoder: A CLIP text model of any transformers version; unchanged afterwards.
         tokenized: The prompts, see `tokenize`.
-        embeddings: Concept token to its embeddings, shape (layers, dim).
-        layers: Number of cross-attention layers of the denoiser.
+        embeddings: Concept token to its embeddings, shape (layers, dim); where the vector of the whole prompt is read,
+            (layers + 1, dim), its embedding the last.
+        layers: Number of cross-attention layers of the denoiser, or of their groups.
         clip_skip: Number of last text layers to leave out, as in diffusers.
+        reading: What the denoiser reads of this text encoder.
         device: Where to run, if the text encoder's parameters cannot tell (offload).
-
-    Returns:
-        Shape (prompts, layers * tokens, dim): the encodings for layer 0, 1, ... one after another.
 
     Raises:
         ConceptError: If an embedding is missing or has another number of layers or another width.
     """
-    _check_embeddings(text_encoder, tokenized, embeddings, layers)
+    times = layers + reading.pooled
+    _check_embeddings(text_encoder, tokenized, embeddings, times)
     device = torch.device(device) if device is not None else next(text_encoder.parameters()).device
     named = [row for row, names in enumerate(tokenized.concept_tokens) if names]
     plain = [row for row, names in enumerate(tokenized.concept_tokens) if not names]
-    encoded = []
+    states, pooled = [], []
     if named:
         chosen = tokenized.select(named)
-        ids, mask = (table.repeat_interleave(layers, dim=0) for table in (chosen.ids, chosen.attention_mask))
-        with _concepts_written(text_encoder, chosen, embeddings, layers):
-            states = _hidden_states(text_encoder, ids.to(device), mask.to(device), clip_skip)
-        encoded.append(states.unflatten(0, (len(named), layers)).flatten(1, 2))
+        ids, mask = (table.repeat_interleave(times, dim=0) for table in (chosen.ids, chosen.attention_mask))
+        with _concepts_written(text_encoder, chosen, embeddings, times):
+            encoded = _outputs(text_encoder, ids.to(device), mask.to(device), clip_skip, reading)
+        states.append(encoded.states.unflatten(0, (len(named), times))[:, :layers].flatten(1, 2))
+        pooled += [] if encoded.pooled is None else [encoded.pooled[layers::times]]
     if plain:
         chosen = tokenized.select(plain)
-        states = _hidden_states(text_encoder, chosen.ids.to(device), chosen.attention_mask.to(device), clip_skip)
-        encoded.append(states.repeat(1, layers, 1))
-    order = torch.tensor([*named, *plain]).argsort().to(device)
-    return torch.cat(encoded)[order.to(encoded[0].device)]
+        encoded = _outputs(text_encoder, chosen.ids.to(device), chosen.attention_mask.to(device), clip_skip, reading)
+        states.append(encoded.states.repeat(1, layers, 1))
+        pooled += [] if encoded.pooled is None else [encoded.pooled]
+    order = torch.tensor([*named, *plain]).argsort().to(states[0].device)
+    return Encoded(torch.cat(states)[order], torch.cat(pooled)[order] if pooled else None)
 
 
 def _check_embeddings(
@@ -121,14 +159,16 @@ def _concepts_written(
         hook.remove()
 
 
-def _hidden_states(
-    text_encoder: Any, ids: torch.Tensor, attention_mask: torch.Tensor, clip_skip: int | None
-) -> torch.Tensor:
-    """What cross-attention sees of the text, shape (prompts, tokens, dim)."""
+def _outputs(
+    text_encoder: Any, ids: torch.Tensor, attention_mask: torch.Tensor, clip_skip: int | None, reading: TextEncoder
+) -> Encoded:
+    """What a denoiser reads of the texts: states (prompts, tokens, dim), and the vector of each."""
     mask = attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None
-    if clip_skip is None:
-        return text_encoder(ids, attention_mask=mask)[0]
-    hidden_states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    # transformers >= 5.6 has no text_model inside CLIPTextModel.
-    inner = getattr(text_encoder, "text_model", text_encoder)
-    return inner.final_layer_norm(hidden_states[-(clip_skip + 1)])
+    if clip_skip is None and reading.final_norm and not reading.skipped:
+        return Encoded(text_encoder(ids, attention_mask=mask)[0], None)
+    output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+    states = output.hidden_states[-(1 + reading.skipped + (clip_skip or 0))]
+    if reading.final_norm:
+        # transformers >= 5.6 has no text_model inside CLIPTextModel.
+        states = getattr(text_encoder, "text_model", text_encoder).final_layer_norm(states)
+    return Encoded(states, output.text_embeds if reading.pooled else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-"""How many tokens CLIP reads of a text, its start and end among them."""
 
 STAND_IN_ID = 0
 """Stands where a concept token goes until its embedding is written there.
@@ -67,7 +65,10 @@ def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch
 
 
 def tokenize(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, concepts: Iterable[Concept]
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    concepts: Iterable[Concept],
+    also_known: Collection[str] = (),
 ) -> TokenizedPrompts:
     """Tokenise prompts that may name concepts, by placeholder or by token.
 
@@ -78,6 +79,7 @@ def tokenize(
         prompts: The texts.
         tokenizer: A CLIP tokenizer; it sets the length by `model_max_length`.
         concepts: The loaded concepts.
+        also_known: Other bracketed words that are no mistake, such as those of another text encoder's tokenizer.
 
     Returns:
         One row of `tokenizer.model_max_length` ids for each prompt.
@@ -89,7 +91,7 @@ def tokenize(
     length = tokenizer.model_max_length
     rows, masks, positions = [], [], []
     for prompt in prompts:
-        ids, names = _prompt_ids(prompt, tokenizer, concepts)
+        ids, names = _prompt_ids(prompt, tokenizer, concepts, also_known)
         if len(ids) > length - 2:
             _warn_truncated(ids, names, tokenizer)
         kept = [tokenizer.bos_token_id, *ids[: length - 2], tokenizer.eos_token_id]
@@ -103,13 +105,13 @@ def tokenize(
 
 
 def _prompt_ids(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, concepts: tuple[Concept, ...]
+    prompt: str, tokenizer: PreTrainedTokenizerBase, concepts: tuple[Concept, ...], also_known: Collection[str]
 ) -> tuple[list[int], dict[int, str]]:
     """Ids of a whole prompt without start and end, and the place of every concept token among them."""
     concept_tokens = {token for concept in concepts for token in concept.tokens}
     ids: list[int] = []
     names: dict[int, str] = {}
-    for piece in split_prompt(prompt, concepts, also_known=known_words(tokenizer)):
+    for piece in split_prompt(prompt, concepts, also_known=known_words(tokenizer).union(also_known)):
         if piece in concept_tokens:
             names[len(ids)] = piece
             ids.append(STAND_IN_ID)

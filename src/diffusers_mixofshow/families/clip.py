@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from diffusers_mixofshow.families.family import TextEncoder
 
@@ -20,6 +21,6 @@ CLIP_L, CLIP_G = "clip_l", "clip_g"
 """What files of embeddings call the CLIP of OpenAI, and the larger one of OpenCLIP."""
 
 
-def clip_with(tokenizer: str) -> TextEncoder:
-    """A CLIP text encoder whose tokenizer is this component."""
-    return TextEncoder(tokenizer=tokenizer, adapted=re.compile(_ADAPTED), linear=re.compile(_LINEAR))
+def clip_with(tokenizer: str, **reading: Any) -> TextEncoder:
+    """A CLIP text encoder whose tokenizer is this component; what is read of it as `TextEncoder` says."""
+    return TextEncoder(tokenizer=tokenizer, adapted=re.compile(_ADAPTED), linear=re.compile(_LINEAR), **reading)

@@ -17,6 +17,9 @@ from diffusers_mixofshow.families.original_code import OriginalLayer, with_numbe
 
 ANY_SITE = re.compile(r".*")
 
+POOLED = "pooled"
+"""What a concept's embeddings for the vector of the whole text are called."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
@@ -26,11 +29,17 @@ class TextEncoder:
         tokenizer: Name of its tokenizer among the pipeline's components.
         adapted: Paths of the layers that an ED-LoRA adapts.
         linear: Paths of the layers that any LoRA may adapt.
+        skipped: How many of its last layers the denoiser never sees; ``clip_skip`` counts from there.
+        final_norm: Whether its last norm acts on what the denoiser sees.
+        pooled: Whether the denoiser reads its projected vector of the whole text besides.
     """
 
     tokenizer: str
     adapted: re.Pattern[str]
     linear: re.Pattern[str]
+    skipped: int = 0
+    final_norm: bool = True
+    pooled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +105,8 @@ class Family:
             cannot be recorded here.
         denoiser: Name of the denoising model among the pipeline's components.
         denoiser_class: Class of that model in diffusers.
+        concept_pipeline: This package's text-to-image pipeline of it; empty where it has plain LoRAs alone.
+        marks: Entries of the denoiser's configuration by which it is known from others of its class.
         text_encoders: The text encoders that are adapted, by their names among the components, in the order in which
             their sites stand.
         adapted: Paths of the denoiser's layers that an ED-LoRA adapts.
@@ -108,6 +119,8 @@ class Family:
         groups: What reports call layers of one kind, to a pattern of their names; the first that fits.
         cross_attention: What the denoiser's cross-attention modules are called, to which layer-wise embeddings belong;
             empty where it has none.
+        embedding_groups: Cross-attention modules that share a layer-wise embedding: a pattern of their paths, and what
+            they are called together, as a template. None where each has its own.
         self_attention: What its self-attention modules are called.
         sampler: Class of diffusers' scheduler that shows a model's features in few steps; empty: its own.
         guidance_argument: What the pipeline calls the strength of guidance.
@@ -132,8 +145,11 @@ class Family:
     stages: tuple[Stage, ...]
     groups: Mapping[str, re.Pattern[str]]
     models: tuple[BaseModel, ...]
+    concept_pipeline: str = ""
+    marks: Mapping[str, object] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     cross_attention: str = ""
+    embedding_groups: tuple[re.Pattern[str], str] | None = None
     self_attention: str = ""
     sampler: str = ""
     guidance_argument: str = "guidance_scale"
@@ -153,6 +169,24 @@ class Family:
         """Names of the components without which its pipeline draws nothing."""
         tokenizers = (encoder.tokenizer for encoder in self.text_encoders.values())
         return (self.denoiser, *self.text_encoders, *tokenizers, "vae", "scheduler")
+
+    @property
+    def embedding_parts(self) -> dict[str, str]:
+        """What a concept's token has embeddings for, to the text encoder that reads them.
+
+        The first text encoder is the empty string, a further one its own name, the vector of the whole text `POOLED`.
+        """
+        parts = {"" if number == 0 else name: name for number, name in enumerate(self.text_encoders)}
+        for name, encoder in self.text_encoders.items():
+            if encoder.pooled:
+                parts[POOLED] = name
+        return parts
+
+    def embedding_layer_of(self, path: str) -> str:
+        """What a cross-attention module of the denoiser shares its layer-wise embedding with: a group, or itself."""
+        pattern, template = self.embedding_groups or (ANY_SITE, r"\g<0>")
+        match = pattern.fullmatch(path)
+        return match.expand(template) if match else path
 
     def has_site(self, site: str) -> bool:
         """Whether a site has the name of a layer that a LoRA may adapt."""

@@ -62,10 +62,26 @@ def cross_attention_layers(denoiser: nn.Module) -> tuple[str, ...]:
     Works for a ControlNet, too, whose layers are the first ones of its U-Net.
 
     Returns:
-        Module paths such as ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``; layer k of a layer-wise
-        embedding belongs to the k-th of them.
+        Module paths such as ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``.
     """
     return _modules_called(family_of_denoiser(denoiser).cross_attention, denoiser)
+
+
+def embedding_layers(components: Mapping[str, object]) -> tuple[str, ...]:
+    """Name what in a denoiser has layer-wise embeddings of its own: cross-attention modules, or groups of them.
+
+    Args:
+        components: ``pipeline.components``, or a part of them.
+
+    Returns:
+        In the order of `cross_attention_layers`; row k of a token's embedding belongs to the k-th. Empty without a
+        denoiser.
+    """
+    family = family_of(components)
+    denoiser = components.get(family.denoiser)
+    if not isinstance(denoiser, nn.Module):
+        return ()
+    return tuple(dict.fromkeys(map(family.embedding_layer_of, cross_attention_layers(denoiser))))
 
 
 def self_attention_layers(denoiser: nn.Module) -> tuple[str, ...]:

@@ -46,6 +46,11 @@ FAMILIES: tuple[Family, ...] = (
 COMPONENTS = tuple(sorted({component for family in FAMILIES for component in family.components}))
 """Names of every component that has sites, in any family."""
 
+EMBEDDING_PARTS = tuple(
+    dict.fromkeys(part for family in FAMILIES if family.cross_attention for part in family.embedding_parts)
+)
+"""What concepts' tokens have embeddings for, in any family that has layer-wise ones."""
+
 BASE_MODELS: tuple[BaseModel, ...] = tuple(model for family in FAMILIES for model in family.models)
 
 
@@ -61,17 +66,24 @@ def is_of(denoiser: object, family: Family) -> bool:
 
 
 def family_of(components: Mapping[str, object]) -> Family:
-    """The family that a pipeline's components belong to: by the denoiser's class, then by the text encoders.
+    """The family that a pipeline's components belong to: by the denoiser's class and marks, then by the text encoders.
 
     Args:
         components: ``pipeline.components``, or a part of them.
     """
 
-    def fit(family: Family) -> tuple[bool, int]:
+    def fit(family: Family) -> tuple[bool, bool, int]:
         encoders = sum(components.get(encoder) is not None for encoder in family.text_encoders)
-        return is_of(components.get(family.denoiser), family), encoders
+        denoiser = components.get(family.denoiser)
+        return is_of(denoiser, family), _is_marked(denoiser, family), encoders
 
     return max(FAMILIES, key=fit)
+
+
+def _is_marked(denoiser: object, family: Family) -> bool:
+    """Whether a model has the marks of a family; where that has none, nothing can tell it."""
+    config = getattr(uncompiled(denoiser), "config", {})
+    return bool(family.marks) and all(config.get(name) == value for name, value in family.marks.items())
 
 
 def family_of_denoiser(model: nn.Module) -> Family:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L, clip_with
 from diffusers_mixofshow.families.family import BaseModel
 from diffusers_mixofshow.families.unet import cross_attention_of, unet_family
@@ -19,9 +22,18 @@ SDXL = BaseModel(
     ),
 )
 
+_LAST_BUT_ONE: dict[str, Any] = {"skipped": 1, "final_norm": False}
+"""The U-Net sees what the last layer but one gives, as it is."""
+
 STABLE_DIFFUSION_XL = unet_family(
     "Stable Diffusion XL",
     "StableDiffusionXLPipeline",
-    {"text_encoder": clip_with("tokenizer"), "text_encoder_2": clip_with("tokenizer_2")},
+    {
+        "text_encoder": clip_with("tokenizer", **_LAST_BUT_ONE),
+        "text_encoder_2": clip_with("tokenizer_2", pooled=True, **_LAST_BUT_ONE),
+    },
     (SDXL,),
+    concept_pipeline="MixOfShowXLPipeline",
+    marks={"addition_embed_type": "text_time"},
+    embedding_groups=(re.compile(r"(.*\.attentions\.\d+)\..*"), r"\1"),
 )

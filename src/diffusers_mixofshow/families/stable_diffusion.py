@@ -43,4 +43,5 @@ STABLE_DIFFUSION = unet_family(
     "StableDiffusionPipeline",
     {"text_encoder": clip_with("tokenizer")},
     (SD1, SD2, EMBEDDED),
+    concept_pipeline="MixOfShowPipeline",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from diffusers_mixofshow.families.clip import SHARED_INPUT
 from diffusers_mixofshow.families.family import ANY_SITE, BaseModel, Family, Stage, TextEncoder
@@ -53,7 +54,11 @@ def cross_attention_of(blocks: Mapping[str, tuple[int, int]]) -> tuple[str, ...]
 
 
 def unet_family(
-    name: str, pipeline: str, text_encoders: Mapping[str, TextEncoder], models: tuple[BaseModel, ...]
+    name: str,
+    pipeline: str,
+    text_encoders: Mapping[str, TextEncoder],
+    models: tuple[BaseModel, ...],
+    **differences: Any,
 ) -> Family:
     """A family with this U-Net, which differs from others in its text encoders and sizes alone; see `Family`."""
     return Family(
@@ -72,4 +77,5 @@ def unet_family(
         self_attention="attn1",
         sampler="DPMSolverMultistepScheduler",
         models=models,
+        **differences,
     )

@@ -7,6 +7,7 @@ from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.refining import refine_regions
 from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
+from diffusers_mixofshow.pipelines.stable_diffusion_xl import MixOfShowXLPipeline
 
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "MixOfShowImg2ImgPipeline",
     "MixOfShowInpaintPipeline",
     "MixOfShowPipeline",
+    "MixOfShowXLPipeline",
     "refine_regions",
 ]

@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from diffusers_mixofshow.conditioning.passes import PassHook
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.prompts import prompt_count
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, prompt_count
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import REGIONS_DOC, regional_signature
 
@@ -47,7 +47,7 @@ _ADAPTER_DOC = """Call the pipeline with a condition image for each adapter.
         """
 
 
-class MixOfShowAdapterPipeline(RefinedSampling, EDLoRALoader, StableDiffusionPipeline):
+class MixOfShowAdapterPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionPipeline):
     """Concepts and regions with one T2I-Adapter, or several as a list (arXiv:2302.08453).
 
     Args:

@@ -22,6 +22,8 @@ _OF_A_CALL = (
     "_clip_skip",
     "_cross_attention_kwargs",
     "_interrupt",
+    "_denoising_start",
+    "_denoising_end",
     "_num_timesteps",
 )
 _BUSY = (

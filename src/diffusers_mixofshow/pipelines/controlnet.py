@@ -7,11 +7,14 @@ from typing import Any
 from diffusers import StableDiffusionControlNetPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
-class MixOfShowControlNetPipeline(RefinedSampling, EDLoRALoader, StableDiffusionControlNetPipeline):
+class MixOfShowControlNetPipeline(
+    StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionControlNetPipeline
+):
     """Concepts and regions with one ControlNet, or several as a list (arXiv:2302.05543).
 
     A ControlNet sees the prompt as the U-Net does: layer by layer and region by region.

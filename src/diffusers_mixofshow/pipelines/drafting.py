@@ -170,8 +170,8 @@ class _Drafts:
         regions = [self.regions[each.picture][each.number] for each in planned]
         noise = torch.stack([each.noise for each in planned])
         guidance = torch.tensor([self._guidance(region) for region in regions]).to(noise)
-        text = self._conditioning(regions, [each.picture for each in planned])
-        return self._denoise(noise, text, guidance[:, None, None, None], self._timesteps(step))
+        conditions = self._conditions(regions, [each.picture for each in planned], noise.shape[-2:])
+        return self._denoise(noise, conditions, guidance[:, None, None, None], self._timesteps(step))
 
     def _timesteps(self, step: int) -> list[int]:
         """Of the draft's steps: from the call's first on, equally far apart, to where the call goes on."""
@@ -182,28 +182,23 @@ class _Drafts:
         whole = self.pipe._guidance_scale
         return whole if region.guidance_scale is None or whole <= 1 else region.guidance_scale
 
-    def _conditioning(self, regions: Sequence[Region], pictures: Sequence[int]) -> torch.Tensor:
-        """The regions' texts, shape (regions, tokens, dim), where there is guidance behind the negative ones."""
+    def _conditions(self, regions: Sequence[Region], pictures: Sequence[int], cells: Sequence[int]) -> dict[str, Any]:
+        """What the U-Net is told of the regions, where there is guidance of what to avoid first."""
         pipe, given = self.pipe, self.arguments
         negatives = negatives_of_pictures(given)
         texts = [
             negatives[picture] if region.negative_prompt is None else region.negative_prompt
             for region, picture in zip(regions, pictures, strict=True)
         ]
+        height, width = (side * pipe.vae_scale_factor for side in cells)
         with pipe._without_regions():
-            text, without = pipe.encode_prompt(
-                [region.prompt for region in regions],
-                pipe._execution_device,
-                1,
-                pipe._guidance_scale > 1,
-                negative_prompt=texts,
-                lora_scale=(pipe.cross_attention_kwargs or {}).get("scale"),
-                clip_skip=given.get("clip_skip"),
+            conditions: dict[str, Any] = pipe._conditions(
+                [region.prompt for region in regions], texts, (height, width), given
             )
-        return text if without is None else torch.cat([without, text])
+        return conditions
 
     def _denoise(
-        self, noisy: torch.Tensor, text: torch.Tensor, guidance: torch.Tensor, timesteps: Sequence[int]
+        self, noisy: torch.Tensor, conditions: Mapping[str, Any], guidance: torch.Tensor, timesteps: Sequence[int]
     ) -> torch.Tensor:
         """DDIM without added noise (arXiv:2010.02502, equation 12), up to the last estimate of the clean latents."""
         scheduler = self.pipe.scheduler
@@ -212,16 +207,19 @@ class _Drafts:
             alpha = float(scheduler.alphas_cumprod[timestep])
             if number:
                 noisy = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
-            prediction = self._predict(noisy, text, guidance, timestep)
+            prediction = self._predict(noisy, conditions, guidance, timestep)
             clean, noise = _clean_and_noise(noisy, prediction, alpha, scheduler.config.prediction_type)
         return clean
 
-    def _predict(self, noisy: torch.Tensor, text: torch.Tensor, guidance: torch.Tensor, timestep: int) -> torch.Tensor:
+    def _predict(
+        self, noisy: torch.Tensor, conditions: Mapping[str, Any], guidance: torch.Tensor, timestep: int
+    ) -> torch.Tensor:
+        text = conditions["encoder_hidden_states"]
         halves = len(text) // len(noisy)
         output = self.pipe.unet(
             noisy.repeat(halves, 1, 1, 1).to(text.dtype),
             torch.tensor(timestep, device=noisy.device),
-            encoder_hidden_states=text,
+            **conditions,
             cross_attention_kwargs=self.pipe.cross_attention_kwargs,
             return_dict=False,
         )[0].float()

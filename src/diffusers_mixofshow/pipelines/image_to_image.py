@@ -7,11 +7,12 @@ from typing import Any
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
-class MixOfShowImg2ImgPipeline(RefinedSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
+class MixOfShowImg2ImgPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
     """Concepts and regions in a picture that is there already.
 
     Example:

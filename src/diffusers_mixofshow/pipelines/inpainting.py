@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusers_mixofshow.families.layers import own_size
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 from diffusers_mixofshow.pipelines.remarks import missing_remarks
@@ -17,7 +18,7 @@ from diffusers_mixofshow.regions import Region
 from diffusers_mixofshow.regions.cropping import Crop
 
 
-class MixOfShowInpaintPipeline(RefinedSampling, EDLoRALoader, StableDiffusionInpaintPipeline):
+class MixOfShowInpaintPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionInpaintPipeline):
     """Concepts and regions in the masked part of a picture, with any U-Net or one made for inpainting.
 
     Regions are parts of the picture also where `padding_mask_crop` draws the neighbourhood of the mask alone.

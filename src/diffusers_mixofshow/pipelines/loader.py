@@ -20,8 +20,10 @@ from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
+from diffusers_mixofshow.edlora.embeddings import rows_of
 from diffusers_mixofshow.edlora.models import quietly_if_embedded
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, meant, warn
+from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.lora import (
     adapted_components,
@@ -65,7 +67,6 @@ class EDLoRALoader:
     """
 
     components: Mapping[str, object]
-    tokenizer: Any
     # All that were ever loaded here and not unloaded, by adapter name. Shared class default: assign a new mapping,
     # never mutate.
     _given: Mapping[str, EDLoRA] = MappingProxyType({})
@@ -386,8 +387,25 @@ class EDLoRALoader:
 
     @property
     def _concept_embeddings(self) -> dict[str, torch.Tensor]:
-        """Concept token to its embeddings, shape (layers, dim), of everything that prompts may name."""
+        """The embeddings of everything that prompts may name, see `EDLoRA.embeddings`."""
         return {token: rows for edlora in self._given.values() for token, rows in edlora.embeddings.items()}
+
+    def _embeddings_for(self, text_encoder: str) -> dict[str, torch.Tensor]:
+        """Concept token to its embeddings for a text encoder, that for the vector of the whole text the last."""
+        parts = [part for part, name in family_of(self.components).embedding_parts.items() if name == text_encoder]
+        return {token: torch.cat(rows) for token, rows in rows_of(self._concept_embeddings, parts).items()}
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        """The tokenizers that are there."""
+        components = self.components
+        encoders = family_of(components).text_encoders.values()
+        return [words for one in encoders if (words := components.get(one.tokenizer)) is not None]
+
+    @property
+    def _known_words(self) -> frozenset[str]:
+        """Bracketed words that some tokenizer knows."""
+        return frozenset().union(*map(known_words, self._tokenizers))
 
     @property
     def _nameable(self) -> tuple[Concept, ...]:
@@ -395,7 +413,7 @@ class EDLoRALoader:
         return tuple(concept for edlora in self._given.values() for concept in edlora.concepts)
 
     def _refuse_words_of_tokenizer(self, concepts: Iterable[Concept]) -> None:
-        words = frozenset() if self.tokenizer is None else known_words(self.tokenizer)
+        words = self._known_words
         taken = [name for concept in concepts for name in (concept.placeholder, *concept.tokens) if name in words]
         if taken:
             raise ConceptError(

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from diffusers_mixofshow.edlora import EDLoRA, hub
 from diffusers_mixofshow.edlora.merged import has_concepts
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError
-from diffusers_mixofshow.families.layers import cross_attention_layers
+from diffusers_mixofshow.families.layers import embedding_layers
 from diffusers_mixofshow.interop.fused_folder import CONCEPTS_NAME, FIRST_WORD, concepts_of_fused
 from diffusers_mixofshow.interop.opening import open_edlora
 
@@ -69,7 +67,7 @@ class LoadingRequest:
         """The ED-LoRA, and the name of its adapter in ``pipeline.components``."""
         if isinstance(self.source, EDLoRA):
             return self.source, self.adapter_name or _usual_name(self.source, "lora")
-        found = open_edlora(self.source, layers=_layers(components), **self.where)
+        found = open_edlora(self.source, layers=embedding_layers(components), **self.where)
         found.tell()
         return found.edlora, self.adapter_name or _usual_name(found.edlora, found.file.stem)
 
@@ -97,7 +95,7 @@ def own_concepts(
         return None
     table = text_encoder.get_input_embeddings().weight
     name = str(pipeline) if hub.is_repo_id(pipeline) else Path(pipeline).resolve().name
-    found = concepts_of_fused(file, tokenizer, table, _layers(components), name)
+    found = concepts_of_fused(file, tokenizer, table, embedding_layers(components), name)
     return found if found.concepts else None  # a model that was fused from plain LoRAs
 
 
@@ -124,11 +122,6 @@ def _fused_concepts(pipeline: str | os.PathLike[str], tokenizer: Any, options: M
         return hub.download(str(pipeline), CONCEPTS_NAME, **defaults | dict(options))
     except EDLoRANotFoundError:
         return None
-
-
-def _layers(components: Mapping[str, object]) -> tuple[str, ...]:
-    unet = components.get("unet")
-    return cross_attention_layers(unet) if isinstance(unet, nn.Module) else ()
 
 
 def _usual_name(edlora: EDLoRA, otherwise: str) -> str:

@@ -11,30 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import own_size
+from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
 from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.prompts import negatives_of_pictures, of_pictures
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts, negatives_of_pictures, of_pictures
 from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, tell_idle
 from diffusers_mixofshow.pipelines.remarks import Regions, regions_of_prompts
 from diffusers_mixofshow.regions import Refinement, Region
 from diffusers_mixofshow.regions.weights import coverage
 
 
-_SHARED = (
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "unet",
-    "scheduler",
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-)
 # Sizes that StableDiffusionImg2ImgPipeline takes.
 _FACTOR = 8
 
@@ -86,8 +78,12 @@ class RefinedSampling(RegionalSampling):
         return output
 
 
-class _ImageToImage(RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
+class _ImageToImage(StableDiffusionPrompts, RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
     """Image to image with concepts, for what is drawn anew."""
+
+
+class _XLImageToImage(XLPrompts, RegionalSampling, EDLoRALoader, StableDiffusionXLImg2ImgPipeline):
+    """The same for Stable Diffusion XL."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,23 +153,28 @@ def refine_regions(
 
 
 def _drawn_anew(
-    redraw: _ImageToImage,
+    redraw: Any,
     images: Sequence[Image.Image],
     patches: Sequence[_Patch],
     batch_size: int,
     call: dict[str, Any],
 ) -> dict[_Patch, Image.Image]:
-    """Every patch enlarged and drawn anew, those of one size together."""
+    """Every patch enlarged and drawn anew, those of one size together, with or without anything to avoid."""
     drawn: dict[_Patch, Image.Image] = {}
-    negative, generators = call.pop("negative_prompt", None) or "", call.pop("generator", None)
-    for size in dict.fromkeys(patch.size for patch in patches):
-        alike = [patch for patch in patches if patch.size == size]
+    otherwise, generators = call.pop("negative_prompt", None), call.pop("generator", None)
+    negatives = {patch: _negative(patch, otherwise) for patch in patches}
+    if redraw._no_text is not None:  # the empty text is as good as none
+        negatives = {patch: negative or "" for patch, negative in negatives.items()}
+    kinds = {patch: (patch.size, negatives[patch] is None) for patch in patches}
+    for kind in dict.fromkeys(kinds.values()):
+        alike = [patch for patch in patches if kinds[patch] == kind]
+        size, nothing_avoided = kind
         for start in range(0, len(alike), batch_size):
             batch = alike[start : start + batch_size]
             pictures = redraw(
                 [patch.region.prompt for patch in batch],
                 image=[_cut(images[patch.picture], patch.box).resize(size) for patch in batch],
-                negative_prompt=[_negative(patch, negative) for patch in batch],
+                negative_prompt=None if nothing_avoided else [negatives[patch] for patch in batch],
                 generator=[generators[patch.picture] for patch in batch]
                 if isinstance(generators, Sequence)
                 else generators,
@@ -195,11 +196,11 @@ def _check(images: Sequence[object], regions: Sequence[Sequence[object]]) -> Non
         raise RegionError("refine_regions: " + "; ".join(defects) + ".")
 
 
-def _negative(patch: _Patch, otherwise: str | Sequence[str]) -> str:
+def _negative(patch: _Patch, otherwise: str | Sequence[str | None] | None) -> str | None:
     own = patch.region.negative_prompt
     if own is not None:
         return own
-    return otherwise if isinstance(otherwise, str) else otherwise[patch.picture]
+    return otherwise if otherwise is None or isinstance(otherwise, str) else otherwise[patch.picture]
 
 
 def _patch(number: int, image: Image.Image, region: Region, size: int, margin: float) -> _Patch | None:
@@ -242,10 +243,13 @@ def _paste(picture: Image.Image, patch: _Patch, drawn: Image.Image, feather: flo
     picture.paste(layer, mask=Image.fromarray((share * 255).round().astype(np.uint8)))
 
 
-def _image_to_image(pipe: Any) -> _ImageToImage:
-    """A pipeline of the same components and concepts."""
-    shared = {name: pipe.components.get(name) for name in _SHARED}
-    redraw = _ImageToImage(**shared, requires_safety_checker=False)
+def _image_to_image(pipe: Any) -> Any:
+    """A pipeline of the same components and concepts that draws pictures anew."""
+    components = pipe.components
+    kind = _XLImageToImage if family_of(components) is STABLE_DIFFUSION_XL else _ImageToImage
+    own = {"requires_safety_checker": False, "add_watermarker": getattr(pipe, "watermark", None) is not None}
+    given = {**pipe.config, **components, **own}
+    redraw = kind(**{name: given[name] for name in inspect.signature(kind.__init__).parameters if name in given})
     redraw._edloras = pipe._edloras
     redraw.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return redraw

@@ -127,7 +127,6 @@ class RegionalSampling(LayerwisePrompts):
     ) -> Iterator[None]:
         """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs."""
         outer, outer_canvas = self._regions, self._canvas
-        names = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
         try:
             self._regions = regions_of_prompts(regions, arguments, self.vae_scale_factor)
             self._refuse_unknown_words(self._texts_of(arguments))
@@ -139,9 +138,9 @@ class RegionalSampling(LayerwisePrompts):
             with ExitStack() as stack:
                 for hook in self._pass_hooks:
                     stack.enter_context(hooked_passes(self._denoisers()[0], hook))
-                if self._is_layerwise(*(arguments.get(name) for name in names)):
+                if self._is_layerwise(arguments):
                     for denoiser in self._denoisers():
-                        stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layers))
+                        stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layer_names))
                     self._canvas = self._enter_regions(stack, isolation, arguments) if self._regions else None
                 drafts = None
                 if draft is not None and self._canvas is not None:

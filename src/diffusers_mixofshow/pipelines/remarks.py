@@ -54,7 +54,8 @@ def regions_of_prompts(
         if isinstance(arguments.get(name), int) and arguments[name] % size_factor
     ]
     own_guidance = [region for region in found if isinstance(region, Region) and region.guidance_scale is not None]
-    if own_guidance and arguments.get("guidance_scale", 7.5) <= 1:
+    guidance = arguments.get("guidance_scale")  # pipelines guide where they are not told
+    if own_guidance and guidance is not None and guidance <= 1:
         defects.append(
             f"{_named(own_guidance)} with a guidance_scale of their own in a call without guidance; give the call a"
             " guidance_scale above 1"

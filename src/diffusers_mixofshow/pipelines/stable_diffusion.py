@@ -7,11 +7,12 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
-class MixOfShowPipeline(RefinedSampling, EDLoRALoader, StableDiffusionPipeline):
+class MixOfShowPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionPipeline):
     """Stable Diffusion with customised concepts, alone and several together in regions (arXiv:2305.18292).
 
     Without a concept in the prompt and without regions it is `StableDiffusionPipeline` bit for bit.

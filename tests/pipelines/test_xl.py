@@ -1,0 +1,320 @@
+"""Stable Diffusion XL: its parent without regions and concepts, and what two text encoders and one vector change."""
+
+import inspect
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.callbacks import SDXLCFGCutoffCallback
+from PIL import Image
+
+from diffusers_mixofshow import Draft, Isolation, MixOfShowXLPipeline, Refinement, Region
+from diffusers_mixofshow.errors import ConceptError, MixOfShowWarning
+from families.pipelines import tiny_pipeline
+
+
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+SETTINGS = {"num_inference_steps": 2, "output_type": "latent", "height": 32, "width": 32}
+WIDTH, PROJECTED = 32 + 48, 40
+
+
+@pytest.fixture
+def parent():
+    pipeline = tiny_pipeline("Stable Diffusion XL")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipe(parent):
+    pipeline = MixOfShowXLPipeline(**parent.components, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def regions():
+    return [Region("a cat", box=LEFT, negative_prompt="beard"), Region("a dog", box=(0.4, 0.2, 1, 0.8))]
+
+
+def rows(count, width=WIDTH, seed=1):
+    return torch.randn(1, count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def vector(seed=1):
+    return torch.randn(1, PROJECTED, generator=torch.Generator().manual_seed(seed))
+
+
+GIVEN = {
+    "prompt_embeds": rows(90, seed=1),
+    "negative_prompt_embeds": rows(90, seed=2),
+    "pooled_prompt_embeds": vector(3),
+    "negative_pooled_prompt_embeds": vector(4),
+}
+SIZES = {"original_size": (64, 48), "crops_coords_top_left": (8, 4), "target_size": (40, 24)}
+CALLS = [
+    {},
+    {"negative_prompt": "bad"},
+    {"negative_prompt": ""},
+    {"prompt_2": "in oil"},
+    {"negative_prompt": "bad", "negative_prompt_2": "worse"},
+    {"negative_prompt_2": "worse"},
+    {"guidance_scale": 1.0},
+    {"guidance_rescale": 0.7},
+    {"num_images_per_prompt": 2},
+    {"prompt": ["a dog", "a cat"], "negative_prompt": ["x", "y"]},
+    {"height": 48, "width": 16},
+    {"clip_skip": 1},
+    {"cross_attention_kwargs": {"scale": 0.5}},
+    SIZES,
+    SIZES | {f"negative_{name}": value for name, value in SIZES.items()},
+    {"denoising_end": 0.5},
+    {"prompt": None, **GIVEN},
+    {"pooled_prompt_embeds": vector()},
+]
+
+
+@pytest.mark.parametrize("arguments", CALLS, ids=lambda arguments: ",".join(arguments) or "nothing")
+def test_without_concepts_and_regions_it_is_its_parent(pipe, parent, latents, arguments):
+    arguments = {"prompt": "a dog", **arguments}
+    expected = latents(parent, **arguments)
+    assert torch.equal(latents(pipe, **arguments), expected)
+    assert torch.equal(latents(pipe, regions=[], **arguments), expected)
+
+
+def test_its_signature_and_parts_are_the_parents_and_regions(pipe, parent):
+    theirs = inspect.signature(StableDiffusionXLPipeline.__call__).parameters
+    ours = inspect.signature(MixOfShowXLPipeline.__call__).parameters
+    assert [name for name in ours if name not in ("regions", "isolation", "draft", "refine")] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    encoding = inspect.signature(StableDiffusionXLPipeline.encode_prompt).parameters
+    assert list(inspect.signature(pipe.encode_prompt).parameters) == [name for name in encoding if name != "self"]
+    assert pipe.components.keys() == parent.components.keys()
+    assert pipe.config.force_zeros_for_empty_prompt == parent.config.force_zeros_for_empty_prompt
+
+
+@pytest.mark.parametrize("forced", [True, False], ids=["zeros for no prompt", "the empty prompt"])
+def test_a_full_region_is_the_prompt_where_the_vector_is_the_same(parent, latents, forced):
+    pipe = MixOfShowXLPipeline(**parent.components, add_watermarker=False, force_zeros_for_empty_prompt=forced)
+    everywhere = [Region("a cat", box=(0, 0, 1, 1))]
+    expected = latents(pipe, "a cat")
+    of_cat = pipe.encode_prompt("a cat")[2]
+    given = {"pooled_prompt_embeds": of_cat, "regions": everywhere}
+    assert not torch.allclose(latents(pipe, "a dog", **given | {"regions": None}), expected, atol=1e-4)
+    assert torch.allclose(latents(pipe, "a dog", **given), expected, atol=1e-5)
+    assert torch.allclose(latents(pipe, "a cat", regions=everywhere), expected, atol=1e-5)
+    assert not torch.allclose(latents(pipe, "a dog", regions=everywhere), expected, atol=1e-6)
+
+
+def test_each_part_of_a_region_matters(pipe, latents):
+    def run(negative="bad", **changes):
+        region = {"prompt": "a cat", "box": LEFT, "negative_prompt": "beard", **changes}
+        return latents(pipe, "two people", negative_prompt=negative, regions=[Region(**region)])
+
+    pictures = [
+        run(),
+        run(prompt="a dog"),
+        run(box=RIGHT),
+        run(negative_prompt="hat"),
+        run(negative_prompt=None),
+        run(negative_prompt=None, negative=None),
+        run(guidance_scale=2.0),
+        run(end=0.5),
+        latents(pipe, "two people", negative_prompt="bad"),
+    ]
+    for i, one in enumerate(pictures):
+        assert not any(torch.allclose(one, other, atol=1e-5) for other in pictures[:i]), i
+
+
+def test_regions_of_the_global_prompt_change_nothing(pipe, latents):
+    same = [Region("a cat", box=LEFT), Region("a cat", box=(0.3, 0.1, 0.9, 0.6))]
+    for arguments in ({}, {"negative_prompt": "bad"}, {"clip_skip": 1}, {"negative_prompt": "a", **SIZES}):
+        expected = latents(pipe, "a cat", **arguments)
+        assert torch.allclose(latents(pipe, "a cat", regions=same, **arguments), expected, atol=1e-4)
+
+
+def test_what_the_second_encoder_alone_reads_is_its_own(pipe, latents):
+    """`prompt_2` stays the global prompt's; regions are read by both encoders."""
+    plain = latents(pipe, "a cat", prompt_2="in oil")
+    assert not torch.allclose(latents(pipe, "a cat", regions=[Region("a cat", box=LEFT)], prompt_2="in oil"), plain)
+    never = [Region("a dog", box=(0, 0, 1, 1), end=0.2)]
+    with pytest.warns(MixOfShowWarning, match="never holds"):
+        unchanged = latents(pipe, "a cat", regions=never, prompt_2="in oil")
+    assert torch.allclose(unchanged, plain, atol=1e-4)
+
+
+def test_batches_are_loops(pipe, latents):
+    prompts, negatives = ["a dog", "two cats", "a fox"], ["x", "y", "z"]
+    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    together = latents(pipe, prompts, negative_prompt=negatives, latents=noise, regions=regions())
+    for row, prompt in enumerate(prompts):
+        alone = latents(pipe, prompt, negative_prompt=negatives[row], latents=noise[row : row + 1], regions=regions())
+        assert torch.allclose(together[row], alone[0], atol=1e-4)
+    noise = noise[:1].repeat(2, 1, 1, 1)
+    twice = latents(pipe, "two cats", latents=noise, num_images_per_prompt=2, regions=regions())
+    alone = latents(pipe, "two cats", latents=noise[:1], regions=regions())
+    assert torch.allclose(twice, alone.repeat(2, 1, 1, 1), atol=1e-4)
+
+
+def test_given_embeddings_do_the_prompts_work(pipe, latents):
+    expected = latents(pipe, "a cat", negative_prompt="bad", regions=regions())
+    names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+    given = dict(zip(names, pipe.encode_prompt("a cat", negative_prompt="bad"), strict=True))
+    assert torch.allclose(latents(pipe, regions=regions(), **given), expected, atol=1e-5)
+    stacked = {name: each.repeat(1, 4, 1) if name.endswith("prompt_embeds") and each.ndim == 3 else each
+               for name, each in given.items()}  # fmt: skip
+    assert torch.allclose(latents(pipe, regions=regions(), **stacked), expected, atol=1e-5)
+    assert torch.allclose(latents(pipe, **stacked), latents(pipe, "a cat", negative_prompt="bad"), atol=1e-4)
+
+
+def test_callbacks_see_the_parents_tensors_and_guidance_may_stop(pipe, latents):
+    wanted = ["add_text_embeds", "add_time_ids", "latents", "prompt_embeds"]
+    seen = []
+
+    def callback(pipeline, step, _timestep, tensors):
+        seen.append((pipeline is pipe, step, sorted(tensors)))
+        return tensors
+
+    given = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": wanted}
+    whole = latents(pipe, "a cat", regions=regions(), **given)
+    assert seen == [(True, 0, wanted), (True, 1, wanted)]
+    stopped = SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    assert not torch.equal(latents(pipe, "a cat", regions=regions(), callback_on_step_end=stopped), whole)
+
+
+def test_nothing_stays_after_an_error(pipe, latents):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    processors = dict(pipe.unet.attn_processors)
+    plain = latents(pipe, "a cat")
+    with pytest.raises(KeyboardInterrupt):
+        latents(pipe, "a cat", regions=regions(), callback_on_step_end=fail)
+    assert all(pipe.unet.attn_processors[name] is each for name, each in processors.items())
+    assert torch.equal(latents(pipe, "a cat"), plain)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prompt_2", "negative_prompt", "negative_prompt_2"])
+def test_unknown_words_are_told_wherever_they_stand(pipe, latents, name):
+    with pytest.raises(ConceptError, match="<ron>"):
+        latents(pipe, **{"prompt": "a cat", "negative_prompt": "bad", name: "a <ron>"})
+
+
+def test_a_word_that_one_tokenizer_knows_is_no_mistake(pipe, latents):
+    """A textual inversion may be loaded for one text encoder alone."""
+    pipe.tokenizer_2.add_tokens("<fur>")
+    pipe.text_encoder_2.resize_token_embeddings(len(pipe.tokenizer_2))
+    found = latents(pipe, "a cat", regions=[Region("a <fur> dog", box=LEFT)])
+    assert not torch.equal(found, latents(pipe, "a cat", regions=[Region("a dog", box=LEFT)]))
+
+
+@pytest.mark.parametrize("extra", [{}, {"original_size": (90, 70), "crops_coords_top_left": (3, 5)}])
+def test_drafts_are_told_their_own_size(pipe, latents, extra):
+    """A draft is a picture of its region alone: its size is the target's, whatever the call draws."""
+    told = []
+
+    def note(_unet, _inputs, named):
+        told.append((tuple(named["sample"].shape if "sample" in named else _inputs[0].shape),
+                     named["added_cond_kwargs"]["time_ids"].tolist()))  # fmt: skip
+
+    hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+    half = [Region("a cat", box=LEFT)]
+    settings = {"num_inference_steps": 4, "height": 32, "width": 64, **extra}
+    drafted = latents(pipe, "x", regions=half, draft=Draft(), **settings)
+    hook.remove()
+    own = [(shape, ids) for shape, ids in told if shape[2:] != (16, 32)]
+    assert own
+    for shape, ids in own:
+        size = [2.0 * shape[2], 2.0 * shape[3]]
+        wanted = [*map(float, extra["original_size"]), 3.0, 5.0, *size] if extra else [*size, 0.0, 0.0, *size]
+        assert ids == [wanted] * shape[0]
+    assert not torch.equal(drafted, latents(pipe, "x", regions=half, **settings))
+
+
+@pytest.mark.parametrize("negative", [None, "bad"])
+def test_a_draft_avoids_what_its_region_or_the_call_says(pipe, latents, negative):
+    """Without any negative prompt the text to avoid is zeros, as the parent's, and so is its vector."""
+    seen = []
+
+    def note(_unet, inputs, named):
+        if inputs[0].shape[2:] != (16, 32):
+            seen.append((named["encoder_hidden_states"], named["added_cond_kwargs"]["text_embeds"]))
+
+    hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+    both = [Region("a cat", box=LEFT), Region("a dog", box=RIGHT, negative_prompt="beard")]
+    settings = {"num_inference_steps": 4, "height": 32, "width": 64, "regions": both, "draft": Draft()}
+    latents(pipe, ["x"], negative_prompt=negative, **settings)
+    hook.remove()
+    texts, vectors = seen[0]
+    for row, text in enumerate((negative, "beard")):
+        expected = pipe.encode_prompt("a cat", negative_prompt=text)
+        assert torch.allclose(texts[row], expected[1][0], atol=1e-5)
+        assert torch.allclose(vectors[row], expected[3][0], atol=1e-5)
+
+
+def test_everything_together_draws_a_picture(pipe):
+    settings = {"num_inference_steps": 4, "height": 32, "width": 64, "generator": torch.Generator().manual_seed(0)}
+    drawn = pipe("two", regions=regions(), draft=Draft(), refine=Refinement(), isolation=Isolation(), **settings)
+    assert drawn.images[0].size == (64, 32)
+
+
+def test_regions_are_drawn_anew_by_both_encoders_with_or_without_anything_to_avoid(pipe):
+    """Drawn anew without strength of change the picture stays nearly as it was; a region's text matters otherwise."""
+    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    from diffusers_mixofshow import refine_regions
+
+    def drawn(*own, **settings):
+        generator = torch.Generator().manual_seed(0)
+        return list(
+            refine_regions(pipe, [picture], own, generator=generator, num_inference_steps=4, **settings)[0].getdata()
+        )
+
+    small = (0.1, 0.1, 0.3, 0.3)
+    results = [
+        drawn(Region("a cat", box=small)),
+        drawn(Region("a dog", box=small)),
+        drawn(Region("a cat", box=small, negative_prompt="x")),
+        drawn(Region("a cat", box=small), negative_prompt="y"),
+        drawn(Region("a cat", box=small), negative_prompt=""),
+    ]
+    assert all(one != other for i, one in enumerate(results) for other in results[:i])
+    mixed = drawn(Region("a cat", box=small), Region("a fox", box=(0.6, 0.6, 0.8, 0.8), negative_prompt="x"))
+    assert mixed != results[0]
+
+
+def test_it_is_made_of_another_pipeline_and_saved_and_loaded(pipe, parent, latents, tmp_path):
+    expected = latents(pipe, "a dog", regions=regions())
+    again = MixOfShowXLPipeline.from_pipe(parent)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(again, "a dog", regions=regions()), expected)
+    pipe.save_pretrained(tmp_path)
+    for kind in (MixOfShowXLPipeline, StableDiffusionXLPipeline):
+        loaded = kind.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(latents(loaded, "a dog"), latents(pipe, "a dog"), rtol=1e-4, atol=1e-3)
+    loaded = MixOfShowXLPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(latents(loaded, "a dog", regions=regions()), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_plain_loras_load_as_in_the_parent(pipe, parent, latents, tmp_path):
+    random = torch.Generator().manual_seed(0)
+    layers = {
+        "unet.mid_block.attentions.0.transformer_blocks.1.attn2.to_k": (80, 64),
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (32, 32),
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj": (48, 48),
+    }
+    state = {}
+    for site, (entering, leaving) in layers.items():
+        state[f"{site}.lora_A.weight"] = torch.randn(2, entering, generator=random)
+        state[f"{site}.lora_B.weight"] = torch.randn(leaving, 2, generator=random)
+    before = latents(parent, "a dog")
+    pipe.load_lora_weights(dict(state), adapter_name="style")
+    styled = latents(pipe, "a dog")
+    assert not torch.allclose(styled, before, atol=1e-4)
+    assert torch.equal(latents(parent, "a dog"), styled)  # they share their models
+    in_regions = latents(pipe, "a dog", regions=regions())
+    scaled = latents(pipe, "a dog", regions=regions(), cross_attention_kwargs={"scale": 0.5})
+    assert not torch.allclose(in_regions, scaled, atol=1e-5)
+    assert torch.equal(latents(pipe, "a dog", regions=regions()), in_regions)
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(pipe, "a dog"), before)
