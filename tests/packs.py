@@ -10,7 +10,10 @@ from transformers import CLIPTextModelWithProjection
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
-from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.edlora.embeddings import named
+from diffusers_mixofshow.families import family_of
+from diffusers_mixofshow.families.family import POOLED
+from diffusers_mixofshow.families.layers import adapted_layers, embedding_layers
 
 
 def random_pack(
@@ -28,11 +31,18 @@ def random_pack(
         return torch.randn(*shape, generator=generator).mul(0.3).to(dtype)
 
     concepts = tuple(Concept.from_name(name, "dog", kind="pet") for name in names or ("rex",))
-    layers = cross_attention_layers(components["unet"])
+    layers = embedding_layers(components)
+    parts = family_of(components).embedding_parts
+    tables = {name: components[name].get_input_embeddings().embedding_dim for name in parts.values()}
     shapes = zip(adapted_layers(components).items(), cycle(ranks), cycle(alphas))
     return EDLoRA(
         concepts=concepts,
-        embeddings={token: values(len(layers), 32) for concept in concepts for token in concept.tokens},
+        embeddings={
+            named(token, part): values(1 if part == POOLED else len(layers), tables[encoder])
+            for concept in concepts
+            for token in concept.tokens
+            for part, encoder in parts.items()
+        },
         lora={
             site: LowRank(down=values(rank, layer.in_features), up=values(layer.out_features, rank), alpha=alpha)
             for (site, layer), rank, alpha in shapes

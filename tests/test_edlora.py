@@ -319,7 +319,7 @@ def test_headers_that_are_no_json_object(saved, header):
     assert "no JSON object" in refused(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None, [], 10**400])
+@pytest.mark.parametrize("version", [0, 3, "1", 1.0, True, None, [], 10**400])
 def test_other_format_versions(saved, version):
     path, header, tensors = saved
     write(path, header | {"format_version": version}, tensors)

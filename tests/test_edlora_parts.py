@@ -131,8 +131,8 @@ def test_stock_diffusers_is_told_every_layer_that_differs() -> None:
 
 def test_the_bounds_of_names_and_shapes() -> None:
     assert (defects.LONGEST_NAME, defects.WIDEST) == (100, 131072)
-    assert (header.FORMAT_VERSION, reading.LONGEST_HEADER, reading.LARGEST_FILE, reading.MOST_TENSORS) == (
-        1,
+    assert (header.ONE_ENCODER, header.FORMAT_VERSION) == (1, 2)
+    assert (reading.LONGEST_HEADER, reading.LARGEST_FILE, reading.MOST_TENSORS) == (
         8 * 1024**2,
         8 * 1024**3,
         20_000,

@@ -58,6 +58,14 @@ def format_1_fused(path: Path) -> None:
     _save(GradientFuser(max_rank=1).fuse([_pack("rex"), _pack("kit", seed=1)], method="average"), path)
 
 
+def format_2_edlora(path: Path) -> None:
+    import packs
+    from families.pipelines import tiny_pipeline
+
+    components = tiny_pipeline("Stable Diffusion XL").components
+    _save(packs.random_pack(components, "rex", ranks=(1, 2), alphas=(1.0, 0.5), dtype=torch.float16), path)
+
+
 def format_1_statistics(path: Path) -> None:
     from diffusers_mixofshow.fusion.published import SourceStatistics
     from diffusers_mixofshow.fusion.statistics import ConceptStatistics
@@ -215,6 +223,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "format-1/fused.safetensors": format_1_fused,
     "format-1/edlora.statistics.safetensors": format_1_statistics,
     "format-1/layout.json": format_1_layout,
+    "format-2/edlora.safetensors": format_2_edlora,
     "mix-of-show/released.pth": mix_of_show_released,
     "mix-of-show/research.pth": mix_of_show_research,
     "kohya/sd15.safetensors": kohya_sd15,

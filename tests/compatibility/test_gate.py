@@ -16,7 +16,7 @@ from diffusers_mixofshow.interop.foreign import read_foreign
 def test_no_file_is_forgotten():
     present = {path.relative_to(FOLDER).as_posix() for path in FOLDER.glob("*/*")}
     assert present == FILES.keys() == json.loads(EXPECTED.read_text()).keys()
-    assert len(present) == 20
+    assert len(present) == 21
 
 
 def test_every_format_version_has_files():

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.concepts import Concept, check_distinct
+from diffusers_mixofshow.edlora.embeddings import named, part_and_token
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
 from diffusers_mixofshow.families import FAMILIES, family_of
-from diffusers_mixofshow.families.layers import components_with_sites, cross_attention_layers, linear_layers
-from diffusers_mixofshow.families.recognition import COMPONENTS
+from diffusers_mixofshow.families.family import POOLED
+from diffusers_mixofshow.families.layers import components_with_sites, embedding_layers, linear_layers
+from diffusers_mixofshow.families.recognition import COMPONENTS, EMBEDDING_PARTS
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,6 +26,7 @@ LONGEST_NAME = 100
 WIDEST = 2**17
 """Features of a layer; more than any model has."""
 
+_PART_NAMES = {"": "text_encoder", POOLED: "the vector of the whole text"}
 _CHECKED_AT_ONCE = 2**22
 _NAMES_SHOWN = 6
 _LONGEST_SHOWN = 160
@@ -83,10 +86,11 @@ def fit_defects(
     if not models:
         return [f"the model has none of {', '.join(COMPONENTS)}, got {listed(map(str, components))}"]
     defects = _denoiser_defects(lora, components, models)
-    if "unet" in models and layers and layers != cross_attention_layers(models["unet"]):
-        defects.append(_layer_mismatch(layers, cross_attention_layers(models["unet"])))
-    if "text_encoder" in models:
-        defects += _width_defects(embeddings, models["text_encoder"])
+    theirs = embedding_layers(components)
+    if theirs and layers and layers != theirs:
+        defects.append(_layer_mismatch(layers, theirs))
+    if embeddings:
+        defects += _part_defects(embeddings, components, models)
     return defects + _site_defects(lora, linear_layers(components), models)
 
 
@@ -102,17 +106,34 @@ def _embedding_defects(
     except ConceptError as error:
         defects.append(str(error).rstrip("."))
     tokens = [token for concept in concepts for token in concept.tokens]
-    if missing := [token for token in tokens if token not in embeddings]:
+    parts = dict.fromkeys(["", *(part_and_token(name)[0] for name in embeddings)])
+    if missing := [name for token in tokens for part in parts if (name := named(token, part)) not in embeddings]:
         defects.append(f"missing embeddings: {listed(missing)}")
-    if surplus := [token for token in embeddings if token not in tokens]:
+    if surplus := [name for name in embeddings if part_and_token(name)[1] not in tokens]:
         defects.append(f"embeddings of tokens that no concept has: {listed(surplus)}")
-    sound = {token: rows for token, rows in embeddings.items() if _is_stack(rows, layers)}
-    misshapen = [f"{token} {tuple(rows.shape)}" for token, rows in embeddings.items() if token not in sound]
-    if misshapen:
-        defects.append(f"embeddings not of shape (layers = {layers}, dim): {listed(misshapen)}")
-    elif len({rows.shape[1] for rows in embeddings.values()}) > 1:
-        defects.append(f"embeddings differ in width: {listed(f'{t} {r.shape[1]}' for t, r in embeddings.items())}")
+    if strange := [part for part in parts if part not in EMBEDDING_PARTS]:
+        defects.append(f"embeddings for no known text encoder ({', '.join(EMBEDDING_PARTS)}): {listed(strange)}")
+    sound = {name: rows for name, rows in embeddings.items() if _is_stack(rows, 1 if _is_pooled(name) else layers)}
+    if misshapen := [f"{name} {tuple(rows.shape)}" for name, rows in embeddings.items() if name not in sound]:
+        one = f", or for {POOLED!r} (1, dim)" if POOLED in parts else ""
+        defects.append(f"embeddings not of shape (layers = {layers}, dim){one}: {listed(misshapen)}")
+    else:
+        defects += _unequal_widths(embeddings, parts)
     return defects + _number_defects("embeddings", sound)
+
+
+def _is_pooled(name: str) -> bool:
+    return part_and_token(name)[0] == POOLED
+
+
+def _unequal_widths(embeddings: Mapping[str, torch.Tensor], parts: Iterable[str]) -> list[str]:
+    """Find text encoders for which tokens' embeddings differ in width."""
+    found = []
+    for part in parts:
+        widths = {name: rows.shape[1] for name, rows in embeddings.items() if part_and_token(name)[0] == part}
+        if len(set(widths.values())) > 1:
+            found.append(f"embeddings differ in width: {listed(f'{name} {width}' for name, width in widths.items())}")
+    return found
 
 
 def _is_stack(rows: torch.Tensor, layers: int) -> bool:
@@ -177,10 +198,26 @@ def _layer_mismatch(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
     return f"cross-attention layers differ from the model's: {listed(differing)}"
 
 
-def _width_defects(embeddings: Mapping[str, torch.Tensor], text_encoder: nn.Module) -> list[str]:
-    width = text_encoder.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    wrong = [f"{token} {rows.shape[-1]}" for token, rows in embeddings.items() if rows.shape[-1] != width]
-    return [f"embeddings must have the text encoder's width {width}: {listed(wrong)}"] if wrong else []
+def _part_defects(
+    embeddings: Mapping[str, torch.Tensor], components: Mapping[str, object], models: Mapping[str, nn.Module]
+) -> list[str]:
+    """Find what a model's text encoders need of embeddings and lack, and embeddings that are for none of them."""
+    family = family_of(components)
+    readers = family.embedding_parts
+    widths: dict[str, dict[str, int]] = {}
+    for name, rows in embeddings.items():
+        widths.setdefault(part_and_token(name)[0], {})[name] = rows.shape[-1]
+    absent = [part for part, encoder in readers.items() if encoder in models and part not in widths]
+    surplus = [part for part in widths if family.denoiser in models and part not in readers]
+    called = {part: _PART_NAMES.get(part, part) for part in (*readers, *widths)}
+    defects = [f"it has no embeddings for {called[part]}, which the model reads" for part in absent]
+    defects += [f"it has embeddings for {called[part]}, which the model does not read" for part in surplus]
+    for part, found in widths.items():
+        if readers.get(part) in models:
+            width = models[readers[part]].get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+            wrong = [f"{name} {own}" for name, own in found.items() if own != width]
+            defects += [f"embeddings must have the text encoder's width {width}: {listed(wrong)}"] if wrong else []
+    return defects
 
 
 def _denoiser_defects(

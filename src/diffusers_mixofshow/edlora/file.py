@@ -1,8 +1,10 @@
 """Reading and writing ``edlora.safetensors``.
 
 Tensors: ``unet.<path>.lora_A.weight`` and ``.lora_B.weight``, ``text_encoder.text_model.<path>...`` (PEFT's names,
-which stock diffusers loads), and ``edlora.embeddings.<token>``, shape (layers, dim). Header metadata: one JSON
-string under ``edlora`` (see `header`).
+which stock diffusers loads), and ``edlora.embeddings.<token>``, shape (layers, dim); for a second text encoder also
+``edlora.embeddings.text_encoder_2.<token>``, and for its vector of the whole text
+``edlora.embeddings.pooled.<token>``, shape (1, dim) (see `embeddings`). Header metadata: one JSON string under
+``edlora`` (see `header`).
 
 Where alpha differs from the rank, diffusers' own metadata says so too (see `stock`).
 """
@@ -20,6 +22,7 @@ from safetensors.torch import save as serialize
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import defects, header, reading, stock
+from diffusers_mixofshow.edlora.embeddings import part_and_token
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.families.layers import canonical_name
 
@@ -35,6 +38,8 @@ _DOWN = ".lora_A.weight"
 _UP = ".lora_B.weight"
 _PREFIX = 8
 """Bytes before a safetensors header, which say how long it is."""
+
+_NOT_OF_FORMAT_1 = "embeddings for several text encoders, which format 1 does not have"
 
 _Pairs = dict[str, dict[str, torch.Tensor]]
 
@@ -67,6 +72,7 @@ def write(path: Path, contents: Contents) -> None:
         layers=contents["layers"],
         lora={site: (update.rank, float(update.alpha)) for site, update in lora.items()},
         training=contents["training"],
+        version=_version_of(contents["embeddings"]),
     ).to_json()
     tensors = {_EMBEDDINGS + token: rows for token, rows in contents["embeddings"].items()}
     for site, update in lora.items():
@@ -94,6 +100,7 @@ def read(path: Path) -> Contents:
     if not found:
         found += _differences(pairs, announced)
         found += defects.content_defects(head.concepts, embeddings, lora, head.layers)
+        found += [] if head.version >= _version_of(embeddings) else [_NOT_OF_FORMAT_1]
         found += [] if head.concepts or head.layers or embeddings else ["it holds no concept"]
     defects.raise_if_any(
         [*found, *surprising],
@@ -108,6 +115,12 @@ def read(path: Path) -> Contents:
         layers=head.layers,
         training=head.training,
     )
+
+
+def _version_of(embeddings: Mapping[str, torch.Tensor]) -> int:
+    """The oldest version that can hold them."""
+    several = any(part_and_token(name)[0] for name in embeddings)
+    return header.FORMAT_VERSION if several else header.ONE_ENCODER
 
 
 def _in_order(content: bytes) -> bytes:

@@ -15,7 +15,10 @@ from diffusers_mixofshow.edlora.defects import is_showable, shown
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest, which files have that hold embeddings for several text encoders."""
+ONE_ENCODER = 1
+"""What all others have, so that older releases read them."""
 
 _LIBRARIES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft")
 _LONGEST = 4 * 2**20
@@ -34,9 +37,10 @@ class Header:
     Args:
         concepts: The concepts it holds.
         base_model: Id of the model it was tuned on.
-        layers: The U-Net's cross-attention layers, down, mid, up.
+        layers: The U-Net's cross-attention layers, or their groups, down, mid, up.
         lora: Site name to the rank and alpha of its update.
         training: Settings and measurements, JSON values only.
+        version: Of the format.
     """
 
     concepts: tuple[Concept, ...]
@@ -44,11 +48,12 @@ class Header:
     layers: tuple[str, ...]
     lora: Mapping[str, tuple[int, float]]
     training: Mapping[str, object]
+    version: int = ONE_ENCODER
 
     def to_json(self) -> str:
         """Write the header; raises `EDLoRAFormatError` if the training record is not made of JSON values."""
         values = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.version,
             "concepts": [asdict(concept) for concept in self.concepts],
             "base_model": self.base_model,
             "layers": list(self.layers),
@@ -87,8 +92,8 @@ def parse(text: str) -> tuple[Header, list[str]]:
     if not isinstance(values, dict):
         return EMPTY, ["its header is no JSON object"]
     version = values.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        return EMPTY, [f"format version {_short(version)}, this release reads {FORMAT_VERSION}"]
+    if type(version) is not int or not ONE_ENCODER <= version <= FORMAT_VERSION:
+        return EMPTY, [f"format version {_short(version)}, this release reads {ONE_ENCODER} to {FORMAT_VERSION}"]
     reader = _Reader(values)
     header = Header(
         concepts=reader.concepts(),
@@ -96,6 +101,7 @@ def parse(text: str) -> tuple[Header, list[str]]:
         layers=reader.strings("layers"),
         lora=reader.ranks_and_alphas(),
         training=reader.mapping("training"),
+        version=version,
     )
     return header, reader.defects
 

@@ -30,10 +30,12 @@ class EDLoRA:
 
     Args:
         concepts: The concepts it holds; one after tuning, several after fusion.
-        embeddings: Token to its layer-wise embedding, shape (layers, dim), in the order of `layers`.
+        embeddings: Token to its layer-wise embedding, shape (layers, dim), in the order of `layers`. Where a model has
+            two text encoders, ``text_encoder_2.<potter1>`` to that for the second, likewise, and ``pooled.<potter1>``
+            to that for its vector of the whole text, shape (1, dim).
         lora: Site name (see `families.family`) to its low-rank update.
         base_model: Id of the model it was tuned on.
-        layers: The U-Net's cross-attention layers in order down, mid, up.
+        layers: The U-Net's cross-attention layers in order down, mid, up; of SDXL the groups that share an embedding.
         training: Settings and measurements of the tuning or fusion, JSON values only.
     """
 

@@ -14,8 +14,9 @@ from torch import nn
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.embeddings import part_and_token
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.exporting.absorption import Absorbed, Metric, absorbed
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts, recording_prompts
@@ -49,12 +50,18 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
         as it is.
 
     Raises:
-        EDLoRAFormatError: If it does not fit the model.
+        EDLoRAFormatError: If it does not fit the model, or has embeddings for several text encoders.
         FusionError: If a prompt does not name the concept.
         ConfigurationError: If other adapters are active in the model.
     """
     if not is_layerwise(edlora):
         return edlora
+    if any(part_and_token(name)[0] for name in edlora.embeddings):
+        raise EDLoRAFormatError(
+            "What layer-wise embeddings do can be put into the LoRA for Stable Diffusion 1.x and 2.x alone, but "
+            f"{edlora!r} has embeddings for several text encoders. Convert it without a base model: their means are "
+            "written."
+        )
     means = {token: mean_over_layers(rows) for token, rows in edlora.embeddings.items()}
     asked, neutral = _prompts(edlora, prompts)
     steps = 2 * len(asked) + len(neutral) + len(edlora.layers)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.embeddings import part_and_token
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, plain_name
 from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, default_base
 from diffusers_mixofshow.interop.formats import Format
@@ -256,18 +258,24 @@ def _names_lost(words: Iterable[str]) -> tuple[str, ...]:
 
 def _layers_lost(edlora: EDLoRA) -> tuple[str, ...]:
     """What one embedding in place of those of all layers leaves out, measured."""
-    shares = {token: lost_in_mean(rows) for token, rows in edlora.embeddings.items()}
+    of_layers = {name: rows for name, rows in edlora.embeddings.items() if part_and_token(name)[0] != POOLED}
+    shares = {name: lost_in_mean(rows) for name, rows in of_layers.items()}
     kept = edlora.training.get(SHARED_KEPT)
+    pooled = (_POOLED_LOST,) if len(of_layers) < len(edlora.embeddings) else ()
     if any(shares.values()):
         return (
             _MOST_LOST.format(layers=len(edlora.layers)),
             *(f"{token}: {share:.1%} of its embeddings, |E - mean| / |E|." for token, share in shares.items()),
+            *pooled,
         )
     if isinstance(kept, int | float):
         return (f"A part of the layer-wise embeddings: {kept:.1%} of what they do to keys and values is in the LoRA.",)
-    return ()
+    return pooled
 
 
+_POOLED_LOST = (
+    "The embeddings for the vector of the whole text, which other programs make with those of the second text encoder."
+)
 _MOST_LOST = (
     "Most of the identity. Layer-wise embeddings: every token has one for each of {layers} cross-attention layers; "
     "these files hold their mean, an approximation that draws something else where they differ. Instead, name the "

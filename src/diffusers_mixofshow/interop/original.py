@@ -20,6 +20,7 @@ import torch
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed
+from diffusers_mixofshow.edlora.embeddings import part_and_token
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
@@ -94,9 +95,11 @@ def write_original(path: Path, edlora: EDLoRA) -> Path:
     Raises:
         EDLoRAFormatError: If it has updates of another component than a text encoder and a U-Net.
     """
-    if others := [site for site in edlora.lora if site.partition(".")[0] not in _COMPONENTS]:
+    others = [site for site in edlora.lora if site.partition(".")[0] not in _COMPONENTS]
+    others += [name for name in edlora.embeddings if part_and_token(name)[0]]
+    if others:
         raise EDLoRAFormatError(
-            "The authors' layout has no place for layers of a second text encoder or of another model: "
+            "The authors' layout has no place for layers and embeddings of a second text encoder or of another model: "
             f"{listed(others)}. Convert it to 'diffusers'."
         )
     params: dict[str, dict[str, torch.Tensor]] = {part: {} for part in ("new_concept_embedding", *_COMPONENTS)}

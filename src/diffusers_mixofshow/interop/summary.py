@@ -11,9 +11,10 @@ import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed
+from diffusers_mixofshow.edlora.embeddings import part_and_token
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.families import BaseModel
-from diffusers_mixofshow.families.clip import CLIP_L
+from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.recognition import foreign_layers, recognise, transformers_with
 from diffusers_mixofshow.interop.concept_names import Naming, grouped
 from diffusers_mixofshow.interop.foreign import Foreign
@@ -29,7 +30,8 @@ _TOLD = ("ss_base_model_version", "ss_sd_model_name", "ss_output_name", "ss_netw
 def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
     """Tell what an ED-LoRA or a fused pack holds."""
     fused = "fusion" in pack.training
-    base = recognise(input_widths(pack.lora), [{CLIP_L: rows.shape[1]} for rows in pack.embeddings.values()])
+    widths = [{CLIP_G if part_and_token(name)[0] else CLIP_L: rows.shape[1]} for name, rows in pack.embeddings.items()]
+    base = recognise(input_widths(pack.lora), widths)
     return {
         "kind": "fused pack" if fused else "ED-LoRA",
         "layout": "diffusers-mixofshow",

@@ -17,6 +17,7 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.embeddings import named, part_and_token
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.interop.concept_names import plain_name
@@ -44,6 +45,8 @@ _NO_WORDS = re.compile(
     r"|(embed|embedding|feature|hidden_state|state|latent|token|logit)s?)"
 )
 """Names that layers' own tensors, halves of adapters and what models put out have."""
+_PARTS = {CLIP_L: "", CLIP_G: "text_encoder_2"}
+"""What files of words call a text encoder, to what an ED-LoRA calls its embeddings for it."""
 _WIDTHS = {width for model in BASE_MODELS for width in model.embeddings.values()}
 
 
@@ -133,9 +136,12 @@ def is_layerwise(edlora: EDLoRA) -> bool:
 
 def mean_vectors(edlora: EDLoRA) -> dict[str, Vectors]:
     """Every concept's word to the means of its tokens, shape (tokens, dim): an approximation, see `lost_in_mean`."""
+    of_parts = {part_and_token(name)[0] for name in edlora.embeddings}
+    encoders = {encoder: part for encoder, part in _PARTS.items() if part in of_parts}
     return {
         concept.placeholder: {
-            CLIP_L: torch.stack([mean_over_layers(edlora.embeddings[token]) for token in concept.tokens])
+            encoder: torch.stack([mean_over_layers(edlora.embeddings[named(token, part)]) for token in concept.tokens])
+            for encoder, part in encoders.items()
         }
         for concept in edlora.concepts
     }
