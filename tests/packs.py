@@ -16,6 +16,10 @@ from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.layers import adapted_layers, embedding_layers
 
 
+_WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}
+"""Of the tiny models' text encoders."""
+
+
 def random_pack(
     components: Mapping[str, object],
     *names: str,
@@ -33,12 +37,11 @@ def random_pack(
     concepts = tuple(Concept.from_name(name, "dog", kind="pet") for name in names or ("rex",))
     layers = embedding_layers(components)
     parts = family_of(components).embedding_parts
-    tables = {name: components[name].get_input_embeddings().embedding_dim for name in parts.values()}
     shapes = zip(adapted_layers(components).items(), cycle(ranks), cycle(alphas))
     return EDLoRA(
         concepts=concepts,
         embeddings={
-            named(token, part): values(1 if part == POOLED else len(layers), tables[encoder])
+            named(token, part): values(1 if part == POOLED else len(layers), _WIDTHS[encoder])
             for concept in concepts
             for token in concept.tokens
             for part, encoder in parts.items()

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.fusion.fuser import GradientFuser
     from diffusers_mixofshow.fusion.pack import FusedPack
     from diffusers_mixofshow.fusion.sources import FusionSource, LoRASource
-    from diffusers_mixofshow.pipelines.adapter import MixOfShowAdapterPipeline
-    from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline
-    from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
-    from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
+    from diffusers_mixofshow.pipelines.adapter import MixOfShowAdapterPipeline, MixOfShowXLAdapterPipeline
+    from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline, MixOfShowXLControlNetPipeline
+    from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline, MixOfShowXLImg2ImgPipeline
+    from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline, MixOfShowXLInpaintPipeline
     from diffusers_mixofshow.pipelines.loader import EDLoRALoader
     from diffusers_mixofshow.pipelines.refining import refine_regions
     from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
@@ -53,6 +53,10 @@ __all__ = [
     "MixOfShowInpaintPipeline",
     "MixOfShowPipeline",
     "MixOfShowWarning",
+    "MixOfShowXLAdapterPipeline",
+    "MixOfShowXLControlNetPipeline",
+    "MixOfShowXLImg2ImgPipeline",
+    "MixOfShowXLInpaintPipeline",
     "MixOfShowXLPipeline",
     "Refinement",
     "Region",
@@ -82,6 +86,10 @@ _HOME = {
     "MixOfShowInpaintPipeline": "pipelines.inpainting",
     "MixOfShowPipeline": "pipelines.stable_diffusion",
     "MixOfShowWarning": "errors",
+    "MixOfShowXLAdapterPipeline": "pipelines.adapter",
+    "MixOfShowXLControlNetPipeline": "pipelines.controlnet",
+    "MixOfShowXLImg2ImgPipeline": "pipelines.image_to_image",
+    "MixOfShowXLInpaintPipeline": "pipelines.inpainting",
     "MixOfShowXLPipeline": "pipelines.stable_diffusion_xl",
     "Refinement": "regions",
     "Region": "regions",

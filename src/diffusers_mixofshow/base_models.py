@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.recognition import BASE_MODELS
+from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, STABLE_DIFFUSION
 
 
@@ -93,6 +94,9 @@ def usual_guidance(base_model: str) -> float:
     """The guidance scale that a base model draws well with: diffusers' default, or what Toyland measured best."""
     if known_spelling(base_model) == TOYLAND:
         return EMBEDDED.guidance
+    known = next((one for one in BASE_MODELS if base_model and base_model in (one.id, *one.other_ids)), None)
+    if known is not None:
+        return known.guidance
     return guidance_of_unet(_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
 
 
@@ -114,7 +118,10 @@ def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
     shipped = _configuration(Path(location_of(TOYLAND), "unet", "config.json"))
     told = {name: value for name, value in shipped.items() if not name.startswith("_")}
     is_toyland = bool(told) and all(_plain(configuration.get(name)) == value for name, value in told.items())
-    return EMBEDDED.guidance if is_toyland else SD1.guidance
+    if is_toyland:
+        return EMBEDDED.guidance
+    of_xl = all(configuration.get(name) == value for name, value in STABLE_DIFFUSION_XL.marks.items())
+    return SDXL.guidance if of_xl else SD1.guidance
 
 
 def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:

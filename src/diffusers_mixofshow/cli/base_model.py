@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from diffusers_mixofshow.base_models import (
     one_name,
 )
 from diffusers_mixofshow.errors import ConfigurationError, first_line
+from diffusers_mixofshow.families import FAMILIES, family_of_index
 from diffusers_mixofshow.progress import bar_settings
 
 
@@ -99,8 +100,25 @@ def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
     if embedded:
         pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline, dtype=numbers)
     else:
-        pipe = MixOfShowPipeline.from_pretrained(place, dtype=numbers, **options)
+        pipe = _drawing_class(place, options).from_pretrained(place, dtype=numbers, **options)
     return pipe.to(device)
+
+
+def _drawing_class(place: str, options: Mapping[str, Any]) -> type[Any]:
+    """The pipeline of this package that draws concepts and regions with a base model."""
+    from diffusers import DiffusionPipeline
+
+    from diffusers_mixofshow import pipelines
+
+    family = family_of_index(DiffusionPipeline.load_config(place, **options))
+    if not family.concept_pipeline:
+        able = ", ".join(one.name for one in FAMILIES if one.concept_pipeline)
+        raise ConfigurationError(
+            f"{place!r} is a base model of {family.name}, with which concepts and regions are not drawn. Expected one "
+            f"of {able}."
+        )
+    kind: type[Any] = getattr(pipelines, family.concept_pipeline)
+    return kind
 
 
 def _load_as_it_is(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:

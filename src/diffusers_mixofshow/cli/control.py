@@ -178,12 +178,13 @@ def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOf
     """
     from diffusers import ControlNetModel
 
-    from diffusers_mixofshow.pipelines import MixOfShowControlNetPipeline
+    from diffusers_mixofshow.pipelines import pipeline_for
 
     nets = _loaded(pipe, controls, ControlNetModel.from_pretrained, "ControlNet")
-    return MixOfShowControlNetPipeline.from_pipe(
+    made: MixOfShowControlNetPipeline = pipeline_for(pipe.components, "ControlNet").from_pipe(
         pipe, controlnet=nets[0] if len(nets) == 1 else nets, **in_dtype(pipe.dtype)
     )
+    return made
 
 
 def with_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOfShowAdapterPipeline:
@@ -195,14 +196,16 @@ def with_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOf
     from diffusers import T2IAdapter
 
     from diffusers_mixofshow import toyland
-    from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline
+    from diffusers_mixofshow.pipelines import pipeline_for
 
     def load(place: str, **options: Any) -> T2IAdapter:
         if place == location_of(TOYLAND):
             return toyland.load_layout_adapter()
         return T2IAdapter.from_pretrained(place, **options)
 
-    return MixOfShowAdapterPipeline.from_pipe(pipe, adapter=_loaded(pipe, adapters, load, "T2I-Adapter"))
+    models = _loaded(pipe, adapters, load, "T2I-Adapter")
+    made: MixOfShowAdapterPipeline = pipeline_for(pipe.components, "Adapter").from_pipe(pipe, adapter=models)
+    return made
 
 
 def _loaded(pipe: MixOfShowPipeline, controls: Sequence[Control], load: Callable[..., Any], called: str) -> list[Any]:

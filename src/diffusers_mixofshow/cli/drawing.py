@@ -152,7 +152,7 @@ def draw(drawing: Drawing) -> Drawn:
     plan, count = drawing.plan, len(drawing.seeds)
     images: list[Any] = pipe(
         prompt=[plan.prompt] * count,
-        negative_prompt=[plan.negative_prompt or ""] * count,
+        negative_prompt=None if plan.negative_prompt is None else [plan.negative_prompt] * count,
         regions=plan,
         isolation=drawing.isolation,
         draft=drawing.draft,
@@ -210,16 +210,17 @@ def _views(drawing: Drawing) -> list[Image.Image]:
 
 def _conditioned(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple[Any, dict[str, Any]]:
     """The pipeline for what is drawn, and what its call needs for that beside prompts and settings."""
-    from diffusers_mixofshow.pipelines import MixOfShowImg2ImgPipeline, MixOfShowInpaintPipeline
+    from diffusers_mixofshow.pipelines import pipeline_for
 
     count, size = len(drawing.seeds), _size(pipe, drawing.plan)
     if drawing.mask is not None:
         _refuse_channels(drawing.base, pipe.unet.config.in_channels)
         image, mask = views
         pictures = {"image": [image] * count, "mask_image": [mask] * count, "strength": drawing.strength}
-        return MixOfShowInpaintPipeline.from_pipe(pipe), pictures | size
+        return pipeline_for(pipe.components, "Inpaint").from_pipe(pipe), pictures | size
     if drawing.image is not None:
-        return MixOfShowImg2ImgPipeline.from_pipe(pipe), {"image": views * count, "strength": drawing.strength}
+        pictures = {"image": views * count, "strength": drawing.strength}
+        return pipeline_for(pipe.components, "Img2Img").from_pipe(pipe), pictures
     one = len(views) == 1
     scales: Any = drawing.control_scales[0] if one else list(drawing.control_scales)
     followed: dict[str, Any] = {"image": views[0] if one else views}

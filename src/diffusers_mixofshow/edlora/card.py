@@ -21,6 +21,7 @@ from PIL import Image
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.base_models import TOYLAND, license_of, public_name, usual_guidance
 from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
 from diffusers_mixofshow.edlora.file import Contents
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
 from diffusers_mixofshow.pictures import read_image
@@ -53,7 +54,7 @@ _LONGEST_RECORD = 10_000
 _STOCK_PACK = (
     "Stock diffusers loads the file as a LoRA (`pipe.load_lora_weights(...)`), without the concepts' embeddings."
 )
-_STOCK_MERGED = "`StableDiffusionPipeline.from_pretrained` loads it as well, without the concepts' embeddings."
+_STOCK_MERGED = "`{pipeline}.from_pretrained` loads it as well, without the concepts' embeddings."
 _RESPONSIBLE = (
     "It draws what it was tuned on. Do not use it to deceive or to harm, and do not draw a person who has not agreed. "
     "Keep the licences of the base model and of the photos, and say that pictures made with it are generated."
@@ -83,14 +84,16 @@ def model_card(
     names = [concept.placeholder for concept in concepts]
     title = "ED-LoRA of" if len(names) == 1 else "Mix-of-Show:"
     heading = ", ".join(f"`{_code(name)}`" for name in names) + ("" if len(names) == 1 else " in one model")
+    family = family_of_embeddings(contents["embeddings"])
     rank = max((update.rank for update in contents["lora"].values()), default=0)
+    code = example(concepts, base_model, location, merged=merged, pipeline=family.concept_pipeline)
     body = [
         f"# {title} {heading}",
         *([_GALLERY] if samples else []),
         _summary(len(names), public_name(base_model), rank, merged=merged),
         _concept_table(concepts, contents["training"]),
-        f"## Use\n\n```python\n{example(concepts, base_model, location, merged=merged)}```",
-        f"{_STOCK_MERGED if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
+        f"## Use\n\n```python\n{code}```",
+        f"{_STOCK_MERGED.format(pipeline=family.pipeline) if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
         *_training_record(contents["training"]),
         *_source_table(contents["training"]),
         f"## Responsible use\n\n{_RESPONSIBLE}",
@@ -157,13 +160,15 @@ def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
     return paths
 
 
-def example(concepts: Sequence[Concept], base_model: str, location: str, *, merged: bool) -> str:
+def example(
+    concepts: Sequence[Concept], base_model: str, location: str, *, merged: bool, pipeline: str = "MixOfShowPipeline"
+) -> str:
     """Python code that loads the pack and draws its concepts, together in regions if there are several."""
-    names = "MixOfShowPipeline" if len(concepts) == 1 else "Draft, MixOfShowPipeline, Refinement, Region"
+    names = pipeline if len(concepts) == 1 else f"Draft, {pipeline}, Refinement, Region"
     source = location if merged else public_name(base_model)
     return (
         f"import torch\nfrom diffusers_mixofshow import {names}\n\n"
-        f"pipe = MixOfShowPipeline.from_pretrained({source!r})"
+        f"pipe = {pipeline}.from_pretrained({source!r})"
         f'.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         + ("" if merged else f"pipe.load_edlora({location!r})\n")
         + f"{_call(concepts, base_model)}"

@@ -7,8 +7,11 @@ the whole text; see `Family.embedding_parts`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
+
+from diffusers_mixofshow.families import FAMILIES, Family
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 
 
 _Rows = TypeVar("_Rows")
@@ -23,6 +26,13 @@ def part_and_token(name: str) -> tuple[str, str]:
     """What the embeddings of a name are for, empty for the first text encoder, and their token."""
     part, bracket, rest = name.partition("<")
     return part.removesuffix("."), bracket + rest
+
+
+def family_of_embeddings(names: Iterable[str]) -> Family:
+    """The family whose concepts have embeddings for what these are for; without any that of Stable Diffusion."""
+    parts = {"", *(part_and_token(name)[0] for name in names)}
+    able = [family for family in FAMILIES if family.cross_attention and set(family.embedding_parts) == parts]
+    return able[0] if able else STABLE_DIFFUSION
 
 
 def rows_of(embeddings: Mapping[str, _Rows], parts: Sequence[str]) -> dict[str, list[_Rows]]:

@@ -19,11 +19,13 @@ PARTS = (
     "safety_checker",
     "scheduler",
     "text_encoder",
+    "text_encoder_2",
     "tokenizer",
+    "tokenizer_2",
     "unet",
     "vae",
 )
-"""Folders of a Stable Diffusion pipeline."""
+"""Folders of a pipeline of Stable Diffusion, XL included."""
 _STATISTICS = ".statistics.safetensors"
 
 

@@ -25,7 +25,7 @@ from diffusers_mixofshow.families.layers import linear_layers
 
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 
 INDEX = "model_index.json"
@@ -34,7 +34,7 @@ _MARK = "_mixofshow_concepts"
 
 
 @contextmanager
-def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[Path]:
+def written_whole(pipeline: DiffusionPipeline, folder: Path) -> Iterator[Path]:
     """Write a pipeline in float16 beside what is in a folder, and replace that when the block is done.
 
     The index, without which diffusers loads nothing, is deleted first and written last: a crash leaves no loadable
@@ -55,7 +55,8 @@ def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[P
         with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as temporary:
             pipeline.to(torch.float16).save_pretrained(temporary)
             mark(Path(temporary))
-            _declare_float32(Path(temporary) / "text_encoder" / "config.json")
+            for config in Path(temporary).glob("text_encoder*/config.json"):
+                _declare_float32(config)
             yield Path(temporary)
             (folder / INDEX).unlink(missing_ok=True)
             for written in sorted(Path(temporary).iterdir(), key=lambda path: path.name == INDEX):
@@ -109,18 +110,22 @@ def has_concepts(
     return isinstance(values, dict) and values.get(_MARK) is True
 
 
-def load_base(base_model: str) -> StableDiffusionPipeline:
+def load_base(base_model: str, pipeline_class: str) -> DiffusionPipeline:
     """Load the base model in float32.
+
+    Args:
+        base_model: Hub id or folder, or ``toyland``.
+        pipeline_class: Class of its pipeline in diffusers.
 
     Raises:
         ConfigurationError: If it cannot be loaded.
         HubError: If only the Hub has it, and that cannot be reached.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
     try:
-        load = partial(StableDiffusionPipeline.from_pretrained, **in_dtype(torch.float32))
-        pipeline: StableDiffusionPipeline = load_model(base_model, load)
+        load = partial(getattr(diffusers, pipeline_class).from_pretrained, **in_dtype(torch.float32))
+        pipeline: DiffusionPipeline = load_model(base_model, load)
     except (OSError, ValueError) as error:
         refusal = not_loadable(base_model, error)
         raise type(refusal)(
@@ -131,7 +136,7 @@ def load_base(base_model: str) -> StableDiffusionPipeline:
 
 
 @torch.no_grad()
-def add_updates(pipeline: StableDiffusionPipeline, lora: Mapping[str, LowRank]) -> None:
+def add_updates(pipeline: DiffusionPipeline, lora: Mapping[str, LowRank]) -> None:
     """Add every update to its layer's weight, in the weight's dtype."""
     layers = linear_layers(pipeline.components)
     for site, update in lora.items():

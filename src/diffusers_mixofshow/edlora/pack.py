@@ -19,6 +19,7 @@ from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora import card, defects, file, hub, reading
 from diffusers_mixofshow.edlora import folder as pack_folder
 from diffusers_mixofshow.edlora import merged as merged_pipeline
+from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.pushing import push
 from diffusers_mixofshow.errors import MixOfShowError, OverwriteError
@@ -109,7 +110,7 @@ class EDLoRA:
         refuse_overwriting(*pack_folder.places(path.parent, merged=merged), overwrite=overwrite)
         stale = self._stale(path.parent, merged=merged)
         if merged:
-            pipeline = merged_pipeline.load_base(self.base_model)
+            pipeline = merged_pipeline.load_base(self.base_model, family_of_embeddings(self.embeddings).pipeline)
             self.check_fits(pipeline.components)
             merged_pipeline.add_updates(pipeline, self.lora)
             with merged_pipeline.written_whole(pipeline, path.parent) as temporary:

@@ -105,7 +105,8 @@ class Family:
             cannot be recorded here.
         denoiser: Name of the denoising model among the pipeline's components.
         denoiser_class: Class of that model in diffusers.
-        concept_pipeline: This package's text-to-image pipeline of it; empty where it has plain LoRAs alone.
+        concept_pipeline: This package's text-to-image pipeline of it, whose siblings say what they do before
+            ``Pipeline``; empty where it has plain LoRAs alone.
         marks: Entries of the denoiser's configuration by which it is known from others of its class.
         text_encoders: The text encoders that are adapted, by their names among the components, in the order in which
             their sites stand.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers_mixofshow.families.anima import ANIMA
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
@@ -84,6 +84,24 @@ def _is_marked(denoiser: object, family: Family) -> bool:
     """Whether a model has the marks of a family; where that has none, nothing can tell it."""
     config = getattr(uncompiled(denoiser), "config", {})
     return bool(family.marks) and all(config.get(name) == value for name, value in family.marks.items())
+
+
+def family_of_index(index: Mapping[str, Any]) -> Family:
+    """The family of a pipeline that is not loaded yet.
+
+    Args:
+        index: What stands in its ``model_index.json``: each component's library and class, which may be null.
+    """
+
+    def class_of(component: str) -> object:
+        entry = index.get(component)
+        return entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 else None
+
+    def fit(family: Family) -> tuple[bool, int]:
+        encoders = sum(class_of(encoder) is not None for encoder in family.text_encoders)
+        return class_of(family.denoiser) == family.denoiser_class, encoders
+
+    return max(FAMILIES, key=fit)
 
 
 def family_of_denoiser(model: nn.Module) -> Family:

@@ -15,6 +15,8 @@ SDXL = BaseModel(
     kohya="sdxl_base_v1-0",
     text_width=2048,
     embeddings={CLIP_L: 768, CLIP_G: 1280},
+    other_ids=("stabilityai/stable-diffusion-xl-base-1.0",),
+    license="openrail++",
     guidance=5.0,
     layers=cross_attention_of(
         {"down_blocks.1": (2, 2), "down_blocks.2": (2, 10), "mid_block": (1, 10)}

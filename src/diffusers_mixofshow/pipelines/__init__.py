@@ -1,9 +1,13 @@
 """Pipelines that know concepts and regions: diffusers' own, with the mixins of this folder."""
 
-from diffusers_mixofshow.pipelines.adapter import MixOfShowAdapterPipeline
-from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline
-from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline
-from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers_mixofshow.families import family_of
+from diffusers_mixofshow.pipelines.adapter import MixOfShowAdapterPipeline, MixOfShowXLAdapterPipeline
+from diffusers_mixofshow.pipelines.controlnet import MixOfShowControlNetPipeline, MixOfShowXLControlNetPipeline
+from diffusers_mixofshow.pipelines.image_to_image import MixOfShowImg2ImgPipeline, MixOfShowXLImg2ImgPipeline
+from diffusers_mixofshow.pipelines.inpainting import MixOfShowInpaintPipeline, MixOfShowXLInpaintPipeline
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.refining import refine_regions
 from diffusers_mixofshow.pipelines.stable_diffusion import MixOfShowPipeline
@@ -17,6 +21,26 @@ __all__ = [
     "MixOfShowImg2ImgPipeline",
     "MixOfShowInpaintPipeline",
     "MixOfShowPipeline",
+    "MixOfShowXLAdapterPipeline",
+    "MixOfShowXLControlNetPipeline",
+    "MixOfShowXLImg2ImgPipeline",
+    "MixOfShowXLInpaintPipeline",
     "MixOfShowXLPipeline",
+    "pipeline_for",
     "refine_regions",
 ]
+
+
+def pipeline_for(components: Mapping[str, object], task: str = "") -> type[Any]:
+    """The pipeline class of this package for a base model.
+
+    Args:
+        components: ``pipeline.components`` of any pipeline of the base.
+        task: What it does, where that is not text to image: ``Img2Img``, ``Inpaint``, ``ControlNet`` or ``Adapter``.
+
+    Raises:
+        KeyError: If the base's family has no such pipeline.
+    """
+    name = family_of(components).concept_pipeline.replace("Pipeline", f"{task}Pipeline")
+    found: type[Any] = globals()[name]
+    return found

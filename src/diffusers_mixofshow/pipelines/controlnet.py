@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import StableDiffusionControlNetPipeline
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
@@ -25,6 +25,20 @@ class MixOfShowControlNetPipeline(
     """
 
     @regional_signature(StableDiffusionControlNetPipeline)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaced by the parent's, see `regional_signature`."""
+        return super().__call__(*args, **kwargs)
+
+
+class MixOfShowXLControlNetPipeline(XLPrompts, RefinedSampling, EDLoRALoader, StableDiffusionXLControlNetPipeline):
+    """The same for Stable Diffusion XL.
+
+    Example:
+        >>> pipe = MixOfShowXLControlNetPipeline.from_pipe(pipe, controlnet=[openpose, depth])
+        >>> pipe("two people", image=[pose, depth_map], regions=[...]).images[0]
+    """
+
+    @regional_signature(StableDiffusionXLControlNetPipeline)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replaced by the parent's, see `regional_signature`."""
         return super().__call__(*args, **kwargs)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
@@ -23,6 +23,22 @@ class MixOfShowImg2ImgPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALo
     _begins_with_noise = False
 
     @regional_signature(StableDiffusionImg2ImgPipeline)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaced by the parent's, see `regional_signature`."""
+        return super().__call__(*args, **kwargs)
+
+
+class MixOfShowXLImg2ImgPipeline(XLPrompts, RefinedSampling, EDLoRALoader, StableDiffusionXLImg2ImgPipeline):
+    """The same for Stable Diffusion XL.
+
+    Example:
+        >>> pipe = MixOfShowXLImg2ImgPipeline.from_pipe(pipe)
+        >>> pipe("two people", image=photo, strength=0.6, regions=[...]).images[0]
+    """
+
+    _begins_with_noise = False
+
+    @regional_signature(StableDiffusionXLImg2ImgPipeline)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replaced by the parent's, see `regional_signature`."""
         return super().__call__(*args, **kwargs)

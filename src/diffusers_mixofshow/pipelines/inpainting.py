@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import StableDiffusionInpaintPipeline
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from PIL import Image
 
 from diffusers_mixofshow.families.layers import own_size
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 from diffusers_mixofshow.pipelines.remarks import missing_remarks
@@ -18,17 +18,11 @@ from diffusers_mixofshow.regions import Region
 from diffusers_mixofshow.regions.cropping import Crop
 
 
-class MixOfShowInpaintPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionInpaintPipeline):
-    """Concepts and regions in the masked part of a picture, with any U-Net or one made for inpainting.
-
-    Regions are parts of the picture also where `padding_mask_crop` draws the neighbourhood of the mask alone.
-
-    Example:
-        >>> pipe = MixOfShowInpaintPipeline.from_pipe(pipe)
-        >>> pipe("two people", image=photo, mask_image=white_where_new, regions=[...]).images[0]
-    """
+class InpaintedSampling(RefinedSampling):
+    """Mixin for a diffusers pipeline that inpaints: regions are parts of the picture, also where a crop is drawn."""
 
     _begins_with_noise = False
+    mask_processor: Any
 
     def _regions_seen(
         self, regions: tuple[tuple[Region, ...], ...], arguments: Mapping[str, Any]
@@ -54,7 +48,34 @@ class MixOfShowInpaintPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALo
             return None
         return Crop(box=box, picture=picture.size, canvas=(width, height))
 
+
+class MixOfShowInpaintPipeline(
+    StableDiffusionPrompts, InpaintedSampling, EDLoRALoader, StableDiffusionInpaintPipeline
+):
+    """Concepts and regions in the masked part of a picture, with any U-Net or one made for inpainting.
+
+    Regions are parts of the picture also where `padding_mask_crop` draws the neighbourhood of the mask alone.
+
+    Example:
+        >>> pipe = MixOfShowInpaintPipeline.from_pipe(pipe)
+        >>> pipe("two people", image=photo, mask_image=white_where_new, regions=[...]).images[0]
+    """
+
     @regional_signature(StableDiffusionInpaintPipeline)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaced by the parent's, see `regional_signature`."""
+        return super().__call__(*args, **kwargs)
+
+
+class MixOfShowXLInpaintPipeline(XLPrompts, InpaintedSampling, EDLoRALoader, StableDiffusionXLInpaintPipeline):
+    """The same for Stable Diffusion XL.
+
+    Example:
+        >>> pipe = MixOfShowXLInpaintPipeline.from_pipe(pipe)
+        >>> pipe("two people", image=photo, mask_image=white_where_new, regions=[...]).images[0]
+    """
+
+    @regional_signature(StableDiffusionXLInpaintPipeline)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replaced by the parent's, see `regional_signature`."""
         return super().__call__(*args, **kwargs)

@@ -47,7 +47,9 @@ class RefinedSampling(RegionalSampling):
             return super().__call__(*args, regions=regions, **kwargs)
         parent = super(RegionalSampling, self).__call__  # type: ignore[misc]
         named = {name: value for name, value in kwargs.items() if name not in ("isolation", "draft")}
-        arguments = inspect.signature(parent).bind_partial(*args, **named).arguments
+        signature = inspect.signature(parent)
+        arguments = signature.bind_partial(*args, **named).arguments
+        arguments.setdefault("guidance_scale", signature.parameters["guidance_scale"].default)
         if arguments.get("output_type", "pil") != "pil":
             raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
         if not regions:

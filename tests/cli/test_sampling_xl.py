@@ -1,0 +1,99 @@
+"""`mixofshow sample` with a base of Stable Diffusion XL: the same options, and what is told of other bases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import packs
+import tiny
+from diffusers_mixofshow import cli
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from families.pipelines import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a base, concepts for it and for another family, a ControlNet, a T2I-Adapter, and a picture."""
+    folder = tmp_path_factory.mktemp("place")
+    base = tiny_pipeline("Stable Diffusion XL")
+    base.save_pretrained(folder / "base")
+    tiny_pipeline("FLUX.1").save_pretrained(folder / "flux")
+    tiny.controlnet(base.unet).save_pretrained(folder / "net")
+    tiny.adapter().save_pretrained(folder / "adapter")
+    pack = packs.random_pack(base.components, "rex")
+    dataclasses.replace(pack, base_model=str(folder / "base")).save_pretrained(folder / "rex")
+    packs.random_pack(tiny.components(), "tom").save_pretrained(folder / "tom")
+    slope = Image.linear_gradient("L").resize((32, 32))
+    slope.convert("RGB").save(folder / "photo.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(folder / "mask.png")
+    return folder
+
+
+@pytest.fixture
+def sample(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+    def run(*options: str, prompt: str = "a <rex> here") -> str:
+        common = ["--prompt", prompt, "--steps", "2", "--width", "32", "--height", "32", "--overwrite"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = CliRunner().invoke(cli.app, ["sample", *common, "--output", "x.png", *options])
+        if result.exception is not None:
+            raise result.exception
+        return result.stdout
+
+    return run
+
+
+WAYS = {
+    "text": (),
+    "regions": ("--region", "0,0,0.5,1:a <rex>", "--region", "0.5,0,1,1:a cat"),
+    "regions drawn anew": ("--region", "0,0,0.5,1:a <rex>", "--refine"),
+    "image to image": ("--image", "photo.png"),
+    "inpainting": ("--image", "photo.png", "--mask", "mask.png"),
+    "ControlNet": ("--control", "image@net=photo.png"),
+    "T2I-Adapter": ("--adapter", "image@adapter=photo.png"),
+}
+
+
+def test_every_way_draws_with_the_base_that_the_concept_names(sample, place):
+    drawn = {}
+    for way, options in WAYS.items():
+        told = json.loads(sample("--concepts", "rex", "--lora-scale", "0.2", "--json", *options))
+        assert (told["base"], told["guidance"]) == (str(place / "base"), 5.0)
+        drawn[way] = np.asarray(Image.open("x.png")).astype(int)
+    for number, one in enumerate(drawn.values()):
+        assert one.shape == (32, 32, 3)
+        assert not any(np.array_equal(one, other) for other in list(drawn.values())[:number])
+
+
+def test_regions_need_no_concept(sample):
+    def drawn(*options: str) -> np.ndarray:
+        sample("--base", "base", *options, prompt="two pets")
+        return np.asarray(Image.open("x.png")).astype(int)
+
+    plain = drawn()
+    assert not np.array_equal(drawn("--region", "0,0,0.5,1:a cat"), plain)
+    assert not np.array_equal(drawn("--negative-prompt", "bad"), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        (("--base", "base", "--concepts", "tom"), EDLoRAFormatError, "no embeddings for text_encoder_2"),
+        (("--base", "flux"), ConfigurationError, "base model of FLUX.1"),
+    ],
+)
+def test_what_does_not_go_together_is_told(sample, options, error, told):
+    with pytest.raises(error, match=told):
+        sample(*options, prompt="a dog")
