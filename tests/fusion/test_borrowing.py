@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from diffusers import (
 import packs
 import tiny
 from diffusers_mixofshow import GradientFuser, MixOfShowControlNetPipeline, MixOfShowImg2ImgPipeline, MixOfShowPipeline
+from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
+from families.pipelines import tiny_pipeline
 
 
 def _plain(kind: type = StableDiffusionPipeline) -> Any:
@@ -68,7 +71,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one for pictures": (lambda: _plain(StableDiffusionImg2ImgPipeline), rf"needs a picture to draw\. {HINT}"),
     "ours for pictures": (lambda: _plain(MixOfShowImg2ImgPipeline), rf"needs a picture to draw\. {HINT}"),
     "ours with a ControlNet": (_controlled, HINT),
-    "SDXL for pictures": (_xl_for_pictures, r"needs a picture to draw\. Give StableDiffusionXLPipeline\.from_pipe"),
+    "SDXL for pictures": (_xl_for_pictures, r"needs a picture to draw\. Give MixOfShowXLPipeline\.from_pipe"),
     "another family": (_unconditional, "a DDPMPipeline without text_encoder, tokenizer"),
     "without a text encoder": (
         lambda: MixOfShowPipeline(**tiny.components() | {"text_encoder": None}, requires_safety_checker=False),
@@ -85,10 +88,24 @@ def test_what_cannot_be_borrowed_is_refused_in_one_line(make: Any, message: str)
     assert len(str(told.value)) < 250
 
 
+def _concept_for(pipe: Any) -> EDLoRA:
+    """A concept that fits as far as the pipeline's family can have one: else with embeddings alone."""
+    able = "unet" in pipe.components
+    pack = packs.random_pack(pipe.components if able else tiny.components(), "rex", ranks=(2,))
+    return pack if able else dataclasses.replace(pack, lora={})
+
+
 @pytest.mark.parametrize(
     ("make", "advice"),
-    [(_plain, HINT), (_xl, "Only plain LoRAs of Stable Diffusion XL can be fused; concepts are for")],
-    ids=["SD 1", "SDXL"],
+    [
+        (_plain, HINT),
+        (
+            lambda: tiny_pipeline("Stable Diffusion XL"),
+            r"Give MixOfShowXLPipeline\.from_pipe\(pipe\), which shares its models",
+        ),
+        (lambda: tiny_pipeline("FLUX.1"), r"Only plain LoRAs of FLUX\.1 can be fused; concepts are for"),
+    ],
+    ids=["SD 1", "SDXL", "FLUX.1"],
 )
 def test_diffusers_own_pipelines_take_no_concepts(make: Any, advice: str) -> None:
     pipe = make()
@@ -96,7 +113,7 @@ def test_diffusers_own_pipelines_take_no_concepts(make: Any, advice: str) -> Non
     fuser = GradientFuser(pipe, steps=1, prompts=["a <TOK>"])
     for act in (fuser.fuse, lambda given: fuser.record(given[0])):
         with pytest.raises(FusionError, match=message):
-            act([packs.random_pack(tiny.components(), "rex", ranks=(2,))])
+            act([_concept_for(pipe)])
 
 
 @pytest.mark.parametrize("make", [_plain, lambda: _plain(MixOfShowImg2ImgPipeline), _controlled])

@@ -12,7 +12,6 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import FAMILIES, family_of
 from diffusers_mixofshow.families.recognition import is_of
-from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.lora import adapter_names, eject, inject
 
 
@@ -53,7 +52,7 @@ def _defect(pipe: Any) -> str:
         kind = type(components[family.denoiser]).__name__
         return f"a {name} with a {kind}; expected a pipeline of {_known()}"
     if name != family.pipeline and "image" in inspect.signature(pipe.__call__).parameters:
-        ours = "MixOfShowPipeline" if family is STABLE_DIFFUSION else family.pipeline
+        ours = family.concept_pipeline or family.pipeline
         return f"a {name}, which needs a picture to draw. Give {ours}.from_pipe(pipe), which shares its models"
     return ""
 
@@ -72,12 +71,12 @@ def refuse_concepts(pipe: Any, edloras: Iterable[EDLoRA]) -> None:
     if loads_concepts(pipe) or not any(edlora.concepts for edlora in edloras):
         return
     family = family_of(pipe.components)
-    advice = f"Only plain LoRAs of {family.name} can be fused; concepts are for Stable Diffusion 1.x and its like"
-    if family is STABLE_DIFFUSION:
-        advice = "Give MixOfShowPipeline.from_pipe(pipe), which shares its models"
-    kind = type(pipe).__name__
+    able, kind = family.concept_pipeline, type(pipe).__name__
+    advice = f"Only plain LoRAs of {family.name} can be fused; concepts are for Stable Diffusion, XL included"
+    if able:
+        advice = f"Give {able}.from_pipe(pipe), which shares its models"
     raise FusionError(
-        f"GradientFuser needs a loaded MixOfShowPipeline, got a {kind}, which loads no concepts. {advice}."
+        f"GradientFuser needs a loaded {able or 'MixOfShowPipeline'}, got a {kind}, which loads no concepts. {advice}."
     )
 
 
