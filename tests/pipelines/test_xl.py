@@ -2,14 +2,27 @@
 
 import inspect
 
+import accelerate
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.callbacks import SDXLCFGCutoffCallback
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from PIL import Image
+from safetensors.torch import save_file
 
-from diffusers_mixofshow import Draft, Isolation, MixOfShowXLPipeline, Refinement, Region
-from diffusers_mixofshow.errors import ConceptError, MixOfShowWarning
+from diffusers_mixofshow import (
+    Draft,
+    Isolation,
+    MixOfShowXLImg2ImgPipeline,
+    MixOfShowXLPipeline,
+    Refinement,
+    Region,
+    refine_regions,
+)
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from families.pipelines import tiny_pipeline
 
 
@@ -260,7 +273,6 @@ def test_everything_together_draws_a_picture(pipe):
 def test_regions_are_drawn_anew_by_both_encoders_with_or_without_anything_to_avoid(pipe):
     """Drawn anew without strength of change the picture stays nearly as it was; a region's text matters otherwise."""
     picture = Image.effect_noise((64, 64), 80).convert("RGB")
-    from diffusers_mixofshow import refine_regions
 
     def drawn(*own, **settings):
         generator = torch.Generator().manual_seed(0)
@@ -318,3 +330,106 @@ def test_plain_loras_load_as_in_the_parent(pipe, parent, latents, tmp_path):
     assert torch.equal(latents(pipe, "a dog", regions=regions()), in_regions)
     pipe.unload_lora_weights()
     assert torch.equal(latents(pipe, "a dog"), before)
+
+
+def test_texts_for_the_second_encoder_are_as_many_as_prompts(pipe, latents):
+    for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):
+        given = {"negative_prompt": ["x", "y"], name: ["one"]}
+        with pytest.raises(ConfigurationError, match=f"Got 1 {name.replace('_', ' ')}s for 2 prompts"):
+            latents(pipe, ["a", "b"], regions=regions(), **given)
+
+
+def test_embeddings_of_another_length_are_refused_with_regions_and_those_without_a_vector_by_the_parent(pipe, latents):
+    with pytest.raises(ConfigurationError, match="expected 77 tokens, or 4 layers of 77"):
+        latents(pipe, regions=regions(), **GIVEN)
+    given = {name: each for name, each in GIVEN.items() if "pooled" not in name}
+    with pytest.raises(ValueError, match="pooled_prompt_embeds"):
+        latents(pipe, regions=regions(), **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_the_cpu(pipe, latents, dtype):
+    expected = latents(pipe, "a cat", regions=regions())
+    pipe.to(dtype=dtype)
+    result = latents(pipe, "a cat", regions=regions())
+    assert result.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(result.float().flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_models_may_come_and_go_and_weights_be_away_between_calls(pipe, latents):
+    """What offloading does, with the CPU as the device to run on."""
+    expected = latents(pipe, "a cat", regions=regions())
+    hook, hooks = None, []
+    for name in ("text_encoder", "text_encoder_2", "unet"):
+        _, hook = accelerate.cpu_offload_with_hook(getattr(pipe, name), torch.device("cpu"), prev_module_hook=hook)
+        hooks.append(hook)
+    assert torch.equal(latents(pipe, "a cat", regions=regions()), expected)
+    for hook in hooks:
+        hook.remove()
+    for name in ("text_encoder", "text_encoder_2", "unet", "vae"):
+        accelerate.cpu_offload(getattr(pipe, name), torch.device("cpu"), offload_buffers=True)
+    assert next(pipe.text_encoder_2.parameters()).is_meta
+    assert torch.allclose(latents(pipe, "a cat", regions=regions()), expected, atol=1e-3)
+
+
+def test_ip_adapters_keep_working_beside_regions(pipe, latents):
+    torch.manual_seed(0)
+    for path in cross_attention_layers(pipe.unet):
+        layer = pipe.unet.get_submodule(path)
+        layer.set_processor(IPAdapterAttnProcessor2_0(layer.inner_dim, WIDTH, num_tokens=(4,), scale=1.0))
+    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=WIDTH, num_image_text_embeds=4)
+    pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+    pipe.unet.config.encoder_hid_dim_type = "ip_image_proj"
+    given = {"ip_adapter_image_embeds": [3 * torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))]}
+    both = [Region("a cat", box=(0, 0, 0.4, 1)), Region("a cat", box=(0.3, 0, 1, 1))]
+    alone = latents(pipe, "a cat", **given)
+    assert torch.allclose(latents(pipe, "a cat", regions=both, **given), alone, atol=1e-3)
+    other = [3 * torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1))]
+    assert not torch.allclose(latents(pipe, "a cat", ip_adapter_image_embeds=other), alone, atol=1e-2)
+
+
+def test_the_refiner_is_its_parent_and_draws_regions_by_its_one_encoder():
+    parts = dict(tiny_pipeline("Stable Diffusion XL").components)
+    sizes = {"cross_attention_dim": 48, "projection_class_embeddings_input_dim": 40 + 5 * 8}
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config({**parts["unet"].config, **sizes}).eval()
+    parts |= {"unet": unet, "text_encoder": None, "tokenizer": None}
+    settings = {"requires_aesthetics_score": True, "add_watermarker": False}
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def drawn(kind, **given):
+        pipeline = kind(**parts, **settings)
+        pipeline.set_progress_bar_config(disable=True)
+        call = {"image": picture, "num_inference_steps": 4, "strength": 0.6, "output_type": "latent", "prompt": "x"}
+        return pipeline(generator=torch.Generator().manual_seed(0), **call | given).images
+
+    for given in ({}, {"prompt_2": "y"}, {"aesthetic_score": 3.0, "negative_prompt": "bad"}):
+        expected = drawn(StableDiffusionXLImg2ImgPipeline, **given)
+        assert torch.equal(drawn(MixOfShowXLImg2ImgPipeline, **given), expected)
+        everywhere = [Region("x", box=(0, 0, 1, 1))]
+        assert torch.allclose(drawn(MixOfShowXLImg2ImgPipeline, regions=everywhere, **given), expected, atol=1e-4)
+    half = [Region("a cat", box=LEFT)]
+    assert not torch.allclose(drawn(MixOfShowXLImg2ImgPipeline, regions=half), drawn(MixOfShowXLImg2ImgPipeline))
+
+
+def test_a_picture_may_be_begun_by_one_pipeline_and_ended_by_another(pipe, latents):
+    """An ensemble of denoisers, here of the same parts: nearly the picture that one draws alone."""
+    ending = MixOfShowXLImg2ImgPipeline.from_pipe(pipe)
+    ending.set_progress_bar_config(disable=True)
+    begun = latents(pipe, "a cat", regions=regions(), denoising_end=0.5, num_inference_steps=4)
+    settings = {"num_inference_steps": 4, "output_type": "latent", "image": begun, "denoising_start": 0.5}
+    ended = ending("a cat", regions=regions(), generator=torch.Generator().manual_seed(0), **settings).images
+    whole = latents(pipe, "a cat", regions=regions(), num_inference_steps=4)
+    torch.testing.assert_close(ended, whole, rtol=1e-3, atol=1e-2)
+
+
+def test_a_single_file_is_loaded_as_the_parent_does(pipe, parent, latents, tmp_path):
+    """With every part given, as a checkpoint of this size has no names that diffusers converts."""
+    pipe.save_pretrained(tmp_path / "folder")
+    mark = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+    save_file({mark: torch.zeros(1)}, tmp_path / "x.safetensors")
+    made = MixOfShowXLPipeline.from_single_file(
+        tmp_path / "x.safetensors", config=str(tmp_path / "folder"), **parent.components, add_watermarker=False
+    )
+    made.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(made, "a cat", regions=regions()), latents(pipe, "a cat", regions=regions()))

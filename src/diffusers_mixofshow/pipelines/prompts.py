@@ -157,8 +157,9 @@ class LayerwisePrompts(EDLoRALoader):
         first = arguments[f"{kind}prompt"]
         if kind and first is None:
             return [self._no_text] * batch
-        texts = [_texts(first, batch), _texts(arguments.get(f"{kind}prompt_2") or first, batch)]
-        return list(zip(*texts[: len(self._readings)], strict=True))
+        names = [f"{kind}prompt", f"{kind}prompt_2"][: len(self._readings)]
+        texts = [_texts(arguments.get(name) or first, batch, called=name.replace("_", " ")) for name in names]
+        return list(zip(*texts, strict=True))
 
     @property
     def _no_text(self) -> _Text:
@@ -402,12 +403,12 @@ def _as_list(prompt: str | list[str] | None) -> list[str]:
     return [text for text in (prompt if isinstance(prompt, list) else [prompt]) if isinstance(text, str)]
 
 
-def _texts(prompt: str | list[str] | None, batch: int) -> list[str]:
+def _texts(prompt: str | list[str] | None, batch: int, *, called: str) -> list[str]:
     """One text for each prompt of the batch; none means the empty prompt."""
     texts = prompt if isinstance(prompt, list) else [prompt or ""] * batch
     if len(texts) != batch:
         raise ConfigurationError(
-            f"Got {len(texts)} negative prompts for {batch} prompts; give one text, or as many as prompts."
+            f"Got {len(texts)} {called}s for {batch} prompts; give one text, or as many as prompts."
         )
     return texts
 
