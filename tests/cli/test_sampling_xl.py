@@ -91,7 +91,8 @@ def test_regions_need_no_concept(sample):
     ("options", "error", "told"),
     [
         (("--base", "base", "--concepts", "tom"), EDLoRAFormatError, "no embeddings for text_encoder_2"),
-        (("--base", "flux"), ConfigurationError, "base model of FLUX.1"),
+        (("--base", "photo.png"), ConfigurationError, "single file.*from_single_file"),
+        (("--base", "flux"), ConfigurationError, "base model .*flux.* is of FLUX.1"),
     ],
 )
 def test_what_does_not_go_together_is_told(sample, options, error, told):

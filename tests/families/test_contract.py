@@ -12,8 +12,17 @@ import diffusers
 import pytest
 import torch
 
-from diffusers_mixofshow.families import FAMILIES, Family, family_of, family_of_sites
-from diffusers_mixofshow.families.layers import adapted_layers, components_with_sites, linear_layers
+import diffusers_mixofshow
+from diffusers_mixofshow import pipelines
+from diffusers_mixofshow.families import FAMILIES, Family, family_of, family_of_index, family_of_sites
+from diffusers_mixofshow.families.layers import (
+    adapted_layers,
+    components_with_sites,
+    cross_attention_layers,
+    embedding_layers,
+    linear_layers,
+)
+from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
 from families.pipelines import tiny_pipeline
 from families.spellings import original_shapes, shapes_in_diffusers
 
@@ -64,6 +73,7 @@ def test_a_family_is_known_by_the_parts_of_its_pipeline(family: Family, pipe: An
     assert [part for part in family.parts if pipe.components.get(part) is None] == []
     assert type(pipe.components[family.denoiser]).__name__ == family.denoiser_class
     assert list(components_with_sites(pipe.components)) == list(family.components)
+    assert family_of_index(dict(pipe.config)) is family
 
 
 def test_its_sites_are_linear_layers_that_a_call_uses(family: Family, pipe: Any, seen: dict[str, Any]) -> None:
@@ -176,3 +186,31 @@ def test_no_two_names_of_transformers_are_alike_without_their_dots() -> None:
     paths = {path for family in FAMILIES for name, layer in family.original.items() for path in (name, *layer.paths)}
     flat = Counter(path.replace(".", "_") for path in paths)
     assert [name for name, count in flat.items() if count > 1] == []
+
+
+def test_what_draws_concepts_is_a_pipeline_of_this_package_with_its_siblings(family: Family, pipe: Any) -> None:
+    assert bool(family.concept_pipeline) is bool(family.cross_attention)
+    for task in ("", "Img2Img", "Inpaint", "ControlNet", "Adapter") if family.concept_pipeline else ():
+        kind = pipelines.pipeline_for(pipe.components, task)
+        assert kind.__name__ == family.concept_pipeline.replace("Pipeline", f"{task}Pipeline")
+        assert issubclass(kind, diffusers.DiffusionPipeline)
+        assert getattr(diffusers_mixofshow, kind.__name__) is kind
+
+
+def test_every_cross_attention_module_belongs_to_one_layer_of_embeddings(family: Family, pipe: Any) -> None:
+    modules = cross_attention_layers(pipe.components[family.denoiser])
+    layers = embedding_layers(pipe.components)
+    assert bool(modules) is bool(layers) is bool(family.cross_attention)
+    for path in modules:
+        assert sum(path == layer or path.startswith(f"{layer}.") for layer in layers) == 1
+    assert set(family.embedding_parts.values()) == set(family.text_encoders)
+
+
+def test_the_published_sdxl_has_eleven_groups() -> None:
+    groups = dict.fromkeys(map(STABLE_DIFFUSION_XL.embedding_layer_of, SDXL.layers))
+    assert (len(SDXL.layers), len(groups)) == (70, 11)
+    counts = [sum(path.startswith(f"{group}.") for path in SDXL.layers) for group in groups]
+    assert counts == [2, 2, 10, 10, 10, 10, 10, 10, 2, 2, 2]
+    assert STABLE_DIFFUSION_XL.embedding_parts == {
+        "": "text_encoder", "text_encoder_2": "text_encoder_2", "pooled": "text_encoder_2"
+    }  # fmt: skip

@@ -67,6 +67,8 @@ def load_base(name: str, device: str | None = None, dtype: str | None = None, *,
     load = _load if concepts else _load_as_it_is
     try:
         pipe = load_model(name, partial(load, device=device, dtype=dtype))
+    except ConfigurationError:
+        raise
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
     pipe.set_progress_bar_config(desc="Sampling", **bar_settings())
@@ -105,17 +107,26 @@ def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
 
 
 def _drawing_class(place: str, options: Mapping[str, Any]) -> type[Any]:
-    """The pipeline of this package that draws concepts and regions with a base model."""
+    """The pipeline of this package that draws concepts and regions with a base model.
+
+    Raises:
+        ConfigurationError: If it is a single file, or of a family with which they are not drawn.
+    """
     from diffusers import DiffusionPipeline
 
     from diffusers_mixofshow import pipelines
 
+    if Path(place).is_file():
+        raise ConfigurationError(
+            f"The base model {place!r} is a single file. Expected a Hub id or a folder. Make one of it in Python: "
+            "MixOfShowPipeline (of SDXL MixOfShowXLPipeline).from_single_file(FILE).save_pretrained(FOLDER)."
+        )
     family = family_of_index(DiffusionPipeline.load_config(place, **options))
     if not family.concept_pipeline:
         able = ", ".join(one.name for one in FAMILIES if one.concept_pipeline)
         raise ConfigurationError(
-            f"{place!r} is a base model of {family.name}, with which concepts and regions are not drawn. Expected one "
-            f"of {able}."
+            f"The base model {place!r} is of {family.name}, with which concepts and regions are not drawn. Expected "
+            f"one of {able}."
         )
     kind: type[Any] = getattr(pipelines, family.concept_pipeline)
     return kind
