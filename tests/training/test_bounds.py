@@ -35,6 +35,7 @@ from diffusers_mixofshow.training.interruption import noticed_interruption
 from diffusers_mixofshow.training.learner import initial_embeddings
 from diffusers_mixofshow.training.loop import final_mean
 from diffusers_mixofshow.training.trial import Trial
+from families.pipelines import tiny_pipeline
 
 
 def config_of(**settings: Any) -> TrainingConfig:
@@ -451,3 +452,12 @@ def test_curves_have_every_number_of_a_report() -> None:
         "speed/images_per_second": 2.5,
         "memory/gpu_gigabytes": 3.0,
     }
+
+
+def test_a_base_of_another_family_is_refused_by_its_name() -> None:
+    """Loaded as a pipeline of Stable Diffusion it has one text encoder, but its U-Net reads two."""
+    components = {
+        name: part for name, part in tiny_pipeline("Stable Diffusion XL").components.items() if "_2" not in name
+    }
+    with pytest.raises(ConfigurationError, match="it is of Stable Diffusion XL, which cannot be trained yet"):
+        refuse_untrainable(SimpleNamespace(components=components), config_of())  # type: ignore[arg-type]

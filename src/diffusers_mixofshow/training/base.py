@@ -13,6 +13,7 @@ from torch import nn
 from diffusers_mixofshow.base_models import TOYLAND, in_dtype, not_loadable
 from diffusers_mixofshow.edlora.models import load_model
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -44,6 +45,8 @@ def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig
     defects = [f"it has no {name}" for name in STABLE_DIFFUSION.parts if components.get(name) is None]
     if components.get("text_encoder_2") is not None:
         defects.append("it has two text encoders, expected one (SDXL cannot be trained yet)")
+    elif (family := family_of(components)) is not STABLE_DIFFUSION:
+        defects.append(f"it is of {family.name}, which cannot be trained yet; expected Stable Diffusion 1.x or 2.x")
     modules = {name: module for name, module in components.items() if isinstance(module, nn.Module)}
     offloaded = [name for name, module in modules.items() if hasattr(module, "_hf_hook")]
     if offloaded:
