@@ -199,9 +199,17 @@ def test_embeddings_of_sdxl_stay_as_they_are(tmp_path: Path):
     _, embedding, _ = convert(tmp_path, tmp_path / "out", "diffusers").files
     written = load_file(embedding)
     assert all(torch.equal(written[encoder], rows) for encoder, rows in vectors.items())
-    with pytest.raises(EDLoRAFormatError, match="two text encoders"):
-        convert(tmp_path, tmp_path / "no", "edlora")
-    assert not (tmp_path / "no").exists()
+    convert(tmp_path, tmp_path / "own", "edlora", base_model="someone/xl")
+    own = EDLoRA.from_pretrained(tmp_path / "own")
+    assert (len(own.layers), own.layers[0], own.layers[-1]) == (
+        11,
+        "down_blocks.1.attentions.0",
+        "up_blocks.1.attentions.2",
+    )
+    back = convert(own, tmp_path / "back", "diffusers")
+    assert back.lost == ()
+    (again,) = (tmp_path / "back" / "embeddings").glob("*.safetensors")
+    assert all(torch.equal(load_file(again)[encoder], rows) for encoder, rows in vectors.items())
 
 
 def test_layers_of_a_transformer_have_names_in_formats_of_today_alone(tmp_path: Path):

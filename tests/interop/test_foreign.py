@@ -145,10 +145,26 @@ def test_pefts_settings_beside_its_file(tmp_path: Path):
     assert update.scaling == 4
 
 
-def test_embeddings_for_two_text_encoders_are_no_ed_lora(tmp_path: Path):
-    save_file({"clip_l": VECTORS, "clip_g": torch.ones(2, 1280)}, tmp_path / "rex.safetensors")
+def test_embeddings_for_two_text_encoders_are_the_same_for_all_groups_and_the_vector(tmp_path: Path):
+    second = torch.randn(2, 1280, generator=torch.Generator().manual_seed(1))
+    save_file({"clip_l": VECTORS, "clip_g": second}, tmp_path / "rex.safetensors")
     assert read_foreign(tmp_path / "rex.safetensors").made_for is SDXL
-    with pytest.raises(EDLoRAFormatError, match="two text encoders"):
+    rex = read_as_edlora(tmp_path / "rex.safetensors", class_word="dog")
+    assert len(rex.layers) == 11
+    assert rex.concepts[0].tokens == ("<rex1>", "<rex2>")
+    for number, token in enumerate(rex.concepts[0].tokens):
+        assert torch.equal(rex.embeddings[token], VECTORS[number].expand(11, -1))
+        assert torch.equal(rex.embeddings[f"text_encoder_2.{token}"], second[number].expand(11, -1))
+        assert torch.equal(rex.embeddings[f"pooled.{token}"], second[number : number + 1])
+    assert len(rex.embeddings) == 6
+
+
+@pytest.mark.parametrize("vectors", [{"clip_g": (2, 1280)}, {"clip_l": (1, 768), "clip_g": (2, 1280)}], ids=str)
+def test_words_that_two_text_encoders_do_not_read_alike_are_refused(
+    tmp_path: Path, vectors: dict[str, tuple[int, int]]
+):
+    save_file({name: torch.ones(*shape) for name, shape in vectors.items()}, tmp_path / "rex.safetensors")
+    with pytest.raises(EDLoRAFormatError, match=r"not as many vectors .*<?rex>? \(\d clip_l, 2 clip_g\)"):
         read_as_edlora(tmp_path / "rex.safetensors")
 
 

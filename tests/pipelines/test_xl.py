@@ -433,3 +433,20 @@ def test_a_single_file_is_loaded_as_the_parent_does(pipe, parent, latents, tmp_p
     )
     made.set_progress_bar_config(disable=True)
     assert torch.equal(latents(made, "a cat", regions=regions()), latents(pipe, "a cat", regions=regions()))
+
+
+def test_textual_inversions_of_both_encoders_are_loaded_as_a_concept(pipe, latents, tmp_path):
+    """Equal embeddings for all groups and for the vector: what words of the tokenizers would draw."""
+    random = torch.Generator().manual_seed(0)
+    vectors = {"clip_l": torch.randn(2, 32, generator=random), "clip_g": torch.randn(2, 48, generator=random)}
+    save_file(vectors, tmp_path / "rex.safetensors")
+    pipe.load_edlora(tmp_path / "rex.safetensors")
+    found = latents(pipe, "a <rex> here")
+    pipe.unload_edlora()
+    for name, encoder in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
+        words = pipe.components[encoder.replace("text_encoder", "tokenizer")]
+        model = pipe.components[encoder]
+        words.add_tokens(["<one>", "<two>"])
+        model.resize_token_embeddings(len(words), mean_resizing=False)
+        model.get_input_embeddings().weight.data[-2:] = vectors[name]
+    torch.testing.assert_close(latents(pipe, "a <one><two> here"), found, rtol=1e-4, atol=1e-3)

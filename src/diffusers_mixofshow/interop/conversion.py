@@ -32,6 +32,7 @@ from diffusers_mixofshow.interop.opening import read_any
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME, write_original
 from diffusers_mixofshow.interop.textual_inversion import (
     Vectors,
+    has_own_vector,
     lost_in_mean,
     mean_vectors,
     write_textual_inversion,
@@ -261,7 +262,7 @@ def _layers_lost(edlora: EDLoRA) -> tuple[str, ...]:
     of_layers = {name: rows for name, rows in edlora.embeddings.items() if part_and_token(name)[0] != POOLED}
     shares = {name: lost_in_mean(rows) for name, rows in of_layers.items()}
     kept = edlora.training.get(SHARED_KEPT)
-    pooled = (_POOLED_LOST,) if len(of_layers) < len(edlora.embeddings) else ()
+    pooled = (_POOLED_LOST,) if has_own_vector(edlora) else ()
     if any(shares.values()):
         return (
             _MOST_LOST.format(layers=len(edlora.layers)),

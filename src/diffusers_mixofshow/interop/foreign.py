@@ -13,13 +13,16 @@ import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
+from diffusers_mixofshow.edlora.embeddings import named
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
+from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.recognition import COMPONENTS, layers_of, recognise
+from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
 from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, name_words
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
@@ -173,11 +176,10 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
     """Make an `EDLoRA` of what a file holds, see `read_as_edlora`."""
     foreign.raise_if_defective()
     subject = ", ".join(map(str, foreign.files))
-    if two := [word for word, vectors in foreign.vectors.items() if CLIP_G in vectors]:
-        raise EDLoRAFormatError(
-            f"{subject}: embeddings for SDXL's two text encoders ({', '.join(two)}). An ED-LoRA holds embeddings of "
-            "one; convert it to 'diffusers' or 'kohya' instead."
-        )
+    of_xl = any(CLIP_G in vectors for vectors in foreign.vectors.values())
+    if of_xl:
+        _refuse_half_of_xl(foreign, subject)
+        layers = layers or tuple(dict.fromkeys(map(STABLE_DIFFUSION_XL.embedding_layer_of, SDXL.layers)))
     words = {word: by_encoder[CLIP_L] for word, by_encoder in foreign.vectors.items()}
     found = grouped(foreign.tokens, naming) | name_words({word: len(rows) for word, rows in words.items()}, naming)
     rows: dict[Hashable, torch.Tensor] = dict(foreign.tokens.items())
@@ -194,14 +196,42 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
                 f"{subject}: embeddings of shape {tuple(next(iter(rows.values())).shape)}, which are of no base known "
                 "here. Give the base's cross-attention layers, layers=cross_attention_layers(pipe.unet)."
             )
+    embeddings = {found[key][1]: _for_layers(embedding, len(layers)) for key, embedding in rows.items()}
+    tokens = {key: token for key, (_, token) in found.items()}
     return EDLoRA(
         concepts=tuple(dict.fromkeys(concept for concept, _ in found.values())),
-        embeddings={found[key][1]: _for_layers(embedding, len(layers)) for key, embedding in rows.items()},
+        embeddings=embeddings | (_for_second_encoder(foreign, tokens, len(layers)) if of_xl else {}),
         lora=foreign.lora,
         base_model=naming.base_model,
         layers=layers if rows else (),
         training={"converted_from": f"{foreign.kind} ({foreign.layout})"},
     )
+
+
+def _refuse_half_of_xl(foreign: Foreign, subject: str) -> None:
+    """Refuse words that SDXL's two text encoders do not read alike."""
+    halves = []
+    for word, vectors in foreign.vectors.items():
+        counts = {encoder: len(vectors.get(encoder, ())) for encoder in (CLIP_L, CLIP_G)}
+        if len(set(counts.values())) > 1:
+            halves.append(f"{word} ({', '.join(f'{count} {encoder}' for encoder, count in counts.items())})")
+    halves += [str(token) for token in foreign.tokens]
+    if halves:
+        raise EDLoRAFormatError(
+            f"{subject}: not as many vectors for each of SDXL's two text encoders: {listed(halves)}. Expected "
+            f"{CLIP_L!r} and {CLIP_G!r} of the same length for every word."
+        )
+
+
+def _for_second_encoder(foreign: Foreign, tokens: Mapping[Hashable, str], layers: int) -> dict[str, torch.Tensor]:
+    """What SDXL's second text encoder reads of every word, for all layers and for the vector of the whole text."""
+    rows = {
+        tokens[word, number]: row
+        for word, vectors in foreign.vectors.items()
+        for number, row in _each(vectors[CLIP_G])
+    }
+    of_layers = {named(token, "text_encoder_2"): _for_layers(row, layers) for token, row in rows.items()}
+    return of_layers | {named(token, POOLED): row for token, row in rows.items()}
 
 
 def default_base(foreign: Foreign) -> str:

@@ -17,8 +17,9 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.embeddings import named, part_and_token
+from diffusers_mixofshow.edlora.embeddings import named, part_and_token, rows_of
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
+from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.interop.concept_names import plain_name
 from diffusers_mixofshow.interop.other_kinds import other_kind
@@ -132,6 +133,12 @@ def lost_in_mean(embedding: torch.Tensor) -> float:
 def is_layerwise(edlora: EDLoRA) -> bool:
     """Whether any token has embeddings that differ between layers."""
     return any(lost_in_mean(rows) for rows in edlora.embeddings.values())
+
+
+def has_own_vector(edlora: EDLoRA) -> bool:
+    """Whether any token's embedding for the vector of the whole text differs from the mean of those for the layers."""
+    parts = rows_of(edlora.embeddings, (_PARTS[CLIP_G], POOLED)).values()
+    return any(not torch.equal(pooled[0], mean_over_layers(of_layers)) for of_layers, pooled in parts)
 
 
 def mean_vectors(edlora: EDLoRA) -> dict[str, Vectors]:
