@@ -178,6 +178,7 @@ def test_other_programs_get_the_means_for_both_encoders_and_hear_of_the_rest(
         expected = torch.stack([pack.embeddings[f"{part}<rex{number}>"].mean(dim=0) for number in (1, 2)])
         torch.testing.assert_close(found[name], expected)
     assert any("vector of the whole text" in said for said in done.lost)
+    assert not any("--base" in said for said in done.lost)  # which is for one text encoder
     assert any(said.startswith("text_encoder_2.<rex1>: ") for said in done.lost)
     assert not any(said.startswith("pooled.") for said in done.lost)
 

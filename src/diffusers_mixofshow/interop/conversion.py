@@ -263,9 +263,10 @@ def _layers_lost(edlora: EDLoRA) -> tuple[str, ...]:
     shares = {name: lost_in_mean(rows) for name, rows in of_layers.items()}
     kept = edlora.training.get(SHARED_KEPT)
     pooled = (_POOLED_LOST,) if has_own_vector(edlora) else ()
+    several = any(part_and_token(name)[0] for name in of_layers)
     if any(shares.values()):
         return (
-            _MOST_LOST.format(layers=len(edlora.layers)),
+            _MOST_LOST.format(layers=len(edlora.layers)) + (_DRAW_IT if several else _INSTEAD),
             *(f"{token}: {share:.1%} of its embeddings, |E - mean| / |E|." for token, share in shares.items()),
             *pooled,
         )
@@ -279,10 +280,13 @@ _POOLED_LOST = (
 )
 _MOST_LOST = (
     "Most of the identity. Layer-wise embeddings: every token has one for each of {layers} cross-attention layers; "
-    "these files hold their mean, an approximation that draws something else where they differ. Instead, name the "
-    "base model, so that what they do is put into the LoRA (--base, or share_layers in Python, for 'kohya' and "
-    "'diffusers'); or tune by the method ed-lora-shared-layers, which converts without loss; or draw it with "
-    "diffusers-mixofshow."
+    "these files hold their mean, an approximation that draws something else where they differ. "
+)
+_DRAW_IT = "Instead, draw it with diffusers-mixofshow."
+_INSTEAD = (
+    "Instead, name the base model, so that what they do is put into the LoRA (--base, or share_layers in Python, for "
+    "'kohya' and 'diffusers'); or tune by the method ed-lora-shared-layers, which converts without loss; or draw it "
+    "with diffusers-mixofshow."
 )
 
 
