@@ -47,7 +47,7 @@ def test_the_changelog_knows_the_version() -> None:
 @pytest.mark.parametrize("name", diffusers_mixofshow.__all__)
 def test_public_name_can_be_imported(name: str) -> None:
     value = getattr(diffusers_mixofshow, name)
-    assert value.__name__ == name
+    assert value.__name__.removeprefix("diffusers_mixofshow.") == name
     assert value.__doc__
 
 
@@ -56,13 +56,25 @@ def test_public_names_are_listed_once_for_people_for_type_checkers_and_for_the_l
     typed = {
         alias.name: str(node.module)
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("diffusers_mixofshow.")
+        if isinstance(node, ast.ImportFrom)
+        and str(node.module).startswith("diffusers_mixofshow.")
+        and node.module != "diffusers_mixofshow.lazy"
         for alias in node.names
     }
-    lazy = {name: f"diffusers_mixofshow.{module}" for name, module in diffusers_mixofshow._HOME.items()}
+    lazy = {
+        name: f"diffusers_mixofshow.{module}"
+        for module, names in diffusers_mixofshow._MODULES.items()
+        for name in names
+    }
+    modules = {alias.name for node in ast.walk(tree) if _is_of_package(node) for alias in node.names}
     assert typed == lazy
-    assert sorted(diffusers_mixofshow.__all__) == sorted(lazy)
+    assert modules == {"errors", "interop", "toyland"} <= diffusers_mixofshow._MODULES.keys()
+    assert sorted(diffusers_mixofshow.__all__) == sorted([*lazy, *modules])
     assert set(diffusers_mixofshow.__all__) <= set(dir(diffusers_mixofshow))
+
+
+def _is_of_package(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "diffusers_mixofshow"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

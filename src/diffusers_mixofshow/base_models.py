@@ -6,7 +6,6 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, STABLE_DIFFUSION
+from diffusers_mixofshow.versions import installed_version
 
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
 
 def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The argument that diffusers takes a dtype by: ``dtype`` since 0.40, ``torch_dtype`` before."""
-    known_as = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
+    known_as = "dtype" if tuple(map(int, installed_version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
     return {known_as: dtype}
 
 

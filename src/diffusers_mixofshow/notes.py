@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, warn
+from diffusers_mixofshow.versions import installed_version
 
 
 KEY = "mixofshow"
@@ -41,11 +41,6 @@ _SAMPLERS = {
 """diffusers' schedulers as other programs call them."""
 
 
-def version() -> str:
-    """This package's version."""
-    return metadata.version("diffusers-mixofshow")
-
-
 def sheet_note(
     rows: Mapping[str, Sequence[tuple[str, int]]], *, base_model: str, steps: int, guidance: float
 ) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def sheet_note(
     """
     told = {label: [{"prompt": prompt, "seed": seed} for prompt, seed in row] for label, row in rows.items()}
     settings = {"base_model": public_name(base_model), "steps": steps, "guidance": guidance}
-    return {"version": version(), **settings, "rows": told}
+    return {"version": installed_version(), **settings, "rows": told}
 
 
 def sampler_name(scheduler: type) -> str:

@@ -13,12 +13,13 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from diffusers_mixofshow.versions import PACKAGE, installed_version
+
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-PACKAGE = "diffusers-mixofshow"
 
 _LEAST_PEFT = {"transformers": "transformers.integrations.peft", "diffusers": "diffusers.utils.constants"}
 """Where these libraries keep the oldest PEFT with which they load adapters; their packages' metadata do not say it."""
@@ -52,7 +53,7 @@ def diagnose() -> list[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    if version := _installed(PACKAGE):
+    if version := installed_version(PACKAGE):
         yield Finding(PACKAGE, "ok", version)
     else:
         yield Finding(PACKAGE, "note", "not installed, run from its source tree", f"pip install {PACKAGE}")
@@ -108,9 +109,8 @@ def _wanted(requirement: Requirement, *, extra: str) -> bool:
 
 def _version(name: str, wanted: SpecifierSet) -> Finding:
     remedy = f"pip install '{name}{wanted}'"
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    found = installed_version(name)
+    if not found:
         return Finding(name, "problem", "not installed", remedy)
     if not wanted.contains(found, prereleases=True):
         return Finding(name, "problem", f"{found}, needs {wanted}", remedy)
@@ -204,7 +204,7 @@ def _extras() -> Iterator[Finding]:
             yield Finding(f"extra {extra}", "ok", there)
     if util.find_spec("controlnet_aux") is not None:
         yield _controlnet_aux()
-    torch, vision = _installed("torch"), _installed("torchvision")
+    torch, vision = installed_version("torch"), installed_version("torchvision")
     if vision and torch.endswith("+cpu") != vision.endswith("+cpu"):
         remedy = "uninstall torchvision, which is not needed here, or install it from the index of torch"
         yield Finding("torchvision", "note", f"{vision} beside torch {torch}", remedy)
@@ -218,21 +218,14 @@ def _names_of_extras() -> list[str]:
 
 
 def _controlnet_aux() -> Finding:
-    mediapipe = _installed("mediapipe")
+    mediapipe = installed_version("mediapipe")
     if mediapipe and int(mediapipe.partition(".")[0]) >= 1:
         found = f"installed, but mediapipe {mediapipe} makes its import fail"
         return Finding("controlnet_aux", "note", found, "pip install 'mediapipe<1', or uninstall mediapipe")
-    return Finding("controlnet_aux", "ok", _installed("controlnet_aux") or "installed")
+    return Finding("controlnet_aux", "ok", installed_version("controlnet_aux") or "installed")
 
 
 def _completion() -> Finding:
     if sys.stdout.isatty() and not os.environ.get("_MIXOFSHOW_COMPLETE"):
         return Finding("shell completion", "ok", "available", "`mixofshow --install-completion`, once")
     return Finding("shell completion", "ok", "available")
-
-
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, warn
+from diffusers_mixofshow.versions import PACKAGE, installed_version
 
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, 
         for source, pack in drawing.packs.items()
     ]
     return {
-        "version": notes.version(),
+        "version": installed_version(),
         "layout": plan.described(),
         "sample": _options(drawing, seed),
         "packs": packs,
@@ -162,7 +163,7 @@ def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[s
         "Denoising strength": f"{drawing.strength:g}" if drawing.image else None,
         "Mix-of-Show packs": ", ".join(map(_pack_name, drawing.packs)) or None,
         "Mix-of-Show regions": " | ".join(regions) or None,
-        "Version": f"diffusers-mixofshow {notes.version()}",
+        "Version": f"{PACKAGE} {installed_version()}",
     }
 
 
