@@ -7,15 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import (
-    TOYLAND,
-    devices,
-    in_dtype,
-    known_spelling,
-    location_of,
-    not_loadable,
-    one_name,
-)
+from diffusers_mixofshow.base_models import TOYLAND, devices, in_dtype, known_spelling, location_of, one_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.progress import bar_settings
 
@@ -60,14 +52,10 @@ def load_base(name: str, device: str | None = None, dtype: str | None = None, *,
         ConfigurationError: If it cannot be found or read, or this machine has no such device.
         HubError: If only the Hub has it, and that cannot be reached.
     """
-    from diffusers_mixofshow.edlora.models import load_model
+    from diffusers_mixofshow.edlora import models
 
     device, dtype = check_device(device, dtype)
-    load = _load if concepts else _load_as_it_is
-    try:
-        pipe = load_model(name, partial(load, device=device, dtype=dtype))
-    except (OSError, ValueError) as error:
-        raise not_loadable(name, error) from error
+    pipe = models.load_base(name, partial(_load if concepts else _load_as_it_is, device=device, dtype=dtype))
     pipe.set_progress_bar_config(desc="Sampling", **bar_settings())
     return pipe
 
@@ -91,16 +79,11 @@ def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
     """Load what is known to be there; the pipelines are imported no earlier, which takes seconds."""
     import torch
 
-    from diffusers_mixofshow import toyland
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
-    embedded = place == location_of(TOYLAND)
-    numbers = getattr(torch, dtype or ("float16" if device.startswith("cuda") and not embedded else "float32"))
-    if embedded:
-        pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline, dtype=numbers)
-    else:
-        pipe = MixOfShowPipeline.from_pretrained(place, dtype=numbers, **options)
-    return pipe.to(device)
+    half = device.startswith("cuda") and place != location_of(TOYLAND)
+    numbers = getattr(torch, dtype or ("float16" if half else "float32"))
+    return MixOfShowPipeline.from_pretrained(place, dtype=numbers, **options).to(device)
 
 
 def _load_as_it_is(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:

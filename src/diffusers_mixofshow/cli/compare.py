@@ -43,19 +43,7 @@ def compare(
         --photos potter=photos/potter --photos thanos=photos/thanos
     """
     writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
-    asked = measuring.Asked(
-        photos=photos or (),
-        prompts=prompt or (),
-        class_words=class_word or (),
-        kinds=kind or (),
-        base=base,
-        metric_model=metric_model,
-        pictures=pictures,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-    )
-    measurement = measuring.planned(measuring.read_packs(sources, base), asked)
+    measurement = measuring.plan_measurement(measuring.read_packs(sources, base), measuring.Asked.of(locals()))
     if dry_run:
         plans.tell(measurement.plan(writes, overwrite=overwrite), as_json=as_json)
         return

@@ -62,19 +62,7 @@ def evaluate(
     folder = _folder_of(source) if save else None
     writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
     name, packs = _packs(source, own or [], base)
-    asked = measuring.Asked(
-        photos=photos or (),
-        prompts=prompt or (),
-        class_words=class_word or (),
-        kinds=kind or (),
-        base=base,
-        metric_model=metric_model,
-        pictures=pictures,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-    )
-    measurement = measuring.planned(packs, asked)
+    measurement = measuring.plan_measurement(packs, measuring.Asked.of(locals()))
     if dry_run:
         plans.tell(measurement.plan(writes, noted_in=folder, overwrite=overwrite), as_json=as_json)
         return

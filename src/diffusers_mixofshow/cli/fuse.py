@@ -244,14 +244,10 @@ def _tell_of_what_is_idle(gathered: Sequence[Source], *, used: bool) -> None:
     bring = [source.name for source in gathered if _brings_statistics(source)]
     lack = [source.name for source in gathered if not _brings_statistics(source)]
     if len(gathered) == 1:
-        _warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
+        warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
     if bring and not used:
         why = f"{', '.join(lack)} without any that fit" if lack else "--base or --prior asks for the paper's order"
-        _warn(f"the statistics beside {', '.join(bring)} are not used ({why}); --features own uses them.")
-
-
-def _warn(text: str) -> None:
-    warn(text)
+        warn(f"the statistics beside {', '.join(bring)} are not used ({why}); --features own uses them.")
 
 
 def _brings_statistics(source: Source) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +13,10 @@ import typer
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
+from diffusers_mixofshow.cli import plans
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, known_base, load_base
-from diffusers_mixofshow.cli.plans import plan_of_measuring, replaces
 from diffusers_mixofshow.cli.sources import read_concepts
+from diffusers_mixofshow.cli.timing import time_of
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, meant, warn
 from diffusers_mixofshow.progress import progress
@@ -77,18 +78,23 @@ _THUMBNAIL = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The options of both verbs, see their help."""
+    """The options of both verbs, by the names that they have there; see their help."""
 
-    photos: Sequence[str]
-    prompts: Sequence[str]
-    class_words: Sequence[str]
-    kinds: Sequence[str]
+    photos: Sequence[str] | None
+    prompt: Sequence[str] | None
+    class_word: Sequence[str] | None
+    kind: Sequence[str] | None
     base: str | None
     metric_model: str | None
     pictures: int
     steps: int
     guidance: float | None
     seed: int
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Asked:
+        """Pick them from all options of a verb."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +117,24 @@ class Measurement:
 
     def plan(self, writes: Sequence[Path], *, overwrite: bool, noted_in: Path | None = None) -> dict[str, Any]:
         """What would be done, for ``--dry-run``."""
-        planned = plan_of_measuring(
-            self.packs,
-            self.base,
-            count=self.asked.pictures,
-            steps=self.asked.steps,
-            photos={name: len(files) for name, files in self.photos.items()},
-            drawn=list(_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else [],
-            metric_model=self.settings["metric_model"],
-            writes=[*([] if noted_in is None else [noted_in]), *writes],
-        )
-        return planned | replaces(*writes, overwrite=overwrite)
+        from diffusers_mixofshow.evaluation.packs import picture_count
+
+        pictures, steps = picture_count(self.packs, self.asked.pictures), self.asked.steps
+        references = [f"{len(files)} of {name}" for name, files in self.photos.items()]
+        if drawn := list(_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else []:
+            references.append(f"drawn of {', '.join(drawn)}")
+        places = [*([] if noted_in is None else [noted_in]), *writes]
+        return {
+            "base model": plans.describe_base(self.base),
+            "packs": "; ".join(f"{name}: {plans.name_concepts([pack])}" for name, pack in self.packs.items()),
+            "metric model": plans.describe_model(self.settings["metric_model"]),
+            "photos": ", ".join(references) or "none given",
+            "pictures": pictures,
+            "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
+            "time": time_of(self.base, pictures * steps, 2),
+            "writes": ", ".join(map(str, places)) or "nothing",
+            **plans.replaces(*writes, overwrite=overwrite),
+        }
 
     def public_settings(self) -> dict[str, Any]:
         """The settings as strangers may read them: models on this disk by the last part of their path."""
@@ -164,7 +177,7 @@ class Measurement:
         return drawn | given
 
 
-def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
+def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     """Check packs and options.
 
     Raises:
@@ -175,8 +188,8 @@ def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     from diffusers_mixofshow.evaluation.sampling import fill_templates
 
     base = asked.base or common_base(list(packs.values()))
-    if asked.prompts:
-        fill_templates(asked.prompts, "x", 1)
+    if asked.prompt:
+        fill_templates(asked.prompt, "x", 1)
     known = [concept.placeholder for pack in packs.values() for concept in pack.concepts]
     warn_of_concepts_spelt_alike(packs)
     packs = agreed(packs, **_told_of(asked, known))
@@ -254,7 +267,7 @@ def tell_results(
 def _templates(asked: Asked, base: str, concept: Concept) -> Sequence[str]:
     from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 
-    return asked.prompts or evaluation_prompts(base, concept.kind)
+    return asked.prompt or evaluation_prompts(base, concept.kind)
 
 
 def _judge(metric_model: str) -> Judge:
@@ -273,12 +286,12 @@ def _told_of(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
     def kind_defect(kind: str) -> str | None:
         return None if kind in KINDS else f"{kind!r} is not one of {', '.join(KINDS)}"
 
-    words = _of_concepts("class-word", asked.class_words, known, example="potter=man")
-    kinds = _of_concepts("kind", asked.kinds, known, example="potter=character", defect=kind_defect)
+    words = _of_concepts("class-word", asked.class_word, known, example="potter=man")
+    kinds = _of_concepts("kind", asked.kind, known, example="potter=character", defect=kind_defect)
     return {"class_words": words, "kinds": kinds}
 
 
-def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[Path]]:
+def _photo_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, list[Path]]:
     """Read ``name=FOLDER`` of every concept; names all that is wrong at once."""
     from diffusers_mixofshow.training.folders import list_folder, one_a_line
 
@@ -297,7 +310,7 @@ def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[P
 
 def _of_concepts(
     option: str,
-    given: Sequence[str],
+    given: Sequence[str] | None,
     known: Sequence[str],
     *,
     example: str,
@@ -321,7 +334,7 @@ def _of_concepts(
         ConfigurationError: Names all that is wrong at once.
     """
     defects, hints, found = [], [], {}
-    for text in given:
+    for text in given or ():
         name, _, value = text.partition("=")
         placeholder, value = f"<{name.strip().strip('<>')}>", value.strip()
         if not value:

@@ -16,11 +16,10 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import in_dtype, not_loadable
-from diffusers_mixofshow.edlora import hub
+from diffusers_mixofshow.base_models import in_dtype
+from diffusers_mixofshow.edlora import hub, models
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
-from diffusers_mixofshow.edlora.models import load_model
-from diffusers_mixofshow.errors import FileWriteError, MixOfShowError
+from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, HubError, MixOfShowError
 from diffusers_mixofshow.families.layers import linear_layers
 
 
@@ -119,15 +118,14 @@ def load_base(base_model: str) -> StableDiffusionPipeline:
     from diffusers import StableDiffusionPipeline
 
     try:
-        load = partial(StableDiffusionPipeline.from_pretrained, **in_dtype(torch.float32))
-        pipeline: StableDiffusionPipeline = load_model(base_model, load)
-    except (OSError, ValueError) as error:
-        refusal = not_loadable(base_model, error)
-        raise type(refusal)(
-            f"{refusal} merged=True writes a complete pipeline and needs the base model; "
+        return models.load_base(
+            base_model, partial(StableDiffusionPipeline.from_pretrained, **in_dtype(torch.float32))
+        )
+    except (ConfigurationError, HubError) as error:
+        raise type(error)(
+            f"{error} merged=True writes a complete pipeline and needs the base model; "
             "without it the pack alone is written."
         ) from error
-    return pipeline
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import huggingface_hub
 import torch
 
-from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.base_models import location_of, not_loadable
 from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.progress import announce
@@ -48,6 +48,19 @@ def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_in
         options = {"local_files_only": True}
     announce(f"Loading {name} ...")
     return load(place, **options)
+
+
+def load_base(name: str, load: Callable[..., _Model]) -> _Model:
+    """Load a base model, see `load_model`.
+
+    Raises:
+        ConfigurationError: If it cannot be found or read.
+        HubError: If only the Hub has it, and that cannot be reached.
+    """
+    try:
+        return load_model(name, load)
+    except (OSError, ValueError) as error:
+        raise not_loadable(name, error) from error
 
 
 def load_looker(name: str, kind: type, *, called: str, expected: str) -> tuple[Any, Any]:

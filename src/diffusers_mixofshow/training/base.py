@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import TOYLAND, in_dtype, not_loadable
-from diffusers_mixofshow.edlora.models import load_model
+from diffusers_mixofshow.base_models import TOYLAND, in_dtype
+from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -31,11 +31,7 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
     load = partial(
         StableDiffusionPipeline.from_pretrained, safety_checker=None, requires_safety_checker=False, **given
     )
-    try:
-        pipeline: StableDiffusionPipeline = load_model(name, load)
-    except (OSError, ValueError) as error:
-        raise not_loadable(name, error) from error
-    return pipeline
+    return models.load_base(name, load)
 
 
 def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:

@@ -151,8 +151,7 @@ def starting_point(config: TrainingConfig) -> Path | None:
         return None
     path = find(Path(config.output_dir), wanted)
     if path is None:
-        told = f"{config.output_dir} has no checkpoint yet, so the training begins at its start."
-        warn(told)
+        warn(f"{config.output_dir} has no checkpoint yet, so the training begins at its start.")
     return path
 
 
