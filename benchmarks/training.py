@@ -61,7 +61,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 # Whole matrices need smaller steps than the factors of a LoRA.
 LAST: dict[str, dict[str, Any]] = {
-    "Custom Diffusion": {"method": "custom-diffusion", "text_kv_lr": 1.5e-3, "keep_start_token": False}
+    "Custom Diffusion": {"method": "custom-diffusion", "text_kv_learning_rate": 1.5e-3, "keep_start_token": False}
 }
 VARIANTS = METHODS | SCHEDULES | ABLATIONS | LAST
 IN_DOMAIN = ("bobo", "rex", "ming")

@@ -11,7 +11,6 @@ from diffusers_mixofshow.lazy import import_lazily
 
 if TYPE_CHECKING:
     from diffusers_mixofshow import errors, interop, toyland
-    from diffusers_mixofshow.client import tune_concept
     from diffusers_mixofshow.concepts import Concept
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning
@@ -62,11 +61,9 @@ __all__ = [
     "make_masks",
     "refine_regions",
     "toyland",
-    "tune_concept",
 ]
 
 _MODULES: dict[str, tuple[str, ...]] = {
-    "client": ("tune_concept",),
     "concepts": ("Concept",),
     "edlora": ("EDLoRA",),
     "errors": ("MixOfShowError", "MixOfShowWarning"),

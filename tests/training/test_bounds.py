@@ -92,7 +92,7 @@ def test_a_loss_may_grow_to_twice_that_of_the_start_and_a_tenth(start: float, no
     assert seen == [1, 1]
 
 
-LOWER = "lower embedding_learning_rate, learning_rate and text_encoder_lr to a third"
+LOWER = "lower embedding_learning_rate, learning_rate and text_encoder_learning_rate to a third"
 WARM_UP = "set lr_warmup_steps, for example to a tenth of the steps"
 KEPT = (
     "Checkpoints in out are from before; with lower rates and nothing else changed, resume_from_checkpoint='latest' "
@@ -110,10 +110,11 @@ KEPT = (
         ({"mixed_precision": "fp16"}, "", [LOWER, "use mixed_precision='bf16' or 'no'", WARM_UP]),
         ({"mixed_precision": "bf16"}, "", [LOWER, WARM_UP]),
         (
-            {"text_kv_lr": 1e-3},
+            {"text_kv_learning_rate": 1e-3},
             "",
             [
-                "lower embedding_learning_rate, learning_rate, text_encoder_lr and text_kv_lr to a third",
+                "lower embedding_learning_rate, learning_rate, text_encoder_learning_rate and "
+                "text_kv_learning_rate to a third",
                 WARM_UP,
             ],
         ),
@@ -259,10 +260,10 @@ def test_a_checkpoint_of_another_kind_is_refused(change: dict[str, int], words: 
 
 
 def test_rates_may_be_lowered_and_nothing_else() -> None:
-    settings = config_of(text_kv_lr=1e-3).as_identity()
+    settings = config_of(text_kv_learning_rate=1e-3).as_identity()
     state = {"settings": settings, "data": "same"}
     check_same_training(Path("c"), state, settings, "same")
-    for name in ("embedding_learning_rate", "text_encoder_lr", "learning_rate", "text_kv_lr"):
+    for name in ("embedding_learning_rate", "text_encoder_learning_rate", "learning_rate", "text_kv_learning_rate"):
         with pytest.warns(MixOfShowWarning, match=f"with other rates: {name} was .* and is 1e-07"):
             check_same_training(Path("c"), state, settings | {name: 1e-7}, "same")
         for before, now in ((settings[name], 0.0), (0.0, settings[name]), (settings[name], None)):

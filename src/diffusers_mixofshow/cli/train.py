@@ -24,6 +24,7 @@ from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.presets import PRESETS
+from diffusers_mixofshow.training.renamed import RENAMED
 from diffusers_mixofshow.training.settings import Setting, settings_of
 
 
@@ -93,9 +94,9 @@ def train(**given: Any) -> None:
             tell(plan_of_training(checked) | taken, as_json=as_json)
             return
 
-        from diffusers_mixofshow.client import tune_concept
+        from diffusers_mixofshow import EDLoRATrainer
 
-        tune_concept(checked)
+        EDLoRATrainer(checked).train()
     concept = checked.concept_to_learn
     if as_json:
         made = {"output": str(checked.output_dir), "concept": concept.placeholder, "class_word": concept.class_word}
@@ -133,8 +134,9 @@ def _values_of_options(given: Mapping[str, Any]) -> dict[str, Any]:
     if both:
         raise ConfigurationError(f"Both on and off: {', '.join(both)}.")
     values = {
-        name: _SETTINGS[name].from_text(value) if name in _SETTINGS and value is not True else value
+        name: value if setting is None or value is True else setting.from_text(value)
         for name, value in written.items()
+        for setting in [_SETTINGS.get(RENAMED.get(name, name))]
         if not name.startswith(_OFF)
     }
     return values | dict.fromkeys(switched_off, False)
@@ -152,6 +154,9 @@ def _parameters() -> Iterator[inspect.Parameter]:
     yield _parameter("dry_run", DryRun)
     as_json = typer.Option("--json", help="Print the folder, the concept and all settings as JSON; a plan, too.")
     yield _parameter("as_json", Annotated[bool, as_json])
+    for former, name in RENAMED.items():
+        told = typer.Option(help=f"Former name of {_SETTINGS[name].option}.", hidden=True)
+        yield _parameter(former, Annotated[str | None, told])
     panel = None
     for setting in _SETTINGS.values():
         panel = _PANELS.get(setting.name, panel)
@@ -208,6 +213,7 @@ def _shown(value: object) -> str:
 def _spellings(in_file: Collection[str], file: Path | None) -> dict[str, str]:
     """How messages name a setting: as its option, or as the file does where it stands there alone."""
     spelt = {name: _SHORT.get(name, setting.option) for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
+    spelt |= {former: "--" + former.replace("_", "-") for former in RENAMED}
     return spelt if file is None else spelt | {name: f"{name} ({file.name})" for name in in_file}
 
 

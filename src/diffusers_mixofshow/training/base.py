@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +32,13 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
         StableDiffusionPipeline.from_pretrained, safety_checker=None, requires_safety_checker=False, **given
     )
     return models.load_base(name, load)
+
+
+def with_same_models(pipeline: Any, pipeline_class: type[Any], **changed: Any) -> Any:
+    """Make a Stable Diffusion pipeline of another class that shares a pipeline's parts, but for those given here."""
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return pipeline_class(**parts | changed | without)
 
 
 def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:

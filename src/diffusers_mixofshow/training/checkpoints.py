@@ -24,6 +24,7 @@ from diffusers_mixofshow.edlora.folder import places, remove
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.training.batches import CachedPhoto
 from diffusers_mixofshow.training.config import RATES, TrainingConfig
+from diffusers_mixofshow.training.renamed import use_new_names
 
 
 LATEST = "latest"
@@ -250,7 +251,7 @@ def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[
     Raises:
         ConfigurationError: Lists everything that differs.
     """
-    before = _BEFORE | state["settings"]
+    before = _BEFORE | use_new_names(state["settings"], silent=True)
     changed = {
         name: f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
         for name in sorted({*before, *settings})

@@ -16,6 +16,7 @@ from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.lora import TrainableLoRA
 from diffusers_mixofshow.notes import infotext, sampler_name, sheet_note
+from diffusers_mixofshow.training.base import with_same_models
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -30,16 +31,8 @@ _STEPS = 20
 
 def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
     """A stock pipeline of the same models with DPM-Solver, without a progress bar; the given one stays as it is."""
-    made = StableDiffusionPipeline(
-        vae=pipeline.vae,
-        text_encoder=pipeline.text_encoder,
-        tokenizer=pipeline.tokenizer,
-        unet=pipeline.unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    made: StableDiffusionPipeline = with_same_models(pipeline, StableDiffusionPipeline, scheduler=scheduler)
     made.set_progress_bar_config(disable=True)
     return made
 

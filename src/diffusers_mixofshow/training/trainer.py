@@ -48,6 +48,7 @@ from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
 from diffusers_mixofshow.training.samples import SCALES, draw_rows, told_of_sheet
+from diffusers_mixofshow.training.statistics import record_statistics
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
 from diffusers_mixofshow.training.trained import initialise
 from diffusers_mixofshow.training.trial import Trial
@@ -89,7 +90,7 @@ class EDLoRATrainer:
         self._on_step = on_step
 
     def train(self) -> EDLoRA:
-        """Tune the concept and save it to `config.output_dir`, if that is set.
+        """Tune the concept and save it to `config.output_dir`, if that is set, with its fusion statistics beside it.
 
         Raises:
             TrainingDataError: If photos, captions or masks cannot be used; lists every defect.
@@ -121,6 +122,8 @@ class EDLoRATrainer:
         if config.output_dir is not None and accelerator.is_main_process:
             edlora.save_pretrained(config.output_dir, samples=tuning.samples, overwrite=replaces)
         accelerator.wait_for_everyone()
+        if config.output_dir is not None and config.save_statistics:
+            record_statistics(self.pipeline, Path(config.output_dir))
         return edlora
 
     def _accelerator(self) -> Accelerator:

@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 
 import tiny
-from diffusers_mixofshow import GradientFuser, tune_concept
+from diffusers_mixofshow import EDLoRATrainer, GradientFuser
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from short_training import quick
 
@@ -19,7 +19,8 @@ def test_statistics_lie_beside_what_was_tuned(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "red").save(tmp_path / "photos" / "0.png")
     pipeline = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
     folder = tmp_path / "out"
-    edlora = tune_concept(quick(tmp_path / "photos", max_train_steps=1, output_dir=folder), pipeline)
+    config = quick(tmp_path / "photos", max_train_steps=1, output_dir=folder, save_statistics=True)
+    edlora = EDLoRATrainer(config, pipeline).train()
     statistics = SourceStatistics.load(statistics_path(folder / "edlora.safetensors"))
     assert statistics.digest == edlora.digest
     assert set(statistics.concepts) == {"<potter>"}
@@ -27,5 +28,5 @@ def test_statistics_lie_beside_what_was_tuned(tmp_path: Path) -> None:
     fused = GradientFuser().fuse([str(folder)])
     assert set(fused.lora) == set(edlora.lora)
     without = quick(tmp_path / "photos", max_train_steps=1, output_dir=tmp_path / "other", save_statistics=False)
-    tune_concept(without, pipeline)
+    EDLoRATrainer(without, pipeline).train()
     assert not statistics_path(tmp_path / "other" / "edlora.safetensors").exists()
