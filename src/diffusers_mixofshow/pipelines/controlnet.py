@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import StableDiffusionControlNetPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
@@ -11,6 +9,7 @@ from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
+@regional_signature(StableDiffusionControlNetPipeline)
 class MixOfShowControlNetPipeline(RefinedSampling, EDLoRALoader, StableDiffusionControlNetPipeline):
     """Concepts and regions with one ControlNet, or several as a list (arXiv:2302.05543).
 
@@ -20,8 +19,3 @@ class MixOfShowControlNetPipeline(RefinedSampling, EDLoRALoader, StableDiffusion
         >>> pipe = MixOfShowControlNetPipeline.from_pipe(pipe, controlnet=[openpose, depth])
         >>> pipe("two people", image=[pose, depth_map], regions=[...]).images[0]
     """
-
-    @regional_signature(StableDiffusionControlNetPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
@@ -11,6 +9,7 @@ from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
+@regional_signature(StableDiffusionImg2ImgPipeline)
 class MixOfShowImg2ImgPipeline(RefinedSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
     """Concepts and regions in a picture that is there already.
 
@@ -20,8 +19,3 @@ class MixOfShowImg2ImgPipeline(RefinedSampling, EDLoRALoader, StableDiffusionImg
     """
 
     _begins_with_noise = False
-
-    @regional_signature(StableDiffusionImg2ImgPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)

@@ -17,6 +17,7 @@ from diffusers_mixofshow.regions import Region
 from diffusers_mixofshow.regions.cropping import Crop
 
 
+@regional_signature(StableDiffusionInpaintPipeline)
 class MixOfShowInpaintPipeline(RefinedSampling, EDLoRALoader, StableDiffusionInpaintPipeline):
     """Concepts and regions in the masked part of a picture, with any U-Net or one made for inpainting.
 
@@ -52,8 +53,3 @@ class MixOfShowInpaintPipeline(RefinedSampling, EDLoRALoader, StableDiffusionInp
         if box[0] >= box[2] or box[1] >= box[3]:
             return None
         return Crop(box=box, picture=picture.size, canvas=(width, height))
-
-    @regional_signature(StableDiffusionInpaintPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -73,7 +73,7 @@ class EDLoRALoader:
     _in_weights: EDLoRA | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load a pipeline, and its concepts where `EDLoRA.save_pretrained(..., merged=True)` wrote them.
 
         Also those of a model that the authors' code fused: a pipeline with ``new_concept_cfg.json`` beside its index.
@@ -88,7 +88,7 @@ class EDLoRALoader:
             # By themselves diffusers reads its models in float32, and transformers 5 its own as they were written.
             kwargs |= in_dtype(kwargs.pop("dtype", torch.float32))
         with quietly_if_embedded(name):
-            pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+            pipeline: Self = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         shared = ("revision", "token", "cache_dir", "local_files_only")
         own = own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
         if own is not None:
@@ -120,7 +120,7 @@ class EDLoRALoader:
         return {concept.placeholder: concept for edlora in self._edloras.values() for concept in edlora.concepts}
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """Make a pipeline of this class from the components of another one, loaded concepts included.
 
         Takes what `DiffusionPipeline.from_pipe` takes, but where no dtype is asked for, the components keep theirs:
@@ -130,7 +130,7 @@ class EDLoRALoader:
         if "dtype" in kwargs:
             kwargs |= in_dtype(kwargs.pop("dtype"))
         if kwargs.keys() & {"dtype", "torch_dtype"}:
-            made = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+            made: Self = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         else:
             with _without_cast_warnings():
                 made = super().from_pipe(pipeline, **kwargs, **in_dtype(pipeline.dtype))  # type: ignore[misc]
@@ -300,7 +300,7 @@ class EDLoRALoader:
         return self._given[adapters[0]].save_pretrained(folder, overwrite=overwrite)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """Write the pipeline without its concepts, which have files of their own: see `save_edlora`.
+        """Write the pipeline without its concepts, unlike `push_to_hub`; see `save_edlora` for theirs.
 
         Only concepts that came with the pipeline go with it, as their updates are in its weights.
         Takes what `DiffusionPipeline.save_pretrained` takes.
@@ -330,7 +330,7 @@ class EDLoRALoader:
         samples: Samples | None = None,
         license: str | None = None,
     ) -> str:
-        """Upload the complete pipeline as it draws now: all loaded concepts, their updates in the weights.
+        """Upload the pipeline with all loaded concepts, their updates in its weights, unlike `save_pretrained`.
 
         `MixOfShowPipeline.from_pretrained` loads it with its concepts. The pipeline itself stays as it is. To send the
         concepts alone, which are some megabytes, use `EDLoRA.push_to_hub`.
