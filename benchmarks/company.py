@@ -27,7 +27,7 @@ from diffusers_mixofshow.demo.photos import prepare_photos
 from diffusers_mixofshow.demo.settings import DemoSettings
 from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import crop_region
-from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES, called, column_boxes, prompt_together
+from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES, column_boxes, name_with_class, prompt_together
 from diffusers_mixofshow.evaluation.sampling import sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.regions import Draft, Refinement
@@ -43,7 +43,7 @@ REGIONS = {"wording": "natural", "draft": Draft(), "refine": Refinement()}
 
 def beside_another(ground: Photo, masked: Sequence[Photo], others: Sequence[Photo], chance: random.Random) -> Any:
     """The concept and a cut-out of another photo in front of the ground; picture, mask, what is known, own place."""
-    image, known = company._emptied(ground)
+    image, known = company._empty_place(ground)
     mask, own = Image.new("L", image.size), chance.randrange(2)
     for place in range(2):
         cutout = company._cut_out(chance.choice(masked if place == own else others))
@@ -137,7 +137,7 @@ def measure(bench: Bench, packs: dict[str, Path], names: Sequence[str]) -> dict[
     left, right = column_boxes(2)
     count, places = bench.plan.pictures, TOGETHER_PLACES
     for name in names:
-        subject = called(name, CLASS_WORD)
+        subject = name_with_class(name, CLASS_WORD)
         for way, together in {
             "alone": [subject],
             "twice": [subject] * 2,

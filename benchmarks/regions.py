@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judging import regions_of
 from kept import Kept, markdown
 from PIL import Image
 
@@ -47,9 +48,8 @@ from diffusers_mixofshow.evaluation.metrics import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import (
     RECORDING_PROMPTS,
     TOGETHER_PLACES,
-    called,
+    name_with_class,
     prompt_together,
-    regions_of,
 )
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
@@ -104,7 +104,7 @@ class Scene:
     @property
     def subjects(self) -> list[str]:
         """The concepts as prompts call them."""
-        return [called(name, CONCEPTS[name].class_word) for name in self.names]
+        return [name_with_class(name, CONCEPTS[name].class_word) for name in self.names]
 
     @property
     def regions(self) -> list[Region]:

@@ -136,9 +136,10 @@ class Bench:
 
     def __init__(self, plan: Plan) -> None:
         import torch
+        from judging import subject_of
 
         from diffusers_mixofshow import MixOfShowPipeline
-        from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
+        from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 
         torch.set_num_threads(1)
         self.plan = plan

@@ -17,8 +17,8 @@ MODULES = ("", "errors", "toyland", "interop", "fusion", "training", "exporting"
 def page() -> str:
     """The text of the page."""
     parts = [
-        "# Public names\n\nWritten by `python docs/list_public_names.py` from the docstrings, which `help(name)` shows in\n"
-        "full. What is not listed here may change in any release.\n"
+        "# Public names\n\nWritten by `python docs/list_public_names.py` from the docstrings, which `help(name)` "
+        "shows in full.\nWhat is not listed here may change in any release.\n"
     ]
     for name in MODULES:
         module = importlib.import_module(f"{NAME}.{name}" if name else NAME)

@@ -28,7 +28,7 @@ _LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
 """How a path begins that cannot be a Hub id."""
 
 
-def known_spelling(base_model: str) -> str:
+def normalise_name(base_model: str) -> str:
     """A base model's name as this package spells it: the embedded base in any case, unless a folder is called so."""
     embedded = base_model.lower() == TOYLAND and (base_model == TOYLAND or not Path(base_model).is_dir())
     return TOYLAND if embedded else base_model
@@ -36,17 +36,17 @@ def known_spelling(base_model: str) -> str:
 
 def location_of(base_model: str) -> str:
     """What diffusers loads for a base model's name: the name itself, or the folder of the embedded base."""
-    embedded = known_spelling(base_model) == TOYLAND
+    embedded = normalise_name(base_model) == TOYLAND
     return str(Path(__file__).parent / "toyland" / "weights") if embedded else base_model
 
 
 def one_name(base_model: str) -> str:
-    """The same name for every spelling of a base model that is on this disk.
+    """Identify a base model: one name for every spelling of a model that is on this disk.
 
     The embedded base's folder is ``toyland``, a folder of the Hub's cache the id that it came from, and any other
     folder its full path; what is not here keeps its name.
     """
-    if known_spelling(base_model) == TOYLAND:
+    if normalise_name(base_model) == TOYLAND:
         return TOYLAND
     try:
         path = Path(base_model).expanduser().resolve()
@@ -71,7 +71,7 @@ def name_of(pipeline: object) -> str:
 
 
 def public_name(source: str) -> str:
-    """What strangers may read of where something lies: of this disk the last part, of the Hub's all of its name.
+    """A location that may be published: the last part of a path on this disk, a Hub id in full.
 
     A path to what is no longer here is told by its last part as well.
     """
@@ -91,13 +91,13 @@ def license_of(base_model: str) -> str:
 
 def usual_guidance(base_model: str) -> float:
     """The guidance scale that a base model draws well with: diffusers' default, or what Toyland measured best."""
-    if known_spelling(base_model) == TOYLAND:
+    if normalise_name(base_model) == TOYLAND:
         return EMBEDDED.guidance
     return guidance_of_unet(_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
 
 
 def guidance_of(components: Mapping[str, object]) -> float:
-    """The same of a loaded pipeline's components."""
+    """The guidance scale that a loaded pipeline draws well with, by its components."""
     family = family_of(components)
     if family is not STABLE_DIFFUSION:
         return family.models[0].guidance
@@ -106,7 +106,7 @@ def guidance_of(components: Mapping[str, object]) -> float:
 
 
 def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
-    """The same of a model that goes by another name: a copy of a folder, or a pipeline made of parts.
+    """The guidance scale of a U-Net by its configuration: Toyland's if it is Toyland's, whatever its folder is called.
 
     Args:
         configuration: ``unet.config``.

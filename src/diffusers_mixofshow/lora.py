@@ -118,7 +118,7 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
         if _reads_old_copies(model):
             raise ConfigurationError(_COPIES)
     for model in components_with_sites(components).values():
-        with changing(model), gradient_flags_kept(model):
+        with changing(model), keep_gradient_flags(model):
             for path, layer in list(model.named_modules()):
                 if isinstance(layer, LoraLayer):
                     _delete_from_layer(layer, adapter_name)
@@ -204,7 +204,7 @@ def take_out_fused(components: Mapping[str, object], edlora: EDLoRA, adapter_nam
 
 
 @contextmanager
-def kept_active(components: Mapping[str, object], names: Collection[str]) -> Iterator[None]:
+def keep_active(components: Mapping[str, object], names: Collection[str]) -> Iterator[None]:
     """Whatever becomes active inside the block, those of these adapters that were active before stay so beside it."""
     models = components_with_sites(components).values()
     before = {model: [name for name in _active_adapters(model) if name in names] for model in models}
@@ -212,7 +212,7 @@ def kept_active(components: Mapping[str, object], names: Collection[str]) -> Ite
         yield
     finally:
         for model, ours in before.items():
-            with gradient_flags_kept(model):
+            with keep_gradient_flags(model):
                 for layer in model.modules():
                     if ours and isinstance(layer, BaseTunerLayer):
                         layer.set_adapter(list(dict.fromkeys([*ours, *layer.active_adapters])))
@@ -275,7 +275,7 @@ def trainable(
     with ExitStack() as stack:
         stack.enter_context(changing(*components_with_sites(components).values()))
         for model in components_with_sites(components).values():
-            stack.enter_context(gradient_flags_kept(model))
+            stack.enter_context(keep_gradient_flags(model))
             model.requires_grad_(False)
         stack.callback(eject, components, _TRAINING_ADAPTER)
         layers = _add_adapter(components, _TRAINING_ADAPTER, shapes)
@@ -295,7 +295,7 @@ def _add_adapter(
         for path in wanted:
             _base_weight(model.get_submodule(path), path)  # refuses offloaded weights before anything is changed
         if wanted:
-            with gradient_flags_kept(model):
+            with keep_gradient_flags(model):
                 _inject_into(model, adapter_name, wanted)
     layers = linear_layers(components)
     return {site: layers[site] for site in shapes if site in layers}
@@ -485,7 +485,7 @@ def refuse_fused(components: Mapping[str, object], names: Set[str] | None = None
 
 
 @contextmanager
-def gradient_flags_kept(model: nn.Module) -> Iterator[None]:
+def keep_gradient_flags(model: nn.Module) -> Iterator[None]:
     """Give every parameter that is there now its present `requires_grad` back at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

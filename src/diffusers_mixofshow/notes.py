@@ -1,4 +1,4 @@
-"""What a picture's file tells of how the picture was made: for other programs, and exactly, for this one."""
+"""Generation settings inside picture files: A1111's text for other programs, JSON for this one."""
 
 from __future__ import annotations
 
@@ -74,11 +74,13 @@ def infotext(prompt: str, negative_prompt: str, settings: Mapping[str, object]) 
     lines = [_in_one_line(prompt)]
     if negative_prompt.strip():
         lines.append(f"Negative prompt: {_in_one_line(negative_prompt)}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
 
 
-def write_noted(path: Path, picture: Image.Image, kind: str, note: Mapping[str, Any], text: str | None = None) -> None:
+def write_with_note(
+    path: Path, picture: Image.Image, kind: str, note: Mapping[str, Any], text: str | None = None
+) -> None:
     """Write a picture with what is to be told of it; the file appears whole or not at all.
 
     Args:
@@ -110,7 +112,7 @@ def write_noted(path: Path, picture: Image.Image, kind: str, note: Mapping[str, 
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What `write_noted` noted in a picture.
+    """What `write_with_note` noted in a picture.
 
     Raises:
         ConfigurationError: If the file is no picture, or says nothing that this package wrote.
@@ -151,6 +153,6 @@ def _in_one_line(text: str) -> str:
     return " ".join(text.split("\n")).strip()
 
 
-def _quoted(value: object) -> str:
+def _quote(value: object) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:"\n') else text

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.lora import trainable
 from diffusers_mixofshow.training.compute import lean_updates
-from diffusers_mixofshow.training.samples import scaled
+from diffusers_mixofshow.training.samples import scale_lora
 
 
 def test_lean_updates_are_those_of_peft(pipeline: StableDiffusionPipeline) -> None:
@@ -34,9 +34,9 @@ def test_lean_updates_follow_what_is_set_inside_the_block(pipeline: StableDiffus
         inputs = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
         base, full = layer.get_base_layer()(inputs), layer(inputs)
         with lean_updates(lora):
-            with scaled(lora, 0.0):
+            with scale_lora(lora, 0.0):
                 torch.testing.assert_close(layer(inputs), base)
-            with scaled(lora, 0.5):
+            with scale_lora(lora, 0.5):
                 torch.testing.assert_close(layer(inputs), (base + full) / 2)
             layer.enable_adapters(False)
             torch.testing.assert_close(layer(inputs), base)

@@ -283,7 +283,7 @@ def test_settings_reach_a_tracker_as_what_it_takes(
             begun.append((project, config, init_kwargs, (tmp_path / "logs").is_dir()))
 
     config = quick(photos, output_dir=tmp_path, report_to="tensorboard", ema_decay=0.5)
-    with pytest.raises(KeyError), tracking.tracked(Counting(), config):
+    with pytest.raises(KeyError), tracking.track(Counting(), config):
         raise KeyError
     ((project, told, init, made),) = begun
     assert (project, init, made, finished) == ("mixofshow", {}, False, ["one"])
@@ -295,7 +295,7 @@ def test_settings_reach_a_tracker_as_what_it_takes(
         True,
         "crop",
     ]
-    with tracking.tracked(Counting(), quick(photos, output_dir=tmp_path, report_to="wandb")):
+    with tracking.track(Counting(), quick(photos, output_dir=tmp_path, report_to="wandb")):
         assert finished == ["one"]
     assert begun[1][2:] == ({"wandb": {"dir": str(tmp_path / "logs")}}, True)
     assert finished == ["one", "one"]

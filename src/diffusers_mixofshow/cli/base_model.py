@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import TOYLAND, devices, in_dtype, known_spelling, location_of, one_name
+from diffusers_mixofshow.base_models import TOYLAND, devices, in_dtype, location_of, normalise_name, one_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.progress import bar_settings
 
@@ -20,9 +20,9 @@ MOST_STEPS = 1000
 BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
 
 
-def known_base(name: str | None) -> str | None:
-    """What an option that names a base model stands for: one name for every spelling of the embedded base's."""
-    return name and known_spelling(name)
+def normalise_base(name: str | None) -> str | None:
+    """Typer's callback of options that name a base model: one name for every spelling of the embedded base's."""
+    return name and normalise_name(name)
 
 
 def common_base(concepts: Sequence[EDLoRA]) -> str:

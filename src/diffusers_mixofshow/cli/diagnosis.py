@@ -58,7 +58,7 @@ def _versions() -> Iterator[Finding]:
     else:
         yield Finding(PACKAGE, "note", "not installed, run from its source tree", f"pip install {PACKAGE}")
     for requirement in _requirements(PACKAGE):
-        if _wanted(requirement, extra=""):
+        if _applies(requirement, extra=""):
             finding = _version(requirement.name, requirement.specifier)
             yield finding if finding.state == "problem" else _beside_others(finding, requirement)
 
@@ -66,7 +66,7 @@ def _versions() -> Iterator[Finding]:
 def _beside_others(finding: Finding, ours: Requirement) -> Finding:
     """A library of a version that we support, and whether what it needs itself is there."""
     needs = [*_requirements(ours.name), *_least_peft(ours.name)]
-    others = [_version(one.name, one.specifier) for one in needs if _wanted(one, extra="")]
+    others = [_version(one.name, one.specifier) for one in needs if _applies(one, extra="")]
     if not (missing := [other for other in others if other.state == "problem"]):
         return finding
     found = "; ".join(f"{other.name} {other.found}" for other in missing)
@@ -103,7 +103,7 @@ def _requirements(package: str) -> list[Requirement]:
     return found
 
 
-def _wanted(requirement: Requirement, *, extra: str) -> bool:
+def _applies(requirement: Requirement, *, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
@@ -124,9 +124,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding("devices", "problem", f"torch cannot be imported: {error}", "install torch anew: pytorch.org")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(
-        "CPU", "ok", f"{_counted(cores or 1, 'core')}, {_counted(torch.get_num_threads(), 'thread')} for torch"
-    )
+    yield Finding("CPU", "ok", f"{_count(cores or 1, 'core')}, {_count(torch.get_num_threads(), 'thread')} for torch")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
@@ -140,7 +138,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding("GPU", "note", f"none that torch {torch.__version__} can use", remedy)
 
 
-def _counted(number: int, what: str) -> str:
+def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
@@ -193,7 +191,7 @@ def _base() -> Finding:
 def _extras() -> Iterator[Finding]:
     """One finding an extra, and what keeps installed ones from working."""
     for extra in _names_of_extras():
-        only = [one for one in _requirements(PACKAGE) if _wanted(one, extra=extra) and not _wanted(one, extra="")]
+        only = [one for one in _requirements(PACKAGE) if _applies(one, extra=extra) and not _applies(one, extra="")]
         found = {one.name: _version(one.name, one.specifier) for one in only}
         missing = [f"{name} {finding.found}" for name, finding in found.items() if finding.state == "problem"]
         if missing:

@@ -93,7 +93,7 @@ def _packs(source: str, own: list[str], base: str | None) -> tuple[str, dict[str
             defects.append(f"{other} holds {names[0]}, but the pack holds {', '.join(held)}.{hint}".rstrip("."))
     if defects:
         raise ConfigurationError(f"--own: {'; '.join(defects)}. To measure other packs beside it, use compare.")
-    return name, {**(dict(others) if own else _carried(source)), name: pack}
+    return name, {**(dict(others) if own else _read_carried(source)), name: pack}
 
 
 def _folder_of(source: str) -> Path:
@@ -121,7 +121,7 @@ def _beside(source: str) -> Path:
     return path.parent if path.name == FILE_NAME else path
 
 
-def _carried(source: str) -> dict[str, EDLoRA]:
+def _read_carried(source: str) -> dict[str, EDLoRA]:
     """The ED-LoRAs that a pack's folder carries, see `FusedPack.save_pretrained`; nothing of what is no folder."""
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.file import FILE_NAME

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
-from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, known_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base, normalise_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
@@ -80,7 +80,7 @@ Prior = Annotated[
     typer.Option(help="Weight of keeping the base on prompts without concepts, such as 0.1; needs the base model."),
 ]
 BaseModel = Annotated[
-    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=known_base)
+    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=normalise_base)
 ]
 KeepSources = Annotated[
     bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
@@ -135,7 +135,7 @@ def fuse(
     gathered = _gather(given, with_statistics=own)
     taken = _places(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
-    base_model = _base_needed(gathered, base, features, method, prior)
+    base_model = _choose_base(gathered, base, features, method, prior)
     if writes:
         _tell_of_what_is_idle(gathered, used=base_model is None or features is not Features.AUTO)
     found = [describe_source(source) for source in given]
@@ -225,7 +225,7 @@ def _joins_others() -> bool:
     return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
 
 
-def _base_needed(
+def _choose_base(
     gathered: Sequence[Source], base: str | None, features: Features, method: Method, prior: float
 ) -> str | None:
     """The model to record features with; None where none is needed: for baselines, and where all bring statistics."""

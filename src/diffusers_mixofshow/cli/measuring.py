@@ -14,7 +14,7 @@ from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
 from diffusers_mixofshow.cli import plans
-from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, known_base, load_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base, normalise_base
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.cli.timing import time_of
 from diffusers_mixofshow.concepts import KINDS
@@ -54,14 +54,14 @@ Kind = Annotated[
     typer.Option(help=f"'potter=character': its kind ({', '.join(KINDS)}), likewise; it chooses the prompts."),
 ]
 Base = Annotated[
-    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=known_base)
+    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=normalise_base)
 ]
 MetricModel = Annotated[
     str | None,
     typer.Option(
         help="CLIP that looks at the pictures: Hub id or folder. (default: openai/clip-vit-base-patch32; toyland: "
         "its own)",
-        callback=known_base,
+        callback=normalise_base,
     ),
 ]
 Count = Annotated[int, typer.Option(min=1, help="Of each concept in each pack.")]
@@ -116,7 +116,7 @@ class Measurement:
     asked: Asked
 
     def plan(self, writes: Sequence[Path], *, overwrite: bool, noted_in: Path | None = None) -> dict[str, Any]:
-        """What would be done, for ``--dry-run``."""
+        """Describe the measurement for ``--dry-run``."""
         from diffusers_mixofshow.evaluation.packs import picture_count
 
         pictures, steps = picture_count(self.packs, self.asked.pictures), self.asked.steps
@@ -169,7 +169,7 @@ class Measurement:
         from diffusers_mixofshow.pictures import read_image
 
         reads = self.settings["metric_model"] == TOYLAND
-        drawn = _drawn(self.packs, self.photos, with_attributes=reads) if self.base == TOYLAND else {}
+        drawn = _draw_references(self.packs, self.photos, with_attributes=reads) if self.base == TOYLAND else {}
         given = {
             name: Reference(photos=[read_image(file, called=str(file)) for file in files])
             for name, files in self.photos.items()
@@ -183,7 +183,7 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     Raises:
         ConfigurationError: If bases differ, no class word is known, or a prompt or a folder cannot be used.
     """
-    from diffusers_mixofshow.evaluation.agreement import agreed, warn_of_concepts_spelt_alike
+    from diffusers_mixofshow.evaluation.agreement import unify_concepts, warn_of_concepts_spelt_alike
     from diffusers_mixofshow.evaluation.clip_judge import DEFAULT_CLIP
     from diffusers_mixofshow.evaluation.sampling import fill_templates
 
@@ -192,7 +192,7 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
         fill_templates(asked.prompt, "x", 1)
     known = [concept.placeholder for pack in packs.values() for concept in pack.concepts]
     warn_of_concepts_spelt_alike(packs)
-    packs = agreed(packs, **_told_of(asked, known))
+    packs = unify_concepts(packs, **_read_words_and_kinds(asked, known))
     concepts = [concept for pack in packs.values() for concept in pack.concepts]
     settings = {
         "base_model": base,
@@ -254,7 +254,7 @@ def tell_results(
         info = records.run_info(Path(__file__).parent)
         records.write(record, told | {"run": info})
     if sheet is not None:
-        notes.write_noted(sheet, _sheet_of(evaluation), "PNG", _note_of(measurement, evaluation))
+        notes.write_with_note(sheet, _sheet_of(evaluation), "PNG", _note_of(measurement, evaluation))
     if as_json:
         typer.echo(json.dumps(told))
         return
@@ -280,14 +280,14 @@ def _judge(metric_model: str) -> Judge:
     return ClipJudge.load(metric_model)
 
 
-def _told_of(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
+def _read_words_and_kinds(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
     """The class words and kinds that the user gives; names all that is wrong with one of the options at once."""
 
     def kind_defect(kind: str) -> str | None:
         return None if kind in KINDS else f"{kind!r} is not one of {', '.join(KINDS)}"
 
-    words = _of_concepts("class-word", asked.class_word, known, example="potter=man")
-    kinds = _of_concepts("kind", asked.kind, known, example="potter=character", defect=kind_defect)
+    words = _parse_by_concept("class-word", asked.class_word, known, example="potter=man")
+    kinds = _parse_by_concept("kind", asked.kind, known, example="potter=character", defect=kind_defect)
     return {"class_words": words, "kinds": kinds}
 
 
@@ -300,7 +300,7 @@ def _photo_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str,
             return f"{folder} is no folder"
         return None if list_folder(Path(folder)).photos else f"{folder} holds no pictures"
 
-    folders = _of_concepts("photos", given, known, example="potter=photos/potter", form="FOLDER", defect=defect)
+    folders = _parse_by_concept("photos", given, known, example="potter=photos/potter", form="FOLDER", defect=defect)
     listings = {placeholder: list_folder(Path(folder)) for placeholder, folder in folders.items()}
     for listing in listings.values():
         if listing.remarks:
@@ -308,7 +308,7 @@ def _photo_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str,
     return {placeholder: list(listing.photos) for placeholder, listing in listings.items()}
 
 
-def _of_concepts(
+def _parse_by_concept(
     option: str,
     given: Sequence[str] | None,
     known: Sequence[str],
@@ -353,7 +353,9 @@ def _of_concepts(
     return found
 
 
-def _drawn(packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_attributes: bool) -> dict[str, Reference]:
+def _draw_references(
+    packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_attributes: bool
+) -> dict[str, Reference]:
     """Toyland's own concepts among those of the packs, but for those that the user gave photos of."""
     from diffusers_mixofshow import toyland
     from diffusers_mixofshow.evaluation.packs import Reference
@@ -388,11 +390,11 @@ def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) 
 def _sheet_of(evaluation: Evaluation) -> Image.Image:
     from diffusers_mixofshow.sheets import labelled_sheet
 
-    rows = {" ".join(each): evaluation.pictures[each] for each in _shown(evaluation)}
+    rows = {" ".join(each): evaluation.pictures[each] for each in _list_rows(evaluation)}
     return labelled_sheet({label: [_thumbnail(picture) for picture in row] for label, row in rows.items()})
 
 
-def _shown(evaluation: Evaluation) -> list[tuple[str, str]]:
+def _list_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Concept and pack of each row of the sheet."""
     drawn = [(row.concept, row.pack) for row in evaluation.rows]
     return [each for each in drawn if each in evaluation.pictures]
@@ -406,7 +408,7 @@ def _note_of(measurement: Measurement, evaluation: Evaluation) -> dict[str, Any]
     asked, settings = measurement.asked, measurement.settings
     concepts = {concept.placeholder: concept for pack in measurement.packs.values() for concept in pack.concepts}
     rows = {}
-    for name, pack in _shown(evaluation):
+    for name, pack in _list_rows(evaluation):
         concept = concepts[name]
         subject = concept.class_word if pack == CLASS_WORD else name
         prompts = fill_templates(_templates(asked, measurement.base, concept), subject, asked.pictures)

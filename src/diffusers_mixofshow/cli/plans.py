@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import standing
+from diffusers_mixofshow.atomic import find_existing
 from diffusers_mixofshow.base_models import location_of, not_loadable
 from diffusers_mixofshow.cli.timing import time_of
 
@@ -44,13 +44,13 @@ def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
 
 
 def replaces(*places: Path, overwrite: bool) -> dict[str, str]:
-    """What a plan says of places that are taken already.
+    """The plan's line about files and folders that exist already.
 
     Args:
         places: Files and folders that would be written anew or removed.
         overwrite: Whether the command line allows that.
     """
-    there = ", ".join(map(str, standing(*places)))
+    there = ", ".join(map(str, find_existing(*places)))
     return {"replaces": f"{there}{'' if overwrite else '; asks for --overwrite'}" if there else "nothing"}
 
 

@@ -33,7 +33,7 @@ _MARK = "_mixofshow_concepts"
 
 
 @contextmanager
-def written_whole(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[Path]:
+def replace_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> Iterator[Path]:
     """Write a pipeline in float16 beside what is in a folder, and replace that when the block is done.
 
     The index, without which diffusers loads nothing, is deleted first and written last: a crash leaves no loadable
@@ -98,7 +98,7 @@ def has_concepts(
     """
     index: Path | None = Path(pipeline) / INDEX
     if hub.is_repo_id(pipeline):
-        index = hub.cached(str(pipeline), INDEX, revision=revision, cache_dir=cache_dir)
+        index = hub.find_in_cache(str(pipeline), INDEX, revision=revision, cache_dir=cache_dir)
     if index is None or not index.is_file():
         return False
     try:

@@ -33,7 +33,7 @@ def clip_score(text_features: torch.Tensor, image_features: torch.Tensor) -> flo
             f"clip_score got texts of shape {tuple(text_features.shape)} and pictures of shape "
             f"{tuple(image_features.shape)}, expected one text for each picture."
         )
-    texts, images = _normalized(text_features, "text_features"), _normalized(image_features, "image_features")
+    texts, images = _normalize(text_features, "text_features"), _normalize(image_features, "image_features")
     cosines = (texts * images).sum(dim=1)  # (n,)
     return float(CLIP_SCORE_WEIGHT * cosines.clamp(min=0).mean())
 
@@ -58,7 +58,7 @@ def cosine_matrix(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     Returns:
         Shape (n, m), float64.
     """
-    left, right = _normalized(rows, "rows"), _normalized(columns, "columns")
+    left, right = _normalize(rows, "rows"), _normalize(columns, "columns")
     if left.shape[1] != right.shape[1]:
         raise ConfigurationError(
             f"Features of {left.shape[1]} and of {right.shape[1]} dimensions cannot be compared; "
@@ -155,7 +155,7 @@ def mean_with_interval(values: Sequence[float], *, resamples: int = 2000) -> dic
     return {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "count": len(values)}
 
 
-def _normalized(features: torch.Tensor, name: str) -> torch.Tensor:
+def _normalize(features: torch.Tensor, name: str) -> torch.Tensor:
     """Rows of length one, float64."""
     if features.ndim != 2 or len(features) == 0 or not features.is_floating_point():
         raise ConfigurationError(

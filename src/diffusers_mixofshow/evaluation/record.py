@@ -1,4 +1,4 @@
-"""What a measured number needs beside it: versions, machine, commit and command."""
+"""The circumstances of a measurement, to be kept beside its numbers: versions, machine, commit and command."""
 
 from __future__ import annotations
 

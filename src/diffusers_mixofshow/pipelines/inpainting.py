@@ -37,7 +37,7 @@ class MixOfShowInpaintPipeline(RefinedSampling, EDLoRALoader, StableDiffusionInp
         crop = self._crop(arguments)
         if crop is None:
             return regions, []
-        moved = {region: crop.moved(region) for own in regions for region in own}
+        moved = {region: crop.move(region) for own in regions for region in own}
         seen = tuple(tuple(found for region in own if (found := moved[region]) is not None) for own in regions)
         missing = [region for region, found in moved.items() if found is None]
         return seen if any(seen) else (), missing_remarks(missing)

@@ -20,7 +20,7 @@ from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
-from diffusers_mixofshow.edlora.models import quietly_if_embedded
+from diffusers_mixofshow.edlora.models import silence_if_embedded
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, meant, warn
 from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.lora import (
@@ -28,11 +28,11 @@ from diffusers_mixofshow.lora import (
     adapter_names,
     check_name,
     eject,
-    gradient_flags_kept,
     holders,
     inject,
     is_fused,
-    kept_active,
+    keep_active,
+    keep_gradient_flags,
     merged,
     note_fused,
     refuse_copied,
@@ -87,7 +87,7 @@ class EDLoRALoader:
         if "torch_dtype" not in kwargs:
             # By themselves diffusers reads its models in float32, and transformers 5 its own as they were written.
             kwargs |= in_dtype(kwargs.pop("dtype", torch.float32))
-        with quietly_if_embedded(name):
+        with silence_if_embedded(name):
             pipeline: Self = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         shared = ("revision", "token", "cache_dir", "local_files_only")
         own = own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
@@ -197,7 +197,7 @@ class EDLoRALoader:
             )
         if adapter_name in self._edloras:
             check_name(self._edloras.keys(), adapter_name)
-        with self._changing(), kept_active(self.components, self._edloras):
+        with self._changing(), keep_active(self.components, self._edloras):
             super().load_lora_weights(  # type: ignore[misc]
                 pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, hotswap=hotswap, **kwargs
             )
@@ -453,7 +453,7 @@ class EDLoRALoader:
                 for model, path, scaling, active, disabled in states:
                     layer: Any = model.get_submodule(path)
                     layer.scaling.update(scaling)
-                    with gradient_flags_kept(layer):
+                    with keep_gradient_flags(layer):
                         layer.set_adapter(active)
                         if disabled:
                             layer.enable_adapters(False)

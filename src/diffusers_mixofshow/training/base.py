@@ -14,6 +14,7 @@ from diffusers_mixofshow.base_models import TOYLAND, in_dtype
 from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_mixofshow.lora import keep_gradient_flags
 from diffusers_mixofshow.training.config import TrainingConfig
 
 
@@ -61,21 +62,17 @@ def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig
 
 
 @contextmanager
-def borrowed(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+def borrow(pipeline: StableDiffusionPipeline) -> Iterator[None]:
     """Freeze every model and put it in evaluation mode; afterwards gradient flags and modes are what they were."""
-    models = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
-    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.requires_grad_(False)
-            model.eval()
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+    models = nn.ModuleList(module for module in pipeline.components.values() if isinstance(module, nn.Module))
+    modes = [(module, module.training) for module in models.modules()]
+    with keep_gradient_flags(models):
+        try:
+            models.requires_grad_(False).eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
 
 def _is_half(module: nn.Module) -> bool:

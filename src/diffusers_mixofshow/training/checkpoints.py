@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffusers_mixofshow.atomic import refuse_overwriting, standing, write_probe, write_whole
+from diffusers_mixofshow.atomic import find_existing, refuse_overwriting, write_probe, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.folder import places, remove
 from diffusers_mixofshow.errors import ConfigurationError, warn
@@ -31,7 +31,7 @@ LATEST = "latest"
 
 _FORMAT_VERSION = 1
 _BEFORE = {"keep_start_token": False}
-"""What checkpoints did that were written before a setting was there."""
+"""Settings that older checkpoints do not name, with the value that they were trained with."""
 _STATE = "state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _COPIES_OF_PARAMETERS = 5
@@ -71,9 +71,9 @@ class CheckpointFolder:
                 edlora.save_pretrained(temporary)
                 whole = {"format_version": _FORMAT_VERSION, "step": step, **state}
                 whole["processes"] = self.accelerator.num_processes
-                write_whole(temporary / _STATE, _serialized(whole))
+                write_whole(temporary / _STATE, _serialize(whole))
             self.accelerator.wait_for_everyone()
-            write_whole(temporary / self._own_name, _serialized(own))
+            write_whole(temporary / self._own_name, _serialize(own))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 shutil.rmtree(final, ignore_errors=True)
@@ -161,7 +161,7 @@ def _steps_of_earlier(folder: Path) -> list[Path]:
     return [*present(folder), *sorted(folder.glob("validation/step-*.png"))]
 
 
-def replaced(config: TrainingConfig) -> list[Path]:
+def list_replaced(config: TrainingConfig) -> list[Path]:
     """What of an earlier training would go; nothing where this one goes on from a checkpoint beside it."""
     if config.output_dir is None:
         return []
@@ -169,7 +169,7 @@ def replaced(config: TrainingConfig) -> list[Path]:
     checkpoint = None if wanted is None else find(folder, wanted)
     if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
         return []
-    return standing(*places(folder), *_steps_of_earlier(folder))
+    return find_existing(*places(folder), *_steps_of_earlier(folder))
 
 
 def refuse_replacing(config: TrainingConfig) -> None:
@@ -181,12 +181,12 @@ def refuse_replacing(config: TrainingConfig) -> None:
     """
     resumable = config.output_dir is not None and present(Path(config.output_dir))
     going_on = "Go on with resume_from_checkpoint 'latest', choose" if resumable else "Choose"
-    refuse_overwriting(*replaced(config), overwrite=config.overwrite, otherwise=f"{going_on} another output_dir")
+    refuse_overwriting(*list_replaced(config), overwrite=config.overwrite, otherwise=f"{going_on} another output_dir")
 
 
 def make_room(config: TrainingConfig) -> None:
     """Remove checkpoints and sheets of an earlier training that may go; its ED-LoRA stays until there is a new one."""
-    if config.output_dir is not None and replaced(config):
+    if config.output_dir is not None and list_replaced(config):
         remove(_steps_of_earlier(Path(config.output_dir)))
 
 
@@ -275,7 +275,7 @@ def _age(path: Path) -> tuple[int, int]:
     return (path / _STATE).stat().st_mtime_ns, int(match.group(1)) if match else 0
 
 
-def _serialized(state: Mapping[str, Any]) -> bytes:
+def _serialize(state: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return buffer.getvalue()

@@ -9,13 +9,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, known_spelling
+from diffusers_mixofshow.base_models import TOYLAND, normalise_name
 from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.methods import METHODS
-from diffusers_mixofshow.training.presets import layered
+from diffusers_mixofshow.training.presets import layer_presets
 from diffusers_mixofshow.training.renamed import use_new_names
 from diffusers_mixofshow.training.settings import settings_of
 
@@ -259,7 +259,7 @@ class TrainingConfig:
         defects = self._defects()
         if defects:
             raise ConfigurationError(_REFUSAL + "; ".join(defects))
-        object.__setattr__(self, "pretrained_model_name_or_path", known_spelling(self.pretrained_model_name_or_path))
+        object.__setattr__(self, "pretrained_model_name_or_path", normalise_name(self.pretrained_model_name_or_path))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> TrainingConfig:
@@ -274,15 +274,15 @@ class TrainingConfig:
             ConfigurationError: Lists all unknown and missing names, and every value that cannot be used.
         """
         known = settings_of(cls)
-        values, defects = layered(use_new_names(settings))
-        values = {name: known[name].normalised(value) if name in known else value for name, value in values.items()}
+        values, defects = layer_presets(use_new_names(settings))
+        values = {name: known[name].normalise(value) if name in known else value for name, value in values.items()}
         defects += [_unknown(name, value, known) for name, value in values.items() if name not in known]
         missing = [name for name, setting in known.items() if setting.is_required and name not in values]
         defects += [f"{name!r} is missing" for name in missing]
         if defects:
             values |= dict.fromkeys(missing, "missing")
             defaults = {name: setting.default for name, setting in known.items()}
-            judged = _unchecked(cls, defaults | {name: values[name] for name in values if name in known})
+            judged = _make_unchecked(cls, defaults | {name: values[name] for name in values if name in known})
             raise ConfigurationError(_REFUSAL + "; ".join([*defects, *judged._defects()]))
         return cls(**values)
 
@@ -398,7 +398,7 @@ class TrainingConfig:
         return defects + self._contradictions_of_base() + self._contradictions_of_method() + self._missing_output()
 
     def _contradictions_of_base(self) -> list[str]:
-        if known_spelling(self.pretrained_model_name_or_path) != TOYLAND or self.resolution <= _LARGEST_IN_TOYLAND:
+        if normalise_name(self.pretrained_model_name_or_path) != TOYLAND or self.resolution <= _LARGEST_IN_TOYLAND:
             return []
         return [
             f"resolution is {self.resolution}, but the embedded base draws pictures of 64 pixels; "
@@ -466,7 +466,7 @@ def _unknown(name: str, value: object, known: Collection[str]) -> str:
     return f"unknown setting {name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else "")
 
 
-def _unchecked(kind: type[TrainingConfig], values: Mapping[str, Any]) -> TrainingConfig:
+def _make_unchecked(kind: type[TrainingConfig], values: Mapping[str, Any]) -> TrainingConfig:
     """A config whose values nobody has looked at, to be asked for its defects."""
     config = object.__new__(kind)
     for name, value in values.items():

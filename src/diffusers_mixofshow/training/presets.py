@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, known_spelling
+from diffusers_mixofshow.base_models import TOYLAND, normalise_name
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ _ON_ANY_BASE = (TOYLAND, "character", "object", "scene")
 """Presets that say what is learnt; the others have rates and sizes that are Stable Diffusion's."""
 
 
-def layered(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Put the preset that ``settings["preset"]`` names, and the embedded base's own settings, below the given ones.
 
     A rank without a `lora_alpha` takes the alpha along, so that the LoRA's scale stays 1.
@@ -103,7 +103,7 @@ def layered(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if preset is not None and preset not in PRESETS:
         defects.append(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
     chosen = PRESETS.get(str(preset), {})
-    on_toyland = known_spelling(str((chosen | given).get("pretrained_model_name_or_path"))) == TOYLAND
+    on_toyland = normalise_name(str((chosen | given).get("pretrained_model_name_or_path"))) == TOYLAND
     if on_toyland and preset in PRESETS and preset not in _ON_ANY_BASE:
         defects.append(
             f"preset is {preset!r}, which has Stable Diffusion's rates and sizes; the embedded base brings its own, "
