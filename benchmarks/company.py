@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from judging import mean_with_interval
 from PIL import Image
 
 from diffusers_mixofshow import EDLoRATrainer, MixOfShowPipeline, TrainingConfig, toyland
@@ -197,7 +198,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for variant, packs in ways.items():
         found = measure(bench, packs, options.critters)
-        results[variant] = {way: metrics.mean_with_interval(values) for way, values in found.items()}
+        results[variant] = {way: mean_with_interval(values) for way, values in found.items()}
         cells = [f"{each['mean']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in results[variant].values()]
         print(f"| {variant} | {' | '.join(cells)} |", flush=True)
     print("| tuned beside |", " | ".join(results[ITSELF]), "|")

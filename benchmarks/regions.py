@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import regions_of
+from judging import mean_with_interval, regions_of
 from kept import Kept, markdown
 from PIL import Image
 
@@ -44,7 +44,6 @@ from diffusers_mixofshow import (
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region, measure_in_regions
-from diffusers_mixofshow.evaluation.metrics import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import (
     RECORDING_PROMPTS,
     TOGETHER_PLACES,

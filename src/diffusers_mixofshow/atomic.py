@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and never in place of what nobody said may go."""
+"""Files that appear whole or not at all, and replace others only where that was asked for."""
 
 from __future__ import annotations
 
@@ -157,9 +157,20 @@ def write_picture(path: Path, picture: Image.Image, kind: str = "PNG", **options
     Raises:
         FileWriteError: See `write_whole`.
     """
+    write_whole(path, encode_picture(picture, kind, **options))
+
+
+def encode_picture(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The content of a picture's file.
+
+    Args:
+        picture: What it shows.
+        kind: Pillow's name of the format.
+        options: Passed to Pillow.
+    """
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **options)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _flush_names(folder: Path) -> None:

@@ -31,7 +31,7 @@ class FileWriteError(MixOfShowError, OSError):
 
 
 class OverwriteError(MixOfShowError, FileExistsError):
-    """Something stands where a file is to be written, and nobody said that it may go."""
+    """A file exists where one is to be written, and replacing it was not asked for."""
 
 
 class RegionError(MixOfShowError, ValueError):

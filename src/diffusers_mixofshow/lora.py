@@ -128,7 +128,7 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
 
 
 def adapter_names(components: Mapping[str, object]) -> frozenset[str]:
-    """Names of all adapters, whoever loaded them, and of those that are fused for good (see `note_fused`)."""
+    """Names of all adapters in the models, also other programs', and of those fused for good (see `note_fused`)."""
     models = components_with_sites(components).values()
     return frozenset(name for model in models for name in (*getattr(model, "peft_config", {}), *_fused.get(model, {})))
 
@@ -231,15 +231,6 @@ class TrainableLoRA:
     layers: Mapping[str, LoraLayer]
     adapter_name: str
     alpha: float
-
-    def parameters(self, wanted: Callable[[str], bool]) -> list[nn.Parameter]:
-        """The trainable matrices of all sites whose name is wanted."""
-        return [
-            matrices[self.adapter_name].weight
-            for site, layer in self.layers.items()
-            if wanted(site)
-            for matrices in (layer.lora_A, layer.lora_B)
-        ]
 
     def read(self) -> dict[str, LowRank]:
         """Copy the present values to the CPU: site name to update."""

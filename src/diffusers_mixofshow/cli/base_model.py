@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from diffusers_mixofshow.base_models import TOYLAND, devices, in_dtype, location_of, normalise_name, one_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
@@ -23,6 +25,12 @@ BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships
 def normalise_base(name: str | None) -> str | None:
     """Typer's callback of options that name a base model: one name for every spelling of the embedded base's."""
     return name and normalise_name(name)
+
+
+Base = Annotated[
+    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=normalise_base)
+]
+"""The option of verbs that are given ED-LoRAs."""
 
 
 def common_base(concepts: Sequence[EDLoRA]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from diffusers_mixofshow.cli import measuring, plans
+from diffusers_mixofshow.cli.base_model import Base
 
 
 def compare(
@@ -21,7 +22,7 @@ def compare(
     prompt: measuring.Prompt = None,
     class_word: measuring.ClassWord = None,
     kind: measuring.Kind = None,
-    base: measuring.Base = None,
+    base: Base = None,
     metric_model: measuring.MetricModel = None,
     pictures: measuring.Count = 12,
     steps: measuring.Steps = 20,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusers_mixofshow.cli import measuring, plans
+from diffusers_mixofshow.cli.base_model import Base
 from diffusers_mixofshow.errors import ConfigurationError, meant
 
 
@@ -34,7 +35,7 @@ def evaluate(
     prompt: measuring.Prompt = None,
     class_word: measuring.ClassWord = None,
     kind: measuring.Kind = None,
-    base: measuring.Base = None,
+    base: Base = None,
     metric_model: measuring.MetricModel = None,
     pictures: measuring.Count = 12,
     steps: measuring.Steps = 20,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
-from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, load_base, normalise_base
+from diffusers_mixofshow.cli.base_model import Base, common_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
@@ -79,9 +79,6 @@ Prior = Annotated[
     float,
     typer.Option(help="Weight of keeping the base on prompts without concepts, such as 0.1; needs the base model."),
 ]
-BaseModel = Annotated[
-    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=normalise_base)
-]
 KeepSources = Annotated[
     bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
 ]
@@ -96,7 +93,7 @@ def fuse(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the fused pack.")],
     method: Solver = Method.CLOSED_FORM,
     prompts: Prompts = None,
-    base: BaseModel = None,
+    base: Base = None,
     features: Recorded = Features.AUTO,
     weight: Annotated[
         list[float] | None, typer.Option(help="Share of each source, in their order; repeat it.")

@@ -14,7 +14,7 @@ from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
 from diffusers_mixofshow.cli import plans
-from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, load_base, normalise_base
+from diffusers_mixofshow.cli.base_model import MOST_STEPS, common_base, load_base, normalise_base
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.cli.timing import time_of
 from diffusers_mixofshow.concepts import KINDS
@@ -52,9 +52,6 @@ ClassWord = Annotated[
 Kind = Annotated[
     list[str] | None,
     typer.Option(help=f"'potter=character': its kind ({', '.join(KINDS)}), likewise; it chooses the prompts."),
-]
-Base = Annotated[
-    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=normalise_base)
 ]
 MetricModel = Annotated[
     str | None,
@@ -137,7 +134,7 @@ class Measurement:
         }
 
     def public_settings(self) -> dict[str, Any]:
-        """The settings as strangers may read them: models on this disk by the last part of their path."""
+        """The settings without private paths: models on this disk by the last part of their path."""
         models = {name: public_name(self.settings[name]) for name in ("base_model", "metric_model")}
         return {**self.settings, **models}
 

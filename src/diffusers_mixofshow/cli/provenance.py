@@ -85,7 +85,7 @@ def _read_digests(note: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _pack_name(source: str) -> str:
-    """A pack as strangers may read it; one that is given by its file by the folder's name."""
+    """A pack's name without private paths; the folder's name for a pack that is given by its file."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
     path = Path(source)

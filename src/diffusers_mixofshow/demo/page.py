@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import encode_picture, write_whole
 from diffusers_mixofshow.demo.measuring import Measures
 from diffusers_mixofshow.demo.sampling import METHODS, Pictures
 from diffusers_mixofshow.demo.settings import DemoConcept
@@ -49,7 +48,5 @@ def write_page(
 
 def data_uri(image: Image.Image) -> str:
     """The enlarged picture as a PNG inside an address."""
-    buffer = io.BytesIO()
     enlarged = image.resize((image.width * _ENLARGED, image.height * _ENLARGED), Image.Resampling.LANCZOS)
-    enlarged.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_picture(enlarged)).decode()

@@ -5,7 +5,6 @@ What the package writes stands between two marks and is refreshed; everything ar
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import encode_picture, write_whole
 from diffusers_mixofshow.base_models import TOYLAND, license_of, public_name, usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.file import Contents
@@ -178,9 +177,7 @@ def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:
     except PictureError as error:
         raise ConfigurationError(f"{error}.") from error
     image.info = {}
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encode_picture(image)
 
 
 def _metadata(

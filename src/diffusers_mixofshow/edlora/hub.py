@@ -239,7 +239,11 @@ def _files(folder: Path) -> list[CommitOperationAdd]:
 
 
 def _retry(action: Callable[[], _Result]) -> _Result:
-    """Try again what failed for a reason that passes: a busy server, a broken connection, a branch that moved on."""
+    """Try again what failed for a reason that passes: a busy server, a broken connection, a branch that moved on.
+
+    The client itself repeats transfers, but not requests for and about repositories, nor a commit on a branch that
+    moved on, which has to be prepared anew.
+    """
     for wait in _WAITS:
         try:
             return action()

@@ -102,7 +102,7 @@ def silence_if_embedded(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Keep transformers and diffusers from printing bars and notes that concern nobody; restore their settings."""
+    """Keep transformers and diffusers from printing bars and notes inside the block; restore their settings."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Opening files that strangers wrote: everything that can be known before memory is taken is looked at first."""
+"""Opening untrusted files: everything that can be checked before memory is allocated is checked first."""
 
 from __future__ import annotations
 

@@ -137,24 +137,6 @@ def attribute_accuracy(read: Sequence[Mapping[str, str]], expected: Mapping[str,
     return hits / (len(read) * len(expected))
 
 
-def mean_with_interval(values: Sequence[float], *, resamples: int = 2000) -> dict[str, float]:
-    """Mean, and the 95 % interval of means of as many values drawn from these (percentile bootstrap, one seed).
-
-    Args:
-        values: One for each independent picture.
-        resamples: How often values are drawn.
-
-    Returns:
-        ``mean``, ``low``, ``high``, rounded to four digits, and ``count``. Of values that are all the same the
-        interval is that value: no more can be said without a model of what was not seen.
-    """
-    numbers = torch.tensor(values, dtype=torch.float64)
-    chosen = torch.randint(len(numbers), (resamples, len(numbers)), generator=torch.Generator().manual_seed(0))
-    low, high = numbers[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    mean = numbers.mean().item()
-    return {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "count": len(values)}
-
-
 def _normalize(features: torch.Tensor, name: str) -> torch.Tensor:
     """Rows of length one, float64."""
     if features.ndim != 2 or len(features) == 0 or not features.is_floating_point():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusers_mixofshow.atomic import check_outputs, write_whole
+from diffusers_mixofshow.atomic import check_outputs, encode_picture, write_whole
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.masks import mask_of
 from diffusers_mixofshow.regions.drawing import draw_regions
@@ -195,16 +195,11 @@ def _describe(region: Region) -> dict[str, Any]:
     for field in dataclasses.fields(region):
         value = getattr(region, field.name)
         if field.name == "mask" and value is not None:
-            described["mask"] = _PNG + _png(pixels_inside(value).numpy())
+            content = encode_picture(Image.fromarray(pixels_inside(value).numpy()), optimize=True)
+            described["mask"] = _PNG + base64.b64encode(content).decode("ascii")
         elif field.default is dataclasses.MISSING or value != field.default:
             described[field.name] = list(value) if field.name == "box" else value
     return described
-
-
-def _png(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _read_region(number: int, described: object, folder: Path) -> Region:

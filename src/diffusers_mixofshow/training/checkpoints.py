@@ -2,7 +2,8 @@
 
 One folder each, ``checkpoint-STEP`` inside the output folder: the ED-LoRA as it would be saved now, ``state.pt`` with
 parameters, optimiser, scaler and position, and ``process-N.pt`` with the random state and the place in the data of
-each process. A folder appears whole or not at all. Files are read with ``weights_only=True``.
+each process. A folder appears whole or not at all. Files are read with ``weights_only=True``. accelerate's
+`save_state` would put the whole base model into each: it saves the module that it wraps, which holds the base.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ _UNRECORDED = (
     "resume_from_checkpoint",
     "overwrite",
 )
-"""Folders are private to whoever trains, and what becomes of their content says nothing of what is learnt."""
+"""Left out of records: folders are private, and the others do not change what is learnt."""
 _WITHOUT_EFFECT = (
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -467,7 +467,7 @@ def _unknown(name: str, value: object, known: Collection[str]) -> str:
 
 
 def _make_unchecked(kind: type[TrainingConfig], values: Mapping[str, Any]) -> TrainingConfig:
-    """A config whose values nobody has looked at, to be asked for its defects."""
+    """A config made without any check, to list its defects."""
     config = object.__new__(kind)
     for name, value in values.items():
         object.__setattr__(config, name, value)

@@ -31,7 +31,7 @@ _SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@e
 _BESIDE_DOWNLOADS = ":zone.identifier"
 """What systems put into folders, and beside downloads; names that begin with a dot are hidden, too."""
 _ABOUT_DATA = re.compile(r"(readme|license|licence|copying)(\..*)?", re.IGNORECASE)
-"""Texts about the data, which nobody expects to be used."""
+"""Texts about the data set, which are not reported as files without a use."""
 _ELSEWHERE = "in a subfolder that is not read; name the photos in metadata, or move them up"
 _NAMED = 3
 

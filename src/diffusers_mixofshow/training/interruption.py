@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Interruption:
-    """Whether somebody wants the training to stop.
+    """Whether the user wants the training to stop.
 
     Args:
         requested: Whether this process was told so.

@@ -64,7 +64,7 @@ class MadeMask:
         photo: The photo.
         mask: The file that was written; None if what was found is no mask.
         share: Of the photo that is inside, from 0 to 1.
-        remark: What somebody should look at; empty if nothing.
+        remark: What the user should look at; empty if nothing.
     """
 
     photo: Path

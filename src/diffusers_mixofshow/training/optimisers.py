@@ -34,7 +34,7 @@ def optimizer_of(name: str) -> MakeOptimizer:
         What makes it of parameter groups that have their own ``lr`` and ``weight_decay``.
 
     Raises:
-        ConfigurationError: If nobody has an optimiser of this name.
+        ConfigurationError: If none of these packages has an optimiser of this name.
         MissingExtraError: If the package that has it is not installed.
     """
     if name.lower() == PRODIGY:

@@ -73,7 +73,7 @@ class Setting:
         return value
 
     def from_text(self, text: str | Sequence[str]) -> Any:
-        """Read what somebody typed, a list of texts for a list.
+        """Read a value from text, or from a list of texts where a list is meant.
 
         A text that fits no type is returned as it is, for `accepts` to refuse beside all other defects.
         """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def record_statistics(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Record fusion statistics with every setting at its default, so that whoever fuses at the defaults is served.
+    """Record fusion statistics with every setting at its default, so that they serve every fusion at the defaults.
 
     Args:
         pipeline: The base that the concept was tuned on, as it was before.
