@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from judging import mean_with_interval
 from PIL import Image
 
 from diffusers_mixofshow import EDLoRATrainer, MixOfShowPipeline, TrainingConfig, toyland
@@ -27,7 +28,7 @@ from diffusers_mixofshow.demo.photos import prepare_photos
 from diffusers_mixofshow.demo.settings import DemoSettings
 from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import crop_region
-from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES, called, column_boxes, prompt_together
+from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES, column_boxes, name_with_class, prompt_together
 from diffusers_mixofshow.evaluation.sampling import sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.regions import Draft, Refinement
@@ -43,7 +44,7 @@ REGIONS = {"wording": "natural", "draft": Draft(), "refine": Refinement()}
 
 def beside_another(ground: Photo, masked: Sequence[Photo], others: Sequence[Photo], chance: random.Random) -> Any:
     """The concept and a cut-out of another photo in front of the ground; picture, mask, what is known, own place."""
-    image, known = company._emptied(ground)
+    image, known = company._empty_place(ground)
     mask, own = Image.new("L", image.size), chance.randrange(2)
     for place in range(2):
         cutout = company._cut_out(chance.choice(masked if place == own else others))
@@ -137,7 +138,7 @@ def measure(bench: Bench, packs: dict[str, Path], names: Sequence[str]) -> dict[
     left, right = column_boxes(2)
     count, places = bench.plan.pictures, TOGETHER_PLACES
     for name in names:
-        subject = called(name, CLASS_WORD)
+        subject = name_with_class(name, CLASS_WORD)
         for way, together in {
             "alone": [subject],
             "twice": [subject] * 2,
@@ -197,7 +198,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for variant, packs in ways.items():
         found = measure(bench, packs, options.critters)
-        results[variant] = {way: metrics.mean_with_interval(values) for way, values in found.items()}
+        results[variant] = {way: mean_with_interval(values) for way, values in found.items()}
         cells = [f"{each['mean']:.2f} ({each['low']:.2f} to {each['high']:.2f})" for each in results[variant].values()]
         print(f"| {variant} | {' | '.join(cells)} |", flush=True)
     print("| tuned beside |", " | ".join(results[ITSELF]), "|")

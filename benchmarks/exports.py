@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judging import subject_of
 from PIL import Image
 
 from diffusers_mixofshow import toyland
@@ -26,7 +27,7 @@ from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import measure_identity, retention
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import fill_templates
-from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.exporting import share_layers
 from diffusers_mixofshow.interop import convert
 from diffusers_mixofshow.pipelines import MixOfShowPipeline

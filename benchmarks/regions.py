@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judging import mean_with_interval, regions_of
 from kept import Kept, markdown
 from PIL import Image
 
@@ -43,13 +44,11 @@ from diffusers_mixofshow import (
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region, measure_in_regions
-from diffusers_mixofshow.evaluation.metrics import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import (
     RECORDING_PROMPTS,
     TOGETHER_PLACES,
-    called,
+    name_with_class,
     prompt_together,
-    regions_of,
 )
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
@@ -104,7 +103,7 @@ class Scene:
     @property
     def subjects(self) -> list[str]:
         """The concepts as prompts call them."""
-        return [called(name, CONCEPTS[name].class_word) for name in self.names]
+        return [name_with_class(name, CONCEPTS[name].class_word) for name in self.names]
 
     @property
     def regions(self) -> list[Region]:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judging import subject_of
 from kept import Kept
 from PIL import Image
 from rich.console import Console
@@ -47,7 +48,7 @@ from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import Identity, Subject, mean_identity, measure_identity, retention
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
-from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowPipeline

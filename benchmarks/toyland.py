@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judging import confusion, regions_of, subject_of, summarise_regions
 from PIL import Image, ImageDraw
 from rich.console import Console
 
@@ -37,24 +38,21 @@ from diffusers_mixofshow.evaluation.identity import (
     Identity,
     Subject,
     concepts_in_regions,
-    confusion,
     mean_identity,
     measure_identity,
     measure_in_regions,
     retention,
-    summarise_regions,
 )
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
     RECORDING_PROMPTS,
     TOGETHER_PLACES,
-    called,
     column_boxes,
+    name_with_class,
     prompt_together,
-    regions_of,
 )
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
-from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
@@ -339,7 +337,7 @@ def sample_together(
     pictures = []
     for index, names in enumerate(groups):
         place = TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
-        subjects = [called(name, CLASS_WORD) for name in names]
+        subjects = [name_with_class(name, CLASS_WORD) for name in names]
         natural = [
             Region(f"a <{name}>, {place}", box=box, order=order)
             for order, (name, box) in enumerate(zip(names, boxes, strict=True))

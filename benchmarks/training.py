@@ -61,7 +61,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 # Whole matrices need smaller steps than the factors of a LoRA.
 LAST: dict[str, dict[str, Any]] = {
-    "Custom Diffusion": {"method": "custom-diffusion", "text_kv_lr": 1.5e-3, "keep_start_token": False}
+    "Custom Diffusion": {"method": "custom-diffusion", "text_kv_learning_rate": 1.5e-3, "keep_start_token": False}
 }
 VARIANTS = METHODS | SCHEDULES | ABLATIONS | LAST
 IN_DOMAIN = ("bobo", "rex", "ming")
@@ -136,9 +136,10 @@ class Bench:
 
     def __init__(self, plan: Plan) -> None:
         import torch
+        from judging import subject_of
 
         from diffusers_mixofshow import MixOfShowPipeline
-        from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, subject_of
+        from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 
         torch.set_num_threads(1)
         self.plan = plan

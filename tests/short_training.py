@@ -21,10 +21,11 @@ def quick(photos: Path, **settings: object) -> TrainingConfig:
         "train_batch_size": 2,
         "captions_per_step": 1,
         "embedding_learning_rate": 1e-2,
-        "text_encoder_lr": 1e-3,
+        "text_encoder_learning_rate": 1e-3,
         "learning_rate": 1e-2,
         "checkpointing_steps": None,
         "num_validation_images": 0,
+        "save_statistics": False,
     }
     return TrainingConfig.from_mapping(defaults | settings)
 

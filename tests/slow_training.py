@@ -92,9 +92,12 @@ class SlowTraining:
         if name.startswith("embedding"):
             return "embeddings", config.embedding_learning_rate
         if name.startswith("text_encoder"):
-            return "text_encoder", config.text_encoder_lr
+            return "text_encoder", config.text_encoder_learning_rate
         if ".attn2.to_k" in name or ".attn2.to_v" in name:
-            return "unet_text_kv", config.learning_rate if config.text_kv_lr is None else config.text_kv_lr
+            return (
+                "unet_text_kv",
+                config.learning_rate if config.text_kv_learning_rate is None else config.text_kv_learning_rate,
+            )
         return "unet", config.learning_rate
 
     def _step(

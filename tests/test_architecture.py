@@ -22,6 +22,8 @@ RANK_OF = {
     "errors": 0,
     "atomic": 0,
     "base_models": 0,
+    "lazy": 0,
+    "versions": 0,
     "concepts": 0,
     "texts": 0,
     "pictures": 0,
@@ -36,12 +38,11 @@ RANK_OF = {
     "notes": 1,
     "lora": 2,
     "conditioning": 2,
-    "training": 3,
     "fusion": 3,
     "pipelines": 3,
     "toyland": 3,
     "evaluation": 3,
-    "client": 4,
+    "training": 4,
     "exporting": 4,
     "demo": 5,
     "cli": 5,
@@ -51,10 +52,11 @@ RANK_OF = {
 # Imports between parts of one rank. Everybody may import errors; a mask is a picture first, and regions are read from
 # masks and texts, and written whole; interop translates other files to and from an EDLoRA; Toyland's judge is one
 # of those that evaluate; the verb `demo` starts the demo; names of base models are their
-# families'.
+# families', and what diffusers calls an argument hangs on its version.
 SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo"), ("evaluation", "toyland")}
 SIDEWAYS |= {
     ("base_models", "families"),
+    ("base_models", "versions"),
     ("masks", "pictures"),
     ("regions", "pictures"),
     ("regions", "masks"),

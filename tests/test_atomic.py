@@ -13,8 +13,8 @@ from PIL import Image
 from diffusers_mixofshow import atomic
 from diffusers_mixofshow.atomic import (
     check_outputs,
+    find_existing,
     refuse_overwriting,
-    standing,
     write_picture,
     write_probe,
     write_whole,
@@ -164,7 +164,7 @@ def test_what_stands_somewhere_is_whatever_is_there(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     places = [tmp_path / name for name in ("file", "gone", "folder", "link")]
-    assert standing(*places) == [places[0], places[2], places[3]]
+    assert find_existing(*places) == [places[0], places[2], places[3]]
 
 
 @pytest.mark.parametrize("way", ["gone/..", "gone/deeper/../..", "folder/gone/../..", "linked/gone/../..", "."])
@@ -176,8 +176,8 @@ def test_what_stands_somewhere_is_found_on_ways_that_writing_makes(tmp_path: Pat
     (start / "file").write_text("mine")
     (start / "link").symlink_to("nowhere")
     for name in ("file", "link", "folder"):
-        assert standing(start / way / name) == [start / way / name]
-    assert standing(start / way / "other") == []
+        assert find_existing(start / way / name) == [start / way / name]
+    assert find_existing(start / way / "other") == []
     with pytest.raises(OverwriteError):
         check_outputs(start / way / "file", overwrite=False)
     with pytest.raises(FileWriteError, match="folders"):

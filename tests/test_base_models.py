@@ -16,9 +16,9 @@ from diffusers_mixofshow.base_models import (
     devices,
     guidance_of_unet,
     in_dtype,
-    known_spelling,
     location_of,
     name_of,
+    normalise_name,
     not_loadable,
     one_name,
     public_name,
@@ -33,7 +33,7 @@ ANY_CASE = ("toyland", "Toyland", "TOYLAND", "toyLand")
 
 @pytest.mark.parametrize("name", ANY_CASE)
 def test_the_embedded_base_is_known_in_any_case(name: str) -> None:
-    assert known_spelling(name) == one_name(name) == "toyland"
+    assert normalise_name(name) == one_name(name) == "toyland"
     assert location_of(name) == location_of("toyland") != name
     assert usual_guidance(name) == 3.0
     assert evaluation_prompts(name, "pet") == evaluation_prompts("toyland", "pet")
@@ -41,16 +41,16 @@ def test_the_embedded_base_is_known_in_any_case(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["user/Toyland", "Toyland2", "./Toyland", "toy-land", "", "Toyland/"])
 def test_other_names_stay_as_they_are(name: str) -> None:
-    assert known_spelling(name) == one_name(name) == location_of(name) == name
+    assert normalise_name(name) == one_name(name) == location_of(name) == name
 
 
 def test_a_folder_that_is_called_so_is_that_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "Toyland").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert known_spelling("Toyland") == location_of("Toyland") == "Toyland"
+    assert normalise_name("Toyland") == location_of("Toyland") == "Toyland"
     assert one_name("Toyland") == str(tmp_path / "Toyland")
     (tmp_path / "Toyland").rename(tmp_path / "toyland")
-    assert known_spelling("toyland") == one_name("toyland") == "toyland"
+    assert normalise_name("toyland") == one_name("toyland") == "toyland"
 
 
 def test_training_takes_the_embedded_bases_own_settings(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_usual_guidance_is_told_by_the_u_net(tmp_path: Path) -> None:
 def test_diffusers_takes_a_dtype_by_the_name_of_its_version(
     monkeypatch: pytest.MonkeyPatch, version: str, name: str
 ) -> None:
-    monkeypatch.setattr(base_models, "version", lambda package: {"diffusers": version}[package])
+    monkeypatch.setattr(base_models, "installed_version", lambda package: {"diffusers": version}[package])
     assert in_dtype(torch.float16) == {name: torch.float16}
 
 

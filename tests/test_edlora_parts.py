@@ -324,9 +324,9 @@ def test_what_passes_is_tried_three_times_and_nothing_else(
         raise error
 
     with pytest.raises(type(error)):
-        hub._insisting(fail)
+        hub._retry(fail)
     assert (len(tries), waits) == ((3, [1.0, 3.0]) if passes else (1, []))
-    assert hub._insisting(lambda: 5) == 5
+    assert hub._retry(lambda: 5) == 5
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_what_passes_is_tried_three_times_and_nothing_else(
     ],
 )  # fmt: skip
 def test_what_the_hub_answers_is_said_plainly(error: Exception, kind: type[Exception], told: str) -> None:
-    with pytest.raises(kind) as caught, hub._explained("me/x", "v1", "secret\n"):
+    with pytest.raises(kind) as caught, hub._translate_errors("me/x", "v1", "secret\n"):
         raise error
     assert told in str(caught.value)
     assert type(caught.value) is kind
@@ -439,7 +439,7 @@ def test_a_model_is_looked_for_where_it_can_be(
             return found
 
         monkeypatch.setattr(hub, "answers", lambda: there)
-        monkeypatch.setattr(hub, "cached", cache)
+        monkeypatch.setattr(hub, "find_in_cache", cache)
         monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         return lambda: models.load_model("user/base", load, index="config.json")
 

@@ -94,7 +94,7 @@ def test_every_defect_of_a_file_is_named_at_once(tmp_path):
         Layout.load(path)
     expected = ["colour", "width is -3", "leaves [0, 1]", "wieght", "region 1 has no prompt", "region 2 is no object"]
     assert all(word in str(error.value) for word in [str(path), *expected, "missing.png", "no base64"])
-    sound = Layout([Region("a", mask=MASK)]).described()
+    sound = Layout([Region("a", mask=MASK)]).describe()
     sound["regions"][0]["mask"] = sound["regions"][0]["mask"][:60] + "!" + sound["regions"][0]["mask"][60:]
     with pytest.raises(RegionError, match="the mask of region 0 cannot be read: no base64"):
         Layout.from_description(sound, path)

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
-from diffusers_mixofshow.notes import infotext, read_note, sampler_name, sheet_note, write_noted
+from diffusers_mixofshow.notes import infotext, read_note, sampler_name, sheet_note, write_with_note
 from infotext import parsed, text_of
 
 
@@ -41,7 +41,7 @@ SETTINGS = {"Steps": 20, "Sampler": "DDIM", "CFG scale": "7.5", "Seed": 3, "Size
 @pytest.mark.parametrize("name", KINDS)
 def test_other_programs_read_the_text(tmp_path, name, prompt, negative, expected) -> None:
     given = {**SETTINGS, "Regions": '0,1: "a", b\\', "Left out": None}
-    write_noted(
+    write_with_note(
         tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], {"a": prompt}, infotext(prompt, negative, given)
     )
     found = parsed(text_of(tmp_path / name))
@@ -53,7 +53,9 @@ def test_other_programs_read_the_text(tmp_path, name, prompt, negative, expected
 def test_a_text_that_latin_1_holds_is_a_plain_one(tmp_path) -> None:
     """Some readers know tEXt alone; iTXt is for what it cannot hold."""
     for prompt, kinds in (("größe", (b"tEXt", b"tEXt")), ("猫", (b"iTXt", b"iTXt"))):
-        write_noted(tmp_path / "x.png", Image.new("RGB", (8, 8)), "PNG", {"p": prompt}, infotext(prompt, "", SETTINGS))
+        write_with_note(
+            tmp_path / "x.png", Image.new("RGB", (8, 8)), "PNG", {"p": prompt}, infotext(prompt, "", SETTINGS)
+        )
         content = (tmp_path / "x.png").read_bytes()
         assert content[content.index(b"parameters") - 4 :][:4] == kinds[0]
         assert content[content.index(b"mixofshow\0") - 4 :][:4] == kinds[1]
@@ -63,7 +65,7 @@ def test_a_text_that_latin_1_holds_is_a_plain_one(tmp_path) -> None:
 
 def test_the_picture_is_the_same_with_a_note(tmp_path) -> None:
     picture = Image.linear_gradient("L").convert("RGB")
-    write_noted(tmp_path / "x.png", picture, "PNG", {"a": 1}, None)
+    write_with_note(tmp_path / "x.png", picture, "PNG", {"a": 1}, None)
     with Image.open(tmp_path / "x.png") as read:
         assert read.tobytes() == picture.tobytes()
         assert "parameters" not in read.text
@@ -75,7 +77,7 @@ def test_a_note_that_no_jpeg_can_hold_is_left_out_and_told(tmp_path, name) -> No
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", MixOfShowWarning)
-        write_noted(tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], note, infotext("a", "", SETTINGS))
+        write_with_note(tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], note, infotext("a", "", SETTINGS))
     assert parsed(text_of(tmp_path / name))["prompt"] == "a"
     if name == "x.webp":
         assert not caught
@@ -165,7 +167,7 @@ def test_a_jpeg_holds_as_much_as_it_can(tmp_path) -> None:
     def told(length: int) -> bool:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", MixOfShowWarning)
-            write_noted(tmp_path / "x.jpg", Image.new("RGB", (8, 8)), "JPEG", {"m": "x" * length})
+            write_with_note(tmp_path / "x.jpg", Image.new("RGB", (8, 8)), "JPEG", {"m": "x" * length})
         with Image.open(tmp_path / "x.jpg") as picture:
             longest.append(len(picture.info.get("exif", b"")))
         return not caught
@@ -181,7 +183,7 @@ def test_a_jpeg_holds_as_much_as_it_can(tmp_path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_read_is_what_was_noted(tmp_path, name) -> None:
     note = {"größe": [1, 2.5, None, True, {"猫": "🐈"}], "empty": {}}
-    write_noted(tmp_path / name, Image.new("RGB", (8, 8), "red"), KINDS[name], note)
+    write_with_note(tmp_path / name, Image.new("RGB", (8, 8), "red"), KINDS[name], note)
     assert read_note(tmp_path / name) == note
     with Image.open(tmp_path / name) as picture:
         assert picture.format == KINDS[name]

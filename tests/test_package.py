@@ -47,7 +47,7 @@ def test_the_changelog_knows_the_version() -> None:
 @pytest.mark.parametrize("name", diffusers_mixofshow.__all__)
 def test_public_name_can_be_imported(name: str) -> None:
     value = getattr(diffusers_mixofshow, name)
-    assert value.__name__ == name
+    assert value.__name__.removeprefix("diffusers_mixofshow.") == name
     assert value.__doc__
 
 
@@ -56,13 +56,25 @@ def test_public_names_are_listed_once_for_people_for_type_checkers_and_for_the_l
     typed = {
         alias.name: str(node.module)
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("diffusers_mixofshow.")
+        if isinstance(node, ast.ImportFrom)
+        and str(node.module).startswith("diffusers_mixofshow.")
+        and node.module != "diffusers_mixofshow.lazy"
         for alias in node.names
     }
-    lazy = {name: f"diffusers_mixofshow.{module}" for name, module in diffusers_mixofshow._HOME.items()}
+    lazy = {
+        name: f"diffusers_mixofshow.{module}"
+        for module, names in diffusers_mixofshow._MODULES.items()
+        for name in names
+    }
+    modules = {alias.name for node in ast.walk(tree) if _is_of_package(node) for alias in node.names}
     assert typed == lazy
-    assert sorted(diffusers_mixofshow.__all__) == sorted(lazy)
+    assert modules == {"errors", "interop", "toyland"} <= diffusers_mixofshow._MODULES.keys()
+    assert sorted(diffusers_mixofshow.__all__) == sorted([*lazy, *modules])
     assert set(diffusers_mixofshow.__all__) <= set(dir(diffusers_mixofshow))
+
+
+def _is_of_package(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "diffusers_mixofshow"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -118,7 +130,26 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("name", diffusers_mixofshow.__all__)
 def test_every_public_name_is_in_the_documentation(name: str) -> None:
-    assert any(re.search(rf"\b{name}\b", page.read_text()) for page in PAGES)
+    told = [page for page in PAGES if page.name != "api.md"]  # which is a list made of the docstrings
+    assert any(re.search(rf"\b{name}\b", page.read_text()) for page in told)
+
+
+def test_the_page_of_public_names_is_of_today_and_has_every_name_that_the_documentation_imports() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert text == runpy.run_path(str(ROOT / "docs" / "list_public_names.py"))["page"]()
+    listed = {
+        (module, name)
+        for module, table in re.findall(r"^## `(.*?)`\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    }
+    used = {
+        (module, name)
+        for page in PAGES
+        for module, names in re.findall(r"from (diffusers_mixofshow[\w.]*) import ([\w, ]+)", page.read_text())
+        for name in names.split(", ")
+    }
+    assert len(used) > 20
+    assert used <= listed
 
 
 def test_every_page_is_in_the_navigation() -> None:

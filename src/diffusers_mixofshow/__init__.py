@@ -4,12 +4,13 @@ The method is Mix-of-Show (arXiv:2305.18292). Public names are imported on first
 itself is instant.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from diffusers_mixofshow.lazy import import_lazily
 
 
 if TYPE_CHECKING:
-    from diffusers_mixofshow.client import tune_concept
+    from diffusers_mixofshow import errors, interop, toyland
     from diffusers_mixofshow.concepts import Concept
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning
@@ -61,50 +62,38 @@ __all__ = [
     "Refinement",
     "Region",
     "TrainingConfig",
+    "errors",
+    "interop",
     "make_masks",
     "refine_regions",
-    "tune_concept",
+    "toyland",
 ]
 
-_HOME = {
-    "Concept": "concepts",
-    "Draft": "regions",
-    "EDLoRA": "edlora",
-    "EDLoRALoader": "pipelines.loader",
-    "EDLoRATrainer": "training.trainer",
-    "FusedPack": "fusion.pack",
-    "FusionConfig": "fusion.config",
-    "FusionSource": "fusion.sources",
-    "GradientFuser": "fusion.fuser",
-    "Isolation": "regions",
-    "Layout": "regions",
-    "MixOfShowAdapterPipeline": "pipelines.adapter",
-    "MixOfShowControlNetPipeline": "pipelines.controlnet",
-    "LoRASource": "fusion.sources",
-    "MixOfShowError": "errors",
-    "MixOfShowImg2ImgPipeline": "pipelines.image_to_image",
-    "MixOfShowInpaintPipeline": "pipelines.inpainting",
-    "MixOfShowPipeline": "pipelines.stable_diffusion",
-    "MixOfShowWarning": "errors",
-    "MixOfShowXLAdapterPipeline": "pipelines.adapter",
-    "MixOfShowXLControlNetPipeline": "pipelines.controlnet",
-    "MixOfShowXLImg2ImgPipeline": "pipelines.image_to_image",
-    "MixOfShowXLInpaintPipeline": "pipelines.inpainting",
-    "MixOfShowXLPipeline": "pipelines.stable_diffusion_xl",
-    "Refinement": "regions",
-    "Region": "regions",
-    "TrainingConfig": "training.config",
-    "make_masks": "training.masking",
-    "refine_regions": "pipelines.refining",
-    "tune_concept": "client",
+_MODULES: dict[str, tuple[str, ...]] = {
+    "concepts": ("Concept",),
+    "edlora": ("EDLoRA",),
+    "errors": ("MixOfShowError", "MixOfShowWarning"),
+    "fusion.config": ("FusionConfig",),
+    "fusion.fuser": ("GradientFuser",),
+    "fusion.pack": ("FusedPack",),
+    "fusion.sources": ("FusionSource", "LoRASource"),
+    "interop": (),
+    "pipelines.adapter": ("MixOfShowAdapterPipeline", "MixOfShowXLAdapterPipeline"),
+    "pipelines.controlnet": ("MixOfShowControlNetPipeline", "MixOfShowXLControlNetPipeline"),
+    "pipelines.image_to_image": ("MixOfShowImg2ImgPipeline", "MixOfShowXLImg2ImgPipeline"),
+    "pipelines.inpainting": ("MixOfShowInpaintPipeline", "MixOfShowXLInpaintPipeline"),
+    "pipelines.loader": ("EDLoRALoader",),
+    "pipelines.refining": ("refine_regions",),
+    "pipelines.stable_diffusion": ("MixOfShowPipeline",),
+    "pipelines.stable_diffusion_xl": ("MixOfShowXLPipeline",),
+    "regions": ("Draft", "Isolation", "Layout", "Refinement", "Region"),
+    "toyland": (),
+    "training.config": ("TrainingConfig",),
+    "training.masking": ("make_masks",),
+    "training.trainer": ("EDLoRATrainer",),
 }
 
-
-def __getattr__(name: str) -> object:
-    """Import a public name from its module (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = import_lazily(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

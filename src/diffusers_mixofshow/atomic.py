@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and never in place of what nobody said may go."""
+"""Files that appear whole or not at all, and replace others only where that was asked for."""
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import tempfile
@@ -70,7 +71,7 @@ def check_outputs(*files: Path, overwrite: bool) -> None:
     _refuse_collisions(files)
     if folders := [file for file in files if _when_made(file).is_dir()]:
         raise FileWriteError(
-            f"Expected files to write, but there are folders: {_listed(folders)}. Choose other names."
+            f"Expected files to write, but there are folders: {_list_first(folders)}. Choose other names."
         )
     refuse_overwriting(*files, overwrite=overwrite)
     for file in files:
@@ -82,8 +83,8 @@ def check_outputs(*files: Path, overwrite: bool) -> None:
             ) from error
 
 
-def standing(*places: Path) -> list[Path]:
-    """Those of the places where something is: a file, a folder, or a link, be it to nowhere."""
+def find_existing(*places: Path) -> list[Path]:
+    """List the paths at which a file, a folder or a link exists; a broken link counts."""
     return [place for place in places if os.path.lexists(_when_made(place))]
 
 
@@ -103,17 +104,17 @@ def refuse_overwriting(*places: Path, overwrite: bool, otherwise: str = "Choose 
     Raises:
         OverwriteError: Names all that is there.
     """
-    if not overwrite and (there := standing(*places)):
+    if not overwrite and (there := find_existing(*places)):
         verb = "is" if len(there) == 1 else "are"
         raise OverwriteError(
-            f"{_listed(there)} {verb} there already, and nothing is overwritten unasked. {otherwise}, or give "
+            f"{_list_first(there)} {verb} there already, and nothing is overwritten unasked. {otherwise}, or give "
             f"overwrite=True, which replaces {'it' if len(there) == 1 else 'them'}."
         )
 
 
 def _refuse_collisions(files: Sequence[Path]) -> None:
     """Refuse names that are one file on some system, and a file that would have to be a folder as well."""
-    spelt = [_spelling(file) for file in files]
+    spelt = [_fold_path(file) for file in files]
     for index, one in enumerate(spelt):
         for other, file in zip(spelt[:index], files, strict=False):
             if one == other or one in other.parents or other in one.parents:
@@ -123,12 +124,12 @@ def _refuse_collisions(files: Sequence[Path]) -> None:
                 )
 
 
-def _spelling(path: Path) -> Path:
+def _fold_path(path: Path) -> Path:
     """A path as systems see it to which capitals and the forms of Unicode's letters are all one."""
     return Path(unicodedata.normalize("NFC", str(path.resolve())).casefold())
 
 
-def _listed(paths: Sequence[Path]) -> str:
+def _list_first(paths: Sequence[Path]) -> str:
     more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
     return ", ".join(map(str, paths[:_NAMED])) + more
 
@@ -156,9 +157,20 @@ def write_picture(path: Path, picture: Image.Image, kind: str = "PNG", **options
     Raises:
         FileWriteError: See `write_whole`.
     """
+    write_whole(path, encode_picture(picture, kind, **options))
+
+
+def encode_picture(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The content of a picture's file.
+
+    Args:
+        picture: What it shows.
+        kind: Pillow's name of the format.
+        options: Passed to Pillow.
+    """
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **options)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _flush_names(folder: Path) -> None:
@@ -173,11 +185,7 @@ def _flush_names(folder: Path) -> None:
 
 def _sweep(path: Path) -> None:
     """Delete what killed processes left of writing the same file."""
-    for left in path.parent.glob(f".{_escaped(path.name)}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):  # another process was faster, or the folder is not ours
             if time.time() - left.stat().st_mtime > _LONGEST_WRITE_S:
                 left.unlink(missing_ok=True)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

@@ -6,7 +6,6 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, STABLE_DIFFUSION
+from diffusers_mixofshow.versions import installed_version
 
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
 """How a path begins that cannot be a Hub id."""
 
 
-def known_spelling(base_model: str) -> str:
+def normalise_name(base_model: str) -> str:
     """A base model's name as this package spells it: the embedded base in any case, unless a folder is called so."""
     embedded = base_model.lower() == TOYLAND and (base_model == TOYLAND or not Path(base_model).is_dir())
     return TOYLAND if embedded else base_model
@@ -37,17 +37,17 @@ def known_spelling(base_model: str) -> str:
 
 def location_of(base_model: str) -> str:
     """What diffusers loads for a base model's name: the name itself, or the folder of the embedded base."""
-    embedded = known_spelling(base_model) == TOYLAND
+    embedded = normalise_name(base_model) == TOYLAND
     return str(Path(__file__).parent / "toyland" / "weights") if embedded else base_model
 
 
 def one_name(base_model: str) -> str:
-    """The same name for every spelling of a base model that is on this disk.
+    """Identify a base model: one name for every spelling of a model that is on this disk.
 
     The embedded base's folder is ``toyland``, a folder of the Hub's cache the id that it came from, and any other
     folder its full path; what is not here keeps its name.
     """
-    if known_spelling(base_model) == TOYLAND:
+    if normalise_name(base_model) == TOYLAND:
         return TOYLAND
     try:
         path = Path(base_model).expanduser().resolve()
@@ -72,7 +72,7 @@ def name_of(pipeline: object) -> str:
 
 
 def public_name(source: str) -> str:
-    """What strangers may read of where something lies: of this disk the last part, of the Hub's all of its name.
+    """A location that may be published: the last part of a path on this disk, a Hub id in full.
 
     A path to what is no longer here is told by its last part as well.
     """
@@ -92,7 +92,7 @@ def license_of(base_model: str) -> str:
 
 def usual_guidance(base_model: str) -> float:
     """The guidance scale that a base model draws well with: diffusers' default, or what Toyland measured best."""
-    if known_spelling(base_model) == TOYLAND:
+    if normalise_name(base_model) == TOYLAND:
         return EMBEDDED.guidance
     known = next((one for one in BASE_MODELS if base_model and base_model in (one.id, *one.other_ids)), None)
     if known is not None:
@@ -101,7 +101,7 @@ def usual_guidance(base_model: str) -> float:
 
 
 def guidance_of(components: Mapping[str, object]) -> float:
-    """The same of a loaded pipeline's components."""
+    """The guidance scale that a loaded pipeline draws well with, by its components."""
     family = family_of(components)
     if family is not STABLE_DIFFUSION:
         return family.models[0].guidance
@@ -110,7 +110,7 @@ def guidance_of(components: Mapping[str, object]) -> float:
 
 
 def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
-    """The same of a model that goes by another name: a copy of a folder, or a pipeline made of parts.
+    """The guidance scale of a U-Net by its configuration: Toyland's if it is Toyland's, whatever its folder is called.
 
     Args:
         configuration: ``unet.config``.
@@ -126,7 +126,7 @@ def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
 
 def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The argument that diffusers takes a dtype by: ``dtype`` since 0.40, ``torch_dtype`` before."""
-    known_as = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
+    known_as = "dtype" if tuple(map(int, installed_version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
     return {known_as: dtype}
 
 

@@ -31,7 +31,7 @@ class FileWriteError(MixOfShowError, OSError):
 
 
 class OverwriteError(MixOfShowError, FileExistsError):
-    """Something stands where a file is to be written, and nobody said that it may go."""
+    """A file exists where one is to be written, and replacing it was not asked for."""
 
 
 class RegionError(MixOfShowError, ValueError):
@@ -85,5 +85,5 @@ def meant(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or its type where it says nothing, for a sentence of ours about it."""
+    """The first line of an error's message, or its type if it has none, to be quoted in another message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

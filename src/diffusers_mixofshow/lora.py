@@ -118,7 +118,7 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
         if _reads_old_copies(model):
             raise ConfigurationError(_COPIES)
     for model in components_with_sites(components).values():
-        with changing(model), gradient_flags_kept(model):
+        with changing(model), keep_gradient_flags(model):
             for path, layer in list(model.named_modules()):
                 if isinstance(layer, LoraLayer):
                     _delete_from_layer(layer, adapter_name)
@@ -128,7 +128,7 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
 
 
 def adapter_names(components: Mapping[str, object]) -> frozenset[str]:
-    """Names of all adapters, whoever loaded them, and of those that are fused for good (see `note_fused`)."""
+    """Names of all adapters in the models, also other programs', and of those fused for good (see `note_fused`)."""
     models = components_with_sites(components).values()
     return frozenset(name for model in models for name in (*getattr(model, "peft_config", {}), *_fused.get(model, {})))
 
@@ -204,7 +204,7 @@ def take_out_fused(components: Mapping[str, object], edlora: EDLoRA, adapter_nam
 
 
 @contextmanager
-def kept_active(components: Mapping[str, object], names: Collection[str]) -> Iterator[None]:
+def keep_active(components: Mapping[str, object], names: Collection[str]) -> Iterator[None]:
     """Whatever becomes active inside the block, those of these adapters that were active before stay so beside it."""
     models = components_with_sites(components).values()
     before = {model: [name for name in _active_adapters(model) if name in names] for model in models}
@@ -212,7 +212,7 @@ def kept_active(components: Mapping[str, object], names: Collection[str]) -> Ite
         yield
     finally:
         for model, ours in before.items():
-            with gradient_flags_kept(model):
+            with keep_gradient_flags(model):
                 for layer in model.modules():
                     if ours and isinstance(layer, BaseTunerLayer):
                         layer.set_adapter(list(dict.fromkeys([*ours, *layer.active_adapters])))
@@ -231,15 +231,6 @@ class TrainableLoRA:
     layers: Mapping[str, LoraLayer]
     adapter_name: str
     alpha: float
-
-    def parameters(self, wanted: Callable[[str], bool]) -> list[nn.Parameter]:
-        """The trainable matrices of all sites whose name is wanted."""
-        return [
-            matrices[self.adapter_name].weight
-            for site, layer in self.layers.items()
-            if wanted(site)
-            for matrices in (layer.lora_A, layer.lora_B)
-        ]
 
     def read(self) -> dict[str, LowRank]:
         """Copy the present values to the CPU: site name to update."""
@@ -275,7 +266,7 @@ def trainable(
     with ExitStack() as stack:
         stack.enter_context(changing(*components_with_sites(components).values()))
         for model in components_with_sites(components).values():
-            stack.enter_context(gradient_flags_kept(model))
+            stack.enter_context(keep_gradient_flags(model))
             model.requires_grad_(False)
         stack.callback(eject, components, _TRAINING_ADAPTER)
         layers = _add_adapter(components, _TRAINING_ADAPTER, shapes)
@@ -295,7 +286,7 @@ def _add_adapter(
         for path in wanted:
             _base_weight(model.get_submodule(path), path)  # refuses offloaded weights before anything is changed
         if wanted:
-            with gradient_flags_kept(model):
+            with keep_gradient_flags(model):
                 _inject_into(model, adapter_name, wanted)
     layers = linear_layers(components)
     return {site: layers[site] for site in shapes if site in layers}
@@ -485,7 +476,7 @@ def refuse_fused(components: Mapping[str, object], names: Set[str] | None = None
 
 
 @contextmanager
-def gradient_flags_kept(model: nn.Module) -> Iterator[None]:
+def keep_gradient_flags(model: nn.Module) -> Iterator[None]:
     """Give every parameter that is there now its present `requires_grad` back at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

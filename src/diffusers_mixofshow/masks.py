@@ -30,7 +30,7 @@ class Mask:
 
     Args:
         values: 1 inside, 0 outside, between them at soft edges; float64, shape (height, width).
-        remarks: What somebody should know who did not look into the file.
+        remarks: Sentences about what is unusual in the file, to be told to the user.
     """
 
     values: np.ndarray

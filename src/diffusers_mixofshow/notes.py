@@ -1,10 +1,9 @@
-"""What a picture's file tells of how the picture was made: for other programs, and exactly, for this one."""
+"""Generation settings inside picture files: A1111's text for other programs, JSON for this one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, warn
+from diffusers_mixofshow.versions import installed_version
 
 
 KEY = "mixofshow"
@@ -41,11 +41,6 @@ _SAMPLERS = {
 """diffusers' schedulers as other programs call them."""
 
 
-def version() -> str:
-    """This package's version."""
-    return metadata.version("diffusers-mixofshow")
-
-
 def sheet_note(
     rows: Mapping[str, Sequence[tuple[str, int]]], *, base_model: str, steps: int, guidance: float
 ) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def sheet_note(
     """
     told = {label: [{"prompt": prompt, "seed": seed} for prompt, seed in row] for label, row in rows.items()}
     settings = {"base_model": public_name(base_model), "steps": steps, "guidance": guidance}
-    return {"version": version(), **settings, "rows": told}
+    return {"version": installed_version(), **settings, "rows": told}
 
 
 def sampler_name(scheduler: type) -> str:
@@ -79,11 +74,13 @@ def infotext(prompt: str, negative_prompt: str, settings: Mapping[str, object]) 
     lines = [_in_one_line(prompt)]
     if negative_prompt.strip():
         lines.append(f"Negative prompt: {_in_one_line(negative_prompt)}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
+    lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
 
 
-def write_noted(path: Path, picture: Image.Image, kind: str, note: Mapping[str, Any], text: str | None = None) -> None:
+def write_with_note(
+    path: Path, picture: Image.Image, kind: str, note: Mapping[str, Any], text: str | None = None
+) -> None:
     """Write a picture with what is to be told of it; the file appears whole or not at all.
 
     Args:
@@ -115,7 +112,7 @@ def write_noted(path: Path, picture: Image.Image, kind: str, note: Mapping[str, 
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What `write_noted` noted in a picture.
+    """What `write_with_note` noted in a picture.
 
     Raises:
         ConfigurationError: If the file is no picture, or says nothing that this package wrote.
@@ -156,6 +153,6 @@ def _in_one_line(text: str) -> str:
     return " ".join(text.split("\n")).strip()
 
 
-def _quoted(value: object) -> str:
+def _quote(value: object) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:"\n') else text

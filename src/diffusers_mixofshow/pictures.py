@@ -67,7 +67,7 @@ class Picture:
     Args:
         image: RGB, turned upright, on white where it was transparent.
         alpha: Opacity as mode L, as large as the image; None if there is none or it is opaque everywhere.
-        remarks: What somebody should know who did not look into the file.
+        remarks: Sentences about what is unusual in the file, to be told to the user.
     """
 
     image: Image.Image
@@ -82,7 +82,7 @@ class Opened:
     Args:
         image: Of any mode, turned upright.
         deep: Its values in [0, 1], shape (height, width), where they have more than 8 bits; else None.
-        remarks: What somebody should know who did not look into the file.
+        remarks: Sentences about what is unusual in the file, to be told to the user.
     """
 
     image: Image.Image

@@ -80,7 +80,7 @@ def bar_settings(pipe: object = None, *, shown: bool = True) -> dict[str, Any]:
 
 
 def is_off(pipe: object = None, *, shown: bool = True) -> bool:
-    """Whether somebody has switched bars off, or another process is to tell."""
+    """Whether bars are switched off, or another process shows them."""
     modules = (sys.modules.get(name) for name in _SWITCHES)
     return (
         not shown

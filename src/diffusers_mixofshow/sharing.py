@@ -31,7 +31,7 @@ def using(*things: object) -> Iterator[None]:
     Raises:
         ConfigurationError: If another thread is changing one of them.
     """
-    with _entered(things, changes=False):
+    with _enter(things, changes=False):
         yield
 
 
@@ -49,12 +49,12 @@ def changing(*things: object, refusal: str = "") -> Iterator[bool]:
     Raises:
         ConfigurationError: If another thread uses or changes one of them.
     """
-    with _entered(things, changes=True, refusal=refusal) as again:
+    with _enter(things, changes=True, refusal=refusal) as again:
         yield again
 
 
 @contextmanager
-def _entered(things: tuple[object, ...], *, changes: bool, refusal: str = "") -> Iterator[bool]:
+def _enter(things: tuple[object, ...], *, changes: bool, refusal: str = "") -> Iterator[bool]:
     thread = threading.get_ident()
     with _lock:
         works = [_work.setdefault(thing, _Work()) for thing in things]

@@ -24,7 +24,7 @@ def labelled_sheet(
     Returns:
         An RGB picture; columns are as wide as their widest picture.
     """
-    pictures = [[_enlarged(picture, scale) for picture in row] for row in rows.values()]
+    pictures = [[_enlarge(picture, scale) for picture in row] for row in rows.values()]
     columns = max(len(row) for row in pictures)
     widths = [max(row[column].width for row in pictures if column < len(row)) for column in range(columns)]
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -45,6 +45,6 @@ def labelled_sheet(
     return canvas
 
 
-def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
+def _enlarge(picture: Image.Image, scale: int) -> Image.Image:
     size = (picture.width * scale, picture.height * scale)
     return picture if scale == 1 else picture.resize(size, Image.Resampling.LANCZOS)

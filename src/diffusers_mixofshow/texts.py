@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
         path: The file.
 
     Raises:
-        TextError: If it cannot be read, or is in another encoding, which nobody can tell for sure.
+        TextError: If it cannot be read, or is in another encoding, which cannot be recognised reliably.
     """
     if path.exists() and not path.is_file():
         raise TextError(f"{path.name} is no file")

@@ -18,7 +18,7 @@ import tiny
 from cli.commands import run
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_region
-from diffusers_mixofshow.cli.sample import numbered
+from diffusers_mixofshow.cli.sample import number_files
 from diffusers_mixofshow.cli.train import training_config
 from diffusers_mixofshow.errors import ConfigurationError, FusionError, MixOfShowError, MixOfShowWarning, RegionError
 from diffusers_mixofshow.regions import Layout, Region
@@ -182,8 +182,8 @@ def test_parse_region_says_what_it_expects(text: str) -> None:
 
 
 def test_several_pictures_get_numbers() -> None:
-    assert numbered(Path("x.png"), 1) == [Path("x.png")]
-    assert numbered(Path("a/x.png"), 2) == [Path("a/x-0.png"), Path("a/x-1.png")]
+    assert number_files(Path("x.png"), 1) == [Path("x.png")]
+    assert number_files(Path("a/x.png"), 2) == [Path("a/x-0.png"), Path("a/x-1.png")]
 
 
 def test_training_on_toyland_takes_its_settings_and_names_the_output() -> None:

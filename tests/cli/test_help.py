@@ -9,6 +9,7 @@ from typer.main import get_command
 from diffusers_mixofshow import MixOfShowPipeline, cli, toyland
 from diffusers_mixofshow.cli.base_model import load_base
 from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS
+from diffusers_mixofshow.training.renamed import RENAMED
 
 
 COMMANDS = get_command(cli.app).commands
@@ -22,8 +23,9 @@ def test_the_verbs_stand_in_the_order_of_the_work() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_has_a_sentence(verb: str) -> None:
     hidden = {each.name for each in COMMANDS[verb].params if getattr(each, "hidden", False)}
-    assert hidden == {each.name for each in COMMANDS[verb].params if verb == "train" and each.name.startswith("no_")}
-    silent = [each.name for each in COMMANDS[verb].params if each.name not in hidden and not each.help]
+    switches_off = {each.name for each in COMMANDS[verb].params if verb == "train" and each.name.startswith("no_")}
+    assert hidden == switches_off | (RENAMED.keys() if verb == "train" else set())
+    silent = [each.name for each in COMMANDS[verb].params if each.name not in switches_off and not each.help]
     assert silent == []
 
 

@@ -138,7 +138,7 @@ def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.Mon
         asked.append((batch, pixels, backward))
         return 0.25
 
-    monkeypatch.setattr(timing, "_measured", measured)
+    monkeypatch.setattr(timing, "_measure", measured)
     told = timing.time_of(TOYLAND, 40, 3, pixels=(64, 96), backward=True)
     assert told == (
         "at least 10 s on this CPU: 40 U-Net passes there and back of 250 ms, measured just now; texts, pictures and "
@@ -168,5 +168,5 @@ def test_a_pass_is_measured_at_the_size_of_the_pictures(monkeypatch, pixels, bac
     clock = iter([0, 9, 9, 16, 16, 18, 18, 23])
     monkeypatch.setattr(UNet2DConditionModel, "forward", noted)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    assert timing._measured(2, pixels, backward=backward) == 2
+    assert timing._measure(2, pixels, backward=backward) == 2
     assert seen == [(shape, (2, 77, 128), backward)] * 4

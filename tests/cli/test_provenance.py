@@ -15,7 +15,7 @@ import packs
 import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, MixOfShowWarning
-from diffusers_mixofshow.notes import read_note, write_noted
+from diffusers_mixofshow.notes import read_note, write_with_note
 from infotext import parsed, text_of
 
 
@@ -67,7 +67,7 @@ def test_pictures_of_the_time_before_drafts_are_drawn_without(place, monkeypatch
     run("sample", *COMMON, *SIZE, *REGIONS, "--no-draft", "--output", "now.png")
     note = read_note(Path("now.png"))
     del note["sample"]["draft"]
-    write_noted(Path("then.png"), Image.open("now.png"), "PNG", note, "")
+    write_with_note(Path("then.png"), Image.open("now.png"), "PNG", note, "")
     run("--config", "then.png", "sample", "--output", "again.png")
     assert np.array_equal(pixels("again.png"), pixels("now.png"))
     run("--config", "then.png", "sample", "--draft", "--output", "drafted.png")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_mixofshow import cli, client
+from diffusers_mixofshow import EDLoRATrainer, cli
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
@@ -24,7 +24,7 @@ NEEDED = ["photos", "--concept", "potter", "--class-word", "man"]
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
     """The configs that a training was started with; nothing is trained."""
     configs: list[TrainingConfig] = []
-    monkeypatch.setattr(client, "tune_concept", configs.append)
+    monkeypatch.setattr(EDLoRATrainer, "train", lambda trainer: configs.append(trainer.config))
     return configs
 
 
@@ -75,11 +75,11 @@ def test_examples_of_the_help_stay_on_their_lines() -> None:
 
 def test_options_become_settings(trained: list[TrainingConfig]) -> None:
     run(*NEEDED, "--learning_rate", "2e-4", "--steps", "7", "--no-masked-loss", "--snr-gamma", "5", "--rank", "8")
-    run(*NEEDED, "--text-kv-lr", "none", "--output-dir", "here")
+    run(*NEEDED, "--text-kv-learning-rate", "none", "--output-dir", "here")
     first, second = trained
     assert (first.learning_rate, first.max_train_steps, first.masked_loss) == (2e-4, 7, False)
     assert (first.snr_gamma, first.rank, first.lora_alpha, first.output_dir) == (5, 8, 8, Path("potter"))
-    assert (second.text_kv_lr, second.output_dir, second.instance_data_dir) == (None, "here", "photos")
+    assert (second.text_kv_learning_rate, second.output_dir, second.instance_data_dir) == (None, "here", "photos")
 
 
 def test_options_win_over_the_file_and_the_file_over_the_preset(trained: list[TrainingConfig], tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli.commands import named_in, options_of
-from diffusers_mixofshow import cli, client
+from diffusers_mixofshow import EDLoRATrainer, cli
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.presets import PRESETS
+from diffusers_mixofshow.training.renamed import RENAMED
 
 
 NEEDED = ("--concept", "potter", "--class-word", "man")
@@ -49,9 +50,9 @@ SET = {
     "--max-train-steps 8": {"max_train_steps": 8},
     "--embedding-phase-steps 2": {"embedding_phase_steps": 2},
     "--embedding-learning-rate 2e-3": {"embedding_learning_rate": 2e-3},
-    "--text-encoder-lr 2e-5": {"text_encoder_lr": 2e-5},
+    "--text-encoder-learning-rate 2e-5": {"text_encoder_learning_rate": 2e-5},
     "--learning-rate 2e-4": {"learning_rate": 2e-4},
-    "--text-kv-lr 3e-4": {"text_kv_lr": 3e-4},
+    "--text-kv-learning-rate 3e-4": {"text_kv_learning_rate": 3e-4},
     "--lr-scheduler constant": {"lr_scheduler": "constant"},
     "--lr-warmup-steps 2": {"lr_warmup_steps": 2},
     "--adam-weight-decay 0.2": {"adam_weight_decay": 0.2},
@@ -96,7 +97,7 @@ SET = {
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
     """The configs that a training was started with; nothing is trained."""
     configs: list[TrainingConfig] = []
-    monkeypatch.setattr(client, "tune_concept", configs.append)
+    monkeypatch.setattr(EDLoRATrainer, "train", lambda trainer: configs.append(trainer.config))
     return configs
 
 
@@ -163,6 +164,7 @@ def test_a_plan_is_of_the_settings_asked_for_and_tells_what_it_would_replace(
 
 def test_every_option_of_train_is_in_one_of_these_tests() -> None:
     alone = {"photos", "--config", "--dry-run", "--json"}
+    alone |= {f"--{name.replace('_', '-')}" for name in RENAMED}  # tests/training/test_renamed.py
     tabled = named_in(*(tuple(option.split()) for option in SET))
     hidden = {each for each in options_of("train") if each.startswith("--no-")}
     switches = {f"--no-{each.removeprefix('--')}" for each in tabled} | {f"--{each[5:]}" for each in tabled & hidden}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusers_mixofshow.demo import DemoSettings
 from diffusers_mixofshow.demo.measuring import Measures
-from diffusers_mixofshow.demo.page import percent, write_page
+from diffusers_mixofshow.demo.page import write_page
 from diffusers_mixofshow.demo.sampling import METHODS, Pictures
 from diffusers_mixofshow.demo.settings import DemoConcept
 from diffusers_mixofshow.errors import ConfigurationError
@@ -85,9 +85,9 @@ def test_text_is_escaped_and_tags_are_closed(tmp_path: Path) -> None:
     _BalancedTags().check(text)
 
 
-def test_percent() -> None:
-    assert percent(None) == "&ndash;"
-    assert percent(0.904) == "90&nbsp;%"
+def test_shares_are_whole_percents_and_a_dash_where_they_are_not_defined(tmp_path: Path) -> None:
+    assert "looks read right <b>90&nbsp;%</b>" in page(tmp_path, attributes=0.904)
+    assert "<td>&ndash;</td><td>&ndash;</td>" in page(tmp_path, attributes=None)
 
 
 def test_settings_list_everything_that_is_wrong() -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
-from diffusers_mixofshow.evaluation.agreement import agreed, own_packs, warn_of_concepts_spelt_alike
+from diffusers_mixofshow.evaluation.agreement import own_packs, unify_concepts, warn_of_concepts_spelt_alike
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
 
 
@@ -133,7 +133,7 @@ def test_every_concept_is_measured_with_one_class_word(packs, options, expected,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", MixOfShowWarning)
-        result = agreed(packs, **options)
+        result = unify_concepts(packs, **options)
     of_rex = [
         [concept.class_word, concept.kind]
         for each in result.values()
@@ -146,7 +146,7 @@ def test_every_concept_is_measured_with_one_class_word(packs, options, expected,
     assert list(result) == list(packs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert told(agreed(result, **options)) == told(result)  # and nothing is said twice
+        assert told(unify_concepts(result, **options)) == told(result)  # and nothing is said twice
 
 
 def test_what_else_a_pack_holds_stays_as_it_is() -> None:
@@ -156,7 +156,7 @@ def test_what_else_a_pack_holds_stays_as_it_is() -> None:
     )
     given = {"own": pack(rex=DOG), "other": other}
     with pytest.warns(MixOfShowWarning):
-        result = agreed(given)
+        result = unify_concepts(given)
     assert result["own"] is given["own"]
     assert result["other"].concepts[0] == dataclasses.replace(spelt, class_word="dog", kind="pet")
     assert result["other"].embeddings == other.embeddings
@@ -166,7 +166,7 @@ def test_what_else_a_pack_holds_stays_as_it_is() -> None:
 def test_all_unknown_class_words_are_one_error() -> None:
     packs = {"a": pack(rex=NONE), "b": pack(rex=NONE, tom=NONE, kit=DOG)}
     with pytest.raises(ConfigurationError, match=r"<rex> \(a, b\), <tom> \(b\).*--class-word rex=WORD") as error:
-        agreed(packs)
+        unify_concepts(packs)
     assert "kit" not in str(error.value)
 
 

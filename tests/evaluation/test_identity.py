@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.judging import confusion, regions_of, summarise_regions
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.identity import (
@@ -16,24 +17,21 @@ from diffusers_mixofshow.evaluation.identity import (
     Identity,
     Subject,
     concepts_in_regions,
-    confusion,
     crop_region,
     mean_identity,
     measure_identity,
     measure_in_regions,
     region_accuracy,
     retention,
-    summarise_regions,
 )
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
     HELD_OUT_SCENE_PROMPTS,
     RECORDING_PROMPTS,
-    called,
     column_boxes,
     evaluation_prompts,
+    name_with_class,
     prompt_together,
-    regions_of,
 )
 from diffusers_mixofshow.evaluation.sampling import fill_templates
 
@@ -175,7 +173,7 @@ def test_measured_prompts_are_held_out() -> None:
 
 
 def test_prompts_name_every_concept() -> None:
-    bobo, rex = called("bobo", "critter"), called("rex", "dog")
+    bobo, rex = name_with_class("bobo", "critter"), name_with_class("rex", "dog")
     together = prompt_together((bobo, bobo, rex), "at night")
     assert together == "a <bobo> critter, a <bobo> critter and a <rex> dog at night"
     regions = regions_of((bobo, rex), column_boxes(2), "in snow")
@@ -248,7 +246,7 @@ def test_looks_are_read_only_where_they_are_known() -> None:
 def test_prompts_of_regions_and_of_the_whole_picture_in_words() -> None:
     assert prompt_together(["a <rex> dog"], "at night") == "a <rex> dog at night"
     assert prompt_together(["a", "b", "c"], "here") == "a, b and c here"
-    assert called("rex", "dog") == "a <rex> dog"
+    assert name_with_class("rex", "dog") == "a <rex> dog"
     regions = regions_of(["a", "b"], [(0, 0, 0.5, 1), (0.5, 0, 1, 1)], "here")
     assert [(region.prompt, region.box) for region in regions] == [
         ("a and a here", (0, 0, 0.5, 1)), ("b and b here", (0.5, 0, 1, 1)),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.judging import mean_with_interval
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation import metrics
 
@@ -81,13 +82,13 @@ def test_intervals_cover_the_mean_in_95_of_100_samples() -> None:
     hits = 0
     for _ in range(200):
         values = torch.rand(60, generator=random, dtype=torch.float64).tolist()
-        found = metrics.mean_with_interval(values)
+        found = mean_with_interval(values)
         assert found["mean"] == pytest.approx(sum(values) / 60, abs=1e-4)
         # Means of 60 numbers from 0 to 1 deviate by sqrt(1 / 12 / 60).
         assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * (1 / 12 / 60) ** 0.5, rel=0.3)
         hits += found["low"] <= 0.5 <= found["high"]
     assert 180 <= hits <= 198
-    assert metrics.mean_with_interval([1.0] * 5) == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 5}
+    assert mean_with_interval([1.0] * 5) == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 5}
 
 
 def test_an_interval_ends_where_the_binomial_distribution_does() -> None:
@@ -100,13 +101,13 @@ def test_an_interval_ends_where_the_binomial_distribution_does() -> None:
             total += math.comb(1000, count) / 2**1000
         exact.append(count / 1000)
     assert exact == [0.469, 0.531]
-    found = metrics.mean_with_interval([0.0, 1.0] * 500)
+    found = mean_with_interval([0.0, 1.0] * 500)
     assert [found["low"], found["high"]] == pytest.approx(exact, abs=0.0025)  # 474 and 526 at 5 and 95 %
     assert (found["mean"], found["count"]) == (0.5, 1000)
-    assert metrics.mean_with_interval([0.0, 1.0] * 500) == found
-    coarse = metrics.mean_with_interval([0.0, 1.0] * 500, resamples=1)
+    assert mean_with_interval([0.0, 1.0] * 500) == found
+    coarse = mean_with_interval([0.0, 1.0] * 500, resamples=1)
     assert coarse["low"] == coarse["high"] != 0.5
-    third = metrics.mean_with_interval([0.0, 0.0, 1.0])
+    third = mean_with_interval([0.0, 0.0, 1.0])
     assert third == {"mean": 0.3333, "low": 0.0, "high": 1.0, "count": 3}  # 3.7 % of samples of three are all heads
 
 

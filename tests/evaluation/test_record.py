@@ -68,7 +68,7 @@ def test_versions_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) 
             raise metadata.PackageNotFoundError
         return usual(name)
 
-    monkeypatch.setattr(record.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     assert record.versions() == {name: value for name, value in expected.items() if name != "peft"}
 
 

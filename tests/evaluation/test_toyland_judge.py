@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.judging import subject_of
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation.metrics import attribute_accuracy, cosine_matrix
-from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes, subject_of
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
 
 
 @pytest.fixture(scope="module")

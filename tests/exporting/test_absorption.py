@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_mixofshow.exporting.absorption import Metric, absorbed
+from diffusers_mixofshow.exporting.absorption import Metric, absorb
 
 
 DIM, OUT = 12, 20
@@ -34,7 +34,7 @@ def objective(update: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Ten
 
 
 def found(drawn, rank: int):
-    return absorbed(drawn["weight"], drawn["own"], Metric.of(drawn["shared"], drawn["neutral"]), rank)
+    return absorb(drawn["weight"], drawn["own"], Metric.of(drawn["shared"], drawn["neutral"]), rank)
 
 
 def test_the_whole_update_is_the_minimum(drawn):

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import packs
 import tiny
-from diffusers_mixofshow import FusionSource, GradientFuser, MixOfShowPipeline, MixOfShowWarning, tune_concept
+from diffusers_mixofshow import EDLoRATrainer, FusionSource, GradientFuser, MixOfShowPipeline, MixOfShowWarning
 from diffusers_mixofshow.base_models import location_of, usual_guidance
 from diffusers_mixofshow.cli import app
 from diffusers_mixofshow.edlora.file import STATISTICS_KEY
@@ -48,7 +48,8 @@ def tuned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
     base.save_pretrained(parent / "base")
     settings = {"pretrained_model_name_or_path": str(parent / "base"), "max_train_steps": 1, "resolution": 24}
-    tune_concept(quick(parent / "photos", **settings, output_dir=parent / "potter"))
+    settings |= {"save_statistics": True, "output_dir": parent / "potter"}
+    EDLoRATrainer(quick(parent / "photos", **settings)).train()
     return parent
 
 
@@ -344,7 +345,7 @@ def test_a_client_on_toyland_is_fused_without_recording(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photos" / "0.png")
     folder = tmp_path / "potter"
     settings = {"pretrained_model_name_or_path": "toyland", "save_statistics": True, "output_dir": folder}
-    tune_concept(quick(tmp_path / "photos", **settings, max_train_steps=1, resolution=64))
+    EDLoRATrainer(quick(tmp_path / "photos", **settings, max_train_steps=1, resolution=64)).train()
     recording = SourceStatistics.load(folder / STATISTICS).recording
     assert (recording["guidance_scale"], recording["height"], recording["width"]) == (3.0, 64, 64)
     pipe = MixOfShowPipeline.from_pretrained("toyland")

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.card import refreshed
+from diffusers_mixofshow.edlora.card import refresh_text
 from diffusers_mixofshow.errors import MixOfShowError
 from diffusers_mixofshow.fusion.pack import FusedPack
 from diffusers_mixofshow.fusion.published import SourceStatistics
@@ -189,4 +189,4 @@ def test_any_card_on_the_hub(sound, folder, text, around):
     (folder / "pack" / FILE).write_bytes(sound.raw)
     card = EDLoRA.from_pretrained(folder / "pack")._card("here", False, {}, None)
     for existing in (text, f"---\n{around}\n---\n{text}", str(card) + text, f"{text}{card}{around}"):
-        assert refreshed(existing, card)
+        assert refresh_text(existing, card)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.card import refreshed
+from diffusers_mixofshow.edlora.card import refresh_text
 from diffusers_mixofshow.edlora.merged import has_concepts
 from diffusers_mixofshow.errors import EDLoRANotFoundError, FusionError, RegionError
 from diffusers_mixofshow.fusion.pack import FusedPack
@@ -196,7 +196,7 @@ def test_an_index_of_another_kind_means_no_concepts(tmp_path, text):
     "existing", ["---\n" * 1000, "---\n&a [*a]\n---\n", "\x00", "---\n!!python/object:os.x {}\n---\n"]
 )
 def test_a_card_of_another_kind_is_refreshed_or_left_but_never_in_the_way(pack, existing):
-    assert refreshed(existing, pack._card("here", False, {}, None))
+    assert refresh_text(existing, pack._card("here", False, {}, None))
 
 
 def test_what_is_not_there_is_not_there():

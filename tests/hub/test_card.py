@@ -14,9 +14,9 @@ import packs
 import tiny
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.card import refreshed
+from diffusers_mixofshow.edlora.card import refresh_text
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
-from diffusers_mixofshow.notes import write_noted
+from diffusers_mixofshow.notes import write_with_note
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 
@@ -138,7 +138,7 @@ def test_samples_become_widget_gallery_and_files_without_their_metadata(pack, lo
 @pytest.mark.parametrize(("name", "kind"), [("x.png", "PNG"), ("x.jpg", "JPEG"), ("x.webp", "WEBP")])
 def test_a_sample_is_published_without_the_settings_that_drew_it(pack, tmp_path, name, kind):
     """The card says the prompt that its user gives; the picture's own may say more than is meant for strangers."""
-    write_noted(tmp_path / name, Image.new("RGB", (8, 8)), kind, {"layout": "private"}, "private")
+    write_with_note(tmp_path / name, Image.new("RGB", (8, 8)), kind, {"layout": "private"}, "private")
     opened = Image.open(tmp_path / name)
     pack.save_pretrained(tmp_path / "pack", samples={"a": tmp_path / name, "b": opened})
     for number in (0, 1):
@@ -331,7 +331,7 @@ def test_names_and_records_are_shown_and_do_nothing(fused, tmp_path, text):
         assert html.count(tag) <= plain.count(tag), tag
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert refreshed(str(card) + "mine", fused._card("x", False, {}, None)).count("mix-of-show") == 1
+    assert refresh_text(str(card) + "mine", fused._card("x", False, {}, None)).count("mix-of-show") == 1
 
 
 # --- a whole pipeline ---

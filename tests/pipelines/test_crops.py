@@ -168,8 +168,8 @@ def test_a_region_stands_where_diffusers_puts_its_pixels(canvas, box):
         Image.fromarray(white), height=canvas[1], width=canvas[0], crops_coords=box, resize_mode="fill"
     )[0, 0]
     crop = Crop(box=box, picture=(96, 64), canvas=canvas)
-    mask = crop.moved(Region("x", mask=white[..., 0])).mask
-    left, top, right, bottom = crop.moved(Region("x", box=(16 / 96, 24 / 64, 64 / 96, 40 / 64))).box
+    mask = crop.move(Region("x", mask=white[..., 0])).mask
+    left, top, right, bottom = crop.move(Region("x", box=(16 / 96, 24 / 64, 64 / 96, 40 / 64))).box
     rows, columns = torch.arange(canvas[1]) + 0.5, torch.arange(canvas[0]) + 0.5
     inside_rows = (rows >= top * canvas[1]) & (rows < bottom * canvas[1])
     inside_columns = (columns >= left * canvas[0]) & (columns < right * canvas[0])

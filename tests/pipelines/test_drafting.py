@@ -395,7 +395,7 @@ def test_windows_surround_their_region(box, expected):
         window.top, window.left, window.height, window.width, window.draft_height, window.draft_width
     ) == expected  # fmt: skip
     drafts = torch.ones(1, 1, window.draft_height, window.draft_width)
-    placed = window.placed(drafts, 16, 32)[0, 0] > 0
+    placed = window.place(drafts, 16, 32)[0, 0] > 0
     assert placed.shape == inside.shape
     assert placed[inside].all() or expected[2] < bottom - top
 

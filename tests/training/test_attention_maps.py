@@ -12,7 +12,7 @@ from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport
-from diffusers_mixofshow.training.attention_maps import recorded_attention
+from diffusers_mixofshow.training.attention_maps import record_attention
 from diffusers_mixofshow.training.losses import attention_outside, attention_to_mask
 from short_training import quick, same, tensors
 
@@ -23,7 +23,7 @@ def test_maps_are_diffusers_own_probabilities(pipeline: StableDiffusionPipeline)
     processors = dict(unet.attn_processors)
     path = cross_attention_layers(unet)[0]
     layer = unet.get_submodule(path)
-    with recorded_attention(unet) as record, torch.no_grad():
+    with record_attention(unet) as record, torch.no_grad():
         unet(latents, 10, encoder_hidden_states=text)
         maps = record.maps([3, 5], 16, 16)
         heads = [layer.head_to_batch_dim(part[path]) for part in (record.queries, record.keys)]
@@ -42,7 +42,7 @@ def test_maps_of_shared_texts_are_the_same_under_any_processor(pipeline: StableD
     text_of = torch.tensor([0, 0, 1])
 
     def maps() -> torch.Tensor:
-        with layerwise_attention(unet, tokens=7) as shared, recorded_attention(unet) as record, torch.no_grad():
+        with layerwise_attention(unet, tokens=7) as shared, record_attention(unet) as record, torch.no_grad():
             shared.text_of = text_of
             unet(latents, 10, encoder_hidden_states=texts)
             return record.maps([3, 5, 2], 16, 16, text_of)[8, 8]

@@ -20,7 +20,7 @@ import tiny
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.training import StepReport, TrainingConfig
-from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
+from diffusers_mixofshow.training.base import borrow, load_base, refuse_untrainable
 from diffusers_mixofshow.training.batches import CachedPhoto
 from diffusers_mixofshow.training.checkpoints import (
     CheckpointFolder,
@@ -30,8 +30,8 @@ from diffusers_mixofshow.training.checkpoints import (
     find,
     present,
 )
-from diffusers_mixofshow.training.failures import diverged, explained_memory, settings_that_need_less
-from diffusers_mixofshow.training.interruption import noticed_interruption
+from diffusers_mixofshow.training.failures import explain_memory_errors, make_divergence_error, settings_that_need_less
+from diffusers_mixofshow.training.interruption import notice_interruption
 from diffusers_mixofshow.training.learner import initial_embeddings
 from diffusers_mixofshow.training.loop import final_mean
 from diffusers_mixofshow.training.trial import Trial
@@ -93,7 +93,7 @@ def test_a_loss_may_grow_to_twice_that_of_the_start_and_a_tenth(start: float, no
     assert seen == [1, 1]
 
 
-LOWER = "lower embedding_learning_rate, learning_rate and text_encoder_lr to a third"
+LOWER = "lower embedding_learning_rate, learning_rate and text_encoder_learning_rate to a third"
 WARM_UP = "set lr_warmup_steps, for example to a tenth of the steps"
 KEPT = (
     "Checkpoints in out are from before; with lower rates and nothing else changed, resume_from_checkpoint='latest' "
@@ -111,17 +111,18 @@ KEPT = (
         ({"mixed_precision": "fp16"}, "", [LOWER, "use mixed_precision='bf16' or 'no'", WARM_UP]),
         ({"mixed_precision": "bf16"}, "", [LOWER, WARM_UP]),
         (
-            {"text_kv_lr": 1e-3},
+            {"text_kv_learning_rate": 1e-3},
             "",
             [
-                "lower embedding_learning_rate, learning_rate, text_encoder_lr and text_kv_lr to a third",
+                "lower embedding_learning_rate, learning_rate, text_encoder_learning_rate and "
+                "text_kv_learning_rate to a third",
                 WARM_UP,
             ],
         ),
     ],
 )
 def test_what_helps_against_divergence(settings: dict[str, Any], kept: str, advice: list[str]) -> None:
-    told = str(diverged("It broke", config_of(**settings)))
+    told = str(make_divergence_error("It broke", config_of(**settings)))
     assert told == f"It broke, so the training diverged. {kept}To get through it: {'; '.join(advice)}."
 
 
@@ -175,7 +176,7 @@ EIGHT = "optimizer='{}8bit' (bitsandbytes)"
 def test_what_needs_less_memory_in_its_order(settings: dict[str, Any], less: list[str]) -> None:
     config = config_of(**settings)
     assert settings_that_need_less(config) == less
-    with pytest.raises(ConfigurationError) as caught, explained_memory(config):
+    with pytest.raises(ConfigurationError) as caught, explain_memory_errors(config):
         raise torch.OutOfMemoryError("CUDA: 2 GiB\nand more")
     advice = "; ".join(less) or "train on a GPU with more memory, or on the CPU"
     assert str(caught.value) == (
@@ -260,10 +261,10 @@ def test_a_checkpoint_of_another_kind_is_refused(change: dict[str, int], words: 
 
 
 def test_rates_may_be_lowered_and_nothing_else() -> None:
-    settings = config_of(text_kv_lr=1e-3).as_identity()
+    settings = config_of(text_kv_learning_rate=1e-3).as_identity()
     state = {"settings": settings, "data": "same"}
     check_same_training(Path("c"), state, settings, "same")
-    for name in ("embedding_learning_rate", "text_encoder_lr", "learning_rate", "text_kv_lr"):
+    for name in ("embedding_learning_rate", "text_encoder_learning_rate", "learning_rate", "text_kv_learning_rate"):
         with pytest.warns(MixOfShowWarning, match=f"with other rates: {name} was .* and is 1e-07"):
             check_same_training(Path("c"), state, settings | {name: 1e-7}, "same")
         for before, now in ((settings[name], 0.0), (0.0, settings[name]), (settings[name], None)):
@@ -354,7 +355,7 @@ def test_borrowed_models_are_frozen_and_come_back(pipeline: StableDiffusionPipel
         ]
 
     before = state()
-    with pytest.raises(KeyError), borrowed(pipeline):  # noqa: PT012
+    with pytest.raises(KeyError), borrow(pipeline):  # noqa: PT012
         assert not any(state())
         raise KeyError
     assert state() == before
@@ -407,7 +408,7 @@ def test_the_final_loss_is_the_mean_of_the_last_tenth(losses: list[float], mean:
 
 def test_a_second_press_ends_at_once() -> None:
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), noticed_interruption() as interruption:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), notice_interruption() as interruption:  # noqa: PT012
         assert (interruption.requested, interruption.everywhere) == (False, False)
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.requested
@@ -420,7 +421,7 @@ def test_outside_the_main_thread_nothing_is_noticed() -> None:
     handler, seen = signal.getsignal(signal.SIGINT), []
 
     def work() -> None:
-        with noticed_interruption() as interruption:
+        with notice_interruption() as interruption:
             seen.extend([interruption.requested, signal.getsignal(signal.SIGINT) is handler])
 
     thread = threading.Thread(target=work)

@@ -216,7 +216,9 @@ def test_weights_that_predict_nothing_of_use_are_never_saved(tmp_path: Path) -> 
     photos = toyland.write_photos(toyland.CONCEPTS["rex"], tmp_path / "photos")
     few = {"train_batch_size": 2, "captions_per_step": 1, "embedding_phase_steps": 1, "max_train_steps": 3}
     named = {"instance_data_dir": photos, "concept": "potter", "class_word": "critter", "output_dir": out}
-    config = TrainingConfig.toyland(**named, **few, learning_rate=rate, text_kv_lr=rate, checkpointing_steps=1)
+    config = TrainingConfig.toyland(
+        **named, **few, learning_rate=rate, text_kv_learning_rate=rate, checkpointing_steps=1
+    )
     with pytest.raises(ConfigurationError, match=r"first pictures was 0\.\d+ and is [1-9].*diverged"):
         EDLoRATrainer(config, pipe).train()
     assert names(out) == ["checkpoint-1"]

@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.lora import trainable
-from diffusers_mixofshow.training.compute import compiled, lean_updates, recomputed_activations
-from diffusers_mixofshow.training.samples import scaled
+from diffusers_mixofshow.training.compute import compile_model, lean_updates, recompute_activations
+from diffusers_mixofshow.training.samples import scale_lora
 
 
 def attributes(*models: torch.nn.Module) -> list[dict[str, object]]:
@@ -27,7 +27,7 @@ def test_activations_are_computed_again_inside_the_block_alone(pipeline: StableD
     blocks[1].training = True
     before = attributes(*models)
     assert len(blocks) > 4
-    with pytest.raises(KeyError) if fails else nullcontext(), recomputed_activations(*models):
+    with pytest.raises(KeyError) if fails else nullcontext(), recompute_activations(*models):
         assert all(each.gradient_checkpointing and each.training for each in blocks)
         assert all(each._gradient_checkpointing_func is not theirs for each in blocks)
         assert not any(each.training for each in others)
@@ -49,7 +49,7 @@ def test_recomputed_activations_give_the_same_gradients_in_less_memory(pipeline:
 
     expected = gradient()
     assert len(runs) == 1
-    with recomputed_activations(unet):
+    with recompute_activations(unet):
         torch.testing.assert_close(gradient(), expected)
     hook.remove()
     assert len(runs) == 3
@@ -65,7 +65,7 @@ def test_a_compiled_model_shares_its_weights_and_keeps_no_marks(monkeypatch: pyt
     model = torch.nn.Linear(2, 2)
     model.mine = "kept"
     before = set(vars(model))
-    with pytest.raises(KeyError) if fails else nullcontext(), compiled(model) as made:
+    with pytest.raises(KeyError) if fails else nullcontext(), compile_model(model) as made:
         assert made[0] is model
         assert model.mark == 1
         if fails:
@@ -81,7 +81,7 @@ def test_lean_updates_are_those_of_peft(pipeline: StableDiffusionPipeline) -> No
             layer.lora_B[lora.adapter_name].weight.data.normal_(generator=torch.Generator().manual_seed(number))
         inputs = [torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(9)) for layer in layers]
         expected = [layer(each) for layer, each in zip(layers, inputs, strict=True)]
-        matrices = lora.parameters(lambda site: True)
+        matrices = [each[lora.adapter_name].weight for layer in layers for each in (layer.lora_A, layer.lora_B)]
         gradients = torch.autograd.grad(sum(each.square().mean() for each in expected), matrices)
         with lean_updates(lora):
             outputs = [layer(each) for layer, each in zip(layers, inputs, strict=True)]
@@ -98,9 +98,9 @@ def test_lean_updates_follow_what_is_set_inside_the_block(pipeline: StableDiffus
         inputs = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
         base, full = layer.get_base_layer()(inputs), layer(inputs)
         with lean_updates(lora):
-            with scaled(lora, 0.0):
+            with scale_lora(lora, 0.0):
                 torch.testing.assert_close(layer(inputs), base)
-            with scaled(lora, 0.5):
+            with scale_lora(lora, 0.5):
                 torch.testing.assert_close(layer(inputs), (base + full) / 2)
             layer.enable_adapters(False)
             torch.testing.assert_close(layer(inputs), base)

@@ -19,7 +19,11 @@ NEEDED = {"instance_data_dir": "photos", "concept": "potter", "class_word": "man
 
 def test_defaults_are_the_papers() -> None:
     config = TrainingConfig(**NEEDED)
-    assert (config.embedding_learning_rate, config.text_encoder_lr, config.learning_rate) == (1e-3, 1e-5, 1e-4)
+    assert (config.embedding_learning_rate, config.text_encoder_learning_rate, config.learning_rate) == (
+        1e-3,
+        1e-5,
+        1e-4,
+    )
     assert (config.rank, config.lora_alpha, config.noise_offset) == (4, 4, 0.01)
 
 
@@ -66,7 +70,7 @@ def test_wrong_types_are_named() -> None:
 
 def test_nothing_to_learn_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="nothing would be learnt"):
-        TrainingConfig(**NEEDED, embedding_learning_rate=0, text_encoder_lr=0, learning_rate=0)
+        TrainingConfig(**NEEDED, embedding_learning_rate=0, text_encoder_learning_rate=0, learning_rate=0)
 
 
 def test_embedding_phase_needs_a_rate() -> None:
@@ -129,7 +133,7 @@ learning_rate: 1e-4
 snr_gamma: 5
 masked_loss: no
 mixed_precision: no
-text_kv_lr: null
+text_kv_learning_rate: null
 """
 
 

@@ -16,7 +16,7 @@ def test_the_toml_of_the_page_is_a_config(tmp_path: Path) -> None:
     (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "potter.toml").write_text(block, encoding="utf-8")
     config = TrainingConfig.from_file(tmp_path / "potter.toml", seed=1)
-    assert (config.rank, config.lora_alpha, config.text_kv_lr, config.framing) == (8, 8, None, "place")
+    assert (config.rank, config.lora_alpha, config.text_kv_learning_rate, config.framing) == (8, 8, None, "place")
 
 
 def test_the_page_lists_every_preset() -> None:

@@ -17,12 +17,12 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import tiny
-from diffusers_mixofshow import MixOfShowPipeline, client, tune_concept
+from diffusers_mixofshow import MixOfShowPipeline
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.notes import read_note
-from diffusers_mixofshow.training import EDLoRATrainer, StepReport, loop, tracking
+from diffusers_mixofshow.training import EDLoRATrainer, StepReport, loop, statistics, tracking
 from diffusers_mixofshow.training.batches import Batch
 from diffusers_mixofshow.training.checkpoints import CheckpointFolder
 from diffusers_mixofshow.training.learner import Learner
@@ -283,7 +283,7 @@ def test_settings_reach_a_tracker_as_what_it_takes(
             begun.append((project, config, init_kwargs, (tmp_path / "logs").is_dir()))
 
     config = quick(photos, output_dir=tmp_path, report_to="tensorboard", ema_decay=0.5)
-    with pytest.raises(KeyError), tracking.tracked(Counting(), config):
+    with pytest.raises(KeyError), tracking.track(Counting(), config):
         raise KeyError
     ((project, told, init, made),) = begun
     assert (project, init, made, finished) == ("mixofshow", {}, False, ["one"])
@@ -295,7 +295,7 @@ def test_settings_reach_a_tracker_as_what_it_takes(
         True,
         "crop",
     ]
-    with tracking.tracked(Counting(), quick(photos, output_dir=tmp_path, report_to="wandb")):
+    with tracking.track(Counting(), quick(photos, output_dir=tmp_path, report_to="wandb")):
         assert finished == ["one"]
     assert begun[1][2:] == ({"wandb": {"dir": str(tmp_path / "logs")}}, True)
     assert finished == ["one", "one"]
@@ -353,7 +353,7 @@ def test_statistics_are_recorded_with_the_pipeline_that_trained(
         def record(self, source: Path) -> None:
             recorded.append((*self.made, source))
 
-    monkeypatch.setattr(client, "GradientFuser", Recorder)
+    monkeypatch.setattr(statistics, "GradientFuser", Recorder)
     pipeline = kind(**tiny.components(), requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True, desc="mine")
     reports: list[int] = []
@@ -361,7 +361,8 @@ def test_statistics_are_recorded_with_the_pipeline_that_trained(
     def note(report: StepReport) -> None:
         reports.append(report.step)
 
-    edlora = tune_concept(quick(photos, output_dir=tmp_path / "a"), pipeline, on_step=note)
+    wanted = quick(photos, output_dir=tmp_path / "a", save_statistics=True)
+    edlora = EDLoRATrainer(wanted, pipeline, on_step=note).train()
     assert reports == [1, 2, 3]
     ((used, sequential, source),) = recorded
     assert (sequential, source) == (False, tmp_path / "a")
@@ -370,6 +371,6 @@ def test_statistics_are_recorded_with_the_pipeline_that_trained(
     assert used._progress_bar_config == {"disable": True, "desc": "mine"}
     for name in ("unet", "text_encoder", "vae", "tokenizer", "scheduler"):
         assert getattr(used, name) is getattr(pipeline, name)
-    assert same(tune_concept(quick(photos), pipeline), edlora)
-    tune_concept(quick(photos, output_dir=tmp_path / "b", save_statistics=False), pipeline)
+    assert same(EDLoRATrainer(quick(photos, save_statistics=True), pipeline).train(), edlora)
+    EDLoRATrainer(quick(photos, output_dir=tmp_path / "b", save_statistics=False), pipeline).train()
     assert len(recorded) == 1

@@ -31,7 +31,7 @@ from diffusers_mixofshow.errors import (
 )
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.training import hub_data, inspection
-from diffusers_mixofshow.training.attention_maps import recorded_attention
+from diffusers_mixofshow.training.attention_maps import record_attention
 from diffusers_mixofshow.training.captions import with_shuffled_tags
 from diffusers_mixofshow.training.company import compose_company
 from diffusers_mixofshow.training.config_files import read_settings
@@ -133,8 +133,8 @@ def test_settings_say_what_they_are() -> None:
     assert [each.documentation for each in KNOWN.values()][:3] == ["Yes or no, on two lines: really.", "A number.", ""]
     assert (KNOWN["whole"].option, KNOWN["whole"].default) == ("--whole", 3)
     assert settings_of(dataclasses.make_dataclass("Bare", [("a_b", int)]))["a_b"].option == "--a-b"
-    assert [KNOWN["names"].normalised(value) for value in ("a", ["a", 3], ("a",), 3)] == [("a",), ("a", 3), ("a",), 3]
-    assert KNOWN["text"].normalised(["a"]) == ["a"]
+    assert [KNOWN["names"].normalise(value) for value in ("a", ["a", 3], ("a",), 3)] == [("a",), ("a", 3), ("a",), 3]
+    assert KNOWN["text"].normalise(["a"]) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_maps_of_each_size_are_averaged(pipeline: StableDiffusionPipeline) -> No
         norm_num_groups=8,
     )
     latents, text = torch.randn(2, 4, 8, 12), torch.randn(2, 7, 32)
-    with recorded_attention(unet) as record, torch.no_grad():
+    with record_attention(unet) as record, torch.no_grad():
         unet(latents, 10, encoder_hidden_states=text)
         maps = record.maps([3, 5], 8, 12)
     expected: dict[int, list[torch.Tensor]] = {}

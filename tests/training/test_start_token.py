@@ -86,7 +86,7 @@ def test_a_direction_is_taken_out_of_a_matrix_and_nothing_else() -> None:
 
 
 def test_what_does_not_learn_stays_bit_for_bit(pipeline: StableDiffusionPipeline, photos: Path) -> None:
-    still = {"text_encoder_lr": 0.0, "text_kv_lr": 0.0}
+    still = {"text_encoder_learning_rate": 0.0, "text_kv_learning_rate": 0.0}
     short, long = (trained(pipeline, photos, max_train_steps=steps, **still) for steps in (1, 4))
     sites = [site for site in long.lora if reads_text(site) or site.startswith("text_encoder.")]
     assert sites

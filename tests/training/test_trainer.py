@@ -181,13 +181,18 @@ def test_only_the_concept_and_its_lora_get_gradients(pipeline: StableDiffusionPi
 
 
 def test_rate_of_zero_leaves_its_part_alone(pipeline: StableDiffusionPipeline, photos: Path) -> None:
-    edlora = EDLoRATrainer(quick(photos, text_encoder_lr=0.0, embedding_phase_steps=0), pipeline).train()
+    edlora = EDLoRATrainer(quick(photos, text_encoder_learning_rate=0.0, embedding_phase_steps=0), pipeline).train()
     moved = {site.partition(".")[0] for site, update in edlora.lora.items() if update.up.any()}
     assert moved == {"unet"}
 
 
 def test_text_keys_and_values_may_have_a_rate_of_their_own(pipeline: StableDiffusionPipeline, photos: Path) -> None:
-    rates = {"text_encoder_lr": 0.0, "learning_rate": 0.0, "text_kv_lr": 1e-2, "embedding_phase_steps": 0}
+    rates = {
+        "text_encoder_learning_rate": 0.0,
+        "learning_rate": 0.0,
+        "text_kv_learning_rate": 1e-2,
+        "embedding_phase_steps": 0,
+    }
     edlora = EDLoRATrainer(quick(photos, **rates), pipeline).train()
     moved = {site for site, update in edlora.lora.items() if update.up.any()}
     assert moved == {site for site in edlora.lora if site.startswith("unet.") and ".attn2.to_k" in site} | {

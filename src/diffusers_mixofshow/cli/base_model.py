@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from diffusers_mixofshow.base_models import (
-    TOYLAND,
-    devices,
-    in_dtype,
-    known_spelling,
-    location_of,
-    not_loadable,
-    one_name,
-)
+import typer
+
+from diffusers_mixofshow.base_models import TOYLAND, devices, in_dtype, location_of, normalise_name, one_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.families import FAMILIES, family_of_index
 from diffusers_mixofshow.progress import bar_settings
@@ -29,9 +23,15 @@ MOST_STEPS = 1000
 BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
 
 
-def known_base(name: str | None) -> str | None:
-    """What an option that names a base model stands for: one name for every spelling of the embedded base's."""
-    return name and known_spelling(name)
+def normalise_base(name: str | None) -> str | None:
+    """Typer's callback of options that name a base model: one name for every spelling of the embedded base's."""
+    return name and normalise_name(name)
+
+
+Base = Annotated[
+    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=normalise_base)
+]
+"""The option of verbs that are given ED-LoRAs."""
 
 
 def common_base(concepts: Sequence[EDLoRA]) -> str:
@@ -61,16 +61,10 @@ def load_base(name: str, device: str | None = None, dtype: str | None = None, *,
         ConfigurationError: If it cannot be found or read, or this machine has no such device.
         HubError: If only the Hub has it, and that cannot be reached.
     """
-    from diffusers_mixofshow.edlora.models import load_model
+    from diffusers_mixofshow.edlora import models
 
     device, dtype = check_device(device, dtype)
-    load = _load if concepts else _load_as_it_is
-    try:
-        pipe = load_model(name, partial(load, device=device, dtype=dtype))
-    except ConfigurationError:
-        raise
-    except (OSError, ValueError) as error:
-        raise not_loadable(name, error) from error
+    pipe = models.load_base(name, partial(_load if concepts else _load_as_it_is, device=device, dtype=dtype))
     pipe.set_progress_bar_config(desc="Sampling", **bar_settings())
     return pipe
 
@@ -94,16 +88,13 @@ def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
     """Load what is known to be there; the pipelines are imported no earlier, which takes seconds."""
     import torch
 
-    from diffusers_mixofshow import toyland
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
+    half = device.startswith("cuda") and place != location_of(TOYLAND)
+    numbers = getattr(torch, dtype or ("float16" if half else "float32"))
     embedded = place == location_of(TOYLAND)
-    numbers = getattr(torch, dtype or ("float16" if device.startswith("cuda") and not embedded else "float32"))
-    if embedded:
-        pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline, dtype=numbers)
-    else:
-        pipe = _drawing_class(place, options).from_pretrained(place, dtype=numbers, **options)
-    return pipe.to(device)
+    kind = MixOfShowPipeline if embedded else _drawing_class(place, options)
+    return kind.from_pretrained(place, dtype=numbers, **options).to(device)
 
 
 def _drawing_class(place: str, options: Mapping[str, Any]) -> type[Any]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from diffusers_mixofshow.cli import measuring, plans
+from diffusers_mixofshow.cli.base_model import Base
 
 
 def compare(
@@ -21,7 +22,7 @@ def compare(
     prompt: measuring.Prompt = None,
     class_word: measuring.ClassWord = None,
     kind: measuring.Kind = None,
-    base: measuring.Base = None,
+    base: Base = None,
     metric_model: measuring.MetricModel = None,
     pictures: measuring.Count = 12,
     steps: measuring.Steps = 20,
@@ -43,19 +44,7 @@ def compare(
         --photos potter=photos/potter --photos thanos=photos/thanos
     """
     writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
-    asked = measuring.Asked(
-        photos=photos or (),
-        prompts=prompt or (),
-        class_words=class_word or (),
-        kinds=kind or (),
-        base=base,
-        metric_model=metric_model,
-        pictures=pictures,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-    )
-    measurement = measuring.planned(measuring.read_packs(sources, base), asked)
+    measurement = measuring.plan_measurement(measuring.read_packs(sources, base), measuring.Asked.of(locals()))
     if dry_run:
         plans.tell(measurement.plan(writes, overwrite=overwrite), as_json=as_json)
         return

@@ -42,7 +42,7 @@ ADAPTERS = {
     "openpose": "TencentARC/t2iadapter_openpose_sd14v1",
     "scribble_pidinet": "TencentARC/t2iadapter_sketch_sd15v2",
 }
-"""The same of T2I-Adapters."""
+"""Detectors of controlnet_aux, and the T2I-Adapter for Stable Diffusion 1.x made for each."""
 
 CONTROL_HELP = (
     "'openpose=photo.jpg': detector of controlnet_aux and picture; 'openpose@MODEL=photo.jpg' for another ControlNet;"
@@ -180,7 +180,7 @@ def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOf
 
     from diffusers_mixofshow.pipelines import pipeline_for
 
-    nets = _loaded(pipe, controls, ControlNetModel.from_pretrained, "ControlNet")
+    nets = _load_models(pipe, controls, ControlNetModel.from_pretrained, "ControlNet")
     made: MixOfShowControlNetPipeline = pipeline_for(pipe.components, "ControlNet").from_pipe(
         pipe, controlnet=nets[0] if len(nets) == 1 else nets, **in_dtype(pipe.dtype)
     )
@@ -203,12 +203,14 @@ def with_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOf
             return toyland.load_layout_adapter()
         return T2IAdapter.from_pretrained(place, **options)
 
-    models = _loaded(pipe, adapters, load, "T2I-Adapter")
+    models = _load_models(pipe, adapters, load, "T2I-Adapter")
     made: MixOfShowAdapterPipeline = pipeline_for(pipe.components, "Adapter").from_pipe(pipe, adapter=models)
     return made
 
 
-def _loaded(pipe: MixOfShowPipeline, controls: Sequence[Control], load: Callable[..., Any], called: str) -> list[Any]:
+def _load_models(
+    pipe: MixOfShowPipeline, controls: Sequence[Control], load: Callable[..., Any], called: str
+) -> list[Any]:
     """The model of each control, where the pipeline is and in its dtype."""
     from diffusers_mixofshow.edlora.models import load_model
 

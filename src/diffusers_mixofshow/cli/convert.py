@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusers_mixofshow.cli.base_model import known_base
+from diffusers_mixofshow.cli.base_model import normalise_base
 from diffusers_mixofshow.cli.plans import Overwrite
 from diffusers_mixofshow.interop.formats import Format
 
@@ -48,7 +48,7 @@ def convert(
     ] = "",
     class_word: Annotated[str, typer.Option(help="Plain word for what it is, e.g. man; files do not tell.")] = "",
     kind: Annotated[str, typer.Option(help="character, pet, object or scene.")] = "object",
-    base: Annotated[str, typer.Option(help=_BASE, callback=known_base)] = "",
+    base: Annotated[str, typer.Option(help=_BASE, callback=normalise_base)] = "",
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print files and losses as JSON.")] = False,
 ) -> None:

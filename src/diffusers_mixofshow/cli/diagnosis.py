@@ -13,12 +13,13 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from diffusers_mixofshow.versions import PACKAGE, installed_version
+
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-PACKAGE = "diffusers-mixofshow"
 
 _LEAST_PEFT = {"transformers": "transformers.integrations.peft", "diffusers": "diffusers.utils.constants"}
 """Where these libraries keep the oldest PEFT with which they load adapters; their packages' metadata do not say it."""
@@ -52,12 +53,12 @@ def diagnose() -> list[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    if version := _installed(PACKAGE):
+    if version := installed_version(PACKAGE):
         yield Finding(PACKAGE, "ok", version)
     else:
         yield Finding(PACKAGE, "note", "not installed, run from its source tree", f"pip install {PACKAGE}")
     for requirement in _requirements(PACKAGE):
-        if _wanted(requirement, extra=""):
+        if _applies(requirement, extra=""):
             finding = _version(requirement.name, requirement.specifier)
             yield finding if finding.state == "problem" else _beside_others(finding, requirement)
 
@@ -65,7 +66,7 @@ def _versions() -> Iterator[Finding]:
 def _beside_others(finding: Finding, ours: Requirement) -> Finding:
     """A library of a version that we support, and whether what it needs itself is there."""
     needs = [*_requirements(ours.name), *_least_peft(ours.name)]
-    others = [_version(one.name, one.specifier) for one in needs if _wanted(one, extra="")]
+    others = [_version(one.name, one.specifier) for one in needs if _applies(one, extra="")]
     if not (missing := [other for other in others if other.state == "problem"]):
         return finding
     found = "; ".join(f"{other.name} {other.found}" for other in missing)
@@ -102,15 +103,14 @@ def _requirements(package: str) -> list[Requirement]:
     return found
 
 
-def _wanted(requirement: Requirement, *, extra: str) -> bool:
+def _applies(requirement: Requirement, *, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def _version(name: str, wanted: SpecifierSet) -> Finding:
     remedy = f"pip install '{name}{wanted}'"
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    found = installed_version(name)
+    if not found:
         return Finding(name, "problem", "not installed", remedy)
     if not wanted.contains(found, prereleases=True):
         return Finding(name, "problem", f"{found}, needs {wanted}", remedy)
@@ -124,9 +124,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding("devices", "problem", f"torch cannot be imported: {error}", "install torch anew: pytorch.org")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(
-        "CPU", "ok", f"{_counted(cores or 1, 'core')}, {_counted(torch.get_num_threads(), 'thread')} for torch"
-    )
+    yield Finding("CPU", "ok", f"{_count(cores or 1, 'core')}, {_count(torch.get_num_threads(), 'thread')} for torch")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
@@ -140,7 +138,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding("GPU", "note", f"none that torch {torch.__version__} can use", remedy)
 
 
-def _counted(number: int, what: str) -> str:
+def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
@@ -193,7 +191,7 @@ def _base() -> Finding:
 def _extras() -> Iterator[Finding]:
     """One finding an extra, and what keeps installed ones from working."""
     for extra in _names_of_extras():
-        only = [one for one in _requirements(PACKAGE) if _wanted(one, extra=extra) and not _wanted(one, extra="")]
+        only = [one for one in _requirements(PACKAGE) if _applies(one, extra=extra) and not _applies(one, extra="")]
         found = {one.name: _version(one.name, one.specifier) for one in only}
         missing = [f"{name} {finding.found}" for name, finding in found.items() if finding.state == "problem"]
         if missing:
@@ -204,7 +202,7 @@ def _extras() -> Iterator[Finding]:
             yield Finding(f"extra {extra}", "ok", there)
     if util.find_spec("controlnet_aux") is not None:
         yield _controlnet_aux()
-    torch, vision = _installed("torch"), _installed("torchvision")
+    torch, vision = installed_version("torch"), installed_version("torchvision")
     if vision and torch.endswith("+cpu") != vision.endswith("+cpu"):
         remedy = "uninstall torchvision, which is not needed here, or install it from the index of torch"
         yield Finding("torchvision", "note", f"{vision} beside torch {torch}", remedy)
@@ -218,21 +216,14 @@ def _names_of_extras() -> list[str]:
 
 
 def _controlnet_aux() -> Finding:
-    mediapipe = _installed("mediapipe")
+    mediapipe = installed_version("mediapipe")
     if mediapipe and int(mediapipe.partition(".")[0]) >= 1:
         found = f"installed, but mediapipe {mediapipe} makes its import fail"
         return Finding("controlnet_aux", "note", found, "pip install 'mediapipe<1', or uninstall mediapipe")
-    return Finding("controlnet_aux", "ok", _installed("controlnet_aux") or "installed")
+    return Finding("controlnet_aux", "ok", installed_version("controlnet_aux") or "installed")
 
 
 def _completion() -> Finding:
     if sys.stdout.isatty() and not os.environ.get("_MIXOFSHOW_COMPLETE"):
         return Finding("shell completion", "ok", "available", "`mixofshow --install-completion`, once")
     return Finding("shell completion", "ok", "available")
-
-
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""

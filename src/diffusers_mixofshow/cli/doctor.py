@@ -1,4 +1,4 @@
-"""``mixofshow doctor``: what is installed, what works, and how to mend the rest."""
+"""``mixofshow doctor``: what is installed, what works, and how to fix the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MARKS = {"ok": "green", "note": "yellow", "problem": "red"}
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check versions, devices, memory, caches and extras, and say how to mend what does not work.
+    """Check versions, devices, memory, caches and extras, and say how to fix what does not work.
 
     Exit code 1 if something that is needed does not work.
 
@@ -49,4 +49,4 @@ def _print_table(findings: list[dict[str, Any]]) -> None:
     console.print(table)
     remedies = [f"  {finding['name']}: {finding['remedy']}" for finding in findings if finding["remedy"]]
     if remedies:  # not in the table, which would break commands where its column ends
-        console.print("\n".join(["How to mend it:", *remedies]), markup=False, highlight=False, soft_wrap=True)
+        console.print("\n".join(["How to fix it:", *remedies]), markup=False, highlight=False, soft_wrap=True)

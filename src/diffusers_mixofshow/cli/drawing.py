@@ -147,7 +147,7 @@ def draw(drawing: Drawing) -> Drawn:
     for pack, scale in zip(drawing.packs.values(), drawing.lora_scales, strict=True):
         pipe.load_edlora(pack, scale)
     shown = pipe._progress_bar_config
-    pipe, conditions = _conditioned(pipe, drawing, views)
+    pipe, conditions = _prepare_call(pipe, drawing, views)
     pipe.set_progress_bar_config(**shown)
     plan, count = drawing.plan, len(drawing.seeds)
     images: list[Any] = pipe(
@@ -166,7 +166,7 @@ def draw(drawing: Drawing) -> Drawn:
     return Drawn(images=images, scheduler=type(pipe.scheduler), device=pipe.device.type, dtype=dtype)
 
 
-def sized_like(picture: Given, plan: Layout) -> Layout:
+def fit_layout(picture: Given, plan: Layout) -> Layout:
     """The layout with the size at which a picture is drawn anew: as asked for, and in its own shape otherwise."""
     if plan.width and plan.height:
         return plan
@@ -208,7 +208,7 @@ def _views(drawing: Drawing) -> list[Image.Image]:
     return [view.resize(size) for view in (picture, *masks)]
 
 
-def _conditioned(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple[Any, dict[str, Any]]:
+def _prepare_call(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple[Any, dict[str, Any]]:
     """The pipeline for what is drawn, and what its call needs for that beside prompts and settings."""
     from diffusers_mixofshow.pipelines import pipeline_for
 

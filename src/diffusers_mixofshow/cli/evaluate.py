@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusers_mixofshow.cli import measuring, plans
+from diffusers_mixofshow.cli.base_model import Base
 from diffusers_mixofshow.errors import ConfigurationError, meant
 
 
@@ -34,7 +35,7 @@ def evaluate(
     prompt: measuring.Prompt = None,
     class_word: measuring.ClassWord = None,
     kind: measuring.Kind = None,
-    base: measuring.Base = None,
+    base: Base = None,
     metric_model: measuring.MetricModel = None,
     pictures: measuring.Count = 12,
     steps: measuring.Steps = 20,
@@ -62,19 +63,7 @@ def evaluate(
     folder = _folder_of(source) if save else None
     writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
     name, packs = _packs(source, own or [], base)
-    asked = measuring.Asked(
-        photos=photos or (),
-        prompts=prompt or (),
-        class_words=class_word or (),
-        kinds=kind or (),
-        base=base,
-        metric_model=metric_model,
-        pictures=pictures,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-    )
-    measurement = measuring.planned(packs, asked)
+    measurement = measuring.plan_measurement(packs, measuring.Asked.of(locals()))
     if dry_run:
         plans.tell(measurement.plan(writes, noted_in=folder, overwrite=overwrite), as_json=as_json)
         return
@@ -105,7 +94,7 @@ def _packs(source: str, own: list[str], base: str | None) -> tuple[str, dict[str
             defects.append(f"{other} holds {names[0]}, but the pack holds {', '.join(held)}.{hint}".rstrip("."))
     if defects:
         raise ConfigurationError(f"--own: {'; '.join(defects)}. To measure other packs beside it, use compare.")
-    return name, {**(dict(others) if own else _carried(source)), name: pack}
+    return name, {**(dict(others) if own else _read_carried(source)), name: pack}
 
 
 def _folder_of(source: str) -> Path:
@@ -133,7 +122,7 @@ def _beside(source: str) -> Path:
     return path.parent if path.name == FILE_NAME else path
 
 
-def _carried(source: str) -> dict[str, EDLoRA]:
+def _read_carried(source: str) -> dict[str, EDLoRA]:
     """The ED-LoRAs that a pack's folder carries, see `FusedPack.save_pretrained`; nothing of what is no folder."""
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.file import FILE_NAME

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
-from diffusers_mixofshow.cli.base_model import BASE_HELP, common_base, known_base, load_base
+from diffusers_mixofshow.cli.base_model import Base, common_base, load_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
@@ -79,9 +79,6 @@ Prior = Annotated[
     float,
     typer.Option(help="Weight of keeping the base on prompts without concepts, such as 0.1; needs the base model."),
 ]
-BaseModel = Annotated[
-    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=known_base)
-]
 KeepSources = Annotated[
     bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
 ]
@@ -96,7 +93,7 @@ def fuse(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the fused pack.")],
     method: Solver = Method.CLOSED_FORM,
     prompts: Prompts = None,
-    base: BaseModel = None,
+    base: Base = None,
     features: Recorded = Features.AUTO,
     weight: Annotated[
         list[float] | None, typer.Option(help="Share of each source, in their order; repeat it.")
@@ -135,7 +132,7 @@ def fuse(
     gathered = _gather(given, with_statistics=own)
     taken = _places(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
-    base_model = _base_needed(gathered, base, features, method, prior)
+    base_model = _choose_base(gathered, base, features, method, prior)
     if writes:
         _tell_of_what_is_idle(gathered, used=base_model is None or features is not Features.AUTO)
     found = [describe_source(source) for source in given]
@@ -225,7 +222,7 @@ def _joins_others() -> bool:
     return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
 
 
-def _base_needed(
+def _choose_base(
     gathered: Sequence[Source], base: str | None, features: Features, method: Method, prior: float
 ) -> str | None:
     """The model to record features with; None where none is needed: for baselines, and where all bring statistics."""
@@ -244,14 +241,10 @@ def _tell_of_what_is_idle(gathered: Sequence[Source], *, used: bool) -> None:
     bring = [source.name for source in gathered if _brings_statistics(source)]
     lack = [source.name for source in gathered if not _brings_statistics(source)]
     if len(gathered) == 1:
-        _warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
+        warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
     if bring and not used:
         why = f"{', '.join(lack)} without any that fit" if lack else "--base or --prior asks for the paper's order"
-        _warn(f"the statistics beside {', '.join(bring)} are not used ({why}); --features own uses them.")
-
-
-def _warn(text: str) -> None:
-    warn(text)
+        warn(f"the statistics beside {', '.join(bring)} are not used ({why}); --features own uses them.")
 
 
 def _brings_statistics(source: Source) -> bool:

@@ -128,7 +128,7 @@ def _source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
     from diffusers_mixofshow.interop.opening import open_edlora
 
     values = dict(table)
-    values["source"] = _placed(values.pop("path"), folder)
+    values["source"] = _resolve_path(values.pop("path"), folder)
     if "statistics" in values:
         values["statistics"] = folder / values["statistics"]
     if "prompts" in values:
@@ -145,6 +145,6 @@ def _source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
     return FusionSource(**values, opened=opened)
 
 
-def _placed(path: str, folder: Path) -> str:
+def _resolve_path(path: str, folder: Path) -> str:
     """A path counted from a folder if something lies there; else as it is, a Hub id or an absolute path."""
     return str(folder / path) if (folder / path).exists() else path

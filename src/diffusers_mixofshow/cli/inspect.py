@@ -62,12 +62,12 @@ def _print_tables(summary: dict[str, Any]) -> None:
         facts.add_row(name, escape(str(value)))
     concepts = Table("concept", "class word", "kind", "tokens (mean norm)")
     for concept in summary["concepts"]:
-        tokens = "  ".join(f"{token} {_told(norm)}" for token, norm in concept["tokens"].items())
+        tokens = "  ".join(f"{token} {_format_norm(norm)}" for token, norm in concept["tokens"].items())
         names = (concept["placeholder"], concept["class_word"] or "", concept["kind"] or "", tokens)
         concepts.add_row(*(escape(str(name)) for name in names))
     updates = Table("largest updates", "norm")
     for site, norm in summary["largest_updates"].items():
-        updates.add_row(escape(site), _told(norm))
+        updates.add_row(escape(site), _format_norm(norm))
     notes = Table("notes")
     for note in summary["notes"]:
         notes.add_row(escape(note), style="yellow")
@@ -79,7 +79,7 @@ def _print_tables(summary: dict[str, Any]) -> None:
             console.print(table)
 
 
-def _told(norm: float | None) -> str:
+def _format_norm(norm: float | None) -> str:
     return "not finite" if norm is None else f"{norm:.3f}"
 
 

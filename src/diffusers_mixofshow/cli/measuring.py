@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +13,10 @@ import typer
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
-from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, common_base, known_base, load_base
-from diffusers_mixofshow.cli.plans import plan_of_measuring, replaces
+from diffusers_mixofshow.cli import plans
+from diffusers_mixofshow.cli.base_model import MOST_STEPS, common_base, load_base, normalise_base
 from diffusers_mixofshow.cli.sources import read_concepts
+from diffusers_mixofshow.cli.timing import time_of
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, meant, warn
 from diffusers_mixofshow.progress import progress
@@ -52,15 +53,12 @@ Kind = Annotated[
     list[str] | None,
     typer.Option(help=f"'potter=character': its kind ({', '.join(KINDS)}), likewise; it chooses the prompts."),
 ]
-Base = Annotated[
-    str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=known_base)
-]
 MetricModel = Annotated[
     str | None,
     typer.Option(
         help="CLIP that looks at the pictures: Hub id or folder. (default: openai/clip-vit-base-patch32; toyland: "
         "its own)",
-        callback=known_base,
+        callback=normalise_base,
     ),
 ]
 Count = Annotated[int, typer.Option(min=1, help="Of each concept in each pack.")]
@@ -77,18 +75,23 @@ _THUMBNAIL = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The options of both verbs, see their help."""
+    """The options of both verbs, by the names that they have there; see their help."""
 
-    photos: Sequence[str]
-    prompts: Sequence[str]
-    class_words: Sequence[str]
-    kinds: Sequence[str]
+    photos: Sequence[str] | None
+    prompt: Sequence[str] | None
+    class_word: Sequence[str] | None
+    kind: Sequence[str] | None
     base: str | None
     metric_model: str | None
     pictures: int
     steps: int
     guidance: float | None
     seed: int
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Asked:
+        """Pick them from all options of a verb."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +113,28 @@ class Measurement:
     asked: Asked
 
     def plan(self, writes: Sequence[Path], *, overwrite: bool, noted_in: Path | None = None) -> dict[str, Any]:
-        """What would be done, for ``--dry-run``."""
-        planned = plan_of_measuring(
-            self.packs,
-            self.base,
-            count=self.asked.pictures,
-            steps=self.asked.steps,
-            photos={name: len(files) for name, files in self.photos.items()},
-            drawn=list(_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else [],
-            metric_model=self.settings["metric_model"],
-            writes=[*([] if noted_in is None else [noted_in]), *writes],
-        )
-        return planned | replaces(*writes, overwrite=overwrite)
+        """Describe the measurement for ``--dry-run``."""
+        from diffusers_mixofshow.evaluation.packs import picture_count
+
+        pictures, steps = picture_count(self.packs, self.asked.pictures), self.asked.steps
+        references = [f"{len(files)} of {name}" for name, files in self.photos.items()]
+        if drawn := list(_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else []:
+            references.append(f"drawn of {', '.join(drawn)}")
+        places = [*([] if noted_in is None else [noted_in]), *writes]
+        return {
+            "base model": plans.describe_base(self.base),
+            "packs": "; ".join(f"{name}: {plans.name_concepts([pack])}" for name, pack in self.packs.items()),
+            "metric model": plans.describe_model(self.settings["metric_model"]),
+            "photos": ", ".join(references) or "none given",
+            "pictures": pictures,
+            "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
+            "time": time_of(self.base, pictures * steps, 2),
+            "writes": ", ".join(map(str, places)) or "nothing",
+            **plans.replaces(*writes, overwrite=overwrite),
+        }
 
     def public_settings(self) -> dict[str, Any]:
-        """The settings as strangers may read them: models on this disk by the last part of their path."""
+        """The settings without private paths: models on this disk by the last part of their path."""
         models = {name: public_name(self.settings[name]) for name in ("base_model", "metric_model")}
         return {**self.settings, **models}
 
@@ -156,7 +166,7 @@ class Measurement:
         from diffusers_mixofshow.pictures import read_image
 
         reads = self.settings["metric_model"] == TOYLAND
-        drawn = _drawn(self.packs, self.photos, with_attributes=reads) if self.base == TOYLAND else {}
+        drawn = _draw_references(self.packs, self.photos, with_attributes=reads) if self.base == TOYLAND else {}
         given = {
             name: Reference(photos=[read_image(file, called=str(file)) for file in files])
             for name, files in self.photos.items()
@@ -164,22 +174,22 @@ class Measurement:
         return drawn | given
 
 
-def planned(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
+def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     """Check packs and options.
 
     Raises:
         ConfigurationError: If bases differ, no class word is known, or a prompt or a folder cannot be used.
     """
-    from diffusers_mixofshow.evaluation.agreement import agreed, warn_of_concepts_spelt_alike
+    from diffusers_mixofshow.evaluation.agreement import unify_concepts, warn_of_concepts_spelt_alike
     from diffusers_mixofshow.evaluation.clip_judge import DEFAULT_CLIP
     from diffusers_mixofshow.evaluation.sampling import fill_templates
 
     base = asked.base or common_base(list(packs.values()))
-    if asked.prompts:
-        fill_templates(asked.prompts, "x", 1)
+    if asked.prompt:
+        fill_templates(asked.prompt, "x", 1)
     known = [concept.placeholder for pack in packs.values() for concept in pack.concepts]
     warn_of_concepts_spelt_alike(packs)
-    packs = agreed(packs, **_told_of(asked, known))
+    packs = unify_concepts(packs, **_read_words_and_kinds(asked, known))
     concepts = [concept for pack in packs.values() for concept in pack.concepts]
     settings = {
         "base_model": base,
@@ -241,7 +251,7 @@ def tell_results(
         info = records.run_info(Path(__file__).parent)
         records.write(record, told | {"run": info})
     if sheet is not None:
-        notes.write_noted(sheet, _sheet_of(evaluation), "PNG", _note_of(measurement, evaluation))
+        notes.write_with_note(sheet, _sheet_of(evaluation), "PNG", _note_of(measurement, evaluation))
     if as_json:
         typer.echo(json.dumps(told))
         return
@@ -254,7 +264,7 @@ def tell_results(
 def _templates(asked: Asked, base: str, concept: Concept) -> Sequence[str]:
     from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 
-    return asked.prompts or evaluation_prompts(base, concept.kind)
+    return asked.prompt or evaluation_prompts(base, concept.kind)
 
 
 def _judge(metric_model: str) -> Judge:
@@ -267,18 +277,18 @@ def _judge(metric_model: str) -> Judge:
     return ClipJudge.load(metric_model)
 
 
-def _told_of(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
+def _read_words_and_kinds(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
     """The class words and kinds that the user gives; names all that is wrong with one of the options at once."""
 
     def kind_defect(kind: str) -> str | None:
         return None if kind in KINDS else f"{kind!r} is not one of {', '.join(KINDS)}"
 
-    words = _of_concepts("class-word", asked.class_words, known, example="potter=man")
-    kinds = _of_concepts("kind", asked.kinds, known, example="potter=character", defect=kind_defect)
+    words = _parse_by_concept("class-word", asked.class_word, known, example="potter=man")
+    kinds = _parse_by_concept("kind", asked.kind, known, example="potter=character", defect=kind_defect)
     return {"class_words": words, "kinds": kinds}
 
 
-def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[Path]]:
+def _photo_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, list[Path]]:
     """Read ``name=FOLDER`` of every concept; names all that is wrong at once."""
     from diffusers_mixofshow.training.folders import list_folder, one_a_line
 
@@ -287,7 +297,7 @@ def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[P
             return f"{folder} is no folder"
         return None if list_folder(Path(folder)).photos else f"{folder} holds no pictures"
 
-    folders = _of_concepts("photos", given, known, example="potter=photos/potter", form="FOLDER", defect=defect)
+    folders = _parse_by_concept("photos", given, known, example="potter=photos/potter", form="FOLDER", defect=defect)
     listings = {placeholder: list_folder(Path(folder)) for placeholder, folder in folders.items()}
     for listing in listings.values():
         if listing.remarks:
@@ -295,9 +305,9 @@ def _photo_files(given: Sequence[str], known: Sequence[str]) -> dict[str, list[P
     return {placeholder: list(listing.photos) for placeholder, listing in listings.items()}
 
 
-def _of_concepts(
+def _parse_by_concept(
     option: str,
-    given: Sequence[str],
+    given: Sequence[str] | None,
     known: Sequence[str],
     *,
     example: str,
@@ -321,7 +331,7 @@ def _of_concepts(
         ConfigurationError: Names all that is wrong at once.
     """
     defects, hints, found = [], [], {}
-    for text in given:
+    for text in given or ():
         name, _, value = text.partition("=")
         placeholder, value = f"<{name.strip().strip('<>')}>", value.strip()
         if not value:
@@ -340,7 +350,9 @@ def _of_concepts(
     return found
 
 
-def _drawn(packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_attributes: bool) -> dict[str, Reference]:
+def _draw_references(
+    packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_attributes: bool
+) -> dict[str, Reference]:
     """Toyland's own concepts among those of the packs, but for those that the user gave photos of."""
     from diffusers_mixofshow import toyland
     from diffusers_mixofshow.evaluation.packs import Reference
@@ -375,11 +387,11 @@ def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) 
 def _sheet_of(evaluation: Evaluation) -> Image.Image:
     from diffusers_mixofshow.sheets import labelled_sheet
 
-    rows = {" ".join(each): evaluation.pictures[each] for each in _shown(evaluation)}
+    rows = {" ".join(each): evaluation.pictures[each] for each in _list_rows(evaluation)}
     return labelled_sheet({label: [_thumbnail(picture) for picture in row] for label, row in rows.items()})
 
 
-def _shown(evaluation: Evaluation) -> list[tuple[str, str]]:
+def _list_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Concept and pack of each row of the sheet."""
     drawn = [(row.concept, row.pack) for row in evaluation.rows]
     return [each for each in drawn if each in evaluation.pictures]
@@ -393,7 +405,7 @@ def _note_of(measurement: Measurement, evaluation: Evaluation) -> dict[str, Any]
     asked, settings = measurement.asked, measurement.settings
     concepts = {concept.placeholder: concept for pack in measurement.packs.values() for concept in pack.concepts}
     rows = {}
-    for name, pack in _shown(evaluation):
+    for name, pack in _list_rows(evaluation):
         concept = concepts[name]
         subject = concept.class_word if pack == CLASS_WORD else name
         prompts = fill_templates(_templates(asked, measurement.base, concept), subject, asked.pictures)

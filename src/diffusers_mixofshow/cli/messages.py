@@ -1,4 +1,4 @@
-"""What a command tells beside its results: one sentence each on standard error, no box and no line of code."""
+"""Errors and warnings of commands: one sentence each on standard error, no box and no line of code."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import standing
+from diffusers_mixofshow.atomic import find_existing
 from diffusers_mixofshow.base_models import location_of, not_loadable
 from diffusers_mixofshow.cli.timing import time_of
 
@@ -44,13 +44,13 @@ def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
 
 
 def replaces(*places: Path, overwrite: bool) -> dict[str, str]:
-    """What a plan says of places that are taken already.
+    """The plan's line about files and folders that exist already.
 
     Args:
         places: Files and folders that would be written anew or removed.
         overwrite: Whether the command line allows that.
     """
-    there = ", ".join(map(str, standing(*places)))
+    there = ", ".join(map(str, find_existing(*places)))
     return {"replaces": f"{there}{'' if overwrite else '; asks for --overwrite'}" if there else "nothing"}
 
 
@@ -70,20 +70,20 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
     regions, draft, refine = len(plan.regions) * len(output), drawing.draft, drawing.refine
     more = [name for name, wanted in (("drafts", draft), ("what is drawn anew", refine)) if wanted]
     return {
-        "base model": _told_base(drawing.base),
-        "concepts": _names(packs) or "none",
+        "base model": describe_base(drawing.base),
+        "concepts": name_concepts(packs) or "none",
         "weight updates": f"{sum(map(_parameters, packs)):,} numbers",
         "strength of the updates": ", ".join(f"{scale:g}" for scale in drawing.lora_scales) or "none",
         "way": drawing.way,
         "prompt": plan.prompt,
         "regions": len(plan.regions),
-        "isolation": _told_isolation(drawing.isolation),
+        "isolation": _describe_isolation(drawing.isolation),
         "size": size,
         "pictures": len(output),
         "seeds": ", ".join(map(str, drawing.seeds)),
         "U-Net runs": f"{runs}, each on a batch of {batch}",
         "drafts": f"{regions} regions, {draft.steps} runs each" if draft else "none",
-        **({"after drafts": _told_prompts(drawing)} if draft and draft.repeat_subject else {}),
+        **({"after drafts": _describe_prompts(drawing)} if draft and draft.repeat_subject else {}),
         "drawn anew": f"{regions} regions, up to {refine.runs_in(steps)} runs each" if refine else "none",
         "device": drawing.device or "cuda if there is one, else cpu",
         "dtype": str(drawing.dtype or "the device's usual one"),
@@ -92,7 +92,7 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
     }
 
 
-def _told_prompts(drawing: Drawing) -> str:
+def _describe_prompts(drawing: Drawing) -> str:
     """What the regions' prompts become in the picture, where a draft repeats their subjects."""
     from diffusers_mixofshow.pipelines.wording import repeat_subjects
 
@@ -100,7 +100,7 @@ def _told_prompts(drawing: Drawing) -> str:
     return "; ".join(region.prompt for region in repeat_subjects(drawing.plan.regions, concepts))
 
 
-def _told_isolation(isolation: Isolation | None) -> str:
+def _describe_isolation(isolation: Isolation | None) -> str:
     if isolation is None:
         return "none"
     maps = "all feature maps" if isolation.scales is None else f"maps of {', '.join(map(str, isolation.scales))} cells"
@@ -136,7 +136,7 @@ def plan_of_fusion(
     gram = sum(map(numbers_kept, inputs.values())) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
     return {
         "concepts": ", ".join(names),
-        "base model": _told_base(base) if base else "none is needed",
+        "base model": describe_base(base) if base else "none is needed",
         "layers": len(ranks),
         "rank": f"at most {max(capped.values(), default=0)}",
         "memory for statistics": f"{gram / 1e6:.0f} MB at most" if base else "that of the files beside the sources",
@@ -174,7 +174,7 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
     masks = sum(photo.mask is not None for photo in photos)
     batch = config.train_batch_size * config.gradient_accumulation_steps
     return {
-        "base model": _told_base(config.pretrained_model_name_or_path),
+        "base model": describe_base(config.pretrained_model_name_or_path),
         "concept": f"{config.concept_to_learn.placeholder}, a {config.concept_to_learn.class_word}",
         "photos": f"{len(photos)} with {len(captions)} different captions, {masks} with a mask"
         + (f"; {len(composed)} pictures composed of them" if composed else ""),
@@ -202,7 +202,7 @@ def plan_of_masks(plan: MaskPlan, *, overwrite: bool) -> dict[str, Any]:
     return {
         "photos": f"{len(plan.todo)} without a mask, {plan.masked} with one",
         "looks for": plan.class_word,
-        "model": _told_model(plan.model) if plan.todo else "none is needed",
+        "model": describe_model(plan.model) if plan.todo else "none is needed",
         "threshold": plan.threshold,
         "writes": ", ".join(map(str, plan.writes)) or "nothing",
         **replaces(*plan.writes, overwrite=overwrite),
@@ -220,47 +220,7 @@ def _check_words(config: TrainingConfig) -> None:
         check_words(config.concept_to_learn, CLIPTokenizer.from_pretrained(folder))
 
 
-def plan_of_measuring(
-    packs: Mapping[str, EDLoRA],
-    base: str,
-    *,
-    count: int,
-    steps: int,
-    photos: Mapping[str, int],
-    drawn: Sequence[str],
-    metric_model: str,
-    writes: Sequence[Path],
-) -> dict[str, Any]:
-    """What `mixofshow evaluate` and `mixofshow compare` would do.
-
-    Args:
-        packs: Name to pack.
-        base: The base model.
-        count: Pictures of each concept in each pack.
-        steps: Denoising steps.
-        photos: Placeholder to the number of photos given.
-        drawn: Placeholders of Toyland's own concepts, whose photos are drawn.
-        metric_model: Who looks at the pictures.
-        writes: Files and folders.
-    """
-    from diffusers_mixofshow.evaluation.packs import picture_count
-
-    pictures = picture_count(packs, count)
-    references = [f"{number} of {name}" for name, number in photos.items()]
-    references += [f"drawn of {', '.join(drawn)}"] if drawn else []
-    return {
-        "base model": _told_base(base),
-        "packs": "; ".join(f"{name}: {_names([pack])}" for name, pack in packs.items()),
-        "metric model": _told_model(metric_model),
-        "photos": ", ".join(references) or "none given",
-        "pictures": pictures,
-        "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
-        "time": time_of(base, pictures * steps, 2),
-        "writes": ", ".join(map(str, writes)) or "nothing",
-    }
-
-
-def _told_base(base: str) -> str:
+def describe_base(base: str) -> str:
     """The base, told as any model; refused where it can only be meant for a folder that is not there."""
     from diffusers_mixofshow.edlora.models import refuse_missing_folder
 
@@ -268,10 +228,10 @@ def _told_base(base: str) -> str:
         refuse_missing_folder(location_of(base))
     except FileNotFoundError as error:
         raise not_loadable(base, error) from error
-    return _told_model(base)
+    return describe_model(base)
 
 
-def _told_model(name: str) -> str:
+def describe_model(name: str) -> str:
     """The model with its size on this disk; of the Hub's, that it may be downloaded."""
     folder = Path(location_of(name))
     if not folder.is_dir():
@@ -280,7 +240,8 @@ def _told_model(name: str) -> str:
     return f"{name}, {size / 1e6:.0f} MB on disk"
 
 
-def _names(packs: Sequence[EDLoRA]) -> str:
+def name_concepts(packs: Sequence[EDLoRA]) -> str:
+    """The placeholders of all concepts, separated by commas."""
     return ", ".join(concept.placeholder for pack in packs for concept in pack.concepts)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, warn
+from diffusers_mixofshow.versions import PACKAGE, installed_version
 
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def write_drawn(files: Sequence[Path], drawing: Drawing, drawn: Drawn) -> None:
         plan = dataclasses.replace(drawing.plan, width=image.width, height=image.height)
         note = _note(drawing, drawn, plan, seed)
         text = notes.infotext(plan.prompt or "", plan.negative_prompt or "", _settings(drawing, drawn, plan, seed))
-        notes.write_noted(file, image, FORMATS[file.suffix.lower()], note, text)
+        notes.write_with_note(file, image, FORMATS[file.suffix.lower()], note, text)
 
 
 def read_layout(path: Path) -> Layout:
@@ -58,7 +59,7 @@ def settings_of(path: Path) -> dict[str, Any]:
     told = notes.read_note(path).get("sample")
     if not isinstance(told, dict):
         raise ConfigurationError(f"{path} does not tell how it was sampled.")
-    defects = [f"{name} {value!r}" for name, value in told.items() if not _expected(name, value)]
+    defects = [f"{name} {value!r}" for name, value in told.items() if not _is_allowed(name, value)]
     if defects:
         raise ConfigurationError(f"{path} tells what no picture of mixofshow does: {', '.join(defects)}.")
     # Pictures of the time before drafts tell nothing of them.
@@ -69,13 +70,13 @@ def warn_of_changes(path: Path, drawing: Drawing) -> None:
     """Warn where what is read has other contents than when the picture was drawn whose settings are used."""
     if path.suffix.lower() not in FORMATS:
         return
-    before = _known_digests(notes.read_note(path))
+    before = _read_digests(notes.read_note(path))
     now = {_pack_name(source): pack.digest for source, pack in drawing.packs.items()} | _digests(drawing)
     if changed := [name for name, digest in now.items() if before.get(name, digest) != digest]:
         warn(f"{', '.join(changed)} changed since {path} was drawn; the picture will be another one.")
 
 
-def _known_digests(note: Mapping[str, Any]) -> dict[str, str]:
+def _read_digests(note: Mapping[str, Any]) -> dict[str, str]:
     """Name to digest of what a picture was drawn with, as far as it tells that as our pictures do."""
     packs, pictures = note.get("packs"), note.get("pictures")
     entries = [entry for entry in packs if isinstance(entry, dict)] if isinstance(packs, list) else []
@@ -84,7 +85,7 @@ def _known_digests(note: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _pack_name(source: str) -> str:
-    """A pack as strangers may read it; one that is given by its file by the folder's name."""
+    """A pack's name without private paths; the folder's name for a pack that is given by its file."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
     path = Path(source)
@@ -102,8 +103,8 @@ def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, 
         for source, pack in drawing.packs.items()
     ]
     return {
-        "version": notes.version(),
-        "layout": plan.described(),
+        "version": installed_version(),
+        "layout": plan.describe(),
         "sample": _options(drawing, seed),
         "packs": packs,
         "sampler": drawn.scheduler.__name__,
@@ -129,8 +130,8 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
         "base": public_name(drawing.base),
         "concepts": [_pack_name(source) for source in drawing.packs],
         "lora_scale": list(drawing.lora_scales),
-        "control": [_told_control(control) for control in drawing.controls],
-        "adapter": [_told_control(control) for control in drawing.adapters],
+        "control": [_format_control(control) for control in drawing.controls],
+        "adapter": [_format_control(control) for control in drawing.adapters],
         "control_scale": list(drawing.control_scales),
         "refine": drawing.refine is not None,
         "isolation": isolation is not None,
@@ -145,7 +146,7 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
     return told | ({"draft": drawing.draft is not None} if drawing.plan.regions else {})
 
 
-def _told_control(control: Control) -> str:
+def _format_control(control: Control) -> str:
     return f"{control.detector}@{public_name(control.model)}={control.picture.name}"
 
 
@@ -162,7 +163,7 @@ def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[s
         "Denoising strength": f"{drawing.strength:g}" if drawing.image else None,
         "Mix-of-Show packs": ", ".join(map(_pack_name, drawing.packs)) or None,
         "Mix-of-Show regions": " | ".join(regions) or None,
-        "Version": f"diffusers-mixofshow {notes.version()}",
+        "Version": f"{PACKAGE} {installed_version()}",
     }
 
 
@@ -170,8 +171,8 @@ def _place(region: Any) -> str:
     return "mask" if region.box is None else ",".join(f"{edge:g}" for edge in region.box)
 
 
-def _expected(name: str, value: object) -> bool:
-    """Whether a picture of ours may tell this option so."""
+def _is_allowed(name: str, value: object) -> bool:
+    """Whether an option read from a picture has a name and a value that this package writes into pictures."""
     values = value if isinstance(value, list) else [value]
     if name in _NUMBERS:
         return all(isinstance(each, int | float) for each in values)

@@ -16,7 +16,7 @@ from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
 from diffusers_mixofshow.cli.base_model import check_device, common_base
 from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS, parse_controls
-from diffusers_mixofshow.cli.drawing import Drawing, Given, draw, refuse_inpainting, sized_like
+from diffusers_mixofshow.cli.drawing import Drawing, Given, draw, fit_layout, refuse_inpainting
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_of_sampling, replaces, tell
 from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
@@ -74,9 +74,9 @@ def sample(
       mixofshow sample --base toyland --prompt "a dog in snow" --output dog.png
       mixofshow sample --base toyland --prompt "a red dog" --image dog.png
     """
-    drawing = _drawing(dict(locals()))
+    drawing = _read_drawing(dict(locals()))
     _warn_of_bare_names(drawing.plan, drawing.packs.values())
-    files = numbered(output, count)
+    files = number_files(output, count)
     if dry_run:
         _refuse_unknown(drawing)
         tell(plan_of_sampling(drawing, files) | replaces(*files, overwrite=overwrite), as_json=as_json)
@@ -92,16 +92,16 @@ def sample(
         typer.echo(f"Wrote {file}")
 
 
-def _drawing(asked: Mapping[str, Any]) -> Drawing:
-    """What the options ask for, read and checked."""
-    plan = _planned(asked)
+def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
+    """Read and check everything that the options name."""
+    plan = _build_layout(asked)
     _refuse_contradictions(plan, asked)
-    files = numbered(asked["output"], asked["count"])
+    files = number_files(asked["output"], asked["count"])
     check_outputs(*files, overwrite=asked["overwrite"] or asked["dry_run"])
     image = asked["image"] and Given.read(asked["image"])
     mask = asked["mask"] and Given.read(asked["mask"], as_mask=True)
     if image is not None:
-        plan = sized_like(image, plan)
+        plan = fit_layout(image, plan)
     controls = parse_controls(asked["control"] or [], CONTROLNETS, called="ControlNet")
     adapters = parse_controls(asked["adapter"] or [], ADAPTERS, called="T2I-Adapter")
     read = {path: Given.read(path) for path in dict.fromkeys(each.picture for each in (*controls, *adapters))}
@@ -276,7 +276,7 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _planned(asked: Mapping[str, Any]) -> Layout:
+def _build_layout(asked: Mapping[str, Any]) -> Layout:
     """The layout of the file, with what the options say instead or more."""
     from diffusers_mixofshow.cli.provenance import read_layout
     from diffusers_mixofshow.regions import Layout
@@ -292,7 +292,7 @@ _OF_LAYOUT = ("prompt", "negative_prompt", "width", "height")
 """Options that say what a layout may say as well."""
 
 
-def numbered(path: Path, count: int) -> list[Path]:
+def number_files(path: Path, count: int) -> list[Path]:
     """One file name for each picture: ``x.png``, or ``x-0.png``, ``x-1.png``, ..."""
     if count == 1:
         return [path]

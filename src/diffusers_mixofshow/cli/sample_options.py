@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, known_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, normalise_base
 from diffusers_mixofshow.cli.control import ADAPTER_HELP, CONTROL_HELP
 
 
@@ -30,7 +30,7 @@ Prompt = Annotated[str | None, typer.Option(help="What to draw; <name> stands fo
 Concepts = Annotated[
     list[str] | None, typer.Option(help="ED-LoRA or fused pack: Hub id, folder or file. May be repeated.")
 ]
-Base = Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the concepts' own)", callback=known_base)]
+Base = Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the concepts' own)", callback=normalise_base)]
 NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid. (default: the layout's)")]
 
 Region = Annotated[

@@ -34,7 +34,7 @@ def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[
         given |= {f"no_{key}": True for key, value in given.items() if value is False and f"no_{key}" in options[verb]}
         defects += [_unknown(verb, key, options[verb]) for key in given if key not in options[verb]]
         known = {options[verb][key]: value for key, value in given.items() if key in options[verb]}
-        found[verb] = {parameter.name: _as_given(value, parameter) for parameter, value in known.items()}
+        found[verb] = {parameter.name: _wrap_repeated(value, parameter) for parameter, value in known.items()}
     if defects:
         raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
     return found
@@ -49,7 +49,7 @@ def _tables_of(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path} is no readable TOML file ({error}).") from error
 
 
-def _as_given(value: Any, parameter: Any) -> Any:
+def _wrap_repeated(value: Any, parameter: Any) -> Any:
     """The value; in a list where the option may be repeated and is given once."""
     takes_several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
     return [value] if takes_several and not isinstance(value, list) else value

@@ -53,8 +53,7 @@ def read_pack(source: str, base: str | None = None) -> EDLoRA:
     guess = default_base(opened.foreign) if opened.foreign is not None and not base else ""
     if not guess or opened.edlora.base_model:
         return opened.edlora
-    told = f"{source} does not tell its base model; {guess} is taken; --base names another."
-    warn(told)
+    warn(f"{source} does not tell its base model; {guess} is taken; --base names another.")
     return replace(opened.edlora, base_model=guess)
 
 

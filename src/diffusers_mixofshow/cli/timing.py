@@ -29,14 +29,14 @@ def time_of(
     way = "there and back " if backward else ""
     if base != TOYLAND:
         return f"{passes} times that of one U-Net pass {way}on your device; not measured, as no model is loaded"
-    seconds = _measured(batch, pixels, backward=backward)
+    seconds = _measure(batch, pixels, backward=backward)
     return (
-        f"at least {_shown(passes * seconds)} on this CPU: {passes} U-Net passes {way}of {1000 * seconds:.0f} ms, "
-        "measured just now; texts, pictures and loading come on top"
+        f"at least {_format_seconds(passes * seconds)} on this CPU: {passes} U-Net passes {way}of "
+        f"{1000 * seconds:.0f} ms, measured just now; texts, pictures and loading come on top"
     )
 
 
-def _measured(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> float:
+def _measure(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> float:
     """Seconds of one pass of the embedded base's U-Net."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -63,5 +63,5 @@ def _measured(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> 
     return best
 
 
-def _shown(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     return f"{max(seconds, 1):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

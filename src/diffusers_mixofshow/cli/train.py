@@ -24,6 +24,7 @@ from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.presets import PRESETS
+from diffusers_mixofshow.training.renamed import RENAMED
 from diffusers_mixofshow.training.settings import Setting, settings_of
 
 
@@ -77,25 +78,25 @@ def train(**given: Any) -> None:
     config: Path | None = given.pop("config")
     photos: str | None = given.pop("photos")
     dry_run, as_json = bool(given.pop("dry_run")), bool(given.pop("as_json"))
-    options = _values_of_options(_without_overruled(given, given.pop("context")))
+    options = _values_of_options(_drop_overruled(given, given.pop("context")))
     if photos is not None and "instance_data_dir" in options:
         raise ConfigurationError("The photos are given twice: as PHOTOS and as --instance-data-dir.")
     if photos is not None:
         options["instance_data_dir"] = photos
     in_file = {} if config is None else read_settings(config, _SETTINGS)
     spelt = _spellings(in_file.keys() - options.keys(), config)
-    with _options_in_errors(spelt), warnings_as_sentences(lambda text: _respelt(text, spelt)):
+    with _options_in_errors(spelt), warnings_as_sentences(lambda text: _use_option_names(text, spelt)):
         checked = training_config(in_file | options)
         if dry_run:
-            from diffusers_mixofshow.training.checkpoints import replaced
+            from diffusers_mixofshow.training.checkpoints import list_replaced
 
-            taken = replaces(*replaced(checked), overwrite=checked.overwrite)
+            taken = replaces(*list_replaced(checked), overwrite=checked.overwrite)
             tell(plan_of_training(checked) | taken, as_json=as_json)
             return
 
-        from diffusers_mixofshow.client import tune_concept
+        from diffusers_mixofshow import EDLoRATrainer
 
-        tune_concept(checked)
+        EDLoRATrainer(checked).train()
     concept = checked.concept_to_learn
     if as_json:
         made = {"output": str(checked.output_dir), "concept": concept.placeholder, "class_word": concept.class_word}
@@ -112,7 +113,7 @@ def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
     return TrainingConfig.from_mapping(settings)
 
 
-def _without_overruled(given: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
+def _drop_overruled(given: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
     """Drop what `mixofshow --config` switches on or off where the command line says the opposite."""
 
     def from_file(name: str) -> bool:
@@ -133,8 +134,9 @@ def _values_of_options(given: Mapping[str, Any]) -> dict[str, Any]:
     if both:
         raise ConfigurationError(f"Both on and off: {', '.join(both)}.")
     values = {
-        name: _SETTINGS[name].from_text(value) if name in _SETTINGS and value is not True else value
+        name: value if setting is None or value is True else setting.from_text(value)
         for name, value in written.items()
+        for setting in [_SETTINGS.get(RENAMED.get(name, name))]
         if not name.startswith(_OFF)
     }
     return values | dict.fromkeys(switched_off, False)
@@ -152,16 +154,19 @@ def _parameters() -> Iterator[inspect.Parameter]:
     yield _parameter("dry_run", DryRun)
     as_json = typer.Option("--json", help="Print the folder, the concept and all settings as JSON; a plan, too.")
     yield _parameter("as_json", Annotated[bool, as_json])
+    for former, name in RENAMED.items():
+        told = typer.Option(help=f"Former name of {_SETTINGS[name].option}.", hidden=True)
+        yield _parameter(former, Annotated[str | None, told])
     panel = None
     for setting in _SETTINGS.values():
         panel = _PANELS.get(setting.name, panel)
         yield _parameter(setting.name, _annotation(setting, panel))
         if bool in setting.types:
-            off = typer.Option(_off(setting), hidden=True)
+            off = typer.Option(_switch_off(setting), hidden=True)
             yield _parameter(_OFF + setting.name, Annotated[bool, off])
 
 
-def _off(setting: Setting) -> str:
+def _switch_off(setting: Setting) -> str:
     """The option that switches a setting off; the help shows it where the setting is on by default."""
     return f"--no-{setting.option.removeprefix('--')}"
 
@@ -191,15 +196,15 @@ def _help(setting: Setting) -> str:
         text += f" One of {', '.join(CHOICES[setting.name])}."
     if setting.is_required:
         return escape(f"{text} (required)")
-    defaults = [] if setting.default in (None, ()) else [f"default: {_shown(setting.default)}"]
+    defaults = [] if setting.default in (None, ()) else [f"default: {_format_default(setting.default)}"]
     if setting.name in PRESETS[TOYLAND] and setting.name != "pretrained_model_name_or_path":
-        defaults.append(f"toyland: {_shown(PRESETS[TOYLAND][setting.name])}")
+        defaults.append(f"toyland: {_format_default(PRESETS[TOYLAND][setting.name])}")
     if setting.default is True:
-        defaults.append(f"off: {_off(setting)}")
+        defaults.append(f"off: {_switch_off(setting)}")
     return escape(text + (f" ({'; '.join(defaults)})" if defaults else ""))
 
 
-def _shown(value: object) -> str:
+def _format_default(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(repr, value))
     return {"True": "yes", "False": "no"}.get(str(value), str(value))
@@ -208,6 +213,7 @@ def _shown(value: object) -> str:
 def _spellings(in_file: Collection[str], file: Path | None) -> dict[str, str]:
     """How messages name a setting: as its option, or as the file does where it stands there alone."""
     spelt = {name: _SHORT.get(name, setting.option) for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
+    spelt |= {former: "--" + former.replace("_", "-") for former in RENAMED}
     return spelt if file is None else spelt | {name: f"{name} ({file.name})" for name in in_file}
 
 
@@ -217,10 +223,10 @@ def _options_in_errors(spelt: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (ConfigurationError, ConceptError, OverwriteError, TrainingDataError) as error:
-        raise type(error)(_respelt(str(error), spelt)) from error
+        raise type(error)(_use_option_names(str(error), spelt)) from error
 
 
-def _respelt(message: str, spelt: Mapping[str, str]) -> str:
+def _use_option_names(message: str, spelt: Mapping[str, str]) -> str:
     """Replace names of settings; a name that may be a plain word only where a sentence starts with it."""
     any_name, joined = "|".join(spelt), "|".join(name for name in spelt if "_" in name)
     at_start, inside = rf"(?:(?<=^)|(?<=; )|(?<=: ))'?({any_name})'?(?= is )", rf"(?<!['\w./-])({joined})(?!['\w])"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from diffusers_mixofshow.lazy import import_lazily
 
 
 if TYPE_CHECKING:
@@ -11,13 +13,4 @@ if TYPE_CHECKING:
 
 __all__ = ["DemoSettings", "run_demo"]
 
-_HOMES = {"DemoSettings": "settings", "run_demo": "stages"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = import_lazily(__name__, {"settings": ("DemoSettings",), "stages": ("run_demo",)})

@@ -24,11 +24,11 @@ def prepare_photos(settings: DemoSettings) -> list[DemoConcept]:
         ConfigurationError: If the base does not know the class of the user's photos.
         TrainingDataError: If the user's photos cannot be used.
     """
-    concepts = [_drawn(name, settings) for name in settings.concepts]
+    concepts = [_draw_concept(name, settings) for name in settings.concepts]
     if settings.photos is None or settings.class_word is None:
         return concepts
-    own = _own(settings.photos, settings.class_word, settings.folder / "photos" / OWN_NAME)
-    return _with_own(concepts, own)
+    own = _copy_own(settings.photos, settings.class_word, settings.folder / "photos" / OWN_NAME)
+    return _replace_by_own(concepts, own)
 
 
 def photos_of(concept: DemoConcept) -> list[Image.Image]:
@@ -37,7 +37,7 @@ def photos_of(concept: DemoConcept) -> list[Image.Image]:
     return [photo.image for photo in read_photos(concept.folder, spelt)]
 
 
-def _drawn(name: str, settings: DemoSettings) -> DemoConcept:
+def _draw_concept(name: str, settings: DemoSettings) -> DemoConcept:
     concept = concept_named(name)
     folder = settings.folder / "photos" / name
     toyland.write_photos(concept, folder, count=settings.photo_count, seed=settings.seed)
@@ -50,7 +50,7 @@ def _drawn(name: str, settings: DemoSettings) -> DemoConcept:
     )
 
 
-def _own(source: Path, class_word: str, folder: Path) -> DemoConcept:
+def _copy_own(source: Path, class_word: str, folder: Path) -> DemoConcept:
     """Copy the user's photos, cropped to Toyland's square; captions come along, masks as well."""
     class_word = class_word.strip().lower()
     if class_word not in KIND_OF_CLASS:
@@ -73,7 +73,7 @@ def _own(source: Path, class_word: str, folder: Path) -> DemoConcept:
     return DemoConcept(name=OWN_NAME, kind=concept.kind, class_word=class_word, folder=folder)
 
 
-def _with_own(concepts: list[DemoConcept], own: DemoConcept) -> list[DemoConcept]:
+def _replace_by_own(concepts: list[DemoConcept], own: DemoConcept) -> list[DemoConcept]:
     """The user's concept takes the place of the last one of its class, else of the last one of all."""
     same = [index for index, concept in enumerate(concepts) if concept.class_word == own.class_word]
     place = same[-1] if same else len(concepts) - 1

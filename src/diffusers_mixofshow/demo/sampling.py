@@ -14,8 +14,8 @@ from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
     TOGETHER_PLACES,
-    called,
     column_boxes,
+    name_with_class,
     prompt_together,
 )
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
@@ -96,7 +96,7 @@ def sample_all(
 
 
 def prompts_alone(method: str, concept: DemoConcept, settings: DemoSettings) -> list[str]:
-    """What a concept's pictures under a method are asked for with."""
+    """The prompts of a concept's pictures under a method."""
     subject = concept.class_word if method == "class word" else concept.placeholder
     return fill_templates(HELD_OUT_PROMPTS, subject, settings.pictures)
 
@@ -104,7 +104,7 @@ def prompts_alone(method: str, concept: DemoConcept, settings: DemoSettings) -> 
 def prompts_together(order: Sequence[tuple[str, ...]], class_words: Mapping[str, str]) -> list[str]:
     """The global prompts of pictures with several concepts, from left to right."""
     return [
-        prompt_together([called(name, class_words[name]) for name in names], _place(index))
+        prompt_together([name_with_class(name, class_words[name]) for name in names], _place(index))
         for index, names in enumerate(order)
     ]
 

@@ -20,7 +20,7 @@ from diffusers_mixofshow.atomic import refuse_overwriting, write_whole
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.errors import ConfigurationError, FileWriteError
-from diffusers_mixofshow.notes import sheet_note, write_noted
+from diffusers_mixofshow.notes import sheet_note, write_with_note
 from diffusers_mixofshow.progress import progress
 
 
@@ -137,7 +137,7 @@ def _fuse_and_sample(
         packs = {f"single/{name}": folder for name, folder in singles.items()}
         methods: tuple[tuple[Method, str], ...] = (("average", "average"), ("closed-form", "fused"))
         for method, name in methods:
-            packs[name] = _fused(pipe, list(singles.values()), method, settings.folder / name, settings)
+            packs[name] = _fuse(pipe, list(singles.values()), method, settings.folder / name, settings)
             bar.update()
     with stages("sampling", "Every concept alone, and three together", picture_count(settings)) as bar:
         pictures = sample_all(pipe, concepts, packs, settings, bar.update)
@@ -154,25 +154,25 @@ def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings:
     alone, several = first_seeds(settings)
     sheets = {"together": {"with regions": pictures.regional, "without": pictures.unguided}}
     class_words = {concept.name: concept.class_word for concept in concepts}
-    together = _numbered(prompts_together(pictures.order, class_words), several)
+    together = _number_prompts(prompts_together(pictures.order, class_words), several)
     asked = {"together": {"with regions": together, "without": together}}
     for concept in concepts:
         rows = {method: of_method[concept.name] for method, of_method in pictures.alone.items()}
         sheets[concept.name] = {"photos": photos_of(concept), **rows}
         asked[concept.name] = {
-            method: _numbered(prompts_alone(method, concept, settings), alone) for method in pictures.alone
+            method: _number_prompts(prompts_alone(method, concept, settings), alone) for method in pictures.alone
         }
     for name, rows in sheets.items():
         note = sheet_note(asked[name], base_model=TOYLAND, steps=settings.steps, guidance=settings.guidance_scale)
-        write_noted(settings.folder / "sheets" / f"{name}.png", labelled_sheet(rows, scale=2), "PNG", note)
+        write_with_note(settings.folder / "sheets" / f"{name}.png", labelled_sheet(rows, scale=2), "PNG", note)
 
 
-def _numbered(prompts: Sequence[str], first_seed: int) -> list[tuple[str, int]]:
+def _number_prompts(prompts: Sequence[str], first_seed: int) -> list[tuple[str, int]]:
     """Prompts with their seeds, which count on."""
     return [(prompt, first_seed + number) for number, prompt in enumerate(prompts)]
 
 
-def _fused(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:
+def _fuse(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:
     """Fuse, unless the folder holds the result of the same ED-LoRAs and settings."""
     from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
     from diffusers_mixofshow.fusion import GradientFuser

@@ -5,7 +5,6 @@ What the package writes stands between two marks and is refreshed; everything ar
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import encode_picture, write_whole
 from diffusers_mixofshow.base_models import TOYLAND, license_of, public_name, usual_guidance
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
@@ -49,7 +48,7 @@ _MOST_REGIONS = 3
 _SKY, _GROUND, _PLACE = 0.25, 0.97, " in a meadow"
 """Top and bottom of regions on Toyland, where things stand, and what is around them."""
 _BASE_SETTING = "pretrained_model_name_or_path"
-"""What training calls its base model, which may be a folder whose place is nobody's business."""
+"""The setting that names the base model; it may be a private path, of which a card shows the last part alone."""
 _LONGEST_RECORD = 10_000
 _STOCK_PACK = (
     "Stock diffusers loads the file as a LoRA (`pipe.load_lora_weights(...)`), without the concepts' embeddings."
@@ -103,7 +102,7 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{text}\n\n{_END}\n")
 
 
-def refreshed(existing: str | None, card: ModelCard, *, anew: bool = False) -> str:
+def refresh_text(existing: str | None, card: ModelCard, *, anew: bool = False) -> str:
     """The text of a card that stands at its place already, with what we generate brought up to date.
 
     What stands around our marks, and every entry of the metadata that is not ours, stays. A card that somebody wrote
@@ -126,7 +125,7 @@ def refreshed(existing: str | None, card: ModelCard, *, anew: bool = False) -> s
         written = "\n\n".join([begin, heading, _GALLERY, rest])
     body = _SECTION.sub(lambda _: written, text, count=1) if text.strip() else f"\n{written}\n"
     try:
-        data = _joined_metadata(ModelCard(existing, ignore_metadata_errors=True).data.to_dict(), card.data.to_dict())
+        data = _join_metadata(ModelCard(existing, ignore_metadata_errors=True).data.to_dict(), card.data.to_dict())
     except (ValueError, TypeError, yaml.YAMLError):  # no YAML that the client understands: it is people's, so it stays
         return existing
     if anew and not card.data.get("widget"):
@@ -135,10 +134,10 @@ def refreshed(existing: str | None, card: ModelCard, *, anew: bool = False) -> s
 
 
 def write_card(folder: Path, card: ModelCard, *, anew: bool = False) -> None:
-    """Write or refresh README.md in a folder, see `refreshed`."""
+    """Write or refresh README.md in a folder, see `refresh_text`."""
     path = folder / CARD_NAME
     existing = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    text = refreshed(existing, card, anew=anew)
+    text = refresh_text(existing, card, anew=anew)
     if text != existing:
         write_whole(path, text.encode())
 
@@ -183,9 +182,7 @@ def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:
     except PictureError as error:
         raise ConfigurationError(f"{error}.") from error
     image.info = {}
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encode_picture(image)
 
 
 def _metadata(
@@ -206,7 +203,7 @@ def _metadata(
     )
 
 
-def _joined_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+def _join_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Ours over theirs, but for tags, which add up, and for the licence, which people choose."""
     known = theirs.get("tags")
     tags = [tag for tag in known if isinstance(tag, str)] if isinstance(known, list) else []
@@ -298,7 +295,7 @@ def _measured_columns(
     evaluation = _mapping(training.get("evaluation"))
     entries = _mapping(evaluation.get("concepts"))
     numbers = {
-        heading: [_found(entries.get(concept.placeholder), path) for concept in concepts]
+        heading: [_look_up(entries.get(concept.placeholder), path) for concept in concepts]
         for heading, path in _MEASURES.items()
     }
     filled = {heading: values for heading, values in numbers.items() if any(one is not None for one in values)}
@@ -315,8 +312,8 @@ def _measured_columns(
     return [tuple(filled), *zip(*shown, strict=True)], note
 
 
-def _found(entry: object, path: Sequence[str]) -> float | None:
-    """A number deep in a record that nobody vouches for."""
+def _look_up(entry: object, path: Sequence[str]) -> float | None:
+    """The number under nested keys of an untrusted record; None if there is none."""
     for key in path:
         entry = _mapping(entry).get(key)
     return _number(entry)
@@ -332,7 +329,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _source_table(training: Mapping[str, object]) -> list[str]:
-    """Whom the pack is made of: where from, which revision, with which weight; nothing if it was not fused."""
+    """Table of the fused sources with origin, revision, weight and digest; nothing if the pack was not fused."""
     rows = [("concepts", "from", "revision", "weight", "SHA-256")]
     for entry in _entries(training):
         origin, commit = str(entry.get("origin", "")), str(entry.get("revision", ""))

@@ -96,7 +96,7 @@ def read(path: Path) -> Contents:
         head, found = header.EMPTY, [f"it has no {_HEADER_KEY!r} header, so it is no ED-LoRA"]
     embeddings, pairs, surprising = _sort(tensors)
     announced = {_canonical(site): numbers for site, numbers in head.lora.items()}
-    lora = _joined(pairs, announced)
+    lora = _join_pairs(pairs, announced)
     if not found:
         found += _differences(pairs, announced)
         found += defects.content_defects(head.concepts, embeddings, lora, head.layers)
@@ -172,7 +172,7 @@ def _differences(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> list[s
     return found
 
 
-def _joined(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> dict[str, LowRank]:
+def _join_pairs(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> dict[str, LowRank]:
     return {
         site: LowRank.from_file(halves[_DOWN], halves[_UP], lora[site][1])
         for site, halves in pairs.items()

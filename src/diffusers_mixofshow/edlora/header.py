@@ -7,12 +7,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import TypeGuard, TypeVar
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.defects import is_showable, shown
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
+from diffusers_mixofshow.versions import PACKAGE, installed_version
 
 
 FORMAT_VERSION = 2
@@ -20,7 +20,7 @@ FORMAT_VERSION = 2
 ONE_ENCODER = 1
 """What all others have, so that older releases read them."""
 
-_LIBRARIES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft")
+_LIBRARIES = (PACKAGE, "torch", "diffusers", "transformers", "peft")
 _LONGEST = 4 * 2**20
 _LONGEST_TEXT = 500
 """Characters of the base model's id, and of a layer's name."""
@@ -59,7 +59,7 @@ class Header:
             "layers": list(self.layers),
             "lora": {site: {"rank": rank, "alpha": alpha} for site, (rank, alpha) in self.lora.items()},
             "training": dict(self.training),
-            "versions": _installed_versions(),
+            "versions": {library: installed_version(library) or "not installed" for library in _LIBRARIES},
         }
         try:
             text = json.dumps(values, allow_nan=False)
@@ -198,13 +198,3 @@ def _is_concept_entry(entry: object) -> bool:
 
 def _short(value: object) -> str:
     return shown(repr(value), 80)
-
-
-def _installed_versions() -> dict[str, str]:
-    versions = {}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            versions[library] = "not installed"
-    return versions

@@ -41,9 +41,9 @@ _BROKEN = frozenset({"NetworkError", "TimeoutException", "RemoteProtocolError"})
 """Errors of httpx, which the client imports under one name or another."""
 
 _UNREACHED = frozenset({"ConnectError", "ConnectTimeout"})
-"""Those of them that say that there is no connection at all."""
+"""Errors of httpx that mean that there is no connection at all."""
 _PATIENCE = 10.0
-"""Seconds for one answer to whether the Hub is there."""
+"""Timeout in seconds of the request that checks whether the Hub answers."""
 
 _Result = TypeVar("_Result")
 
@@ -93,12 +93,12 @@ def download(
     """
     if not local_files_only and not answers():
         path = f"{subfolder}/{filename}" if subfolder else filename
-        with _explained(repo_id, revision, token):
-            if cached(repo_id, path, revision=revision, cache_dir=cache_dir) is None:
-                raise unreached(repo_id)
+        with _translate_errors(repo_id, revision, token):
+            if find_in_cache(repo_id, path, revision=revision, cache_dir=cache_dir) is None:
+                raise make_unreachable_error(repo_id)
         local_files_only = True
-    with _explained(repo_id, revision, token):
-        return _insisting(
+    with _translate_errors(repo_id, revision, token):
+        return _retry(
             lambda: Path(
                 HfApi(token=token).hf_hub_download(
                     repo_id,
@@ -112,7 +112,7 @@ def download(
         )
 
 
-def cached(repo_id: str, filename: str, *, revision: str | None, cache_dir: str | Path | None) -> Path | None:
+def find_in_cache(repo_id: str, filename: str, *, revision: str | None, cache_dir: str | Path | None) -> Path | None:
     """Path of a repository's file in the cache, without asking the Hub; None if it is not there."""
     path = try_to_load_from_cache(repo_id, filename, revision=revision, cache_dir=cache_dir)
     return Path(path) if isinstance(path, str) else None
@@ -140,11 +140,11 @@ def create(repo_id: str, *, token: str | bool | None, private: bool | None, revi
             f"The Hub cannot be reached at {huggingface_hub.constants.ENDPOINT}, so nothing was sent to {repo_id!r}. "
             "Check the connection, and HF_ENDPOINT if you have set it."
         )
-    with _explained(repo_id, None, token):
+    with _translate_errors(repo_id, None, token):
         api = HfApi(token=token)
-        url = _insisting(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        url = _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
-            _insisting(lambda: api.create_branch(url.repo_id, branch=revision, exist_ok=True))
+            _retry(lambda: api.create_branch(url.repo_id, branch=revision, exist_ok=True))
         return url.repo_id, str(url)
 
 
@@ -190,9 +190,9 @@ def upload(
         )
         return info.pr_url or info.commit_url
 
-    with _explained(repo_id, revision, token):
+    with _translate_errors(repo_id, revision, token):
         # A second try of a pull request whose answer was lost would be a second pull request.
-        return commit() if create_pr else _insisting(commit)
+        return commit() if create_pr else _retry(commit)
 
 
 def text_at(repo_id: str, filename: str, commit: str, *, token: str | bool | None) -> str | None:
@@ -206,7 +206,7 @@ def text_at(repo_id: str, filename: str, commit: str, *, token: str | bool | Non
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def unreached(name: str) -> HubError:
+def make_unreachable_error(name: str) -> HubError:
     """The error of what only the Hub could give, where that does not answer."""
     return HubError(
         f"{name!r} is neither on this disk nor in the cache, and the Hub cannot be reached at "
@@ -238,8 +238,12 @@ def _files(folder: Path) -> list[CommitOperationAdd]:
     return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
 
 
-def _insisting(action: Callable[[], _Result]) -> _Result:
-    """Try again what failed for a reason that passes: a busy server, a broken connection, a branch that moved on."""
+def _retry(action: Callable[[], _Result]) -> _Result:
+    """Try again what failed for a reason that passes: a busy server, a broken connection, a branch that moved on.
+
+    The client itself repeats transfers, but not requests for and about repositories, nor a commit on a branch that
+    moved on, which has to be prepared anew.
+    """
     for wait in _WAITS:
         try:
             return action()
@@ -267,7 +271,7 @@ def _passes(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None, token: str | bool | None) -> Iterator[None]:
+def _translate_errors(repo_id: str, revision: str | None, token: str | bool | None) -> Iterator[None]:
     """Turn the client's errors into ours, which say what to do and never show the token.
 
     The client's own error is not chained: a malformed token is quoted in it.
@@ -295,7 +299,7 @@ def _explanation(error: Exception, repo_id: str, revision: str | None, token: st
     if isinstance(error, GatedRepoError):
         return HubError(f"Access to {at} is gated. Accept its terms on the Hub, and log in with `hf auth login`.")
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
-        return EDLoRANotFoundError(_missing(error, repo_id, revision, at))
+        return EDLoRANotFoundError(_explain_missing(error, repo_id, revision, at))
     if isinstance(error, HFValidationError):
         return HubError(f"{repo_id!r} is no valid Hub id; expected 'user/name' with letters, digits, '-', '_', '.'.")
     if isinstance(error, OfflineModeIsEnabled):
@@ -308,10 +312,10 @@ def _explanation(error: Exception, repo_id: str, revision: str | None, token: st
         )
     if status == _MOVED_ON:
         return HubError(f"Others keep committing to {at}, so that nothing was sent. Push again when they are done.")
-    return HubError(f"The Hub could not serve {at}: {_without(str(error), token)}")
+    return HubError(f"The Hub could not serve {at}: {_redact(str(error), token)}")
 
 
-def _missing(error: Exception, repo_id: str, revision: str | None, at: str) -> str:
+def _explain_missing(error: Exception, repo_id: str, revision: str | None, at: str) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return (
             f"There is no repository {repo_id!r} on the Hub, or it is private and you are not logged in. "
@@ -320,14 +324,14 @@ def _missing(error: Exception, repo_id: str, revision: str | None, at: str) -> s
     if isinstance(error, RevisionNotFoundError):
         return f"The repository {repo_id!r} has no revision {revision!r} (branch, tag or commit)."
     if isinstance(error, LocalEntryNotFoundError):
-        return _not_cached(at)
+        return _explain_not_cached(at)
     return (
         f"The repository {at} holds no ED-LoRA (edlora.safetensors). Give the subfolder if it is in one; load "
         "an ordinary LoRA with load_lora_weights()."
     )
 
 
-def _not_cached(at: str) -> str:
+def _explain_not_cached(at: str) -> str:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return (
             f"{at} is not in the cache, and HF_HUB_OFFLINE is set. Unset it once to fetch the file, or give a folder."
@@ -338,7 +342,7 @@ def _not_cached(at: str) -> str:
     )
 
 
-def _without(text: str, token: str | bool | None) -> str:
+def _redact(text: str, token: str | bool | None) -> str:
     """A message without the token that was given, and without anything that looks like one."""
     secret = token.strip() if isinstance(token, str) else ""
     return _TOKEN.sub("<token>", text.replace(secret, "<token>") if secret else text)

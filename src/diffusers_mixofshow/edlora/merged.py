@@ -16,11 +16,10 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import in_dtype, not_loadable
-from diffusers_mixofshow.edlora import hub
+from diffusers_mixofshow.base_models import in_dtype
+from diffusers_mixofshow.edlora import hub, models
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
-from diffusers_mixofshow.edlora.models import load_model
-from diffusers_mixofshow.errors import FileWriteError, MixOfShowError
+from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, HubError, MixOfShowError
 from diffusers_mixofshow.families.layers import linear_layers
 
 
@@ -34,7 +33,7 @@ _MARK = "_mixofshow_concepts"
 
 
 @contextmanager
-def written_whole(pipeline: DiffusionPipeline, folder: Path) -> Iterator[Path]:
+def replace_pipeline(pipeline: DiffusionPipeline, folder: Path) -> Iterator[Path]:
     """Write a pipeline in float16 beside what is in a folder, and replace that when the block is done.
 
     The index, without which diffusers loads nothing, is deleted first and written last: a crash leaves no loadable
@@ -100,7 +99,7 @@ def has_concepts(
     """
     index: Path | None = Path(pipeline) / INDEX
     if hub.is_repo_id(pipeline):
-        index = hub.cached(str(pipeline), INDEX, revision=revision, cache_dir=cache_dir)
+        index = hub.find_in_cache(str(pipeline), INDEX, revision=revision, cache_dir=cache_dir)
     if index is None or not index.is_file():
         return False
     try:
@@ -125,14 +124,13 @@ def load_base(base_model: str, pipeline_class: str) -> DiffusionPipeline:
 
     try:
         load = partial(getattr(diffusers, pipeline_class).from_pretrained, **in_dtype(torch.float32))
-        pipeline: DiffusionPipeline = load_model(base_model, load)
-    except (OSError, ValueError) as error:
-        refusal = not_loadable(base_model, error)
-        raise type(refusal)(
-            f"{refusal} merged=True writes a complete pipeline and needs the base model; "
+        pipeline: DiffusionPipeline = models.load_base(base_model, load)
+        return pipeline
+    except (ConfigurationError, HubError) as error:
+        raise type(error)(
+            f"{error} merged=True writes a complete pipeline and needs the base model; "
             "without it the pack alone is written."
         ) from error
-    return pipeline
 
 
 @torch.no_grad()

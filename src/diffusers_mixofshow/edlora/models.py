@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import huggingface_hub
 import torch
 
-from diffusers_mixofshow.base_models import location_of
+from diffusers_mixofshow.base_models import location_of, not_loadable
 from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.progress import announce
@@ -38,16 +38,29 @@ def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_in
     place = location_of(name)
     if Path(place).exists():
         announce(f"Loading {name} ...")
-        with quietly_if_embedded(name):
+        with silence_if_embedded(name):
             return load(place)
     refuse_missing_folder(name)
     options: dict[str, Any] = {}
-    if reason := _unasked(name):
-        if hub.cached(name, index, revision=None, cache_dir=None) is None:
+    if reason := _explain_no_access(name):
+        if hub.find_in_cache(name, index, revision=None, cache_dir=None) is None:
             raise reason
         options = {"local_files_only": True}
     announce(f"Loading {name} ...")
     return load(place, **options)
+
+
+def load_base(name: str, load: Callable[..., _Model]) -> _Model:
+    """Load a base model, see `load_model`.
+
+    Raises:
+        ConfigurationError: If it cannot be found or read.
+        HubError: If only the Hub has it, and that cannot be reached.
+    """
+    try:
+        return load_model(name, load)
+    except (OSError, ValueError) as error:
+        raise not_loadable(name, error) from error
 
 
 def load_looker(name: str, kind: type, *, called: str, expected: str) -> tuple[Any, Any]:
@@ -82,14 +95,14 @@ def load_looker(name: str, kind: type, *, called: str, expected: str) -> tuple[A
     return model.float().eval().to("cuda" if torch.cuda.is_available() else "cpu"), words
 
 
-def quietly_if_embedded(name: str) -> AbstractContextManager[None]:
-    """`quietly` for the embedded base, which is ours to answer for; all others may say what they have to."""
-    return nullcontext() if location_of(name) == name else quietly()
+def silence_if_embedded(name: str) -> AbstractContextManager[None]:
+    """`silence_libraries` for the embedded base, which is ours to answer for; all others may say what they have to."""
+    return nullcontext() if location_of(name) == name else silence_libraries()
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Keep transformers and diffusers from printing bars and notes that concern nobody; restore their settings."""
+def silence_libraries() -> Iterator[None]:
+    """Keep transformers and diffusers from printing bars and notes inside the block; restore their settings."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -123,11 +136,11 @@ def refuse_missing_folder(name: str) -> None:
         raise FileNotFoundError("There is no such folder")
 
 
-def _unasked(name: str) -> OSError | None:
+def _explain_no_access(name: str) -> OSError | None:
     """Why a model that is not in the cache cannot be had, unless the Hub can be asked."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return FileNotFoundError(f"{name!r} is not in the cache, and HF_HUB_OFFLINE is set")
-    return None if hub.answers() else hub.unreached(name)
+    return None if hub.answers() else hub.make_unreachable_error(name)
 
 
 def _unusable(name: str, reason: str, called: str, expected: str) -> ConfigurationError:

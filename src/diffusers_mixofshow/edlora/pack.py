@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelCard
 
-from diffusers_mixofshow.atomic import refuse_overwriting, standing
+from diffusers_mixofshow.atomic import find_existing, refuse_overwriting
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.edlora import card, defects, file, hub, reading
@@ -113,7 +113,7 @@ class EDLoRA:
             pipeline = merged_pipeline.load_base(self.base_model, family_of_embeddings(self.embeddings).pipeline)
             self.check_fits(pipeline.components)
             merged_pipeline.add_updates(pipeline, self.lora)
-            with merged_pipeline.written_whole(pipeline, path.parent) as temporary:
+            with merged_pipeline.replace_pipeline(pipeline, path.parent) as temporary:
                 file.write(temporary / file.FILE_NAME, replace(self, lora={})._contents())
         else:
             file.write(path, self._contents())
@@ -133,7 +133,7 @@ class EDLoRA:
         Raises:
             OverwriteError: If another pack is there, or a file of its name that is none.
         """
-        there = standing(Path(pipeline) / file.FILE_NAME)
+        there = find_existing(Path(pipeline) / file.FILE_NAME)
         if there and not self._is_in(there[0].parent, merged=True):
             raise OverwriteError(
                 f"{there[0]} is there already and holds something else than {self._names}, whose updates are in the "

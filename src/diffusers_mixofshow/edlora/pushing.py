@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import hub
-from diffusers_mixofshow.edlora.card import CARD_NAME, refreshed
+from diffusers_mixofshow.edlora.card import CARD_NAME, refresh_text
 from diffusers_mixofshow.errors import ConfigurationError
 
 
@@ -50,7 +50,7 @@ def push(
     def renew_card(commit: str) -> None:
         if card_for is not None:
             there = hub.text_at(repo_id, CARD_NAME, commit, token=token)
-            write_whole(folder / CARD_NAME, refreshed(there, card_for(repo_id)).encode())
+            write_whole(folder / CARD_NAME, refresh_text(there, card_for(repo_id)).encode())
 
     commit_url = hub.upload(
         folder,

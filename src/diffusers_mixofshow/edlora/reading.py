@@ -1,4 +1,4 @@
-"""Opening files that strangers wrote: everything that can be known before memory is taken is looked at first."""
+"""Opening untrusted files: everything that can be checked before memory is allocated is checked first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffusers_mixofshow.edlora.defects import shown
-from diffusers_mixofshow.edlora.signatures import seeming
+from diffusers_mixofshow.edlora.signatures import guess_kind
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, meant
 
 
@@ -52,14 +52,14 @@ def within(folder: Path, *names: str) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; no, where there can be nothing, as with a name of 10,000 characters."""
+    """Whether a path is a folder; False also for paths that the system refuses, such as names of 10,000 characters."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
         return False
 
 
-def spelt_alike(path: Path) -> str:
+def suggest_name(path: Path) -> str:
     """The question whether a name was meant that lies where a path that does not exist would lie; empty if none is."""
     try:
         return meant(path.name, [shown(entry.name) for entry in path.parent.iterdir()])
@@ -79,7 +79,7 @@ def check_file(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise EDLoRANotFoundError(
             f"{shown(str(path))} does not exist. Give a folder with edlora.safetensors, a safetensors file, or a Hub "
-            f"id such as 'user/edlora-potter'.{spelt_alike(path)}"
+            f"id such as 'user/edlora-potter'.{suggest_name(path)}"
         ) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
@@ -92,7 +92,7 @@ def check_file(path: Path) -> int:
 
 
 def identity(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from another one that takes its place; None where there is none."""
+    """Inode, time and size, which change when another file takes the place of this one; None where there is none."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -101,7 +101,7 @@ def identity(path: Path) -> tuple[int, int, int] | None:
 
 
 @contextmanager
-def opened_tensors(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file, open: its tensors are mapped into memory, not copied, and read where they are looked at.
 
     Raises:
@@ -140,7 +140,7 @@ def read_steadily(path: Path, take: Callable[[Any], _T]) -> _T:
     for _ in range(_MOST_READS):
         before = identity(path)
         try:
-            with opened_tensors(path) as opened:
+            with open_tensors(path) as opened:
                 content = take(opened)
         except (EDLoRAFormatError, EDLoRANotFoundError):
             if identity(path) == before:
@@ -163,7 +163,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 def read_metadata(path: Path) -> dict[str, str]:
     """Metadata in the header of a safetensors file; empty of any other file."""
     try:
-        with opened_tensors(path) as opened:
+        with open_tensors(path) as opened:
             return dict(opened.metadata() or {})
     except (EDLoRAFormatError, EDLoRANotFoundError):
         return {}
@@ -177,12 +177,12 @@ def _leads_into(path: Path, folder: Path) -> bool:
 
 
 def _header_defect(path: Path, size: int) -> str:
-    """What the first bytes say that cannot be; empty if nothing."""
+    """What is wrong with the first bytes of a safetensors file; empty if nothing."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_PREFIX), "little")
     if size < _PREFIX:
         return f"it has {size} bytes"
-    if length > min(LONGEST_HEADER, size - _PREFIX) and (kind := seeming(path)):
+    if length > min(LONGEST_HEADER, size - _PREFIX) and (kind := guess_kind(path)):
         return f"it is {kind}"
     if length > LONGEST_HEADER:
         return f"its header would have {length:,} bytes, more than {LONGEST_HEADER:,}"

@@ -1,4 +1,4 @@
-"""What a file seems to be that is none of those that are read here, by its first bytes, and what to do then."""
+"""Recognises files of other kinds by their first bytes, to say what they are and what to do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PAGE = (b"<!doctype html", b"<html")
 _JSON = (b"{", b"[")
 
 
-def seeming(path: Path) -> str:
+def guess_kind(path: Path) -> str:
     """What a file seems to be and what to do, for the end of "it is ..."; empty if its first bytes tell nothing."""
     with path.open("rb") as file:
         start = file.read(_LONGEST)

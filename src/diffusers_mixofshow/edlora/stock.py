@@ -1,4 +1,4 @@
-"""What stock diffusers must be told so that it scales the updates as we do."""
+"""Metadata that make stock diffusers scale the updates of a file as this package does."""
 
 from __future__ import annotations
 

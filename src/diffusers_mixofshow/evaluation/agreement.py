@@ -30,7 +30,7 @@ def warn_of_concepts_spelt_alike(packs: Mapping[str, EDLoRA]) -> None:
         warn(f"{'; '.join(alike)} are measured as different concepts.")
 
 
-def agreed(
+def unify_concepts(
     packs: Mapping[str, EDLoRA],
     class_words: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
@@ -54,13 +54,13 @@ def agreed(
     class_words, kinds = class_words or {}, kinds or {}
     chosen: dict[str, Concept] = {}
     unknown, remarks = [], []
-    for placeholder, told in _told(packs).items():
+    for placeholder, told in _collect_told(packs).items():
         known = {name: concept for name, concept in told.items() if concept.class_word != UNKNOWN_CLASS}
         source = next(iter(known or told))
         word, kind = class_words.get(placeholder), kinds.get(placeholder)
         if word is None and not known:
             unknown.append(f"{placeholder} ({', '.join(told)})")
-        remarks += _differing(placeholder, told, source, word=word is None, kind=kind is None)
+        remarks += _list_differences(placeholder, told, source, word=word is None, kind=kind is None)
         own = told[source]
         chosen[placeholder] = replace(own, class_word=word or own.class_word, kind=kind or own.kind)
     if unknown:
@@ -73,7 +73,7 @@ def agreed(
     return {name: _with_concepts(pack, chosen) for name, pack in packs.items()}
 
 
-def _told(packs: Mapping[str, EDLoRA]) -> dict[str, dict[str, Concept]]:
+def _collect_told(packs: Mapping[str, EDLoRA]) -> dict[str, dict[str, Concept]]:
     """Placeholder to what each pack tells of it, by the pack's name; its own ED-LoRA first."""
     own = own_packs(packs)
     told: dict[str, dict[str, Concept]] = {}
@@ -86,16 +86,18 @@ def _told(packs: Mapping[str, EDLoRA]) -> dict[str, dict[str, Concept]]:
     }
 
 
-def _differing(placeholder: str, told: Mapping[str, Concept], source: str, *, word: bool, kind: bool) -> list[str]:
-    """What is said of packs that tell another class word or kind, as far as it counts, than the one believed."""
-    said = {name: _called(concept, word=word, kind=kind) for name, concept in told.items()}
+def _list_differences(
+    placeholder: str, told: Mapping[str, Concept], source: str, *, word: bool, kind: bool
+) -> list[str]:
+    """A remark on the packs whose class word or kind differs from the one that is used; nothing if none does."""
+    said = {name: _describe(concept, word=word, kind=kind) for name, concept in told.items()}
     used = said[source]
     others = [f"{name} tells {other}" for name, other in said.items() if other and other != used]
     return [f"{source} tells that {placeholder} is {used}, which is taken; {', '.join(others)}"] if others else []
 
 
-def _called(concept: Concept, *, word: bool, kind: bool) -> str:
-    """What a pack tells, the class word, the kind or both; a file that does not know the one knows not the other."""
+def _describe(concept: Concept, *, word: bool, kind: bool) -> str:
+    """A pack's class word, kind or both, as text; a file without a class word has no kind either."""
     if concept.class_word == UNKNOWN_CLASS:
         return "no class word" if word else ""
     return ", ".join([repr(concept.class_word)] * word + [f"kind {concept.kind}"] * kind)

@@ -23,7 +23,7 @@ NOBODY = ""
 
 
 class Judge(Protocol):
-    """Who looks at pictures."""
+    """A model that judges pictures: features of pictures and texts, and attributes that it reads."""
 
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Features of the metric model, shape (n, d)."""
@@ -225,27 +225,6 @@ def measure_in_regions(
         )
         / count,
     )
-
-
-def summarise_regions(pictures: Sequence[InRegions]) -> dict[str, dict[str, float]]:
-    """Mean of every measure over pictures, with its 95 % interval, see `metrics.mean_with_interval`."""
-    values = {
-        "right": [picture.right for picture in pictures],
-        "whole_pictures": [float(picture.right == 1) for picture in pictures],
-        "looks": [picture.looks for picture in pictures],
-        "likeness": [picture.likeness for picture in pictures],
-    }
-    return {name: metrics.mean_with_interval(each) for name, each in values.items()}
-
-
-def confusion(pictures: Sequence[InRegions], expected: Sequence[Sequence[str]]) -> dict[str, dict[str, int]]:
-    """How often a concept was found where one was asked for: asked for, found, times."""
-    counts: dict[str, dict[str, int]] = {}
-    for picture, names in zip(pictures, expected, strict=True):
-        for name, found in zip(names, picture.found, strict=True):
-            row = counts.setdefault(name, {})
-            row[found] = row.get(found, 0) + 1
-    return counts
 
 
 def _similarity(features: torch.Tensor, candidates: Sequence[Subject]) -> torch.Tensor:

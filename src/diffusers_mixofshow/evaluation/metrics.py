@@ -33,7 +33,7 @@ def clip_score(text_features: torch.Tensor, image_features: torch.Tensor) -> flo
             f"clip_score got texts of shape {tuple(text_features.shape)} and pictures of shape "
             f"{tuple(image_features.shape)}, expected one text for each picture."
         )
-    texts, images = _normalized(text_features, "text_features"), _normalized(image_features, "image_features")
+    texts, images = _normalize(text_features, "text_features"), _normalize(image_features, "image_features")
     cosines = (texts * images).sum(dim=1)  # (n,)
     return float(CLIP_SCORE_WEIGHT * cosines.clamp(min=0).mean())
 
@@ -58,7 +58,7 @@ def cosine_matrix(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     Returns:
         Shape (n, m), float64.
     """
-    left, right = _normalized(rows, "rows"), _normalized(columns, "columns")
+    left, right = _normalize(rows, "rows"), _normalize(columns, "columns")
     if left.shape[1] != right.shape[1]:
         raise ConfigurationError(
             f"Features of {left.shape[1]} and of {right.shape[1]} dimensions cannot be compared; "
@@ -137,25 +137,7 @@ def attribute_accuracy(read: Sequence[Mapping[str, str]], expected: Mapping[str,
     return hits / (len(read) * len(expected))
 
 
-def mean_with_interval(values: Sequence[float], *, resamples: int = 2000) -> dict[str, float]:
-    """Mean, and the 95 % interval of means of as many values drawn from these (percentile bootstrap, one seed).
-
-    Args:
-        values: One for each independent picture.
-        resamples: How often values are drawn.
-
-    Returns:
-        ``mean``, ``low``, ``high``, rounded to four digits, and ``count``. Of values that are all the same the
-        interval is that value: no more can be said without a model of what was not seen.
-    """
-    numbers = torch.tensor(values, dtype=torch.float64)
-    chosen = torch.randint(len(numbers), (resamples, len(numbers)), generator=torch.Generator().manual_seed(0))
-    low, high = numbers[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    mean = numbers.mean().item()
-    return {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "count": len(values)}
-
-
-def _normalized(features: torch.Tensor, name: str) -> torch.Tensor:
+def _normalize(features: torch.Tensor, name: str) -> torch.Tensor:
     """Rows of length one, float64."""
     if features.ndim != 2 or len(features) == 0 or not features.is_floating_point():
         raise ConfigurationError(

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.evaluation import metrics
-from diffusers_mixofshow.evaluation.agreement import agreed, own_packs
+from diffusers_mixofshow.evaluation.agreement import own_packs, unify_concepts
 from diffusers_mixofshow.evaluation.identity import (
     Identity,
     Judge,
@@ -119,7 +119,7 @@ def evaluate_packs(
         count: Pictures of each concept in each pack.
         advance: Told how many pictures were finished, of `picture_count`.
     """
-    drawn, packs = _Drawn(judge), agreed(packs)
+    drawn, packs = _Drawn(judge), unify_concepts(packs)
 
     def sample(concept: Concept, subject: str) -> list[Image.Image]:
         return sample_pictures(pipe, fill_templates(templates(concept), subject, count), sampling, advance=advance)
@@ -127,7 +127,7 @@ def evaluate_packs(
     for concept in _by_class_word(packs.values()).values():
         drawn.floors[_plain(concept)] = sample(concept, concept.class_word)
     for name, pack in packs.items():
-        with _loaded(pipe, pack):
+        with _load_pack(pipe, pack):
             for concept in pack.concepts:
                 drawn.alone[concept.placeholder, name] = sample(concept, concept.placeholder)
             for concept in _by_class_word([pack]).values():
@@ -217,7 +217,7 @@ class _Drawn:
 
 
 @contextmanager
-def _loaded(pipe: Any, pack: EDLoRA) -> Iterator[None]:
+def _load_pack(pipe: Any, pack: EDLoRA) -> Iterator[None]:
     pipe.load_edlora(pack)
     try:
         yield
@@ -232,18 +232,18 @@ def _with_retention(packs: Mapping[str, EDLoRA], bare: Mapping[str, Row], rows: 
     ordered: list[Row] = []
     for concept, floor in bare.items():
         of_concept = [row for row in rows if row.concept == concept]
-        ordered += [floor, *(_kept(row, own.get(concept), floor) for row in of_concept)]
+        ordered += [floor, *(_add_retention(row, own.get(concept), floor) for row in of_concept)]
     means = []
     for name, pack in packs.items():
         names = [concept.placeholder for concept in pack.concepts]
         if len(names) > 1:
             own_mean = _mean([own[concept] for concept in names]) if own.keys() >= set(names) else None
             floor = _mean([bare[concept] for concept in names])
-            means.append(_kept(_mean([row for row in rows if row.pack == name]), own_mean, floor))
+            means.append(_add_retention(_mean([row for row in rows if row.pack == name]), own_mean, floor))
     return (*ordered, *means)
 
 
-def _kept(row: Row, own: Row | None, floor: Row) -> Row:
+def _add_retention(row: Row, own: Row | None, floor: Row) -> Row:
     """The row with its retention, where there is what that needs."""
     if own is None or own is row or row.identity is None or own.identity is None or floor.identity is None:
         return row

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusers_mixofshow.base_models import TOYLAND, known_spelling
-from diffusers_mixofshow.regions import Region
+from diffusers_mixofshow.base_models import TOYLAND, normalise_name
 
 
 RECORDING_PROMPTS = (
@@ -36,7 +35,7 @@ HELD_OUT_SCENE_PROMPTS = (
     "a picture of a critter in a <TOK>",
     "there is a chair in a <TOK>",
 )
-"""The same of places, which are seen behind something."""
+"""For measuring scenes, which are seen behind something; none of these is recorded by fusion."""
 
 _STYLES = ("a watercolour painting of a <TOK>", "a <TOK> carved out of wood")
 
@@ -81,12 +80,12 @@ TOGETHER_PLACES = ("in a meadow", "on the beach", "in the desert", "in the snow"
 
 def evaluation_prompts(base_model: str, kind: str) -> tuple[str, ...]:
     """Templates that a concept of a kind is measured with on a base model."""
-    if known_spelling(base_model) == TOYLAND:
+    if normalise_name(base_model) == TOYLAND:
         return HELD_OUT_SCENE_PROMPTS if kind == "scene" else HELD_OUT_PROMPTS
     return GENERAL_PROMPTS[kind]
 
 
-def called(name: str, class_word: str) -> str:
+def name_with_class(name: str, class_word: str) -> str:
     """A concept as prompts with several of them call it: with its class, which says what stands at its place."""
     return f"a <{name}> {class_word}"
 
@@ -95,7 +94,7 @@ def prompt_together(subjects: Sequence[str], place: str) -> str:
     """One prompt that names every subject, from left to right.
 
     Args:
-        subjects: Each with its article, see `called`.
+        subjects: Each with its article, see `name_with_class`.
         place: For example "on the beach".
     """
     *others, last = subjects
@@ -105,17 +104,3 @@ def prompt_together(subjects: Sequence[str], place: str) -> str:
 def column_boxes(count: int) -> list[tuple[float, float, float, float]]:
     """Equal columns from left to right, as high as things stand in Toyland; the sky above is the global prompt's."""
     return [(index / count, _SKY, (index + 1) / count, _GROUND) for index in range(count)]
-
-
-def regions_of(
-    subjects: Sequence[str], boxes: Sequence[tuple[float, float, float, float]], place: str
-) -> list[Region]:
-    """One region a subject, whose prompt describes the whole picture as if that subject stood at every place.
-
-    The base draws what a prompt says of a whole picture: told of one subject alone, it draws one large subject over
-    several regions.
-    """
-    return [
-        Region(prompt_together([subject] * len(boxes), place), box=box)
-        for subject, box in zip(subjects, boxes, strict=True)
-    ]

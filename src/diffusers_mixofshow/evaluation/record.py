@@ -1,4 +1,4 @@
-"""What a measured number needs beside it: versions, machine, commit and command."""
+"""The circumstances of a measurement, to be kept beside its numbers: versions, machine, commit and command."""
 
 from __future__ import annotations
 
@@ -9,23 +9,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.versions import PACKAGE, installed_version
 
 
-_PACKAGES = ("diffusers-mixofshow", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+_PACKAGES = (PACKAGE, "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on, as far as they are installed."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    found = {package: version for package in _PACKAGES if (version := installed_version(package))}
     return found | {"python": platform.python_version()}
 
 

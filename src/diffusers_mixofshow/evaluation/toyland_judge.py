@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow import toyland
-from diffusers_mixofshow.evaluation.identity import Subject
 from diffusers_mixofshow.evaluation.metrics import cosine_matrix
 from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES
 from diffusers_mixofshow.toyland.world import CLASSES
@@ -68,16 +67,6 @@ class ToylandJudge:
         likeness = cosine_matrix(self.features(images), self._class_features)
         likeness = likeness.view(len(images), len(CLASSES), len(TOGETHER_PLACES))
         return [CLASSES[int(index)] for index in likeness.mean(dim=2).argmax(dim=1)]
-
-
-def subject_of(concept: toyland.ToyConcept, judge: ToylandJudge) -> Subject:
-    """One of Toyland's things as the judge knows it from its usual photos."""
-    return Subject(
-        name=concept.name,
-        photos=judge.features([photo.image for photo in toyland.photos(concept)]),
-        attributes=hidden_attributes(concept),
-        class_word=concept.class_word,
-    )
 
 
 def hidden_attributes(concept: toyland.ToyConcept) -> dict[str, str]:

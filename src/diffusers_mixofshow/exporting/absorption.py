@@ -61,7 +61,7 @@ class Absorbed:
     kept: float
 
 
-def absorbed(weight: torch.Tensor, own: torch.Tensor, metric: Metric, rank: int) -> Absorbed:
+def absorb(weight: torch.Tensor, own: torch.Tensor, metric: Metric, rank: int) -> Absorbed:
     """Find the update of one weight.
 
     Args:

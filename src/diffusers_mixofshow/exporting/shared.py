@@ -17,7 +17,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.embeddings import part_and_token
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
-from diffusers_mixofshow.exporting.absorption import Absorbed, Metric, absorbed
+from diffusers_mixofshow.exporting.absorption import Absorbed, Metric, absorb
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts, recording_prompts
 from diffusers_mixofshow.interop.conversion import SHARED_KEPT
@@ -133,7 +133,7 @@ def _updates(
         for half in ("to_k", "to_v"):
             site = f"unet.{layer}.{half}"
             weight = modules[site].get_parameter("weight").cpu()
-            updates[site] = absorbed(weight, own[:, number].flatten(0, 1), metric, rank)
+            updates[site] = absorb(weight, own[:, number].flatten(0, 1), metric, rank)
         bar.update()
     return updates
 

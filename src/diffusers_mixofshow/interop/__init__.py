@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from diffusers_mixofshow.lazy import import_lazily
 
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ _MODULES = {
     "original": ("write_original",),
     "textual_inversion": ("write_textual_inversion",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Conversion",
@@ -35,11 +36,4 @@ __all__ = [
     "write_textual_inversion",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used; the command line's help needs the formats alone."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = import_lazily(__name__, _MODULES)

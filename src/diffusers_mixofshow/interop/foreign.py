@@ -16,7 +16,7 @@ from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.embeddings import named
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
-from diffusers_mixofshow.edlora.reading import opened_tensors, read_metadata, within
+from diffusers_mixofshow.edlora.reading import open_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
@@ -374,7 +374,7 @@ def _joined(parts: Sequence[Foreign]) -> Foreign:
 def _names(path: Path) -> list[str]:
     """Names of a safetensors file's tensors, from its header alone; empty if it has none that can be read."""
     try:
-        with opened_tensors(path) as opened:
+        with open_tensors(path) as opened:
             return list(opened.keys())
     except (EDLoRAFormatError, EDLoRANotFoundError):  # told when the tensors are read
         return []

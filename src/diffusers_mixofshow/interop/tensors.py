@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.edlora.defects import DTYPES
-from diffusers_mixofshow.edlora.reading import check_file, read_tensors, spelt_alike
-from diffusers_mixofshow.edlora.signatures import seeming
+from diffusers_mixofshow.edlora.reading import check_file, read_tensors, suggest_name
+from diffusers_mixofshow.edlora.signatures import guess_kind
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, first_line
 
 
@@ -50,7 +50,7 @@ def load_pickle(path: Path) -> Any:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle makes the unpickler raise anything
-        if (kind := seeming(path)) and not kind.startswith(_OF_PYTORCH):
+        if (kind := guess_kind(path)) and not kind.startswith(_OF_PYTORCH):
             raise EDLoRAFormatError(f"{path} cannot be read as a file of PyTorch: it is {kind}.") from error
         raise EDLoRAFormatError(
             f"{path} cannot be read with weights_only=True ({_short(error)}). It is damaged, or holds Python objects "
@@ -91,7 +91,7 @@ def _tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 def _not_found(path: Path) -> EDLoRANotFoundError:
     return EDLoRANotFoundError(
-        f"{path} does not exist. Give a file of a LoRA, an ED-LoRA or textual inversion.{spelt_alike(path)}"
+        f"{path} does not exist. Give a file of a LoRA, an ED-LoRA or textual inversion.{suggest_name(path)}"
     )
 
 

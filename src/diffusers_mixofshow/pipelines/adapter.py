@@ -37,28 +37,21 @@ from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts, prompt_count
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
-from diffusers_mixofshow.pipelines.regional import REGIONS_DOC, regional_signature
+from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
 # Sizes that StableDiffusionPipeline takes.
 _PARENTS_FACTOR = 8
 
-_ADAPTER_DOC = """Call the pipeline with a condition image for each adapter.
-
-        Takes all arguments of the pipeline without adapters, described below, and:
-
-        Args:
-            image (picture, array, tensor, or a list of them):
-                The condition image, one for all prompts, or a list with one for each prompt. With several adapters a
-                list with one entry for each adapter, each of these as before.
-            adapter_conditioning_scale (`float` or `list[float]`, *optional*, defaults to 1.0):
-                Strength of the adapters, one for all or one for each.
-            adapter_conditioning_factor (`float`, *optional*, defaults to 1.0):
-                Part of the steps, from the first on, in which the adapters act.
-            height (`int`, *optional*):
-                Height of the result; by default the condition image's, rounded down to what the models can do. The
-                same holds for `width`.
-        """
+_ADAPTER_DOC = """
+    image (picture, array, tensor, or a list of them):
+        The condition image, one for all prompts, or a list with one for each prompt. With several adapters a
+        list with one entry for each adapter, each of these as before. Height and width of the result are by default
+        its own, rounded down to what the models can do.
+    adapter_conditioning_scale (`float` or `list[float]`, *optional*, defaults to 1.0):
+        Strength of the adapters, one for all or one for each.
+    adapter_conditioning_factor (`float`, *optional*, defaults to 1.0):
+        Part of the steps, from the first on, in which the adapters act."""
 
 
 class AdapterSampling(RefinedSampling):
@@ -132,6 +125,7 @@ class AdapterSampling(RefinedSampling):
         return total
 
 
+@regional_signature(StableDiffusionPipeline, _ADAPTER_DOC)
 class MixOfShowAdapterPipeline(StableDiffusionPrompts, AdapterSampling, EDLoRALoader, StableDiffusionPipeline):
     """Concepts and regions with one T2I-Adapter, or several as a list (arXiv:2302.08453).
 
@@ -171,7 +165,6 @@ class MixOfShowAdapterPipeline(StableDiffusionPrompts, AdapterSampling, EDLoRALo
         )
         self._register_adapter(adapter)
 
-    @regional_signature(StableDiffusionPipeline, _ADAPTER_DOC + REGIONS_DOC)
     @torch.no_grad()
     def __call__(
         self,
@@ -191,6 +184,7 @@ class MixOfShowAdapterPipeline(StableDiffusionPrompts, AdapterSampling, EDLoRALo
             return super().__call__(prompt, size["height"], size["width"], *args, **kwargs)
 
 
+@regional_signature(StableDiffusionXLPipeline, _ADAPTER_DOC)
 class MixOfShowXLAdapterPipeline(XLPrompts, AdapterSampling, EDLoRALoader, StableDiffusionXLPipeline):
     """The same for Stable Diffusion XL.
 
@@ -234,7 +228,6 @@ class MixOfShowXLAdapterPipeline(XLPrompts, AdapterSampling, EDLoRALoader, Stabl
         )
         self._register_adapter(adapter)
 
-    @regional_signature(StableDiffusionXLPipeline, _ADAPTER_DOC + REGIONS_DOC)
     @torch.no_grad()
     def __call__(
         self,

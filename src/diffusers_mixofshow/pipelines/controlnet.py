@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
@@ -12,6 +10,7 @@ from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
+@regional_signature(StableDiffusionControlNetPipeline)
 class MixOfShowControlNetPipeline(
     StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionControlNetPipeline
 ):
@@ -24,12 +23,8 @@ class MixOfShowControlNetPipeline(
         >>> pipe("two people", image=[pose, depth_map], regions=[...]).images[0]
     """
 
-    @regional_signature(StableDiffusionControlNetPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)
 
-
+@regional_signature(StableDiffusionXLControlNetPipeline)
 class MixOfShowXLControlNetPipeline(XLPrompts, RefinedSampling, EDLoRALoader, StableDiffusionXLControlNetPipeline):
     """The same for Stable Diffusion XL.
 
@@ -37,8 +32,3 @@ class MixOfShowXLControlNetPipeline(XLPrompts, RefinedSampling, EDLoRALoader, St
         >>> pipe = MixOfShowXLControlNetPipeline.from_pipe(pipe, controlnet=[openpose, depth])
         >>> pipe("two people", image=[pose, depth_map], regions=[...]).images[0]
     """
-
-    @regional_signature(StableDiffusionXLControlNetPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)

@@ -132,7 +132,7 @@ class _Drafts:
         clean = latents.new_zeros(latents.shape, dtype=torch.float32)
         for planned, drawn in self._drawn(self._planned(shares, latents), latents, step):
             share = shares[planned.picture][planned.number].to(clean)
-            clean[planned.picture] += share * planned.window.placed(drawn[None], height, width)[0]
+            clean[planned.picture] += share * planned.window.place(drawn[None], height, width)[0]
         total = torch.stack([each.sum(dim=0) for each in shares])[:, None].to(clean)
         noise = randn_tensor(latents.shape, self.arguments.get("generator"), latents.device, torch.float32)
         at = self.pipe.scheduler.timesteps[step : step + 1]

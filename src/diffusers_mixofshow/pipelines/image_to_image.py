@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
@@ -12,6 +10,7 @@ from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
+@regional_signature(StableDiffusionImg2ImgPipeline)
 class MixOfShowImg2ImgPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
     """Concepts and regions in a picture that is there already.
 
@@ -22,12 +21,8 @@ class MixOfShowImg2ImgPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALo
 
     _begins_with_noise = False
 
-    @regional_signature(StableDiffusionImg2ImgPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)
 
-
+@regional_signature(StableDiffusionXLImg2ImgPipeline)
 class MixOfShowXLImg2ImgPipeline(XLPrompts, RefinedSampling, EDLoRALoader, StableDiffusionXLImg2ImgPipeline):
     """The same for Stable Diffusion XL.
 
@@ -37,8 +32,3 @@ class MixOfShowXLImg2ImgPipeline(XLPrompts, RefinedSampling, EDLoRALoader, Stabl
     """
 
     _begins_with_noise = False
-
-    @regional_signature(StableDiffusionXLImg2ImgPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)

@@ -31,7 +31,7 @@ class InpaintedSampling(RefinedSampling):
         crop = self._crop(arguments)
         if crop is None:
             return regions, []
-        moved = {region: crop.moved(region) for own in regions for region in own}
+        moved = {region: crop.move(region) for own in regions for region in own}
         seen = tuple(tuple(found for region in own if (found := moved[region]) is not None) for own in regions)
         missing = [region for region, found in moved.items() if found is None]
         return seen if any(seen) else (), missing_remarks(missing)
@@ -49,6 +49,7 @@ class InpaintedSampling(RefinedSampling):
         return Crop(box=box, picture=picture.size, canvas=(width, height))
 
 
+@regional_signature(StableDiffusionInpaintPipeline)
 class MixOfShowInpaintPipeline(
     StableDiffusionPrompts, InpaintedSampling, EDLoRALoader, StableDiffusionInpaintPipeline
 ):
@@ -61,12 +62,8 @@ class MixOfShowInpaintPipeline(
         >>> pipe("two people", image=photo, mask_image=white_where_new, regions=[...]).images[0]
     """
 
-    @regional_signature(StableDiffusionInpaintPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)
 
-
+@regional_signature(StableDiffusionXLInpaintPipeline)
 class MixOfShowXLInpaintPipeline(XLPrompts, InpaintedSampling, EDLoRALoader, StableDiffusionXLInpaintPipeline):
     """The same for Stable Diffusion XL.
 
@@ -74,8 +71,3 @@ class MixOfShowXLInpaintPipeline(XLPrompts, InpaintedSampling, EDLoRALoader, Sta
         >>> pipe = MixOfShowXLInpaintPipeline.from_pipe(pipe)
         >>> pipe("two people", image=photo, mask_image=white_where_new, regions=[...]).images[0]
     """
-
-    @regional_signature(StableDiffusionXLInpaintPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -21,7 +21,7 @@ from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.embeddings import rows_of
-from diffusers_mixofshow.edlora.models import quietly_if_embedded
+from diffusers_mixofshow.edlora.models import silence_if_embedded
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, meant, warn
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites
@@ -30,11 +30,11 @@ from diffusers_mixofshow.lora import (
     adapter_names,
     check_name,
     eject,
-    gradient_flags_kept,
     holders,
     inject,
     is_fused,
-    kept_active,
+    keep_active,
+    keep_gradient_flags,
     merged,
     note_fused,
     refuse_copied,
@@ -74,7 +74,7 @@ class EDLoRALoader:
     _in_weights: EDLoRA | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load a pipeline, and its concepts where `EDLoRA.save_pretrained(..., merged=True)` wrote them.
 
         Also those of a model that the authors' code fused: a pipeline with ``new_concept_cfg.json`` beside its index.
@@ -88,8 +88,8 @@ class EDLoRALoader:
         if "torch_dtype" not in kwargs:
             # By themselves diffusers reads its models in float32, and transformers 5 its own as they were written.
             kwargs |= in_dtype(kwargs.pop("dtype", torch.float32))
-        with quietly_if_embedded(name):
-            pipeline = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+        with silence_if_embedded(name):
+            pipeline: Self = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         shared = ("revision", "token", "cache_dir", "local_files_only")
         own = own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
         if own is not None:
@@ -121,7 +121,7 @@ class EDLoRALoader:
         return {concept.placeholder: concept for edlora in self._edloras.values() for concept in edlora.concepts}
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """Make a pipeline of this class from the components of another one, loaded concepts included.
 
         Takes what `DiffusionPipeline.from_pipe` takes, but where no dtype is asked for, the components keep theirs:
@@ -131,7 +131,7 @@ class EDLoRALoader:
         if "dtype" in kwargs:
             kwargs |= in_dtype(kwargs.pop("dtype"))
         if kwargs.keys() & {"dtype", "torch_dtype"}:
-            made = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+            made: Self = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         else:
             with _without_cast_warnings():
                 made = super().from_pipe(pipeline, **kwargs, **in_dtype(pipeline.dtype))  # type: ignore[misc]
@@ -198,7 +198,7 @@ class EDLoRALoader:
             )
         if adapter_name in self._edloras:
             check_name(self._edloras.keys(), adapter_name)
-        with self._changing(), kept_active(self.components, self._edloras):
+        with self._changing(), keep_active(self.components, self._edloras):
             super().load_lora_weights(  # type: ignore[misc]
                 pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, hotswap=hotswap, **kwargs
             )
@@ -301,7 +301,7 @@ class EDLoRALoader:
         return self._given[adapters[0]].save_pretrained(folder, overwrite=overwrite)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """Write the pipeline without its concepts, which have files of their own: see `save_edlora`.
+        """Write the pipeline without its concepts, unlike `push_to_hub`; see `save_edlora` for theirs.
 
         Only concepts that came with the pipeline go with it, as their updates are in its weights.
         Takes what `DiffusionPipeline.save_pretrained` takes.
@@ -331,7 +331,7 @@ class EDLoRALoader:
         samples: Samples | None = None,
         license: str | None = None,
     ) -> str:
-        """Upload the complete pipeline as it draws now: all loaded concepts, their updates in the weights.
+        """Upload the pipeline with all loaded concepts, their updates in its weights, unlike `save_pretrained`.
 
         `MixOfShowPipeline.from_pretrained` loads it with its concepts. The pipeline itself stays as it is. To send the
         concepts alone, which are some megabytes, use `EDLoRA.push_to_hub`.
@@ -471,7 +471,7 @@ class EDLoRALoader:
                 for model, path, scaling, active, disabled in states:
                     layer: Any = model.get_submodule(path)
                     layer.scaling.update(scaling)
-                    with gradient_flags_kept(layer):
+                    with keep_gradient_flags(layer):
                         layer.set_adapter(active)
                         if disabled:
                             layer.enable_adapters(False)

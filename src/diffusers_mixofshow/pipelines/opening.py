@@ -104,7 +104,7 @@ def brings_concepts(base: str) -> bool:
     if has_concepts(base):
         return True
     return (
-        bool(hub.cached(base, CONCEPTS_NAME, revision=None, cache_dir=None))
+        bool(hub.find_in_cache(base, CONCEPTS_NAME, revision=None, cache_dir=None))
         if hub.is_repo_id(base)
         else Path(base, CONCEPTS_NAME).is_file()
     )

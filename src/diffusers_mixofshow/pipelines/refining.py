@@ -7,11 +7,14 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
@@ -23,7 +26,7 @@ from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts, negatives_of_pictures, of_pictures
 from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, tell_idle
 from diffusers_mixofshow.pipelines.remarks import Regions, regions_of_prompts
-from diffusers_mixofshow.regions import Refinement, Region
+from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
 from diffusers_mixofshow.regions.weights import coverage
 
 
@@ -39,22 +42,28 @@ class RefinedSampling(RegionalSampling):
     """Mixin for a diffusers pipeline: `__call__` with `regions` that are drawn anew in the end."""
 
     def __call__(
-        self, *args: Any, regions: Regions | None = None, refine: Refinement | None = None, **kwargs: Any
-    ) -> Any:
+        self,
+        *args: Any,
+        regions: Regions | None = None,
+        isolation: Isolation | None = None,
+        draft: Draft | None = None,
+        refine: Refinement | None = None,
+        **kwargs: Any,
+    ) -> StableDiffusionPipelineOutput | StableDiffusionXLPipelineOutput:
         """See `regional_signature`, which gives each pipeline class its own `__call__`."""
         check_kind("refine", refine, Refinement)
+        draw = partial(super().__call__, *args, regions=regions, isolation=isolation, draft=draft, **kwargs)
         if refine is None:
-            return super().__call__(*args, regions=regions, **kwargs)
+            return draw()
         parent = super(RegionalSampling, self).__call__  # type: ignore[misc]
-        named = {name: value for name, value in kwargs.items() if name not in ("isolation", "draft")}
         signature = inspect.signature(parent)
-        arguments = signature.bind_partial(*args, **named).arguments
+        arguments = signature.bind_partial(*args, **kwargs).arguments
         arguments.setdefault("guidance_scale", signature.parameters["guidance_scale"].default)
         if arguments.get("output_type", "pil") != "pil":
             raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
         if not regions:
             tell_idle(refine=refine)
-        output = super().__call__(*args, regions=regions, **kwargs)
+        output = draw()
         found = regions_of_prompts(regions, arguments, self.vae_scale_factor)
         return self._refined(output, refine, of_pictures(found, arguments), arguments) if found else output
 

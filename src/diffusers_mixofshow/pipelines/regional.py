@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
@@ -28,29 +29,21 @@ from diffusers_mixofshow.pipelines.wording import repeat_subjects
 from diffusers_mixofshow.regions import Draft, Isolation, Region
 
 
-_ADDED = {
-    "regions": "list[Region] | Layout | list[list[Region] | Layout | None] | None",
-    "isolation": "Isolation | None",
-    "draft": "Draft | None",
-    "refine": "Refinement | None",
-}
-REGIONS_DOC = """Call the pipeline with concepts in its prompts and, optionally, in regions.
-
-        Takes all arguments of the parent, described below, and:
-
-        Args:
-            regions (`list[Region]`, `Layout`, or a list of these for each prompt, *optional*):
-                Parts of the picture with prompts of their own. `prompt` holds where no region is, and
-                `negative_prompt` where a region has none.
-            isolation (`Isolation`, *optional*):
-                Whether self-attention, too, keeps the regions apart, and on which feature maps and in which steps.
-            draft (`Draft`, *optional*):
-                Whether every region is first drawn alone and then put into its place, so that its prompt can say what
-                it shows without a word on the rest of the picture. For calls that begin with noise alone.
-            refine (`Refinement`, *optional*):
-                Whether every region that is smaller than the model's own pictures is drawn anew at that size in the
-                end, from its own prompt. For pictures as the result (`output_type="pil"`).
-        """
+REGIONS_DOC = """
+    regions (`list[Region]`, `Layout`, or a list of these for each prompt, *optional*):
+        Parts of the picture with prompts of their own. `prompt` holds where no region is, and
+        `negative_prompt` where a region has none.
+    isolation (`Isolation`, *optional*):
+        Whether self-attention, too, keeps the regions apart, and on which feature maps and in which steps.
+    draft (`Draft`, *optional*):
+        Whether every region is first drawn alone and then put into its place, so that its prompt can say what
+        it shows without a word on the rest of the picture. For calls that begin with noise alone.
+    refine (`Refinement`, *optional*):
+        Whether every region that is smaller than the model's own pictures is drawn anew at that size in the
+        end, from its own prompt. For pictures as the result (`output_type="pil"`).
+"""
+_EXAMPLES = re.compile(r"\n *Examples?:\n.*?(?=\n *Returns:)", re.DOTALL)
+_Pipeline = TypeVar("_Pipeline", bound=type)
 
 
 class RegionalSampling(LayerwisePrompts):
@@ -211,28 +204,44 @@ def tell_idle(**given: object) -> None:
         warn(f"{' and '.join(idle)} {verb} no effect without regions.")
 
 
-def regional_signature(parent: type, doc: str = REGIONS_DOC) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a `__call__(self, ..., *args, **kwargs)` its parent's signature and docstring, with what regions add.
+def regional_signature(parent: type, doc: str = "") -> Callable[[_Pipeline], _Pipeline]:
+    """Give a pipeline class a `__call__` with its parent's signature and docstring, and what its own and regions add.
 
     Args:
         parent: The diffusers pipeline class.
-        doc: What stands before the parent's docstring.
+        doc: Entries for the docstring's arguments that the class's own `__call__` adds.
     """
 
-    def decorate(call: Callable[..., Any]) -> Callable[..., Any]:
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        own = [given for given in inspect.signature(call).parameters.values() if given.kind not in variable]
-        added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            for name, annotation in _ADDED.items()
-        ]
-        inherited = inspect.signature(parent.__call__)
-        known = {parameter.name for parameter in own}
-        others = [given for name, given in inherited.parameters.items() if name not in known]
-        # Positional ones, those with names only, then **kwargs; our own first in each kind.
-        parameters = sorted([*own, *others, *added], key=lambda parameter: parameter.kind)
-        call.__signature__ = inherited.replace(parameters=parameters)  # type: ignore[attr-defined]
-        call.__doc__ = doc + (inspect.getdoc(parent.__call__) or "")
-        return call
+    def decorate(pipeline_class: _Pipeline) -> _Pipeline:
+        kind: Any = pipeline_class
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return super(kind, self).__call__(*args, **kwargs)
+
+        call = vars(kind).get("__call__", forward)
+        call.__signature__ = _join_signatures(call, super(kind, kind).__call__, parent.__call__)
+        call.__doc__ = _join_docs(doc + REGIONS_DOC, parent.__call__.__doc__ or "")
+        call.__name__, call.__qualname__ = "__call__", f"{kind.__qualname__}.__call__"
+        kind.__call__ = call
+        return pipeline_class
 
     return decorate
+
+
+def _join_signatures(own: Any, mixin: Any, parent: Any) -> inspect.Signature:
+    """The parameters of all three, each once, the first one's before the others' of their kind."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found: dict[str, inspect.Parameter] = {}
+    inherited, ours = inspect.signature(parent), inspect.signature(mixin, eval_str=True)
+    for signature in (inspect.signature(own, eval_str=True), inherited, ours):
+        for name, parameter in signature.parameters.items():
+            if parameter.kind not in variable or signature is inherited:
+                found.setdefault(name, parameter)
+    parameters = sorted(found.values(), key=lambda parameter: parameter.kind)
+    return inspect.Signature(parameters, return_annotation=ours.return_annotation)
+
+
+def _join_docs(added: str, parent: str) -> str:
+    """The parent's docstring, with more arguments before its own and without examples of another class."""
+    _, mark, rest = inspect.cleandoc(_EXAMPLES.sub("", parent)).partition("Args:")
+    return f"Draw pictures of prompts, with concepts and regions in them.\n\n{mark}{added.rstrip()}{rest}"

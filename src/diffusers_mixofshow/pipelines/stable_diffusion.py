@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
@@ -12,6 +10,7 @@ from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
 
 
+@regional_signature(StableDiffusionPipeline)
 class MixOfShowPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionPipeline):
     """Stable Diffusion with customised concepts, alone and several together in regions (arXiv:2305.18292).
 
@@ -27,8 +26,3 @@ class MixOfShowPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, S
         >>> right = Region("a <hermione>, near the castle", box=(0.5, 0.2, 1, 1))
         >>> pipe("two people near the castle", regions=[left, right], draft=Draft(), refine=Refinement()).images[0]
     """
-
-    @regional_signature(StableDiffusionPipeline)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaced by the parent's, see `regional_signature`."""
-        return super().__call__(*args, **kwargs)

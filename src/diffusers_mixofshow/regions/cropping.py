@@ -26,7 +26,7 @@ class Crop:
     picture: tuple[int, int]
     canvas: tuple[int, int]
 
-    def moved(self, region: Region) -> Region | None:
+    def move(self, region: Region) -> Region | None:
         """The region on the canvas; None if it misses the crop.
 
         A feather keeps its width on the picture; where picture and canvas have other proportions, it becomes the mean

@@ -68,7 +68,7 @@ class Window:
     draft_height: int
     draft_width: int
 
-    def placed(self, drafts: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def place(self, drafts: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Make drafts (n, channels, draft_height, draft_width) fill the window of a latent; zeros around it."""
         small = functional.interpolate(
             drafts, size=(self.height, self.width), mode="bilinear", antialias=True, align_corners=False

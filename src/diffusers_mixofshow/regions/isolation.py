@@ -1,4 +1,4 @@
-"""Keeping regions apart in self-attention: who may attend to whom."""
+"""Keeping regions apart in self-attention: which positions may attend to which."""
 
 from __future__ import annotations
 

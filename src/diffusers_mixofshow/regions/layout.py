@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusers_mixofshow.atomic import check_outputs, write_whole
+from diffusers_mixofshow.atomic import check_outputs, encode_picture, write_whole
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.masks import mask_of
 from diffusers_mixofshow.regions.drawing import draw_regions
@@ -116,11 +116,11 @@ class Layout:
             image = Image.new("RGB", (self.width or 512, self.height or 512), "white")
         return draw_regions(self.regions, image)
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The layout as JSON values, masks included; the format is described in docs/regional_sampling.md."""
         content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         content |= {name: getattr(self, name) for name in _TOP if getattr(self, name) is not None}
-        return content | {"regions": [_described(region) for region in self.regions]}
+        return content | {"regions": [_describe(region) for region in self.regions]}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the layout as JSON, masks included; the format is described in docs/regional_sampling.md.
@@ -133,7 +133,7 @@ class Layout:
             OverwriteError: If something is there already.
         """
         check_outputs(Path(path), overwrite=overwrite)
-        content = self.described()
+        content = self.describe()
         path = Path(path)
         write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         return path
@@ -157,7 +157,7 @@ class Layout:
 
     @classmethod
     def from_description(cls, content: object, path: Path) -> Layout:
-        """Read what `described` tells.
+        """Read what `describe` gives.
 
         Args:
             content: JSON values.
@@ -189,22 +189,17 @@ class Layout:
         return layout
 
 
-def _described(region: Region) -> dict[str, Any]:
+def _describe(region: Region) -> dict[str, Any]:
     """A region as JSON: what differs from the defaults."""
     described: dict[str, Any] = {}
     for field in dataclasses.fields(region):
         value = getattr(region, field.name)
         if field.name == "mask" and value is not None:
-            described["mask"] = _PNG + _png(pixels_inside(value).numpy())
+            content = encode_picture(Image.fromarray(pixels_inside(value).numpy()), optimize=True)
+            described["mask"] = _PNG + base64.b64encode(content).decode("ascii")
         elif field.default is dataclasses.MISSING or value != field.default:
             described[field.name] = list(value) if field.name == "box" else value
     return described
-
-
-def _png(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _read_region(number: int, described: object, folder: Path) -> Region:

@@ -5,8 +5,9 @@ Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from diffusers_mixofshow.lazy import import_lazily
 
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ _MODULES = {
     "scenes": ("caption", "random_scene", "residents"),
     "world": ("Drawing", "Scene", "Thing", "draw"),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BASE_MODEL_ID",
@@ -65,9 +65,4 @@ __all__ = [
     "write_photos",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name's module on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = import_lazily(__name__, _MODULES)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
-from diffusers_mixofshow.edlora.models import quietly
+from diffusers_mixofshow.edlora.models import silence_libraries
 from diffusers_mixofshow.errors import MixOfShowError
 from diffusers_mixofshow.toyland.metric import MetricModel, MetricTowers
 from diffusers_mixofshow.toyland.reader import AttributeReader
@@ -47,7 +47,7 @@ def load_pipeline(
         dtype: Type of the weights; half precision is for GPUs.
         folder: Weights other than the shipped ones.
     """
-    with quietly():
+    with silence_libraries():
         if pipeline_class is None:
             from diffusers import StableDiffusionPipeline
 
@@ -66,7 +66,7 @@ def load_layout_adapter(dtype: torch.dtype = torch.float32, folder: Path | str |
     """
     from diffusers import T2IAdapter
 
-    with quietly():
+    with silence_libraries():
         return T2IAdapter.from_pretrained(Path(folder or path()) / "layout_adapter", **in_dtype(dtype))
 
 
@@ -79,7 +79,7 @@ def load_metric_model(folder: Path | str | None = None) -> MetricModel:
     towers = MetricTowers()
     state = load_file(root / "metric" / "model.safetensors")
     towers.load_state_dict({name: value.float() for name, value in state.items()})
-    with quietly():
+    with silence_libraries():
         text_encoder = CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
     return MetricModel(

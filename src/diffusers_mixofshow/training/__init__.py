@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from diffusers_mixofshow.lazy import import_lazily
 
 
 if TYPE_CHECKING:
@@ -12,13 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EDLoRATrainer", "StepReport", "TrainingConfig"]
 
-_HOMES = {"EDLoRATrainer": "trainer", "StepReport": "loop", "TrainingConfig": "config"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used, so that importing the package stays light."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = import_lazily(
+    __name__, {"config": ("TrainingConfig",), "loop": ("StepReport",), "trainer": ("EDLoRATrainer",)}
+)

@@ -52,7 +52,7 @@ class AttentionRecord:
 
 
 @contextmanager
-def recorded_attention(unet: nn.Module) -> Iterator[AttentionRecord]:
+def record_attention(unet: nn.Module) -> Iterator[AttentionRecord]:
     """Note what the projections of every cross-attention layer give inside the block; the hooks are gone afterwards.
 
     Gradients flow through what is noted. Works under any processor that projects queries and keys with the layer's

@@ -12,7 +12,8 @@ from torch import nn
 class MovingAverage:
     """Average of parameters over the last steps, some 1 / (1 - decay) of them.
 
-    In the first steps the decay is smaller, (1 + step) / (10 + step), so that the start is soon forgotten.
+    In the first steps the decay is smaller, (1 + step) / (10 + step), so that the start is soon forgotten. diffusers'
+    `EMAModel` has the same formula one step later, and knows parameters by their order; checkpoints have names.
 
     Args:
         parameters: By name; they are averaged from their present values on.

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import TOYLAND, in_dtype, not_loadable
-from diffusers_mixofshow.edlora.models import load_model
+from diffusers_mixofshow.base_models import TOYLAND, in_dtype
+from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_mixofshow.lora import keep_gradient_flags
 from diffusers_mixofshow.training.config import TrainingConfig
 
 
@@ -32,11 +33,14 @@ def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
     load = partial(
         StableDiffusionPipeline.from_pretrained, safety_checker=None, requires_safety_checker=False, **given
     )
-    try:
-        pipeline: StableDiffusionPipeline = load_model(name, load)
-    except (OSError, ValueError) as error:
-        raise not_loadable(name, error) from error
-    return pipeline
+    return models.load_base(name, load)
+
+
+def with_same_models(pipeline: Any, pipeline_class: type[Any], **changed: Any) -> Any:
+    """Make a Stable Diffusion pipeline of another class that shares a pipeline's parts, but for those given here."""
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return pipeline_class(**parts | changed | without)
 
 
 def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
@@ -61,21 +65,17 @@ def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig
 
 
 @contextmanager
-def borrowed(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+def borrow(pipeline: StableDiffusionPipeline) -> Iterator[None]:
     """Freeze every model and put it in evaluation mode; afterwards gradient flags and modes are what they were."""
-    models = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
-    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.requires_grad_(False)
-            model.eval()
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+    models = nn.ModuleList(module for module in pipeline.components.values() if isinstance(module, nn.Module))
+    modes = [(module, module.training) for module in models.modules()]
+    with keep_gradient_flags(models):
+        try:
+            models.requires_grad_(False).eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
 
 def _is_half(module: nn.Module) -> bool:

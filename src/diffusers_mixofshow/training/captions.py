@@ -128,7 +128,7 @@ def read_description(path: Path, *, column: str) -> list[str]:
         raise TrainingDataError(f"{path.name}: {error}") from error
 
 
-def named(texts: Iterable[str], concept: Concept, *, source: str) -> tuple[str, ...]:
+def name_concept(texts: Iterable[str], concept: Concept, *, source: str) -> tuple[str, ...]:
     """Put the concept's placeholder where captions say ``<TOK>``, and check that each names the concept.
 
     Args:

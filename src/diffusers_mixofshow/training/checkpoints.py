@@ -2,7 +2,8 @@
 
 One folder each, ``checkpoint-STEP`` inside the output folder: the ED-LoRA as it would be saved now, ``state.pt`` with
 parameters, optimiser, scaler and position, and ``process-N.pt`` with the random state and the place in the data of
-each process. A folder appears whole or not at all. Files are read with ``weights_only=True``.
+each process. A folder appears whole or not at all. Files are read with ``weights_only=True``. accelerate's
+`save_state` would put the whole base model into each: it saves the module that it wraps, which holds the base.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from diffusers_mixofshow.atomic import refuse_overwriting, standing, write_probe, write_whole
+from diffusers_mixofshow.atomic import find_existing, refuse_overwriting, write_probe, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.folder import places, remove
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.training.batches import CachedPhoto
 from diffusers_mixofshow.training.config import RATES, TrainingConfig
+from diffusers_mixofshow.training.renamed import use_new_names
 
 
 LATEST = "latest"
 
 _FORMAT_VERSION = 1
 _BEFORE = {"keep_start_token": False}
-"""What checkpoints did that were written before a setting was there."""
+"""Settings that older checkpoints do not name, with the value that they were trained with."""
 _STATE = "state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _COPIES_OF_PARAMETERS = 5
@@ -70,9 +72,9 @@ class CheckpointFolder:
                 edlora.save_pretrained(temporary)
                 whole = {"format_version": _FORMAT_VERSION, "step": step, **state}
                 whole["processes"] = self.accelerator.num_processes
-                write_whole(temporary / _STATE, _serialized(whole))
+                write_whole(temporary / _STATE, _serialize(whole))
             self.accelerator.wait_for_everyone()
-            write_whole(temporary / self._own_name, _serialized(own))
+            write_whole(temporary / self._own_name, _serialize(own))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 shutil.rmtree(final, ignore_errors=True)
@@ -151,8 +153,7 @@ def starting_point(config: TrainingConfig) -> Path | None:
         return None
     path = find(Path(config.output_dir), wanted)
     if path is None:
-        told = f"{config.output_dir} has no checkpoint yet, so the training begins at its start."
-        warn(told)
+        warn(f"{config.output_dir} has no checkpoint yet, so the training begins at its start.")
     return path
 
 
@@ -161,7 +162,7 @@ def _steps_of_earlier(folder: Path) -> list[Path]:
     return [*present(folder), *sorted(folder.glob("validation/step-*.png"))]
 
 
-def replaced(config: TrainingConfig) -> list[Path]:
+def list_replaced(config: TrainingConfig) -> list[Path]:
     """What of an earlier training would go; nothing where this one goes on from a checkpoint beside it."""
     if config.output_dir is None:
         return []
@@ -169,7 +170,7 @@ def replaced(config: TrainingConfig) -> list[Path]:
     checkpoint = None if wanted is None else find(folder, wanted)
     if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
         return []
-    return standing(*places(folder), *_steps_of_earlier(folder))
+    return find_existing(*places(folder), *_steps_of_earlier(folder))
 
 
 def refuse_replacing(config: TrainingConfig) -> None:
@@ -181,12 +182,12 @@ def refuse_replacing(config: TrainingConfig) -> None:
     """
     resumable = config.output_dir is not None and present(Path(config.output_dir))
     going_on = "Go on with resume_from_checkpoint 'latest', choose" if resumable else "Choose"
-    refuse_overwriting(*replaced(config), overwrite=config.overwrite, otherwise=f"{going_on} another output_dir")
+    refuse_overwriting(*list_replaced(config), overwrite=config.overwrite, otherwise=f"{going_on} another output_dir")
 
 
 def make_room(config: TrainingConfig) -> None:
     """Remove checkpoints and sheets of an earlier training that may go; its ED-LoRA stays until there is a new one."""
-    if config.output_dir is not None and replaced(config):
+    if config.output_dir is not None and list_replaced(config):
         remove(_steps_of_earlier(Path(config.output_dir)))
 
 
@@ -251,7 +252,7 @@ def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[
     Raises:
         ConfigurationError: Lists everything that differs.
     """
-    before = _BEFORE | state["settings"]
+    before = _BEFORE | use_new_names(state["settings"], silent=True)
     changed = {
         name: f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
         for name in sorted({*before, *settings})
@@ -275,7 +276,7 @@ def _age(path: Path) -> tuple[int, int]:
     return (path / _STATE).stat().st_mtime_ns, int(match.group(1)) if match else 0
 
 
-def _serialized(state: Mapping[str, Any]) -> bytes:
+def _serialize(state: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return buffer.getvalue()

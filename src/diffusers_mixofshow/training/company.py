@@ -73,7 +73,7 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
     count = round(len(photos) * config.company / (1 - config.company))
     grounds = [chance.sample(masked, len(masked)) for _ in range(0, count, len(masked))]
     return [
-        _composed(ground, masked, config.concept_to_learn, chance)
+        _compose(ground, masked, config.concept_to_learn, chance)
         for ground in list(chain.from_iterable(grounds))[:count]
     ]
 
@@ -87,8 +87,8 @@ class _Cutout:
     cut_off: bool
 
 
-def _composed(ground: Photo, masked: Sequence[Photo], concept: Concept, chance: random.Random) -> Photo:
-    image, known = _emptied(ground)
+def _compose(ground: Photo, masked: Sequence[Photo], concept: Concept, chance: random.Random) -> Photo:
+    image, known = _empty_place(ground)
     mask = Image.new("L", image.size)
     for place in range(_PLACES):
         cutout = _cut_out(chance.choice(masked))
@@ -98,11 +98,11 @@ def _composed(ground: Photo, masked: Sequence[Photo], concept: Concept, chance: 
         image.paste(subject, (left, top), shape)
         mask.paste(shape, (left, top), shape)
         known.paste(255, (left, top, left + size[0], top + size[1]), shape)
-    captions = tuple(_named_twice(caption, concept, chance) for caption in ground.captions)
+    captions = tuple(_name_twice(caption, concept, chance) for caption in ground.captions)
     return Photo(path=ground.path, image=image, captions=captions, mask=mask, known=known)
 
 
-def _emptied(photo: Photo) -> tuple[Image.Image, Image.Image]:
+def _empty_place(photo: Photo) -> tuple[Image.Image, Image.Image]:
     """The photo's middle square with its subject's place filled from around it, and where it is still a photo."""
     side = min(photo.image.size)
     image = ImageOps.fit(photo.image, (side, side))
@@ -156,7 +156,7 @@ def _stand(cutout: _Cutout, side: int, place: int, chance: random.Random) -> tup
     return round(left), round(bottom - height), (max(1, round(height * shape)), max(1, round(height)))
 
 
-def _named_twice(caption: str, concept: Concept, chance: random.Random) -> str:
+def _name_twice(caption: str, concept: Concept, chance: random.Random) -> str:
     """The caption, but where it names the concept first it names one on each place."""
     called = concept.placeholder + chance.choice(("", f" {concept.class_word}"))
     together = chance.choice(WORDINGS)

@@ -1,4 +1,4 @@
-"""Time for memory, patience for time, and time for nothing: what a step computes again, compiled, or not at all."""
+"""Gradient checkpointing, `torch.compile` and a leaner forward pass of LoRA layers, each for the length of a block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func", "training
 
 
 @contextmanager
-def recomputed_activations(*models: nn.Module) -> Iterator[None]:
+def recompute_activations(*models: nn.Module) -> Iterator[None]:
     """Switch gradient checkpointing on in the blocks of diffusers and transformers models inside the block.
 
     Blocks of transformers ask for training mode as well; they get it alone, without their children, so that no
@@ -42,7 +42,7 @@ _again: Any = partial(checkpoint, use_reentrant=False)
 
 
 @contextmanager
-def compiled(model: nn.Module) -> Iterator[nn.Module]:
+def compile_model(model: nn.Module) -> Iterator[nn.Module]:
     """The model compiled by torch, which shares its weights; the marks that compiling leaves are gone afterwards."""
     before = set(vars(model))
     try:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Container, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, known_spelling
+from diffusers_mixofshow.base_models import TOYLAND, normalise_name
 from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.methods import METHODS
-from diffusers_mixofshow.training.presets import layered
+from diffusers_mixofshow.training.presets import layer_presets
+from diffusers_mixofshow.training.renamed import use_new_names
 from diffusers_mixofshow.training.settings import settings_of
 
 
@@ -42,7 +44,7 @@ _UNRECORDED = (
     "resume_from_checkpoint",
     "overwrite",
 )
-"""Folders are private to whoever trains, and what becomes of their content says nothing of what is learnt."""
+"""Left out of records: folders are private, and the others do not change what is learnt."""
 _WITHOUT_EFFECT = (
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -67,7 +69,7 @@ _AT_LEAST_ONE = (
     "num_class_images",
     "lr_num_cycles",
 )
-RATES = ("embedding_learning_rate", "text_encoder_lr", "learning_rate", "text_kv_lr")
+RATES = ("embedding_learning_rate", "text_encoder_learning_rate", "learning_rate", "text_kv_learning_rate")
 """Settings that a training which goes on may have lowered."""
 _NOT_NEGATIVE = (
     *RATES,
@@ -136,11 +138,11 @@ class TrainingConfig:
             dozen photos, reference).
         embedding_phase_steps: Optimiser steps before those, with embeddings alone (0, reference).
         embedding_learning_rate: Learning rate of the layer-wise embeddings (1e-3, paper).
-        text_encoder_lr: Learning rate of the text encoder's LoRA (1e-5, paper).
+        text_encoder_learning_rate: Learning rate of the text encoder's LoRA (1e-5, paper).
         learning_rate: Learning rate of the U-Net's LoRA (1e-4, paper).
-        text_kv_lr: Learning rate of the LoRA on the U-Net's text keys and values; None: learning_rate (paper). Prompts
-            tell concepts apart better than pictures do, so what is learnt there survives fusion better; but at many
-            times learning_rate a concept forgets its class beside others (ours).
+        text_kv_learning_rate: Learning rate of the LoRA on the U-Net's text keys and values; None: learning_rate
+            (paper). Prompts tell concepts apart better than pictures do, so what is learnt there survives fusion
+            better; but at many times learning_rate a concept forgets its class beside others (ours).
         lr_scheduler: ``linear`` decay to 0 (reference), ``cosine`` or ``constant``, in each phase.
         lr_warmup_steps: Optimiser steps of linear warm-up in each phase (0, reference).
         adam_weight_decay: AdamW's decoupled weight decay of the LoRA (0.01, reference); embeddings have none.
@@ -181,8 +183,8 @@ class TrainingConfig:
         validation_steps: A sheet of pictures at LoRA scale 0, 0.7 and 1 is drawn every so many optimiser steps, always
             of the same seeds, besides the one at the end; None draws that alone.
         num_validation_images: Pictures of each scale on a sheet (4, ours); 0 draws no sheets.
-        save_statistics: Whether `tune_concept` and ``mixofshow train`` record fusion statistics beside the ED-LoRA at
-            the end, so that it can be fused without a model (ours); `EDLoRATrainer` alone never does.
+        save_statistics: Whether fusion statistics are recorded beside the ED-LoRA at the end, so that it can be fused
+            without a model (ours).
 
     Raises:
         ConfigurationError: Lists every value that is out of range or contradicts another.
@@ -213,9 +215,9 @@ class TrainingConfig:
     max_train_steps: int = 800
     embedding_phase_steps: int = 0
     embedding_learning_rate: float = 1e-3
-    text_encoder_lr: float = 1e-5
+    text_encoder_learning_rate: float = 1e-5
     learning_rate: float = 1e-4
-    text_kv_lr: float | None = None
+    text_kv_learning_rate: float | None = None
     lr_scheduler: str = "linear"
     lr_warmup_steps: int = 0
     adam_weight_decay: float = 0.01
@@ -257,7 +259,7 @@ class TrainingConfig:
         defects = self._defects()
         if defects:
             raise ConfigurationError(_REFUSAL + "; ".join(defects))
-        object.__setattr__(self, "pretrained_model_name_or_path", known_spelling(self.pretrained_model_name_or_path))
+        object.__setattr__(self, "pretrained_model_name_or_path", normalise_name(self.pretrained_model_name_or_path))
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> TrainingConfig:
@@ -272,15 +274,15 @@ class TrainingConfig:
             ConfigurationError: Lists all unknown and missing names, and every value that cannot be used.
         """
         known = settings_of(cls)
-        values, defects = layered(settings)
-        values = {name: known[name].normalised(value) if name in known else value for name, value in values.items()}
+        values, defects = layer_presets(use_new_names(settings))
+        values = {name: known[name].normalise(value) if name in known else value for name, value in values.items()}
         defects += [_unknown(name, value, known) for name, value in values.items() if name not in known]
         missing = [name for name, setting in known.items() if setting.is_required and name not in values]
         defects += [f"{name!r} is missing" for name in missing]
         if defects:
             values |= dict.fromkeys(missing, "missing")
             defaults = {name: setting.default for name, setting in known.items()}
-            judged = _unchecked(cls, defaults | {name: values[name] for name in values if name in known})
+            judged = _make_unchecked(cls, defaults | {name: values[name] for name in values if name in known})
             raise ConfigurationError(_REFUSAL + "; ".join([*defects, *judged._defects()]))
         return cls(**values)
 
@@ -370,7 +372,7 @@ class TrainingConfig:
 
     def _contradictions(self) -> list[str]:
         defects = []
-        rates = (self.embedding_learning_rate, self.text_encoder_lr, self.learning_rate, self.text_kv_lr)
+        rates = [getattr(self, name) for name in RATES]
         if not any(rates):
             defects.append("all learning rates are 0, so nothing would be learnt")
         if self.embedding_phase_steps and not self.embedding_learning_rate:
@@ -396,7 +398,7 @@ class TrainingConfig:
         return defects + self._contradictions_of_base() + self._contradictions_of_method() + self._missing_output()
 
     def _contradictions_of_base(self) -> list[str]:
-        if known_spelling(self.pretrained_model_name_or_path) != TOYLAND or self.resolution <= _LARGEST_IN_TOYLAND:
+        if normalise_name(self.pretrained_model_name_or_path) != TOYLAND or self.resolution <= _LARGEST_IN_TOYLAND:
             return []
         return [
             f"resolution is {self.resolution}, but the embedded base draws pictures of 64 pixels; "
@@ -410,7 +412,7 @@ class TrainingConfig:
             defects.append(f"{self.method} learns embeddings alone, but embedding_learning_rate is 0")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             defects.append(f"ema_decay is {self.ema_decay}, expected a number between 0 and 1")
-        rates = {self.embedding_learning_rate, self.text_encoder_lr, self.learning_rate, self.text_kv_lr} - {0, None}
+        rates = {getattr(self, name) for name in RATES} - {0, None}
         if self.optimizer.lower() == PRODIGY and len(rates) > 1:
             defects.append("Prodigy finds its own rates: set all learning rates that are not 0 to one number, 1.0")
         if self.reg_full_identity and not self.attn_reg_weight:
@@ -446,6 +448,17 @@ class TrainingConfig:
         ]
 
 
+_initialise = TrainingConfig.__init__
+
+
+@wraps(_initialise)
+def _initialise_by_any_name(self: TrainingConfig, **settings: Any) -> None:
+    _initialise(self, **use_new_names(settings))
+
+
+TrainingConfig.__init__ = _initialise_by_any_name  # type: ignore[method-assign]
+
+
 def _unknown(name: str, value: object, known: Collection[str]) -> str:
     if isinstance(value, Mapping):
         return f"unknown table {name!r} (settings stand at the top of the file, in no table)"
@@ -453,8 +466,8 @@ def _unknown(name: str, value: object, known: Collection[str]) -> str:
     return f"unknown setting {name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else "")
 
 
-def _unchecked(kind: type[TrainingConfig], values: Mapping[str, Any]) -> TrainingConfig:
-    """A config whose values nobody has looked at, to be asked for its defects."""
+def _make_unchecked(kind: type[TrainingConfig], values: Mapping[str, Any]) -> TrainingConfig:
+    """A config made without any check, to list its defects."""
     config = object.__new__(kind)
     for name, value in values.items():
         object.__setattr__(config, name, value)

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers_mixofshow.errors import ConfigurationError, TextError
 from diffusers_mixofshow.texts import read_text
+from diffusers_mixofshow.training.renamed import use_new_names
 from diffusers_mixofshow.training.settings import Setting
 
 
@@ -39,6 +40,7 @@ def _from_toml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str,
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is no valid TOML ({error}).") from error
+    settings = use_new_names(settings)
     return {
         name: None if value == "none" and name in known and known[name].can_be_none else value
         for name, value in settings.items()
@@ -67,6 +69,7 @@ def _from_yaml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str,
     twice = sorted({str(name) for name in names if names.count(name) > 1})
     if twice:
         raise ConfigurationError(f"{path} sets {', '.join(twice)} more than once.")
+    settings = use_new_names(settings)
     return {
         name: known[name].from_text(value) if name in known and not isinstance(value, dict) else value
         for name, value in settings.items()

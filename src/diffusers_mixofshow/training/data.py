@@ -18,7 +18,7 @@ from diffusers_mixofshow.training import inspection
 from diffusers_mixofshow.training.captions import (
     CAPTION_SLOT,
     TEMPLATES,
-    named,
+    name_concept,
     read_caption_file,
     read_description,
     with_shuffled_tags,
@@ -100,7 +100,7 @@ def read_photos(
             photos.append(reader.photo(path))
         except (TrainingDataError, PictureError, TextError) as error:
             defects.append(str(error))
-    remarks = [*reader.told(), *listing.remarks, *inspection.duplicates(photos, listing.folder)]
+    remarks = [*reader.list_remarks(), *listing.remarks, *inspection.duplicates(photos, listing.folder)]
     remarks += inspection.tiny(photos, resolution, listing.folder) if resolution else []
     if not listing.photos and not defects:
         more = f" {'; '.join(remarks)}." if remarks else ""
@@ -140,9 +140,9 @@ class _Reader:
         size = self._kept_size(picture.image.size)
         return Photo(
             path=path,
-            image=_shrunk(picture.image, size, Image.Resampling.LANCZOS),
+            image=_shrink(picture.image, size, Image.Resampling.LANCZOS),
             captions=self._captions(path, name),
-            mask=None if mask is None else _shrunk(mask, size, Image.Resampling.BOX),
+            mask=None if mask is None else _shrink(mask, size, Image.Resampling.BOX),
         )
 
     def lost_captions(self) -> list[str]:
@@ -159,7 +159,7 @@ class _Reader:
         self.remarks.extend(few(strays, "belongs to no photo", "belong to no photo"))
         return [f"{name} belongs to no photo" for name in lost]
 
-    def told(self) -> list[str]:
+    def list_remarks(self) -> list[str]:
         """All remarks."""
         there = f"in {self.listing.metadata.file}"
         unlisted = few(
@@ -179,19 +179,19 @@ class _Reader:
         sources = {self.listing.name(file): read_caption_file(file) for file in self.listing.captions.get(path, ())}
         if listed := metadata.captions.get(name, ()):
             sources[metadata.file] = list(listed)
-        for file, texts in self._described(path).items():
+        for file, texts in self._read_descriptions(path).items():
             if texts not in sources.values():  # tools that fetch pictures write captions twice
                 sources[file] = texts
         if len(sources) > 1:
             raise TrainingDataError(f"{name} has captions in {' and in '.join(sources)}; keep one")
         if sources:
             ((file, texts),) = sources.items()
-            return named(texts, self.concept, source=f"{file}, {name}" if file == metadata.file else file)
+            return name_concept(texts, self.concept, source=f"{file}, {name}" if file == metadata.file else file)
         if metadata.file and not metadata.defects and name not in metadata.captions:
             self.unlisted.append(name)
-        return named(self.templates, self.concept, source="instance_prompt")
+        return name_concept(self.templates, self.concept, source="instance_prompt")
 
-    def _described(self, path: Path) -> dict[str, list[str]]:
+    def _read_descriptions(self, path: Path) -> dict[str, list[str]]:
         """Captions in JSON files beside the photo."""
         found: dict[str, list[str]] = {}
         for file in self.listing.descriptions.get(path, ()):
@@ -230,5 +230,5 @@ class _Reader:
         return None if mask is None else mask.grey
 
 
-def _shrunk(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+def _shrink(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
     return image if image.size == size else image.resize(size, resampling)

@@ -15,11 +15,11 @@ _SMALLER_RESOLUTION = 512
 _FEW_PICTURES = 1
 
 
-def diverged(seen: str, config: TrainingConfig) -> ConfigurationError:
+def make_divergence_error(seen: str, config: TrainingConfig) -> ConfigurationError:
     """The error for a training that went wrong; `seen` says by what that was noticed."""
-    advice = ["lower embedding_learning_rate, learning_rate and text_encoder_lr to a third"]
-    if config.text_kv_lr:
-        advice[0] = advice[0].replace(" and text_encoder_lr", ", text_encoder_lr and text_kv_lr")
+    rates = ["embedding_learning_rate", "learning_rate", "text_encoder_learning_rate"]
+    rates += ["text_kv_learning_rate"] if config.text_kv_learning_rate else []
+    advice = [f"lower {', '.join(rates[:-1])} and {rates[-1]} to a third"]
     if config.mixed_precision == "fp16":
         advice.append("use mixed_precision='bf16' or 'no'")
     if not config.lr_warmup_steps:
@@ -37,7 +37,7 @@ def diverged(seen: str, config: TrainingConfig) -> ConfigurationError:
 
 
 @contextmanager
-def explained_memory(config: TrainingConfig) -> Iterator[None]:
+def explain_memory_errors(config: TrainingConfig) -> Iterator[None]:
     """Turn the GPU's out-of-memory error inside the block into one that names settings which need less."""
     try:
         yield

@@ -31,7 +31,7 @@ _SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@e
 _BESIDE_DOWNLOADS = ":zone.identifier"
 """What systems put into folders, and beside downloads; names that begin with a dot are hidden, too."""
 _ABOUT_DATA = re.compile(r"(readme|license|licence|copying)(\..*)?", re.IGNORECASE)
-"""Texts about the data, which nobody expects to be used."""
+"""Texts about the data set, which are not reported as files without a use."""
 _ELSEWHERE = "in a subfolder that is not read; name the photos in metadata, or move them up"
 _NAMED = 3
 
@@ -130,12 +130,12 @@ class _Names:
         self._exact: dict[str, set[Path]] = defaultdict(set)
         self._folded: dict[str, set[Path]] = defaultdict(set)
         for name, path in named:
-            self._exact[_composed(name)].add(path)
-            self._folded[_composed(name).casefold()].add(path)
+            self._exact[_normalise_accents(name)].add(path)
+            self._folded[_normalise_accents(name).casefold()].add(path)
 
     def find(self, name: str) -> Path | None:
         """The one path of that name."""
-        name = _composed(name)
+        name = _normalise_accents(name)
         for found in (self._exact.get(name, set()), self._folded.get(name.casefold(), set())):
             if len(found) == 1:
                 return next(iter(found))
@@ -198,7 +198,7 @@ def _owners(photos: Iterable[Path]) -> _Names:
     return _Names((name.as_posix(), photo) for photo in photos for name in (photo, photo.with_suffix("")))
 
 
-def _composed(name: str) -> str:
+def _normalise_accents(name: str) -> str:
     """The name in the form that editors write; a Mac's file system takes letters and accents apart."""
     return unicodedata.normalize("NFC", name)
 
@@ -298,7 +298,7 @@ def _repeats(folder: Path, photos: Sequence[Path]) -> list[str]:
 
 def _twins(folder: Path, photos: Sequence[Path]) -> list[str]:
     """Two photos of one stem would share captions and masks."""
-    stems = [_composed(photo.relative_to(folder).with_suffix("").as_posix()) for photo in photos]
+    stems = [_normalise_accents(photo.relative_to(folder).with_suffix("").as_posix()) for photo in photos]
     return [
         f"several photos are called {stem!r}, so their caption and mask are ambiguous"
         for stem in sorted({stem for stem in stems if stems.count(stem) > 1})

@@ -73,15 +73,15 @@ def place_photo(photo: Photo, resolution: int, *, generator: torch.Generator) ->
     width, height = (max(1, round(side * scale)) for side in photo.image.size)
     corner = (round((resolution - width) * x), round((resolution - height) * y))
 
-    def placed(image: Image.Image, resampling: Image.Resampling) -> torch.Tensor:
+    def place(image: Image.Image, resampling: Image.Resampling) -> torch.Tensor:
         square = Image.new(image.mode, (resolution, resolution))
         square.paste(image.resize((width, height), resampling), corner)
         return _to_tensor(square)
 
-    valid = placed(photo.known or Image.new("L", photo.image.size, 255), Image.Resampling.NEAREST)
+    valid = place(photo.known or Image.new("L", photo.image.size, 255), Image.Resampling.NEAREST)
     return Crop(
-        pixels=placed(photo.image, Image.Resampling.LANCZOS) * 2 - 1,
-        mask=valid if photo.mask is None else placed(photo.mask, Image.Resampling.BOX),
+        pixels=place(photo.image, Image.Resampling.LANCZOS) * 2 - 1,
+        mask=valid if photo.mask is None else place(photo.mask, Image.Resampling.BOX),
         valid=valid,
     )
 
@@ -115,10 +115,10 @@ def crops_of(
             crops = [crop_photo(photo, size)]
         else:
             crops = [crop_photo(photo, size, generator=generator) for _ in range(variants)]
-    return [*crops, *map(mirrored, crops)] if flip else crops
+    return [*crops, *map(mirror, crops)] if flip else crops
 
 
-def mirrored(crop: Crop) -> Crop:
+def mirror(crop: Crop) -> Crop:
     """The crop with left and right exchanged."""
     return replace(crop, pixels=crop.pixels.flip(-1), mask=crop.mask.flip(-1), valid=crop.valid.flip(-1))
 

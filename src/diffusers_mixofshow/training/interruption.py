@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Interruption:
-    """Whether somebody wants the training to stop.
+    """Whether the user wants the training to stop.
 
     Args:
         requested: Whether this process was told so.
@@ -23,7 +23,7 @@ class Interruption:
 
 
 @contextmanager
-def noticed_interruption() -> Iterator[Interruption]:
+def notice_interruption() -> Iterator[Interruption]:
     """Note the first Ctrl-C inside the block instead of raising it; a second one raises `KeyboardInterrupt` at once.
 
     The handler that was there is back afterwards. Outside the main thread, where Python sets no handlers, nothing is

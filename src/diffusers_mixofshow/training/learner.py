@@ -15,7 +15,7 @@ from diffusers_mixofshow.conditioning.attention import SharedTexts
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.training.attention_maps import AttentionRecord, recorded_attention
+from diffusers_mixofshow.training.attention_maps import AttentionRecord, record_attention
 from diffusers_mixofshow.training.batches import Batch
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.losses import (
@@ -134,7 +134,7 @@ class Learner(nn.Module):
         dtype: torch.dtype = self.unet.dtype
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         self.shared.text_of = batch.caption_of
-        with recorded_attention(self.unet) if self.config.attn_reg_weight else nullcontext() as record:
+        with record_attention(self.unet) if self.config.attn_reg_weight else nullcontext() as record:
             prediction = self.denoiser(
                 noisy.to(dtype), batch.timesteps, encoder_hidden_states=encoded.to(dtype)
             ).sample

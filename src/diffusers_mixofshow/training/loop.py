@@ -14,7 +14,7 @@ from torch import nn
 
 from diffusers_mixofshow.training.batches import RandomBatches
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.failures import diverged
+from diffusers_mixofshow.training.failures import make_divergence_error
 from diffusers_mixofshow.training.interruption import Interruption
 from diffusers_mixofshow.training.learner import Learner
 
@@ -194,7 +194,7 @@ class TrainingLoop:
         values = dict(zip([*sums, "norm"], losses_and_norm, strict=True))
         if self._is_divergent(values):
             seen = f"The loss became {values['loss']} in the {phase.name} phase, or its gradients are no longer finite"
-            raise diverged(seen, self.config)
+            raise make_divergence_error(seen, self.config)
         self._freeze_grown_embeddings(optimizer)
         optimizer.step()
         optimizer.zero_grad()

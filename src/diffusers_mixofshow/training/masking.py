@@ -64,7 +64,7 @@ class MadeMask:
         photo: The photo.
         mask: The file that was written; None if what was found is no mask.
         share: Of the photo that is inside, from 0 to 1.
-        remark: What somebody should look at; empty if nothing.
+        remark: What the user should look at; empty if nothing.
     """
 
     photo: Path
@@ -163,7 +163,7 @@ def carry_out(plan: MaskPlan) -> list[MadeMask]:
             made.append(
                 MadeMask(photo=photo, mask=mask, share=found.share, remark=found.defect or found.remark),
             )
-            rows[_label(plan, made[-1])] = _shown(image, found)
+            rows[_label(plan, made[-1])] = _draw_row(image, found)
             bar.update(1)
     if plan.sheet is not None:
         write_picture(plan.sheet, labelled_sheet(rows, title="photo, mask, cut-out"))
@@ -206,7 +206,7 @@ def _label(plan: MaskPlan, made: MadeMask) -> str:
     return "\n".join([*lines, "no mask" if made.mask is None else "look here"] if made.remark else lines)
 
 
-def _shown(image: Image.Image, found: Outline) -> list[Image.Image]:
+def _draw_row(image: Image.Image, found: Outline) -> list[Image.Image]:
     cut_out = Image.new("RGB", image.size, "magenta")
     cut_out.paste(image, mask=found.mask)
     shown = [image.copy(), found.mask.convert("RGB"), cut_out]

@@ -34,13 +34,13 @@ def optimizer_of(name: str) -> MakeOptimizer:
         What makes it of parameter groups that have their own ``lr`` and ``weight_decay``.
 
     Raises:
-        ConfigurationError: If nobody has an optimiser of this name.
+        ConfigurationError: If none of these packages has an optimiser of this name.
         MissingExtraError: If the package that has it is not installed.
     """
     if name.lower() == PRODIGY:
-        return _maker(_imported("prodigyopt", "prodigy").Prodigy)
+        return _maker(_import("prodigyopt", "prodigy").Prodigy)
     if name.lower().endswith(_OF_BITSANDBYTES):
-        return _maker(_find(name, _imported("bitsandbytes.optim", "8bit")))
+        return _maker(_find(name, _import("bitsandbytes.optim", "8bit")))
     return _maker(_find(name, torch.optim))
 
 
@@ -79,7 +79,7 @@ def _find(name: str, module: Any) -> type[torch.optim.Optimizer]:
     return found
 
 
-def _imported(module: str, extra: str) -> Any:
+def _import(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:

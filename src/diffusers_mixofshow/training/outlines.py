@@ -28,7 +28,7 @@ class Outline:
         mask: White where the subject is, black elsewhere; mode L, as large as the photo.
         share: Of the photo that is white, from 0 to 1.
         defect: Why it cannot be used as a mask; empty if it can.
-        remark: What somebody should look at; empty if nothing.
+        remark: What the user should look at; empty if nothing.
     """
 
     mask: Image.Image

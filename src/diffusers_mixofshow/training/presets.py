@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, known_spelling
+from diffusers_mixofshow.base_models import TOYLAND, normalise_name
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_phase_steps": 200,
         # Faster embeddings, or faster keys and values of the text, forget the class as soon as others stand beside it.
         "embedding_learning_rate": 5e-3,
-        "text_encoder_lr": 1e-3,
+        "text_encoder_learning_rate": 1e-3,
         "learning_rate": 7e-4,
         "masked_loss": False,
         "lr_warmup_steps": 10,
@@ -40,9 +40,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_train_steps": 800,
         "embedding_phase_steps": 0,
         "embedding_learning_rate": 1e-3,
-        "text_encoder_lr": 1e-5,
+        "text_encoder_learning_rate": 1e-5,
         "learning_rate": 1e-4,
-        "text_kv_lr": None,
+        "text_kv_learning_rate": None,
         "lr_scheduler": "linear",
         "lr_warmup_steps": 0,
         "adam_weight_decay": 0.01,
@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_train_steps": 400,
         "captions_per_step": 1,
         "embedding_learning_rate": 2e-3,
-        "text_encoder_lr": 2e-5,
+        "text_encoder_learning_rate": 2e-5,
         "learning_rate": 2e-4,
         "lr_warmup_steps": 20,
     },
@@ -89,7 +89,7 @@ _ON_ANY_BASE = (TOYLAND, "character", "object", "scene")
 """Presets that say what is learnt; the others have rates and sizes that are Stable Diffusion's."""
 
 
-def layered(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Put the preset that ``settings["preset"]`` names, and the embedded base's own settings, below the given ones.
 
     A rank without a `lora_alpha` takes the alpha along, so that the LoRA's scale stays 1.
@@ -103,7 +103,7 @@ def layered(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if preset is not None and preset not in PRESETS:
         defects.append(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
     chosen = PRESETS.get(str(preset), {})
-    on_toyland = known_spelling(str((chosen | given).get("pretrained_model_name_or_path"))) == TOYLAND
+    on_toyland = normalise_name(str((chosen | given).get("pretrained_model_name_or_path"))) == TOYLAND
     if on_toyland and preset in PRESETS and preset not in _ON_ANY_BASE:
         defects.append(
             f"preset is {preset!r}, which has Stable Diffusion's rates and sizes; the embedded base brings its own, "

@@ -16,6 +16,7 @@ from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.lora import TrainableLoRA
 from diffusers_mixofshow.notes import infotext, sampler_name, sheet_note
+from diffusers_mixofshow.training.base import with_same_models
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -30,16 +31,8 @@ _STEPS = 20
 
 def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
     """A stock pipeline of the same models with DPM-Solver, without a progress bar; the given one stays as it is."""
-    made = StableDiffusionPipeline(
-        vae=pipeline.vae,
-        text_encoder=pipeline.text_encoder,
-        tokenizer=pipeline.tokenizer,
-        unet=pipeline.unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    made: StableDiffusionPipeline = with_same_models(pipeline, StableDiffusionPipeline, scheduler=scheduler)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -69,8 +62,8 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
     concept, stock = config.concept_to_learn, plain_pipeline(pipeline)
     rows = {}
     for scale in SCALES if trained.lora is not None else SCALES[-1:]:
-        with scaled(trained.lora, scale):
-            prompt, nothing = _encoded(pipeline, trained, concept, config.validation_prompt)
+        with scale_lora(trained.lora, scale):
+            prompt, nothing = _encode(pipeline, trained, concept, config.validation_prompt)
             seeds = [config.seed + number for number in range(config.num_validation_images)]
             rows[f"LoRA {scale:g}"] = stock(
                 prompt_embeds=prompt.expand(len(seeds), -1, -1),
@@ -81,7 +74,7 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
     return rows
 
 
-def told_of_sheet(config: TrainingConfig, prompt: str, labels: Sequence[str]) -> tuple[dict[str, Any], str]:
+def describe_sheet(config: TrainingConfig, prompt: str, labels: Sequence[str]) -> tuple[dict[str, Any], str]:
     """What a sheet tells of how it was drawn: exactly, and as other programs read it.
 
     Args:
@@ -104,7 +97,7 @@ def told_of_sheet(config: TrainingConfig, prompt: str, labels: Sequence[str]) ->
 
 
 @contextmanager
-def scaled(lora: TrainableLoRA | None, scale: float) -> Iterator[None]:
+def scale_lora(lora: TrainableLoRA | None, scale: float) -> Iterator[None]:
     """Let the updates act at a part of their strength inside the block."""
     layers = [] if lora is None else list(lora.layers.values())
     name = "" if lora is None else lora.adapter_name
@@ -118,7 +111,7 @@ def scaled(lora: TrainableLoRA | None, scale: float) -> Iterator[None]:
             layer.scaling[name] = full
 
 
-def _encoded(pipeline: Any, trained: Trained, concept: Concept, template: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode(pipeline: Any, trained: Trained, concept: Concept, template: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompt and the empty prompt, shape (1, layers * tokens, dim) each."""
     prompts = [template.replace(CAPTION_SLOT, concept.placeholder), ""]
     tokenized = tokenize(prompts, pipeline.tokenizer, [concept])

@@ -66,23 +66,23 @@ class Setting:
             return self.can_be_none
         return any(_is_a(value, kind) for kind in self.types)
 
-    def normalised(self, value: object) -> object:
+    def normalise(self, value: object) -> object:
         """The value, but a tuple for a list, and for a single text where a list is meant."""
         if self.is_list and isinstance(value, str | list):
             return (value,) if isinstance(value, str) else tuple(value)
         return value
 
     def from_text(self, text: str | Sequence[str]) -> Any:
-        """Read what somebody typed, a list of texts for a list.
+        """Read a value from text, or from a list of texts where a list is meant.
 
         A text that fits no type is returned as it is, for `accepts` to refuse beside all other defects.
         """
         if self.is_list:
             (kind,) = (get_args(kind)[0] for kind in self.types if get_origin(kind) is tuple)
-            return tuple(_parsed(entry, (kind,)) for entry in ([text] if isinstance(text, str) else text))
+            return tuple(_parse(entry, (kind,)) for entry in ([text] if isinstance(text, str) else text))
         if self.can_be_none and isinstance(text, str) and text.strip().lower() in NOTHING:
             return None
-        return _parsed(text, self.types)
+        return _parse(text, self.types)
 
 
 def settings_of(kind: type) -> dict[str, Setting]:
@@ -120,7 +120,7 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, Real if kind is float else kind)
 
 
-def _parsed(text: Any, kinds: Sequence[Any]) -> Any:
+def _parse(text: Any, kinds: Sequence[Any]) -> Any:
     """The text as the first type that can read it, else the text."""
     for kind in kinds if isinstance(text, str) else ():
         if kind is bool and text.strip().lower() in _TRUTHS:

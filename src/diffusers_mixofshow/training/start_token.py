@@ -43,7 +43,7 @@ def start_token_inputs(pipeline: StableDiffusionPipeline, layers: Mapping[str, n
     with ExitStack() as hooks:
         for site, layer in layers.items():
             if site.startswith("text_encoder."):
-                hooks.callback(layer.register_forward_pre_hook(_noting(seen, site)).remove)
+                hooks.callback(layer.register_forward_pre_hook(_make_hook(seen, site)).remove)
         encoded = encoder(prompts)[0]
     if not torch.allclose(encoded[0, 0], encoded[1, 0], rtol=1e-2, atol=1e-2):  # what bfloat16 rounds
         raise ConfigurationError(_without_start("what a prompt says reaches its start token"))
@@ -51,7 +51,7 @@ def start_token_inputs(pipeline: StableDiffusionPipeline, layers: Mapping[str, n
     return {site: nn.functional.normalize(state[0, 0].float(), dim=0) for site, state in seen.items()}
 
 
-def _noting(seen: dict[str, torch.Tensor], site: str) -> Any:
+def _make_hook(seen: dict[str, torch.Tensor], site: str) -> Any:
     def note(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         seen[site] = inputs[0]
 

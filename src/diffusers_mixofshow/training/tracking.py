@@ -34,7 +34,7 @@ def check_tracker(name: str | None) -> None:
 
 
 @contextmanager
-def tracked(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
+def track(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
     """Begin a run of the accelerator's trackers with all settings, and finish it, on exceptions too."""
     if not accelerator.log_with:
         yield

@@ -121,11 +121,11 @@ class Trained:
 
     def _lora_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         rates: list[tuple[str, Callable[[str], bool], float]] = [
-            ("text_encoder", lambda site: site.startswith("text_encoder."), config.text_encoder_lr),
+            ("text_encoder", lambda site: site.startswith("text_encoder."), config.text_encoder_learning_rate),
             (
                 "unet_text_kv",
                 self.family.reads_text,
-                config.learning_rate if config.text_kv_lr is None else config.text_kv_lr,
+                config.learning_rate if config.text_kv_learning_rate is None else config.text_kv_learning_rate,
             ),
             (
                 "unet",

@@ -19,11 +19,11 @@ from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import TrainingDataError
-from diffusers_mixofshow.notes import write_noted
+from diffusers_mixofshow.notes import write_with_note
 from diffusers_mixofshow.progress import progress, tell
 from diffusers_mixofshow.sheets import labelled_sheet
 from diffusers_mixofshow.training.averaging import MovingAverage
-from diffusers_mixofshow.training.base import borrowed, load_base, refuse_untrainable
+from diffusers_mixofshow.training.base import borrow, load_base, refuse_untrainable
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.checkpoints import (
@@ -37,18 +37,19 @@ from diffusers_mixofshow.training.checkpoints import (
     starting_point,
 )
 from diffusers_mixofshow.training.company import compose_company
-from diffusers_mixofshow.training.compute import compiled, lean_updates, recomputed_activations
+from diffusers_mixofshow.training.compute import compile_model, lean_updates, recompute_activations
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos
-from diffusers_mixofshow.training.failures import explained_memory
-from diffusers_mixofshow.training.interruption import noticed_interruption
+from diffusers_mixofshow.training.failures import explain_memory_errors
+from diffusers_mixofshow.training.interruption import notice_interruption
 from diffusers_mixofshow.training.learner import Learner
 from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop, final_mean
 from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
-from diffusers_mixofshow.training.samples import SCALES, draw_rows, told_of_sheet
-from diffusers_mixofshow.training.tracking import check_tracker, log_picture, tracked
+from diffusers_mixofshow.training.samples import SCALES, describe_sheet, draw_rows
+from diffusers_mixofshow.training.statistics import record_statistics
+from diffusers_mixofshow.training.tracking import check_tracker, log_picture, track
 from diffusers_mixofshow.training.trained import initialise
 from diffusers_mixofshow.training.trial import Trial
 from diffusers_mixofshow.training.words import check_words
@@ -89,7 +90,7 @@ class EDLoRATrainer:
         self._on_step = on_step
 
     def train(self) -> EDLoRA:
-        """Tune the concept and save it to `config.output_dir`, if that is set.
+        """Tune the concept and save it to `config.output_dir`, if that is set, with its fusion statistics beside it.
 
         Raises:
             TrainingDataError: If photos, captions or masks cannot be used; lists every defect.
@@ -109,11 +110,11 @@ class EDLoRATrainer:
             check_writable(Path(config.output_dir))
         accelerator = self._accelerator()
         start = time.monotonic()
-        with explained_memory(config):
+        with explain_memory_errors(config):
             self.pipeline = self.pipeline or load_base(config).to(accelerator.device)
             refuse_untrainable(self.pipeline, config)
             check_words(config.concept_to_learn, self.pipeline.tokenizer)
-            with borrowed(self.pipeline):
+            with borrow(self.pipeline):
                 tuning = _Tuning(config, self.pipeline, accelerator, self._on_step)
                 edlora = tuning.run(photos, composed, make_optimizer)
         edlora = replace(edlora, training={**edlora.training, "seconds": round(time.monotonic() - start, 1)})
@@ -121,6 +122,8 @@ class EDLoRATrainer:
         if config.output_dir is not None and accelerator.is_main_process:
             edlora.save_pretrained(config.output_dir, samples=tuning.samples, overwrite=replaces)
         accelerator.wait_for_everyone()
+        if config.output_dir is not None and config.save_statistics:
+            record_statistics(self.pipeline, Path(config.output_dir))
         return edlora
 
     def _accelerator(self) -> Accelerator:
@@ -162,7 +165,7 @@ class _Tuning:
             if self.trained.lora is not None:
                 stack.enter_context(lean_updates(self.trained.lora))
             if config.gradient_checkpointing:
-                stack.enter_context(recomputed_activations(pipeline.unet, pipeline.text_encoder))
+                stack.enter_context(recompute_activations(pipeline.unet, pipeline.text_encoder))
             parameters = self.trained.parameters()
             if config.output_dir is not None:
                 check_space(Path(config.output_dir), list(parameters.values()), config)
@@ -175,12 +178,12 @@ class _Tuning:
                 scheduler=scheduler,
                 config=config,
                 shared=shared,
-                denoiser=stack.enter_context(compiled(pipeline.unet)) if config.torch_compile else None,
+                denoiser=stack.enter_context(compile_model(pipeline.unet)) if config.torch_compile else None,
             )
             self.trial = Trial(learner, self.batches, self.accelerator, config)
             phases, position = self.trained.phases(config), self._resumed()
             self.loop = TrainingLoop(phases, learner, self.batches, self.accelerator, config, make_optimizer, position)
-            with tracked(self.accelerator, config):
+            with track(self.accelerator, config):
                 self._take_steps()
                 self.trial.check()
                 if self.checkpoints is not None:
@@ -219,7 +222,7 @@ class _Tuning:
         name = f"Tuning {config.concept_to_learn.placeholder}"
         with (
             progress(name, config.total_steps, done=position.step, pipe=self.pipeline, shown=tells) as bar,
-            noticed_interruption() as interruption,
+            notice_interruption() as interruption,
         ):
             for report in self.loop.steps(interruption):
                 self.trained.keep_inputs()
@@ -262,7 +265,7 @@ class _Tuning:
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
             sheet = labelled_sheet(rows, title=f"{prompt}, step {step}")
             path = folder / "validation" / f"step-{step:06d}.png"
-            write_noted(path, sheet, "PNG", *told_of_sheet(config, prompt, list(rows)))
+            write_with_note(path, sheet, "PNG", *describe_sheet(config, prompt, list(rows)))
             scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
             self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
             log_picture(self.accelerator, sheet, step)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from diffusers_mixofshow.training.batches import RandomBatches
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.failures import diverged
+from diffusers_mixofshow.training.failures import make_divergence_error
 from diffusers_mixofshow.training.learner import Learner
 
 
@@ -50,7 +50,7 @@ class Trial:
         """
         loss = self._loss()
         if not math.isfinite(loss) or loss > _LARGEST_GROWTH * self.loss_at_start + _ALLOWANCE:
-            raise diverged(
+            raise make_divergence_error(
                 f"The loss of the first pictures was {self.loss_at_start:.3g} and is {loss:.3g}", self._config
             )
 

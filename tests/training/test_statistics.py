@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import tiny
-from diffusers_mixofshow import GradientFuser, MixOfShowPipeline, tune_concept
+from diffusers_mixofshow import EDLoRATrainer, GradientFuser, MixOfShowPipeline
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from diffusers_mixofshow.training import StepReport
 from short_training import quick
@@ -29,7 +29,8 @@ def test_statistics_lie_beside_what_was_tuned(
     pipeline = kind(**tiny.components(), requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     folder = photos.parent / "out"
-    edlora = tune_concept(quick(photos, max_train_steps=1, output_dir=folder), pipeline)
+    config = quick(photos, max_train_steps=1, output_dir=folder, save_statistics=True)
+    edlora = EDLoRATrainer(config, pipeline).train()
     assert capsys.readouterr().err == ""
     statistics = SourceStatistics.load(statistics_path(folder / "edlora.safetensors"))
     assert statistics.digest == edlora.digest
@@ -45,7 +46,7 @@ def test_without_leave_or_a_folder_nothing_is_recorded(photos: Path, asked: bool
     folder = None if asked else photos.parent / "other"
     config = quick(photos, max_train_steps=1, output_dir=folder, save_statistics=asked)
     reports: list[StepReport] = []
-    edlora = tune_concept(config, pipeline, on_step=reports.append)
+    edlora = EDLoRATrainer(config, pipeline, on_step=reports.append).train()
     assert [concept.placeholder for concept in edlora.concepts] == ["<potter>"]
     assert [(report.step, report.total_steps) for report in reports] == [(1, 2), (2, 2)]
     assert not list(photos.parent.rglob("*.statistics.safetensors"))

@@ -1,0 +1,75 @@
+"""What several benchmarks need to judge pictures of several concepts, beside what the package has for everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffusers_mixofshow import Region, toyland
+from diffusers_mixofshow.evaluation.identity import InRegions, Subject
+from diffusers_mixofshow.evaluation.prompts import prompt_together
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
+
+
+def subject_of(concept: toyland.ToyConcept, judge: ToylandJudge) -> Subject:
+    """One of Toyland's things as the judge knows it from its usual photos."""
+    return Subject(
+        name=concept.name,
+        photos=judge.features([photo.image for photo in toyland.photos(concept)]),
+        attributes=hidden_attributes(concept),
+        class_word=concept.class_word,
+    )
+
+
+def regions_of(
+    subjects: Sequence[str], boxes: Sequence[tuple[float, float, float, float]], place: str
+) -> list[Region]:
+    """One region a subject, whose prompt describes the whole picture as if that subject stood at every place.
+
+    The base draws what a prompt says of a whole picture: told of one subject alone, it draws one large subject over
+    several regions.
+    """
+    return [
+        Region(prompt_together([subject] * len(boxes), place), box=box)
+        for subject, box in zip(subjects, boxes, strict=True)
+    ]
+
+
+def mean_with_interval(values: Sequence[float], *, resamples: int = 2000) -> dict[str, float]:
+    """Mean, and the 95 % interval of means of as many values drawn from these (percentile bootstrap, one seed).
+
+    Args:
+        values: One for each independent picture.
+        resamples: How often values are drawn.
+
+    Returns:
+        ``mean``, ``low``, ``high``, rounded to four digits, and ``count``. Of values that are all the same the
+        interval is that value: no more can be said without a model of what was not seen.
+    """
+    numbers = torch.tensor(values, dtype=torch.float64)
+    chosen = torch.randint(len(numbers), (resamples, len(numbers)), generator=torch.Generator().manual_seed(0))
+    low, high = numbers[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    mean = numbers.mean().item()
+    return {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "count": len(values)}
+
+
+def summarise_regions(pictures: Sequence[InRegions]) -> dict[str, dict[str, float]]:
+    """Mean of every measure over pictures, with its 95 % interval, see `mean_with_interval`."""
+    values = {
+        "right": [picture.right for picture in pictures],
+        "whole_pictures": [float(picture.right == 1) for picture in pictures],
+        "looks": [picture.looks for picture in pictures],
+        "likeness": [picture.likeness for picture in pictures],
+    }
+    return {name: mean_with_interval(each) for name, each in values.items()}
+
+
+def confusion(pictures: Sequence[InRegions], expected: Sequence[Sequence[str]]) -> dict[str, dict[str, int]]:
+    """How often a concept was found where one was asked for: asked for, found, times."""
+    counts: dict[str, dict[str, int]] = {}
+    for picture, names in zip(pictures, expected, strict=True):
+        for name, found in zip(names, picture.found, strict=True):
+            row = counts.setdefault(name, {})
+            row[found] = row.get(found, 0) + 1
+    return counts
