@@ -18,12 +18,13 @@ MODELS = {
          "CompVis/stable-diffusion-v1-4"),
         "creativeml-openrail-m", 7.5, 768, {"clip_l": 768}, 16,
     ),
-    "Stable Diffusion 2.x": ("Stable Diffusion", "sd_v2", (), "", 7.5, 1024, {"clip_l": 1024}, 16),
+    "Stable Diffusion 2.x": ("Stable Diffusion", "sd_v2", ("",), "", 7.5, 1024, {"clip_l": 1024}, 16),
     "Toyland, the base in diffusers-mixofshow": (
         "Stable Diffusion", "toyland", ("toyland",), "apache-2.0", 3.0, 128, {"clip_l": 128}, 7,
     ),
     "Stable Diffusion XL": (
-        "Stable Diffusion XL", "sdxl_base_v1-0", (), "", 5.0, 2048, {"clip_l": 768, "clip_g": 1280}, 70,
+        "Stable Diffusion XL", "sdxl_base_v1-0", ("", "stabilityai/stable-diffusion-xl-base-1.0"), "openrail++", 5.0,
+        2048, {"clip_l": 768, "clip_g": 1280}, 70,
     ),
     "FLUX.1": ("FLUX.1", "flux1", ("black-forest-labs/FLUX.1-dev",), "", 3.5, 0, {}, 0),
     "FLUX.2 klein": ("FLUX.2 klein", "flux2", ("black-forest-labs/FLUX.2-klein-4B",), "", 1.0, 0, {}, 0),
@@ -32,14 +33,15 @@ MODELS = {
     ),
     "Qwen-Image": ("Qwen-Image", "qwen_image", ("Qwen/Qwen-Image",), "", 4.0, 0, {}, 0),
     "Z-Image": ("Z-Image", "zimage", ("Tongyi-MAI/Z-Image-Turbo",), "", 0.0, 0, {}, 0),
-    "Krea 2": ("Krea 2", "krea2", (), "", 4.5, 0, {}, 0),
+    "Krea 2": ("Krea 2", "krea2", ("",), "", 4.5, 0, {}, 0),
+    "Anima": ("Anima", "anima", ("",), "", 4.0, 1024, {}, 0),
 }  # fmt: skip
 
 
 def test_published_models() -> None:
     written = {
         model.name: (
-            family.name, model.kohya, (model.id, *model.other_ids) if model.id else (), model.license, model.guidance,
+            family.name, model.kohya, (model.id, *model.other_ids), model.license, model.guidance,
             model.text_width, dict(model.embeddings), len(model.layers),
         )
         for family in FAMILIES
@@ -47,7 +49,6 @@ def test_published_models() -> None:
     }  # fmt: skip
     assert written == MODELS
     assert [model.name for model in BASE_MODELS] == list(MODELS)
-    assert all(model.other_ids == () for model in BASE_MODELS if model.name != "Stable Diffusion 1.x")
 
 
 UNET = ("unet", "UNet2DConditionModel", "DPMSolverMultistepScheduler", "guidance_scale", 1.0, True, "attn2", "attn1")
@@ -68,6 +69,7 @@ CALLS = {
     "Qwen-Image": ("QwenImagePipeline", {}, transformer("QwenImage", "true_cfg_scale")),
     "Z-Image": ("ZImagePipeline", {}, transformer("ZImage", off=0.0)),
     "Krea 2": ("Krea2Pipeline", {}, transformer("Krea2", off=0.0)),
+    "Anima": ("", {}, ("transformer", "CosmosTransformer3DModel", "", "guidance_scale", 1.0, True, "", "")),
 }
 
 
@@ -201,6 +203,18 @@ SITES = {
         ("transformer.transformer_blocks.3.ff.up", "transformer", "feed forward", False,
          "transformer.transformer_blocks.3.ff.gate+up"),
         ("transformer.transformer_blocks.3.ff.down", "transformer", "feed forward", False, ""),
+    ],
+    "Anima": [
+        ("transformer.transformer_blocks.3.attn2.to_v", "text", "cross k v", True, "transformer.text"),
+        ("transformer.transformer_blocks.3.attn2.to_q", "transformer", "attention", True, ""),
+        ("transformer.transformer_blocks.3.attn1.to_k", "transformer", "attention", True,
+         f"transformer.transformer_blocks.3.attn1.{QKV}"),
+        ("transformer.transformer_blocks.3.attn1.to_out.0", "transformer", "attention", True, ""),
+        ("transformer.transformer_blocks.3.norm2.linear_1", "transformer", "modulation", False,
+         "transformer.modulation"),
+        ("transformer.transformer_blocks.3.norm2.linear_2", "transformer", "modulation", False, ""),
+        ("transformer.transformer_blocks.3.ff.net.0.proj", "transformer", "feed forward", False, ""),
+        ("transformer.transformer_blocks.3.ff.net.2", "transformer", "feed forward", False, ""),
     ],
 }  # fmt: skip
 
