@@ -11,6 +11,7 @@ from typing import Self, get_type_hints
 
 import pytest
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 
 import diffusers_mixofshow
 from diffusers_mixofshow import Draft, Isolation, Refinement
@@ -33,7 +34,7 @@ def test_calls_and_loading_are_typed(name: str) -> None:
     signature = inspect.signature(kind.__call__)
     assert {each: signature.parameters[each].annotation for each in ADDED} == ADDED
     assert {signature.parameters[each].kind for each in ADDED} == {inspect.Parameter.KEYWORD_ONLY}
-    assert signature.return_annotation is StableDiffusionPipelineOutput
+    assert signature.return_annotation == StableDiffusionPipelineOutput | StableDiffusionXLPipelineOutput
     assert get_type_hints(kind.from_pretrained)["return"] is Self
     assert get_type_hints(kind.from_pipe)["return"] is Self
 
