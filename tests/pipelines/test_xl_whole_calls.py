@@ -226,3 +226,17 @@ def test_a_call_is_the_equations(parts, pack, call):
     ).images
     pipe.unload_edlora()
     torch.testing.assert_close(found, expected(parts, pack, noise=noise, **call), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_prompts_with_and_without_concepts_is_its_calls(parts, pack):
+    """Each has its own states and its own vector, in whatever order they stand."""
+    pipe = MixOfShowXLPipeline(**parts, add_watermarker=False)
+    pipe.load_edlora(pack, scale=0.5)
+    prompts, negatives = ["a <rex>", "a dog", "a <kit> here", "<rex> <kit>"], ["x", "<kit>", "y", "<rex>"]
+    together = pipe.encode_prompt(prompts, negative_prompt=negatives)
+    for row, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
+        alone = pipe.encode_prompt(prompt, negative_prompt=negative)
+        for one, other in zip(together, alone, strict=True):
+            other = other if other.ndim == 2 or other.shape[1] > 77 else other.repeat(1, len(GROUPS), 1)
+            torch.testing.assert_close(one[row], other[0], rtol=1e-6, atol=1e-6)
+    pipe.unload_edlora()
