@@ -450,3 +450,20 @@ def test_textual_inversions_of_both_encoders_are_loaded_as_a_concept(pipe, laten
         model.resize_token_embeddings(len(words), mean_resizing=False)
         model.get_input_embeddings().weight.data[-2:] = vectors[name]
     torch.testing.assert_close(latents(pipe, "a <one><two> here"), found, rtol=1e-4, atol=1e-3)
+
+
+def test_drafts_are_told_what_size_to_avoid_and_keep_their_own_as_the_targets(pipe, latents):
+    told = []
+
+    def note(_unet, inputs, named):
+        if inputs[0].shape[2:] != (16, 32):
+            told.append((2.0 * inputs[0].shape[2], 2.0 * inputs[0].shape[3], named["added_cond_kwargs"]["time_ids"]))
+
+    hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+    sizes = SIZES | {f"negative_{name}": tuple(2 * each for each in value) for name, value in SIZES.items()}
+    settings = {"num_inference_steps": 4, "height": 32, "width": 64, "regions": [Region("a cat", box=LEFT)]}
+    latents(pipe, "x", draft=Draft(), **settings, **sizes)
+    hook.remove()
+    assert told
+    for height, width, ids in told:
+        assert ids.tolist() == [[128, 96, 16, 8, height, width], [64, 48, 8, 4, height, width]]

@@ -220,3 +220,15 @@ def test_several_adapters_act_by_their_strengths(build):
     torch.testing.assert_close(
         first, run(one, "a cat", "Adapter", image=images[1], regions=weak), rtol=1e-4, atol=1e-3
     )
+
+
+def test_regions_are_drawn_anew_with_the_guidance_of_the_call_also_where_it_is_the_pipelines_own(build):
+    """Inpainting with SDXL is guided more strongly by default than image to image."""
+    pipe = build("Inpaint")
+    settings = {"regions": [Region("a cat", box=(0, 0, 0.5, 0.5))], "output_type": "pil", "num_inference_steps": 3}
+    own = run(pipe, "x", "Inpaint", refine=Refinement(), **settings)[0]
+    given, other = (
+        run(pipe, "x", "Inpaint", refine=Refinement(), guidance_scale=scale, **settings)[0] for scale in (7.5, 5.0)
+    )
+    assert np.array_equal(np.asarray(own), np.asarray(given))
+    assert not np.array_equal(np.asarray(own), np.asarray(other))
