@@ -107,6 +107,11 @@ def test_a_plan_of_fusion(rex: EDLoRA) -> None:
     inputs = {re.sub(r"attn2\.to_[kv]$", "attn2.kv", site): width for site, width in inputs.items()}
     own = sum(width**2 for width in inputs.values()) * 8 * 2 / 1e6
     expected = {
+        "sources": "; ".join(
+            f"{name}: ED-LoRA of an unknown base, names of diffusers-mixofshow, rank 2 and 3, {len(sizes)} layers, "
+            "tuned on someone/tiny"
+            for name in ("rex", "tom")
+        ),
         "concepts": "<rex>, <tom>",
         "base model": HUB,
         "layers": len(sizes),

@@ -76,7 +76,7 @@ def describe_source(source: FusionSource | LoRASource) -> str:
     told = summary_of_pack(opened.edlora) if foreign is None else summary_of_foreign(foreign)
     parts = [
         f"{told['kind']} of {told['architecture'] or 'an unknown base'}",
-        told["layout"],
+        f"names of {told['layout']}",
         f"rank {' and '.join(map(str, told['ranks']))}",
         f"{told['adapted_layers']} layers",
         f"tuned on {shown(told['base_model'])}" if told["base_model"] else "",

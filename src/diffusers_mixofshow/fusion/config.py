@@ -105,7 +105,7 @@ class FusionConfig:
         if not 0 <= self.prior < float("inf"):
             raise FusionError(f"prior must be 0 or more, and above 0 it needs a pipeline to sample; got {self.prior}.")
         check_device(self.device)
-        _ = self.recording, self.settings
+        _ = self.recording, self.settings  # making them refuses what makes no sense in them
 
     @property
     def recording(self) -> Recording:
