@@ -211,7 +211,7 @@ def test_states_have_colours_on_a_terminal_and_remedies_stand_below(monkeypatch)
         lambda: [
             diagnosis.Finding("a", "ok", "[3]"),
             diagnosis.Finding("b", "note", "4", "pip install [x]"),
-            diagnosis.Finding("c", "problem", "5", "y " * 99),
+            diagnosis.Finding("c", "problem", "5", "y " * 99 + "z"),
         ],
     )
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -222,4 +222,4 @@ def test_states_have_colours_on_a_terminal_and_remedies_stand_below(monkeypatch)
         assert f"\x1b[{colour}m{state}\x1b[0m" in told
     plain = re.sub(r"\x1b\[[\d;]*m", "", told)
     assert "[3]" in plain
-    assert plain.endswith(f"How to fix it:\n  b: pip install [x]\n  c: {'y ' * 99}\n")
+    assert plain.endswith(f"How to fix it:\n  b: pip install [x]\n  c: {'y ' * 99}z\n")
