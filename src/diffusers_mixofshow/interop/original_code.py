@@ -123,7 +123,7 @@ def in_original_code(family: Family, lora: Mapping[str, LowRank], *, taken_apart
     found = {site: update for site, update in lora.items() if not site.startswith(front)}
     ranks = {site: update.rank for site, update in found.items()}
     misfits = []
-    for name in dict.fromkeys(family.original_name(site.removeprefix(front)) for site in lora.keys() - found.keys()):
+    for name in dict.fromkeys(family.original_name(site.removeprefix(front)) for site in lora if site not in ranks):
         layer = family.original_layer(name)
         sites = [front + path for path in layer.paths] if layer else []
         parts = [lora.get(site) for site in sites]
