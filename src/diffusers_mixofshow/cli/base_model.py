@@ -88,13 +88,9 @@ def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
     """Load what is known to be there; the pipelines are imported no earlier, which takes seconds."""
     import torch
 
-    from diffusers_mixofshow.pipelines import MixOfShowPipeline
-
     half = device.startswith("cuda") and place != location_of(TOYLAND)
     numbers = getattr(torch, dtype or ("float16" if half else "float32"))
-    embedded = place == location_of(TOYLAND)
-    kind = MixOfShowPipeline if embedded else _drawing_class(place, options)
-    return kind.from_pretrained(place, dtype=numbers, **options).to(device)
+    return _drawing_class(place, options).from_pretrained(place, dtype=numbers, **options).to(device)
 
 
 def _drawing_class(place: str, options: Mapping[str, Any]) -> type[Any]:
