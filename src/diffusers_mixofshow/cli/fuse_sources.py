@@ -13,7 +13,6 @@ from diffusers_mixofshow.texts import read_text
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
-    from diffusers_mixofshow.interop.opening import Opened
 
 _TABLE = "source"
 _LIST = ".toml"
@@ -44,7 +43,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 
     opened = {path: open_edlora(path) for path in given if not path.endswith(_LIST)}
     plain = [path for path in given if path in opened and not opened[path].edlora.concepts]
-    silent = [path for path in plain if not _trigger_words(opened[path])]
+    silent = [path for path in plain if not opened[path].trigger_words]
     asked = dict(zip(silent if len(prompts) == len(silent) else plain, prompts, strict=False))
     if len(prompts) not in (len(silent), len(plain)):
         raise ConfigurationError(
@@ -67,28 +66,22 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 def describe_source(source: FusionSource | LoRASource) -> str:
     """One line of what a source on the command line is, as far as its file tells."""
     from diffusers_mixofshow.edlora.defects import shown
-    from diffusers_mixofshow.interop.summary import summary_of_foreign, summary_of_pack
+    from diffusers_mixofshow.interop.summary import origin_of_foreign, origin_of_pack
 
     opened = source.opened
     if opened is None:
         return str(source.source)
-    foreign = opened.foreign
-    told = summary_of_pack(opened.edlora) if foreign is None else summary_of_foreign(foreign)
+    told = origin_of_pack(opened.edlora) if opened.foreign is None else origin_of_foreign(opened.foreign)
+    lora = opened.edlora.lora
+    ranks = sorted({update.rank for update in lora.values()})
     parts = [
         f"{told['kind']} of {told['architecture'] or 'an unknown base'}",
         f"names of {told['layout']}",
-        f"rank {' and '.join(map(str, told['ranks']))}",
-        f"{told['adapted_layers']} layers",
+        f"rank {' and '.join(map(str, ranks))}, {len(lora)} layers" if lora else "no updates of layers",
         f"tuned on {shown(told['base_model'])}" if told["base_model"] else "",
-        f"trigger words {', '.join(map(repr, told['trigger_words']))}" if told.get("trigger_words") else "",
+        f"trigger words {', '.join(map(repr, opened.trigger_words))}" if opened.trigger_words else "",
     ]
     return f"{source.source}: {', '.join(filter(None, parts))}"
-
-
-def _trigger_words(opened: Opened) -> tuple[str, ...]:
-    from diffusers_mixofshow.interop.trigger_words import find_trigger_words
-
-    return () if opened.foreign is None else find_trigger_words(opened.foreign.metadata)
 
 
 def _from_toml(path: Path) -> list[FusionSource | LoRASource]:
@@ -134,7 +127,7 @@ def _source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
     if "prompts" in values:
         return LoRASource(**values)
     opened = open_edlora(values["source"])
-    if not opened.edlora.concepts and _trigger_words(opened):
+    if not opened.edlora.concepts and opened.trigger_words:
         return LoRASource(**values, opened=opened)
     if not opened.edlora.concepts:
         raise ConfigurationError(

@@ -27,7 +27,6 @@ from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 from diffusers_mixofshow.interop.opening import Opened, open_edlora
-from diffusers_mixofshow.interop.trigger_words import find_trigger_words
 
 
 NAME = re.compile(r"<\w[\w.-]{0,99}>|\w[\w.,;()+&'-]{0,99}")
@@ -247,7 +246,7 @@ def _prompts_of_concepts(edlora: EDLoRA, prompts: PromptSet | None) -> dict[str,
 
 def _prompts_of_file(lora: LoRASource, opened: Opened) -> tuple[str, ...]:
     """Prompts made of the trigger words that a LoRA's file tells; what it does without any is never seen."""
-    words = () if opened.foreign is None else find_trigger_words(opened.foreign.metadata)
+    words = opened.trigger_words
     if not words:
         raise FusionError(
             f"{os.fspath(lora.source)} is a plain LoRA, which acts by its trigger words, and its file tells none; "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, read_foreign
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG
+from diffusers_mixofshow.interop.trigger_words import find_trigger_words
 
 
 _OF_PEFT = "adapter_model"
@@ -51,6 +53,11 @@ class Opened:
     file: Path
     foreign: Foreign | None = None
     remarks: tuple[str, ...] = ()
+
+    @cached_property
+    def trigger_words(self) -> tuple[str, ...]:
+        """The words that a plain LoRA acts on, where its file tells them."""
+        return () if self.foreign is None else find_trigger_words(self.foreign.metadata)
 
     def tell(self) -> None:
         """Warn of the remarks."""

@@ -27,16 +27,22 @@ _TOLD = ("ss_base_model_version", "ss_sd_model_name", "ss_output_name", "ss_netw
 """What kohya's metadata tells that people ask for; the rest is training statistics."""
 
 
-def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
-    """Tell what an ED-LoRA or a fused pack holds."""
-    fused = "fusion" in pack.training
+def origin_of_pack(pack: EDLoRA) -> dict[str, Any]:
+    """Tell what an ED-LoRA or a fused pack is, and of which base, without a look at its numbers."""
     widths = [{CLIP_G if part_and_token(name)[0] else CLIP_L: rows.shape[1]} for name, rows in pack.embeddings.items()]
     base = recognise(input_widths(pack.lora), widths)
     return {
-        "kind": "fused pack" if fused else "ED-LoRA",
+        "kind": "fused pack" if "fusion" in pack.training else "ED-LoRA",
         "layout": "diffusers-mixofshow",
         "base_model": pack.base_model,
         "architecture": _architecture(base, pack.lora),
+    }
+
+
+def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
+    """Tell what an ED-LoRA or a fused pack holds."""
+    return {
+        **origin_of_pack(pack),
         "concepts": [
             {
                 "placeholder": concept.placeholder,
@@ -57,23 +63,29 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
     }
 
 
+def origin_of_foreign(foreign: Foreign) -> dict[str, Any]:
+    """Tell what another program's file is, and of which base, without a look at its numbers."""
+    return {
+        "kind": foreign.kind.value,
+        "layout": foreign.layout,
+        "base_model": foreign.metadata.get("ss_sd_model_name", ""),
+        "architecture": _architecture(foreign.made_for, foreign.lora),
+    }
+
+
 def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
     """Tell what another program's file holds; everything that is wrong with it is under ``problems``."""
-    base = foreign.made_for
-    architecture = _architecture(base, foreign.lora)
+    base, origin = foreign.made_for, origin_of_foreign(foreign)
     vectors = [rows for by_encoder in foreign.vectors.values() for rows in by_encoder.values()]
     problems = list(foreign.defects)
     if base is not None and (strange := foreign_layers(foreign.lora, base)):
         problems.append(f"layers that {base.name} does not have: {listed(strange)}")
     if foreign.missing:
         problems.append(foreign.missing)
-    if architecture is None and (foreign.lora or vectors or foreign.tokens):
+    if origin["architecture"] is None and (foreign.lora or vectors or foreign.tokens):
         problems.append("its layers and widths are those of no Stable Diffusion known here")
     return {
-        "kind": foreign.kind.value,
-        "layout": foreign.layout,
-        "base_model": foreign.metadata.get("ss_sd_model_name", ""),
-        "architecture": architecture,
+        **origin,
         "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],
         "cross_attention_layers": max((len(rows) for rows in foreign.tokens.values()), default=0),
         **_of_lora(foreign.lora),
