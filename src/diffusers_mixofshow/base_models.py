@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
-from diffusers_mixofshow.families import family_of
+from diffusers_mixofshow.families import BaseModel, family_of
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, STABLE_DIFFUSION
@@ -35,10 +35,14 @@ def normalise_name(base_model: str) -> str:
     return TOYLAND if embedded else base_model
 
 
+def embedded_base(base_model: str) -> BaseModel | None:
+    """The embedded base, if a name is its; None of every other base model."""
+    return EMBEDDED if normalise_name(base_model) == TOYLAND else None
+
+
 def location_of(base_model: str) -> str:
     """What diffusers loads for a base model's name: the name itself, or the folder of the embedded base."""
-    embedded = normalise_name(base_model) == TOYLAND
-    return str(Path(__file__).parent / "toyland" / "weights") if embedded else base_model
+    return str(Path(__file__).parent / "toyland" / "weights") if embedded_base(base_model) else base_model
 
 
 def one_name(base_model: str) -> str:
@@ -47,7 +51,7 @@ def one_name(base_model: str) -> str:
     The embedded base's folder is ``toyland``, a folder of the Hub's cache the id that it came from, and any other
     folder its full path; what is not here keeps its name.
     """
-    if normalise_name(base_model) == TOYLAND:
+    if embedded_base(base_model):
         return TOYLAND
     try:
         path = Path(base_model).expanduser().resolve()
@@ -87,14 +91,13 @@ def public_name(source: str) -> str:
 
 def license_of(base_model: str) -> str:
     """The licence of a base model, as the Hub spells it; empty where the package does not know it."""
-    return next((one.license for one in BASE_MODELS if base_model and base_model in (one.id, *one.other_ids)), "")
+    known = _known_base(base_model)
+    return "" if known is None else known.license
 
 
 def usual_guidance(base_model: str) -> float:
     """The guidance scale that a base model draws well with: diffusers' default, or what Toyland measured best."""
-    if normalise_name(base_model) == TOYLAND:
-        return EMBEDDED.guidance
-    known = next((one for one in BASE_MODELS if base_model and base_model in (one.id, *one.other_ids)), None)
+    known = embedded_base(base_model) or _known_base(base_model)
     if known is not None:
         return known.guidance
     return guidance_of_unet(_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
@@ -146,6 +149,11 @@ def not_loadable(base_model: str, error: Exception) -> ConfigurationError | HubE
         f"The base model {base_model!r} cannot be loaded.{_guess(base_model)} Expected a Hub id, a folder of a "
         f"Stable Diffusion pipeline, or {TOYLAND!r}, the base in the package. ({first_line(error)}.)"
     )
+
+
+def _known_base(base_model: str) -> BaseModel | None:
+    """The published base model that has this id on the Hub; None where the package knows none."""
+    return next((one for one in BASE_MODELS if base_model and base_model in (one.id, *one.other_ids)), None)
 
 
 def _configuration(file: Path) -> dict[str, Any]:

@@ -15,14 +15,16 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffusers_mixofshow.atomic import encode_picture, write_whole
-from diffusers_mixofshow.base_models import TOYLAND, license_of, public_name, usual_guidance
+from diffusers_mixofshow.base_models import embedded_base, license_of, public_name
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
 from diffusers_mixofshow.edlora.file import Contents
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
+from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.pictures import read_image
 
 
@@ -45,19 +47,11 @@ _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
 _GALLERY = "<Gallery />"
 """Where the Hub shows the widget's pictures."""
 _MOST_REGIONS = 3
-_SKY, _GROUND, _PLACE = 0.25, 0.97, " in a meadow"
-"""Top and bottom of regions on Toyland, where things stand, and what is around them."""
+_PLACE = " in a meadow"
+"""What is around things on the embedded base, where no scene is among the concepts."""
 _BASE_SETTING = "pretrained_model_name_or_path"
 """The setting that names the base model; it may be a private path, of which a card shows the last part alone."""
 _LONGEST_RECORD = 10_000
-_STOCK_PACK = (
-    "Stock diffusers loads the file as a LoRA (`pipe.load_lora_weights(...)`), without the concepts' embeddings."
-)
-_STOCK_MERGED = "`{pipeline}.from_pretrained` loads it as well, without the concepts' embeddings."
-_RESPONSIBLE = (
-    "It draws what it was tuned on. Do not use it to deceive or to harm, and do not draw a person who has not agreed. "
-    "Keep the licences of the base model and of the photos, and say that pictures made with it are generated."
-)
 
 
 def model_card(
@@ -78,28 +72,28 @@ def model_card(
         samples: Path of a picture beside the card to the prompt that it shows.
         license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a base model we know.
     """
-    concepts, base_model = contents["concepts"], contents["base_model"]
+    concepts, training = contents["concepts"], contents["training"]
     samples = {} if samples is None else samples
-    names = [concept.placeholder for concept in concepts]
-    title = "ED-LoRA of" if len(names) == 1 else "Mix-of-Show:"
-    heading = ", ".join(f"`{_code(name)}`" for name in names) + ("" if len(names) == 1 else " in one model")
     family = family_of_embeddings(contents["embeddings"])
-    rank = max((update.rank for update in contents["lora"].values()), default=0)
-    code = example(concepts, base_model, location, merged=merged, pipeline=family.concept_pipeline)
-    body = [
-        f"# {title} {heading}",
-        *([_GALLERY] if samples else []),
-        _summary(len(names), public_name(base_model), rank, merged=merged),
-        _concept_table(concepts, contents["training"]),
-        f"## Use\n\n```python\n{code}```",
-        f"{_STOCK_MERGED.format(pipeline=family.pipeline) if merged else _STOCK_PACK} Method: [Mix-of-Show](https://arxiv.org/abs/2305.18292).",
-        *_training_record(contents["training"]),
-        *_source_table(contents["training"]),
-        f"## Responsible use\n\n{_RESPONSIBLE}",
-    ]
-    text = "\n\n".join(body).replace("<!--", "<! --")  # nothing from a file can end the section
+    table, notes = _concept_table(concepts, training)
+    text = _fill_in(
+        "card.md.jinja",
+        concepts=concepts,
+        gallery=_GALLERY,
+        samples=samples,
+        merged=merged,
+        base_model=public_name(contents["base_model"]),
+        rank=max((update.rank for update in contents["lora"].values()), default=0),
+        concept_table=table,
+        notes=notes,
+        example=example(concepts, contents["base_model"], location, merged=merged, pipeline=family.concept_pipeline),
+        pipeline=family.pipeline,
+        record=_training_record(training),
+        source_table=_source_table(training),
+        method=str(_fusion(training).get("method", "")),
+    ).replace("<!--", "<! --")  # nothing from a file can end the section
     data = _metadata(contents, merged=merged, samples=samples, license_id=license_id)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{text}\n\n{_END}\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{text}\n{_END}\n")
 
 
 def refresh_text(existing: str | None, card: ModelCard, *, anew: bool = False) -> str:
@@ -163,16 +157,42 @@ def example(
     concepts: Sequence[Concept], base_model: str, location: str, *, merged: bool, pipeline: str = "MixOfShowPipeline"
 ) -> str:
     """Python code that loads the pack and draws its concepts, together in regions if there are several."""
-    names = pipeline if len(concepts) == 1 else f"Draft, {pipeline}, Refinement, Region"
-    source = location if merged else public_name(base_model)
-    return (
-        f"import torch\nfrom diffusers_mixofshow import {names}\n\n"
-        f"pipe = {pipeline}.from_pretrained({source!r})"
-        f'.to("cuda" if torch.cuda.is_available() else "cpu")\n'
-        + ("" if merged else f"pipe.load_edlora({location!r})\n")
-        + f"{_call(concepts, base_model)}"
-        f'image.save("{concepts[0].name}.png")\n'
+    scene, guidance, size = "", None, None
+    shown, (top, bottom) = concepts[:_MOST_REGIONS], BaseModel.standing
+    if base := embedded_base(base_model):
+        guidance = base.guidance
+        if things := [concept for concept in concepts if concept.kind != "scene"]:
+            shown, (top, bottom) = things[:_MOST_REGIONS], base.standing
+            scene = next((f" in a {one.placeholder}" for one in concepts if one.kind == "scene"), _PLACE)
+            size = (96, 64) if len(shown) > 2 else None
+    boxes = [f"{i / len(shown):.2f}, {top}, {(i + 1) / len(shown):.2f}, {bottom}" for i in range(len(shown))]
+    return _fill_in(
+        "card_example.py.jinja",
+        concepts=concepts,
+        pipeline=pipeline,
+        merged=merged,
+        location=location,
+        source=location if merged else public_name(base_model),
+        together=" and ".join(_article(concept.class_word) for concept in shown) + scene,
+        regions=list(zip(shown, boxes, strict=True)),
+        scene=scene,
+        guidance=guidance,
+        size=size,
     )
+
+
+def _fill_in(template: str, **values: object) -> str:
+    """A template beside this file with values in it; they are not escaped, so what a file tells goes by a filter."""
+    environment = Environment(
+        loader=PackageLoader(__package__, ""),
+        autoescape=False,  # Markdown and Python
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": _code, "literal": repr, "prompt": _prompt}
+    return environment.get_template(template).render(**values)
 
 
 def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:
@@ -211,44 +231,8 @@ def _join_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[s
     return joined | ({"license": theirs["license"]} if theirs.get("license") else {})
 
 
-def _call(concepts: Sequence[Concept], base_model: str) -> str:
-    if len(concepts) == 1 and base_model != TOYLAND:
-        return f"image = pipe({_prompt(concepts[0])!r}).images[0]\n"
-    guidance = f"guidance_scale={usual_guidance(base_model)}"
-    if len(concepts) == 1:
-        return f"image = pipe({_prompt(concepts[0])!r}, {guidance}).images[0]\n"
-    things = [concept for concept in concepts if concept.kind != "scene"]
-    top, bottom, where = 0.1, 1.0, ""
-    more = f"    {guidance},\n" if base_model == TOYLAND else ""
-    shown = concepts[:_MOST_REGIONS]
-    if base_model == TOYLAND and things:
-        shown, top, bottom = things[:_MOST_REGIONS], _SKY, _GROUND
-        more += "    width=96,\n    height=64,\n" if len(shown) > 2 else ""
-        where = next((f" in a {concept.placeholder}" for concept in concepts if concept.kind == "scene"), _PLACE)
-    together = " and ".join(_article(concept.class_word) for concept in shown) + where
-    regions = "".join(
-        f"        Region({_prompt(concept) + where!r}, "
-        f"box=({i / len(shown):.2f}, {top}, {(i + 1) / len(shown):.2f}, {bottom})),\n"
-        for i, concept in enumerate(shown)
-    )
-    return (
-        f"image = pipe(\n    {together!r},\n    regions=[\n{regions}    ],\n"
-        f"    draft=Draft(),\n    refine=Refinement(),\n{more}).images[0]\n"
-    )
-
-
-def _summary(count: int, base_model: str, rank: int, *, merged: bool) -> str:
-    holds = "one concept" if count == 1 else f"{count} concepts, fused so that each keeps its looks"
-    parts = (
-        f"layer-wise embeddings, and `{_code(base_model)}` with a LoRA of rank {rank} in its weights"
-        if merged
-        else f"layer-wise embeddings and a LoRA (rank {rank}) for `{_code(base_model)}`"
-    )
-    return f"Holds {holds}: {parts}, made with diffusers-mixofshow (`pip install diffusers-mixofshow`)."
-
-
-def _concept_table(concepts: Collection[Concept], training: Mapping[str, object]) -> str:
-    """The concepts and, where it was measured, how well each is kept and drawn."""
+def _concept_table(concepts: Collection[Concept], training: Mapping[str, object]) -> tuple[str, list[str]]:
+    """The concepts and, where it was measured, how well each is kept and drawn; and what the columns mean."""
     rows: list[tuple[str, ...]] = [("in prompts", "class", "kind", "example")]
     rows += [
         (f"`{_code(c.placeholder)}`", _text(c.class_word), _text(c.kind), f"`{_code(_prompt(c))}`") for c in concepts
@@ -258,7 +242,7 @@ def _concept_table(concepts: Collection[Concept], training: Mapping[str, object]
         if columns:
             rows = [(*row, *more) for row, more in zip(rows, columns, strict=True)]
             notes.append(note)
-    return "\n\n".join([f"## Concepts\n\n{_table(rows)}", *notes])
+    return _table(rows), notes
 
 
 def _residual_columns(
@@ -328,8 +312,8 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _source_table(training: Mapping[str, object]) -> list[str]:
-    """Table of the fused sources with origin, revision, weight and digest; nothing if the pack was not fused."""
+def _source_table(training: Mapping[str, object]) -> str:
+    """Table of the fused sources with origin, revision, weight and digest; empty if the pack was not fused."""
     rows = [("concepts", "from", "revision", "weight", "SHA-256")]
     for entry in _entries(training):
         origin, commit = str(entry.get("origin", "")), str(entry.get("revision", ""))
@@ -346,10 +330,7 @@ def _source_table(training: Mapping[str, object]) -> list[str]:
                 f"`{_code(str(entry.get('digest', ''))[:12])}`",
             )
         )
-    if len(rows) == 1:
-        return []
-    method = _code(str(_fusion(training).get("method", "")))
-    return [f"## Sources\n\nFused with `{method}`; thanks to those who tuned and shared them.\n\n{_table(rows)}"]
+    return _table(rows) if len(rows) > 1 else ""
 
 
 def _fusion(training: Mapping[str, object]) -> Mapping[str, Any]:
@@ -384,18 +365,16 @@ def _table(rows: Sequence[Iterable[str]]) -> str:
     return "\n".join([f"| {cells[0]} |", f"|{rule}|", *(f"| {cell} |" for cell in cells[1:])])
 
 
-def _training_record(training: Mapping[str, object]) -> list[str]:
-    """Settings and measurements of a tuning; nothing if the pack was fused, or says more than anybody reads."""
+def _training_record(training: Mapping[str, object]) -> str:
+    """Settings and measurements of a tuning as JSON; empty if the pack was fused, or says more than anybody reads."""
     if not isinstance(training.get("settings"), Mapping) or "fusion" in training:
-        return []
+        return ""
     tuning = {key: value for key, value in training.items() if key != "evaluation"}
     settings = _mapping(training["settings"])
     if isinstance(base := settings.get(_BASE_SETTING), str):
         tuning["settings"] = {**settings, _BASE_SETTING: public_name(base)}
     record = json.dumps(tuning, indent=1, sort_keys=True).replace("`", "'")
-    if len(record) > _LONGEST_RECORD:
-        return []
-    return [f"<details><summary>How it was tuned</summary>\n\n```json\n{record}\n```\n\n</details>"]
+    return record if len(record) <= _LONGEST_RECORD else ""
 
 
 def _prompt(concept: Concept) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusers_mixofshow.base_models import TOYLAND, normalise_name
+from diffusers_mixofshow.base_models import embedded_base
+from diffusers_mixofshow.families.stable_diffusion import EMBEDDED
 
 
 RECORDING_PROMPTS = (
@@ -72,15 +73,12 @@ GENERAL_PROMPTS: dict[str, tuple[str, ...]] = {
 """For bases of photographs, by kind of concept: places, styles, actions and properties. Fusion records none of them
 by default."""
 
-_SKY, _GROUND = 0.25, 0.97
-"""Top and bottom of the regions."""
-
 TOGETHER_PLACES = ("in a meadow", "on the beach", "in the desert", "in the snow", "at night", "in a room")
 
 
 def evaluation_prompts(base_model: str, kind: str) -> tuple[str, ...]:
     """Templates that a concept of a kind is measured with on a base model."""
-    if normalise_name(base_model) == TOYLAND:
+    if embedded_base(base_model):
         return HELD_OUT_SCENE_PROMPTS if kind == "scene" else HELD_OUT_PROMPTS
     return GENERAL_PROMPTS[kind]
 
@@ -103,4 +101,5 @@ def prompt_together(subjects: Sequence[str], place: str) -> str:
 
 def column_boxes(count: int) -> list[tuple[float, float, float, float]]:
     """Equal columns from left to right, as high as things stand in Toyland; the sky above is the global prompt's."""
-    return [(index / count, _SKY, (index + 1) / count, _GROUND) for index in range(count)]
+    top, bottom = EMBEDDED.standing
+    return [(index / count, top, (index + 1) / count, bottom) for index in range(count)]

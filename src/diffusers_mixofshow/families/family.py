@@ -73,6 +73,7 @@ class BaseModel:
         other_ids: What else it is called on the Hub.
         license: Its licence, as the Hub spells it, which that of what is tuned on it must follow; empty where unknown.
         guidance: The guidance scale that it draws well with.
+        standing: Top and bottom of a region in which things stand well, as shares of a picture's height.
     """
 
     name: str
@@ -85,6 +86,7 @@ class BaseModel:
     other_ids: tuple[str, ...] = ()
     license: str = ""
     guidance: float = 7.5
+    standing: tuple[float, float] = (0.1, 1.0)
 
     @property
     def has_two_text_encoders(self) -> bool:

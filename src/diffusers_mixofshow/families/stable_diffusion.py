@@ -36,6 +36,7 @@ EMBEDDED = BaseModel(
     id="toyland",
     license="apache-2.0",
     guidance=3.0,
+    standing=(0.25, 0.97),
 )
 
 STABLE_DIFFUSION = unet_family(

@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, normalise_name
+from diffusers_mixofshow.base_models import TOYLAND, embedded_base, normalise_name
 from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
@@ -398,7 +398,7 @@ class TrainingConfig:
         return defects + self._contradictions_of_base() + self._contradictions_of_method() + self._missing_output()
 
     def _contradictions_of_base(self) -> list[str]:
-        if normalise_name(self.pretrained_model_name_or_path) != TOYLAND or self.resolution <= _LARGEST_IN_TOYLAND:
+        if not embedded_base(self.pretrained_model_name_or_path) or self.resolution <= _LARGEST_IN_TOYLAND:
             return []
         return [
             f"resolution is {self.resolution}, but the embedded base draws pictures of 64 pixels; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, normalise_name
+from diffusers_mixofshow.base_models import TOYLAND, embedded_base
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -103,7 +103,7 @@ def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     if preset is not None and preset not in PRESETS:
         defects.append(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
     chosen = PRESETS.get(str(preset), {})
-    on_toyland = normalise_name(str((chosen | given).get("pretrained_model_name_or_path"))) == TOYLAND
+    on_toyland = embedded_base(str((chosen | given).get("pretrained_model_name_or_path"))) is not None
     if on_toyland and preset in PRESETS and preset not in _ON_ANY_BASE:
         defects.append(
             f"preset is {preset!r}, which has Stable Diffusion's rates and sizes; the embedded base brings its own, "
