@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,11 @@ def example(
 
 def _fill_in(template: str, **values: object) -> str:
     """A template beside this file with values in it; they are not escaped, so what a file tells goes by a filter."""
+    return _templates().get_template(template).render(**values)
+
+
+@cache
+def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader(__package__, ""),
         autoescape=False,  # Markdown and Python
@@ -192,7 +198,7 @@ def _fill_in(template: str, **values: object) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"code": _code, "literal": repr, "prompt": _prompt}
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from numbers import Real
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -85,8 +86,13 @@ class Setting:
         return _parse(text, self.types)
 
 
-def settings_of(kind: type) -> dict[str, Setting]:
+def settings_of(kind: type) -> Mapping[str, Setting]:
     """All settings of a dataclass by their names, in the order of its fields."""
+    return _read(kind)
+
+
+@cache  # every config asks, and to read the annotations of a hundred settings takes milliseconds
+def _read(kind: type) -> Mapping[str, Setting]:
     hints = get_type_hints(kind)
     texts = _documentation(kind.__doc__ or "")
     found = {}
@@ -100,7 +106,7 @@ def settings_of(kind: type) -> dict[str, Setting]:
             default=field.default,
             documentation=texts.get(field.name, ""),
         )
-    return found
+    return types.MappingProxyType(found)
 
 
 def _documentation(docstring: str) -> dict[str, str]:
