@@ -103,7 +103,7 @@ class FusionConfig:
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
         if not 0 <= self.prior < float("inf"):
-            raise FusionError(f"prior must be 0 or more, and above 0 it needs a pipeline to sample; got {self.prior}.")
+            raise FusionError(f"prior must be a number of 0 or more, got {self.prior}.")
         check_device(self.device)
         _ = self.recording, self.settings  # making them refuses what makes no sense in them
 
@@ -128,5 +128,7 @@ class FusionConfig:
         if self.sequential and pipe is None:
             raise FusionError("sequential=True samples with a model; give GradientFuser a pipeline.")
         if self.prior > 0 and pipe is None:
-            raise FusionError(f"prior must be 0 or more, and above 0 it needs a pipeline to sample; got {self.prior}.")
+            raise FusionError(
+                f"prior is {self.prior}, and above 0 the base is sampled for it; give GradientFuser a pipeline."
+            )
         return replace(self, sequential=pipe is not None if self.sequential is None else self.sequential)

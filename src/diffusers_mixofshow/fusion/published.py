@@ -331,12 +331,13 @@ def _write_concept(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and header entry of one concept."""
     keys = [(name, part) for name in statistics.inputs for part in PARTS if statistics.tokens(name, part)]
-    if endless := [name for name, part in keys if not statistics.gram(name, part).is_finite]:
+    widths, endless = _measure_grams(statistics, keys)
+    if endless:
         raise FusionError(
             f"The statistics of {placeholder} hold NaN or Inf at {len(endless)} inputs, first at {endless[0]}. "
             "Sample the concept alone and look at the picture; in float16 a model may overflow, float32 does not."
         )
-    factors = {} if max_bytes is None else _shrink(statistics, keys, max_bytes)
+    factors = {} if max_bytes is None else _shrink(statistics, widths, max_bytes)
     tensors: dict[str, torch.Tensor] = {}
     entry: dict[str, Any] = {}
     for name, part in keys:
@@ -354,17 +355,29 @@ def _write_concept(
     return tensors, entry
 
 
+def _measure_grams(
+    statistics: GramStatistics, keys: Sequence[tuple[str, Part]]
+) -> tuple[dict[tuple[str, Part], int], list[str]]:
+    """Widths of all matrices, and the inputs whose matrix holds NaN or Inf; one matrix is in memory at a time."""
+    widths, endless = {}, []
+    for name, part in keys:
+        gram = statistics.gram(name, part)
+        widths[name, part] = gram.width
+        if not gram.is_finite:
+            endless.append(name)
+    return widths, endless
+
+
 def _shrink(
-    statistics: GramStatistics, keys: Sequence[tuple[str, Part]], max_bytes: int | Literal["auto"]
+    statistics: GramStatistics, widths: Mapping[tuple[str, Part], int], max_bytes: int | Literal["auto"]
 ) -> dict[tuple[str, Part], GramFactor]:
     """Low-rank factors of all matrices within a budget, each matrix decomposed once."""
-    widths = {key: statistics.gram(*key).width for key in keys}
     of_inputs = {name: width for (name, _), width in widths.items()}
     usual = max(DEFAULT_BYTES, _BYTES_A_FEATURE * sum(of_inputs.values()))
     budget = max_bytes if isinstance(max_bytes, int) else usual
     known = most_rows(list(widths.values()), budget)
-    spectra = {key: Spectrum.of(statistics.gram(*key), known) for key in keys}
-    shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in keys}
+    spectra = {key: Spectrum.of(statistics.gram(*key), known) for key in widths}
+    shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in widths}
     kept = ranks_within({key: spectrum.values for key, spectrum in spectra.items()}, budget, shares)
     return {key: spectrum.leading(kept[key]) for key, spectrum in spectra.items()}
 
