@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import huggingface_hub
@@ -14,6 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 from typer.main import get_command
 
+import processes
 from diffusers_mixofshow import cli
 
 
@@ -32,35 +32,19 @@ def named_in(*rows: object) -> set[str]:
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``mixofshow`` in a process forked from this one, which has imported torch and diffusers already."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        child = os.fork()
-        if child == 0:
-            _become_the_command(arguments, cwd, output.fileno(), errors.fileno())
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        output.seek(0)
-        errors.seek(0)
-        return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())
 
-
-def _become_the_command(arguments: tuple[str, ...], cwd: Path | None, output: int, errors: int) -> None:
-    """Do what a new process would, and end. What libraries read from the environment at import is set by hand."""
-    code: object = 1
-    try:
-        os.dup2(output, 1)
-        os.dup2(errors, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    def act() -> None:
+        """What a new process would do; what libraries read from the environment at import is set by hand."""
         os.chdir(cwd or Path.cwd())
-        os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         diffusers_logging.set_verbosity_error()
         transformers_logging.set_verbosity_error()
         sys.argv = ["mixofshow", *arguments]
         cli.main()
-    except SystemExit as ended:
-        code = ended.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
+
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        child = processes.fork(act, output, errors, {"COLUMNS": "100", "NO_COLOR": "1"})
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, code, output.read(), errors.read())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +9,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import packs
+from cli import commands
 from diffusers_mixofshow import cli, toyland
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, OverwriteError
 
 
-RUN = (sys.executable, "-c", "from diffusers_mixofshow.cli import main; main()")
 TRAIN = ("train", "photos", "--concept", "tom", "--class-word", "dog", "--base", "toyland")
 
 
@@ -151,10 +148,7 @@ def test_outputs_in_each_others_way_are_refused_with_and_without_leave(
 
 
 def test_the_error_speaks_of_options(place: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"}
-    result = subprocess.run(
-        [*RUN, *TRAIN, "--output", "begun"], capture_output=True, text=True, env=environment, check=False
-    )
+    result = commands.run(*TRAIN, "--output", "begun")
     assert (result.returncode, result.stdout) == (cli.WRONG_USE, "")
     assert result.stderr == (
         "Error: begun/checkpoint-2 is there already, and nothing is overwritten unasked. Go on with "

@@ -44,7 +44,7 @@ def _forget_compiled():
 
 @pytest.fixture
 def components():
-    """With a U-Net of one block down and one up, as tracing takes seconds for each."""
+    """With a U-Net of one block down, none between and one up, as tracing takes seconds for each."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         block_out_channels=(32,),
@@ -53,6 +53,7 @@ def components():
         in_channels=4,
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",),
         cross_attention_dim=32,
         attention_head_dim=8,
