@@ -9,8 +9,8 @@ import tempfile
 import time
 import unicodedata
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,18 @@ _NAMED = 4
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to the disk, and rename; makes the folder where it is missing.
+    """Write a file that appears whole or not at all, see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
-    Whoever reads meanwhile, or after a power cut, finds the old file or the new one. Of several processes that write
-    at once, the last one's file stays. A symbolic link at `path` is replaced, not followed.
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Let a caller write to a temporary name beside `path`; flush that to the disk, and rename it.
+
+    Makes the folder where it is missing. Whoever reads meanwhile, or after a power cut, finds the old file or the new
+    one. Of several processes that write at once, the last one's file stays. A symbolic link at `path` is replaced, not
+    followed.
 
     Raises:
         FileWriteError: If there is no room or no permission, or a folder is in the way; `path` is what it was.
@@ -40,10 +48,10 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
+            temporary.touch(exist_ok=False)
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

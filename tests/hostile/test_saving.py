@@ -17,6 +17,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FileWriteError
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
+from diffusers_mixofshow.interop.lora_files import write_lora
 from hostile.killed import forked, kill, number_of, save_for_ever, version
 
 
@@ -31,6 +32,7 @@ WRITERS = {
     "statistics": lambda folder: statistics().save(
         folder / "edlora.statistics.safetensors", max_bytes=None, overwrite=True
     ),
+    "LoRA": lambda folder: write_lora(folder / "lora.safetensors", version(2).lora),
     "any file": lambda folder: write_whole(folder / "x", bytes(2**20)),
 }
 

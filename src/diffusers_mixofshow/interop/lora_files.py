@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as serialize
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.atomic import replacing
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import listed, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
@@ -192,10 +193,23 @@ def _scaled_alike(lora: Mapping[str, LowRank]) -> Mapping[str, LowRank]:
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
-    # Sources of a fused pack share factors, which safetensors would refuse to write twice.
-    separate = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    write_whole(path, serialize(separate, metadata={**metadata, "format": "pt"}))
+    with replacing(path) as temporary:
+        try:
+            save_file(_separate(tensors), temporary, metadata={**metadata, "format": "pt"})
+        except SafetensorError as error:  # of the disk: what is written is sound
+            raise OSError(str(error)) from error
     return path
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without shared memory: sources of a fused pack share factors, which safetensors refuses to write."""
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        plain = tensor.contiguous()
+        place = plain.untyped_storage().data_ptr()
+        separate[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return separate
 
 
 def _scalar(alpha: float) -> torch.Tensor:
