@@ -71,10 +71,15 @@ class TestMap:
         marks = self._functions.get(f"{mutant.path}:{mutant.function}", {_AT_IMPORT})
         if _AT_IMPORT in marks:
             of_file = [tests for key, tests in self._functions.items() if key.startswith(f"{mutant.path}:")]
-            marks = self._naming(mutant.path).union(*of_file) - {_AT_IMPORT}
+            marks = self._naming(mutant.path).union(*of_file) - {_AT_IMPORT} or self._beside(mutant.path)
         tests = {mark for mark in marks if mark in self.seconds}
         tests |= {test for mark in marks for test in self._of_file.get(mark, ())}
         return sorted(tests, key=lambda test: (self._breadth[test], self.seconds[test], test))
+
+    def _beside(self, path: str) -> set[str]:
+        """Files of tests of the same part, which may look at the constants of a module without functions."""
+        part = path.split("/")[2].removesuffix(".py")
+        return {file for file in self._of_file if file.startswith((f"tests/{part}/", f"tests/test_{part}.py"))}
 
     def _naming(self, path: str) -> set[str]:
         """Files of tests that name a module: they may look at its constants, and run none of its functions."""
@@ -85,7 +90,7 @@ class TestMap:
 
 
 def _collected() -> set[str]:
-    """The tests that there are, which a map may not know, but for those that have the checkout's place in their name."""
+    """The tests that there are, which a map may not know, without those that have this folder in their name."""
     listed = [sys.executable, "-m", "pytest", "--collect-only", "-q"]
     text = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return {line for line in text.splitlines() if "::" in line and str(ROOT) not in line}
