@@ -71,13 +71,13 @@ class TestMap:
         marks = self._functions.get(f"{mutant.path}:{mutant.function}", {_AT_IMPORT})
         if _AT_IMPORT in marks:
             of_file = [tests for key, tests in self._functions.items() if key.startswith(f"{mutant.path}:")]
-            marks = self._naming(mutant.path).union(*of_file) - {_AT_IMPORT} or self._beside(mutant.path)
+            marks = self._naming(mutant.path).union(self._beside(mutant.path), *of_file) - {_AT_IMPORT}
         tests = {mark for mark in marks if mark in self.seconds}
         tests |= {test for mark in marks for test in self._of_file.get(mark, ())}
         return sorted(tests, key=lambda test: (self._breadth[test], self.seconds[test], test))
 
     def _beside(self, path: str) -> set[str]:
-        """Files of tests of the same part, which may look at the constants of a module without functions."""
+        """Files of tests of the same part: they may look at constants of a module that they do not name."""
         part = path.split("/")[2].removesuffix(".py")
         return {file for file in self._of_file if file.startswith((f"tests/{part}/", f"tests/test_{part}.py"))}
 
