@@ -125,6 +125,17 @@ def test_arrays_and_tensors(kind: str) -> None:
     assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 3), (3, 1), (1, 3, 1), (1, 1)])
+def test_a_mask_may_be_one_pixel_high_or_wide(shape: tuple[int, ...]) -> None:
+    line = np.resize(np.array([1, 0, 1]), shape)
+    tall_and_wide = [size for size in shape if size == 3] or [1]
+    region = Region("a", mask=line)
+    assert region.mask is not None
+    inside = pixels_inside(region.mask).numpy()
+    assert sorted(inside.shape) == sorted([1, *tall_and_wide])
+    assert inside.flatten().tolist() == line.flatten().astype(bool).tolist()
+
+
 @pytest.mark.parametrize("place", [(0, 0), (17, 3), (63, 63)])
 @pytest.mark.parametrize("colour", [(255, 255, 255), (1, 1, 1), (0, 0, 128)])
 def test_one_pixel_is_a_mask(place: tuple[int, int], colour: tuple[int, int, int]) -> None:

@@ -6,6 +6,7 @@ differences in place of weights.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,13 @@ def shapes_in_diffusers(family: Family, pipe: Any) -> dict[str, tuple[int, int]]
     """Path of every linear layer of the denoiser to (out, in)."""
     layers = linear_layers({family.denoiser: pipe.components[family.denoiser]})
     return {site.partition(".")[2]: tuple(layer.weight.shape) for site, layer in layers.items()}
+
+
+def times_in_original(family: Family, pipe: Any) -> dict[str, int]:
+    """Path of every layer of the denoiser to how many layers of the original code say that they are it."""
+    layers = [family.original_layer(name) for name in original_shapes(family, pipe)]
+    counts = Counter(path for layer in layers if layer for path in layer.paths)
+    return {path: counts[path] for path in shapes_in_diffusers(family, pipe)}
 
 
 def original_shapes(family: Family, pipe: Any) -> dict[str, tuple[int, int]]:

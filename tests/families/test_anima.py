@@ -20,6 +20,7 @@ from diffusers_mixofshow.interop import read_lora, write_kohya
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.summary import summary_of_foreign
 from families.pipelines import is_here, tiny_pipeline
+from families.spellings import times_in_original
 
 
 pytestmark = pytest.mark.skipif(not is_here(ANIMA), reason="The installed diffusers is older than Anima.")
@@ -70,6 +71,10 @@ def test_its_layers_read_what_the_family_says(pipe: Any) -> None:
         if one < two and ANIMA.input_of(one) != ANIMA.input_of(two) and seen[one][0].shape == seen[two][0].shape
     ]
     assert [pair for pair in alike if torch.equal(seen[pair[0]][0], seen[pair[1]][0])] == []
+
+
+def test_its_original_code_has_every_layer_once(pipe: Any) -> None:
+    assert set(times_in_original(ANIMA, pipe).values()) == {1}
 
 
 ATTENTION = "transformer_blocks.0.{}"

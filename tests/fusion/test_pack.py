@@ -257,6 +257,13 @@ def test_reports_read_back_from_a_file(published: list[Path], tmp_path: Path) ->
     assert len({numbers["ridge"] for numbers in layers.values()}) > 1
     assert all(numbers["condition"] >= 1 and 0 < numbers["energy_kept"] <= 1 for numbers in layers.values())
     assert max(update.rank for update in pack.lora.values()) == 3
+    told = [
+        value
+        for layer in report.data["residuals"]["layers"].values()
+        for pair in layer.values()
+        for value in pair.values()
+    ]
+    assert [round(value, 4) for value in told] == told != [round(value, 3) for value in told]
     assert len(report.conflicts) == 3
     console = Console(record=True, width=160)
     report.print(console)
