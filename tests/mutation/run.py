@@ -146,19 +146,22 @@ class Bench:
             file.write_bytes(source)
 
     def _portions(self, tests: Sequence[str]) -> Iterable[list[str]]:
-        """First a few tests, then more; what would take longer than the time that is left is left out."""
-        first, rest, spent = [], [], 0.0
-        for test in tests:
-            seconds = self._map.seconds.get(test, 1.0)
-            if spent + seconds < FIRST or not first:
-                first.append(test)
-            elif spent + seconds < self._most:
-                rest.append(test)
-            else:
-                continue
-            spent += seconds
+        """First the most particular tests, then the quickest; what would take longer than there is time is left out."""
+        first = list(self._within(tests, FIRST)) or list(tests[:1])
+        left = self._most - sum(self._seconds(test) for test in first)
+        rest = list(self._within(sorted(set(tests) - set(first), key=self._seconds), left))
         # Tests of one file, which share models, stay together.
         return [sorted(portion, key=lambda test: test.split("::")[0]) for portion in (first, rest) if portion]
+
+    def _within(self, tests: Sequence[str], seconds: float) -> Iterable[str]:
+        """Tests, as they come, that together take no longer."""
+        for test in tests:
+            if (seconds := seconds - self._seconds(test)) < 0:
+                return
+            yield test
+
+    def _seconds(self, test: str) -> float:
+        return self._map.seconds.get(test, 1.0)
 
     def _passes(self, test: str, tests: Sequence[str]) -> bool:
         """Whether, without the mistake, a test passes; where none could run, whether all can be imported."""
@@ -170,7 +173,7 @@ class Bench:
 
     def _first_failure(self, tests: Sequence[str], *options: str) -> str | None:
         """The first test that fails, '' if none can run; None if all pass, 'timeout' if they do not end."""
-        expected = sum(self._map.seconds.get(test, 1.0) for test in tests)
+        expected = sum(map(self._seconds, tests))
         with tempfile.NamedTemporaryFile(mode="r") as failure:
             child = os.fork()
             if child == 0:
