@@ -55,6 +55,14 @@ def test_its_own_prompts_are_used(potter, images):
     assert np.array_equal(np.asarray(again[0]), np.asarray(first[0]))
 
 
+@pytest.mark.parametrize("off", [True, False])
+def test_bars_are_shown_as_the_pipeline_has_been_told(potter, images, capsys, off):
+    potter.set_progress_bar_config(disable=off)
+    capsys.readouterr()
+    _refine(potter, images, [SMALL])
+    assert (capsys.readouterr().err == "") is off
+
+
 def test_regions_of_one_size_are_one_pass(potter, images, monkeypatch):
     sizes = []
     call = refining._ImageToImage.__call__
