@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +189,15 @@ def test_a_textual_inversion_and_back(tmp_path: Path, dtype):
     done = convert(rex, tmp_path / "rex.safetensors", "textual-inversion")
     assert done.lost == ()
     packs.assert_identical(load_file(tmp_path / "rex.safetensors")["<rex>"], vectors)
+
+
+def test_a_textual_inversion_cannot_hold_updates_and_tells_of_how_many_layers(tmp_path: Path):
+    pack = packs.random_pack(tiny.components(), "rex")
+    layers = Counter(site.split(".")[0] for site in pack.lora)
+    assert set(layers) == {"unet", "text_encoder"}
+    done = convert(pack, tmp_path / "rex.safetensors", "textual-inversion")
+    told = ", ".join(f"{count} of {component}" for component, count in layers.items())
+    assert done.lost[-1] == f"The weight updates of all {len(pack.lora)} layers: {told}."
 
 
 def test_embeddings_of_sdxl_stay_as_they_are(tmp_path: Path):

@@ -112,7 +112,7 @@ def _read(kind: type) -> Mapping[str, Setting]:
 def _documentation(docstring: str) -> dict[str, str]:
     """The entries of a docstring's ``Args:`` section, each as one line."""
     _, _, section = docstring.partition("Args:\n")
-    section = re.split(r"\n[ \t]*\n", section, maxsplit=1)[0]
+    section = re.split(r"\n[ \t]*\n", section)[0]
     entries = re.split(r"^        (?=\w+: )", section, flags=re.MULTILINE)
     pairs = [entry.partition(": ") for entry in entries if entry.strip()]
     return {name: " ".join(text.split()) for name, _, text in pairs}
