@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import logging
 import re
 import runpy
 import subprocess
@@ -17,6 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import diffusers_mixofshow
+from diffusers_mixofshow.lazy import import_lazily
 
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,33 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not heavy & set(imported)
 
 
+def test_importing_every_public_name_says_nothing() -> None:
+    code = "import diffusers_mixofshow as package; print(*(getattr(package, name) for name in package.__all__))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.startswith("<class")
+    assert found.stderr == ""
+
+
+def test_a_lazy_import_hushes_the_hint_of_torchvision_and_nothing_else(tmp_path, monkeypatch) -> None:
+    told = logging.getLogger("transformers.utils.import_utils")
+    heard: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: heard.append(record.getMessage())
+    (tmp_path / "__init__.py").touch()
+    (tmp_path / "talkative.py").write_text(
+        f"import logging\nlogger = logging.getLogger({told.name!r})\n"
+        "logger.warning('`X` requires torchvision (not installed)')\nlogger.warning('mind the step')\nX = 1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path.parent))
+    told.addHandler(listener)
+    try:
+        assert import_lazily(tmp_path.name, {"talkative": ["X"]})("X") == 1
+        told.warning("`Y` requires torchvision")
+    finally:
+        told.removeHandler(listener)
+    assert heard == ["mind the step", "`Y` requires torchvision"]
+
+
 def test_the_package_is_marked_as_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
@@ -152,9 +181,13 @@ def test_the_page_of_public_names_is_of_today_and_has_every_name_that_the_docume
     assert used <= listed
 
 
-def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r"^  - .*: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert listed == {page.name for page in PAGES[1:]}
+def test_every_page_is_in_the_navigation_once_in_a_group() -> None:
+    text = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    listed = re.findall(r"^ +- .*: (\w+\.md)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in PAGES[1:])
+    assert re.findall(r"^  - (.*):$", text, re.MULTILINE) == [
+        *("Tutorials", "How-to", "Concepts", "Reference", "Development")
+    ]
 
 
 def test_the_architecture_page_names_every_part_and_its_picture_is_of_today() -> None:

@@ -40,6 +40,12 @@ def embedded_base(base_model: str) -> BaseModel | None:
     return EMBEDDED if normalise_name(base_model) == TOYLAND else None
 
 
+def classes_of(base_model: str) -> tuple[str, ...]:
+    """Class words of all that a base model draws; empty of every base that draws what people name."""
+    known = embedded_base(base_model)
+    return () if known is None else known.classes
+
+
 def location_of(base_model: str) -> str:
     """What diffusers loads for a base model's name: the name itself, or the folder of the embedded base."""
     return str(Path(__file__).parent / "toyland" / "weights") if embedded_base(base_model) else base_model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 
@@ -16,10 +18,25 @@ def import_lazily(package: str, modules: Mapping[str, Sequence[str]]) -> Callabl
     homes = {name: module for module, names in modules.items() for name in names}
 
     def __getattr__(name: str) -> object:
-        if name in homes:
-            return getattr(import_module(f"{package}.{homes[name]}"), name)
-        if name in modules:
-            return import_module(f"{package}.{name}")
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if name not in homes and name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with _without_hints_of_torchvision():
+            module = import_module(f"{package}.{homes.get(name, name)}")
+        return getattr(module, name) if name in homes else module
 
     return __getattr__
+
+
+@contextmanager
+def _without_hints_of_torchvision() -> Iterator[None]:
+    """Hush transformers, which asks for torchvision where image processors are imported; nothing here needs it."""
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.addFilter(_asks_for_nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_asks_for_nothing)
+
+
+def _asks_for_nothing(record: logging.LogRecord) -> bool:
+    return "requires torchvision" not in record.getMessage()

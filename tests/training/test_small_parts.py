@@ -557,14 +557,15 @@ TAKEN = "is already a word of the base's tokenizer; choose another name"
             "",
             "The class word 'do zzz' is 4 tokens of the base (do + z + z + z), so 'zzz' is no word that the base "
             "knows; <rex2> starts from the mean of pieces that mean nothing by themselves. Choose a plainer class "
-            "word.",
+            "word. Classes that it knows: dog.",
         ),
         (
             (),
             "dx",
             "",
             "The class word 'dx' is 2 tokens of the base (d + x), so 'dx' is no word that the base knows; <rex2> "
-            "starts from the mean of pieces that mean nothing by themselves. Choose a plainer class word.",
+            "starts from the mean of pieces that mean nothing by themselves. Choose a plainer class word. "
+            "Classes that it knows: dog.",
         ),
     ],
 )
@@ -580,6 +581,42 @@ def test_what_a_tokenizer_makes_of_names_and_words(
     else:
         check_words(concept, tokenizer)
     assert [str(each.message) for each in recwarn] == ([warned] if warned else [])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "kind", "class_word", "drawn", "hint"),
+    [
+        # Of the kind first, and never what only happens to be spelt alike.
+        ("man woman dog cat chair castle wax waxes", "object", "wizard", (), "Classes that it knows: chair, man, "),
+        ("man woman dog cat chair castle", "character", "wizard", (), "Classes that it knows: man, woman, dog, cat, "),
+        ("man dog", "scene", "wizard", (), "Classes that it knows: man, dog."),
+        ("wix wis air", "character", "wizard", (), "Choose a plainer class word."),
+        ("wix wis air man", "character", "wizard", ("critter", "dog"), "Classes that it knows: critter, dog."),
+        ("critter dog", "character", "critterr", ("critter", "dog"), "Its words spelt most alike: critter."),
+        ("retriever dog", "pet", "retrieverr", (), "Its words spelt most alike: retriever."),
+        ("retriever dog", "pet", "Retrieverr", (), "Its words spelt most alike: retriever."),
+        ("horse house", "pet", "hoouse", (), "Its words spelt most alike: house, horse."),
+        ("man dog", "character", "man", ("critter", "dog"), "The base draws critter, dog alone, and no 'man'."),
+        ("man dog", "pet", "dog", ("critter", "dog"), ""),
+        ("man dog", "character", "man", (), ""),
+    ],
+)
+def test_what_is_told_of_a_class_word_names_classes(
+    vocabulary: str, kind: str, class_word: str, drawn: tuple[str, ...], hint: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    tokenizer: Any = Words(tuple(f"{word}</w>" for word in vocabulary.split()))
+    check_words(Concept.from_name("rex", class_word, kind=kind), tokenizer, drawn)
+    told = " ".join(str(each.message) for each in recwarn)
+    assert hint in told
+    assert bool(told) == bool(hint)
+
+
+def test_the_embedded_base_tells_what_it_draws() -> None:
+    from diffusers_mixofshow.base_models import classes_of
+    from diffusers_mixofshow.toyland.world import CLASSES
+
+    assert classes_of("toyland") == CLASSES
+    assert classes_of("stable-diffusion-v1-5/stable-diffusion-v1-5") == ()
 
 
 # --- where photos lie ---

@@ -39,7 +39,12 @@ def compare(
     What the columns mean tells `mixofshow evaluate --help`.
 
     \b
-    Example:
+    With what 'mixofshow demo' leaves:
+      mixofshow compare mixofshow-demo/concepts/rex mixofshow-demo/average \\
+        mixofshow-demo/fused --photos rex=mixofshow-demo/photos/rex
+
+    \b
+    With concepts of your own:
       mixofshow compare edlora-potter edlora-thanos averaged hogwarts \\
         --photos potter=photos/potter --photos thanos=photos/thanos
     """

@@ -58,7 +58,12 @@ def convert(
     files. Layer-wise embeddings lose most of the identity in kohya and diffusers without their --base.
 
     \b
-    Examples:
+    With what 'mixofshow demo' leaves:
+      mixofshow convert mixofshow-demo/concepts/rex for-comfyui --to kohya \\
+        --base toyland
+
+    \b
+    With files of your own:
       mixofshow convert edlora_model-latest.pth edlora-potter --to edlora \\
         --class-word man
       mixofshow convert hogwarts for-comfyui --to kohya \\

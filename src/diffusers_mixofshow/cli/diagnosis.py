@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 _LEAST_PEFT = {"transformers": "transformers.integrations.peft", "diffusers": "diffusers.utils.constants"}
 """Where these libraries keep the oldest PEFT with which they load adapters; their packages' metadata do not say it."""
 
+_SERVES = {
+    "8bit": "AdamW8bit, an optimizer that needs less memory of a GPU",
+    "controlnet": "ControlNets' conditions out of photographs (--control openpose=photo.jpg)",
+    "heic": "photos of iPhones (HEIC)",
+    "prodigy": "Prodigy, an optimizer that finds its own rates",
+    "tensorboard": "curves of a training in TensorBoard",
+    "wandb": "curves of a training at Weights & Biases",
+}
+"""What each extra is for. Those that only who works on the package itself needs are not here, and not told."""
+
 _GIGABYTE = 1e9
 _SPARE_DISK = 10 * _GIGABYTE
 _SPARE_MEMORY = 4 * _GIGABYTE
@@ -195,7 +205,7 @@ def _extras() -> Iterator[Finding]:
         found = {one.name: _version(one.name, one.specifier) for one in only}
         missing = [f"{name} {finding.found}" for name, finding in found.items() if finding.state == "problem"]
         if missing:
-            remedy = f"pip install '{PACKAGE}[{extra}]'"
+            remedy = f"for {_SERVES[extra]}: pip install '{PACKAGE}[{extra}]'"
             yield Finding(f"extra {extra}", "note", ", ".join(missing), remedy)
         elif found:
             there = ", ".join(f"{name} {finding.found}" for name, finding in found.items())
@@ -210,7 +220,7 @@ def _extras() -> Iterator[Finding]:
 
 def _names_of_extras() -> list[str]:
     try:
-        return metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
+        return [extra for extra in metadata.metadata(PACKAGE).get_all("Provides-Extra") or [] if extra in _SERVES]
     except metadata.PackageNotFoundError:
         return []
 

@@ -56,7 +56,12 @@ def evaluate(
     share of hidden attributes read right.
 
     \b
-    Example:
+    With what 'mixofshow demo' leaves:
+      mixofshow evaluate mixofshow-demo/concepts/rex \\
+        --photos rex=mixofshow-demo/photos/rex
+
+    \b
+    With concepts of your own:
       mixofshow evaluate hogwarts --own edlora-potter --own edlora-thanos \\
         --photos potter=photos/potter --photos thanos=photos/thanos --save
     """

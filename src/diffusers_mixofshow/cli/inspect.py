@@ -25,8 +25,8 @@ def inspect(
     Exit code 1 if it has problems.
 
     \b
-    Examples:
-      mixofshow inspect edlora-potter
+    With what 'mixofshow demo' leaves, and with a file of another program:
+      mixofshow inspect mixofshow-demo/fused
       mixofshow inspect downloads/some_lora.safetensors --json
     """
     from diffusers_mixofshow.cli.sources import read_source

@@ -48,7 +48,7 @@ def masks(
     alone. The model is fetched from the Hub once, some 600 MB.
 
     \b
-    Examples:
+    With photos of your own:
       mixofshow masks photos/rex --class-word dog
       mixofshow masks photos/potter --class-word man --threshold 0.4 --overwrite
     """

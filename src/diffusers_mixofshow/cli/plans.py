@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import find_existing
-from diffusers_mixofshow.base_models import location_of, not_loadable
+from diffusers_mixofshow.base_models import classes_of, location_of, not_loadable
 from diffusers_mixofshow.cli.timing import time_of
 
 
@@ -217,7 +217,8 @@ def _check_words(config: TrainingConfig) -> None:
 
     folder = Path(location_of(config.pretrained_model_name_or_path)) / "tokenizer"
     if folder.is_dir():
-        check_words(config.concept_to_learn, CLIPTokenizer.from_pretrained(folder))
+        classes = classes_of(config.pretrained_model_name_or_path)
+        check_words(config.concept_to_learn, CLIPTokenizer.from_pretrained(folder), classes)
 
 
 def describe_base(base: str) -> str:

@@ -38,7 +38,8 @@ def push(
     Log in once with `hf auth login`.
 
     \b
-    Example:
+    With what 'mixofshow demo' leaves, without sending it; then one of your own:
+      mixofshow push mixofshow-demo/concepts/rex --dry-run
       mixofshow push edlora-potter --private
     """
     from huggingface_hub import get_token

@@ -61,8 +61,8 @@ def train(**given: Any) -> None:
       mixofshow train photos/potter --concept potter --class-word man
 
     Without a model and a GPU, on the base that ships in the package:
-      mixofshow train photos/rex --concept rex --class-word dog \\
-        --base toyland
+      mixofshow train mixofshow-demo/photos/rex --concept rex \\
+        --class-word dog --base toyland
 
     With captions, one of the presets, and settings from a file; options win
     over the file, the file over the preset, the preset over the defaults:

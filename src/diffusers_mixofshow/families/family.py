@@ -74,6 +74,7 @@ class BaseModel:
         license: Its licence, as the Hub spells it, which that of what is tuned on it must follow; empty where unknown.
         guidance: The guidance scale that it draws well with.
         standing: Top and bottom of a region in which things stand well, as shares of a picture's height.
+        classes: Class words of all that it draws, where they can be counted; empty where it draws what people name.
     """
 
     name: str
@@ -87,6 +88,7 @@ class BaseModel:
     license: str = ""
     guidance: float = 7.5
     standing: tuple[float, float] = (0.1, 1.0)
+    classes: tuple[str, ...] = ()
 
     @property
     def has_two_text_encoders(self) -> bool:

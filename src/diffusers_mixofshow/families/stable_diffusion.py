@@ -37,6 +37,7 @@ EMBEDDED = BaseModel(
     license="apache-2.0",
     guidance=3.0,
     standing=(0.25, 0.97),
+    classes=("critter", "dog", "cat", "vase", "chair", "table"),
 )
 
 STABLE_DIFFUSION = unet_family(

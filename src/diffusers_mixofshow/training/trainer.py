@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from PIL import Image
 
+from diffusers_mixofshow.base_models import classes_of, name_of
 from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
@@ -113,7 +114,7 @@ class EDLoRATrainer:
         with explain_memory_errors(config):
             self.pipeline = self.pipeline or load_base(config).to(accelerator.device)
             refuse_untrainable(self.pipeline, config)
-            check_words(config.concept_to_learn, self.pipeline.tokenizer)
+            check_words(config.concept_to_learn, self.pipeline.tokenizer, classes_of(name_of(self.pipeline)))
             with borrow(self.pipeline):
                 tuning = _Tuning(config, self.pipeline, accelerator, self._on_step)
                 edlora = tuning.run(photos, composed, make_optimizer)

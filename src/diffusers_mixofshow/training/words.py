@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.concepts import Concept
@@ -13,9 +14,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _END_OF_WORD = "</w>"
+_SHOWN = 8
+_NEARLY = 0.85
+"""How alike a word must be that is no known class: one letter of seven may differ, which is a slip of the hand."""
+
+PLAIN_CLASSES = {
+    "character": ("man", "woman", "boy", "girl", "person", "robot"),
+    "pet": ("dog", "cat", "bird", "horse", "rabbit"),
+    "object": ("toy", "vase", "chair", "table", "bag", "cup", "shoe", "car"),
+    "scene": ("castle", "house", "garden", "room", "street", "mountain"),
+}
+"""Class words that the tokenizers of published base models have as one token, by kind of concept."""
 
 
-def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase, drawn: Sequence[str] = ()) -> None:
     """Refuse names that are taken, and say what happens to a class word that is not one token.
 
     V_class starts from the mean of the class word's token embeddings. For "golden retriever" that is between two words
@@ -24,9 +36,10 @@ def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase) -> None:
     Args:
         concept: To be learnt.
         tokenizer: Of the base model.
+        drawn: Class words of all that the base draws (`BaseModel.classes`); empty where that is whatever people name.
 
     Warns:
-        MixOfShowWarning: If the class word is several tokens.
+        MixOfShowWarning: If the class word is several tokens, or nothing that the base draws.
 
     Raises:
         ConceptError: If the placeholder or a token is a word of the tokenizer already, or the class word has
@@ -43,19 +56,34 @@ def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ConceptError(f"Concept {concept.placeholder!r}: {'; '.join(defects)}.")
     if len(pieces) > 1:
         unknown = [word for word in concept.class_word.split() if len(tokenizer.tokenize(word)) > 1]
-        warn(_about_pieces(concept, pieces, unknown, list(vocabulary)))
+        whole = [word.removesuffix(_END_OF_WORD) for word in vocabulary if word.endswith(_END_OF_WORD)]
+        warn(_about_pieces(concept, pieces, unknown, _hint(concept.kind, unknown, whole, drawn)))
+    elif drawn and concept.class_word.lower() not in drawn:
+        warn(
+            f"The base draws {', '.join(drawn)} alone, and no {concept.class_word!r}. Choose one of these class words."
+        )
 
 
-def _about_pieces(concept: Concept, pieces: list[str], unknown: list[str], vocabulary: list[str]) -> str:
+def _about_pieces(concept: Concept, pieces: list[str], unknown: list[str], hint: str) -> str:
     shown = " + ".join(piece.removesuffix(_END_OF_WORD) for piece in pieces)
     start = f"The class word {concept.class_word!r} is {len(pieces)} tokens of the base ({shown})"
     if not unknown:
         return f"{start}; {concept.tokens[-1]} starts from the mean of their embeddings."
-    whole = [word.removesuffix(_END_OF_WORD) for word in vocabulary if word.endswith(_END_OF_WORD)]
-    long_ones = [word for word in whole if len(word) > 2]
-    near = [word for each in unknown for word in difflib.get_close_matches(each.lower(), long_ones)]
-    hint = f" Its words spelt most alike: {', '.join(near)}." if near else ""
     return (
         f"{start}, so {' and '.join(map(repr, unknown))} is no word that the base knows; {concept.tokens[-1]} starts "
         f"from the mean of pieces that mean nothing by themselves. Choose a plainer class word.{hint}"
     )
+
+
+def _hint(kind: str, unknown: Sequence[str], vocabulary: Sequence[str], drawn: Sequence[str]) -> str:
+    """Which class words to take instead: one spelt nearly so, or those of the concept's kind that the base knows."""
+    kinds = (kind, *(other for other in PLAIN_CLASSES if other != kind))
+    known = {*vocabulary}
+    classes = list(drawn) or [word for each in kinds for word in PLAIN_CLASSES[each] if word in known]
+    near: dict[str, None] = {}
+    for word in map(str.lower, unknown):
+        near |= dict.fromkeys(difflib.get_close_matches(word, classes))
+        near |= dict.fromkeys([] if drawn else difflib.get_close_matches(word, vocabulary, cutoff=_NEARLY))
+    if near:
+        return f" Its words spelt most alike: {', '.join(near)}."
+    return f" Classes that it knows: {', '.join(classes[:_SHOWN])}." if classes else ""
