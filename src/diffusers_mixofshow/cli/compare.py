@@ -41,7 +41,7 @@ def compare(
     \b
     With what 'mixofshow demo' leaves:
       mixofshow compare mixofshow-demo/concepts/rex mixofshow-demo/average \\
-        mixofshow-demo/fused --photos rex=mixofshow-demo/photos/rex
+        mixofshow-demo/fused
 
     \b
     With concepts of your own:

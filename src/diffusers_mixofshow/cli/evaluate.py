@@ -57,8 +57,7 @@ def evaluate(
 
     \b
     With what 'mixofshow demo' leaves:
-      mixofshow evaluate mixofshow-demo/concepts/rex \\
-        --photos rex=mixofshow-demo/photos/rex
+      mixofshow evaluate mixofshow-demo/concepts/rex
 
     \b
     With concepts of your own:
