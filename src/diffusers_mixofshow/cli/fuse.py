@@ -116,14 +116,9 @@ def fuse(
     Plain LoRAs become one ordinary LoRA, which any program loads.
 
     \b
-    With what 'mixofshow demo' leaves:
+    Example, with what 'mixofshow demo' leaves:
       mixofshow fuse mixofshow-demo/concepts/kiki mixofshow-demo/concepts/rex \\
         --output both
-
-    \b
-    With concepts of your own, and of others on the Hub:
-      mixofshow fuse edlora-potter edlora-hermione user/edlora-thanos \\
-        --output hogwarts
     """
     from diffusers_mixofshow.fusion.solving import MEASURED, check_device
 

@@ -67,23 +67,12 @@ def sample(
     Pictures tell how they were made: 'mixofshow --config x.png sample' draws x.png again.
 
     \b
-    On the base that ships in the package:
+    Examples, the second with what 'mixofshow demo' leaves:
       mixofshow sample --base toyland --prompt "a dog in snow" --output dog.png
-      mixofshow sample --base toyland --prompt "a dog on the beach" \\
-        --image dog.png --strength 0.6 --output beach.png
-
-    \b
-    With what 'mixofshow demo' leaves:
-      mixofshow sample --concepts mixofshow-demo/fused --refine \\
-        --prompt "a critter and a dog in a meadow" --output both.png \\
+      mixofshow sample --concepts mixofshow-demo/fused --refine --output both.png \\
+        --prompt "a critter and a dog in a meadow" \\
         --region "0,0.25,0.5,0.97:a <kiki>, in a meadow" \\
         --region "0.5,0.25,1,0.97:a <rex>, in a meadow"
-
-    \b
-    With concepts of your own:
-      mixofshow sample --concepts hogwarts --prompt "two people near the castle" \\
-        --region "0,0.2,0.5,1:a <potter>, near the castle" \\
-        --region "0.5,0.2,1,1:a <hermione>, near the castle" --refine
     """
     drawing = _read_drawing(dict(locals()))
     _warn_of_bare_names(drawing.plan, drawing.packs.values())
