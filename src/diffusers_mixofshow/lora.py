@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import FusedAttnProcessor2_0, FusedJointAttnProcessor2_0
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,11 +30,12 @@ _TRAINING_ADAPTER = "edlora_training"
 _CAST = 2**-8
 # Adapters that diffusers removed while they were fused, with their strength in each layer.
 _fused: WeakKeyDictionary[nn.Module, dict[str, dict[str, float]]] = WeakKeyDictionary()
-_COPIES = (
-    "Attention reads copies of the weights, which fuse_qkv_projections() made: they stay as they are when updates are "
-    "put into the weights or taken out, and the layers themselves are passed over, so that they record nothing. Call "
-    "pipe.unet.unfuse_qkv_projections() first, and pipe.unet.fuse_qkv_projections() afterwards."
-)
+# Layers that attention may read as one, to what it calls the copy of their weights.
+_COPIES = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
 
 
 @contextmanager
@@ -114,9 +116,9 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
             copies of such weights are in use, or another thread uses the model.
     """
     refuse_fused(components)
-    for model in components_with_sites(components).values():
+    for component, model in components_with_sites(components).items():
         if _reads_old_copies(model):
-            raise ConfigurationError(_COPIES)
+            raise _copied(component)
     for model in components_with_sites(components).values():
         with changing(model), keep_gradient_flags(model):
             for path, layer in list(model.named_modules()):
@@ -410,9 +412,15 @@ def _why_silent(model: nn.Module, site: str, adapter_name: str, held: bool) -> s
 
 
 def _copying_attention(model: nn.Module) -> list[nn.Module]:
-    """The attention layers that read copies of the weights; the layers' own marks stay when that is over."""
-    processors = ((module, getattr(module, "processor", None)) for module in model.modules())
-    return [module for module, each in processors if isinstance(getattr(each, "inner", each), FusedAttnProcessor2_0)]
+    """The attention layers that read copies of the weights."""
+    return [module for module in model.modules() if _reads_copies(module)]
+
+
+def _reads_copies(attention: nn.Module) -> bool:
+    if isinstance(attention, AttentionModuleMixin):
+        return bool(attention.fused_projections)
+    processor = getattr(attention, "processor", None)  # the mark of an `Attention` stays when that is over
+    return isinstance(getattr(processor, "inner", processor), FusedAttnProcessor2_0 | FusedJointAttnProcessor2_0)
 
 
 def _reads_old_copies(model: nn.Module) -> bool:
@@ -420,11 +428,8 @@ def _reads_old_copies(model: nn.Module) -> bool:
     return any(
         not torch.equal(copy.weight, torch.cat([_base_weight(getattr(attention, name), name) for name in names]))
         for attention in _copying_attention(model)
-        for copy, names in (
-            (getattr(attention, "to_qkv", None), ("to_q", "to_k", "to_v")),
-            (getattr(attention, "to_kv", None), ("to_k", "to_v")),
-        )
-        if copy is not None
+        for called, names in _COPIES.items()
+        if (copy := getattr(attention, called, None)) is not None
     )
 
 
@@ -434,8 +439,18 @@ def refuse_copied(components: Mapping[str, object]) -> None:
     Raises:
         ConfigurationError: Says what to call first.
     """
-    if any(_copying_attention(model) for model in components_with_sites(components).values()):
-        raise ConfigurationError(_COPIES)
+    for component, model in components_with_sites(components).items():
+        if _copying_attention(model):
+            raise _copied(component)
+
+
+def _copied(component: str) -> ConfigurationError:
+    return ConfigurationError(
+        "Attention reads copies of the weights, which fuse_qkv_projections() made: they stay as they are when updates "
+        "are put into the weights or taken out, and the layers themselves are passed over, so that they record "
+        f"nothing. Call pipe.{component}.unfuse_qkv_projections() first, and "
+        f"pipe.{component}.fuse_qkv_projections() afterwards."
+    )
 
 
 def check_name(taken: Set[str], adapter_name: str) -> None:
