@@ -1,0 +1,159 @@
+"""How much recording is enough: prompts x steps x seeds against what fused layers miss on prompts held out.
+
+    python benchmarks/recording_curve.py --concepts DIR          # a folder of ED-LoRAs tuned on Toyland
+    python benchmarks/recording_curve.py --concepts DIR --count 2 --prompts 1 2 --steps 1 5 --seeds 1
+
+`benchmarks/retention.py --work WORK` leaves such a folder, WORK/concepts. Every concept is sampled with its own LoRA;
+statistics are kept a prompt, number of steps and seed, and added up, as they are additive. Each sum is solved by the
+closed form and judged by the relative residual |D X - dW X| / |dW X| on features X of held-out prompts, with other
+seeds and in 20 steps: 0 keeps the concept's output, 1 is the base's. Means over layers and concepts, by group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.evaluation import record
+from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_mixofshow.fusion.collection import Recording, collect
+from diffusers_mixofshow.fusion.gram import Gram, sum_grams
+from diffusers_mixofshow.fusion.solvers import Factors, relative_residual
+from diffusers_mixofshow.fusion.solving import Method, Settings, sites_of, solve, updates_of
+from diffusers_mixofshow.fusion.sources import Source, gather
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics, Part
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+
+
+HELD_OUT_SEED = 5000
+
+
+@dataclass(frozen=True)
+class Added:
+    """Statistics of several recordings of one concept as one; see `GramStatistics`."""
+
+    recorded: tuple[ConceptStatistics, ...]
+    parts: tuple[Part, ...] = ("fit",)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.recorded[0].inputs
+
+    def tokens(self, name: str, part: Part | None = None) -> int:
+        return sum(one.tokens(name, part) for one in self.recorded)
+
+    def gram(self, name: str, part: Part | None = None) -> Gram:
+        every = self.tokens(name, part)
+        return sum_grams((one.gram(name, part), one.tokens(name, part) / every) for one in self.recorded)
+
+
+class Recorder:
+    """Samples a concept's prompts, and counts the time."""
+
+    def __init__(self, pipe: Any, sites: Sequence[str]) -> None:
+        self.seconds = 0.0
+        self._pipe, self._sites = pipe, sites
+
+    def __call__(self, source: Source, template: str, steps: int, seed: int) -> ConceptStatistics:
+        """One prompt, as `GradientFuser` samples it."""
+        start, (concept,) = time.perf_counter(), source.edlora.concepts
+        prompt = template.replace("<TOK>", concept.placeholder)
+        recording = Recording(steps=steps, seeds=(seed,)).resolve(self._pipe)
+        found = collect(self._pipe, source.edlora, [prompt], self._sites, recording)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
+def residuals(
+    sources: Sequence[Source], lora: Any, sites: Sequence[str], held_out: Sequence[Added]
+) -> dict[str, float]:
+    """Mean relative residual over layers and concepts, by group of layers."""
+    found: dict[str, list[float]] = {}
+    for name, group in STABLE_DIFFUSION.by_input(sites).items():
+        grams = [one.gram(name) for one in held_out]
+        for site in group:
+            fused = Factors.of(lora[site])
+            for own, gram in zip(updates_of(sources, site), grams, strict=True):
+                found.setdefault(STABLE_DIFFUSION.group_of(site), []).append(relative_residual(fused, own, gram))
+    means = {group: sum(values) / len(values) for group, values in found.items()}
+    every = [value for values in found.values() for value in values]
+    return {group: round(value, 4) for group, value in (means | {"all": sum(every) / len(every)}).items()}
+
+
+def curve(options: argparse.Namespace) -> dict[str, Any]:
+    """Residuals of every setting, and of the average, which records nothing."""
+    pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    folders = sorted(path.parent for path in options.concepts.glob("*/edlora.safetensors"))[: options.count]
+    sources = gather([str(folder) for folder in folders], pipe.components, prompts=None)
+    sites = sites_of(sources)
+    recorder, parts = Recorder(pipe, sites), {}
+    held_out = [
+        Added(tuple(recorder(source, prompt, 20, HELD_OUT_SEED + k) for k, prompt in enumerate(HELD_OUT_PROMPTS)))
+        for source in sources
+    ]
+    for steps in options.steps:
+        before = recorder.seconds
+        grid = itertools.product(range(len(sources)), range(max(options.prompts)), range(max(options.seeds)))
+        for place, prompt, seed in grid:
+            number = 100 * seed + prompt
+            parts[place, prompt, steps, seed] = recorder(sources[place], RECORDING_PROMPTS[prompt], steps, number)
+        print(f"  recorded in {steps} steps: {recorder.seconds - before:.0f} s", flush=True)
+
+    def solved(method: Method, statistics: Sequence[Sequence[Added]]) -> dict[str, float]:
+        solution = solve(sources, statistics, sites, Settings(method=method, ridge=options.ridge))
+        return residuals(sources, solution.lora, sites, held_out)
+
+    rows = []
+    for prompts, steps, seeds in itertools.product(options.prompts, options.steps, options.seeds):
+        chosen = list(itertools.product(range(prompts), (steps,), range(seeds)))
+        statistics = [[Added(tuple(parts[place, *one] for one in chosen))] for place in range(len(sources))]
+        row = {"prompts": prompts, "steps": steps, "seeds": seeds, "evaluations": prompts * steps * seeds}
+        rows.append(row | {"residual": solved("closed-form", statistics)})
+        print(f"  {rows[-1]}", flush=True)
+    return {
+        "concepts": [folder.name for folder in folders],
+        "average": solved("average", []),
+        "closed_form": rows,
+        "recording_s": round(recorder.seconds, 1),
+    }
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    groups = list(results["average"])
+    lines = [f"| prompts x steps x seeds | evaluations | {' | '.join(groups)} |", "|---" * (2 + len(groups)) + "|"]
+    told = [("average", 0, results["average"])] + [
+        (f"{row['prompts']} x {row['steps']} x {row['seeds']}", row["evaluations"], row["residual"])
+        for row in results["closed_form"]
+    ]
+    for name, evaluations, row in told:
+        lines.append(f"| {name} | {evaluations} | {' | '.join(f'{row[group]:.3f}' for group in groups)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", type=Path, required=True, help="folder of ED-LoRAs, one subfolder each")
+    parser.add_argument("--count", type=int, default=4, help="how many of them")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 2, 4, 8], help=f"of {len(RECORDING_PROMPTS)}")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 5, 20])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ridge", type=float, default=0.03)
+    parser.add_argument("--record", type=Path, help="where to write the record")
+    options = parser.parse_args(arguments)
+    results = curve(options)
+    print(as_markdown(results))
+    settings = {key: value for key, value in vars(options).items() if key not in ("concepts", "record")}
+    content = {"run_info": record.run_info(Path(__file__).parent), "settings": settings, "results": results}
+    path = options.record or Path(__file__).parent / "records" / "recording-curve-toyland-cpu.json"
+    print(f"Record: {record.write(path, content)}")
+
+
+if __name__ == "__main__":
+    main()
