@@ -31,6 +31,7 @@ RANK_OF = {
     "progress": 0,
     "regions": 0,
     "sharing": 0,
+    "offloading": 0,
     "families": 0,
     "edlora": 1,
     "interop": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -20,8 +20,9 @@ from torch import nn
 
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.families.layers import adapted_layers, canonical_name, components_with_sites, linear_layers
+from diffusers_mixofshow.offloading import brought_to, follow_changed_layers
 from diffusers_mixofshow.sharing import changing
 
 
@@ -91,15 +92,18 @@ def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, 
     edlora.check_fits(components)
     shapes = {site: (update.rank, update.alpha) for site, update in edlora.lora.items()}
     check_name(adapter_names(components), adapter_name)
-    with changing(*components_with_sites(components).values()):
+    models = components_with_sites(components)
+    with changing(*models.values()):
         try:
             with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten here
                 layers = _add_adapter(components, adapter_name, shapes)
             for site, layer in layers.items():
                 update = edlora.lora[site]
-                _fill(layer.lora_A[adapter_name], update.down, like=layer.get_base_layer().weight)
-                _fill(layer.lora_B[adapter_name], update.up, like=layer.get_base_layer().weight)
+                for linear, matrix in ((layer.lora_A, update.down), (layer.lora_B, update.up)):
+                    _fill(linear[adapter_name], matrix, layer.get_base_layer(), models[site.partition(".")[0]])
                 layer.set_scale(adapter_name, scale)
+            for model in models.values():
+                follow_changed_layers(model)
         except BaseException:
             eject(components, adapter_name)
             raise
@@ -126,6 +130,7 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
                     _delete_from_layer(layer, adapter_name)
                     if not layer.lora_A and not layer.lora_embedding_A:
                         _replace_module(model, path, layer.get_base_layer())
+            follow_changed_layers(model)
         _forget(model, adapter_name)
 
 
@@ -285,8 +290,7 @@ def _add_adapter(
     for component, model in components_with_sites(components).items():
         paths = {canonical_name(component, path): path for path, _ in model.named_modules()}
         wanted = {paths[site]: shape for site, shape in shapes.items() if site.partition(".")[0] == component}
-        for path in wanted:
-            _base_weight(model.get_submodule(path), path)  # refuses offloaded weights before anything is changed
+        _refuse_absent_weights(model, wanted)
         if wanted:
             with keep_gradient_flags(model):
                 _inject_into(model, adapter_name, wanted)
@@ -307,7 +311,15 @@ def _inject_into(model: nn.Module, adapter_name: str, shapes: Mapping[str, tuple
     active = _active_adapters(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, adapter_name)
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")  # to merge it, alone
+        try:
+            inject_adapter_in_model(config, model, adapter_name)
+        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+            raise ConfigurationError(
+                f"PEFT cannot put LoRA beside the layers of this {type(model).__name__}: {first_line(error)}. "
+                "Expected linear layers in float, or quantised by torchao to 8 bits, by bitsandbytes, GGUF or Quanto. "
+                "Load the base model so, or without quantisation."
+            ) from error
     vars(model)["_hf_peft_config_loaded"] = True  # what the adapter methods of diffusers and transformers ask for
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
@@ -315,9 +327,15 @@ def _inject_into(model: nn.Module, adapter_name: str, shapes: Mapping[str, tuple
             layer.train(layer.get_base_layer().training)
 
 
-def _fill(linear: nn.Linear, matrix: torch.Tensor, *, like: torch.Tensor) -> None:
-    linear.to(like.dtype if like.is_floating_point() else matrix.dtype).requires_grad_(False)
-    linear.weight.data.copy_(matrix.reshape(linear.weight.shape))
+def _fill(linear: nn.Linear, matrix: torch.Tensor, base: nn.Module, model: nn.Module) -> None:
+    """Give one half of an adapter its values, where the base layer computes.
+
+    Its dtype is that of the base's weights, unless they are stored in 8 or 4 bits, with which nobody computes.
+    """
+    weight: torch.Tensor = base.weight  # type: ignore[assignment]
+    place, wide = brought_to(base, model) or weight.device, weight.is_floating_point() and weight.dtype.itemsize > 1
+    values = matrix.detach().reshape(linear.weight.shape).to(place, weight.dtype if wide else matrix.dtype)
+    linear.weight = nn.Parameter(values.clone(), requires_grad=False)
 
 
 def _delete_from_layer(layer: LoraLayer, adapter_name: str) -> None:
@@ -348,14 +366,44 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 
 def _base_weight(layer: nn.Module, name: str) -> nn.Parameter:
-    """The layer's own weight, under whatever PEFT has put around it."""
-    weight = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
-    if not isinstance(weight, nn.Parameter) or weight.is_meta:
+    """The layer's own weight, under whatever PEFT has put around it, which an update can be added to."""
+    layer = _inside(layer)
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.is_meta:
         raise ConfigurationError(
-            f"The weights of {name} are not in memory (sequential or disk offload). Load ED-LoRAs before enabling "
-            "sequential offload, or use enable_model_cpu_offload()."
+            f"The weights of {name} are not in memory (sequential or disk offload), so that no update can be added to "
+            "them. Call pipe.remove_all_hooks() first, or use enable_model_cpu_offload()."
+        )
+    if not isinstance(weight, nn.Parameter) or not _is_plain(weight):
+        kind = f"{type(layer).__name__}, {getattr(weight, 'dtype', 'no weight')}"
+        raise ConfigurationError(
+            f"The weights of {name} are quantised ({kind}), so that no update can be added to them. Load the base "
+            "model in half precision; beside quantised weights, updates act as adapters, as load_edlora() makes them."
         )
     return weight
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight is the numbers that are computed with, in a dtype that one computes in."""
+    return type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def _refuse_absent_weights(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse layers whose weights are nowhere; those that offloading brings for their turn are right."""
+    for path in paths:
+        layer = _inside(model.get_submodule(path))
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_meta and brought_to(layer, model) is None:
+            raise ConfigurationError(
+                f"The weights of {path} are not in memory: they are on the meta device, and nothing brings them. Load "
+                "the base model with its weights."
+            )
+
+
+def _inside(layer: nn.Module) -> nn.Module:
+    """The layer itself, under whatever PEFT has put around it."""
+    inner: nn.Module = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return inner
 
 
 def _first_sites(edlora: EDLoRA) -> dict[str, str]:
