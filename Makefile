@@ -30,9 +30,13 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell src tests docs benchmarks examples *.md
 
+# Not what hangs on no library, nor what runs in whole pages and benchmarks what other tests run piece by piece.
+ONCE := architecture.py documentation.py examples.py schemas.py
+OLDEST_WITHOUT := $(addprefix --ignore=tests/,laboratory mutation composlora $(addprefix test_,$(ONCE)))
+
 test-oldest:
 	$(MAKE) VENV=.venv-oldest PINS=constraints/oldest.txt .venv-oldest/.ready-dev
-	.venv-oldest/bin/$(PYTEST)
+	.venv-oldest/bin/$(PYTEST) $(OLDEST_WITHOUT)
 
 # What the tests do not notice: make mutants ARGS="--sample 100 --seed 1 src/diffusers_mixofshow/fusion".
 mutants: $(VENV)/.ready-dev
