@@ -281,6 +281,7 @@ def test_rates_may_be_lowered_and_nothing_else() -> None:
 def test_the_digest_of_the_data_tells_every_change() -> None:
     def photo(**changes: Any) -> CachedPhoto:
         values = {"mean": torch.zeros(1, 4, 2, 2), "deviation": torch.ones(1, 4, 2, 2), "subject": None}
+        values |= {"sizes": torch.zeros(1, 6)}
         return CachedPhoto(**{**values, "mask": torch.ones(1, 1, 2, 2), "captions": (0, 1), **changes})
 
     digests = {
