@@ -13,7 +13,7 @@ from torch import nn
 from diffusers_mixofshow.base_models import TOYLAND, in_dtype
 from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.families import family_of
+from diffusers_mixofshow.families import Family, family_of, family_of_index
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.lora import keep_gradient_flags
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -22,25 +22,32 @@ from diffusers_mixofshow.training.config import TrainingConfig
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+_KEPT = ("force_zeros_for_empty_prompt",)
+"""Settings of a pipeline that decide what it draws."""
+
 
 def load_base(config: TrainingConfig) -> StableDiffusionPipeline:
     """Load the base model that the config names, in the precision it trains in."""
-    from diffusers import StableDiffusionPipeline
-
     name = config.pretrained_model_name_or_path
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    given = in_dtype(torch.float32 if name == TOYLAND else dtypes[config.mixed_precision])
-    load = partial(
-        StableDiffusionPipeline.from_pretrained, safety_checker=None, requires_safety_checker=False, **given
-    )
-    return models.load_base(name, load)
+    dtype = torch.float32 if name == TOYLAND else dtypes[config.mixed_precision]
+    return models.load_base(name, partial(_load, dtype=dtype))
 
 
 def with_same_models(pipeline: Any, pipeline_class: type[Any], **changed: Any) -> Any:
-    """Make a Stable Diffusion pipeline of another class that shares a pipeline's parts, but for those given here."""
-    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return pipeline_class(**parts | changed | without)
+    """Make a pipeline of another class that shares a pipeline's parts, but for those given here."""
+    family = family_of(pipeline.components)
+    parts = {name: getattr(pipeline, name) for name in family.parts}
+    kept = {name: pipeline.config[name] for name in _KEPT if name in pipeline.config}
+    return pipeline_class(**parts | changed | kept | dict(family.unmarked))
+
+
+def stock_class(family: Family) -> type[Any]:
+    """diffusers' own text-to-image pipeline of a family."""
+    import diffusers
+
+    kind: type[Any] = getattr(diffusers, family.pipeline)
+    return kind
 
 
 def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
@@ -62,6 +69,14 @@ def refuse_untrainable(pipeline: StableDiffusionPipeline, config: TrainingConfig
         defects.append(f"its U-Net takes {pipeline.unet.config.in_channels} channels (an inpainting model?)")
     if defects:
         raise ConfigurationError("This pipeline cannot be trained: " + "; ".join(defects))
+
+
+def _load(place: str, *, dtype: torch.dtype, **options: Any) -> Any:
+    """Load what is known to be there, as the pipeline of its family."""
+    from diffusers import DiffusionPipeline
+
+    family = family_of_index(DiffusionPipeline.load_config(place, **options))
+    return stock_class(family).from_pretrained(place, **in_dtype(dtype), **family.unmarked, **options)
 
 
 @contextmanager

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from diffusers_mixofshow.base_models import public_name, usual_guidance
+from diffusers_mixofshow.base_models import guidance_of, public_name
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
+from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.lora import TrainableLoRA
 from diffusers_mixofshow.notes import infotext, sampler_name, sheet_note
-from diffusers_mixofshow.training.base import with_same_models
+from diffusers_mixofshow.training.base import stock_class, with_same_models
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -29,21 +30,21 @@ SCALES = (0.0, 0.7, 1.0)
 _STEPS = 20
 
 
-def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
+def plain_pipeline(pipeline: Any) -> Any:
     """A stock pipeline of the same models with DPM-Solver, without a progress bar; the given one stays as it is."""
     scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    made: StableDiffusionPipeline = with_same_models(pipeline, StableDiffusionPipeline, scheduler=scheduler)
+    made = with_same_models(pipeline, stock_class(family_of(pipeline.components)), scheduler=scheduler)
     made.set_progress_bar_config(disable=True)
     return made
 
 
-def drawing_settings(config: TrainingConfig) -> dict[str, Any]:
+def drawing_settings(pipeline: Any, config: TrainingConfig) -> dict[str, Any]:
     """Size, steps and guidance of pictures that are drawn for a training, as arguments of the pipeline."""
     return {
         "height": config.resolution,
         "width": config.resolution,
         "num_inference_steps": _STEPS,
-        "guidance_scale": usual_guidance(config.pretrained_model_name_or_path),
+        "guidance_scale": guidance_of(pipeline.components),
     }
 
 
@@ -68,21 +69,24 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
             rows[f"LoRA {scale:g}"] = stock(
                 prompt_embeds=prompt.expand(len(seeds), -1, -1),
                 negative_prompt_embeds=nothing.expand(len(seeds), -1, -1),
-                **drawing_settings(config),
+                **drawing_settings(pipeline, config),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images
     return rows
 
 
-def describe_sheet(config: TrainingConfig, prompt: str, labels: Sequence[str]) -> tuple[dict[str, Any], str]:
+def describe_sheet(
+    pipeline: Any, config: TrainingConfig, prompt: str, labels: Sequence[str]
+) -> tuple[dict[str, Any], str]:
     """What a sheet tells of how it was drawn: exactly, and as other programs read it.
 
     Args:
+        pipeline: As for `draw_rows`.
         config: As for `draw_rows`.
         prompt: The validation prompt, the concept in its place.
         labels: Of the rows.
     """
-    drawn, model = drawing_settings(config), config.pretrained_model_name_or_path
+    drawn, model = drawing_settings(pipeline, config), config.pretrained_model_name_or_path
     row = [(prompt, config.seed + number) for number in range(config.num_validation_images)]
     note = sheet_note(dict.fromkeys(labels, row), base_model=model, steps=_STEPS, guidance=drawn["guidance_scale"])
     settings = {

@@ -265,7 +265,7 @@ class _Tuning:
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
             sheet = labelled_sheet(rows, title=f"{prompt}, step {step}")
             path = folder / "validation" / f"step-{step:06d}.png"
-            write_with_note(path, sheet, "PNG", *describe_sheet(config, prompt, list(rows)))
+            write_with_note(path, sheet, "PNG", *describe_sheet(self.pipeline, config, prompt, list(rows)))
             scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
             self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
             log_picture(self.accelerator, sheet, step)
