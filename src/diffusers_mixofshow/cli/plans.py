@@ -210,14 +210,17 @@ def plan_of_masks(plan: MaskPlan, *, overwrite: bool) -> dict[str, Any]:
 
 
 def _check_words(config: TrainingConfig) -> None:
-    """Say what the base's tokenizer makes of the class word, where it lies on this disk."""
+    """Say what the base's tokenizers make of the class word, where it lies on this disk."""
     from transformers import CLIPTokenizer
 
+    from diffusers_mixofshow.families import FAMILIES
     from diffusers_mixofshow.training.words import check_words
 
-    folder = Path(location_of(config.pretrained_model_name_or_path)) / "tokenizer"
-    if folder.is_dir():
-        check_words(config.concept_to_learn, CLIPTokenizer.from_pretrained(folder))
+    place = Path(location_of(config.pretrained_model_name_or_path))
+    able = [family for family in FAMILIES if family.concept_pipeline]
+    names = dict.fromkeys(one.tokenizer for family in able for one in family.text_encoders.values())
+    if folders := [place / name for name in names if (place / name).is_dir()]:
+        check_words(config.concept_to_learn, *map(CLIPTokenizer.from_pretrained, folders))
 
 
 def describe_base(base: str) -> str:

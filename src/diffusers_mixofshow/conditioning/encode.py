@@ -49,6 +49,16 @@ class Encoded:
         states = torch.cat([part.states.to(parts[0].states) for part in parts], dim=-1)
         return cls(states, next((part.pooled for part in parts if part.pooled is not None), None))
 
+    @classmethod
+    def one_after_another(cls, prompts: Sequence[Self]) -> Self:
+        """Prompts that were encoded apart, as one."""
+        pooled = [each.pooled for each in prompts if each.pooled is not None]
+        return cls(torch.cat([each.states for each in prompts]), torch.cat(pooled) if pooled else None)
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """The same on a device."""
+        return Encoded(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+
     def where(self, there: Sequence[bool]) -> Encoded:
         """Zeros in place of the prompts that are not there."""
         if all(there):

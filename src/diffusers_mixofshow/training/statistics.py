@@ -11,10 +11,10 @@ from diffusers_mixofshow.training.base import with_same_models
 
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers_mixofshow.training.base import TrainablePipeline
 
 
-def record_statistics(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def record_statistics(pipeline: TrainablePipeline, folder: Path) -> None:
     """Record fusion statistics with every setting at its default, so that they serve every fusion at the defaults.
 
     Args:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _END_OF_WORD = "</w>"
 
 
-def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_words(concept: Concept, *tokenizers: PreTrainedTokenizerBase) -> None:
     """Refuse names that are taken, and say what happens to a class word that is not one token.
 
     V_class starts from the mean of the class word's token embeddings. For "golden retriever" that is between two words
@@ -23,7 +23,7 @@ def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase) -> None:
 
     Args:
         concept: To be learnt.
-        tokenizer: Of the base model.
+        tokenizers: Of the base model, the first of them for the first text encoder.
 
     Warns:
         MixOfShowWarning: If the class word is several tokens.
@@ -32,18 +32,18 @@ def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase) -> None:
         ConceptError: If the placeholder or a token is a word of the tokenizer already, or the class word has
             characters that it cannot read.
     """
-    vocabulary = tokenizer.get_vocab()
+    tokenizer, vocabulary = tokenizers[0], set().union(*(each.get_vocab() for each in tokenizers))
     names = (concept.placeholder, *concept.tokens)
     taken = [name for name in names if name in vocabulary or name + _END_OF_WORD in vocabulary]
     defects = [f"{', '.join(taken)} is already a word of the base's tokenizer; choose another name"] if taken else []
     pieces = tokenizer.tokenize(concept.class_word)
-    if tokenizer.unk_token in pieces:
+    if any(each.unk_token in each.tokenize(concept.class_word) for each in tokenizers):
         defects.append(f"the base's tokenizer cannot read its class word {concept.class_word!r}; use plain letters")
     if defects:
         raise ConceptError(f"Concept {concept.placeholder!r}: {'; '.join(defects)}.")
     if len(pieces) > 1:
         unknown = [word for word in concept.class_word.split() if len(tokenizer.tokenize(word)) > 1]
-        warn(_about_pieces(concept, pieces, unknown, list(vocabulary)))
+        warn(_about_pieces(concept, pieces, unknown, list(tokenizer.get_vocab())))
 
 
 def _about_pieces(concept: Concept, pieces: list[str], unknown: list[str], vocabulary: list[str]) -> str:
