@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import find_existing
-from diffusers_mixofshow.base_models import location_of, not_loadable
+from diffusers_mixofshow.base_models import known_family, location_of, not_loadable
 from diffusers_mixofshow.cli.timing import time_of
 
 
@@ -156,12 +156,15 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
         ConfigurationError: If the output folder cannot be written.
         MissingExtraError: If the optimiser's or tracker's package is not installed.
     """
+    from diffusers_mixofshow.training.base import refuse_other_families
     from diffusers_mixofshow.training.checkpoints import check_writable, starting_point
     from diffusers_mixofshow.training.company import compose_company
     from diffusers_mixofshow.training.data import load_photos
     from diffusers_mixofshow.training.optimisers import optimizer_of
     from diffusers_mixofshow.training.tracking import check_tracker
 
+    if (family := known_family(config.pretrained_model_name_or_path)) is not None:
+        refuse_other_families(f"The base model {config.pretrained_model_name_or_path!r}", family)
     _check_words(config)
     photos = load_photos(config)
     composed = compose_company(photos, config)

@@ -58,11 +58,20 @@ def stock_class(family: Family) -> type[Any]:
     return kind
 
 
+def refuse_other_families(called: str, family: Family) -> None:
+    """Raise a `ConfigurationError` if concepts of a family are not tuned; `called` is what is of it."""
+    if not family.concept_pipeline:
+        able = ", ".join(one.name for one in FAMILIES if one.concept_pipeline)
+        raise ConfigurationError(
+            f"{called} cannot be trained: it is of {family.name}, whose concepts are not tuned; expected one of "
+            f"{able}."
+        )
+
+
 def refuse_untrainable(pipeline: TrainablePipeline, config: TrainingConfig) -> None:
     """Raise one `ConfigurationError` that lists why this pipeline cannot be trained with this config."""
     components, family = pipeline.components, family_of(pipeline.components)
-    if not family.concept_pipeline:
-        raise _not_of_a_known_family("This pipeline", family)
+    refuse_other_families("This pipeline", family)
     defects = [f"it has no {name}" for name in family.parts if components.get(name) is None]
     settings = getattr(components.get(family.denoiser), "config", family.marks)
     defects += [
@@ -91,8 +100,7 @@ def _load(place: str, *, dtype: torch.dtype, **options: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     family = family_of_index(DiffusionPipeline.load_config(place, **options))
-    if not family.concept_pipeline:
-        raise _not_of_a_known_family(f"The base model {place!r}", family)
+    refuse_other_families(f"The base model {place!r}", family)
     return stock_class(family).from_pretrained(place, **in_dtype(dtype), **family.unmarked, **options)
 
 
@@ -123,13 +131,6 @@ def borrow(pipeline: TrainablePipeline) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-
-
-def _not_of_a_known_family(called: str, family: Family) -> ConfigurationError:
-    able = ", ".join(one.name for one in FAMILIES if one.concept_pipeline)
-    return ConfigurationError(
-        f"{called} cannot be trained: it is of {family.name}, whose concepts are not tuned; expected one of {able}."
-    )
 
 
 def _is_half(module: nn.Module) -> bool:
