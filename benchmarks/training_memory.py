@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -70,12 +70,17 @@ SCALE = 8
 
 
 class Allocations(TorchDispatchMode):
-    """Adds up what is allocated, and remembers the most that there was at once, in bytes."""
+    """Adds up what is allocated, and remembers the most that there was at once, in bytes.
 
-    def __init__(self) -> None:
+    Args:
+        there: Models whose weights are there before, so that a view of one is no allocation.
+    """
+
+    def __init__(self, there: Iterable[nn.Module]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        weights = (each for model in there for each in (*model.parameters(), *model.buffers()))
+        self._known = weakref.WeakKeyDictionary[Any, int]({each.untyped_storage(): 0 for each in weights})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count what it has made."""
@@ -172,9 +177,9 @@ def captions_of(count: int) -> TokenizedTexts:
     return TokenizedTexts(of_encoder=dict.fromkeys(STABLE_DIFFUSION_XL.text_encoders, tokens), there=(True,) * count)
 
 
-def peak_of(work: Callable[[], object]) -> int:
-    """The most bytes that are allocated at once while something runs, beside what was there before."""
-    with Allocations() as allocations:
+def peak_of(work: Callable[[], object], *there: nn.Module) -> int:
+    """The most bytes that are allocated at once while something runs, beside the models that were there before."""
+    with Allocations(there) as allocations:
         work()
     return allocations.peak
 
@@ -208,7 +213,7 @@ def step(parts: Mapping[str, Any], config: TrainingConfig, dtype: torch.dtype) -
         learnt = sum(each.numel() for each in learner.parameters() if each.requires_grad)
         if dtype != torch.float32:
             stack.enter_context(norms_in_float32())
-        needed = peak_of(lambda: learner(batch)["loss"].backward())
+        needed = peak_of(lambda: learner(batch)["loss"].backward(), learner)
     moments = 2 if config.optimizer.lower().endswith("8bit") else 8
     return learnt * (4 + moments), needed
 
@@ -220,9 +225,9 @@ def pictures(parts: Mapping[str, Any], config: TrainingConfig, dtype: torch.dtyp
     with in_dtype(torch.float32):
         vae = AutoencoderKL(**VAE).eval()
     upcast = sum(4 * weights.numel() for weights in vae.parameters()) if dtype != torch.float32 else 0
-    encoding = peak_of(lambda: vae.encode(torch.zeros(1, 3, side, side)))
+    encoding = peak_of(lambda: vae.encode(torch.zeros(1, 3, side, side)), vae)
     cells = side // SCALE
-    decoding = peak_of(lambda: vae.decode(torch.zeros(1, 4, cells, cells)))
+    decoding = peak_of(lambda: vae.decode(torch.zeros(1, 4, cells, cells)), vae)
     return upcast + encoding, upcast + decoding
 
 
