@@ -24,17 +24,20 @@ from diffusers_mixofshow.training.batches import Batch
 
 
 TOKENS = ("<potter1>", "<potter2>")
+PARTS = {"text_encoder": "", "text_encoder_2": "text_encoder_2."}
+"""Text encoder to what stands before a token's name in front of its embeddings."""
 
 
 class SlowTraining:
     """The same training as `EDLoRATrainer`'s, for the concept potter.
 
     Args:
-        pipeline: The base model, see `in_float64`.
+        pipeline: The base model, see `in_float64`; of SDXL with two text encoders.
         start: Every parameter at its start: ``embedding TOKEN``, ``SITE down``, ``SITE up``.
         captions: The texts that batches number.
         config: All settings.
         prediction_type: What the denoiser predicts.
+        zero_snr: Whether the last timestep is noise alone.
     """
 
     def __init__(
@@ -44,22 +47,30 @@ class SlowTraining:
         captions: Sequence[str],
         config: TrainingConfig,
         prediction_type: str = "epsilon",
+        *,
+        zero_snr: bool = False,
     ) -> None:
         self.config, self.captions, self.tokenizer = config, captions, pipeline.tokenizer
         self.prediction_type = prediction_type
-        self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
+        self.signals = signals(zero_snr)
+        self.unet, self.encoders = pipeline.unet, pipeline.encoders
         self.values = {name: value.detach().clone().double().requires_grad_() for name, value in start.items()}
         self.average = {name: value.detach().clone() for name, value in self.values.items()}
         self.layers = cross_attention_layers(self.unet)
+        self.groups = {path: self._group(path) for path in self.layers}
         self.paths = {}
-        for model in (self.unet, self.text_encoder):
+        for model in (self.unet, *self.encoders.values()):
             names = {module: path for path, module in model.named_modules()}
-            for site, layer in adapted_layers({"unet": self.unet, "text_encoder": self.text_encoder}).items():
-                if layer in names:
+            for site, layer in adapted_layers({"unet": self.unet, **self.encoders}).items():
+                if layer in names and f"{site} up" in self.values:
                     self.paths[site] = names[layer]
         self.directions = self._start_token_inputs() if config.keep_start_token else {}
         self._keep_start_token()
         self.reports: list[dict[str, Any]] = []
+
+    def _group(self, path: str) -> str:
+        """What a cross-attention layer shares its text with: in SDXL all layers of one ``attentions`` module."""
+        return path if len(self.encoders) == 1 else re.findall(r".*\.attentions\.\d+", path)[0]
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Take all steps, each with as many batches as are accumulated."""
@@ -67,7 +78,7 @@ class SlowTraining:
         for phase, steps in (("embeddings", config.embedding_phase_steps), ("joint", config.max_train_steps)):
             groups = {name: self.rate(name) for name in self.values if phase == "joint" or name.startswith("emb")}
             groups = {name: rate for name, (_, rate) in groups.items() if rate}
-            optimizer = self._optimizer(groups)
+            optimizer = self._optimizer(groups) if steps else None
             for step in range(steps):
                 self._step(phase, step, steps, list(groups), optimizer, batches)
 
@@ -152,7 +163,7 @@ class SlowTraining:
 
     def embedding_norm(self) -> float:
         """Mean Euclidean norm of all tokens' rows."""
-        rows = [row for token in TOKENS for row in self.values[f"embedding {token}"]]
+        rows = [row for name, value in self.values.items() if name.startswith("embedding ") for row in value]
         return sum(math.sqrt(float((row**2).sum())) for row in rows) / len(rows)
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -173,13 +184,17 @@ class SlowTraining:
         latents, noise, mask = (each[number].double() for each in (batch.latents, batch.noise, batch.mask))
         timestep = int(batch.timesteps[number])
         caption = self.captions[batch.captions[int(batch.caption_of[number])]]
-        signal = math.prod(1 - beta for beta in betas()[: timestep + 1])
+        signal = self.signals[timestep]
         noisy = math.sqrt(signal) * latents + math.sqrt(1 - signal) * noise
         ids, places = self._ids(caption)
-        with self._texts_handed_out(ids, places) as seen:
-            (prediction,) = functional_call(
-                self.unet, self._weights("unet"), (noisy[None], timestep, torch.zeros(1, 77, 32).double())
-            ).sample
+        nothing = torch.zeros(1, 77, self.unet.config.cross_attention_dim).double()
+        with self._texts_handed_out(caption, ids, places) as seen:
+            told = {}
+            if len(self.encoders) > 1:
+                vector = self._vector(caption, ids, places)
+                told = {"added_cond_kwargs": {"text_embeds": vector[None], "time_ids": batch.sizes[number][None]}}
+            given = (noisy[None], timestep, nothing)
+            (prediction,) = functional_call(self.unet, self._weights("unet"), given, told).sample
         velocity = math.sqrt(signal) * noise - math.sqrt(1 - signal) * latents
         target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[self.prediction_type]
         weights = mask.expand_as(target)
@@ -205,29 +220,45 @@ class SlowTraining:
         ids.append(self.tokenizer.eos_token_id)
         return ids + [self.tokenizer.pad_token_id] * (77 - len(ids)), places
 
-    def _encode(self, ids: list[int], places: Mapping[str, int]) -> torch.Tensor:
-        """A text as every layer reads it, shape (layers, 77, dim)."""
+    def _run_encoder(self, name: str, ids: list[int], rows_at: Mapping[int, torch.Tensor]) -> Any:
+        """One text encoder's output for one text with these rows in place of words' embeddings."""
 
         def write(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-            texts = [list(rows) for rows in output]
-            for layer, rows in enumerate(texts):
-                for token, place in places.items():
-                    rows[place] = self.values[f"embedding {token}"][layer]
-            return torch.stack([torch.stack(rows) for rows in texts])
+            return torch.stack([rows_at.get(place, row) for place, row in enumerate(output[0])])[None]
 
-        with ExitStack() as stack:
-            table = self.text_encoder.get_input_embeddings()
-            stack.callback(table.register_forward_hook(write).remove)
-            states: torch.Tensor = functional_call(
-                self.text_encoder, self._weights("text_encoder"), (torch.tensor([ids] * len(self.layers)),)
-            )[0]
-        return states
+        hook = self.encoders[name].get_input_embeddings().register_forward_hook(write)
+        try:
+            given = (torch.tensor([ids]),), {"output_hidden_states": True}
+            return functional_call(self.encoders[name], self._weights(name), *given)
+        finally:
+            hook.remove()
+
+    def _encode(self, group: int, ids: list[int], places: Mapping[str, int]) -> torch.Tensor:
+        """A text as a group of layers reads it, both text encoders' states side by side, shape (77, dim)."""
+        states = []
+        for name in self.encoders:
+            rows = {at: self.values[f"embedding {PARTS[name]}{token}"][group] for token, at in places.items()}
+            output = self._run_encoder(name, ids, rows)
+            states.append(output[0][0] if len(self.encoders) == 1 else output.hidden_states[-2][0])
+        return torch.cat(states, dim=1)
+
+    def _vector(self, caption: str, ids: list[int], places: Mapping[str, int]) -> torch.Tensor:
+        """What SDXL reads of a text as a whole; no text is zeros."""
+        rows = {at: self.values[f"embedding pooled.{token}"][0] for token, at in places.items()}
+        vector: torch.Tensor = self._run_encoder("text_encoder_2", ids, rows).text_embeds[0]
+        return vector if caption else torch.zeros_like(vector)
 
     @contextmanager
-    def _texts_handed_out(self, ids: list[int], places: Mapping[str, int]) -> Iterator[dict[str, torch.Tensor]]:
+    def _texts_handed_out(
+        self, caption: str, ids: list[int], places: Mapping[str, int]
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """Each cross-attention layer reads its own text; what each layer sees of the picture and the text is kept."""
         seen: dict[str, torch.Tensor] = {}
-        texts = dict(zip(self.layers, self._encode(ids, places), strict=True))
+        groups = list(dict.fromkeys(self.groups.values()))
+        of_group = {group: self._encode(number, ids, places) for number, group in enumerate(groups)}
+        if not caption and len(self.encoders) > 1:
+            of_group = {group: torch.zeros_like(text) for group, text in of_group.items()}
+        texts = {path: of_group[group] for path, group in self.groups.items()}
 
         def handing(path: str) -> Any:
             def hand(_module: object, inputs: Any, named: dict[str, Any]) -> Any:
@@ -243,7 +274,7 @@ class SlowTraining:
             yield seen
 
     def _weights(self, component: str) -> dict[str, torch.Tensor]:
-        model = self.unet if component == "unet" else self.text_encoder
+        model = self.unet if component == "unet" else self.encoders[component]
         scale = self.config.lora_alpha / self.config.rank
         return {
             f"{path}.weight": model.get_submodule(path).weight
@@ -288,12 +319,16 @@ class SlowTraining:
             return note
 
         ids, _ = self._ids("whatever")
+        firsts = []
         with ExitStack() as stack, torch.no_grad():
             for site, path in self.paths.items():
-                if site.startswith("text_encoder."):
-                    layer = self.text_encoder.get_submodule(path)
+                if not site.startswith("unet."):
+                    layer = self.encoders[site.partition(".")[0]].get_submodule(path)
                     stack.callback(layer.register_forward_pre_hook(noting(site)).remove)
-            first = self.text_encoder(torch.tensor([ids]))[0][0, 0]
+            for encoder in self.encoders.values():
+                output = encoder(torch.tensor([ids]), output_hidden_states=True)
+                firsts.append((output[0] if len(self.encoders) == 1 else output.hidden_states[-2])[0, 0])
+        first = torch.cat(firsts)
         for site in self.paths:
             if site.endswith((".attn2.to_k", ".attn2.to_v")):
                 inputs[site] = first
@@ -309,16 +344,25 @@ class SlowTraining:
 
 def in_float64(pipeline: Any) -> SimpleNamespace:
     """A copy of what of a base model a training needs beside its autoencoder."""
-    models = {name: deepcopy(getattr(pipeline, name)).double().eval() for name in ("unet", "text_encoder")}
+    found = (name for name in ("unet", *PARTS) if name in pipeline.components)
+    models = {name: deepcopy(getattr(pipeline, name)).double().eval() for name in found}
     for model in models.values():
         model.requires_grad_(False)
-    return SimpleNamespace(**models, tokenizer=pipeline.tokenizer)
+    return SimpleNamespace(unet=models.pop("unet"), encoders=models, tokenizer=pipeline.tokenizer)
 
 
-def betas() -> list[float]:
-    """Stable Diffusion's noise schedule: linear in the square root."""
+def signals(zero_snr: bool) -> list[float]:
+    """Share of the picture's variance at each timestep.
+
+    Stable Diffusion's noise schedule is linear in the square root. With zero terminal SNR its roots are moved and
+    stretched, so that the first one stays and the last one is 0 (arXiv:2305.08891, algorithm 1).
+    """
     first, last = math.sqrt(0.00085), math.sqrt(0.012)
-    return [(first + (last - first) * step / 999) ** 2 for step in range(1000)]
+    betas = [(first + (last - first) * step / 999) ** 2 for step in range(1000)]
+    roots = [math.sqrt(math.prod(1 - beta for beta in betas[: step + 1])) for step in range(1000)]
+    if zero_snr:
+        roots = [(root - roots[-1]) * roots[0] / (roots[0] - roots[-1]) for root in roots]
+    return [root**2 for root in roots]
 
 
 def share_of_rate(step: int, steps: int, config: TrainingConfig) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
-from diffusers_mixofshow.families import BaseModel, family_of
+from diffusers_mixofshow.families import FAMILIES, BaseModel, Family, family_of, family_of_index
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, STABLE_DIFFUSION
@@ -99,6 +99,15 @@ def license_of(base_model: str) -> str:
     """The licence of a base model, as the Hub spells it; empty where the package does not know it."""
     known = _known_base(base_model)
     return "" if known is None else known.license
+
+
+def known_family(base_model: str) -> Family | None:
+    """The family of a base model whose id the package knows, or that lies on this disk; None of any other."""
+    known = _known_base(base_model)
+    if known is not None:
+        return next(family for family in FAMILIES if known in family.models)
+    index = _configuration(Path(base_model, "model_index.json")) if base_model else {}
+    return family_of_index(index) if index else None
 
 
 def usual_guidance(base_model: str) -> float:

@@ -15,6 +15,7 @@ from diffusers_mixofshow import EDLoRATrainer, cli
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
+from families.pipelines import tiny_pipeline
 
 
 NEEDED = ["photos", "--concept", "potter", "--class-word", "man"]
@@ -228,3 +229,17 @@ def test_a_plan_tells_words_that_the_base_does_not_know(
     warned = CliRunner().invoke(cli.app, asked, catch_exceptions=False).stderr
     assert told in warned
     assert ("class word" in warned) == bool(told)
+
+
+def test_a_folder_of_sdxl_is_planned_and_tuned_as_any_other_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline("Stable Diffusion XL").save_pretrained("base")
+    Path("photos").mkdir()
+    Image.linear_gradient("L").convert("RGB").save("photos/a.png")
+    base = ["photos", "--concept", "potter", "--class-word", "m", "--base", "base", "--company", "0"]
+    assert "steps: 800 of 4 pictures at 1024 pixels" in run(*base, "--dry-run")
+    small = ["--resolution", "32", "--steps", "1", "--batch-size", "1", "--num-validation-images", "0"]
+    assert "Wrote the ED-LoRA of <potter> to potter" in run(*base, *small, "--no-save-statistics")
+    assert "pooled.<potter1>" in EDLoRA.from_pretrained("potter").embeddings

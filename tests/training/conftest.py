@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import tiny
+from families.pipelines import tiny_pipeline
 
 
 @pytest.fixture
 def pipeline() -> StableDiffusionPipeline:
     return StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+
+
+@pytest.fixture(params=["Stable Diffusion", "Stable Diffusion XL"])
+def either(request: pytest.FixtureRequest) -> Any:
+    """For what holds of every family whose concepts are tuned."""
+    return tiny_pipeline(request.param)
 
 
 @pytest.fixture

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 
+from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.training.batches import Batch, CachedPhoto, RandomBatches, cache_photos
+from diffusers_mixofshow.training.company import compose_company
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.framing import bucket_size, crop_photo, crops_of, place_photo
+from diffusers_mixofshow.training.data import read_photos
+from diffusers_mixofshow.training.framing import bucket_size, crop_photo, crops_of, place_photo, sizes_of
 from diffusers_mixofshow.training.pictures import Photo
 
 
@@ -25,13 +29,14 @@ def config_of(**settings: object) -> TrainingConfig:
 def photo_of(
     number: int, *, crops: int = 3, captions: int = 1, deviation: float = 0.0, **fields: object
 ) -> CachedPhoto:
-    """Crop c of photo n has latents n + c / 8, mask 1 + n + c / 8 and subject 2 + n + c / 8."""
+    """Crop c of photo n has latents n + c / 8, mask 1 + n + c / 8, subject 2 + n + c / 8, and sizes 3 + n + c / 8."""
     values = (number + torch.arange(crops) / 8).view(-1, 1, 1, 1)
     made: dict[str, object] = {
         "mean": values.expand(-1, 4, 2, 2),
         "deviation": torch.full((crops, 4, 2, 2), deviation),
         "mask": (1 + values).expand(-1, 1, 2, 2),
         "subject": (2 + values).expand(-1, 1, 2, 2),
+        "sizes": (3 + values[..., 0, 0]).expand(-1, 6),
         "captions": tuple(range(number * captions, (number + 1) * captions)),
     }
     return CachedPhoto(**{**made, **fields})  # type: ignore[arg-type]
@@ -65,6 +70,7 @@ def test_the_mask_and_the_subject_are_those_of_the_crop_that_is_shown() -> None:
     for batch in batches:
         value = batch.latents[:, :1]
         torch.testing.assert_close(batch.mask, 1 + value)
+        torch.testing.assert_close(batch.sizes, (3 + value[:, :, 0, 0]).expand(-1, 6))
         has_none = value[:, 0, 0, 0] >= 5
         assert batch.has_subject.tolist() == (~has_none).tolist()
         torch.testing.assert_close(batch.subject, torch.where(has_none.view(-1, 1, 1, 1), 1.0, 2 + value))
@@ -205,6 +211,7 @@ def test_cached_photos_are_what_the_autoencoder_gives(pipeline: StableDiffusionP
             else:
                 torch.testing.assert_close(cached.subject[number], cells)
             torch.testing.assert_close(cached.mask[number], cells if masked else torch.ones(1, 16, 16))
+            assert cached.sizes[number].tolist() == sizes_of(photo, crop)
 
 
 def test_latents_are_shifted_and_scaled_as_the_autoencoder_says(pipeline: StableDiffusionPipeline) -> None:
@@ -248,6 +255,57 @@ def test_a_placed_photo_stands_where_the_draw_says(size: tuple[int, int], seed: 
     torch.testing.assert_close(inside, torch.linspace(0, 1, height), atol=0.03, rtol=0)
     row = (crop.pixels[1, top + height // 2, left : left + width] + 1) / 2
     torch.testing.assert_close(row, torch.linspace(0, 1, width), atol=0.05, rtol=0)
+
+
+def scaled_to_cover(photo: Photo, size: tuple[int, int]) -> Image.Image:
+    """The photo as it is before anything is cut off."""
+    scale = max(size[0] / photo.image.width, size[1] / photo.image.height)
+    width, height = (round(side * scale) for side in photo.image.size)
+    return photo.image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("framing", ["crop", "buckets"])
+@pytest.mark.parametrize("size", [(180, 60), (60, 180), (301, 200), (97, 103), (64, 64), (40, 30), (900, 100)])
+def test_what_the_denoiser_is_told_is_what_was_cut_off_of_the_photo(
+    size: tuple[int, int], framing: str, center: bool
+) -> None:
+    """Mirrored ones are crops of the mirrored photo: of it, what was cut off at the right lies at the left."""
+    across, down = (np.linspace(0, 255, side) for side in size)
+    values = np.stack([np.tile(across, (size[1], 1)), np.tile(down[:, None], (1, size[0])), np.zeros(size[::-1])], -1)
+    photo = replace(shades(size, mask=False), image=Image.fromarray(values.round().astype(np.uint8)))
+    target = bucket_size(size, 64) if framing == "buckets" else (64, 64)
+    settings = {"variants": 3, "center": center, "framing": framing, "flip": True}
+    crops = crops_of(photo, 64, generator=torch.Generator().manual_seed(1), **settings)
+    whole, both = scaled_to_cover(photo, target), (False, True)
+    for mirrored, part in zip(both, (crops[: len(crops) // 2], crops[len(crops) // 2 :]), strict=True):
+        shown = ImageOps.mirror(whole) if mirrored else whole
+        for crop in part:
+            told = sizes_of(photo, crop)
+            assert told == [size[1], size[0], crop.top, crop.left, target[1], target[0]]
+            cut = shown.crop((crop.left, crop.top, crop.left + target[0], crop.top + target[1]))
+            expected = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[:2].float() / 127.5 - 1
+            a_cell = 2.0 / min(whole.size)  # the draw stands between pixels
+            torch.testing.assert_close(crop.pixels[:2, 3:-3, 3:-3], expected[:, 3:-3, 3:-3], atol=1.5 * a_cell, rtol=0)
+
+
+def test_the_true_size_is_told_whatever_training_has_kept_of_a_photo(tmp_path: Path) -> None:
+    Image.effect_noise((300, 200), 80).convert("RGB").save(tmp_path / "a.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # lies on its side
+    Image.effect_noise((300, 200), 60).convert("RGB").save(tmp_path / "b.jpg", exif=turned)
+    Image.effect_noise((20, 30), 70).convert("RGB").save(tmp_path / "c.png")
+    photos = read_photos(tmp_path, Concept.from_name("potter", "man"), resolution=32)
+    assert [photo.image.size for photo in photos] == [(96, 64), (64, 96), (20, 30)]
+    assert [photo.true_size for photo in photos] == [(300, 200), (200, 300), (20, 30)]
+    told = [sizes_of(photo, crop_photo(photo, 32)) for photo in photos]
+    assert told == [[200, 300, 0, 8, 32, 32], [300, 200, 8, 0, 32, 32], [30, 20, 8, 0, 32, 32]]
+    placed = place_photo(photos[0], 32, generator=torch.Generator().manual_seed(0))
+    assert sizes_of(photos[0], placed) == [200, 300, 0, 0, 32, 32]
+    masked = [replace(photos[0], mask=Image.new("L", (96, 64), 255))]
+    (composed, *_) = compose_company(masked, config_of(company=0.5))
+    assert composed.true_size == (200, 200)
+    assert sizes_of(composed, crop_photo(composed, 32)) == [200, 200, 0, 0, 32, 32]
 
 
 @pytest.mark.parametrize("framing", ["crop", "place", "buckets"])

@@ -281,6 +281,7 @@ def test_rates_may_be_lowered_and_nothing_else() -> None:
 def test_the_digest_of_the_data_tells_every_change() -> None:
     def photo(**changes: Any) -> CachedPhoto:
         values = {"mean": torch.zeros(1, 4, 2, 2), "deviation": torch.ones(1, 4, 2, 2), "subject": None}
+        values |= {"sizes": torch.zeros(1, 6)}
         return CachedPhoto(**{**values, "mask": torch.ones(1, 1, 2, 2), "captions": (0, 1), **changes})
 
     digests = {
@@ -303,7 +304,10 @@ def test_the_digest_of_the_data_tells_every_change() -> None:
     ("change", "words"),
     [({name: None}, f"it has no {name}") for name in ("unet", "text_encoder", "vae", "tokenizer", "scheduler")]
     + [
-        ({"text_encoder_2": object()}, "it has two text encoders, expected one"),
+        (
+            {"text_encoder_2": object()},
+            "it has no tokenizer_2; its U-Net's addition_embed_type is None, but 'text_time' ",
+        ),
     ],
 )
 def test_a_pipeline_that_lacks_a_part_is_refused(change: dict[str, Any], words: str) -> None:
@@ -460,5 +464,5 @@ def test_a_base_of_another_family_is_refused_by_its_name() -> None:
     components = {
         name: part for name, part in tiny_pipeline("Stable Diffusion XL").components.items() if "_2" not in name
     }
-    with pytest.raises(ConfigurationError, match="it is of Stable Diffusion XL, which cannot be trained yet"):
+    with pytest.raises(ConfigurationError, match="cannot be trained: it has no text_encoder_2; it has no tokenizer_2"):
         refuse_untrainable(SimpleNamespace(components=components), config_of())  # type: ignore[arg-type]

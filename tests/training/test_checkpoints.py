@@ -18,6 +18,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, OverwriteError
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
 from diffusers_mixofshow.training.learner import Learner
+from families.pipelines import tiny_pipeline
 from short_training import quick, same
 
 
@@ -46,19 +47,37 @@ def stopped_after(step: int, config: TrainingConfig, pipeline: StableDiffusionPi
         EDLoRATrainer(config, pipeline, on_step=press).train()
 
 
-@pytest.mark.parametrize("pressed", [1, 2])
+STILL = {
+    "embedding_phase_steps": 0,
+    "max_train_steps": 6,
+    "embedding_learning_rate": 0,
+    "text_encoder_learning_rate": 0,
+}
+"""Texts are read once then, and kept."""
+
+
+@pytest.mark.parametrize(
+    ("family", "pressed", "settings"),
+    [
+        ("Stable Diffusion", 1, RICH),
+        ("Stable Diffusion", 2, RICH),
+        ("Stable Diffusion", 2, RICH | STILL | {"captions_per_step": 2}),
+        ("Stable Diffusion XL", 1, RICH | {"gradient_accumulation_steps": 1, "keep_start_token": True}),
+    ],
+)
 def test_going_on_gives_the_same_bits(
-    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, pressed: int
+    family: str, photos: Path, tmp_path: Path, pressed: int, settings: dict[str, Any]
 ) -> None:
-    whole = EDLoRATrainer(quick(photos, **RICH), pipeline).train()
+    pipeline = tiny_pipeline(family)
+    whole = EDLoRATrainer(quick(photos, **settings), pipeline).train()
     handler = signal.getsignal(signal.SIGINT)
-    stopped_after(pressed, quick(photos, **RICH, output_dir=tmp_path / "out"), pipeline)
+    stopped_after(pressed, quick(photos, **settings, output_dir=tmp_path / "out"), pipeline)
     assert signal.getsignal(signal.SIGINT) is handler
     assert names(tmp_path / "out") == [f"checkpoint-{pressed + 1}"]
     torch.manual_seed(99)
     steps: list[int] = []
     resumed = EDLoRATrainer(
-        quick(photos, **RICH, output_dir=tmp_path / "out", resume_from_checkpoint="latest"),
+        quick(photos, **settings, output_dir=tmp_path / "out", resume_from_checkpoint="latest"),
         pipeline,
         on_step=lambda report: steps.append(report.step),
     ).train()

@@ -441,6 +441,7 @@ def cached(count: int, captions: int) -> list[CachedPhoto]:
             deviation=torch.zeros(1, 4, 2, 2),
             mask=torch.ones(1, 1, 2, 2),
             subject=None,
+            sizes=torch.zeros(1, 6),
             captions=tuple(range(number * captions, (number + 1) * captions)),
         )
         for number in range(count)
@@ -484,6 +485,7 @@ def test_batches_have_photos_of_one_size() -> None:
             deviation=torch.zeros(1, 4, 2, 3),
             mask=torch.ones(1, 1, 2, 3),
             subject=None,
+            sizes=torch.zeros(1, 6),
             captions=(number,),
         )
         for number in (3, 4, 5)
@@ -514,6 +516,7 @@ def test_batches_of_several_sizes_go_on_where_they_stopped() -> None:
         deviation=torch.ones(2, 4, 2, 3),
         mask=torch.ones(2, 1, 2, 3),
         subject=None,
+        sizes=torch.zeros(2, 6),
         captions=(0,),
     )
 

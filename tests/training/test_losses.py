@@ -70,3 +70,18 @@ def test_min_snr_weights(prediction_type: str) -> None:
     expected = torch.minimum(snr, torch.full_like(snr, 5.0)) / divisor
     weights = min_snr_weights(prediction_type, scheduler.alphas_cumprod[timesteps], 5.0)
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("prediction_type", "last"), [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)])
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+def test_noise_alone_has_the_weight_that_timesteps_before_it_come_near_to(
+    prediction_type: str, last: float, gamma: float
+) -> None:
+    """With zero terminal SNR the last timestep shows nothing of the picture; no weight is a division of 0 by 0."""
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    assert float(alphas_cumprod[-1]) < 1e-12
+    weights = min_snr_weights(prediction_type, torch.cat([alphas_cumprod, torch.zeros(1)]), gamma)
+    assert weights.isfinite().all()
+    assert weights[-2:].tolist() == pytest.approx([last, last], abs=1e-8)
+    assert float(weights[-3]) == pytest.approx(last, abs=1e-4)

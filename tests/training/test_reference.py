@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from PIL import Image
 
-import tiny
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
 from diffusers_mixofshow.training.batches import Batch
 from diffusers_mixofshow.training.learner import Learner
 from diffusers_mixofshow.training.trained import initialise
+from families.pipelines import tiny_pipeline
 from short_training import quick, tensors
 from slow_training import SlowTraining, in_float64
 
@@ -25,23 +25,26 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 """float32 beside float64, over some steps."""
 
 
+SD, XL = "Stable Diffusion", "Stable Diffusion XL"
+
+
 @pytest.fixture(scope="module")
-def pipeline() -> StableDiffusionPipeline:
-    """It comes back from every training as it was, which `test_trainer.py` looks at."""
-    return StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+def pipelines() -> dict[str, Any]:
+    """They come back from every training as they were, which `test_trainer.py` looks at."""
+    return {name: tiny_pipeline(name) for name in (SD, XL)}
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two photos with captions of their own, one with a mask, and two pictures of the class."""
+    """Two photos with captions of their own, one with a mask and one wide, and two pictures of the class."""
     folder = tmp_path_factory.mktemp("photos")
     for name in ("masks", "men"):
         (folder / name).mkdir()
-    shades = Image.linear_gradient("L").resize((32, 32))
+    shades, wide = (Image.linear_gradient("L").resize((width, 32)) for width in (32, 48))
     for number, (caption, colour) in enumerate({"a <TOK>": "red", "my <TOK> man, sitting": "blue"}.items()):
-        Image.composite(Image.new("RGB", (32, 32), colour), Image.new("RGB", (32, 32)), shades).save(
-            folder / f"{number}.png"
-        )
+        light = (shades, wide)[number]
+        picture = Image.composite(Image.new("RGB", light.size, colour), Image.new("RGB", light.size), light)
+        picture.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
         Image.new("RGB", (32, 32), ("green", "grey")[number]).save(folder / "men" / f"{number}.png")
     shades.transpose(Image.Transpose.ROTATE_90).save(folder / "masks" / "0.png")
@@ -49,19 +52,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(pipeline: StableDiffusionPipeline) -> SimpleNamespace:
-    return in_float64(pipeline)
+def bases(pipelines: dict[str, Any]) -> dict[str, SimpleNamespace]:
+    return {name: in_float64(pipeline) for name, pipeline in pipelines.items()}
 
 
 @pytest.fixture(scope="module")
-def start_of(pipeline: StableDiffusionPipeline) -> Callable[[TrainingConfig], dict[str, torch.Tensor]]:
+def start_of(pipelines: dict[str, Any]) -> Callable[[str, TrainingConfig], dict[str, torch.Tensor]]:
     """First values of everything that is learnt."""
-    kept: dict[tuple[int, bool], dict[str, torch.Tensor]] = {}
+    kept: dict[tuple[str, int, bool], dict[str, torch.Tensor]] = {}
 
-    def start(config: TrainingConfig) -> dict[str, torch.Tensor]:
-        key = config.rank, config.keep_start_token
+    def start(family: str, config: TrainingConfig) -> dict[str, torch.Tensor]:
+        key = family, config.rank, config.keep_start_token
         if key not in kept:
-            with initialise(pipeline, config) as trained:
+            with initialise(pipelines[family], config) as trained:
                 kept[key] = {name: value.detach().clone() for name, value in trained.parameters().items()}
         return kept[key]
 
@@ -90,7 +93,7 @@ def config_of(photos: Path, settings: dict[str, Any]) -> TrainingConfig:
 
 
 def trained_and_seen(
-    config: TrainingConfig, pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    config: TrainingConfig, pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, torch.Tensor], list[StepReport], list[Batch], float]:
     """What a training learns and reports, the batches of its steps, and its final loss."""
     reports: list[StepReport] = []
@@ -124,7 +127,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "noise offset": {"noise_offset": 0.8},
     "min-SNR": {"snr_gamma": 0.5},
     "min-SNR for v": {"snr_gamma": 0.5, "prediction_type": "v_prediction"},
+    "zero terminal SNR": {"snr_gamma": 0.5, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
     "min-SNR for z": {"snr_gamma": 0.5, "prediction_type": "sample"},
+    "texts that stand still": {"embedding_learning_rate": 0.0, "text_encoder_learning_rate": 0.0},
     "prior preservation": {"prior_loss_weight": 0.3},
     "fewer captions than pictures": {"train_batch_size": 3, "captions_per_step": 2, "prior_loss_weight": 2.0},
     "empty prompts": {"proportion_empty_prompts": 0.6, "train_batch_size": 3},
@@ -165,23 +170,39 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+OF_BOTH = {
+    "rates of their own": 2,
+    "zero terminal SNR": 1,
+    "texts that stand still": 2,
+    "empty prompts": 1,
+    "attention beside the class": 1,
+    "start token": 1,
+    "recomputed": 1,
+}
+"""Settings that meet what SDXL has of its own (two text encoders, a vector of the whole text, sizes), and steps."""
+
+
+@pytest.mark.parametrize(("family", "name"), [*((SD, name) for name in SETTINGS), *((XL, name) for name in OF_BOTH)])
 def test_a_training_is_the_one_written_out(
+    family: str,
     name: str,
-    pipeline: StableDiffusionPipeline,
-    base: SimpleNamespace,
-    start_of: Callable[[TrainingConfig], dict[str, torch.Tensor]],
+    pipelines: dict[str, Any],
+    bases: dict[str, SimpleNamespace],
+    start_of: Callable[[str, TrainingConfig], dict[str, torch.Tensor]],
     photos: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = dict(SETTINGS[name])
-    kind = settings.pop("prediction_type", "epsilon")
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=kind)
+    settings, pipeline, base = dict(SETTINGS[name]), pipelines[family], bases[family]
+    kind, zero_snr = settings.pop("prediction_type", "epsilon"), settings.pop("rescale_betas_zero_snr", False)
+    noise = {"prediction_type": kind, "rescale_betas_zero_snr": zero_snr}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **noise)
+    if family == XL:
+        settings["max_train_steps"] = OF_BOTH[name]
     config = config_of(photos, settings)
-    start = start_of(config)
+    start = start_of(family, config)
     learnt, reports, batches, final_loss = trained_and_seen(config, pipeline, monkeypatch)
     texts = [*CAPTIONS, *(["a photo of a man"] if "prior_loss_weight" in settings else []), ""]
-    slow = SlowTraining(base, start, texts, config, kind)
+    slow = SlowTraining(base, start, texts, config, kind, zero_snr=zero_snr)
     slow.run(iter(batches))
 
     assert len(batches) == config.total_steps * config.gradient_accumulation_steps

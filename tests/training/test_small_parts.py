@@ -605,7 +605,7 @@ def test_what_is_told_of_a_class_word_names_classes(
     vocabulary: str, kind: str, class_word: str, drawn: tuple[str, ...], hint: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     tokenizer: Any = Words(tuple(f"{word}</w>" for word in vocabulary.split()))
-    check_words(Concept.from_name("rex", class_word, kind=kind), tokenizer, drawn)
+    check_words(Concept.from_name("rex", class_word, kind=kind), tokenizer, drawn=drawn)
     told = " ".join(str(each.message) for each in recwarn)
     assert hint in told
     assert bool(told) == bool(hint)

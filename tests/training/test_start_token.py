@@ -17,6 +17,7 @@ from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.training import EDLoRATrainer
 from diffusers_mixofshow.training.start_token import start_token_inputs, without_direction
+from families.pipelines import tiny_pipeline
 from short_training import quick
 
 
@@ -28,14 +29,14 @@ ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 @torch.no_grad()
-def encoded(pipeline: StableDiffusionPipeline, prompt: str) -> torch.Tensor:
-    """Shape (tokens, dim)."""
-    ids = pipeline.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    states: torch.Tensor = pipeline.text_encoder(ids)[0]
+def encoded(pipeline: Any, prompt: str) -> torch.Tensor:
+    """As the pipeline itself makes it, shape (tokens, dim)."""
+    states: torch.Tensor = pipeline.encode_prompt(prompt, device="cpu", num_images_per_prompt=1,
+                                                  do_classifier_free_guidance=False)[0]  # fmt: skip
     return states[0]
 
 
-def changes(pipeline: StableDiffusionPipeline, edlora: EDLoRA) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def changes(pipeline: Any, edlora: EDLoRA) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Relative change of every position's encoding, shape (tokens,); and of keys and values, a layer each.
 
     Of these it is relative to what the update could do at most to an input of that length.
@@ -51,21 +52,19 @@ def changes(pipeline: StableDiffusionPipeline, edlora: EDLoRA) -> tuple[torch.Te
     ]
 
 
-def trained(pipeline: StableDiffusionPipeline, photos: Path, **settings: Any) -> EDLoRA:
+def trained(pipeline: Any, photos: Path, **settings: Any) -> EDLoRA:
     return EDLoRATrainer(quick(photos, **{"max_train_steps": 4} | settings), pipeline).train()
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "lora"}, {"ema_decay": 0.9}, {"optimizer": "SGD"}])
-def test_updates_leave_the_start_token_alone(
-    settings: dict[str, Any], pipeline: StableDiffusionPipeline, photos: Path
-) -> None:
-    encodings, keys_and_values = changes(pipeline, trained(pipeline, photos, **settings))
+def test_updates_leave_the_start_token_alone(settings: dict[str, Any], either: Any, photos: Path) -> None:
+    encodings, keys_and_values = changes(either, trained(either, photos, **settings))
     assert encodings[0] < ROUNDING < encodings[1:].max()
     assert all(change[0] < ROUNDING < change[1:].max() for change in keys_and_values)
 
 
-def test_whole_matrices_leave_the_start_token_alone(pipeline: StableDiffusionPipeline, photos: Path) -> None:
-    _, keys_and_values = changes(pipeline, trained(pipeline, photos, method="custom-diffusion"))
+def test_whole_matrices_leave_the_start_token_alone(either: Any, photos: Path) -> None:
+    _, keys_and_values = changes(either, trained(either, photos, method="custom-diffusion"))
     assert all(change[0] < ROUNDING < change[1:].max() for change in keys_and_values)
 
 
@@ -93,8 +92,10 @@ def test_what_does_not_learn_stays_bit_for_bit(pipeline: StableDiffusionPipeline
     assert all(torch.equal(short.lora[site].down, long.lora[site].down) for site in sites)
 
 
-def test_a_base_without_a_start_of_its_own_is_refused(pipeline: StableDiffusionPipeline, photos: Path) -> None:
-    embeddings = pipeline.text_encoder.get_input_embeddings()
+@pytest.mark.parametrize("leaking", ["text_encoder", "text_encoder_2"])
+def test_a_base_without_a_start_of_its_own_is_refused(leaking: str, photos: Path) -> None:
+    pipeline = tiny_pipeline("Stable Diffusion XL" if leaking.endswith("2") else "Stable Diffusion")
+    embeddings = getattr(pipeline, leaking).get_input_embeddings()
 
     def leak(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         return output + output.sum(dim=1, keepdim=True)  # every position sees all others
@@ -103,22 +104,20 @@ def test_a_base_without_a_start_of_its_own_is_refused(pipeline: StableDiffusionP
         trained(pipeline, photos)
 
 
+@pytest.mark.parametrize("whose", ["tokenizer", "tokenizer_2"])
 @pytest.mark.parametrize("missing", ["bos_token", "eos_token"])
-def test_a_tokenizer_without_start_or_end_is_refused(
-    missing: str, pipeline: StableDiffusionPipeline, photos: Path
-) -> None:
-    setattr(pipeline.tokenizer, missing, None)
+def test_a_tokenizer_without_start_or_end_is_refused(missing: str, whose: str) -> None:
+    pipeline = tiny_pipeline("Stable Diffusion XL" if whose.endswith("2") else "Stable Diffusion")
+    setattr(getattr(pipeline, whose), missing, None)
     with pytest.raises(ConfigurationError, match=r"no token for the start or the end.*Set keep_start_token to False"):
         start_token_inputs(pipeline, adapted_layers(pipeline.components))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_base_in_half_precision_keeps_its_start_token(
-    dtype: torch.dtype, pipeline: StableDiffusionPipeline, photos: Path
-) -> None:
-    pipeline.text_encoder.to(dtype)
-    inputs = start_token_inputs(pipeline, adapted_layers(pipeline.components))
+def test_a_base_in_half_precision_keeps_its_start_token(dtype: torch.dtype, either: Any) -> None:
+    either.text_encoder.to(dtype)
+    inputs = start_token_inputs(either, adapted_layers(either.components))
     assert set(inputs) == {
-        site for site in adapted_layers(pipeline.components) if reads_text(site) or site.startswith("text_encoder.")
+        site for site in adapted_layers(either.components) if reads_text(site) or not site.startswith("unet.")
     }
     assert all(value.dtype is torch.float32 and abs(value.norm() - 1) < ROUNDING for value in inputs.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
-from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers, embedding_layers
 from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
@@ -24,13 +25,14 @@ from diffusers_mixofshow.training.config import LR_SCHEDULERS
 from diffusers_mixofshow.training.data import read_photos
 from diffusers_mixofshow.training.learner import Learner, initial_embeddings
 from diffusers_mixofshow.training.loop import learning_rate_factor
+from diffusers_mixofshow.training.reader import TextReader, tokenize_for
 from short_training import quick, tensors
 
 
 CAPTION = "a <TOK>"
 
 
-def fingerprint(pipeline: StableDiffusionPipeline) -> dict[str, object]:
+def fingerprint(pipeline: Any) -> dict[str, object]:
     """Everything that a training could leave behind in a pipeline."""
     models = {name: model for name, model in pipeline.components.items() if isinstance(model, nn.Module)}
     state: dict[str, object] = {"vocabulary": len(pipeline.tokenizer), "scheduler": id(pipeline.scheduler)}
@@ -62,10 +64,10 @@ def fixed_loss(
     )
     with torch.no_grad(), layerwise_attention(pipeline.unet) as shared:
         learner = Learner(
-            text_encoder=pipeline.text_encoder,
+            reader=TextReader(pipeline.components, {name: nn.Parameter(rows) for name, rows in embeddings.items()}),
             unet=pipeline.unet,
-            embeddings={token: nn.Parameter(value) for token, value in embeddings.items()},
-            captions=tokenize(table, pipeline.tokenizer, [config.concept_to_learn]),
+            tokens=config.concept_to_learn.tokens,
+            captions=tokenize_for(pipeline, table, config.concept_to_learn),
             scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
             config=config,
             shared=shared,
@@ -90,16 +92,22 @@ def test_training_lowers_the_loss_on_a_fixed_batch(pipeline: StableDiffusionPipe
     assert after < 0.95 * before
 
 
-def test_result_covers_the_model(pipeline: StableDiffusionPipeline, photos: Path) -> None:
-    edlora = EDLoRATrainer(quick(photos, rank=3, lora_alpha=6), pipeline).train()
-    edlora.check_fits(pipeline.components)
-    layers = cross_attention_layers(pipeline.unet)
+def test_result_covers_the_model(either: Any, photos: Path) -> None:
+    edlora = EDLoRATrainer(quick(photos, rank=3, lora_alpha=6), either).train()
+    edlora.check_fits(either.components)
+    layers = embedding_layers(either.components)
     assert edlora.layers == layers
-    assert {token: value.shape for token, value in edlora.embeddings.items()} == {
-        "<potter1>": (len(layers), 32),
-        "<potter2>": (len(layers), 32),
+    widths = {"": (len(layers), 32)}
+    adapted = set(adapted_layers(either.components))
+    if "text_encoder_2" in either.components:
+        widths |= {"text_encoder_2.": (len(layers), 48), "pooled.": (1, 48)}
+        unread = {site for site in adapted if site.startswith("text_encoder.text_model.encoder.layers.2.")}
+        assert len(unread) == 4  # nothing reads the last of three layers
+        adapted -= unread
+    assert {name: value.shape for name, value in edlora.embeddings.items()} == {
+        f"{part}{token}": shape for part, shape in widths.items() for token in ("<potter1>", "<potter2>")
     }
-    assert edlora.lora.keys() == adapted_layers(pipeline.components).keys()
+    assert set(edlora.lora) == adapted
     assert {(update.rank, update.alpha) for update in edlora.lora.values()} == {(3, 6)}
     assert all(update.up.any() for update in edlora.lora.values())
     assert edlora.training["settings"]["rank"] == 3  # type: ignore[index]
@@ -124,13 +132,16 @@ def test_embeddings_start_from_noise_and_class_word(pipeline: StableDiffusionPip
     assert 0.5 * 0.013 < start["<potter1>"].std() < 2 * 0.013
 
 
-def test_pipeline_comes_back_as_it_was(pipeline: StableDiffusionPipeline, photos: Path) -> None:
-    pipeline.unet.train()
-    pipeline.text_encoder.requires_grad_(False)
-    before = fingerprint(pipeline)
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "method": "custom-diffusion"}])
+def test_pipeline_comes_back_as_it_was(either: Any, photos: Path, settings: dict[str, Any]) -> None:
+    either.unet.train()
+    either.text_encoder.requires_grad_(False)
+    # Asked for hidden states for the first time, transformers hooks its encoders for ever.
+    either.encode_prompt("a", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    before = fingerprint(either)
     random_state = torch.get_rng_state()
-    EDLoRATrainer(quick(photos), pipeline).train()
-    assert fingerprint(pipeline) == before
+    EDLoRATrainer(quick(photos, **settings), either).train()
+    assert fingerprint(either) == before
     assert torch.equal(torch.get_rng_state(), random_state)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import find_existing
-from diffusers_mixofshow.base_models import classes_of, location_of, not_loadable
+from diffusers_mixofshow.base_models import classes_of, known_family, location_of, not_loadable
 from diffusers_mixofshow.cli.timing import time_of
 
 
@@ -156,12 +156,15 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
         ConfigurationError: If the output folder cannot be written.
         MissingExtraError: If the optimiser's or tracker's package is not installed.
     """
+    from diffusers_mixofshow.training.base import refuse_other_families
     from diffusers_mixofshow.training.checkpoints import check_writable, starting_point
     from diffusers_mixofshow.training.company import compose_company
     from diffusers_mixofshow.training.data import load_photos
     from diffusers_mixofshow.training.optimisers import optimizer_of
     from diffusers_mixofshow.training.tracking import check_tracker
 
+    if (family := known_family(config.pretrained_model_name_or_path)) is not None:
+        refuse_other_families(f"The base model {config.pretrained_model_name_or_path!r}", family)
     _check_words(config)
     photos = load_photos(config)
     composed = compose_company(photos, config)
@@ -210,15 +213,18 @@ def plan_of_masks(plan: MaskPlan, *, overwrite: bool) -> dict[str, Any]:
 
 
 def _check_words(config: TrainingConfig) -> None:
-    """Say what the base's tokenizer makes of the class word, where it lies on this disk."""
+    """Say what the base's tokenizers make of the class word, where it lies on this disk."""
     from transformers import CLIPTokenizer
 
+    from diffusers_mixofshow.families import FAMILIES
     from diffusers_mixofshow.training.words import check_words
 
-    folder = Path(location_of(config.pretrained_model_name_or_path)) / "tokenizer"
-    if folder.is_dir():
-        classes = classes_of(config.pretrained_model_name_or_path)
-        check_words(config.concept_to_learn, CLIPTokenizer.from_pretrained(folder), classes)
+    place = Path(location_of(config.pretrained_model_name_or_path))
+    able = [family for family in FAMILIES if family.concept_pipeline]
+    names = dict.fromkeys(one.tokenizer for family in able for one in family.text_encoders.values())
+    if folders := [place / name for name in names if (place / name).is_dir()]:
+        tokenizers = map(CLIPTokenizer.from_pretrained, folders)
+        check_words(config.concept_to_learn, *tokenizers, drawn=classes_of(config.pretrained_model_name_or_path))
 
 
 def describe_base(base: str) -> str:

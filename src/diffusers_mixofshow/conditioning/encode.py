@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -42,6 +42,36 @@ class Encoded:
 
     states: torch.Tensor
     pooled: torch.Tensor | None
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Self]) -> Self:
+        """The same prompts as each text encoder gives them, as one; at most one gives vectors."""
+        states = torch.cat([part.states.to(parts[0].states) for part in parts], dim=-1)
+        return cls(states, next((part.pooled for part in parts if part.pooled is not None), None))
+
+    @classmethod
+    def one_after_another(cls, prompts: Sequence[Self]) -> Self:
+        """Prompts that were encoded apart, as one."""
+        pooled = [each.pooled for each in prompts if each.pooled is not None]
+        return cls(torch.cat([each.states for each in prompts]), torch.cat(pooled) if pooled else None)
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """The same on a device."""
+        return Encoded(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+
+    def where(self, there: Sequence[bool]) -> Encoded:
+        """Zeros in place of the prompts that are not there."""
+        if all(there):
+            return self
+        kept = torch.tensor(there, device=self.states.device)[:, None]
+        return Encoded(
+            self.states * kept[..., None], None if self.pooled is None else self.pooled * kept.to(self.pooled.device)
+        )
+
+    def rows(self, numbers: Sequence[int]) -> Encoded:
+        """Some of the prompts by their numbers."""
+        chosen = list(numbers)
+        return Encoded(self.states[chosen], None if self.pooled is None else self.pooled[chosen])
 
 
 def encode_layerwise(

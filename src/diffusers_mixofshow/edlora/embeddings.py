@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
+
 from diffusers_mixofshow.families import FAMILIES, Family
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 
@@ -43,3 +45,9 @@ def rows_of(embeddings: Mapping[str, _Rows], parts: Sequence[str]) -> dict[str, 
         for token in tokens
         if all(named(token, part) in embeddings for part in parts)
     }
+
+
+def rows_for(text_encoder: str, embeddings: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """Token to its embeddings for one of a family's text encoders, that for the vector of the whole text the last."""
+    parts = [part for part, name in family.embedding_parts.items() if name == text_encoder]
+    return {token: torch.cat(rows) for token, rows in rows_of(embeddings, parts).items()}

@@ -59,6 +59,8 @@ def load_base(name: str, load: Callable[..., _Model]) -> _Model:
     """
     try:
         return load_model(name, load)
+    except ConfigurationError:  # says itself what is wrong with the model
+        raise
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
 

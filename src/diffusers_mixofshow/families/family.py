@@ -112,6 +112,7 @@ class Family:
         concept_pipeline: This package's text-to-image pipeline of it, whose siblings say what they do before
             ``Pipeline``; empty where it has plain LoRAs alone.
         marks: Entries of the denoiser's configuration by which it is known from others of its class.
+        unmarked: Arguments of its pipeline that switch off what checks finished pictures or puts marks on them.
         text_encoders: The text encoders that are adapted, by their names among the components, in the order in which
             their sites stand.
         adapted: Paths of the denoiser's layers that an ED-LoRA adapts.
@@ -152,6 +153,7 @@ class Family:
     models: tuple[BaseModel, ...]
     concept_pipeline: str = ""
     marks: Mapping[str, object] = field(default_factory=dict)
+    unmarked: Mapping[str, object] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     cross_attention: str = ""
     embedding_groups: tuple[re.Pattern[str], str] | None = None

@@ -12,6 +12,7 @@ from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.recognition import family_of, family_of_denoiser, uncompiled
 
 
+_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 _CLIP_PATH = re.compile(r"(text_model\.)?(encoder|encoder\..+|embeddings|embeddings\..+|final_layer_norm)")
 
 
@@ -42,6 +43,18 @@ def adapted_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
         Site name to module, text encoders first, then the denoiser in the order of its blocks.
     """
     return _matching(components, any_lora=False)
+
+
+def unread_layers(components: Mapping[str, object]) -> frozenset[str]:
+    """Sites of `adapted_layers` whose updates would change nothing: of the last layers of a text encoder, unread."""
+    family, found = family_of(components), set()
+    for name, encoder in family.text_encoders.items():
+        model: Any = components.get(name)
+        if model is not None and encoder.skipped and not encoder.pooled:
+            read = model.config.num_hidden_layers - encoder.skipped
+            sites = [site for site in adapted_layers(components) if site.startswith(f"{name}.")]
+            found |= {site for site in sites if (match := _NUMBER.search(site)) and int(match[1]) >= read}
+    return frozenset(found)
 
 
 def linear_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:

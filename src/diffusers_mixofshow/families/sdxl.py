@@ -37,5 +37,6 @@ STABLE_DIFFUSION_XL = unet_family(
     (SDXL,),
     concept_pipeline="MixOfShowXLPipeline",
     marks={"addition_embed_type": "text_time"},
+    unmarked={"add_watermarker": False},
     embedding_groups=(re.compile(r"(.*\.attentions\.\d+)\..*"), r"\1"),
 )

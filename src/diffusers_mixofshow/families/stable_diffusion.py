@@ -46,4 +46,5 @@ STABLE_DIFFUSION = unet_family(
     {"text_encoder": clip_with("tokenizer")},
     (SD1, SD2, EMBEDDED),
     concept_pipeline="MixOfShowPipeline",
+    unmarked={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
 )

@@ -20,7 +20,7 @@ from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import known_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
-from diffusers_mixofshow.edlora.embeddings import rows_of
+from diffusers_mixofshow.edlora.embeddings import rows_for
 from diffusers_mixofshow.edlora.models import silence_if_embedded
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, meant, warn
 from diffusers_mixofshow.families import family_of
@@ -392,8 +392,7 @@ class EDLoRALoader:
 
     def _embeddings_for(self, text_encoder: str) -> dict[str, torch.Tensor]:
         """Concept token to its embeddings for a text encoder, that for the vector of the whole text the last."""
-        parts = [part for part, name in family_of(self.components).embedding_parts.items() if name == text_encoder]
-        return {token: torch.cat(rows) for token, rows in rows_of(self._concept_embeddings, parts).items()}
+        return rows_for(text_encoder, self._concept_embeddings, family_of(self.components))
 
     @property
     def _tokenizers(self) -> list[Any]:

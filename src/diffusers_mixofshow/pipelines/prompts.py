@@ -173,11 +173,8 @@ class LayerwisePrompts(EDLoRALoader):
             self._encode_by(name, [_of_encoder(text, number) for text in unique], clip_skip, device)
             for number, name in enumerate(self._encoders)
         ]
-        rows = [unique.index(text) for text in texts]
-        there = torch.tensor([[text is not None] for text in texts], device=of_encoders[0].states.device)
-        states = torch.cat([one.states.to(of_encoders[0].states) for one in of_encoders], dim=-1)[rows]
-        pooled = next((one.pooled for one in of_encoders if one.pooled is not None), None)
-        return Encoded(states * there[..., None], None if pooled is None else pooled[rows] * there.to(pooled.device))
+        encoded = Encoded.side_by_side(of_encoders).rows([unique.index(text) for text in texts])
+        return encoded.where([text is not None for text in texts])
 
     def _encode_by(self, name: str, texts: Sequence[str], clip_skip: int | None, device: torch.device) -> Encoded:
         """Encode texts by one of the text encoders."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.framing import crops_of, mask_on_latents
+from diffusers_mixofshow.training.framing import crops_of, mask_on_latents, sizes_of
 from diffusers_mixofshow.training.latents import LatentEncoder
 from diffusers_mixofshow.training.losses import offset_noise
 from diffusers_mixofshow.training.pictures import Photo
@@ -29,6 +29,7 @@ class CachedPhoto:
         deviation: Same shape.
         mask: Weights of the loss, shape (crops, 1, height, width).
         subject: Share of each cell that shows the concept, same shape; None for a photo without a mask.
+        sizes: What a denoiser may be told of each crop, see `sizes_of`, shape (crops, 6).
         captions: Row numbers of the photo's captions in the table of all captions.
     """
 
@@ -36,6 +37,7 @@ class CachedPhoto:
     deviation: torch.Tensor
     mask: torch.Tensor
     subject: torch.Tensor | None
+    sizes: torch.Tensor
     captions: tuple[int, ...]
 
 
@@ -50,6 +52,7 @@ class Batch:
         mask: Weights of the loss, shape (batch, 1, height, width).
         subject: Share of each cell that shows the concept, same shape; ones for a picture without a mask.
         has_subject: Whether a picture has a mask, shape (batch,).
+        sizes: What a denoiser may be told of each picture, see `sizes_of`, shape (batch, 6).
         prior_pictures: How many of the pictures, the last ones, show the class instead of the concept.
         captions: Row numbers of the distinct captions, each encoded once.
         caption_of: For every picture, its place in `captions`, shape (batch,). Captions are numbered by their first
@@ -62,6 +65,7 @@ class Batch:
     mask: torch.Tensor
     subject: torch.Tensor
     has_subject: torch.Tensor
+    sizes: torch.Tensor
     prior_pictures: int
     captions: tuple[int, ...]
     caption_of: torch.Tensor
@@ -115,6 +119,7 @@ def cache_photos(
                 deviation=deviation,
                 mask=cells if config.masked_loss else valid,
                 subject=None if photo.mask is None else cells,
+                sizes=torch.tensor([sizes_of(photo, crop) for crop in crops], dtype=torch.float32),
                 captions=tuple(rows[caption] for caption in photo.captions),
             )
         )
@@ -177,6 +182,7 @@ class RandomBatches:
             mask=torch.stack([photo.mask[crop] for photo, (_, crop) in zip(shown, crops, strict=True)]),
             subject=torch.stack([_subject(photo, crop) for photo, (_, crop) in zip(shown, crops, strict=True)]),
             has_subject=torch.tensor([photo.subject is not None for photo in shown]),
+            sizes=torch.stack([photo.sizes[crop] for photo, (_, crop) in zip(shown, crops, strict=True)]),
             prior_pictures=len(shown) - size,
             captions=table,
             caption_of=torch.tensor([table.index(row) for row in told]),

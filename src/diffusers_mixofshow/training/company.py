@@ -99,7 +99,8 @@ def _compose(ground: Photo, masked: Sequence[Photo], concept: Concept, chance: r
         mask.paste(shape, (left, top), shape)
         known.paste(255, (left, top, left + size[0], top + size[1]), shape)
     captions = tuple(_name_twice(caption, concept, chance) for caption in ground.captions)
-    return Photo(path=ground.path, image=image, captions=captions, mask=mask, known=known)
+    side = min(ground.true_size)
+    return Photo(path=ground.path, image=image, captions=captions, mask=mask, known=known, original_size=(side, side))
 
 
 def _empty_place(photo: Photo) -> tuple[Image.Image, Image.Image]:

@@ -110,7 +110,8 @@ class TrainingConfig:
         overwrite: Whether an earlier training in `output_dir` may go: its ED-LoRA, checkpoints and sheets. To go on
             from its checkpoints needs no leave.
         seed: Seed of every random number of the tuning.
-        resolution: Side of the square training picture, in pixels (512, paper).
+        resolution: Side of the square training picture, in pixels (512, paper; 1024 on SDXL, where `from_mapping` or
+            the command line know the base for one).
         center_crop: Whether photos that are not square are cropped at the centre; else at random places (reference).
         crop_variants: How many random crops of a photo are encoded and cached (ours); 1 is enough for square photos.
         framing: How photos become training pictures: ``crop`` takes squares at random places, ``place`` puts the whole

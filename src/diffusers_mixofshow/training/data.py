@@ -143,6 +143,7 @@ class _Reader:
             image=_shrink(picture.image, size, Image.Resampling.LANCZOS),
             captions=self._captions(path, name),
             mask=None if mask is None else _shrink(mask, size, Image.Resampling.BOX),
+            original_size=picture.image.size,
         )
 
     def lost_captions(self) -> list[str]:

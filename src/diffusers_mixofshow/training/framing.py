@@ -32,11 +32,17 @@ class Crop:
         pixels: In [-1, 1], shape (3, height, width).
         mask: Where the concept is, in [0, 1], shape (1, height, width); `valid` for a photo without a mask.
         valid: 1 where the photo is, 0 where there is nothing but black around it, shape (1, height, width).
+        top: Pixels of the scaled photo that were cut off above.
+        left: The same at the left.
+        right: The same at the right.
     """
 
     pixels: torch.Tensor
     mask: torch.Tensor
     valid: torch.Tensor
+    top: int = 0
+    left: int = 0
+    right: int = 0
 
 
 def crop_photo(photo: Photo, size: int | tuple[int, int], *, generator: torch.Generator | None = None) -> Crop:
@@ -56,7 +62,16 @@ def crop_photo(photo: Photo, size: int | tuple[int, int], *, generator: torch.Ge
     mask = valid
     if photo.mask is not None:
         mask = _to_tensor(ImageOps.fit(photo.mask, (width, height), Image.Resampling.BOX, centering=(x, y)))
-    return Crop(pixels=_to_tensor(image) * 2 - 1, mask=mask, valid=valid)
+    scale = max(width / photo.image.width, height / photo.image.height)
+    across, down = photo.image.width * scale - width, photo.image.height * scale - height
+    return Crop(
+        pixels=_to_tensor(image) * 2 - 1,
+        mask=mask,
+        valid=valid,
+        top=round(down * y),
+        left=round(across * x),
+        right=round(across * (1 - x)),
+    )
 
 
 def place_photo(photo: Photo, resolution: int, *, generator: torch.Generator) -> Crop:
@@ -119,8 +134,26 @@ def crops_of(
 
 
 def mirror(crop: Crop) -> Crop:
-    """The crop with left and right exchanged."""
-    return replace(crop, pixels=crop.pixels.flip(-1), mask=crop.mask.flip(-1), valid=crop.valid.flip(-1))
+    """The crop with left and right exchanged, as a crop of the mirrored photo."""
+    return replace(
+        crop,
+        pixels=crop.pixels.flip(-1),
+        mask=crop.mask.flip(-1),
+        valid=crop.valid.flip(-1),
+        left=crop.right,
+        right=crop.left,
+    )
+
+
+def sizes_of(photo: Photo, crop: Crop) -> list[int]:
+    """What Stable Diffusion XL is told of a training picture (arXiv:2307.01952, section 2.2).
+
+    Returns:
+        Height and width of the photo as it was taken; rows and columns that were cut off above and at the left once it
+        was scaled; height and width of the training picture. Of a photo placed whole nothing was cut off.
+    """
+    width, height = photo.true_size
+    return [height, width, crop.top, crop.left, *crop.pixels.shape[-2:]]
 
 
 def bucket_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:

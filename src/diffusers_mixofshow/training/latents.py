@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 _ENCODED_AT_ONCE = 8
+_PIXELS_AT_ONCE = 1024 * 1024
+"""Of several pictures; the autoencoder needs some gigabytes for as many."""
 _KEY = "key"
 _NAMES = {"mean", "deviation"}
 
@@ -99,10 +102,25 @@ def _read(path: Path, key: str, crops: int) -> tuple[torch.Tensor, torch.Tensor]
 @torch.no_grad()
 def _encode(pixels: torch.Tensor, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
     means, deviations = [], []
-    for part in pixels.split(_ENCODED_AT_ONCE):
-        distribution = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
-        means.append(distribution.mean.float().cpu())
-        deviations.append(distribution.std.float().cpu())
+    at_once = max(1, min(_ENCODED_AT_ONCE, _PIXELS_AT_ONCE // pixels[0, 0].numel()))
+    with _in_float32(vae) if vae.config.force_upcast else nullcontext():
+        for part in pixels.split(at_once):
+            distribution = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
+            means.append(distribution.mean.float().cpu())
+            deviations.append(distribution.std.float().cpu())
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     scale = vae.config.scaling_factor
     return (torch.cat(means) - shift) * scale, torch.cat(deviations) * scale
+
+
+@contextmanager
+def _in_float32(vae: AutoencoderKL) -> Iterator[None]:
+    """Let an autoencoder compute in float32 whose numbers leave float16; its weights come back as they were."""
+    before = {name: weights.data for name, weights in vae.named_parameters()}
+    try:
+        for weights in vae.parameters():
+            weights.data = weights.data.float()
+        yield
+    finally:
+        for name, weights in vae.named_parameters():
+            weights.data = before[name]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.conditioning.attention import SharedTexts
-from diffusers_mixofshow.conditioning.encode import encode_layerwise
-from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts
+from diffusers_mixofshow.conditioning.encode import Encoded
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.training.attention_maps import AttentionRecord, record_attention
 from diffusers_mixofshow.training.batches import Batch
@@ -25,6 +24,7 @@ from diffusers_mixofshow.training.losses import (
     denoising_target,
     min_snr_weights,
 )
+from diffusers_mixofshow.training.reader import TextReader, TokenizedTexts
 
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ class Learner(nn.Module):
     """The loss as one module, so that accelerate can wrap it without touching the borrowed models.
 
     Args:
-        text_encoder: Borrowed, with its trainable LoRA inside.
+        reader: Reads captions with the concept's embeddings.
         unet: Borrowed, with its trainable LoRA and the layer-wise processors inside.
         denoiser: What is called in place of the U-Net: the same, compiled; None calls the U-Net.
-        embeddings: Token to parameter of shape (layers, dim), or (1, dim) if all layers share it; V_class last.
+        tokens: The concept's, V_class last.
         captions: All captions of the data set, tokenised.
         scheduler: Adds noise and says what is predicted.
         config: Which losses count, and how much.
@@ -86,25 +86,26 @@ class Learner(nn.Module):
     def __init__(
         self,
         *,
-        text_encoder: PreTrainedModel,
+        reader: TextReader,
         unet: UNet2DConditionModel,
-        embeddings: Mapping[str, nn.Parameter],
-        captions: TokenizedPrompts,
+        tokens: Sequence[str],
+        captions: TokenizedTexts,
         scheduler: DDPMScheduler,
         config: TrainingConfig,
         shared: SharedTexts,
         denoiser: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
+        self.reader = reader
         self.unet = unet
         self.denoiser = unet if denoiser is None else denoiser
-        self.tokens = tuple(embeddings)
-        self.values = nn.ParameterList(embeddings.values())
+        self.tokens = tuple(tokens)
         self.captions = captions
         self.scheduler = scheduler
         self.config = config
         self.shared = shared
+        self._read: dict[int, Encoded] = {}
+        """Captions as they were read since nothing of the text side learns, on the CPU."""
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch, scalars: ``loss`` is the sum of the others.
@@ -121,23 +122,14 @@ class Learner(nn.Module):
             losses["attention"] = self.config.attn_reg_weight * self._regulariser(record, batch)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    @torch.no_grad()
-    def embedding_norm(self) -> float:
-        """Mean Euclidean norm over the concept's tokens and their layers."""
-        return float(torch.cat(list(self.values)).float().norm(dim=1).mean())
-
     def _denoise(self, batch: Batch) -> tuple[torch.Tensor, AttentionRecord | None]:
         """Equation 1 for every picture, weighted by timestep, shape (batch,); with the attention if it counts."""
-        embeddings = dict(zip(self.tokens, self.values, strict=True))
-        layers = self.values[0].shape[0]
-        encoded = encode_layerwise(self.text_encoder, self.captions.select(batch.captions), embeddings, layers)
         dtype: torch.dtype = self.unet.dtype
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        conditions = self._conditions(batch, dtype)
         self.shared.text_of = batch.caption_of
         with record_attention(self.unet) if self.config.attn_reg_weight else nullcontext() as record:
-            prediction = self.denoiser(
-                noisy.to(dtype), batch.timesteps, encoder_hidden_states=encoded.to(dtype)
-            ).sample
+            prediction = self.denoiser(noisy.to(dtype), batch.timesteps, **conditions).sample
         alphas_cumprod = self.scheduler.alphas_cumprod.to(batch.latents.device)[batch.timesteps]
         kind = self.scheduler.config.prediction_type
         target = denoising_target(kind, batch.latents, batch.noise, alphas_cumprod)
@@ -145,6 +137,28 @@ class Learner(nn.Module):
         if self.config.snr_gamma is not None:
             errors = errors * min_snr_weights(kind, alphas_cumprod, self.config.snr_gamma)
         return errors, record
+
+    def _conditions(self, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+        """What the U-Net is told: captions, and where it reads a vector of each, that and the pictures' sizes."""
+        encoded = self._encode(batch.captions, batch.latents.device)
+        conditions: dict[str, Any] = {"encoder_hidden_states": encoded.states.to(dtype)}
+        if encoded.pooled is not None:
+            vectors = encoded.pooled.to(dtype)[batch.caption_of]
+            conditions["added_cond_kwargs"] = {"text_embeds": vectors, "time_ids": batch.sizes}
+        return conditions
+
+    def _encode(self, rows: Sequence[int], device: torch.device) -> Encoded:
+        """Captions as the U-Net reads them; once the text side stands still, each is encoded once and kept.
+
+        One by one then, so that a training which goes on from a checkpoint gets the same bits.
+        """
+        if self.reader.learns:
+            self._read.clear()
+            return self.reader(self.captions.select(rows))
+        for row in rows:
+            if row not in self._read:
+                self._read[row] = self.reader(self.captions.select([row])).to("cpu")
+        return Encoded.one_after_another([self._read[row] for row in rows]).to(device)
 
     def _regulariser(self, record: AttentionRecord, batch: Batch) -> torch.Tensor:
         """Sum over tokens and sizes of maps of what strays from the subject.

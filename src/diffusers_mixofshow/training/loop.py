@@ -230,7 +230,7 @@ class TrainingLoop:
     def _freeze_grown_embeddings(self, optimizer: Any) -> None:
         """Let embeddings stand still once they are as long as `embedding_norm_threshold`."""
         threshold = self.config.embedding_norm_threshold
-        if threshold is None or self.learner.embedding_norm() < threshold:
+        if threshold is None or self.learner.reader.embedding_norm() < threshold:
             return
         for group in optimizer.param_groups:
             if group["name"] == EMBEDDINGS:
@@ -246,7 +246,7 @@ class TrainingLoop:
             loss=values["loss"],
             parts={name: value for name, value in values.items() if name not in ("loss", "norm")},
             gradient_norm=values["norm"],
-            embedding_norm=self.learner.embedding_norm(),
+            embedding_norm=self.learner.reader.embedding_norm(),
             learning_rates={group["name"]: group["lr"] for group in self._optimizer.param_groups},
             images_per_second=pictures / seconds,
             gpu_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,

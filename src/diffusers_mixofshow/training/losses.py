@@ -87,7 +87,7 @@ def min_snr_weights(prediction_type: str, alphas_cumprod: torch.Tensor, gamma: f
     """Weights that keep easy timesteps from dominating (arXiv:2303.09556, section 3.4).
 
     The weight of the error in z_0 is min(SNR, gamma) with SNR = a^2 / (1 - a^2): divided by SNR for epsilon, by
-    SNR + 1 for v.
+    SNR + 1 for v. Where nothing of z_0 is left, SNR = 0, that is 1 for epsilon and 0 for v.
 
     Args:
         prediction_type: The scheduler's ``prediction_type``.
@@ -98,10 +98,10 @@ def min_snr_weights(prediction_type: str, alphas_cumprod: torch.Tensor, gamma: f
         Shape (batch,).
     """
     snr = alphas_cumprod / (1 - alphas_cumprod).clamp(min=1e-8)
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1.0)
     clamped = snr.clamp(max=gamma)
-    if prediction_type == "sample":
-        return clamped
-    return clamped / (snr + 1 if prediction_type == "v_prediction" else snr.clamp(min=1e-8))
+    return clamped / (snr + 1) if prediction_type == "v_prediction" else clamped
 
 
 def token_attention(queries: torch.Tensor, keys: torch.Tensor, heads: int, positions: Sequence[int]) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Photo:
         captions: Texts that describe it; each names the concept by its placeholder.
         mask: Where the concept is (mode L, white), as large as the image; None if there is no mask.
         known: Where the loss may look (mode L, white), as large as the image; None: everywhere.
+        original_size: Width and height in pixels before it was scaled down for training; None: the image's.
     """
 
     path: Path
@@ -35,6 +36,12 @@ class Photo:
     captions: tuple[str, ...]
     mask: Image.Image | None
     known: Image.Image | None = None
+    original_size: tuple[int, int] | None = None
+
+    @property
+    def true_size(self) -> tuple[int, int]:
+        """Width and height in pixels as the photo was taken, which say how sharp it is."""
+        return self.original_size or self.image.size
 
 
 def read_visible(path: Path, *, called: str) -> Picture:

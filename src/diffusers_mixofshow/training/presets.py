@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, embedded_base
+from diffusers_mixofshow.base_models import TOYLAND, embedded_base, known_family
+from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -85,12 +86,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-_ON_ANY_BASE = (TOYLAND, "character", "object", "scene")
+OF_SDXL: dict[str, Any] = {"resolution": 1024}
+"""What lies below all others on Stable Diffusion XL: the size that it was trained at.
+
+All else is as for Stable Diffusion 1.x, rates, steps and rank as well: not measured, as no base was at hand.
+"""
+
+_ON_TOYLAND = (TOYLAND, "character", "object", "scene")
 """Presets that say what is learnt; the others have rates and sizes that are Stable Diffusion's."""
+_NOT_ON_SDXL = ("paper",)
+"""It has the size of Stable Diffusion 1.5's pictures, and the length of its words."""
 
 
 def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Put the preset that ``settings["preset"]`` names, and the embedded base's own settings, below the given ones.
+    """Put the preset that ``settings["preset"]`` names, and the base's own settings, below the given ones.
+
+    The embedded base has some, and SDXL where it is known for one: by its id, or as it lies on this disk.
 
     A rank without a `lora_alpha` takes the alpha along, so that the LoRA's scale stays 1.
 
@@ -103,15 +114,22 @@ def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     if preset is not None and preset not in PRESETS:
         defects.append(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
     chosen = PRESETS.get(str(preset), {})
-    on_toyland = embedded_base(str((chosen | given).get("pretrained_model_name_or_path"))) is not None
-    if on_toyland and preset in PRESETS and preset not in _ON_ANY_BASE:
+    base = str((chosen | given).get("pretrained_model_name_or_path"))
+    on_toyland, on_sdxl = embedded_base(base) is not None, known_family(base) is STABLE_DIFFUSION_XL
+    if on_toyland and preset in PRESETS and preset not in _ON_TOYLAND:
         defects.append(
             f"preset is {preset!r}, which has Stable Diffusion's rates and sizes; the embedded base brings its own, "
             "leave the preset out"
         )
+    if on_sdxl and preset in _NOT_ON_SDXL:
+        defects.append(
+            f"preset is {preset!r}, which is about Stable Diffusion 1.5: its pictures of 512 pixels and the length of "
+            "its words' embeddings; leave the preset out on SDXL, and set what you want of it"
+        )
     if "rank" in given and "lora_alpha" not in given and _is_count(given["rank"]):
         given["lora_alpha"] = float(given["rank"])
-    return (PRESETS[TOYLAND] if on_toyland else {}) | chosen | given, defects
+    own = PRESETS[TOYLAND] if on_toyland else OF_SDXL if on_sdxl else {}
+    return own | chosen | given, defects
 
 
 def _is_count(value: object) -> bool:

@@ -69,7 +69,7 @@ def _draw(pipeline: Any, config: TrainingConfig, folder: Path, missing: int) -> 
         numbers = drawn[start : start + config.train_batch_size]
         images = stock(
             [prompt_of_class(config)] * len(numbers),
-            **drawing_settings(config),
+            **drawing_settings(pipeline, config),
             generator=[torch.Generator().manual_seed(number) for number in numbers],
         ).images
         for number, image in zip(numbers, images, strict=True):

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from diffusers_mixofshow.base_models import public_name, usual_guidance
-from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.conditioning.encode import encode_layerwise
-from diffusers_mixofshow.conditioning.tokenize import tokenize
+from diffusers_mixofshow.base_models import guidance_of, public_name
+from diffusers_mixofshow.conditioning.encode import Encoded
+from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.lora import TrainableLoRA
 from diffusers_mixofshow.notes import infotext, sampler_name, sheet_note
-from diffusers_mixofshow.training.base import with_same_models
+from diffusers_mixofshow.training.base import stock_class, with_same_models
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
+from diffusers_mixofshow.training.reader import TextReader, tokenize_for
 
 
 if TYPE_CHECKING:
@@ -29,21 +29,21 @@ SCALES = (0.0, 0.7, 1.0)
 _STEPS = 20
 
 
-def plain_pipeline(pipeline: Any) -> StableDiffusionPipeline:
+def plain_pipeline(pipeline: Any) -> Any:
     """A stock pipeline of the same models with DPM-Solver, without a progress bar; the given one stays as it is."""
     scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    made: StableDiffusionPipeline = with_same_models(pipeline, StableDiffusionPipeline, scheduler=scheduler)
+    made = with_same_models(pipeline, stock_class(family_of(pipeline.components)), scheduler=scheduler)
     made.set_progress_bar_config(disable=True)
     return made
 
 
-def drawing_settings(config: TrainingConfig) -> dict[str, Any]:
+def drawing_settings(pipeline: Any, config: TrainingConfig) -> dict[str, Any]:
     """Size, steps and guidance of pictures that are drawn for a training, as arguments of the pipeline."""
     return {
         "height": config.resolution,
         "width": config.resolution,
         "num_inference_steps": _STEPS,
-        "guidance_scale": usual_guidance(config.pretrained_model_name_or_path),
+        "guidance_scale": guidance_of(pipeline.components),
     }
 
 
@@ -60,29 +60,37 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
         Label to the row of each of `SCALES`; a single row for a method without LoRA.
     """
     concept, stock = config.concept_to_learn, plain_pipeline(pipeline)
-    rows = {}
+    reader = TextReader(pipeline.components, trained.embeddings)
+    prompt = config.validation_prompt.replace(CAPTION_SLOT, concept.placeholder)
+    texts, rows = tokenize_for(pipeline, [prompt, ""], concept), {}
     for scale in SCALES if trained.lora is not None else SCALES[-1:]:
         with scale_lora(trained.lora, scale):
-            prompt, nothing = _encode(pipeline, trained, concept, config.validation_prompt)
-            seeds = [config.seed + number for number in range(config.num_validation_images)]
-            rows[f"LoRA {scale:g}"] = stock(
-                prompt_embeds=prompt.expand(len(seeds), -1, -1),
-                negative_prompt_embeds=nothing.expand(len(seeds), -1, -1),
-                **drawing_settings(config),
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            ).images
+            encoded = reader(texts)
+            rows[f"LoRA {scale:g}"] = [
+                picture
+                for seeds in _parts(config)
+                for picture in stock(
+                    **_embeds("", encoded, 0, len(seeds)),
+                    **_embeds("negative_", encoded, 1, len(seeds)),
+                    **drawing_settings(pipeline, config),
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                ).images
+            ]
     return rows
 
 
-def describe_sheet(config: TrainingConfig, prompt: str, labels: Sequence[str]) -> tuple[dict[str, Any], str]:
+def describe_sheet(
+    pipeline: Any, config: TrainingConfig, prompt: str, labels: Sequence[str]
+) -> tuple[dict[str, Any], str]:
     """What a sheet tells of how it was drawn: exactly, and as other programs read it.
 
     Args:
+        pipeline: As for `draw_rows`.
         config: As for `draw_rows`.
         prompt: The validation prompt, the concept in its place.
         labels: Of the rows.
     """
-    drawn, model = drawing_settings(config), config.pretrained_model_name_or_path
+    drawn, model = drawing_settings(pipeline, config), config.pretrained_model_name_or_path
     row = [(prompt, config.seed + number) for number in range(config.num_validation_images)]
     note = sheet_note(dict.fromkeys(labels, row), base_model=model, steps=_STEPS, guidance=drawn["guidance_scale"])
     settings = {
@@ -111,10 +119,14 @@ def scale_lora(lora: TrainableLoRA | None, scale: float) -> Iterator[None]:
             layer.scaling[name] = full
 
 
-def _encode(pipeline: Any, trained: Trained, concept: Concept, template: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompt and the empty prompt, shape (1, layers * tokens, dim) each."""
-    prompts = [template.replace(CAPTION_SLOT, concept.placeholder), ""]
-    tokenized = tokenize(prompts, pipeline.tokenizer, [concept])
-    layers = next(iter(trained.embeddings.values())).shape[0]
-    encoded = encode_layerwise(pipeline.text_encoder, tokenized, trained.embeddings, layers)
-    return encoded[:1], encoded[1:]
+def _parts(config: TrainingConfig) -> list[list[int]]:
+    """Seeds of a row, as many together as a training batch has pictures, for which there is memory."""
+    seeds = [config.seed + number for number in range(config.num_validation_images)]
+    return [seeds[start : start + config.train_batch_size] for start in range(0, len(seeds), config.train_batch_size)]
+
+
+def _embeds(kind: str, encoded: Encoded, row: int, pictures: int) -> dict[str, torch.Tensor]:
+    """One of the texts as arguments of a pipeline, for a number of pictures."""
+    chosen = encoded.rows([row] * pictures)
+    pooled = {} if chosen.pooled is None else {f"{kind}pooled_prompt_embeds": chosen.pooled}
+    return {f"{kind}prompt_embeds": chosen.states, **pooled}

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.edlora.embeddings import named, part_and_token
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families import Family, family_of
-from diffusers_mixofshow.families.layers import cross_attention_layers
+from diffusers_mixofshow.families.family import POOLED
+from diffusers_mixofshow.families.layers import embedding_layers, unread_layers
 from diffusers_mixofshow.lora import TrainableLoRA, trainable
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.learner import initial_embeddings
@@ -23,7 +25,7 @@ from diffusers_mixofshow.training.start_token import start_token_inputs, without
 
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers_mixofshow.training.base import TrainablePipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,13 @@ class Trained:
     """What is learnt, inside and beside a borrowed model.
 
     Args:
-        embeddings: Token to parameter, shape (layers, dim), or (1, dim) where all layers share it.
+        embeddings: By the names of an ED-LoRA's file, parameters of shape (layers, dim), or (1, dim) where all layers
+            share it; a vector of the whole text, (1, dim), then shares it as well, and has the same parameter.
         fixed_tokens: Tokens whose embedding does not change.
         lora: The updates inside the model; None for a method without.
         whole_matrices: Whether `down` of every update is the identity and stays, so that `up` is a whole matrix.
         family: Whose layers they are.
-        layers: The U-Net's cross-attention layers.
+        layers: The U-Net's cross-attention layers, or the groups of them that share an embedding.
         kept_inputs: Site name to the direction of an input at which its update changes nothing, see `keep_inputs`.
     """
 
@@ -50,14 +53,14 @@ class Trained:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that may change, by a name that is the same in every run."""
-        found = {f"embedding {token}": self.embeddings[token] for token in self._learnt_tokens()}
+        found = {f"embedding {name}": rows for name, rows in self._learnt_embeddings().items()}
         return found | dict(self._matrices(lambda site: True))
 
     def phases(self, config: TrainingConfig) -> list[Phase]:
         """Embeddings alone, then everything; a rate of 0 leaves its parameters out."""
         of_embeddings = {
             "name": EMBEDDINGS,
-            "params": [self.embeddings[token] for token in self._learnt_tokens()],
+            "params": list(self._learnt_embeddings().values()),
             "lr": config.embedding_learning_rate,
             "weight_decay": 0.0,
         }
@@ -69,10 +72,10 @@ class Trained:
         return [phase for phase in phases if phase.steps]
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, LowRank]]:
-        """Copy the present embeddings, (layers, dim) each, and updates to the CPU."""
+        """Copy the present embeddings, with a row for each layer, and updates to the CPU."""
         embeddings = {
-            token: value.detach().cpu().expand(len(self.layers), -1).clone()
-            for token, value in self.embeddings.items()
+            name: rows.detach().cpu().expand(1 if part_and_token(name)[0] == POOLED else len(self.layers), -1).clone()
+            for name, rows in self.embeddings.items()
         }
         updates = {} if self.lora is None else self.lora.read()
         return embeddings, {s: _shortest(u) for s, u in updates.items()} if self.whole_matrices else updates
@@ -105,8 +108,14 @@ class Trained:
             if matrix.requires_grad:
                 matrix.copy_(without_direction(matrix, direction))
 
-    def _learnt_tokens(self) -> list[str]:
-        return [token for token in self.embeddings if token not in self.fixed_tokens]
+    def _learnt_embeddings(self) -> dict[str, nn.Parameter]:
+        """Those that change, each under one name."""
+        names = {id(rows): name for name, rows in reversed(list(self.embeddings.items()))}  # the first name wins
+        return {
+            name: rows
+            for name, rows in self.embeddings.items()
+            if names[id(rows)] == name and part_and_token(name)[1] not in self.fixed_tokens
+        }
 
     def _matrices(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, nn.Parameter]]:
         """The matrices that change, of all sites whose name is wanted."""
@@ -121,7 +130,11 @@ class Trained:
 
     def _lora_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         rates: list[tuple[str, Callable[[str], bool], float]] = [
-            ("text_encoder", lambda site: site.startswith("text_encoder."), config.text_encoder_learning_rate),
+            (
+                "text_encoder",
+                lambda site: site.partition(".")[0] in self.family.text_encoders,
+                config.text_encoder_learning_rate,
+            ),
             (
                 "unet_text_kv",
                 self.family.reads_text,
@@ -129,7 +142,7 @@ class Trained:
             ),
             (
                 "unet",
-                lambda site: site.startswith("unet.") and not self.family.reads_text(site),
+                lambda site: site.startswith(f"{self.family.denoiser}.") and not self.family.reads_text(site),
                 config.learning_rate,
             ),
         ]
@@ -145,22 +158,12 @@ class Trained:
 
 
 @contextmanager
-def initialise(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Iterator[Trained]:
+def initialise(pipeline: TrainablePipeline, config: TrainingConfig) -> Iterator[Trained]:
     """What the config's method learns, at its start, inside the pipeline's models for the length of the block.
 
     First values depend on the seed alone; the global random state stays.
     """
     method, concept = METHODS[config.method], config.concept_to_learn
-    layers = cross_attention_layers(pipeline.unet)
-    embeddings = initial_embeddings(
-        concept,
-        pipeline.tokenizer,
-        pipeline.text_encoder,
-        layers=len(layers) if method.layerwise else 1,
-        std=config.initializer_std,
-        generator=torch.Generator().manual_seed(config.seed),
-        starts_at_class=method.starts_at_class,
-    )
     whole = method.adapts == "text keys and values"
     with ExitStack() as stack:
         lora = None
@@ -170,24 +173,48 @@ def initialise(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Ite
                 lora = stack.enter_context(_whole(pipeline) if whole else _low_rank(pipeline, config))
         kept = {} if lora is None or not config.keep_start_token else start_token_inputs(pipeline, lora.layers)
         trained = Trained(
-            embeddings=embeddings,
+            embeddings=_first_embeddings(pipeline, config),
             fixed_tokens=frozenset() if method.trains_class else frozenset({concept.tokens[-1]}),
             lora=lora,
             whole_matrices=whole,
             family=family_of(pipeline.components),
-            layers=layers,
+            layers=embedding_layers(pipeline.components),
             kept_inputs=kept,
         )
         trained.keep_inputs()
         yield trained
 
 
-def _low_rank(pipeline: StableDiffusionPipeline, config: TrainingConfig) -> Any:
-    return trainable(pipeline.components, config.rank, config.lora_alpha)
+def _first_embeddings(pipeline: Any, config: TrainingConfig) -> dict[str, nn.Parameter]:
+    """For each text encoder its own, alike for all layers and for the vector of the whole text."""
+    method, components = METHODS[config.method], pipeline.components
+    family, generator = family_of(components), torch.Generator().manual_seed(config.seed)
+    layers = len(embedding_layers(components)) if method.layerwise else 1
+    found: dict[str, nn.Parameter] = {}
+    for encoder, reading in family.text_encoders.items():
+        start = initial_embeddings(
+            config.concept_to_learn,
+            components[reading.tokenizer],
+            components[encoder],
+            layers=layers,
+            std=config.initializer_std,
+            generator=generator,
+            starts_at_class=method.starts_at_class,
+        )
+        for part in (part for part, name in family.embedding_parts.items() if name == encoder):
+            for token, rows in start.items():
+                of_its_own = part == POOLED and method.layerwise
+                found[named(token, part)] = nn.Parameter(rows.detach()[:1].clone()) if of_its_own else rows
+    return found
+
+
+def _low_rank(pipeline: Any, config: TrainingConfig) -> Any:
+    unread = unread_layers(pipeline.components)
+    return trainable(pipeline.components, config.rank, config.lora_alpha, wanted=lambda site: site not in unread)
 
 
 @contextmanager
-def _whole(pipeline: StableDiffusionPipeline) -> Iterator[TrainableLoRA]:
+def _whole(pipeline: TrainablePipeline) -> Iterator[TrainableLoRA]:
     """Updates of whole matrices on text keys and values: LoRA of full rank whose `down` is the identity."""
     width = pipeline.unet.config.cross_attention_dim
     with trainable(pipeline.components, width, width, wanted=family_of(pipeline.components).reads_text) as lora:

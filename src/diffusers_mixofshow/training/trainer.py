@@ -17,14 +17,21 @@ from PIL import Image
 from diffusers_mixofshow.base_models import classes_of, name_of
 from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
-from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize
+from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import TrainingDataError
+from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.notes import write_with_note
 from diffusers_mixofshow.progress import progress, tell
 from diffusers_mixofshow.sheets import labelled_sheet
 from diffusers_mixofshow.training.averaging import MovingAverage
-from diffusers_mixofshow.training.base import borrow, load_base, refuse_untrainable
+from diffusers_mixofshow.training.base import (
+    borrow,
+    load_base,
+    refuse_untrainable,
+    tokenizers_of,
+    warn_of_small_pictures,
+)
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.checkpoints import (
@@ -48,6 +55,7 @@ from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop
 from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
 from diffusers_mixofshow.training.pictures import Photo
 from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
+from diffusers_mixofshow.training.reader import TextReader, TokenizedTexts, tokenize_for
 from diffusers_mixofshow.training.samples import SCALES, describe_sheet, draw_rows
 from diffusers_mixofshow.training.statistics import record_statistics
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, track
@@ -57,7 +65,7 @@ from diffusers_mixofshow.training.words import check_words
 
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers_mixofshow.training.base import TrainablePipeline
 
 
 class EDLoRATrainer:
@@ -65,8 +73,8 @@ class EDLoRATrainer:
 
     Args:
         config: All settings.
-        pipeline: A loaded Stable Diffusion pipeline to borrow, which stays where it is and comes back as it was;
-            None loads `config.pretrained_model_name_or_path`.
+        pipeline: A loaded pipeline of Stable Diffusion or SDXL to borrow, which stays where it is and comes back as it
+            was; None loads `config.pretrained_model_name_or_path`.
         on_step: Called after every optimiser step; what it raises ends the training. After a `KeyboardInterrupt`, or
             Ctrl-C, a checkpoint is written first, if there is an output folder.
 
@@ -80,7 +88,7 @@ class EDLoRATrainer:
     def __init__(
         self,
         config: TrainingConfig,
-        pipeline: StableDiffusionPipeline | None = None,
+        pipeline: TrainablePipeline | None = None,
         *,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> None:
@@ -114,7 +122,9 @@ class EDLoRATrainer:
         with explain_memory_errors(config):
             self.pipeline = self.pipeline or load_base(config).to(accelerator.device)
             refuse_untrainable(self.pipeline, config)
-            check_words(config.concept_to_learn, self.pipeline.tokenizer, classes_of(name_of(self.pipeline)))
+            drawn = classes_of(name_of(self.pipeline))
+            check_words(config.concept_to_learn, *tokenizers_of(self.pipeline), drawn=drawn)
+            warn_of_small_pictures(self.pipeline, config)
             with borrow(self.pipeline):
                 tuning = _Tuning(config, self.pipeline, accelerator, self._on_step)
                 edlora = tuning.run(photos, composed, make_optimizer)
@@ -141,7 +151,7 @@ class _Tuning:
     def __init__(
         self,
         config: TrainingConfig,
-        pipeline: StableDiffusionPipeline,
+        pipeline: TrainablePipeline,
         accelerator: Accelerator,
         on_step: Callable[[StepReport], None] | None,
     ) -> None:
@@ -162,19 +172,19 @@ class _Tuning:
         self.photos = len(photos)
         with ExitStack() as stack:
             self.trained = stack.enter_context(initialise(pipeline, config))
-            shared = stack.enter_context(layerwise_attention(pipeline.unet))
+            shared = stack.enter_context(layerwise_attention(pipeline.unet, layers=self.trained.layers))
             if self.trained.lora is not None:
                 stack.enter_context(lean_updates(self.trained.lora))
             if config.gradient_checkpointing:
-                stack.enter_context(recompute_activations(pipeline.unet, pipeline.text_encoder))
+                stack.enter_context(recompute_activations(*components_with_sites(pipeline.components).values()))
             parameters = self.trained.parameters()
             if config.output_dir is not None:
                 check_space(Path(config.output_dir), list(parameters.values()), config)
             self.average = None if config.ema_decay is None else MovingAverage(parameters, config.ema_decay)
             learner = Learner(
-                text_encoder=pipeline.text_encoder,
+                reader=TextReader(pipeline.components, self.trained.embeddings),
                 unet=pipeline.unet,
-                embeddings=self.trained.embeddings,
+                tokens=config.concept_to_learn.tokens,
                 captions=tokenized,
                 scheduler=scheduler,
                 config=config,
@@ -191,7 +201,7 @@ class _Tuning:
                     self._draw_sheet(self.checkpoints.folder)
             return self._edlora()
 
-    def _read_data(self, photos: Sequence[Photo], timesteps: int) -> tuple[TokenizedPrompts, RandomBatches]:
+    def _read_data(self, photos: Sequence[Photo], timesteps: int) -> tuple[TokenizedTexts, RandomBatches]:
         """Captions as tokens and pictures as latents; every process draws batches for itself."""
         config, accelerator = self.config, self.accelerator
         captions = list(dict.fromkeys(caption for photo in photos for caption in photo.captions))
@@ -215,7 +225,7 @@ class _Tuning:
             prior=prior,
             empty_prompt=captions.index("") if config.proportion_empty_prompts else None,
         )
-        return tokenize(captions, self.pipeline.tokenizer, [config.concept_to_learn]), batches
+        return tokenize_for(self.pipeline, captions, config.concept_to_learn), batches
 
     def _take_steps(self) -> None:
         """Run the loop; tell, draw and save between its steps."""
@@ -266,7 +276,7 @@ class _Tuning:
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
             sheet = labelled_sheet(rows, title=f"{prompt}, step {step}")
             path = folder / "validation" / f"step-{step:06d}.png"
-            write_with_note(path, sheet, "PNG", *describe_sheet(config, prompt, list(rows)))
+            write_with_note(path, sheet, "PNG", *describe_sheet(self.pipeline, config, prompt, list(rows)))
             scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
             self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
             log_picture(self.accelerator, sheet, step)
@@ -334,17 +344,18 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _refuse_cut(photos: Sequence[Photo], pipeline: StableDiffusionPipeline, config: TrainingConfig) -> None:
+def _refuse_cut(photos: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> None:
     """Refuse captions in which a token of the concept lies behind the last one that the text encoder sees."""
     cut = [f"{photo.path.name}: {caption}" for photo, caption in _cut_captions(photos, pipeline, config)]
     if cut:
+        seen = min(words.model_max_length for words in tokenizers_of(pipeline))
         raise TrainingDataError(
-            f"The text encoder sees {pipeline.tokenizer.model_max_length} tokens. In {len(cut)} captions the concept, "
+            f"The text encoder sees {seen} tokens. In {len(cut)} captions the concept, "
             f"or a part of it, comes later and is cut off; name it earlier in {'; '.join(cut)}"
         )
 
 
-def _whole_ones(composed: Sequence[Photo], pipeline: StableDiffusionPipeline, config: TrainingConfig) -> list[Photo]:
+def _whole_ones(composed: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> list[Photo]:
     """The composed pictures, without captions that grew so long that a token of the concept is not seen."""
     cut = {caption for _, caption in _cut_captions(composed, pipeline, config)}
     kept = [
@@ -355,14 +366,17 @@ def _whole_ones(composed: Sequence[Photo], pipeline: StableDiffusionPipeline, co
 
 
 def _cut_captions(
-    photos: Sequence[Photo], pipeline: StableDiffusionPipeline, config: TrainingConfig
+    photos: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig
 ) -> list[tuple[Photo, str]]:
     """Captions in which the text encoder does not see every token of the concept."""
     concept = config.concept_to_learn
     captions = [(photo, caption) for photo in photos for caption in photo.captions]
-    seen = tokenize([caption for _, caption in captions], pipeline.tokenizer, [concept]).concept_tokens
+    seen = [
+        tokenize([caption for _, caption in captions], words, [concept]).concept_tokens
+        for words in tokenizers_of(pipeline)
+    ]
     return [
         each
-        for each, kept in zip(captions, seen, strict=True)
-        if len(kept) < sum(piece in concept.tokens for piece in split_prompt(each[1], [concept]))
+        for each, *kept in zip(captions, *seen, strict=True)
+        if min(map(len, kept)) < sum(piece in concept.tokens for piece in split_prompt(each[1], [concept]))
     ]

@@ -27,7 +27,7 @@ PLAIN_CLASSES = {
 """Class words that the tokenizers of published base models have as one token, by kind of concept."""
 
 
-def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase, drawn: Sequence[str] = ()) -> None:
+def check_words(concept: Concept, *tokenizers: PreTrainedTokenizerBase, drawn: Sequence[str] = ()) -> None:
     """Refuse names that are taken, and say what happens to a class word that is not one token.
 
     V_class starts from the mean of the class word's token embeddings. For "golden retriever" that is between two words
@@ -35,7 +35,7 @@ def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase, drawn: Seq
 
     Args:
         concept: To be learnt.
-        tokenizer: Of the base model.
+        tokenizers: Of the base model, the first of them for the first text encoder.
         drawn: Class words of all that the base draws (`BaseModel.classes`); empty where that is whatever people name.
 
     Warns:
@@ -45,12 +45,12 @@ def check_words(concept: Concept, tokenizer: PreTrainedTokenizerBase, drawn: Seq
         ConceptError: If the placeholder or a token is a word of the tokenizer already, or the class word has
             characters that it cannot read.
     """
-    vocabulary = tokenizer.get_vocab()
+    tokenizer, vocabulary = tokenizers[0], set().union(*(each.get_vocab() for each in tokenizers))
     names = (concept.placeholder, *concept.tokens)
     taken = [name for name in names if name in vocabulary or name + _END_OF_WORD in vocabulary]
     defects = [f"{', '.join(taken)} is already a word of the base's tokenizer; choose another name"] if taken else []
     pieces = tokenizer.tokenize(concept.class_word)
-    if tokenizer.unk_token in pieces:
+    if any(each.unk_token in each.tokenize(concept.class_word) for each in tokenizers):
         defects.append(f"the base's tokenizer cannot read its class word {concept.class_word!r}; use plain letters")
     if defects:
         raise ConceptError(f"Concept {concept.placeholder!r}: {'; '.join(defects)}.")
