@@ -23,6 +23,7 @@ VERBS = (
     "inspect",
     "convert",
     "push",
+    "ui",
     "demo",
     "doctor",
 )
