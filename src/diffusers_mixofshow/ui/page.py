@@ -191,6 +191,7 @@ class _DrawTab:
                 label="Layout condition",
                 info="Tell the base where things stand",
                 min_width=140,
+                elem_id="condition",
                 visible=has_layout_condition(self.studio.base_name),
             )
         with gradio.Row():
