@@ -35,9 +35,6 @@ _ONE_BY_ONE = "the base model"
 _HERE = "127.0.0.1"
 _HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
 
-_STYLE = "#picture img { width: 100%; object-fit: contain; }"
-"""Pictures of a small base are shown larger than they are."""
-
 Borrow = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A decorator of what needs a GPU, such as ``spaces.GPU``."""
 
@@ -106,7 +103,7 @@ def launching() -> dict[str, Any]:
     """What holds wherever the page is launched: limits of what is sent, nothing from elsewhere."""
     gradio = import_gradio()
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return {"max_file_size": LARGEST_UPLOAD, "theme": theme, "css": _STYLE, "footer_links": [], "ssr_mode": False}
+    return {"max_file_size": LARGEST_UPLOAD, "theme": theme, "footer_links": [], "ssr_mode": False}
 
 
 _warnings_are_caught = threading.Lock()
