@@ -3,7 +3,7 @@ PYTHON ?= python3
 PINS ?= constraints/current.txt
 VENV ?= .venv
 
-.PHONY: demo test test-oldest lint mutants constraints clean
+.PHONY: demo test test-oldest test-ui lint mutants constraints clean
 
 # torch comes first and pinned, so that no other package picks a build with gigabytes of CUDA.
 $(VENV)/.ready-%: pyproject.toml $(PINS)
@@ -16,6 +16,7 @@ $(VENV)/.ready-%: pyproject.toml $(PINS)
 PYTEST := python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 EXTRA_dev := [dev]
+EXTRA_ui := [dev,ui]
 EXTRA_run :=
 
 demo: $(VENV)/.ready-run
@@ -38,6 +39,10 @@ test-oldest:
 	$(MAKE) VENV=.venv-oldest PINS=constraints/oldest.txt .venv-oldest/.ready-dev
 	.venv-oldest/bin/$(PYTEST) $(OLDEST_WITHOUT)
 
+test-ui:
+	$(MAKE) VENV=.venv-ui PINS=constraints/ui.txt .venv-ui/.ready-ui
+	.venv-ui/bin/$(PYTEST) tests/ui
+
 # What the tests do not notice: make mutants ARGS="--sample 100 --seed 1 src/diffusers_mixofshow/fusion".
 mutants: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/mutation/run.py $(ARGS)
@@ -46,4 +51,4 @@ constraints:
 	PYTHON=$(PYTHON) constraints/resolve.sh
 
 clean:
-	rm -rf .venv .venv-oldest build dist
+	rm -rf .venv .venv-oldest .venv-ui build dist

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Write constraints/current.txt and constraints/oldest.txt: every package that `.[dev]` brings, with one exact version.
 # `current` takes the newest versions; `oldest` pins each runtime dependency to the floor that pyproject.toml states.
+# constraints/ui.txt has the newest that the extra `ui` allows, whose Gradio holds Pillow back.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -17,9 +18,9 @@ with open("pyproject.toml", "rb") as file:
 PY
 echo "torch==2.13.0" >"$work/torch.txt"
 
-resolve() { # <constraints to obey> <file to write>
+resolve() { # <constraints to obey> <file to write> [<what to install>]
     "$work/venv/bin/pip" install --quiet --dry-run --ignore-installed --report "$work/report.json" \
-        -c "$1" -c "$work/torch.txt" '.[dev]'
+        -c "$1" -c "$work/torch.txt" "${3:-.[dev]}"
     "$work/venv/bin/python" - "$work/report.json" >"$work/pins.txt" <<'PY'
 import json
 import sys
@@ -36,3 +37,4 @@ PY
 
 resolve "$work/torch.txt" constraints/current.txt
 resolve "$work/floors.txt" constraints/oldest.txt
+resolve "$work/torch.txt" constraints/ui.txt '.[dev,ui]'

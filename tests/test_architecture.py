@@ -46,15 +46,17 @@ RANK_OF = {
     "training": 4,
     "exporting": 4,
     "demo": 5,
-    "cli": 5,
-    "__main__": 6,
-    "benchmarks": 7,
+    "sampling": 5,
+    "ui": 6,
+    "cli": 7,
+    "__main__": 8,
+    "benchmarks": 9,
 }
 # Imports between parts of one rank. Everybody may import errors; a mask is a picture first, and regions are read from
 # masks and texts, and written whole; interop translates other files to and from an EDLoRA; Toyland's judge is one
-# of those that evaluate; the verb `demo` starts the demo; names of base models are their
+# of those that evaluate; names of base models are their
 # families', and what diffusers calls an argument hangs on its version.
-SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("cli", "demo"), ("evaluation", "toyland")}
+SIDEWAYS = {(part, "errors") for part in RANK_OF} | {("interop", "edlora"), ("evaluation", "toyland")}
 SIDEWAYS |= {
     ("base_models", "families"),
     ("base_models", "versions"),
@@ -65,9 +67,17 @@ SIDEWAYS |= {
     ("regions", "atomic"),
 }
 # The library finds the embedded base as it finds any other, by its name; its package is known here alone.
-KNOW_TOYLAND = ("toyland", "evaluation.toyland_judge", "demo", "cli", "benchmarks")
+KNOW_TOYLAND = (
+    "toyland",
+    "evaluation.toyland_judge",
+    "demo",
+    "sampling.control",
+    "ui.conditions",
+    "cli",
+    "benchmarks",
+)
 # Parts that use the package as its users do, by `from diffusers_mixofshow import ...`.
-USERS = {"demo", "cli"}
+USERS = {"demo", "sampling", "ui", "cli"}
 LONGEST_FUNCTION = 60
 
 FILES = [*sorted(SOURCE.rglob("*.py")), *sorted((ROOT / "benchmarks" / "toyland_base").rglob("*.py"))]
@@ -215,7 +225,7 @@ def test_no_assert_statement() -> None:
         ("interop/kohya.py", "from diffusers_mixofshow.edlora import EDLoRA", True),
         ("edlora/file.py", "from diffusers_mixofshow.interop import kohya", False),
         ("demo/stages.py", "from diffusers_mixofshow import toyland", True),
-        ("cli/control.py", "def f():\n    from diffusers_mixofshow import toyland", True),
+        ("sampling/control.py", "def f():\n    from diffusers_mixofshow import toyland", True),
         ("evaluation/toyland_judge.py", "from diffusers_mixofshow.toyland.world import CLASSES", True),
         ("evaluation/clip_judge.py", "from diffusers_mixofshow.toyland.world import CLASSES", False),
         ("evaluation/clip_judge.py", "from .. import toyland", False),

@@ -138,11 +138,12 @@ def test_the_oldest_constraints_are_the_floors_of_the_dependencies() -> None:
     assert {name: oldest[name] for name in floors} == floors
 
 
-@pytest.mark.parametrize("name", ["current", "oldest"])
+@pytest.mark.parametrize("name", ["current", "oldest", "ui"])
 def test_the_constraints_satisfy_the_requirements_and_pin_the_tested_torch(name: str) -> None:
     pinned = pins(name)
     assert pinned["torch"] == Version("2.13.0")
-    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+    extras = PROJECT["optional-dependencies"]
+    for text in PROJECT["dependencies"] + extras["dev"] + (extras["ui"] if name == "ui" else []):
         requirement = Requirement(text)
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, text
 

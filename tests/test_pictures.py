@@ -17,7 +17,6 @@ import pytest
 from PIL import Image, ImageCms
 
 import tiny
-from diffusers_mixofshow.cli.control import Control, condition_image
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.card import write_samples
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
@@ -25,6 +24,7 @@ from diffusers_mixofshow.pictures import FileContent, is_picture, read_image, re
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.pipelines.refining import refine_regions
 from diffusers_mixofshow.regions import Layout
+from diffusers_mixofshow.sampling.control import Control, condition_image
 from diffusers_mixofshow.toyland.reader import to_pixels
 from diffusers_mixofshow.training.data import read_photos
 

@@ -24,7 +24,20 @@ from diffusers_mixofshow.errors import ConfigurationError, FusionError, MixOfSho
 from diffusers_mixofshow.regions import Layout, Region
 
 
-VERBS = ("masks", "train", "fuse", "sample", "evaluate", "compare", "inspect", "convert", "push", "demo", "doctor")
+VERBS = (
+    "masks",
+    "train",
+    "fuse",
+    "sample",
+    "evaluate",
+    "compare",
+    "inspect",
+    "convert",
+    "push",
+    "ui",
+    "demo",
+    "doctor",
+)
 RUN = (sys.executable, "-c", "from diffusers_mixofshow.cli import main; main()")
 
 

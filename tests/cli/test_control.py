@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import tiny
 from diffusers_mixofshow import cli
-from diffusers_mixofshow.cli.control import CONTROLNETS, Control, condition_image, parse_control
 from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, PictureError
+from diffusers_mixofshow.sampling.control import CONTROLNETS, Control, condition_image, parse_control
 
 
 # What controlnet_aux 0.0.10 raises: for an unknown name, for one that it has but cannot make, and without mediapipe.

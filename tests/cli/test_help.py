@@ -7,13 +7,26 @@ import torch
 from typer.main import get_command
 
 from diffusers_mixofshow import MixOfShowPipeline, cli, toyland
-from diffusers_mixofshow.cli.base_model import load_base
-from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS
+from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS
+from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.training.renamed import RENAMED
 
 
 COMMANDS = get_command(cli.app).commands
-VERBS = ("masks", "train", "fuse", "sample", "evaluate", "compare", "inspect", "convert", "push", "demo", "doctor")
+VERBS = (
+    "masks",
+    "train",
+    "fuse",
+    "sample",
+    "evaluate",
+    "compare",
+    "inspect",
+    "convert",
+    "push",
+    "ui",
+    "demo",
+    "doctor",
+)
 
 
 def test_the_verbs_stand_in_the_order_of_the_work() -> None:

@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard
 
 import packs
 import tiny
-from diffusers_mixofshow.cli.base_model import load_base
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.hub import is_repo_id, repo_name
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, HubError
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.sampling.loading import load_base
 
 
 def test_pushed_pack_comes_back_equal(loopback_hub, pack):

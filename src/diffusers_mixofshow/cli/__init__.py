@@ -22,6 +22,7 @@ from diffusers_mixofshow.cli.push import push
 from diffusers_mixofshow.cli.sample import sample
 from diffusers_mixofshow.cli.settings import settings_from
 from diffusers_mixofshow.cli.train import SPELLINGS, train
+from diffusers_mixofshow.cli.ui import ui
 from diffusers_mixofshow.errors import (
     ConceptError,
     ConfigurationError,
@@ -40,7 +41,7 @@ WRONG_USE = 2
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT)."""
 
-_SLOW = ("masks", "train", "fuse", "sample", "evaluate", "compare")
+_SLOW = ("masks", "train", "fuse", "sample", "evaluate", "compare", "ui")
 """Verbs that need seconds before they can tell how far they are."""
 _MISUSES = (ConceptError, ConfigurationError, EDLoRANotFoundError, OverwriteError, RegionError)
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
@@ -55,7 +56,7 @@ app = typer.Typer(
 )
 app.command()(masks)
 app.command(context_settings=SPELLINGS)(train)
-for _verb in (fuse, sample, evaluate, compare, inspect, convert, push, demo, doctor):
+for _verb in (fuse, sample, evaluate, compare, inspect, convert, push, ui, demo, doctor):
     app.command()(_verb)
 
 

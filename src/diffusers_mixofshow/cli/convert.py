@@ -102,11 +102,11 @@ def _tell(lost: Sequence[str]) -> None:
 
 def _with_shared_layers(content: EDLoRA | Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLoRA | Foreign:
     """The same concepts with one embedding for all layers, if they have one for each; the base is loaded then."""
-    from diffusers_mixofshow.cli.base_model import load_base
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.exporting import share_layers
     from diffusers_mixofshow.interop.foreign import as_edlora
     from diffusers_mixofshow.interop.textual_inversion import is_layerwise
+    from diffusers_mixofshow.sampling.loading import load_base
 
     if not isinstance(content, EDLoRA):
         if not content.tokens:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
-from diffusers_mixofshow.cli.base_model import Base, common_base, load_base
+from diffusers_mixofshow.cli.base_model import Base, common_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
+from diffusers_mixofshow.sampling.loading import load_base
 
 
 if TYPE_CHECKING:

@@ -56,18 +56,20 @@ def _print_tables(summary: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from diffusers_mixofshow.interop.summary import facts_of, format_norm
+
     console = Console()
     facts = Table(title=escape(str(summary["source"])), title_justify="left", show_header=False)
-    for name, value in _facts(summary).items():
+    for name, value in facts_of(summary).items():
         facts.add_row(name, escape(str(value)))
     concepts = Table("concept", "class word", "kind", "tokens (mean norm)")
     for concept in summary["concepts"]:
-        tokens = "  ".join(f"{token} {_format_norm(norm)}" for token, norm in concept["tokens"].items())
+        tokens = "  ".join(f"{token} {format_norm(norm)}" for token, norm in concept["tokens"].items())
         names = (concept["placeholder"], concept["class_word"] or "", concept["kind"] or "", tokens)
         concepts.add_row(*(escape(str(name)) for name in names))
     updates = Table("largest updates", "norm")
     for site, norm in summary["largest_updates"].items():
-        updates.add_row(escape(site), _format_norm(norm))
+        updates.add_row(escape(site), format_norm(norm))
     notes = Table("notes")
     for note in summary["notes"]:
         notes.add_row(escape(note), style="yellow")
@@ -77,28 +79,3 @@ def _print_tables(summary: dict[str, Any]) -> None:
     for table in (facts, concepts, updates, notes, problems):
         if table.row_count:
             console.print(table)
-
-
-def _format_norm(norm: float | None) -> str:
-    return "not finite" if norm is None else f"{norm:.3f}"
-
-
-def _facts(summary: dict[str, Any]) -> dict[str, object]:
-    """What the first table shows, without what is empty."""
-    layers = ", ".join(f"{component} {count}" for component, count in summary["layers"].items())
-    base = summary["base_model"] or summary["architecture"] or "unknown"
-    if summary["base_model"] and summary["architecture"]:
-        base += f" ({summary['architecture']})"
-    facts = {
-        "kind": summary["kind"],
-        "layout": summary["layout"],
-        "base model": base,
-        "rank": ", ".join(map(str, summary["ranks"])),
-        "alpha": ", ".join(f"{alpha:g}" for alpha in summary["alphas"]),
-        "alpha from": summary["alpha_from"] if layers else "",
-        "adapted layers": f"{summary['adapted_layers']} ({layers})" if layers else "",
-        "cross-attention layers": summary["cross_attention_layers"] or "",
-        "parameters": f"{summary['parameters']:,} ({', '.join(summary['dtypes'])})" if summary["dtypes"] else "",
-        "size": "on the Hub" if summary["bytes"] is None else f"{summary['bytes'] / 1e6:.2f} MB",
-    }
-    return {name: value for name, value in facts.items() if value != ""}

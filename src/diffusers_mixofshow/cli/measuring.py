@@ -14,12 +14,13 @@ from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
 from diffusers_mixofshow.cli import plans
-from diffusers_mixofshow.cli.base_model import MOST_STEPS, common_base, load_base, normalise_base
+from diffusers_mixofshow.cli.base_model import MOST_STEPS, common_base, normalise_base
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.cli.timing import time_of
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, meant, warn
 from diffusers_mixofshow.progress import progress
+from diffusers_mixofshow.sampling.loading import load_base
 
 
 if TYPE_CHECKING:

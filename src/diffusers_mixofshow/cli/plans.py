@@ -15,9 +15,9 @@ from diffusers_mixofshow.cli.timing import time_of
 
 
 if TYPE_CHECKING:
-    from diffusers_mixofshow.cli.drawing import Drawing
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.regions import Isolation
+    from diffusers_mixofshow.sampling.drawing import Drawing
     from diffusers_mixofshow.training import TrainingConfig
     from diffusers_mixofshow.training.masking import MaskPlan
 

@@ -14,15 +14,16 @@ import typer
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
-from diffusers_mixofshow.cli.base_model import check_device, common_base
-from diffusers_mixofshow.cli.control import ADAPTERS, CONTROLNETS, parse_controls
-from diffusers_mixofshow.cli.drawing import Drawing, Given, draw, fit_layout, refuse_inpainting
+from diffusers_mixofshow.cli.base_model import common_base
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_of_sampling, replaces, tell
-from diffusers_mixofshow.cli.provenance import FORMATS, warn_of_changes, write_drawn
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import check_distinct, split_prompt
 from diffusers_mixofshow.errors import ConfigurationError, warn
+from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS, parse_controls
+from diffusers_mixofshow.sampling.drawing import GRAIN, Drawing, Given, draw, fit_layout, refuse_inpainting
+from diffusers_mixofshow.sampling.loading import check_device
+from diffusers_mixofshow.sampling.provenance import FORMATS, warn_of_changes, write_drawn
 
 
 if TYPE_CHECKING:
@@ -197,9 +198,9 @@ def _refuse_contradictions(plan: Layout, asked: Mapping[str, Any]) -> None:
         *_output_defects(asked["output"]),
     ]
     defects += [
-        f"a {name} of {value} pixels, expected a multiple of {options.GRAIN}"
+        f"a {name} of {value} pixels, expected a multiple of {GRAIN}"
         for name, value in (("width", plan.width), ("height", plan.height))
-        if value is not None and value % options.GRAIN
+        if value is not None and value % GRAIN
     ]
     sources = asked["concepts"] or []
     if twice := sorted({source for source in sources if sources.count(source) > 1}):
@@ -278,8 +279,8 @@ def _option(name: str) -> str:
 
 def _build_layout(asked: Mapping[str, Any]) -> Layout:
     """The layout of the file, with what the options say instead or more."""
-    from diffusers_mixofshow.cli.provenance import read_layout
     from diffusers_mixofshow.regions import Layout
+    from diffusers_mixofshow.sampling.provenance import read_layout
 
     plan = Layout() if asked["layout"] is None else read_layout(asked["layout"])
     given = {name: getattr(plan, name) if asked[name] is None else asked[name] for name in _OF_LAYOUT}

@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, normalise_base
-from diffusers_mixofshow.cli.control import ADAPTER_HELP, CONTROL_HELP
+from diffusers_mixofshow.sampling.control import ADAPTER_HELP, CONTROL_HELP
+from diffusers_mixofshow.sampling.drawing import GRAIN
 
 
-GRAIN = 8
-"""Stable Diffusion pipelines draw pictures whose sides are multiples of so many pixels."""
 _REGIONS, _FOLLOWED, _SETTINGS, _RESULT = "Regions", "Pictures to start from and to follow", "Settings", "Result"
 _LARGEST_SEED = 2**63 - 1
 

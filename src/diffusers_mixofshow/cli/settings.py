@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.cli.provenance import FORMATS, settings_of
 from diffusers_mixofshow.errors import ConfigurationError, TextError
+from diffusers_mixofshow.sampling.provenance import FORMATS, settings_of
 from diffusers_mixofshow.texts import read_text
 
 

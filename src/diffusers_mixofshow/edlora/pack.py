@@ -326,6 +326,14 @@ class EDLoRA:
     def _names(self) -> str:
         return ", ".join(concept.placeholder for concept in self.concepts)
 
+    def card(self, location: str) -> str:
+        """The model card as Markdown without its metadata, as it is written beside the file.
+
+        Args:
+            location: What the code example loads: a Hub id or the name of a folder.
+        """
+        return str(self._card(location, False, {}, None).text)
+
     def _card(self, location: str, merged: bool, samples: Mapping[str, str], license_id: str | None) -> ModelCard:
         return card.model_card(self._contents(), location, merged=merged, samples=samples, license_id=license_id)
 

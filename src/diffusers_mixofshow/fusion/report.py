@@ -32,7 +32,8 @@ A high residual alone says little: eight critters of Toyland have .84 on average
 of what their layers do to features that all of them share is no concept's own.
 """
 
-_MEANING = (
+TITLE = "Residual of features (0: its own model, 1: the base)"
+MEANING = (
     "A residual is about features, not identity: compare 'fused' with 'averaged', what a weighted average leaves. "
     "In 'mixofshow demo' 0.55 to 0.62 go with 99 % of the looks kept; 'mixofshow evaluate' measures it."
 )
@@ -116,20 +117,32 @@ class FusionReport:
             for name in self.poor
         )
 
-    def print(self, console: Console | None = None) -> None:
-        """Show a table of the concepts, how each kind of layer keeps them, and the nearest pairs."""
-        console = console or Console()
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """What `print` shows as texts: the names of the columns, and a row for each concept."""
         family = family_of_sites(self._layers)
         groups: dict[str, list[str]] = {}
         for site in self._layers:
             groups.setdefault(family.group_of(site), []).append(site)
-        title = "Residual of features (0: its own model, 1: the base)"
-        table = Table("concept", "averaged", "fused", *sorted(groups), title=title)
-        for name, mean in self.residuals.items():
-            of_groups = [self._mean(name, groups[group]) for group in sorted(groups)]
-            table.add_row(escape(name), _number(mean["average"]), _number(mean["fused"]), *of_groups)
+        rows = [
+            [
+                name,
+                _number(mean["average"]),
+                _number(mean["fused"]),
+                *(self._mean(name, groups[group]) for group in sorted(groups)),
+            ]
+            for name, mean in self.residuals.items()
+        ]
+        return ["concept", "averaged", "fused", *sorted(groups)], rows
+
+    def print(self, console: Console | None = None) -> None:
+        """Show a table of the concepts, how each kind of layer keeps them, and the nearest pairs."""
+        console = console or Console()
+        columns, rows = self.table()
+        table = Table(*columns, title=TITLE)
+        for name, *numbers in rows:
+            table.add_row(escape(name), *numbers)
         console.print(table)
-        console.print(_MEANING, highlight=False, markup=False, soft_wrap=True)
+        console.print(MEANING, highlight=False, markup=False, soft_wrap=True)
         pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
         if pairs:
             told = f"Nearest to a conflict (overlap, 0 to 1): {', '.join(pairs)}"

@@ -128,6 +128,36 @@ def _word_concepts(foreign: Foreign) -> list[dict[str, Any]]:
     ]
 
 
+def format_norm(norm: float | None) -> str:
+    """A norm as people read it."""
+    return "not finite" if norm is None else f"{norm:.3f}"
+
+
+def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
+    """What a summary tells in one line each, without what is empty.
+
+    Args:
+        summary: Of a pack or a foreign file, with its size under ``bytes``; None of one on the Hub.
+    """
+    layers = ", ".join(f"{component} {count}" for component, count in summary["layers"].items())
+    base = summary["base_model"] or summary["architecture"] or "unknown"
+    if summary["base_model"] and summary["architecture"]:
+        base += f" ({summary['architecture']})"
+    facts = {
+        "kind": summary["kind"],
+        "layout": summary["layout"],
+        "base model": base,
+        "rank": ", ".join(map(str, summary["ranks"])),
+        "alpha": ", ".join(f"{alpha:g}" for alpha in summary["alphas"]),
+        "alpha from": summary["alpha_from"] if layers else "",
+        "adapted layers": f"{summary['adapted_layers']} ({layers})" if layers else "",
+        "cross-attention layers": summary["cross_attention_layers"] or "",
+        "parameters": f"{summary['parameters']:,} ({', '.join(summary['dtypes'])})" if summary["dtypes"] else "",
+        "size": "on the Hub" if summary["bytes"] is None else f"{summary['bytes'] / 1e6:.2f} MB",
+    }
+    return {name: value for name, value in facts.items() if value != ""}
+
+
 def _architecture(base: BaseModel | None, lora: Mapping[str, LowRank]) -> str | None:
     """What it was made for: the base models, or every family of transformers that has its layers; None if unknown."""
     if base is not None:

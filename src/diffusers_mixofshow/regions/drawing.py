@@ -12,16 +12,26 @@ from diffusers_mixofshow.regions.region import Region
 from diffusers_mixofshow.regions.weights import coverage
 
 
-_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 _OPACITY = 70
 
 
-def draw_regions(regions: Sequence[Region], image: Image.Image) -> Image.Image:
+def draw_regions(
+    regions: Sequence[Region],
+    image: Image.Image,
+    *,
+    colours: Sequence[str] = COLOURS,
+    labels: Sequence[str] | None = None,
+    label_size: float | None = None,
+) -> Image.Image:
     """Draw every region over a copy of a picture: a tint, an outline, and its prompt.
 
     Args:
         regions: The regions; a soft edge is drawn soft.
         image: The picture below.
+        colours: Of the regions in their order, from the start again where they are more.
+        labels: What is written into each, in place of its prompt.
+        label_size: Height of what is written, in pixels; Pillow's own by default.
 
     Returns:
         An RGB picture of the same size.
@@ -29,14 +39,16 @@ def draw_regions(regions: Sequence[Region], image: Image.Image) -> Image.Image:
     picture = read_image(image, called="the picture").convert("RGBA")
     for number, region in enumerate(regions):
         share = coverage(region, picture.height, picture.width).numpy()
-        tint = Image.new("RGBA", picture.size, _COLOURS[number % len(_COLOURS)])
+        tint = Image.new("RGBA", picture.size, colours[number % len(colours)])
         inside = Image.fromarray((share >= 0.5).astype(np.uint8) * 255)
         edge = np.asarray(inside) - np.asarray(inside.filter(ImageFilter.MinFilter(3)))
         edge |= _border(np.asarray(inside))
         alpha = np.maximum((share * _OPACITY).astype(np.uint8), edge)
         tint.putalpha(Image.fromarray(alpha))
         picture = Image.alpha_composite(picture, tint)
-    _write_prompts(regions, picture)
+    _write_labels(
+        regions, picture, colours, [region.prompt for region in regions] if labels is None else labels, label_size
+    )
     return picture.convert("RGB")
 
 
@@ -48,11 +60,13 @@ def _border(inside: np.ndarray) -> np.ndarray:
     return border
 
 
-def _write_prompts(regions: Sequence[Region], picture: Image.Image) -> None:
+def _write_labels(
+    regions: Sequence[Region], picture: Image.Image, colours: Sequence[str], labels: Sequence[str], size: float | None
+) -> None:
     pen = ImageDraw.Draw(picture)
-    for number, region in enumerate(regions):
+    for number, (region, label) in enumerate(zip(regions, labels, strict=True)):
         rows, columns = np.nonzero(coverage(region, picture.height, picture.width).numpy() >= 0.5)
         if len(rows):
             corner = (int(columns.min()) + 4, int(rows.min()) + 4)
-            pen.rectangle(pen.textbbox(corner, region.prompt), fill="white")
-            pen.text(corner, region.prompt, fill=_COLOURS[number % len(_COLOURS)])
+            pen.rectangle(pen.textbbox(corner, label, font_size=size), fill="white")
+            pen.text(corner, label, fill=colours[number % len(colours)], font_size=size)

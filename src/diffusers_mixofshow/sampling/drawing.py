@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.base_models import location_of
-from diffusers_mixofshow.cli.base_model import load_base
-from diffusers_mixofshow.cli.control import Control, condition_image, with_adapters, with_controls
-from diffusers_mixofshow.cli.sample_options import GRAIN
 from diffusers_mixofshow.errors import ConfigurationError, PictureError, warn
+from diffusers_mixofshow.sampling.control import Control, condition_image, with_adapters, with_controls
+from diffusers_mixofshow.sampling.loading import load_base
 
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.regions import Draft, Isolation, Layout, Refinement
 
+GRAIN = 8
+"""Stable Diffusion pipelines draw pictures whose sides are multiples of so many pixels."""
 _LARGE = 1024 * 1024
 """Pixels above which a picture to start from is told to be large."""
 _INPAINTED = (4, 9)
@@ -140,12 +142,37 @@ class Drawn:
 
 def draw(drawing: Drawing) -> Drawn:
     """Load the models and draw one picture for each seed, in one batch."""
-    import torch
-
     views = _views(drawing)  # first: they fail at once
     pipe = load_base(drawing.base, drawing.device, drawing.dtype)
-    for pack, scale in zip(drawing.packs.values(), drawing.lora_scales, strict=True):
-        pipe.load_edlora(pack, scale)
+    with _loaded(pipe, drawing):
+        return _draw(pipe, drawing, views)
+
+
+def draw_with(pipe: Any, drawing: Drawing) -> Drawn:
+    """Draw with a base that is loaded already; it is left as it came, without the packs."""
+    views = _views(drawing)
+    with _loaded(pipe, drawing):
+        return _draw(pipe, drawing, views)
+
+
+@contextmanager
+def _loaded(pipe: Any, drawing: Drawing) -> Iterator[None]:
+    """Load the packs for the length of a block, also if one of them cannot be."""
+    names: list[str] = []
+    try:
+        for pack, scale in zip(drawing.packs.values(), drawing.lora_scales, strict=True):
+            name = f"drawn_{len(names)}"
+            pipe.load_edlora(pack, scale, name)
+            names.append(name)
+        yield
+    finally:
+        pipe.unload_edlora(names)
+
+
+def _draw(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> Drawn:
+    """Draw with a base that has the packs."""
+    import torch
+
     shown = pipe._progress_bar_config
     pipe, conditions = _prepare_call(pipe, drawing, views)
     pipe.set_progress_bar_config(**shown)

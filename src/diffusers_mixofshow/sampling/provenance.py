@@ -15,9 +15,9 @@ from diffusers_mixofshow.versions import PACKAGE, installed_version
 
 
 if TYPE_CHECKING:
-    from diffusers_mixofshow.cli.control import Control
-    from diffusers_mixofshow.cli.drawing import Drawing, Drawn
     from diffusers_mixofshow.regions import Layout
+    from diffusers_mixofshow.sampling.control import Control
+    from diffusers_mixofshow.sampling.drawing import Drawing, Drawn
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Ending of a picture to Pillow's name of its format."""

@@ -1,0 +1,1 @@
+"""Drawing pictures as ``mixofshow sample`` does: what decides about them, the drawing, and what they tell of it."""

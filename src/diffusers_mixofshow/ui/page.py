@@ -1,0 +1,351 @@
+"""The page itself: Gradio's components, and which action each of them calls."""
+
+from __future__ import annotations
+
+import functools
+import html
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers_mixofshow.base_models import usual_guidance
+from diffusers_mixofshow.errors import (
+    ConfigurationError,
+    MissingExtraError,
+    MixOfShowError,
+    MixOfShowWarning,
+    first_line,
+)
+from diffusers_mixofshow.fusion.report import TITLE
+from diffusers_mixofshow.ui import actions, canvas
+from diffusers_mixofshow.ui.conditions import has_layout_condition
+from diffusers_mixofshow.ui.session import Session, Studio
+
+
+LARGEST_UPLOAD = "512mb"
+"""Size of a file that may be sent to the page."""
+_ENDINGS = [".safetensors", ".pth", ".pt", ".bin"]
+_KEPT = (600, 4 * 3600)
+"""How often files that were handed out are looked through, and how old they become, in seconds."""
+_ONE_BY_ONE = "the base model"
+"""Gradio's queue in which calls wait for each other."""
+_HERE = "127.0.0.1"
+_HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
+
+Borrow = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""A decorator of what needs a GPU, such as ``spaces.GPU``."""
+
+
+def import_gradio() -> Any:
+    """Gradio, told to send nothing home.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise MissingExtraError(
+            f"The page needs Gradio, which cannot be imported: {first_line(error)}. Install it with pip install "
+            "'diffusers-mixofshow[ui]'."
+        ) from error
+    return gradio
+
+
+def build_page(studio: Studio, borrow: Borrow = lambda function: function) -> Any:
+    """Make the page, as Gradio's Blocks.
+
+    Args:
+        studio: What all of its users share.
+        borrow: Wraps what needs a GPU, where that is lent for each call.
+
+    Raises:
+        MissingExtraError: If Gradio is not installed.
+        MixOfShowError: If the base model cannot be loaded.
+    """
+    gradio = import_gradio()
+    actions.own_pixels(studio)  # loads the base, so that its defects are told before anybody opens the page
+    with gradio.Blocks(title="Mix-of-Show", analytics_enabled=False, delete_cache=_KEPT) as page:
+        gradio.Markdown(_HEADING)
+        session = gradio.State(None)
+        with gradio.Tab("Draw"):
+            _DrawTab(gradio, studio, session, borrow)
+        with gradio.Tab("Fuse"):
+            _fuse_tab(gradio, studio, borrow)
+        with gradio.Tab("Look into a file"):
+            _card_tab(gradio, studio)
+    return page.queue()
+
+
+def launch(page: Any, *, port: int | None, share: bool, browser: bool) -> None:
+    """Show the page until the user interrupts; to this machine alone, unless it is to be shared.
+
+    Args:
+        page: Of `build_page`.
+        port: None for the first that is free from 7860 on.
+        share: Whether Gradio makes a public link to it.
+        browser: Whether to open it in a browser.
+
+    Raises:
+        ConfigurationError: If the port is taken.
+    """
+    try:
+        page.launch(**launching(), server_name=_HERE, server_port=port, share=share, inbrowser=browser)
+    except OSError as error:
+        raise ConfigurationError(f"The page cannot be shown: {first_line(error)}. Choose another --port.") from error
+
+
+def launching() -> dict[str, Any]:
+    """What holds wherever the page is launched: limits of what is sent, nothing from elsewhere."""
+    gradio = import_gradio()
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return {"max_file_size": LARGEST_UPLOAD, "theme": theme, "footer_links": [], "ssr_mode": False}
+
+
+_warnings_are_caught = threading.Lock()
+
+
+def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with errors and warnings of ours as Gradio shows them: texts, never HTML.
+
+    Python catches warnings for all threads at once, so that one call waits for another.
+    """
+    gradio = import_gradio()
+
+    @functools.wraps(function)
+    def call(*given: Any) -> Any:
+        with _warnings_are_caught, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MixOfShowWarning)
+            try:
+                result = function(*given)
+            except MixOfShowError as error:
+                raise gradio.Error(_as_text(error), duration=None, print_exception=False) from error
+        for each in caught:
+            if issubclass(each.category, MixOfShowWarning):
+                gradio.Warning(_as_text(each.message))
+        return result
+
+    return call
+
+
+def _as_text(message: object) -> str:
+    """Gradio renders messages as HTML, and they quote what strangers wrote."""
+    return html.escape(str(message), quote=False)
+
+
+class _DrawTab:
+    """Concepts, canvas, wishes, and what comes out."""
+
+    def __init__(self, gradio: Any, studio: Studio, session: Any, borrow: Borrow) -> None:
+        self.gradio, self.studio, self.session = gradio, studio, session
+        self.width, self.height = actions.own_pixels(studio)
+        with gradio.Row():
+            with gradio.Column(scale=3):
+                self._concepts()
+                self.canvas = canvas.component(canvas.empty_value(self.width, self.height))
+            with gradio.Column(scale=2):
+                self._wishes()
+                self._results()
+        self._connect(borrow)
+
+    def _concepts(self) -> None:
+        gradio = self.gradio
+        with gradio.Accordion("Concepts", open=True):
+            with gradio.Row():
+                named = "Hub id, folder or file" if self.studio.local else "Hub id"
+                self.source = gradio.Textbox(label=named, placeholder="user/edlora-potter", scale=3)
+                self.load = gradio.Button("Load", scale=1)
+            self.files = gradio.File(label="Or drop files", file_count="multiple", file_types=_ENDINGS, height=110)
+            self.loaded = gradio.Dataframe(
+                headers=["pack", "concept", "class word", "base"],
+                datatype="str",
+                interactive=False,
+                label="Loaded",
+                visible=False,
+            )
+            with gradio.Row(visible=False) as self.unloading:
+                self.which = gradio.Dropdown([], label="Unload", scale=3)
+                self.unload = gradio.Button("Unload", scale=1)
+
+    def _wishes(self) -> None:
+        gradio, usual = self.gradio, actions.Wishes
+        self.prompt = gradio.Textbox(label="Global prompt", placeholder="two dogs in a meadow", lines=2)
+        self.negative = gradio.Textbox(label="What to avoid", lines=1)
+        with gradio.Row():
+            self.draft = gradio.Checkbox(
+                usual.draft, label="Draft", info="Draw each region alone first", min_width=140
+            )
+            self.refine = gradio.Checkbox(usual.refine, label="Refine", info="Draw each anew, larger", min_width=140)
+            self.isolation = gradio.Checkbox(
+                usual.isolation, label="Isolation", info="Keep regions apart", min_width=140
+            )
+            self.condition = gradio.Checkbox(
+                False,
+                label="Layout condition",
+                info="Tell the base where things stand",
+                min_width=140,
+                elem_id="condition",
+                visible=has_layout_condition(self.studio.base_name),
+            )
+        with gradio.Row():
+            self.seed = gradio.Number(usual.seed, label="Seed", precision=0, min_width=90)
+            self.steps = gradio.Number(
+                usual.steps, label="Steps", precision=0, min_width=90, minimum=1, maximum=actions.MOST_STEPS
+            )
+            self.guidance = gradio.Number(
+                usual_guidance(self.studio.base_name), label="Guidance", min_width=90, minimum=0, maximum=100
+            )
+        self.draw = gradio.Button("Draw", variant="primary", elem_id="draw")
+
+    def _results(self) -> None:
+        gradio = self.gradio
+        looks = {"interactive": False, "buttons": ["download", "fullscreen"]}
+        self.picture = gradio.Image(label="Picture", type="filepath", elem_id="picture", **looks)
+        self.overlay = gradio.Image(label="With its layout", format="png", elem_id="overlay", **looks)
+        with gradio.Row():
+            self.png = gradio.DownloadButton("Picture with its settings (PNG)")
+            self.json = gradio.DownloadButton("Layout (JSON)")
+            self.followed = gradio.DownloadButton("Layout condition (PNG)", visible=False)
+        self.saved = gradio.UploadButton(
+            "Load a layout (JSON) or a picture with its settings (PNG)", file_types=[".json", ".png", ".jpg", ".webp"]
+        )
+
+    def _connect(self, borrow: Borrow) -> None:
+        shown = [self.session, self.loaded, self.unloading, self.which, self.canvas]
+        one = {"concurrency_id": _ONE_BY_ONE, "concurrency_limit": 1}
+        typed, load = [self.session, self.source], _told(self._load)
+        self.load.click(load, typed, shown, api_name="load", **one)
+        self.source.submit(load, typed, shown, api_visibility="private", **one)
+        self.files.upload(load, [self.session, self.files], shown, api_name="load_files", **one)
+        self.unload.click(_told(self._unload), [self.session, self.which], shown, api_name="unload")
+        wishes = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
+        switches = [self.draft, self.refine, self.isolation, self.condition]
+        self.draw.click(
+            _told(borrow(self._draw)),
+            [self.session, self.canvas, *wishes, *switches],
+            [self.picture, self.overlay, self.png, self.json, self.followed],
+            api_name="draw",
+            **one,
+        )
+        self.saved.upload(_told(self._read), [self.saved], [self.canvas, *wishes, *switches], api_name="read_layout")
+
+    def _shown(self, session: Session) -> tuple[Any, ...]:
+        names = [concept.placeholder for concept in session.concepts]
+        choices = self.gradio.Dropdown(choices=list(session.packs), value=next(iter(session.packs), None))
+        some = bool(session.packs)
+        table = self.gradio.Dataframe(actions.list_loaded(session), visible=some)
+        return session, table, self.gradio.Row(visible=some), choices, canvas.naming(names)
+
+    def _load(self, session: Session | None, sent: str | Sequence[str] | None) -> tuple[Any, ...]:
+        sources = [sent.strip()] if isinstance(sent, str) else [Path(each) for each in sent or ()]
+        loaded = session or Session()
+        for source in sources:
+            loaded = actions.load(self.studio, loaded, source)
+        return self._shown(loaded)
+
+    def _unload(self, session: Session | None, name: str | None) -> tuple[Any, ...]:
+        return self._shown((session or Session()).without_pack(name or ""))
+
+    def _draw(
+        self,
+        session: Session | None,
+        drawn: object,
+        prompt: str,
+        negative: str,
+        seed: float,
+        steps: float,
+        guidance: float,
+        *switches: bool,
+    ) -> tuple[Any, ...]:
+        draft, refine, isolation, condition = switches
+        wishes = actions.Wishes(
+            prompt=prompt,
+            negative_prompt=negative,
+            seed=int(seed),
+            steps=int(steps),
+            guidance=float(guidance),
+            draft=draft,
+            refine=refine,
+            isolation=isolation,
+            condition=condition,
+        )
+        result = actions.draw_picture(self.studio, session or Session(), drawn, wishes)
+        picture, seen = str(result.picture), result.condition
+        followed = self.gradio.DownloadButton(value=seen and str(seen), visible=seen is not None)
+        return picture, result.overlay, picture, str(result.layout), followed
+
+    def _read(self, sent: str) -> tuple[Any, ...]:
+        read = actions.read_layout_file(Path(sent), self.width, self.height)
+        if read.needs:
+            self.gradio.Info(_as_text(f"Drawn with {', '.join(read.needs)}; load what is missing."))
+        unchanged = self.gradio.skip()
+        names = ("seed", "steps", "guidance", "draft", "refine", "isolation", "condition")
+        return (
+            read.canvas,
+            read.prompt,
+            read.negative_prompt,
+            *(read.settings.get(name, unchanged) for name in names),
+        )
+
+
+def _sources(files: Sequence[str] | None, named: str) -> list[str | Path]:
+    """What was sent and what was typed, a line each."""
+    return [*(Path(each) for each in files or ()), *(line.strip() for line in named.splitlines() if line.strip())]
+
+
+def _fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
+    gradio.Markdown("Several concepts, or plain LoRAs, become one file. No photos are needed.")
+    files = gradio.File(label="Drop files", file_count="multiple", file_types=_ENDINGS)
+    more = "Hub ids, folders or files, a line each" if studio.local else "Hub ids, a line each"
+    named = gradio.Textbox(label=more, lines=2)
+    prompts = gradio.Textbox(
+        label="Prompts with the trigger words of plain LoRAs whose files do not tell them, a line each", lines=2
+    )
+    method = gradio.Dropdown(list(actions.METHODS), value=actions.METHODS[0], label="Method")
+    go = gradio.Button("Fuse", variant="primary")
+    table = gradio.Dataframe(label=TITLE, interactive=False, datatype="str")
+    meaning = gradio.Textbox(label="What the numbers mean", interactive=False, lines=2)
+    result = gradio.File(label="The fused pack", file_count="multiple", interactive=False)
+
+    def fuse(sent: Sequence[str] | None, typed: str, method: str, triggers: str) -> tuple[Any, ...]:
+        lines = [line.strip() for line in triggers.splitlines() if line.strip()]
+        paths, (headers, rows), told = actions.fuse(studio, _sources(sent, typed), method, lines)
+        return {"headers": headers, "data": rows}, told, [str(path) for path in paths]
+
+    go.click(
+        _told(borrow(fuse)),
+        [files, named, method, prompts],
+        [table, meaning, result],
+        api_name="fuse",
+        concurrency_id=_ONE_BY_ONE,
+        concurrency_limit=1,
+    )
+
+
+def _card_tab(gradio: Any, studio: Studio) -> None:
+    file = gradio.File(label="Drop a file", file_types=_ENDINGS)
+    with gradio.Row():
+        named = gradio.Textbox(label="Or a Hub id, folder or file" if studio.local else "Or a Hub id", scale=3)
+        go = gradio.Button("Look", scale=1)
+    facts = gradio.Dataframe(headers=["what", "value"], datatype="str", interactive=False, label="Facts", wrap=True)
+    concepts = gradio.Dataframe(
+        headers=["concept", "class word", "kind", "tokens (mean norm)"],
+        datatype="str",
+        interactive=False,
+        label="Concepts",
+        wrap=True,
+    )
+    notes = gradio.Textbox(label="Notes and problems", interactive=False, lines=1)
+    card = gradio.Markdown(label="Card", elem_id="card")
+
+    def look(source: str | Path) -> tuple[Any, ...]:
+        told = actions.tell(studio, source)
+        return told.facts, told.concepts, "\n".join(told.notes) or "none", told.card
+
+    shown = [facts, concepts, notes, card]
+    file.upload(_told(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file")
+    go.click(_told(lambda typed: look(typed.strip())), [named], shown, api_name="look")

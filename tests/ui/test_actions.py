@@ -1,0 +1,279 @@
+"""What the page does, without a browser or Gradio."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_mixofshow import Layout, MixOfShowPipeline, Region
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError, MixOfShowError, RegionError
+from diffusers_mixofshow.sampling.provenance import settings_of
+from diffusers_mixofshow.ui import actions
+from diffusers_mixofshow.ui.actions import Wishes
+from diffusers_mixofshow.ui.canvas import to_value
+from diffusers_mixofshow.ui.session import MOST_PACKS, Session, Studio
+
+
+CANVAS = to_value(Layout((Region("a brown dog in the snow", box=(0.0, 0.25, 0.5, 1.0)),)), 64, 64)
+QUICK = {"prompt": "a dog in the snow", "steps": 2, "guidance": 3.0, "draft": False}
+
+
+def weights_of(studio: Studio) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in studio.pipe.unet.state_dict().items()}
+
+
+def test_a_concept_is_loaded_for_one_user_and_not_into_the_base(studio: Studio, packs: dict[str, Path]) -> None:
+    before = weights_of(studio)
+    session = actions.load(studio, Session(), packs["rex"])
+    assert [concept.placeholder for concept in session.concepts] == ["<rex>"]
+    assert actions.list_loaded(session) == [["edlora.safetensors", "<rex>", "dog", "toyland"]]
+    assert Session().concepts == []
+    assert studio.pipe.concepts == {}
+    after = weights_of(studio)
+    assert before.keys() == after.keys()
+    assert session.without_pack("edlora.safetensors").concepts == []
+    assert session.without_pack("what is not there").concepts == session.concepts
+
+
+def test_two_concepts_of_one_name_are_refused(studio: Studio, packs: dict[str, Path]) -> None:
+    session = actions.load(studio, Session(), str(packs["rex"].parent))
+    with pytest.raises(ConceptError, match="<rex>"):
+        actions.load(studio, session, packs["rex"])
+
+
+def test_a_session_holds_only_so_many_packs(studio: Studio, packs: dict[str, Path]) -> None:
+    plain = studio.open(packs["rex"]).edlora
+    session = Session(packs=dict.fromkeys(map(str, range(MOST_PACKS)), plain))
+    with pytest.raises(ConfigurationError, match="Unload one first"):
+        session.with_pack("more", plain)
+
+
+def test_a_session_can_be_sent_to_another_process(studio: Studio, packs: dict[str, Path]) -> None:
+    session = actions.load(studio, Session(), packs["rex"])
+    assert pickle.loads(pickle.dumps(session)).concepts == session.concepts
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a file",
+        b"PK\x03\x04",
+        b"\x80\x04cos\nsystem\n",
+        b"\xff" * 64,
+        (8).to_bytes(8, "little") + b"{}      ",
+    ],
+    ids=["empty", "text", "zip", "pickle", "long header", "no tensors"],
+)
+@pytest.mark.parametrize("ending", [".safetensors", ".bin", ".pth"])
+def test_what_is_dropped_is_read_as_any_strangers_file(
+    studio: Studio, tmp_path: Path, content: bytes, ending: str
+) -> None:
+    path = tmp_path / f"dropped{ending}"
+    path.write_bytes(content)
+    for act in (lambda: actions.load(studio, Session(), path), lambda: actions.tell(studio, path)):
+        with pytest.raises(MixOfShowError):
+            act()
+    assert studio.pipe.concepts == {}
+
+
+def test_a_concept_of_another_base_is_refused_when_it_is_loaded(studio: Studio, tmp_path: Path) -> None:
+    import packs as random_packs
+    import tiny
+
+    path = random_packs.random_pack(tiny.components()).save_pretrained(tmp_path)
+    with pytest.raises(EDLoRAFormatError):
+        actions.load(studio, Session(), path)
+    assert studio.pipe.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize("typed", ["/etc", "../packs", "~/concepts", "packs", "a/b/c", "x.safetensors", "C:\\x"])
+def test_strangers_name_no_place_of_this_machine(studio: Studio, typed: str) -> None:
+    shared = Studio("toyland", "cpu", local=False)
+    with pytest.raises(ConfigurationError, match="no Hub id"):
+        shared.open(typed)
+
+
+def test_an_empty_name_is_told(studio: Studio) -> None:
+    with pytest.raises(ConfigurationError, match="Got no name"):
+        studio.open("")
+
+
+def test_a_picture_is_drawn_that_tells_how(studio: Studio, packs: dict[str, Path]) -> None:
+    before = weights_of(studio)
+    session = actions.load(studio, Session(), packs["rex"])
+    canvas = to_value(Layout((Region("a <rex> in the snow", box=(0.0, 0.25, 0.5, 1.0)),)), 64, 64)
+    result = actions.draw_picture(studio, session, canvas, Wishes(**QUICK | {"seed": 7, "isolation": True}))
+    with Image.open(result.picture) as picture:
+        assert picture.size == (64, 64)
+    assert min(result.overlay.size) >= 512
+    assert Layout.load(result.layout).describe()["regions"] == [
+        {"prompt": "a <rex> in the snow", "box": [0.0, 0.25, 0.5, 1.0]}
+    ]
+    told = settings_of(result.picture)
+    assert (told["seed"], told["steps"], told["guidance"], told["base"]) == (7, 2, 3.0, "toyland")
+    assert (told["isolation"], told["draft"]) == (True, False)
+    assert studio.pipe.get_list_adapters() == {}
+    after = weights_of(studio)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_picture_is_the_one_that_the_pipeline_draws(studio: Studio) -> None:
+    result = actions.draw_picture(studio, Session(), CANVAS, Wishes(**QUICK))
+    pipe = MixOfShowPipeline.from_pretrained("toyland")
+    pipe.set_progress_bar_config(disable=True)
+    region = Region("a brown dog in the snow", box=(0.0, 0.25, 0.5, 1.0))
+    generator = torch.Generator().manual_seed(0)
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": generator}
+    expected = pipe("a dog in the snow", regions=[region], **settings).images[0]
+    with Image.open(result.picture) as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
+@pytest.mark.parametrize("switch", ["draft", "refine", "isolation", "condition"])
+def test_every_switch_changes_the_picture_and_is_told(studio: Studio, switch: str) -> None:
+    regions = (Region("a brown dog", box=(0.0, 0.25, 0.5, 1.0)), Region("a red vase", box=(0.5, 0.25, 1.0, 1.0)))
+    canvas = to_value(Layout(regions), 64, 64)
+    plain = actions.draw_picture(studio, Session(), canvas, Wishes(**QUICK))
+    other = actions.draw_picture(studio, Session(), canvas, Wishes(**QUICK | {switch: True}))
+    with Image.open(plain.picture) as one, Image.open(other.picture) as two:
+        assert not np.array_equal(np.asarray(one), np.asarray(two))
+    assert actions.read_layout_file(other.picture, 8, 8).settings[switch] is True
+    assert actions.read_layout_file(plain.picture, 8, 8).settings[switch] is False
+    assert (other.condition is not None) is (switch == "condition")
+
+
+@pytest.mark.parametrize("switch", ["draft", "refine", "isolation", "condition"])
+def test_switches_wait_for_a_region(studio: Studio, switch: str) -> None:
+    canvas = CANVAS | {"regions": []}
+    result = actions.draw_picture(studio, Session(), canvas, Wishes(**QUICK | {switch: True}))
+    assert actions.read_layout_file(result.picture, 8, 8).canvas["regions"] == []
+
+
+def test_a_picture_and_a_layout_are_read_again(studio: Studio) -> None:
+    wishes = Wishes(**QUICK | {"seed": 3, "negative_prompt": "a cat"})
+    result = actions.draw_picture(studio, Session(), CANVAS, wishes)
+    for path in (result.picture, result.layout):
+        read = actions.read_layout_file(path, 8, 8)
+        assert read.canvas["regions"] == CANVAS["regions"]
+        assert (read.canvas["width"], read.prompt, read.negative_prompt) == (64, "a dog in the snow", "a cat")
+    assert actions.read_layout_file(result.layout, 8, 8).settings == {}
+    settings = actions.read_layout_file(result.picture, 8, 8).settings
+    assert (settings["seed"], settings["steps"], settings["guidance"]) == (3, 2, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b"[]", "no layout"),
+        ("x.json", b"{", "cannot be read as a layout"),
+        ("x.png", b"PNG", "cannot be read as a picture"),
+        ("x.json", b'{"format": "mixofshow-layout", "version": 1, "width": 90000}', "90000"),
+        (
+            "x.json",
+            b'{"format": "mixofshow-layout", "version": 1, "regions": [{"prompt": "a", "mask": "../x.png"}]}',
+            "no file in the layout's folder",
+        ),
+    ],
+)
+def test_what_is_no_layout_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MixOfShowError, match=message):
+        actions.read_layout_file(tmp_path / name, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": " "}, "no prompt"),
+        ({"steps": 0}, "0 steps"),
+        ({"steps": 10_000}, "10000 steps"),
+        ({"seed": 2**64}, "the seed"),
+        ({"guidance": float("nan")}, "guidance of nan"),
+        ({"guidance": -1.0}, "guidance of -1"),
+    ],
+)
+def test_wishes_that_cannot_be_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Wishes(**QUICK | changes)
+
+
+def test_an_unknown_concept_is_told_and_the_base_stays(studio: Studio, packs: dict[str, Path]) -> None:
+    session = actions.load(studio, Session(), packs["tom"])
+    canvas = to_value(Layout((Region("a <rex>", box=(0, 0, 1, 1)),)), 64, 64)
+    with pytest.raises(ConceptError, match="<rex>"):
+        actions.draw_picture(studio, session, canvas, Wishes(**QUICK))
+    assert studio.pipe.concepts == {}
+    with pytest.raises(RegionError):
+        actions.draw_picture(studio, session, {}, Wishes(**QUICK))
+
+
+def test_two_users_at_once_get_what_they_would_get_alone(studio: Studio, packs: dict[str, Path]) -> None:
+    sessions = {name: actions.load(studio, Session(), path) for name, path in packs.items()}
+
+    def draw(name: str) -> bytes:
+        canvas = to_value(Layout((Region(f"a <{name}>", box=(0, 0, 1, 1)),)), 64, 64)
+        wishes = Wishes(**QUICK | {"prompt": f"a <{name}>"})
+        return actions.draw_picture(studio, sessions[name], canvas, wishes).picture.read_bytes()
+
+    alone = {name: draw(name) for name in packs}
+    together: dict[str, bytes] = {}
+    threads = [threading.Thread(target=lambda name=name: together.update({name: draw(name)})) for name in packs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert alone["rex"] != alone["tom"]
+    assert together == alone
+
+
+@pytest.mark.slow
+def test_files_are_fused_with_the_report(studio: Studio, packs: dict[str, Path]) -> None:
+    files, (headers, rows), meaning = actions.fuse(studio, list(packs.values()), "closed-form", [])
+    assert [path.name for path in files] == ["README.md", "edlora.safetensors"]
+    assert headers[:3] == ["concept", "averaged", "fused"]
+    assert [row[0] for row in rows] == ["<rex>", "<tom>"]
+    assert all(len(row) == len(headers) for row in rows)
+    assert "residual" in meaning
+    assert [concept.placeholder for concept in studio.open(files[1]).edlora.concepts] == ["<rex>", "<tom>"]
+
+
+def test_a_merge_without_numbers_says_so(studio: Studio, packs: dict[str, Path]) -> None:
+    _, (headers, rows), meaning = actions.fuse(studio, list(packs.values()), "sum", [])
+    assert (headers, rows, meaning) == (["concept"], [["<rex>"], ["<tom>"]], "This method measures nothing.")
+
+
+@pytest.mark.parametrize(
+    ("count", "method", "message"), [(0, "sum", "Got 0 sources"), (1, "sum", "Got 1 sources"), (2, "dare", "'dare'")]
+)
+def test_what_cannot_be_fused_is_told(
+    studio: Studio, packs: dict[str, Path], count: int, method: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        actions.fuse(studio, list(packs.values())[:count], method, [])
+
+
+def test_a_file_is_told_as_inspect_tells_it(studio: Studio, packs: dict[str, Path]) -> None:
+    told = actions.tell(studio, packs["rex"])
+    facts = dict(told.facts)
+    assert (facts["kind"], facts["rank"]) == ("ED-LoRA", "2")
+    assert told.concepts[0][:2] == ["<rex>", "dog"]
+    assert "## " in told.card
+    assert "<img" not in told.card.replace("\\<", "")
+
+
+def test_old_results_go(studio: Studio) -> None:
+    import os
+
+    old = studio.new_folder()
+    (old / "x").write_text("x")
+    os.utime(old, (0, 0))
+    fresh = studio.new_folder()
+    assert not old.exists()
+    assert fresh.exists()

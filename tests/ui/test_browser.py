@@ -1,0 +1,154 @@
+"""The page in a real browser: drawn with the mouse, and with the keyboard alone.
+
+pytest -m browser tests/ui
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chromium import boxes, browser, drag, draw, missing, one, open_page, until, write
+from diffusers_mixofshow.ui import page
+from diffusers_mixofshow.ui.session import Studio
+
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
+
+
+@pytest.fixture(scope="module")
+def server(studio: Studio) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="the extra ui is not installed")
+    blocks = page.build_page(studio)
+    _, url, _ = blocks.launch(**page.launching(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield url
+    blocks.close()
+
+
+@pytest.fixture(scope="module", params=[1280, 400], ids=["wide", "phone"])
+def window(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with browser(request.param, 1000) as driver:
+        yield driver
+
+
+@pytest.fixture
+def seen(window: Any, server: str) -> Any:
+    """The page, loaded anew."""
+    open_page(window, server)
+    return window
+
+
+def set_number(driver: Any, label: str, value: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    field = one(driver, f"input[aria-label='{label}']")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(value)
+
+
+def test_two_boxes_are_drawn_with_the_mouse_and_the_picture_changes_in_them(seen: Any) -> None:
+    set_number(seen, "Steps", "4")
+    plain = draw(seen, "a meadow")
+    drag(seen, (0.02, 0.3), (0.48, 0.98))
+    drag(seen, (0.52, 0.3), (0.98, 0.98))
+    assert np.abs(np.array(boxes(seen)) - [[2, 30, 48, 98], [52, 30, 98, 98]]).max() < 2.5
+    write(seen, "Prompt of region 1", "a brown dog in a meadow")
+    write(seen, "Prompt of region 2", "a red vase in a meadow")
+    changed = np.abs(draw(seen, "a meadow") - plain).mean(axis=-1)
+    for part in (changed[20:62, 2:30], changed[20:62, 34:62]):
+        assert part.mean() > 10
+        assert part.mean() > changed[:12].mean()
+    assert problems(seen) == []
+
+
+def test_a_box_is_moved_resized_and_removed_with_the_mouse(seen: Any) -> None:
+    drag(seen, (0.1, 0.1), (0.4, 0.4))
+    drag(seen, (0.25, 0.25), (0.55, 0.35))
+    assert np.abs(np.array(boxes(seen)) - [[40, 20, 70, 50]]).max() < 3
+    drag(seen, (0.698, 0.498), (0.9, 0.9))
+    assert np.abs(np.array(boxes(seen)) - [[40, 20, 90, 90]]).max() < 3
+    one(seen, "[aria-label='Remove of region 1']").click()
+    assert boxes(seen) == []
+
+
+def test_the_keyboard_alone_draws(seen: Any) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def press(*keys: str) -> None:
+        ActionChains(seen).send_keys(*keys).perform()
+
+    tab_to(seen, lambda at: at.text == "Add a region")
+    press(Keys.ENTER)
+    assert boxes(seen) == [[25, 25, 75, 95]]
+    press(*[Keys.ARROW_LEFT] * 5, Keys.ARROW_UP)
+    assert boxes(seen) == [[20, 24, 70, 94]]
+    ActionChains(seen).key_down(Keys.SHIFT).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_UP).key_up(Keys.SHIFT).perform()
+    assert boxes(seen) == [[20, 24, 71, 93]]
+    tab_to(seen, lambda at: at.get_attribute("aria-label") == "Prompt of region 1")
+    press("a brown dog")
+    tab_to(seen, lambda at: at.get_attribute("aria-label") == "Left of region 1")
+    press(Keys.ARROW_UP)
+    assert boxes(seen)[0][0] == 21
+    tab_to(seen, lambda at: (at.get_attribute("placeholder") or "").startswith("two dogs"))
+    press("a dog in the snow")
+    tab_to(seen, lambda at: at.get_attribute("id") == "draw")
+    press(Keys.ENTER)
+    until(seen, lambda: seen.find_elements("css selector", "#picture img"))
+    tab_to(seen, lambda at: (at.get_attribute("class") or "").startswith("mos-box"))
+    press(Keys.DELETE)
+    assert boxes(seen) == []
+
+
+def tab_to(driver: Any, there: Any) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    for _ in range(120):
+        if there(driver.switch_to.active_element):
+            return
+        ActionChains(driver).send_keys(Keys.TAB).perform()
+    raise AssertionError("no key leads there")
+
+
+def test_a_dropped_concept_is_offered_and_the_drawing_stays(seen: Any, packs: dict[str, Path]) -> None:
+    drag(seen, (0.1, 0.1), (0.6, 0.6))
+    drawn = boxes(seen)
+    one(seen, "input[type='file'][multiple]").send_keys(str(packs["rex"]))
+    until(seen, lambda: seen.find_elements("css selector", "[data-concept='<rex>']"))
+    assert boxes(seen) == drawn
+    field = one(seen, "[aria-label='Prompt of region 1']")
+    field.send_keys("a <r")
+    one(seen, "[data-concept='<rex>']").click()
+    assert field.get_property("value") == "a <rex>"
+
+
+def test_a_painted_mask_is_what_is_sent(seen: Any) -> None:
+    one(seen, "[data-tool='paint']").click()
+    drag(seen, (0.3, 0.5), (0.7, 0.5))
+    mask = seen.execute_script("return document.querySelector('.mos-mask').toDataURL()")
+    assert mask.startswith("data:image/png")
+    write(seen, "Prompt of region 1", "a brown dog")
+    set_number(seen, "Steps", "2")
+    draw(seen, "a meadow")
+    assert problems(seen) == []
+
+
+def test_nothing_is_asked_of_other_machines(seen: Any, server: str) -> None:
+    asked = [json.loads(entry["message"])["message"] for entry in seen.get_log("performance")]
+    urls = [one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"]
+    assert urls
+    assert [url for url in urls if not url.startswith((server, "data:", "blob:", "about:", "chrome"))] == []
+
+
+def test_it_fits_the_window(seen: Any) -> None:
+    assert seen.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def problems(driver: Any) -> list[str]:
+    return [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]

@@ -1,0 +1,132 @@
+"""The page on a real server, as Gradio's own client sees it; and what it says where Gradio is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.sampling.provenance import settings_of
+from diffusers_mixofshow.ui import page
+from diffusers_mixofshow.ui.session import Studio
+
+
+def test_where_gradio_is_missing_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, studio: Studio) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'diffusers-mixofshow\[ui\]'"):
+        page.build_page(studio)
+
+
+@pytest.fixture(scope="module")
+def server(studio: Studio) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="the extra ui is not installed")
+    blocks = page.build_page(studio)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        _, url, _ = blocks.launch(**page.launching(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        yield url
+        blocks.close()
+
+
+def user(server: str):
+    from gradio_client import Client
+
+    return Client(server, verbose=False)
+
+
+def ask(client, canvas: dict, prompt: str, *, seed: int = 0, steps: int = 2) -> tuple:
+    return client.predict(canvas, prompt, "", seed, steps, 3.0, False, False, False, False, api_name="/draw")
+
+
+def canvas_of(prompt: str) -> dict:
+    return {"width": 64, "height": 64, "regions": [{"prompt": prompt, "box": [0, 0.2, 0.5, 1]}]}
+
+
+def test_a_port_that_is_taken_is_told(server: str, studio: Studio) -> None:
+    blocks, port = page.build_page(studio), int(server.rstrip("/").rpartition(":")[2])
+    with pytest.raises(ConfigurationError, match=f"{port}.*Choose another --port"):
+        page.launch(blocks, port=port, share=False, browser=False)
+
+
+def test_it_listens_on_this_machine_alone_and_sends_nothing_home(server: str) -> None:
+    import gradio
+
+    assert server.startswith("http://127.0.0.1:")
+    assert not gradio.analytics.analytics_enabled()
+
+
+def test_a_picture_is_drawn_with_its_settings(server: str) -> None:
+    client = user(server)
+    picture, overlay, png, layout, _ = ask(client, canvas_of("a brown dog"), "a dog in the snow", seed=5)
+    told = settings_of(Path(png))
+    assert (told["seed"], told["steps"], told["base"]) == (5, 2, "toyland")
+    assert settings_of(Path(picture))["seed"] == 5
+    with Image.open(overlay) as drawn:
+        assert min(drawn.size) >= 512
+    assert json.loads(Path(layout).read_text())["regions"][0]["prompt"] == "a brown dog"
+
+
+def test_what_one_user_loads_another_does_not_see(server: str, packs: dict[str, Path]) -> None:
+    from gradio_client import handle_file
+
+    first, second = user(server), user(server)
+    loaded = first.predict([handle_file(packs["rex"])], api_name="/load_files")
+    assert loaded[0]["value"]["data"][0][1] == "<rex>"
+    second.predict([handle_file(packs["tom"])], api_name="/load_files")
+    ask(first, canvas_of("a <rex>"), "a <rex>")
+    with pytest.raises(Exception, match="<rex>".replace("<", "&lt;").replace(">", "&gt;")):
+        ask(second, canvas_of("a <rex>"), "a meadow")
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            pool.submit(ask, client, canvas_of(f"a <{name}>"), "-")
+            for client, name in ((first, "rex"), (second, "tom"))
+        ]
+        assert [Path(one.result()[0]).stat().st_size > 0 for one in both] == [True, True]
+    assert first.predict("edlora.safetensors", api_name="/unload")[0]["value"]["data"] == []
+
+
+def test_files_are_fused_and_handed_out(server: str, packs: dict[str, Path]) -> None:
+    from gradio_client import handle_file
+
+    files = [handle_file(path) for path in packs.values()]
+    table, meaning, handed = user(server).predict(files, "", "average", "", api_name="/fuse")
+    assert table["headers"][0] == "concept"
+    assert [row[0] for row in table["data"]] == ["<rex>", "<tom>"]
+    assert "edlora.safetensors" in [Path(path).name for path in handed]
+    assert meaning
+
+
+def test_a_card_is_shown_with_what_strangers_wrote_escaped(server: str, packs: dict[str, Path]) -> None:
+    from gradio_client import handle_file
+
+    facts, concepts, notes, card = user(server).predict(handle_file(packs["rex"]), api_name="/look_into_file")
+    assert ["kind", "ED-LoRA"] in facts["data"]
+    assert concepts["data"][0][0] == "<rex>"
+    assert notes == "none"
+    assert "<img" not in card
+
+
+@pytest.mark.parametrize("typed", ["", "nowhere/at-all/x", "no-such-folder/edlora.safetensors"])
+def test_errors_are_sentences(server: str, typed: str) -> None:
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError) as raised:
+        user(server).predict(typed, api_name="/look")
+    assert "Traceback" not in str(raised.value)
+    assert len(str(raised.value)) > 20
+
+
+def test_a_file_that_is_too_large_is_not_taken(server: str, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    large = tmp_path / "large.safetensors"
+    with large.open("wb") as file:
+        file.truncate(513 * 2**20)
+    with pytest.raises(Exception, match=r"413|size|large"):
+        user(server).predict(handle_file(large), api_name="/look_into_file")
