@@ -326,7 +326,7 @@ def test_a_prior_keeps_the_base_where_no_concept_is_named(
     assert not pipe.concepts
     if not sequential:
         same_deltas(held.reweight({"<rex>": 2}), held)
-    with pytest.raises(FusionError, match="needs a pipeline"):
+    with pytest.raises(FusionError, match=r"prior is 1, .* give GradientFuser a pipeline"):
         GradientFuser(prior=1)
 
 

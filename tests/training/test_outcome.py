@@ -200,7 +200,7 @@ def test_gradients_that_are_no_numbers_end_a_training(
 
     def steep(learner: Learner, batch: Batch) -> dict[str, torch.Tensor]:
         losses = forward(learner, batch)
-        rows = learner.values[0]
+        rows = learner.reader.values[0]
         return {**losses, "loss": losses["loss"] + (rows - rows.detach()).abs().sqrt().sum()}
 
     monkeypatch.setattr(Learner, "forward", steep)

@@ -23,6 +23,8 @@ from slow_training import SlowTraining, in_float64
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 """float32 beside float64, over some steps."""
+CLOSE_BY_ADAM = {"rtol": 2e-4, "atol": 5e-5}
+"""AdamW divides a gradient by its own size: where there is nearly none, float32's noise is a hundredth of a step."""
 
 
 SD, XL = "Stable Diffusion", "Stable Diffusion XL"
@@ -172,7 +174,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 OF_BOTH = {
     "rates of their own": 2,
-    "zero terminal SNR": 1,
+    "zero terminal SNR": 2,
     "texts that stand still": 2,
     "empty prompts": 1,
     "attention beside the class": 1,
@@ -215,7 +217,8 @@ def test_a_training_is_the_one_written_out(
     changed = set()
     for parameter, expected in slow.average.items():
         called = parameter.removeprefix("embedding ").replace(" ", ".")
-        torch.testing.assert_close(learnt.pop(called).double(), expected, **CLOSE)
+        close = CLOSE if config.optimizer == "SGD" else CLOSE_BY_ADAM
+        torch.testing.assert_close(learnt.pop(called).double(), expected, **close)
         if float((expected - start[parameter].double()).abs().max()) > 5 * CLOSE["atol"]:
             changed.add(slow.rate(parameter))
     assert learnt == {}
