@@ -122,7 +122,7 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
     refuse_fused(components)
     for component, model in components_with_sites(components).items():
         if _reads_old_copies(model):
-            raise _copied(component)
+            raise _copies_error(component)
     for model in components_with_sites(components).values():
         with changing(model), keep_gradient_flags(model):
             for path, layer in list(model.named_modules()):
@@ -489,10 +489,10 @@ def refuse_copied(components: Mapping[str, object]) -> None:
     """
     for component, model in components_with_sites(components).items():
         if _copying_attention(model):
-            raise _copied(component)
+            raise _copies_error(component)
 
 
-def _copied(component: str) -> ConfigurationError:
+def _copies_error(component: str) -> ConfigurationError:
     return ConfigurationError(
         "Attention reads copies of the weights, which fuse_qkv_projections() made: they stay as they are when updates "
         "are put into the weights or taken out, and the layers themselves are passed over, so that they record "

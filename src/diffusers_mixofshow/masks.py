@@ -138,7 +138,7 @@ def _of_alpha(alpha: np.ndarray, called: str) -> np.ndarray | None:
         raise PictureError(f"{called} is transparent everywhere; expected what is opaque, or white, to be inside")
     if alpha.min() == alpha.max() or alpha.min() >= _OPAQUE:
         return None
-    return _soft(_two_valued(alpha / 255, alpha.min() / 255), called)
+    return _soft(_make_binary(alpha / 255, alpha.min() / 255), called)
 
 
 def _grey(colours: np.ndarray, called: str) -> np.ndarray:
@@ -161,7 +161,7 @@ def _is_coloured(colours: np.ndarray) -> bool:
 
 def _of_whole_numbers(values: np.ndarray, called: str) -> np.ndarray:
     """Take two labels, or greys; `values` are fractions of the largest number that could be."""
-    values = _two_valued(values, 0)
+    values = _make_binary(values, 0)
     if 0 < values.max() < _NEARLY_WHITE and (count := len(np.unique(values))) <= _MOST_LABELS:
         raise PictureError(
             f"{called} has {count} values, none of them white, as pictures of labels have, so that it is not "
@@ -170,7 +170,7 @@ def _of_whole_numbers(values: np.ndarray, called: str) -> np.ndarray:
     return _soft(values, called)
 
 
-def _two_valued(values: np.ndarray, low: float) -> np.ndarray:
+def _make_binary(values: np.ndarray, low: float) -> np.ndarray:
     """Zero and one where there is nothing but the low value and another: labels, or a brush of some opacity."""
     high = values.max()
     return (values > low).astype(np.float64) if ((values == low) | (values == high)).all() else values

@@ -91,7 +91,7 @@ def layerwise_attention(
     paths = cross_attention_layers(denoiser)
     names = paths if layers is None else tuple(layers)
     places = [_place_among(names, path) for path in paths]
-    with _wrapped(denoiser, dict.fromkeys(paths, _StackedProcessor)) as processors:
+    with _wrap(denoiser, dict.fromkeys(paths, _StackedProcessor)) as processors:
         shared = next((processor.shared for processor in processors), SharedTexts())
         for place, processor in zip(places, processors, strict=True):
             processor.cut_by(_Cut(place, len(names), tokens), shared)
@@ -144,12 +144,12 @@ def regional_attention(
 
     wrappers: dict[str, type[_Wrapper]] = dict.fromkeys(cross_attention_layers(denoiser), _StackedProcessor)
     wrappers |= dict.fromkeys(self_attention_layers(denoiser), _IsolatingProcessor)
-    with _wrapped(denoiser, wrappers), hooked_passes(denoiser, hand_over):
+    with _wrap(denoiser, wrappers), hooked_passes(denoiser, hand_over):
         yield canvas
 
 
 @contextmanager
-def _wrapped(denoiser: nn.Module, wrappers: Mapping[str, type[_AnyWrapper]]) -> Iterator[list[_AnyWrapper]]:
+def _wrap(denoiser: nn.Module, wrappers: Mapping[str, type[_AnyWrapper]]) -> Iterator[list[_AnyWrapper]]:
     """Put a wrapper around each layer's processor, or use the one that another call has put there.
 
     With the last call that leaves, each layer has its own processor back. One that was set meanwhile stays.

@@ -202,7 +202,7 @@ class Canvas:
         if not isolated or self.isolation is None or self.size is None or not self.isolation.reaches(grid, self.size):
             return FeatureMap(placements, groups=None)
         groups = [
-            Group(_moved(rows, sample), asking.to(sample.device), asked.to(sample.device))
+            Group(_move_rows(rows, sample), asking.to(sample.device), asked.to(sample.device))
             for plan, rows in owners
             for asking, asked in attention_groups(weights[plan][1:])
         ]
@@ -250,7 +250,7 @@ class Canvas:
         ]
 
 
-def _moved(rows: slice | torch.Tensor, sample: torch.Tensor) -> slice | torch.Tensor:
+def _move_rows(rows: slice | torch.Tensor, sample: torch.Tensor) -> slice | torch.Tensor:
     return rows if isinstance(rows, slice) else rows.to(sample.device)
 
 
@@ -267,7 +267,7 @@ def _place(weights: torch.Tensor, rows: slice | torch.Tensor, sample: torch.Tens
     once = len(positions) == weights.shape[1]
     device = sample.device
     return Placement(
-        rows=_moved(rows, sample),
+        rows=_move_rows(rows, sample),
         positions=positions.to(device),
         spans=tuple(spans),
         shares=None if (shares == 1).all() else shares.to(sample.dtype).to(device),

@@ -128,7 +128,7 @@ def encode(
     if named:
         chosen = tokenized.select(named)
         ids, mask = (table.repeat_interleave(times, dim=0) for table in (chosen.ids, chosen.attention_mask))
-        with _concepts_written(text_encoder, chosen, embeddings, times):
+        with _write_concepts(text_encoder, chosen, embeddings, times):
             encoded = _outputs(text_encoder, ids.to(device), mask.to(device), clip_skip, reading)
         states.append(encoded.states.unflatten(0, (len(named), times))[:, :layers].flatten(1, 2))
         pooled += [] if encoded.pooled is None else [encoded.pooled[layers::times]]
@@ -160,7 +160,7 @@ def _check_embeddings(
 
 
 @contextmanager
-def _concepts_written(
+def _write_concepts(
     text_encoder: Any, tokenized: TokenizedPrompts, embeddings: Mapping[str, torch.Tensor], layers: int
 ) -> Iterator[None]:
     """Let the embedding layer answer with the concepts' rows, for ids of shape (prompts * layers, tokens)."""

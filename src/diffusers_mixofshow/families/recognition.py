@@ -171,7 +171,7 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
         return None
     if any(site.startswith("text_encoder_2.") for site in widths) or any(CLIP_G in each for each in vectors):
         return SDXL
-    named = set(_cross_attention_named(widths))
+    named = set(_find_cross_attention(widths))
     if named:
         return next((one for one in (SD1, SDXL) if named <= set(one.layers)), None)
     encoder = {width for site, width in widths.items() if site.endswith("self_attn.q_proj")}
@@ -200,16 +200,16 @@ def layers_of(widths: Mapping[str, int], width: int | None, count: int | None = 
     model = recognise(widths, [{CLIP_L: width}] if width else [])
     if model is not None and count in (None, len(model.layers)):
         return model.layers
-    named = sorted(set(_cross_attention_named(widths)), key=_by_block_and_number)
+    named = sorted(set(_find_cross_attention(widths)), key=_by_block_and_number)
     return tuple(named) if named and count in (None, len(named)) else ()
 
 
 def foreign_layers(sites: Iterable[str], model: BaseModel) -> list[str]:
     """Sites of attention layers that a base model does not have."""
-    return [site for site in sites if any(layer not in model.layers for layer in _cross_attention_named([site]))]
+    return [site for site in sites if any(layer not in model.layers for layer in _find_cross_attention([site]))]
 
 
-def _cross_attention_named(sites: Iterable[str]) -> Iterator[str]:
+def _find_cross_attention(sites: Iterable[str]) -> Iterator[str]:
     """The cross-attention layers of the U-Net's transformer blocks that have one of these sites."""
     for site in sites:
         if match := re.fullmatch(r"unet\.(.+)\.attn[12]\..+", site):

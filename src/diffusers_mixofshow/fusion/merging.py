@@ -38,7 +38,7 @@ def ties_merged(updates: Sequence[Factors], shares: Sequence[float]) -> Factors:
         shares: One per concept, summing to 1.
     """
     weights = len(shares) * torch.tensor(shares, dtype=torch.float64)  # ties() divides by how many agree
-    return _factored(ties([update.delta.double() for update in updates], weights, density=TIES_DENSITY))
+    return _factorise(ties([update.delta.double() for update in updates], weights, density=TIES_DENSITY))
 
 
 def dare_merged(updates: Sequence[Factors], shares: Sequence[float], *, seed: int) -> Factors:
@@ -54,7 +54,7 @@ def dare_merged(updates: Sequence[Factors], shares: Sequence[float], *, seed: in
         # Drawn on the CPU, so that a device does not change what is dropped.
         pruned = [prune(update.to("cpu").delta.double(), DARE_DENSITY, method="random") for update in updates]
     # Scaled up here, as PEFT 0.18 forgets to.
-    return _factored(sum(share * kept / DARE_DENSITY for share, kept in zip(shares, pruned, strict=True)))
+    return _factorise(sum(share * kept / DARE_DENSITY for share, kept in zip(shares, pruned, strict=True)))
 
 
 def svd_merged(updates: Sequence[Factors], shares: Sequence[float]) -> Factors:
@@ -68,7 +68,7 @@ def svd_merged(updates: Sequence[Factors], shares: Sequence[float]) -> Factors:
     return recompressed(weighted_average(updates, shares), largest)[0]
 
 
-def _factored(delta: torch.Tensor) -> Factors:
+def _factorise(delta: torch.Tensor) -> Factors:
     """A dense update, shape (out_features, in_features), as factors of its own rank."""
     left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
     kept = max(1, int((values > values.max() * 1e-10).sum()))

@@ -135,7 +135,7 @@ class SourceStatistics:
             FusionError: If a newer release wrote it.
         """
         path = Path(path)
-        header, shapes, fingerprint = _opened(path)
+        header, shapes, fingerprint = _open_file(path)
         names = shapes.keys()
         entries = {placeholder: _entry(path, entry) for placeholder, entry in header["concepts"].items()}
         concepts = {
@@ -171,7 +171,7 @@ class SourceStatistics:
         elif self.file.resolve() != path.resolve():
             content, metadata = _whole(self.file)
             if any(_hash_of(metadata) != one.fingerprint for one in self._stored()):
-                raise _replaced(self.file)
+                raise _replaced_error(self.file)
             write_whole(path, content)
 
     def _stored(self) -> list[StoredStatistics]:
@@ -286,7 +286,7 @@ class StoredStatistics:
         except (EDLoRAFormatError, EDLoRANotFoundError) as error:
             raise _gone(self._path, error) from error
         if found != self.fingerprint:
-            raise _replaced(self._path)
+            raise _replaced_error(self._path)
         if not all(values.isfinite().all() for values in tensors.values()):
             raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
         return tensors
@@ -319,7 +319,7 @@ def _gone(path: Path, error: Exception) -> FusionError:
     return FusionError(f"{path} cannot be read any more: {shown(str(error))}. {_REMEDY}")
 
 
-def _replaced(path: Path) -> FusionError:
+def _replaced_error(path: Path) -> FusionError:
     return FusionError(
         f"{path} was replaced by other statistics while it was in use. Fuse again with what is there now, and keep "
         "statistics apart that others write at the same time, with statistics='folder'."
@@ -395,7 +395,7 @@ def _tensor_name(placeholder: str, part: Part, name: str, kind: str) -> str:
     return f"{placeholder}|{part}|{name}|{kind}"
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], Shapes, str]:
+def _open_file(path: Path) -> tuple[dict[str, Any], Shapes, str]:
     """Header of a file, its own fields checked; tensor name to shape; and the header's hash."""
 
     def take(opened: Any) -> tuple[str, Shapes, str]:

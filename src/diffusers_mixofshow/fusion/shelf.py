@@ -70,7 +70,7 @@ class StageShelf:
         key = hashlib.sha256(f"{digest} {json.dumps(recording, sort_keys=True)}".encode()).hexdigest()
         path = (folder or self._own_folder()) / f".{key[:24]}.stage.safetensors"
         self._files.append(path)
-        found = _loaded(path)
+        found = _load(path)
         if found is not None and (found.digest, dict(found.recording)) == (digest, recording):
             return found
         gathered = SourceStatistics(
@@ -107,7 +107,7 @@ def _write(path: Path, content: bytes) -> None:
             unfinished.unlink()
 
 
-def _loaded(path: Path) -> SourceStatistics | None:
+def _load(path: Path) -> SourceStatistics | None:
     """Statistics of an earlier run; None if there are none, or they cannot be read."""
     try:
         return SourceStatistics.load(path) if path.exists() else None

@@ -126,9 +126,9 @@ def plan_conversion(
     if isinstance(content, Foreign):
         content.raise_if_defective()
     if target in (Format.EDLORA, Format.MIX_OF_SHOW):
-        plan = _concepts_planned(content, path, target, naming, layers, overwrite)
+        plan = _plan_concepts(content, path, target, naming, layers, overwrite)
     else:
-        plan = _others_planned(content, path, target, naming, layers)
+        plan = _plan_others(content, path, target, naming, layers)
     _refuse_idle(content, target, naming)
     check_outputs(*plan.files, overwrite=overwrite)
     return plan
@@ -151,7 +151,7 @@ def _refuse_idle(content: EDLoRA | Foreign, target: Format, naming: Naming) -> N
         raise ConfigurationError(f"Given, but without effect: {', '.join(sorted(idle))}; {why}.")
 
 
-def _others_planned(
+def _plan_others(
     content: EDLoRA | Foreign, path: Path, target: Format, naming: Naming, layers: tuple[str, ...]
 ) -> Plan:
     """One of the formats that other programs read, which hold one embedding for all layers."""
@@ -160,12 +160,12 @@ def _others_planned(
     vectors = _words(content, naming)
     lost = (*(_layers_lost(content) if isinstance(content, EDLoRA) else ()), *_names_lost(vectors))
     if target is Format.TEXTUAL_INVERSION:
-        return Plan(_words_planned(path, vectors), (*lost, *_updates_lost(content.lora)))
+        return Plan(_plan_words(path, vectors), (*lost, *_updates_lost(content.lora)))
     base_model = naming.base_model or (content.base_model if isinstance(content, EDLoRA) else "")
-    return Plan(_lora_planned(path, content.lora, vectors, lost, target, base_model), lost)
+    return Plan(_plan_lora(path, content.lora, vectors, lost, target, base_model), lost)
 
 
-def _concepts_planned(
+def _plan_concepts(
     content: EDLoRA | Foreign, path: Path, target: Format, naming: Naming, layers: tuple[str, ...], overwrite: bool
 ) -> Plan:
     """One of the two formats that hold layer-wise embeddings."""
@@ -208,7 +208,7 @@ def _words(content: EDLoRA | Foreign, naming: Naming) -> dict[str, Vectors]:
     return dict(content.vectors)
 
 
-def _words_planned(path: Path, vectors: Mapping[str, Vectors]) -> dict[Path, Callable[[], object]]:
+def _plan_words(path: Path, vectors: Mapping[str, Vectors]) -> dict[Path, Callable[[], object]]:
     if not vectors:
         raise EDLoRAFormatError("There is no embedding in it, so there is no textual inversion to write.")
     single = path.suffix == ".safetensors"
@@ -222,7 +222,7 @@ def _words_planned(path: Path, vectors: Mapping[str, Vectors]) -> dict[Path, Cal
     return {file: partial(write_textual_inversion, file, vectors[word], word=word) for word, file in files.items()}
 
 
-def _lora_planned(
+def _plan_lora(
     path: Path,
     lora: Mapping[str, LowRank],
     vectors: Mapping[str, Vectors],
@@ -244,7 +244,7 @@ def _lora_planned(
     if vectors:
         text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
         told = instructions(file.name, names, lost, target)
-        files |= _words_planned(file.parent / EMBEDDINGS, vectors)
+        files |= _plan_words(file.parent / EMBEDDINGS, vectors)
         files[text] = partial(write_whole, text, told.encode())
     return files
 

@@ -130,7 +130,7 @@ def _with_companions(path: Path) -> Foreign:
     names = distinct_names(companions(found.metadata)).values()
     beside = [path.with_name(EMBEDDINGS) / f"{name}.safetensors" for name in names]
     there = [within(path.parent, EMBEDDINGS, file.name) for file in beside if file.is_file()]
-    return _joined([found, *map(_read_file, there)]) if there else found
+    return _join([found, *map(_read_file, there)]) if there else found
 
 
 def _read_file(path: Path, component: str = "") -> Foreign:
@@ -262,7 +262,7 @@ def _read_pickle(path: Path, component: str) -> Foreign:
             alpha_from="the authors' code, which scales by 1" if found.lora else "",
             defects=(*found.defects, *_endless(found.tokens)),
         )
-    return _sorted(path, content, {}, component)
+    return _sort(path, content, {}, component)
 
 
 def _read_safetensors(path: Path, component: str) -> Foreign:
@@ -276,10 +276,10 @@ def _read_safetensors(path: Path, component: str) -> Foreign:
         # a checkpoint, or layers that are no LoRA: the names tell, gigabytes stay on the disk
         return _of_lora(path, content_of(dict.fromkeys(names, torch.empty(0)), {}))
     metadata, tensors = load_safetensors(path)
-    return _sorted(path, tensors, metadata, component)
+    return _sort(path, tensors, metadata, component)
 
 
-def _sorted(path: Path, content: Any, metadata: Mapping[str, str], component: str) -> Foreign:
+def _sort(path: Path, content: Any, metadata: Mapping[str, str], component: str) -> Foreign:
     tensors = {str(name): tensor for name, tensor in _items(content) if isinstance(tensor, torch.Tensor)}
     found = inversion_content(content, path.stem.removesuffix("_emb"))
     if found is not None and not any(half_of(name) or is_part(name) for name in tensors):
@@ -339,7 +339,7 @@ def _read_folder(folder: Path) -> Foreign:
         names = (path.relative_to(folder).as_posix() for part in (*bodies, *of_models) for path in part.files)
         raise EDLoRAFormatError(f"{folder} holds several: {listed(names)}. Name one of them.")
     words = [part for part in parts if part.kind is Kind.TEXTUAL_INVERSION]
-    return _joined([*bodies, *of_models, *words])
+    return _join([*bodies, *of_models, *words])
 
 
 def _files_in(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -350,7 +350,7 @@ def _files_in(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return [path for path in paths if STATISTICS_KEY not in read_metadata(path)]  # which lie beside any LoRA
 
 
-def _joined(parts: Sequence[Foreign]) -> Foreign:
+def _join(parts: Sequence[Foreign]) -> Foreign:
     """One of several files that belong together: the LoRA first, if there is one, then embeddings."""
     if len(parts) == 1:
         return parts[0]

@@ -133,7 +133,7 @@ def content_of(
         # In a folder of downloads they are another's, unless the tensors have PEFT's names.
         in_pefts_names = any(adapter_of(name) is not None for name in tensors)
         settings = settings_beside(path) if path is not None and in_pefts_names else PeftSettings()
-    found = _sorted(tensors)
+    found = _sort(tensors)
     for settle in (_settle_unknown, _settle_bases, _settle_adapters):
         settle(found)
     lora: dict[str, LowRank] = {}
@@ -147,7 +147,7 @@ def content_of(
             lora[site], origins[site] = _update(site, layer, PeftSettings() if silent else settings)
     by_settings = {site: update.rank for site, update in lora.items() if origins[site] == settings.place}
     untold = {site: found.layers[site].spelling for site, origin in origins.items() if origin == _NOT_TOLD}
-    remarks = _assumed(untold, {lora[site].rank for site in untold}, metadata)
+    remarks = _list_assumptions(untold, {lora[site].rank for site in untold}, metadata)
     if unsure := settings.ambiguous(by_settings):
         remarks.append(f"{_SORTED}: {listed(unsure)}")
     defects = [*settings.defects, *settings.misfits(by_settings)]
@@ -164,13 +164,13 @@ def content_of(
         spelling=spellings.most_common(1)[0][0] if spellings else None,
         bundled=found.bundled,
         metadata=metadata,
-        alpha_from=_counted(origins.values()),
+        alpha_from=_count(origins.values()),
         remarks=tuple(remarks),
         defects=tuple(defects),
     )
 
 
-def _sorted(tensors: Mapping[str, torch.Tensor]) -> _Sorted:
+def _sort(tensors: Mapping[str, torch.Tensor]) -> _Sorted:
     """Sort tensors into layers by site and bundled embeddings; note what cannot be said as a LoRA."""
     found = _Sorted()
     for name, tensor in tensors.items():
@@ -285,7 +285,7 @@ def _update(site: str, layer: _Layer, settings: PeftSettings) -> tuple[LowRank, 
     return LowRank.from_file(down, up, alpha), origin
 
 
-def _assumed(untold: Mapping[str, Spelling], ranks: set[int], metadata: Mapping[str, str]) -> list[str]:
+def _list_assumptions(untold: Mapping[str, Spelling], ranks: set[int], metadata: Mapping[str, str]) -> list[str]:
     """What was assumed of sites without an alpha, of these spellings and ranks, that is no program's convention."""
     remarks = [_ASSUMED] if Spelling.ONE_MODEL in untold.values() else []
     told = metadata.get(_KOHYAS, "")
@@ -294,6 +294,6 @@ def _assumed(untold: Mapping[str, Spelling], ranks: set[int], metadata: Mapping[
     return remarks
 
 
-def _counted(origins: Iterable[str]) -> str:
+def _count(origins: Iterable[str]) -> str:
     counts = Counter(origins)
     return ", ".join(origin if len(counts) == 1 else f"{origin} ({count} layers)" for origin, count in counts.items())

@@ -135,7 +135,7 @@ def _read_from_hub(
     """The pack of a repository; where it has none, the file that is named, or one that programs call so."""
     if weight_name is None:
         try:
-            file = _fetched(repo_id, FILE_NAME, subfolder, where)
+            file = _fetch(repo_id, FILE_NAME, subfolder, where)
             return file, EDLoRA.from_pretrained(file)
         except EDLoRANotFoundError as error:
             missing = error
@@ -143,14 +143,14 @@ def _read_from_hub(
         missing = EDLoRANotFoundError(f"The repository {repo_id!r} holds no {weight_name}.")
     for name in _ON_THE_HUB if weight_name is None else (weight_name,):
         try:
-            file = _fetched(repo_id, name, subfolder, where)
+            file = _fetch(repo_id, name, subfolder, where)
         except EDLoRANotFoundError:
             continue
         return file, EDLoRA.from_pretrained(file) if is_ours(file) else read_foreign(file)
     raise missing
 
 
-def _fetched(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]) -> Path:
+def _fetch(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]) -> Path:
     """A file of a repository, and PEFT's settings where they belong to it."""
     options = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False} | where
     file = hub.download(repo_id, name, subfolder=subfolder, **options)

@@ -72,9 +72,9 @@ def _parts(family: Family, site: str, update: LowRank, rows: Mapping[str, int]) 
     """The updates of the layers in diffusers that have these rows; of those that it changes, if it changes any."""
     layer = family.original_layer(site.partition(".")[2])
     if layer and layer.halves_are_swapped(update.up.shape[0], update.down.shape[1]):
-        update = replace(update, up=_swapped(update.up))
+        update = replace(update, up=_swap_halves(update.up))
     parts = (
-        {each: _trimmed(update, up) for each, up in zip(rows, update.up.split(list(rows.values())), strict=True)}
+        {each: _trim(update, up) for each, up in zip(rows, update.up.split(list(rows.values())), strict=True)}
         if len(rows) > 1
         else dict.fromkeys(rows, update)
     )
@@ -82,7 +82,7 @@ def _parts(family: Family, site: str, update: LowRank, rows: Mapping[str, int]) 
     return changing or parts
 
 
-def _trimmed(update: LowRank, up: torch.Tensor) -> LowRank:
+def _trim(update: LowRank, up: torch.Tensor) -> LowRank:
     """The update by some rows of its `up`, without the ranks that these have no part in.
 
     Where several updates were put into one matrix, one beside the other, each has ranks of its own.
@@ -156,7 +156,7 @@ def _whole(layer: OriginalLayer, parts: Sequence[LowRank | None]) -> tuple[LowRa
     width = first.down.shape[1]
     if len(parts) == 1:
         swapped = layer.halves_are_swapped(first.up.shape[0], width)
-        return (replace(first, up=_swapped(first.up)) if swapped else first), first.rank
+        return (replace(first, up=_swap_halves(first.up)) if swapped else first), first.rank
     heights = layer.heights(width)
     if all(torch.equal(part.down, first.down) for part in others):
         ups = [
@@ -165,20 +165,20 @@ def _whole(layer: OriginalLayer, parts: Sequence[LowRank | None]) -> tuple[LowRa
         ]
         return replace(first, up=torch.cat(ups)), first.rank
     rank = max(part.rank for part in (first, *others))
-    downs = [first.down.new_zeros(rank, width) if part is None else _padded(part.down, rank, 0) for part in parts]
+    downs = [first.down.new_zeros(rank, width) if part is None else _pad(part.down, rank, 0) for part in parts]
     ups = [
-        first.up.new_zeros(height, rank) if part is None else _padded(part.up, rank, 1)
+        first.up.new_zeros(height, rank) if part is None else _pad(part.up, rank, 1)
         for height, part in zip(heights, parts, strict=True)
     ]
     return LowRank(down=torch.cat(downs), up=torch.block_diag(*ups), alpha=float(rank * len(parts))), rank
 
 
-def _padded(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
+def _pad(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
     """A factor with zeros up to a rank."""
     missing = rank - factor.shape[axis]
     return torch.nn.functional.pad(factor, (0, 0, 0, missing) if axis == 0 else (0, missing))
 
 
-def _swapped(rows: torch.Tensor) -> torch.Tensor:
+def _swap_halves(rows: torch.Tensor) -> torch.Tensor:
     """The second half of the rows before the first."""
     return torch.cat(rows.chunk(2)[::-1])

@@ -148,7 +148,7 @@ class PeftSettings:
 
 def settings_in_header(metadata: Mapping[str, str]) -> PeftSettings | None:
     """The settings that diffusers wrote into a file's header, whatever its tensors are called; None without any."""
-    return _parsed(f"{stock.KEY} in its header", metadata[stock.KEY]) if stock.KEY in metadata else None
+    return _parse(f"{stock.KEY} in its header", metadata[stock.KEY]) if stock.KEY in metadata else None
 
 
 def settings_beside(path: Path) -> PeftSettings:
@@ -161,10 +161,10 @@ def settings_beside(path: Path) -> PeftSettings:
             text = file.read(LONGEST_HEADER).decode(errors="replace")
     except OSError:
         text = ""
-    return _parsed(f"{PEFT_CONFIG} beside it", text)
+    return _parse(f"{PEFT_CONFIG} beside it", text)
 
 
-def _parsed(place: str, text: str) -> PeftSettings:
+def _parse(place: str, text: str) -> PeftSettings:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):

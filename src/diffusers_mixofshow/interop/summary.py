@@ -49,7 +49,7 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
                 "class_word": concept.class_word,
                 "kind": concept.kind,
                 "tokens": {token: _mean_norm(pack.embeddings[token]) for token in concept.tokens},
-                "lost_in_mean": {token: _rounded(lost_in_mean(pack.embeddings[token])) for token in concept.tokens},
+                "lost_in_mean": {token: _round(lost_in_mean(pack.embeddings[token])) for token in concept.tokens},
             }
             for concept in pack.concepts
         ],
@@ -108,7 +108,7 @@ def _token_concepts(foreign: Foreign) -> list[dict[str, Any]]:
             "class_word": None,
             "kind": None,
             "tokens": {token: _mean_norm(foreign.tokens[token]) for token in tokens},
-            "lost_in_mean": {token: _rounded(lost_in_mean(foreign.tokens[token])) for token in tokens},
+            "lost_in_mean": {token: _round(lost_in_mean(foreign.tokens[token])) for token in tokens},
         }
         for placeholder, tokens in members.items()
     ]
@@ -174,7 +174,7 @@ def _of_lora(lora: Mapping[str, LowRank]) -> dict[str, Any]:
         "scalings": _distinct(update.scaling for update in lora.values()),
         "adapted_layers": len(lora),
         "layers": dict(Counter(site.partition(".")[0] for site in lora)),
-        "largest_updates": {site: _rounded(norm) for site, norm in largest},
+        "largest_updates": {site: _round(norm) for site, norm in largest},
     }
 
 
@@ -196,10 +196,10 @@ def _halves(lora: Mapping[str, LowRank]) -> list[torch.Tensor]:
 
 def _mean_norm(embedding: torch.Tensor) -> float | None:
     """Mean length of vectors, shape (vectors, dim)."""
-    return _rounded(float(embedding.float().norm(dim=1).mean()))
+    return _round(float(embedding.float().norm(dim=1).mean()))
 
 
-def _rounded(value: float) -> float | None:
+def _round(value: float) -> float | None:
     """As JSON can say it; None of what is not finite."""
     return round(value, 4) if math.isfinite(value) else None
 

@@ -30,7 +30,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor
     try:
         return read_tensors(path)
     except EDLoRANotFoundError as error:
-        raise _not_found(path) from error
+        raise _not_found_error(path) from error
 
 
 def load_pickle(path: Path) -> Any:
@@ -46,7 +46,7 @@ def load_pickle(path: Path) -> Any:
     try:
         size = check_file(path)
     except EDLoRANotFoundError as error:
-        raise _not_found(path) from error
+        raise _not_found_error(path) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle makes the unpickler raise anything
@@ -89,7 +89,7 @@ def _tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def _not_found(path: Path) -> EDLoRANotFoundError:
+def _not_found_error(path: Path) -> EDLoRANotFoundError:
     return EDLoRANotFoundError(
         f"{path} does not exist. Give a file of a LoRA, an ED-LoRA or textual inversion.{suggest_name(path)}"
     )

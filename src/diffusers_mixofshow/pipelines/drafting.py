@@ -130,7 +130,7 @@ class _Drafts:
         shares = [each.unflatten(1, (height, width)) for each in self.weights(height, width, step)]
         shares = shares * len(latents) if len(shares) == 1 else shares
         clean = latents.new_zeros(latents.shape, dtype=torch.float32)
-        for planned, drawn in self._drawn(self._planned(shares, latents), latents, step):
+        for planned, drawn in self._draw_alone(self._plan_drafts(shares, latents), latents, step):
             share = shares[planned.picture][planned.number].to(clean)
             clean[planned.picture] += share * planned.window.place(drawn[None], height, width)[0]
         total = torch.stack([each.sum(dim=0) for each in shares])[:, None].to(clean)
@@ -139,7 +139,7 @@ class _Drafts:
         noisy = self.pipe.scheduler.add_noise(clean / total.clamp(min=0.5), noise, at)
         return torch.where(total > 0.5, noisy, latents.float()).to(latents)
 
-    def _planned(self, shares: Sequence[torch.Tensor], latents: torch.Tensor) -> list[_Planned]:
+    def _plan_drafts(self, shares: Sequence[torch.Tensor], latents: torch.Tensor) -> list[_Planned]:
         """A draft for every region that holds somewhere, with its noise."""
         generators, size = self.arguments.get("generator"), min(own_size(self.pipe.unet))
         planned = []
@@ -154,7 +154,7 @@ class _Drafts:
                 planned.append(_Planned(picture, number, window, noise))
         return planned
 
-    def _drawn(
+    def _draw_alone(
         self, planned: Sequence[_Planned], latents: torch.Tensor, step: int
     ) -> Iterator[tuple[_Planned, torch.Tensor]]:
         """Every draft (channels, height, width), those of one size together, as large a batch as the call's own."""

@@ -295,7 +295,7 @@ class EDLoRALoader:
         adapters = list(self._edloras) if name is None else self._adapters_of(name)
         if len(adapters) != 1:
             raise ConceptError(
-                f"save_edlora() writes one ED-LoRA, but {len(adapters)} are loaded{_listed(self._edloras)}. "
+                f"save_edlora() writes one ED-LoRA, but {len(adapters)} are loaded{_list_names(self._edloras)}. "
                 "Choose one with name=..., or load one first."
             )
         return self._given[adapters[0]].save_pretrained(folder, overwrite=overwrite)
@@ -431,7 +431,7 @@ class EDLoRALoader:
         unknown = [name for name in wanted if name not in adapter_of]
         if unknown:
             guess = meant(unknown[0], adapter_of) if len(unknown) == 1 else ""
-            raise ConceptError(f"Not loaded: {', '.join(unknown)}{_listed(adapter_of)}.{guess}")
+            raise ConceptError(f"Not loaded: {', '.join(unknown)}{_list_names(adapter_of)}.{guess}")
         return list(dict.fromkeys(adapter_of[name] for name in wanted))
 
     def _changing(self) -> AbstractContextManager[bool]:
@@ -487,6 +487,6 @@ def _words(concept: Concept) -> tuple[str, ...]:
     return (concept.placeholder, *concept.tokens)
 
 
-def _listed(names: Iterable[str]) -> str:
+def _list_names(names: Iterable[str]) -> str:
     names = sorted(names)
     return f" (loaded: {', '.join(names)})" if names else " (nothing is loaded)"

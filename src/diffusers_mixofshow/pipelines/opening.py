@@ -49,12 +49,12 @@ class LoadingRequest:
         defects = []
         if not isinstance(source, str | os.PathLike | EDLoRA):
             defects.append(
-                f"the source is {_told(source)}; expected a Hub id, a folder, a file or an EDLoRA, one a call"
+                f"the source is {_tell(source)}; expected a Hub id, a folder, a file or an EDLoRA, one a call"
             )
         if not _is_scale(scale):
-            defects.append(f"scale is {_told(scale)}; expected a number such as 0.8")
+            defects.append(f"scale is {_tell(scale)}; expected a number such as 0.8")
         if not isinstance(adapter_name, str | None):
-            defects.append(f"adapter_name is {_told(adapter_name)}; expected a text")
+            defects.append(f"adapter_name is {_tell(adapter_name)}; expected a text")
         if strange := [name for name in where if name not in _WHERE]:
             defects.append(
                 f"there is no argument {', '.join(strange)}; expected scale, adapter_name, {', '.join(_WHERE)}"
@@ -146,7 +146,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _told(value: Any) -> str:
+def _tell(value: Any) -> str:
     """A value as an error shows it: short, and never a wall of tensors."""
     simple = isinstance(value, str | int | float | None)
     return f"{str(value)[:80]!r}" if isinstance(value, str) else str(value) if simple else f"a {type(value).__name__}"

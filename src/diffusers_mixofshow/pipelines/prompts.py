@@ -38,7 +38,7 @@ _lock = threading.RLock()
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _take_turns() -> Iterator[None]:
     """Keep other threads from encoding meanwhile: truncation is a fast tokenizer's state, scale a text encoder's."""
     with _lock:
         yield
@@ -61,7 +61,7 @@ class LayerwisePrompts(EDLoRALoader):
     _execution_device: torch.device
     cross_attention_kwargs: Mapping[str, Any] | None
 
-    def _encoded(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _encode_texts(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of an `encode_prompt`, its texts encoded where the parent could not do it.
 
         Raises:
@@ -70,7 +70,7 @@ class LayerwisePrompts(EDLoRALoader):
         if not self._is_layerwise(arguments):
             return dict(arguments)
         clip_skip, device = arguments["clip_skip"], arguments["device"]
-        with _lora_scaled(self._encoders.values(), arguments["lora_scale"]):
+        with _scale_lora(self._encoders.values(), arguments["lora_scale"]):
             positive = self._side("", arguments, clip_skip, device)
             # Like the parent, without clip_skip.
             negative = self._side("negative_", arguments, None, device) if _is_guided(arguments) else None
@@ -133,7 +133,7 @@ class LayerwisePrompts(EDLoRALoader):
     def _is_stack(self, embeds: torch.Tensor | None) -> bool:
         return embeds is not None and embeds.shape[1] == self._layers * self._tokens
 
-    def _stacked(self, embeds: torch.Tensor) -> torch.Tensor:
+    def _stack_layers(self, embeds: torch.Tensor) -> torch.Tensor:
         """Ready-made embeddings as a stack of layers, shape (prompts, layers * tokens, dim)."""
         if self._is_stack(embeds):
             return embeds
@@ -148,7 +148,7 @@ class LayerwisePrompts(EDLoRALoader):
         """The prompts of a call, or with the kind ``negative_`` the negative ones; what is given encoded stays."""
         embeds, pooled = arguments[f"{kind}prompt_embeds"], arguments.get(f"{kind}pooled_prompt_embeds")
         if embeds is not None:
-            return Encoded(self._stacked(embeds), pooled)
+            return Encoded(self._stack_layers(embeds), pooled)
         encoded = self._encode(self._side_texts(kind, arguments), clip_skip, device)
         return encoded if pooled is None else Encoded(encoded.states, pooled)
 
@@ -244,7 +244,7 @@ class LayerwisePrompts(EDLoRALoader):
 class StableDiffusionPrompts(LayerwisePrompts):
     """Mixin for a pipeline of Stable Diffusion 1.x and 2.x: one text encoder."""
 
-    @_alone()
+    @_take_turns()
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -267,7 +267,7 @@ class StableDiffusionPrompts(LayerwisePrompts):
             ConceptError: If a prompt has a bracketed word that is not loaded.
         """
         arguments = {name: value for name, value in locals().items() if name not in _NO_ARGUMENTS}
-        return super().encode_prompt(**self._encoded(arguments))  # type: ignore[misc]
+        return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
 
     def _conditions(
         self, prompts: list[str], negatives: list[str | None], size: tuple[int, int], call: Mapping[str, Any]
@@ -297,7 +297,7 @@ class XLPrompts(LayerwisePrompts):
 
     _get_add_time_ids: Callable[..., torch.Tensor]
 
-    @_alone()
+    @_take_turns()
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -325,7 +325,7 @@ class XLPrompts(LayerwisePrompts):
             ConceptError: If a prompt has a bracketed word that is not loaded.
         """
         arguments = {name: value for name, value in locals().items() if name not in _NO_ARGUMENTS}
-        return super().encode_prompt(**self._encoded(arguments))  # type: ignore[misc]
+        return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
 
     def _conditions(
         self, prompts: list[str], negatives: list[str | None], size: tuple[int, int], call: Mapping[str, Any]
@@ -340,7 +340,7 @@ class XLPrompts(LayerwisePrompts):
             clip_skip=call.get("clip_skip"),
         )
         text, without, pooled, pooled_without = encoded
-        times = self._sizes_told("", size, call, pooled).repeat(len(prompts), 1)
+        times = self._tell_sizes("", size, call, pooled).repeat(len(prompts), 1)
         if without is not None and pooled_without is not None:
             said = torch.tensor(
                 [[self._no_text is not None or negative is not None] for negative in negatives], device=text.device
@@ -348,11 +348,11 @@ class XLPrompts(LayerwisePrompts):
             text = torch.cat([without * said[..., None], text])
             pooled = torch.cat([pooled_without * said, pooled])
             both = call.get("negative_original_size") is not None and call.get("negative_target_size") is not None
-            avoided = self._sizes_told("negative_" if both else "", size, call, pooled)
+            avoided = self._tell_sizes("negative_" if both else "", size, call, pooled)
             times = torch.cat([avoided.repeat(len(prompts), 1), times])
         return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
 
-    def _sizes_told(
+    def _tell_sizes(
         self, kind: str, size: tuple[int, int], call: Mapping[str, Any], pooled: torch.Tensor
     ) -> torch.Tensor:
         """What the U-Net is told of the picture's size, and of a photo it might be cropped from, shape (1, 6)."""
@@ -411,7 +411,7 @@ def _texts(prompt: str | list[str] | None, batch: int, *, called: str) -> list[s
 
 
 @contextmanager
-def _lora_scaled(text_encoders: Collection[Any], lora_scale: float | None) -> Iterator[None]:
+def _scale_lora(text_encoders: Collection[Any], lora_scale: float | None) -> Iterator[None]:
     """Scale the text encoders' LoRA layers; afterwards every adapter has its own strength back, also after 0."""
     layers = [module for encoder in text_encoders for module in encoder.modules()]
     strengths = [(module.scaling, dict(module.scaling)) for module in layers if isinstance(module, LoraLayer)]

@@ -38,7 +38,7 @@ def join_packs(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) 
     return EDLoRA(
         concepts=tuple(concept for pack in packs for concept in pack.concepts),
         embeddings={token: rows for pack in packs for token, rows in pack.embeddings.items()},
-        lora={site: _stacked(updates) for site, updates in parts.items()},
+        lora={site: _stack(updates) for site, updates in parts.items()},
         base_model=next((pack.base_model for pack in packs if pack.base_model), ""),
         layers=next((pack.layers for pack in packs if pack.layers), ()),
         training=packs[0].training if len(packs) == 1 else {},
@@ -52,7 +52,7 @@ def _strength(layer: object, adapter: str) -> float:
     return float(layer.scaling.get(adapter, 0.0))
 
 
-def _stacked(updates: list[tuple[LowRank, float]]) -> LowRank:
+def _stack(updates: list[tuple[LowRank, float]]) -> LowRank:
     """One update for several of a layer, each with its factor; alpha is the rank, so nothing more is scaled."""
     down = torch.cat([update.down.float() for update, _ in updates])
     up = torch.cat([strength * update.up.float() for update, strength in updates], dim=1)

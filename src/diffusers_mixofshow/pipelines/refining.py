@@ -65,9 +65,9 @@ class RefinedSampling(RegionalSampling):
             tell_idle(refine=refine)
         output = draw()
         found = regions_of_prompts(regions, arguments, self.vae_scale_factor)
-        return self._refined(output, refine, of_pictures(found, arguments), arguments) if found else output
+        return self._refine_pictures(output, refine, of_pictures(found, arguments), arguments) if found else output
 
-    def _refined(
+    def _refine_pictures(
         self, output: Any, refine: Refinement, regions: Sequence[Sequence[Region]], arguments: Mapping[str, Any]
     ) -> Any:
         """The call's output, with the regions of its pictures drawn anew."""

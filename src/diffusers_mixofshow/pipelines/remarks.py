@@ -57,8 +57,8 @@ def regions_of_prompts(
     guidance = arguments.get("guidance_scale")  # pipelines guide where they are not told
     if own_guidance and guidance is not None and guidance <= 1:
         defects.append(
-            f"{_named(own_guidance)} with a guidance_scale of their own in a call without guidance; give the call a"
-            " guidance_scale above 1"
+            f"{_name_regions(own_guidance)} with a guidance_scale of their own in a call without guidance; give the "
+            "call a guidance_scale above 1"
         )
     if defects:
         raise RegionError("`regions`: " + "; ".join(defects) + ".")
@@ -75,7 +75,7 @@ def text_remarks(
     remarks = []
     without = [region for region in regions if not names_concept(region.prompt)]
     if without:
-        remarks.append(f"{_named(without)} without any of the loaded concepts ({', '.join(loaded)})")
+        remarks.append(f"{_name_regions(without)} without any of the loaded concepts ({', '.join(loaded)})")
     if len(without) == len(regions) and any(names_concept(prompt) for prompt in prompts):
         remarks.append("only the global prompt names a concept, and it does not hold inside the regions")
     return remarks
@@ -99,7 +99,7 @@ def silent_remarks(components: Mapping[str, object], edloras: Mapping[str, EDLoR
 
 def missing_remarks(regions: Sequence[Region]) -> list[str]:
     """Regions that are nowhere on the part of the picture that is drawn."""
-    return [f"{_named(regions)} outside of what padding_mask_crop draws, without an effect"] if regions else []
+    return [f"{_name_regions(regions)} outside of what padding_mask_crop draws, without an effect"] if regions else []
 
 
 def layout_remarks(canvas: Canvas) -> list[str]:
@@ -111,13 +111,13 @@ def layout_remarks(canvas: Canvas) -> list[str]:
     lost = [region for region in regions if not resolves(region, *canvas.size)]
     if lost:
         size = f"{canvas.size[0]} x {canvas.size[1]}"
-        remarks.append(f"{_named(lost)} smaller than a cell of the largest feature map ({size})")
+        remarks.append(f"{_name_regions(lost)} smaller than a cell of the largest feature map ({size})")
     steps = canvas.steps
     if steps is not None:
         never = [region for region in regions if not any(region.holds(step, steps) for step in range(steps))]
         if never:
             remarks.append(
-                f"{_named(never)} with start and end within one of the {steps} steps, so that it never holds"
+                f"{_name_regions(never)} with start and end within one of the {steps} steps, so that it never holds"
             )
     if not any(_leaves_a_place(plan, canvas.size) for plan in canvas.plans):
         remarks.append("the regions cover the whole picture, so that the global prompt has no effect")
@@ -139,7 +139,7 @@ def control_remarks(regions: Iterable[Region], scale: object, has_control: bool)
     """
     if not has_control:
         scaled = [region for region in regions if region.control_scale != 1]
-        return [f"{_named(scaled)} with a control_scale, but the pipeline has no control"] if scaled else []
+        return [f"{_name_regions(scaled)} with a control_scale, but the pipeline has no control"] if scaled else []
     scales = list(scale) if isinstance(scale, list | tuple) else [scale]
     if any(value == 0 for value in scales):
         return ["a ControlNet or adapter with a strength of 0 has no effect"]
@@ -157,6 +157,6 @@ def _wrong_entries(found: Iterable[object]) -> list[str]:
     return [f"{', '.join(wrong)} in the list; expected Region(prompt, box=...) or mask=..."] if wrong else []
 
 
-def _named(regions: Sequence[Region]) -> str:
+def _name_regions(regions: Sequence[Region]) -> str:
     prompts = ", ".join(repr(region.prompt) for region in regions)
     return f"region {prompts}" if len(regions) == 1 else f"regions {prompts}"

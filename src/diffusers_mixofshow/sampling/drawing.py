@@ -144,19 +144,19 @@ def draw(drawing: Drawing) -> Drawn:
     """Load the models and draw one picture for each seed, in one batch."""
     views = _views(drawing)  # first: they fail at once
     pipe = load_base(drawing.base, drawing.device, drawing.dtype)
-    with _loaded(pipe, drawing):
+    with _load_packs(pipe, drawing):
         return _draw(pipe, drawing, views)
 
 
 def draw_with(pipe: Any, drawing: Drawing) -> Drawn:
     """Draw with a base that is loaded already; it is left as it came, without the packs."""
     views = _views(drawing)
-    with _loaded(pipe, drawing):
+    with _load_packs(pipe, drawing):
         return _draw(pipe, drawing, views)
 
 
 @contextmanager
-def _loaded(pipe: Any, drawing: Drawing) -> Iterator[None]:
+def _load_packs(pipe: Any, drawing: Drawing) -> Iterator[None]:
     """Load the packs for the length of a block, also if one of them cannot be."""
     names: list[str] = []
     try:

@@ -192,7 +192,7 @@ class _Tuning:
                 denoiser=stack.enter_context(compile_model(pipeline.unet)) if config.torch_compile else None,
             )
             self.trial = Trial(learner, self.batches, self.accelerator, config)
-            phases, position = self.trained.phases(config), self._resumed()
+            phases, position = self.trained.phases(config), self._resume()
             self.loop = TrainingLoop(phases, learner, self.batches, self.accelerator, config, make_optimizer, position)
             with track(self.accelerator, config):
                 self._take_steps()
@@ -322,7 +322,7 @@ class _Tuning:
         }
         self.checkpoints.save(position.step, self._edlora(), state, {"batches": self.batches.state_dict()})
 
-    def _resumed(self) -> Position:
+    def _resume(self) -> Position:
         """Put everything back as the checkpoint has it, if one is asked for and there."""
         if self.accelerator.is_main_process:
             make_room(self.config)

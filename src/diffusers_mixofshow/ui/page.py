@@ -109,7 +109,7 @@ def launching() -> dict[str, Any]:
 _warnings_are_caught = threading.Lock()
 
 
-def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+def _tell_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with errors and warnings of ours as Gradio shows them: texts, never HTML.
 
     Python catches warnings for all threads at once, so that one call waits for another.
@@ -217,23 +217,25 @@ class _DrawTab:
     def _connect(self, borrow: Borrow) -> None:
         shown = [self.session, self.loaded, self.unloading, self.which, self.canvas]
         one = {"concurrency_id": _ONE_BY_ONE, "concurrency_limit": 1}
-        typed, load = [self.session, self.source], _told(self._load)
+        typed, load = [self.session, self.source], _tell_errors(self._load)
         self.load.click(load, typed, shown, api_name="load", **one)
         self.source.submit(load, typed, shown, api_visibility="private", **one)
         self.files.upload(load, [self.session, self.files], shown, api_name="load_files", **one)
-        self.unload.click(_told(self._unload), [self.session, self.which], shown, api_name="unload")
+        self.unload.click(_tell_errors(self._unload), [self.session, self.which], shown, api_name="unload")
         wishes = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
         switches = [self.draft, self.refine, self.isolation, self.condition]
         self.draw.click(
-            _told(borrow(self._draw)),
+            _tell_errors(borrow(self._draw)),
             [self.session, self.canvas, *wishes, *switches],
             [self.picture, self.overlay, self.png, self.json, self.followed],
             api_name="draw",
             **one,
         )
-        self.saved.upload(_told(self._read), [self.saved], [self.canvas, *wishes, *switches], api_name="read_layout")
+        self.saved.upload(
+            _tell_errors(self._read), [self.saved], [self.canvas, *wishes, *switches], api_name="read_layout"
+        )
 
-    def _shown(self, session: Session) -> tuple[Any, ...]:
+    def _show(self, session: Session) -> tuple[Any, ...]:
         names = [concept.placeholder for concept in session.concepts]
         choices = self.gradio.Dropdown(choices=list(session.packs), value=next(iter(session.packs), None))
         some = bool(session.packs)
@@ -245,10 +247,10 @@ class _DrawTab:
         loaded = session or Session()
         for source in sources:
             loaded = actions.load(self.studio, loaded, source)
-        return self._shown(loaded)
+        return self._show(loaded)
 
     def _unload(self, session: Session | None, name: str | None) -> tuple[Any, ...]:
-        return self._shown((session or Session()).without_pack(name or ""))
+        return self._show((session or Session()).without_pack(name or ""))
 
     def _draw(
         self,
@@ -317,7 +319,7 @@ def _fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
         return {"headers": headers, "data": rows}, told, [str(path) for path in paths]
 
     go.click(
-        _told(borrow(fuse)),
+        _tell_errors(borrow(fuse)),
         [files, named, method, prompts],
         [table, meaning, result],
         api_name="fuse",
@@ -347,5 +349,5 @@ def _card_tab(gradio: Any, studio: Studio) -> None:
         return told.facts, told.concepts, "\n".join(told.notes) or "none", told.card
 
     shown = [facts, concepts, notes, card]
-    file.upload(_told(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file")
-    go.click(_told(lambda typed: look(typed.strip())), [named], shown, api_name="look")
+    file.upload(_tell_errors(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file")
+    go.click(_tell_errors(lambda typed: look(typed.strip())), [named], shown, api_name="look")
