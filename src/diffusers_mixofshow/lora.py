@@ -333,8 +333,8 @@ def _fill(linear: nn.Linear, matrix: torch.Tensor, base: nn.Module, model: nn.Mo
     Its dtype is that of the base's weights, unless they are stored in 8 or 4 bits, with which nobody computes.
     """
     weight: torch.Tensor = base.weight  # type: ignore[assignment]
-    place, wide = brought_to(base, model) or weight.device, weight.is_floating_point() and weight.dtype.itemsize > 1
-    values = matrix.detach().reshape(linear.weight.shape).to(place, weight.dtype if wide else matrix.dtype)
+    place, dtype = brought_to(base, model) or weight.device, weight.dtype if _is_wide(weight) else matrix.dtype
+    values = matrix.detach().reshape(linear.weight.shape).to(place, dtype)
     linear.weight = nn.Parameter(values.clone(), requires_grad=False)
 
 
@@ -385,7 +385,12 @@ def _base_weight(layer: nn.Module, name: str) -> nn.Parameter:
 
 def _is_plain(weight: torch.Tensor) -> bool:
     """Whether a weight is the numbers that are computed with, in a dtype that one computes in."""
-    return type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return type(weight.data) is torch.Tensor and _is_wide(weight)
+
+
+def _is_wide(weight: torch.Tensor) -> bool:
+    """Whether a weight's dtype is one that is computed in, and not one of 8 or 4 bits, which only store."""
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def _refuse_absent_weights(model: nn.Module, paths: Iterable[str]) -> None:

@@ -216,12 +216,11 @@ def _check_words(config: TrainingConfig) -> None:
     """Say what the base's tokenizers make of the class word, where it lies on this disk."""
     from transformers import CLIPTokenizer
 
-    from diffusers_mixofshow.families import FAMILIES
+    from diffusers_mixofshow.families import CONCEPT_FAMILIES
     from diffusers_mixofshow.training.words import check_words
 
     place = Path(location_of(config.pretrained_model_name_or_path))
-    able = [family for family in FAMILIES if family.concept_pipeline]
-    names = dict.fromkeys(one.tokenizer for family in able for one in family.text_encoders.values())
+    names = dict.fromkeys(one.tokenizer for family in CONCEPT_FAMILIES for one in family.text_encoders.values())
     if folders := [place / name for name in names if (place / name).is_dir()]:
         tokenizers = map(CLIPTokenizer.from_pretrained, folders)
         check_words(config.concept_to_learn, *tokenizers, drawn=classes_of(config.pretrained_model_name_or_path))

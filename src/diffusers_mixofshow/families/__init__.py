@@ -1,10 +1,17 @@
 """Families of base models: one module says all about each, and nothing else in the package names their parts."""
 
 from diffusers_mixofshow.families.family import BaseModel, Family, Stage, TextEncoder
-from diffusers_mixofshow.families.recognition import FAMILIES, family_of, family_of_index, family_of_sites
+from diffusers_mixofshow.families.recognition import (
+    CONCEPT_FAMILIES,
+    FAMILIES,
+    family_of,
+    family_of_index,
+    family_of_sites,
+)
 
 
 __all__ = [
+    "CONCEPT_FAMILIES",
     "FAMILIES",
     "BaseModel",
     "Family",

@@ -43,6 +43,9 @@ FAMILIES: tuple[Family, ...] = (
 )
 """Every family that the package knows; where several fit equally well, the first is meant."""
 
+CONCEPT_FAMILIES = tuple(family for family in FAMILIES if family.concept_pipeline)
+"""Those with which concepts are tuned and drawn, in regions too."""
+
 COMPONENTS = tuple(sorted({component for family in FAMILIES for component in family.components}))
 """Names of every component that has sites, in any family."""
 

@@ -140,17 +140,15 @@ class Drawn:
     dtype: str
 
 
-def draw(drawing: Drawing) -> Drawn:
-    """Load the models and draw one picture for each seed, in one batch."""
+def draw(drawing: Drawing, pipe: Any = None) -> Drawn:
+    """Draw one picture for each seed, in one batch.
+
+    Args:
+        drawing: What decides about the pictures.
+        pipe: The base model, if it is loaded already; it is left as it came, without the packs. None loads it.
+    """
     views = _views(drawing)  # first: they fail at once
-    pipe = load_base(drawing.base, drawing.device, drawing.dtype)
-    with _load_packs(pipe, drawing):
-        return _draw(pipe, drawing, views)
-
-
-def draw_with(pipe: Any, drawing: Drawing) -> Drawn:
-    """Draw with a base that is loaded already; it is left as it came, without the packs."""
-    views = _views(drawing)
+    pipe = load_base(drawing.base, drawing.device, drawing.dtype) if pipe is None else pipe
     with _load_packs(pipe, drawing):
         return _draw(pipe, drawing, views)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers_mixofshow.base_models import TOYLAND, devices, in_dtype, location_of
 from diffusers_mixofshow.errors import ConfigurationError, first_line
-from diffusers_mixofshow.families import FAMILIES, family_of_index
+from diffusers_mixofshow.families import CONCEPT_FAMILIES, family_of_index
 from diffusers_mixofshow.progress import bar_settings
 
 
@@ -74,8 +74,8 @@ def _drawing_class(place: str, options: Mapping[str, Any]) -> type[Any]:
             "MixOfShowPipeline (of SDXL MixOfShowXLPipeline).from_single_file(FILE).save_pretrained(FOLDER)."
         )
     family = family_of_index(DiffusionPipeline.load_config(place, **options))
-    if not family.concept_pipeline:
-        able = ", ".join(one.name for one in FAMILIES if one.concept_pipeline)
+    if family not in CONCEPT_FAMILIES:
+        able = ", ".join(one.name for one in CONCEPT_FAMILIES)
         raise ConfigurationError(
             f"The base model {place!r} is of {family.name}, with which concepts and regions are not drawn. Expected "
             f"one of {able}."

@@ -13,7 +13,7 @@ from torch import nn
 from diffusers_mixofshow.base_models import TOYLAND, in_dtype
 from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError, warn
-from diffusers_mixofshow.families import FAMILIES, Family, family_of, family_of_index
+from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of, family_of_index
 from diffusers_mixofshow.families.layers import said_size
 from diffusers_mixofshow.lora import keep_gradient_flags
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -60,8 +60,8 @@ def stock_class(family: Family) -> type[Any]:
 
 def refuse_other_families(called: str, family: Family) -> None:
     """Raise a `ConfigurationError` if concepts of a family are not tuned; `called` is what is of it."""
-    if not family.concept_pipeline:
-        able = ", ".join(one.name for one in FAMILIES if one.concept_pipeline)
+    if family not in CONCEPT_FAMILIES:
+        able = ", ".join(one.name for one in CONCEPT_FAMILIES)
         raise ConfigurationError(
             f"{called} cannot be trained: it is of {family.name}, whose concepts are not tuned; expected one of "
             f"{able}."

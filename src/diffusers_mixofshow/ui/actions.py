@@ -14,7 +14,7 @@ from diffusers_mixofshow.fusion import FusionSource, LoRASource
 from diffusers_mixofshow.fusion.report import MEANING
 from diffusers_mixofshow.interop.summary import facts_of, format_norm, summary_of_foreign, summary_of_pack
 from diffusers_mixofshow.regions.drawing import draw_regions
-from diffusers_mixofshow.sampling.drawing import Drawing, draw_with
+from diffusers_mixofshow.sampling.drawing import Drawing, draw
 from diffusers_mixofshow.sampling.provenance import read_layout, settings_of, write_drawn
 from diffusers_mixofshow.ui.canvas import MOST_PIXELS, colours_of, names_of, to_layout, to_value
 from diffusers_mixofshow.ui.conditions import SCALE, has_layout_condition, layout_condition
@@ -128,7 +128,7 @@ def draw_picture(studio: Studio, session: Session, canvas: object, wishes: Wishe
     layout = to_layout(canvas, wishes.prompt, wishes.negative_prompt)
     drawing = _drawing(studio, session, layout, wishes)
     with studio.borrowed() as pipe:
-        drawn = draw_with(pipe, drawing)
+        drawn = draw(drawing, pipe)
     folder = studio.new_folder()
     picture, described = folder / f"mixofshow-{wishes.seed}.png", folder / "layout.json"
     write_drawn([picture], drawing, drawn)
