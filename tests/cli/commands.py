@@ -17,6 +17,23 @@ import processes
 from diffusers_mixofshow import cli
 
 
+VERBS = (
+    "masks",
+    "train",
+    "fuse",
+    "sample",
+    "evaluate",
+    "compare",
+    "inspect",
+    "convert",
+    "push",
+    "ui",
+    "demo",
+    "doctor",
+)
+"""Every verb, in the order of the work."""
+
+
 def options_of(verb: str) -> set[str]:
     """Every option of a command by each of its spellings, and its arguments by their names."""
     command = get_command(cli.app).commands[verb]

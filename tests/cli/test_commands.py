@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import packs
 import tiny
-from cli.commands import run
+from cli.commands import VERBS, run
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_region
 from diffusers_mixofshow.cli.sample import number_files
@@ -24,20 +24,6 @@ from diffusers_mixofshow.errors import ConfigurationError, FusionError, MixOfSho
 from diffusers_mixofshow.regions import Layout, Region
 
 
-VERBS = (
-    "masks",
-    "train",
-    "fuse",
-    "sample",
-    "evaluate",
-    "compare",
-    "inspect",
-    "convert",
-    "push",
-    "ui",
-    "demo",
-    "doctor",
-)
 RUN = (sys.executable, "-c", "from diffusers_mixofshow.cli import main; main()")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.main import get_command
 
+from cli.commands import VERBS
 from diffusers_mixofshow import MixOfShowPipeline, cli, toyland
 from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS
 from diffusers_mixofshow.sampling.loading import load_base
@@ -13,20 +14,6 @@ from diffusers_mixofshow.training.renamed import RENAMED
 
 
 COMMANDS = get_command(cli.app).commands
-VERBS = (
-    "masks",
-    "train",
-    "fuse",
-    "sample",
-    "evaluate",
-    "compare",
-    "inspect",
-    "convert",
-    "push",
-    "ui",
-    "demo",
-    "doctor",
-)
 
 
 def test_the_verbs_stand_in_the_order_of_the_work() -> None:
