@@ -228,7 +228,7 @@ def test_states_have_colours_on_a_terminal_and_remedies_stand_below(monkeypatch)
 def test_every_extra_that_a_user_may_want_is_told_with_what_it_is_for_and_those_of_developers_are_not() -> None:
     extras = {*diagnosis.metadata.metadata("diffusers-mixofshow").get_all("Provides-Extra")}
     found = {each.name.removeprefix("extra "): each for each in diagnosis.diagnose() if each.name.startswith("extra ")}
-    assert found.keys() == extras - {"dev", "docs"}
+    assert found.keys() == extras - {"browser", "dev", "docs"}
     for extra, finding in found.items():
         if finding.state == "note":
             assert finding.remedy.startswith("for ")

@@ -250,7 +250,7 @@ def test_doctor_finds_every_extra_that_users_may_want(monkeypatch: pytest.Monkey
     offered = diagnosis.metadata.metadata("diffusers-mixofshow").get_all("Provides-Extra")
     found = {finding.name: finding for finding in diagnosis.diagnose()}
     told = {name for name in found if name.startswith("extra ")}
-    assert told == {f"extra {name}" for name in offered} - {"extra dev", "extra docs"}
+    assert told == {f"extra {name}" for name in offered} - {"extra browser", "extra dev", "extra docs"}
     monkeypatch.setattr(
         diagnosis.metadata,
         "requires",

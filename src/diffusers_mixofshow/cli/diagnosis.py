@@ -30,6 +30,7 @@ _SERVES = {
     "heic": "photos of iPhones (HEIC)",
     "prodigy": "Prodigy, an optimizer that finds its own rates",
     "tensorboard": "curves of a training in TensorBoard",
+    "ui": "the page on which regions are drawn (mixofshow ui)",
     "wandb": "curves of a training at Weights & Biases",
 }
 """What each extra is for. Those that only who works on the package itself needs are not here, and not told."""
