@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -256,3 +258,65 @@ def test_loras_of_two_families_are_told_apart(
     told = rf"no family of base models has together \(dog for {family.name}, ink for {family.name}, other for .*\)"
     with pytest.raises(FusionError, match=told):
         GradientFuser().fuse([*_sources(files), strange], method="average")
+
+
+def test_a_pipeline_of_another_family_is_one_error_that_names_both(
+    family: Family, pipe: Any, files: dict[str, Path]
+) -> None:
+    """Before anything is recorded, whether one source is given or all of them."""
+    other = "FLUX.1" if family.denoiser == "unet" else "Stable Diffusion XL"
+    strange = tiny_pipeline(other)
+    strange.components["unet" if other != "FLUX.1" else "transformer"].register_forward_pre_hook(
+        lambda *_: pytest.fail("Something was recorded.")
+    )
+    fuser = GradientFuser(strange, **SMALL)
+    told = rf"the pipeline is one of {re.escape(other)}, whose layers are others than those of dog for "
+    name = re.escape(family.name)
+    for act, sources in (
+        (lambda: fuser.fuse(_sources(files)), rf"{name}, ink for {name}"),
+        (lambda: fuser.record(_sources(files)[0]), name),
+    ):
+        with pytest.raises(
+            FusionError, match=rf"^These ED-LoRAs cannot be fused: {told}{sources}; give a .*base"
+        ) as e:
+            act()
+        assert len(str(e.value)) < 300
+
+
+def test_a_layer_that_the_model_lacks_and_one_of_another_width_are_told_with_the_source(
+    family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    lora = read_lora(files["dog"])
+    site = next(name for name in lora if ".0." in name and name.startswith(family.denoiser))
+    beyond = site.replace(".0.", ".7.", 1)
+    wider = dataclasses.replace(lora[site], down=torch.ones(1, 2 * lora[site].down.shape[1]), up=lora[site].up[:, :1])
+    write_lora(tmp_path / "odd.safetensors", lora | {site: wider, beyond: lora[site]})
+    odd = LoRASource(tmp_path / "odd.safetensors", prompts=["a castle"])
+    with pytest.raises(FusionError) as told:
+        GradientFuser(pipe, **SMALL).fuse([odd, _sources(files)[1]])
+    for part in (
+        "odd: The plain LoRA does not fit the model",
+        "model does not have: 1",
+        beyond,
+        "another (out, in) size",
+    ):
+        assert part in str(told.value)
+
+
+def test_statistics_of_another_width_are_told_and_nothing_is_written(
+    family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path
+) -> None:
+    fuser = GradientFuser(pipe, sequential=False, statistics=tmp_path / "statistics", **SMALL)
+    dog, ink = _sources(files)
+    for source, beside in ((dog, ink), (ink, dog)):
+        fuser.record(source, alongside=[beside])
+    for path in (tmp_path / "statistics").iterdir():
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        narrower = {
+            name: value[..., : value.shape[-1] // 2].contiguous() if name.endswith("|rows") else value
+            for name, value in tensors.items()
+        }
+        save_file(narrower, path, metadata=metadata)
+    with pytest.raises(FusionError, match=r"Statistics of .* must be .* recorded on another model"):
+        GradientFuser(statistics=tmp_path / "statistics", sequential=False, ridge=RIDGE).fuse(_sources(files))

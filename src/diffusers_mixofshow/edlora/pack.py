@@ -60,13 +60,13 @@ class EDLoRA:
         """
         inner = defects.content_defects(self.concepts, self.embeddings, self.lora, self.layers)
         defects.raise_if_any(
-            inner, subject=f"The ED-LoRA of {self._names} is defective", remedy="Tune it again or load another copy."
+            inner, subject=f"{self._subject} is defective", remedy="Tune it again or load another copy."
         )
         found = defects.fit_defects(self.embeddings, self.lora, self.layers, components)
         tuned = f"It was tuned on {self.base_model!r}" if self.base_model else "It was made for another"
         defects.raise_if_any(
             found,
-            subject=f"The ED-LoRA of {self._names} does not fit the model",
+            subject=f"{self._subject} does not fit the model",
             remedy=f"{tuned}; load it into that model or one of the same architecture.",
         )
 
@@ -321,6 +321,10 @@ class EDLoRA:
     @property
     def _file_name(self) -> str:
         return file.FILE_NAME
+
+    @property
+    def _subject(self) -> str:
+        return f"The ED-LoRA of {self._names}" if self.concepts else "The plain LoRA"
 
     @property
     def _names(self) -> str:

@@ -42,7 +42,7 @@ from diffusers_mixofshow.fusion.solving import (
     sites_of,
     solve,
 )
-from diffusers_mixofshow.fusion.sources import FusionInput, Source, family_defects, gather, mutual_defects
+from diffusers_mixofshow.fusion.sources import FusionInput, Source, gather, mutual_defects
 from diffusers_mixofshow.fusion.store import StatisticsStore
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
@@ -251,7 +251,7 @@ def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
             "This pack was recorded on top of what was fused already, or with a prior that its file does not hold. It "
             "cannot be changed from statistics; fuse all sources anew, or with GradientFuser(pipe, sequential=False)."
         )
-    if defects := [*mutual_defects([source.edlora for source in sources]), *family_defects(sources)]:
+    if defects := mutual_defects(sources):
         raise FusionError("The pack cannot be changed in this way: " + "; ".join(defects))
     missing = [source.name for source in sources if source.statistics is None]
     if missing and pack.settings.method in MEASURED:

@@ -19,7 +19,7 @@ from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
 from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
-from diffusers_mixofshow.families import family_of_sites
+from diffusers_mixofshow.families import Family, family_of, family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.families.recognition import family_of_updates
 from diffusers_mixofshow.fusion.prompts import PromptSet, prompts_of_trigger, recording_prompts
@@ -194,14 +194,12 @@ def gather(
     sources = [one if isinstance(one, Source) else _read(one, prompts, layers) for one in given]
     weights = [source.weight for source in sources] if weights is None else weights
     scales = [source.scale for source in sources] if scales is None else scales
-    edloras = [source.edlora for source in sources]
     defects = [
-        *_number_defects("weights", weights, len(edloras), positive=True),
-        *_number_defects("scales", scales, len(edloras), positive=False),
-        *mutual_defects(edloras),
-        *family_defects(sources),
+        *_number_defects("weights", weights, len(sources), positive=True),
+        *_number_defects("scales", scales, len(sources), positive=False),
+        *mutual_defects(sources),
         *_label_defects(sources),
-        *_model_defects(edloras, components),
+        *_model_defects(sources, components),
     ]
     if defects:
         raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(defects))
@@ -289,64 +287,79 @@ def _number_defects(what: str, numbers: Sequence[float], count: int, *, positive
     return defects
 
 
-def mutual_defects(edloras: Sequence[EDLoRA]) -> list[str]:
-    """Find what keeps ED-LoRAs from being fused with each other: bases, layers, or that there are none.
+def mutual_defects(sources: Sequence[Source]) -> list[str]:
+    """Find what keeps sources from being fused with each other: bases, layers, or that there are none.
 
     Raises:
         ConceptError: If concepts share names, in which case they may as well be one source given twice.
     """
-    if not edloras:
+    if not sources:
         return ["none was given; give at least one"]
-    check_distinct(concept for edlora in edloras for concept in edlora.concepts)
+    edloras = {source.name: source.edlora for source in sources}
+    check_distinct(concept for source in sources for concept in source.edlora.concepts)
     defects = []
-    bases = {one_name(edlora.base_model): _names(edlora) for edlora in reversed(edloras) if edlora.base_model}
+    bases = {one_name(edlora.base_model): name for name, edlora in reversed(edloras.items()) if edlora.base_model}
     if len(bases) > 1:
-        tuned = ", ".join(f"{names} on {base!r}" for base, names in reversed(bases.items()))
+        tuned = ", ".join(f"{name} on {base!r}" for base, name in reversed(bases.items()))
         defects.append(f"they were tuned on different base models ({tuned}); tune them on the same one")
-    if len({edlora.layers for edlora in edloras if edlora.layers}) > 1:
-        counts = ", ".join(f"{_names(edlora)} {len(edlora.layers)}" for edlora in edloras if edlora.layers)
+    if len({edlora.layers for edlora in edloras.values() if edlora.layers}) > 1:
+        counts = ", ".join(f"{name} {len(edlora.layers)}" for name, edlora in edloras.items() if edlora.layers)
         defects.append(f"they name different cross-attention layers (numbers of layers: {counts})")
-    if misfits := _size_defects(edloras):
+    if misfits := _size_defects(sources):
         defects.append(f"they were made for layers of different sizes ({', '.join(misfits[:3])})")
+    common = family_of_sites([site for edlora in edloras.values() for site in edlora.lora])
+    if not all(common.has_site(site) for edlora in edloras.values() for site in edlora.lora):
+        defects.append(f"they change layers that no family of base models has together ({_tell_families(sources)})")
     return defects
 
 
-def family_defects(sources: Sequence[Source]) -> list[str]:
-    """Name the families of sources whose layers no single family has."""
-    common = family_of_sites([site for source in sources for site in source.edlora.lora])
-    if all(common.has_site(site) for source in sources for site in source.edlora.lora):
-        return []
-    families = [family_of_updates(input_widths(source.edlora.lora)).name for source in sources]
-    told = ", ".join(f"{source.name} for {family}" for source, family in zip(sources, families, strict=True))
-    return [f"they change layers that no family of base models has together ({told})"]
-
-
-def _size_defects(edloras: Sequence[EDLoRA]) -> list[str]:
+def _size_defects(sources: Sequence[Source]) -> list[str]:
     sizes: dict[str, dict[tuple[int, int], str]] = {}
-    for edlora in edloras:
-        for site, update in edlora.lora.items():
+    for source in sources:
+        for site, update in source.edlora.lora.items():
             if update.up.dim() == update.down.dim() == 2:
-                sizes.setdefault(site, {})[update.up.shape[0], update.down.shape[1]] = _names(edlora)
+                sizes.setdefault(site, {})[update.up.shape[0], update.down.shape[1]] = source.name
     return [
-        f"{site}: " + ", ".join(f"{names} {size}" for size, names in found.items())
+        f"{site}: " + ", ".join(f"{name} {size}" for size, name in found.items())
         for site, found in sizes.items()
         if len(found) > 1
     ]
 
 
-def _model_defects(edloras: Sequence[EDLoRA], components: Mapping[str, object] | None) -> list[str]:
-    """Find what is wrong with each ED-LoRA in itself and, where there is a model, with the model."""
+def _model_defects(sources: Sequence[Source], components: Mapping[str, object] | None) -> list[str]:
+    """Find what is wrong with each source in itself and, where there is a model, with the model."""
     defects = []
-    for edlora in edloras:
-        if components is None:
+    if components is None:
+        for edlora in (source.edlora for source in sources):
             inner = content_defects(edlora.concepts, edlora.embeddings, edlora.lora, edlora.layers)
             defects += [f"the ED-LoRA of {_names(edlora)} is defective: {defect}" for defect in inner]
+        return defects
+    family, strange = family_of(components), []
+    for source in sources:
+        if _is_of_another(source, family):
+            strange.append(source)
             continue
         try:
-            edlora.check_fits(components)
+            source.edlora.check_fits(components)
         except EDLoRAFormatError as error:
-            defects.append(str(error))
+            defects.append(str(error) if source.edlora.concepts else f"{source.name}: {error}")
+    if strange:
+        defects.append(
+            f"the pipeline is one of {family.name}, whose layers are others than those of {_tell_families(strange)}; "
+            "give a pipeline of the base that they were tuned on"
+        )
     return defects
+
+
+def _is_of_another(source: Source, family: Family) -> bool:
+    """Whether a source changes layers that only another family has."""
+    lora = source.edlora.lora
+    return not all(map(family.has_site, lora)) and family_of_updates(input_widths(lora)) is not family
+
+
+def _tell_families(sources: Sequence[Source]) -> str:
+    families = [family_of_updates(input_widths(source.edlora.lora)).name for source in sources]
+    return ", ".join(f"{source.name} for {family}" for source, family in zip(sources, families, strict=True))
 
 
 def _names(edlora: EDLoRA) -> str:
