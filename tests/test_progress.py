@@ -192,6 +192,13 @@ def test_values_of_tqdms_switch_that_mean_no_to_us(monkeypatch: pytest.MonkeyPat
     assert is_off(shown=False)
 
 
+def test_libraries_that_nobody_imported_switch_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for name in module._SWITCHES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert not is_off()
+
+
 @pytest.mark.parametrize(
     ("terminal", "shell", "redraws"),
     [

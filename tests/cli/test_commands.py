@@ -44,6 +44,19 @@ def test_every_verb_has_an_example_in_its_help(verb: str) -> None:
     assert f"mixofshow {verb}" in " ".join(result.output.split())
 
 
+def test_libraries_keep_their_notes_to_themselves_unless_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{library}_VERBOSITY" for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB")]
+    monkeypatch.setattr(sys, "argv", ["mixofshow", "--version"])
+    for given in ("", "info"):
+        for name in names:
+            monkeypatch.setenv(name, given)
+            if not given:
+                monkeypatch.delenv(name)
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert [os.environ[name] for name in names] == [given or "error"] * 3
+
+
 def test_help_imports_no_heavy_module() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom diffusers_mixofshow import cli\n"

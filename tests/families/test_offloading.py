@@ -25,6 +25,7 @@ from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites, linear_layers
 from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.lora import eject, inject, merged
+from diffusers_mixofshow.offloading import brought_to
 from families.pipelines import tiny_pipeline
 
 
@@ -357,3 +358,13 @@ def test_updates_are_not_added_to_quantised_weights(make: Callable[[Any], None])
     with pytest.raises(ConfigurationError, match=r"quantised.*half precision"), merged(pipe.components, lora):
         pytest.fail("the block was entered")
     assert _fingerprint(pipe) == before
+
+
+def test_a_layer_with_several_hooks_computes_where_one_of_them_brings_it() -> None:
+    """accelerate chains the hooks of a layer that somebody else has hooked already."""
+    layer = nn.Linear(2, 2)
+    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
+    assert brought_to(layer, layer) is None
+    aligning = accelerate.hooks.AlignDevicesHook(execution_device="meta")
+    accelerate.hooks.add_hook_to_module(layer, aligning, append=True)
+    assert brought_to(layer, layer) == torch.device("meta")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from diffusers_mixofshow.fusion.report import FusionReport
+from diffusers_mixofshow.fusion.report import FusionReport, _peak_memory
 
 
 NAMES = ("<rex>", "<kit>", "<zoe>", "<tom>")
@@ -97,3 +98,13 @@ def test_the_picture_has_a_cell_for_each_layer_and_source(report: FusionReport, 
         beside = [picture.getpixel((x, top + 14 * row + y)) for x in range(4, left - 1) for y in range(12)]
         assert min(map(sum, beside)) < 200
     assert picture.crop((0, 0, 4, picture.height)).getextrema() == ((255, 255),) * 3
+
+
+@pytest.mark.parametrize(("system", "unit"), [("darwin", 1), ("freebsd14", 2**10)])
+def test_the_peak_of_memory_is_told_in_mib_whatever_unit_the_system_counts_in(
+    monkeypatch: pytest.MonkeyPatch, system: str, unit: int
+) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("diffusers_mixofshow.fusion.report.sys.platform", system)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=300 * 2**20 // unit))
+    assert _peak_memory()["peak_memory_mib"] == 300

@@ -331,7 +331,10 @@ def test_names_and_records_are_shown_and_do_nothing(fused, tmp_path, text):
         assert html.count(tag) <= plain.count(tag), tag
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert refresh_text(str(card) + "mine", fused._card("x", False, {}, None)).count("mix-of-show") == 1
+    refreshed = refresh_text(str(card) + "mine", fused._card("x", False, {}, None))
+    assert refreshed.count("mix-of-show") == 1
+    assert refreshed.count("diffusers-mixofshow: end") == 1, "A text from a file ended the section."
+    assert refreshed.endswith("diffusers-mixofshow: end -->\nmine")
 
 
 # --- a whole pipeline ---

@@ -194,6 +194,8 @@ class _Harmful:
         ({"params": {"unet": {"conv_in.weight": torch.ones(2, 2)}}}, "whole weights"),
         ({"params": {"unet": {}, "text_encoder": {}, "new_concept_embedding": {}}}, "neither embeddings nor"),
         ({"params": {"new_concept_embedding": {"<rex>": torch.ones(2, 2, 2)}}}, r"not of shape \(layers, dim\)"),
+        ({"params": {"new_concept_embedding": {"<rex>": torch.ones(0, 2)}}}, r"not of shape \(layers, dim\): 1 \(<rex>"),
+        ({"params": {"new_concept_embedding": {"<rex>": torch.ones(2, 0)}}}, r"not of shape \(layers, dim\): 1 \(<rex>"),
         ({"params": {"unet": 3, "optimizer": {}}}, "entries of no known meaning"),
         ({"<rex>": torch.ones(1).expand(10**6, 768)}, "larger than the file"),
         ({"string_to_param": {"a": torch.ones(2, 768), "b": torch.ones(2, 768)}}, "no tensor of it belongs"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 import tiny
 from diffusers_mixofshow import EDLoRA, MixOfShowImg2ImgPipeline, MixOfShowPipeline, Region
@@ -231,6 +232,18 @@ def test_a_broken_list_is_one_clear_error(tmp_path: Path, damage: Callable[[Path
         load(tmp_path)
     assert CONCEPTS_NAME in str(told.value)
     assert "\x1b" not in str(told.value)
+
+
+@pytest.mark.parametrize("beyond", [1, len(TOKENS) * 4], ids=["the last word alone", "all of them"])
+def test_words_beyond_the_text_encoders_table_are_told(tmp_path: Path, beyond: int) -> None:
+    """The tokenizer knows every word, and the table was saved before it was enlarged for the last of them."""
+    write_fused(tmp_path)
+    encoder = CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
+    rows = encoder.get_input_embeddings().num_embeddings - beyond
+    encoder.resize_token_embeddings(rows)
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    with pytest.raises(EDLoRAFormatError, match=f"words of <thanos2> have no row in the text encoder, which has {rows}"):
+        load(tmp_path)
 
 
 def test_it_is_a_pipeline_and_no_concept(pipe: MixOfShowPipeline, fused: Path) -> None:

@@ -447,6 +447,15 @@ def test_two_adapters_in_one_file_are_not_mixed(tmp_path: Path, other: str):
     assert "thanos" in problems
 
 
+def test_an_adapter_without_a_name_beside_another_is_told(tmp_path: Path):
+    halves = {}
+    for layer, adapter in (("to_k", ""), ("to_v", ".thanos")):
+        name = f"unet.{SITE}.{layer}"
+        halves |= {f"{name}.lora_A{adapter}.weight": (4, 768), f"{name}.lora_B{adapter}.weight": (1280, 4)}
+    _, problems = told(tmp_path, halves)
+    assert "several adapters in one file, of which one is to be taken out: 2 (without a name, thanos)" in problems
+
+
 def test_adapters_of_two_models_may_have_two_names(tmp_path: Path):
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     halves = {f"{text}.lora_A.words.weight": (4, 768), f"{text}.lora_B.words.weight": (768, 4)}
