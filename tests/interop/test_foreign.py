@@ -182,6 +182,10 @@ def test_another_base_needs_its_layers(tmp_path: Path):
     rex.check_fits(components)
 
 
+def _of_words(rows):
+    return {"params": {"new_concept_embedding": {"<rex>": rows}}}
+
+
 class _Harmful:
     def __reduce__(self):
         return (print, ("this must never run",))
@@ -193,9 +197,9 @@ class _Harmful:
         ({"params": {"new_concept_embedding": {"<rex>": _Harmful()}}}, "weights_only=True"),
         ({"params": {"unet": {"conv_in.weight": torch.ones(2, 2)}}}, "whole weights"),
         ({"params": {"unet": {}, "text_encoder": {}, "new_concept_embedding": {}}}, "neither embeddings nor"),
-        ({"params": {"new_concept_embedding": {"<rex>": torch.ones(2, 2, 2)}}}, r"not of shape \(layers, dim\)"),
-        ({"params": {"new_concept_embedding": {"<rex>": torch.ones(0, 2)}}}, r"not of shape \(layers, dim\): 1 \(<rex>"),
-        ({"params": {"new_concept_embedding": {"<rex>": torch.ones(2, 0)}}}, r"not of shape \(layers, dim\): 1 \(<rex>"),
+        (_of_words(torch.ones(2, 2, 2)), r"not of shape \(layers, dim\): 1 \(<rex>"),
+        (_of_words(torch.ones(0, 2)), r"not of shape \(layers, dim\): 1 \(<rex>"),
+        (_of_words(torch.ones(2, 0)), r"not of shape \(layers, dim\): 1 \(<rex>"),
         ({"params": {"unet": 3, "optimizer": {}}}, "entries of no known meaning"),
         ({"<rex>": torch.ones(1).expand(10**6, 768)}, "larger than the file"),
         ({"string_to_param": {"a": torch.ones(2, 768), "b": torch.ones(2, 768)}}, "no tensor of it belongs"),

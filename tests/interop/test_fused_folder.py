@@ -242,7 +242,7 @@ def test_words_beyond_the_text_encoders_table_are_told(tmp_path: Path, beyond: i
     rows = encoder.get_input_embeddings().num_embeddings - beyond
     encoder.resize_token_embeddings(rows)
     encoder.save_pretrained(tmp_path / "text_encoder")
-    with pytest.raises(EDLoRAFormatError, match=f"words of <thanos2> have no row in the text encoder, which has {rows}"):
+    with pytest.raises(EDLoRAFormatError, match=f"words of <thanos2> have no row .*, which has {rows}"):
         load(tmp_path)
 
 
