@@ -60,6 +60,9 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     assert re.search(r"\n    sampling: 10/10 \[", told)
     assert re.search(r"[\x00-\x09\x0b-\x1f]", log.getvalue() + told) is None
     assert page == tmp_path / "index.html"
+    beside = re.findall(r"href='([^#'][^']*)'", page.read_text(encoding="utf-8"))
+    assert [name for name in beside if not (tmp_path / name).is_file()] == []
+    assert len(beside) == 5
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["identity_retention"]) == {"average", "fused"}
     assert set(report["right_concept_in_region"]) == {"regional", "unguided"}

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import re
+import shlex
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import typer.main
 from PIL import Image
 
+from diffusers_mixofshow import cli
 from diffusers_mixofshow.demo import DemoSettings
 from diffusers_mixofshow.demo.measuring import Measures
 from diffusers_mixofshow.demo.page import write_page
@@ -21,15 +31,29 @@ def picture(colour: str) -> Image.Image:
     return Image.new("RGB", (8, 8), colour)
 
 
-def page(tmp_path: Path, *, command: str = "mixofshow demo", attributes: float | None = 0.5) -> str:
+def pixel_of(source: str) -> list[int]:
+    """The colour of a picture that lies in an address."""
+    content = base64.b64decode(source.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(content)))[0, 0].tolist()
+
+
+def page(
+    tmp_path: Path,
+    *,
+    command: str = "mixofshow demo",
+    attributes: float | None = 0.5,
+    found: Sequence[Sequence[str]] = (("bobo", "kiki"),),
+    orders: Sequence[tuple[str, ...]] = (("bobo", "kiki"),),
+    drawn: Sequence[str] = ("blue",),
+) -> str:
     names = ("bobo", "kiki")
     identity = Identity(alignment=0.75, attributes=attributes, nearest=1.0)
     pictures = Pictures(
         alone={method: {name: [picture("red")] for name in names} for method in METHODS},
-        regional=[picture("blue")],
+        regional=[picture(colour) for colour in drawn],
         unguided=[picture("green")],
-        order=[names],
-        layouts=[Image.new("L", (8, 8))],
+        order=list(orders),
+        layouts=[Image.new("L", (8, 8)) for _ in drawn],
     )
     measures = Measures(
         identity={method: dict.fromkeys(names, identity) for method in ("photos", *METHODS)},
@@ -38,7 +62,7 @@ def page(tmp_path: Path, *, command: str = "mixofshow demo", attributes: float |
             "average": {"alignment": 0.4, "attributes": None if attributes is None else 0.41},
             "fused": {"alignment": 0.93, "attributes": None if attributes is None else 0.92},
         },
-        found={"regional": [["bobo", "kiki"]], "unguided": [["kiki", "kiki"]]},
+        found={"regional": [list(names) for names in found], "unguided": [["kiki", "kiki"]]},
         regions={
             "regional": {"regions": 1.0, "whole_pictures": 1.0, "looks": None if attributes is None else 0.77},
             "unguided": {"regions": 0.5, "whole_pictures": 0.0, "looks": None if attributes is None else 0.33},
@@ -61,7 +85,8 @@ def page(tmp_path: Path, *, command: str = "mixofshow demo", attributes: float |
 def test_the_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
     text = page(tmp_path)
     sources = text.count("src='")
-    assert sources == text.count("src='data:image/png;base64,") == 2 + 2 * len(METHODS) + 3
+    together, alone, on_top = 3, 2 + 2 * len(METHODS), 3
+    assert sources == text.count("src='data:image/png;base64,") == together + alone + on_top
     assert "http" not in text
 
 
@@ -90,11 +115,71 @@ def test_shares_are_whole_percents_and_a_dash_where_they_are_not_defined(tmp_pat
     assert "<td>&ndash;</td><td>&ndash;</td>" in page(tmp_path, attributes=None)
 
 
+def test_the_page_begins_with_the_best_picture_beside_photos_of_what_it_shows(tmp_path: Path) -> None:
+    found = [["kiki", "kiki"], ["kiki", "bobo"], ["bobo", "kiki"]]
+    orders = [("bobo", "kiki"), ("kiki", "bobo"), ("bobo", "kiki")]
+    text = page(tmp_path, found=found, orders=orders, drawn=("red", "blue", "green"))
+    images = _Elements(text, "img")
+    assert [image["alt"].split(",")[0] for image in images[:3]] == [
+        "A picture of <kiki>",
+        "A picture of <bobo>",
+        "One picture with kiki",
+    ]
+    assert pixel_of(images[2]["src"]) == [0, 0, 255]
+    top, _, _ = text.partition("id='world'")
+    assert "All of them are in their places." in top
+    assert "Not all of them" in page(tmp_path, found=[["kiki", "kiki"]])
+
+
+def test_every_picture_is_told_in_words_and_every_link_leads_somewhere(tmp_path: Path) -> None:
+    text = page(tmp_path)
+    images, links = _Elements(text, "img"), [link["href"] for link in _Elements(text, "a")]
+    assert images
+    assert all(image["alt"].strip() for image in images)
+    for anchor in (link[1:] for link in links if link.startswith("#")):
+        assert f"id='{anchor}'" in text
+    files = {link for link in links if not link.startswith("#")}
+    sheets = {f"sheets/{name}.png" for name in ("together", "bobo", "kiki")}
+    assert files == {*sheets, "fused/README.md", "report.json"}
+
+
+def test_the_commands_of_the_page_can_be_pasted(tmp_path: Path) -> None:
+    group: Any = typer.main.get_command(cli.app)
+    verbs = []
+    for block in re.findall(r"<pre><code>(.*?)</code></pre>", page(tmp_path), re.DOTALL):
+        for line in html.unescape(block).replace("\\\n", "").splitlines():
+            program, verb, *arguments = shlex.split(line)
+            if program == "mixofshow":
+                group.commands[verb].make_context(verb, [*arguments])
+                verbs.append((verb, arguments))
+            else:
+                assert (program, verb) == ("pip", "install")
+    assert [verb for verb, _ in verbs] == ["sample", "sample", "demo", "train", "sample", "ui"]
+    (_, alone), (_, together) = verbs[:2]
+    assert alone[:4] == ["--concepts", str(tmp_path / "fused"), "--prompt", "a <bobo> on the beach"]
+    regions = [together[place + 1] for place, word in enumerate(together) if word == "--region"]
+    assert regions == ["0,0.25,0.5,0.97:a <bobo>, in a meadow", "0.5,0.25,1,0.97:a <kiki>, in a meadow"]
+    assert together[together.index("--width") + 1] == together[together.index("--height") + 1] == "8"
+
+
 def test_settings_list_everything_that_is_wrong() -> None:
     with pytest.raises(ConfigurationError) as caught:
         DemoSettings(photos=Path("x"), pictures=0, concepts=("bobo",))
     for part in ("--class-word", "pictures is 0", "two or more"):
         assert part in str(caught.value)
+
+
+class _Elements(HTMLParser, list[dict[str, str]]):
+    """The attributes of all elements of a kind, in the order of the page."""
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == self.kind:
+            self.append({name: value or "" for name, value in attrs})
 
 
 class _BalancedTags(HTMLParser):

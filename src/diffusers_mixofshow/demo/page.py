@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers_mixofshow.atomic import encode_picture, write_whole
 from diffusers_mixofshow.demo.measuring import Measures
 from diffusers_mixofshow.demo.sampling import METHODS, Pictures
 from diffusers_mixofshow.demo.settings import DemoConcept
+from diffusers_mixofshow.evaluation.prompts import column_boxes, prompt_together
 
 
 _ENLARGED = 3
@@ -37,16 +39,64 @@ def write_page(
         measures: Everything measured.
         report: The record beside the page: command, versions, seconds.
     """
+    best = _choose_best(pictures, measures)
+    class_words = {concept.name: concept.class_word for concept in concepts}
     environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined)
     environment.filters["data_uri"] = data_uri
     text = environment.get_template("page.html.jinja").render(
-        concepts=concepts, photos=photos, pictures=pictures, measures=measures, report=report, methods=METHODS
+        concepts=concepts,
+        class_words=class_words,
+        photos=photos,
+        pictures=pictures,
+        best=best,
+        measures=measures,
+        report=report,
+        methods=METHODS,
+        commands=_commands(path.parent, class_words, pictures.order[best], pictures.regional[best].size),
     )
     write_whole(path, text.encode())
     return path
 
 
-def data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image, scale: int = _ENLARGED) -> str:
     """The enlarged picture as a PNG inside an address."""
-    enlarged = image.resize((image.width * _ENLARGED, image.height * _ENLARGED), Image.Resampling.LANCZOS)
+    enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
     return "data:image/png;base64," + base64.b64encode(encode_picture(enlarged)).decode()
+
+
+def _choose_best(pictures: Pictures, measures: Measures) -> int:
+    """Number of the first picture with regions that has the most concepts in their places."""
+    right = [
+        sum(found == wanted for found, wanted in zip(of_picture, order, strict=True))
+        for of_picture, order in zip(measures.found["regional"], pictures.order, strict=True)
+    ]
+    return right.index(max(right))
+
+
+def _commands(
+    folder: Path, class_words: Mapping[str, str], names: Sequence[str], size: tuple[int, int]
+) -> dict[str, str]:
+    """What a reader can go on with, as lines for a shell.
+
+    Args:
+        folder: The demo's.
+        class_words: Concept name to what it is.
+        names: The concepts of the picture on top, from left to right.
+        size: Its width and height.
+    """
+    fused = shlex.quote(str(folder / "fused"))
+    prompt = prompt_together([f"a {class_words[name]}" for name in names], "in a meadow")
+    boxes = [",".join(f"{edge:.3g}" for edge in box) for box in column_boxes(len(names))]
+    together = [
+        f"mixofshow sample --concepts {fused} --prompt {shlex.quote(prompt)}",
+        f"--width {size[0]} --height {size[1]} --refine --output together.png",
+        *(f'--region "{box}:a <{name}>, in a meadow"' for box, name in zip(boxes, names, strict=True)),
+    ]
+    return {
+        "alone": f'mixofshow sample --concepts {fused} --prompt "a <{names[0]}> on the beach" --output beach.png',
+        "together": " \\\n  ".join(together),
+        "own": "mixofshow demo --photos my-photos --class-word dog --output my-demo",
+        "photographs": "mixofshow train my-photos --concept waldi --class-word dog --output waldi\n"
+        'mixofshow sample --concepts waldi --prompt "a <waldi> in front of the Eiffel tower" --output paris.png',
+        "page": "pip install 'diffusers-mixofshow[ui]'\nmixofshow ui",
+    }
