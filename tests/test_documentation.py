@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,9 @@ NOT_RUN = ("demo", "doctor", "push", "--install-completion", "--help")
 """What would change the machine, or takes minutes and has tests of its own."""
 
 
+SETS_VARIABLE = re.compile(r"[A-Z_]+=")
+
+
 class Block(NamedTuple):
     page: Path
     line: int
@@ -79,7 +83,7 @@ def commands_of(text: str) -> list[list[str]]:
     """The commands of a shell block, without comments, pipes and variables in front."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     split = [shlex.split(line.partition(" | jq")[0], comments=True) for line in lines]
-    return [words for words in split if words]
+    return [[*dropwhile(SETS_VARIABLE.match, words)] for words in split if words]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page.stem}-{block.line}")
@@ -96,6 +100,11 @@ def test_a_block_can_be_read_and_its_options_exist(block: Block) -> None:
 
 def parse(words: list[str]) -> None:
     """Let the command line read a command without doing it; of others look whether what they run is there."""
+    if words[:2] == ["accelerate", "launch"]:
+        launched = words.index("-m")
+        assert words[2:launched:2] == ["--num_processes"]
+        assert words[launched + 1] == "diffusers_mixofshow"
+        words = ["mixofshow", *words[launched + 2 :]]
     named = [word for word in words if re.fullmatch(r"(benchmarks|tests)/[\w/]+\.py", word)]
     assert all((ROOT / name).is_file() for name in named), named
     if words[0] != "mixofshow":
