@@ -1,8 +1,8 @@
 """Tune two concepts, each on eight photos of its own: `python examples/01_train.py`.
 
 On the base that ships in the package, without a GPU, in some minutes. It leaves `photos/NAME` and `concepts/NAME`,
-which the other examples go on from. For photographs: put yours into a folder, with captions and masks if you have
-any, and take Stable Diffusion's settings:
+which 02_fuse.py goes on from. For photographs: put yours into a folder, with captions and masks if you have any, and
+take Stable Diffusion's settings:
 
     TrainingConfig(instance_data_dir="photos/potter", concept="potter", class_word="man", output_dir="concepts/potter")
 """

@@ -1,29 +1,39 @@
 """Fuse plain LoRAs, such as people share, into one that diffusers loads: `python examples/04_fuse_found_loras.py`.
 
-As files from elsewhere would need a download, the concepts of 01_train.py are written as plain LoRAs first: their
-updates in kohya's names, without the words that they have learnt. It leaves `found/`, the result in
-`both/pytorch_lora_weights.safetensors`, and a picture for each LoRA.
+As files from elsewhere would need a download, two are trained first, in some minutes: a dog and a vase, in kohya's
+names, with no words but "dog" and "vase". It leaves `found/`, the result in `both/pytorch_lora_weights.safetensors`,
+and a picture for each LoRA.
 """
 
 from pathlib import Path
 
 import torch
 
-from diffusers_mixofshow import EDLoRA, GradientFuser, LoRASource, MixOfShowPipeline
+from diffusers_mixofshow import EDLoRATrainer, GradientFuser, LoRASource, MixOfShowPipeline, TrainingConfig, toyland
 from diffusers_mixofshow.interop import write_kohya
 
 
 PLACES = ("in a meadow", "on the beach", "at night")
 
 sources = []
-for name, trigger in (("rex", "dog"), ("ming", "vase")):
-    file = write_kohya(Path("found", f"{name}.safetensors"), EDLoRA.from_pretrained(f"concepts/{name}").lora)
-    sources.append(LoRASource(file, prompts=[f"a {trigger} {place}" for place in PLACES]))  # say its trigger words
+for name in ("rex", "ming"):
+    known = toyland.CONCEPTS[name]
+    config = TrainingConfig.toyland(
+        instance_data_dir=toyland.write_photos(known, Path("photos", name), count=8),
+        concept=name,
+        class_word=known.class_word,
+        method="lora",
+        embedding_phase_steps=0,
+        embedding_learning_rate=0.0,  # its only word stays "dog", or "vase"
+    )
+    file = write_kohya(Path("found", f"{name}.safetensors"), EDLoRATrainer(config).train().lora)
+    # A LoRA acts when its trigger words are said.
+    sources.append(LoRASource(file, prompts=[f"a {known.class_word} {place}" for place in PLACES]))
 
 pipe = MixOfShowPipeline.from_pretrained("toyland")
 fused = GradientFuser(pipe, steps=5).fuse(sources)
 fused.save_pretrained("both", overwrite=True)
-fused.report.print()
+fused.report.print()  # 0: as the LoRA's own model, 1: as the base
 
 pipe.load_lora_weights("both")  # as every pipeline of diffusers does
 for trigger in ("dog", "vase"):

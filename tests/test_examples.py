@@ -240,7 +240,7 @@ def test_photos_that_are_uploaded_in_colab_are_those_that_are_trained_on(
     assert len(list((tmp_path / "photos").glob("*.png"))) == 8
 
 
-def test_the_scripts_are_short_and_numbered_in_the_order_in_which_they_go_on_from_each_other() -> None:
+def test_the_scripts_are_short_and_numbered_and_say_how_they_are_started() -> None:
     assert [path.name[:3] for path in SCRIPTS] == ["01_", "02_", "03_", "04_"]
     lengths = {path.name: path.read_text(encoding="utf-8").count("\n") for path in SCRIPTS}
     assert {name: length for name, length in lengths.items() if length > 60} == {}
