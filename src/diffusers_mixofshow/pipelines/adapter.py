@@ -1,7 +1,7 @@
 """Text to image under the guidance of T2I-Adapters.
 
-diffusers' own pipeline for them knows neither `callback_on_step_end` nor LoRA and textual-inversion loading. This
-one is `StableDiffusionPipeline`, and the adapters' features reach the U-Net beside its arguments.
+diffusers' own pipelines for T2I-Adapters have neither `callback_on_step_end` nor the loading of LoRAs and textual
+inversions. These here are the text-to-image pipelines, and a hook hands the adapters' features to the U-Net.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,25 +36,25 @@ from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts, prompt_count
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
-from diffusers_mixofshow.pipelines.regional import regional_signature
+from diffusers_mixofshow.pipelines.regional import RegionalSampling, regional_signature
 
 
-# Sizes that StableDiffusionPipeline takes.
+# StableDiffusionPipeline refuses heights and widths that this does not divide.
 _PARENTS_FACTOR = 8
 
 _ADAPTER_DOC = """
     image (picture, array, tensor, or a list of them):
-        The condition image, one for all prompts, or a list with one for each prompt. With several adapters a
-        list with one entry for each adapter, each of these as before. Height and width of the result are by default
-        its own, rounded down to what the models can do.
+        The condition image: one for all prompts, or a list with one for each prompt. With several adapters, a list
+        with one such entry for each adapter. Without `height` and `width` the result has the size of the condition
+        image, rounded down to a size that the models can draw.
     adapter_conditioning_scale (`float` or `list[float]`, *optional*, defaults to 1.0):
         Strength of the adapters, one for all or one for each.
     adapter_conditioning_factor (`float`, *optional*, defaults to 1.0):
-        Part of the steps, from the first on, in which the adapters act."""
+        Fraction of the steps, counted from the first, in which the adapters act."""
 
 
 class AdapterSampling(RefinedSampling):
-    """Mixin for a diffusers pipeline of text to image: `adapter` among its components acts in its calls."""
+    """Mixin for a text-to-image pipeline of diffusers: its component `adapter` guides every call."""
 
     adapter: T2IAdapter | MultiAdapter
     _execution_device: torch.device
@@ -66,35 +65,28 @@ class AdapterSampling(RefinedSampling):
             adapter = MultiAdapter(adapter) if len(adapter) > 1 else adapter[0]
         self.register_modules(adapter=adapter)
 
-    @contextmanager
-    def _adapters_acting(
-        self, image: Any, scale: float | Sequence[float], factor: float, arguments: Mapping[str, Any]
-    ) -> Iterator[dict[str, int]]:
-        """Let the call inside the block follow the condition images.
-
-        Args:
-            image: See `_ADAPTER_DOC`, as the two next.
-            scale: Strength of the adapters.
-            factor: Part of the steps.
-            arguments: The call's others, by name.
-
-        Yields:
-            Height and width of the call.
-        """
-        pixels = self._condition_pixels(image, arguments.get("height"), arguments.get("width"))
-        strengths = _strengths(scale, len(pixels))
-        _check_part(factor)
+    def _call_with_adapters(
+        self, image: Any, scale: float | Sequence[float], factor: float, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call the diffusers pipeline with its own arguments, guided by the first three (see `_ADAPTER_DOC`)."""
+        parent = super(RegionalSampling, self).__call__  # type: ignore[misc]
+        given = inspect.signature(parent).bind_partial(*args, **kwargs)
+        arguments = given.arguments
+        images = self._read_condition_images(image, arguments.get("height"), arguments.get("width"))
+        strengths = _repeat_scale(scale, len(images))
+        _check_factor(factor)
         if 0 in strengths:
             warn("An adapter with a strength of 0 has no effect.")
-        features = [_for_each_picture(each, arguments) for each in self._adapter_features(pixels, strengths)]
-        with self._next_call_hooked(_adding(features, lambda: int(self.num_timesteps * factor))):
-            yield dict(zip(("height", "width"), pixels[0].shape[-2:], strict=True))
+        features = [_repeat_for_pictures(each, arguments) for each in self._compute_features(images, strengths)]
+        arguments["height"], arguments["width"] = images[0].shape[-2:]
+        with self._hook_next_call(_make_hook(features, lambda: int(self.num_timesteps * factor))):
+            return super().__call__(*given.args, **given.kwargs)
 
     @property
     def _adapters(self) -> list[T2IAdapter]:
         return list(self.adapter.adapters) if isinstance(self.adapter, MultiAdapter) else [self.adapter]
 
-    def _condition_pixels(self, image: Any, height: int | None, width: int | None) -> list[torch.Tensor]:
+    def _read_condition_images(self, image: Any, height: int | None, width: int | None) -> list[torch.Tensor]:
         """Each adapter's condition images in [0, 1], shape (images, channels, height, width), all of one size."""
         count = len(self._adapters)
         images = image if count > 1 else [image]
@@ -105,20 +97,20 @@ class AdapterSampling(RefinedSampling):
                 f" {'images, one for each adapter' if count > 1 else 'image'}."
             )
         factor = math.lcm(_PARENTS_FACTOR, self.vae_scale_factor, self.adapter.downscale_factor)
-        pixels: list[torch.Tensor] = []
+        read: list[torch.Tensor] = []
         for adapter, given in zip(self._adapters, images, strict=True):
             gray = adapter.config.in_channels == 1
             processor = VaeImageProcessor(
                 vae_scale_factor=factor, do_normalize=False, do_convert_grayscale=gray, do_convert_rgb=not gray
             )
-            pixels.append(processor.preprocess(given, height=height, width=width))
-            height, width = pixels[0].shape[-2:]
-        return pixels
+            read.append(processor.preprocess(given, height=height, width=width))
+            height, width = read[0].shape[-2:]
+        return read
 
-    def _adapter_features(self, pixels: Sequence[torch.Tensor], strengths: Sequence[float]) -> list[torch.Tensor]:
-        """Sum of the adapters' features times their strengths, for each scale (images, channels, height, width)."""
+    def _compute_features(self, images: Sequence[torch.Tensor], strengths: Sequence[float]) -> list[torch.Tensor]:
+        """Sum the adapters' features times their strengths: one (images, channels, height, width) for each scale."""
         total: list[torch.Tensor] = []
-        for adapter, image, strength in zip(self._adapters, pixels, strengths, strict=True):
+        for adapter, image, strength in zip(self._adapters, images, strengths, strict=True):
             features = adapter(image.to(device=self._execution_device, dtype=adapter.dtype))
             scaled = [strength * feature for feature in features]
             total = [one + other for one, other in zip(total, scaled, strict=True)] if total else scaled
@@ -178,10 +170,8 @@ class MixOfShowAdapterPipeline(StableDiffusionPrompts, AdapterSampling, EDLoRALo
         **kwargs: Any,
     ) -> Any:
         """Replaced by the parent's, see `regional_signature`."""
-        signature = inspect.signature(StableDiffusionPipeline.__call__)
-        arguments = signature.bind_partial(self, prompt, height, width, *args, **kwargs).arguments
-        with self._adapters_acting(image, adapter_conditioning_scale, adapter_conditioning_factor, arguments) as size:
-            return super().__call__(prompt, size["height"], size["width"], *args, **kwargs)
+        scale, factor = adapter_conditioning_scale, adapter_conditioning_factor
+        return self._call_with_adapters(image, scale, factor, prompt, height, width, *args, **kwargs)
 
 
 @regional_signature(StableDiffusionXLPipeline, _ADAPTER_DOC)
@@ -242,13 +232,11 @@ class MixOfShowXLAdapterPipeline(XLPrompts, AdapterSampling, EDLoRALoader, Stabl
         **kwargs: Any,
     ) -> Any:
         """Replaced by the parent's, see `regional_signature`."""
-        signature = inspect.signature(StableDiffusionXLPipeline.__call__)
-        arguments = signature.bind_partial(self, prompt, prompt_2, height, width, *args, **kwargs).arguments
-        with self._adapters_acting(image, adapter_conditioning_scale, adapter_conditioning_factor, arguments) as size:
-            return super().__call__(prompt, prompt_2, size["height"], size["width"], *args, **kwargs)
+        scale, factor = adapter_conditioning_scale, adapter_conditioning_factor
+        return self._call_with_adapters(image, scale, factor, prompt, prompt_2, height, width, *args, **kwargs)
 
 
-def _strengths(scale: float | Sequence[float], count: int) -> list[float]:
+def _repeat_scale(scale: float | Sequence[float], count: int) -> list[float]:
     strengths = [scale] * count if isinstance(scale, int | float) else list(scale)
     if len(strengths) != count:
         raise ConfigurationError(
@@ -257,8 +245,8 @@ def _strengths(scale: float | Sequence[float], count: int) -> list[float]:
     return strengths
 
 
-def _for_each_picture(feature: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Repeat what belongs to a prompt for each of its pictures; what belongs to all prompts stays one."""
+def _repeat_for_pictures(feature: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Repeat each prompt's features for each of its pictures; features of all prompts stay a single row."""
     if len(feature) == 1:
         return feature
     prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
@@ -269,20 +257,20 @@ def _for_each_picture(feature: torch.Tensor, arguments: Mapping[str, Any]) -> to
     return feature.repeat_interleave(arguments.get("num_images_per_prompt", 1), dim=0)
 
 
-def _check_part(factor: object) -> None:
+def _check_factor(factor: object) -> None:
     if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 <= factor <= 1:
         raise ConfigurationError(f"`adapter_conditioning_factor` is {factor!r}; expected a number from 0 to 1.")
 
 
-def _adding(features: Sequence[torch.Tensor], passes: Callable[[], int]) -> PassHook:
-    """Hand the adapters' features to the U-Net in so many passes, the first ones, once for each half of guidance."""
+def _make_hook(features: Sequence[torch.Tensor], passes: Callable[[], int]) -> PassHook:
+    """Make a hook that hands the features to the U-Net in its first passes, to both halves of guidance."""
     done = itertools.count()
 
     def add(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if next(done) >= passes():
             return inputs, named
         rows = len(inputs[0] if inputs else named["sample"])
-        # A new list each time, as the U-Net takes its entries out.
+        # A new list each time: the U-Net's forward pops its entries.
         states = [feature.repeat(rows // len(feature), 1, 1, 1) for feature in features]
         return inputs, {**named, "down_intrablock_additional_residuals": states}
 

@@ -102,7 +102,7 @@ class RegionalSampling(LayerwisePrompts):
         return regions, []
 
     @contextmanager
-    def _next_call_hooked(self, hook: PassHook) -> Iterator[None]:
+    def _hook_next_call(self, hook: PassHook) -> Iterator[None]:
         """Let the call inside the block change the arguments of its passes through the U-Net."""
         outer, self._pass_hooks = self._pass_hooks, (hook,)
         try:
