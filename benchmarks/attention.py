@@ -83,7 +83,7 @@ class AuthorsProcessor:
 class AuthorsWay(MixOfShowPipeline):
     """The same pipeline with the authors' attention in place of ours; the encoding is ours."""
 
-    def _enter_regions(self, stack: ExitStack, isolation: None, arguments: Any) -> None:
+    def _install_regions(self, stack: ExitStack, isolation: None, arguments: Any) -> None:
         size = (arguments["height"] // self.vae_scale_factor, arguments["width"] // self.vae_scale_factor)
         paths = cross_attention_layers(self.unet)
         for number, path in enumerate(paths):

@@ -135,7 +135,7 @@ def test_a_layer_with_a_mask_of_its_own_keeps_it(unet, noise, isolation):
     with torch.no_grad():
         plain, expected = layer(hidden), layer(hidden, attention_mask=mask)
         with regional_attention(unet, RegionPlan([LEFT, RIGHT]), isolation=isolation) as canvas:
-            canvas.note_call((noise,), {})
+            canvas.prepare_pass((noise,), {})
             found = layer(hidden, attention_mask=mask, canvas=canvas)
     assert torch.equal(found, expected)
     assert not torch.allclose(found, plain)

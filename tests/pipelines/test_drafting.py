@@ -31,10 +31,10 @@ from diffusers_mixofshow import (
 )
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.pipelines.drafting import _clean_and_noise
+from diffusers_mixofshow.pipelines.drafting import _split_prediction
 from diffusers_mixofshow.pipelines.wording import repeat_subjects
 from diffusers_mixofshow.regions import region_weights
-from diffusers_mixofshow.regions.draft import window_of
+from diffusers_mixofshow.regions.draft import find_window
 
 
 STEPS = 4
@@ -197,7 +197,7 @@ def test_predictions_are_taken_apart_as_schedulers_do(kind):
     scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False)
     scheduler.set_timesteps(10)
     alpha = float(scheduler.alphas_cumprod[501])
-    clean, noise = _clean_and_noise(noisy, prediction, alpha, kind)
+    clean, noise = _split_prediction(noisy, prediction, alpha, kind)
     torch.testing.assert_close(clean, scheduler.step(prediction, 501, noisy).pred_original_sample)
     torch.testing.assert_close(alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise, noisy)
 
@@ -390,7 +390,7 @@ def test_windows_surround_their_region(box, expected):
     top, left, bottom, right = box
     inside = torch.zeros(16, 32, dtype=torch.bool)
     inside[top:bottom, left:right] = True
-    window = window_of(inside, 16, 4)
+    window = find_window(inside, 16, 4)
     assert (
         window.top, window.left, window.height, window.width, window.draft_height, window.draft_width
     ) == expected  # fmt: skip

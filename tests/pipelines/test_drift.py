@@ -362,7 +362,7 @@ def test_a_concept_of_which_half_is_gone_is_told_and_unloads(world, component):
     assert list(world.pipe.concepts) == [REX]
     with pytest.warns(MixOfShowWarning, match=f"in {component}: adapter 'rex' has been taken out"):
         _draw(world.pipe, "a <rex>")
-    with world.pipe.concepts_set_aside():
+    with world.pipe.set_concepts_aside():
         torch.testing.assert_close(_draw(world.pipe, "a dog"), before)
     assert list(world.pipe.concepts) == [REX]
     world.pipe.unload_edlora()
@@ -563,7 +563,7 @@ def test_setting_concepts_aside_changes_no_gradient_flag(world, disabled):
         return {name: each.requires_grad for name, each in world.pipe.unet.named_parameters()}
 
     before = flags()
-    with world.pipe.concepts_set_aside():
+    with world.pipe.set_concepts_aside():
         pass
     assert flags() == before
     assert not any(flag for name, flag in before.items() if "rex" in name or "tom" in name)

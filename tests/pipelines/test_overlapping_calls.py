@@ -247,7 +247,7 @@ CHANGES = {
     "unload all LoRAs": lambda pipe: pipe.unload_lora_weights(),
     "delete": lambda pipe: pipe.delete_adapters("potter"),
     "weigh": lambda pipe: pipe.set_adapters(["potter"], [0.3]),
-    "set aside": lambda pipe: pipe.concepts_set_aside().__enter__(),
+    "set aside": lambda pipe: pipe.set_concepts_aside().__enter__(),
     "train": lambda pipe: trainable(pipe.components, 1, 1.0).__enter__(),
     "merge": lambda pipe: merged(pipe.components, packs.random_pack(pipe.components)).__enter__(),
     "scale": lambda pipe: pipe("x", cross_attention_kwargs={"scale": 0.5}, **SETTINGS),
@@ -267,7 +267,7 @@ def test_no_thread_changes_a_model_that_another_draws_with(calls, change):
 
 def test_no_thread_draws_with_a_model_that_another_changes(calls):
     pipe = calls.pipes["regions"]
-    for block in (trainable(pipe.components, 1, 1.0), pipe.concepts_set_aside()):
+    for block in (trainable(pipe.components, 1, 1.0), pipe.set_concepts_aside()):
         with block, pytest.raises(ConfigurationError, match="Another thread is changing"):
             _in_thread(calls.draw, "concept")
     calls.assert_alone("concept", calls.draw("concept"))

@@ -165,9 +165,9 @@ def _base_of(packs: Iterable[EDLoRA]) -> str:
 
 def _refuse_unknown(drawing: Drawing) -> None:
     """Refuse concepts in prompts that no pack holds; what a base with its own ones knows is told by loading it."""
-    from diffusers_mixofshow.pipelines.opening import brings_concepts
+    from diffusers_mixofshow.pipelines.opening import has_own_concepts
 
-    if brings_concepts(drawing.base):
+    if has_own_concepts(drawing.base):
         return
     known = [concept for pack in drawing.packs.values() for concept in pack.concepts]
     for text in _texts(drawing.plan):

@@ -28,7 +28,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from diffusers_mixofshow.conditioning.canvas import Canvas, Group, Placement, RegionPlan
-from diffusers_mixofshow.conditioning.passes import hooked_passes
+from diffusers_mixofshow.conditioning.passes import hook_passes
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.clip import POSITIONS
 from diffusers_mixofshow.families.layers import cross_attention_layers, self_attention_layers
@@ -136,7 +136,7 @@ def regional_attention(
     canvas = Canvas([plans] if isinstance(plans, RegionPlan) else plans, steps, isolation)
 
     def hand_over(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        canvas.note_call(inputs, named)
+        canvas.prepare_pass(inputs, named)
         return inputs, {
             **named,
             "cross_attention_kwargs": {**(named.get("cross_attention_kwargs") or {}), _CANVAS: canvas},
@@ -144,7 +144,7 @@ def regional_attention(
 
     wrappers: dict[str, type[_Wrapper]] = dict.fromkeys(cross_attention_layers(denoiser), _StackedProcessor)
     wrappers |= dict.fromkeys(self_attention_layers(denoiser), _IsolatingProcessor)
-    with _wrap(denoiser, wrappers), hooked_passes(denoiser, hand_over):
+    with _wrap(denoiser, wrappers), hook_passes(denoiser, hand_over):
         yield canvas
 
 

@@ -163,7 +163,7 @@ class Canvas:
         self._maps: dict[int, FeatureMap] = {}
         self._known: dict[tuple[object, ...], dict[int, FeatureMap]] = {}
 
-    def note_call(self, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+    def prepare_pass(self, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
         """Read the latent's size off the denoiser's arguments, count the call where that matters, and get ready."""
         sample = inputs[0] if inputs else named["sample"]
         height, width = sample.shape[-2:]

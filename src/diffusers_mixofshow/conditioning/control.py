@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.conditioning.canvas import Canvas
-from diffusers_mixofshow.conditioning.passes import hooked_passes
+from diffusers_mixofshow.conditioning.passes import hook_passes
 
 
 _RESIDUALS = (
@@ -44,5 +44,5 @@ def regional_control(unet: nn.Module, canvas: Canvas) -> Iterator[None]:
     if all(region.control_scale == 1 for region in canvas.regions()):
         yield
         return
-    with hooked_passes(unet, scale_residuals):
+    with hook_passes(unet, scale_residuals):
         yield

@@ -44,13 +44,13 @@ class Encoded:
     pooled: torch.Tensor | None
 
     @classmethod
-    def side_by_side(cls, parts: Sequence[Self]) -> Self:
+    def join_encoders(cls, parts: Sequence[Self]) -> Self:
         """The same prompts as each text encoder gives them, as one; at most one gives vectors."""
         states = torch.cat([part.states.to(parts[0].states) for part in parts], dim=-1)
         return cls(states, next((part.pooled for part in parts if part.pooled is not None), None))
 
     @classmethod
-    def one_after_another(cls, prompts: Sequence[Self]) -> Self:
+    def join_prompts(cls, prompts: Sequence[Self]) -> Self:
         """Prompts that were encoded apart, as one."""
         pooled = [each.pooled for each in prompts if each.pooled is not None]
         return cls(torch.cat([each.states for each in prompts]), torch.cat(pooled) if pooled else None)
@@ -59,17 +59,17 @@ class Encoded:
         """The same on a device."""
         return Encoded(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
 
-    def where(self, there: Sequence[bool]) -> Encoded:
-        """Zeros in place of the prompts that are not there."""
-        if all(there):
+    def keep_where(self, wanted: Sequence[bool]) -> Encoded:
+        """Keep the prompts that are wanted, and replace the others by zeros."""
+        if all(wanted):
             return self
-        kept = torch.tensor(there, device=self.states.device)[:, None]
+        kept = torch.tensor(wanted, device=self.states.device)[:, None]
         return Encoded(
             self.states * kept[..., None], None if self.pooled is None else self.pooled * kept.to(self.pooled.device)
         )
 
-    def rows(self, numbers: Sequence[int]) -> Encoded:
-        """Some of the prompts by their numbers."""
+    def select(self, numbers: Sequence[int]) -> Encoded:
+        """Pick some of the prompts by their numbers."""
         chosen = list(numbers)
         return Encoded(self.states[chosen], None if self.pooled is None else self.pooled[chosen])
 

@@ -32,12 +32,12 @@ def _belonging_to(call: object | None) -> Iterator[None]:
         _call.reset(before)
 
 
-def own_call() -> Any:
+def start_call() -> Any:
     """A block whose passes are those of a new call."""
     return _belonging_to(object())
 
 
-def outside_of_calls(function: Callable[..., Any]) -> Callable[..., Any]:
+def detach_from_calls(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, run so that passes inside it belong to no call under way: for what users hand in."""
 
     def run(*inputs: Any, **named: Any) -> Any:
@@ -48,7 +48,7 @@ def outside_of_calls(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def hooked_passes(model: nn.Module, hook: PassHook) -> Iterator[None]:
+def hook_passes(model: nn.Module, hook: PassHook) -> Iterator[None]:
     """Let a hook change the arguments of this call's passes, outside of what `model.compile()` has traced.
 
     Args:

@@ -52,7 +52,7 @@ class TokenizedPrompts:
         )
 
 
-def known_words(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+def list_bracketed_words(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """Bracketed words that the tokenizer itself knows: textual-inversion and special tokens."""
     return frozenset(tokenizer.get_added_vocab()) | frozenset(tokenizer.all_special_tokens)
 
@@ -111,7 +111,7 @@ def _prompt_ids(
     concept_tokens = {token for concept in concepts for token in concept.tokens}
     ids: list[int] = []
     names: dict[int, str] = {}
-    for piece in split_prompt(prompt, concepts, also_known=known_words(tokenizer).union(also_known)):
+    for piece in split_prompt(prompt, concepts, also_known=list_bracketed_words(tokenizer).union(also_known)):
         if piece in concept_tokens:
             names[len(ids)] = piece
             ids.append(STAND_IN_ID)

@@ -86,7 +86,7 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
 @contextmanager
 def _base_alone(pipe: Any) -> Iterator[None]:
     """The model without what is loaded into it: an update that is there already would count twice."""
-    with pipe.concepts_set_aside() if hasattr(pipe, "concepts_set_aside") else nullcontext():
+    with pipe.set_concepts_aside() if hasattr(pipe, "set_concepts_aside") else nullcontext():
         models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
         layers = [layer for model in models for layer in model.modules() if isinstance(layer, LoraLayer)]
         acting = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}

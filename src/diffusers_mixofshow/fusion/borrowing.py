@@ -15,7 +15,7 @@ from diffusers_mixofshow.families.recognition import is_of
 from diffusers_mixofshow.lora import adapter_names, eject, inject
 
 
-_METHODS = ("load_edlora", "unload_edlora", "concepts_set_aside")
+_METHODS = ("load_edlora", "unload_edlora", "set_concepts_aside")
 _ADAPTER = "mixofshow_recording"
 
 
@@ -88,7 +88,7 @@ def set_aside(pipe: Any) -> Iterator[None]:
         FusionError: If the pipeline cannot set it aside.
     """
     if loads_concepts(pipe):
-        with pipe.concepts_set_aside():
+        with pipe.set_concepts_aside():
             yield
         return
     if names := adapter_names(pipe.components):

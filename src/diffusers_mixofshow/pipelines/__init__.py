@@ -1,4 +1,4 @@
-"""Pipelines that know concepts and regions: diffusers' own, with the mixins of this folder."""
+"""diffusers' own pipelines, with mixins that add concepts and regions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def pipeline_for(components: Mapping[str, object], task: str = "") -> type[Any]:
 
     Args:
         components: ``pipeline.components`` of any pipeline of the base.
-        task: What it does, where that is not text to image: ``Img2Img``, ``Inpaint``, ``ControlNet`` or ``Adapter``.
+        task: ``Img2Img``, ``Inpaint``, ``ControlNet`` or ``Adapter``; empty for text to image.
 
     Raises:
         KeyError: If the base's family has no such pipeline.

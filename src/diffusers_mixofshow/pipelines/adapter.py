@@ -34,7 +34,7 @@ from transformers import (
 from diffusers_mixofshow.conditioning.passes import PassHook
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts, prompt_count
+from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts, count_prompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import RegionalSampling, regional_signature
 
@@ -176,7 +176,7 @@ class MixOfShowAdapterPipeline(StableDiffusionPrompts, AdapterSampling, EDLoRALo
 
 @regional_signature(StableDiffusionXLPipeline, _ADAPTER_DOC)
 class MixOfShowXLAdapterPipeline(XLPrompts, AdapterSampling, EDLoRALoader, StableDiffusionXLPipeline):
-    """The same for Stable Diffusion XL.
+    """`MixOfShowAdapterPipeline` for Stable Diffusion XL.
 
     Args:
         adapter: One adapter or several; the other components are those of `StableDiffusionXLPipeline`.
@@ -249,7 +249,7 @@ def _repeat_for_pictures(feature: torch.Tensor, arguments: Mapping[str, Any]) ->
     """Repeat each prompt's features for each of its pictures; features of all prompts stay a single row."""
     if len(feature) == 1:
         return feature
-    prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+    prompts = count_prompts(arguments.get("prompt"), arguments.get("prompt_embeds"))
     if len(feature) != prompts:
         raise ConfigurationError(
             f"Got {len(feature)} condition images for {prompts} prompts; give one for each, or one for all."

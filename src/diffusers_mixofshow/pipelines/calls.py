@@ -1,4 +1,4 @@
-"""A call beside those of other threads, and inside another call's callback, as if it were alone."""
+"""Keep a pipeline's call apart from calls in other threads, and from the call whose callback it runs in."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from diffusers_mixofshow.conditioning.passes import outside_of_calls, own_call
+from diffusers_mixofshow.conditioning.passes import detach_from_calls, start_call
 from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.sharing import changing, using
 
 
-# What diffusers' calls leave on their pipeline while they run.
+# Attributes that diffusers' calls set on their pipeline.
 _OF_A_CALL = (
     "_guidance_scale",
     "_guidance_rescale",
@@ -35,32 +35,33 @@ _BUSY = (
 
 @contextmanager
 def separate_call(pipe: Any, arguments: MutableMapping[str, Any]) -> Iterator[None]:
-    """Keep a call apart from all others that are under way with the same models.
+    """Keep a call apart from all others that run with the same models.
 
-    Calls of several threads run at the same time. A call inside a callback leaves its pipeline and scheduler to the
-    outer one as it found them, whichever it uses.
+    Several threads may call pipelines that share models. A call inside another call's callback restores the
+    attributes of the pipeline and of the scheduler that it uses.
 
     Args:
         pipe: The pipeline that is called.
-        arguments: Of the call; callbacks among them are replaced, so that what they draw is no part of it.
+        arguments: The call's arguments; callbacks among them are replaced, so that calls which they make do not
+            count as part of this one.
 
     Raises:
         ConfigurationError: If another thread uses this very pipeline or scheduler, or changes a model.
     """
     for owner in (arguments, arguments.get("kwargs", {})):
         for name in ("callback_on_step_end", "callback"):
-            # Those of diffusers draw nothing, and its calls look at their class.
+            # diffusers' own callbacks draw nothing, and its pipelines check their class.
             if callable(owner.get(name)) and not isinstance(owner[name], PipelineCallback | MultiPipelineCallbacks):
-                owner[name] = outside_of_calls(owner[name])
+                owner[name] = detach_from_calls(owner[name])
     models = components_with_sites(pipe.components).values()
-    at_work = changing if _scales_lora(arguments, models) else using
-    with _lent(pipe, _OF_A_CALL), _lent(pipe.scheduler), at_work(*models), own_call():
+    enter = changing if _scales_lora(arguments, models) else using
+    with _reserve(pipe, _OF_A_CALL), _reserve(pipe.scheduler), enter(*models), start_call():
         yield
 
 
 @contextmanager
-def _lent(thing: Any, names: tuple[str, ...] | None = None) -> Iterator[None]:
-    """Take a thing for one thread; inside of another such block, give it back with its attributes as they were."""
+def _reserve(thing: Any, names: tuple[str, ...] | None = None) -> Iterator[None]:
+    """Reserve an object for this thread; a nested block restores the named attributes, or all of them."""
     with changing(thing, refusal=_BUSY.format(name=type(thing).__name__)) as again:
         before = {name: value for name, value in vars(thing).items() if names is None or name in names}
         try:
@@ -73,7 +74,7 @@ def _lent(thing: Any, names: tuple[str, ...] | None = None) -> Iterator[None]:
 
 
 def _scales_lora(arguments: Mapping[str, Any], models: Iterable[nn.Module]) -> bool:
-    """Whether diffusers will change the strength of LoRA layers for the length of each pass."""
+    """Whether diffusers will rescale LoRA layers during each forward pass, which changes the model."""
     given = arguments.get("cross_attention_kwargs") or {}
     return given.get("scale", 1) != 1 and any(
         isinstance(part, LoraLayer) for model in models for part in model.modules()

@@ -26,7 +26,7 @@ class MixOfShowControlNetPipeline(
 
 @regional_signature(StableDiffusionXLControlNetPipeline)
 class MixOfShowXLControlNetPipeline(XLPrompts, RefinedSampling, EDLoRALoader, StableDiffusionXLControlNetPipeline):
-    """The same for Stable Diffusion XL.
+    """`MixOfShowControlNetPipeline` for Stable Diffusion XL.
 
     Example:
         >>> pipe = MixOfShowXLControlNetPipeline.from_pipe(pipe, controlnet=[openpose, depth])

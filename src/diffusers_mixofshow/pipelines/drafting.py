@@ -1,4 +1,4 @@
-"""Regions drawn alone for a few steps, and put into the picture between two steps of a call; see `Draft`."""
+"""Draw regions alone for a few steps, and put them into the picture between two steps of a call; see `Draft`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_mixofshow.conditioning.passes import hooked_passes, outside_of_calls
+from diffusers_mixofshow.conditioning.passes import detach_from_calls, hook_passes
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.families.layers import own_size
-from diffusers_mixofshow.pipelines.prompts import negatives_of_pictures
+from diffusers_mixofshow.pipelines.prompts import list_negatives
 from diffusers_mixofshow.regions import Draft, Region
-from diffusers_mixofshow.regions.draft import Window, window_of
+from diffusers_mixofshow.regions.draft import Window, find_window
 
 
 _OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 @contextmanager
-def drafts_put_in(
+def insert_drafts(
     pipe: Any,
     draft: Draft,
     regions: Sequence[Sequence[Region]],
@@ -34,45 +34,45 @@ def drafts_put_in(
 
     Args:
         pipe: The pipeline that is called.
-        draft: How.
-        regions: Of every picture, with the prompts that drafts are drawn from.
-        weights: Of every picture's regions, each of shape (regions, cells), on a latent of so many rows and columns,
-            at a step.
-        arguments: Of the call; its callback is replaced by one that calls it first.
+        draft: Its settings.
+        regions: Each picture's regions, with the prompts that drafts are drawn from.
+        weights: Function of a latent's rows, its columns and a step: the weights of each picture's regions, each of
+            shape (regions, cells).
+        arguments: The call's arguments; its callback is replaced by one that first runs it.
 
     Yields:
-        The drafts, which say whether they are put in.
+        The drafts, which tell afterwards whether they were put in.
 
     Raises:
-        RegionError: If the models draw nothing from a text alone.
+        RegionError: If the U-Net needs more than a text to draw.
     """
     _refuse_other_models(pipe)
-    fresh: list[Any] = []
+    initial: list[Any] = []  # the scheduler as it was before the call's first step
 
     def keep_scheduler(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not fresh:
-            fresh.append(copy.deepcopy(pipe.scheduler))
+        if not initial:
+            initial.append(copy.deepcopy(pipe.scheduler))
         return inputs, named
 
     drafts = _Drafts(pipe, draft, regions, weights, arguments)
-    theirs, tensors = _callback_of(arguments)
+    theirs, tensors = _find_callback(arguments)
 
     def on_step_end(called: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         outputs = tensors if theirs is None else theirs(called, step, timestep, tensors)
         if step + 1 == draft.first_step_after(called.num_timesteps, called.scheduler.order):
-            _start_again(called.scheduler, fresh[0], step + 1)
+            _forget_steps(called.scheduler, initial[0], step + 1)
             latents = outputs.get("latents", tensors["latents"])
             outputs = {**outputs, "latents": drafts.put_into(latents, step + 1)}
         return outputs
 
     arguments["callback_on_step_end"] = on_step_end
     arguments["callback_on_step_end_tensor_inputs"] = tensors
-    with hooked_passes(pipe.unet, keep_scheduler):
+    with hook_passes(pipe.unet, keep_scheduler):
         yield drafts
 
 
-def _callback_of(arguments: Mapping[str, Any]) -> tuple[_OnStepEnd | None, list[str]]:
-    """The caller's callback, and what it is to be given, latents among it."""
+def _find_callback(arguments: Mapping[str, Any]) -> tuple[_OnStepEnd | None, list[str]]:
+    """The caller's callback, and the names of the tensors that it gets, latents always among them."""
     theirs = arguments.get("callback_on_step_end")
     wanted = getattr(theirs, "tensor_inputs", None) or arguments.get("callback_on_step_end_tensor_inputs") or []
     return theirs, list(dict.fromkeys([*wanted, "latents"]))
@@ -89,17 +89,18 @@ def _refuse_other_models(pipe: Any) -> None:
         raise RegionError("A draft does not see the pictures of an IP-Adapter. Leave `draft` out, or unload it.")
 
 
-def _start_again(scheduler: Any, fresh: Any, step: int) -> None:
-    """Forget the steps of a scheduler that looks back at them: they led to other latents."""
-    vars(scheduler).update(vars(fresh))
+def _forget_steps(scheduler: Any, initial: Any, step: int) -> None:
+    """Clear a multistep scheduler's history, which belongs to latents that drafts have replaced."""
+    vars(scheduler).update(vars(initial))
     if hasattr(scheduler, "set_begin_index"):
-        scheduler._step_index = None  # Those that scale the model's input had begun to count when the copy was made.
+        # The copy was made in the first pass, after `scale_model_input`, in which some schedulers set the index.
+        scheduler._step_index = None
         scheduler.set_begin_index(step)
 
 
 @dataclass(frozen=True, eq=False)
 class _Planned:
-    """A draft that is to be drawn: of which picture's which region, where it goes, and its noise."""
+    """A draft to draw: number of the picture and of the region in it, where the draft goes, and its noise."""
 
     picture: int
     number: int
@@ -124,7 +125,7 @@ class _Drafts:
         self.multiple = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
     def put_into(self, latents: torch.Tensor, step: int) -> torch.Tensor:
-        """Latents (pictures, channels, height, width) before a step, with the drafts where regions hold mostly."""
+        """Replace latents (pictures, channels, height, width) by noised drafts where regions weigh above one half."""
         self.are_put_in = True
         height, width = latents.shape[-2:]
         shares = [each.unflatten(1, (height, width)) for each in self.weights(height, width, step)]
@@ -140,14 +141,14 @@ class _Drafts:
         return torch.where(total > 0.5, noisy, latents.float()).to(latents)
 
     def _plan_drafts(self, shares: Sequence[torch.Tensor], latents: torch.Tensor) -> list[_Planned]:
-        """A draft for every region that holds somewhere, with its noise."""
+        """Plan a draft for every region with a weight above 0 in some cell."""
         generators, size = self.arguments.get("generator"), min(own_size(self.pipe.unet))
         planned = []
         for picture, own in enumerate(shares):
             for number, share in enumerate(own):
                 if not (share > 0).any():
                     continue
-                window = window_of(share > 0, size, self.multiple)
+                window = find_window(share > 0, size, self.multiple)
                 shape = (latents.shape[1], window.draft_height, window.draft_width)
                 generator = generators[picture] if isinstance(generators, list) else generators
                 noise = randn_tensor(shape, generator=generator, device=latents.device, dtype=torch.float32)
@@ -157,42 +158,44 @@ class _Drafts:
     def _draw_alone(
         self, planned: Sequence[_Planned], latents: torch.Tensor, step: int
     ) -> Iterator[tuple[_Planned, torch.Tensor]]:
-        """Every draft (channels, height, width), those of one size together, as large a batch as the call's own."""
+        """Draw drafts (channels, height, width), in batches of one size with no more cells than the call's latents."""
         for shape in dict.fromkeys(each.noise.shape for each in planned):
             alike = [each for each in planned if each.noise.shape == shape]
-            together = max(1, latents.numel() // shape.numel())
-            for start in range(0, len(alike), together):
-                batch = alike[start : start + together]
-                yield from zip(batch, outside_of_calls(self._draw)(batch, step), strict=True)
+            batch_size = max(1, latents.numel() // shape.numel())
+            for start in range(0, len(alike), batch_size):
+                batch = alike[start : start + batch_size]
+                yield from zip(batch, detach_from_calls(self._draw)(batch, step), strict=True)
 
     def _draw(self, planned: Sequence[_Planned], step: int) -> torch.Tensor:
-        """What the model expects behind the noise in the end, shape (drafts, channels, height, width), float32."""
+        """Draw the clean latents of drafts of one size, shape (drafts, channels, height, width), float32."""
         regions = [self.regions[each.picture][each.number] for each in planned]
         noise = torch.stack([each.noise for each in planned])
-        guidance = torch.tensor([self._guidance(region) for region in regions]).to(noise)
-        conditions = self._conditions(regions, [each.picture for each in planned], noise.shape[-2:])
-        return self._denoise(noise, conditions, guidance[:, None, None, None], self._timesteps(step))
+        guidance = torch.tensor([self._choose_guidance(region) for region in regions]).to(noise)
+        conditions = self._encode_conditions(regions, [each.picture for each in planned], noise.shape[-2:])
+        return self._denoise(noise, conditions, guidance[:, None, None, None], self._choose_timesteps(step))
 
-    def _timesteps(self, step: int) -> list[int]:
-        """Of the draft's steps: from the call's first on, equally far apart, to where the call goes on."""
+    def _choose_timesteps(self, step: int) -> list[int]:
+        """The drafts' timesteps: evenly spaced from the call's first one to that of the step at which it goes on."""
         known = self.pipe.scheduler.timesteps
         return [round(float(each)) for each in torch.linspace(known[0], known[step], self.draft.steps + 1)[:-1]]
 
-    def _guidance(self, region: Region) -> float:
+    def _choose_guidance(self, region: Region) -> float:
         whole = self.pipe._guidance_scale
         return whole if region.guidance_scale is None or whole <= 1 else region.guidance_scale
 
-    def _conditions(self, regions: Sequence[Region], pictures: Sequence[int], cells: Sequence[int]) -> dict[str, Any]:
-        """What the U-Net is told of the regions, where there is guidance of what to avoid first."""
+    def _encode_conditions(
+        self, regions: Sequence[Region], pictures: Sequence[int], cells: Sequence[int]
+    ) -> dict[str, Any]:
+        """The U-Net's arguments for regions; with guidance the rows of the negative prompts come first."""
         pipe, given = self.pipe, self.arguments
-        negatives = negatives_of_pictures(given)
+        negatives = list_negatives(given)
         texts = [
             negatives[picture] if region.negative_prompt is None else region.negative_prompt
             for region, picture in zip(regions, pictures, strict=True)
         ]
         height, width = (side * pipe.vae_scale_factor for side in cells)
-        with pipe._without_regions():
-            conditions: dict[str, Any] = pipe._conditions(
+        with pipe._hide_regions():
+            conditions: dict[str, Any] = pipe._encode_conditions(
                 [region.prompt for region in regions], texts, (height, width), given
             )
         return conditions
@@ -200,7 +203,7 @@ class _Drafts:
     def _denoise(
         self, noisy: torch.Tensor, conditions: Mapping[str, Any], guidance: torch.Tensor, timesteps: Sequence[int]
     ) -> torch.Tensor:
-        """DDIM without added noise (arXiv:2010.02502, equation 12), up to the last estimate of the clean latents."""
+        """DDIM without added noise (arXiv:2010.02502, equation 12); returns the last estimate of the clean latents."""
         scheduler = self.pipe.scheduler
         clean = noise = noisy
         for number, timestep in enumerate(timesteps):
@@ -208,7 +211,7 @@ class _Drafts:
             if number:
                 noisy = alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
             prediction = self._predict(noisy, conditions, guidance, timestep)
-            clean, noise = _clean_and_noise(noisy, prediction, alpha, scheduler.config.prediction_type)
+            clean, noise = _split_prediction(noisy, prediction, alpha, scheduler.config.prediction_type)
         return clean
 
     def _predict(
@@ -229,16 +232,16 @@ class _Drafts:
         return without + guidance * (given - without)
 
 
-def _clean_and_noise(
+def _split_prediction(
     noisy: torch.Tensor, prediction: torch.Tensor, alpha: float, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take a noisy latent, sqrt(alpha) clean + sqrt(1 - alpha) noise, apart by what the model predicts of it.
+    """Estimate the clean latent and the noise in noisy = sqrt(alpha) clean + sqrt(1 - alpha) noise.
 
     Args:
         noisy: Any shape.
-        prediction: Same shape.
+        prediction: What the model predicts of it, same shape.
         alpha: The schedule's cumulative product at the latent's timestep.
-        kind: ``epsilon``, ``v_prediction`` or ``sample``, as schedulers call what is predicted.
+        kind: The scheduler's ``prediction_type``: ``epsilon``, ``v_prediction`` or ``sample``.
     """
     signal, deviation = alpha**0.5, (1 - alpha) ** 0.5
     if kind == "epsilon":

@@ -1,4 +1,4 @@
-"""Image to image."""
+"""Image to image with concepts and regions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers_mixofshow.pipelines.regional import regional_signature
 
 @regional_signature(StableDiffusionImg2ImgPipeline)
 class MixOfShowImg2ImgPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
-    """Concepts and regions in a picture that is there already.
+    """Image to image: an existing picture is drawn again, with concepts and regions.
 
     Example:
         >>> pipe = MixOfShowImg2ImgPipeline.from_pipe(pipe)
@@ -24,7 +24,7 @@ class MixOfShowImg2ImgPipeline(StableDiffusionPrompts, RefinedSampling, EDLoRALo
 
 @regional_signature(StableDiffusionXLImg2ImgPipeline)
 class MixOfShowXLImg2ImgPipeline(XLPrompts, RefinedSampling, EDLoRALoader, StableDiffusionXLImg2ImgPipeline):
-    """The same for Stable Diffusion XL.
+    """`MixOfShowImg2ImgPipeline` for Stable Diffusion XL.
 
     Example:
         >>> pipe = MixOfShowXLImg2ImgPipeline.from_pipe(pipe)

@@ -1,4 +1,4 @@
-"""Inpainting."""
+"""Inpainting with concepts and regions."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
 from diffusers_mixofshow.pipelines.regional import regional_signature
-from diffusers_mixofshow.pipelines.remarks import missing_remarks
+from diffusers_mixofshow.pipelines.remarks import remark_on_cropped_regions
 from diffusers_mixofshow.regions import Region
 from diffusers_mixofshow.regions.cropping import Crop
 
 
 class InpaintedSampling(RefinedSampling):
-    """Mixin for a diffusers pipeline that inpaints: regions are parts of the picture, also where a crop is drawn."""
+    """Mixin for an inpainting pipeline: regions are given on the whole picture, also where only a crop is drawn."""
 
     _begins_with_noise = False
     mask_processor: Any
 
-    def _regions_seen(
+    def _move_regions(
         self, regions: tuple[tuple[Region, ...], ...], arguments: Mapping[str, Any]
     ) -> tuple[tuple[tuple[Region, ...], ...], list[str]]:
-        """With `padding_mask_crop` the U-Net sees an enlarged part of the picture: the regions move onto it."""
-        crop = self._crop(arguments)
+        """With `padding_mask_crop` the U-Net sees an enlarged crop of the picture: move the regions onto it."""
+        crop = self._find_crop(arguments)
         if crop is None:
             return regions, []
         moved = {region: crop.move(region) for own in regions for region in own}
         seen = tuple(tuple(found for region in own if (found := moved[region]) is not None) for own in regions)
         missing = [region for region, found in moved.items() if found is None]
-        return seen if any(seen) else (), missing_remarks(missing)
+        return seen if any(seen) else (), remark_on_cropped_regions(missing)
 
-    def _crop(self, arguments: Mapping[str, Any]) -> Crop | None:
-        """The part of the picture that diffusers will enlarge; None without one, or where it will complain."""
+    def _find_crop(self, arguments: Mapping[str, Any]) -> Crop | None:
+        """The crop that diffusers will enlarge; None without `padding_mask_crop`, or where diffusers raises."""
         picture, mask, padding = (arguments.get(name) for name in ("image", "mask_image", "padding_mask_crop"))
         if padding is None or not (isinstance(picture, Image.Image) and isinstance(mask, Image.Image)):
             return None
@@ -53,9 +53,9 @@ class InpaintedSampling(RefinedSampling):
 class MixOfShowInpaintPipeline(
     StableDiffusionPrompts, InpaintedSampling, EDLoRALoader, StableDiffusionInpaintPipeline
 ):
-    """Concepts and regions in the masked part of a picture, with any U-Net or one made for inpainting.
+    """Concepts and regions in the masked part of a picture, with a U-Net for text to image or for inpainting.
 
-    Regions are parts of the picture also where `padding_mask_crop` draws the neighbourhood of the mask alone.
+    Regions are given on the whole picture, also where `padding_mask_crop` draws only the neighbourhood of the mask.
 
     Example:
         >>> pipe = MixOfShowInpaintPipeline.from_pipe(pipe)
@@ -65,7 +65,7 @@ class MixOfShowInpaintPipeline(
 
 @regional_signature(StableDiffusionXLInpaintPipeline)
 class MixOfShowXLInpaintPipeline(XLPrompts, InpaintedSampling, EDLoRALoader, StableDiffusionXLInpaintPipeline):
-    """The same for Stable Diffusion XL.
+    """`MixOfShowInpaintPipeline` for Stable Diffusion XL.
 
     Example:
         >>> pipe = MixOfShowXLInpaintPipeline.from_pipe(pipe)

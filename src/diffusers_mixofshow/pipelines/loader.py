@@ -1,4 +1,4 @@
-"""Loading concepts into a pipeline and taking them out again."""
+"""Load concepts into a pipeline, and unload them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 
 from diffusers_mixofshow.base_models import in_dtype, location_of, name_of
 from diffusers_mixofshow.concepts import Concept, check_distinct
-from diffusers_mixofshow.conditioning.tokenize import known_words
+from diffusers_mixofshow.conditioning.tokenize import list_bracketed_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.embeddings import rows_for
@@ -41,14 +41,14 @@ from diffusers_mixofshow.lora import (
     refuse_fused,
     take_out_fused,
 )
-from diffusers_mixofshow.pipelines.opening import LoadingRequest, own_concepts
+from diffusers_mixofshow.pipelines.opening import LoadingRequest, read_own_concepts
 from diffusers_mixofshow.pipelines.publishing import join_packs
 from diffusers_mixofshow.sharing import changing
 
 
 @contextmanager
-def _without_cast_warnings() -> Iterator[None]:
-    """Hush diffusers, which warns of every cast, also of one to the dtype that a model has."""
+def _silence_cast_warnings() -> Iterator[None]:
+    """Silence diffusers, which warns of every cast, even to the dtype that a model already has."""
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -59,25 +59,26 @@ def _without_cast_warnings() -> Iterator[None]:
 
 
 class EDLoRALoader:
-    """Mixin for a diffusers pipeline: ED-LoRAs in, ED-LoRAs out.
+    """Mixin for a diffusers pipeline: load, unload, save and publish ED-LoRAs.
 
     The updates become PEFT adapters, so `set_adapters`, `get_list_adapters` and
-    `cross_attention_kwargs={"scale": ...}` work on them. The embeddings stay beside the model: tokenizer and
-    embedding table are never touched.
+    `cross_attention_kwargs={"scale": ...}` work on them. The embeddings are kept outside of the model: tokenizer and
+    embedding table never change.
     """
 
     components: Mapping[str, object]
-    # All that were ever loaded here and not unloaded, by adapter name. Shared class default: assign a new mapping,
-    # never mutate.
+    # What `load_edlora` loaded and nobody unloaded by `unload_edlora`, by adapter name. Shared class default: assign a
+    # new mapping, never mutate.
     _given: Mapping[str, EDLoRA] = MappingProxyType({})
-    # The concepts that came with the pipeline, their updates in its weights.
+    # Concepts that `from_pretrained` found, whose updates are in the pipeline's weights.
     _in_weights: EDLoRA | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a pipeline, and its concepts where `EDLoRA.save_pretrained(..., merged=True)` wrote them.
+        """Load a pipeline, with the concepts in its weights where it has any.
 
-        Also those of a model that the authors' code fused: a pipeline with ``new_concept_cfg.json`` beside its index.
+        It has some if `EDLoRA.save_pretrained(..., merged=True)` wrote it, or if the authors' code fused it and left
+        ``new_concept_cfg.json`` beside its index.
 
         Takes what `DiffusionPipeline.from_pretrained` takes, ``dtype=`` with every version of diffusers, and
         ``"toyland"`` for the base that ships in the package. Without a dtype all parts are float32, whatever their
@@ -86,12 +87,12 @@ class EDLoRALoader:
         name = os.fspath(pretrained_model_name_or_path)
         source = location_of(name)
         if "torch_dtype" not in kwargs:
-            # By themselves diffusers reads its models in float32, and transformers 5 its own as they were written.
+            # By default diffusers loads its models in float32, transformers 5 its models in the dtype of their files.
             kwargs |= in_dtype(kwargs.pop("dtype", torch.float32))
         with silence_if_embedded(name):
             pipeline: Self = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         shared = ("revision", "token", "cache_dir", "local_files_only")
-        own = own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
+        own = read_own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
         if own is not None:
             pipeline.load_edlora(own)
             pipeline._in_weights = own
@@ -99,7 +100,7 @@ class EDLoRALoader:
 
     @property
     def _edloras(self) -> dict[str, EDLoRA]:
-        """What is loaded, by adapter name: not what diffusers' methods or another pipeline took out of the models."""
+        """Those of `_given` whose updates neither diffusers' methods nor another pipeline removed, by adapter name."""
         components = self.components
         return {
             name: edlora
@@ -115,8 +116,8 @@ class EDLoRALoader:
     def concepts(self) -> dict[str, Concept]:
         """The loaded concepts by placeholder, in the order of loading.
 
-        One whose updates were removed by `unload_lora_weights` or `delete_adapters` is no longer among them. Prompts
-        may name it until it is unloaded or loaded again, but draw it from its embeddings alone, with a warning.
+        A concept whose updates `unload_lora_weights` or `delete_adapters` removed is no longer listed. Until it is
+        unloaded or loaded again, prompts may name it: they then use its embeddings alone, with a warning.
         """
         return {concept.placeholder: concept for edlora in self._edloras.values() for concept in edlora.concepts}
 
@@ -124,16 +125,16 @@ class EDLoRALoader:
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """Make a pipeline of this class from the components of another one, loaded concepts included.
 
-        Takes what `DiffusionPipeline.from_pipe` takes, but where no dtype is asked for, the components keep theirs:
-        diffusers would turn them, and with them the other pipeline, to float32. Both pipelines share the components,
-        so that a concept which one of them unloads loses its weight updates in the other one, too.
+        Takes what `DiffusionPipeline.from_pipe` takes. Without a dtype the components keep theirs, where diffusers
+        would cast them to float32, and the other pipeline with them. Both pipelines share the components: a concept
+        which one of them unloads loses its weight updates in the other one, too.
         """
         if "dtype" in kwargs:
             kwargs |= in_dtype(kwargs.pop("dtype"))
         if kwargs.keys() & {"dtype", "torch_dtype"}:
             made: Self = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         else:
-            with _without_cast_warnings():
+            with _silence_cast_warnings():
                 made = super().from_pipe(pipeline, **kwargs, **in_dtype(pipeline.dtype))  # type: ignore[misc]
         made._edloras = dict(getattr(pipeline, "_edloras", {}))
         made._in_weights = getattr(pipeline, "_in_weights", None)
@@ -146,35 +147,34 @@ class EDLoRALoader:
         adapter_name: str | None = None,
         **hub: Any,
     ) -> None:
-        """Load one ED-LoRA, beside those already loaded; or any LoRA, textual inversion or file of the authors.
+        """Load an ED-LoRA, a LoRA, a textual inversion or a file of the authors' code, beside what is loaded already.
 
         Args:
-            source: Hub id, folder or file, or an `EDLoRA` itself. Of another program's file what `mixofshow inspect`
-                understands; a plain LoRA brings no concept and acts by its trigger words.
+            source: Hub id, folder or file, or an `EDLoRA` object. Files of other programs are read as far as
+                `mixofshow inspect` understands them; a plain LoRA has no concept and acts by its trigger words.
             scale: Strength of the weight updates; at 0 only the embeddings act. A text in its place is the adapter's
                 name, as in ``load_lora_weights``.
             adapter_name: PEFT's name for the updates; by default made from the concepts' names.
-            hub: Where it lies, see `EDLoRA.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`,
+            hub: Where to find the file, see `EDLoRA.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only`; and `weight_name`, the file inside a folder or repository.
 
         Raises:
             ConceptError: If a name is taken by a loaded concept or a word of the tokenizer.
             EDLoRAFormatError: If the file is defective, or made for another model.
-            ConfigurationError: If the adapter name is taken or malformed, or an argument is not of its kind.
+            ConfigurationError: If the adapter name is taken or malformed, or an argument has a wrong type.
         """
-        request = LoadingRequest.of(source, scale, adapter_name, hub)
-        edlora, name = request.opened(self.components)
+        request = LoadingRequest.from_arguments(source, scale, adapter_name, hub)
+        edlora, name = request.open(self.components)
         check_distinct([*self.concepts.values(), *edlora.concepts])
         self._refuse_words_of_tokenizer(edlora.concepts)
-        check_name(self._edloras.keys(), name)  # also of embeddings alone, of which the models know nothing
+        check_name(self._edloras.keys(), name)  # `inject` misses names of packs that have embeddings alone
         inject(self.components, edlora, name, request.scale)
-        if not edlora.base_model:  # as other programs' files leave it
+        if not edlora.base_model:  # other programs' files do not name it
             edlora = replace(edlora, base_model=name_of(self))
-        loaded, taken = self._edloras, {word for concept in edlora.concepts for word in _words(concept)}
+        loaded, taken = self._edloras, _list_words(edlora)
+        # Packs whose updates were removed give up words that the new one takes.
         others = {
-            other: pack
-            for other, pack in self._given.items()
-            if other in loaded or not taken & {word for concept in pack.concepts for word in _words(concept)}
+            other: pack for other, pack in self._given.items() if other in loaded or not taken & _list_words(pack)
         }
         self._given = {**others, name: edlora}
 
@@ -188,17 +188,17 @@ class EDLoRALoader:
         """Load a LoRA as diffusers does; concepts that are active stay active beside it.
 
         Raises:
-            ConfigurationError: If a concept goes by that adapter name, also one of embeddings alone; or its updates
-                would be swapped for others; or another thread uses the model.
+            ConfigurationError: If the adapter name is a concept's, even of one that has embeddings alone; if
+                hotswapping would replace a concept's updates; or if another thread uses the model.
         """
         if hotswap and adapter_name in self._edloras:
             raise ConfigurationError(
-                f"hotswap=True would put other weights in the place of {adapter_name!r}, which belong to embeddings of"
-                " their own. Call unload_edlora() and load_edlora(), or name another adapter."
+                f"hotswap=True would replace the weights of {adapter_name!r}, which belong to a concept's embeddings."
+                " Call unload_edlora() and load_edlora(), or name another adapter."
             )
         if adapter_name in self._edloras:
             check_name(self._edloras.keys(), adapter_name)
-        with self._changing(), keep_active(self.components, self._edloras):
+        with self._reserve_models(), keep_active(self.components, self._edloras):
             super().load_lora_weights(  # type: ignore[misc]
                 pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, hotswap=hotswap, **kwargs
             )
@@ -207,9 +207,9 @@ class EDLoRALoader:
         """Fuse adapters into the weights as diffusers does.
 
         Raises:
-            ConfigurationError: If a concept is fused already and a scale is given: diffusers would not add it once
-                more, but subtract it with the new strength. Or if there are concepts, and attention reads copies of
-                the weights, which `fuse_qkv_projections` made.
+            ConfigurationError: If a concept is fused already and a scale is given: diffusers would then subtract it
+                with the new strength. Or if concepts are loaded, and `fuse_qkv_projections` has made copies of the
+                weights, which attention reads.
         """
         if self._edloras:
             refuse_copied(self.components)
@@ -221,22 +221,23 @@ class EDLoRALoader:
         """Take fused adapters out of the weights as diffusers does.
 
         Raises:
-            ConfigurationError: If there are concepts, and attention reads copies of the weights.
+            ConfigurationError: If concepts are loaded, and `fuse_qkv_projections` has made copies of the weights,
+                which attention reads.
         """
         if self._edloras:
             refuse_copied(self.components)
         super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Unload all adapters as diffusers does, concepts' included; what is fused stays in the weights."""
-        with self._changing():
+        """Unload all adapters as diffusers does, those of concepts included; fused updates stay in the weights."""
+        with self._reserve_models():
             note_fused(self.components, self._edloras.keys())
             super().unload_lora_weights(*args, **kwargs)  # type: ignore[misc]
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Delete adapters as diffusers does; a concept goes with its own, unless that is fused into the weights."""
+        """Delete adapters as diffusers does; a concept is unloaded with its adapter, unless that is fused."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        with self._changing():
+        with self._reserve_models():
             note_fused(self.components, self._edloras.keys() & names)
             super().delete_adapters(adapter_names)  # type: ignore[misc]
 
@@ -248,51 +249,56 @@ class EDLoRALoader:
         """Choose the active adapters and their strengths as diffusers does.
 
         Raises:
-            ConfigurationError: If a concept is fused, as `unfuse_lora` would subtract it with its new strength,
-                or another thread uses the model.
+            ConfigurationError: If a concept is fused, because `unfuse_lora` would later subtract it with the new
+                strength; or if another thread uses the model.
         """
         refuse_fused(self.components, self._edloras.keys())
-        with self._changing():
+        with self._reserve_models():
             super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]
 
     def unload_edlora(self, names: str | Iterable[str] | None = None) -> None:
-        """Unload ED-LoRAs; the model's modules and weights are then exactly what they were.
+        """Unload ED-LoRAs; the model's modules and weights are then exactly what they were before loading.
 
-        Where updates were fused and their adapter removed, `fuse_lora` and `unload_lora_weights`, they are subtracted
-        from the weights, and a warning says that these are then what they were up to rounding.
+        Updates that `fuse_lora` put into the weights and whose adapter `unload_lora_weights` removed are subtracted
+        from the weights, which restores these up to rounding; a warning says so.
 
         Args:
             names: One or several placeholders or adapter names; all that are loaded by default. A pack with
-                several concepts goes as a whole.
+                several concepts is unloaded as a whole.
 
         Raises:
             ConceptError: If a name is not loaded; nothing is unloaded then.
             ConfigurationError: If adapters are fused, or another thread uses the model.
         """
         loaded = self._edloras
-        for name in self._adapters_of(names):
+        for name in self._find_adapters(names):
             if is_fused(self.components, name):
                 take_out_fused(self.components, self._given[name], name)
-                warn(_subtracted(name))
-            if name in loaded or name not in adapter_names(self.components):  # else it is somebody else's by now
+                warn(
+                    f"The updates of {name!r} had been fused into the weights, and are now subtracted again: the"
+                    " weights are what they were up to rounding, which shows in half precision. Load the base anew to"
+                    " have it exactly."
+                )
+            # A name that is not among the loaded ones may by now belong to another adapter, which stays.
+            if name in loaded or name not in adapter_names(self.components):
                 eject(self.components, name)
             self._given = {other: edlora for other, edlora in self._given.items() if other != name}
 
     def save_edlora(self, folder: str | os.PathLike[str], name: str | None = None, *, overwrite: bool = False) -> Path:
-        """Write a loaded ED-LoRA as it was loaded; its scale is not part of it.
+        """Write a loaded ED-LoRA as it was loaded, without the scale at which it was loaded.
 
         Args:
             folder: Where to, see `EDLoRA.save_pretrained`.
-            name: Which one, by placeholder or adapter name; needed if several are loaded.
-            overwrite: Take the place of the pack that is there, if any.
+            name: Its placeholder or adapter name; needed if several are loaded.
+            overwrite: Replace the pack that is there, if any.
 
         Returns:
             Path of the file written.
 
         Raises:
-            ConceptError: If no or several ED-LoRAs are meant.
+            ConceptError: If none is loaded, or several are and no name is given.
         """
-        adapters = list(self._edloras) if name is None else self._adapters_of(name)
+        adapters = list(self._edloras) if name is None else self._find_adapters(name)
         if len(adapters) != 1:
             raise ConceptError(
                 f"save_edlora() writes one ED-LoRA, but {len(adapters)} are loaded{_list_names(self._edloras)}. "
@@ -301,20 +307,20 @@ class EDLoRALoader:
         return self._given[adapters[0]].save_pretrained(folder, overwrite=overwrite)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """Write the pipeline without its concepts, unlike `push_to_hub`; see `save_edlora` for theirs.
+        """Write the pipeline without its concepts, unlike `push_to_hub`; `save_edlora` writes concepts.
 
-        Only concepts that came with the pipeline go with it, as their updates are in its weights.
+        Only concepts that `from_pretrained` found in the pipeline's weights are written with it.
         Takes what `DiffusionPipeline.save_pretrained` takes.
 
         Raises:
-            OverwriteError: If concepts go with it, and the folder holds others' `edlora.safetensors`; nothing is
-                written then.
+            OverwriteError: If concepts would be written, and the folder holds an `edlora.safetensors` of others;
+                nothing is written then.
         """
         folder = str(args[0] if args else kwargs["save_directory"])
         own = [one for one in self._edloras.values() if one is self._in_weights]
         for edlora in own:
             edlora.check_beside(folder)
-        with self._without_adapters():
+        with self._remove_adapters():
             super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         for edlora in own:
             edlora.save_beside(folder)
@@ -331,10 +337,10 @@ class EDLoRALoader:
         samples: Samples | None = None,
         license: str | None = None,
     ) -> str:
-        """Upload the pipeline with all loaded concepts, their updates in its weights, unlike `save_pretrained`.
+        """Upload the pipeline with all loaded concepts merged into its weights, unlike `save_pretrained`.
 
-        `MixOfShowPipeline.from_pretrained` loads it with its concepts. The pipeline itself stays as it is. To send the
-        concepts alone, which are some megabytes, use `EDLoRA.push_to_hub`.
+        `MixOfShowPipeline.from_pretrained` loads it with its concepts. This pipeline itself does not change. To upload
+        the concepts alone, which are some megabytes, use `EDLoRA.push_to_hub`.
 
         Args:
             repo_id: ``user/name``, or a name under your own account; by default derived from the concepts.
@@ -344,7 +350,7 @@ class EDLoRALoader:
             create_pr: Open a pull request instead.
             revision: Branch to commit to, created where it is missing; by default ``main``.
             samples: Prompt to the picture it drew, for the card's gallery and the Hub's widget.
-            license: For the card, see `EDLoRA.save_pretrained`.
+            license: Licence in the card, see `EDLoRA.save_pretrained`.
 
         Returns:
             The repository's URL, or the pull request's.
@@ -356,7 +362,7 @@ class EDLoRALoader:
         edlora = join_packs(self.components, self._edloras)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            with self._without_adapters(), merged(self.components, edlora):
+            with self._remove_adapters(), merged(self.components, edlora):
                 super().save_pretrained(folder)  # type: ignore[misc]
             edlora.save_beside(folder)
             return edlora.push_folder(
@@ -373,12 +379,12 @@ class EDLoRALoader:
             )
 
     @contextmanager
-    def concepts_set_aside(self) -> Iterator[None]:
-        """Take every concept out for the length of a block; afterwards all are loaded as strong and active as before.
+    def set_concepts_aside(self) -> Iterator[None]:
+        """Unload every concept inside the block; afterwards each is back at its strength, active or not as before.
 
-        Inside, other concepts may be loaded, but must be unloaded again.
+        Concepts that are loaded inside the block must be unloaded inside it.
         """
-        with self._without_adapters():
+        with self._remove_adapters():
             given, self._given = self._given, {}
             try:
                 yield
@@ -387,28 +393,28 @@ class EDLoRALoader:
 
     @property
     def _concept_embeddings(self) -> dict[str, torch.Tensor]:
-        """The embeddings of everything that prompts may name, see `EDLoRA.embeddings`."""
+        """The embeddings of all concepts that prompts may name, see `EDLoRA.embeddings`."""
         return {token: rows for edlora in self._given.values() for token, rows in edlora.embeddings.items()}
 
     def _embeddings_for(self, text_encoder: str) -> dict[str, torch.Tensor]:
-        """Concept token to its embeddings for a text encoder, that for the vector of the whole text the last."""
+        """Concept token to its embeddings for a text encoder, the last row for the pooled vector if one is read."""
         return rows_for(text_encoder, self._concept_embeddings, family_of(self.components))
 
     @property
     def _tokenizers(self) -> list[Any]:
-        """The tokenizers that are there."""
+        """The tokenizers among the components."""
         components = self.components
         encoders = family_of(components).text_encoders.values()
         return [words for one in encoders if (words := components.get(one.tokenizer)) is not None]
 
     @property
     def _known_words(self) -> frozenset[str]:
-        """Bracketed words that some tokenizer knows."""
-        return frozenset().union(*map(known_words, self._tokenizers))
+        """Words such as ``<cat>`` that some tokenizer knows."""
+        return frozenset().union(*map(list_bracketed_words, self._tokenizers))
 
     @property
     def _nameable(self) -> tuple[Concept, ...]:
-        """What prompts may name: the loaded concepts, and those whose updates somebody else took out."""
+        """Concepts that prompts may name: the loaded ones, and those whose updates were removed (see `concepts`)."""
         return tuple(concept for edlora in self._given.values() for concept in edlora.concepts)
 
     def _refuse_words_of_tokenizer(self, concepts: Iterable[Concept]) -> None:
@@ -420,8 +426,8 @@ class EDLoRALoader:
                 "Unload that first, or rename the concept."
             )
 
-    def _adapters_of(self, names: str | Iterable[str] | None) -> list[str]:
-        """Adapter names, each once, for placeholders and adapter names mixed; all of them for None."""
+    def _find_adapters(self, names: str | Iterable[str] | None) -> list[str]:
+        """Resolve placeholders and adapter names to adapter names, each once; None means all."""
         if names is None:
             return list(self._given)
         adapter_of = {
@@ -434,24 +440,24 @@ class EDLoRALoader:
             raise ConceptError(f"Not loaded: {', '.join(unknown)}{_list_names(adapter_of)}.{guess}")
         return list(dict.fromkeys(adapter_of[name] for name in wanted))
 
-    def _changing(self) -> AbstractContextManager[bool]:
-        """A block that changes the models, refused while another thread uses them."""
+    def _reserve_models(self) -> AbstractContextManager[bool]:
+        """Reserve the models for changes inside a block; raises while another thread uses them."""
         return changing(*components_with_sites(self.components).values())
 
     @contextmanager
-    def _without_adapters(self) -> Iterator[None]:
-        """Take the weight updates out for a while; afterwards all are back, as strong and as active as before."""
+    def _remove_adapters(self) -> Iterator[None]:
+        """Remove the weight updates inside the block; afterwards each is back at its strength, active or not."""
         components, ours = self.components, self._edloras
         if fused := [name for name in ours if is_fused(components, name)]:
             raise ConfigurationError(
-                f"{', '.join(fused)}: fused into the weights, whose adapters are gone since, so that the base cannot"
-                " be given without them. Call pipe.unload_edlora() and load_edlora() first."
+                f"{', '.join(fused)}: fused into the weights by adapters that have been removed, so that the base"
+                " cannot be had without them. Call pipe.unload_edlora() and load_edlora() first."
             )
         models = components_with_sites(components)
         held = {
             name: {holder: models[holder] for holder in found}
             for name, edlora in ours.items()
-            if (found := holders(components, edlora, name))  # none where there are embeddings alone
+            if (found := holders(components, edlora, name))  # empty for a pack that has embeddings alone
         }
         states = [
             (model, path, dict(layer.scaling), list(layer.active_adapters), layer.disable_adapters)
@@ -459,7 +465,7 @@ class EDLoRALoader:
             for path, layer in model.named_modules()
             if isinstance(layer, LoraLayer)
         ]
-        with self._changing():
+        with self._reserve_models():
             try:
                 for name, parts in held.items():
                     eject(parts, name)
@@ -476,15 +482,9 @@ class EDLoRALoader:
                             layer.enable_adapters(False)
 
 
-def _subtracted(name: str) -> str:
-    return (
-        f"The updates of {name!r} had been fused into the weights, and are now subtracted again: the weights are what"
-        " they were up to rounding, which shows in half precision. Load the base anew to have it exactly."
-    )
-
-
-def _words(concept: Concept) -> tuple[str, ...]:
-    return (concept.placeholder, *concept.tokens)
+def _list_words(edlora: EDLoRA) -> set[str]:
+    """Everything in a prompt that stands for one of its concepts."""
+    return {word for concept in edlora.concepts for word in (concept.placeholder, *concept.tokens)}
 
 
 def _list_names(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What `load_edlora` and `from_pretrained` are given: arguments checked, files opened for the pipeline at hand."""
+"""Check the arguments of `load_edlora`, and open what it and `from_pretrained` load into a pipeline."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _WHERE = ("revision", "subfolder", "weight_name", "token", "cache_dir", "local_f
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingRequest:
-    """The arguments of `load_edlora`, each of its kind.
+    """The arguments of `load_edlora`, checked.
 
     Args:
         source: Hub id, folder or file, or an ED-LoRA itself.
         scale: Strength of the weight updates.
-        adapter_name: As it was given; empty where it was not.
-        where: Where on the Hub or in a folder.
+        adapter_name: The name that the user gave, or empty.
+        where: Arguments that say where to look on the Hub or in a folder.
     """
 
     source: str | os.PathLike[str] | EDLoRA
@@ -38,23 +38,23 @@ class LoadingRequest:
     where: Mapping[str, Any]
 
     @classmethod
-    def of(cls, source: Any, scale: Any, adapter_name: Any, where: Mapping[str, Any]) -> LoadingRequest:
-        """Sort the arguments; a text in the place of the scale is the adapter's name.
+    def from_arguments(cls, source: Any, scale: Any, adapter_name: Any, where: Mapping[str, Any]) -> LoadingRequest:
+        """Check the arguments; a text in the place of the scale is the adapter's name.
 
         Raises:
-            ConfigurationError: If one is not of its kind; names all.
+            ConfigurationError: If arguments have wrong types or unknown names; names all of them.
         """
         if isinstance(scale, str) and adapter_name is None and not _is_number(scale):
             scale, adapter_name = 1.0, scale
         defects = []
         if not isinstance(source, str | os.PathLike | EDLoRA):
             defects.append(
-                f"the source is {_tell(source)}; expected a Hub id, a folder, a file or an EDLoRA, one a call"
+                f"the source is {_format(source)}; expected a Hub id, a folder, a file or an EDLoRA, one in each call"
             )
         if not _is_scale(scale):
-            defects.append(f"scale is {_tell(scale)}; expected a number such as 0.8")
+            defects.append(f"scale is {_format(scale)}; expected a number such as 0.8")
         if not isinstance(adapter_name, str | None):
-            defects.append(f"adapter_name is {_tell(adapter_name)}; expected a text")
+            defects.append(f"adapter_name is {_format(adapter_name)}; expected a text")
         if strange := [name for name in where if name not in _WHERE]:
             defects.append(
                 f"there is no argument {', '.join(strange)}; expected scale, adapter_name, {', '.join(_WHERE)}"
@@ -63,44 +63,44 @@ class LoadingRequest:
             raise ConfigurationError(f"load_edlora: {'; '.join(defects)}.")
         return cls(source=source, scale=float(scale), adapter_name=adapter_name or "", where=where)
 
-    def opened(self, components: Mapping[str, object]) -> tuple[EDLoRA, str]:
-        """The ED-LoRA, and the name of its adapter in ``pipeline.components``."""
+    def open(self, components: Mapping[str, object]) -> tuple[EDLoRA, str]:
+        """Open the ED-LoRA for ``pipeline.components``, and choose its adapter's name."""
         if isinstance(self.source, EDLoRA):
-            return self.source, self.adapter_name or _usual_name(self.source, "lora")
+            return self.source, self.adapter_name or _make_adapter_name(self.source, "lora")
         found = open_edlora(self.source, layers=embedding_layers(components), **self.where)
         found.tell()
-        return found.edlora, self.adapter_name or _usual_name(found.edlora, found.file.stem)
+        return found.edlora, self.adapter_name or _make_adapter_name(found.edlora, found.file.stem)
 
 
-def own_concepts(
+def read_own_concepts(
     pipeline: str | os.PathLike[str], components: Mapping[str, Any], options: Mapping[str, Any]
 ) -> EDLoRA | None:
-    """The concepts whose updates are in a pipeline's weights; None where it has none.
+    """Read the concepts whose updates are in a pipeline's weights; None where there are none.
 
     Args:
-        pipeline: Folder or Hub id that it was loaded from.
+        pipeline: Folder or Hub id of the pipeline.
         components: ``pipeline.components``.
-        options: How it was asked for on the Hub.
+        options: Hub arguments with which the pipeline was loaded.
 
     Raises:
-        EDLoRAFormatError: If the concepts beside it are defective or do not belong to it.
+        EDLoRAFormatError: If the concepts' file is defective or does not belong to the pipeline.
     """
     if has_concepts(pipeline, options.get("revision"), options.get("cache_dir")):
         return EDLoRA.from_pretrained(pipeline, **options)
     tokenizer, text_encoder = components.get("tokenizer"), components.get("text_encoder")
     if tokenizer is None or text_encoder is None:
         return None
-    file = _fused_concepts(pipeline, tokenizer, options)
+    file = _find_fused_concepts(pipeline, tokenizer, options)
     if file is None:
         return None
     table = text_encoder.get_input_embeddings().weight
     name = str(pipeline) if hub.is_repo_id(pipeline) else Path(pipeline).resolve().name
     found = concepts_of_fused(file, tokenizer, table, embedding_layers(components), name)
-    return found if found.concepts else None  # a model that was fused from plain LoRAs
+    return found if found.concepts else None  # without concepts: a model fused from plain LoRAs
 
 
-def brings_concepts(base: str) -> bool:
-    """Whether a base model has concepts of its own in its weights; of a Hub id only the cache is asked."""
+def has_own_concepts(base: str) -> bool:
+    """Whether a base model has concepts of its own in its weights; for a Hub id only the cache is searched."""
     if has_concepts(base):
         return True
     return (
@@ -110,12 +110,12 @@ def brings_concepts(base: str) -> bool:
     )
 
 
-def _fused_concepts(pipeline: str | os.PathLike[str], tokenizer: Any, options: Mapping[str, Any]) -> Path | None:
-    """The list of concepts of a model that the authors' code fused; None of any other model."""
+def _find_fused_concepts(pipeline: str | os.PathLike[str], tokenizer: Any, options: Mapping[str, Any]) -> Path | None:
+    """The file that lists the concepts of a model which the authors' code fused; None for any other model."""
     if not hub.is_repo_id(pipeline):
         file = Path(pipeline, CONCEPTS_NAME)
         return file if file.is_file() else None
-    if FIRST_WORD not in tokenizer.get_added_vocab():  # so that the Hub is not asked in vain
+    if FIRST_WORD not in tokenizer.get_added_vocab():  # no such model: saves a request to the Hub
         return None
     defaults = {"revision": None, "subfolder": None, "token": None, "cache_dir": None, "local_files_only": False}
     try:
@@ -124,9 +124,9 @@ def _fused_concepts(pipeline: str | os.PathLike[str], tokenizer: Any, options: M
         return None
 
 
-def _usual_name(edlora: EDLoRA, otherwise: str) -> str:
-    """A name that PEFT accepts, letters, digits, '_' and '-', made of the concepts'."""
-    return re.sub(r"[^\w-]", "_", "_".join(concept.name for concept in edlora.concepts) or otherwise)
+def _make_adapter_name(edlora: EDLoRA, default: str) -> str:
+    """Join the concepts' names to one that PEFT accepts: letters, digits, '_' and '-'."""
+    return re.sub(r"[^\w-]", "_", "_".join(concept.name for concept in edlora.concepts) or default)
 
 
 def _is_scale(value: Any) -> bool:
@@ -146,7 +146,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _tell(value: Any) -> str:
-    """A value as an error shows it: short, and never a wall of tensors."""
+def _format(value: Any) -> str:
+    """Format a value for an error: short texts and numbers as they are, of anything else the type."""
     simple = isinstance(value, str | int | float | None)
     return f"{str(value)[:80]!r}" if isinstance(value, str) else str(value) if simple else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Everything that is loaded into a pipeline as one pack, as strong as it acts now."""
+"""Join everything that is loaded into a pipeline to one pack, for publishing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from diffusers_mixofshow.families.layers import linear_layers
 
 
 def join_packs(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) -> EDLoRA:
-    """One pack that acts as all loaded ones do together: with their scales, without those that are switched off.
+    """Make one pack that acts as all loaded ones do together, with their current scales, without inactive ones.
 
-    Updates of one layer are stacked, sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...], so that nothing is
-    rounded.
+    Updates of one layer are stacked, which is exact: sum_i s_i B_i A_i = [s_1 B_1, s_2 B_2, ...] [A_1; A_2; ...].
 
     Args:
-        components: ``pipeline.components``, the adapters inside.
+        components: ``pipeline.components``, with the adapters loaded.
         edloras: Adapter name to pack.
 
     Raises:
@@ -32,7 +31,7 @@ def join_packs(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) 
     parts: dict[str, list[tuple[LowRank, float]]] = {}
     for name, edlora in edloras.items():
         for site, update in edlora.lora.items():
-            if strength := _strength(layers.get(site), name):
+            if strength := _read_strength(layers.get(site), name):
                 parts.setdefault(site, []).append((update, strength))
     packs = list(edloras.values())
     return EDLoRA(
@@ -45,15 +44,15 @@ def join_packs(components: Mapping[str, object], edloras: Mapping[str, EDLoRA]) 
     )
 
 
-def _strength(layer: object, adapter: str) -> float:
-    """What the layer multiplies an adapter's ``up @ down`` with; 0 where it is off or gone."""
+def _read_strength(layer: object, adapter: str) -> float:
+    """The factor that a layer puts on an adapter's ``up @ down``; 0 where the adapter is inactive or removed."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or adapter not in layer.active_adapters:
         return 0.0
     return float(layer.scaling.get(adapter, 0.0))
 
 
 def _stack(updates: list[tuple[LowRank, float]]) -> LowRank:
-    """One update for several of a layer, each with its factor; alpha is the rank, so nothing more is scaled."""
+    """Stack several updates of a layer, each with its factor; alpha is the rank, so that the scale is 1."""
     down = torch.cat([update.down.float() for update, _ in updates])
     up = torch.cat([strength * update.up.float() for update, strength in updates], dim=1)
     return LowRank(down=down, up=up, alpha=float(len(down)), convolution=updates[0][0].convolution)

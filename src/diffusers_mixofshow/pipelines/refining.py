@@ -1,4 +1,4 @@
-"""Small subjects drawn anew at a higher resolution, each from its region's own prompt."""
+"""Draw small subjects again at a higher resolution, each from its region's own prompt."""
 
 from __future__ import annotations
 
@@ -23,23 +23,27 @@ from diffusers_mixofshow.families.layers import own_size
 from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
 from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
-from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts, negatives_of_pictures, of_pictures
-from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, tell_idle
-from diffusers_mixofshow.pipelines.remarks import Regions, regions_of_prompts
+from diffusers_mixofshow.pipelines.prompts import (
+    StableDiffusionPrompts,
+    XLPrompts,
+    list_negatives,
+    repeat_for_pictures,
+)
+from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, warn_of_idle_arguments
+from diffusers_mixofshow.pipelines.remarks import Regions, sort_regions
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
 from diffusers_mixofshow.regions.weights import coverage
 
 
-# Sizes that StableDiffusionImg2ImgPipeline takes.
+# Image sizes must be multiples of it, as StableDiffusionImg2ImgPipeline demands.
 _FACTOR = 8
 
-
 _ALSO_REFINED = ("guidance_scale", "clip_skip", "cross_attention_kwargs")
-"""What a call says that holds for regions drawn anew as well."""
+"""Arguments of a call that its refinement uses, too."""
 
 
 class RefinedSampling(RegionalSampling):
-    """Mixin for a diffusers pipeline: `__call__` with `regions` that are drawn anew in the end."""
+    """Mixin for a diffusers pipeline: `__call__` with `refine`, which draws the finished regions again, larger."""
 
     def __call__(
         self,
@@ -62,15 +66,19 @@ class RefinedSampling(RegionalSampling):
         if arguments.get("output_type", "pil") != "pil":
             raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
         if not regions:
-            tell_idle(refine=refine)
+            warn_of_idle_arguments(refine=refine)
         output = draw()
-        found = regions_of_prompts(regions, arguments, self.vae_scale_factor)
-        return self._refine_pictures(output, refine, of_pictures(found, arguments), arguments) if found else output
+        found = sort_regions(regions, arguments, self.vae_scale_factor)
+        return (
+            self._refine_pictures(output, refine, repeat_for_pictures(found, arguments), arguments)
+            if found
+            else output
+        )
 
     def _refine_pictures(
         self, output: Any, refine: Refinement, regions: Sequence[Sequence[Region]], arguments: Mapping[str, Any]
     ) -> Any:
-        """The call's output, with the regions of its pictures drawn anew."""
+        """Redraw the regions in the pictures of a call's output."""
         images = output[0]
         refined = refine_regions(
             self,
@@ -78,7 +86,7 @@ class RefinedSampling(RegionalSampling):
             regions,
             strength=refine.strength,
             num_inference_steps=refine.steps_of(arguments.get("num_inference_steps", 50)),
-            negative_prompt=negatives_of_pictures(arguments),
+            negative_prompt=list_negatives(arguments),
             generator=arguments.get("generator"),
             batch_size=len(images),
             **{name: arguments[name] for name in _ALSO_REFINED if name in arguments},
@@ -90,16 +98,16 @@ class RefinedSampling(RegionalSampling):
 
 
 class _ImageToImage(StableDiffusionPrompts, RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
-    """Image to image with concepts, for what is drawn anew."""
+    """Image to image with concepts, which redraws patches."""
 
 
 class _XLImageToImage(XLPrompts, RegionalSampling, EDLoRALoader, StableDiffusionXLImg2ImgPipeline):
-    """The same for Stable Diffusion XL."""
+    """`_ImageToImage` for Stable Diffusion XL."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Patch:
-    """A region's part of a picture."""
+    """The part of a picture that is redrawn for a region, in pixels, and the size at which it is redrawn."""
 
     picture: int
     region: Region
@@ -120,20 +128,20 @@ def refine_regions(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     **settings: Any,
 ) -> list[Image.Image]:
-    """Draw every region anew at a higher resolution, from its own prompt: crop, enlarge, image to image, paste.
+    """Redraw every region at a higher resolution from its own prompt: crop, enlarge, image to image, paste.
 
-    Faces that are small in the picture lose their detail in the VAE (the paper's third limitation, section 6.3).
+    Small faces lose their detail in the VAE (the paper's third limitation, section 6.3).
 
     Args:
         pipe: A pipeline of this package with the concepts loaded; it is not changed.
         images: Finished pictures; they are not changed.
         regions: The regions of all pictures, or a list of them for each; those of a higher order are pasted last.
-        strength: How much of each crop is drawn anew, from 0 to 1.
-        size: Root of the area, in pixels, to which a crop is enlarged; the model's own by default. A crop that is as
-            large already is left as it is.
-        margin: Added around a region on each side, as a fraction of its own size, for the model to see.
-        feather: Width of the paste's soft edge, as a fraction of the picture, where the region has less.
-        batch_size: Crops of one size in one pass.
+        strength: Strength of image to image, from 0 (nothing changes) to 1 (drawn from noise).
+        size: A crop is enlarged to an area of size * size pixels; by default the size of the model's own pictures.
+            Larger crops are left as they are.
+        margin: Context that the model sees around a region, on each side, as a fraction of the region's size.
+        feather: Least width of the soft edge of what is pasted, as a fraction of the picture.
+        batch_size: How many crops of one size are drawn at once.
         generator: Source of the noise, one for all pictures or one for each.
         settings: Passed to image to image, e.g. `negative_prompt` (for regions that have none of their own; a text,
             or one for each picture), `num_inference_steps` and `guidance_scale`.
@@ -142,50 +150,50 @@ def refine_regions(
         New pictures, the same outside of the regions.
 
     Raises:
-        RegionError: If something in the lists is no picture or no region; names every defect at once.
+        RegionError: If a list holds something that is no picture or no region; names every defect at once.
     """
     nested = any(isinstance(entry, list | tuple) for entry in regions)
     lists: list[Sequence[Any]] = list(regions) if nested else [regions] * len(images)  # type: ignore[arg-type]
-    _check(images, lists)
+    _check_entries(images, lists)
     images = [read_image(image, called=f"picture {number}") for number, image in enumerate(images)]
     size = size or min(own_size(pipe.unet)) * pipe.vae_scale_factor
     found = [
-        _patch(number, image, region, size, margin)
+        _find_patch(number, image, region, size, margin)
         for number, (image, own) in enumerate(zip(images, lists, strict=True))
         for region in sorted(own, key=lambda region: region.order)
     ]
     patches = [patch for patch in found if patch is not None]
     call = {**settings, "strength": strength, "generator": generator}
-    drawn = _drawn_anew(_image_to_image(pipe), images, patches, batch_size, call)
+    drawn = _redraw(_make_redrawing_pipeline(pipe), images, patches, batch_size, call)
     results = [image.copy() for image in images]
     for patch in patches:
         _paste(results[patch.picture], patch, drawn[patch], feather)
     return results
 
 
-def _drawn_anew(
+def _redraw(
     redraw: Any,
     images: Sequence[Image.Image],
     patches: Sequence[_Patch],
     batch_size: int,
     call: dict[str, Any],
 ) -> dict[_Patch, Image.Image]:
-    """Every patch enlarged and drawn anew, those of one size together, with or without anything to avoid."""
+    """Enlarge and redraw every patch, in batches of one size that all have a negative prompt, or all have none."""
     drawn: dict[_Patch, Image.Image] = {}
-    otherwise, generators = call.pop("negative_prompt", None), call.pop("generator", None)
-    negatives = {patch: _negative(patch, otherwise) for patch in patches}
-    if redraw._no_text is not None:  # the empty text is as good as none
+    shared, generators = call.pop("negative_prompt", None), call.pop("generator", None)
+    negatives = {patch: _choose_negative(patch, shared) for patch in patches}
+    if redraw._no_text is not None:  # this pipeline reads the empty text where no negative prompt is given
         negatives = {patch: negative or "" for patch, negative in negatives.items()}
     kinds = {patch: (patch.size, negatives[patch] is None) for patch in patches}
     for kind in dict.fromkeys(kinds.values()):
         alike = [patch for patch in patches if kinds[patch] == kind]
-        size, nothing_avoided = kind
+        size, without_negative = kind
         for start in range(0, len(alike), batch_size):
             batch = alike[start : start + batch_size]
             pictures = redraw(
                 [patch.region.prompt for patch in batch],
                 image=[_cut(images[patch.picture], patch.box).resize(size) for patch in batch],
-                negative_prompt=None if nothing_avoided else [negatives[patch] for patch in batch],
+                negative_prompt=None if without_negative else [negatives[patch] for patch in batch],
                 generator=[generators[patch.picture] for patch in batch]
                 if isinstance(generators, Sequence)
                 else generators,
@@ -195,7 +203,7 @@ def _drawn_anew(
     return drawn
 
 
-def _check(images: Sequence[object], regions: Sequence[Sequence[object]]) -> None:
+def _check_entries(images: Sequence[object], regions: Sequence[Sequence[object]]) -> None:
     defects = [f"a {type(image).__name__} is no picture" for image in images if not isinstance(image, Image.Image)]
     others = {type(region).__name__ for own in regions for region in own if not isinstance(region, Region)}
     defects += [f"a {other} is no Region" for other in sorted(others)]
@@ -207,18 +215,18 @@ def _check(images: Sequence[object], regions: Sequence[Sequence[object]]) -> Non
         raise RegionError("refine_regions: " + "; ".join(defects) + ".")
 
 
-def _negative(patch: _Patch, otherwise: str | Sequence[str | None] | None) -> str | None:
+def _choose_negative(patch: _Patch, shared: str | Sequence[str | None] | None) -> str | None:
     own = patch.region.negative_prompt
     if own is not None:
         return own
-    return otherwise if otherwise is None or isinstance(otherwise, str) else otherwise[patch.picture]
+    return shared if shared is None or isinstance(shared, str) else shared[patch.picture]
 
 
-def _patch(number: int, image: Image.Image, region: Region, size: int, margin: float) -> _Patch | None:
-    """Where the region is with its margin, and how large it shall become; None if it is that large already.
+def _find_patch(number: int, image: Image.Image, region: Region, size: int, margin: float) -> _Patch | None:
+    """The patch around a region with its margin; None if it is as large as it would be redrawn.
 
-    Models know square pictures and wide ones better than narrow ones, so no patch is narrower than high. The region is
-    in its middle, and the patch goes on beyond the picture.
+    Models draw square and wide pictures better than narrow ones, so no patch is narrower than high. The region is in
+    the middle of its patch, which may reach beyond the picture.
     """
     rows, columns = (coverage(region, image.height, image.width) > 0).nonzero(as_tuple=True)
     if not len(rows):
@@ -237,7 +245,7 @@ def _patch(number: int, image: Image.Image, region: Region, size: int, margin: f
 
 
 def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """A part of a picture, which goes on beyond its edges as it is there."""
+    """Cut a box out of a picture; beyond the picture's edges its outermost pixels are repeated."""
     left, top, right, bottom = box
     rows = np.arange(top, bottom).clip(0, image.height - 1)
     columns = np.arange(left, right).clip(0, image.width - 1)
@@ -245,7 +253,7 @@ def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def _paste(picture: Image.Image, patch: _Patch, drawn: Image.Image, feather: float) -> None:
-    """Put the drawn patch into the picture, with a soft edge."""
+    """Paste a redrawn patch into the picture, where its region is, with a soft edge."""
     left, top, right, bottom = patch.box
     soft = dataclasses.replace(patch.region, feather=max(feather, patch.region.feather), rounding="nearest")
     share = coverage(soft, picture.height, picture.width).numpy()
@@ -254,8 +262,8 @@ def _paste(picture: Image.Image, patch: _Patch, drawn: Image.Image, feather: flo
     picture.paste(layer, mask=Image.fromarray((share * 255).round().astype(np.uint8)))
 
 
-def _image_to_image(pipe: Any) -> Any:
-    """A pipeline of the same components and concepts that draws pictures anew."""
+def _make_redrawing_pipeline(pipe: Any) -> Any:
+    """Make an image-to-image pipeline of the same components and concepts."""
     components = pipe.components
     kind = _XLImageToImage if family_of(components) is STABLE_DIFFUSION_XL else _ImageToImage
     own = {"requires_safety_checker": False, "add_watermarker": getattr(pipe, "watermark", None) is not None}

@@ -12,18 +12,18 @@ from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
 from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.conditioning.control import regional_control
-from diffusers_mixofshow.conditioning.passes import PassHook, hooked_passes
+from diffusers_mixofshow.conditioning.passes import PassHook, hook_passes
 from diffusers_mixofshow.errors import RegionError, warn
 from diffusers_mixofshow.pipelines.calls import separate_call
-from diffusers_mixofshow.pipelines.drafting import drafts_put_in
-from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, of_pictures
+from diffusers_mixofshow.pipelines.drafting import insert_drafts
+from diffusers_mixofshow.pipelines.prompts import LayerwisePrompts, repeat_for_pictures
 from diffusers_mixofshow.pipelines.remarks import (
     Regions,
-    control_remarks,
-    layout_remarks,
-    regions_of_prompts,
-    silent_remarks,
-    text_remarks,
+    remark_on_control,
+    remark_on_idle_updates,
+    remark_on_layout,
+    remark_on_texts,
+    sort_regions,
 )
 from diffusers_mixofshow.pipelines.wording import repeat_subjects
 from diffusers_mixofshow.regions import Draft, Isolation, Region
@@ -34,28 +34,28 @@ REGIONS_DOC = """
         Parts of the picture with prompts of their own. `prompt` holds where no region is, and
         `negative_prompt` where a region has none.
     isolation (`Isolation`, *optional*):
-        Whether self-attention, too, keeps the regions apart, and on which feature maps and in which steps.
+        Keeps the regions apart in self-attention, too, on the feature maps and in the steps that it names.
     draft (`Draft`, *optional*):
-        Whether every region is first drawn alone and then put into its place, so that its prompt can say what
-        it shows without a word on the rest of the picture. For calls that begin with noise alone.
+        Draws every region alone first and then puts it into its place, so that its prompt need not describe
+        the rest of the picture. For calls that begin with noise, not with a picture.
     refine (`Refinement`, *optional*):
-        Whether every region that is smaller than the model's own pictures is drawn anew at that size in the
-        end, from its own prompt. For pictures as the result (`output_type="pil"`).
+        In the end, redraws every region that is smaller than the model's own pictures at that size, from its
+        own prompt. Needs pictures as the result (`output_type="pil"`).
 """
 _EXAMPLES = re.compile(r"\n *Examples?:\n.*?(?=\n *Returns:)", re.DOTALL)
 _Pipeline = TypeVar("_Pipeline", bound=type)
 
 
 class RegionalSampling(LayerwisePrompts):
-    """Mixin for a diffusers pipeline: `__call__` with `regions`. The loop is the parent's."""
+    """Mixin for a diffusers pipeline: `__call__` with `regions`, around the parent's denoising loop."""
 
     vae_scale_factor: int
     num_timesteps: int
     # Whether a call begins with noise alone instead of a picture.
     _begins_with_noise = True
-    # The regions on the U-Net's feature maps, in the call under way.
+    # The current call's regions on the U-Net's feature maps.
     _canvas: Canvas | None = None
-    # What a subclass does to the U-Net's passes in the next call.
+    # Hooks on the U-Net's passes that a subclass has set for its next call.
     _pass_hooks: tuple[PassHook, ...] = ()
 
     def __call__(
@@ -74,16 +74,16 @@ class RegionalSampling(LayerwisePrompts):
         check_kind("draft", draft, Draft)
         if draft is not None and not self._begins_with_noise:
             raise RegionError(
-                "A draft needs a call that begins with noise; this one begins with a picture. Leave it out."
+                "A draft needs a call that begins with noise; this one begins with a picture. Leave `draft` out."
             )
         if not regions:
-            tell_idle(isolation=isolation, draft=draft)
-        with separate_call(self, arguments), self._conditioned_call(regions, isolation, draft, arguments):
+            warn_of_idle_arguments(isolation=isolation, draft=draft)
+        with separate_call(self, arguments), self._condition_call(regions, isolation, draft, arguments):
             return parent(*given.args, **given.kwargs)
 
     @property
     def guidance_scale(self) -> Any:
-        """Strength of guidance; where regions have their own, a map of it, shape (1 or pictures, 1, height, width)."""
+        """Guidance scale; a map of shape (1 or pictures, 1, height, width) if regions have scales of their own."""
         own = super().guidance_scale  # type: ignore[misc]
         canvas = self._canvas
         if canvas is None or canvas.size is None or canvas.device is None:
@@ -95,15 +95,15 @@ class RegionalSampling(LayerwisePrompts):
         )
         return scales.to(dtype=canvas.dtype).to(canvas.device)
 
-    def _regions_seen(
+    def _move_regions(
         self, regions: tuple[tuple[Region, ...], ...], arguments: Mapping[str, Any]
     ) -> tuple[tuple[tuple[Region, ...], ...], list[str]]:
-        """The regions on what the U-Net will see, here the whole picture, and what is to be said of it."""
+        """Move regions onto the part of the picture that the U-Net sees, here all of it; remarks are warned of."""
         return regions, []
 
     @contextmanager
     def _hook_next_call(self, hook: PassHook) -> Iterator[None]:
-        """Let the call inside the block change the arguments of its passes through the U-Net."""
+        """Run a hook before each of the U-Net's passes in the call inside the block."""
         outer, self._pass_hooks = self._pass_hooks, (hook,)
         try:
             yield
@@ -111,48 +111,48 @@ class RegionalSampling(LayerwisePrompts):
             self._pass_hooks = outer
 
     @contextmanager
-    def _conditioned_call(
+    def _condition_call(
         self,
         regions: Regions | None,
         isolation: Isolation | None,
         draft: Draft | None,
         arguments: MutableMapping[str, Any],
     ) -> Iterator[None]:
-        """For one call: remember the regions for `encode_prompt`, and install the attention that the call needs."""
+        """For one call, store the regions for `encode_prompt`, and install the attention that they need."""
         outer, outer_canvas = self._regions, self._canvas
         try:
-            self._regions = regions_of_prompts(regions, arguments, self.vae_scale_factor)
-            self._refuse_unknown_words(self._texts_of(arguments))
-            self._regions, unseen = self._regions_seen(self._regions, arguments)
-            remarks = [*unseen, *self._remarks(arguments)]
-            described = self._regions
+            self._regions = sort_regions(regions, arguments, self.vae_scale_factor)
+            self._refuse_unknown_words(self._list_texts(arguments))
+            self._regions, remarks = self._move_regions(self._regions, arguments)
+            remarks += self._remark_on_call(arguments)
+            drawn_alone = self._regions
             if draft is not None and draft.repeat_subject:
-                self._regions = tuple(tuple(repeat_subjects(own, self._nameable)) for own in described)
+                self._regions = tuple(tuple(repeat_subjects(own, self._nameable)) for own in drawn_alone)
             with ExitStack() as stack:
                 for hook in self._pass_hooks:
-                    stack.enter_context(hooked_passes(self._denoisers()[0], hook))
+                    stack.enter_context(hook_passes(self._denoisers()[0], hook))
                 if self._is_layerwise(arguments):
                     for denoiser in self._denoisers():
                         stack.enter_context(layerwise_attention(denoiser, self._tokens, self._layer_names))
-                    self._canvas = self._enter_regions(stack, isolation, arguments) if self._regions else None
+                    self._canvas = self._install_regions(stack, isolation, arguments) if self._regions else None
                 drafts = None
                 if draft is not None and self._canvas is not None:
-                    pictures = of_pictures(described, arguments)
-                    drafts = stack.enter_context(drafts_put_in(self, draft, pictures, self._canvas.shares, arguments))
+                    pictures = repeat_for_pictures(drawn_alone, arguments)
+                    drafts = stack.enter_context(insert_drafts(self, draft, pictures, self._canvas.shares, arguments))
                 yield
             if drafts is not None and not drafts.are_put_in:
                 remarks.append("the draft has no effect in a call of a single step")
             if self._canvas is not None:
-                remarks += layout_remarks(self._canvas)
+                remarks += remark_on_layout(self._canvas)
         finally:
             self._regions, self._canvas = outer, outer_canvas
         if remarks:
             warn("; ".join(remarks) + ".")
 
-    def _enter_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
-        """Install the attention of the regions for as long as the stack lives."""
+    def _install_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
+        """Install regional attention until the stack is closed."""
         shared = [RegionPlan(own) for own in self._regions]
-        plans = shared if len(shared) == 1 else of_pictures(shared, arguments)
+        plans = shared if len(shared) == 1 else repeat_for_pictures(shared, arguments)
         canvases = [
             stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps, isolation))
             for denoiser in self._denoisers()
@@ -161,16 +161,16 @@ class RegionalSampling(LayerwisePrompts):
         return canvases[0]
 
     @contextmanager
-    def _without_regions(self) -> Iterator[None]:
-        """Let prompts be encoded for a picture without regions, in a call that has some."""
+    def _hide_regions(self) -> Iterator[None]:
+        """Let `encode_prompt` ignore the call's regions inside the block."""
         outer, self._regions = self._regions, ()
         try:
             yield
         finally:
             self._regions = outer
 
-    def _remarks(self, arguments: Mapping[str, Any]) -> list[str]:
-        """What can be said of the call's texts and strengths before it runs."""
+    def _remark_on_call(self, arguments: Mapping[str, Any]) -> list[str]:
+        """Remark on texts and strengths that have no effect, before the call runs."""
         regions = [region for own in self._regions for region in own]
         prompt = arguments.get("prompt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
@@ -178,9 +178,9 @@ class RegionalSampling(LayerwisePrompts):
         control = any(self.components.get(name) is not None for name in ("controlnet", "adapter"))
         scale = arguments.get("controlnet_conditioning_scale", 1.0)
         return [
-            *silent_remarks(self.components, self._given, self._texts_of(arguments)),
-            *text_remarks(regions, prompts, lambda text: mentions_concept(text, concepts), self.concepts),
-            *control_remarks(regions, scale, control),
+            *remark_on_idle_updates(self.components, self._given, self._list_texts(arguments)),
+            *remark_on_texts(regions, prompts, lambda text: mentions_concept(text, concepts), self.concepts),
+            *remark_on_control(regions, scale, control),
         ]
 
     def _denoisers(self) -> list[Any]:
@@ -191,13 +191,13 @@ class RegionalSampling(LayerwisePrompts):
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
-    """Refuse an argument that is neither left out nor of its class."""
+    """Raise if an argument is neither None nor of its class."""
     if not (value is None or isinstance(value, kind)):
         raise RegionError(f"`{name}` is a {type(value).__name__}; expected {kind.__name__}(...) or None.")
 
 
-def tell_idle(**given: object) -> None:
-    """Warn of arguments about regions in a call that has none."""
+def warn_of_idle_arguments(**given: object) -> None:
+    """Warn of arguments that act on regions, in a call without regions."""
     idle = [f"`{name}`" for name, value in given.items() if value is not None]
     if idle:
         verb = "has" if len(idle) == 1 else "have"
@@ -205,11 +205,11 @@ def tell_idle(**given: object) -> None:
 
 
 def regional_signature(parent: type, doc: str = "") -> Callable[[_Pipeline], _Pipeline]:
-    """Give a pipeline class a `__call__` with its parent's signature and docstring, and what its own and regions add.
+    """Give a pipeline class a `__call__` with the signature and docstring of its parent, and the arguments it adds.
 
     Args:
         parent: The diffusers pipeline class.
-        doc: Entries for the docstring's arguments that the class's own `__call__` adds.
+        doc: Docstring entries of arguments that the class adds beside those of `REGIONS_DOC`.
     """
 
     def decorate(pipeline_class: _Pipeline) -> _Pipeline:
@@ -229,7 +229,7 @@ def regional_signature(parent: type, doc: str = "") -> Callable[[_Pipeline], _Pi
 
 
 def _join_signatures(own: Any, mixin: Any, parent: Any) -> inspect.Signature:
-    """The parameters of all three, each once, the first one's before the others' of their kind."""
+    """Join the parameters of three methods, each once; within a kind, those of `own` come first."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found: dict[str, inspect.Parameter] = {}
     inherited, ours = inspect.signature(parent), inspect.signature(mixin, eval_str=True)
@@ -242,6 +242,6 @@ def _join_signatures(own: Any, mixin: Any, parent: Any) -> inspect.Signature:
 
 
 def _join_docs(added: str, parent: str) -> str:
-    """The parent's docstring, with more arguments before its own and without examples of another class."""
+    """The parent's docstring with the added arguments first, and without its examples, which use another class."""
     _, mark, rest = inspect.cleandoc(_EXAMPLES.sub("", parent)).partition("Args:")
     return f"Draw pictures of prompts, with concepts and regions in them.\n\n{mark}{added.rstrip()}{rest}"

@@ -1,4 +1,4 @@
-"""What is wrong with a call's regions, and what in them has no effect."""
+"""Check a call's regions for errors, and remark on what has no effect in the call."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.lora import out_of_action
-from diffusers_mixofshow.pipelines.prompts import prompt_count
+from diffusers_mixofshow.pipelines.prompts import count_prompts
 from diffusers_mixofshow.regions import Layout, Region
 from diffusers_mixofshow.regions.weights import resolves
 
 
-# What a pipeline takes as `regions`: those of all prompts, or for each prompt its own.
+# A call's argument `regions`: one list for all prompts, or a list with the regions of each prompt.
 Regions = Sequence[Region] | Layout | Sequence[Sequence[Region] | Layout | None]
 
 
-def regions_of_prompts(
+def sort_regions(
     regions: Regions | None, arguments: Mapping[str, Any], size_factor: int
 ) -> tuple[tuple[Region, ...], ...]:
     """Sort a call's regions by prompt, and check them against the call's other arguments.
 
     Args:
-        regions: What the call was given.
+        regions: The call's argument.
         arguments: The call's other arguments.
-        size_factor: Pixels for each cell of the latent.
+        size_factor: Width and height of a latent cell in pixels.
 
     Returns:
-        The regions of all prompts as the only entry, or those of each prompt. No entry without any region.
+        One entry with the regions of all prompts, or one for each prompt. Empty if there is no region.
 
     Raises:
         RegionError: Names every defect at once.
@@ -45,7 +45,7 @@ def regions_of_prompts(
     if not found:
         return ()
     defects = _wrong_entries(found)
-    prompts = prompt_count(arguments.get("prompt"), arguments.get("prompt_embeds"))
+    prompts = count_prompts(arguments.get("prompt"), arguments.get("prompt_embeds"))
     if nested and len(lists) != prompts:
         defects.append(f"{len(lists)} lists of regions for {prompts} prompts; give one for each, or one for all")
     defects += [
@@ -54,7 +54,7 @@ def regions_of_prompts(
         if isinstance(arguments.get(name), int) and arguments[name] % size_factor
     ]
     own_guidance = [region for region in found if isinstance(region, Region) and region.guidance_scale is not None]
-    guidance = arguments.get("guidance_scale")  # pipelines guide where they are not told
+    guidance = arguments.get("guidance_scale")  # left out: the pipeline's default, which is above 1
     if own_guidance and guidance is not None and guidance <= 1:
         defects.append(
             f"{_name_regions(own_guidance)} with a guidance_scale of their own in a call without guidance; give the "
@@ -65,10 +65,10 @@ def regions_of_prompts(
     return tuple(lists)
 
 
-def text_remarks(
+def remark_on_texts(
     regions: Iterable[Region], prompts: Iterable[str], names_concept: Callable[[str], bool], loaded: Iterable[str]
 ) -> list[str]:
-    """Concepts that are not where one would expect them."""
+    """Remark on regions without a concept, and on a concept that only the global prompt names."""
     regions, loaded = list(regions), list(loaded)
     if not regions or not loaded:
         return []
@@ -81,8 +81,10 @@ def text_remarks(
     return remarks
 
 
-def silent_remarks(components: Mapping[str, object], edloras: Mapping[str, EDLoRA], texts: Sequence[str]) -> list[str]:
-    """Concepts that a text names while their weight updates do not act."""
+def remark_on_idle_updates(
+    components: Mapping[str, object], edloras: Mapping[str, EDLoRA], texts: Sequence[str]
+) -> list[str]:
+    """Remark on concepts that a text names while their weight updates do not act."""
     remarks = []
     for name, edlora in edloras.items():
         if any(mentions_concept(text, edlora.concepts) for text in texts):
@@ -97,13 +99,13 @@ def silent_remarks(components: Mapping[str, object], edloras: Mapping[str, EDLoR
     return remarks
 
 
-def missing_remarks(regions: Sequence[Region]) -> list[str]:
-    """Regions that are nowhere on the part of the picture that is drawn."""
+def remark_on_cropped_regions(regions: Sequence[Region]) -> list[str]:
+    """Remark on regions that lie outside of the crop that is drawn."""
     return [f"{_name_regions(regions)} outside of what padding_mask_crop draws, without an effect"] if regions else []
 
 
-def layout_remarks(canvas: Canvas) -> list[str]:
-    """Regions, or a global prompt, that the feature maps or the steps leave no place; after a call."""
+def remark_on_layout(canvas: Canvas) -> list[str]:
+    """After a call, remark on regions that had no cell or no step, and on a global prompt that had no place."""
     if canvas.size is None:
         return []
     regions = canvas.regions()
@@ -119,18 +121,18 @@ def layout_remarks(canvas: Canvas) -> list[str]:
             remarks.append(
                 f"{_name_regions(never)} with start and end within one of the {steps} steps, so that it never holds"
             )
-    if not any(_leaves_a_place(plan, canvas.size) for plan in canvas.plans):
+    if not any(_has_global_part(plan, canvas.size) for plan in canvas.plans):
         remarks.append("the regions cover the whole picture, so that the global prompt has no effect")
     return remarks
 
 
-def _leaves_a_place(plan: RegionPlan, size: tuple[int, int]) -> bool:
+def _has_global_part(plan: RegionPlan, size: tuple[int, int]) -> bool:
     """Whether the global prompt holds somewhere at some step."""
     return not plan.regions or plan.changes or bool(plan.weights(*size)[0].any())
 
 
-def control_remarks(regions: Iterable[Region], scale: object, has_control: bool) -> list[str]:
-    """ControlNets, adapters, or a strength for them, that have no effect.
+def remark_on_control(regions: Iterable[Region], scale: object, has_control: bool) -> list[str]:
+    """Remark on ControlNets and adapters with a strength of 0, and on regions with a strength for none of either.
 
     Args:
         regions: The regions.

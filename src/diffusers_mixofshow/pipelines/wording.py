@@ -1,4 +1,4 @@
-"""Prompts of regions as a base understands them: of a whole picture."""
+"""Rewrite the prompts of regions for base models, which take every prompt as that of a whole picture."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from diffusers_mixofshow.regions.region import Region
 
 
 def repeat_subjects(regions: Sequence[Region], concepts: Sequence[Concept]) -> list[Region]:
-    """Let every region's prompt name its concept once for each region that names one.
+    """Let every region's prompt repeat its concept as often as regions with a concept are in the picture.
 
     A base draws what a text describes as a whole picture, so "a <rex>, in a meadow" in one of three regions becomes
     "a <rex> dog, a <rex> dog and a <rex> dog, in a meadow". Regions without a concept stay as they are.
 
     Args:
-        regions: Those of one picture.
+        regions: The regions of one picture.
         concepts: The loaded concepts.
     """
-    places = sum(mentions_concept(region.prompt, concepts) for region in regions)
+    count = sum(mentions_concept(region.prompt, concepts) for region in regions)
 
-    def together(article: str, concept: Concept) -> str:
-        *others, last = [f"{'a ' if article else ''}{concept.placeholder} {concept.class_word}"] * places
+    def repeat(article: str, concept: Concept) -> str:
+        *others, last = [f"{'a ' if article else ''}{concept.placeholder} {concept.class_word}"] * count
         return f"{', '.join(others)} and {last}"
 
-    if places < 2:
+    if count < 2:
         return list(regions)
-    return [replace(region, prompt=replace_mention(region.prompt, concepts, together)) for region in regions]
+    return [replace(region, prompt=replace_mention(region.prompt, concepts, repeat)) for region in regions]

@@ -77,7 +77,7 @@ class Window:
         return functional.pad(small, (self.left, right, self.top, bottom))
 
 
-def window_of(inside: torch.Tensor, side: int, multiple: int) -> Window:
+def find_window(inside: torch.Tensor, side: int, multiple: int) -> Window:
     """Where a region's draft goes: as high as the region, and as wide, but no narrower than high.
 
     Models know square pictures and wide ones better than narrow ones; what is beside a narrow region is cut off.

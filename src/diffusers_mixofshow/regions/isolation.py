@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.regions.region import whole_step_within
+from diffusers_mixofshow.regions.region import contains_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Isolation:
 
     def holds(self, step: int, steps: int | None) -> bool:
         """Whether it holds at step 0, 1, ... of so many; without a number, at all steps."""
-        return steps is None or whole_step_within(self.start, self.end, step, steps)
+        return steps is None or contains_step(self.start, self.end, step, steps)
 
     def reaches(self, grid: tuple[int, int], latent: tuple[int, int]) -> bool:
         """Whether it holds on a feature map of this size."""

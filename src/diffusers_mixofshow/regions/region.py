@@ -81,10 +81,10 @@ class Region:
 
     def holds(self, step: int, steps: int) -> bool:
         """Whether the region holds at step 0, 1, ... of so many: if the whole step lies between start and end."""
-        return whole_step_within(self.start, self.end, step, steps)
+        return contains_step(self.start, self.end, step, steps)
 
 
-def whole_step_within(start: float, end: float, step: int, steps: int) -> bool:
+def contains_step(start: float, end: float, step: int, steps: int) -> bool:
     """Whether step 0, 1, ... of so many lies between two fractions of them (as diffusers counts for ControlNets)."""
     return start <= step / steps + _ROUNDING and (step + 1) / steps <= end + _ROUNDING
 

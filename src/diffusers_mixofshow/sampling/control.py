@@ -170,7 +170,7 @@ def _why(error: Exception) -> str:
     return first_line(error).rstrip(".")
 
 
-def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOfShowControlNetPipeline:
+def add_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOfShowControlNetPipeline:
     """Make a ControlNet pipeline of the same components and concepts.
 
     Raises:
@@ -187,7 +187,7 @@ def with_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOf
     return made
 
 
-def with_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOfShowAdapterPipeline:
+def add_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOfShowAdapterPipeline:
     """Make a pipeline of the same components and concepts that follows T2I-Adapters.
 
     Raises:

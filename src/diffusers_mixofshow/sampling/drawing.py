@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.errors import ConfigurationError, PictureError, warn
-from diffusers_mixofshow.sampling.control import Control, condition_image, with_adapters, with_controls
+from diffusers_mixofshow.sampling.control import Control, add_adapters, add_controls, condition_image
 from diffusers_mixofshow.sampling.loading import load_base
 
 
@@ -250,10 +250,10 @@ def _prepare_call(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tupl
     scales: Any = drawing.control_scales[0] if one else list(drawing.control_scales)
     followed: dict[str, Any] = {"image": views[0] if one else views}
     if drawing.controls:
-        pipe = with_controls(pipe, drawing.controls)
+        pipe = add_controls(pipe, drawing.controls)
         return pipe, followed | {"controlnet_conditioning_scale": scales} | size
     if drawing.adapters:
-        return with_adapters(pipe, drawing.adapters), followed | {"adapter_conditioning_scale": scales} | size
+        return add_adapters(pipe, drawing.adapters), followed | {"adapter_conditioning_scale": scales} | size
     return pipe, size
 
 

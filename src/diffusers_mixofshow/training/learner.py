@@ -158,7 +158,7 @@ class Learner(nn.Module):
         for row in rows:
             if row not in self._read:
                 self._read[row] = self.reader(self.captions.select([row])).to("cpu")
-        return Encoded.one_after_another([self._read[row] for row in rows]).to(device)
+        return Encoded.join_prompts([self._read[row] for row in rows]).to(device)
 
     def _regulariser(self, record: AttentionRecord, batch: Batch) -> torch.Tensor:
         """Sum over tokens and sizes of maps of what strays from the subject.

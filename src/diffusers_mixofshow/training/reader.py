@@ -83,7 +83,7 @@ class TextReader(nn.Module):
             )
             for name, reading in self.family.text_encoders.items()
         ]
-        return Encoded.side_by_side(parts).where(texts.there)
+        return Encoded.join_encoders(parts).keep_where(texts.there)
 
     @property
     def learns(self) -> bool:

@@ -127,6 +127,6 @@ def _parts(config: TrainingConfig) -> list[list[int]]:
 
 def _embeds(kind: str, encoded: Encoded, row: int, pictures: int) -> dict[str, torch.Tensor]:
     """One of the texts as arguments of a pipeline, for a number of pictures."""
-    chosen = encoded.rows([row] * pictures)
+    chosen = encoded.select([row] * pictures)
     pooled = {} if chosen.pooled is None else {f"{kind}pooled_prompt_embeds": chosen.pooled}
     return {f"{kind}prompt_embeds": chosen.states, **pooled}
