@@ -14,7 +14,7 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, RegionError, TrainingDataError
 from diffusers_mixofshow.masks import mask_of, read_alpha, read_mask
 from diffusers_mixofshow.regions import Layout, Region
-from diffusers_mixofshow.regions.region import pixels_inside
+from diffusers_mixofshow.regions.region import read_inside
 from diffusers_mixofshow.training.data import read_photos
 
 
@@ -81,7 +81,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
 @pytest.mark.parametrize("kind", PICTURES)
 def test_regions_layouts_and_training_read_the_same_square(tmp_path: Path, kind: str) -> None:
     mask = PICTURES[kind]()
-    assert pixels_inside(mask).numpy().tolist() == SQUARE.tolist()
+    assert read_inside(mask).numpy().tolist() == SQUARE.tolist()
     if mask.mode in ("HSV", "RGBa", "YCbCr"):  # in memory only
         return
     file = "1.tif" if mask.mode in ("F", "I", "CMYK") else "1.png"
@@ -96,7 +96,7 @@ def test_regions_layouts_and_training_read_the_same_square(tmp_path: Path, kind:
     (tmp_path / "layout.json").write_text(content % file)
     (region,) = Layout.load(tmp_path / "layout.json")
     assert region.mask is not None
-    assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
+    assert read_inside(region.mask).numpy().tolist() == SQUARE.tolist()
 
 
 ARRAYS: dict[str, object] = {
@@ -122,7 +122,7 @@ ARRAYS: dict[str, object] = {
 def test_arrays_and_tensors(kind: str) -> None:
     region = Region("a", mask=ARRAYS[kind])  # type: ignore[arg-type]
     assert region.mask is not None
-    assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
+    assert read_inside(region.mask).numpy().tolist() == SQUARE.tolist()
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 3), (3, 1), (1, 3, 1), (1, 1)])
@@ -131,7 +131,7 @@ def test_a_mask_may_be_one_pixel_high_or_wide(shape: tuple[int, ...]) -> None:
     tall_and_wide = [size for size in shape if size == 3] or [1]
     region = Region("a", mask=line)
     assert region.mask is not None
-    inside = pixels_inside(region.mask).numpy()
+    inside = read_inside(region.mask).numpy()
     assert sorted(inside.shape) == sorted([1, *tall_and_wide])
     assert inside.flatten().tolist() == line.flatten().astype(bool).tolist()
 
@@ -291,7 +291,7 @@ def test_masks_are_turned_upright_and_frames_are_told(tmp_path: Path) -> None:
     with pytest.warns(MixOfShowWarning, match=r"m\.gif has 2 frames"):
         (region,) = Layout.load(tmp_path / "layout.json")
     assert region.mask is not None
-    assert pixels_inside(region.mask).numpy().tolist() == SQUARE.tolist()
+    assert read_inside(region.mask).numpy().tolist() == SQUARE.tolist()
 
 
 def coloured(difference: int) -> Image.Image:

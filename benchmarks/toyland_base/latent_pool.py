@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
 from benchmarks.toyland_base.autoencoder import render_pixels
-from diffusers_mixofshow.conditioning.tokenize import plain_ids
+from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.world import Scene
 
@@ -55,4 +55,4 @@ class LatentPool:
         ]
         clean = self.latents[chosen].float()
         noise = torch.randn(clean.shape, generator=generator)
-        return scenes, clean, noise, plain_ids(captions, tokenizer)
+        return scenes, clean, noise, tokenize_plain(captions, tokenizer)

@@ -70,7 +70,7 @@ from benchmarks.toyland_base.text import (
     tells_looks,
     write_tokenizer,
 )
-from diffusers_mixofshow.conditioning.tokenize import plain_ids
+from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.layout import Box, draw_places
 from diffusers_mixofshow.toyland.reader import ReaderNetwork, to_pixels
@@ -163,7 +163,7 @@ def train_text(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         wordings = torch.randint(2**31, (batch_size,), generator=generator).tolist()
         captions = [caption(scenes[index], seed) for index, seed in zip(chosen.tolist(), wordings, strict=True)]
         pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
-        token_ids = plain_ids(captions, tokenizer)[:, :32]
+        token_ids = tokenize_plain(captions, tokenizer)[:, :32]
         told = [tells_looks(words, scenes[index]) for index, words in zip(chosen.tolist(), captions, strict=True)]
         said = torch.where(torch.tensor(told)[:, None], labels[chosen], UNKNOWN)
         return tuple(part.to(accelerator.device) for part in (pixels, token_ids, labels[chosen], said))
@@ -343,7 +343,7 @@ def train_metric(output: Path, config: LoopConfig, *, batch_size: int, pool_size
         shown = [scenes[index] for index in chosen.tolist()]
         claims = [claim_about(scene, rng) for scene in shown]
         pixels = soften(pool[chosen].float() / 127.5 - 1, generator)
-        token_ids = plain_ids([claim.text for claim in claims], tokenizer)[:, :32]
+        token_ids = tokenize_plain([claim.text for claim in claims], tokenizer)[:, :32]
         parts = (pixels, token_ids, holding(claims, shown), labels[chosen])
         return tuple(part.to(accelerator.device) for part in parts)
 

@@ -17,7 +17,7 @@ from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_region
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, RegionError
 from diffusers_mixofshow.notes import read_note
-from diffusers_mixofshow.regions.region import pixels_inside
+from diffusers_mixofshow.regions.region import read_inside
 
 
 SQUARE = np.zeros((64, 64), np.uint8)
@@ -35,7 +35,7 @@ def test_a_region_by_a_mask(tmp_path: Path, mask: Image.Image) -> None:
     mask.save(tmp_path / "m.png")
     region = parse_region(f"mask={tmp_path / 'm.png'}:a dog")
     assert region.mask is not None
-    assert pixels_inside(region.mask).numpy().tolist() == (SQUARE > 0).tolist()
+    assert read_inside(region.mask).numpy().tolist() == (SQUARE > 0).tolist()
 
 
 def test_what_a_mask_cannot_say_is_one_sentence(tmp_path: Path) -> None:

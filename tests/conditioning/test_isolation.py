@@ -11,7 +11,7 @@ from diffusers_mixofshow.conditioning.attention import RegionPlan, regional_atte
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.families.layers import self_attention_layers
 from diffusers_mixofshow.regions import Isolation, Region
-from diffusers_mixofshow.regions.isolation import attention_groups
+from diffusers_mixofshow.regions.isolation import group_positions
 
 
 LEFT, RIGHT = Region("left", box=(0, 0, 0.4, 1)), Region("right", box=(0.6, 0.2, 1, 1))
@@ -113,7 +113,7 @@ def test_it_holds_where_and_when_it_is_asked_for(unet, noise):
 
 def test_groups_are_all_positions_once():
     weights = torch.tensor([[1, 1, 0, 0, 0.5], [0, 0, 1, 0, 0.5]])
-    groups = [(queries.tolist(), keys.tolist()) for queries, keys in attention_groups(weights)]
+    groups = [(queries.tolist(), keys.tolist()) for queries, keys in group_positions(weights)]
     assert sorted(groups) == [([0, 1], [0, 1, 3, 4]), ([2], [2, 3, 4]), ([3], [0, 1, 2, 3, 4]), ([4], [0, 1, 2, 3, 4])]
 
 

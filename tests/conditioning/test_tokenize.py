@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.conditioning.tokenize import plain_ids, tokenize
+from diffusers_mixofshow.conditioning.tokenize import tokenize, tokenize_plain
 from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.families.clip import POSITIONS
 
@@ -23,10 +23,10 @@ def test_plain_prompts_get_the_tokenizers_own_ids(tokenizer, concept):
 
 
 def test_ids_for_clip_itself_are_those_of_prompts_without_concepts(tokenizer):
-    ids = plain_ids(PLAIN, tokenizer)
+    ids = tokenize_plain(PLAIN, tokenizer)
     assert ids.shape == (len(PLAIN), POSITIONS)
     assert torch.equal(ids, tokenize(PLAIN, tokenizer, []).ids)
-    assert plain_ids(["a <unknown>"], tokenizer).shape == (1, POSITIONS)
+    assert tokenize_plain(["a <unknown>"], tokenizer).shape == (1, POSITIONS)
 
 
 def test_each_concept_token_takes_one_place(tokenizer, concept):

@@ -1,16 +1,17 @@
-"""Attention processors that read their own part of a stacked conditioning, installed as long as any call is under way.
+"""Attention processors that read their layer's and their regions' part of a stacked conditioning.
 
-A conditioning is always 3-D, so that every check, repeat and concatenation of diffusers works on it unmodified:
-(batch, contexts * layers * tokens, dim). Contexts are the global prompt and the regions, outermost; inside each
-context stand the encodings for layer 0, 1, ... (see `encode`). `regional_attention` cuts by context and
-`layerwise_attention` by layer.
+They are installed while any call runs. A conditioning is always 3-D, so that every check, repeat and concatenation of
+diffusers works on it unmodified: (batch, contexts * layers * tokens, dim). The contexts, outermost, are the global
+prompt and the regions; each holds the encodings for layer 0, 1, ... (see `encode`). `regional_attention` cuts by
+context and `layerwise_attention` by layer.
 
 Where diffusers' plain processor was installed, queries and outputs are projected once for all contexts, keys and
-values once for all steps, and each position attends to its own contexts alone. Any other processor, an IP-Adapter's
-say, is run as it is, once for each context at that context's positions.
+values once for all steps, and each position attends to its own contexts alone. Any other processor, for example an
+IP-Adapter's, is run unchanged, once for each context at that context's positions.
 
-Calls that overlap, from threads or one inside another's callback, share the processors, which keep nothing of a call:
-which contexts hold where comes with the arguments of each pass (see `passes`); one that brings nothing is as before.
+Calls that overlap, from threads or one inside another's callback, share the processors. These store nothing of a call:
+the contexts and their positions come with the arguments of each pass (see `passes`), and a pass without them runs as
+if there were no regions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ __all__ = ["RegionPlan", "layerwise_attention", "regional_attention"]
 # With an IP-Adapter the text comes together with a list of image embeddings.
 _Conditioning = torch.Tensor | tuple[torch.Tensor, object]
 _Processor = Callable[..., torch.Tensor]
-# How a pass hands its regions to the processors, by the name of their argument.
+# The processors' argument that hands them a pass's regions.
 _CANVAS = "canvas"
 _lock = threading.Lock()
 _AnyWrapper = TypeVar("_AnyWrapper", bound="_Wrapper")
@@ -51,8 +52,7 @@ _AnyWrapper = TypeVar("_AnyWrapper", bound="_Wrapper")
 class SharedTexts:
     """Which text each picture of a batch reads, where a batch has fewer texts than pictures.
 
-    Keys and values are then computed once for each text. As long as a batch has as many texts as pictures, each
-    picture reads its own.
+    Keys and values are then computed once for each text. With as many texts as pictures, each picture reads its own.
 
     Args:
         text_of: Row of the conditioning for every picture, shape (batch,).
@@ -61,7 +61,7 @@ class SharedTexts:
     text_of: torch.Tensor | None = None
 
     def spread(self, rows: torch.Tensor, pictures: int) -> torch.Tensor:
-        """One row for each picture."""
+        """Repeat rows of texts to one row for each picture."""
         return rows if self.text_of is None or len(rows) == pictures else rows[self.text_of]
 
 
@@ -71,26 +71,26 @@ def layerwise_attention(
 ) -> Iterator[SharedTexts]:
     """Let every cross-attention layer see its own part of a layer-wise conditioning.
 
-    Inside, the denoiser takes `encoder_hidden_states` of shape (batch, layers * tokens, dim), or
-    (batch, tokens, dim) as before, and fewer rows than pictures once `SharedTexts` says who reads which. Afterwards
-    it has its own processors back, unless another call still needs ours.
+    Inside the block, the denoiser takes `encoder_hidden_states` of shape (batch, layers * tokens, dim), or
+    (batch, tokens, dim) as before, and fewer rows than pictures once `SharedTexts` is told which picture reads which
+    row. Afterwards its own processors are restored, unless another call still needs these.
 
     Args:
         denoiser: A U-Net, or a ControlNet made from one.
         tokens: Tokens of one encoding.
-        layers: Whose encodings stand in the conditioning, see `embedding_layers`; each cross-attention module reads
-            its own or its group's. By default each module of the denoiser has one. A ControlNet needs it: it sees
-            what its U-Net does, and has some of its layers.
+        layers: The layers whose encodings the conditioning holds, in order (see `embedding_layers`); each
+            cross-attention module reads that of its layer or its group. By default those of the denoiser itself. A
+            ControlNet needs those of its U-Net, whose conditioning it reads with only some of the layers.
 
     Yields:
-        Where texts are shared by pictures; without regions only.
+        Settings by which pictures share texts; not for use with regions.
 
     Raises:
-        ConfigurationError: If a call under way reads stacks of another size, or a module's encoding is not there.
+        ConfigurationError: If a running call reads stacks of another size, or a module belongs to none of the layers.
     """
     paths = cross_attention_layers(denoiser)
     names = paths if layers is None else tuple(layers)
-    places = [_place_among(names, path) for path in paths]
+    places = [_find_layer(names, path) for path in paths]
     with _wrap(denoiser, dict.fromkeys(paths, _StackedProcessor)) as processors:
         shared = next((processor.shared for processor in processors), SharedTexts())
         for place, processor in zip(places, processors, strict=True):
@@ -98,8 +98,8 @@ def layerwise_attention(
         yield shared
 
 
-def _place_among(layers: Sequence[str], path: str) -> int:
-    """Which of the layers a module is, or belongs to."""
+def _find_layer(layers: Sequence[str], path: str) -> int:
+    """Number of the layer that a module is, or belongs to."""
     for place, layer in enumerate(layers):
         if path == layer or path.startswith(f"{layer}."):
             return place
@@ -116,18 +116,18 @@ def regional_attention(
     steps: Callable[[], int] | None = None,
     isolation: Isolation | None = None,
 ) -> Iterator[Canvas]:
-    """Blend the cross-attention of all contexts by the plan's weights (section 3.4).
+    """Blend the cross-attention of all contexts by the plan's weights (section 3.4 of the paper).
 
-    out[p] = sum_c w_c[p] Attn(Q[p], K_c, V_c), each context computed only where its weight is not 0. Inside, the
-    denoiser takes `encoder_hidden_states` of shape (batch, contexts * n, dim) in the passes of the call under way;
-    those of other calls are as before. To combine it with `layerwise_attention`, enter that first.
+    out[p] = sum_c w_c[p] Attn(Q[p], K_c, V_c), each context computed only where its weight is not 0. Inside the block,
+    the denoiser takes `encoder_hidden_states` of shape (batch, contexts * n, dim) in the passes of the current call;
+    the passes of other calls do not change. To combine it with `layerwise_attention`, enter that first.
 
     Args:
         denoiser: A U-Net or ControlNet.
         plans: The regions, of all pictures or of each picture. A batch of twice as many rows, for guidance, has the
             same pictures in both halves. Plans with fewer regions than others leave the last contexts unused.
-        steps: How many times the denoiser will be called, for regions with a start or an end; asked for in the
-            first call. Without it they hold all the time.
+        steps: Returns how many times the denoiser will be called, for regions with a start or an end; called in the
+            first pass. Without it all regions always hold.
         isolation: Whether and where self-attention keeps the regions apart, too.
 
     Yields:
@@ -152,11 +152,11 @@ def regional_attention(
 def _wrap(denoiser: nn.Module, wrappers: Mapping[str, type[_AnyWrapper]]) -> Iterator[list[_AnyWrapper]]:
     """Put a wrapper around each layer's processor, or use the one that another call has put there.
 
-    With the last call that leaves, each layer has its own processor back. One that was set meanwhile stays.
+    When the last call leaves, each layer's own processor is restored. A processor that was set meanwhile stays.
     """
     layers: dict[str, Any] = {path: uncompiled(denoiser).get_submodule(path) for path in wrappers}
     with _lock:
-        used = {path: _wrapper_of(layers[path], kind) for path, kind in wrappers.items()}
+        used = {path: _acquire_wrapper(layers[path], kind) for path, kind in wrappers.items()}
     try:
         yield list(used.values())
     finally:
@@ -167,7 +167,7 @@ def _wrap(denoiser: nn.Module, wrappers: Mapping[str, type[_AnyWrapper]]) -> Ite
                     _set_processor(layers[path], wrapper.inner)
 
 
-def _wrapper_of(layer: Any, kind: type[_AnyWrapper]) -> _AnyWrapper:
+def _acquire_wrapper(layer: Any, kind: type[_AnyWrapper]) -> _AnyWrapper:
     wrapper = layer.processor
     if not isinstance(wrapper, kind):
         wrapper = (kind.with_weights if isinstance(wrapper, nn.Module) else kind)(wrapper)
@@ -177,9 +177,9 @@ def _wrapper_of(layer: Any, kind: type[_AnyWrapper]) -> _AnyWrapper:
 
 
 def _set_processor(layer: nn.Module, processor: Any) -> None:
-    """Replace a layer's processor in its place, so that a thread which walks or runs the model meanwhile is not hurt.
+    """Replace a layer's processor without removing it first, as other threads may run or walk the model meanwhile.
 
-    A processor that is a module, an IP-Adapter's say, sits among the layer's children, any other among its attributes.
+    A processor that is a module, such as an IP-Adapter's, is a child of the layer; any other is an attribute.
     """
     place = layer._modules if "processor" in layer._modules else vars(layer)
     place["processor"] = processor
@@ -187,13 +187,13 @@ def _set_processor(layer: nn.Module, processor: Any) -> None:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Which part of a stack of layers a processor reads."""
+    """Cuts one layer's part out of a stack of layers."""
 
     layer: int
     layers: int
     tokens: int
 
-    def of(self, stacks: torch.Tensor) -> torch.Tensor:
+    def apply(self, stacks: torch.Tensor) -> torch.Tensor:
         """Cut (batch, contexts, layers * tokens, dim) to (batch, contexts, tokens, dim)."""
         if stacks.shape[2] == self.layers * self.tokens:
             return stacks[:, :, self.layer * self.tokens : (self.layer + 1) * self.tokens]
@@ -206,13 +206,13 @@ class _Cut:
 
 
 class _Wrapper:
-    """Stands in for a layer's processor as long as any call needs it.
+    """Replaces a layer's processor while any call needs it.
 
     Args:
         inner: The processor that was installed.
     """
 
-    # The same for a processor that is a module itself, which diffusers and offload treat otherwise.
+    # The wrapper for processors that are modules, which diffusers and offloading find among the layer's children.
     with_weights: ClassVar[type[Any]]
 
     def __init__(self, inner: _Processor) -> None:
@@ -227,20 +227,20 @@ class _StackedProcessor(_Wrapper):
     def __init__(self, inner: _Processor) -> None:
         super().__init__(inner)
         self.shared = SharedTexts()
-        # Which part of each context is this layer's; all of it where nobody has said.
+        # Cuts this layer's part out of each context; None if a context has one encoding for all layers.
         self.cut: _Cut | None = None
         self._projected: _Projected | None = None
 
     def cut_by(self, cut: _Cut, shared: SharedTexts) -> None:
-        """Read a part of each context, and who reads whose text off `shared`."""
+        """Set which part of each context is read, and which texts pictures share."""
         if self.cut not in (None, cut):
             raise ConfigurationError(
                 f"This model reads {cut.layers} layers of {cut.tokens} tokens here, but another number in a call that"
-                " is under way. Run one after the other."
+                " is still running. Run one after the other."
             )
         self.cut, self.shared = cut, shared
 
-    def __call__(  # Attention looks at this signature, so nn.Module's own __call__ does not do.
+    def __call__(  # diffusers reads this signature and drops other arguments, so nn.Module.__call__ cannot serve
         self,
         attn: nn.Module,
         hidden_states: torch.Tensor,
@@ -254,17 +254,19 @@ class _StackedProcessor(_Wrapper):
         placements = None if canvas is None else canvas.placements(hidden_states)
         if attention_mask is None and ip_adapter_masks is None and _is_plain(attn, self.inner):
             return self._attend(attn, hidden_states, text, contexts, placements)
-        stacks = self.shared.spread(self._contexts(text, contexts), len(hidden_states))
+        stacks = self.shared.spread(self._cut_contexts(text, contexts), len(hidden_states))
 
         def run(queries: torch.Tensor, context: int) -> torch.Tensor:
-            return _run(self.inner, attn, queries, with_text(stacks[:, context]), attention_mask, ip_adapter_masks)
+            conditioning = with_text(stacks[:, context])
+            masks = {} if ip_adapter_masks is None else {"ip_adapter_masks": ip_adapter_masks}
+            return self.inner(attn, queries, conditioning, attention_mask=attention_mask, **masks)
 
         if placements is None:
             return run(hidden_states, 0)
         # An IP-Adapter's masks have one value for each position, so with them no position may be left out.
         return _blend_runs(run, hidden_states, placements, whole=ip_adapter_masks is not None)
 
-    def _contexts(self, text: torch.Tensor, count: int) -> torch.Tensor:
+    def _cut_contexts(self, text: torch.Tensor, count: int) -> torch.Tensor:
         """This layer's part of every context, shape (batch, contexts, tokens, dim)."""
         if text.shape[1] % count:
             raise ConfigurationError(
@@ -272,7 +274,7 @@ class _StackedProcessor(_Wrapper):
                 f" prompt's and {count - 1} regions'."
             )
         stacks = text.unflatten(1, (count, -1))
-        return stacks if self.cut is None else self.cut.of(stacks)
+        return stacks if self.cut is None else self.cut.apply(stacks)
 
     def _attend(
         self,
@@ -282,29 +284,30 @@ class _StackedProcessor(_Wrapper):
         contexts: int,
         placements: list[Placement] | None,
     ) -> torch.Tensor:
-        """What `AttnProcessor2_0` computes, for several contexts at once."""
-        keys, values = self._keys_and_values(attn, text, contexts)
+        """Compute what `AttnProcessor2_0` does, for several contexts at once."""
+        keys, values = self._get_keys_and_values(attn, text, contexts)
         queries = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # -> (batch, positions, heads, head)
         if placements is None:
             keys, values = (self.shared.spread(each[:, 0], len(queries)) for each in (keys, values))
             attended = dispatch_attention_fn(queries, keys, values)
         else:
             attended = _blend_contexts(queries, keys, values, placements)
-        return _projected_out(attn, attended)
+        return _project_out(attn, attended)
 
-    def _keys_and_values(self, attn: Any, text: torch.Tensor, contexts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all contexts, shape (batch, contexts, tokens, heads, head)."""
+    def _get_keys_and_values(self, attn: Any, text: torch.Tensor, contexts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all contexts, from the last step where they are known; see `_project`."""
         if torch.compiler.is_compiling():
             return self._project(attn, text, contexts)
         known = self._projected  # read once, as another thread may replace it
-        if known is None or not known.is_of(attn, text, contexts):
+        if known is None or not known.fits(attn, text, contexts):
             keys, values = self._project(attn, text, contexts)
-            known = _Projected(text, _version(text), _strengths(attn), contexts, keys, values)
+            known = _Projected(text, _count_changes(text), _read_strengths(attn), contexts, keys, values)
             self._projected = None if known.version is None or keys.requires_grad else known
         return known.keys, known.values
 
     def _project(self, attn: Any, text: torch.Tensor, contexts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        stacks = self._contexts(text, contexts)
+        """Compute keys and values of all contexts, shape (batch, contexts, tokens, heads, head)."""
+        stacks = self._cut_contexts(text, contexts)
         keys, values = (
             project(stacks.flatten(0, 1)).unflatten(0, stacks.shape[:2]).unflatten(-1, (attn.heads, -1))
             for project in (attn.to_k, attn.to_v)
@@ -315,7 +318,7 @@ class _StackedProcessor(_Wrapper):
 class _IsolatingProcessor(_Wrapper):
     """Self-attention in which the queries of a region do not see the keys of another."""
 
-    def __call__(  # Attention looks at this signature, so nn.Module's own __call__ does not do.
+    def __call__(  # diffusers reads this signature and drops other arguments, so nn.Module.__call__ cannot serve
         self,
         attn: nn.Module,
         hidden_states: torch.Tensor,
@@ -337,11 +340,11 @@ class _IsolatingProcessor(_Wrapper):
 
 
 class _StackedModule(_StackedProcessor, nn.Module):
-    """A `_StackedProcessor` with the inner one as a child, so that offload and dtype changes reach its weights."""
+    """A `_StackedProcessor` whose inner processor is a child, so that offloading and casts reach its weights."""
 
 
 class _IsolatingModule(_IsolatingProcessor, nn.Module):
-    """An `_IsolatingProcessor` with the inner one as a child."""
+    """An `_IsolatingProcessor` whose inner processor is a child, so that offloading and casts reach its weights."""
 
 
 _StackedProcessor.with_weights = _StackedModule
@@ -349,7 +352,7 @@ _IsolatingProcessor.with_weights = _IsolatingModule
 
 
 def _attend_in_groups(attn: Any, hidden_states: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-    """What `AttnProcessor2_0` computes, each group of queries with its own keys; no mask, so for every backend."""
+    """Compute what `AttnProcessor2_0` does, each group with its own keys: no mask, which some backends do not take."""
     queries, keys, values = (
         project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
     )
@@ -360,14 +363,14 @@ def _attend_in_groups(attn: Any, hidden_states: torch.Tensor, groups: Sequence[G
             of_group[0][:, group.asking], of_group[1][:, group.asked], of_group[2][:, group.asked]
         )
         group.put(attended, part)
-    return _projected_out(attn, attended)
+    return _project_out(attn, attended)
 
 
 @dataclass(frozen=True, eq=False)
 class _Projected:
-    """Keys and values, and what they were made from: a text does not change from step to step.
+    """Keys and values with what they were computed from, kept because the text is the same in every step.
 
-    They are not kept where gradients need the projection again, nor where a change of the text would go unseen.
+    They are not kept if gradients need the projection again, or if torch does not count changes of the text.
     """
 
     text: torch.Tensor
@@ -377,19 +380,19 @@ class _Projected:
     keys: torch.Tensor
     values: torch.Tensor
 
-    def is_of(self, attn: Any, text: torch.Tensor, contexts: int) -> bool:
-        """Whether this text, unchanged, and these LoRA strengths would give the same again."""
-        same_text = self.text is text and self.version == _version(text) and self.contexts == contexts
-        return same_text and self.strengths == _strengths(attn)
+    def fits(self, attn: Any, text: torch.Tensor, contexts: int) -> bool:
+        """Whether the text is this one, unchanged, and the LoRA strengths are the same."""
+        same_text = self.text is text and self.version == _count_changes(text) and self.contexts == contexts
+        return same_text and self.strengths == _read_strengths(attn)
 
 
-def _version(text: torch.Tensor) -> int | None:
-    """Count the text's changes; None where nobody counts them."""
+def _count_changes(text: torch.Tensor) -> int | None:
+    """How often a text was changed in place; None for inference tensors, of which torch does not count it."""
     return None if text.is_inference() else text._version
 
 
-def _strengths(attn: Any) -> tuple[object, ...]:
-    """What a callback may change of the LoRA layers between two steps."""
+def _read_strengths(attn: Any) -> tuple[object, ...]:
+    """The settings of LoRA layers that a callback may change between two steps."""
     return tuple(
         (tuple(layer.scaling.items()), tuple(layer.active_adapters), layer.disable_adapters, layer.merged)
         for layer in (attn.to_k, attn.to_v)
@@ -398,13 +401,13 @@ def _strengths(attn: Any) -> tuple[object, ...]:
 
 
 def _is_plain(attn: Any, inner: _Processor) -> bool:
-    """Whether the processor is diffusers' plain one, on a layer as the blocks of a U-Net have it."""
+    """Whether the processor is diffusers' plain one, and the layer has no norm or residual that U-Nets do not use."""
     extras = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     return type(inner) is AttnProcessor2_0 and not any(extras) and not attn.residual_connection
 
 
-def _projected_out(attn: Any, attended: torch.Tensor) -> torch.Tensor:
-    """Heads (batch, positions, heads, head) to the layer's output (batch, positions, channels)."""
+def _project_out(attn: Any, attended: torch.Tensor) -> torch.Tensor:
+    """Project heads (batch, positions, heads, head) to the layer's output (batch, positions, channels)."""
     output = attended.flatten(2)
     for layer in attn.to_out:  # a projection and dropout
         output = layer(output)
@@ -418,9 +421,9 @@ def _blend_contexts(
 
     Args:
         queries: Shape (batch, positions, heads, head).
-        keys: Shape (batch, contexts, tokens, heads, head), and so the values.
-        values: See `keys`.
-        placements: Which contexts hold where, for some rows of the batch each, together for all of them.
+        keys: Shape (batch, contexts, tokens, heads, head).
+        values: Same shape as the keys.
+        placements: Which contexts hold where, each for some rows of the batch; together they cover all rows.
 
     Returns:
         Shape (batch, positions, heads, head).
@@ -435,7 +438,7 @@ def _blend_contexts(
 
 
 def _blend_placed(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, placed: Placement) -> torch.Tensor:
-    """`_blend_contexts` for rows of one plan: gather queries by context, attend, and put the outputs back."""
+    """`_blend_contexts` for the rows of one plan: gather queries by context, attend, and put the outputs back."""
     gathered = queries[:, placed.positions] if placed.is_sorting else queries
     outputs = [
         dispatch_attention_fn(gathered[:, span], keys[:, context], values[:, context])
@@ -452,7 +455,14 @@ def _blend_runs(
     *,
     whole: bool,
 ) -> torch.Tensor:
-    """`_blend_contexts` for a processor that does the whole of attention: `run(hidden states, context)`."""
+    """`_blend_contexts` for other processors, which `run(hidden_states, context)` calls.
+
+    Args:
+        run: Attention of some positions to one context.
+        hidden_states: Shape (batch, positions, channels).
+        placements: See `_blend_contexts`.
+        whole: Whether the processor needs all positions at once.
+    """
     blended = torch.empty_like(hidden_states)
     for placed in placements:
         outputs = []
@@ -466,20 +476,8 @@ def _blend_runs(
 
 
 def _split(conditioning: _Conditioning) -> tuple[torch.Tensor, Callable[[torch.Tensor], _Conditioning]]:
-    """Take out the text, and how to put another text in its place."""
+    """Split a conditioning into its text, and a function that puts another text in its place."""
     if isinstance(conditioning, tuple):
         text, images = conditioning
         return text, lambda other: (other, images)
     return conditioning, lambda other: other
-
-
-def _run(
-    inner: _Processor,
-    attn: nn.Module,
-    hidden_states: torch.Tensor,
-    conditioning: _Conditioning,
-    attention_mask: torch.Tensor | None,
-    ip_adapter_masks: object,
-) -> torch.Tensor:
-    only_if_given = {} if ip_adapter_masks is None else {"ip_adapter_masks": ip_adapter_masks}
-    return inner(attn, hidden_states, conditioning, attention_mask=attention_mask, **only_if_given)

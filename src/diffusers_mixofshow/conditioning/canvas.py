@@ -1,4 +1,4 @@
-"""Regions on the feature maps of a denoiser: which context holds at which positions, in the call under way."""
+"""Regions on the feature maps of a denoiser: which context holds at which positions, in the current call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.regions import Isolation, Region, feature_grids, region_weights
-from diffusers_mixofshow.regions.isolation import attention_groups
+from diffusers_mixofshow.regions.isolation import group_positions
 
 
 # Tolerance: rounding must not give the global prompt a weight.
@@ -34,7 +34,7 @@ class RegionPlan:
 
     @property
     def changes(self) -> bool:
-        """Whether some region holds in a part of the steps only."""
+        """Whether some region holds only in a part of the steps."""
         return any(region.start > 0 or region.end < 1 for region in self.regions)
 
     def weights(
@@ -46,8 +46,8 @@ class RegionPlan:
             height: Rows of the feature map.
             width: Columns of the feature map.
             step: The denoising step, from 0.
-            steps: Of so many; without it all regions hold.
-            dtype: Of the result; computed in float64.
+            steps: Number of steps; without it all regions hold.
+            dtype: Type of the result; computed in float64.
 
         Returns:
             Shape (contexts, height * width).
@@ -69,10 +69,10 @@ class Placement:
 
     Args:
         rows: The rows of the batch.
-        positions: Each context's positions one after another, shape (n,).
-        spans: Contexts that hold anywhere, and where their positions stand in `positions`.
+        positions: The positions of context 0, then of context 1, ..., shape (n,).
+        spans: Contexts that hold anywhere, each with the slice of `positions` that is its own.
         shares: Weight of the context at each of the positions, shape (n,); None if all are 1.
-        back: Where each position of the feature map stands in `positions`, if each is there once.
+        back: Index of each position of the feature map in `positions`; None unless each occurs once.
         size: Number of positions of the feature map.
     """
 
@@ -85,11 +85,11 @@ class Placement:
 
     @property
     def is_sorting(self) -> bool:
-        """Whether queries must be gathered: not where one context holds everywhere."""
+        """Whether queries must be gathered; False if one context holds everywhere."""
         return len(self.spans) > 1 or len(self.positions) < self.size
 
     def put_back(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Weigh and sum what the contexts gave, (rows, n, ...), to the feature map's (rows, positions, ...)."""
+        """Weigh and sum the contexts' outputs, (rows, n, ...), to those of the map, (rows, positions, ...)."""
         if self.shares is None and self.back is not None:
             return outputs[:, self.back] if self.is_sorting else outputs
         if self.shares is not None:
@@ -100,7 +100,7 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Positions that attend to the same positions, for some rows of a batch.
+    """Positions that attend to the same positions in self-attention, for some rows of a batch.
 
     Args:
         rows: The rows of the batch.
@@ -113,7 +113,7 @@ class Group:
     asked: torch.Tensor
 
     def put(self, outputs: torch.Tensor, of_group: torch.Tensor) -> None:
-        """Write what the group's queries gave, (rows, n, ...), into the outputs of all, (batch, positions, ...)."""
+        """Write the outputs of the group's queries, (rows, n, ...), into those of all, (batch, positions, ...)."""
         if isinstance(self.rows, slice):
             outputs[self.rows, self.asking] = of_group
         else:
@@ -122,11 +122,11 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """What holds on one feature map in the call under way.
+    """Contexts and groups on one feature map in the current call.
 
     Args:
-        placements: Who holds where, one for each different plan.
-        groups: Who attends to whom in self-attention; None where all attend to all.
+        placements: Which contexts hold where, one for each different plan.
+        groups: Which positions attend to which in self-attention; None if all attend to all.
     """
 
     placements: list[Placement]
@@ -134,13 +134,13 @@ class FeatureMap:
 
 
 class Canvas:
-    """Plans on the feature maps of the forward pass under way.
+    """Plans on the feature maps of the current forward pass.
 
-    All is worked out before the pass, from the size of its latents: `torch.compile` sees nothing but tensors.
+    Everything is computed before the pass, from the size of its latents, so that `torch.compile` traces only tensors.
 
     Args:
         plans: One for all pictures, or one for each.
-        steps: How many forward passes there will be, asked for in the first; without it all regions hold.
+        steps: Returns how many forward passes there will be, called in the first; without it all regions hold.
         isolation: Whether and where self-attention keeps the regions apart.
     """
 
@@ -164,7 +164,7 @@ class Canvas:
         self._known: dict[tuple[object, ...], dict[int, FeatureMap]] = {}
 
     def prepare_pass(self, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
-        """Read the latent's size off the denoiser's arguments, count the call where that matters, and get ready."""
+        """Read the latent's size off the denoiser's arguments, count the pass if steps matter, and set the maps."""
         sample = inputs[0] if inputs else named["sample"]
         height, width = sample.shape[-2:]
         self.size, self.device, self.dtype = (height, width), sample.device, sample.dtype
@@ -172,21 +172,21 @@ class Canvas:
             self.steps = self._ask_steps() if self.steps is None else self.steps
             self.step += 1
         isolated = self.isolation is not None and self.isolation.holds(self.step, self.steps)
-        key = (self.size, self._moment(), isolated, len(sample), sample.device, sample.dtype)
+        key = (self.size, self._list_holding(), isolated, len(sample), sample.device, sample.dtype)
         if key not in self._known:
             grids = feature_grids(height, width)
-            self._known[key] = {cells: self._feature_map(grid, sample, isolated) for cells, grid in grids.items()}
+            self._known[key] = {cells: self._make_map(grid, sample, isolated) for cells, grid in grids.items()}
         self._maps = self._known[key]
 
     def placements(self, queries: torch.Tensor) -> list[Placement]:
-        """Who holds where on the feature map of queries (batch, positions, channels), one for each different plan."""
-        return self._map_of(queries).placements
+        """Which contexts hold where on the feature map of queries (batch, positions, channels), for each plan."""
+        return self._find_map(queries).placements
 
     def groups(self, queries: torch.Tensor) -> list[Group] | None:
-        """Who attends to whom in self-attention on the feature map of queries; None where all attend to all."""
-        return self._map_of(queries).groups
+        """Which positions of the queries' feature map attend to which in self-attention; None if all to all."""
+        return self._find_map(queries).groups
 
-    def _map_of(self, queries: torch.Tensor) -> FeatureMap:
+    def _find_map(self, queries: torch.Tensor) -> FeatureMap:
         found = self._maps.get(queries.shape[1])
         if found is None:
             raise RegionError(
@@ -195,8 +195,8 @@ class Canvas:
             )
         return found
 
-    def _feature_map(self, grid: tuple[int, int], sample: torch.Tensor, isolated: bool) -> FeatureMap:
-        owners = self._plans_of_rows(len(sample))
+    def _make_map(self, grid: tuple[int, int], sample: torch.Tensor, isolated: bool) -> FeatureMap:
+        owners = self._sort_rows(len(sample))
         weights = {plan: self._weights(plan, grid) for plan, _ in owners}
         placements = [_place(weights[plan], rows, sample) for plan, rows in owners]
         if not isolated or self.isolation is None or self.size is None or not self.isolation.reaches(grid, self.size):
@@ -204,15 +204,15 @@ class Canvas:
         groups = [
             Group(_move_rows(rows, sample), asking.to(sample.device), asked.to(sample.device))
             for plan, rows in owners
-            for asking, asked in attention_groups(weights[plan][1:])
+            for asking, asked in group_positions(weights[plan][1:])
         ]
         return FeatureMap(placements, groups)
 
-    def map(self, values: Callable[[Region], float], default: float, height: int, width: int) -> torch.Tensor:
-        """Blend one number of each region like its attention, with `default` for the global prompt.
+    def blend(self, values: Callable[[Region], float], default: float, height: int, width: int) -> torch.Tensor:
+        """Blend one number of each region by the weights of its attention, with `default` for the global prompt.
 
         Returns:
-            Shape (plans, 1, height, width), float64: for all pictures, or for each.
+            Shape (plans, 1, height, width), float64; one plan for all pictures, or one for each.
         """
         maps = []
         for plan in self.plans:
@@ -221,15 +221,15 @@ class Canvas:
         return torch.stack(maps)
 
     def shares(self, height: int, width: int, step: int) -> list[torch.Tensor]:
-        """Each picture's regions' weights at a step on a latent of this size, each of shape (regions, cells)."""
+        """The regions' weights at a step on a latent of this size: for each plan, of shape (regions, cells)."""
         return [plan.weights(height, width, step, self.steps, torch.float64)[1:] for plan in self.plans]
 
     def regions(self) -> list[Region]:
-        """The regions of all plans, each once."""
+        """List the regions of all plans, each once."""
         return list(dict.fromkeys(region for plan in self.plans for region in plan.regions))
 
-    def _moment(self) -> tuple[bool, ...]:
-        """What of the step matters for the weights."""
+    def _list_holding(self) -> tuple[bool, ...]:
+        """Whether each region holds in this step; empty if all always do."""
         if self.steps is None:
             return ()
         return tuple(region.holds(self.step, self.steps) for plan in self.plans for region in plan.regions)
@@ -237,8 +237,8 @@ class Canvas:
     def _weights(self, plan: RegionPlan, grid: tuple[int, int]) -> torch.Tensor:
         return plan.weights(*grid, self.step, self.steps, torch.float64)
 
-    def _plans_of_rows(self, rows: int) -> list[tuple[RegionPlan, slice | torch.Tensor]]:
-        """Each different plan with its rows of a batch, which holds the pictures once or more times over."""
+    def _sort_rows(self, rows: int) -> list[tuple[RegionPlan, slice | torch.Tensor]]:
+        """Each different plan with its rows of a batch, which holds all pictures once, or several times in a row."""
         if rows % len(self.plans):
             raise RegionError(f"Got regions for {len(self.plans)} pictures, but a batch of {rows}.")
         if len(set(self.plans)) == 1:
@@ -255,7 +255,7 @@ def _move_rows(rows: slice | torch.Tensor, sample: torch.Tensor) -> slice | torc
 
 
 def _place(weights: torch.Tensor, rows: slice | torch.Tensor, sample: torch.Tensor) -> Placement:
-    """Where the contexts with these weights (contexts, positions) hold, on the device and in the dtype of sample."""
+    """Place contexts by their weights (contexts, positions), on the device and in the dtype of `sample`."""
     places = [row.nonzero()[:, 0] for row in weights]
     spans, end = [], 0
     for context, place in enumerate(places):

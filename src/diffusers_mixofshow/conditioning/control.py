@@ -1,4 +1,4 @@
-"""Strength of ControlNets and T2I-Adapters by region."""
+"""Scale ControlNets and T2I-Adapters by region."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _RESIDUALS = (
 
 @contextmanager
 def regional_control(unet: nn.Module, canvas: Canvas) -> Iterator[None]:
-    """Multiply what ControlNets and adapters add to a U-Net by each region's `control_scale`.
+    """Multiply the features that ControlNets and adapters add to a U-Net by each region's `control_scale`.
 
     Args:
-        unet: The U-Net; whoever adds the features by a hook must have set it before.
+        unet: The U-Net; a hook that adds features must have been set before.
         canvas: The regions on the U-Net's feature maps, see `regional_attention`.
     """
 
-    def scaled(feature: torch.Tensor) -> torch.Tensor:
-        scales = canvas.map(lambda region: region.control_scale, 1.0, *feature.shape[-2:]).to(feature)
+    def scale(feature: torch.Tensor) -> torch.Tensor:
+        scales = canvas.blend(lambda region: region.control_scale, 1.0, *feature.shape[-2:]).to(feature)
         return feature * scales.repeat(len(feature) // len(scales), 1, 1, 1)
 
     def scale_residuals(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         changed = {
-            name: scaled(value) if isinstance(value, torch.Tensor) else [scaled(feature) for feature in value]
+            name: scale(value) if isinstance(value, torch.Tensor) else [scale(feature) for feature in value]
             for name, value in named.items()
             if name in _RESIDUALS and value is not None
         }

@@ -1,4 +1,4 @@
-"""Tokenised prompts to layer-wise embeddings (section 3.3.1 of the paper, from P+)."""
+"""Encode tokenised prompts to layer-wise embeddings (section 3.3.1 of the paper, from P+)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _concept_positions: ContextVar[torch.Tensor | None] = ContextVar("concept_positi
 
 
 def concept_positions() -> torch.Tensor | None:
-    """Where concept embeddings stand in the text encoder's pass that runs right now, for hooks; ids cannot tell.
+    """Positions of concept embeddings in the text encoder's current pass; for hooks, which see only stand-in ids.
 
     Returns:
-        True at the concepts' tokens, shape (prompts, tokens) of the pass, bool, on the CPU; None if it has none.
+        True at the concepts' tokens, shape (prompts, tokens) of the pass, bool, on the CPU; None without concepts.
     """
     return _concept_positions.get()
 
@@ -45,18 +45,18 @@ class Encoded:
 
     @classmethod
     def join_encoders(cls, parts: Sequence[Self]) -> Self:
-        """The same prompts as each text encoder gives them, as one; at most one gives vectors."""
+        """Join the encodings of the same prompts by several text encoders; at most one of them gives vectors."""
         states = torch.cat([part.states.to(parts[0].states) for part in parts], dim=-1)
         return cls(states, next((part.pooled for part in parts if part.pooled is not None), None))
 
     @classmethod
     def join_prompts(cls, prompts: Sequence[Self]) -> Self:
-        """Prompts that were encoded apart, as one."""
+        """Join prompts that were encoded separately."""
         pooled = [each.pooled for each in prompts if each.pooled is not None]
         return cls(torch.cat([each.states for each in prompts]), torch.cat(pooled) if pooled else None)
 
     def to(self, device: torch.device | str) -> Encoded:
-        """The same on a device."""
+        """Move everything to a device."""
         return Encoded(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
 
     def keep_where(self, wanted: Sequence[bool]) -> Encoded:
@@ -109,12 +109,12 @@ def encode(
     Args:
         text_encoder: A CLIP text model of any transformers version; unchanged afterwards.
         tokenized: The prompts, see `tokenize`.
-        embeddings: Concept token to its embeddings, shape (layers, dim); where the vector of the whole prompt is read,
-            (layers + 1, dim), its embedding the last.
+        embeddings: Concept token to its embeddings, shape (layers, dim); if the pooled vector is read, (layers + 1,
+            dim) with the embedding for it last.
         layers: Number of cross-attention layers of the denoiser, or of their groups.
         clip_skip: Number of last text layers to leave out, as in diffusers.
         reading: What the denoiser reads of this text encoder.
-        device: Where to run, if the text encoder's parameters cannot tell (offload).
+        device: Where to run, if the parameters are elsewhere because of offloading.
 
     Raises:
         ConceptError: If an embedding is missing or has another number of layers or another width.
@@ -129,12 +129,13 @@ def encode(
         chosen = tokenized.select(named)
         ids, mask = (table.repeat_interleave(times, dim=0) for table in (chosen.ids, chosen.attention_mask))
         with _write_concepts(text_encoder, chosen, embeddings, times):
-            encoded = _outputs(text_encoder, ids.to(device), mask.to(device), clip_skip, reading)
+            encoded = _run_encoder(text_encoder, ids.to(device), mask.to(device), clip_skip, reading)
         states.append(encoded.states.unflatten(0, (len(named), times))[:, :layers].flatten(1, 2))
         pooled += [] if encoded.pooled is None else [encoded.pooled[layers::times]]
     if plain:
         chosen = tokenized.select(plain)
-        encoded = _outputs(text_encoder, chosen.ids.to(device), chosen.attention_mask.to(device), clip_skip, reading)
+        ids, mask = chosen.ids.to(device), chosen.attention_mask.to(device)
+        encoded = _run_encoder(text_encoder, ids, mask, clip_skip, reading)
         states.append(encoded.states.repeat(1, layers, 1))
         pooled += [] if encoded.pooled is None else [encoded.pooled]
     order = torch.tensor([*named, *plain]).argsort().to(states[0].device)
@@ -163,7 +164,7 @@ def _check_embeddings(
 def _write_concepts(
     text_encoder: Any, tokenized: TokenizedPrompts, embeddings: Mapping[str, torch.Tensor], layers: int
 ) -> Iterator[None]:
-    """Let the embedding layer answer with the concepts' rows, for ids of shape (prompts * layers, tokens)."""
+    """Let the embedding layer return the concepts' embeddings at their tokens, for ids (prompts * layers, tokens)."""
     places = [
         (prompt, position, name)
         for prompt, names in enumerate(tokenized.concept_tokens)
@@ -173,7 +174,7 @@ def _write_concepts(
     columns = torch.tensor([position for _, position, _ in places for _ in range(layers)])
 
     def write(_module: nn.Module, _inputs: tuple[object, ...], output: torch.Tensor) -> torch.Tensor:
-        if _concept_positions.get() is not positions:  # a pass of another thread, or inside of this one
+        if _concept_positions.get() is not positions:  # a pass of another thread, or one nested in this
             return output
         values = torch.cat([embeddings[name].to(output) for _, _, name in places])
         return output.index_put((rows.to(output.device), columns.to(output.device)), values)
@@ -189,10 +190,10 @@ def _write_concepts(
         hook.remove()
 
 
-def _outputs(
+def _run_encoder(
     text_encoder: Any, ids: torch.Tensor, attention_mask: torch.Tensor, clip_skip: int | None, reading: TextEncoder
 ) -> Encoded:
-    """What a denoiser reads of the texts: states (prompts, tokens, dim), and the vector of each."""
+    """Encode ids to what the denoiser reads of them: states (prompts, tokens, dim), and the pooled vectors."""
     mask = attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None
     if clip_skip is None and reading.final_norm and not reading.skipped:
         return Encoded(text_encoder(ids, attention_mask=mask)[0], None)

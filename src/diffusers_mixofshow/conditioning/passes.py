@@ -1,7 +1,7 @@
-"""Which forward passes of a model belong to the call under way, so that what one call adds reaches no other's.
+"""Hook the forward passes of one pipeline call, without a change to those of other calls that use the same model.
 
-Several calls may use one model: from threads, or one inside another's callback. What a call adds to its passes is
-therefore never state of the model: it is handed over with the arguments of each pass, by a hook that knows its call.
+Several calls may use a model at once: from threads, or one inside another's callback. What a call adds to its passes
+is therefore never stored in the model: a hook puts it into the arguments of each pass that belongs to the call.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import nn
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 PassHook = Callable[[tuple[Any, ...], dict[str, Any]], _Arguments]
-"""What a call does to the positional and named arguments of each of its passes."""
+"""Changes the positional and named arguments of a pass."""
 
 _call: ContextVar[object | None] = ContextVar("call", default=None)
 _lock = threading.Lock()
 
 
 @contextmanager
-def _belonging_to(call: object | None) -> Iterator[None]:
+def _enter_call(call: object | None) -> Iterator[None]:
     before = _call.set(call)
     try:
         yield
@@ -33,15 +33,15 @@ def _belonging_to(call: object | None) -> Iterator[None]:
 
 
 def start_call() -> Any:
-    """A block whose passes are those of a new call."""
-    return _belonging_to(object())
+    """Let the passes inside the block belong to a new call."""
+    return _enter_call(object())
 
 
 def detach_from_calls(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, run so that passes inside it belong to no call under way: for what users hand in."""
+    """Wrap a function, such as a user's callback, so that passes inside it belong to no running call."""
 
     def run(*inputs: Any, **named: Any) -> Any:
-        with _belonging_to(None):
+        with _enter_call(None):
             return function(*inputs, **named)
 
     return run
@@ -53,35 +53,35 @@ def hook_passes(model: nn.Module, hook: PassHook) -> Iterator[None]:
 
     Args:
         model: Any model, also one that `torch.compile` has wrapped.
-        hook: Run before each pass of the call that enters the block, after the hooks that it entered before.
+        hook: Runs before each pass of the call that enters the block, after hooks that were set earlier.
     """
     owner = _call.get()
 
-    def of_own_passes(inputs: tuple[Any, ...], named: dict[str, Any]) -> _Arguments:
+    def run_hook(inputs: tuple[Any, ...], named: dict[str, Any]) -> _Arguments:
         return hook(inputs, named) if _call.get() is owner else (inputs, named)
 
     if model._compiled_call_impl is None:
         registered = model.register_forward_pre_hook(
-            lambda _model, inputs, named: of_own_passes(inputs, named), with_kwargs=True
+            lambda _model, inputs, named: run_hook(inputs, named), with_kwargs=True
         )
         try:
             yield
         finally:
             registered.remove()
     else:
-        entrance = _Entrance.of(model)
-        entrance.hooks.append(of_own_passes)
+        hooked = _HookedCall.install(model)
+        hooked.hooks.append(run_hook)
         try:
             yield
         finally:
-            entrance.leave(model, of_own_passes)
+            hooked.remove(model, run_hook)
 
 
-class _Entrance:
-    """Stands in for a model's compiled call as long as there are hooks: they run first, untraced.
+class _HookedCall:
+    """Replaces a model's compiled call while there are hooks, and runs them before it, untraced.
 
     Args:
-        compiled: What `model.compile()` made.
+        compiled: The call that `model.compile()` made.
     """
 
     def __init__(self, compiled: Callable[..., Any]) -> None:
@@ -89,12 +89,12 @@ class _Entrance:
         self.hooks: list[PassHook] = []
 
     @classmethod
-    def of(cls, model: Any) -> _Entrance:
-        """The one that the model has, or a new one."""
+    def install(cls, model: Any) -> _HookedCall:
+        """Return the one that the model has, or install a new one."""
         with _lock:
             if not isinstance(model._compiled_call_impl, cls):
                 model._compiled_call_impl = cls(model._compiled_call_impl)
-            found: _Entrance = model._compiled_call_impl
+            found: _HookedCall = model._compiled_call_impl
             return found
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -102,8 +102,8 @@ class _Entrance:
             inputs, named = hook(inputs, named)
         return self.compiled(*inputs, **named)
 
-    def leave(self, model: Any, hook: PassHook) -> None:
-        """Drop a hook, and with the last one the model gets its compiled call back."""
+    def remove(self, model: Any, hook: PassHook) -> None:
+        """Remove a hook; with the last one, restore the model's compiled call."""
         with _lock:
             self.hooks.remove(hook)
             if not self.hooks and model._compiled_call_impl is self:

@@ -1,4 +1,4 @@
-"""Prompts to token ids, with the places where a concept's embeddings go. The tokenizer stays as it is."""
+"""Tokenise prompts, and note where a concept's embeddings go. The tokenizer does not change."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAND_IN_ID = 0
-"""Stands where a concept token goes until its embedding is written there.
+"""Id at a concept token's position, until its embedding is written there.
 
-Below the end token, as CLIP's search for the end of the text may take the highest id.
+It must be below the end token's id, because some CLIP text models take the highest id for the end of the text.
 """
 
 
@@ -30,7 +30,7 @@ class TokenizedPrompts:
     """Prompts as ids, padded or cut to one length.
 
     Args:
-        ids: Token ids, shape (prompts, tokens); at a concept token's place stands a harmless id.
+        ids: Token ids, shape (prompts, tokens); `STAND_IN_ID` at the positions of concept tokens.
         attention_mask: 1 from the start to the end token, 0 for padding, shape (prompts, tokens).
         concept_tokens: For each prompt, position to the name of the concept token there.
     """
@@ -53,12 +53,12 @@ class TokenizedPrompts:
 
 
 def list_bracketed_words(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Bracketed words that the tokenizer itself knows: textual-inversion and special tokens."""
+    """List the bracketed words that the tokenizer itself knows: textual-inversion and special tokens."""
     return frozenset(tokenizer.get_added_vocab()) | frozenset(tokenizer.all_special_tokens)
 
 
-def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Token ids of texts for CLIP itself, which knows no concepts: shape (texts, 77), padded or cut."""
+def tokenize_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Tokenise texts without concepts, for CLIP models that compare texts and pictures: ids of shape (texts, 77)."""
     settings = {"padding": "max_length", "truncation": True, "max_length": POSITIONS, "return_tensors": "pt"}
     ids: torch.Tensor = tokenizer(list(texts), **settings).input_ids
     return ids
@@ -72,14 +72,14 @@ def tokenize(
 ) -> TokenizedPrompts:
     """Tokenise prompts that may name concepts, by placeholder or by token.
 
-    Without concepts the ids are exactly the tokenizer's own. A prompt that is too long is cut, counted with the
-    concepts' tokens in place, and diffusers' warning says what was lost.
+    Without concepts the ids are exactly the tokenizer's own. A prompt that is too long, concept tokens counted, is
+    cut, and diffusers' warning names what was lost.
 
     Args:
         prompts: The texts.
-        tokenizer: A CLIP tokenizer; it sets the length by `model_max_length`.
+        tokenizer: A CLIP tokenizer; its `model_max_length` is the length.
         concepts: The loaded concepts.
-        also_known: Other bracketed words that are no mistake, such as those of another text encoder's tokenizer.
+        also_known: Other bracketed words that are allowed, such as those of another text encoder's tokenizer.
 
     Returns:
         One row of `tokenizer.model_max_length` ids for each prompt.
@@ -91,7 +91,7 @@ def tokenize(
     length = tokenizer.model_max_length
     rows, masks, positions = [], [], []
     for prompt in prompts:
-        ids, names = _prompt_ids(prompt, tokenizer, concepts, also_known)
+        ids, names = _tokenize_prompt(prompt, tokenizer, concepts, also_known)
         if len(ids) > length - 2:
             _warn_truncated(ids, names, tokenizer)
         kept = [tokenizer.bos_token_id, *ids[: length - 2], tokenizer.eos_token_id]
@@ -104,10 +104,10 @@ def tokenize(
     )
 
 
-def _prompt_ids(
+def _tokenize_prompt(
     prompt: str, tokenizer: PreTrainedTokenizerBase, concepts: tuple[Concept, ...], also_known: Collection[str]
 ) -> tuple[list[int], dict[int, str]]:
-    """Ids of a whole prompt without start and end, and the place of every concept token among them."""
+    """Ids of a whole prompt without start and end tokens, and position to name of every concept token among them."""
     concept_tokens = {token for concept in concepts for token in concept.tokens}
     ids: list[int] = []
     names: dict[int, str] = {}

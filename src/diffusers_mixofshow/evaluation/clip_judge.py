@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from PIL import Image, ImageOps
 
-from diffusers_mixofshow.conditioning.tokenize import plain_ids
+from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.edlora.models import load_looker
 from diffusers_mixofshow.pictures import read_image
 
@@ -66,7 +66,7 @@ class ClipJudge:
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors of texts, shape (n, d), float32 on the CPU."""
-        token_ids = plain_ids([_PREFIX + text for text in texts], self._tokenizer)
+        token_ids = tokenize_plain([_PREFIX + text for text in texts], self._tokenizer)
         return text_embeddings(self._model, token_ids.to(self._model.device)).cpu()
 
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:

@@ -90,7 +90,7 @@ class RegionalSampling(LayerwisePrompts):
             return own
         if all(region.guidance_scale is None for region in canvas.regions()):
             return own
-        scales = canvas.map(
+        scales = canvas.blend(
             lambda region: own if region.guidance_scale is None else region.guidance_scale, own, *canvas.size
         )
         return scales.to(dtype=canvas.dtype).to(canvas.device)

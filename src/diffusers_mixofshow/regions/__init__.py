@@ -1,4 +1,4 @@
-"""Where a prompt holds: boxes and masks, whole layouts, and their weights on a feature grid. Pure geometry."""
+"""Regions and layouts, and their weights on a feature map: where in the picture a prompt holds. Pure geometry."""
 
 from diffusers_mixofshow.regions.draft import Draft
 from diffusers_mixofshow.regions.isolation import Isolation

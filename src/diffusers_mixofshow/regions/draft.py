@@ -1,4 +1,4 @@
-"""Drafts: what a region shows is first drawn alone, as its prompt describes it, and then put into its place."""
+"""Drafts: the picture of a region's prompt is first drawn alone, and then put into the region."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from diffusers_mixofshow.errors import RegionError
 
 
 _WIDEST = 2.0
-"""Width of a draft over its height; a wider region is drawn in the middle of its draft."""
+"""Largest ratio of a draft's width to its height; a wider region is drawn in the middle of its draft."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
     """Draw every region alone in a few steps of its own, and put it into the picture between two steps.
 
-    A base draws what a text describes as a whole picture: told "a <rex>, in a meadow" in each of three regions, it
-    draws one large subject across all of them. A draft has a picture of its own, of the size that the model knows, so
-    its prompt may say what a user would write. It is made smaller, put into its region with fresh noise, and the
-    call goes on from there.
+    A base model draws what a text describes as a whole picture: given "a <rex>, in a meadow" in each of three regions,
+    it draws one large subject across all of them. A draft is a picture of its own, of the size that the model was
+    trained with, so its prompt need not mention the other regions. It is made smaller and put into its region with new
+    noise, and the call goes on from there.
 
     Args:
-        steps: Of each draft.
+        steps: Denoising steps of each draft.
         until: The fraction of the call's steps after which the drafts are put in.
-        repeat_subject: Whether a region's prompt in the picture then names its subject once for each region that names
-            one, as "a <rex> dog, a <rex> dog and a <rex> dog, in a meadow", see `repeat_subjects`: so the base does
-            not take the whole picture for one subject.
+        repeat_subject: Whether the region's prompt in the picture itself repeats its subject as often as regions with
+            a concept are there, as "a <rex> dog, a <rex> dog and a <rex> dog, in a meadow", see `repeat_subjects`.
+            Otherwise the base draws one subject over several regions.
 
     Raises:
         RegionError: Names every defect at once.
@@ -52,14 +52,19 @@ class Draft:
             raise RegionError("Draft: " + "; ".join(defects) + ".")
 
     def first_step_after(self, steps: int, order: int = 1) -> int:
-        """The step of so many before which drafts are put in, a multiple of the scheduler's passes a step."""
+        """The step, counted from 0, before which drafts are put in.
+
+        Args:
+            steps: The call's forward passes, as `num_timesteps` counts them.
+            order: The scheduler's passes for one step; the result is a multiple of it.
+        """
         wanted = round(self.until * steps / order) * order
         return min(max(wanted, order), (steps - 1) // order * order)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The cells of a latent that a draft fills, also beyond its edges, and the draft's own size in cells."""
+    """The rectangle of latent cells that a draft fills, which may reach beyond the latent, and the draft's size."""
 
     top: int
     left: int
@@ -69,7 +74,7 @@ class Window:
     draft_width: int
 
     def place(self, drafts: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Make drafts (n, channels, draft_height, draft_width) fill the window of a latent; zeros around it."""
+        """Scale drafts (n, channels, draft_height, draft_width) to the window, in a latent of zeros."""
         small = functional.interpolate(
             drafts, size=(self.height, self.width), mode="bilinear", antialias=True, align_corners=False
         )
@@ -78,14 +83,14 @@ class Window:
 
 
 def find_window(inside: torch.Tensor, side: int, multiple: int) -> Window:
-    """Where a region's draft goes: as high as the region, and as wide, but no narrower than high.
+    """Find the window of a region's draft: as large as the region, but no narrower than high.
 
-    Models know square pictures and wide ones better than narrow ones; what is beside a narrow region is cut off.
+    Models draw square and wide pictures better than narrow ones; what lies beside a narrow region is cut off.
 
     Args:
-        inside: Which cells of the latent are the region's, booleans of shape (height, width); one at least.
+        inside: Which cells of the latent are the region's, booleans of shape (height, width); at least one is.
         side: Height of the draft in cells, that of the model's own pictures.
-        multiple: What the draft's width is a multiple of.
+        multiple: The draft's width is a multiple of it.
     """
     rows, columns = inside.nonzero(as_tuple=True)
     top, left = int(rows.min()), int(columns.min())

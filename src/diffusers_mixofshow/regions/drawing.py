@@ -1,4 +1,4 @@
-"""Regions as a picture."""
+"""Draw regions over a picture, for people to look at."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def draw_regions(
     Args:
         regions: The regions; a soft edge is drawn soft.
         image: The picture below.
-        colours: Of the regions in their order, from the start again where they are more.
-        labels: What is written into each, in place of its prompt.
-        label_size: Height of what is written, in pixels; Pillow's own by default.
+        colours: Colours of the regions in their order, used again from the start if there are more regions.
+        labels: Texts to write into the regions, in place of their prompts.
+        label_size: Height of the texts, in pixels; by default Pillow's.
 
     Returns:
         An RGB picture of the same size.
@@ -42,7 +42,7 @@ def draw_regions(
         tint = Image.new("RGBA", picture.size, colours[number % len(colours)])
         inside = Image.fromarray((share >= 0.5).astype(np.uint8) * 255)
         edge = np.asarray(inside) - np.asarray(inside.filter(ImageFilter.MinFilter(3)))
-        edge |= _border(np.asarray(inside))
+        edge |= _find_border(np.asarray(inside))
         alpha = np.maximum((share * _OPACITY).astype(np.uint8), edge)
         tint.putalpha(Image.fromarray(alpha))
         picture = Image.alpha_composite(picture, tint)
@@ -52,8 +52,8 @@ def draw_regions(
     return picture.convert("RGB")
 
 
-def _border(inside: np.ndarray) -> np.ndarray:
-    """Pixels of the region on the picture's border, as 0 and 255."""
+def _find_border(inside: np.ndarray) -> np.ndarray:
+    """The region's pixels on the picture's border, which `MinFilter` leaves out; 0 and 255."""
     border = np.zeros_like(inside)
     for line in (np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]):
         border[line] = inside[line]

@@ -1,4 +1,4 @@
-"""Keeping regions apart in self-attention: which positions may attend to which."""
+"""Keep regions apart in self-attention: which positions may attend to which."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Isolation:
     everywhere.
 
     Args:
-        start: From which fraction of the steps on.
-        end: Until which fraction of the steps.
-        scales: On which feature maps, by how many latent cells one of their cells is wide: 1 for maps of the
+        start: Fraction of the steps from which on the regions are kept apart.
+        end: Fraction of the steps until which they are.
+        scales: Feature maps on which they are, by the width of a map's cell in latent cells: 1 for maps of the
             latent's size, 2 for those of half of it, and so on. All by default.
 
     Raises:
@@ -51,7 +51,7 @@ class Isolation:
 
     @property
     def changes(self) -> bool:
-        """Whether it holds in a part of the steps only."""
+        """Whether it holds only in a part of the steps."""
         return self.start > 0 or self.end < 1
 
     def holds(self, step: int, steps: int | None) -> bool:
@@ -63,14 +63,14 @@ class Isolation:
         return self.scales is None or 2 ** round(math.log2(latent[0] / grid[0])) in self.scales
 
 
-def attention_groups(weights: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Which positions attend to which: a query to every key that shares a region with it, or is in none.
+def group_positions(weights: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Group positions by what they attend to: every key that shares a region with the query, or is in none.
 
     Args:
         weights: Weight of every region at every position, shape (regions, positions); above 0 is inside.
 
     Returns:
-        Queries and their keys as position numbers; the queries of all groups are all positions, each once.
+        For each group the positions of its queries, and those of their keys. Every position is a query of one group.
     """
     inside = weights > 0
     owners, group = inside.T.unique(dim=0, return_inverse=True)

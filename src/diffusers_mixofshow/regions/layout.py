@@ -1,4 +1,4 @@
-"""A whole layout: prompt, size and regions, as a JSON file and as a picture."""
+"""A layout: regions, prompts and size of a picture, which is read from and written to JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffusers_mixofshow.atomic import check_outputs, encode_picture, write_whol
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.masks import mask_of
 from diffusers_mixofshow.regions.drawing import draw_regions
-from diffusers_mixofshow.regions.region import Region, pixels_inside
+from diffusers_mixofshow.regions.region import Region, read_inside
 from diffusers_mixofshow.texts import read_text
 
 
@@ -31,9 +31,9 @@ _TOP = ("prompt", "negative_prompt", "width", "height")
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Regions with the prompt, negative prompt and size that they belong to.
+    """Regions, with the prompt, negative prompt and size of the whole picture.
 
-    It can be given wherever a list of regions can: ``pipe(prompt, regions=layout)``, or as a whole:
+    A pipeline takes it in place of a list of regions, ``pipe(prompt, regions=layout)``, or as all of its arguments,
     ``pipe(**layout.arguments())``.
 
     Args:
@@ -99,7 +99,7 @@ class Layout:
         return dataclasses.replace(self, regions=(*self.regions, Region(prompt, box=box, **settings)))
 
     def arguments(self) -> dict[str, Any]:
-        """What the layout says to a pipeline: ``pipe(**layout.arguments())``."""
+        """The layout as arguments of a pipeline: ``pipe(**layout.arguments())``."""
         given = {name: getattr(self, name) for name in _TOP if getattr(self, name) is not None}
         return {**given, "regions": list(self.regions)}
 
@@ -110,7 +110,7 @@ class Layout:
             image: A picture of any size; it is not changed.
 
         Returns:
-            A picture of the same size, or else of the layout's own, or of 512 x 512.
+            A picture of the given one's size; without one, of the layout's size, or 512 x 512.
         """
         if image is None:
             image = Image.new("RGB", (self.width or 512, self.height or 512), "white")
@@ -127,7 +127,7 @@ class Layout:
 
         Args:
             path: The file.
-            overwrite: Whether it may take the place of another.
+            overwrite: Whether an existing file may be replaced.
 
         Raises:
             OverwriteError: If something is there already.
@@ -161,7 +161,7 @@ class Layout:
 
         Args:
             content: JSON values.
-            path: Where they were found: how errors call it, and where masks lie that are named by their paths.
+            path: The file that they are from, for errors; paths of masks are relative to its folder.
 
         Raises:
             RegionError: If it is no layout; names every defect at once.
@@ -170,7 +170,7 @@ class Layout:
             raise RegionError(
                 f'{path} is no layout: expected an object with "format": "{FORMAT}" and "version": {VERSION}.'
             )
-        defects = _unknown("the file", content, {"format", "version", "regions", *_TOP})
+        defects = _list_unknown("the file", content, {"format", "version", "regions", *_TOP})
         listed = content.get("regions", [])
         if not isinstance(listed, list):
             defects, listed = [*defects, "its regions are not a list"], []
@@ -190,12 +190,12 @@ class Layout:
 
 
 def _describe(region: Region) -> dict[str, Any]:
-    """A region as JSON: what differs from the defaults."""
+    """Describe a region as JSON values, without those that are the defaults."""
     described: dict[str, Any] = {}
     for field in dataclasses.fields(region):
         value = getattr(region, field.name)
         if field.name == "mask" and value is not None:
-            content = encode_picture(Image.fromarray(pixels_inside(value).numpy()), optimize=True)
+            content = encode_picture(Image.fromarray(read_inside(value).numpy()), optimize=True)
             described["mask"] = _PNG + base64.b64encode(content).decode("ascii")
         elif field.default is dataclasses.MISSING or value != field.default:
             described[field.name] = list(value) if field.name == "box" else value
@@ -206,7 +206,7 @@ def _read_region(number: int, described: object, folder: Path) -> Region:
     if not isinstance(described, dict):
         raise RegionError(f"region {number} is no object")
     known = {field.name for field in dataclasses.fields(Region)}
-    defects = _unknown(f"region {number}", described, known)
+    defects = _list_unknown(f"region {number}", described, known)
     settings = {name: value for name, value in described.items() if name in known}
     if "prompt" not in settings:
         defects.append(f"region {number} has no prompt")
@@ -235,6 +235,6 @@ def _read_mask(given: str, folder: Path) -> np.ndarray:
     return mask_of(path, called=given).values
 
 
-def _unknown(owner: str, given: Mapping[str, object], known: set[str]) -> list[str]:
+def _list_unknown(owner: str, given: Mapping[str, object], known: set[str]) -> list[str]:
     surplus = sorted(given.keys() - known)
     return [f"{owner} has {', '.join(surplus)}; known are {', '.join(sorted(known))}"] if surplus else []

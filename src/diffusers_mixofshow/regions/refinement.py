@@ -1,4 +1,4 @@
-"""Refinement: how finished regions are drawn anew at the size that the model knows."""
+"""Refinement: how the regions of a finished picture are redrawn, at the size of the model's own pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from diffusers_mixofshow.errors import RegionError
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """Draw every region of a finished picture anew, larger, from its own prompt; see `refine_regions`.
+    """Redraw every region of a finished picture, larger, from its own prompt; see `refine_regions`.
 
     Args:
-        strength: How much of each region is drawn anew, above 0 and up to 1.
-        steps: Of a region that is drawn from the start, of which `strength` is taken; half of the call's by default.
+        strength: Strength of image to image, above 0 and up to 1: the share of `steps` that is run.
+        steps: Steps that a region would need from noise, of which `strength` is the share that is run; by default half
+            of the call's.
 
     Raises:
         RegionError: Names every defect at once.
@@ -37,9 +38,9 @@ class Refinement:
             raise RegionError("Refinement: " + "; ".join(defects) + ".")
 
     def steps_of(self, call: int) -> int:
-        """`steps`, in a call of so many: enough that at least one is taken."""
+        """`steps` for a call of so many steps; by default at least as many that one is run."""
         return self.steps or max(round(call / 2), math.ceil(1 / self.strength))
 
     def runs_in(self, call: int) -> int:
-        """How many of the steps are taken, in a call of so many."""
+        """How many steps are run for each region, in a call of so many steps."""
         return int(self.steps_of(call) * self.strength)

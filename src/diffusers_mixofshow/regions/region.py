@@ -1,4 +1,4 @@
-"""A part of the picture with a prompt of its own, and the checks of what it is made from."""
+"""A region: a part of the picture with a prompt of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusers_mixofshow.masks import read_mask
 
 ROUNDINGS = ("nearest", "inward")
 
-# 0.3 of 10 steps are 3 of them, although 0.1 * 3 is a little more.
+# Tolerance: an end of 0.3 must hold 3 of 10 steps, although 3 * 0.1 is above 0.3 in floating point.
 _ROUNDING = 1e-9
 
 Mask = Image.Image | np.ndarray | torch.Tensor
@@ -33,15 +33,15 @@ class Region:
         mask: Instead of a box: a picture, array or tensor of any size, shape (height, width). Inside is what is above
             one half of its range (0 to 255 for integers, 65535 for 16 bits, 0 to 1 for floats), or what is opaque in
             a picture whose alpha channel varies, or the one label or colour beside 0 or black.
-        negative_prompt: What to avoid there; without it the call's own negative prompt holds.
-        weight: Its part among the regions of a place: they share it by their weights where these sum to 1 or more,
-            and leave the rest to the global prompt where they sum to less.
+        negative_prompt: What to avoid there; without it the call's negative prompt holds.
+        weight: Its share where regions of one order overlap: they divide a place by their weights if these sum to 1 or
+            more, and leave the rest to the global prompt if they sum to less.
         feather: Width of its soft edge, as a fraction of the picture's width and height; 0 is a sharp edge. Half of
             it lies outside the box or mask, so that neighbours with the same feather cross-fade.
-        order: Regions of a higher order lie on top of those below them; those of one order share their overlap.
-        guidance_scale: Strength of guidance there; without it the call's own.
-        start: From which fraction of the steps on it holds.
-        end: Until which fraction of the steps it holds; afterwards what is below it does.
+        order: Regions of a higher order lie on top of those of a lower one; regions of one order share their overlap.
+        guidance_scale: Guidance scale there; without it the call's.
+        start: Fraction of the steps from which on it holds.
+        end: Fraction of the steps until which it holds; afterwards the regions below it, or the global prompt, hold.
         control_scale: Factor on the strength of ControlNets and T2I-Adapters there.
         rounding: Which cells of a feature map are inside. ``"nearest"``: those whose centre is, and at least one.
             ``"inward"``: those that are wholly inside, as in the authors' code; a region may vanish on small maps.
@@ -72,10 +72,10 @@ class Region:
             got = "neither" if self.box is None else "both"
             defects.append(f"it needs either a box or a mask, got {got}")
         if self.box is not None:
-            defects += _box_defects(self.box)
+            defects += _find_box_defects(self.box)
         if self.mask is not None:
-            defects += _mask_defects(self.mask)
-        defects += _setting_defects(self)
+            defects += _find_mask_defects(self.mask)
+        defects += _find_setting_defects(self)
         if defects:
             raise RegionError(f"Region {self.prompt!r}: " + "; ".join(defects) + ".")
 
@@ -85,11 +85,11 @@ class Region:
 
 
 def contains_step(start: float, end: float, step: int, steps: int) -> bool:
-    """Whether step 0, 1, ... of so many lies between two fractions of them (as diffusers counts for ControlNets)."""
+    """Whether all of step 0, 1, ... of so many lies between two fractions of them, as for diffusers' ControlNets."""
     return start <= step / steps + _ROUNDING and (step + 1) / steps <= end + _ROUNDING
 
 
-def _setting_defects(region: Region) -> list[str]:
+def _find_setting_defects(region: Region) -> list[str]:
     ranges = {
         "weight": (0, math.inf),
         "feather": (0, 1),
@@ -103,7 +103,7 @@ def _setting_defects(region: Region) -> list[str]:
     defects = []
     for name, (low, high) in ranges.items():
         value = getattr(region, name)
-        finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max  # whole numbers may be larger
+        finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max  # isfinite() fails for 10**400
         if not finite or not low <= value <= high:
             expected = f"a number from {low} to {high}" if high <= 1 else f"a finite number{' >= 0' * (low == 0)}"
             defects.append(f"its {name} is {value!r}; expected {expected}")
@@ -114,11 +114,13 @@ def _setting_defects(region: Region) -> list[str]:
     if region.rounding not in ROUNDINGS:
         defects.append(f"its rounding is {region.rounding!r}; expected one of {', '.join(ROUNDINGS)}")
     if region.rounding == "inward" and region.feather:
-        defects.append("a soft edge is not rounded; use feather or rounding='inward'")
+        defects.append(
+            "its feather and rounding='inward' exclude each other, as a soft edge is not rounded; leave one out"
+        )
     return defects
 
 
-def _box_defects(box: Sequence[float]) -> list[str]:
+def _find_box_defects(box: Sequence[float]) -> list[str]:
     expected = "expected (left, top, right, bottom) as fractions of the picture"
     try:
         values = [float(edge) for edge in box]
@@ -137,15 +139,15 @@ def _box_defects(box: Sequence[float]) -> list[str]:
     return defects
 
 
-def _mask_defects(mask: Mask) -> list[str]:
+def _find_mask_defects(mask: Mask) -> list[str]:
     try:
-        inside = pixels_inside(mask)
+        inside = read_inside(mask)
     except RegionError as error:
         return [str(error)]
     return [] if inside.any() else ["its mask has no pixel inside (above one half of its range)"]
 
 
-def pixels_inside(mask: Mask) -> torch.Tensor:
+def read_inside(mask: Mask) -> torch.Tensor:
     """Read a mask of any kind as booleans, shape (height, width)."""
     if not isinstance(mask, Image.Image | np.ndarray | torch.Tensor):
         raise RegionError(f"its mask is a {type(mask).__name__}; expected a PIL image, an array or a tensor")

@@ -1,4 +1,4 @@
-"""Regions as weights on the cells of a feature grid."""
+"""Weights of regions in the cells of a feature map."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 from torch.nn import functional
 
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.regions.region import Region, pixels_inside
+from diffusers_mixofshow.regions.region import Region, read_inside
 
 
 def region_weights(
     regions: Sequence[Region], height: int, width: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Weight of every region in every cell of a feature grid.
+    """Compute the weight of every region in every cell of a feature map.
 
-    With m_i the part of a cell that is region i's (see `coverage`) and a_i its weight, regions of one order get
-    w_i = a_i m_i / max(1, sum_j a_j m_j) of what those of a higher order have left of the cell. So plain regions
-    that share a cell share it equally, as in the authors' code.
+    With m_i the part of a cell that region i covers (see `coverage`) and a_i its weight, regions of one order get
+    w_i = a_i m_i / max(1, sum_j a_j m_j) of what regions of a higher order leave of the cell. So regions with the
+    default settings divide a cell equally, as in the authors' code.
 
     Args:
         regions: Any number of regions, also none.
-        height: Rows of the grid.
-        width: Columns of the grid.
-        dtype: Of the result; computed in float64.
+        height: Rows of the feature map.
+        width: Columns of the feature map.
+        dtype: Type of the result; computed in float64.
 
     Returns:
-        Shape (regions, height, width), in [0, 1]. The sum over regions is at most 1; the rest of a cell is the
-        global prompt's.
+        Shape (regions, height, width), in [0, 1]. The sum over regions is at most 1; the rest of a cell belongs to the
+        global prompt.
     """
     weights = torch.zeros(len(regions), height, width, dtype=torch.float64)
     left = torch.ones(height, width, dtype=torch.float64)
@@ -42,12 +42,12 @@ def region_weights(
 
 
 def coverage(region: Region, height: int, width: int) -> torch.Tensor:
-    """Part of each cell that is the region's, shape (height, width), float64 in [0, 1].
+    """Compute the part of each cell that the region covers, shape (height, width), float64 in [0, 1].
 
     A cell belongs to a box if its centre lies inside, and to a mask if at least half of its area does. A region
     too thin for that gets the cells nearest to it. With ``rounding="inward"`` a cell must lie wholly inside. With a
-    feather it is the part of a window of that size around the cell's centre that lies inside; the region goes on
-    beyond the picture's border.
+    feather, a window of that size around the cell's centre is taken, and the part of it that lies inside; a region at
+    the picture's border then counts as going on beyond it.
     """
     if region.feather:
         if region.box is not None:
@@ -60,9 +60,9 @@ def coverage(region: Region, height: int, width: int) -> torch.Tensor:
 
 
 def feature_grids(height: int, width: int) -> dict[int, tuple[int, int]]:
-    """Sizes of all feature maps that a U-Net can make of a latent, by their number of cells.
+    """List the sizes of all feature maps that a U-Net can make of a latent, by their number of cells.
 
-    A stride-2 convolution with padding 1 halves and rounds up.
+    Its stride-2 convolutions with padding 1 halve a size and round up.
 
     Args:
         height: Rows of the latent.
@@ -79,7 +79,7 @@ def feature_grids(height: int, width: int) -> dict[int, tuple[int, int]]:
 
 
 def resolves(region: Region, height: int, width: int) -> bool:
-    """Whether the region has a cell of its own on the grid, without being given the nearest one."""
+    """Whether the region covers a cell of the feature map, without `coverage` having to give it the nearest one."""
     if region.rounding == "inward":
         return bool(_cells(region, height, width).any())
     if region.box is not None:
@@ -96,7 +96,7 @@ def _cells(region: Region, height: int, width: int) -> torch.Tensor:
         along = _wholly_inside if inward else _centres_between
         return along(top, bottom, height)[:, None] & along(left, right, width)[None, :]
     share = _mask_share(region, height, width)
-    # share > 0 somewhere, so a thin mask keeps the cells that hold most of it.
+    # A mask too thin to cover half of any cell gets the cells with at least half of its largest share.
     return share >= (1 if inward else min(0.5, 0.5 * share.max().item()))
 
 
@@ -108,7 +108,7 @@ def _mask_share(region: Region, height: int, width: int) -> torch.Tensor:
 def _mask_pixels(region: Region) -> torch.Tensor:
     if region.mask is None:
         raise RegionError(f"Region {region.prompt!r} has neither a box nor a mask.")
-    return pixels_inside(region.mask).double()
+    return read_inside(region.mask).double()
 
 
 def _centres(cells: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ def _inside(start: float, end: float, cells: int) -> torch.Tensor:
 
 
 def _centres_between(start: float, end: float, cells: int) -> torch.Tensor:
-    """Which of the equal cells along [0, 1] have their centre in [start, end), or else the cell at the middle."""
+    """Which of the equal cells along [0, 1] have their centre in [start, end); if none, the cell at its middle."""
     inside = _inside(start, end, cells)
     if not inside.any():
         inside[min(int((start + end) / 2 * cells), cells - 1)] = True
@@ -140,7 +140,7 @@ def _soft_box(box: tuple[float, float, float, float], feather: float, height: in
 
 
 def _window_share(start: float, end: float, cells: int, window: float) -> torch.Tensor:
-    """Part of a window around each cell's centre that is in [start, end], which goes on beyond 0 and 1."""
+    """Part of a window around each cell's centre that is in [start, end]; an end at 0 or 1 does not cut the window."""
     centres = _centres(cells)
     low = centres - window / 2
     high = centres + window / 2

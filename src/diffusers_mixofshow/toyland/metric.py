@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from diffusers_mixofshow.conditioning.tokenize import plain_ids
+from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.toyland.reader import ReaderNetwork, to_pixels
 
@@ -67,7 +67,7 @@ class MetricModel:
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors (n, d) of texts."""
-        pooled = self.text_encoder(input_ids=plain_ids(texts, self.tokenizer)).pooler_output
+        pooled = self.text_encoder(input_ids=tokenize_plain(texts, self.tokenizer)).pooler_output
         return self.towers.texts(pooled)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_mixofshow.conditioning.tokenize import plain_ids
+from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.edlora.models import load_looker
 
 
@@ -62,7 +62,7 @@ class Finder:
         Returns:
             Numbers from 0 to 1, float64, of shape (side, side): the whole picture, made square.
         """
-        pixels, ids = self._pixels(image), plain_ids([f"a photo of a {class_word}."], self._tokenizer)
+        pixels, ids = self._pixels(image), tokenize_plain([f"a photo of a {class_word}."], self._tokenizer)
         device = self._model.device
         logits = self._model(pixel_values=pixels.to(device), input_ids=ids.to(device)).logits
         return logits[0].sigmoid().double().cpu().numpy()
