@@ -21,11 +21,11 @@ WIDTH, HEIGHT = 1280, 1180
 def main() -> None:
     """Draw two things with the mouse, and take a picture of the page."""
     import chromium
-    from diffusers_mixofshow.ui.page import build_page, launching
+    from diffusers_mixofshow.ui.page import build_page, get_launch_settings
     from diffusers_mixofshow.ui.session import Studio
 
     page = build_page(Studio("toyland", "cpu"))
-    _, url, _ = page.launch(**launching(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    _, url, _ = page.launch(**get_launch_settings(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     with chromium.browser(WIDTH, HEIGHT) as driver:
         chromium.open_page(driver, url)
         chromium.drag(driver, (0.02, 0.25), (0.48, 0.97))

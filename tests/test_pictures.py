@@ -24,7 +24,7 @@ from diffusers_mixofshow.pictures import FileContent, is_picture, read_image, re
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.pipelines.refining import refine_regions
 from diffusers_mixofshow.regions import Layout
-from diffusers_mixofshow.sampling.control import Control, condition_image
+from diffusers_mixofshow.sampling.control import Control, make_condition_image
 from diffusers_mixofshow.toyland.reader import to_pixels
 from diffusers_mixofshow.training.data import read_photos
 
@@ -176,7 +176,7 @@ def first_pixel(door: str, image: Image.Image, folder: Path) -> tuple[int, ...]:
         return tuple((to_pixels([image])[0, :, 0, 0] * 127.5 + 127.5).round().int().tolist())
     image.save(folder / "a.tif")
     if door == "control":
-        return tuple(np.asarray(condition_image(Control("image", "x", folder / "a.tif")))[0, 0])
+        return tuple(np.asarray(make_condition_image(Control("image", "x", folder / "a.tif")))[0, 0])
     return tuple(np.asarray(read_photos(folder, Concept.from_name("rex", "dog"))[0].image)[0, 0])
 
 

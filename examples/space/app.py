@@ -19,7 +19,7 @@ def borrowing() -> Callable[..., Any]:
 
 borrow = borrowing()
 
-from diffusers_mixofshow.ui.page import build_page, launching  # noqa: E402
+from diffusers_mixofshow.ui.page import build_page, get_launch_settings  # noqa: E402
 from diffusers_mixofshow.ui.session import Studio  # noqa: E402
 
 
@@ -27,4 +27,4 @@ studio = Studio(os.environ.get("MIXOFSHOW_BASE", "toyland"), os.environ.get("MIX
 demo = build_page(studio, borrow)
 
 if __name__ == "__main__":
-    demo.launch(**launching())
+    demo.launch(**get_launch_settings())

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, PictureError
-from diffusers_mixofshow.sampling.control import CONTROLNETS, Control, condition_image, parse_control
+from diffusers_mixofshow.sampling.control import CONTROLNETS, Control, make_condition_image, parse_control
 
 
 # What controlnet_aux 0.0.10 raises: for an unknown name, for one that it has but cannot make, and without mediapipe.
@@ -68,7 +68,7 @@ def test_a_control_is_a_detector_a_model_and_a_picture(photo):
 
 
 def test_a_detector_looks_at_the_picture(photo, detectors):
-    plain, seen = (condition_image(Control(name, "x", photo)) for name in ("image", "canny"))
+    plain, seen = (make_condition_image(Control(name, "x", photo)) for name in ("image", "canny"))
     assert plain.getpixel((0, 0)) != seen.getpixel((0, 0))
     assert detectors == ["canny"]
 
@@ -84,12 +84,12 @@ def test_a_detector_looks_at_the_picture(photo, detectors):
 )
 def test_a_detector_that_cannot_run_is_an_error_of_one_line(photo, detectors, name, words):
     with pytest.raises(ConfigurationError, match=words) as error:
-        condition_image(Control(name, "some/net", photo))
+        make_condition_image(Control(name, "some/net", photo))
     assert "\n" not in str(error.value)
 
 
 def test_warnings_of_detectors_are_not_the_users(photo, detectors, recwarn):
-    condition_image(Control("canny", "x", photo))
+    make_condition_image(Control("canny", "x", photo))
     assert not recwarn.list
 
 
@@ -112,7 +112,7 @@ def test_what_breaks_the_import_is_named(photo, monkeypatch, tmp_path, raised, r
     monkeypatch.delitem(sys.modules, "controlnet_aux", raising=False)
     monkeypatch.delitem(sys.modules, "controlnet_aux.processor", raising=False)
     with pytest.raises(MissingExtraError, match=remedy):
-        condition_image(Control("canny", "x", photo))
+        make_condition_image(Control("canny", "x", photo))
 
 
 def test_a_picture_is_turned_upright_and_a_text_is_refused(tmp_path):
@@ -120,16 +120,16 @@ def test_a_picture_is_turned_upright_and_a_text_is_refused(tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert condition_image(Control("image", "x", tmp_path / "turned.jpg")).size == (20, 40)
+    assert make_condition_image(Control("image", "x", tmp_path / "turned.jpg")).size == (20, 40)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(PictureError, match=r"text\.png is no readable picture"):
-        condition_image(Control("image", "x", tmp_path / "text.png"))
+        make_condition_image(Control("image", "x", tmp_path / "text.png"))
 
 
 def test_a_missing_extra_is_named(photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "controlnet_aux", None)
     with pytest.raises(MissingExtraError, match=r"diffusers-mixofshow\[controlnet\]"):
-        condition_image(Control("canny", "x", photo))
+        make_condition_image(Control("canny", "x", photo))
 
 
 def test_a_missing_extra_is_named_before_the_base_is_loaded(photo, monkeypatch, tmp_path):

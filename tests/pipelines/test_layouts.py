@@ -196,7 +196,7 @@ def test_a_change_of_a_loras_strength_between_steps_is_not_missed(potter, latent
         return latents(potter, "x", regions=[_region()], callback_on_step_end=weaken)
 
     kept = run()
-    monkeypatch.setattr(_Projected, "is_of", lambda *_: False)
+    monkeypatch.setattr(_Projected, "fits", lambda *_: False)
     assert torch.equal(run(), kept)
     plain = latents(potter, "x", regions=[_region()])
     assert not torch.allclose(plain, kept, atol=1e-5)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusers_mixofshow import Layout, MixOfShowPipeline, Region
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError, MixOfShowError, RegionError
-from diffusers_mixofshow.sampling.provenance import settings_of
+from diffusers_mixofshow.sampling.provenance import read_options
 from diffusers_mixofshow.ui import actions
 from diffusers_mixofshow.ui.actions import Wishes
 from diffusers_mixofshow.ui.canvas import to_value
@@ -77,7 +77,7 @@ def test_what_is_dropped_is_read_as_any_strangers_file(
 ) -> None:
     path = tmp_path / f"dropped{ending}"
     path.write_bytes(content)
-    for act in (lambda: actions.load(studio, Session(), path), lambda: actions.tell(studio, path)):
+    for act in (lambda: actions.load(studio, Session(), path), lambda: actions.describe(studio, path)):
         with pytest.raises(MixOfShowError):
             act()
     assert studio.pipe.concepts == {}
@@ -116,7 +116,7 @@ def test_a_picture_is_drawn_that_tells_how(studio: Studio, packs: dict[str, Path
     assert Layout.load(result.layout).describe()["regions"] == [
         {"prompt": "a <rex> in the snow", "box": [0.0, 0.25, 0.5, 1.0]}
     ]
-    told = settings_of(result.picture)
+    told = read_options(result.picture)
     assert (told["seed"], told["steps"], told["guidance"], told["base"]) == (7, 2, 3.0, "toyland")
     assert (told["isolation"], told["draft"]) == (True, False)
     assert studio.pipe.get_list_adapters() == {}
@@ -260,7 +260,7 @@ def test_what_cannot_be_fused_is_told(
 
 
 def test_a_file_is_told_as_inspect_tells_it(studio: Studio, packs: dict[str, Path]) -> None:
-    told = actions.tell(studio, packs["rex"])
+    told = actions.describe(studio, packs["rex"])
     facts = dict(told.facts)
     assert (facts["kind"], facts["rank"]) == ("ED-LoRA", "2")
     assert told.concepts[0][:2] == ["<rex>", "dog"]

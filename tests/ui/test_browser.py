@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=mi
 def server(studio: Studio) -> Iterator[str]:
     pytest.importorskip("gradio", reason="the extra ui is not installed")
     blocks = page.build_page(studio)
-    _, url, _ = blocks.launch(**page.launching(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    _, url, _ = blocks.launch(
+        **page.get_launch_settings(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True
+    )
     yield url
     blocks.close()
 

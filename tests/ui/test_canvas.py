@@ -15,7 +15,7 @@ from PIL import Image
 import diffusers_mixofshow.ui
 from diffusers_mixofshow import Layout, Region
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.ui.canvas import colours_of, empty_value, names_of, to_layout, to_value
+from diffusers_mixofshow.ui.canvas import make_empty, read_colours, read_names, to_layout, to_value
 
 
 FILES = Path(diffusers_mixofshow.ui.__file__).parent
@@ -30,7 +30,7 @@ def png(size: tuple[int, int] = (8, 8)) -> str:
 
 
 def canvas_of(*regions: dict, **changes: object) -> dict:
-    return empty_value(64, 96) | {"regions": list(regions)} | changes
+    return make_empty(64, 96) | {"regions": list(regions)} | changes
 
 
 BOX = {"name": "left", "colour": "#123456", "prompt": "a dog", "box": [0, 0, 0.5, 1]}
@@ -62,7 +62,7 @@ def test_a_layout_without_a_size_has_the_one_of_the_page() -> None:
 
 
 def test_every_canvas_that_python_sends_is_told_from_the_one_before() -> None:
-    assert empty_value(8, 8)["revision"] != empty_value(8, 8)["revision"]
+    assert make_empty(8, 8)["revision"] != make_empty(8, 8)["revision"]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_what_is_no_canvas_is_refused(value: object, message: str) -> None:
 
 def test_colours_and_names_are_taken_only_where_they_are_some() -> None:
     value = canvas_of(BOX, {"colour": "red;}"}, {"name": "x" * 99})
-    assert colours_of(value)[0] == "#123456"
-    assert re.fullmatch("#[0-9a-f]{6}", colours_of(value)[1])
-    assert names_of(value) == ["left", "Region 2", "x" * 40]
+    assert read_colours(value)[0] == "#123456"
+    assert re.fullmatch("#[0-9a-f]{6}", read_colours(value)[1])
+    assert read_names(value) == ["left", "Region 2", "x" * 40]
 
 
 @pytest.mark.parametrize("name", ["canvas.html", "canvas.css", "canvas.js"])

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
-from diffusers_mixofshow.sampling.provenance import settings_of
+from diffusers_mixofshow.sampling.provenance import read_options
 from diffusers_mixofshow.ui import page
 from diffusers_mixofshow.ui.session import Studio
 
@@ -29,7 +29,9 @@ def server(studio: Studio) -> Iterator[str]:
     blocks = page.build_page(studio)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        _, url, _ = blocks.launch(**page.launching(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        _, url, _ = blocks.launch(
+            **page.get_launch_settings(), server_name="127.0.0.1", prevent_thread_lock=True, quiet=True
+        )
         yield url
         blocks.close()
 
@@ -64,9 +66,9 @@ def test_it_listens_on_this_machine_alone_and_sends_nothing_home(server: str) ->
 def test_a_picture_is_drawn_with_its_settings(server: str) -> None:
     client = user(server)
     picture, overlay, png, layout, _ = ask(client, canvas_of("a brown dog"), "a dog in the snow", seed=5)
-    told = settings_of(Path(png))
+    told = read_options(Path(png))
     assert (told["seed"], told["steps"], told["base"]) == (5, 2, "toyland")
-    assert settings_of(Path(picture))["seed"] == 5
+    assert read_options(Path(picture))["seed"] == 5
     with Image.open(overlay) as drawn:
         assert min(drawn.size) >= 512
     assert json.loads(Path(layout).read_text())["regions"][0]["prompt"] == "a brown dog"

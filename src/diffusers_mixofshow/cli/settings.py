@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.errors import ConfigurationError, TextError
-from diffusers_mixofshow.sampling.provenance import FORMATS, settings_of
+from diffusers_mixofshow.sampling.provenance import FORMATS, read_options
 from diffusers_mixofshow.texts import read_text
 
 
@@ -24,7 +24,7 @@ def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[
     Raises:
         ConfigurationError: If the file cannot be read, or names a verb or an option that does not exist; names all.
     """
-    tables = {"sample": settings_of(path)} if path.suffix.lower() in FORMATS else _tables_of(path)
+    tables = {"sample": read_options(path)} if path.suffix.lower() in FORMATS else _tables_of(path)
     defects, found = [], {}
     for verb, table in tables.items():
         if verb not in options or not isinstance(table, dict):

@@ -1,1 +1,1 @@
-"""Drawing pictures as ``mixofshow sample`` does: what decides about them, the drawing, and what they tell of it."""
+"""Draw pictures as ``mixofshow sample`` does: its settings, the drawing, and how pictures store their settings."""

@@ -1,4 +1,4 @@
-"""Condition images on the command line: a detector's view of a picture, and the model that follows it."""
+"""Condition images on the command line: made from a picture by a detector, and followed by a ControlNet or adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
 
 IMAGE = "image"
-"""Stands for a condition image that needs no detector."""
+"""Takes the place of a detector for a picture that is a condition image already."""
 
 CONTROLNETS = {
     "canny": "lllyasviel/control_v11p_sd15_canny",
@@ -34,7 +34,7 @@ CONTROLNETS = {
     "scribble_hed": "lllyasviel/control_v11p_sd15_scribble",
     "softedge_hed": "lllyasviel/control_v11p_sd15_softedge",
 }
-"""Detectors of controlnet_aux by their names there, and the ControlNet for Stable Diffusion 1.5 made for each."""
+"""Name of a detector in controlnet_aux to the ControlNet for Stable Diffusion 1.5 that was trained with it."""
 
 ADAPTERS = {
     "canny": "TencentARC/t2iadapter_canny_sd15v2",
@@ -42,7 +42,7 @@ ADAPTERS = {
     "openpose": "TencentARC/t2iadapter_openpose_sd14v1",
     "scribble_pidinet": "TencentARC/t2iadapter_sketch_sd15v2",
 }
-"""Detectors of controlnet_aux, and the T2I-Adapter for Stable Diffusion 1.x made for each."""
+"""Name of a detector in controlnet_aux to the T2I-Adapter for Stable Diffusion 1.x that was trained with it."""
 
 CONTROL_HELP = (
     "'openpose=photo.jpg': detector of controlnet_aux and picture; 'openpose@MODEL=photo.jpg' for another ControlNet;"
@@ -91,8 +91,8 @@ def parse_control(text: str, known: Mapping[str, str] = CONTROLNETS, *, called: 
 
     Args:
         text: What the user gave.
-        known: Detectors and the model made for each.
-        called: What such a model is called.
+        known: Detector to model.
+        called: What errors call such a model.
 
     Raises:
         ConfigurationError: If the text is not of that form, the picture is missing, or no model is known.
@@ -112,12 +112,12 @@ def parse_control(text: str, known: Mapping[str, str] = CONTROLNETS, *, called: 
     return Control(detector, model or known[detector], Path(picture))
 
 
-def condition_image(control: Control, picture: Image.Image | None = None) -> Image.Image:
-    """What the control's detector sees in its picture.
+def make_condition_image(control: Control, picture: Image.Image | None = None) -> Image.Image:
+    """Run the control's detector on its picture.
 
     Args:
         control: Names detector and file.
-        picture: What the file shows, RGB; by default it is read.
+        picture: Content of the file, RGB; by default it is read.
 
     Raises:
         MissingExtraError: If controlnet_aux is needed and cannot be imported.
@@ -130,31 +130,31 @@ def condition_image(control: Control, picture: Image.Image | None = None) -> Ima
     if control.detector == IMAGE:
         return picture
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its import alone gives ten, none about what the user did
-        processor = _processor_class(control.detector)
+        warnings.simplefilter("ignore")  # importing controlnet_aux gives ten, none of which the user can help
+        processor = _import_processor(control.detector)
         try:
             return processor(control.detector)(picture)
         except (ValueError, OSError, AttributeError, NameError) as error:
             raise ConfigurationError(
-                f"controlnet_aux cannot run its detector {control.detector!r}: {_why(error)}. Or give a finished"
+                f"controlnet_aux cannot run its detector {control.detector!r}: {_explain(error)}. Or give a finished"
                 " condition image: 'image@MODEL=...'."
             ) from error
 
 
-def _processor_class(detector: str) -> Any:
-    """controlnet_aux's one class for all detectors."""
+def _import_processor(detector: str) -> Any:
+    """Import controlnet_aux's class for all detectors."""
     try:
         from controlnet_aux.processor import Processor
     except (ImportError, AttributeError, RuntimeError) as error:
         # AttributeError: a mediapipe without `solutions`. RuntimeError: a torchvision made for another torch.
         raise MissingExtraError(
             f"Detector {detector!r} needs controlnet_aux, which cannot be imported: {first_line(error)}."
-            f" {_remedy(error)}, or give a finished condition image: 'image@MODEL=...'."
+            f" {_suggest_remedy(error)}, or give a finished condition image: 'image@MODEL=...'."
         ) from error
     return Processor
 
 
-def _remedy(error: Exception) -> str:
+def _suggest_remedy(error: Exception) -> str:
     if "mediapipe" in str(error):
         return "Uninstall mediapipe, or install 'mediapipe<0.10.30'"
     if "torchvision" in str(error):
@@ -162,7 +162,7 @@ def _remedy(error: Exception) -> str:
     return "Install it with pip install 'diffusers-mixofshow[controlnet]'"
 
 
-def _why(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     if isinstance(error, NameError) and "mp_" in str(error):
         return "it needs the package mediapipe, pip install 'mediapipe<0.10.30'"
     if isinstance(error, AttributeError):
@@ -211,7 +211,7 @@ def add_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOfS
 def _load_models(
     pipe: MixOfShowPipeline, controls: Sequence[Control], load: Callable[..., Any], called: str
 ) -> list[Any]:
-    """The model of each control, where the pipeline is and in its dtype."""
+    """Load the model of each control, to the pipeline's device and dtype."""
     from diffusers_mixofshow.edlora.models import load_model
 
     models = []

@@ -1,4 +1,4 @@
-"""What ``mixofshow sample`` draws: everything that decides about its pictures, and the drawing itself."""
+"""Draw what ``mixofshow sample`` was asked for: all of its settings in one object, and the drawing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.errors import ConfigurationError, PictureError, warn
-from diffusers_mixofshow.sampling.control import Control, add_adapters, add_controls, condition_image
+from diffusers_mixofshow.sampling.control import Control, add_adapters, add_controls, make_condition_image
 from diffusers_mixofshow.sampling.loading import load_base
 
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.regions import Draft, Isolation, Layout, Refinement
 
 GRAIN = 8
-"""Stable Diffusion pipelines draw pictures whose sides are multiples of so many pixels."""
+"""Stable Diffusion pipelines draw pictures whose sides are multiples of this many pixels."""
 _LARGE = 1024 * 1024
-"""Pixels above which a picture to start from is told to be large."""
-_INPAINTED = (4, 9)
-"""Input channels of U-Nets that diffusers inpaints with."""
+"""Number of pixels above which a picture to start from gives a warning."""
+_INPAINTING_CHANNELS = (4, 9)
+"""Input channels of U-Nets with which diffusers can inpaint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """A picture that was given, as it was when its file was read.
+    """A picture that the user gave, as its file was when it was read.
 
     Args:
         path: The file.
@@ -45,10 +45,10 @@ class Given:
 
     @classmethod
     def read(cls, path: Path, *, as_mask: bool = False) -> Given:
-        """Read a file, once.
+        """Read a file once, for the picture and the digest.
 
         Raises:
-            PictureError: If it cannot be read, or a mask be understood.
+            PictureError: If it cannot be read, or is meant as a mask and cannot be understood as one.
         """
         from diffusers_mixofshow.masks import mask_of
         from diffusers_mixofshow.pictures import FileContent, read_image
@@ -64,11 +64,11 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Everything that decides about the pictures.
+    """All settings that determine the pictures.
 
     Args:
         base: The base model.
-        packs: Where each ED-LoRA or pack came from, and the pack.
+        packs: Source of each ED-LoRA or fused pack to its content.
         lora_scales: Strength of the weight updates of each pack.
         plan: Prompts, regions and size.
         seeds: One for each picture.
@@ -76,16 +76,16 @@ class Drawing:
         guidance: Guidance scale.
         isolation: Whether regions are kept apart in self-attention.
         draft: Whether regions are first drawn alone.
-        refine: Whether regions are drawn anew afterwards.
+        refine: Whether regions are redrawn afterwards.
         image: Picture to start from.
-        mask: Where that is drawn anew.
-        strength: How much of it is.
+        mask: Where that picture is redrawn.
+        strength: Strength with which it is redrawn.
         controls: ControlNets with the files of their pictures.
-        adapters: T2I-Adapters with theirs.
-        followed: The picture of each of both.
+        adapters: T2I-Adapters with the files of their pictures.
+        followed: The pictures of the ControlNets, or of the T2I-Adapters.
         control_scales: Strength of each ControlNet or T2I-Adapter.
         device: Where to draw; None for the GPU where there is one.
-        dtype: Name of the weights' type; None for the device's usual one.
+        dtype: Name of the weights' type; None for the device's default.
     """
 
     base: str
@@ -110,7 +110,7 @@ class Drawing:
 
     @property
     def way(self) -> str:
-        """How the pictures come about, in words."""
+        """How the pictures are drawn, in words."""
         if self.image is not None and self.mask is not None:
             return f"inpainting of {self.image.path} where {self.mask.path} is white, strength {self.strength:g}"
         if self.image is not None:
@@ -125,13 +125,13 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """The pictures, and what only the loaded pipeline tells of them.
+    """The pictures, with what only the loaded pipeline knows.
 
     Args:
         images: PIL pictures, one for each seed.
-        scheduler: Class of the pipeline's.
-        device: Where it drew.
-        dtype: In which type.
+        scheduler: Class of the pipeline's scheduler.
+        device: Type of the device on which it drew.
+        dtype: Name of the U-Net's type.
     """
 
     images: list[Image.Image]
@@ -144,10 +144,10 @@ def draw(drawing: Drawing, pipe: Any = None) -> Drawn:
     """Draw one picture for each seed, in one batch.
 
     Args:
-        drawing: What decides about the pictures.
-        pipe: The base model, if it is loaded already; it is left as it came, without the packs. None loads it.
+        drawing: The settings.
+        pipe: The base model, if it is loaded already; the packs are unloaded from it again. None loads the base.
     """
-    views = _views(drawing)  # first: they fail at once
+    views = _prepare_views(drawing)  # before the base is loaded, as it may fail
     pipe = load_base(drawing.base, drawing.device, drawing.dtype) if pipe is None else pipe
     with _load_packs(pipe, drawing):
         return _draw(pipe, drawing, views)
@@ -155,7 +155,7 @@ def draw(drawing: Drawing, pipe: Any = None) -> Drawn:
 
 @contextmanager
 def _load_packs(pipe: Any, drawing: Drawing) -> Iterator[None]:
-    """Load the packs for the length of a block, also if one of them cannot be."""
+    """Load the packs inside the block; all are unloaded afterwards, also if one of them cannot be loaded."""
     names: list[str] = []
     try:
         for pack, scale in zip(drawing.packs.values(), drawing.lora_scales, strict=True):
@@ -168,12 +168,12 @@ def _load_packs(pipe: Any, drawing: Drawing) -> Iterator[None]:
 
 
 def _draw(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> Drawn:
-    """Draw with a base that has the packs."""
+    """Draw with a base into which the packs are loaded."""
     import torch
 
-    shown = pipe._progress_bar_config
+    progress_bar = pipe._progress_bar_config
     pipe, conditions = _prepare_call(pipe, drawing, views)
-    pipe.set_progress_bar_config(**shown)
+    pipe.set_progress_bar_config(**progress_bar)
     plan, count = drawing.plan, len(drawing.seeds)
     images: list[Any] = pipe(
         prompt=[plan.prompt] * count,
@@ -192,7 +192,7 @@ def _draw(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> Drawn:
 
 
 def fit_layout(picture: Given, plan: Layout) -> Layout:
-    """The layout with the size at which a picture is drawn anew: as asked for, and in its own shape otherwise."""
+    """Give a layout the size of a picture that is redrawn; a side that the layout has is kept, in proportion."""
     if plan.width and plan.height:
         return plan
     own = picture.image
@@ -200,8 +200,8 @@ def fit_layout(picture: Given, plan: Layout) -> Layout:
     width, height = (max(GRAIN, round(side * scale / GRAIN) * GRAIN) for side in own.size)
     if scale == 1.0 and width * height > _LARGE:
         warn(
-            f"{picture.path} is drawn at its own size of {width} x {height} pixels, which takes long and much memory, "
-            "and is more than Stable Diffusion knows; --width or --height draws it smaller."
+            f"{picture.path} is drawn at its own size of {width} x {height} pixels, which takes much time and memory, "
+            "and is more than Stable Diffusion was trained with; --width or --height draws it smaller."
         )
     return replace(plan, width=plan.width or width, height=plan.height or height)
 
@@ -214,19 +214,19 @@ def refuse_inpainting(base: str) -> None:
 
 
 def _refuse_channels(base: str, channels: object) -> None:
-    if channels not in _INPAINTED:
+    if channels not in _INPAINTING_CHANNELS:
         raise ConfigurationError(
             f"--mask inpaints, which diffusers does with U-Nets of 4 or 9 input channels, but that of {base} has "
             f"{channels}. Start from the whole picture with --image alone, or take another base."
         )
 
 
-def _views(drawing: Drawing) -> list[Image.Image]:
+def _prepare_views(drawing: Drawing) -> list[Image.Image]:
     """The pictures that the drawing starts from or follows, as the models see them."""
     if drawing.image is None:
         controls = (*drawing.controls, *drawing.adapters)
         pairs = zip(controls, drawing.followed, strict=True)
-        return [condition_image(control, picture.image) for control, picture in pairs]
+        return [make_condition_image(control, picture.image) for control, picture in pairs]
     picture = drawing.image.image
     size = drawing.plan.width or picture.width, drawing.plan.height or picture.height
     masks = [] if drawing.mask is None else [drawing.mask.image]
@@ -234,10 +234,10 @@ def _views(drawing: Drawing) -> list[Image.Image]:
 
 
 def _prepare_call(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple[Any, dict[str, Any]]:
-    """The pipeline for what is drawn, and what its call needs for that beside prompts and settings."""
+    """Make the pipeline for the drawing, and the arguments of its call beside prompts and settings."""
     from diffusers_mixofshow.pipelines import pipeline_for
 
-    count, size = len(drawing.seeds), _size(pipe, drawing.plan)
+    count, size = len(drawing.seeds), _choose_size(pipe, drawing.plan)
     if drawing.mask is not None:
         _refuse_channels(drawing.base, pipe.unet.config.in_channels)
         image, mask = views
@@ -257,8 +257,8 @@ def _prepare_call(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tupl
     return pipe, size
 
 
-def _size(pipe: Any, plan: Layout) -> dict[str, int]:
-    """Height and width in pixels; diffusers would forget one that is given alone."""
+def _choose_size(pipe: Any, plan: Layout) -> dict[str, int]:
+    """Choose height and width in pixels; both, because diffusers ignores one that is given alone."""
     from diffusers_mixofshow.families.layers import own_size
 
     (height, width), scale = own_size(pipe.unet), pipe.vae_scale_factor

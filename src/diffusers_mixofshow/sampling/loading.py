@@ -1,4 +1,4 @@
-"""Loading the base model that is sampled with, as the pipeline that can draw concepts, or as it is."""
+"""Load a base model to sample with: as a pipeline that draws concepts, or as the pipeline of diffusers that it is."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ def load_base(name: str, device: str | None = None, dtype: str | None = None, *,
 
     Args:
         name: Hub id, folder, or ``toyland``.
-        device: Where to, such as ``cuda:1``.
+        device: Device to load to, such as ``cuda:1``.
         dtype: Name of the weights' type, such as ``float16``.
-        concepts: Whether it has to draw concepts; otherwise it is loaded as the class of diffusers that it is.
+        concepts: Whether it has to draw concepts; otherwise it is loaded as the class of diffusers that its folder
+            names.
 
     Raises:
         ConfigurationError: If it cannot be found or read, or this machine has no such device.
-        HubError: If only the Hub has it, and that cannot be reached.
+        HubError: If it is only on the Hub, which cannot be reached.
     """
     from diffusers_mixofshow.edlora import models
 
     device, dtype = check_device(device, dtype)
-    pipe = models.load_base(name, partial(_load if concepts else _load_as_it_is, device=device, dtype=dtype))
+    load = _load_for_concepts if concepts else _load_unchanged
+    pipe = models.load_base(name, partial(load, device=device, dtype=dtype))
     pipe.set_progress_bar_config(desc="Sampling", **bar_settings())
     return pipe
 
 
 def check_device(device: str | None, dtype: str | None) -> tuple[str, str | None]:
-    """Raise a `ConfigurationError` if this machine has no such device, or that no such numbers; else tell which."""
+    """Choose the device if none is given, and raise a `ConfigurationError` if it or its dtype cannot be used here."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,17 +51,17 @@ def check_device(device: str | None, dtype: str | None) -> tuple[str, str | None
     return device, dtype
 
 
-def _load(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
-    """Load what is known to be there; the pipelines are imported no earlier, which takes seconds."""
+def _load_for_concepts(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
+    """Load a base as this package's pipeline for it."""
     import torch
 
     half = device.startswith("cuda") and place != location_of(TOYLAND)
-    numbers = getattr(torch, dtype or ("float16" if half else "float32"))
-    return _drawing_class(place, options).from_pretrained(place, dtype=numbers, **options).to(device)
+    weights = getattr(torch, dtype or ("float16" if half else "float32"))
+    return _choose_pipeline(place, options).from_pretrained(place, dtype=weights, **options).to(device)
 
 
-def _drawing_class(place: str, options: Mapping[str, Any]) -> type[Any]:
-    """The pipeline of this package that draws concepts and regions with a base model.
+def _choose_pipeline(place: str, options: Mapping[str, Any]) -> type[Any]:
+    """Choose the pipeline of this package that draws concepts and regions with a base model.
 
     Raises:
         ConfigurationError: If it is a single file, or of a family with which they are not drawn.
@@ -84,14 +86,14 @@ def _drawing_class(place: str, options: Mapping[str, Any]) -> type[Any]:
     return kind
 
 
-def _load_as_it_is(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
+def _load_unchanged(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
     """Load a pipeline as the class of diffusers that its folder names."""
     import diffusers
     import torch
 
-    numbers = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    weights = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(place, **in_dtype(numbers), **options).to(device)
+        return diffusers.DiffusionPipeline.from_pretrained(place, **in_dtype(weights), **options).to(device)
     except AttributeError as error:
         raise ConfigurationError(
             f"The installed diffusers {diffusers.__version__} cannot load this pipeline: {first_line(error)}. Install "

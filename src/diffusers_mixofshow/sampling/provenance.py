@@ -1,4 +1,4 @@
-"""Pictures of ``mixofshow sample`` tell how they were made, and what such a picture tells is read again."""
+"""Store the settings of ``mixofshow sample`` in its pictures, and read them from there."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.sampling.drawing import Drawing, Drawn
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""Ending of a picture to Pillow's name of its format."""
+"""Ending of a picture's file to Pillow's name of its format."""
 
 _NAME = re.compile(r"(?![.~])([^/\\]+/)?(?!\.)[^/\\]+")
-"""A name in the folder where one is, or on the Hub; never a path that leads elsewhere."""
+"""A name in the current folder or on the Hub; never a path that leads out of the folder."""
 _NUMBERS = ("seed", "steps", "guidance", "strength", "lora_scale", "control_scale")
 _NAMES = ("base", "concepts", "image", "mask")
 _CONTROLS = ("control", "adapter")
@@ -34,13 +34,14 @@ def write_drawn(files: Sequence[Path], drawing: Drawing, drawn: Drawn) -> None:
     """Write every picture with the settings that draw it again."""
     for file, image, seed in zip(files, drawn.images, drawing.seeds, strict=True):
         plan = dataclasses.replace(drawing.plan, width=image.width, height=image.height)
-        note = _note(drawing, drawn, plan, seed)
-        text = notes.infotext(plan.prompt or "", plan.negative_prompt or "", _settings(drawing, drawn, plan, seed))
+        note = _make_note(drawing, drawn, plan, seed)
+        settings = _describe_for_a1111(drawing, drawn, plan, seed)
+        text = notes.infotext(plan.prompt or "", plan.negative_prompt or "", settings)
         notes.write_with_note(file, image, FORMATS[file.suffix.lower()], note, text)
 
 
 def read_layout(path: Path) -> Layout:
-    """Read a layout file, or the layout of a picture that was drawn here."""
+    """Read a layout file, or the layout that a picture of this package stores."""
     from diffusers_mixofshow.regions import Layout
 
     if path.suffix.lower() not in FORMATS:
@@ -48,55 +49,57 @@ def read_layout(path: Path) -> Layout:
     return Layout.from_description(notes.read_note(path).get("layout"), path)
 
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """The options that draw a picture again, without those that say where to write.
+def read_options(path: Path) -> dict[str, Any]:
+    """Read the options that draw a picture again, without those that say where to write.
 
-    Strangers' pictures are read as well: of what one tells only numbers, switches and names are taken.
+    A picture may come from a stranger, so that only numbers, switches and names are accepted, no paths.
 
     Raises:
-        ConfigurationError: If the picture does not tell them, or tells what no picture of ours does; names all of it.
+        ConfigurationError: If the picture has no options, or some that this package does not write; names all of them.
     """
-    told = notes.read_note(path).get("sample")
-    if not isinstance(told, dict):
+    options = notes.read_note(path).get("sample")
+    if not isinstance(options, dict):
         raise ConfigurationError(f"{path} does not tell how it was sampled.")
-    defects = [f"{name} {value!r}" for name, value in told.items() if not _is_allowed(name, value)]
+    defects = [f"{name} {value!r}" for name, value in options.items() if not _is_allowed(name, value)]
     if defects:
-        raise ConfigurationError(f"{path} tells what no picture of mixofshow does: {', '.join(defects)}.")
-    # Pictures of the time before drafts tell nothing of them.
-    return {"draft": False} | told | {"layout": str(path)}
+        raise ConfigurationError(
+            f"{path} holds options that mixofshow does not write into pictures: {', '.join(defects)}."
+        )
+    # Releases that had no drafts did not store the option.
+    return {"draft": False} | options | {"layout": str(path)}
 
 
 def warn_of_changes(path: Path, drawing: Drawing) -> None:
-    """Warn where what is read has other contents than when the picture was drawn whose settings are used."""
+    """Warn of packs and pictures that have changed since the picture at `path` was drawn, whose settings are used."""
     if path.suffix.lower() not in FORMATS:
         return
     before = _read_digests(notes.read_note(path))
-    now = {_pack_name(source): pack.digest for source, pack in drawing.packs.items()} | _digests(drawing)
+    now = {_name_pack(source): pack.digest for source, pack in drawing.packs.items()} | _list_digests(drawing)
     if changed := [name for name, digest in now.items() if before.get(name, digest) != digest]:
         warn(f"{', '.join(changed)} changed since {path} was drawn; the picture will be another one.")
 
 
 def _read_digests(note: Mapping[str, Any]) -> dict[str, str]:
-    """Name to digest of what a picture was drawn with, as far as it tells that as our pictures do."""
+    """Name to digest of the packs and pictures in a note; entries of another form are ignored."""
     packs, pictures = note.get("packs"), note.get("pictures")
     entries = [entry for entry in packs if isinstance(entry, dict)] if isinstance(packs, list) else []
     known = {str(entry.get("name")): str(entry.get("digest")) for entry in entries}
     return known | ({name: str(digest) for name, digest in pictures.items()} if isinstance(pictures, dict) else {})
 
 
-def _pack_name(source: str) -> str:
-    """A pack's name without private paths; the folder's name for a pack that is given by its file."""
+def _name_pack(source: str) -> str:
+    """Name a pack without private paths; one that is given by its file has the folder's name."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
     path = Path(source)
     return public_name(str(path.parent) if path.name == FILE_NAME else source)
 
 
-def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, Any]:
-    """What draws the picture again: options, layout, and what was read and used."""
+def _make_note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, Any]:
+    """Everything that a picture stores to be drawn again: options, layout, digests of what was read, versions."""
     packs = [
         {
-            "name": _pack_name(source),
+            "name": _name_pack(source),
             "digest": pack.digest,
             "concepts": [concept.placeholder for concept in pack.concepts],
         }
@@ -105,30 +108,30 @@ def _note(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, 
     return {
         "version": installed_version(),
         "layout": plan.describe(),
-        "sample": _options(drawing, seed),
+        "sample": _list_options(drawing, seed),
         "packs": packs,
         "sampler": drawn.scheduler.__name__,
         "device": drawn.device,
         "dtype": drawn.dtype,
-        "pictures": _digests(drawing),
+        "pictures": _list_digests(drawing),
     }
 
 
-def _digests(drawing: Drawing) -> dict[str, str]:
+def _list_digests(drawing: Drawing) -> dict[str, str]:
     """Name to SHA-256 of every picture that was read."""
     read = [drawing.image, drawing.mask, *drawing.followed]
     return {each.path.name: each.digest for each in read if each is not None}
 
 
-def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
+def _list_options(drawing: Drawing, seed: int) -> dict[str, Any]:
     """The options that draw the picture again, beside its layout."""
     isolation = drawing.isolation
-    told: dict[str, Any] = {
+    options: dict[str, Any] = {
         "seed": seed,
         "steps": drawing.steps,
         "guidance": drawing.guidance,
         "base": public_name(drawing.base),
-        "concepts": [_pack_name(source) for source in drawing.packs],
+        "concepts": [_name_pack(source) for source in drawing.packs],
         "lora_scale": list(drawing.lora_scales),
         "control": [_format_control(control) for control in drawing.controls],
         "adapter": [_format_control(control) for control in drawing.adapters],
@@ -142,17 +145,19 @@ def _options(drawing: Drawing, seed: int) -> dict[str, Any]:
         "strength": drawing.strength if drawing.image else None,
         "dtype": drawing.dtype and str(drawing.dtype),
     }
-    told = {name: value for name, value in told.items() if value is not None and value is not False and value != []}
-    return told | ({"draft": drawing.draft is not None} if drawing.plan.regions else {})
+    given = {
+        name: value for name, value in options.items() if value is not None and value is not False and value != []
+    }
+    return given | ({"draft": drawing.draft is not None} if drawing.plan.regions else {})
 
 
 def _format_control(control: Control) -> str:
     return f"{control.detector}@{public_name(control.model)}={control.picture.name}"
 
 
-def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, object]:
-    """The picture's settings in the words of A1111, and what that has no words for."""
-    regions = [f"{_place(region)}: {region.prompt}" for region in plan.regions]
+def _describe_for_a1111(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[str, object]:
+    """The picture's settings under the names that A1111 uses, and under our own where it has none."""
+    regions = [f"{_format_place(region)}: {region.prompt}" for region in plan.regions]
     return {
         "Steps": drawing.steps,
         "Sampler": notes.sampler_name(drawn.scheduler),
@@ -161,13 +166,13 @@ def _settings(drawing: Drawing, drawn: Drawn, plan: Layout, seed: int) -> dict[s
         "Size": f"{plan.width}x{plan.height}",
         "Model": public_name(drawing.base).rpartition("/")[2],
         "Denoising strength": f"{drawing.strength:g}" if drawing.image else None,
-        "Mix-of-Show packs": ", ".join(map(_pack_name, drawing.packs)) or None,
+        "Mix-of-Show packs": ", ".join(map(_name_pack, drawing.packs)) or None,
         "Mix-of-Show regions": " | ".join(regions) or None,
         "Version": f"{PACKAGE} {installed_version()}",
     }
 
 
-def _place(region: Any) -> str:
+def _format_place(region: Any) -> str:
     return "mask" if region.box is None else ",".join(f"{edge:g}" for edge in region.box)
 
 

@@ -1,4 +1,4 @@
-"""What the page does, as functions of values: reading, drawing, fusing, telling. They know nothing of Gradio."""
+"""The page's actions as plain functions, without Gradio: load, draw, read layouts, fuse, describe files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from diffusers_mixofshow.fusion.report import MEANING
 from diffusers_mixofshow.interop.summary import facts_of, format_norm, summary_of_foreign, summary_of_pack
 from diffusers_mixofshow.regions.drawing import draw_regions
 from diffusers_mixofshow.sampling.drawing import Drawing, draw
-from diffusers_mixofshow.sampling.provenance import read_layout, settings_of, write_drawn
-from diffusers_mixofshow.ui.canvas import MOST_PIXELS, colours_of, names_of, to_layout, to_value
-from diffusers_mixofshow.ui.conditions import SCALE, has_layout_condition, layout_condition
+from diffusers_mixofshow.sampling.provenance import read_layout, read_options, write_drawn
+from diffusers_mixofshow.ui.canvas import MOST_PIXELS, read_colours, read_names, to_layout, to_value
+from diffusers_mixofshow.ui.conditions import SCALE, draw_condition, has_layout_condition
 from diffusers_mixofshow.ui.session import Session, Studio
 
 
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 MOST_STEPS = 200
 MOST_SOURCES = 16
 METHODS = ("closed-form", "average", "sum", "ties", "svd")
-"""Ways to fuse, gradient fusion first."""
+"""Ways to fuse that the page offers, gradient fusion first."""
 _OVERLAY = 512
-"""Pixels of the shorter side, at least, of a picture with its layout over it."""
+"""Least length in pixels of the shorter side of a picture with its layout over it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What is asked for beside the canvas.
+    """The settings of a picture beside the canvas.
 
     Args:
         prompt: The global prompt.
         negative_prompt: What to avoid; may be empty.
-        seed: Of the picture.
+        seed: Seed of the picture.
         steps: Denoising steps.
         guidance: Guidance scale.
         draft: Whether regions are first drawn alone.
-        refine: Whether regions are drawn anew afterwards.
+        refine: Whether regions are redrawn afterwards.
         isolation: Whether regions are kept apart in self-attention.
-        condition: Whether a layout condition tells where things stand.
+        condition: Whether a condition image made from the layout guides the base, see `conditions`.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ class Wishes:
     condition: bool = False
 
     def __post_init__(self) -> None:
-        """Check what a browser may send as well as our own page."""
+        """Check the values, which any program may have sent instead of the page."""
         defects = [] if self.prompt.strip() else ["no prompt; write what the whole picture shows"]
         whole = isinstance(self.steps, int) and 1 <= self.steps <= MOST_STEPS
         defects += [] if whole else [f"{self.steps!r} steps; expected 1 to {MOST_STEPS}"]
@@ -76,7 +76,7 @@ class Result:
     """What was drawn.
 
     Args:
-        picture: PNG that tells how it was drawn.
+        picture: PNG that stores its settings.
         overlay: The picture with the layout over it.
         layout: The layout as a JSON file.
         condition: The condition image that was followed, if any.
@@ -89,7 +89,7 @@ class Result:
 
 
 def load(studio: Studio, session: Session, source: str | Path) -> Session:
-    """The session with one more pack, tried with the base model before it is said to be loaded.
+    """Return the session with one more pack, after loading it into the base model and unloading it, as a check.
 
     Raises:
         MixOfShowError: If it cannot be read, or does not fit the base model or what is loaded.
@@ -97,7 +97,7 @@ def load(studio: Studio, session: Session, source: str | Path) -> Session:
     opened = studio.open(source)
     opened.tell()
     loaded = session.with_pack(Path(source).name if isinstance(source, Path) else source, opened.edlora)
-    with studio.borrowed() as pipe:
+    with studio.borrow() as pipe:
         pipe.load_edlora(opened.edlora, 1.0, "tried")
         pipe.unload_edlora("tried")
     return loaded
@@ -105,12 +105,11 @@ def load(studio: Studio, session: Session, source: str | Path) -> Session:
 
 def list_loaded(session: Session) -> list[list[str]]:
     """Rows of pack, concept, class word and base, for a table."""
-    return [
-        [name, concept.placeholder if concept else "(a plain LoRA)", concept.class_word if concept else "", told]
-        for name, pack in session.packs.items()
-        for told in [pack.base_model]
-        for concept in (pack.concepts or (None,))
-    ]
+    rows = []
+    for name, pack in session.packs.items():
+        concepts = [(concept.placeholder, concept.class_word) for concept in pack.concepts]
+        rows += [[name, *words, pack.base_model] for words in concepts or [("(a plain LoRA)", "")]]
+    return rows
 
 
 def own_pixels(studio: Studio) -> tuple[int, int]:
@@ -126,8 +125,8 @@ def draw_picture(studio: Studio, session: Session, canvas: object, wishes: Wishe
         MixOfShowError: If anything of it cannot be used.
     """
     layout = to_layout(canvas, wishes.prompt, wishes.negative_prompt)
-    drawing = _drawing(studio, session, layout, wishes)
-    with studio.borrowed() as pipe:
+    drawing = _make_drawing(studio, session, layout, wishes)
+    with studio.borrow() as pipe:
         drawn = draw(drawing, pipe)
     folder = studio.new_folder()
     picture, described = folder / f"mixofshow-{wishes.seed}.png", folder / "layout.json"
@@ -137,16 +136,17 @@ def draw_picture(studio: Studio, session: Session, canvas: object, wishes: Wishe
         given.image.save(folder / given.path.name)
     return Result(
         picture=picture,
-        overlay=_overlay(layout, drawn.images[0], canvas),
+        overlay=_draw_overlay(layout, drawn.images[0], canvas),
         layout=described,
         condition=folder / drawing.followed[0].path.name if drawing.followed else None,
     )
 
 
-def _drawing(studio: Studio, session: Session, layout: Layout, wishes: Wishes) -> Drawing:
-    """What decides about the picture; what needs regions is left out where there are none."""
+def _make_drawing(studio: Studio, session: Session, layout: Layout, wishes: Wishes) -> Drawing:
+    """All settings of the picture; those that need regions are off where there are none."""
     regions = bool(layout.regions)
-    follows = [layout_condition(layout, session.concepts)] if _follows(studio, wishes) and regions else []
+    follows_layout = wishes.condition and regions and has_layout_condition(studio.base_name)
+    conditions = [draw_condition(layout, session.concepts)] if follows_layout else []
     return Drawing(
         base=studio.base_name,
         packs=session.packs,
@@ -162,41 +162,37 @@ def _drawing(studio: Studio, session: Session, layout: Layout, wishes: Wishes) -
         mask=None,
         strength=1.0,
         controls=(),
-        adapters=tuple(control for control, _ in follows),
-        followed=tuple(given for _, given in follows),
-        control_scales=(SCALE,) * len(follows),
+        adapters=tuple(control for control, _ in conditions),
+        followed=tuple(given for _, given in conditions),
+        control_scales=(SCALE,) * len(conditions),
         device=studio.device,
         dtype=studio.dtype,
     )
 
 
-def _follows(studio: Studio, wishes: Wishes) -> bool:
-    return wishes.condition and has_layout_condition(studio.base_name)
-
-
-def _overlay(layout: Layout, picture: Image.Image, canvas: object) -> Image.Image:
-    """The picture, large enough that names can be read, with the regions in their colours and names."""
+def _draw_overlay(layout: Layout, picture: Image.Image, canvas: object) -> Image.Image:
+    """Draw the regions with their colours and names over the picture, enlarged so that names can be read."""
     scale = max(1, -(-_OVERLAY // min(picture.size)))
     large = picture.resize((picture.width * scale, picture.height * scale))
     return draw_regions(
         layout.regions,
         large,
-        colours=colours_of(canvas) or ("#000000",),
-        labels=names_of(canvas),
+        colours=read_colours(canvas) or ("#000000",),
+        labels=read_names(canvas),
         label_size=large.height / 26,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """What a layout file or a picture with settings tells.
+    """Content of a layout file, or of a picture with its settings.
 
     Args:
-        canvas: A value of the canvas.
+        canvas: The canvas's value.
         prompt: The global prompt.
         negative_prompt: The global negative prompt; may be empty.
-        settings: What else a picture tells, by the names of `Wishes`.
-        needs: Packs that it was drawn with.
+        settings: A picture's other settings, by the names of `Wishes`.
+        needs: Packs with which the picture was drawn.
     """
 
     canvas: dict[str, Any]
@@ -210,9 +206,9 @@ def read_layout_file(path: Path, width: int, height: int) -> Read:
     """Read a layout's JSON, or a picture that `mixofshow sample` or this page drew.
 
     Args:
-        path: What was sent.
-        width: Of the canvas where the layout has no size, in pixels.
-        height: Likewise.
+        path: The file.
+        width: Width of the canvas in pixels, if the layout has none.
+        height: Height of the canvas in pixels, if the layout has none.
 
     Raises:
         MixOfShowError: If it is neither.
@@ -222,24 +218,24 @@ def read_layout_file(path: Path, width: int, height: int) -> Read:
         raise RegionError(
             f"{path.name} is of {layout.width} x {layout.height} pixels; expected at most {MOST_PIXELS}."
         )
-    told = {} if path.suffix.lower() == ".json" else settings_of(path)
-    needs = told.get("concepts", [])
+    options = {} if path.suffix.lower() == ".json" else read_options(path)
+    needs = options.get("concepts", [])
     return Read(
         canvas=to_value(layout, width, height),
         prompt=layout.prompt or "",
         negative_prompt=layout.negative_prompt or "",
-        settings=_settings(told),
+        settings=_select_settings(options),
         needs=tuple(needs if isinstance(needs, list) else [needs]),
     )
 
 
-def _settings(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a picture tells of how it was drawn, by the names of `Wishes`; a switch that it does not tell was off."""
-    if not told:
+def _select_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A picture's options by the names of `Wishes`; a switch that is not among them was off."""
+    if not options:
         return {}
-    switches = {name: bool(told.get(name)) for name in ("draft", "refine", "isolation")}
-    numbers = {name: told[name] for name in ("seed", "steps", "guidance") if name in told}
-    return numbers | switches | {"condition": "adapter" in told}
+    switches = {name: bool(options.get(name)) for name in ("draft", "refine", "isolation")}
+    numbers = {name: options[name] for name in ("seed", "steps", "guidance") if name in options}
+    return numbers | switches | {"condition": "adapter" in options}
 
 
 def fuse(
@@ -248,17 +244,17 @@ def fuse(
     """Fuse several files or repositories.
 
     Args:
-        studio: Whose base model records what layers see.
+        studio: Its base model records the features.
         sources: See `Studio.open`.
         method: One of `METHODS`.
-        trigger_prompts: Of each plain LoRA whose file does not tell its trigger words, in their order; ``|`` parts
-            several.
+        trigger_prompts: Prompts of each plain LoRA whose file does not name its trigger words, in the order of the
+            sources, separated by ``|``.
 
     Returns:
         The pack's files, the table of its report, and what the numbers mean.
 
     Raises:
-        MixOfShowError: If something cannot be read, or fits not.
+        MixOfShowError: If a source cannot be read, or does not fit the base or the others.
     """
     if not 2 <= len(sources) <= MOST_SOURCES:
         raise ConfigurationError(f"Got {len(sources)} sources to fuse, expected 2 to {MOST_SOURCES}.")
@@ -266,9 +262,9 @@ def fuse(
         raise ConfigurationError(f"Got the method {method!r}, expected one of {', '.join(METHODS)}.")
     opened = [(source, studio.open(source)) for source in sources]
     prompts = iter(trigger_prompts)
-    taken = [_source(source, each, prompts) for source, each in opened]
-    with studio.borrowed() as pipe:
-        fused = GradientFuser(pipe).fuse(taken, method=method)  # type: ignore[arg-type]
+    to_fuse = [_make_source(source, each, prompts) for source, each in opened]
+    with studio.borrow() as pipe:
+        fused = GradientFuser(pipe).fuse(to_fuse, method=method)  # type: ignore[arg-type]
     folder = studio.new_folder()
     fused.save_pretrained(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -277,11 +273,11 @@ def fuse(
         names = [[name] for each in fused.sources for name in each.prompts]
         return files, (["concept"], names), "This method measures nothing."
     nearest = [f"{one} and {other} {value:.2f}" for one, other, value in report.conflicts[:3]]
-    told = [MEANING, *([f"Nearest to a conflict (overlap, 0 to 1): {', '.join(nearest)}."] if nearest else [])]
-    return files, report.table(), " ".join(told)
+    conflicts = f" Nearest to a conflict (overlap, 0 to 1): {', '.join(nearest)}." if nearest else ""
+    return files, report.table(), MEANING + conflicts
 
 
-def _source(source: str | Path, opened: Opened, prompts: Any) -> FusionSource | LoRASource:
+def _make_source(source: str | Path, opened: Opened, prompts: Any) -> FusionSource | LoRASource:
     if opened.edlora.concepts:
         return FusionSource(source, opened=opened)
     texts = [] if opened.trigger_words else [one.strip() for one in next(prompts, "").split("|") if one.strip()]
@@ -294,13 +290,13 @@ def _source(source: str | Path, opened: Opened, prompts: Any) -> FusionSource | 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a file tells of itself; all of it texts of whoever wrote the file.
+class Description:
+    """The description of a file, which quotes texts of whoever wrote it.
 
     Args:
         facts: Rows of name and value.
         concepts: Rows of concept, class word, kind and tokens.
-        notes: Sentences about what is unusual, and problems.
+        notes: Remarks and problems.
         card: The model card as Markdown, in which the file's texts are escaped; empty where a file has none.
     """
 
@@ -310,8 +306,8 @@ class Told:
     card: str
 
 
-def tell(studio: Studio, source: str | Path) -> Told:
-    """Tell what `mixofshow inspect` tells of a file, and its card.
+def describe(studio: Studio, source: str | Path) -> Description:
+    """Describe a file as `mixofshow inspect` does, with its model card.
 
     Raises:
         MixOfShowError: If it cannot be read.
@@ -329,7 +325,7 @@ def tell(studio: Studio, source: str | Path) -> Told:
         ]
         for each in summary["concepts"]
     ]
-    return Told(
+    return Description(
         facts=[[name, str(value)] for name, value in facts_of(summary).items()],
         concepts=concepts,
         notes=[*summary["notes"], *summary["problems"]],

@@ -1,4 +1,4 @@
-"""Layout conditions of bases that have one: Toyland's T2I-Adapter, which sees where things stand."""
+"""Layout conditions: condition images that show where things stand. Only Toyland has an adapter that follows them."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
     from diffusers_mixofshow import Concept, Layout, Region
 
 NAME = "layout.png"
-"""What the condition image is called where a picture tells how it was drawn."""
+"""Name of the condition image in the settings that a picture stores."""
 SCALE = 0.8
-"""Strength of the T2I-Adapter that Toyland's own measurements take."""
-_USUAL = "critter"
+"""Strength of the T2I-Adapter, as in Toyland's own measurements."""
+_DEFAULT_WORD = "critter"
 
 
 def has_layout_condition(base: str) -> bool:
-    """Whether a base follows where things stand."""
+    """Whether a base has an adapter that follows layout conditions."""
     return embedded_base(base) is not None
 
 
-def layout_condition(layout: Layout, concepts: Sequence[Concept]) -> tuple[Control, Given]:
-    """The model that follows the layout, and the picture that it follows.
+def draw_condition(layout: Layout, concepts: Sequence[Concept]) -> tuple[Control, Given]:
+    """Draw the condition image of a layout, and name the adapter that follows it.
 
     Args:
-        layout: With a size.
-        concepts: Whose class words tell what stands in a region.
+        layout: A layout with a size.
+        concepts: Concepts whose class words tell what stands in a region.
     """
     from PIL import Image
 
     width, height = layout.width or 64, layout.height or 64
-    boxes = [_box(region) for region in layout.regions]
-    words = [_class_word(region.prompt, concepts) for region in layout.regions]
+    boxes = [_find_box(region) for region in layout.regions]
+    words = [_choose_class_word(region.prompt, concepts) for region in layout.regions]
     image: Image.Image = toyland.draw_places(toyland.stand_in(boxes, words, width, height), width, height)
     content = io.BytesIO()
     image.save(content, "PNG")
@@ -51,7 +51,7 @@ def layout_condition(layout: Layout, concepts: Sequence[Concept]) -> tuple[Contr
     return Control(IMAGE, TOYLAND, Path(NAME)), given
 
 
-def _box(region: Region) -> tuple[float, float, float, float]:
+def _find_box(region: Region) -> tuple[float, float, float, float]:
     """The region's box, or the one around its mask."""
     if region.box is not None:
         return region.box
@@ -60,9 +60,9 @@ def _box(region: Region) -> tuple[float, float, float, float]:
     return columns.min() / 64, rows.min() / 64, (columns.max() + 1) / 64, (rows.max() + 1) / 64
 
 
-def _class_word(prompt: str, concepts: Sequence[Concept]) -> str:
-    """What stands in a region, as far as its prompt tells, in a word that Toyland knows."""
+def _choose_class_word(prompt: str, concepts: Sequence[Concept]) -> str:
+    """The first word for a thing of Toyland, among the class words of the prompt's concepts and the prompt's words."""
     known = list(toyland.world.WIDTH_OF_HEIGHT)
-    meant = [concept.class_word for concept in concepts if concept.placeholder in prompt]
-    words = [*meant, *prompt.lower().replace(",", " ").split()]
-    return next((word for word in words if word in known), _USUAL)
+    class_words = [concept.class_word for concept in concepts if concept.placeholder in prompt]
+    words = [*class_words, *prompt.lower().replace(",", " ").split()]
+    return next((word for word in words if word in known), _DEFAULT_WORD)

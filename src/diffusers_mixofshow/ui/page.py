@@ -1,4 +1,4 @@
-"""The page itself: Gradio's components, and which action each of them calls."""
+"""The page itself: Gradio's components, and the actions that they call."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from diffusers_mixofshow.ui.session import Session, Studio
 
 
 LARGEST_UPLOAD = "512mb"
-"""Size of a file that may be sent to the page."""
+"""Largest file that may be uploaded to the page."""
 _ENDINGS = [".safetensors", ".pth", ".pt", ".bin"]
 _KEPT = (600, 4 * 3600)
-"""How often files that were handed out are looked through, and how old they become, in seconds."""
+"""How often Gradio deletes old files, and the age at which a file is old, in seconds."""
 _ONE_BY_ONE = "the base model"
-"""Gradio's queue in which calls wait for each other."""
+"""Name of Gradio's queue in which calls of the base model wait for each other."""
 _HERE = "127.0.0.1"
 _HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
 
 Borrow = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""A decorator of what needs a GPU, such as ``spaces.GPU``."""
+"""A decorator of functions that need a GPU, such as ``spaces.GPU``."""
 
 
 def import_gradio() -> Any:
-    """Gradio, told to send nothing home.
+    """Import Gradio, with its analytics switched off.
 
     Raises:
         MissingExtraError: If it is not installed.
@@ -60,47 +60,47 @@ def build_page(studio: Studio, borrow: Borrow = lambda function: function) -> An
     """Make the page, as Gradio's Blocks.
 
     Args:
-        studio: What all of its users share.
-        borrow: Wraps what needs a GPU, where that is lent for each call.
+        studio: The state that all users share.
+        borrow: Wraps functions that need a GPU, on hosts that lend one for each call.
 
     Raises:
         MissingExtraError: If Gradio is not installed.
         MixOfShowError: If the base model cannot be loaded.
     """
     gradio = import_gradio()
-    actions.own_pixels(studio)  # loads the base, so that its defects are told before anybody opens the page
+    actions.own_pixels(studio)  # loads the base, so that errors show before anybody opens the page
     with gradio.Blocks(title="Mix-of-Show", analytics_enabled=False, delete_cache=_KEPT) as page:
         gradio.Markdown(_HEADING)
         session = gradio.State(None)
         with gradio.Tab("Draw"):
             _DrawTab(gradio, studio, session, borrow)
         with gradio.Tab("Fuse"):
-            _fuse_tab(gradio, studio, borrow)
+            _add_fuse_tab(gradio, studio, borrow)
         with gradio.Tab("Look into a file"):
-            _card_tab(gradio, studio)
+            _add_file_tab(gradio, studio)
     return page.queue()
 
 
 def launch(page: Any, *, port: int | None, share: bool, browser: bool) -> None:
-    """Show the page until the user interrupts; to this machine alone, unless it is to be shared.
+    """Serve the page until the user interrupts; only this machine can reach it unless it is shared.
 
     Args:
-        page: Of `build_page`.
-        port: None for the first that is free from 7860 on.
-        share: Whether Gradio makes a public link to it.
+        page: The page from `build_page`.
+        port: Port on this machine; None for the first free one from 7860 on.
+        share: Whether Gradio makes a public link to the page.
         browser: Whether to open it in a browser.
 
     Raises:
         ConfigurationError: If the port is taken.
     """
     try:
-        page.launch(**launching(), server_name=_HERE, server_port=port, share=share, inbrowser=browser)
+        page.launch(**get_launch_settings(), server_name=_HERE, server_port=port, share=share, inbrowser=browser)
     except OSError as error:
         raise ConfigurationError(f"The page cannot be shown: {first_line(error)}. Choose another --port.") from error
 
 
-def launching() -> dict[str, Any]:
-    """What holds wherever the page is launched: limits of what is sent, nothing from elsewhere."""
+def get_launch_settings() -> dict[str, Any]:
+    """Arguments of `launch` that hold on every host: a limit on uploads, and no fonts or links from other servers."""
     gradio = import_gradio()
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return {"max_file_size": LARGEST_UPLOAD, "theme": theme, "footer_links": [], "ssr_mode": False}
@@ -110,9 +110,9 @@ _warnings_are_caught = threading.Lock()
 
 
 def _tell_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with errors and warnings of ours as Gradio shows them: texts, never HTML.
+    """Wrap a function so that Gradio shows our errors and warnings, as texts and never as HTML.
 
-    Python catches warnings for all threads at once, so that one call waits for another.
+    `warnings.catch_warnings` acts on all threads, so that a lock lets one call at a time run.
     """
     gradio = import_gradio()
 
@@ -133,26 +133,26 @@ def _tell_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_text(message: object) -> str:
-    """Gradio renders messages as HTML, and they quote what strangers wrote."""
+    """Escape a message: Gradio renders messages as HTML, and they may quote texts of strangers."""
     return html.escape(str(message), quote=False)
 
 
 class _DrawTab:
-    """Concepts, canvas, wishes, and what comes out."""
+    """The tab with concepts, canvas, settings and results."""
 
     def __init__(self, gradio: Any, studio: Studio, session: Any, borrow: Borrow) -> None:
         self.gradio, self.studio, self.session = gradio, studio, session
         self.width, self.height = actions.own_pixels(studio)
         with gradio.Row():
             with gradio.Column(scale=3):
-                self._concepts()
-                self.canvas = canvas.component(canvas.empty_value(self.width, self.height))
+                self._add_concepts()
+                self.canvas = canvas.make_component(canvas.make_empty(self.width, self.height))
             with gradio.Column(scale=2):
-                self._wishes()
-                self._results()
+                self._add_wishes()
+                self._add_results()
         self._connect(borrow)
 
-    def _concepts(self) -> None:
+    def _add_concepts(self) -> None:
         gradio = self.gradio
         with gradio.Accordion("Concepts", open=True):
             with gradio.Row():
@@ -171,7 +171,7 @@ class _DrawTab:
                 self.which = gradio.Dropdown([], label="Unload", scale=3)
                 self.unload = gradio.Button("Unload", scale=1)
 
-    def _wishes(self) -> None:
+    def _add_wishes(self) -> None:
         gradio, usual = self.gradio, actions.Wishes
         self.prompt = gradio.Textbox(label="Global prompt", placeholder="two dogs in a meadow", lines=2)
         self.negative = gradio.Textbox(label="What to avoid", lines=1)
@@ -201,7 +201,7 @@ class _DrawTab:
             )
         self.draw = gradio.Button("Draw", variant="primary", elem_id="draw")
 
-    def _results(self) -> None:
+    def _add_results(self) -> None:
         gradio = self.gradio
         looks = {"interactive": False, "buttons": ["download", "fullscreen"]}
         self.picture = gradio.Image(label="Picture", type="filepath", elem_id="picture", **looks)
@@ -240,7 +240,7 @@ class _DrawTab:
         choices = self.gradio.Dropdown(choices=list(session.packs), value=next(iter(session.packs), None))
         some = bool(session.packs)
         table = self.gradio.Dataframe(actions.list_loaded(session), visible=some)
-        return session, table, self.gradio.Row(visible=some), choices, canvas.naming(names)
+        return session, table, self.gradio.Row(visible=some), choices, canvas.update_concepts(names)
 
     def _load(self, session: Session | None, sent: str | Sequence[str] | None) -> tuple[Any, ...]:
         sources = [sent.strip()] if isinstance(sent, str) else [Path(each) for each in sent or ()]
@@ -294,12 +294,12 @@ class _DrawTab:
         )
 
 
-def _sources(files: Sequence[str] | None, named: str) -> list[str | Path]:
-    """What was sent and what was typed, a line each."""
+def _list_sources(files: Sequence[str] | None, named: str) -> list[str | Path]:
+    """List the uploaded files, and the lines that were typed."""
     return [*(Path(each) for each in files or ()), *(line.strip() for line in named.splitlines() if line.strip())]
 
 
-def _fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
+def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
     gradio.Markdown("Several concepts, or plain LoRAs, become one file. No photos are needed.")
     files = gradio.File(label="Drop files", file_count="multiple", file_types=_ENDINGS)
     more = "Hub ids, folders or files, a line each" if studio.local else "Hub ids, a line each"
@@ -315,8 +315,8 @@ def _fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
 
     def fuse(sent: Sequence[str] | None, typed: str, method: str, triggers: str) -> tuple[Any, ...]:
         lines = [line.strip() for line in triggers.splitlines() if line.strip()]
-        paths, (headers, rows), told = actions.fuse(studio, _sources(sent, typed), method, lines)
-        return {"headers": headers, "data": rows}, told, [str(path) for path in paths]
+        paths, (headers, rows), meaning = actions.fuse(studio, _list_sources(sent, typed), method, lines)
+        return {"headers": headers, "data": rows}, meaning, [str(path) for path in paths]
 
     go.click(
         _tell_errors(borrow(fuse)),
@@ -328,7 +328,7 @@ def _fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
     )
 
 
-def _card_tab(gradio: Any, studio: Studio) -> None:
+def _add_file_tab(gradio: Any, studio: Studio) -> None:
     file = gradio.File(label="Drop a file", file_types=_ENDINGS)
     with gradio.Row():
         named = gradio.Textbox(label="Or a Hub id, folder or file" if studio.local else "Or a Hub id", scale=3)
@@ -345,8 +345,8 @@ def _card_tab(gradio: Any, studio: Studio) -> None:
     card = gradio.Markdown(label="Card", elem_id="card")
 
     def look(source: str | Path) -> tuple[Any, ...]:
-        told = actions.tell(studio, source)
-        return told.facts, told.concepts, "\n".join(told.notes) or "none", told.card
+        found = actions.describe(studio, source)
+        return found.facts, found.concepts, "\n".join(found.notes) or "none", found.card
 
     shown = [facts, concepts, notes, card]
     file.upload(_tell_errors(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file")

@@ -1,4 +1,4 @@
-"""What one user of the page has loaded, and what all of them share: one base model, used by one at a time."""
+"""State of the page: each user's loaded packs, and the base model that users share and use one at a time."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 MOST_PACKS = 16
 """Packs that one user may have loaded at once."""
 _KEPT = 600
-"""Seconds for which a folder of results stays."""
+"""Seconds for which a folder of results is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What one user has loaded; others do not see it.
+    """The packs that one user has loaded, which other users do not see.
 
     Args:
-        packs: What each pack is called, and the pack.
+        packs: Name to pack.
     """
 
     packs: Mapping[str, EDLoRA] = field(default_factory=lambda: MappingProxyType({}))
@@ -48,11 +48,11 @@ class Session:
         return [concept for pack in self.packs.values() for concept in pack.concepts]
 
     def with_pack(self, name: str, pack: EDLoRA) -> Session:
-        """The session with one more pack, or with another of that name.
+        """Return the session with one more pack, which replaces one of the same name.
 
         Raises:
             ConceptError: If a concept's name is taken by another pack.
-            ConfigurationError: If there are too many.
+            ConfigurationError: If there are too many packs.
         """
         packs = {**self.packs, name: pack}
         if len(packs) > MOST_PACKS:
@@ -61,27 +61,27 @@ class Session:
         return replace(self, packs=MappingProxyType(packs))
 
     def without_pack(self, name: str) -> Session:
-        """The session without a pack, whether or not it was there."""
+        """Return the session without a pack, whether or not it was there."""
         return replace(self, packs=MappingProxyType({key: pack for key, pack in self.packs.items() if key != name}))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A mapping proxy cannot be pickled, as it is where a GPU is borrowed for each call in another process."""
-        return _session_of, (dict(self.packs),)
+        """Pickle the packs as a dict, since mapping proxies cannot be; Spaces run GPU calls in another process."""
+        return _make_session, (dict(self.packs),)
 
 
-def _session_of(packs: dict[str, EDLoRA]) -> Session:
+def _make_session(packs: dict[str, EDLoRA]) -> Session:
     return Session(packs=MappingProxyType(packs))
 
 
 @dataclass(frozen=True)
 class Studio:
-    """What all users of the page share.
+    """The base model and the results, which all users of the page share.
 
     Args:
         base: The base model: a Hub id, a folder, or ``toyland``.
         device: Where to draw; None for the GPU where there is one.
-        dtype: Name of the weights' type; None for the device's usual one.
-        local: Whether everybody who sees the page may name folders of this machine.
+        dtype: Name of the weights' type; None for the device's default.
+        local: Whether users may name folders of this machine.
     """
 
     base: str
@@ -95,17 +95,17 @@ class Studio:
 
     @cached_property
     def pipe(self) -> Any:
-        """The base model, loaded when it is first asked for."""
+        """The base model, loaded at its first use."""
         return load_base(self.base, self.device, self.dtype)
 
     @contextmanager
-    def borrowed(self) -> Iterator[Any]:
-        """The base model for one user alone, who leaves it as it came."""
+    def borrow(self) -> Iterator[Any]:
+        """Reserve the base model for one user, who must unload again what is loaded inside the block."""
         with self._turn:
             yield self.pipe
 
     def new_folder(self) -> Path:
-        """A folder for files that the page hands out and copies at once; old ones go, and all when the page ends."""
+        """Make a folder for files that Gradio copies at once; old folders are deleted, and all when the page ends."""
         for folder in Path(self._results.name).iterdir():
             if time.time() - folder.stat().st_mtime > _KEPT:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -113,15 +113,15 @@ class Studio:
 
     @property
     def base_name(self) -> str:
-        """What the loaded base model is called."""
+        """Name of the loaded base model."""
         return name_of(self.pipe) or self.base
 
     def open(self, source: str | Path) -> Opened:
-        """Read what a user names or has sent.
+        """Read a file that a user has uploaded or named.
 
         Args:
-            source: A path of what was sent, or a text that was typed: a Hub id or, where the page is local, a folder
-                or file of this machine.
+            source: Path of an uploaded file, or a text that was typed: a Hub id or, if the page is local, a folder or
+                file of this machine.
 
         Raises:
             MixOfShowError: If it cannot be read; see `open_edlora`.
