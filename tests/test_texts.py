@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_mixofshow.cli.settings import settings_from
+from diffusers_mixofshow.cli.settings import read_config
 from diffusers_mixofshow.errors import TextError
 from diffusers_mixofshow.texts import read_text
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -76,4 +76,4 @@ def test_configuration_files_may_have_a_mark(tmp_path: Path) -> None:
         file.write_text(text, encoding=encoding)
         assert TrainingConfig.from_file(file).concept == "rex"
     file.write_text("[doctor]\n", encoding="utf-8-sig")
-    assert settings_from(file, {"doctor": {}}) == {"doctor": {}}
+    assert read_config(file, {"doctor": {}}) == {"doctor": {}}

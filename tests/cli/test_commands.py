@@ -19,7 +19,7 @@ from cli.commands import VERBS, run
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.cli.region_text import parse_region
 from diffusers_mixofshow.cli.sample import number_files
-from diffusers_mixofshow.cli.train import training_config
+from diffusers_mixofshow.cli.train import make_config
 from diffusers_mixofshow.errors import ConfigurationError, FusionError, MixOfShowError, MixOfShowWarning, RegionError
 from diffusers_mixofshow.regions import Layout, Region
 
@@ -200,10 +200,10 @@ def test_several_pictures_get_numbers() -> None:
 
 def test_training_on_toyland_takes_its_settings_and_names_the_output() -> None:
     settings = {"instance_data_dir": "x", "concept": "<bobo>", "class_word": "critter"}
-    config = training_config(settings | {"pretrained_model_name_or_path": "toyland"})
+    config = make_config(settings | {"pretrained_model_name_or_path": "toyland"})
     assert (config.resolution, config.output_dir) == (64, Path("bobo"))
     with pytest.raises(ConfigurationError, match="'class_word' is missing"):
-        training_config({"instance_data_dir": "x", "concept": "bobo"})
+        make_config({"instance_data_dir": "x", "concept": "bobo"})
 
 
 def test_train_reads_toml_and_refuses_unknown_settings(tmp_path: Path) -> None:

@@ -144,17 +144,19 @@ def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.Mon
         return 0.25
 
     monkeypatch.setattr(timing, "_measure", measured)
-    told = timing.time_of(TOYLAND, 40, 3, pixels=(64, 96), backward=True)
+    told = timing.estimate_time(TOYLAND, 40, 3, pixels=(64, 96), backward=True)
     assert told == (
         "at least 10 s on this CPU: 40 U-Net passes there and back of 250 ms, measured just now; texts, pictures and "
         "loading come on top"
     )
-    assert timing.time_of(TOYLAND, 1, 2).startswith("at least 1 s on this CPU: 1 U-Net passes of 250 ms")
-    assert timing.time_of(TOYLAND, 476, 2).startswith("at least 119 s ")
-    assert timing.time_of(TOYLAND, 480, 2).startswith("at least 2 min ")
-    assert timing.time_of(TOYLAND, 2400, 2).startswith("at least 10 min ")
+    assert timing.estimate_time(TOYLAND, 1, 2).startswith("at least 1 s on this CPU: 1 U-Net passes of 250 ms")
+    assert timing.estimate_time(TOYLAND, 476, 2).startswith("at least 119 s ")
+    assert timing.estimate_time(TOYLAND, 480, 2).startswith("at least 2 min ")
+    assert timing.estimate_time(TOYLAND, 2400, 2).startswith("at least 10 min ")
     assert asked[:2] == [(3, (64, 96), True), (2, None, False)]
-    assert timing.time_of("x", 7, 2, backward=True).startswith("7 times that of one U-Net pass there and back on your")
+    assert timing.estimate_time("x", 7, 2, backward=True).startswith(
+        "7 times that of one U-Net pass there and back on your"
+    )
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_settings_of_a_region_stand_before_its_prompt(text, expected) -> None:
     ("text", "message"),
     [
         ("mask=left.png", "it has no prompt"),
-        ("0,0,1,1,mask=left.png:x", "it has 4 numbers; a box has four, and a mask stands in place of one"),
+        ("0,0,1,1,mask=left.png:x", "it has 4 numbers; a box has four, and mask= takes the place of a box"),
         ("weight=1:x", "it has 0 numbers; a box has four"),
         ("0.5,0.2,1:x", "it has 3 numbers; a box has four"),
         ("0,0,1,1", "it has no prompt"),

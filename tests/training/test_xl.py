@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from diffusers_mixofshow import EDLoRA, EDLoRATrainer, GradientFuser, MixOfShowXLPipeline
-from diffusers_mixofshow.cli.plans import plan_of_training
+from diffusers_mixofshow.cli.plans import plan_training
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from diffusers_mixofshow.lora import merged
@@ -236,6 +236,6 @@ def test_half_precision_and_other_families_are_refused(base: Any, tmp_path: Path
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     config = config_of(pretrained_model_name_or_path=str(tmp_path))
-    for work in (load_base, plan_of_training):
+    for work in (load_base, plan_training):
         with pytest.raises(ConfigurationError, match=f"^The base model .* cannot be trained: it {expected}"):
             work(config)

@@ -1,4 +1,4 @@
-"""The command line: ``mixofshow VERB``, one file a verb; a verb's stage is imported when it runs."""
+"""The command line: ``mixofshow VERB``. Each verb has a file, and imports the code behind it when it runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from diffusers_mixofshow.cli.evaluate import evaluate
 from diffusers_mixofshow.cli.fuse import fuse
 from diffusers_mixofshow.cli.inspect import inspect
 from diffusers_mixofshow.cli.masks import masks
-from diffusers_mixofshow.cli.messages import as_options, tell, warnings_as_sentences
+from diffusers_mixofshow.cli.messages import name_switches, show_warnings_as_sentences, tell
 from diffusers_mixofshow.cli.push import push
 from diffusers_mixofshow.cli.sample import sample
-from diffusers_mixofshow.cli.settings import settings_from
+from diffusers_mixofshow.cli.settings import read_config
 from diffusers_mixofshow.cli.train import SPELLINGS, train
 from diffusers_mixofshow.cli.ui import ui
 from diffusers_mixofshow.errors import (
@@ -35,14 +35,14 @@ from diffusers_mixofshow.progress import announce, lines_only
 
 
 FAILED = 1
-"""Exit code where a check failed, or a file, the Hub or the disk does not allow what was asked for."""
+"""Exit code if a check failed, or a file, the Hub or the disk does not allow what was asked for."""
 WRONG_USE = 2
-"""Exit code where options are unknown, contradict each other or name what is not there, as shells expect it."""
+"""Exit code if options are unknown, contradict each other or name something that does not exist, as in shells."""
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells expect it (128 + SIGINT)."""
+"""Exit code after Ctrl-C, as in shells (128 + SIGINT)."""
 
 _SLOW = ("masks", "train", "fuse", "sample", "evaluate", "compare", "ui")
-"""Verbs that need seconds before they can tell how far they are."""
+"""Verbs that take seconds before they can show progress."""
 _MISUSES = (ConceptError, ConfigurationError, EDLoRANotFoundError, OverwriteError, RegionError)
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
@@ -81,50 +81,50 @@ def _options(
             }
             for verb, command in commands.items()
         }
-        context.default_map = settings_from(config, options)
+        context.default_map = read_config(config, options)
     if context.invoked_subcommand in _SLOW and sys.stderr.isatty() and not {"--help", "--dry-run"} & {*sys.argv}:
         announce("Loading ...")
 
 
 def main() -> None:
-    """Run the command line; what users can cause ends as one line, never as a traceback."""
+    """Run the command line; errors that users can cause are told in one line, never by a traceback."""
     for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by who started us
+        if getattr(sys, stream) is None:  # closed by the parent process
             setattr(sys, stream, open(os.devnull, "w"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of every try; our error tells of the last
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it warns of every attempt; our error reports the last
     lines_only()
     try:
-        with warnings_as_sentences():
+        with show_warnings_as_sentences():
             code = app(prog_name="mixofshow", standalone_mode=False)
             sys.stdout.flush()
     except MixOfShowError as error:
-        tell(f"Error: {as_options(str(error))}", "red")
+        tell(f"Error: {name_switches(str(error))}", "red")
         code = WRONG_USE if isinstance(error, _MISUSES) else FAILED
     except _UsageError as error:
         _tell_of_misuse(error)
         code = WRONG_USE
     except BrokenPipeError:
-        code = _without_output()
+        code = _discard_output()
     except OSError as error:
         tell(f"Error: standard output or a file cannot be used: {error}.", "red")
-        code = _without_output()
+        code = _discard_output()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
         tell("Interrupted.", "yellow")
-    sys.exit(code or 0)  # a verb that is done returns None
+    sys.exit(code or 0)  # a verb returns None
 
 
-def _without_output() -> int:
-    """Let go of a standard output that takes nothing more, so that Python does not try once more at its end."""
+def _discard_output() -> int:
+    """Redirect a broken standard output to nowhere, as Python writes what is buffered to it when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return FAILED
 
 
 def _tell_of_misuse(error: Any) -> None:
-    """One line where click would draw a box of five; nothing where it has shown the help instead."""
+    """Tell of wrong options in one line, instead of click's box; nothing if click has shown the help instead."""
     if message := error.format_message():
         message += "" if message.endswith((".", "?")) else "."
         help_of = f" See '{error.ctx.command_path} --help'." if error.ctx else ""

@@ -1,4 +1,4 @@
-"""Finding the base model that a command works on."""
+"""Find the base model that a command works on."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
 
 MOST_STEPS = 1000
-"""Denoising steps: as many as Stable Diffusion was trained with. Schedulers break on more."""
+"""Most denoising steps: the number of timesteps in training. Schedulers fail with more."""
 BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
 
 
 def normalise_base(name: str | None) -> str | None:
-    """Typer's callback of options that name a base model: one name for every spelling of the embedded base's."""
+    """Normalise the spellings of the embedded base's name; typer's callback for options that name a base."""
     return name and normalise_name(name)
 
 
 Base = Annotated[
     str | None, typer.Option(help=f"{BASE_HELP} (default: the one they were tuned on)", callback=normalise_base)
 ]
-"""The option of verbs that are given ED-LoRAs."""
+"""The option ``--base`` of verbs that read ED-LoRAs."""
 
 
-def common_base(concepts: Sequence[EDLoRA]) -> str:
-    """Name the base model that all ED-LoRAs were tuned on.
+def find_common_base(concepts: Sequence[EDLoRA]) -> str:
+    """Find the base model that all ED-LoRAs were tuned on.
 
     Raises:
         ConfigurationError: If they differ, or there are none.
@@ -45,8 +45,8 @@ def common_base(concepts: Sequence[EDLoRA]) -> str:
     return next(iter(bases))
 
 
-def layers_of(name: str) -> tuple[str, ...]:
-    """Cross-attention layers of a base model on this disk; empty of others, whose layers files tell themselves.
+def read_layers(name: str) -> tuple[str, ...]:
+    """Cross-attention layers of a base model on this disk; empty for any other, for which ED-LoRAs name the layers.
 
     Raises:
         ConfigurationError: If its U-Net cannot be read.

@@ -1,4 +1,4 @@
-"""``mixofshow compare``: several packs side by side."""
+"""``mixofshow compare``: measure several packs side by side."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def compare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="ED-LoRAs and fused packs: Hub ids, folders or files. The first that holds a concept alone is its "
-            "own, which the others are held against."
+            help="ED-LoRAs and fused packs: Hub ids, folders or files. For each concept, the first that holds it "
+            "alone is the one to which the others are compared."
         ),
     ],
     photos: measuring.Photos = None,
@@ -36,7 +36,7 @@ def compare(
 ) -> None:
     """Measure several packs with the same prompts and seeds, and show them side by side.
 
-    What the columns mean tells `mixofshow evaluate --help`.
+    `mixofshow evaluate --help` explains the columns.
 
     \b
     With what 'mixofshow demo' leaves:
@@ -48,8 +48,8 @@ def compare(
       mixofshow compare edlora-potter edlora-thanos averaged hogwarts \\
         --photos potter=photos/potter --photos thanos=photos/thanos
     """
-    writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
-    measurement = measuring.plan_measurement(measuring.read_packs(sources, base), measuring.Asked.of(locals()))
+    writes = measuring.check_writable(sheet, record, overwrite=overwrite or dry_run)
+    measurement = measuring.plan_measurement(measuring.read_packs(sources, base), measuring.Asked.pick(locals()))
     if dry_run:
         plans.tell(measurement.plan(writes, overwrite=overwrite), as_json=as_json)
         return

@@ -1,4 +1,4 @@
-"""``mixofshow convert``: from and to other programs' files."""
+"""``mixofshow convert``: convert from and to other programs' files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _BASE = (
     "Base model it was tuned on (default: Stable Diffusion 1.5 for files of 1.x). For kohya and diffusers it is "
-    "loaded, and what layer-wise embeddings do is put into the LoRA."
+    "loaded, so that the LoRA can reproduce the effect of layer-wise embeddings."
 )
 
 
@@ -43,10 +43,10 @@ def convert(
             "textual-inversion: embeddings alone. mix-of-show: the authors' .pth."
         ),
     ],
-    name: Annotated[
-        str, typer.Option(help="What prompts shall call the concept. (default: the file's own word)")
+    name: Annotated[str, typer.Option(help="Name of the concept in prompts. (default: the file's own word)")] = "",
+    class_word: Annotated[
+        str, typer.Option(help="Plain word for what it is, e.g. man; other programs' files do not tell it.")
     ] = "",
-    class_word: Annotated[str, typer.Option(help="Plain word for what it is, e.g. man; files do not tell.")] = "",
     kind: Annotated[str, typer.Option(help="character, pet, object or scene.")] = "object",
     base: Annotated[str, typer.Option(help=_BASE, callback=normalise_base)] = "",
     overwrite: Overwrite = False,
@@ -54,8 +54,8 @@ def convert(
 ) -> None:
     """Convert an ED-LoRA, a fused pack or another program's file to another format.
 
-    What the new format cannot say is told on standard error before anything is written, and in a text beside the
-    files. Layer-wise embeddings lose most of the identity in kohya and diffusers without their --base.
+    What the new format cannot hold is listed on standard error before anything is written, and in a text beside the
+    files. Without --base, concepts with layer-wise embeddings lose most of their identity in kohya and diffusers.
 
     \b
     With what 'mixofshow demo' leaves:
@@ -70,17 +70,17 @@ def convert(
         --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
     from diffusers_mixofshow import interop
-    from diffusers_mixofshow.cli.base_model import layers_of
+    from diffusers_mixofshow.cli.base_model import read_layers
     from diffusers_mixofshow.cli.sources import read_source
     from diffusers_mixofshow.interop.concept_names import Naming
     from diffusers_mixofshow.interop.conversion import plan_conversion
 
-    content, layers = read_source(source), layers_of(base)
+    content, layers = read_source(source), read_layers(base)
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base)
     if base and to in (Format.KOHYA, Format.DIFFUSERS):
-        plan_conversion(content, output, to, naming, layers, overwrite=overwrite)  # before the base is loaded
-        shared = _with_shared_layers(content, naming, layers)
-        if shared is not content:  # it has the name, class word and kind by now
+        plan_conversion(content, output, to, naming, layers, overwrite=overwrite)  # raises before the base is loaded
+        shared = _share_layers(content, naming, layers)
+        if shared is not content:  # an ED-LoRA that has the name, class word and kind already
             content, naming = shared, Naming(base_model=base)
     given = asdict(naming) | {"layers": layers, "overwrite": overwrite}
     converted = interop.convert(content, output, to, **given, before_writing=_tell)
@@ -100,8 +100,8 @@ def _tell(lost: Sequence[str]) -> None:
         typer.echo(f"Lost: {sentence}", err=True)
 
 
-def _with_shared_layers(content: EDLoRA | Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLoRA | Foreign:
-    """The same concepts with one embedding for all layers, if they have one for each; the base is loaded then."""
+def _share_layers(content: EDLoRA | Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLoRA | Foreign:
+    """Turn layer-wise embeddings into one for all layers, for which the base is loaded; returns others unchanged."""
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.exporting import share_layers
     from diffusers_mixofshow.interop.foreign import as_edlora

@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Tune four concepts, fuse them, sample them alone and together, and write a page that shows and measures it.
 
-    Takes some minutes on two CPU cores. Interrupt it at will: started again, it continues.
+    Takes some minutes on two CPU cores. It may be interrupted: started again, it continues.
 
     \b
     Example:

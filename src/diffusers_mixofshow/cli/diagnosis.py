@@ -1,4 +1,4 @@
-"""The checks of ``mixofshow doctor``: each looks at one thing of this machine and changes nothing."""
+"""The checks of ``mixofshow doctor``: each inspects one part of this machine and changes nothing."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 _LEAST_PEFT = {"transformers": "transformers.integrations.peft", "diffusers": "diffusers.utils.constants"}
-"""Where these libraries keep the oldest PEFT with which they load adapters; their packages' metadata do not say it."""
+"""Library to its module with ``MIN_PEFT_VERSION``, the oldest PEFT that it accepts; its metadata do not name it."""
 
 _SERVES = {
     "8bit": "AdamW8bit, an optimizer that needs less memory of a GPU",
-    "controlnet": "ControlNets' conditions out of photographs (--control openpose=photo.jpg)",
+    "controlnet": "condition images for ControlNets, made from photographs (--control openpose=photo.jpg)",
     "heic": "photos of iPhones (HEIC)",
     "prodigy": "Prodigy, an optimizer that finds its own rates",
     "tensorboard": "curves of a training in TensorBoard",
     "ui": "the page on which regions are drawn (mixofshow ui)",
     "wandb": "curves of a training at Weights & Biases",
 }
-"""What each extra is for. Those that only who works on the package itself needs are not here, and not told."""
+"""What each extra is for; extras for development of this package are left out."""
 
 _GIGABYTE = 1e9
 _SPARE_DISK = 10 * _GIGABYTE
@@ -42,13 +42,13 @@ _SPARE_MEMORY = 4 * _GIGABYTE
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Args:
-        name: What was looked at.
+        name: What was checked.
         state: ``problem`` if something that is needed does not work, ``note`` if something could be better.
-        found: What is there.
-        remedy: What to do about it; empty if nothing.
+        found: What was found.
+        remedy: What the user can do; empty if nothing is wrong.
     """
 
     name: str
@@ -59,25 +59,34 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Run all checks."""
-    return [*_versions(), *_devices(), _memory(), *_caches(), _hub(), _base(), *_extras(), _completion()]
+    return [
+        *_check_versions(),
+        *_check_devices(),
+        _check_memory(),
+        *_check_caches(),
+        _check_hub(),
+        _check_embedded_base(),
+        *_check_extras(),
+        _check_completion(),
+    ]
 
 
-def _versions() -> Iterator[Finding]:
+def _check_versions() -> Iterator[Finding]:
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     if version := installed_version(PACKAGE):
         yield Finding(PACKAGE, "ok", version)
     else:
         yield Finding(PACKAGE, "note", "not installed, run from its source tree", f"pip install {PACKAGE}")
-    for requirement in _requirements(PACKAGE):
+    for requirement in _list_requirements(PACKAGE):
         if _applies(requirement, extra=""):
-            finding = _version(requirement.name, requirement.specifier)
-            yield finding if finding.state == "problem" else _beside_others(finding, requirement)
+            finding = _check_version(requirement.name, requirement.specifier)
+            yield finding if finding.state == "problem" else _check_needs(finding, requirement)
 
 
-def _beside_others(finding: Finding, ours: Requirement) -> Finding:
-    """A library of a version that we support, and whether what it needs itself is there."""
-    needs = [*_requirements(ours.name), *_least_peft(ours.name)]
-    others = [_version(one.name, one.specifier) for one in needs if _applies(one, extra="")]
+def _check_needs(finding: Finding, ours: Requirement) -> Finding:
+    """Check the requirements of a library whose own version is supported."""
+    needs = [*_list_requirements(ours.name), *_find_oldest_peft(ours.name)]
+    others = [_check_version(one.name, one.specifier) for one in needs if _applies(one, extra="")]
     if not (missing := [other for other in others if other.state == "problem"]):
         return finding
     found = "; ".join(f"{other.name} {other.found}" for other in missing)
@@ -85,20 +94,20 @@ def _beside_others(finding: Finding, ours: Requirement) -> Finding:
     return Finding(ours.name, "problem", f"{finding.found} does not work beside {found}", remedy)
 
 
-def _least_peft(library: str) -> list[Requirement]:
-    """The PEFT that a library wants before it loads, switches or saves an adapter."""
+def _find_oldest_peft(library: str) -> list[Requirement]:
+    """The PEFT that a library demands when it loads, switches or saves an adapter."""
     from packaging.requirements import Requirement
 
     if library not in _LEAST_PEFT:
         return []
     try:
         return [Requirement(f"peft>={importlib.import_module(_LEAST_PEFT[library]).MIN_PEFT_VERSION}")]
-    except Exception:  # a broken torch raises anything, which the finding about devices tells
+    except Exception:  # a broken torch raises anything; `_check_devices` reports it
         return []
 
 
-def _requirements(package: str) -> list[Requirement]:
-    """What an installed package says it needs, its extras included; nothing where it runs from its source tree."""
+def _list_requirements(package: str) -> list[Requirement]:
+    """The requirements of an installed package and its extras; none if the package runs from its source tree."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     found = []
@@ -118,7 +127,7 @@ def _applies(requirement: Requirement, *, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
-def _version(name: str, wanted: SpecifierSet) -> Finding:
+def _check_version(name: str, wanted: SpecifierSet) -> Finding:
     remedy = f"pip install '{name}{wanted}'"
     found = installed_version(name)
     if not found:
@@ -128,14 +137,15 @@ def _version(name: str, wanted: SpecifierSet) -> Finding:
     return Finding(name, "ok", found)
 
 
-def _devices() -> Iterator[Finding]:
+def _check_devices() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:  # a broken installation raises anything, from OSError to RuntimeError
         yield Finding("devices", "problem", f"torch cannot be imported: {error}", "install torch anew: pytorch.org")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("CPU", "ok", f"{_count(cores or 1, 'core')}, {_count(torch.get_num_threads(), 'thread')} for torch")
+    threads = torch.get_num_threads()
+    yield Finding("CPU", "ok", f"{_format_count(cores or 1, 'core')}, {_format_count(threads, 'thread')} for torch")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
@@ -149,11 +159,11 @@ def _devices() -> Iterator[Finding]:
         yield Finding("GPU", "note", f"none that torch {torch.__version__} can use", remedy)
 
 
-def _count(number: int, what: str) -> str:
+def _format_count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _memory() -> Finding:
+def _check_memory() -> Finding:
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
@@ -165,7 +175,7 @@ def _memory() -> Finding:
     return Finding("memory", "ok", found)
 
 
-def _caches() -> Iterator[Finding]:
+def _check_caches() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     for name, folder in (("Hub cache", Path(constants.HF_HUB_CACHE)), ("working folder", Path.cwd())):
@@ -180,7 +190,7 @@ def _caches() -> Iterator[Finding]:
             yield Finding(name, "ok", found)
 
 
-def _hub() -> Finding:
+def _check_hub() -> Finding:
     from huggingface_hub import constants, get_token
 
     login = "logged in" if get_token() else "not logged in"
@@ -190,7 +200,7 @@ def _hub() -> Finding:
     return Finding("Hub", "ok" if get_token() else "note", f"{constants.ENDPOINT}, {login}", remedy)
 
 
-def _base() -> Finding:
+def _check_embedded_base() -> Finding:
     from diffusers_mixofshow.base_models import TOYLAND, location_of
 
     folder = Path(location_of(TOYLAND))
@@ -199,11 +209,12 @@ def _base() -> Finding:
     return Finding("embedded base", "problem", f"no weights in {folder}", f"pip install --force-reinstall {PACKAGE}")
 
 
-def _extras() -> Iterator[Finding]:
-    """One finding an extra, and what keeps installed ones from working."""
-    for extra in _names_of_extras():
-        only = [one for one in _requirements(PACKAGE) if _applies(one, extra=extra) and not _applies(one, extra="")]
-        found = {one.name: _version(one.name, one.specifier) for one in only}
+def _check_extras() -> Iterator[Finding]:
+    """Check each extra, and optional packages that break others."""
+    requirements = _list_requirements(PACKAGE)
+    for extra in _list_extras():
+        only = [one for one in requirements if _applies(one, extra=extra) and not _applies(one, extra="")]
+        found = {one.name: _check_version(one.name, one.specifier) for one in only}
         missing = [f"{name} {finding.found}" for name, finding in found.items() if finding.state == "problem"]
         if missing:
             remedy = f"for {_SERVES[extra]}: pip install '{PACKAGE}[{extra}]'"
@@ -212,21 +223,21 @@ def _extras() -> Iterator[Finding]:
             there = ", ".join(f"{name} {finding.found}" for name, finding in found.items())
             yield Finding(f"extra {extra}", "ok", there)
     if util.find_spec("controlnet_aux") is not None:
-        yield _controlnet_aux()
+        yield _check_controlnet_aux()
     torch, vision = installed_version("torch"), installed_version("torchvision")
     if vision and torch.endswith("+cpu") != vision.endswith("+cpu"):
         remedy = "uninstall torchvision, which is not needed here, or install it from the index of torch"
         yield Finding("torchvision", "note", f"{vision} beside torch {torch}", remedy)
 
 
-def _names_of_extras() -> list[str]:
+def _list_extras() -> list[str]:
     try:
         return [extra for extra in metadata.metadata(PACKAGE).get_all("Provides-Extra") or [] if extra in _SERVES]
     except metadata.PackageNotFoundError:
         return []
 
 
-def _controlnet_aux() -> Finding:
+def _check_controlnet_aux() -> Finding:
     mediapipe = installed_version("mediapipe")
     if mediapipe and int(mediapipe.partition(".")[0]) >= 1:
         found = f"installed, but mediapipe {mediapipe} makes its import fail"
@@ -234,7 +245,7 @@ def _controlnet_aux() -> Finding:
     return Finding("controlnet_aux", "ok", installed_version("controlnet_aux") or "installed")
 
 
-def _completion() -> Finding:
+def _check_completion() -> Finding:
     if sys.stdout.isatty() and not os.environ.get("_MIXOFSHOW_COMPLETE"):
         return Finding("shell completion", "ok", "available", "`mixofshow --install-completion`, once")
     return Finding("shell completion", "ok", "available")

@@ -1,4 +1,4 @@
-"""``mixofshow doctor``: what is installed, what works, and how to fix the rest."""
+"""``mixofshow doctor``: check the installation and the machine, and say how to fix what does not work."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def _print_table(findings: list[dict[str, Any]]) -> None:
     console = Console()
     console.print(table)
     remedies = [f"  {finding['name']}: {finding['remedy']}" for finding in findings if finding["remedy"]]
-    if remedies:  # not in the table, which would break commands where its column ends
+    if remedies:  # outside of the table, which would break commands over lines
         console.print("\n".join(["How to fix it:", *remedies]), markup=False, highlight=False, soft_wrap=True)

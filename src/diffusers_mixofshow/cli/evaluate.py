@@ -1,4 +1,4 @@
-"""``mixofshow evaluate``: how well a pack draws its concepts, as numbers."""
+"""``mixofshow evaluate``: measure how well a pack draws its concepts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 Own = Annotated[
     list[str] | None,
     typer.Option(
-        help="A concept's own ED-LoRA, for what fusion kept of it. May be repeated. (default: those that the pack's "
-        "folder carries)"
+        help="A concept's own ED-LoRA, to measure what fusion kept of it. May be repeated. (default: those in the "
+        "pack's folder)"
     ),
 ]
 Save = Annotated[
-    bool, typer.Option("--save", help="Note the numbers in the pack's own file, and refresh its model card.")
+    bool, typer.Option("--save", help="Write the numbers into the pack's own file, and update its model card.")
 ]
 
 
@@ -51,9 +51,9 @@ def evaluate(
     """Sample every concept of a pack and measure how well the pictures follow text and photos.
 
     text: CLIPScore with the prompt. image: mean cosine with the photos.
-    kept: share of what the own ED-LoRA gained over the class word.
+    kept: share of the own ED-LoRA's gain over the class word that is left.
     drift: change of pictures without the concept. On Toyland also looks:
-    share of hidden attributes read right.
+    share of the concept's attributes that a classifier reads right.
 
     \b
     With what 'mixofshow demo' leaves:
@@ -64,10 +64,10 @@ def evaluate(
       mixofshow evaluate hogwarts --own edlora-potter --own edlora-thanos \\
         --photos potter=photos/potter --photos thanos=photos/thanos --save
     """
-    folder = _folder_of(source) if save else None
-    writes = measuring.writable(sheet, record, overwrite=overwrite or dry_run)
-    name, packs = _packs(source, own or [], base)
-    measurement = measuring.plan_measurement(packs, measuring.Asked.of(locals()))
+    folder = _find_folder(source) if save else None
+    writes = measuring.check_writable(sheet, record, overwrite=overwrite or dry_run)
+    name, packs = _read_packs(source, own or [], base)
+    measurement = measuring.plan_measurement(packs, measuring.Asked.pick(locals()))
     if dry_run:
         plans.tell(measurement.plan(writes, noted_in=folder, overwrite=overwrite), as_json=as_json)
         return
@@ -80,11 +80,11 @@ def evaluate(
     measuring.tell_results(measurement, evaluation, sheet=sheet, record=record, as_json=as_json)
 
 
-def _packs(source: str, own: list[str], base: str | None) -> tuple[str, dict[str, EDLoRA]]:
-    """The pack's name, and all packs: the concepts' own first, given or carried, the pack itself last.
+def _read_packs(source: str, own: list[str], base: str | None) -> tuple[str, dict[str, EDLoRA]]:
+    """Name of the pack, and all packs: first the concepts' own ED-LoRAs, from `own` or the pack's folder.
 
     Raises:
-        ConfigurationError: If an ED-LoRA that is given is no concept's own; names all of them.
+        ConfigurationError: If an ED-LoRA of `own` holds several concepts, or one that is not in the pack; names all.
     """
     (name, pack), *others = measuring.read_packs([source, *own], base).items()
     held = [concept.placeholder for concept in pack.concepts]
@@ -101,24 +101,24 @@ def _packs(source: str, own: list[str], base: str | None) -> tuple[str, dict[str
     return name, {**(dict(others) if own else _read_carried(source)), name: pack}
 
 
-def _folder_of(source: str) -> Path:
-    """The folder of a pack that numbers can be noted in.
+def _find_folder(source: str) -> Path:
+    """Find the folder of a pack into whose file numbers are written.
 
     Raises:
         ConfigurationError: If it is on the Hub, or a file of another name.
     """
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
-    folder = _beside(source)
+    folder = _resolve_folder(source)
     if not (folder / FILE_NAME).is_file():
         raise ConfigurationError(
-            f"--save notes the numbers in {FILE_NAME}, but {source} is no folder with one. Download or rename it "
+            f"--save writes the numbers into {FILE_NAME}, but {source} is no folder with one. Download or rename it "
             "first, or write the numbers to a file of their own with --record."
         )
     return folder
 
 
-def _beside(source: str) -> Path:
+def _resolve_folder(source: str) -> Path:
     """The folder that a pack is, or that its file lies in."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
 
@@ -127,12 +127,12 @@ def _beside(source: str) -> Path:
 
 
 def _read_carried(source: str) -> dict[str, EDLoRA]:
-    """The ED-LoRAs that a pack's folder carries, see `FusedPack.save_pretrained`; nothing of what is no folder."""
+    """Read the ED-LoRAs inside a pack's folder, see `FusedPack.save_pretrained`; none if there is no folder."""
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.file import FILE_NAME
     from diffusers_mixofshow.edlora.folder import SOURCES
 
-    folder = _beside(source)
+    folder = _resolve_folder(source)
     inside = folder / SOURCES
     names = sorted(path.name for path in inside.iterdir() if (path / FILE_NAME).is_file()) if inside.is_dir() else []
     return {f"{SOURCES}/{name}": EDLoRA.from_pretrained(folder, subfolder=f"{SOURCES}/{name}") for name in names}

@@ -1,4 +1,4 @@
-"""``mixofshow fuse``: several ED-LoRAs to one pack."""
+"""``mixofshow fuse``: fuse several ED-LoRAs into one pack."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
-from diffusers_mixofshow.cli.base_model import Base, common_base
+from diffusers_mixofshow.cli.base_model import Base, find_common_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
-from diffusers_mixofshow.cli.plans import Overwrite, plan_of_fusion, replaces, tell
+from diffusers_mixofshow.cli.plans import Overwrite, plan_fusion, plan_replacing, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.sampling.loading import load_base
 
@@ -40,7 +40,7 @@ class Method(StrEnum):
 
 
 class Features(StrEnum):
-    """Whose features are recorded."""
+    """With which model each concept's features are recorded."""
 
     AUTO = "auto"
     OWN = "own"
@@ -51,21 +51,21 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         help="ED-LoRAs: Hub ids, folders or files, also of other programs. Plain LoRAs, with --prompts. Or a TOML "
-        "file with an array of tables named source: path, and optionally prompts, weight, scale, name, statistics."
+        "file with tables [[source]]: path, and optionally prompts, weight, scale, name, statistics."
     ),
 ]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
-        help="Prompts with the trigger words of a plain LoRA, separated by '|'; repeat it for each of them whose file "
-        "does not tell its trigger words, or for all, in their order."
+        help="Prompts with the trigger words of a plain LoRA, separated by '|'. Give it once for each plain LoRA "
+        "whose file does not name its trigger words, or for all plain LoRAs, in their order."
     ),
 ]
 Recorded = Annotated[
     Features,
     typer.Option(
-        help="own: each concept's own model; statistics beside the files are used, and kept there. sequential: "
-        "the paper's order, needs the base model. auto: own if all bring statistics."
+        help="own: with each concept's own model; statistics beside the files are used, and written there. "
+        "sequential: in the paper's order, needs the base model. auto: own if all files have statistics beside them."
     ),
 ]
 Solver = Annotated[
@@ -74,7 +74,7 @@ Solver = Annotated[
 ]
 RidgeText = Annotated[
     str | None,
-    typer.Option(help="Weight of small updates against a perfect fit, or 'auto' (default: 0.03, sequential 1e-3)."),
+    typer.Option(help="Weight of small updates against an exact fit, or 'auto' (default: 0.03, sequential 1e-3)."),
 ]
 Prior = Annotated[
     float,
@@ -84,7 +84,7 @@ KeepSources = Annotated[
     bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Read and check the sources, tell what would be done, load no model.")
+    bool, typer.Option("--dry-run", help="Read and check the sources, show what would be done, load no model.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report of the fusion as JSON.")]
 
@@ -97,11 +97,11 @@ def fuse(
     base: Base = None,
     features: Recorded = Features.AUTO,
     weight: Annotated[
-        list[float] | None, typer.Option(help="Share of each source, in their order; repeat it.")
+        list[float] | None, typer.Option(help="Weight of a source; give it once for each, in their order.")
     ] = None,
     ridge: RidgeText = None,
     prior: Prior = 0.0,
-    max_rank: Annotated[int | None, typer.Option(min=1, help="Cut fused updates down to this rank.")] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Reduce fused updates to this rank.")] = None,
     device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
     keep_sources: KeepSources = False,
     heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
@@ -111,7 +111,7 @@ def fuse(
 ) -> None:
     """Fuse several ED-LoRAs into one pack that holds all their concepts, without any photos.
 
-    Where every one brings statistics (edlora.statistics.safetensors), no model is loaded. Started by
+    If all have statistics beside them (edlora.statistics.safetensors), no model is loaded. Started by
     `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
 
     Plain LoRAs become one ordinary LoRA, which any program loads.
@@ -123,36 +123,35 @@ def fuse(
     """
     from diffusers_mixofshow.fusion.solving import MEASURED, check_device
 
-    settings = {"ridge": _ridge(ridge), "max_rank": max_rank, "device": device}
-    if not dry_run:  # which may be on another machine than the run
+    settings = {"ridge": _parse_ridge(ridge), "max_rank": max_rank, "device": device}
+    if not dry_run:  # a dry run may be on another machine
         check_device(device)
     _refuse_unwritable(output, heat_map)
-    writes = _joins_others()
+    writes = _join_processes()
     own = method.value in MEASURED and features is not Features.SEQUENTIAL
     given = read_sources(sources, prompts or [])
     gathered = _gather(given, with_statistics=own)
-    taken = _places(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
+    replaced = _find_replaced(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _choose_base(gathered, base, features, method, prior)
     if writes:
-        _tell_of_what_is_idle(gathered, used=base_model is None or features is not Features.AUTO)
+        _warn_of_idle_sources(gathered, used=base_model is None or features is not Features.AUTO)
     found = [describe_source(source) for source in given]
     if dry_run:
         plan = {"sources": "; ".join(found)} | _plan(gathered, base_model, features, max_rank, output)
-        tell(plan | replaces(*taken, overwrite=overwrite), as_json=as_json)
+        tell(plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
         return
     if writes and not as_json:
         typer.echo("\n".join(found))
-    fused = _fuser(gathered, base_model, features, prior, **settings).fuse(
-        gathered, method=method.value, weights=weight
-    )
+    fuser = _make_fuser(gathered, base_model, features, prior, **settings)
+    fused = fuser.fuse(gathered, method=method.value, weights=weight)
     if writes:
         _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
         _tell_result(fused, output, as_json=as_json)
 
 
 def _gather(given: Sequence[FusionSource | LoRASource], *, with_statistics: bool) -> tuple[Source, ...]:
-    """What is given, read and checked, with what lies beside it."""
+    """Read and check the sources, and the statistics beside them where these are used."""
     from diffusers_mixofshow.fusion.sources import gather
     from diffusers_mixofshow.fusion.store import StatisticsStore
 
@@ -177,14 +176,14 @@ def _write(fused: FusedPack, output: Path, heat_map: Path | None, *, sources: bo
 
 
 def _refuse_unwritable(output: Path, heat_map: Path | None) -> None:
-    """Before anything is read; what may not be replaced shows when the sources tell which file it is."""
+    """Check the places before anything is read; whether files are replaced is known only when sources are read."""
     check_outputs(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]), overwrite=True)
 
 
-def _places(
+def _find_replaced(
     output: Path, heat_map: Path | None, gathered: Sequence[Source], *, carried: bool, overwrite: bool
 ) -> list[Path]:
-    """All places that are written to, or whose content would be stale; refused where they are taken."""
+    """Find the files and folders that are written, or removed as outdated; raises if they may not be replaced."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
     from diffusers_mixofshow.fusion.pack_sources import check_carried, find_replaced, refuse_replacing
     from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
@@ -192,17 +191,17 @@ def _places(
     if carried:
         check_carried(gathered)
     plain = not any(source.edlora.concepts for source in gathered)
-    taken = find_replaced(output, PLAIN_NAME if plain else FILE_NAME, gathered)
-    taken += [] if heat_map is None else [heat_map]
-    refuse_replacing(gathered, *taken, carried=carried)
-    refuse_overwriting(*taken, overwrite=overwrite)
-    return taken
+    replaced = find_replaced(output, PLAIN_NAME if plain else FILE_NAME, gathered)
+    replaced += [] if heat_map is None else [heat_map]
+    refuse_replacing(gathered, *replaced, carried=carried)
+    refuse_overwriting(*replaced, overwrite=overwrite)
+    return replaced
 
 
-def _fuser(
+def _make_fuser(
     gathered: Sequence[Source], base_model: str | None, features: Features, prior: float, **settings: Any
 ) -> GradientFuser:
-    """The fuser of these settings, with the base loaded where one is needed."""
+    """Make the fuser, and load the base if one is needed."""
     from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
     from diffusers_mixofshow.fusion import GradientFuser
     from diffusers_mixofshow.fusion.solving import family_of_sources
@@ -213,8 +212,8 @@ def _fuser(
     return GradientFuser(pipe, prior=prior, sequential=features is not Features.OWN, **settings)
 
 
-def _joins_others() -> bool:
-    """Join the processes that a launcher started beside this one, if any; whether this one writes the result."""
+def _join_processes() -> bool:
+    """Join the processes that a launcher started beside this one; returns whether this one writes the result."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     import torch
@@ -226,29 +225,31 @@ def _joins_others() -> bool:
 def _choose_base(
     gathered: Sequence[Source], base: str | None, features: Features, method: Method, prior: float
 ) -> str | None:
-    """The model to record features with; None where none is needed: for baselines, and where all bring statistics."""
+    """Choose the model to record features with; None for baselines, and if all sources have statistics."""
     from diffusers_mixofshow.fusion.solving import MEASURED
 
     if method.value not in MEASURED:
         return None
-    bring_all = all(map(_brings_statistics, gathered))
-    if bring_all and base is None and not prior and features is not Features.SEQUENTIAL:
+    all_have = all(map(_has_statistics, gathered))
+    if all_have and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
-    return base or common_base([source.edlora for source in gathered if source.edlora.base_model])
+    return base or find_common_base([source.edlora for source in gathered if source.edlora.base_model])
 
 
-def _tell_of_what_is_idle(gathered: Sequence[Source], *, used: bool) -> None:
+def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:
     """Warn of a fusion of one source, and of statistics that were found but not used."""
-    bring = [source.name for source in gathered if _brings_statistics(source)]
-    lack = [source.name for source in gathered if not _brings_statistics(source)]
+    having = [source.name for source in gathered if _has_statistics(source)]
+    lacking = [source.name for source in gathered if not _has_statistics(source)]
     if len(gathered) == 1:
         warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
-    if bring and not used:
-        why = f"{', '.join(lack)} without any that fit" if lack else "--base or --prior asks for the paper's order"
-        warn(f"the statistics beside {', '.join(bring)} are not used ({why}); --features own uses them.")
+    if having and not used:
+        why = (
+            f"{', '.join(lacking)} without any that fit" if lacking else "--base or --prior asks for the paper's order"
+        )
+        warn(f"the statistics beside {', '.join(having)} are not used ({why}); --features own uses them.")
 
 
-def _brings_statistics(source: Source) -> bool:
+def _has_statistics(source: Source) -> bool:
     return source.statistics is not None and not source.misfits(source.statistics)
 
 
@@ -257,16 +258,16 @@ def _plan(
 ) -> dict[str, Any]:
     packs = [source.edlora for source in gathered]
     names = [name for source in gathered for name in source.prompts]
-    return plan_of_fusion(packs, names, base, max_rank, output, runs=_runs(gathered, features))
+    return plan_fusion(packs, names, base, max_rank, output, runs=_count_runs(gathered, features))
 
 
-def _runs(gathered: Sequence[Source], features: Features) -> int:
-    """How often the U-Net runs while features are recorded, at most; what is kept already is not recorded again."""
+def _count_runs(gathered: Sequence[Source], features: Features) -> int:
+    """Most runs of the U-Net while features are recorded; statistics that exist already save some."""
     from diffusers_mixofshow.fusion.collection import Recording
     from diffusers_mixofshow.fusion.solving import family_of_sources
 
     recording, stages = Recording(), family_of_sources(gathered).stages
-    # In stages, what sees the text alone is recorded in a step of its own.
+    # In the sequential order, a stage of layers that see only the text takes a step of its own.
     steps = recording.steps + (0 if features is Features.OWN else sum(stage.text_alone for stage in stages))
     prompts = [len(texts) for source in gathered for texts in source.prompts.values()]
     return steps * sum(math.ceil(count / recording.batch_size) for count in prompts)
@@ -277,7 +278,7 @@ def _refuse_other_counts(weights: Sequence[float] | None, gathered: Sequence[Sou
         raise ConfigurationError(f"Got --weight {len(weights)} times for {len(gathered)} sources. Give one for each.")
 
 
-def _ridge(text: str | None) -> Ridge | None:
+def _parse_ridge(text: str | None) -> Ridge | None:
     if text is None:
         return None
     if text == "auto":

@@ -1,4 +1,4 @@
-"""What `mixofshow fuse` is given: ED-LoRAs, plain LoRAs with trigger prompts, or a TOML file that lists them."""
+"""Read the sources of `mixofshow fuse`: ED-LoRAs, plain LoRAs with trigger prompts, or a TOML file that lists them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ _KINDS = {
 
 
 def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSource | LoRASource]:
-    """Make sources of what stands on the command line.
+    """Read the sources that the command line names.
 
     Args:
-        given: Hub ids, folders and files of ED-LoRAs, other programs' concepts, plain LoRAs; TOML files of sources.
-        prompts: Trigger prompts of each plain LoRA among them, in their order, separated by ``|``; of those alone
-            whose files do not tell their trigger words, or of all.
+        given: Hub ids, folders and files of ED-LoRAs, other programs' concepts and plain LoRAs; TOML files of sources.
+        prompts: Trigger prompts, separated by ``|``, one entry for each plain LoRA whose file does not name its
+            trigger words, or one for each plain LoRA, in their order.
 
     Raises:
-        ConfigurationError: If a plain LoRA has no prompts, there are more prompts than plain LoRAs, or a TOML file
-            cannot be read.
+        ConfigurationError: If the number of prompts is another, or a TOML file cannot be read.
     """
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
     from diffusers_mixofshow.interop.opening import open_edlora
@@ -44,7 +43,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     opened = {path: open_edlora(path) for path in given if not path.endswith(_LIST)}
     plain = [path for path in given if path in opened and not opened[path].edlora.concepts]
     silent = [path for path in plain if not opened[path].trigger_words]
-    asked = dict(zip(silent if len(prompts) == len(silent) else plain, prompts, strict=False))
+    prompts_of = dict(zip(silent if len(prompts) == len(silent) else plain, prompts, strict=False))
     if len(prompts) not in (len(silent), len(plain)):
         raise ConfigurationError(
             f"Got --prompts {len(prompts)} times for {len(silent)} plain LoRAs ({', '.join(silent) or 'none'}) whose "
@@ -54,9 +53,9 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     sources: list[FusionSource | LoRASource] = []
     for path in given:
         if path.endswith(_LIST):
-            sources += _from_toml(Path(path))
+            sources += _read_toml(Path(path))
         elif path in plain:
-            texts = [one.strip() for one in asked.get(path, "").split("|") if one.strip()]
+            texts = [one.strip() for one in prompts_of.get(path, "").split("|") if one.strip()]
             sources.append(LoRASource(path, texts, opened=opened[path]))
         else:
             sources.append(FusionSource(path, opened=opened[path]))
@@ -64,7 +63,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 
 
 def describe_source(source: FusionSource | LoRASource) -> str:
-    """One line of what a source on the command line is, as far as its file tells."""
+    """Describe a source in one line, as far as its file tells."""
     from diffusers_mixofshow.edlora.defects import shown
     from diffusers_mixofshow.interop.summary import origin_of_foreign, origin_of_pack
 
@@ -84,8 +83,8 @@ def describe_source(source: FusionSource | LoRASource) -> str:
     return f"{source.source}: {', '.join(filter(None, parts))}"
 
 
-def _from_toml(path: Path) -> list[FusionSource | LoRASource]:
-    """Sources of a TOML file: one table ``[[source]]`` each; relative paths count from the file."""
+def _read_toml(path: Path) -> list[FusionSource | LoRASource]:
+    """Read a TOML file with a table ``[[source]]`` for each source; paths are relative to the file."""
     try:
         content = tomllib.loads(read_text(path))
     except (TextError, tomllib.TOMLDecodeError) as error:
@@ -95,14 +94,16 @@ def _from_toml(path: Path) -> list[FusionSource | LoRASource]:
         raise ConfigurationError(
             f"{path}: expected tables [[{_TABLE}]] and nothing else, got {', '.join(content) or 'nothing'}."
         )
-    defects = [f"{_TABLE} {number}: {defect}" for number, table in enumerate(tables, 1) for defect in _defects(table)]
+    defects = [
+        f"{_TABLE} {number}: {defect}" for number, table in enumerate(tables, 1) for defect in _find_defects(table)
+    ]
     if defects:
         raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
-    return [_source(table, path.parent) for table in tables]
+    return [_make_source(table, path.parent) for table in tables]
 
 
-def _defects(table: dict[str, Any]) -> list[str]:
-    """What is wrong with one table."""
+def _find_defects(table: dict[str, Any]) -> list[str]:
+    """Find what is wrong with one table."""
     defects = [f"unknown key {key!r}, expected {', '.join(_KINDS)}" for key in table if key not in _KINDS]
     defects += [
         f"{key} must be {' or '.join(kind.__name__ for kind in kinds)}, got {table[key]!r}"
@@ -116,7 +117,7 @@ def _defects(table: dict[str, Any]) -> list[str]:
     return defects
 
 
-def _source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
+def _make_source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
     from diffusers_mixofshow.interop.opening import open_edlora
 
@@ -139,5 +140,5 @@ def _source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
 
 
 def _resolve_path(path: str, folder: Path) -> str:
-    """A path counted from a folder if something lies there; else as it is, a Hub id or an absolute path."""
+    """Resolve a path against a folder if that exists; otherwise it is a Hub id or an absolute path."""
     return str(folder / path) if (folder / path).exists() else path

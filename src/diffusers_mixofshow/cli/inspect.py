@@ -1,4 +1,4 @@
-"""``mixofshow inspect``: what is in an ED-LoRA, or in another program's file."""
+"""``mixofshow inspect``: show the content of an ED-LoRA, or of another program's file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inspect(
 
     found = read_source(source)
     summary = summary_of_pack(found) if isinstance(found, EDLoRA) else summary_of_foreign(found)
-    files = _files_of(source) if isinstance(found, EDLoRA) else found.files
+    files = _find_files(source) if isinstance(found, EDLoRA) else found.files
     summary |= {"source": source, "bytes": sum(file.stat().st_size for file in files) if files else None}
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
@@ -45,8 +45,8 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _files_of(source: str) -> Sequence[Path]:
-    """An ED-LoRA's files on this disk."""
+def _find_files(source: str) -> Sequence[Path]:
+    """Find an ED-LoRA's files on this disk; none for one on the Hub."""
     path = Path(source)
     return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
 

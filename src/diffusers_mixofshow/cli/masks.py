@@ -1,4 +1,4 @@
-"""``mixofshow masks``: masks for photos that have none."""
+"""``mixofshow masks``: make masks for photos that have none."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ def masks(
     class_word: Annotated[str, typer.Option(help="Plain word for what the photos show, e.g. dog.")],
     model: Annotated[
         str | None,
-        typer.Option(help="CLIPSeg that finds it: Hub id or folder. (default: CIDAS/clipseg-rd64-refined)"),
+        typer.Option(help="CLIPSeg model that finds it: Hub id or folder. (default: CIDAS/clipseg-rd64-refined)"),
     ] = None,
     threshold: Annotated[
         float,
-        typer.Option(help="Inside is what is likelier than this part of the likeliest place; higher, smaller masks."),
+        typer.Option(
+            help="Pixels are inside whose probability is above this fraction of the highest one; more gives smaller "
+            "masks."
+        ),
     ] = 0.5,
     sheet: Annotated[
         Path | None,
         typer.Option(help="PNG of photos, masks and cut-outs, to look at. (default: PHOTOS-masks.png beside PHOTOS)"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Make masks/NAME.png anew where they are, and replace the sheet.")
+        bool, typer.Option("--overwrite", help="Replace masks/NAME.png where they exist, and the sheet.")
     ] = False,
     dry_run: plans.DryRun = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print what became of each photo as JSON; a plan, too.")
+        bool, typer.Option("--json", help="Print the result for each photo as JSON; with --dry-run, the plan.")
     ] = False,
 ) -> None:
     """Write a mask beside every photo that has none, so that train can show the concept beside others.
@@ -66,7 +69,7 @@ def masks(
     )
     check_outputs(*plan.writes, overwrite=overwrite or dry_run)
     if dry_run:
-        plans.tell(plans.plan_of_masks(plan, overwrite=overwrite), as_json=as_json)
+        plans.tell(plans.describe_masks(plan, overwrite=overwrite), as_json=as_json)
         return
     _tell(plan, carry_out(plan), as_json=as_json)
 

@@ -1,4 +1,4 @@
-"""What ``mixofshow evaluate`` and ``mixofshow compare`` share: options, reference photos, the run and its table."""
+"""Shared by ``mixofshow evaluate`` and ``mixofshow compare``: options, reference photos, the run and its table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
 from diffusers_mixofshow.cli import plans
-from diffusers_mixofshow.cli.base_model import MOST_STEPS, common_base, normalise_base
+from diffusers_mixofshow.cli.base_model import MOST_STEPS, find_common_base, normalise_base
 from diffusers_mixofshow.cli.sources import read_concepts
-from diffusers_mixofshow.cli.timing import time_of
+from diffusers_mixofshow.cli.timing import estimate_time
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, meant, warn
 from diffusers_mixofshow.progress import progress
@@ -46,26 +46,29 @@ Prompt = Annotated[
 ClassWord = Annotated[
     list[str] | None,
     typer.Option(
-        help="'potter=man': class word of a concept, instead of what the packs tell. May be repeated. (default: its "
+        help="'potter=man': class word of a concept, instead of that in the packs. May be repeated. (default: its "
         "own ED-LoRA's)"
     ),
 ]
 Kind = Annotated[
     list[str] | None,
-    typer.Option(help=f"'potter=character': its kind ({', '.join(KINDS)}), likewise; it chooses the prompts."),
+    typer.Option(
+        help=f"'potter=character': kind of a concept ({', '.join(KINDS)}), which determines the prompts. May be "
+        "repeated. (default: its own ED-LoRA's)"
+    ),
 ]
 MetricModel = Annotated[
     str | None,
     typer.Option(
-        help="CLIP that looks at the pictures: Hub id or folder. (default: openai/clip-vit-base-patch32; toyland: "
-        "its own)",
+        help="CLIP model that measures the pictures: Hub id or folder. (default: openai/clip-vit-base-patch32; "
+        "toyland: its own)",
         callback=normalise_base,
     ),
 ]
-Count = Annotated[int, typer.Option(min=1, help="Of each concept in each pack.")]
+Count = Annotated[int, typer.Option(min=1, help="Number of pictures of each concept in each pack.")]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")]
-Seed = Annotated[int, typer.Option(help="Seed of the first picture; the others count on, the same in every pack.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first picture; the next has the next seed, in every pack.")]
 Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]
 Record = Annotated[Path | None, typer.Option(help="JSON file for numbers, settings, versions and machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print numbers and settings as JSON instead of a table.")]
@@ -76,7 +79,7 @@ _THUMBNAIL = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The options of both verbs, by the names that they have there; see their help."""
+    """The options of both verbs, under their names there; see their help."""
 
     photos: Sequence[str] | None
     prompt: Sequence[str] | None
@@ -90,20 +93,20 @@ class Asked:
     seed: int
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Asked:
-        """Pick them from all options of a verb."""
+    def pick(cls, options: Mapping[str, Any]) -> Asked:
+        """Pick these options from all options of a verb."""
         return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A run that is checked and can start.
+    """A checked measurement that can be run.
 
     Args:
         packs: Name to pack.
         base: The base model.
         photos: Placeholder to files of photos that the user gave.
-        settings: How it is measured, as JSON values.
+        settings: The settings as JSON values, for records.
         asked: The options.
     """
 
@@ -119,7 +122,7 @@ class Measurement:
 
         pictures, steps = picture_count(self.packs, self.asked.pictures), self.asked.steps
         references = [f"{len(files)} of {name}" for name, files in self.photos.items()]
-        if drawn := list(_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else []:
+        if drawn := list(_find_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else []:
             references.append(f"drawn of {', '.join(drawn)}")
         places = [*([] if noted_in is None else [noted_in]), *writes]
         return {
@@ -129,13 +132,13 @@ class Measurement:
             "photos": ", ".join(references) or "none given",
             "pictures": pictures,
             "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
-            "time": time_of(self.base, pictures * steps, 2),
+            "time": estimate_time(self.base, pictures * steps, 2),
             "writes": ", ".join(map(str, places)) or "nothing",
-            **plans.replaces(*writes, overwrite=overwrite),
+            **plans.plan_replacing(*writes, overwrite=overwrite),
         }
 
     def public_settings(self) -> dict[str, Any]:
-        """The settings without private paths: models on this disk by the last part of their path."""
+        """The settings without private paths: of a model on this disk only the last part of its path."""
         models = {name: public_name(self.settings[name]) for name in ("base_model", "metric_model")}
         return {**self.settings, **models}
 
@@ -144,8 +147,8 @@ class Measurement:
         from diffusers_mixofshow.evaluation.packs import evaluate_packs, picture_count
         from diffusers_mixofshow.evaluation.sampling import Sampling
 
-        references = self._references()
-        judge = _judge(self.settings["metric_model"])
+        references = self._make_references()
+        judge = _load_judge(self.settings["metric_model"])
         pipe = load_base(self.base)
         sampling = Sampling(
             steps=self.asked.steps, guidance_scale=self.settings["guidance"], first_seed=self.asked.seed
@@ -156,18 +159,18 @@ class Measurement:
                 self.packs,
                 judge,
                 references,
-                templates=lambda concept: _templates(self.asked, self.base, concept),
+                templates=lambda concept: _choose_templates(self.asked, self.base, concept),
                 sampling=sampling,
                 count=self.asked.pictures,
                 advance=bar.update,
             )
 
-    def _references(self) -> dict[str, Reference]:
+    def _make_references(self) -> dict[str, Reference]:
         from diffusers_mixofshow.evaluation.packs import Reference
         from diffusers_mixofshow.pictures import read_image
 
-        reads = self.settings["metric_model"] == TOYLAND
-        drawn = _draw_references(self.packs, self.photos, with_attributes=reads) if self.base == TOYLAND else {}
+        has_reader = self.settings["metric_model"] == TOYLAND
+        drawn = _draw_references(self.packs, self.photos, with_attributes=has_reader) if self.base == TOYLAND else {}
         given = {
             name: Reference(photos=[read_image(file, called=str(file)) for file in files])
             for name, files in self.photos.items()
@@ -185,7 +188,7 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     from diffusers_mixofshow.evaluation.clip_judge import DEFAULT_CLIP
     from diffusers_mixofshow.evaluation.sampling import fill_templates
 
-    base = asked.base or common_base(list(packs.values()))
+    base = asked.base or find_common_base(list(packs.values()))
     if asked.prompt:
         fill_templates(asked.prompt, "x", 1)
     known = [concept.placeholder for pack in packs.values() for concept in pack.concepts]
@@ -195,21 +198,21 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     settings = {
         "base_model": base,
         "metric_model": asked.metric_model or (TOYLAND if base == TOYLAND else DEFAULT_CLIP),
-        "prompts": list(dict.fromkeys(text for one in concepts for text in _templates(asked, base, one))),
+        "prompts": list(dict.fromkeys(text for one in concepts for text in _choose_templates(asked, base, one))),
         "class_words": {concept.placeholder: concept.class_word for concept in concepts},
         "pictures": asked.pictures,
         "steps": asked.steps,
         "guidance": usual_guidance(base) if asked.guidance is None else asked.guidance,
         "seed": asked.seed,
     }
-    photos = _photo_files(asked.photos, known)
+    photos = _find_photos(asked.photos, known)
     if base == TOYLAND == settings["metric_model"]:
-        _warn_of_looks_left_out(packs, photos)
+        _warn_of_unread_looks(packs, photos)
     return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
 
 
 def read_packs(sources: Sequence[str], base: str | None = None) -> dict[str, EDLoRA]:
-    """Read ED-LoRAs and packs, each under the last part of its name, or all of it where that is taken.
+    """Read ED-LoRAs and packs, each under the last part of its name, or the whole name if several share that part.
 
     Args:
         sources: Files, folders or Hub ids.
@@ -227,8 +230,8 @@ def read_packs(sources: Sequence[str], base: str | None = None) -> dict[str, EDL
     return {name: read_concepts(source, base) for name, source in zip(names, sources, strict=True)}
 
 
-def writable(*paths: Path | None, overwrite: bool) -> list[Path]:
-    """Those of the paths that are given.
+def check_writable(*paths: Path | None, overwrite: bool) -> list[Path]:
+    """Check that files can be written, and return those that are not None.
 
     Raises:
         MixOfShowError: If one cannot be written, or may not be replaced, see `check_outputs`.
@@ -252,7 +255,7 @@ def tell_results(
         info = records.run_info(Path(__file__).parent)
         records.write(record, told | {"run": info})
     if sheet is not None:
-        notes.write_with_note(sheet, _sheet_of(evaluation), "PNG", _note_of(measurement, evaluation))
+        notes.write_with_note(sheet, _make_sheet(evaluation), "PNG", _make_note(measurement, evaluation))
     if as_json:
         typer.echo(json.dumps(told))
         return
@@ -262,13 +265,13 @@ def tell_results(
             typer.echo(f"Wrote {path}")
 
 
-def _templates(asked: Asked, base: str, concept: Concept) -> Sequence[str]:
+def _choose_templates(asked: Asked, base: str, concept: Concept) -> Sequence[str]:
     from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 
     return asked.prompt or evaluation_prompts(base, concept.kind)
 
 
-def _judge(metric_model: str) -> Judge:
+def _load_judge(metric_model: str) -> Judge:
     if metric_model == TOYLAND:
         from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 
@@ -279,26 +282,28 @@ def _judge(metric_model: str) -> Judge:
 
 
 def _read_words_and_kinds(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The class words and kinds that the user gives; names all that is wrong with one of the options at once."""
+    """Read the class words and kinds that the user gives; an error names all defects of one option."""
 
-    def kind_defect(kind: str) -> str | None:
+    def check_kind(kind: str) -> str | None:
         return None if kind in KINDS else f"{kind!r} is not one of {', '.join(KINDS)}"
 
     words = _parse_by_concept("class-word", asked.class_word, known, example="potter=man")
-    kinds = _parse_by_concept("kind", asked.kind, known, example="potter=character", defect=kind_defect)
+    kinds = _parse_by_concept("kind", asked.kind, known, example="potter=character", check=check_kind)
     return {"class_words": words, "kinds": kinds}
 
 
-def _photo_files(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, list[Path]]:
-    """Read ``name=FOLDER`` of every concept; names all that is wrong at once."""
+def _find_photos(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, list[Path]]:
+    """Read ``name=FOLDER`` of every concept, and list the folders; an error names all defects."""
     from diffusers_mixofshow.training.folders import list_folder, one_a_line
 
-    def defect(folder: str) -> str | None:
+    def check_folder(folder: str) -> str | None:
         if not Path(folder).is_dir():
             return f"{folder} is no folder"
         return None if list_folder(Path(folder)).photos else f"{folder} holds no pictures"
 
-    folders = _parse_by_concept("photos", given, known, example="potter=photos/potter", form="FOLDER", defect=defect)
+    folders = _parse_by_concept(
+        "photos", given, known, example="potter=photos/potter", form="FOLDER", check=check_folder
+    )
     listings = {placeholder: list_folder(Path(folder)) for placeholder, folder in folders.items()}
     for listing in listings.values():
         if listing.remarks:
@@ -313,17 +318,17 @@ def _parse_by_concept(
     *,
     example: str,
     form: str = "WORD",
-    defect: Callable[[str], str | None] = lambda value: None,
+    check: Callable[[str], str | None] = lambda value: None,
 ) -> dict[str, str]:
     """Read ``name=value`` of every concept.
 
     Args:
-        option: What the option is called, without its dashes.
+        option: Name of the option without dashes.
         given: Its values.
         known: Placeholders of the packs' concepts.
-        example: A value as it should be.
-        form: Stands for what is behind the equals sign.
-        defect: What is wrong with what stands behind the equals sign.
+        example: A correct value.
+        form: Word for what follows the equals sign, in errors.
+        check: Returns what is wrong with the part after the equals sign, or None.
 
     Returns:
         Placeholder to value.
@@ -342,8 +347,8 @@ def _parse_by_concept(
             hints.append(meant(placeholder, known))
         elif placeholder in found:
             defects.append(f"{placeholder} has {option} twice")
-        elif wrong := defect(value):
-            defects.append(wrong)
+        elif defect := check(value):
+            defects.append(defect)
         else:
             found[placeholder] = value
     if defects:
@@ -354,30 +359,31 @@ def _parse_by_concept(
 def _draw_references(
     packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_attributes: bool
 ) -> dict[str, Reference]:
-    """Toyland's own concepts among those of the packs, but for those that the user gave photos of."""
+    """Draw references of Toyland's own concepts in the packs, except those of which the user gave photos."""
     from diffusers_mixofshow import toyland
     from diffusers_mixofshow.evaluation.packs import Reference
     from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
 
     references = {}
-    for placeholder, toy in _toyland_concepts(packs, given).items():
+    for placeholder, toy in _find_toyland_concepts(packs, given).items():
         attributes = hidden_attributes(toy) if with_attributes and toy.kind != "scene" else {}
         photos: list[Image.Image] = [photo.image for photo in toyland.photos(toy)]
         references[placeholder] = Reference(photos=photos, attributes=attributes)
     return references
 
 
-def _warn_of_looks_left_out(packs: Mapping[str, EDLoRA], photos: Collection[str]) -> None:
-    own = _toyland_concepts(packs, {})
-    if left := [name for name in photos if name in own and own[name].kind != "scene"]:
+def _warn_of_unread_looks(packs: Mapping[str, EDLoRA], photos: Collection[str]) -> None:
+    """Warn that attributes are not measured where the user's photos replace Toyland's own pictures."""
+    own = _find_toyland_concepts(packs, {})
+    if unread := [name for name in photos if name in own and own[name].kind != "scene"]:
         warn(
-            f"the looks of {', '.join(left)} are not read: what they should be is known of the pictures that Toyland "
-            "draws, and --photos gives others; without --photos they are read."
+            f"the looks of {', '.join(unread)} are not read: what they should be is known only of the pictures that "
+            "Toyland draws, and --photos gives others; without --photos they are read."
         )
 
 
-def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) -> dict[str, ToyConcept]:
-    """Those of the packs' concepts that are Toyland's own and have no photos of the user's."""
+def _find_toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) -> dict[str, ToyConcept]:
+    """Find Toyland's own concepts in the packs, except those of which the user gave photos."""
     from diffusers_mixofshow import toyland
 
     concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
@@ -385,11 +391,11 @@ def _toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) 
     return {name: toy for name, toy in own.items() if toy is not None and toy.class_word == concepts[name].class_word}
 
 
-def _sheet_of(evaluation: Evaluation) -> Image.Image:
+def _make_sheet(evaluation: Evaluation) -> Image.Image:
     from diffusers_mixofshow.sheets import labelled_sheet
 
     rows = {" ".join(each): evaluation.pictures[each] for each in _list_rows(evaluation)}
-    return labelled_sheet({label: [_thumbnail(picture) for picture in row] for label, row in rows.items()})
+    return labelled_sheet({label: [_shrink(picture) for picture in row] for label, row in rows.items()})
 
 
 def _list_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -398,8 +404,8 @@ def _list_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
     return [each for each in drawn if each in evaluation.pictures]
 
 
-def _note_of(measurement: Measurement, evaluation: Evaluation) -> dict[str, Any]:
-    """Prompt and seed of every picture on the sheet."""
+def _make_note(measurement: Measurement, evaluation: Evaluation) -> dict[str, Any]:
+    """List prompt and seed of every picture on the sheet."""
     from diffusers_mixofshow.evaluation.packs import CLASS_WORD
     from diffusers_mixofshow.evaluation.sampling import fill_templates
 
@@ -409,19 +415,19 @@ def _note_of(measurement: Measurement, evaluation: Evaluation) -> dict[str, Any]
     for name, pack in _list_rows(evaluation):
         concept = concepts[name]
         subject = concept.class_word if pack == CLASS_WORD else name
-        prompts = fill_templates(_templates(asked, measurement.base, concept), subject, asked.pictures)
+        prompts = fill_templates(_choose_templates(asked, measurement.base, concept), subject, asked.pictures)
         rows[f"{name} {pack}"] = [(prompt, asked.seed + number) for number, prompt in enumerate(prompts)]
     return notes.sheet_note(rows, base_model=measurement.base, steps=asked.steps, guidance=settings["guidance"])
 
 
-def _thumbnail(picture: Image.Image) -> Image.Image:
-    """The picture, its longest side as long as the sheet's pictures are."""
+def _shrink(picture: Image.Image) -> Image.Image:
+    """Scale a picture so that its longest side is `_THUMBNAIL` pixels."""
     scale = _THUMBNAIL / max(picture.size)
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
 
 
 def _print_table(rows: Sequence[Row]) -> None:
-    """The rows, without columns that no row fills."""
+    """Print the rows, without columns that are empty in all of them."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table

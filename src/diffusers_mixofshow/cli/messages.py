@@ -1,4 +1,4 @@
-"""Errors and warnings of commands: one sentence each on standard error, no box and no line of code."""
+"""Print errors and warnings of commands as one sentence each on standard error, without a box or a line of code."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def tell(text: str, style: str) -> None:
     Console(stderr=True).print(Text(text, style=style), soft_wrap=True)
 
 
-def as_options(text: str) -> str:
-    """A message in the words of the command line: a switch where Python has an argument."""
+def name_switches(text: str) -> str:
+    """Name the command line's switch in a message that names the Python argument."""
     return text.replace("overwrite=True", "--overwrite")
 
 
 @contextmanager
-def warnings_as_sentences(spelt: Callable[[str], str] = str) -> Iterator[None]:
+def show_warnings_as_sentences(reword: Callable[[str], str] = str) -> Iterator[None]:
     """Show our own warnings without the line of code that gave them; others as Python does.
 
     Args:
-        spelt: Puts a warning into the words of the command line.
+        reword: Names options in a warning that names Python arguments.
     """
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, MixOfShowWarning):
-                tell(f"Warning: {spelt(str(message))}", "yellow")
+                tell(f"Warning: {reword(str(message))}", "yellow")
             else:
                 usual(message, category, *where, **more)
 

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a command would read, make and need, told without loading a model that is not small."""
+"""``--dry-run``: describe what a command would read, make and need, without loading any model but Toyland's U-Net."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from diffusers_mixofshow.atomic import find_existing
 from diffusers_mixofshow.base_models import classes_of, known_family, location_of, not_loadable
-from diffusers_mixofshow.cli.timing import time_of
+from diffusers_mixofshow.cli.timing import estimate_time
 
 
 if TYPE_CHECKING:
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.training.masking import MaskPlan
 
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Read and check everything, tell what would be done, load no model.")
+    bool, typer.Option("--dry-run", help="Read and check everything, show what would be done, load no model.")
 ]
 
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there already; without it that is an error.")
+    bool, typer.Option("--overwrite", help="Replace files that exist already; without it that is an error.")
 ]
 
 _BYTES_OF_FLOAT64 = 8
 _RECORDED = 8
-"""Largest batch while features are recorded: four pictures, with and without guidance."""
+"""Largest batch while features are recorded: four pictures, both halves of guidance."""
 
 
 def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
-    """Print a plan: one line for each thing, or JSON."""
+    """Print a plan: one line for each entry, or JSON."""
     if as_json:
         typer.echo(json.dumps(plan, default=str))
         return
@@ -43,22 +43,22 @@ def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
         typer.echo(f"{name}: {value}")
 
 
-def replaces(*places: Path, overwrite: bool) -> dict[str, str]:
-    """The plan's line about files and folders that exist already.
+def plan_replacing(*places: Path, overwrite: bool) -> dict[str, str]:
+    """The plan's entry about files and folders that exist already.
 
     Args:
-        places: Files and folders that would be written anew or removed.
+        places: Files and folders that would be written or removed.
         overwrite: Whether the command line allows that.
     """
     there = ", ".join(map(str, find_existing(*places)))
     return {"replaces": f"{there}{'' if overwrite else '; asks for --overwrite'}" if there else "nothing"}
 
 
-def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
-    """What `mixofshow sample` would do.
+def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
+    """Describe what `mixofshow sample` would do.
 
     Args:
-        drawing: What is drawn.
+        drawing: The settings.
         output: One file for each picture.
     """
     plan, packs, steps = drawing.plan, list(drawing.packs.values()), drawing.steps
@@ -72,7 +72,7 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
     return {
         "base model": describe_base(drawing.base),
         "concepts": name_concepts(packs) or "none",
-        "weight updates": f"{sum(map(_parameters, packs)):,} numbers",
+        "weight updates": f"{sum(map(_count_parameters, packs)):,} numbers",
         "strength of the updates": ", ".join(f"{scale:g}" for scale in drawing.lora_scales) or "none",
         "way": drawing.way,
         "prompt": plan.prompt,
@@ -87,13 +87,13 @@ def plan_of_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]
         "drawn anew": f"{regions} regions, up to {refine.runs_in(steps)} runs each" if refine else "none",
         "device": drawing.device or "cuda if there is one, else cpu",
         "dtype": str(drawing.dtype or "the device's usual one"),
-        "time": ", and ".join([time_of(drawing.base, runs, batch, pixels=pixels), *more]),
+        "time": ", and ".join([estimate_time(drawing.base, runs, batch, pixels=pixels), *more]),
         "writes": ", ".join(map(str, output)),
     }
 
 
 def _describe_prompts(drawing: Drawing) -> str:
-    """What the regions' prompts become in the picture, where a draft repeats their subjects."""
+    """The regions' prompts in the picture after drafts, with their subjects repeated."""
     from diffusers_mixofshow.pipelines.wording import repeat_subjects
 
     concepts = [concept for pack in drawing.packs.values() for concept in pack.concepts]
@@ -107,18 +107,18 @@ def _describe_isolation(isolation: Isolation | None) -> str:
     return f"from {isolation.start:g} to {isolation.end:g} of the steps, {maps}"
 
 
-def plan_of_fusion(
+def plan_fusion(
     packs: Sequence[EDLoRA], names: Sequence[str], base: str | None, max_rank: int | None, output: Path, *, runs: int
 ) -> dict[str, Any]:
-    """What `mixofshow fuse` would do.
+    """Describe what `mixofshow fuse` would do.
 
     Args:
-        packs: What is to be fused.
-        names: What is in them: placeholders, and names of plain LoRAs.
-        base: The base model, where features must be recorded; None where no model is needed.
-        max_rank: Cut updates down to this rank.
+        packs: The sources.
+        names: Placeholders of their concepts, and names of plain LoRAs.
+        base: The base model, if features must be recorded; None if no model is needed.
+        max_rank: Rank to which updates are reduced.
         output: Folder of the pack.
-        runs: How often the U-Net runs on a batch while features are recorded, at most.
+        runs: Most runs of the U-Net on a batch while features are recorded.
     """
     from diffusers_mixofshow.families import family_of_sites
     from diffusers_mixofshow.fusion.sketch import numbers_kept
@@ -141,14 +141,16 @@ def plan_of_fusion(
         "rank": f"at most {max(capped.values(), default=0)}",
         "memory for statistics": f"{gram / 1e6:.0f} MB at most" if base else "that of the files beside the sources",
         "U-Net runs": f"{runs} at most, each on a batch of up to {_RECORDED}" if base else "none",
-        "time": time_of(base, runs, _RECORDED) if base else f"that of solving {len(ranks)} layers; no model runs",
+        "time": estimate_time(base, runs, _RECORDED)
+        if base
+        else f"that of solving {len(ranks)} layers; no model runs",
         "pack": f"{numbers:,} numbers, {2 * numbers / 1e6:.1f} MB in float16; embeddings come on top",
         "writes": output,
     }
 
 
-def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
-    """What `mixofshow train` would do; its photos are read, with their captions and masks.
+def plan_training(config: TrainingConfig) -> dict[str, Any]:
+    """Describe what `mixofshow train` would do, after reading photos, captions and masks.
 
     Raises:
         TrainingDataError: If photos, captions or masks cannot be used.
@@ -182,7 +184,7 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
         "photos": f"{len(photos)} with {len(captions)} different captions, {masks} with a mask"
         + (f"; {len(composed)} pictures composed of them" if composed else ""),
         "method": f"{config.method}, rank {config.rank}",
-        "time": time_of(
+        "time": estimate_time(
             config.pretrained_model_name_or_path,
             config.total_steps * config.gradient_accumulation_steps,
             config.train_batch_size,
@@ -195,11 +197,11 @@ def plan_of_training(config: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def plan_of_masks(plan: MaskPlan, *, overwrite: bool) -> dict[str, Any]:
-    """What `mixofshow masks` would do.
+def describe_masks(plan: MaskPlan, *, overwrite: bool) -> dict[str, Any]:
+    """Describe what `mixofshow masks` would do.
 
     Args:
-        plan: The photos, and how their masks are made.
+        plan: The photos, and the settings of their masks.
         overwrite: Whether the command line allows that files are replaced.
     """
     return {
@@ -208,12 +210,12 @@ def plan_of_masks(plan: MaskPlan, *, overwrite: bool) -> dict[str, Any]:
         "model": describe_model(plan.model) if plan.todo else "none is needed",
         "threshold": plan.threshold,
         "writes": ", ".join(map(str, plan.writes)) or "nothing",
-        **replaces(*plan.writes, overwrite=overwrite),
+        **plan_replacing(*plan.writes, overwrite=overwrite),
     }
 
 
 def _check_words(config: TrainingConfig) -> None:
-    """Say what the base's tokenizers make of the class word, where it lies on this disk."""
+    """Check concept and class word with the tokenizers of a base that is on this disk."""
     from transformers import CLIPTokenizer
 
     from diffusers_mixofshow.families import CONCEPT_FAMILIES
@@ -227,7 +229,7 @@ def _check_words(config: TrainingConfig) -> None:
 
 
 def describe_base(base: str) -> str:
-    """The base, told as any model; refused where it can only be meant for a folder that is not there."""
+    """Describe the base as `describe_model` does; raises if its name can only be that of a missing folder."""
     from diffusers_mixofshow.edlora.models import refuse_missing_folder
 
     try:
@@ -238,7 +240,7 @@ def describe_base(base: str) -> str:
 
 
 def describe_model(name: str) -> str:
-    """The model with its size on this disk; of the Hub's, that it may be downloaded."""
+    """Describe a model by its size on this disk, or as one from the Hub."""
     folder = Path(location_of(name))
     if not folder.is_dir():
         return f"{name}, from the Hub or its cache"
@@ -251,5 +253,5 @@ def name_concepts(packs: Sequence[EDLoRA]) -> str:
     return ", ".join(concept.placeholder for pack in packs for concept in pack.concepts)
 
 
-def _parameters(pack: EDLoRA) -> int:
+def _count_parameters(pack: EDLoRA) -> int:
     return sum(update.down.numel() + update.up.numel() for update in pack.lora.values())

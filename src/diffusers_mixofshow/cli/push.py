@@ -1,4 +1,4 @@
-"""``mixofshow push``: an ED-LoRA or a fused pack to the Hub."""
+"""``mixofshow push``: upload an ED-LoRA or a fused pack to the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regions and isolation as one writes them on the command line."""
+"""Parse regions and isolation from the command line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.regions import Isolation, Region
 
 _COLON = re.compile(r"(?<!mask=[A-Za-z]):")
-"""Ends what stands before a region's prompt; not the colon of ``mask=C:...``."""
+"""The colon before a region's prompt; not that of a Windows path, ``mask=C:...``."""
 _TEXTS = ("mask", "rounding")
 _NOT_HERE = ("prompt", "box", "negative_prompt")
-"""Arguments of `Region` that have a place of their own in the text, or need a layout file."""
+"""Arguments of `Region` that are no settings in the text: it gives two in another way, and the last needs a layout."""
 
 
 def parse_regions(texts: Sequence[str]) -> list[Region]:
-    """Read every region.
+    """Read every text as a region, see `parse_region`.
 
     Raises:
         RegionError: Names all that are wrong.
@@ -43,7 +43,7 @@ def parse_region(text: str) -> Region:
 
     Raises:
         RegionError: If the text is not of that form, the box is not inside the picture, the mask cannot be read, or a
-            setting cannot be.
+            setting is out of range.
     """
     from diffusers_mixofshow.regions import Region
 
@@ -57,10 +57,10 @@ def parse_region(text: str) -> Region:
         if not prompt:
             raise ValueError("it has no prompt")
         if len(box) != (0 if "mask" in given else 4):
-            raise ValueError(f"it has {len(box)} numbers; a box has four, and a mask stands in place of one")
+            raise ValueError(f"it has {len(box)} numbers; a box has four, and mask= takes the place of a box")
         if strange := [name for name in given if name not in known]:
             raise ValueError(f"it has {', '.join(strange)}; known are {', '.join(known)}")
-        settings = {name: _value(name, value) for name, value in given.items()}
+        settings = {name: _parse_value(name, value) for name, value in given.items()}
     except PictureError as error:
         raise RegionError(f"Region {text!r}: {error}.") from error
     except ValueError as error:
@@ -75,7 +75,7 @@ def parse_isolation(steps: str | None, scales: str | None) -> Isolation:
     """Read the part of the steps, ``0,0.5``, and the feature maps, ``2,4,8``, in which regions are kept apart.
 
     Raises:
-        RegionError: If a text is not of that form, or a number cannot be.
+        RegionError: If a text is not of that form, or a number is out of range.
     """
     from diffusers_mixofshow.regions import Isolation
 
@@ -90,7 +90,7 @@ def parse_isolation(steps: str | None, scales: str | None) -> Isolation:
     return Isolation(start=start, end=end, scales=maps)
 
 
-def _value(name: str, text: str) -> Any:
+def _parse_value(name: str, text: str) -> Any:
     from diffusers_mixofshow.masks import mask_of
 
     if name == "mask":

@@ -1,4 +1,4 @@
-"""``mixofshow sample``: pictures from prompts, concepts and regions."""
+"""``mixofshow sample``: draw pictures from prompts, concepts and regions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import typer
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
-from diffusers_mixofshow.cli.base_model import common_base
-from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_of_sampling, replaces, tell
+from diffusers_mixofshow.cli.base_model import find_common_base
+from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_replacing, plan_sampling, tell
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import check_distinct, split_prompt
@@ -65,7 +65,7 @@ def sample(
 ) -> None:
     """Sample pictures of one or several concepts, each in its own region.
 
-    Pictures tell how they were made: 'mixofshow --config x.png sample' draws x.png again.
+    Pictures store their settings: 'mixofshow --config x.png sample' draws x.png again.
 
     \b
     Examples, the second with what 'mixofshow demo' leaves:
@@ -80,7 +80,7 @@ def sample(
     files = number_files(output, count)
     if dry_run:
         _refuse_unknown(drawing)
-        tell(plan_of_sampling(drawing, files) | replaces(*files, overwrite=overwrite), as_json=as_json)
+        tell(plan_sampling(drawing, files) | plan_replacing(*files, overwrite=overwrite), as_json=as_json)
         return
     check_device(device, dtype)
     write_drawn(files, drawing, draw(drawing))
@@ -108,7 +108,7 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
     read = {path: Given.read(path) for path in dict.fromkeys(each.picture for each in (*controls, *adapters))}
     packs = {source: read_pack(source, asked["base"]) for source in asked["concepts"] or []}
     check_distinct(concept for pack in packs.values() for concept in pack.concepts)
-    base = asked["base"] or _base_of(packs.values())
+    base = asked["base"] or _find_base(packs.values())
     if asked["mask"] is not None:
         refuse_inpainting(base)
     from diffusers_mixofshow.regions import Refinement
@@ -117,13 +117,13 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
     drawing = Drawing(
         base=base,
         packs=packs,
-        lora_scales=_for_each(asked["lora_scale"], len(packs)),
+        lora_scales=_repeat_number(asked["lora_scale"], len(packs)),
         plan=plan,
         seeds=range(asked["seed"], asked["seed"] + asked["count"]),
         steps=asked["steps"],
         guidance=usual_guidance(base) if asked["guidance"] is None else asked["guidance"],
         isolation=parse_isolation(asked["isolation_steps"], asked["isolation_scales"]) if asked["isolation"] else None,
-        draft=_draft(plan, asked),
+        draft=_choose_draft(plan, asked),
         refine=Refinement() if asked["refine"] else None,
         image=image,
         mask=mask,
@@ -131,7 +131,7 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
         controls=controls,
         adapters=adapters,
         followed=tuple(read[each.picture] for each in (*controls, *adapters)),
-        control_scales=_for_each(asked["control_scale"], len(controls) + len(adapters)),
+        control_scales=_repeat_number(asked["control_scale"], len(controls) + len(adapters)),
         device=asked["device"],
         dtype=asked["dtype"],
     )
@@ -140,8 +140,8 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
     return drawing
 
 
-def _draft(plan: Layout, asked: Mapping[str, Any]) -> Draft | None:
-    """Drafts of the regions, unless they are not wanted or a picture says where everything is."""
+def _choose_draft(plan: Layout, asked: Mapping[str, Any]) -> Draft | None:
+    """Drafts of the regions if --draft asks for them; by default, if no picture determines where things are."""
     from diffusers_mixofshow.regions import Draft
 
     guided = asked["image"] or asked["control"] or asked["adapter"]
@@ -149,34 +149,34 @@ def _draft(plan: Layout, asked: Mapping[str, Any]) -> Draft | None:
     return Draft() if wanted and plan.regions else None
 
 
-def _for_each(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """One number for each of so many things, of one for all, one for each, or none for 1."""
+def _repeat_number(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Repeat a number given once to `count` numbers, by default 1; numbers for each are kept."""
     values = list(given or [1.0])
     return tuple(values * count if len(values) == 1 else values)
 
 
-def _base_of(packs: Iterable[EDLoRA]) -> str:
-    """The base model that all packs were tuned on."""
+def _find_base(packs: Iterable[EDLoRA]) -> str:
+    """Find the base model that all packs were tuned on."""
     packs = list(packs)
     if not packs:
         raise ConfigurationError("Got neither concepts nor a base model. Give --concepts, or --base, or both.")
-    return common_base(packs)
+    return find_common_base(packs)
 
 
 def _refuse_unknown(drawing: Drawing) -> None:
-    """Refuse concepts in prompts that no pack holds; what a base with its own ones knows is told by loading it."""
+    """Refuse concepts in prompts that no pack holds; not with a base that may hold them, which is not loaded here."""
     from diffusers_mixofshow.pipelines.opening import has_own_concepts
 
     if has_own_concepts(drawing.base):
         return
     known = [concept for pack in drawing.packs.values() for concept in pack.concepts]
-    for text in _texts(drawing.plan):
+    for text in _list_prompts(drawing.plan):
         split_prompt(text, known)
 
 
 def _warn_of_bare_names(plan: Layout, packs: Iterable[EDLoRA]) -> None:
-    """Warn of concepts that are nowhere asked for while a prompt has their name as a plain word."""
-    texts = _texts(plan)
+    """Warn of concepts that no prompt names by placeholder, while one has their name as a plain word."""
+    texts = _list_prompts(plan)
     for concept in (concept for pack in packs for concept in pack.concepts):
         asked_for = any(name in text for name in (concept.placeholder, *concept.tokens) for text in texts)
         bare = re.compile(rf"(?<![\w<]){re.escape(concept.name)}(?![\w>])", re.IGNORECASE)
@@ -185,17 +185,17 @@ def _warn_of_bare_names(plan: Layout, packs: Iterable[EDLoRA]) -> None:
             warn(f"the prompt says {found}; did you mean {concept.placeholder}?")
 
 
-def _texts(plan: Layout) -> list[str]:
+def _list_prompts(plan: Layout) -> list[str]:
     return [plan.prompt or "", *(region.prompt for region in plan.regions)]
 
 
 def _refuse_contradictions(plan: Layout, asked: Mapping[str, Any]) -> None:
-    """Raise one error that lists what would fail only after everything has been loaded or drawn."""
+    """Raise one error for options that exclude each other or are out of range, before anything is loaded."""
     defects = [
-        *_regions_defects(plan, asked),
-        *_pictures_defects(asked),
-        *_numbers_defects(asked),
-        *_output_defects(asked["output"]),
+        *_find_region_defects(plan, asked),
+        *_find_picture_defects(asked),
+        *_find_number_defects(asked),
+        *_find_output_defects(asked["output"]),
     ]
     defects += [
         f"a {name} of {value} pixels, expected a multiple of {GRAIN}"
@@ -209,10 +209,10 @@ def _refuse_contradictions(plan: Layout, asked: Mapping[str, Any]) -> None:
         raise ConfigurationError(f"Got {'; '.join(defects)}.")
 
 
-def _regions_defects(plan: Layout, asked: Mapping[str, Any]) -> list[str]:
+def _find_region_defects(plan: Layout, asked: Mapping[str, Any]) -> list[str]:
     defects = []
     if asked["refine"] and not plan.regions:
-        defects.append("--refine without any region to draw anew; give --region or --layout, too")
+        defects.append("--refine without any region to redraw; give --region or --layout, too")
     if asked["draft"] and not plan.regions:
         defects.append("--draft without any region to draw alone; give --region or --layout, too")
     if asked["draft"] and asked["image"] is not None:
@@ -221,28 +221,28 @@ def _regions_defects(plan: Layout, asked: Mapping[str, Any]) -> list[str]:
         defects.append("--isolation without any region to keep apart; give --region or --layout, too")
     details = [name for name in ("isolation_steps", "isolation_scales") if asked[name] is not None]
     if details and not asked["isolation"]:
-        defects.append(f"{' and '.join(map(_option, details))} without --isolation")
+        defects.append(f"{' and '.join(map(_spell_option, details))} without --isolation")
     return defects
 
 
-def _pictures_defects(asked: Mapping[str, Any]) -> list[str]:
-    """What is wrong with pictures to start from and to follow."""
+def _find_picture_defects(asked: Mapping[str, Any]) -> list[str]:
+    """Find what is wrong with the pictures to start from and to follow."""
     defects = []
-    ways = [_option(name) for name in ("image", "control", "adapter") if asked[name]]
+    ways = [_spell_option(name) for name in ("image", "control", "adapter") if asked[name]]
     if len(ways) > 1:
         defects.append(f"{' and '.join(ways)} at once, expected one of them")
     for name in ("mask", "strength"):
         if asked[name] is not None and asked["image"] is None:
-            defects.append(f"{_option(name)} without --image")
+            defects.append(f"{_spell_option(name)} without --image")
     for name in ("image", "mask"):
         if asked[name] is not None and not asked[name].is_file():
-            defects.append(f"{_option(name)} {asked[name]}, which is no file")
+            defects.append(f"{_spell_option(name)} {asked[name]}, which is no file")
     followed = [*(asked["control"] or []), *(asked["adapter"] or [])]
-    return defects + _counts_defects(asked, "control_scale", len(followed), "--control or --adapter")
+    return defects + _find_count_defects(asked, "control_scale", len(followed), "--control or --adapter")
 
 
-def _numbers_defects(asked: Mapping[str, Any]) -> list[str]:
-    defects = _counts_defects(asked, "lora_scale", len(asked["concepts"] or []), "--concepts")
+def _find_number_defects(asked: Mapping[str, Any]) -> list[str]:
+    defects = _find_count_defects(asked, "lora_scale", len(asked["concepts"] or []), "--concepts")
     if asked["guidance"] is not None and not math.isfinite(asked["guidance"]):
         defects.append(f"--guidance {asked['guidance']}, expected a number such as 7.5")
     if asked["strength"] is None:
@@ -254,31 +254,33 @@ def _numbers_defects(asked: Mapping[str, Any]) -> list[str]:
     return defects
 
 
-def _counts_defects(asked: Mapping[str, Any], name: str, count: int, of: str) -> list[str]:
-    """What is wrong with an option that is given once for all of something, or for each."""
+def _find_count_defects(asked: Mapping[str, Any], name: str, count: int, of: str) -> list[str]:
+    """Find what is wrong with an option that is given once for all of something, or once for each."""
     given = asked[name] or []
     defects = [
-        f"{_option(name)} {value}, expected a number such as 0.8" for value in given if not math.isfinite(value)
+        f"{_spell_option(name)} {value}, expected a number such as 0.8" for value in given if not math.isfinite(value)
     ]
     if given and not count:
-        defects.append(f"{_option(name)} without {of}")
+        defects.append(f"{_spell_option(name)} without {of}")
     elif len(given) not in (0, 1, count):
-        defects.append(f"{_option(name)} {len(given)} times for {count} {of}, expected one for all or one for each")
+        defects.append(
+            f"{_spell_option(name)} {len(given)} times for {count} {of}, expected one for all or one for each"
+        )
     return defects
 
 
-def _output_defects(output: Path) -> list[str]:
+def _find_output_defects(output: Path) -> list[str]:
     if output.suffix.lower() not in FORMATS:
         return [f"--output {output}, expected a file that ends in {', '.join(FORMATS)}"]
     return [f"--output {output} is a folder, expected a file"] if output.is_dir() else []
 
 
-def _option(name: str) -> str:
+def _spell_option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
 def _build_layout(asked: Mapping[str, Any]) -> Layout:
-    """The layout of the file, with what the options say instead or more."""
+    """The layout of the file; options replace its prompts and size, and add regions."""
     from diffusers_mixofshow.regions import Layout
     from diffusers_mixofshow.sampling.provenance import read_layout
 
@@ -290,7 +292,7 @@ def _build_layout(asked: Mapping[str, Any]) -> Layout:
 
 
 _OF_LAYOUT = ("prompt", "negative_prompt", "width", "height")
-"""Options that say what a layout may say as well."""
+"""Options that replace an entry of the layout."""
 
 
 def number_files(path: Path, count: int) -> list[Path]:

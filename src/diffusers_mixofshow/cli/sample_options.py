@@ -44,7 +44,7 @@ Region = Annotated[
 LayoutFile = Annotated[
     Path | None,
     typer.Option(
-        help="JSON file with prompt, size and regions, see docs/regional_sampling.md; or a picture of 'sample'.",
+        help="JSON file with prompt, size and regions, see docs/regional_sampling.md; or a picture from 'sample'.",
         rich_help_panel=_REGIONS,
     ),
 ]
@@ -59,12 +59,13 @@ Isolate = Annotated[
 ]
 IsolationSteps = Annotated[
     str | None,
-    typer.Option(help="Part of the steps in which they are: '0,0.5'. (default: all)", rich_help_panel=_REGIONS),
+    typer.Option(help="Part of the steps with isolation: '0,0.5'. (default: all)", rich_help_panel=_REGIONS),
 ]
 IsolationScales = Annotated[
     str | None,
     typer.Option(
-        help="Feature maps on which they are, by latent cells: '2,4,8'. (default: all)", rich_help_panel=_REGIONS
+        help="Feature maps with isolation, by the width of their cells in latent cells: '2,4,8'. (default: all)",
+        rich_help_panel=_REGIONS,
     ),
 ]
 Drafted = Annotated[
@@ -72,7 +73,7 @@ Drafted = Annotated[
     typer.Option(
         "--draft/--no-draft",
         help="Draw every region alone in a few steps, then put it into the picture, so that its prompt need not "
-        "say anything of the others. (default: on, but not with --image, --control or --adapter)",
+        "describe the others. (default: on, but not with --image, --control or --adapter)",
         rich_help_panel=_REGIONS,
     ),
 ]
@@ -80,7 +81,7 @@ Refine = Annotated[
     bool,
     typer.Option(
         "--refine",
-        help="Draw every region anew at a higher resolution, from its own prompt.",
+        help="Redraw every region at a higher resolution in the end, from its own prompt.",
         rich_help_panel=_REGIONS,
     ),
 ]
@@ -88,12 +89,12 @@ Refine = Annotated[
 Image = Annotated[Path | None, typer.Option(help="Picture to start from: image to image.", rich_help_panel=_FOLLOWED)]
 Mask = Annotated[
     Path | None,
-    typer.Option(help="White where --image is to be drawn anew: inpainting.", rich_help_panel=_FOLLOWED),
+    typer.Option(help="White where --image is to be redrawn: inpainting.", rich_help_panel=_FOLLOWED),
 ]
 Strength = Annotated[
     float | None,
     typer.Option(
-        help="How much of --image is drawn anew, above 0 to 1. (default: 0.8; with --mask: 1)",
+        help="How strongly --image is redrawn, above 0 and up to 1. (default: 0.8; with --mask: 1)",
         rich_help_panel=_FOLLOWED,
     ),
 ]
@@ -112,7 +113,7 @@ Seed = Annotated[
     typer.Option(
         min=-_LARGEST_SEED,
         max=_LARGEST_SEED,
-        help="Seed of the first picture; the others count on.",
+        help="Seed of the first picture; the next has the next seed.",
         rich_help_panel=_SETTINGS,
     ),
 ]
@@ -137,7 +138,12 @@ Width = Annotated[
     ),
 ]
 Height = Annotated[
-    int | None, typer.Option(min=GRAIN, help="Height in pixels. (default: likewise)", rich_help_panel=_SETTINGS)
+    int | None,
+    typer.Option(
+        min=GRAIN,
+        help="Height in pixels. (default: the layout's, the image's or the model's)",
+        rich_help_panel=_SETTINGS,
+    ),
 ]
 Device = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""``mixofshow --config FILE``: options of every verb out of a TOML file, or those of ``sample`` out of a picture."""
+"""``mixofshow --config FILE``: read options of every verb from a TOML file, or those of ``sample`` from a picture."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from diffusers_mixofshow.sampling.provenance import FORMATS, read_options
 from diffusers_mixofshow.texts import read_text
 
 
-def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def read_config(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Read a TOML file with a table for each verb, whose keys are the verb's options; '-' and '_' are the same.
 
-    A picture that `mixofshow sample` drew stands for a file with its options.
+    A picture that `mixofshow sample` drew is read as a file with its options.
 
     Args:
         path: The file.
         options: Verb to the spellings of its options, with '_', and typer's parameter that each one sets.
 
+    Returns:
+        Verb to the values of its parameters.
+
     Raises:
-        ConfigurationError: If the file cannot be read, or names a verb or an option that does not exist; names all.
+        ConfigurationError: If the file cannot be read, or has verbs or options that do not exist; names all of them.
     """
-    tables = {"sample": read_options(path)} if path.suffix.lower() in FORMATS else _tables_of(path)
+    tables = {"sample": read_options(path)} if path.suffix.lower() in FORMATS else _read_toml(path)
     defects, found = [], {}
     for verb, table in tables.items():
         if verb not in options or not isinstance(table, dict):
@@ -32,7 +35,7 @@ def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[
             continue
         given = {key.replace("-", "_"): value for key, value in table.items()}
         given |= {f"no_{key}": True for key, value in given.items() if value is False and f"no_{key}" in options[verb]}
-        defects += [_unknown(verb, key, options[verb]) for key in given if key not in options[verb]]
+        defects += [_describe_unknown(verb, key, options[verb]) for key in given if key not in options[verb]]
         known = {options[verb][key]: value for key, value in given.items() if key in options[verb]}
         found[verb] = {parameter.name: _wrap_repeated(value, parameter) for parameter, value in known.items()}
     if defects:
@@ -40,7 +43,7 @@ def settings_from(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[
     return found
 
 
-def _tables_of(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
@@ -50,11 +53,11 @@ def _tables_of(path: Path) -> dict[str, Any]:
 
 
 def _wrap_repeated(value: Any, parameter: Any) -> Any:
-    """The value; in a list where the option may be repeated and is given once."""
+    """Wrap the value in a list if the option may be repeated and is given once."""
     takes_several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
     return [value] if takes_several and not isinstance(value, list) else value
 
 
-def _unknown(verb: str, key: str, known: Mapping[str, object]) -> str:
+def _describe_unknown(verb: str, key: str, known: Mapping[str, object]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1)
     return f"{verb!r} has no option {key!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else "")

@@ -1,4 +1,4 @@
-"""What a command is given to read: one of our own packs, or another program's file."""
+"""Read what a command line names: an ED-LoRA, a fused pack, or another program's file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.interop.foreign import Foreign
 
 _SHOWN = 5
-"""Names that an error lists of a folder in which nothing is spelt alike."""
+"""How many names of a folder an error lists if none is similar to the missing one."""
 
 
 def read_source(source: str) -> EDLoRA | Foreign:
-    """Read an ED-LoRA from a file, a folder or the Hub, or what another program wrote.
+    """Read an ED-LoRA, or another program's file, from a file, a folder or the Hub.
 
     Raises:
-        EDLoRANotFoundError: If there is nothing.
+        EDLoRANotFoundError: If there is no such file, folder or repository.
         EDLoRAFormatError: If it is an ED-LoRA with defects, or cannot be read at all.
         HubError: If the Hub refuses or cannot be reached.
     """
@@ -37,13 +37,13 @@ def read_pack(source: str, base: str | None = None) -> EDLoRA:
 
     Args:
         source: File, folder or Hub id.
-        base: The base that the user named; then none is taken for a file that does not tell its own.
+        base: The base that the user named; without it, one is guessed for a file that does not name its own.
 
     Raises:
         MixOfShowError: See `open_edlora`.
 
     Warns:
-        MixOfShowWarning: Which base is taken for a file that does not tell it.
+        MixOfShowWarning: Which base was guessed.
     """
     from diffusers_mixofshow.interop.foreign import default_base
     from diffusers_mixofshow.interop.opening import open_edlora
@@ -58,7 +58,7 @@ def read_pack(source: str, base: str | None = None) -> EDLoRA:
 
 
 def read_concepts(source: str, base: str | None = None) -> EDLoRA:
-    """Read what `read_pack` reads, for commands that look at concepts.
+    """Read an ED-LoRA or pack that has concepts, see `read_pack`.
 
     Raises:
         ConfigurationError: If it is a plain LoRA, which has none.
@@ -71,7 +71,7 @@ def read_concepts(source: str, base: str | None = None) -> EDLoRA:
 
 
 def refuse_missing_file(source: str) -> None:
-    """Refuse ``folder/name`` where the folder is on this disk and has no such name, before the Hub is asked for it.
+    """Refuse ``folder/name`` if the folder is on this disk without such a name, instead of looking for it on the Hub.
 
     Raises:
         EDLoRANotFoundError: Names what is in the folder.

@@ -1,4 +1,4 @@
-"""How long a dry run's U-Net passes take: measured where the base ships in the package, counted of any other."""
+"""Estimate the time of U-Net passes for a dry run: measured for the embedded base, only counted for any other."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
 
 
 _MEASURED = 3
-"""Passes that are timed, after one that is not; the quickest counts."""
+"""Number of timed passes beside a first one to warm up; the fastest counts."""
 
 
-def time_of(
+def estimate_time(
     base: str, passes: int, batch: int, *, pixels: tuple[int, int] | None = None, backward: bool = False
 ) -> str:
-    """Tell the least time that a number of U-Net passes takes, or that it is not known.
+    """Describe the least time that a number of U-Net passes takes, or say that it is not known.
 
-    The embedded base is small enough to be asked here and now. No other model is loaded to be timed.
+    The embedded base is small enough to be loaded and timed; other models are not loaded.
 
     Args:
         base: The base model.
         passes: How often the U-Net runs.
         batch: Samples in each pass, both halves of guidance counted.
         pixels: Height and width of the pictures; the model's own by default.
-        backward: Whether each pass goes back, too, as in training.
+        backward: Whether each pass has a backward pass, as in training.
     """
     way = "there and back " if backward else ""
     if base != TOYLAND:

@@ -1,4 +1,4 @@
-"""``mixofshow train``: a folder of photos to an ED-LoRA.
+"""``mixofshow train``: tune an ED-LoRA on a folder of photos.
 
 Every option but ``--config``, ``--preset`` and ``--dry-run`` is made from a field of `TrainingConfig`: its name, its
 default and its documentation.
@@ -17,8 +17,8 @@ import typer
 from rich.markup import escape
 
 from diffusers_mixofshow.base_models import TOYLAND
-from diffusers_mixofshow.cli.messages import warnings_as_sentences
-from diffusers_mixofshow.cli.plans import DryRun, plan_of_training, replaces, tell
+from diffusers_mixofshow.cli.messages import show_warnings_as_sentences
+from diffusers_mixofshow.cli.plans import DryRun, plan_replacing, plan_training, tell
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES
@@ -29,7 +29,7 @@ from diffusers_mixofshow.training.settings import Setting, settings_of
 
 
 SPELLINGS = {"token_normalize_func": lambda name: name.replace("_", "-")}
-"""Context settings of the command: options may be written with underscores, as those of diffusers' scripts are."""
+"""Context settings of the command: options may be written with underscores, as in diffusers' training scripts."""
 
 _SETTINGS = settings_of(TrainingConfig)
 _OFF = "no_"
@@ -51,7 +51,7 @@ _PANELS = {
     "checkpointing_steps": "Checkpoints",
     "report_to": "What is seen and kept",
 }
-"""The first setting of every group in the help; those between two first ones belong to the first of them."""
+"""First setting of every group in the help to the group's title; settings follow in the order of `TrainingConfig`."""
 
 
 def train(**given: Any) -> None:
@@ -78,20 +78,20 @@ def train(**given: Any) -> None:
     config: Path | None = given.pop("config")
     photos: str | None = given.pop("photos")
     dry_run, as_json = bool(given.pop("dry_run")), bool(given.pop("as_json"))
-    options = _values_of_options(_drop_overruled(given, given.pop("context")))
+    options = _parse_options(_drop_overruled(given, given.pop("context")))
     if photos is not None and "instance_data_dir" in options:
         raise ConfigurationError("The photos are given twice: as PHOTOS and as --instance-data-dir.")
     if photos is not None:
         options["instance_data_dir"] = photos
     in_file = {} if config is None else read_settings(config, _SETTINGS)
-    spelt = _spellings(in_file.keys() - options.keys(), config)
-    with _options_in_errors(spelt), warnings_as_sentences(lambda text: _use_option_names(text, spelt)):
-        checked = training_config(in_file | options)
+    spelt = _list_spellings(in_file.keys() - options.keys(), config)
+    with _reword_errors(spelt), show_warnings_as_sentences(lambda text: _use_option_names(text, spelt)):
+        checked = make_config(in_file | options)
         if dry_run:
             from diffusers_mixofshow.training.checkpoints import list_replaced
 
-            taken = replaces(*list_replaced(checked), overwrite=checked.overwrite)
-            tell(plan_of_training(checked) | taken, as_json=as_json)
+            replaced = plan_replacing(*list_replaced(checked), overwrite=checked.overwrite)
+            tell(plan_training(checked) | replaced, as_json=as_json)
             return
 
         from diffusers_mixofshow import EDLoRATrainer
@@ -105,8 +105,8 @@ def train(**given: Any) -> None:
         typer.echo(f"Wrote the ED-LoRA of {concept.placeholder} to {checked.output_dir}")
 
 
-def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
-    """Build the config; the output folder is named after the concept unless it is given."""
+def make_config(settings: Mapping[str, Any]) -> TrainingConfig:
+    """Make the config; the output folder is named after the concept unless it is given."""
     settings = dict(settings)
     if "concept" in settings:
         settings.setdefault("output_dir", Path(str(settings["concept"]).strip("<>")))
@@ -114,20 +114,20 @@ def training_config(settings: Mapping[str, Any]) -> TrainingConfig:
 
 
 def _drop_overruled(given: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
-    """Drop what `mixofshow --config` switches on or off where the command line says the opposite."""
+    """Drop switches of the file of `mixofshow --config` that the command line sets to the opposite."""
 
-    def from_file(name: str) -> bool:
+    def is_from_file(name: str) -> bool:
         source = context.get_parameter_source(name)
         return source is not None and source.name == "DEFAULT_MAP"
 
     overruled = set()
     for name in (name for name, value in given.items() if value and given.get(_OFF + name)):
-        overruled |= {each for each in (name, _OFF + name) if from_file(each)}
+        overruled |= {each for each in (name, _OFF + name) if is_from_file(each)}
     return {name: value for name, value in given.items() if name not in overruled}
 
 
-def _values_of_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was written at the command line, each text read as its setting's type."""
+def _parse_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse the options that were given, each text as its setting's type."""
     written = {name: value for name, value in given.items() if value not in (None, [], False)}
     switched_off = [name.removeprefix(_OFF) for name in written if name.startswith(_OFF)]
     both = [_SETTINGS[name].option for name in switched_off if name in written]
@@ -142,55 +142,60 @@ def _values_of_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return values | dict.fromkeys(switched_off, False)
 
 
-def _parameters() -> Iterator[inspect.Parameter]:
+def _list_parameters() -> Iterator[inspect.Parameter]:
     """The command's parameters, for typer."""
     yield inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     photos = typer.Argument(metavar="PHOTOS", help="Folder of photos; the same as --instance-data-dir.")
-    yield _parameter("photos", Annotated[str | None, photos], positional=True)
-    preset = typer.Option(help=f"Set of settings below all others: {', '.join(PRESETS)}.", metavar="<str>")
-    yield _parameter("preset", Annotated[str | None, preset])
+    yield _make_parameter("photos", Annotated[str | None, photos], positional=True)
+    preset = typer.Option(
+        help=f"Named settings, which all other options override: {', '.join(PRESETS)}.", metavar="<str>"
+    )
+    yield _make_parameter("preset", Annotated[str | None, preset])
     config = typer.Option(help="TOML or YAML file with settings, one a line: class_word = 'man'.", metavar="<path>")
-    yield _parameter("config", Annotated[Path | None, config])
-    yield _parameter("dry_run", DryRun)
-    as_json = typer.Option("--json", help="Print the folder, the concept and all settings as JSON; a plan, too.")
-    yield _parameter("as_json", Annotated[bool, as_json])
+    yield _make_parameter("config", Annotated[Path | None, config])
+    yield _make_parameter("dry_run", DryRun)
+    as_json = typer.Option(
+        "--json", help="Print the folder, the concept and all settings as JSON; with --dry-run, the plan."
+    )
+    yield _make_parameter("as_json", Annotated[bool, as_json])
     for former, name in RENAMED.items():
-        told = typer.Option(help=f"Former name of {_SETTINGS[name].option}.", hidden=True)
-        yield _parameter(former, Annotated[str | None, told])
+        option = typer.Option(help=f"Former name of {_SETTINGS[name].option}.", hidden=True)
+        yield _make_parameter(former, Annotated[str | None, option])
     panel = None
     for setting in _SETTINGS.values():
         panel = _PANELS.get(setting.name, panel)
-        yield _parameter(setting.name, _annotation(setting, panel))
+        yield _make_parameter(setting.name, _annotate(setting, panel))
         if bool in setting.types:
-            off = typer.Option(_switch_off(setting), hidden=True)
-            yield _parameter(_OFF + setting.name, Annotated[bool, off])
+            off = typer.Option(_spell_switch_off(setting), hidden=True)
+            yield _make_parameter(_OFF + setting.name, Annotated[bool, off])
 
 
-def _switch_off(setting: Setting) -> str:
-    """The option that switches a setting off; the help shows it where the setting is on by default."""
+def _spell_switch_off(setting: Setting) -> str:
+    """The option that switches a setting off; the help shows it only if the setting is on by default."""
     return f"--no-{setting.option.removeprefix('--')}"
 
 
-def _annotation(setting: Setting, panel: str | None) -> Any:
-    """What typer needs to know of a setting."""
+def _annotate(setting: Setting, panel: str | None) -> Any:
+    """The annotation from which typer makes a setting's option."""
     names = [*([_SHORT[setting.name]] if setting.name in _SHORT else []), setting.option]
     if bool in setting.types:
-        return Annotated[bool, typer.Option(setting.option, help=_help(setting), metavar=" ", rich_help_panel=panel)]
+        option = typer.Option(setting.option, help=_format_help(setting), metavar=" ", rich_help_panel=panel)
+        return Annotated[bool, option]
     metavar = "path" if Path in setting.types else setting.expected.removesuffix(" | None").replace(" ", "")
     if setting.is_list:
         metavar = "str"
-    option = typer.Option(*names, help=_help(setting), metavar=f"<{metavar}>", rich_help_panel=panel)
+    option = typer.Option(*names, help=_format_help(setting), metavar=f"<{metavar}>", rich_help_panel=panel)
     return Annotated[list[str] | None, option] if setting.is_list else Annotated[str | None, option]
 
 
-def _parameter(name: str, annotation: Any, *, positional: bool = False) -> inspect.Parameter:
+def _make_parameter(name: str, annotation: Any, *, positional: bool = False) -> inspect.Parameter:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
     default = False if annotation.__origin__ is bool else None
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _help(setting: Setting) -> str:
-    """The setting's documentation with its default, and the embedded base's where that differs."""
+def _format_help(setting: Setting) -> str:
+    """The setting's documentation with its default, and with the default for the embedded base if it has another."""
     text = setting.documentation.replace("`", "") + (" Several: repeat the option." if setting.is_list else "")
     if not all(choice in text for choice in CHOICES.get(setting.name, ())):
         text += f" One of {', '.join(CHOICES[setting.name])}."
@@ -200,7 +205,7 @@ def _help(setting: Setting) -> str:
     if setting.name in PRESETS[TOYLAND] and setting.name != "pretrained_model_name_or_path":
         defaults.append(f"toyland: {_format_default(PRESETS[TOYLAND][setting.name])}")
     if setting.default is True:
-        defaults.append(f"off: {_switch_off(setting)}")
+        defaults.append(f"off: {_spell_switch_off(setting)}")
     return escape(text + (f" ({'; '.join(defaults)})" if defaults else ""))
 
 
@@ -210,16 +215,16 @@ def _format_default(value: object) -> str:
     return {"True": "yes", "False": "no"}.get(str(value), str(value))
 
 
-def _spellings(in_file: Collection[str], file: Path | None) -> dict[str, str]:
-    """How messages name a setting: as its option, or as the file does where it stands there alone."""
+def _list_spellings(in_file: Collection[str], file: Path | None) -> dict[str, str]:
+    """Setting to its name in messages: that of its option, or the file's if only the file sets it."""
     spelt = {name: _SHORT.get(name, setting.option) for name, setting in _SETTINGS.items()} | {"preset": "--preset"}
     spelt |= {former: "--" + former.replace("_", "-") for former in RENAMED}
     return spelt if file is None else spelt | {name: f"{name} ({file.name})" for name in in_file}
 
 
 @contextmanager
-def _options_in_errors(spelt: Mapping[str, str]) -> Iterator[None]:
-    """Let errors name options where they name settings."""
+def _reword_errors(spelt: Mapping[str, str]) -> Iterator[None]:
+    """Let errors from the block name options instead of settings."""
     try:
         yield
     except (ConfigurationError, ConceptError, OverwriteError, TrainingDataError) as error:
@@ -227,10 +232,10 @@ def _options_in_errors(spelt: Mapping[str, str]) -> Iterator[None]:
 
 
 def _use_option_names(message: str, spelt: Mapping[str, str]) -> str:
-    """Replace names of settings; a name that may be a plain word only where a sentence starts with it."""
+    """Replace names of settings by options; a name without '_' may be a plain word, so only at a sentence's start."""
     any_name, joined = "|".join(spelt), "|".join(name for name in spelt if "_" in name)
     at_start, inside = rf"(?:(?<=^)|(?<=; )|(?<=: ))'?({any_name})'?(?= is )", rf"(?<!['\w./-])({joined})(?!['\w])"
     return re.sub(f"{at_start}|{inside}", lambda found: spelt[found[1] or found[2]], message)
 
 
-train.__signature__ = inspect.Signature(list(_parameters()))  # type: ignore[attr-defined]
+train.__signature__ = inspect.Signature(list(_list_parameters()))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""``mixofshow ui``: a page in the browser."""
+"""``mixofshow ui``: open the page for regions in a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ui(
 ) -> None:
     """Open a page to draw regions by hand, sample, fuse, and look into files.
 
-    Only this machine can reach it. Needs Gradio: pip install 'diffusers-mixofshow[ui]'.
+    Only this machine can reach it, unless --share is given. Needs Gradio: pip install 'diffusers-mixofshow[ui]'.
 
     \b
     Example:
