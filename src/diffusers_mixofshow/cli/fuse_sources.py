@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.errors import ConfigurationError, TextError
-from diffusers_mixofshow.texts import read_text
+from diffusers_mixofshow.cli.settings import read_toml
+from diffusers_mixofshow.errors import ConfigurationError
 
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     sources: list[FusionSource | LoRASource] = []
     for path in given:
         if path.endswith(_LIST):
-            sources += _read_toml(Path(path))
+            sources += _read_list(Path(path))
         elif path in plain:
             texts = [one.strip() for one in prompts_of.get(path, "").split("|") if one.strip()]
             sources.append(LoRASource(path, texts, opened=opened[path]))
@@ -83,12 +82,9 @@ def describe_source(source: FusionSource | LoRASource) -> str:
     return f"{source.source}: {', '.join(filter(None, parts))}"
 
 
-def _read_toml(path: Path) -> list[FusionSource | LoRASource]:
+def _read_list(path: Path) -> list[FusionSource | LoRASource]:
     """Read a TOML file with a table ``[[source]]`` for each source; paths are relative to the file."""
-    try:
-        content = tomllib.loads(read_text(path))
-    except (TextError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read as TOML: {error}.") from error
+    content = read_toml(path)
     tables = content.get(_TABLE)
     if set(content) != {_TABLE} or not isinstance(tables, list):
         raise ConfigurationError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read_config(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[st
     Raises:
         ConfigurationError: If the file cannot be read, or has verbs or options that do not exist; names all of them.
     """
-    tables = {"sample": read_options(path)} if path.suffix.lower() in FORMATS else _read_toml(path)
+    tables = {"sample": read_options(path)} if path.suffix.lower() in FORMATS else read_toml(path)
     defects, found = [], {}
     for verb, table in tables.items():
         if verb not in options or not isinstance(table, dict):
@@ -43,13 +44,16 @@ def read_config(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[st
     return found
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    import tomllib
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
 
+    Raises:
+        ConfigurationError: If it cannot be read as TOML.
+    """
     try:
         return tomllib.loads(read_text(path))
     except (TextError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path} is no readable TOML file ({error}).") from error
+        raise ConfigurationError(f"{path} cannot be read as TOML: {error}.") from error
 
 
 def _wrap_repeated(value: Any, parameter: Any) -> Any:

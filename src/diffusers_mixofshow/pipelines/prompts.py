@@ -73,7 +73,8 @@ class LayerwisePrompts(EDLoRALoader):
         with _scale_lora(self._encoders.values(), arguments["lora_scale"]):
             positive = self._encode_side("", arguments, clip_skip, device)
             # Like the parent, without clip_skip.
-            negative = self._encode_side("negative_", arguments, None, device) if _is_guided(arguments) else None
+            guided = arguments["do_classifier_free_guidance"]
+            negative = self._encode_side("negative_", arguments, None, device) if guided else None
             sides = self._append_regions(positive, negative, clip_skip, device)
         encoded: dict[str, Any] = {"lora_scale": None, "clip_skip": None}
         for kind, side, states in zip(("", "negative_"), (positive, negative), sides, strict=True):
@@ -386,10 +387,6 @@ def list_negatives(arguments: Mapping[str, Any]) -> list[str | None]:
     """List the negative prompt of every picture of a call; None where there is none."""
     negative = arguments.get("negative_prompt")
     return repeat_for_pictures(negative if isinstance(negative, list) else [negative], arguments)
-
-
-def _is_guided(arguments: Mapping[str, Any]) -> bool:
-    return bool(arguments["do_classifier_free_guidance"])
 
 
 def _as_list(prompt: str | list[str] | None) -> list[str]:
