@@ -118,7 +118,7 @@ def test_padding_is_masked_where_the_encoder_was_trained_so(
     plain = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
     text_encoder.config.use_attention_mask = True
     masked = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
-    for row, end in enumerate(tokenized.end_positions):
+    for row, end in enumerate((tokenized.attention_mask.sum(dim=1) - 1).tolist()):
         one, other = (each[row].unflatten(0, (layers, 77)) for each in (plain, masked))
         assert torch.allclose(one[:, : end + 1], other[:, : end + 1], atol=1e-5)
         assert not torch.allclose(one[:, end + 1 :], other[:, end + 1 :], atol=1e-3)

@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.conditioning.tokenize import tokenize, tokenize_plain
+from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts, tokenize, tokenize_plain
 from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.families.clip import POSITIONS
 
 
 PLAIN = ["", "a dog", "  A  dog, on the\tbeach! ", "x" * 74, "x" * 75, "x" * 76, "long " * 40]
+
+
+def end_positions(tokenized: TokenizedPrompts) -> tuple[int, ...]:
+    """Position of each prompt's end token."""
+    return tuple(int(length) - 1 for length in tokenized.attention_mask.sum(dim=1))
 
 
 def test_plain_prompts_get_the_tokenizers_own_ids(tokenizer, concept):
@@ -37,9 +42,9 @@ def test_each_concept_token_takes_one_place(tokenizer, concept):
         {1: "<potter2>"},
         {1: "<potter1>", 2: "<potter2>", 3: "<potter1>"},
     )
-    ids = found.ids[0].tolist()
-    assert ids[:3] + ids[5 : found.end_positions[0] + 1] == around
-    assert found.end_positions == (len(around) + 1, 2, 4)
+    ids, ends = found.ids[0].tolist(), end_positions(found)
+    assert ids[:3] + ids[5 : ends[0] + 1] == around
+    assert ends == (len(around) + 1, 2, 4)
     assert all(
         tokenizer.eos_token_id > found.ids[row, place] for row in range(3) for place in found.concept_tokens[row]
     )
@@ -91,7 +96,7 @@ def test_every_place_where_a_prompt_may_be_cut(tokenizer, concept, caplog, lengt
     assert row == kept + [tokenizer.pad_token_id] * (77 - len(kept))
     places = {length + 1: "<potter1>", length + 2: "<potter2>"}
     assert found.concept_tokens == ({place: name for place, name in places.items() if place <= 75},)
-    assert found.end_positions == (len(kept) - 1,)
+    assert end_positions(found) == (len(kept) - 1,)
     assert found.attention_mask[0].tolist() == [1] * len(kept) + [0] * (77 - len(kept))
     lost = [
         word for place, word in ((length, "<potter1>"), (length + 1, "<potter2>"), (length + 2, "!")) if place >= 75

@@ -39,11 +39,6 @@ class TokenizedPrompts:
     attention_mask: torch.Tensor
     concept_tokens: tuple[Mapping[int, str], ...]
 
-    @property
-    def end_positions(self) -> tuple[int, ...]:
-        """Position of each prompt's end token."""
-        return tuple(int(length) - 1 for length in self.attention_mask.sum(dim=1))
-
     def select(self, prompts: Sequence[int]) -> TokenizedPrompts:
         """Pick some of the prompts by their numbers."""
         rows = list(prompts)
