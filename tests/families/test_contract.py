@@ -188,7 +188,7 @@ def test_no_two_names_of_transformers_are_alike_without_their_dots() -> None:
 def test_what_draws_concepts_is_a_pipeline_of_this_package_with_its_siblings(family: Family, pipe: Any) -> None:
     assert bool(family.concept_pipeline) is bool(family.cross_attention)
     for task in ("", "Img2Img", "Inpaint", "ControlNet", "Adapter") if family.concept_pipeline else ():
-        kind = pipelines.pipeline_for(pipe.components, task)
+        kind = pipelines.choose_pipeline(pipe.components, task)
         assert kind.__name__ == family.concept_pipeline.replace("Pipeline", f"{task}Pipeline")
         assert issubclass(kind, diffusers.DiffusionPipeline)
         assert getattr(diffusers_mixofshow, kind.__name__) is kind

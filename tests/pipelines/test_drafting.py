@@ -543,7 +543,7 @@ def test_refining_needs_pictures(potter):
 )
 def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
     refine = Refinement(**settings)
-    assert (refine.steps_of(call), refine.runs_in(call)) == (steps, runs)
+    assert (refine.choose_steps(call), refine.count_runs(call)) == (steps, runs)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from diffusers_mixofshow.pipelines import (
     MixOfShowXLControlNetPipeline,
     MixOfShowXLImg2ImgPipeline,
     MixOfShowXLInpaintPipeline,
-    pipeline_for,
+    choose_pipeline,
 )
 from families.pipelines import tiny_pipeline
 
@@ -142,7 +142,7 @@ def test_regions_matter_and_nothing_stays(rex, kind):
 def test_it_is_made_of_the_plain_pipeline_with_its_concepts(components, extras, kind):
     plain = MixOfShowXLPipeline(**components, add_watermarker=False)
     plain.load_edlora(packs.random_pack(components), scale=0.2)
-    made = pipeline_for(components, kind).from_pipe(plain, **extras.get(kind, {}))
+    made = choose_pipeline(components, kind).from_pipe(plain, **extras.get(kind, {}))
     made.set_progress_bar_config(disable=True)
     assert type(made) is KINDS[kind][0]
     assert list(made.concepts) == ["<rex>"]

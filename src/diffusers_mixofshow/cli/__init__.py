@@ -61,7 +61,7 @@ for _verb in (fuse, sample, evaluate, compare, inspect, convert, push, ui, demo,
 
 
 @app.callback()
-def _options(
+def _apply_config(
     context: typer.Context,
     config: Annotated[
         Path | None,
@@ -87,7 +87,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; errors that users can cause are told in one line, never by a traceback."""
+    """Run the command line; errors that users can cause are printed in one line, never as a traceback."""
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the parent process
             setattr(sys, stream, open(os.devnull, "w"))

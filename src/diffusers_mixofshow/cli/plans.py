@@ -84,7 +84,7 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
         "U-Net runs": f"{runs}, each on a batch of {batch}",
         "drafts": f"{regions} regions, {draft.steps} runs each" if draft else "none",
         **({"after drafts": _describe_prompts(drawing)} if draft and draft.repeat_subject else {}),
-        "drawn anew": f"{regions} regions, up to {refine.runs_in(steps)} runs each" if refine else "none",
+        "drawn anew": f"{regions} regions, up to {refine.count_runs(steps)} runs each" if refine else "none",
         "device": drawing.device or "cuda if there is one, else cpu",
         "dtype": str(drawing.dtype or "the device's usual one"),
         "time": ", and ".join([estimate_time(drawing.base, runs, batch, pixels=pixels), *more]),

@@ -72,7 +72,7 @@ def layerwise_attention(
     """Let every cross-attention layer see its own part of a layer-wise conditioning.
 
     Inside the block, the denoiser takes `encoder_hidden_states` of shape (batch, layers * tokens, dim), or
-    (batch, tokens, dim) as before, and fewer rows than pictures once `SharedTexts` is told which picture reads which
+    (batch, tokens, dim) as before, and fewer rows than pictures once `SharedTexts` says which picture reads which
     row. Afterwards its own processors are restored, unless another call still needs these.
 
     Args:

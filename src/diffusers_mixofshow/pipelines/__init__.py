@@ -26,13 +26,13 @@ __all__ = [
     "MixOfShowXLImg2ImgPipeline",
     "MixOfShowXLInpaintPipeline",
     "MixOfShowXLPipeline",
-    "pipeline_for",
+    "choose_pipeline",
     "refine_regions",
 ]
 
 
-def pipeline_for(components: Mapping[str, object], task: str = "") -> type[Any]:
-    """The pipeline class of this package for a base model.
+def choose_pipeline(components: Mapping[str, object], task: str = "") -> type[Any]:
+    """Choose the pipeline class of this package for a base model.
 
     Args:
         components: ``pipeline.components`` of any pipeline of the base.

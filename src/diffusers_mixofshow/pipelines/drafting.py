@@ -41,7 +41,7 @@ def insert_drafts(
         arguments: The call's arguments; its callback is replaced by one that first runs it.
 
     Yields:
-        The drafts, which tell afterwards whether they were put in.
+        The drafts, whose `are_put_in` says afterwards whether they were put in.
 
     Raises:
         RegionError: If the U-Net needs more than a text to draw.

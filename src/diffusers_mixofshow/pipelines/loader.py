@@ -396,7 +396,7 @@ class EDLoRALoader:
         """The embeddings of all concepts that prompts may name, see `EDLoRA.embeddings`."""
         return {token: rows for edlora in self._given.values() for token, rows in edlora.embeddings.items()}
 
-    def _embeddings_for(self, text_encoder: str) -> dict[str, torch.Tensor]:
+    def _select_embeddings(self, text_encoder: str) -> dict[str, torch.Tensor]:
         """Concept token to its embeddings for a text encoder, the last row for the pooled vector if one is read."""
         return rows_for(text_encoder, self._concept_embeddings, family_of(self.components))
 

@@ -188,7 +188,7 @@ class LayerwisePrompts(EDLoRALoader):
         # A textual-inversion token with several vectors becomes as many tokens.
         converted = self.maybe_convert_prompt(list(texts), tokenizer)
         tokenized = tokenize(converted, tokenizer, self._nameable, self._known_words)
-        embeddings = self._embeddings_for(name)
+        embeddings = self._select_embeddings(name)
         return encode(
             self._encoders[name], tokenized, embeddings, self._layers, clip_skip, reading=reading, device=device
         )

@@ -85,7 +85,7 @@ class RefinedSampling(RegionalSampling):
             images,
             regions,
             strength=refine.strength,
-            num_inference_steps=refine.steps_of(arguments.get("num_inference_steps", 50)),
+            num_inference_steps=refine.choose_steps(arguments.get("num_inference_steps", 50)),
             negative_prompt=list_negatives(arguments),
             generator=arguments.get("generator"),
             batch_size=len(images),

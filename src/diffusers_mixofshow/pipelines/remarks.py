@@ -44,7 +44,7 @@ def sort_regions(
     found = [region for own in lists for region in own]
     if not found:
         return ()
-    defects = _wrong_entries(found)
+    defects = _list_wrong_entries(found)
     prompts = count_prompts(arguments.get("prompt"), arguments.get("prompt_embeds"))
     if nested and len(lists) != prompts:
         defects.append(f"{len(lists)} lists of regions for {prompts} prompts; give one for each, or one for all")
@@ -154,7 +154,7 @@ def _as_tuple(entry: object) -> tuple[Any, ...]:
     return tuple(entry) if isinstance(entry, list | tuple | Layout) else (entry,)
 
 
-def _wrong_entries(found: Iterable[object]) -> list[str]:
+def _list_wrong_entries(found: Iterable[object]) -> list[str]:
     wrong = [type(entry).__name__ for entry in found if not isinstance(entry, Region)]
     return [f"{', '.join(wrong)} in the list; expected Region(prompt, box=...) or mask=..."] if wrong else []
 

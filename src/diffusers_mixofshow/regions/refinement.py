@@ -37,10 +37,10 @@ class Refinement:
         if defects:
             raise RegionError("Refinement: " + "; ".join(defects) + ".")
 
-    def steps_of(self, call: int) -> int:
+    def choose_steps(self, call: int) -> int:
         """`steps` for a call of so many steps; by default at least as many that one is run."""
         return self.steps or max(round(call / 2), math.ceil(1 / self.strength))
 
-    def runs_in(self, call: int) -> int:
+    def count_runs(self, call: int) -> int:
         """How many steps are run for each region, in a call of so many steps."""
-        return int(self.steps_of(call) * self.strength)
+        return int(self.choose_steps(call) * self.strength)

@@ -56,7 +56,7 @@ def coverage(region: Region, height: int, width: int) -> torch.Tensor:
             soft = _soft_mask(region, height, width)
         if soft.any():
             return soft
-    return _cells(region, height, width).double()
+    return _find_cells(region, height, width).double()
 
 
 def feature_grids(height: int, width: int) -> dict[int, tuple[int, int]]:
@@ -81,14 +81,14 @@ def feature_grids(height: int, width: int) -> dict[int, tuple[int, int]]:
 def resolves(region: Region, height: int, width: int) -> bool:
     """Whether the region covers a cell of the feature map, without `coverage` having to give it the nearest one."""
     if region.rounding == "inward":
-        return bool(_cells(region, height, width).any())
+        return bool(_find_cells(region, height, width).any())
     if region.box is not None:
         left, top, right, bottom = region.box
         return bool(_inside(left, right, width).any() and _inside(top, bottom, height).any())
     return bool((_mask_share(region, height, width) >= 0.5).any())
 
 
-def _cells(region: Region, height: int, width: int) -> torch.Tensor:
+def _find_cells(region: Region, height: int, width: int) -> torch.Tensor:
     """Which cells belong to the region, booleans of shape (height, width)."""
     inward = region.rounding == "inward"
     if region.box is not None:
@@ -102,10 +102,10 @@ def _cells(region: Region, height: int, width: int) -> torch.Tensor:
 
 def _mask_share(region: Region, height: int, width: int) -> torch.Tensor:
     """Part of each cell's area that is inside the mask."""
-    return functional.adaptive_avg_pool2d(_mask_pixels(region)[None, None], (height, width))[0, 0]
+    return functional.adaptive_avg_pool2d(_read_mask_pixels(region)[None, None], (height, width))[0, 0]
 
 
-def _mask_pixels(region: Region) -> torch.Tensor:
+def _read_mask_pixels(region: Region) -> torch.Tensor:
     if region.mask is None:
         raise RegionError(f"Region {region.prompt!r} has neither a box nor a mask.")
     return read_inside(region.mask).double()
@@ -152,7 +152,7 @@ def _window_share(start: float, end: float, cells: int, window: float) -> torch.
 
 
 def _soft_mask(region: Region, height: int, width: int) -> torch.Tensor:
-    pixels = _mask_pixels(region)[None, None]
+    pixels = _read_mask_pixels(region)[None, None]
     for axis, name in ((-2, "rows"), (-1, "columns")):
         reach = round(region.feather * pixels.shape[axis] / 2)
         along = (0, 0, reach, reach) if name == "rows" else (reach, reach, 0, 0)

@@ -178,10 +178,10 @@ def add_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOfS
     """
     from diffusers import ControlNetModel
 
-    from diffusers_mixofshow.pipelines import pipeline_for
+    from diffusers_mixofshow.pipelines import choose_pipeline
 
     nets = _load_models(pipe, controls, ControlNetModel.from_pretrained, "ControlNet")
-    made: MixOfShowControlNetPipeline = pipeline_for(pipe.components, "ControlNet").from_pipe(
+    made: MixOfShowControlNetPipeline = choose_pipeline(pipe.components, "ControlNet").from_pipe(
         pipe, controlnet=nets[0] if len(nets) == 1 else nets, **in_dtype(pipe.dtype)
     )
     return made
@@ -196,7 +196,7 @@ def add_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOfS
     from diffusers import T2IAdapter
 
     from diffusers_mixofshow import toyland
-    from diffusers_mixofshow.pipelines import pipeline_for
+    from diffusers_mixofshow.pipelines import choose_pipeline
 
     def load(place: str, **options: Any) -> T2IAdapter:
         if place == location_of(TOYLAND):
@@ -204,7 +204,7 @@ def add_adapters(pipe: MixOfShowPipeline, adapters: Sequence[Control]) -> MixOfS
         return T2IAdapter.from_pretrained(place, **options)
 
     models = _load_models(pipe, adapters, load, "T2I-Adapter")
-    made: MixOfShowAdapterPipeline = pipeline_for(pipe.components, "Adapter").from_pipe(pipe, adapter=models)
+    made: MixOfShowAdapterPipeline = choose_pipeline(pipe.components, "Adapter").from_pipe(pipe, adapter=models)
     return made
 
 

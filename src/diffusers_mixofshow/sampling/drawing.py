@@ -235,17 +235,17 @@ def _prepare_views(drawing: Drawing) -> list[Image.Image]:
 
 def _prepare_call(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tuple[Any, dict[str, Any]]:
     """Make the pipeline for the drawing, and the arguments of its call beside prompts and settings."""
-    from diffusers_mixofshow.pipelines import pipeline_for
+    from diffusers_mixofshow.pipelines import choose_pipeline
 
     count, size = len(drawing.seeds), _choose_size(pipe, drawing.plan)
     if drawing.mask is not None:
         _refuse_channels(drawing.base, pipe.unet.config.in_channels)
         image, mask = views
         pictures = {"image": [image] * count, "mask_image": [mask] * count, "strength": drawing.strength}
-        return pipeline_for(pipe.components, "Inpaint").from_pipe(pipe), pictures | size
+        return choose_pipeline(pipe.components, "Inpaint").from_pipe(pipe), pictures | size
     if drawing.image is not None:
         pictures = {"image": views * count, "strength": drawing.strength}
-        return pipeline_for(pipe.components, "Img2Img").from_pipe(pipe), pictures
+        return choose_pipeline(pipe.components, "Img2Img").from_pipe(pipe), pictures
     one = len(views) == 1
     scales: Any = drawing.control_scales[0] if one else list(drawing.control_scales)
     followed: dict[str, Any] = {"image": views[0] if one else views}

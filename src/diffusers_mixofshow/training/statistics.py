@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.fusion import GradientFuser
-from diffusers_mixofshow.pipelines import pipeline_for
+from diffusers_mixofshow.pipelines import choose_pipeline
 from diffusers_mixofshow.training.base import with_same_models
 
 
@@ -21,7 +21,7 @@ def record_statistics(pipeline: TrainablePipeline, folder: Path) -> None:
         pipeline: The base that the concept was tuned on, as it was before.
         folder: Where the ED-LoRA lies; all processes call it together.
     """
-    kind = pipeline_for(pipeline.components)
+    kind = choose_pipeline(pipeline.components)
     if not isinstance(pipeline, kind):
         bars = getattr(pipeline, "_progress_bar_config", {})
         pipeline = with_same_models(pipeline, kind)
