@@ -26,8 +26,8 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import linear_layers
-from diffusers_mixofshow.fusion.collection import watched
-from diffusers_mixofshow.fusion.sketch import numbers_kept
+from diffusers_mixofshow.fusion.collection import record_inputs
+from diffusers_mixofshow.fusion.sketch import count_stored_values
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
@@ -106,14 +106,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     held, plain, with_hooks = tensor_bytes(), [], []
     for _ in range(options.rounds):
         plain.append(timed(lambda: model(**given), options.device))
-        with watched(pipe, tuple(layers), statistics):
+        with record_inputs(pipe, tuple(layers), statistics):
             with_hooks.append(timed(lambda: model(**given), options.device))
     result = {
         "layers": len(layers),
         "inputs": len(widths_of(model)),
         "sums_gb": round((tensor_bytes() - held) / 1e9, 3),
         "inputs_of_the_whole_base": len(widths),
-        "its_sums_gb": round((8 if options.device == "cpu" else 4) * sum(map(numbers_kept, widths)) / 1e9, 2),
+        "its_sums_gb": round((8 if options.device == "cpu" else 4) * sum(map(count_stored_values, widths)) / 1e9, 2),
         "as_matrices_gb": round(8 * sum(width * width for width in widths) / 1e9, 1),
         "step_s": round(min(plain), 3),
         "watched_step_s": round(min(with_hooks), 3),

@@ -210,5 +210,5 @@ def test_devices_are_those_that_the_machine_has(monkeypatch, cards: int, apple: 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: max(cards, 1))  # also of cards that no driver runs
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
     assert devices() == expected
-    with pytest.raises(FusionError, match=f"of those that this machine has: {expected}.$"):
+    with pytest.raises(FusionError, match=f"this machine has: {expected}.$"):
         GradientFuser(device="nowhere")

@@ -110,9 +110,7 @@ def test_no_source_is_lost_to_its_own_fusion(
     monkeypatch.chdir(published)
     before = contents(published)
     for more in ((), ("--dry-run",), ("--overwrite",), ("--overwrite", "--dry-run")):
-        with pytest.raises(
-            OverwriteError, match=f"take the place of {lost}, which it is fused from and would be lost"
-        ):
+        with pytest.raises(OverwriteError, match=f"would replace its own source: {lost}. Choose another place"):
             run("fuse", *arguments, "--base", "base", *more)
     assert contents(published) == before
 

@@ -255,7 +255,10 @@ def test_loras_of_two_families_are_told_apart(
         tensors |= {f"{site}.lora_A.weight": torch.ones(1, width), f"{site}.lora_B.weight": torch.ones(4, 1)}
     save_file(tensors, tmp_path / "other.safetensors")
     strange = LoRASource(tmp_path / "other.safetensors", prompts=["sks"], name="other")
-    told = rf"no family of base models has together \(dog for {family.name}, ink for {family.name}, other for .*\)"
+    told = (
+        r"no family of base models has all of the layers that they change "
+        rf"\(dog for {family.name}, ink for {family.name}, other for .*\)"
+    )
     with pytest.raises(FusionError, match=told):
         GradientFuser().fuse([*_sources(files), strange], method="average")
 

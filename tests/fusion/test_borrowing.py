@@ -64,14 +64,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a text": (lambda: "user/base", r"'user/base'\. Load it: MixOfShowPipeline\.from_pretrained\('user/base'\)"),
     "a path": (lambda: Path("base"), r"MixOfShowPipeline\.from_pretrained\('base'\)"),
     "a class": (lambda: MixOfShowPipeline, r"the class MixOfShowPipeline"),
-    "a number": (lambda: 3, "a int, which is no pipeline"),
-    "a dict of parts": (tiny.components, "a dict, which is no pipeline"),
-    "a U-Net": (lambda: tiny.components()["unet"], "a UNet2DConditionModel, which is no pipeline"),
-    "an ED-LoRA": (lambda: packs.random_pack(tiny.components()), "a EDLoRA, which is no pipeline"),
-    "one for pictures": (lambda: _plain(StableDiffusionImg2ImgPipeline), rf"needs a picture to draw\. {HINT}"),
-    "ours for pictures": (lambda: _plain(MixOfShowImg2ImgPipeline), rf"needs a picture to draw\. {HINT}"),
+    "a number": (lambda: 3, "a int, which is not a pipeline"),
+    "a dict of parts": (tiny.components, "a dict, which is not a pipeline"),
+    "a U-Net": (lambda: tiny.components()["unet"], "a UNet2DConditionModel, which is not a pipeline"),
+    "an ED-LoRA": (lambda: packs.random_pack(tiny.components()), "a EDLoRA, which is not a pipeline"),
+    "one for pictures": (lambda: _plain(StableDiffusionImg2ImgPipeline), rf"needs an input image\. {HINT}"),
+    "ours for pictures": (lambda: _plain(MixOfShowImg2ImgPipeline), rf"needs an input image\. {HINT}"),
     "ours with a ControlNet": (_controlled, HINT),
-    "SDXL for pictures": (_xl_for_pictures, r"needs a picture to draw\. Give MixOfShowXLPipeline\.from_pipe"),
+    "SDXL for pictures": (_xl_for_pictures, r"needs an input image\. Give MixOfShowXLPipeline\.from_pipe"),
     "another family": (_unconditional, "a DDPMPipeline without text_encoder, tokenizer"),
     "without a text encoder": (
         lambda: MixOfShowPipeline(**tiny.components() | {"text_encoder": None}, requires_safety_checker=False),
@@ -103,13 +103,13 @@ def _concept_for(pipe: Any) -> EDLoRA:
             lambda: tiny_pipeline("Stable Diffusion XL"),
             r"Give MixOfShowXLPipeline\.from_pipe\(pipe\), which shares its models",
         ),
-        (lambda: tiny_pipeline("FLUX.1"), r"Only plain LoRAs of FLUX\.1 can be fused; concepts are for"),
+        (lambda: tiny_pipeline("FLUX.1"), r"Only plain LoRAs of FLUX\.1 can be fused; concepts need Stable Diffusion"),
     ],
     ids=["SD 1", "SDXL", "FLUX.1"],
 )
 def test_diffusers_own_pipelines_take_no_concepts(make: Any, advice: str) -> None:
     pipe = make()
-    message = rf"got a {type(pipe).__name__}, which loads no concepts\. {advice}"
+    message = rf"got a {type(pipe).__name__}, which cannot load concepts\. {advice}"
     fuser = GradientFuser(pipe, steps=1, prompts=["a <TOK>"])
     for act in (fuser.fuse, lambda given: fuser.record(given[0])):
         with pytest.raises(FusionError, match=message):

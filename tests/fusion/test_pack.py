@@ -231,17 +231,17 @@ def test_changes_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, publish
     pack = GradientFuser().fuse(published[:2])
     with pytest.raises(ConceptError, match=r"used twice: <rex>\. Give each concept once, or rename one of them"):
         pack.add(published[0])
-    with pytest.raises(FusionError, match="<zoe> is no source of this pack; its sources are <rex>, <kit>"):
+    with pytest.raises(FusionError, match="<zoe> is not a source of this pack; its sources are <rex>, <kit>"):
         pack.remove("<zoe>")
     for misspelt in ("<rx>", "rexx", "<Rex>"):
-        with pytest.raises(FusionError, match=rf"{misspelt} is no source .* Did you mean <rex>\?"):
+        with pytest.raises(FusionError, match=rf"{misspelt} is not a source .* Did you mean <rex>\?"):
             pack.remove(misspelt)
     with pytest.raises(FusionError, match="finite and above 0"):
         pack.reweight({"<rex>": 0})
-    with pytest.raises(FusionError, match="<kit> is all that this pack was fused from"):
+    with pytest.raises(FusionError, match="<kit> is the only source of this pack"):
         pack.remove("<rex>").remove("<kit>")
     sequential = GradientFuser(pipe, **RECORDED | {"sequential": True}).fuse(published[:2])
-    with pytest.raises(FusionError, match="on top of what was fused already"):
+    with pytest.raises(FusionError, match="This pack was fused in stages"):
         sequential.remove("<rex>")
     with pytest.raises(FusionError, match=r"1 have none \(<tom>\)"):
         pack.add(concept("tom", 5))
@@ -269,7 +269,7 @@ def test_reports_read_back_from_a_file(published: list[Path], tmp_path: Path) ->
     report.print(console)
     printed = console.export_text()
     assert "<rex>" in printed
-    assert "Nearest to a conflict" in printed
+    assert "Largest overlaps" in printed
     with Image.open(report.heat_map(tmp_path / "map.png")) as picture:
         assert picture.width > 14 * len(layers)
     with pytest.raises(FusionError, match="was not fused"):
@@ -344,7 +344,7 @@ def test_a_pack_that_carries_its_sources_can_be_changed(published: list[Path], t
     with pytest.raises(FusionError, match=r"fused from <rex>, which has changed since"):
         FusedPack.from_pretrained(folder)
     shutil.rmtree(folder / "sources" / "rex")
-    with pytest.raises(FusionError, match=r"fused from <rex>, which is not there.*sources=True"):
+    with pytest.raises(FusionError, match=r"fused from <rex>, which cannot be found.*sources=True"):
         FusedPack.from_pretrained(folder)
 
 

@@ -15,7 +15,7 @@ from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
-from diffusers_mixofshow.fusion.pack_sources import carried_at
+from diffusers_mixofshow.fusion.pack_sources import carried_path
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
@@ -89,7 +89,7 @@ def test_plain_loras_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, tmp
     with pytest.raises(FusionError, match="needs a list of prompts"):
         LoRASource("x.safetensors", "photo of sks dog")
     path = _write(pipe, tmp_path / "one.safetensors", 1)
-    with pytest.raises(FusionError, match="LoRAs named alike: one"):
+    with pytest.raises(FusionError, match="LoRAs with the same name: one"):
         _fuser(pipe).fuse([LoRASource(path, ["sks"])] * 2)
     with pytest.raises(FusionError, match=r"one.safetensors is a plain LoRA.*give LoRASource\("):
         _fuser(pipe).fuse([path])
@@ -131,7 +131,7 @@ def test_a_pack_with_plain_loras_can_be_changed_after_reading_it(
     again = FusedPack.from_pretrained(tmp_path / "out")
     assert [one.prompts for one in again.sources] == [one.prompts for one in pack.sources]
     _same(again.remove("one"), pack.remove("one"))
-    with pytest.raises(FusionError, match=r"my_two is no source .* Did you mean my\+two\?"):
+    with pytest.raises(FusionError, match=r"my_two is not a source .* Did you mean my\+two\?"):
         again.remove("my_two")
     _same(again.reweight({"my+two": 3}), pack.reweight({"my+two": 3}))
     third = FusionSource(packs.random_pack(pipe.components, "kit", ranks=(2,)))
@@ -143,7 +143,7 @@ def test_a_pack_with_plain_loras_can_be_changed_after_reading_it(
 
 def test_a_plain_lora_cannot_be_called_like_a_path(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
     source = LoRASource(_write(pipe, tmp_path / "one.safetensors", 1), ["sks"], name="../one")
-    with pytest.raises(FusionError, match="no names of folders"):
+    with pytest.raises(FusionError, match="names cannot name a folder"):
         GradientFuser(pipe).fuse([source], method="sum")
 
 
@@ -159,9 +159,9 @@ def test_a_plain_pack_goes_to_the_hub_and_comes_from_there(
 
 
 def test_a_pack_never_leads_out_of_its_folder() -> None:
-    assert carried_at(["../../x"]) == "sources/lora-.._.._x"
-    assert carried_at(["<../x>", "<rex>"]) == "sources/_x+rex"
-    assert carried_at(["<..>"]) == "sources/"
+    assert carried_path(["../../x"]) == "sources/lora-.._.._x"
+    assert carried_path(["<../x>", "<rex>"]) == "sources/_x+rex"
+    assert carried_path(["<..>"]) == "sources/"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.errors import FileWriteError, FusionError, OverwriteError
-from diffusers_mixofshow.fusion.compression import Spectrum, ranks_within
+from diffusers_mixofshow.fusion.compression import Spectrum, allocate_ranks
 from diffusers_mixofshow.fusion.gram import DenseGram
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
@@ -70,10 +70,10 @@ def test_a_matrix_of_low_rank_is_kept_whole(tmp_path: Path) -> None:
 
 def test_the_budget_goes_where_energy_is() -> None:
     spectra = {"flat": torch.ones(10), "steep": torch.tensor([100.0] + [0.1] * 9), "none": torch.zeros(4)}
-    ranks = ranks_within(spectra, 2 * 10 * 4)
+    ranks = allocate_ranks(spectra, 2 * 10 * 4)
     assert ranks == {"flat": 3, "steep": 1, "none": 0}
-    assert ranks_within(spectra, 2 * 10 * 4, {"flat": 0.01, "steep": 1, "none": 1})["steep"] == 4
-    assert ranks_within(spectra, 0) == {"flat": 0, "steep": 0, "none": 0}
+    assert allocate_ranks(spectra, 2 * 10 * 4, {"flat": 0.01, "steep": 1, "none": 1})["steep"] == 4
+    assert allocate_ranks(spectra, 0) == {"flat": 0, "steep": 0, "none": 0}
 
 
 def test_tail_spreads_what_is_left_out() -> None:
@@ -125,7 +125,7 @@ def test_what_is_no_file_of_statistics_is_named(tmp_path: Path) -> None:
         SourceStatistics.load(path)
     wrong = header | {"concepts": {"<rex>": {"one": {"fit": {"tokens": -1}}}}}
     save_file({"a": torch.zeros(1)}, path, metadata={"edlora_statistics": json.dumps(wrong)})
-    with pytest.raises(FusionError, match="describes the inputs in another way"):
+    with pytest.raises(FusionError, match="the inputs in its header do not follow this format version"):
         SourceStatistics.load(path)
 
 
@@ -184,7 +184,7 @@ def test_other_statistics_in_the_place_of_those_in_use_are_refused(tmp_path: Pat
 
 def test_statistics_that_are_replaced_again_and_again_are_read_whole(tmp_path: Path) -> None:
     first, second = (replace(_statistics(), recording={"steps": steps}) for steps in (2, 3))
-    contents = [one.serialized(None) for one in (first, second)]
+    contents = [one.to_bytes(None) for one in (first, second)]
     path, stop = tmp_path / "x", threading.Event()
     path.write_bytes(contents[0])
 
@@ -245,7 +245,7 @@ def test_a_header_that_is_sound_is_read_as_it_is_meant(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_of_a_header_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = _with_header(tmp_path / "x", {"<rex>": {"one": {"fit": SOUND | change}}}, _tensors())
-    with pytest.raises(DamagedStatisticsError, match="describes the inputs in another way"):
+    with pytest.raises(DamagedStatisticsError, match="the inputs in its header do not follow this format version"):
         SourceStatistics.load(path)
 
 
@@ -255,7 +255,7 @@ def test_numbers_of_a_header_that_cannot_be_are_refused(tmp_path: Path, change: 
 )
 def test_entries_of_a_header_that_cannot_be_are_refused(tmp_path: Path, entry: object) -> None:
     path = _with_header(tmp_path / "x", {"<rex>": entry}, _tensors())
-    with pytest.raises(DamagedStatisticsError, match="describes the inputs in another way"):
+    with pytest.raises(DamagedStatisticsError, match="the inputs in its header do not follow this format version"):
         SourceStatistics.load(path)
 
 

@@ -47,7 +47,7 @@ def test_those_that_are_hardly_kept_are_named_the_worst_first(report: FusionRepo
     assert all(f"mean residual {value}," in told for told, value in zip(report.warnings, (0.99, 0.95), strict=True))
 
 
-def test_the_nearest_pairs_come_first(report: FusionReport) -> None:
+def test_the_largest_overlaps_come_first(report: FusionReport) -> None:
     assert report.conflicts == (
         ("<rex>", "<zoe>", 0.5),
         ("<kit>", "<zoe>", 0.25),
@@ -69,12 +69,12 @@ def test_the_table_has_a_mean_for_each_kind_of_layer(report: FusionReport) -> No
     assert ["concept", "averaged", "fused", "cross k v", "cross q out", "other", "self", "text"] in rows
     assert ["<rex>", "0.500", "0.416", "0.500", "0.100", "0.900", "0.500", "0.000"] in rows
     assert ["<tom>", "0.500", "-", "0.750", "0.400", "0.600", "0.750", "-"] in rows
-    (pairs,) = [row[0] for row in rows if "Nearest" in row[0]]
-    assert pairs.endswith("(overlap, 0 to 1): <rex> and <zoe> 0.50, <kit> and <zoe> 0.25, <rex> and <kit> 0.12")
+    (pairs,) = [row[0] for row in rows if "Largest overlaps" in row[0]]
+    assert pairs.endswith("(0 to 1): <rex> and <zoe> 0.50, <kit> and <zoe> 0.25, <rex> and <kit> 0.12")
 
 
 def test_one_concept_has_no_pairs_to_print() -> None:
-    assert not any("Nearest" in row[0] for row in printed(FusionReport({**DATA, "overlaps": {}})))
+    assert not any("Largest overlaps" in row[0] for row in printed(FusionReport({**DATA, "overlaps": {}})))
 
 
 def test_the_picture_has_a_cell_for_each_layer_and_source(report: FusionReport, tmp_path: Path) -> None:

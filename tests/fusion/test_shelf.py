@@ -35,11 +35,11 @@ def test_what_lies_there_is_taken_and_clearing_removes_it(tmp_path: Path, source
     record = _Recorder()
     for _ in range(2):
         with StageShelf({"ridge": 0.1}) as shelf:
-            found = shelf.taken_or_put(tmp_path / "new", source, {"steps": 1}, record)
+            found = shelf.load_or_record(tmp_path / "new", source, {"steps": 1}, record)
             assert torch.equal(found.concepts["<rex>"].gram("layer").matrix(), torch.ones(4, 4).double())
     assert record.calls == 1
     with StageShelf({"ridge": 0.2}) as other:
-        other.taken_or_put(tmp_path / "new", source, {"steps": 1}, record)
+        other.load_or_record(tmp_path / "new", source, {"steps": 1}, record)
         other.clear()
     assert record.calls == 2
     assert len(list((tmp_path / "new").iterdir())) == 1  # that of the other fusion
@@ -48,16 +48,16 @@ def test_what_lies_there_is_taken_and_clearing_removes_it(tmp_path: Path, source
 def test_a_damaged_file_is_recorded_again(tmp_path: Path, source: EDLoRA) -> None:
     record = _Recorder()
     with StageShelf({}) as shelf:
-        shelf.taken_or_put(tmp_path, source, {}, record)
+        shelf.load_or_record(tmp_path, source, {}, record)
         (file,) = tmp_path.iterdir()
         file.write_bytes(file.read_bytes()[:-9])
-        shelf.taken_or_put(tmp_path, source, {}, record)
+        shelf.load_or_record(tmp_path, source, {}, record)
     assert record.calls == 2
 
 
 def test_without_a_folder_nothing_outlives_it(source: EDLoRA) -> None:
     with StageShelf({}) as shelf:
-        found = shelf.taken_or_put(None, source, {}, _Recorder())
+        found = shelf.load_or_record(None, source, {}, _Recorder())
         assert found.file is not None
         assert found.file.exists()
     assert not found.file.exists()
@@ -66,17 +66,17 @@ def test_without_a_folder_nothing_outlives_it(source: EDLoRA) -> None:
 def test_nothing_half_written_is_left(tmp_path: Path, source: EDLoRA) -> None:
     with StageShelf({}) as shelf:
         with pytest.raises(FusionError, match="hold NaN or Inf"):
-            shelf.taken_or_put(tmp_path, source, {}, _Recorder(float("nan")))
+            shelf.load_or_record(tmp_path, source, {}, _Recorder(float("nan")))
         (tmp_path / "file").write_text("no folder")
         with pytest.raises(FusionError, match="cannot be written"):
-            shelf.taken_or_put(tmp_path / "file", source, {}, _Recorder())
+            shelf.load_or_record(tmp_path / "file", source, {}, _Recorder())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_files_that_somebody_has_removed_are_no_matter(tmp_path: Path, source: EDLoRA) -> None:
     with StageShelf({}) as shelf:
         for steps in (1, 2):
-            shelf.taken_or_put(tmp_path, source, {"steps": steps}, _Recorder())
+            shelf.load_or_record(tmp_path, source, {"steps": steps}, _Recorder())
         for file in list(tmp_path.iterdir())[:1]:
             file.unlink()
         shelf.clear()
@@ -91,7 +91,7 @@ def test_what_is_recorded_otherwise_is_recorded_again(tmp_path: Path, source: ED
     ):
         record = _Recorder(float(number))
         with StageShelf({"ridge": fusion}) as shelf:
-            found = shelf.taken_or_put(tmp_path, edlora, {"steps": steps}, record)
+            found = shelf.load_or_record(tmp_path, edlora, {"steps": steps}, record)
         assert record.calls == 1
         assert found.concepts["<rex>"].gram("layer").matrix()[0, 0] == number**2
         assert (found.digest, found.base_model) == (edlora.digest, edlora.base_model)

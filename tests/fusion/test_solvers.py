@@ -6,18 +6,18 @@ import torch
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.compression import Spectrum
 from diffusers_mixofshow.fusion.gram import DenseGram, Gram, sum_grams
-from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
+from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties, sum_updates
 from diffusers_mixofshow.fusion.ridge import CANDIDATES, choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
-    at_most_full_rank,
+    cap_at_full_rank,
     closed_form,
     closed_form_in_span,
     lbfgs,
     overlaps,
-    recompressed,
     relative_residual,
     target_rows,
+    truncate_rank,
     weighted_average,
 )
 
@@ -121,7 +121,7 @@ def test_average_is_equation_2() -> None:
 def test_recompression_loses_nothing(count: int) -> None:
     updates, _ = _concepts(count)
     summed = weighted_average(updates, [1.0] * count)
-    compact = at_most_full_rank(summed)
+    compact = cap_at_full_rank(summed)
     assert len(compact.down) == min(count * RANK, IN)
     torch.testing.assert_close(compact.delta, summed.delta)
 
@@ -199,8 +199,8 @@ def test_lbfgs_of_nothing_is_nothing() -> None:
 
 def test_recompression_is_the_nearest_of_its_rank() -> None:
     updates, _ = _concepts(4)
-    whole = summed(updates)
-    small, energy = recompressed(whole, 3)
+    whole = sum_updates(updates)
+    small, energy = truncate_rank(whole, 3)
     values = torch.linalg.svdvals(whole.delta)
     assert small.down.shape == (3, IN)
     torch.testing.assert_close((whole.delta - small.delta).norm(), values[3:].norm())
@@ -211,12 +211,12 @@ def test_merges_of_the_field_agree_with_their_definition() -> None:
     updates, _ = _concepts(3)
     shares = [0.5, 0.3, 0.2]
     deltas = [update.delta for update in updates]
-    torch.testing.assert_close(summed(updates).delta, sum(deltas))
+    torch.testing.assert_close(sum_updates(updates).delta, sum(deltas))
     average = sum(share * delta for share, delta in zip(shares, deltas, strict=True))
     left, values, right = torch.linalg.svd(average)
     nearest = left[:, :RANK] * values[:RANK] @ right[:RANK]
-    torch.testing.assert_close(svd_merged(updates, shares).delta, nearest)
-    assert len(svd_merged(updates, shares).down) == RANK
+    torch.testing.assert_close(merge_svd(updates, shares).delta, nearest)
+    assert len(merge_svd(updates, shares).down) == RANK
 
 
 def test_ties_is_trim_elect_sign_and_merge() -> None:
@@ -227,17 +227,17 @@ def test_ties_is_trim_elect_sign_and_merge() -> None:
     agree = (torch.stack(trimmed) * sum(trimmed)) > 0
     weighted = torch.stack([3 * share * delta for share, delta in zip(shares, trimmed, strict=True)])
     expected = (weighted * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
-    torch.testing.assert_close(ties_merged(updates, shares).delta, expected)
+    torch.testing.assert_close(merge_ties(updates, shares).delta, expected)
     assert (agree.sum(dim=0) < (weighted != 0).sum(dim=0)).any()
 
 
 def test_dare_drops_half_at_random_and_doubles_the_rest() -> None:
     updates, _ = _concepts(2)
     state = torch.get_rng_state()
-    dropped = dare_merged(updates, [0.75, 0.25], seed=3).delta
+    dropped = merge_dare(updates, [0.75, 0.25], seed=3).delta
     assert torch.equal(torch.get_rng_state(), state)
-    torch.testing.assert_close(dropped, dare_merged(updates, [0.75, 0.25], seed=3).delta)
-    assert not torch.allclose(dropped, dare_merged(updates, [0.75, 0.25], seed=4).delta)
+    torch.testing.assert_close(dropped, merge_dare(updates, [0.75, 0.25], seed=3).delta)
+    assert not torch.allclose(dropped, merge_dare(updates, [0.75, 0.25], seed=4).delta)
     one, other = (2 * share * update.delta for share, update in zip((0.75, 0.25), updates, strict=True))
     kinds = [(dropped - kind).abs() < 1e-9 for kind in (torch.zeros_like(one), one, other, one + other)]
     assert torch.stack(kinds).any(dim=0).all()
@@ -348,6 +348,6 @@ def test_svd_has_the_largest_rank_among_the_updates(rank: int) -> None:
         return torch.randn(*shape, generator=random, dtype=torch.float64)
 
     updates = [Factors(down=values(one, IN), up=values(OUT, one)) for one in (rank, 0)]
-    merged = svd_merged(updates, [0.5, 0.5])
+    merged = merge_svd(updates, [0.5, 0.5])
     assert len(merged.down) == rank
     torch.testing.assert_close(merged.delta, 0.5 * updates[0].delta)

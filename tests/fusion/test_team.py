@@ -73,4 +73,4 @@ def _assert_same(
 def test_shares_cover_everything_once() -> None:
     teams = [Team(rank, 3) for rank in range(3)]
     assert sorted(place for team in teams for place in team.share("abcdefg")) == list(range(7))
-    assert Team.present() == Team(0, 1)
+    assert Team.current() == Team(0, 1)

@@ -271,7 +271,7 @@ def test_a_plain_lora_needs_its_trigger_words_to_be_fused(
 
 def test_concepts_are_not_taken_for_plain_loras(pipe: MixOfShowPipeline, rex: EDLoRA, tmp_path: Path) -> None:
     path = write_original(tmp_path / "x.pth", rex)
-    with pytest.raises(FusionError, match=r"no plain LoRA: it holds embeddings of <rex>.*FusionSource\("):
+    with pytest.raises(FusionError, match=r"not a plain LoRA: it holds embeddings of <rex>.*FusionSource\("):
         GradientFuser(pipe).fuse([LoRASource(path, ["sks dog"])])
 
 

@@ -73,7 +73,7 @@ def test_a_lora_that_tells_them_needs_no_prompts(pipe: MixOfShowPipeline, tmp_pa
 def test_a_lora_that_tells_none_still_needs_them(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
     silent = _write(pipe, tmp_path / "silent.safetensors", {})
     for given in (silent, LoRASource(silent)):
-        with pytest.raises(FusionError, match=r"plain LoRA, which acts by its trigger words, and its file tells none"):
+        with pytest.raises(FusionError, match=r"plain LoRA, which acts by its trigger words, and its file names none"):
             GradientFuser(pipe).fuse([given])
 
 

@@ -121,7 +121,7 @@ def plan_fusion(
         runs: Most runs of the U-Net on a batch while features are recorded.
     """
     from diffusers_mixofshow.families import family_of_sites
-    from diffusers_mixofshow.fusion.sketch import numbers_kept
+    from diffusers_mixofshow.fusion.sketch import count_stored_values
 
     ranks: dict[str, int] = {}
     sizes: dict[str, tuple[int, int]] = {}
@@ -133,7 +133,7 @@ def plan_fusion(
     numbers = sum(capped[site] * sum(sizes[site]) for site in capped)
     numbers += sum(rows.numel() for pack in packs for rows in pack.embeddings.values())
     inputs = {name: sizes[group[0]][1] for name, group in family_of_sites(sizes).by_input(sizes).items()}
-    gram = sum(map(numbers_kept, inputs.values())) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
+    gram = sum(map(count_stored_values, inputs.values())) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
     return {
         "concepts": ", ".join(names),
         "base model": describe_base(base) if base else "none is needed",

@@ -1,4 +1,4 @@
-"""Fusing tuned concepts into one model: record each concept's features, solve, and pack."""
+"""Fuse tuned concepts into one model: record each concept's layer inputs, solve every layer, write a pack."""
 
 from diffusers_mixofshow.fusion.config import FusionConfig
 from diffusers_mixofshow.fusion.fuser import GradientFuser

@@ -1,4 +1,4 @@
-"""Which pipelines fusion can borrow, those that draw from a prompt alone, and how sources are loaded into them."""
+"""Check that a pipeline can be used for fusion, that is samples from a prompt alone, and load sources into it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ADAPTER = "mixofshow_recording"
 
 
 def refuse_unfusable(pipe: Any) -> None:
-    """Refuse what is no pipeline that concepts can be sampled with; None is no pipeline at all, which may be right.
+    """Refuse an object that is not a pipeline usable for fusion; None, for fusing without one, is accepted.
 
     Raises:
-        FusionError: Says what it is, and how to make the right one of it.
+        FusionError: Says what was given, and how to get a usable pipeline.
     """
     if pipe is None:
         return
@@ -39,53 +39,54 @@ def _defect(pipe: Any) -> str:
         return f"the class {pipe.__name__}. Load one: {pipe.__name__}.from_pretrained('user/base')"
     name, components = type(pipe).__name__, getattr(pipe, "components", None)
     if not isinstance(components, dict) or not callable(pipe):
-        return f"a {name}, which is no pipeline"
+        return f"a {name}, which is not a pipeline"
     family = family_of(components)
     if not family.pipeline:
         return (
-            f"a {name}: {family.name} has a modular pipeline alone, which cannot be recorded here. Its LoRAs are "
-            "merged without one, by methods that see the updates alone: GradientFuser().fuse(..., method='average')"
+            f"a {name}: {family.name} has only a modular pipeline, which cannot be recorded. Merge its LoRAs without "
+            "a pipeline, by a method that uses the updates alone: GradientFuser().fuse(..., method='average')"
         )
     if missing := [part for part in family.parts if components.get(part) is None]:
-        return f"a {name} without {', '.join(missing)}; expected a pipeline of {_known()}"
+        return f"a {name} without {', '.join(missing)}; expected a pipeline of {_list_families()}"
     if not is_of(components[family.denoiser], family):
         kind = type(components[family.denoiser]).__name__
-        return f"a {name} with a {kind}; expected a pipeline of {_known()}"
+        return f"a {name} with a {kind}; expected a pipeline of {_list_families()}"
     if name != family.pipeline and "image" in inspect.signature(pipe.__call__).parameters:
         ours = family.concept_pipeline or family.pipeline
-        return f"a {name}, which needs a picture to draw. Give {ours}.from_pipe(pipe), which shares its models"
+        return f"a {name}, which needs an input image. Give {ours}.from_pipe(pipe), which shares its models"
     return ""
 
 
 def loads_concepts(pipe: Any) -> bool:
-    """Whether a pipeline loads ED-LoRAs; one of diffusers' own takes plain LoRAs alone."""
+    """Whether a pipeline loads ED-LoRAs; diffusers' own pipelines load only plain LoRAs."""
     return all(hasattr(pipe, method) for method in _METHODS)
 
 
 def refuse_concepts(pipe: Any, edloras: Iterable[EDLoRA]) -> None:
-    """Refuse concepts for a pipeline that loads none.
+    """Refuse ED-LoRAs with concepts for a pipeline that cannot load them.
 
     Raises:
-        FusionError: Says how to make one of it that does, where that can be.
+        FusionError: Says how to get a pipeline that can, if there is one.
     """
     if loads_concepts(pipe) or not any(edlora.concepts for edlora in edloras):
         return
     family = family_of(pipe.components)
     able, kind = family.concept_pipeline, type(pipe).__name__
-    advice = f"Only plain LoRAs of {family.name} can be fused; concepts are for Stable Diffusion, XL included"
+    advice = f"Only plain LoRAs of {family.name} can be fused; concepts need Stable Diffusion or SDXL"
     if able:
         advice = f"Give {able}.from_pipe(pipe), which shares its models"
     raise FusionError(
-        f"GradientFuser needs a loaded {able or 'MixOfShowPipeline'}, got a {kind}, which loads no concepts. {advice}."
+        f"GradientFuser needs a loaded {able or 'MixOfShowPipeline'}, got a {kind}, which cannot load concepts. "
+        f"{advice}."
     )
 
 
 @contextmanager
 def set_aside(pipe: Any) -> Iterator[None]:
-    """A pipeline without what the user has loaded into it, for the length of a block.
+    """Unload what the user has loaded into a pipeline, inside the block.
 
     Raises:
-        FusionError: If the pipeline cannot set it aside.
+        FusionError: If LoRAs are loaded that the pipeline cannot unload and restore.
     """
     if loads_concepts(pipe):
         with pipe.set_concepts_aside():
@@ -93,15 +94,15 @@ def set_aside(pipe: Any) -> Iterator[None]:
         return
     if names := adapter_names(pipe.components):
         raise FusionError(
-            f"The pipeline has LoRAs loaded ({', '.join(sorted(names))}), which would be recorded as a part of the "
+            f"The pipeline has LoRAs loaded ({', '.join(sorted(names))}), which would be recorded as part of the "
             "base. Call pipe.unload_lora_weights() first."
         )
     yield
 
 
 @contextmanager
-def loaded(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
-    """Load an ED-LoRA or a plain LoRA, or nothing, for the length of a block."""
+def load_source(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
+    """Load an ED-LoRA or a plain LoRA, or nothing, inside the block."""
     if edlora is None:
         yield
     elif loads_concepts(pipe):
@@ -118,6 +119,6 @@ def loaded(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
             eject(pipe.components, _ADAPTER)
 
 
-def _known() -> str:
+def _list_families() -> str:
     """Names of the families that can be fused."""
     return ", ".join(family.name for family in FAMILIES if family.pipeline)

@@ -1,4 +1,4 @@
-"""Watch a concept being sampled, and keep the statistics of what its layers saw. The only hooks of fusion."""
+"""Sample a concept and record statistics of its layer inputs. The only forward hooks of fusion are here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffusers_mixofshow.edlora.defects import shown
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites, linear_layers, said_size
-from diffusers_mixofshow.fusion.borrowing import loaded
+from diffusers_mixofshow.fusion.borrowing import load_source
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
 from diffusers_mixofshow.lora import refuse_copied
 from diffusers_mixofshow.progress import without_bars
@@ -32,7 +32,7 @@ _HELD_OUT_EVERY = 4
 
 
 class FusablePipeline(Protocol):
-    """What fusion needs of a pipeline: its components, and to sample; ours load concepts as well, see `borrowing`."""
+    """A pipeline that fusion can use: it has components and samples; some also load concepts, see `borrowing`."""
 
     scheduler: Any
     vae_scale_factor: int
@@ -47,17 +47,18 @@ class FusablePipeline(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """How concepts are sampled while their layers are watched.
+    """How concepts are sampled while their layer inputs are recorded.
 
     Args:
-        steps: Denoising steps, for Stable Diffusion of DPM-Solver.
-        guidance_scale: Guidance; above 1 both halves are sampled and recorded. None is the model's usual one.
-        negative_prompt: Prompt of the unconditional half; None is none.
+        steps: Denoising steps; of DPM-Solver for Stable Diffusion.
+        guidance_scale: Guidance; above 1 the conditional and the unconditional half are recorded. None is the model's
+            usual value.
+        negative_prompt: Prompt of the unconditional half; None is the empty prompt.
         seeds: Every prompt is sampled once with each of them.
         batch_size: Pictures sampled together.
-        text_tokens: Which positions of a prompt the text encoder's layers count: ``all`` 77 of them, only the
-            ``unpadded`` ones, up to the end token, or of these the ``concept`` tokens and the end token; where a
-            prompt names no concept, as those of plain LoRAs, ``concept`` is ``unpadded``.
+        text_tokens: Positions of a prompt that are recorded in the text encoder: ``all`` 77, the ``unpadded`` ones
+            up to the end token, or of these the ``concept`` tokens and the end token. For prompts without concepts,
+            as of plain LoRAs, ``concept`` is ``unpadded``.
         height: Height of the pictures in pixels; the model's own by default.
         width: Width of the pictures in pixels; the model's own by default.
         sampler: Class of the scheduler; the family's own when settings are resolved.
@@ -74,7 +75,7 @@ class Recording:
     sampler: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse settings that would record nothing."""
+        """Check the settings."""
         counts = {"steps": self.steps, "batch_size": self.batch_size, "seeds": len(self.seeds)}
         defects = [
             f"{name} must be a whole number of at least 1, got {value}"
@@ -88,7 +89,7 @@ class Recording:
             raise FusionError("Recording: " + "; ".join(defects))
 
     def resolve(self, pipe: FusablePipeline) -> Recording:
-        """The same settings spelt out: what is None is what the pipeline would take for it."""
+        """Replace None by the pipeline's own values."""
         family = family_of(pipe.components)
         height, width = (
             None if cells is None else cells * pipe.vae_scale_factor
@@ -105,10 +106,10 @@ class Recording:
         )
 
     def as_json(self, prompts: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
-        """What of it shapes the statistics, as JSON values; the size of batches does not.
+        """The settings that affect the statistics, as JSON values; the batch size does not.
 
         Args:
-            prompts: What is sampled, by placeholder; told as well where it is given.
+            prompts: Prompts by placeholder, to be included.
         """
         values = {name: int(value) if isinstance(value, Integral) else value for name, value in asdict(self).items()}
         del values["batch_size"]
@@ -118,13 +119,13 @@ class Recording:
         )
 
 
-def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """How the settings that statistics were recorded with differ from others; empty where they say the same.
+def find_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """How the settings of recorded statistics differ from wanted ones; empty if they are equal.
 
     Args:
-        recorded: What a file says. It may be of an earlier release and leave things open: a size of None.
-        wanted: `Recording.as_json` of settings that are resolved, with the prompts.
-        own: The same of settings that were left open altogether: what a None stood for.
+        recorded: Settings in a file. Earlier releases wrote None for a size that was not given.
+        wanted: `Recording.as_json` of resolved settings, with the prompts.
+        own: The same of resolved default settings, which replace None in `recorded`.
     """
     then = {name: own.get(name) if recorded.get(name) is None else recorded[name] for name in wanted}
     return [
@@ -144,75 +145,77 @@ def collect(
     *,
     hold_out: bool = False,
 ) -> ConceptStatistics:
-    """Sample a concept from prompts alone, with its own LoRA, and gather the inputs of its layers.
+    """Sample a concept from prompts, with its own LoRA, and record the inputs of its layers.
 
     Args:
-        pipe: A pipeline without any concept loaded; it leaves as it came.
-        edlora: What to load, already scaled; None records the base as it is.
+        pipe: A pipeline without any concept loaded; it is left unchanged.
+        edlora: The concept, already scaled; None records the base.
         prompts: Prompts that name the concept.
-        sites: Layers to watch, see `families.family`.
+        sites: Layers to record, see `families.family`.
         recording: How to sample, resolved.
-        advance: Called after each denoising step with the number of pictures it moved on.
-        hold_out: Keep every fourth prompt apart, or the last one of fewer, so that a ridge can be judged by it.
+        advance: Called after each denoising step with the number of pictures in the batch.
+        hold_out: Record every fourth prompt, or the last of fewer, as the held-out part.
 
     Returns:
-        The statistics of every input that the sites read.
+        The statistics of every input of these layers.
 
     Raises:
-        ConfigurationError: If attention reads copies of the weights, so that the sites see nothing.
-        FusionError: If sampling does not use all sites.
+        ConfigurationError: If attention uses fused copies of the weights, so that the layers are never called.
+        FusionError: If sampling does not call all layers.
     """
     refuse_copied(pipe.components)
     statistics = ConceptStatistics()
-    with loaded(pipe, edlora), _sampling_quietly(pipe):
+    with load_source(pipe, edlora), _set_up_sampling(pipe):
         for part in PARTS:
-            with watched(pipe, sites, statistics, recording.text_tokens, part):
+            with record_inputs(pipe, sites, statistics, recording.text_tokens, part):
                 for batch in _batches(_pictures(prompts, recording, part, hold_out=hold_out), recording.batch_size):
                     _sample(pipe, batch, recording, advance)
     missing = sorted(family_of(pipe.components).by_input(sites).keys() - set(statistics.inputs))
     if missing:
-        raise FusionError(f"Layers that sampling never used: {', '.join(missing)}. Is the pipeline complete?")
+        raise FusionError(f"Sampling never used these layers: {', '.join(missing)}. Is the pipeline complete?")
     statistics.offload()
     return statistics
 
 
 @contextmanager
-def watched(
+def record_inputs(
     pipe: FusablePipeline,
     sites: Sequence[str],
     statistics: ConceptStatistics,
     text_tokens: TextTokens = "all",
     part: Part = "fit",
 ) -> Iterator[None]:
-    """Add every input of the sites to the statistics while the block runs; the hooks are gone afterwards.
+    """Add every input of the layers to the statistics inside the block.
 
     Args:
-        pipe: Whose layers to watch, LoRA already loaded.
-        sites: Layers to watch; those that read the same input are watched once.
-        statistics: Where the inputs go.
+        pipe: A pipeline with the LoRA already loaded.
+        sites: Layers to record; layers that share an input are recorded once.
+        statistics: What to add to.
         text_tokens: See `Recording`.
-        part: Which part of the statistics they go to.
+        part: Part of the statistics.
     """
     modules = linear_layers(pipe.components)
     inputs = family_of(pipe.components).by_input(sites)
     with ExitStack() as hooks:
-        counted = {} if text_tokens == "all" else _counted_positions(pipe, hooks, text_tokens)
+        counted = {} if text_tokens == "all" else _hook_text_encoders(pipe, hooks, text_tokens)
         for name, (site, *_) in inputs.items():
             positions = counted.get(site.partition(".")[0])
-            hook = modules[site].register_forward_pre_hook(_adder(statistics, name, positions, part), with_kwargs=True)
+            hook = modules[site].register_forward_pre_hook(
+                _make_hook(statistics, name, positions, part), with_kwargs=True
+            )
             hooks.callback(hook.remove)
         yield
 
 
 class _Positions:
-    """Which positions of the prompts in the running forward pass of a text encoder are counted."""
+    """Mask of the recorded prompt positions in the current forward pass of a text encoder."""
 
     def __init__(self, end_token: int, text_tokens: TextTokens) -> None:
         self.mask: torch.Tensor | None = None  # (prompts, 77)
         self._end_token, self._text_tokens = end_token, text_tokens
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the text encoder: nothing after the first end token counts."""
+        """Forward pre-hook of the text encoder; excludes all positions after the first end token."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         ends = (ids == self._end_token).cumsum(dim=-1)
         end, text = (ends == 1) & (ids == self._end_token), ends == 0
@@ -223,7 +226,7 @@ class _Positions:
         self.mask = text | end
 
 
-def _counted_positions(pipe: FusablePipeline, hooks: ExitStack, text_tokens: TextTokens) -> dict[str, _Positions]:
+def _hook_text_encoders(pipe: FusablePipeline, hooks: ExitStack, text_tokens: TextTokens) -> dict[str, _Positions]:
     counted = {}
     models = components_with_sites(pipe.components)
     for component, encoder in family_of(pipe.components).text_encoders.items():
@@ -234,10 +237,12 @@ def _counted_positions(pipe: FusablePipeline, hooks: ExitStack, text_tokens: Tex
     return counted
 
 
-def _adder(statistics: ConceptStatistics, name: str, positions: _Positions | None, part: Part) -> Callable[..., None]:
+def _make_hook(
+    statistics: ConceptStatistics, name: str, positions: _Positions | None, part: Part
+) -> Callable[..., None]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features = args[0] if args else next(iter(kwargs.values()))
-        if features.dim() == 4:  # of a 1 x 1 convolution, (batch, channels, height, width)
+        if features.dim() == 4:  # 1 x 1 convolution: (batch, channels, height, width)
             features = features.movedim(1, -1)
         if positions is not None and positions.mask is not None:
             features = features[positions.mask.to(features.device)]
@@ -247,8 +252,8 @@ def _adder(statistics: ConceptStatistics, name: str, positions: _Positions | Non
 
 
 @contextmanager
-def _sampling_quietly(pipe: Any) -> Iterator[None]:
-    """Sample with the family's sampler and without the pipeline's own progress bar; both come back afterwards."""
+def _set_up_sampling(pipe: Any) -> Iterator[None]:
+    """Use the family's sampler and hide the pipeline's progress bar inside the block."""
     scheduler, sampler = pipe.scheduler, family_of(pipe.components).sampler
     if sampler:
         pipe.scheduler = getattr(diffusers, sampler).from_config(scheduler.config)
@@ -262,7 +267,7 @@ def _sampling_quietly(pipe: Any) -> Iterator[None]:
 def _pictures(
     prompts: Sequence[str], recording: Recording, part: Part, *, hold_out: bool
 ) -> Iterator[tuple[str, int]]:
-    """Prompts of one part with the seed of their noise; no two pictures share one."""
+    """Prompts of one part, each with its own noise seed."""
     every = min(_HELD_OUT_EVERY, len(prompts))
     for seed in recording.seeds:
         for index, prompt in enumerate(prompts):

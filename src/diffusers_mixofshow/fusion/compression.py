@@ -1,4 +1,4 @@
-"""Which directions of Gram matrices are kept, so that a concept's statistics fit beside its LoRA."""
+"""Compress Gram matrices to their leading eigenvectors, so that statistics are small enough to publish."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from diffusers_mixofshow.fusion.gram import Gram, GramFactor
 
 Key = TypeVar("Key")
 
-_BYTES = 2  # of a float16 value
-_FEW, _OVERSAMPLED, _ITERATIONS = 4, 16, 4  # of subspace iteration
+_BYTES = 2  # bytes of a float16 value
+_FEW, _OVERSAMPLED, _ITERATIONS = 4, 16, 4  # subspace iteration: used below 1/4 of the width, extra columns, steps
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Spectrum:
     """Eigenvalues and leading eigenvectors of a symmetric matrix.
 
     Args:
-        values: Descending and not negative, shape (in_features,); those without a vector are their mean.
+        values: Descending, not negative, shape (in_features,); values without a vector are replaced by their mean.
         vectors: As columns, shape (in_features, known); in float32 where not all are known.
     """
 
@@ -32,12 +32,12 @@ class Spectrum:
 
     @classmethod
     def of(cls, gram: Gram, known: int | None = None) -> Spectrum:
-        """Decompose a Gram matrix; of a factor, whose rows are orthogonal, the spectrum is there already.
+        """Decompose a Gram matrix; the rows of a `GramFactor` are orthogonal, so its spectrum is read off.
 
         Args:
             gram: Shape (in_features, in_features).
-            known: How many leading vectors are wanted; by default all. Where they are few, they are found by subspace
-                iteration (arXiv:0909.4061, algorithm 4.4), which is ten times as fast as decomposing 1280 x 1280.
+            known: How many leading vectors are wanted; by default all. A few are found by subspace iteration
+                (arXiv:0909.4061, algorithm 4.4), ten times as fast as a full decomposition of 1280 x 1280.
         """
         width = gram.width
         if isinstance(gram, GramFactor):
@@ -49,15 +49,15 @@ class Spectrum:
         if known is None or width < _FEW * known:
             values, vectors = torch.linalg.eigh(matrix)
             return cls(values.flip(0).clamp_min(0), vectors.flip(1)[:, :known])
-        values, vectors = _leading(matrix, known)
+        values, vectors = _find_leading(matrix, known)
         rest = (matrix.trace() - values.sum()).clamp_min(0) / (width - known)
         return cls(torch.cat([values, rest.expand(width - known)]), vectors)
 
     def leading(self, kept: int) -> GramFactor:
-        """Keep the largest eigenvalues.
+        """Approximate the matrix by its leading eigenvectors.
 
         Args:
-            kept: How many; no more than there are vectors.
+            kept: How many; at most the number of known vectors.
         """
         kept = min(kept, self.vectors.shape[1])
         width, total = len(self.values), self.values.sum().item()
@@ -70,8 +70,8 @@ class Spectrum:
         )
 
 
-def _leading(gram: torch.Tensor, known: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest eigenvalues and their vectors by subspace iteration, the same in every run."""
+def _find_leading(gram: torch.Tensor, known: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest eigenvalues and their vectors by subspace iteration; seeded, hence reproducible."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(len(gram), known + _OVERSAMPLED, generator=generator, dtype=torch.float64).to(gram)
     for _ in range(_ITERATIONS):
@@ -81,30 +81,30 @@ def _leading(gram: torch.Tensor, known: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def most_rows(widths: Sequence[int], max_bytes: int) -> int:
-    """How many eigenvectors of one matrix are worth knowing if all matrices share a budget: four times the average.
+    """How many eigenvectors of one matrix to compute when all matrices share a budget: four times the average.
 
     Args:
-        widths: of all matrices.
-        max_bytes: As in `ranks_within`.
+        widths: in_features of every matrix.
+        max_bytes: As in `allocate_ranks`.
     """
     return max(64, 4 * max_bytes // (_BYTES * max(1, sum(widths))))
 
 
-def ranks_within(
+def allocate_ranks(
     spectra: Mapping[Key, torch.Tensor], max_bytes: int, importance: Mapping[Key, float] | None = None
 ) -> dict[Key, int]:
-    """Deal out a budget of bytes over eigenvectors, those that bring most for each byte first.
+    """Share a budget of bytes among matrices, greedily by the gain of the next eigenvector per byte.
 
-    An eigenvector costs two bytes a feature. It counts by the root of its share of the energy, that is by length of
-    features and not by their square: measured on Toyland, that loses less than counting energy.
+    An eigenvector costs two bytes a feature. Its gain is the square root of its share of the trace: on Toyland that
+    loses less than the share itself.
 
     Args:
         spectra: Eigenvalues of each Gram matrix, descending, shape (in_features,).
-        max_bytes: Of all rows together, as float16.
-        importance: Factor on what the eigenvectors of each matrix count; 1 by default.
+        max_bytes: Size of all rows together, as float16.
+        importance: Factor on the gains of each matrix; 1 by default.
 
     Returns:
-        How many rows to keep of each; eigenvalues of zero are never kept.
+        How many rows to keep of each matrix; eigenvalues of zero are never kept.
     """
     ranks = dict.fromkeys(spectra, 0)
     gains = {key: _gains(values, 1.0 if importance is None else importance[key]) for key, values in spectra.items()}
@@ -123,7 +123,7 @@ def ranks_within(
 
 
 def _gains(values: torch.Tensor, importance: float) -> Sequence[float]:
-    """What every further eigenvector brings for each byte, largest first; empty of a zero matrix."""
+    """Gain per byte of every further eigenvector, descending; empty for a zero matrix."""
     total = values.sum()
     useful = values[values > values.max() * 1e-14]
     return (importance * (useful / total).sqrt() / (_BYTES * len(values))).tolist() if total > 0 else []

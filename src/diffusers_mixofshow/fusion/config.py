@@ -18,7 +18,7 @@ from diffusers_mixofshow.fusion.solving import Ridge, Settings, check_device
 
 
 _RIDGE_IN_STAGES, _RIDGE_OF_OWN_FEATURES = 1e-3, 0.03
-"""A fused model does not see quite what each concept's own model saw; a larger ridge keeps it from relying on that."""
+"""Inputs recorded with each concept's own model differ from the fused model's; a larger ridge tolerates that."""
 
 
 class FusionKeywords(TypedDict, total=False):
@@ -49,36 +49,38 @@ class FusionConfig:
     """How `GradientFuser` records and solves.
 
     Args:
-        prompts: Recording prompts with ``<TOK>`` for the concept, for all concepts or by kind. They must span what
-            users will ask for: contexts that they never show are not protected. Default: see `prompts`.
-        steps: Denoising steps, for Stable Diffusion of DPM-Solver.
-        guidance_scale: Guidance while recording; above 1 both halves are recorded. Default: 7.5, on Toyland 3.
+        prompts: Recording prompts with ``<TOK>`` for the concept, for all concepts or by kind. They should cover what
+            users will prompt: contexts that no prompt shows are not protected. Default: see `prompts`.
+        steps: Denoising steps; of DPM-Solver for Stable Diffusion.
+        guidance_scale: Guidance while recording; above 1 the conditional and the unconditional half are recorded.
+            Default: 7.5, on Toyland 3.
         negative_prompt: Prompt of the unconditional half.
         seeds: Every prompt is sampled once with each of them.
-        ridge: Weight of small updates against a perfect fit, as a fraction of the mean squared feature. ``auto``
-            keeps every fourth prompt apart while recording and picks the ridge of every layer by it. Default: what
-            Toyland measured best, 1e-3 in stages and 0.03 with each concept's own model.
+        ridge: Ridge penalty, as a fraction of the mean squared feature. ``auto`` holds out every fourth prompt while
+            recording and chooses each layer's ridge by the error on them. Default: the best values measured on
+            Toyland, 1e-3 in stages and 0.03 with each concept's own model.
         prior: Weight of keeping the base's outputs on prompts without any concept, relative to all concepts together;
-            0 records none. Prompts without concepts change less then, and concepts are kept less.
-        prior_prompts: Those prompts; the concepts' class words are added. Default: see `prompts`.
-        max_rank: Fused updates of a higher rank are cut down to it; the report tells what that loses.
+            0 records none. A higher weight changes prompts without concepts less, and keeps concepts less.
+        prior_prompts: Prompts without concepts for `prior`; the concepts' class words are added. Default: see
+            `prompts`.
+        max_rank: Fused updates of a higher rank are truncated to it; the report says what that loses.
         sequential: Record the text keys and values on top of the fused text encoder, and the remaining layers on top
-            of both, as the paper does. False records all layers with the concept's own LoRA at once, so that
-            statistics do not depend on what else is fused: they are taken from beside the sources where they lie, and
-            kept there where they do not. Default: True with a pipeline.
+            of both, as the paper does. False records all layers at once with the concept's own LoRA: such statistics
+            do not depend on the other sources, so they are kept beside each source and reused. Default: True with a
+            pipeline.
         statistics: Folder in which statistics are kept, instead of beside the sources.
-        statistics_bytes: Size of a concept's kept statistics; None keeps them in full, some 400 MB for SD 1.5.
+        statistics_bytes: Size of a concept's saved statistics; None keeps them in full, some 400 MB for SD 1.5.
             ``auto`` is 10 MB, and more for bases that are wider than SD 1.5.
-        text_tokens: What the text encoder's layers count: ``all`` positions, the ``unpadded`` ones, or of these the
+        text_tokens: Positions recorded in the text encoder: ``all``, the ``unpadded`` ones, or of these the
             ``concept`` tokens and the end token.
         batch_size: Pictures sampled together.
-        device: Where layers are solved, in float64; such as ``cuda``. The fused layers are on the CPU.
-        dtype: In which the pack's file holds the fused layers.
+        device: Where layers are solved, in float64, such as ``cuda``. The fused layers are returned on the CPU.
+        dtype: Dtype of the fused layers in the pack's file.
         height: Height of the recorded pictures in pixels; the model's own by default.
         width: Width of the recorded pictures in pixels; the model's own by default.
 
     Raises:
-        FusionError: If a setting makes no sense.
+        FusionError: If a setting is invalid.
     """
 
     prompts: PromptSet | None = None
@@ -101,11 +103,11 @@ class FusionConfig:
     width: int | None = Recording.width
 
     def __post_init__(self) -> None:
-        """Refuse settings that make no sense."""
+        """Check all settings."""
         if not 0 <= self.prior < float("inf"):
             raise FusionError(f"prior must be a number of 0 or more, got {self.prior}.")
         check_device(self.device)
-        _ = self.recording, self.settings  # making them refuses what makes no sense in them
+        _ = self.recording, self.settings  # their constructors check their own fields
 
     @property
     def recording(self) -> Recording:
@@ -120,15 +122,13 @@ class FusionConfig:
         return Settings(ridge=usual if self.ridge is None else self.ridge, max_rank=self.max_rank)
 
     def resolve(self, pipe: FusablePipeline | None) -> FusionConfig:
-        """The same settings with the choices made that depend on whether there is a pipeline.
+        """Fill in the defaults that depend on whether there is a pipeline.
 
         Raises:
-            FusionError: If a setting needs one that is not there.
+            FusionError: If a setting needs a pipeline and there is none.
         """
         if self.sequential and pipe is None:
             raise FusionError("sequential=True samples with a model; give GradientFuser a pipeline.")
         if self.prior > 0 and pipe is None:
-            raise FusionError(
-                f"prior is {self.prior}, and above 0 the base is sampled for it; give GradientFuser a pipeline."
-            )
+            raise FusionError(f"prior is {self.prior}, which samples the base; give GradientFuser a pipeline.")
         return replace(self, sequential=pipe is not None if self.sequential is None else self.sequential)

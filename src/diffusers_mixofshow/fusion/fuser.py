@@ -1,4 +1,4 @@
-"""Gradient fusion (arXiv:2305.18292, section 3.3.2): several ED-LoRAs in, one ED-LoRA that holds all of them out."""
+"""Gradient fusion (arXiv:2305.18292, section 3.3.2) of several ED-LoRAs into one ED-LoRA with all their concepts."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """Layers that are recorded and solved together; earlier stages are already fused when it is recorded."""
+    """Layers that are recorded and solved together, with the layers of earlier stages already fused."""
 
     sites: tuple[str, ...]
     recording: Recording
 
 
 class GradientFuser:
-    """Fuses tuned concepts without their photos, by least squares on what each layer sees.
+    """Fuses tuned concepts without their photos, by least squares on the inputs of each layer.
 
-    Every concept is sampled from prompts with its own LoRA; then each layer gets the low-rank update that keeps all
-    concepts' outputs best. The result is exactly a LoRA, its rank the sum of the concepts' ranks.
+    Every concept is sampled from prompts with its own LoRA; then each layer gets the low-rank update that reproduces
+    all concepts' outputs best. The result is a LoRA whose rank is the sum of the concepts' ranks.
 
     Args:
-        pipe: A pipeline of the concepts' base model, a `MixOfShowPipeline`, or for plain LoRAs alone any of
-            diffusers' of a known family; it leaves as it came. Not needed where every source brings statistics, or
-            for methods that ask for none.
+        pipe: A `MixOfShowPipeline` of the concepts' base model; if all sources are plain LoRAs, any diffusers
+            pipeline of a known family. It is left unchanged. Not needed if every source has statistics, or for
+            methods that use none.
         config: All settings; by default those of `FusionConfig`.
-        keywords: Fields of `FusionConfig`, in place of the config's.
+        keywords: Fields of `FusionConfig`; they override the config.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class GradientFuser:
         """Fuse ED-LoRAs, single concepts or packs, into one pack.
 
         Args:
-            sources: ED-LoRAs, or paths and Hub ids of them, of other programs' files, too; `FusionSource` gives one
-                settings of its own, and `LoRASource` a plain LoRA its trigger words.
+            sources: ED-LoRAs, or paths and Hub ids of them, including other programs' files. `FusionSource` adds
+                settings to one, `LoRASource` trigger words to a plain LoRA.
             method: ``closed-form`` is gradient fusion, ``lbfgs`` the paper's solver for it, ``ssr`` SSR-Merge, which
-                keeps to the span of the LoRAs' own rows. The others see only the updates: ``average`` is equation 2,
-                ``sum``, ``ties``, ``dare`` and ``svd`` are merges of the field.
+                is restricted to the row space of the LoRAs. The others use the updates alone: ``average`` is equation
+                2; ``sum``, ``ties``, ``dare`` and ``svd`` are common merges.
             weights: Share of each source in the objective or the average; equal by default.
             scales: Factor on all updates of each source; 1 by default.
 
@@ -105,7 +105,7 @@ class GradientFuser:
 
         Raises:
             ConceptError: If concepts of several sources share names.
-            FusionError: If the sources fit neither each other nor the model; lists everything that is wrong.
+            FusionError: If the sources do not fit each other or the model; lists every defect.
         """
         settings = replace(self.config.settings, method=method)
         gathered = self._gather(sources, weights, scales, with_statistics=not self.config.sequential)
@@ -115,23 +115,23 @@ class GradientFuser:
             fused = self._fuse_in_stages(gathered, settings)
         else:
             fused = self._fuse_with_own_statistics(gathered, settings)
-        unsaid = bool(fused.concepts) and not fused.base_model  # as other programs' files leave it
+        unsaid = bool(fused.concepts) and not fused.base_model  # other programs' files do not name a base
         base_model = name_of(self.pipe) if unsaid else fused.base_model
         return replace(fused, dtype=self.config.dtype, base_model=base_model)
 
     def record(self, source: FusionInput, *, alongside: Sequence[FusionInput] = ()) -> SourceStatistics:
-        """Sample the concepts of one source with its own LoRA, and keep the statistics, for whoever fuses it.
+        """Sample the concepts of one source with its own LoRA, and keep the statistics for later fusions.
 
-        A client does this before publishing: the file lies beside the LoRA's, and `GradientFuser().fuse` needs
-        neither a model nor a GPU then. What was recorded before with the same settings is taken as it is.
+        Done before publishing an ED-LoRA: the file lies beside the LoRA's, and `GradientFuser().fuse` then needs
+        neither a model nor a GPU. Statistics recorded earlier with the same settings are reused.
 
         Args:
             source: An ED-LoRA, or a path or Hub id of one.
-            alongside: Sources or packs that it is to be fused with. Layers that they change and an ED-LoRA does not,
-                such as feed-forward layers of plain LoRAs, are recorded as well.
+            alongside: Sources or packs that it will be fused with. Layers that only they change, such as the
+                feed-forward layers of plain LoRAs, are recorded as well.
 
         Returns:
-            The statistics; `SourceStatistics.save` writes them elsewhere.
+            The statistics; `SourceStatistics.save` writes a copy elsewhere.
         """
         gathered = self._gather([source], with_statistics=True)
         others = [one for other in alongside for one in self._gather([other], with_statistics=False)]
@@ -155,7 +155,7 @@ class GradientFuser:
         return self._store.attach(sources, given) if with_statistics else sources
 
     def _fuse_with_own_statistics(self, sources: tuple[Source, ...], settings: Settings) -> FusedPack:
-        """All layers at once, each concept with its own LoRA."""
+        """Record all layers of each concept at once, with its own LoRA, and solve them."""
         start, sites = time.perf_counter(), sites_of(sources)
         recorded = self._record_missing(sources, sites)
         prior = self._record_prior(recorded, _Stage(sites=sites, recording=self.recording))
@@ -163,8 +163,8 @@ class GradientFuser:
         return fuse_recorded(recorded, settings, record, prior, device=self.config.device, pipe=self.pipe)
 
     def _fuse_in_stages(self, sources: tuple[Source, ...], settings: Settings) -> FusedPack:
-        """The paper's order: what is solved in one stage is in the model when the next one is recorded."""
-        start, solution, mine = time.perf_counter(), Solution(), Team.present().share(sources)
+        """The paper's order: each stage is recorded on a model with the fused layers of the stages before."""
+        start, solution, mine = time.perf_counter(), Solution(), Team.current().share(sources)
         stages = _stages(family_of_sources(sources), sites_of(sources), self.recording)
         fusion = {**asdict(settings), "sources": [source.edlora.digest for source in sources]}
         with set_aside(self._borrow()), StageShelf(fusion) as shelf:
@@ -182,7 +182,7 @@ class GradientFuser:
                     settings,
                     prior=self._record_prior(sources, stage),
                     device=self.config.device,
-                    told=f"Solving{of_all}",
+                    description=f"Solving{of_all}",
                     pipe=self.pipe,
                 )
                 solution.add(solved)
@@ -193,10 +193,10 @@ class GradientFuser:
     def _record_stage(
         self, source: Source, stage: _Stage, fused: Solution, shelf: StageShelf, advance: Advance, hold_out: bool
     ) -> list[GramStatistics]:
-        """Statistics of each of the source's concepts, with its own LoRA save where layers are fused already.
+        """Statistics of each of the source's concepts: fused layers where there are any, its own LoRA elsewhere.
 
-        They lie on the shelf until the fusion is done: no more than one source's are in memory, and an interrupted
-        fusion takes up those that it had recorded.
+        They stay in files until the fusion is done, so that one source's statistics at most are in memory, and an
+        interrupted fusion continues with what it had recorded.
         """
         edlora = replace(source.edlora, lora={**source.edlora.lora, **fused.lora})
         told = {**stage.recording.as_json(source.prompts), "sites": list(stage.sites), "hold_out": hold_out}
@@ -205,20 +205,22 @@ class GradientFuser:
             own = replace(source, edlora=edlora)
             return self._sample(own, stage.sites, stage.recording, advance, hold_out=hold_out)
 
-        shelved = shelf.taken_or_put(self._store.room(source), edlora, told, sample)
+        shelved = shelf.load_or_record(self._store.writable_folder(source), edlora, told, sample)
         return [shelved.concepts[placeholder] for placeholder in source.prompts]
 
     def _record_missing(
         self, sources: tuple[Source, ...], sites: Sequence[str], *, publishing: bool = False
     ) -> tuple[Source, ...]:
-        """Record what is missing, one source at a time; each is kept before the next one is begun."""
-        team = Team.present()
-        # Agreed on before anybody records, as others' files may be there for one process and not yet for another.
-        lacking = team.joined({source.name: True for source in sources if not self._store.serves(source, sites)})
+        """Record missing statistics, one source at a time; each is saved before the next is recorded."""
+        team = Team.current()
+        # All processes agree on the list first: a file that one has just written may not be visible to others yet.
+        lacking = team.all_gather(
+            {source.name: True for source in sources if not self._store.has_usable(source, sites)}
+        )
         missing = [source for source in sources if source.name in lacking]
         if missing and self.pipe is None:
             raise FusionError(
-                f"Without a pipeline every source must bring statistics: {'; '.join(_say_missing(missing))}. Record "
+                f"Without a pipeline every source must bring statistics: {'; '.join(_list_missing(missing))}. Record "
                 "them with GradientFuser(pipe).record(source), or give GradientFuser a pipeline of the base model."
             )
         if not missing:
@@ -230,11 +232,11 @@ class GradientFuser:
                 place = self._store.choose_place(source, sites, publishing=publishing)
                 statistics = self._record_own(source, sites, advance)
                 recorded[source.name] = self._store.put(source, statistics, place)
-        team.joined(dict.fromkeys(recorded, True))  # the others' files are written now
+        team.all_gather(dict.fromkeys(recorded, True))  # the others' files are written now
         return tuple(recorded.get(source.name) or self._store.read_again(source, sites) for source in sources)
 
     def _record_own(self, source: Source, wanted: Sequence[str], advance: Advance) -> SourceStatistics:
-        """Statistics of every layer that an ED-LoRA may adapt, and of those wanted, with the source's own LoRA."""
+        """Statistics, with the source's own LoRA, of all layers that an ED-LoRA may adapt and of the wanted ones."""
         sites = tuple(dict.fromkeys([*adapted_layers(self._borrow().components), *wanted]))
         return SourceStatistics(
             digest=source.edlora.digest,
@@ -253,7 +255,7 @@ class GradientFuser:
         }
 
     def _record_prior(self, sources: Sequence[Source], stage: _Stage) -> dict[str, Gram]:
-        """Gram matrices of the base on prompts without concepts, by input, the prior's weight in them."""
+        """Input to the Gram matrix of the base on prompts without concepts, multiplied by the prior's weight."""
         weight = self.config.prior
         if weight == 0:
             return {}
@@ -266,7 +268,7 @@ class GradientFuser:
 
     @contextmanager
     def _progress(self, description: str, sources: Iterable[Source], recording: Recording) -> Iterator[Advance]:
-        """Count denoising steps of pictures while sources are recorded."""
+        """Show progress in denoising steps, counted for each picture, while sources are recorded."""
         prompts = sum(len(texts) for source in sources for texts in source.prompts.values())
         with progress(description, prompts * recording.steps * len(recording.seeds), pipe=self.pipe) as bar:
             yield bar.update
@@ -277,15 +279,15 @@ class GradientFuser:
         return self.pipe
 
     def _describe_recording(self, *, since: float) -> dict[str, object]:
-        """What the report says about recording."""
+        """Recording settings and time for the report."""
         told: dict[str, object] = {"sequential": self.config.sequential}
         if self.pipe is not None:
             told = {**self.recording.as_json(), **told, "prior": self.config.prior}
         return told | {"recording_s": round(time.perf_counter() - since, 3)}
 
 
-def _say_missing(sources: Iterable[Source]) -> list[str]:
-    """Of which sources there are no statistics, or none that are theirs."""
+def _list_missing(sources: Iterable[Source]) -> list[str]:
+    """For each source, why its statistics cannot be used: none, or those of another LoRA."""
     return [
         defect
         for source in sources
@@ -294,7 +296,7 @@ def _say_missing(sources: Iterable[Source]) -> list[str]:
 
 
 def _stages(family: Family, sites: Sequence[str], recording: Recording) -> tuple[_Stage, ...]:
-    """The family's stages that have sites. What sees the text alone does not change with the step."""
+    """The family's stages that have sites. Inputs that depend on the text alone need one denoising step."""
     one_step = replace(recording, steps=1, seeds=recording.seeds[:1])
     members: dict[str, list[str]] = {stage.name: [] for stage in family.stages}
     for site in sites:

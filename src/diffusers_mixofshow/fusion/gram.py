@@ -1,4 +1,4 @@
-"""Gram matrices of layers' inputs, whole or as low-rank factors: one interface for all that fusion asks of them."""
+"""Gram matrices of layer inputs, dense or as low-rank factors, behind one interface."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Inverse(ABC):
     """(G + lambda I)^-1 of one `Gram`; for lambda = 0 of a singular one, its pseudo-inverse."""
 
     condition: float
-    """By which relative errors of G + lambda I can grow in a solution."""
+    """Condition number of G + lambda I: the factor by which relative errors can grow in a solution."""
 
     @abstractmethod
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
@@ -30,11 +30,11 @@ class Inverse(ABC):
 class Gram(ABC):
     """G = X X^T / tokens of features X of one input, (in_features, in_features), float64.
 
-    It is symmetric without negative eigenvalues. A ridge is lambda as a fraction of the mean diagonal of G.
+    It is symmetric and positive semi-definite. A ridge is lambda as a fraction of the mean diagonal of G.
     """
 
     tail: float
-    """The multiple of the identity in G that is known apart from the rest."""
+    """t, where the matrix is stored as G = F^T F + t I; 0 for a dense matrix."""
 
     @property
     @abstractmethod
@@ -76,17 +76,17 @@ class Gram(ABC):
         """(G + lambda I)^-1.
 
         Raises:
-            FusionError: If the sum is numerically singular in spite of a ridge.
+            FusionError: If G + lambda I is numerically singular although the ridge is above 0.
         """
 
     @abstractmethod
     def solve(self, rows: torch.Tensor, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
-        """``rows`` times the inverse for each of many ridges, (n, in_features); G is decomposed only once."""
+        """``rows (G + lambda I)^-1`` for each of many ridges, (n, in_features); G is decomposed only once."""
 
 
 @dataclass(frozen=True)
 class DenseGram(Gram):
-    """A Gram matrix as it is.
+    """A Gram matrix stored in full.
 
     Args:
         values: Shape (in_features, in_features), float64.
@@ -119,7 +119,7 @@ class DenseGram(Gram):
         return rows @ self.values
 
     def inner_products(self, rows: torch.Tensor, others: torch.Tensor) -> Products:
-        """Of both, and of each with itself."""
+        """See `Gram.inner_products`."""
         seen = rows @ self.values
         return seen @ rows.T, seen @ others.T, others @ self.values @ others.T
 
@@ -132,7 +132,7 @@ class DenseGram(Gram):
         return DenseGram(self.values.to(device))
 
     def inverse(self, ridge: float) -> Inverse:
-        """By Cholesky's decomposition; 0 takes the pseudo-inverse, that is the solution of minimum norm."""
+        """By Cholesky's decomposition; a ridge of 0 gives the pseudo-inverse, hence the solution of minimum norm."""
         damped = self.values.clone()
         if ridge == 0:
             return _DenseInverse(damped, torch.linalg.pinv(damped, hermitian=True))
@@ -160,7 +160,7 @@ class DenseGram(Gram):
 
 class _DenseInverse(Inverse):
     def __init__(self, matrix: torch.Tensor, inverse: torch.Tensor) -> None:
-        """Keep the inverse, and of what was inverted |M|_1 |M^-1|_1."""
+        """Keep the inverse M^-1 and the condition number |M|_1 |M^-1|_1."""
         self._inverse = inverse
         self.condition = float(torch.linalg.matrix_norm(matrix, ord=1) * torch.linalg.matrix_norm(inverse, ord=1))
 
@@ -173,10 +173,9 @@ class GramFactor(Gram):
     """A Gram matrix approximated as F^T F + tail I, at a cost that is linear in the width.
 
     Args:
-        rows: F, shape (kept, in_features): the leading eigenvectors, times the roots of what their eigenvalues have
-            beyond the tail.
-        tail: Mean of the eigenvalues that were left out, so that the trace is the original's; the directions left
-            out count alike instead of not at all.
+        rows: F, shape (kept, in_features): row k is eigenvector k times sqrt(eigenvalue k - tail), leading ones first.
+        tail: t, the mean of the eigenvalues that were left out: the trace is kept, and the directions left out count
+            equally instead of not at all.
         energy: Share of the trace that the rows keep, 0 to 1.
     """
 
@@ -205,12 +204,12 @@ class GramFactor(Gram):
         return rows.T @ rows + self.tail * torch.eye(self.width, dtype=torch.float64, device=rows.device)
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows @ G`` without the matrix."""
+        """``rows @ G``; the matrix is never formed."""
         factor = self.rows.to(rows)
         return (rows @ factor.T) @ factor + self.tail * rows
 
     def inner_products(self, rows: torch.Tensor, others: torch.Tensor) -> Products:
-        """Of both, and of each with itself, without the matrix."""
+        """See `Gram.inner_products`; the matrix is never formed."""
         factor = self.rows.to(rows)
         seen, others_seen = rows @ factor.T, others @ factor.T
         return seen @ seen.T, seen @ others_seen.T, others_seen @ others_seen.T
@@ -226,7 +225,7 @@ class GramFactor(Gram):
         return GramFactor(rows=self.rows.to(device), tail=self.tail, energy=self.energy)
 
     def inverse(self, ridge: float) -> Inverse:
-        """By Woodbury's identity, without a matrix of the layer's width."""
+        """By Woodbury's identity; no matrix of shape (in_features, in_features) is formed."""
         rows, damping = self.rows.double(), self.tail + ridge * self._mean
         if damping == 0:
             squared = torch.linalg.pinv(self._core, hermitian=True)
@@ -237,7 +236,7 @@ class GramFactor(Gram):
         return _FactorInverse(rows, inner, damping, (_largest_eigenvalue(self._core) + damping) / damping)
 
     def solve(self, rows: torch.Tensor, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
-        """The inner products of the rows of F, which are nearly all of the work, are taken once."""
+        """By Woodbury's identity for each ridge; F F^T, nearly all of the work, is computed once."""
         return (self.inverse(ridge).multiply(rows) for ridge in ridges)
 
     @cached_property
@@ -256,14 +255,14 @@ class _FactorInverse(Inverse):
     """(F^T F + t I)^-1 = (I - F^T (F F^T + t I)^-1 F) / t."""
 
     def __init__(self, rows: torch.Tensor, inner: torch.Tensor, damping: float, condition: float) -> None:
-        """Keep the parts.
+        """Keep the factors.
 
         Args:
             rows: F, shape (rows, in_features), float64.
-            inner: What stands between F^T and F, (rows, rows): -(F F^T + t I)^-1 / t; for t = 0 the square of the
-                pseudo-inverse of F F^T, so that the whole is the pseudo-inverse.
+            inner: The matrix between F^T and F, (rows, rows): -(F F^T + t I)^-1 / t; for t = 0 the square of the
+                pseudo-inverse of F F^T, which gives the pseudo-inverse of F^T F.
             damping: t.
-            condition: Largest eigenvalue of what was inverted over its smallest.
+            condition: Largest eigenvalue of the inverted matrix divided by its smallest.
         """
         self._rows, self._inner, self._damping, self.condition = rows, inner, damping, condition
 
@@ -273,7 +272,7 @@ class _FactorInverse(Inverse):
 
 
 def _largest_eigenvalue(matrix: torch.Tensor, steps: int = 30) -> float:
-    """Of a symmetric matrix without negative eigenvalues, by power iteration: close enough for a condition number."""
+    """Largest eigenvalue of a positive semi-definite matrix by power iteration, for a condition number."""
     vector = torch.ones(len(matrix), dtype=matrix.dtype, device=matrix.device)
     for _ in range(steps):
         vector = matrix @ torch.nn.functional.normalize(vector, dim=0)
@@ -281,11 +280,11 @@ def _largest_eigenvalue(matrix: torch.Tensor, steps: int = 30) -> float:
 
 
 def sum_grams(weighted: Iterable[tuple[Gram, float]], *, as_matrix: bool = False) -> Gram:
-    """Add Gram matrices up, one at a time: factors are one factor, of all rows together; else the sum is a matrix.
+    """Add Gram matrices up, one at a time: factors alone are stacked into one factor, otherwise the sum is dense.
 
     Args:
         weighted: Matrices of one width, at least one, and their weights, above 0.
-        as_matrix: Make a matrix of factors, too, which is smaller where there are many for a narrow layer.
+        as_matrix: Sum factors densely, too; smaller than the stack where many factors of a narrow layer are added.
     """
     factors: list[tuple[GramFactor, float]] = []
     total: torch.Tensor | None = None

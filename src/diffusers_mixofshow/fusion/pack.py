@@ -1,4 +1,4 @@
-"""A fused pack: an ED-LoRA with several concepts that knows what it was made of, and can be made of other things."""
+"""A fused pack: an ED-LoRA with several concepts and a record of its sources, which can be changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffusers_mixofshow.edlora.reading import read_metadata
 from diffusers_mixofshow.errors import FusionError, meant, warn
 from diffusers_mixofshow.fusion.gram import Device, Gram
 from diffusers_mixofshow.fusion.pack_sources import (
-    carried_at,
+    carried_path,
     carry,
     check_carried,
     find_replaced,
@@ -30,7 +30,7 @@ from diffusers_mixofshow.fusion.pack_sources import (
     read_record,
     refuse_replacing,
 )
-from diffusers_mixofshow.fusion.precision import in_dtype
+from diffusers_mixofshow.fusion.precision import cast_updates
 from diffusers_mixofshow.fusion.prompts import PromptSet
 from diffusers_mixofshow.fusion.report import FusionReport
 from diffusers_mixofshow.fusion.solving import (
@@ -49,20 +49,20 @@ from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_
 
 
 _PLAIN_KEY = "mixofshow_fusion"
-"""Metadata of a plain LoRA that was fused: what it was fused from, as JSON."""
+"""Metadata key of a fused plain LoRA: the record of its fusion, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FusedPack(EDLoRA):
-    """An ED-LoRA that gradient fusion made; the fields of `EDLoRA`, and where they come from.
+    """An ED-LoRA made by fusion: the fields of `EDLoRA`, and how they were computed.
 
     Args:
         sources: What it was fused from. They are not part of its file.
         settings: How its layers were solved.
-        prior: Input to the Gram matrix whose outputs were kept the base's, its weight in it; shape
+        prior: Input to the weighted Gram matrix of prompts without concepts, whose outputs were kept; shape
             (in_features, in_features).
-        dtype: In which its file holds the updates.
-        device: Where changes of it are solved.
+        dtype: Dtype of the updates in its file.
+        device: Where `add`, `remove` and `reweight` solve layers.
     """
 
     sources: tuple[Source, ...] = ()
@@ -81,25 +81,25 @@ class FusedPack(EDLoRA):
         sources: bool = False,
         overwrite: bool = False,
     ) -> Path:
-        """Write the pack, see `EDLoRA.save_pretrained`; without any concept, an ordinary LoRA.
+        """Write the pack, see `EDLoRA.save_pretrained`; without any concept, a plain LoRA file.
 
         Args:
             folder: Created where it is missing.
             merged: Write a complete pipeline instead.
             samples: Prompt to the picture it drew, for the card's gallery.
             license: For the card.
-            sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that the
-                pack can be changed wherever it goes: some 12 MB a concept for SD 1.5. Without them it finds only
-                those that came from the Hub.
-            overwrite: Take the place of the pack that is there, if any; of one of the sources only with `sources`.
-                Sources that it carries and that are this pack's as well stay, the others go.
+            sources: Write the sources and their statistics as well, into ``folder/sources/<concepts>``, so that a copy
+                of the pack can be changed anywhere: some 12 MB a concept for SD 1.5. Otherwise only sources from the
+                Hub are found again.
+            overwrite: Replace a pack that exists; one of the sources only with `sources`. Of the sources carried by
+                the replaced pack, those of this pack are kept and the others are deleted.
 
         Returns:
             Path of the safetensors file.
 
         Raises:
-            OverwriteError: If something is there already, or a source would be lost.
-            FusionError: If two sources would be carried in one folder; nothing is written then.
+            OverwriteError: If a file exists already, or a source would be lost.
+            FusionError: If two sources would be written to the same folder; nothing is written then.
         """
         if sources:
             check_carried(self.sources)
@@ -112,10 +112,10 @@ class FusedPack(EDLoRA):
                 "with load_lora_weights() and use fuse_lora() instead."
             )
         for source in self.sources if sources else ():
-            carry(source, Path(folder, carried_at(source.prompts)))
+            carry(source, Path(folder, carried_path(source.prompts)))
         if not self.concepts:
             return self._save_plain(Path(folder))
-        # what is carried just now is there already
+        # overwrite=True: the folder now holds the carried sources
         return super().save_pretrained(folder, merged=merged, samples=samples, license=license, overwrite=True)
 
     @property
@@ -123,20 +123,20 @@ class FusedPack(EDLoRA):
         return FILE_NAME if self.concepts else PLAIN_NAME
 
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
-        """What an earlier pack has left in a folder, but for sources that both are fused from."""
+        """Files of an earlier pack in a folder, except sources that this pack is fused from as well."""
         return leave_out_carried(super()._stale(folder, merged=merged), folder, self.sources)
 
     def _save_plain(self, folder: Path) -> Path:
-        """Fused from plain LoRAs alone it is a plain LoRA, written under the name that diffusers looks for."""
+        """Write a pack of plain LoRAs alone as one plain LoRA, under the name that diffusers looks for."""
         remove(self._stale(folder))
         record = {_PLAIN_KEY: json.dumps(dict(self.training))}
-        return write_lora(folder / PLAIN_NAME, in_dtype(self.lora, self.dtype), record)
+        return write_lora(folder / PLAIN_NAME, cast_updates(self.lora, self.dtype), record)
 
     def push_to_hub(self, repo_id: str | None = None, **options: Any) -> str:
-        """Upload the pack, see `EDLoRA.push_to_hub`; without any concept, an ordinary LoRA.
+        """Upload the pack, see `EDLoRA.push_to_hub`; without any concept, a plain LoRA.
 
         Args:
-            repo_id: Needed where there is no concept to derive it from.
+            repo_id: Required for a pack without concepts; otherwise derived from the concepts' names.
             options: Passed to `EDLoRA.push_to_hub`.
 
         Returns:
@@ -156,19 +156,19 @@ class FusedPack(EDLoRA):
         return super().push_to_hub(repo_id, **options)
 
     def _contents(self) -> Contents:
-        """What goes into its file: the updates in the file's dtype."""
-        return super()._contents() | {"lora": in_dtype(self.lora, self.dtype)}
+        """Contents of its file, with the updates in the file's dtype."""
+        return super()._contents() | {"lora": cast_updates(self.lora, self.dtype)}
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> Self:
-        """Read a pack with what it was fused from, so that it can be changed.
+        """Read a pack together with its sources, so that it can be changed.
 
         Args:
             source: A folder, file or Hub id, see `EDLoRA.from_pretrained`.
             hub: Passed to `EDLoRA.from_pretrained`.
 
         Raises:
-            FusionError: If it was not fused, or a source is neither carried nor on the Hub as it was.
+            FusionError: If it was not fused, or a source is neither carried nor unchanged on the Hub.
         """
         plain = _plain_file(source)
         pack = super().from_pretrained(source, **hub) if plain is None else cls._of_plain(plain)
@@ -183,15 +183,15 @@ class FusedPack(EDLoRA):
 
     @property
     def report(self) -> FusionReport:
-        """What fusion kept of every concept, layer by layer."""
+        """Settings and residuals of the fusion, layer by layer."""
         return FusionReport.of(self)
 
     def add(self, source: FusionInput, *, prompts: PromptSet | None = None) -> FusedPack:
-        """Fuse one more source in; the result equals a fresh fusion of all of them.
+        """Add a source; the result equals a new fusion of all sources.
 
         Args:
             source: An ED-LoRA with statistics, see `GradientFuser.record`; `FusionSource` gives it a weight.
-            prompts: Recording prompts, only noted in the report.
+            prompts: Recording prompts, for the report only.
 
         Raises:
             ConceptError: If its concept is in the pack already.
@@ -201,24 +201,24 @@ class FusedPack(EDLoRA):
         return fuse_again(self, (*self.sources, added))
 
     def remove(self, name: str) -> FusedPack:
-        """Take one source out; the result equals a fresh fusion of the others.
+        """Remove a source; the result equals a new fusion of the others.
 
         Args:
-            name: Placeholder of a concept, e.g. ``<potter>``. A source with several concepts goes as a whole.
+            name: Placeholder of a concept, e.g. ``<potter>``. A source with several concepts is removed as a whole.
 
         Raises:
-            FusionError: If the name is not in the pack, is all there is in it, or statistics are missing.
+            FusionError: If the name is not in the pack, is its only source, or statistics are missing.
         """
         leaving = self._source_of(name)
         if len(self.sources) == 1:
-            raise FusionError(f"{name} is all that this pack was fused from. Add another source before it is removed.")
+            raise FusionError(f"{name} is the only source of this pack. Add another source before removing it.")
         return fuse_again(self, tuple(source for source in self.sources if source is not leaving))
 
     def reweight(self, weights: Mapping[str, float]) -> FusedPack:
-        """Give sources other weights; the result equals a fresh fusion with these weights.
+        """Change weights of sources; the result equals a new fusion with these weights.
 
         Args:
-            weights: Placeholder to weight; sources that are not named keep theirs.
+            weights: Placeholder to weight; other sources keep theirs.
 
         Raises:
             FusionError: If a name is not in the pack, a weight is not above 0, or statistics are missing.
@@ -236,11 +236,11 @@ class FusedPack(EDLoRA):
         known = ", ".join(source.name for source in self.sources) or "none, as it was read from a file"
         placeholders = [placeholder for source in self.sources for placeholder in source.prompts]
         guess = meant("<" + name.strip("<>") + ">", placeholders)
-        raise FusionError(f"{name} is no source of this pack; its sources are {known}.{guess}")
+        raise FusionError(f"{name} is not a source of this pack; its sources are {known}.{guess}")
 
 
 def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
-    """Fuse changed sources again, as a pack was fused, from their statistics alone.
+    """Fuse changed sources with the settings of a pack, from their statistics alone.
 
     Raises:
         FusionError: If they do not fit each other, or statistics are missing.
@@ -248,8 +248,8 @@ def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
     record = pack.report.data
     if record.get("sequential") or (record.get("prior") and not pack.prior):
         raise FusionError(
-            "This pack was recorded on top of what was fused already, or with a prior that its file does not hold. It "
-            "cannot be changed from statistics; fuse all sources anew, or with GradientFuser(pipe, sequential=False)."
+            "This pack was fused in stages, or with a prior that its file does not hold. It cannot be changed from "
+            "statistics; fuse all sources anew, or with GradientFuser(pipe, sequential=False)."
         )
     if defects := mutual_defects(sources):
         raise FusionError("The pack cannot be changed in this way: " + "; ".join(defects))
@@ -273,19 +273,19 @@ def fuse_recorded(
     device: Device = "cpu",
     pipe: object = None,
 ) -> FusedPack:
-    """Fuse sources from their statistics; without any, where the method does not ask.
+    """Fuse sources from their statistics, which methods outside `MEASURED` do not need.
 
     Args:
         sources: What to fuse.
-        settings: How.
-        record: What else the report says.
-        prior: Input to the Gram matrix whose outputs shall stay the base's, its weight in it.
+        settings: How to solve.
+        record: Further entries of the report.
+        prior: Input to the weighted Gram matrix of prompts without concepts, whose outputs are to be kept.
         device: Where layers are solved.
-        pipe: The pipeline that they were recorded with, which may have its progress bars switched off.
+        pipe: The pipeline, whose setting shows or hides progress bars.
     """
     prior = {} if prior is None else prior
     start, sites = time.perf_counter(), sites_of(sources)
-    statistics = _statistics_of(sources, Team.present())
+    statistics = _statistics_of(sources, Team.current())
     if statistics:
         check_recorded(sources, statistics, sites)
     solution = solve(sources, statistics, sites, settings, prior=prior, device=device, pipe=pipe)
@@ -296,10 +296,10 @@ def fuse_recorded(
 def pack_solution(
     sources: tuple[Source, ...], settings: Settings, solution: Solution, record: Mapping[str, object]
 ) -> FusedPack:
-    """Put fused layers, and the concepts' embeddings side by side, into a pack with its report.
+    """Make a pack of the fused layers, all concepts' embeddings and the report.
 
     Warns:
-        MixOfShowWarning: If hardly anything is left of a concept.
+        MixOfShowWarning: If hardly anything of a concept is kept.
     """
     edloras = [source.edlora for source in sources]
     embeddings: dict[str, torch.Tensor] = {}
@@ -321,7 +321,7 @@ def pack_solution(
 
 
 def _plain_file(source: str | os.PathLike[str]) -> Path | None:
-    """The file of a pack that was fused from plain LoRAs alone, in a folder or by itself."""
+    """The file of a pack that was fused from plain LoRAs alone, from its folder or its own path; else None."""
     path = Path(source)
     if path.is_dir() and not (path / FILE_NAME).exists():
         path = path / PLAIN_NAME
@@ -329,11 +329,11 @@ def _plain_file(source: str | os.PathLike[str]) -> Path | None:
 
 
 def _statistics_of(sources: Sequence[Source], team: Team) -> Statistics:
-    """Statistics of the concepts of this process's sources; nothing unless all sources have them."""
+    """Statistics of the concepts of this process's sources; empty unless all sources of all processes have some."""
     mine = {
         place: [source.statistics.concepts[placeholder] for placeholder in source.prompts]
         for place, source in team.share(sources).items()
         if source.statistics is not None
     }
-    recorded = team.joined(dict.fromkeys(mine, True))
+    recorded = team.all_gather(dict.fromkeys(mine, True))
     return [mine.get(place, []) for place in range(len(sources))] if len(recorded) == len(sources) else []

@@ -1,4 +1,4 @@
-"""The sources of a pack: carried along with it, told in its file, and found again by whoever changes it."""
+"""The sources of a pack: written into its folder, listed in its file, and found again to change the pack."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from diffusers_mixofshow.interop.opening import Opened, open_edlora
 
 
 def carry(source: Source, folder: Path) -> None:
-    """Write a source and its statistics into a folder, from which `find_source` takes them."""
+    """Write a source and its statistics into a folder, where `find_source` looks for them."""
     if source.edlora.concepts:
         path = source.edlora.save_pretrained(folder, overwrite=True)
     else:
@@ -39,23 +39,24 @@ def carry(source: Source, folder: Path) -> None:
 
 
 def refuse_replacing(sources: Sequence[Source], *places: Path, carried: bool) -> None:
-    """Refuse to write where a source lies: nobody who fuses means to lose it, whatever else may be overwritten.
+    """Refuse to overwrite or delete a source of the pack that is being written, even with ``overwrite=True``.
 
     Args:
-        sources: What is fused.
-        places: Files and folders that the result replaces or removes.
-        carried: Whether the result carries its sources along, those of another scale as they were fused.
+        sources: Sources of the pack.
+        places: Files and folders that the pack replaces or removes.
+        carried: Whether the pack carries its sources. A source of another scale is carried with scaled updates, so
+            that the original would be lost all the same.
 
     Raises:
-        OverwriteError: Names the sources that would be lost.
+        OverwriteError: If a source would be lost; names all of them.
     """
     gone = [place.resolve() for place in places]
     left = [source for source in sources if not (carried and source.folded == 1)]
     homes = {source.origin: source.home.resolve() for source in left if source.home is not None}
     if lost := [origin for origin, home in homes.items() if any(home.is_relative_to(place) for place in gone)]:
         raise OverwriteError(
-            f"The result would take the place of {', '.join(lost)}, which it is fused from and would be lost. Choose "
-            "another place, or carry sources at their own scale along: sources=True, --keep-sources."
+            f"The result would replace its own source: {', '.join(lost)}. Choose another place, or keep sources at "
+            "scale 1 in the pack: sources=True, --keep-sources."
         )
 
 
@@ -69,18 +70,18 @@ def is_carried(source: Source, folder: Path) -> bool:
 
 
 def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str]) -> Source:
-    """Find a source of a pack again: in the pack's own folder or repository, or on the Hub, where it came from.
+    """Find a source of a pack again: in the pack's folder or repository, or at its origin on the Hub.
 
     Args:
-        entry: What the pack's report says of it.
+        entry: Its entry in the pack's report.
         carrier: Folder or Hub id of the pack.
 
     Raises:
-        FusionError: If it is at neither place, or another LoRA is.
+        FusionError: If it is at neither place, or has changed.
     """
-    origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # a path in a file is not followed
+    origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # paths named in a file are never opened
     places = [
-        (carrier, carried_at(entry["concepts"]), 1.0, None),
+        (carrier, carried_path(entry["concepts"]), 1.0, None),
         (origin, "", entry["scale"], entry.get("revision") or None),
     ]
     changed = False
@@ -100,7 +101,7 @@ def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str]) -> So
                 statistics=statistics,
             )
         changed |= opened is not None
-    fate = "has changed since" if changed else "is not there"
+    fate = "has changed since" if changed else "cannot be found"
     raise FusionError(
         f"The pack was fused from {'+'.join(entry['concepts'])}, which {fate} "
         f"({f'it came from {origin}' if origin else 'it came from a disk'}). Save packs with sources=True, which "
@@ -111,14 +112,14 @@ def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str]) -> So
 def _prompts_of(
     names: Sequence[str], edlora: EDLoRA, statistics: SourceStatistics | None
 ) -> dict[str, tuple[str, ...]]:
-    """Prompts of a source that was found again: those that it was recorded with, where that is known."""
+    """Prompts of a source that was found again: those of its statistics, else the defaults."""
     recorded = {} if statistics is None else statistics.recording.get("prompts", {})
     defaults = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
     return {name: tuple(recorded.get(name, defaults.get(name, ()))) for name in defaults or names}
 
 
 def _open_at(location: str | os.PathLike[str], subfolder: str, revision: str | None) -> Opened | None:
-    """What is at a place; None where nothing is."""
+    """Open the file at a location; None if there is none."""
     try:
         return open_edlora(location, subfolder=subfolder or None, revision=revision) if location else None
     except EDLoRANotFoundError:
@@ -126,32 +127,32 @@ def _open_at(location: str | os.PathLike[str], subfolder: str, revision: str | N
 
 
 def find_replaced(folder: Path, file_name: str, sources: Sequence[Source], *, merged: bool = False) -> list[Path]:
-    """What a pack of these sources takes the place of in a folder, or makes stale; sources that it has already stay.
+    """Files in a folder that saving a pack replaces or makes stale, except sources that it carries anyway.
 
     Args:
-        folder: Where it is to be saved; may be missing.
+        folder: Where the pack is to be saved; may be missing.
         file_name: The pack's file.
-        sources: What it is fused from.
+        sources: Sources of the pack.
         merged: Whether a complete pipeline is to be saved.
     """
     return leave_out_carried(places(folder, file_name, merged=merged), folder, sources)
 
 
 def leave_out_carried(found: Sequence[Path], folder: Path, sources: Sequence[Source]) -> list[Path]:
-    """What was found in a folder but for those of the sources that it carries as a pack of them would."""
-    own = {Path(folder, carried_at(source.prompts)): source for source in sources}
+    """Paths without the sources that the folder already carries as a pack of these sources would."""
+    own = {Path(folder, carried_path(source.prompts)): source for source in sources}
     return [path for path in found if path not in own or not is_carried(own[path], path)]
 
 
 def check_carried(sources: Sequence[Source]) -> None:
-    """Refuse sources that a pack would carry in one folder, also where a system takes capitals for the same letters.
+    """Refuse sources that a pack would carry in the same folder; case is ignored, as by some file systems.
 
     Raises:
-        FusionError: Names them.
+        FusionError: If there are any; names them.
     """
     folders: dict[str, list[str]] = {}
     for source in sources:
-        folders.setdefault(carried_at(source.prompts).casefold(), []).append(source.name)
+        folders.setdefault(carried_path(source.prompts).casefold(), []).append(source.name)
     if clashes := [" and ".join(names) for names in folders.values() if len(names) > 1]:
         raise FusionError(
             f"A pack that carries its sources would have one folder for {'; for '.join(clashes)}. Give plain LoRAs "
@@ -159,32 +160,32 @@ def check_carried(sources: Sequence[Source]) -> None:
         )
 
 
-def carried_at(names: Iterable[str]) -> str:
-    """Where a pack carries a source: ``sources/potter``, ``sources/rex+kit``, ``sources/lora-ink`` of a plain LoRA."""
+def carried_path(names: Iterable[str]) -> str:
+    """Path of a source in its pack: ``sources/potter``, ``sources/rex+kit``, for a plain LoRA ``sources/lora-ink``."""
     spelt = [name[1:-1] if name.startswith("<") else f"lora-{name}" for name in names]
-    return f"{SOURCES}/" + re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never a path to anywhere else
+    return f"{SOURCES}/" + re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never out of the folder
 
 
 def read_record(record: Mapping[str, Any]) -> tuple[Settings, list[Mapping[str, Any]]]:
-    """Settings and sources in a report of fusion.
+    """Read settings and sources from the report of a fusion.
 
     Raises:
-        FusionError: If it does not say them in the way that this release writes them; names what is wrong.
+        FusionError: If entries are missing or of another form than this release writes; names them.
     """
     defects = [f"no {key}" for key in ("method", "ridge", "max_rank", "sources") if key not in record]
     entries = record.get("sources")
     if not isinstance(entries, list):
-        defects, entries = [*defects, "sources that are no list"], []
+        defects, entries = [*defects, "sources that are not a list"], []
     wrong = [number for number, entry in enumerate(entries) if not _is_source(entry)]
-    defects += [f"source {number} is described in another way" for number in wrong[:6]]
+    defects += [f"source {number} has missing or wrong fields" for number in wrong[:6]]
     if not defects:
         try:
             return Settings(**{key: record[key] for key in ("method", "ridge", "max_rank")}), entries
         except (ConfigurationError, FusionError, TypeError, ValueError) as error:
             defects.append(f"settings that cannot be used ({str(error)[:160]})")
     raise FusionError(
-        f"The pack's record of its fusion cannot be used: {'; '.join(defects)}. It draws all the same "
-        "(EDLoRA.from_pretrained); to change it, fuse its sources anew."
+        f"The pack's record of its fusion cannot be used: {'; '.join(defects)}. The pack can still be "
+        "sampled from (EDLoRA.from_pretrained); to change it, fuse its sources anew."
     )
 
 

@@ -1,4 +1,4 @@
-"""Fused updates in half precision, without loss where the two halves of an update are of different sizes."""
+"""Cast fused updates to half precision without overflow or underflow when A and B differ much in magnitude."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from diffusers_mixofshow.edlora import LowRank
 
 
-def in_dtype(lora: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, LowRank]:
-    """The updates in another dtype, each first balanced so that no value over- or underflows.
+def cast_updates(lora: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, LowRank]:
+    """Cast updates to another dtype after balancing the magnitudes of their factors.
 
     Args:
         lora: Site name to update.
@@ -21,7 +21,7 @@ def in_dtype(lora: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, LowRa
 
 
 def _cast(update: LowRank, dtype: torch.dtype) -> LowRank:
-    """Row k of down and column k of up are given the same size; powers of two, so that this rounds nothing."""
+    """Scale row k of down and column k of up to similar magnitude, by powers of two, which is exact; then cast."""
     if update.down.dtype == update.up.dtype == dtype:
         return update
     rows, columns = update.down.abs().amax(dim=1), update.up.abs().amax(dim=0)  # (rank,) each

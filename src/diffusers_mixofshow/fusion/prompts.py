@@ -1,6 +1,6 @@
-"""The prompts that a concept is recorded with. What they never show, fusion does not protect.
+"""Prompts that a concept is recorded with. Contexts that they never show are not protected by fusion.
 
-None of them is an evaluation prompt of the paper (figure 8), so that its protocol measures held-out prompts.
+None of them is an evaluation prompt of the paper (figure 8), so that its protocol tests prompts not fitted.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ PRIOR_PROMPTS = (
 
 
 def prior_prompts(concepts: Iterable[Concept], prompts: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Prompts that the base is recorded with: the concepts' class words, and captions without any concept.
+    """Prompts to record the base with: the concepts' class words, and captions without any concept.
 
     Args:
         concepts: Whose class words are taken.
@@ -82,7 +82,7 @@ def prior_prompts(concepts: Iterable[Concept], prompts: Sequence[str] | None = N
 
 
 def prompts_of_trigger(words: Iterable[str]) -> tuple[str, ...]:
-    """Prompts that a plain LoRA is recorded with where nobody gives any.
+    """Default recording prompts of a plain LoRA, one set for each trigger word.
 
     Args:
         words: Its trigger words, such as ``sks dog``.
@@ -91,10 +91,10 @@ def prompts_of_trigger(words: Iterable[str]) -> tuple[str, ...]:
 
 
 def recording_prompts(concept: Concept, prompts: PromptSet | None = None) -> tuple[str, ...]:
-    """Spell the prompts that one concept is recorded with.
+    """Fill one concept into the templates of its recording prompts.
 
     Args:
-        concept: Whose placeholder goes in for ``<TOK>``.
+        concept: Its placeholder replaces ``<TOK>``.
         prompts: Templates for all concepts, or by kind; None takes `RECORDING_PROMPTS`.
 
     Raises:

@@ -1,8 +1,8 @@
 """Fusion statistics as a file beside an ED-LoRA, so that others can fuse it without a model and without a GPU.
 
 One safetensors file a source. Tensors: ``<placeholder>|<part>|<input>|gram``, float32, (in_features, in_features); or,
-of wide layers or where the file shall be small, as low-rank factors, ``...|rows``, float16, (kept, in_features), each
-row divided by its entry of ``...|scale``, float32, (kept,). Header metadata: one JSON string under
+for wide layers and small files, a low-rank factor: ``...|rows``, float16, (kept, in_features), each row divided by its
+entry of ``...|scale``, float32, (kept,). Header metadata: one JSON string under
 ``edlora_statistics``.
 """
 
@@ -28,30 +28,30 @@ from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.edlora.reading import read_steadily
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError
-from diffusers_mixofshow.fusion.compression import Spectrum, most_rows, ranks_within
+from diffusers_mixofshow.fusion.compression import Spectrum, allocate_ranks, most_rows
 from diffusers_mixofshow.fusion.gram import DenseGram, Gram, GramFactor, sum_grams
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
 
 
 FORMAT_VERSION = 1
 DEFAULT_BYTES = 10_000_000
-"""Size of a concept's low-rank factors, at least: with all of its layers, 62 directions of each input of SD 1.5."""
+"""Smallest automatic size of a concept's low-rank factors: 62 directions for each input of SD 1.5."""
 _BYTES_A_FEATURE = 124
-"""As many directions of each input, in float16; that is more bytes where a base's inputs are wider in all."""
+"""The same 62 directions in float16, for bases whose inputs add up to more features."""
 
 MaxBytes = int | Literal["auto"] | None
 
 _LARGEST = 2.0**63
-"""Above every number of tokens and every trace; NaN and Inf are not below it."""
+"""Upper bound for numbers in a header; a comparison with it also rejects NaN and Inf."""
 _REMEDY = "Record it again with GradientFuser(pipe, sequential=False), or ask its author for another copy."
 _UPDATE = "Update diffusers-mixofshow, or move the file away and record anew."
 
 
 class DamagedStatisticsError(FusionError):
-    """A file holds no statistics, or contradicts itself; its only argument says how, without what to do."""
+    """A file holds no statistics or contradicts itself. The only argument is the defect; `str` adds the remedy."""
 
     def __str__(self) -> str:
-        """What is wrong, and what to do."""
+        """The defect and its remedy."""
         return f"{self.args[0]}. {_REMEDY}"
 
 
@@ -66,14 +66,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceStatistics:
-    """What a source publishes beside its LoRA: for each of its concepts, what its layers saw.
+    """Statistics that a source publishes beside its LoRA: the Gram matrices of each of its concepts.
 
     Args:
         digest: `EDLoRA.digest` of the LoRA that the concepts were sampled with.
         base_model: Id of the model they were sampled on.
         recording: How they were sampled, JSON values only: prompts by placeholder, seeds, steps, sampler, guidance.
         concepts: Statistics by placeholder.
-        file: Where they were read from; None of what was just recorded.
+        file: Where they were read from; None if just recorded.
     """
 
     digest: str
@@ -87,26 +87,26 @@ class SourceStatistics:
 
         Args:
             path: The file, see `statistics_path`.
-            max_bytes: Size of one concept's low-rank factors; None writes the matrices in full, as float32, but those
-                of wide layers, which are sketched. ``auto`` is 10 MB, and more for bases that are wider than SD 1.5.
-            overwrite: Take the place of the file that is there, if any.
+            max_bytes: Size of one concept's low-rank factors; None writes the matrices in full, as float32, except
+                those of wide layers, which are sketched. ``auto`` is 10 MB, and more for bases wider than SD 1.5.
+            overwrite: Replace a file that exists.
 
         Raises:
-            OverwriteError: If something is there already.
+            OverwriteError: If the file exists.
             FusionError: If a matrix holds NaN or Inf; nothing is written then.
             FileWriteError: If it cannot be written.
         """
         path = Path(path)
         check_outputs(path, overwrite=overwrite)
-        write_whole(path, self.serialized(max_bytes))
+        write_whole(path, self.to_bytes(max_bytes))
         return path
 
-    def serialized(self, max_bytes: MaxBytes, dtype: torch.dtype = torch.float32) -> bytes:
-        """What `save` writes.
+    def to_bytes(self, max_bytes: MaxBytes, dtype: torch.dtype = torch.float32) -> bytes:
+        """Bytes of the file that `save` writes.
 
         Args:
             max_bytes: See `save`.
-            dtype: Of full matrices.
+            dtype: Dtype of full matrices.
 
         Raises:
             FusionError: If a matrix holds NaN or Inf.
@@ -128,19 +128,19 @@ class SourceStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SourceStatistics:
-        """Read the header of a file; its matrices are read when they are asked for, one at a time.
+        """Read the header of a file; each matrix is read when it is used.
 
         Raises:
-            DamagedStatisticsError: If it is no file of statistics, or contradicts itself; names what is wrong.
+            DamagedStatisticsError: If it is not a file of statistics, or contradicts itself; names the defects.
             FusionError: If a newer release wrote it.
         """
         path = Path(path)
         header, shapes, fingerprint = _open_file(path)
         names = shapes.keys()
-        entries = {placeholder: _entry(path, entry) for placeholder, entry in header["concepts"].items()}
+        entries = {placeholder: _check_entry(path, entry) for placeholder, entry in header["concepts"].items()}
         concepts = {
             placeholder: StoredStatistics(
-                path, fingerprint, placeholder, _whole_inputs(header, placeholder, shapes), entry
+                path, fingerprint, placeholder, _find_full_inputs(header, placeholder, shapes), entry
             )
             for placeholder, entry in entries.items()
         }
@@ -150,7 +150,7 @@ class SourceStatistics:
                 f"{path}: its header and its tensors differ: {len(expected - names)} missing, "
                 f"{len(names - expected)} unexpected"
             )
-        if wrong := _shape_defects(shapes, concepts):
+        if wrong := [name for concept in concepts.values() for name in concept.find_shape_defects(shapes)]:
             raise DamagedStatisticsError(f"{path}: tensors of another shape: {listed(wrong)}")
         return cls(
             digest=header["source"],
@@ -161,15 +161,15 @@ class SourceStatistics:
         )
 
     def copy(self, path: Path) -> None:
-        """Write the same statistics elsewhere, bit for bit where they come from a file; replaces what is there.
+        """Write the same statistics elsewhere, replacing any file; bit for bit if they come from a file.
 
         Raises:
-            FusionError: If the file is gone or damaged, or other statistics have taken its place meanwhile.
+            FusionError: If the file was deleted, damaged or replaced by other statistics since it was loaded.
         """
         if self.file is None:
             self.save(path, overwrite=True)
         elif self.file.resolve() != path.resolve():
-            content, metadata = _whole(self.file)
+            content, metadata = _read_bytes(self.file)
             if any(_hash_of(metadata) != one.fingerprint for one in self._stored()):
                 raise _replaced_error(self.file)
             write_whole(path, content)
@@ -181,7 +181,7 @@ class SourceStatistics:
         """Upload the statistics beside the ED-LoRA of a repository, created where it is missing.
 
         Args:
-            repo_id: Where `EDLoRA.push_to_hub` sent the ED-LoRA.
+            repo_id: Repository of the ED-LoRA, see `EDLoRA.push_to_hub`.
             token: By default the one of ``hf auth login``.
             revision: Branch to commit to; by default ``main``.
 
@@ -195,10 +195,10 @@ class SourceStatistics:
 
 
 class StoredStatistics:
-    """Statistics of one concept in a file: a matrix is read when it is asked for, and not kept.
+    """Statistics of one concept in a file: a matrix is read when it is used, and not kept.
 
-    Where other statistics take the file's place, reading is refused: half of the layers would be fused by the ones and
-    half by the others. The same statistics, recorded again, serve as well.
+    If the file is replaced by other statistics meanwhile, reading raises an error: otherwise some layers would be
+    fused by the old statistics and some by the new. A file with the same header is accepted.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class StoredStatistics:
         full: Collection[str],
         inputs: Mapping[str, Mapping[Part, Any]],
     ) -> None:
-        """Remember where it is, and of which inputs the matrix is there in full; see `SourceStatistics.load`."""
+        """Keep the path, the header's entry, and which inputs are stored in full; see `SourceStatistics.load`."""
         self._path, self.fingerprint, self._placeholder = path, fingerprint, placeholder
         self._full, self._inputs = full, inputs
 
@@ -220,11 +220,11 @@ class StoredStatistics:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Which parts were recorded."""
+        """The parts that were recorded."""
         return tuple(part for part in PARTS if any(part in entry for entry in self._inputs.values()))
 
     def tokens(self, name: str, part: Part | None = None) -> int:
-        """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
+        """Number of tokens seen at an input, in one part or in all; 0 for an unknown input."""
         entry = self._inputs.get(name, {})
         return sum(entry[one]["tokens"] for one in (PARTS if part is None else (part,)) if one in entry)
 
@@ -232,7 +232,7 @@ class StoredStatistics:
         """Gram matrix per token, on the CPU; of one part or of all. A low-rank factor where the file holds one.
 
         Raises:
-            FusionError: If the file's matrix holds NaN or Inf, or is not the one whose header was loaded.
+            FusionError: If the matrix holds NaN or Inf, or the file was replaced since its header was loaded.
         """
         entry, every = self._inputs[name], self.tokens(name, part)
         wanted = [one for one in (PARTS if part is None else (part,)) if one in entry]
@@ -240,7 +240,7 @@ class StoredStatistics:
         return sum_grams((self._gram(read, name, one), entry[one]["tokens"] / every) for one in wanted)
 
     def tensor_names(self) -> list[str]:
-        """Every tensor of the file that belongs to this concept."""
+        """Names of all tensors of this concept in the file."""
         return [
             _tensor_name(self._placeholder, part, name, kind)
             for name, entry in self._inputs.items()
@@ -249,11 +249,11 @@ class StoredStatistics:
         ]
 
     def _kinds(self, name: str) -> tuple[str, ...]:
-        """Kinds of tensors that the file has of an input."""
+        """Kinds of tensors that store an input."""
         return ("gram",) if name in self._full else ("rows", "scale")
 
-    def misshapen(self, shapes: Shapes) -> list[str]:
-        """Tensors whose shapes do not belong together; all of them must be there."""
+    def find_shape_defects(self, shapes: Shapes) -> list[str]:
+        """Tensors that are neither square matrices nor rows with a scale each, and inputs of unequal widths."""
         wrong = []
         for name, entry in self._inputs.items():
             widths = set()
@@ -284,7 +284,7 @@ class StoredStatistics:
         try:
             found, tensors = read_steadily(self._path, take)
         except (EDLoRAFormatError, EDLoRANotFoundError) as error:
-            raise _gone(self._path, error) from error
+            raise _unreadable_error(self._path, error) from error
         if found != self.fingerprint:
             raise _replaced_error(self._path)
         if not all(values.isfinite().all() for values in tensors.values()):
@@ -304,18 +304,18 @@ def _hash_of(metadata: Mapping[str, str] | None) -> str:
     return hashlib.sha256((metadata or {}).get(STATISTICS_KEY, "").encode()).hexdigest()
 
 
-def _whole(path: Path) -> tuple[bytes, dict[str, str]]:
-    """Every byte of a file, and the metadata that stand in these same bytes."""
+def _read_bytes(path: Path) -> tuple[bytes, dict[str, str]]:
+    """Bytes of a file, and the metadata parsed from these bytes: a second read might find another file."""
     try:
         content = path.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header["__metadata__"]
         return content, {STATISTICS_KEY: str(metadata[STATISTICS_KEY])}
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        raise _gone(path, error) from error
+        raise _unreadable_error(path, error) from error
 
 
-def _gone(path: Path, error: Exception) -> FusionError:
+def _unreadable_error(path: Path, error: Exception) -> FusionError:
     return FusionError(f"{path} cannot be read any more: {shown(str(error))}. {_REMEDY}")
 
 
@@ -331,10 +331,10 @@ def _write_concept(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and header entry of one concept."""
     keys = [(name, part) for name in statistics.inputs for part in PARTS if statistics.tokens(name, part)]
-    widths, endless = _measure_grams(statistics, keys)
-    if endless:
+    widths, not_finite = _measure_grams(statistics, keys)
+    if not_finite:
         raise FusionError(
-            f"The statistics of {placeholder} hold NaN or Inf at {len(endless)} inputs, first at {endless[0]}. "
+            f"The statistics of {placeholder} hold NaN or Inf at {len(not_finite)} inputs, first at {not_finite[0]}. "
             "Sample the concept alone and look at the picture; in float16 a model may overflow, float32 does not."
         )
     factors = {} if max_bytes is None else _shrink(statistics, widths, max_bytes)
@@ -359,31 +359,31 @@ def _measure_grams(
     statistics: GramStatistics, keys: Sequence[tuple[str, Part]]
 ) -> tuple[dict[tuple[str, Part], int], list[str]]:
     """Widths of all matrices, and the inputs whose matrix holds NaN or Inf; one matrix is in memory at a time."""
-    widths, endless = {}, []
+    widths, not_finite = {}, []
     for name, part in keys:
         gram = statistics.gram(name, part)
         widths[name, part] = gram.width
         if not gram.is_finite:
-            endless.append(name)
-    return widths, endless
+            not_finite.append(name)
+    return widths, not_finite
 
 
 def _shrink(
     statistics: GramStatistics, widths: Mapping[tuple[str, Part], int], max_bytes: int | Literal["auto"]
 ) -> dict[tuple[str, Part], GramFactor]:
-    """Low-rank factors of all matrices within a budget, each matrix decomposed once."""
+    """Low-rank factors of all matrices within a budget; each matrix is decomposed once."""
     of_inputs = {name: width for (name, _), width in widths.items()}
     usual = max(DEFAULT_BYTES, _BYTES_A_FEATURE * sum(of_inputs.values()))
     budget = max_bytes if isinstance(max_bytes, int) else usual
     known = most_rows(list(widths.values()), budget)
     spectra = {key: Spectrum.of(statistics.gram(*key), known) for key in widths}
     shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in widths}
-    kept = ranks_within({key: spectrum.values for key, spectrum in spectra.items()}, budget, shares)
+    kept = allocate_ranks({key: spectrum.values for key, spectrum in spectra.items()}, budget, shares)
     return {key: spectrum.leading(kept[key]) for key, spectrum in spectra.items()}
 
 
-def _whole_inputs(header: Mapping[str, Any], placeholder: str, shapes: Shapes) -> frozenset[str]:
-    """Inputs of a concept whose matrix the file has in full; of wide ones it has a factor in any case."""
+def _find_full_inputs(header: Mapping[str, Any], placeholder: str, shapes: Shapes) -> frozenset[str]:
+    """Inputs of a concept whose matrix is stored in full; wide inputs always have a low-rank factor."""
     if header["form"] != "full":
         return frozenset()
     inputs = header["concepts"][placeholder]
@@ -396,7 +396,7 @@ def _tensor_name(placeholder: str, part: Part, name: str, kind: str) -> str:
 
 
 def _open_file(path: Path) -> tuple[dict[str, Any], Shapes, str]:
-    """Header of a file, its own fields checked; tensor name to shape; and the header's hash."""
+    """Header of a file with its fields checked, the shapes of its tensors, and the header's hash."""
 
     def take(opened: Any) -> tuple[str, Shapes, str]:
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
@@ -409,7 +409,7 @@ def _open_file(path: Path) -> tuple[dict[str, Any], Shapes, str]:
         raise DamagedStatisticsError(f"{path} cannot be read as fusion statistics: {defect}") from error
     header = decode(text)
     if not isinstance(header, dict):
-        raise DamagedStatisticsError(f"{path} cannot be read as fusion statistics: its header is no JSON object")
+        raise DamagedStatisticsError(f"{path} cannot be read as fusion statistics: its header is not a JSON object")
     version = header.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         told = f"{path}: format version {shown(repr(version))}, this release reads {FORMAT_VERSION}"
@@ -422,13 +422,8 @@ def _open_file(path: Path) -> tuple[dict[str, Any], Shapes, str]:
     return header, shapes, fingerprint
 
 
-def _shape_defects(shapes: Shapes, concepts: Mapping[str, StoredStatistics]) -> list[str]:
-    """Tensors that are no square matrix, or no rows with a scale for each, of one width an input."""
-    return [name for concept in concepts.values() for name in concept.misshapen(shapes)]
-
-
-def _entry(path: Path, entry: object) -> Mapping[str, Mapping[Part, Any]]:
-    """A concept's entry of the header, every number in it checked."""
+def _check_entry(path: Path, entry: object) -> Mapping[str, Mapping[Part, Any]]:
+    """Check a concept's entry of the header, and return it."""
     inputs = entry.items() if isinstance(entry, dict) else [("", None)]
     sound = all(
         isinstance(parts, dict)
@@ -438,7 +433,7 @@ def _entry(path: Path, entry: object) -> Mapping[str, Mapping[Part, Any]]:
         for _, parts in inputs
     )
     if not sound:
-        raise DamagedStatisticsError(f"{path}: its header describes the inputs in another way than this release does")
+        raise DamagedStatisticsError(f"{path}: the inputs in its header do not follow this format version")
     return dict(inputs)
 
 

@@ -1,4 +1,4 @@
-"""What fusion kept of every concept: as JSON in the pack, as a table in a terminal, as a picture."""
+"""The report of a fusion, how well every concept is kept: JSON in the pack, a table, a picture."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from diffusers_mixofshow.fusion.sources import Source
 
 
 POOR = 0.95
-"""Mean relative residual from which on a concept is named in a warning; 1 is what the base alone has.
+"""A concept whose mean relative residual is this or higher is named in a warning; 1 is the base without fusion.
 
-A high residual alone says little: eight critters of Toyland have .84 on average and keep 90 % of their looks, as much
-of what their layers do to features that all of them share is no concept's own.
+A high residual alone says little: fusing eight critters of Toyland leaves 0.84 on average and keeps 90 % of their
+looks, because much of the residual is on features that all of them share.
 """
 
 TITLE = "Residual of features (0: its own model, 1: the base)"
@@ -46,14 +46,14 @@ class FusionReport:
     """The report of a fused pack; ``training["fusion"]`` of its file is the same thing as JSON.
 
     Args:
-        data: The record, JSON values only.
+        data: The report, JSON values only.
     """
 
     data: Mapping[str, Any]
 
     @classmethod
     def of(cls, edlora: EDLoRA) -> FusionReport:
-        """The report in an ED-LoRA.
+        """Read the report of an ED-LoRA.
 
         Raises:
             FusionError: If it was not fused.
@@ -67,12 +67,12 @@ class FusionReport:
     def record(
         sources: Sequence[Source], settings: Settings, solution: Solution, further: Mapping[str, object]
     ) -> dict[str, object]:
-        """Put a solution into JSON values.
+        """Convert a solution to a report of JSON values.
 
         Args:
-            sources: What was fused.
-            settings: How.
-            solution: What came out.
+            sources: The fused sources.
+            settings: How they were solved.
+            solution: Fused layers with residuals and overlaps.
             further: Recording settings and times.
         """
         record: dict[str, object] = {**asdict(settings), **further, **_peak_memory()}
@@ -98,19 +98,19 @@ class FusionReport:
 
     @property
     def poor(self) -> tuple[str, ...]:
-        """Sources of which the fused layers keep hardly anything, the worst first."""
+        """Sources whose mean residual is `POOR` or higher, the worst first."""
         fused = {name: mean["fused"] or 0.0 for name, mean in self.residuals.items()}
         return tuple(sorted((name for name, value in fused.items() if value >= POOR), key=lambda name: -fused[name]))
 
     @property
     def conflicts(self) -> tuple[tuple[str, str, float], ...]:
-        """Pairs of sources and how much they ask layers for things at the same place, 0 to 1, the most first."""
+        """Pairs of sources with their mean overlap, 0 to 1, the largest first; see `solvers.overlaps`."""
         pairs = [(*pair.split(" "), value) for pair, value in self.data.get("overlaps", {}).items()]
         return tuple(sorted(((one, other, value) for one, other, value in pairs), key=lambda pair: -pair[2]))
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for every concept of which the fused layers keep hardly anything."""
+        """One sentence for every source in `poor`."""
         return tuple(
             f"{name} is hardly kept (mean residual {self.residuals[name]['fused']}, where 1 is the base alone): give "
             "it a larger weight, fuse fewer concepts, or record prompts that are nearer to its use."
@@ -118,7 +118,7 @@ class FusionReport:
         )
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """What `print` shows as texts: the names of the columns, and a row for each concept."""
+        """The table that `print` shows, as strings: the column names, and a row for each concept."""
         family = family_of_sites(self._layers)
         groups: dict[str, list[str]] = {}
         for site in self._layers:
@@ -135,7 +135,7 @@ class FusionReport:
         return ["concept", "averaged", "fused", *sorted(groups)], rows
 
     def print(self, console: Console | None = None) -> None:
-        """Show a table of the concepts, how each kind of layer keeps them, and the nearest pairs."""
+        """Print the residuals of every concept by kind of layer, and the pairs with the largest overlap."""
         console = console or Console()
         columns, rows = self.table()
         table = Table(*columns, title=TITLE)
@@ -145,7 +145,7 @@ class FusionReport:
         console.print(MEANING, highlight=False, markup=False, soft_wrap=True)
         pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
         if pairs:
-            told = f"Nearest to a conflict (overlap, 0 to 1): {', '.join(pairs)}"
+            told = f"Largest overlaps (0 to 1): {', '.join(pairs)}"
             console.print(told, markup=False, soft_wrap=True)
 
     def heat_map(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -153,11 +153,11 @@ class FusionReport:
 
         Args:
             path: The file.
-            overwrite: Whether it may take the place of another.
+            overwrite: Replace a file that exists.
 
         Raises:
             FusionError: If the pack was fused without statistics, so that nothing was measured.
-            OverwriteError: If something is there already.
+            OverwriteError: If the file exists.
         """
         check_outputs(Path(path), overwrite=overwrite)
         if not self._layers:
@@ -187,9 +187,9 @@ class FusionReport:
 
 
 def _peak_memory() -> dict[str, int]:
-    """The most memory that this process has had, and that it has had of a GPU, in MiB; as far as the system tells."""
+    """Peak memory of this process, and on the GPU, in MiB, where the system reports it."""
     peak: dict[str, int] = {}
-    if sys.platform == "linux":  # whose resource.getrusage counts the program that started this one as well
+    if sys.platform == "linux":  # where getrusage also counts the program that started this one
         if found := re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes()):
             peak["peak_memory_mib"] = int(found[1]) // 2**10
     elif sys.platform != "win32":
@@ -210,7 +210,7 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
             "weight": source.weight,
             "share": source.weight / total,
             "scale": source.scale,
-            # Folders of whoever fused it are private, and nobody should follow them.
+            # Local paths are private, and a reader must not open paths named in a file.
             "origin": source.origin if is_repo_id(source.origin) else "",
             "revision": source.revision,
             "digest": source.edlora.digest,
@@ -221,7 +221,7 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
 
 
 def _residual_report(sources: Sequence[Source], solution: Solution) -> dict[str, object]:
-    """Per layer and source, and the mean over layers; null where fusion changes a layer that a source leaves alone."""
+    """Residuals by layer and source, and their means; null where fusion changes a layer that the source does not."""
 
     def rounded(pairs: Collection[tuple[float, float]]) -> dict[str, float | None]:
         means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
@@ -241,7 +241,7 @@ def _number(value: float | None) -> str:
 
 
 def _colour(value: float | None) -> tuple[int, int, int]:
-    """White at 0, red at 1 and above, grey where the concept leaves the layer alone."""
+    """White at 0, red at 1 and above, grey where the concept does not change the layer."""
     if value is None:
         return (200, 200, 200)
     fade = round(255 * (1 - min(1.0, value)))

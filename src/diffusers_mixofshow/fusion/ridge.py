@@ -1,4 +1,4 @@
-"""The ridge of one layer, chosen by inputs that were held out. Notation as in `solvers`."""
+"""Choose the ridge of one layer by the error on held-out inputs. Notation as in `solvers`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ def choose_ridge(
     fitted: Gram,
     candidates: Sequence[float] = CANDIDATES,
 ) -> tuple[float, float]:
-    """Pick the ridge whose closed form, fitted to one set of inputs, reproduces the outputs of another set best.
+    """Pick the ridge whose closed form, fitted to some inputs, reproduces the outputs of held-out inputs best.
 
-    The solution for a ridge is D = U R with U = [B_1 .. B_n] and R = M (sum_i G_i + lambda I)^-1. Its error on the
-    inputs held out, H_i their Gram matrices, is tr(D H D^T) - 2 tr(D S^T) + sum_i tr(dW_i H_i dW_i^T) with
-    H = sum_i H_i, S = U T, and M and T the targets of the two sets.
+    The solution for a ridge is D = U R with U = [B_1 .. B_n] and R = M (sum_i G_i + lambda I)^-1. With H_i
+    the Gram matrices of the held-out inputs, H = sum_i H_i and S = U T, its error on them is
+    tr(D H D^T) - 2 tr(D S^T) + sum_i tr(dW_i H_i dW_i^T). M and T are the right-hand sides of the
+    fitted and the held-out inputs.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-        targets: M of the inputs fitted, (sum_i r_i, in_features), see `target_rows`.
-        held_out_targets: T, the same of the inputs held out.
+        targets: M, of the fitted inputs, (sum_i r_i, in_features), see `target_rows`.
+        held_out_targets: T, of the held-out inputs.
         held_out: H, (in_features, in_features).
-        fitted: sum_i G_i with whatever prior was added, (in_features, in_features).
+        fitted: sum_i G_i plus the prior, if any, (in_features, in_features).
         candidates: Ridges to choose from, relative to the mean diagonal.
 
     Returns:
-        The ridge, and its error on the inputs held out relative to leaving the base as it is.
+        The ridge, and its squared error on the held-out inputs relative to that of the base.
     """
     up = torch.cat([update.up.double() for update in updates], dim=1)
     inner, errors = up.T @ up, {}

@@ -1,7 +1,7 @@
-"""Where a fusion in stages keeps its statistics until it is done, so that an interrupted one goes on where it stopped.
+"""Files that hold the statistics of a fusion in stages until it is done, so that an interrupted one can continue.
 
-Statistics that are recorded on top of what is fused already serve this one fusion alone. They are kept exactly, as
-float64, in hidden files that are gone after the fusion.
+Statistics recorded on top of fused layers are of no use to any other fusion. They are stored as float64, in hidden
+files that are deleted after the fusion.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ from diffusers_mixofshow.fusion.statistics import GramStatistics
 
 
 class StageShelf:
-    """Files of statistics, each under the hash of all that it depends on. A context manager.
+    """Files of statistics, each named by a hash of everything it depends on. A context manager.
 
     Args:
-        fusion: What is fused and how, JSON values only; another fusion of the same sources has files of its own, so
-            that both can run at a time.
+        fusion: Settings and sources of the fusion, JSON values only. They are part of the hash, so that two fusions
+            of the same sources can run at the same time.
     """
 
     def __init__(self, fusion: Mapping[str, Any]) -> None:
-        """Nothing is written yet."""
+        """Keep the settings; nothing is written yet."""
         self._fusion = dict(fusion)
         self._files: list[Path] = []
         self._temporary: Path | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Return the shelf itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove what could not be kept beside a source; the rest stays, unless `clear` was called."""
+        """Delete the temporary folder; other files stay for the next run, unless `clear` was called."""
         self._stack.close()
 
-    def taken_or_put(
+    def load_or_record(
         self,
         folder: Path | None,
         edlora: EDLoRA,
         recording: Mapping[str, Any],
-        collected: Callable[[], Mapping[str, GramStatistics]],
+        record: Callable[[], Mapping[str, GramStatistics]],
     ) -> SourceStatistics:
-        """Take statistics from the shelf, or gather them and put them there.
+        """Load statistics of an earlier run, or record and write them.
 
         Args:
-            folder: Where they lie; None for a folder that does not outlive this shelf.
-            edlora: What is sampled, layers that are fused already in it.
-            recording: How, JSON values only.
-            collected: Gathers them.
+            folder: Where the file is kept; None for a temporary folder.
+            edlora: The sampled ED-LoRA, including layers that are already fused.
+            recording: How it is sampled, JSON values only.
+            record: Records the statistics.
 
         Raises:
             FusionError: If they hold NaN or Inf, or cannot be written; nothing is left behind then.
@@ -73,14 +73,14 @@ class StageShelf:
         found = _load(path)
         if found is not None and (found.digest, dict(found.recording)) == (digest, recording):
             return found
-        gathered = SourceStatistics(
-            digest=digest, base_model=edlora.base_model, recording=recording, concepts=collected()
+        recorded = SourceStatistics(
+            digest=digest, base_model=edlora.base_model, recording=recording, concepts=record()
         )
-        _write(path, gathered.serialized(None, torch.float64))
+        _write(path, recorded.to_bytes(None, torch.float64))
         return SourceStatistics.load(path)
 
     def clear(self) -> None:
-        """Remove all files: the fusion is done."""
+        """Delete all files, after the fusion is done."""
         for path in self._files:
             path.unlink(missing_ok=True)
 
@@ -91,7 +91,7 @@ class StageShelf:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write and rename, but do not flush to the disk: what a power cut destroys is recorded again."""
+    """Write and rename without fsync, which is slow here; after a power cut the file is recorded again."""
     unfinished = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _load(path: Path) -> SourceStatistics | None:
-    """Statistics of an earlier run; None if there are none, or they cannot be read."""
+    """Load statistics of an earlier run; None if there are none, or they cannot be read."""
     try:
         return SourceStatistics.load(path) if path.exists() else None
     except FusionError:

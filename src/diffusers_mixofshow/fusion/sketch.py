@@ -1,4 +1,4 @@
-"""Gram matrices of wide layers without the matrix: what it does to a few fixed directions, and its trace."""
+"""Sketch the Gram matrix of a wide layer: its products with a few fixed directions, and its trace."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from diffusers_mixofshow.fusion.gram import GramFactor
 
 
 WIDEST_MATRIX = 2048
-"""Features up to which a layer's Gram matrix is kept whole; beyond, it is sketched."""
+"""Inputs of at most this many features keep their full Gram matrix; wider ones are sketched."""
 DIRECTIONS = 96
-"""Of a sketch. On the embedded base 64 to 96 give the residuals of the whole matrix."""
+"""Columns of a sketch. On the embedded base 64 to 96 give the same residuals as the full matrix."""
 
 
-def numbers_kept(width: int) -> int:
-    """How many numbers recording keeps of an input's Gram matrix."""
+def count_stored_values(width: int) -> int:
+    """Number of values that recording stores for the Gram matrix of an input."""
     return width * width if width <= WIDEST_MATRIX else width * DIRECTIONS
 
 
 class GramSketch:
-    """A sum of outer products G = X^T X of rows X, seen as Y = G Omega and tr G (arXiv:1706.05736).
+    """A sum of outer products G = X^T X of rows X, stored as Y = G Omega and tr G (arXiv:1706.05736).
 
-    Omega is a fixed orthonormal matrix, the same for every layer of a width, so that sketches add up over tokens,
-    prompts, seeds and processes as matrices do. Memory is linear in the width.
+    Omega is a fixed orthonormal matrix, the same for all layers of equal width, so that sketches can be added over
+    tokens, prompts, seeds and processes as matrices can. Memory is linear in the width.
     """
 
     def __init__(self, width: int, directions: int | None = None) -> None:
@@ -38,10 +38,10 @@ class GramSketch:
         self._width, self._directions = width, min(DIRECTIONS if directions is None else directions, width)
         self._image: torch.Tensor | None = None  # Y, (width, directions)
         self._trace = torch.zeros((), dtype=torch.float64)
-        self._found: tuple[int, GramFactor] | None = None  # asked for several times while a file is written
+        self._found: tuple[int, GramFactor] | None = None  # cache: used several times while a file is written
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add X^T (X Omega) and the squares of X.
+        """Add X^T (X Omega) to Y, and the sum of squares of X to the trace.
 
         Args:
             rows: X, shape (tokens, width), float64 on a CPU, float32 elsewhere.
@@ -51,18 +51,18 @@ class GramSketch:
         self._trace += rows.square().sum(dtype=torch.float32 if rows.device.type == "mps" else torch.float64).cpu()
 
     def offload(self) -> None:
-        """Move what was gathered to the CPU."""
+        """Move the sums to the CPU."""
         if self._image is not None:
             self._image = self._image.cpu()
 
     def gram(self, tokens: int) -> GramFactor:
         """The matrix per token as a low-rank factor with a tail (Nystrom, algorithm 3 of arXiv:1706.05736).
 
-        G is taken as Y (Omega^T Y)^+ Y^T, the best guess from what is known; its eigenvalues are never above G's.
-        What the trace has beyond them is spread evenly over the other directions.
+        G is approximated by Y (Omega^T Y)^+ Y^T, whose eigenvalues never exceed G's. The rest of the trace is
+        spread evenly over the other directions.
 
         Args:
-            tokens: How many rows were added, above 0.
+            tokens: Number of rows that were added, above 0.
         """
         if self._found is None or self._found[0] != tokens:
             self._found = (tokens, self._factor(tokens))
@@ -74,7 +74,7 @@ class GramSketch:
         eps = torch.finfo(self._image.dtype).eps
         image = self._image.cpu().double() / tokens
         omega = self._omega(image)
-        # A shift keeps the core positive although Y is rounded; it is taken off the eigenvalues again.
+        # The shift keeps the core positive definite despite rounding of Y; the eigenvalues are corrected for it below.
         shift = eps * self._width**0.5 * torch.linalg.matrix_norm(image, ord=2)
         image = image + shift * omega
         core = omega.T @ image
@@ -84,7 +84,7 @@ class GramSketch:
         left, singular, _ = torch.linalg.svd(half, full_matrices=False)
         found = (singular.square() - shift).clamp_min(0)
         trace = (self._trace / tokens).clamp_min(found.sum())
-        # Directions that are weaker than an even share of what is left are no better known than the others.
+        # Keep only directions that are stronger than an even share of the remaining trace.
         counts = torch.arange(1, len(found) + 1)
         shares = (trace - found.cumsum(0)) / (self._width - counts).clamp_min(1)
         kept = int((found > shares).sum())

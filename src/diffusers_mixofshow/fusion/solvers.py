@@ -1,8 +1,8 @@
 """Gradient fusion as linear algebra: pure functions of Gram matrices and low-rank factors, float64 inside.
 
-Notation, as in arXiv:2305.18292 section 3.3.2: concept i changes a layer's weight W0 by dW_i = B_i A_i, and meets the
-inputs X_i (features as columns). Here up_i = B_i, down_i = s_i A_i with the LoRA's scaling s_i in it, and
-gram_i = X_i X_i^T. An update D = W - W0 is always a pair of factors, D = up @ down.
+Notation, as in arXiv:2305.18292 section 3.3.2: concept i changes a layer's weight W0 by dW_i = B_i A_i; X_i are the
+layer's inputs for its prompts (features as columns). Here up_i = B_i, down_i = s_i A_i including the LoRA's scaling
+s_i, and gram_i = X_i X_i^T. An update D = W - W0 is always a pair of factors, D = up @ down.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from diffusers_mixofshow.fusion.gram import DenseGram, Gram, Inverse
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """A low-rank update ``up @ down`` of one layer's weight, every scaling already in it.
+    """A low-rank update ``up @ down`` of one layer's weight, all scaling included.
 
     Args:
-        down: The paper's s A, shape (rank, in_features); rank 0 is an update of nothing.
+        down: The paper's s A, shape (rank, in_features); rank 0 changes nothing.
         up: The paper's B, shape (out_features, rank).
     """
 
@@ -55,7 +55,7 @@ class Factors:
 
 
 def target_rows(updates: Sequence[Factors], grams: Sequence[Gram]) -> torch.Tensor:
-    """Right-hand side of the normal equations before B: stack_i(s_i A_i G_i), (sum_i r_i, in_features), float64.
+    """Right-hand side of the normal equations without B: stack_i(s_i A_i G_i), (sum_i r_i, in_features), float64.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
@@ -76,15 +76,16 @@ def closed_form(updates: Sequence[Factors], targets: torch.Tensor, inverse: Inve
         targets: See `target_rows`, (sum_i r_i, in_features).
         inverse: (sum_j G_j + lambda I)^-1.
     """
-    return Factors(down=inverse.multiply(targets), up=_beside(updates))
+    return Factors(down=inverse.multiply(targets), up=_concatenate_ups(updates))
 
 
 def closed_form_in_span(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, ridge: float) -> Factors:
-    """The closed form among updates whose rows are those of the concepts' own: SSR-Merge (arXiv:2606.10617).
+    """The closed form restricted to the row space of the concepts' own updates: SSR-Merge (arXiv:2606.10617).
 
     With A = stack_i(s_i A_i) and B = [B_1 .. B_n], D = B R A. R minimises sum_i |dW_i X_i - D X_i|^2 + lambda |B R|^2,
-    so that R (A G A^T + lambda I) = stack_i(s_i A_i G_i) A^T with G = sum_i G_i. Its authors take one prompt, one
-    denoising step and an absolute ridge of 1e-4; here it gets what `closed_form` gets.
+    so that R (A G A^T + lambda I) = stack_i(s_i A_i G_i) A^T with G = sum_i G_i. The paper records
+    one prompt at one denoising step and uses an absolute ridge of 1e-4; here it gets the same statistics and the same
+    relative ridge as `closed_form`.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
@@ -96,8 +97,8 @@ def closed_form_in_span(updates: Sequence[Factors], targets: torch.Tensor, gram:
         FusionError: If A G A^T + lambda I is numerically singular in spite of a ridge.
     """
     downs = torch.cat([update.down.double() for update in updates])
-    inner = DenseGram(gram.multiply(downs) @ downs.T).inverse(ridge)  # what the concepts' own rows see
-    return Factors(down=inner.multiply(targets @ downs.T) @ downs, up=_beside(updates))
+    inner = DenseGram(gram.multiply(downs) @ downs.T).inverse(ridge)  # A G A^T
+    return Factors(down=inner.multiply(targets @ downs.T) @ downs, up=_concatenate_ups(updates))
 
 
 def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -108,27 +109,27 @@ def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Fa
         weights: One w_i per concept, in the same order.
     """
     downs = [weight * update.down.double() for update, weight in zip(updates, weights, strict=True)]
-    return Factors(down=torch.cat(downs), up=_beside(updates))
+    return Factors(down=torch.cat(downs), up=_concatenate_ups(updates))
 
 
 def lbfgs(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, *, steps: int, history: int = 25) -> Factors:
     """The paper's solver (section 6.1): LBFGS with strong Wolfe line search from the base weights, stopped early.
 
     The objective needs no features: |dW_i X_i - D X_i|^2 summed over i is tr(D G D^T) - 2 tr(D R^T) + const, with
-    G = sum_i G_i and R = sum_i dW_i G_i. Every gradient 2 (D G - R) lies in the columns of [B_1 .. B_n] when D does,
-    and D starts at 0; so it is written as D = Q M, with Q an orthonormal basis of those columns, and M is optimised:
-    the same iterates at a fraction of the size.
+    G = sum_i G_i and R = sum_i dW_i G_i. Every gradient 2 (D G - R) lies in the column space of [B_1 .. B_n] if D
+    does, and D starts at 0. So D = Q M, with Q an orthonormal basis of that space, and only M is optimised: the same
+    iterates with far fewer variables.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
         targets: See `target_rows`, (sum_i r_i, in_features).
         gram: G, (in_features, in_features).
         steps: LBFGS iterations; the paper takes 500 for text layers and text keys and values, 50 for the rest.
-        history: Number of past steps that the curvature is estimated from.
+        history: Number of past steps from which the curvature is estimated.
     """
-    basis, mixing = torch.linalg.qr(_beside(updates))  # (out, rank), (rank, sum r_i)
+    basis, mixing = torch.linalg.qr(_concatenate_ups(updates))  # (out, rank), (rank, sum r_i)
     target = mixing @ targets  # (rank, in)
-    # Scaled as the reference's loss, a mean over output features: the first step of LBFGS depends on it.
+    # The authors' loss is a mean over output features; the first step of LBFGS depends on this scale.
     per_feature = 1 / max(1, basis.shape[0])
     moving = torch.zeros_like(target, requires_grad=True)
     optimiser = torch.optim.LBFGS(
@@ -145,15 +146,15 @@ def lbfgs(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, *, step
     return Factors(down=moving.detach(), up=basis)
 
 
-def recompressed(update: Factors, max_rank: int) -> tuple[Factors, float]:
-    """The nearest update of at most a rank, by thin QR of both factors and an SVD of the small product.
+def truncate_rank(update: Factors, max_rank: int) -> tuple[Factors, float]:
+    """Best approximation of rank `max_rank` or less, by thin QR of both factors and an SVD of the small product.
 
     Args:
         update: Factors (rank, in_features) and (out_features, rank).
         max_rank: At least 1.
 
     Returns:
-        The factors, their singular values shared by both, and the share of |D|^2 that is kept.
+        The factors, each with the square roots of the singular values, and the share of |D|^2 that is kept.
     """
     left, inner = torch.linalg.qr(update.up)
     right, outer = torch.linalg.qr(update.down.T)
@@ -166,17 +167,17 @@ def recompressed(update: Factors, max_rank: int) -> tuple[Factors, float]:
     return small, energy[:kept].sum().item() / total if total > 0 else 1.0
 
 
-def at_most_full_rank(update: Factors) -> Factors:
-    """Rewrite factors of a rank above the layer's own as factors of exactly the layer's full rank; loses nothing."""
+def cap_at_full_rank(update: Factors) -> Factors:
+    """Rewrite factors of more rows than the layer's full rank as factors of that rank; exact."""
     full = min(update.up.shape[0], update.down.shape[1])
-    return update if update.down.shape[0] <= full else recompressed(update, full)[0]
+    return update if update.down.shape[0] <= full else truncate_rank(update, full)[0]
 
 
 def relative_residual(fused: Factors, own: Factors, gram: Gram) -> float:
     """Relative error that fusion makes in one concept's outputs of one layer.
 
     sqrt( tr((D - dW_i) G_i (D - dW_i)^T) / tr(dW_i G_i dW_i^T) ) = |D X_i - dW_i X_i|_F / |dW_i X_i|_F, the root of
-    the objective's i-th term relative to leaving W0 as it is; 0 is perfect, 1 no better than W0.
+    the objective's i-th term relative to its value at W0; 0 is perfect, 1 no better than W0.
 
     Args:
         fused: The fused update D.
@@ -184,13 +185,13 @@ def relative_residual(fused: Factors, own: Factors, gram: Gram) -> float:
         gram: The concept's Gram matrix G_i, (in_features, in_features).
 
     Returns:
-        The ratio; 0 where the concept itself changes nothing and fusion does neither, infinity where only fusion does.
+        The ratio. If the concept does not change the outputs: 0 if fusion does not either, otherwise infinity.
     """
     wide, narrow = fused.down.double(), own.down.double()
     products = gram.inner_products(wide, narrow)
     outers = (fused.outer, wide @ narrow.T, own.outer)
     inners = (fused.inner, fused.up.double().T @ own.up.double(), own.inner)
-    # tr(D G D^T), tr(D G dW^T) and tr(dW G dW^T), never leaving the ranks' size
+    # tr(D G D^T), tr(D G dW^T) and tr(dW G dW^T) from matrices of rank x rank
     together, mixed, scale = (
         (inner * (product + gram.tail * outer)).sum().item()
         for inner, product, outer in zip(inners, products, outers, strict=True)
@@ -202,10 +203,10 @@ def relative_residual(fused: Factors, own: Factors, gram: Gram) -> float:
 
 
 def overlaps(updates: Sequence[Factors], targets: torch.Tensor) -> torch.Tensor:
-    """How much concepts ask a layer for something at the same place of its input space; 0 to 1.
+    """How much the concepts' right-hand sides share directions of a layer's input space, pair by pair; 0 to 1.
 
-    With R_i = dW_i G_i, what the objective asks of the layer for concept i, the overlap of two row spaces, weighted by
-    how much is asked there, is |R_i R_j^T|_F / sqrt(|R_i R_i^T|_F |R_j R_j^T|_F).
+    With R_i = dW_i G_i, concept i's right-hand side of the normal equations, the overlap of two row spaces, weighted
+    by the size of R there, is |R_i R_j^T|_F / sqrt(|R_i R_i^T|_F |R_j R_j^T|_F).
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
@@ -228,5 +229,5 @@ def overlaps(updates: Sequence[Factors], targets: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, norms / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
 
 
-def _beside(updates: Sequence[Factors]) -> torch.Tensor:
+def _concatenate_ups(updates: Sequence[Factors]) -> torch.Tensor:
     return torch.cat([update.up.double() for update in updates], dim=1)

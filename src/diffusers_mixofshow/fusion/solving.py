@@ -1,4 +1,4 @@
-"""From sources and what their layers see to fused layers: the one place where a method is applied to all of them."""
+"""Solve all layers of a fusion: combines the sources' updates and statistics, layer by layer, by the chosen method."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from diffusers_mixofshow.errors import FusionError, first_line
 from diffusers_mixofshow.families import Family, family_of_sites
 from diffusers_mixofshow.families.recognition import family_of_updates
 from diffusers_mixofshow.fusion.gram import Device, Gram, Inverse, sum_grams
-from diffusers_mixofshow.fusion.merging import dare_merged, summed, svd_merged, ties_merged
+from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties, sum_updates
 from diffusers_mixofshow.fusion.ridge import choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
-    at_most_full_rank,
+    cap_at_full_rank,
     closed_form,
     closed_form_in_span,
     lbfgs,
     overlaps,
-    recompressed,
     relative_residual,
     target_rows,
+    truncate_rank,
     weighted_average,
 )
 from diffusers_mixofshow.fusion.sources import Source, shares
@@ -40,12 +40,12 @@ from diffusers_mixofshow.progress import progress
 Method = Literal["closed-form", "lbfgs", "ssr", "average", "sum", "ties", "dare", "svd"]
 METHODS: tuple[Method, ...] = get_args(Method)
 MEASURED: tuple[Method, ...] = ("closed-form", "lbfgs", "ssr")
-"""Methods that need statistics; the others see only the updates."""
+"""Methods that need statistics; the others use the updates alone."""
 
 Ridge = float | Literal["auto"]
 
 LBFGS_STEPS = {"text": 500, "spatial": 50}
-"""The paper's settings (section 6.1): text layers and text keys and values, and the other layers."""
+"""The paper's iterations (section 6.1) for layers whose input is the text alone, and for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class Settings:
 
     Args:
         method: One of `METHODS`.
-        ridge: Weight of small updates against a perfect fit, as a fraction of the mean squared feature; ``auto``
-            picks it for every layer by the inputs held out.
-        max_rank: Fused updates of a higher rank are cut down to it; by default none is, beyond the layer's own.
+        ridge: Ridge penalty, as a fraction of the mean squared feature; ``auto`` chooses it for every layer by the
+            error on held-out inputs.
+        max_rank: Fused updates of a higher rank are truncated to it; by default only to the layer's full rank.
     """
 
     method: Method = "closed-form"
@@ -64,7 +64,7 @@ class Settings:
     max_rank: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that make no sense; reports every defect at once."""
+        """Check the settings; one error lists every defect."""
         defects = []
         if self.method not in METHODS:
             defects.append(f"unknown method {self.method!r}, expected {', '.join(map(repr, METHODS))}")
@@ -79,7 +79,7 @@ class Settings:
 
 
 Overlaps = dict[tuple[str, str], float]
-"""Pair of sources to how much they ask for the same place of the input space; see `solvers.overlaps`."""
+"""Pair of sources to their overlap, see `solvers.overlaps`."""
 
 
 def check_device(device: Device) -> None:
@@ -88,21 +88,21 @@ def check_device(device: Device) -> None:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise FusionError(
-            f"Layers cannot be solved on device={str(device)!r}: {first_line(error)}. Expected a device with float64, "
-            f"of those that this machine has: {devices()}."
+            f"Layers cannot be solved on device={str(device)!r}: {first_line(error)}. Expected a device with float64; "
+            f"this machine has: {devices()}."
         ) from error
 
 
 @dataclass
 class Solution:
-    """Fused layers, and what is to be said about them.
+    """Fused layers and the numbers of their report.
 
     Args:
         lora: Site to fused update.
-        residuals: Site to source to relative residual under the weighted average and after fusion.
+        residuals: Site to source to the relative residuals of the weighted average and of the fusion.
         layers: Site to further numbers: ridge, condition, energy kept.
         overlaps: Pair of sources to their overlap, summed over inputs.
-        inputs: How many inputs the overlaps were summed over.
+        inputs: Number of inputs over which overlaps were summed.
     """
 
     lora: dict[str, LowRank] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Solution:
     inputs: int = 0
 
     def add(self, other: Solution) -> None:
-        """Take over what was solved for other layers."""
+        """Add the solution of other layers."""
         self.lora |= other.lora
         self.residuals |= other.residuals
         self.layers |= other.layers
@@ -122,16 +122,16 @@ class Solution:
 
 
 Statistics = Sequence[Sequence[GramStatistics]]
-"""For each source, the statistics of its concepts; none of a source that another process has."""
+"""For each source, the statistics of its concepts; empty for a source of another process."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """All that the objective needs to know of the sources at one input, their shares in it.
+    """Both sides of the normal equations for one input, summed over sources and weighted by share.
 
     Args:
         gram: Sum of the Gram matrices, (in_features, in_features).
-        targets: Site to what the sources ask of it, see `target_rows`; (sum_i r_i, in_features).
+        targets: Site to its right-hand side, see `target_rows`; (sum_i r_i, in_features).
     """
 
     gram: Gram
@@ -139,16 +139,17 @@ class Sums:
 
 
 class SharedInput:
-    """What all layers that read one input have in common, worked out when it is needed and once for all of them.
+    """Sums and inverses that all layers of one input share, computed once, on first use.
 
-    Matrices of the sources are read one at a time and summed, so that memory does not grow with their number.
+    Gram matrices of the sources are read one at a time and summed, so that memory does not grow with their number.
 
     Args:
-        family: Whose layers they are.
+        family: Family of the base model.
         sources: What to fuse.
-        statistics: What was recorded, or nothing for methods that do not ask.
+        statistics: Statistics of the sources; empty for methods that need none.
         sites: Layers that share the input.
-        prior: Gram matrix whose outputs shall stay the base's, its weight in it; (in_features, in_features).
+        prior: Weighted Gram matrix of prompts without concepts, whose outputs are to be kept; (in_features,
+            in_features).
         device: Where sums are taken and solved, in float64.
     """
 
@@ -161,20 +162,20 @@ class SharedInput:
         prior: Gram | None = None,
         device: Device = "cpu",
     ) -> None:
-        """Read no matrix yet."""
+        """Collect the updates; no matrix is read yet."""
         self.family, self.name, self.device = family, family.input_of(sites[0]), device
         self.sources, self.weights = sources, shares(sources)
         self.updates = {site: updates_of(sources, site, device) for site in sites}
         self.width = next(iter(self.updates.values()))[0].down.shape[1]
         self._prior = None if prior is None else prior.to(device)
-        self._statistics, self._team = statistics, Team.present()
+        self._statistics, self._team = statistics, Team.current()
         self._sums: dict[Part | None, Sums] = {}
         self._inverses: dict[float, Inverse] = {}
 
     def grams(self, part: Part | None = None) -> Iterator[tuple[int, Gram]]:
-        """Place and Gram matrix of each source that this process has, one at a time.
+        """Index and Gram matrix of each source of this process, one at a time.
 
-        Concepts of a source share one update, and every one of them weighs the same.
+        Concepts of one source share its updates and have equal weights.
         """
         for place, concepts in enumerate(self._statistics):
             if not concepts:
@@ -201,28 +202,28 @@ class SharedInput:
             def weighted() -> Iterator[tuple[Gram, float]]:
                 for place, gram in self.grams(part):
                     for site, updates in self.updates.items():
-                        asked = target_rows([updates[place]], [gram])
-                        blocks[site][place].copy_(self.weights[place] * asked)
+                        rows = target_rows([updates[place]], [gram])
+                        blocks[site][place].copy_(self.weights[place] * rows)
                     yield gram, self.weights[place]
 
             gram = self._team.sum_gram(weighted(), self.width, self.device)
-            self._sums[part] = Sums(gram, {site: self._team.summed(rows) for site, rows in targets.items()})
+            self._sums[part] = Sums(gram, {site: self._team.all_reduce(rows) for site, rows in targets.items()})
         return self._sums[part]
 
     @property
     def parts(self) -> set[Part]:
-        """Which parts every concept that this process has was recorded in."""
+        """The parts that were recorded for every concept of this process."""
         mine = [set(one.parts) for concepts in self._statistics for one in concepts]
         return set.intersection(set(PARTS), *mine)
 
     @cached_property
     def total(self) -> Gram:
-        """Sum of the Gram matrices, and the prior."""
+        """Sum of the Gram matrices of all parts, plus the prior."""
         return self._with_prior(self.sums().gram)
 
     @cached_property
     def fitted(self) -> Gram:
-        """The same of the fitted part alone."""
+        """Sum of the Gram matrices of the ``fit`` part, plus the prior."""
         return self._with_prior(self.sums("fit").gram)
 
     def _with_prior(self, gram: Gram) -> Gram:
@@ -243,46 +244,44 @@ def solve(
     *,
     prior: Mapping[str, Gram] | None = None,
     device: Device = "cpu",
-    told: str = "Solving",
+    description: str = "Solving",
     pipe: object = None,
 ) -> Solution:
-    """Fuse layers, those that read one input together.
-
-    Every process of a team solves every layer from the same sums, so that all of them hold the same fused layers.
+    """Fuse layers, grouped by the input that they share. Every process of a team solves all layers.
 
     Args:
         sources: What to fuse.
-        statistics: What was recorded of each; empty for methods that do not ask, which then report no residuals.
+        statistics: Statistics of each; may be empty for methods that need none, and then no residual is reported.
         sites: The layers.
-        settings: How.
-        prior: Input to the Gram matrix whose outputs shall stay the base's, its weight in it.
+        settings: How to solve.
+        prior: Input to the weighted Gram matrix of prompts without concepts, whose outputs are to be kept.
         device: Where sums are taken and solved, in float64; the result is on the CPU.
-        told: What progress calls it.
-        pipe: The pipeline that they were recorded with, which may have its progress bars switched off.
+        description: Label of the progress bar.
+        pipe: The pipeline, whose setting shows or hides progress bars.
 
     Raises:
-        FusionError: If a Gram matrix is singular, or a ridge is to be chosen and nothing was held out.
+        FusionError: If a Gram matrix is singular, or ridge is ``auto`` without held-out inputs.
     """
     family, solution = family_of_sources(sources), Solution()
     groups = family.by_input(sites)
-    with progress(told, len(groups), pipe=pipe) as bar:
+    with progress(description, len(groups), pipe=pipe) as bar:
         for name, group in groups.items():
             shared = SharedInput(family, sources, statistics, group, (prior or {}).get(name), device)
             solution.add(_solve_input(shared, settings, measured=bool(statistics)))
             bar.update()
     found = {(site, name): pair for site, layer in solution.residuals.items() for name, pair in layer.items()}
     solution.residuals = {site: {} for site in solution.residuals}
-    for (site, name), pair in Team.present().joined(found).items():  # each measured by the process that has it
+    for (site, name), pair in Team.current().all_gather(found).items():  # each process measures its own sources
         solution.residuals[site][name] = pair
     return solution
 
 
 def _solve_input(shared: SharedInput, settings: Settings, *, measured: bool) -> Solution:
-    """Fuse the layers that read one input; the residuals are those of the sources that this process has."""
+    """Fuse the layers of one input; residuals are of this process's sources only."""
     solution = Solution()
     for site in shared.updates:
         fused, numbers = SOLVERS[settings.method](shared, site, settings)
-        low_rank, kept = _low_rank(fused, settings.max_rank)
+        low_rank, kept = _to_low_rank(fused, settings.max_rank)
         own = [source.edlora.lora[site] for source in shared.sources if site in source.edlora.lora]
         solution.lora[site] = replace(low_rank, convolution=any(update.convolution for update in own))
         solution.layers[site] = numbers | ({} if kept == 1 else {"energy_kept": kept})
@@ -290,12 +289,12 @@ def _solve_input(shared: SharedInput, settings: Settings, *, measured: bool) -> 
         solution.residuals = _residuals(shared, solution.lora)
         site, names = next(iter(shared.updates)), [source.name for source in shared.sources]
         table = overlaps(shared.updates[site], shared.sums().targets[site]).tolist()
-        solution.overlaps, solution.inputs = _pairs(names, table), 1
+        solution.overlaps, solution.inputs = _list_pairs(names, table), 1
     return solution
 
 
 def _residuals(shared: SharedInput, lora: Mapping[str, LowRank]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Site to source to relative residual under the weighted average and after fusion."""
+    """Site to source to the relative residuals of the weighted average and of the fusion."""
     fused = {site: Factors.of(lora[site]).to(shared.device) for site in shared.updates}
     average = {site: weighted_average(updates, shared.weights) for site, updates in shared.updates.items()}
     found: dict[str, dict[str, tuple[float, float]]] = {site: {} for site in shared.updates}
@@ -323,7 +322,7 @@ def sites_of(sources: Sequence[Source]) -> tuple[str, ...]:
 
 
 def updates_of(sources: Sequence[Source], site: str, device: Device = "cpu") -> list[Factors]:
-    """Every source's update of a layer, of rank 0 where it leaves the layer alone."""
+    """Every source's update of a layer; rank 0 if it does not change the layer."""
     present = next(source.edlora.lora[site] for source in sources if site in source.edlora.lora)
     shape = (present.up.shape[0], present.down.shape[1])
     return [source.factors(site, shape).to(device) for source in sources]
@@ -337,7 +336,7 @@ def _solve_closed_form(shared: SharedInput, site: str, settings: Settings) -> So
     if ridge == "auto":
         if shared.parts != {"fit", "held_out"}:
             raise FusionError(
-                "ridge='auto' judges a ridge by inputs that were held out, and these statistics have none. "
+                "ridge='auto' needs held-out inputs, and these statistics have none. "
                 "Record with two prompts or more for each concept, or give the ridge as a number, such as 1e-2."
             )
         held_out = shared.sums("held_out")
@@ -366,32 +365,32 @@ SOLVERS: Mapping[str, Callable[[SharedInput, str, Settings], Solved]] = {
     "lbfgs": _solve_lbfgs,
     "ssr": _solve_in_span,
     "average": lambda shared, site, settings: (weighted_average(shared.updates[site], shared.weights), {}),
-    "sum": lambda shared, site, settings: (summed(shared.updates[site]), {}),
-    "ties": lambda shared, site, settings: (ties_merged(shared.updates[site], shared.weights), {}),
+    "sum": lambda shared, site, settings: (sum_updates(shared.updates[site]), {}),
+    "ties": lambda shared, site, settings: (merge_ties(shared.updates[site], shared.weights), {}),
     "dare": lambda shared, site, settings: (
-        dare_merged(shared.updates[site], shared.weights, seed=crc32(site.encode())),
+        merge_dare(shared.updates[site], shared.weights, seed=crc32(site.encode())),
         {},
     ),
-    "svd": lambda shared, site, settings: (svd_merged(shared.updates[site], shared.weights), {}),
+    "svd": lambda shared, site, settings: (merge_svd(shared.updates[site], shared.weights), {}),
 }
-"""Method to solver, all with one signature: the input and what the sources want there, the layer, settings."""
+"""Method to solver; all take the shared input, the layer's site and the settings."""
 
 
-def _low_rank(update: Factors, max_rank: int | None) -> tuple[LowRank, float]:
-    update, kept = at_most_full_rank(update), 1.0
+def _to_low_rank(update: Factors, max_rank: int | None) -> tuple[LowRank, float]:
+    update, kept = cap_at_full_rank(update), 1.0
     if max_rank is not None and len(update.down) > max_rank:
-        update, kept = recompressed(update, max_rank)
+        update, kept = truncate_rank(update, max_rank)
     down, up = update.down.cpu().float().contiguous(), update.up.cpu().float().contiguous()
     return LowRank(down=down, up=up, alpha=float(len(down))), kept
 
 
-def _pairs(names: Sequence[str], table: Sequence[Sequence[float]]) -> Overlaps:
+def _list_pairs(names: Sequence[str], table: Sequence[Sequence[float]]) -> Overlaps:
     """Every pair of names once, from a symmetric table."""
     return {(one, names[j]): table[i][j] for i, one in enumerate(names) for j in range(i + 1, len(names))}
 
 
 def check_recorded(sources: Sequence[Source], statistics: Statistics, sites: Sequence[str]) -> None:
-    """Raise one `FusionError` that names the sources whose statistics lack an input of the sites."""
+    """Raise a `FusionError` that names every source whose statistics lack an input of the sites."""
     needed = set(family_of_sites(sites).by_input(sites))
     lacking = []
     for source, concepts in zip(sources, statistics, strict=True):
@@ -400,6 +399,6 @@ def check_recorded(sources: Sequence[Source], statistics: Statistics, sites: Seq
     if lacking:
         raise FusionError(
             f"Statistics lack inputs of layers that are to be fused: {', '.join(lacking)}. Record them again "
-            "with GradientFuser(pipe).record(source, alongside=[...]), all other sources named, on a model that has "
-            "all of these layers."
+            "with GradientFuser(pipe).record(source, alongside=[all other sources]), on a model that has all of "
+            "these layers."
         )

@@ -1,4 +1,4 @@
-"""What is to be fused: ED-LoRAs with their weights and recording prompts, checked together before any work starts."""
+"""Sources of a fusion: ED-LoRAs and plain LoRAs with weights and recording prompts, checked before any work starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from diffusers_mixofshow.interop.opening import Opened, open_edlora
 
 
 NAME = re.compile(r"<\w[\w.-]{0,99}>|\w[\w.,;()+&'-]{0,99}")
-"""What a source may be called: a concept's placeholder, or a plain LoRA's label. Folders are named after it."""
+"""Allowed names of a source: a concept's placeholder, or a plain LoRA's label. Folders are named after it."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class FusionSource:
     """An ED-LoRA to fuse, with settings of its own.
 
     Args:
-        source: An ED-LoRA, or a path or Hub id of one; of another program's file with embeddings, too.
+        source: An ED-LoRA, or a path or Hub id of one or of another program's file with embeddings.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
-        opened: What was found at that place already, which is not read again then.
+        opened: The file at `source` if it was read already; it is not read again.
     """
 
     source: EDLoRA | str | os.PathLike[str]
@@ -54,17 +54,17 @@ class FusionSource:
 
 @dataclass(frozen=True)
 class LoRASource:
-    """A plain LoRA to fuse: no learnt embeddings, it acts when its trigger words are in the prompt.
+    """A plain LoRA to fuse: it has no learnt embeddings and acts when its trigger words are in the prompt.
 
     Args:
         source: A file in the names of diffusers, PEFT or kohya / A1111, or a folder or Hub id with one.
-        prompts: Prompts with its trigger words, such as ``photo of sks dog``, to sample while layers are watched;
-            by default they are made of the trigger words in the file's metadata, where there are any.
+        prompts: Recording prompts with its trigger words, such as ``photo of sks dog``; by default made from the
+            trigger words in the file's metadata, if it has any.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
-        name: What reports call it; by default the file's name.
+        name: Its name in reports; by default the file's name.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
-        opened: What was found at that place already, which is not read again then.
+        opened: The file at `source` if it was read already; it is not read again.
     """
 
     source: str | os.PathLike[str]
@@ -76,7 +76,7 @@ class LoRASource:
     opened: Opened | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse one prompt alone, whose letters would be taken for prompts."""
+        """Refuse a string as prompts, which would be iterated letter by letter."""
         if isinstance(self.prompts, str):
             raise FusionError(
                 f"LoRASource({os.fspath(self.source)!r}) needs a list of prompts with its trigger words, such as "
@@ -85,23 +85,23 @@ class LoRASource:
 
     @property
     def label(self) -> str:
-        """Its name without blanks, and without the brackets that mark a concept."""
+        """Its name without spaces, and without the angle brackets that mark a concept."""
         return "_".join(re.split(r"[\s<>]+", self.name or Path(self.source).stem)).strip("_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One ED-LoRA that takes part: a single concept, or a pack of several that share their updates.
+    """One ED-LoRA to fuse: a single concept, or a pack of several that share their updates.
 
     Args:
-        edlora: The ED-LoRA, its scale already folded in.
+        edlora: The ED-LoRA, its updates already multiplied by `folded`.
         weight: Its share, relative to the other sources.
-        scale: What every update is multiplied by.
-        prompts: Recording prompts by placeholder; of a plain LoRA, by its name.
-        origin: Path or Hub id that it was read from; empty of an object.
-        file: The file that it was read from, on this disk or in the Hub's cache; None of an object.
-        statistics: What was recorded of it with its own LoRA.
-        folded: How much of the scale is in the updates already.
+        scale: Factor on every update.
+        prompts: Recording prompts by placeholder; for a plain LoRA, by its name.
+        origin: Path or Hub id that it was read from; empty for an `EDLoRA` object.
+        file: The file that it was read from, on this disk or in the Hub's cache; None for an `EDLoRA` object.
+        statistics: Statistics that were recorded with its own LoRA.
+        folded: The factor that `edlora` has been multiplied by so far.
     """
 
     edlora: EDLoRA
@@ -120,16 +120,16 @@ class Source:
 
     @property
     def home(self) -> Path | None:
-        """File on this disk beside which its statistics can be kept; the Hub's cache is no place for them."""
+        """File on this disk beside which its statistics can be kept; None for one in the Hub's cache."""
         return None if is_repo_id(self.origin) else self.file
 
     @property
     def name(self) -> str:
-        """Placeholders of its concepts, e.g. ``<potter>``, or ``<potter>+<thanos>`` of a pack."""
+        """Placeholders of its concepts: ``<potter>``, or ``<potter>+<thanos>`` for a pack."""
         return "+".join(self.prompts)
 
     def factors(self, site: str, shape: tuple[int, int]) -> Factors:
-        """Its update of one layer, float64, on the CPU; of rank 0 where it leaves the layer alone.
+        """Its update of one layer, float64, on the CPU; rank 0 if it does not change the layer.
 
         Args:
             site: The layer, see `families.family`.
@@ -140,13 +140,13 @@ class Source:
             return Factors(down=torch.zeros(0, shape[1]).double(), up=torch.zeros(shape[0], 0).double())
         return Factors.of(update).to("cpu")
 
-    def at_scale(self, scale: float, *, weight: float) -> Source:
-        """The same with its updates at a scale, however much of one is folded in already, and with a weight."""
+    def rescale(self, scale: float, *, weight: float) -> Source:
+        """The source with this scale and weight, its updates multiplied accordingly."""
         edlora = self.edlora if scale == self.folded else scale_updates(self.edlora, scale / self.folded)
         return replace(self, edlora=edlora, weight=weight, scale=scale, folded=scale)
 
     def misfits(self, statistics: SourceStatistics) -> list[str]:
-        """Why statistics cannot stand for this source; empty if they can."""
+        """Why statistics do not belong to this source; empty if they do."""
         if statistics.digest != self.edlora.digest:
             return [
                 f"the statistics given with {self.name} are of another LoRA (SHA-256 {statistics.digest[:12]}, "
@@ -177,15 +177,15 @@ def gather(
     """Read the ED-LoRAs and check that they can be fused with each other and with the model.
 
     Args:
-        given: ED-LoRAs, or what `EDLoRA.from_pretrained` reads; what was gathered before is not read again.
-        components: ``pipeline.components`` of the model; None where there is no model.
+        given: ED-LoRAs, or what `EDLoRA.from_pretrained` reads; a `Source` is not read again.
+        components: ``pipeline.components`` of the model; None without a model.
         prompts: See `recording_prompts`.
-        weights: Share of each, any positive numbers; by default each one's own, 1.
-        scales: Factor on all updates of each; by default each one's own, 1.
+        weights: Share of each, any positive numbers; by default the sources' own.
+        scales: Factor on all updates of each; by default the sources' own.
 
     Raises:
         ConceptError: If concepts of several sources share names.
-        FusionError: If anything does not fit; lists everything that is wrong.
+        FusionError: If anything does not fit; lists every defect.
     """
     if isinstance(given, str | os.PathLike | EDLoRA | FusionSource | LoRASource):
         raise FusionError(f"Expected a list of sources to fuse, got {given!r} alone. Put it in brackets.")
@@ -204,7 +204,7 @@ def gather(
     if defects:
         raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(defects))
     numbers = zip(sources, weights, scales, strict=True)
-    return tuple(source.at_scale(scale, weight=weight) for source, weight, scale in numbers)
+    return tuple(source.rescale(scale, weight=weight) for source, weight, scale in numbers)
 
 
 def _read(
@@ -212,7 +212,7 @@ def _read(
     prompts: PromptSet | None,
     layers: tuple[str, ...],
 ) -> Source:
-    """A source as it was given, its scale noted but not folded in yet."""
+    """Read one source; its scale is stored but not yet applied to the updates."""
     entry = given if isinstance(given, FusionSource | LoRASource) else FusionSource(given)
     if isinstance(entry.source, EDLoRA):
         return _source(entry, entry.source, _prompts_of_concepts(entry.source, prompts))
@@ -222,7 +222,7 @@ def _read(
     edlora, place = opened.edlora, os.fspath(entry.source)
     if edlora.concepts and isinstance(entry, LoRASource):
         raise FusionError(
-            f"{place} is no plain LoRA: it holds embeddings of {_names(edlora)}. Give it by itself, or as "
+            f"{place} is not a plain LoRA: it holds embeddings of {_list_concepts(edlora)}. Give it by itself, or as "
             f"FusionSource({place!r}); its prompts come from the fuser."
         )
     if edlora.concepts:
@@ -243,18 +243,18 @@ def _prompts_of_concepts(edlora: EDLoRA, prompts: PromptSet | None) -> dict[str,
 
 
 def _prompts_of_file(lora: LoRASource, opened: Opened) -> tuple[str, ...]:
-    """Prompts made of the trigger words that a LoRA's file tells; what it does without any is never seen."""
+    """Recording prompts from the trigger words in a LoRA's file; other prompts are not covered."""
     words = opened.trigger_words
     if not words:
         raise FusionError(
-            f"{os.fspath(lora.source)} is a plain LoRA, which acts by its trigger words, and its file tells none; "
+            f"{os.fspath(lora.source)} is a plain LoRA, which acts by its trigger words, and its file names none; "
             f"give LoRASource({os.fspath(lora.source)!r}, prompts=['photo of sks dog', ...]), or the "
             "trigger words with --prompts on the command line."
         )
     prompts = prompts_of_trigger(words)
     warn(
         f"{lora.label} is recorded with prompts made of the trigger words in its file, "
-        f"{', '.join(map(repr, words))}: {'; '.join(prompts[:3])}; ... Give prompts of your own if it acts on others."
+        f"{', '.join(map(repr, words))}: {'; '.join(prompts[:3])}; ... Give prompts of your own if it has others."
     )
     return prompts
 
@@ -263,9 +263,9 @@ def _label_defects(sources: Sequence[Source]) -> list[str]:
     labels = [source.name for source in sources if not source.edlora.concepts]
     defects = []
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        defects.append(f"LoRAs named alike: {', '.join(twice)}; give each a name of its own")
+        defects.append(f"LoRAs with the same name: {', '.join(twice)}; give each its own")
     if odd := [label for label in labels if label and not NAME.fullmatch(label)]:
-        defects.append(f"LoRAs whose names are no names of folders: {', '.join(map(repr, odd))}; give name='...'")
+        defects.append(f"LoRAs whose names cannot name a folder: {', '.join(map(repr, odd))}; give name='...'")
     return defects
 
 
@@ -288,10 +288,10 @@ def _number_defects(what: str, numbers: Sequence[float], count: int, *, positive
 
 
 def mutual_defects(sources: Sequence[Source]) -> list[str]:
-    """Find what keeps sources from being fused with each other: bases, layers, or that there are none.
+    """Why sources cannot be fused with each other: different bases or layers, or none given.
 
     Raises:
-        ConceptError: If concepts share names, in which case they may as well be one source given twice.
+        ConceptError: If concepts share names; perhaps one source was given twice.
     """
     if not sources:
         return ["none was given; give at least one"]
@@ -309,7 +309,7 @@ def mutual_defects(sources: Sequence[Source]) -> list[str]:
         defects.append(f"they were made for layers of different sizes ({', '.join(misfits[:3])})")
     common = family_of_sites([site for edlora in edloras.values() for site in edlora.lora])
     if not all(common.has_site(site) for edlora in edloras.values() for site in edlora.lora):
-        defects.append(f"they change layers that no family of base models has together ({_tell_families(sources)})")
+        defects.append(f"no family of base models has all of the layers that they change ({_list_families(sources)})")
     return defects
 
 
@@ -327,12 +327,12 @@ def _size_defects(sources: Sequence[Source]) -> list[str]:
 
 
 def _model_defects(sources: Sequence[Source], components: Mapping[str, object] | None) -> list[str]:
-    """Find what is wrong with each source in itself and, where there is a model, with the model."""
+    """Defects of each source by itself or, if there is a model, in combination with the model."""
     defects = []
     if components is None:
         for edlora in (source.edlora for source in sources):
             inner = content_defects(edlora.concepts, edlora.embeddings, edlora.lora, edlora.layers)
-            defects += [f"the ED-LoRA of {_names(edlora)} is defective: {defect}" for defect in inner]
+            defects += [f"the ED-LoRA of {_list_concepts(edlora)} is defective: {defect}" for defect in inner]
         return defects
     family, strange = family_of(components), []
     for source in sources:
@@ -345,7 +345,7 @@ def _model_defects(sources: Sequence[Source], components: Mapping[str, object] |
             defects.append(str(error) if source.edlora.concepts else f"{source.name}: {error}")
     if strange:
         defects.append(
-            f"the pipeline is one of {family.name}, whose layers are others than those of {_tell_families(strange)}; "
+            f"the pipeline is one of {family.name}, whose layers are others than those of {_list_families(strange)}; "
             "give a pipeline of the base that they were tuned on"
         )
     return defects
@@ -357,10 +357,10 @@ def _is_of_another(source: Source, family: Family) -> bool:
     return not all(map(family.has_site, lora)) and family_of_updates(input_widths(lora)) is not family
 
 
-def _tell_families(sources: Sequence[Source]) -> str:
+def _list_families(sources: Sequence[Source]) -> str:
     families = [family_of_updates(input_widths(source.edlora.lora)).name for source in sources]
     return ", ".join(f"{source.name} for {family}" for source, family in zip(sources, families, strict=True))
 
 
-def _names(edlora: EDLoRA) -> str:
+def _list_concepts(edlora: EDLoRA) -> str:
     return ", ".join(concept.placeholder for concept in edlora.concepts) or "a plain LoRA"

@@ -1,4 +1,4 @@
-"""What fusion has to know about a concept: the Gram matrix of every layer's inputs, gathered as a stream."""
+"""Statistics of a concept: the Gram matrix of every layer's inputs, accumulated while the concept is sampled."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from diffusers_mixofshow.fusion.sketch import WIDEST_MATRIX, GramSketch
 
 
 Part = Literal["fit", "held_out"]
-"""Inputs of the prompts that are only fitted, and of those by which a ridge can be judged as well."""
+"""``fit``: inputs of most prompts; ``held_out``: inputs of the prompts by which ``ridge='auto'`` chooses a ridge.
+
+The final solution uses both.
+"""
 
 PARTS: tuple[Part, ...] = ("fit", "held_out")
 
 
 class GramStatistics(Protocol):
-    """Gram matrices of one concept's layer inputs, wherever they are kept."""
+    """Gram matrices of one concept's layer inputs, in memory or in a file."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -27,17 +30,17 @@ class GramStatistics(Protocol):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Which parts were recorded."""
+        """The parts that were recorded."""
 
     def tokens(self, name: str, part: Part | None = None) -> int:
-        """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
+        """Number of tokens seen at an input, in one part or in all; 0 for an unknown input."""
 
     def gram(self, name: str, part: Part | None = None) -> Gram:
         """Gram matrix per token, on the CPU; of one part or of all."""
 
 
 class ConceptStatistics:
-    """Streaming Gram matrices X X^T of one concept's layer inputs; no feature is kept, and of wide inputs no matrix.
+    """Streaming Gram matrices X X^T of one concept's layer inputs; wide ones are sketched, features are never kept.
 
     Products are taken in float64 on a CPU and in float32 elsewhere, and summed in float64 where the device has it.
     """
@@ -48,12 +51,12 @@ class ConceptStatistics:
         self._tokens: dict[tuple[str, Part], int] = {}
 
     def add(self, name: str, features: torch.Tensor, part: Part = "fit") -> None:
-        """Add the features that went into a layer.
+        """Add a batch of input features of a layer.
 
         Args:
             name: The input's name, see `Family.input_of`.
             features: Any number of tokens, shape (..., in_features).
-            part: What they are for, see `Part`.
+            part: The part they belong to.
         """
         rows = features.detach().flatten(end_dim=-2)
         if (name, part) not in self._sums:
@@ -63,7 +66,7 @@ class ConceptStatistics:
         self._tokens[name, part] = self._tokens.get((name, part), 0) + len(rows)
 
     def offload(self) -> None:
-        """Move what was gathered to the CPU, so that a GPU holds no more than one concept's sums at a time."""
+        """Move the sums to the CPU, so that a GPU holds those of one concept at a time."""
         for one in self._sums.values():
             one.offload()
 
@@ -78,18 +81,18 @@ class ConceptStatistics:
         return tuple(part for part in PARTS if any(part == seen for _, seen in self._tokens))
 
     def tokens(self, name: str, part: Part | None = None) -> int:
-        """Number of tokens seen at an input, in one part or in all; 0 if it was never met."""
+        """Number of tokens seen at an input, in one part or in all; 0 for an unknown input."""
         return sum(self._tokens.get((name, one), 0) for one in (PARTS if part is None else (part,)))
 
     def gram(self, name: str, part: Part | None = None) -> Gram:
-        """Gram matrix per token, X X^T / tokens, so that concepts weigh the same however long they were recorded.
+        """Gram matrix per token, X X^T / tokens, so that weights of concepts do not depend on recording length.
 
         Args:
             name: The input's name, see `Family.input_of`.
-            part: Of which inputs; all by default.
+            part: Which part; all by default.
 
         Raises:
-            KeyError: If the input was never met.
+            KeyError: If the input was not recorded.
         """
         wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._sums]
         if not wanted:
@@ -123,7 +126,7 @@ class _DenseSum:
 
 @contextmanager
 def _exact_products(rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Rows whose products are taken in float64 on a CPU, else in true float32, whatever the user turned on.
+    """Rows whose products are computed in float64 on a CPU, else in true float32, whatever the user's settings.
 
     TensorFloat-32 keeps ten bits, and autocast would multiply in half precision.
     """

@@ -1,6 +1,6 @@
-"""Where the statistics of sources lie: given with one, in a folder of their own, beside its file, or on the Hub.
+"""Find and keep statistics of sources: given with a source, in a folder of their own, beside its file, or on the Hub.
 
-Nothing else knows these places, but for the files that live as long as one fusion in stages (`shelf`).
+Temporary files of a fusion in stages are in `shelf`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from diffusers_mixofshow.edlora.hub import download, is_repo_id
 from diffusers_mixofshow.edlora.reading import within
 from diffusers_mixofshow.errors import EDLoRANotFoundError, FusionError, warn
 from diffusers_mixofshow.families import family_of_sites
-from diffusers_mixofshow.fusion.collection import Recording, differences
+from diffusers_mixofshow.fusion.collection import Recording, find_differences
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, MaxBytes, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.sources import FusionInput, FusionSource, LoRASource, Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsStore:
-    """Finds statistics of sources, says whether they serve, and keeps what is recorded.
+    """Finds statistics of sources, checks whether they can be used, and saves new ones.
 
     Args:
         folder: Where statistics are kept, instead of beside the sources.
-        max_bytes: Size of a concept's kept statistics, see `SourceStatistics.save`.
-        recording: How statistics shall have been recorded; None where nothing can be recorded, so that any serve.
-        usual: The same of settings left open altogether, which files of earlier releases do not spell out.
+        max_bytes: Size of a concept's saved statistics, see `SourceStatistics.save`.
+        recording: Settings that statistics must have been recorded with; None without a pipeline: then any are used.
+        usual: Default settings, which replace values that files of earlier releases leave open.
     """
 
     folder: Path | None = None
@@ -38,24 +38,24 @@ class StatisticsStore:
     usual: Recording | None = None
 
     def attach(self, sources: Sequence[Source], given: Sequence[FusionInput]) -> tuple[Source, ...]:
-        """The sources with their statistics, as far as there are any.
+        """Add the statistics that exist to their sources.
 
         Args:
             sources: What to fuse.
-            given: What each was read from.
+            given: What the user gave for each of them.
 
         Raises:
-            FusionError: If statistics that were given on purpose do not fit, or a newer release wrote a file.
+            FusionError: If statistics given with a source do not fit it, or a newer release wrote a file.
         """
         pairs = zip(sources, given, strict=True)
         return tuple(self._from_folder(replace(one, statistics=self._given_or_beside(one, own))) for one, own in pairs)
 
-    def serves(self, source: Source, sites: Sequence[str]) -> bool:
+    def has_usable(self, source: Source, sites: Sequence[str]) -> bool:
         """Whether a source has statistics that can be used for these layers."""
         return source.statistics is not None and not self.misfits(source, source.statistics, sites)
 
     def misfits(self, source: Source, statistics: SourceStatistics, sites: Sequence[str]) -> list[str]:
-        """Why statistics are not the source's; where they can be recorded, also why not of all layers and settings."""
+        """Why statistics cannot be used for a source; layers and settings only count if they can be recorded again."""
         misfits = source.misfits(statistics)
         if misfits or self.recording is None or self.usual is None:
             return misfits
@@ -64,28 +64,28 @@ class StatisticsStore:
         if lacking:
             misfits.append(f"the statistics given with {source.name} lack layers that are fused: {listed(lacking)}")
         wanted = self.recording.as_json(source.prompts)
-        if differing := differences(statistics.recording, wanted, self.usual.as_json()):
+        if differing := find_differences(statistics.recording, wanted, self.usual.as_json()):
             misfits.append(f"the statistics given with {source.name} were recorded with {', '.join(differing)}")
         return misfits
 
-    def room(self, source: Source) -> Path | None:
-        """The folder in which files of a source may be kept; None where there is no room for any."""
+    def writable_folder(self, source: Source) -> Path | None:
+        """The folder in which files of a source can be kept; None if there is none that is writable."""
         if self.folder is not None:
             return self.folder
         return None if source.home is None or not os.access(source.home.parent, os.W_OK) else source.home.parent
 
     def choose_place(self, source: Source, sites: Sequence[str], *, publishing: bool) -> Path | None:
-        """Where new statistics of a source go; None where they serve this fusion alone.
+        """The file for new statistics of a source; None if they are for this fusion alone.
 
-        Sound statistics beside the source, though of other settings, are somebody's to keep.
+        A fusion does not overwrite valid statistics of other settings beside the source: others may need them.
 
         Args:
-            source: Of which statistics are to be recorded.
+            source: The source to be recorded.
             sites: The layers that are fused.
-            publishing: Whether recording is all that is asked for: then what lies beside the source is replaced.
+            publishing: Whether the user asked to record, not to fuse: then statistics beside the source are replaced.
 
         Warns:
-            MixOfShowWarning: Why statistics that are there do not serve.
+            MixOfShowWarning: If there are statistics that cannot be used; says why.
         """
         found = source.statistics
         place = self._place(source) if publishing or self.folder is not None or found is None else None
@@ -99,34 +99,34 @@ class StatisticsStore:
         return place
 
     def put(self, source: Source, statistics: SourceStatistics, place: Path | None) -> Source:
-        """Write statistics to their place and take them from there; where there is none, they stay in memory."""
+        """Write statistics to their file and load them from it; without a file they stay in memory."""
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
             statistics = SourceStatistics.load(statistics.save(place, max_bytes=self.max_bytes, overwrite=True))
         return replace(source, statistics=statistics)
 
     def read_again(self, source: Source, sites: Sequence[str]) -> Source:
-        """A source with the statistics that another process may have written just now."""
+        """Load statistics that another process may have written meanwhile."""
         place = self._place(source)
-        if self.serves(source, sites) or place is None or not place.exists():
+        if self.has_usable(source, sites) or place is None or not place.exists():
             return source
         return replace(source, statistics=SourceStatistics.load(place))
 
     def _place(self, source: Source) -> Path | None:
-        """The file in which a source's statistics are kept; None where there is no room for one."""
+        """The file of a source's statistics; None if there is no writable folder for it."""
         if self.folder is not None:
             return self.folder / f"{source.edlora.digest[:16]}.statistics.safetensors"
-        return None if source.home is None or self.room(source) is None else statistics_path(source.home)
+        return None if source.home is None or self.writable_folder(source) is None else statistics_path(source.home)
 
     def _from_folder(self, source: Source) -> Source:
-        """The source with what the folder has of it, unless it brings some that serve."""
+        """Add statistics from the folder, unless the source has some that can be used."""
         place = None if self.folder is None else self._place(source)
-        if place is None or not place.exists() or self.serves(source, ()):
+        if place is None or not place.exists() or self.has_usable(source, ()):
             return source
         return replace(source, statistics=self._load(place))
 
     def _given_or_beside(self, source: Source, given: FusionInput) -> SourceStatistics | None:
-        """Statistics that were given with a source, which must fit it, or lie beside it."""
+        """Statistics that the user gave with a source, which must fit it; else those beside its file."""
         if isinstance(given, FusionSource | LoRASource) and given.statistics is not None:
             own = given.statistics
             statistics = own if isinstance(own, SourceStatistics) else SourceStatistics.load(own)
@@ -140,7 +140,7 @@ class StatisticsStore:
         return None if beside is None else self._load(beside)
 
     def _load(self, path: Path) -> SourceStatistics | None:
-        """Statistics in a file; None of a damaged one, where they can be recorded again."""
+        """Load statistics; None for a damaged file if they can be recorded again."""
         try:
             return SourceStatistics.load(path)
         except DamagedStatisticsError as error:
@@ -153,13 +153,13 @@ class StatisticsStore:
 def statistics_beside(
     location: str | os.PathLike[str], *, subfolder: str = "", revision: str | None = None, file_name: str = FILE_NAME
 ) -> Path | None:
-    """The file of statistics beside a LoRA's, if there is one.
+    """The file of statistics beside a LoRA's file, if it exists; downloaded from the Hub if necessary.
 
     Args:
         location: Folder, file or Hub id.
-        subfolder: Folder in it.
-        revision: Of a Hub id.
-        file_name: What the LoRA's file is called.
+        subfolder: Folder within `location`.
+        revision: Branch, tag or commit of a Hub id.
+        file_name: Name of the LoRA's file.
     """
     name = statistics_path(Path(file_name)).name
     if is_repo_id(location):

@@ -1,7 +1,7 @@
-"""The processes that fuse together: each records and reads its share of the sources; sums are all-reduced.
+"""Fusion by several processes: each records and reads its share of the sources; sums are all-reduced.
 
-Every process solves every layer from the same sums, which costs little beside recording, so that all of them hold the
-same fused layers when the next stage is recorded.
+Every process solves every layer from the same sums. That costs little compared with recording, and gives all of them
+the same fused layers for recording the next stage.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Team:
-    """This process among its equals.
+    """Rank of this process, and the number of processes.
 
     Args:
-        rank: Its number.
-        size: How many there are.
+        rank: Number of this process, from 0.
+        size: Number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def present(cls) -> Team:
-        """The process group that ``accelerate launch`` or ``torchrun`` has set up; one process without."""
+    def current(cls) -> Team:
+        """The process group that ``accelerate launch`` or ``torchrun`` has set up; else a team of one."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls()
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     def share(self, items: Sequence[Item]) -> dict[int, Item]:
-        """The items that are this process's to record and to read, by their place among all."""
+        """This process's share of the items, by their index among all items."""
         return {place: item for place, item in enumerate(items) if place % self.size == self.rank}
 
-    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over all processes, the same everywhere, of any shape; on the tensor's device."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all processes, on the tensor's device."""
         if self.size == 1:
             return tensor
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
@@ -55,20 +55,20 @@ class Team:
         return moved.to(tensor.device)
 
     def sum_gram(self, weighted: Iterable[tuple[Gram, float]], width: int, device: Device) -> Gram:
-        """Sum of the Gram matrices of all processes, the same everywhere, of which this one may have none.
+        """Sum of the Gram matrices of all processes; this one may have none.
 
         Args:
-            weighted: Its own matrices and their weights.
-            width: Of the input that they are of.
-            device: Where the sum is taken.
+            weighted: Matrices of this process and their weights.
+            width: Features of the input.
+            device: Device of the sum.
         """
         if self.size == 1:
             return sum_grams(weighted, as_matrix=width <= WIDEST_MATRIX)
         none = DenseGram(torch.zeros(width, width, dtype=torch.float64, device=device))
-        return DenseGram(self.summed(sum_grams(itertools.chain([(none, 1.0)], weighted), as_matrix=True).matrix()))
+        return DenseGram(self.all_reduce(sum_grams(itertools.chain([(none, 1.0)], weighted), as_matrix=True).matrix()))
 
-    def joined(self, found: Mapping[Name, Item]) -> dict[Name, Item]:
-        """Entries of all processes in one mapping; every process waits here for all others."""
+    def all_gather(self, found: Mapping[Name, Item]) -> dict[Name, Item]:
+        """Merge the entries of all processes into one mapping; a barrier for all processes."""
         if self.size == 1:
             return dict(found)
         parts: list[Mapping[Name, Item]] = [{}] * self.size
