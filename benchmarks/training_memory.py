@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts
-from diffusers_mixofshow.edlora.embeddings import named
+from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.layers import embedding_layers, unread_layers
 from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
@@ -145,7 +145,7 @@ def embeddings(layers: int) -> dict[str, nn.Parameter]:
     """A concept's, without numbers."""
     widths = {"text_encoder": CLIP_L["hidden_size"], "text_encoder_2": CLIP_G["hidden_size"]}
     return {
-        named(token, part): nn.Parameter(torch.zeros(1 if part == POOLED else layers, widths[encoder]))
+        join_name(token, part): nn.Parameter(torch.zeros(1 if part == POOLED else layers, widths[encoder]))
         for part, encoder in STABLE_DIFFUSION_XL.embedding_parts.items()
         for token in TOKENS
     }

@@ -10,7 +10,7 @@ from transformers import CLIPTextModelWithProjection
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
-from diffusers_mixofshow.edlora.embeddings import named
+from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.layers import adapted_layers, embedding_layers
@@ -41,7 +41,7 @@ def random_pack(
     return EDLoRA(
         concepts=concepts,
         embeddings={
-            named(token, part): values(1 if part == POOLED else len(layers), _WIDTHS[encoder])
+            join_name(token, part): values(1 if part == POOLED else len(layers), _WIDTHS[encoder])
             for concept in concepts
             for token in concept.tokens
             for part, encoder in parts.items()

@@ -316,7 +316,7 @@ def test_an_ordinary_lora_is_no_edlora(saved):
 def test_headers_that_are_no_json_object(saved, header):
     path, _, tensors = saved
     write(path, header, tensors)
-    assert "no JSON object" in refused(path)
+    assert "not a JSON object" in refused(path)
 
 
 @pytest.mark.parametrize("version", [0, 3, "1", 1.0, True, None, [], 10**400])

@@ -205,15 +205,15 @@ def test_values_far_behind_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_texts_are_cut_and_do_nothing_to_a_terminal() -> None:
-    assert defects.shown("a" * 160) == "a" * 160
-    assert defects.shown("a" * 161) == "a" * 157 + "..."
-    assert defects.shown("abcdef", 5) == "ab..."
+    assert defects.sanitise("a" * 160) == "a" * 160
+    assert defects.sanitise("a" * 161) == "a" * 157 + "..."
+    assert defects.sanitise("abcdef", 5) == "ab..."
     for character in "\x00\x08\x0b\x0c\x0e\x1f\x7f\x9f\u200e\u202e\u2069":
         assert not defects.is_showable(f"a{character}")
-        assert defects.shown(f"a{character}b") == "a" + ascii(character)[1:-1] + "b"
+        assert defects.sanitise(f"a{character}b") == "a" + ascii(character)[1:-1] + "b"
     assert defects.is_showable("a\tb\nc\rd ü 猫")
-    assert defects.listed("abcdef") == "6 (a, b, c, d, e, f)"
-    assert defects.listed("abcdefg") == "7 (a, b, c, d, e, f, ...)"
+    assert defects.list_names("abcdef") == "6 (a, b, c, d, e, f)"
+    assert defects.list_names("abcdefg") == "7 (a, b, c, d, e, f, ...)"
     with pytest.raises(EDLoRAFormatError) as caught:
         defects.raise_if_any(["x" * 1201, "y"], subject="s", remedy="r")
     assert str(caught.value) == f"s: {'x' * 1197}...; y. r"
@@ -341,7 +341,7 @@ def test_what_passes_is_tried_three_times_and_nothing_else(
         (OfflineModeIsEnabled("x"), HubError, "HF_HUB_OFFLINE is set, so the Hub was not asked for 'me/x' at rev"),
         (http(401), HubError, "The Hub refused access to 'me/x' at revision 'v1' (HTTP 401). Log in with"),
         (http(403), HubError, "The Hub refused access to 'me/x' at revision 'v1' (HTTP 403). Log in with"),
-        (http(412), HubError, "Others keep committing to 'me/x' at revision 'v1', so that nothing was sent"),
+        (http(412), HubError, "Others keep committing to 'me/x' at revision 'v1', so nothing was sent"),
         (http(500, text="broke secret hf_abcdefghijklmnopq"), HubError, "could not serve 'me/x' at revision 'v1': "),
         (ValueError("Bearer abc odd"), HubError, "could not serve 'me/x' at revision 'v1': Bearer <token> odd"),
     ],
@@ -407,11 +407,11 @@ def test_whether_the_hub_is_there_is_asked_twice(
     monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.huggingface_hub.constants, "ENDPOINT", "http://hub")
     monkeypatch.setattr(hub.time, "sleep", waits.append)
-    assert hub.answers() is answers
+    assert hub.is_reachable() is answers
     assert seen == [("http://hub", 10.0)] * asked
     assert waits == [1.0, 0.0][: len(errors) - len(left) - (asked == 1 and bool(errors))]
     monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert hub.answers()
+    assert hub.is_reachable()
     assert len(seen) == asked
 
 
@@ -438,7 +438,7 @@ def test_a_model_is_looked_for_where_it_can_be(
             cached.append((name, file, revision, cache_dir))
             return found
 
-        monkeypatch.setattr(hub, "answers", lambda: there)
+        monkeypatch.setattr(hub, "is_reachable", lambda: there)
         monkeypatch.setattr(hub, "find_in_cache", cache)
         monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         return lambda: models.load_model("user/base", load, index="config.json")

@@ -129,11 +129,19 @@ def test_a_concept_of_one_family_on_the_other_is_one_error_that_says_what_is_exp
 ) -> None:
     with pytest.raises(EDLoRAFormatError) as caught:
         packs.random_pack(tiny.components()).check_fits(stock.components)
-    for part in ("no embeddings for text_encoder_2", "no embeddings for the vector of the whole text", "someone/tiny"):
+    for part in (
+        "no embeddings for text_encoder_2",
+        "no embeddings for the pooled vector of the whole text",
+        "someone/tiny",
+    ):
         assert part in str(caught.value)
     with pytest.raises(EDLoRAFormatError) as caught:
         pack.check_fits(tiny.components())
-    for part in ("embeddings for text_encoder_2, which", "for the vector of the whole text, which", "layers that the"):
+    for part in (
+        "embeddings for text_encoder_2, which",
+        "for the pooled vector of the whole text, which",
+        "layers that the",
+    ):
         assert part in str(caught.value)
 
 
@@ -177,7 +185,7 @@ def test_other_programs_get_the_means_for_both_encoders_and_hear_of_the_rest(
     for name, part in (("clip_l", ""), ("clip_g", "text_encoder_2.")):
         expected = torch.stack([pack.embeddings[f"{part}<rex{number}>"].mean(dim=0) for number in (1, 2)])
         torch.testing.assert_close(found[name], expected)
-    assert any("vector of the whole text" in said for said in done.lost)
+    assert any("pooled text vector" in said for said in done.lost)
     assert not any("--base" in said for said in done.lost)  # which is for one text encoder
     assert any(said.startswith("text_encoder_2.<rex1>: ") for said in done.lost)
     assert not any(said.startswith("pooled.") for said in done.lost)

@@ -1,4 +1,4 @@
-"""Low-rank updates on a model that is not ours: merged for a while, or beside its layers as PEFT adapters."""
+"""Apply low-rank updates to a borrowed model: merged temporarily, or as PEFT adapters; then restore the model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from diffusers_mixofshow.sharing import changing
 
 
 _TRAINING_ADAPTER = "edlora_training"
-# How far a number may be moved by a cast to bfloat16, as a part of the largest one.
+# Rounding of a cast to bfloat16, relative to the largest value.
 _CAST = 2**-8
-# Adapters that diffusers removed while they were fused, with their strength in each layer.
+# Model to adapters that diffusers removed while they were fused, to their strength by layer.
 _fused: WeakKeyDictionary[nn.Module, dict[str, dict[str, float]]] = WeakKeyDictionary()
-# Layers that attention may read as one, to what it calls the copy of their weights.
+# Name of the fused projection of an attention layer to the projections whose weights it copies.
 _COPIES = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
@@ -41,18 +41,18 @@ _COPIES = {
 
 @contextmanager
 def merged(components: Mapping[str, object], edlora: EDLoRA, scale: float = 1.0) -> Iterator[None]:
-    """Add the ED-LoRA's updates to the weights inside the block; afterwards every weight is what it was, bit for bit.
+    """Add the ED-LoRA's updates to the weights inside the block; afterwards restore every weight, bit for bit.
 
-    The embeddings are not touched. Layers that carry PEFT adapters keep them; the update goes to the base weight.
+    Embeddings are not loaded. In layers with PEFT adapters the update is added to the base weight.
 
     Args:
-        components: ``pipeline.components``, or a part of them; updates of what is not given are left out.
-        edlora: Whose updates to add.
+        components: ``pipeline.components``, or a part of them; updates of missing ones are skipped.
+        edlora: The ED-LoRA.
         scale: Factor on every update.
 
     Raises:
         EDLoRAFormatError: If the ED-LoRA does not fit the model.
-        ConfigurationError: If attention reads copies of the weights, which would not have the updates.
+        ConfigurationError: If attention uses fused copies of the weights, to which the updates would not be added.
     """
     edlora.check_fits(components)
     refuse_copied(components)
@@ -72,14 +72,14 @@ def merged(components: Mapping[str, object], edlora: EDLoRA, scale: float = 1.0)
 
 
 def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, scale: float = 1.0) -> None:
-    """Put the ED-LoRA's updates beside the layers as PEFT adapters, active together with those already active.
+    """Add the ED-LoRA's updates as PEFT adapters, active together with those already active.
 
-    diffusers' own ``get_list_adapters``, ``set_adapters`` and ``cross_attention_kwargs={"scale": ...}`` see them.
+    diffusers' ``get_list_adapters``, ``set_adapters`` and ``cross_attention_kwargs={"scale": ...}`` work with them.
     They do not require gradients; gradient flags of the base weights and the global random state do not change.
 
     Args:
-        components: ``pipeline.components``, or a part of them; updates of what is not given are left out.
-        edlora: Whose updates to inject.
+        components: ``pipeline.components``, or a part of them; updates of missing ones are skipped.
+        edlora: The ED-LoRA.
         adapter_name: PEFT's name for them; letters, digits, ``_`` and ``-``.
         scale: Factor on every update.
 
@@ -95,7 +95,7 @@ def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, 
     models = components_with_sites(components)
     with changing(*models.values()):
         try:
-            with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, which are overwritten here
+            with torch.random.fork_rng(devices=[]):  # PEFT draws initial values, overwritten below
                 layers = _add_adapter(components, adapter_name, shapes)
             for site, layer in layers.items():
                 update = edlora.lora[site]
@@ -110,14 +110,14 @@ def inject(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str, 
 
 
 def eject(components: Mapping[str, object], adapter_name: str) -> None:
-    """Take an adapter out again: layers without any other adapter become the very modules they were.
+    """Remove an adapter: layers without any other adapter are replaced by their original modules.
 
-    Other adapters stay as they are. Components that do not have the adapter are left alone, so that it does no harm
-    if the user has deleted it with diffusers' own methods before.
+    Other adapters are kept. Components without the adapter are skipped, so that it may have been deleted before with
+    diffusers' own methods.
 
     Raises:
-        ConfigurationError: If adapters are fused, so that the weights could not be given back as they were, or
-            copies of such weights are in use, or another thread uses the model.
+        ConfigurationError: If adapters are fused, so that the weights could not be restored, or attention uses copies
+            of such weights, or another thread uses the model.
     """
     refuse_fused(components)
     for component, model in components_with_sites(components).items():
@@ -135,46 +135,46 @@ def eject(components: Mapping[str, object], adapter_name: str) -> None:
 
 
 def adapter_names(components: Mapping[str, object]) -> frozenset[str]:
-    """Names of all adapters in the models, also other programs', and of those fused for good (see `note_fused`)."""
+    """Names of all adapters in the models, including those removed while fused (see `remember_fused`)."""
     models = components_with_sites(components).values()
     return frozenset(name for model in models for name in (*getattr(model, "peft_config", {}), *_fused.get(model, {})))
 
 
-def adapted_components(components: Mapping[str, object], edlora: EDLoRA) -> dict[str, nn.Module]:
-    """Those of the components that the ED-LoRA has updates for."""
+def find_adapted(components: Mapping[str, object], edlora: EDLoRA) -> dict[str, nn.Module]:
+    """The components that the ED-LoRA has updates for."""
     models = components_with_sites(components)
     return {component: models[component] for component in _first_sites(edlora) if component in models}
 
 
-def holders(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> frozenset[str]:
-    """The components that have the ED-LoRA's updates: as this adapter, or fused for good (see `note_fused`).
+def find_holders(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> frozenset[str]:
+    """The components that have the ED-LoRA's updates, as this adapter or permanently fused (see `remember_fused`).
 
-    Read off the models, which diffusers' own methods and other pipelines change, too. An adapter of the same name with
-    other weights is another one.
+    Determined from the models, as diffusers' methods and other pipelines change them, too. An adapter of the same name
+    with other weights does not count.
     """
     sites = _first_sites(edlora)
     return frozenset(
         component
-        for component, model in adapted_components(components, edlora).items()
+        for component, model in find_adapted(components, edlora).items()
         if adapter_name in _fused.get(model, {})
-        or _is_filled_with(_layer_at(model, sites[component]), adapter_name, edlora.lora[sites[component]])
+        or _is_filled_with(_find_module(model, sites[component]), adapter_name, edlora.lora[sites[component]])
     )
 
 
-def out_of_action(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> dict[str, str]:
-    """Why the ED-LoRA's updates do not act: component to the reason; those in which they act are left out."""
-    held, sites = holders(components, edlora, adapter_name), _first_sites(edlora)
+def find_inactive(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> dict[str, str]:
+    """Component to the reason why the ED-LoRA's updates have no effect in it; others are left out."""
+    held, sites = find_holders(components, edlora, adapter_name), _first_sites(edlora)
     reasons = {
-        component: _why_silent(model, sites[component], adapter_name, component in held)
-        for component, model in adapted_components(components, edlora).items()
+        component: _explain_inactive(model, sites[component], adapter_name, component in held)
+        for component, model in find_adapted(components, edlora).items()
     }
     return {component: reason for component, reason in reasons.items() if reason is not None}
 
 
-def note_fused(components: Mapping[str, object], names: Set[str]) -> None:
-    """Remember which of these adapters are fused, and how strongly, as diffusers forgets it when it removes them.
+def remember_fused(components: Mapping[str, object], names: Set[str]) -> None:
+    """Remember which of these adapters are fused, and their strength, before diffusers removes them.
 
-    Their updates stay in the weights then. `eject` takes them out again.
+    Their updates then stay in the weights; `subtract_fused` removes them.
     """
     for model in components_with_sites(components).values():
         strengths: dict[str, dict[str, float]] = {}
@@ -187,15 +187,15 @@ def note_fused(components: Mapping[str, object], names: Set[str]) -> None:
 
 
 def is_fused(components: Mapping[str, object], adapter_name: str) -> bool:
-    """Whether the adapter's updates stayed in the weights when diffusers removed it."""
+    """Whether the adapter's updates stayed in the weights when diffusers removed it, see `remember_fused`."""
     return any(adapter_name in _fused.get(model, {}) for model in components_with_sites(components).values())
 
 
-def take_out_fused(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> None:
-    """Subtract updates that stayed in the weights; these are then what they were up to rounding.
+def subtract_fused(components: Mapping[str, object], edlora: EDLoRA, adapter_name: str) -> None:
+    """Subtract updates that stayed in the weights, which restores these up to rounding.
 
     Raises:
-        ConfigurationError: If copies of the weights are in use, or another thread uses the model.
+        ConfigurationError: If attention uses copies of the weights, or another thread uses the model.
     """
     if is_fused(components, adapter_name):
         refuse_copied(components)
@@ -212,7 +212,7 @@ def take_out_fused(components: Mapping[str, object], edlora: EDLoRA, adapter_nam
 
 @contextmanager
 def keep_active(components: Mapping[str, object], names: Collection[str]) -> Iterator[None]:
-    """Whatever becomes active inside the block, those of these adapters that were active before stay so beside it."""
+    """Keep those of these adapters active that are active now, together with any activated inside the block."""
     models = components_with_sites(components).values()
     before = {model: [name for name in _active_adapters(model) if name in names] for model in models}
     try:
@@ -227,7 +227,7 @@ def keep_active(components: Mapping[str, object], names: Collection[str]) -> Ite
 
 @dataclass(frozen=True)
 class TrainableLoRA:
-    """Fresh LoRA layers inside a model, to be trained.
+    """New LoRA layers inside a model, to be trained.
 
     Args:
         layers: Site name to PEFT's layer.
@@ -240,7 +240,7 @@ class TrainableLoRA:
     alpha: float
 
     def read(self) -> dict[str, LowRank]:
-        """Copy the present values to the CPU: site name to update."""
+        """Copy the current values to the CPU: site name to update."""
         return {
             site: LowRank(
                 down=layer.lora_A[self.adapter_name].weight.detach().cpu().clone(),
@@ -255,15 +255,15 @@ class TrainableLoRA:
 def trainable(
     components: Mapping[str, object], rank: int, alpha: float, wanted: Callable[[str], bool] = lambda site: True
 ) -> Iterator[TrainableLoRA]:
-    """Give every adapted layer a fresh LoRA in float32 inside the block: `down` random, `up` zero, so no effect yet.
+    """Add a LoRA in float32 to every adapted layer inside the block: `down` random, `up` zero, so without effect yet.
 
-    Inside the block only these matrices require gradients; afterwards modules and flags are what they were.
+    Inside the block only these matrices require gradients; afterwards modules and flags are restored.
 
     Args:
         components: ``pipeline.components``, or a part of them.
         rank: Rank of every update.
         alpha: Updates are scaled by alpha / rank.
-        wanted: Which of the adapted layers get one, by site name; all of them by default.
+        wanted: Selects adapted layers by site name; all by default.
     """
     if rank < 1:
         raise ConfigurationError(f"The rank of a LoRA must be at least 1, got {rank}.")
@@ -286,7 +286,7 @@ def trainable(
 def _add_adapter(
     components: Mapping[str, object], adapter_name: str, shapes: Mapping[str, tuple[int, float]]
 ) -> dict[str, LoraLayer]:
-    """Inject PEFT layers of the given (rank, alpha) and return them by site; the base's gradient flags stay."""
+    """Inject PEFT layers of the given (rank, alpha) and return them by site; gradient flags are kept."""
     for component, model in components_with_sites(components).items():
         paths = {canonical_name(component, path): path for path, _ in model.named_modules()}
         wanted = {paths[site]: shape for site, shape in shapes.items() if site.partition(".")[0] == component}
@@ -311,16 +311,16 @@ def _inject_into(model: nn.Module, adapter_name: str, shapes: Mapping[str, tuple
     active = _active_adapters(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")  # to merge it, alone
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")  # only to merge
         try:
             inject_adapter_in_model(config, model, adapter_name)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ConfigurationError(
-                f"PEFT cannot put LoRA beside the layers of this {type(model).__name__}: {first_line(error)}. "
+                f"PEFT cannot add LoRA to the layers of this {type(model).__name__}: {first_line(error)}. "
                 "Expected linear layers in float, or quantised by torchao to 8 bits, by bitsandbytes, GGUF or Quanto. "
-                "Load the base model so, or without quantisation."
+                "Load the base model in one of these ways, or without quantisation."
             ) from error
-    vars(model)["_hf_peft_config_loaded"] = True  # what the adapter methods of diffusers and transformers ask for
+    vars(model)["_hf_peft_config_loaded"] = True  # checked by the adapter methods of diffusers and transformers
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.set_adapter([*active, adapter_name])
@@ -328,9 +328,9 @@ def _inject_into(model: nn.Module, adapter_name: str, shapes: Mapping[str, tuple
 
 
 def _fill(linear: nn.Linear, matrix: torch.Tensor, base: nn.Module, model: nn.Module) -> None:
-    """Give one half of an adapter its values, where the base layer computes.
+    """Set the values of one half of an adapter, on the device where the base layer computes.
 
-    Its dtype is that of the base's weights, unless they are stored in 8 or 4 bits, with which nobody computes.
+    The dtype is that of the base's weights, or of `matrix` if these are stored in 8 or 4 bits.
     """
     weight: torch.Tensor = base.weight  # type: ignore[assignment]
     place, dtype = brought_to(base, model) or weight.device, weight.dtype if _is_wide(weight) else matrix.dtype
@@ -339,7 +339,7 @@ def _fill(linear: nn.Linear, matrix: torch.Tensor, base: nn.Module, model: nn.Mo
 
 
 def _delete_from_layer(layer: LoraLayer, adapter_name: str) -> None:
-    """Delete one adapter of a layer; of the others, those stay active that are (PEFT would wake a sleeping one)."""
+    """Delete one adapter of a layer, and keep the set of active ones, to which PEFT might add another."""
     active = [name for name in layer.active_adapters if name != adapter_name]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f"Adapter {re.escape(adapter_name)} was active")
@@ -353,7 +353,7 @@ def _replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _forget(model: nn.Module, adapter_name: str) -> None:
-    """Strike an adapter off the model's list, and the list with the last one."""
+    """Remove an adapter from the model's `peft_config`, and that attribute with the last adapter."""
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
     if "peft_config" in vars(model) and not configs:
@@ -366,37 +366,37 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 
 def _base_weight(layer: nn.Module, name: str) -> nn.Parameter:
-    """The layer's own weight, under whatever PEFT has put around it, which an update can be added to."""
-    layer = _inside(layer)
+    """Weight of a layer inside any PEFT wrapper; refuses weights to which no update can be added."""
+    layer = _unwrap(layer)
     weight = getattr(layer, "weight", None)
     if isinstance(weight, nn.Parameter) and weight.is_meta:
         raise ConfigurationError(
-            f"The weights of {name} are not in memory (sequential or disk offload), so that no update can be added to "
+            f"The weights of {name} are not in memory (sequential or disk offload), so no update can be added to "
             "them. Call pipe.remove_all_hooks() first, or use enable_model_cpu_offload()."
         )
     if not isinstance(weight, nn.Parameter) or not _is_plain(weight):
         kind = f"{type(layer).__name__}, {getattr(weight, 'dtype', 'no weight')}"
         raise ConfigurationError(
-            f"The weights of {name} are quantised ({kind}), so that no update can be added to them. Load the base "
-            "model in half precision; beside quantised weights, updates act as adapters, as load_edlora() makes them."
+            f"The weights of {name} are quantised ({kind}), so no update can be added to them. Load the base "
+            "model in half precision, or use adapters, as load_edlora() does, which work with quantised weights."
         )
     return weight
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
-    """Whether a weight is the numbers that are computed with, in a dtype that one computes in."""
+    """Whether a weight is a plain tensor, not quantised, in a dtype for computation."""
     return type(weight.data) is torch.Tensor and _is_wide(weight)
 
 
 def _is_wide(weight: torch.Tensor) -> bool:
-    """Whether a weight's dtype is one that is computed in, and not one of 8 or 4 bits, which only store."""
+    """Whether a weight's dtype is for computation, and not one of 8 or 4 bits for storage."""
     return weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def _refuse_absent_weights(model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse layers whose weights are nowhere; those that offloading brings for their turn are right."""
+    """Refuse layers whose weights are not in memory and that offloading does not load when needed."""
     for path in paths:
-        layer = _inside(model.get_submodule(path))
+        layer = _unwrap(model.get_submodule(path))
         weight = getattr(layer, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.is_meta and brought_to(layer, model) is None:
             raise ConfigurationError(
@@ -405,19 +405,19 @@ def _refuse_absent_weights(model: nn.Module, paths: Iterable[str]) -> None:
             )
 
 
-def _inside(layer: nn.Module) -> nn.Module:
-    """The layer itself, under whatever PEFT has put around it."""
+def _unwrap(layer: nn.Module) -> nn.Module:
+    """The layer inside any PEFT wrapper."""
     inner: nn.Module = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     return inner
 
 
 def _first_sites(edlora: EDLoRA) -> dict[str, str]:
-    """One site for each component that the ED-LoRA adapts; diffusers' methods treat all of a component alike."""
+    """The first site of each component of the ED-LoRA, as diffusers' methods treat all layers of one alike."""
     return {site.partition(".")[0]: site for site in reversed(list(edlora.lora))}
 
 
-def _layer_at(model: nn.Module, site: str) -> nn.Module | None:
-    """The layer of a site, under whatever PEFT has put around it."""
+def _find_module(model: nn.Module, site: str) -> nn.Module | None:
+    """The module of a site, with its PEFT wrapper, if any; None if there is none."""
     path = site.partition(".")[2]
     for spelling in (path, path.removeprefix("text_model.")):
         try:
@@ -428,7 +428,7 @@ def _layer_at(model: nn.Module, site: str) -> nn.Module | None:
 
 
 def _is_filled_with(layer: object, adapter_name: str, update: LowRank) -> bool:
-    """Whether the layer has an adapter of this name with this update, in whatever dtype."""
+    """Whether the layer has an adapter of this name with this update, in any dtype."""
     if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
         return False
     for matrices, expected in ((layer.lora_A, update.down), (layer.lora_B, update.up)):
@@ -443,19 +443,19 @@ def _is_filled_with(layer: object, adapter_name: str, update: LowRank) -> bool:
     return True
 
 
-def _why_silent(model: nn.Module, site: str, adapter_name: str, held: bool) -> str | None:
-    layer = _layer_at(model, site)
+def _explain_inactive(model: nn.Module, site: str, adapter_name: str, held: bool) -> str | None:
+    layer = _find_module(model, site)
     if not held:
-        return "has been taken out; call load_edlora() again"
-    passed_over = "is passed over by fuse_qkv_projections(); call pipe.unet.unfuse_qkv_projections()"
-    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:  # fused for good
+        return "has been removed; call load_edlora() again"
+    passed_over = "is bypassed by fuse_qkv_projections(); call pipe.unet.unfuse_qkv_projections()"
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:  # permanently fused
         return passed_over if _reads_old_copies(model) else None
     if _copying_attention(model):
         return passed_over
     if layer.merged:
         if adapter_name in layer.merged_adapters:
             return None
-        return "is passed over while other adapters are fused; call pipe.unfuse_lora()"
+        return "is bypassed while other adapters are fused; call pipe.unfuse_lora()"
     if layer.disable_adapters:
         return "is switched off; call pipe.enable_lora()"
     if adapter_name not in layer.active_adapters:
@@ -465,19 +465,19 @@ def _why_silent(model: nn.Module, site: str, adapter_name: str, held: bool) -> s
 
 
 def _copying_attention(model: nn.Module) -> list[nn.Module]:
-    """The attention layers that read copies of the weights."""
+    """The attention layers that use fused copies of their projections' weights."""
     return [module for module in model.modules() if _reads_copies(module)]
 
 
 def _reads_copies(attention: nn.Module) -> bool:
     if isinstance(attention, AttentionModuleMixin):
         return bool(attention.fused_projections)
-    processor = getattr(attention, "processor", None)  # the mark of an `Attention` stays when that is over
+    processor = getattr(attention, "processor", None)  # `Attention.fused_projections` stays True after unfusing
     return isinstance(getattr(processor, "inner", processor), FusedAttnProcessor2_0 | FusedJointAttnProcessor2_0)
 
 
 def _reads_old_copies(model: nn.Module) -> bool:
-    """Whether adapters were fused into weights, or taken out of them, since attention reads copies of these."""
+    """Whether weights have changed since attention copied them, by fusing adapters or unfusing them."""
     return any(
         not torch.equal(copy.weight, torch.cat([_base_weight(getattr(attention, name), name) for name in names]))
         for attention in _copying_attention(model)
@@ -487,10 +487,10 @@ def _reads_old_copies(model: nn.Module) -> bool:
 
 
 def refuse_copied(components: Mapping[str, object]) -> None:
-    """Refuse while attention reads copies of the weights: they stay when these change, and no layer sees its input.
+    """Refuse while attention uses fused copies of weights, which miss changes of these and bypass the layers.
 
     Raises:
-        ConfigurationError: Says what to call first.
+        ConfigurationError: If it does; says what to call first.
     """
     for component, model in components_with_sites(components).items():
         if _copying_attention(model):
@@ -499,22 +499,22 @@ def refuse_copied(components: Mapping[str, object]) -> None:
 
 def _copies_error(component: str) -> ConfigurationError:
     return ConfigurationError(
-        "Attention reads copies of the weights, which fuse_qkv_projections() made: they stay as they are when updates "
-        "are put into the weights or taken out, and the layers themselves are passed over, so that they record "
-        f"nothing. Call pipe.{component}.unfuse_qkv_projections() first, and "
+        "Attention uses copies of the weights, made by fuse_qkv_projections(): updates added to the weights or "
+        "removed from them would not reach the copies, and the layers themselves are bypassed, so that nothing can be "
+        f"recorded. Call pipe.{component}.unfuse_qkv_projections() first, and "
         f"pipe.{component}.fuse_qkv_projections() afterwards."
     )
 
 
 def check_name(taken: Set[str], adapter_name: str) -> None:
-    """Refuse an adapter's name that PEFT cannot take, or that is taken.
+    """Refuse an adapter's name that is malformed or already in use.
 
     Raises:
         ConfigurationError: If it is malformed or among `taken`.
     """
     if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ConfigurationError(
-            f"Adapter name {adapter_name!r} cannot be used; PEFT takes letters, digits, '_' and '-' only."
+            f"Adapter name {adapter_name!r} cannot be used; PEFT accepts only letters, digits, '_' and '-'."
         )
     if adapter_name in taken:
         raise ConfigurationError(
@@ -524,13 +524,13 @@ def check_name(taken: Set[str], adapter_name: str) -> None:
 
 
 def refuse_fused(components: Mapping[str, object], names: Set[str] | None = None) -> None:
-    """Refuse while adapters, or those of these names, are fused into the weights.
+    """Refuse while adapters, or only those of these names, are fused into the weights.
 
-    PEFT ignores a new adapter on a fused layer, deletes a fused one without taking it out of the weight, and
-    subtracts it as strong as it is said to be by then, not as strong as it was added.
+    PEFT ignores a new adapter on a fused layer, deletes a fused one without subtracting it from the weight, and
+    unfuses with its current strength instead of the strength it was fused with.
 
     Raises:
-        ConfigurationError: Says what to call first.
+        ConfigurationError: If any is fused; says what to call first.
     """
     for model in components_with_sites(components).values():
         for layer in model.modules():
@@ -545,7 +545,7 @@ def refuse_fused(components: Mapping[str, object], names: Set[str] | None = None
 
 @contextmanager
 def keep_gradient_flags(model: nn.Module) -> Iterator[None]:
-    """Give every parameter that is there now its present `requires_grad` back at the end."""
+    """Restore `requires_grad` of every current parameter at the end of the block."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

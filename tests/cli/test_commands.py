@@ -378,14 +378,14 @@ def test_fuse_reads_files_of_other_programs_once(
     monkeypatch.setattr(foreign, "_with_companions", lambda path: (reads.append(path.name), read(path))[1])
     given = [str(tmp_path / "potter.pth"), str(lora), "--prompts", "sks dog"]
     options = ["--base", str(tiny_base), "--output", str(tmp_path / "both"), "--method", "average"]
-    with pytest.warns(MixOfShowWarning, match="does not tell what <potter> is") as caught:
+    with pytest.warns(MixOfShowWarning, match="it has no class word for <potter>") as caught:
         CliRunner().invoke(
             cli.app,
             ["fuse", *([str(tmp_path / "list.toml")] if way == "list" else given), *options],
             catch_exceptions=False,
         )
     assert sorted(reads) == ["dog.safetensors", "potter.pth"]
-    assert sum("does not tell what" in str(one.message) for one in caught) == 1
+    assert sum("it has no class word for" in str(one.message) for one in caught) == 1
 
 
 def test_a_base_that_does_not_exist_is_an_error_of_ours(tmp_path: Path) -> None:

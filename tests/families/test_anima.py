@@ -141,6 +141,6 @@ def test_it_is_merged_without_a_pipeline_and_refused_with_one(pipe: Any, tmp_pat
     expected = sum(low_rank_delta(read_lora(file)[site]) for file in files) / 2
     torch.testing.assert_close(low_rank_delta(fused.lora[site]), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(
-        FusionError, match=r"AnimaModularPipeline: Anima has a modular pipeline alone.*method='average'"
+        FusionError, match=r"AnimaModularPipeline: Anima has only a modular pipeline.*method='average'"
     ):
         GradientFuser(pipe)

@@ -15,7 +15,7 @@ from diffusers_mixofshow.families.layers import (
     linear_layers,
     self_attention_layers,
 )
-from diffusers_mixofshow.families.recognition import is_linear_site, uncompiled
+from diffusers_mixofshow.families.recognition import is_linear_site, unwrap_compiled
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 
 
@@ -98,7 +98,7 @@ def test_attention_layers_of_a_denoiser(components: dict[str, object]) -> None:
 def test_a_compiled_model_is_the_model_inside(components: dict[str, object]) -> None:
     unet = components["unet"]
     wrapped = torch.compile(unet)
-    assert uncompiled(wrapped) is unet is uncompiled(unet)
+    assert unwrap_compiled(wrapped) is unet is unwrap_compiled(unet)
     assert components_with_sites({"unet": wrapped}) == {"unet": unet}
     assert cross_attention_layers(wrapped) == cross_attention_layers(unet)
 

@@ -117,7 +117,7 @@ def test_layers_that_a_family_has_not_are_named() -> None:
     ("width", "block", "problem"),
     [
         (768, "mid_block", ""),
-        (640, "mid_block", "its layers and widths are those of no Stable Diffusion known here"),
+        (640, "mid_block", "its layers and widths match no known base model"),
         (768, "up_blocks.0", "layers that Stable Diffusion 1.x does not have: "),
     ],
 )

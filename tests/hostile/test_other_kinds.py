@@ -70,5 +70,5 @@ def test_safetensors_under_another_name(tmp_path):
 def test_what_pytorch_wrote_under_the_name_of_safetensors(tmp_path):
     path = tmp_path / "lora.safetensors"
     torch.save({"x": torch.zeros(4, 4)}, path)
-    with pytest.raises(EDLoRAFormatError, match="what PyTorch wrote"):
+    with pytest.raises(EDLoRAFormatError, match="a file of PyTorch"):
         read_foreign(path)

@@ -107,10 +107,10 @@ def test_an_export_without_its_embeddings_is_told_once_wherever_it_is_read(rex, 
 
 def test_names_in_the_metadata_lead_nowhere_else(rex, tmp_path):
     """Words of a stranger's file become plain names in the folder beside it."""
-    from diffusers_mixofshow.interop.lora_files import announcing, write_kohya
+    from diffusers_mixofshow.interop.lora_files import companions_metadata, write_kohya
 
     outside = convert(rex, tmp_path / "secret.safetensors", "textual-inversion").files[0]
-    path = write_kohya(tmp_path / "in" / "x.safetensors", rex.lora, announcing([f"../../{outside.stem}"]))
+    path = write_kohya(tmp_path / "in" / "x.safetensors", rex.lora, companions_metadata([f"../../{outside.stem}"]))
     (tmp_path / "in" / "embeddings").mkdir()
     assert read_foreign(path).vectors == {}
 

@@ -204,7 +204,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut off": (lambda file: file.write_bytes(file.read_bytes()[:40]), "cannot be read as JSON"),
     "no text": (lambda file: file.write_bytes(b"\xff\xfe\x00"), "cannot be read as JSON"),
     "deep": (lambda file: file.write_text("[" * 100_000), "cannot be read as JSON"),
-    "endless": (lambda file: file.write_bytes(b" " * (9 * 2**20)), "larger than any list of concepts"),
+    "endless": (lambda file: file.write_bytes(b" " * (9 * 2**20)), "too large for a list of concepts"),
     "a list": (lambda file: file.write_text("[1]"), "holds a list; expected an entry for each concept"),
     "an entry that is no dict": (_changed(lambda entries: entries | {"<x>": 3}), "<x> has no list"),
     "no words": (_of_first(concept_token_names=[]), "<potter1> has no list 'concept_token_names'"),

@@ -167,9 +167,9 @@ def test_what_we_write_diffusers_loads(tmp_path: Path) -> None:
         ({f"{QUERY}.lora_magnitude_vector": torch.ones(8)}, "DoRA, whose effect"),
         ({f"{QUERY}.dora_scale": torch.ones(8)}, "DoRA, whose effect"),
         ({"lora_unet_mid_block_x.hada_w1_a": torch.ones(8)}, "LoHa.*LyCORIS"),
-        ({f"{QUERY}.lora_B.bias": torch.ones(8)}, "biases, which are no low-rank update"),
+        ({f"{QUERY}.lora_B.bias": torch.ones(8)}, "biases, which are not a low-rank update"),
         ({"conditioner.weight": torch.ones(8)}, "tensors of no known meaning"),
-        ({f"{QUERY}.lora_A.weight": torch.ones(2, 6)}, "not a pair of matrices"),
+        ({f"{QUERY}.lora_A.weight": torch.ones(2, 6)}, "only one of the two matrices"),
         (
             {
                 "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.ones(2, 6, 3, 3),
@@ -197,7 +197,7 @@ def test_what_we_write_diffusers_loads(tmp_path: Path) -> None:
             "not finite",
         ),
         ({"bundle_emb.rex.string_to_param.*": torch.ones(2, 6)}, r"bundles embeddings.*rex"),
-        ({}, "no tensor of it belongs"),
+        ({}, "none of its tensors belongs"),
     ],
 )
 def test_what_is_no_lora_of_linear_layers_is_named(

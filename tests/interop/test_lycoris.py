@@ -231,9 +231,7 @@ def test_what_is_of_no_low_rank_is_refused_by_name(case: str, tmp_path: Path) ->
 
 def test_of_a_lokr_with_whole_factors_the_reason_is_told(tmp_path: Path) -> None:
     (defect,) = read_foreign(saved(tmp_path, LAYER, lokr((8, 8), (16, 16)) | {"alpha": torch.tensor(1.0)})).defects
-    assert (
-        "of low rank only where the ranks of both multiply to 256 at most and to less than the layer's size" in defect
-    )
+    assert "only if the product of both ranks is at most 256 and below the layer's size" in defect
 
 
 def test_a_file_of_many_layers_is_read_whole(tmp_path: Path) -> None:

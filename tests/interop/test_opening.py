@@ -156,9 +156,11 @@ def test_plain_loras_are_called_like_their_files(pipe: MixOfShowPipeline, rex: E
 
 def test_what_a_file_does_not_tell_is_told(pipe: MixOfShowPipeline, rex: EDLoRA, tmp_path: Path) -> None:
     path = write_original(tmp_path / "x.pth", rex)
-    with pytest.warns(MixOfShowWarning, match=r"x\.pth: it does not tell what <rex> is, which is taken for an object"):
+    with pytest.warns(
+        MixOfShowWarning, match=r"x\.pth: it has no class word for <rex>; 'thing' and kind 'object' are assumed"
+    ):
         pipe.load_edlora(path)
-    with pytest.warns(MixOfShowWarning, match="does not tell what <rex> is"):
+    with pytest.warns(MixOfShowWarning, match="it has no class word for <rex>"):
         GradientFuser(pipe).fuse([path], method="average")
 
 
@@ -201,7 +203,7 @@ def _of_flux(folder: Path, pack: EDLoRA) -> Path:
 
 BROKEN: dict[str, tuple[Callable[[Path, EDLoRA], Any], str]] = {
     "values that are not finite": (_endless, "not finite"),
-    "half an update": (_halved, "not a pair of matrices"),
+    "half an update": (_halved, "only one of the two matrices"),
     "no checkpoint": (_text, "cannot be read"),
     "nothing in it": (_empty, "holds no LoRA"),
     "nothing there": (lambda folder, pack: folder / "none.pth", "does not exist"),

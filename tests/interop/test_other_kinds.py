@@ -72,7 +72,7 @@ OTHERS = {
         "base_model.model.text_model.embeddings.token_embedding.lora_embedding_A": (4, 49408 // 1024),
         "base_model.model.text_model.embeddings.token_embedding.lora_embedding_B": (768, 4),
     },
-    "whole weights of the base": {
+    "full weights of the base": {
         f"base_model.model.{SITE}.to_k.base_layer.weight": (8, 8),
         f"base_model.model.{SITE}.to_k.lora_A.default.weight": (4, 8),
         f"base_model.model.{SITE}.to_k.lora_B.default.weight": (8, 4),
@@ -291,7 +291,7 @@ def test_updates_of_t5_are_told_as_that_and_nothing_else(tmp_path: Path, layer: 
 def test_a_checkpoint_of_a_known_or_another_base_is_told_by_its_names(tmp_path: Path):
     _, problems = told(tmp_path, {f"double_blocks.{n}.img_attn.proj.weight": (1,) for n in range(70)})
     assert problems.startswith(
-        "whole weights, as of a checkpoint, where a LoRA has pairs of matrices: 70 (double_blocks.0"
+        "full weights, as in a checkpoint, where a LoRA has pairs of matrices: 70 (double_blocks.0"
     )
     assert problems.count(" / ") == 0
     _, problems = told(tmp_path, {f"blocks.{n}.cross_attn.k.weight": (1,) for n in range(70)})
@@ -305,14 +305,14 @@ def test_a_checkpoint_of_a_known_or_another_base_is_told_by_its_names(tmp_path: 
         (PAIR | {f"{FLAT[:-1]}v.alpha": ()}, f"alphas without matrices: 1 (unet.{SITE}.to_v)"),
         (
             {f"{FLAT}.lora_down.weight": (4, 768), f"{FLAT}.alpha": ()},
-            f"one half without the other, so not a pair of matrices: 1 (unet.{SITE}.to_k)",
+            f"only one of the two matrices, down or up: 1 (unet.{SITE}.to_k)",
         ),
         (
             {
                 "lora_unet_time_embedding_linear_1.lora_down.weight": (4, 320),
                 "lora_unet_time_embedding_linear_1.lora_up.weight": (1280, 4),
             },
-            "layers that are not supported, which are those of attention, feed-forward parts and projections: 1 "
+            "unsupported layers; supported are attention, feed-forward layers and projections: 1 "
             "(unet.time_embedding.linear_1)",
         ),
         (
@@ -320,14 +320,14 @@ def test_a_checkpoint_of_a_known_or_another_base_is_told_by_its_names(tmp_path: 
                 "diffusion_model.time_embed.0.lora_down.weight": (4, 320),
                 "diffusion_model.time_embed.0.lora_up.weight": (1280, 4),
             },
-            "layers that are not supported",
+            "unsupported layers; supported are",
         ),
         (
             {
                 "lora_te2_text_projection.lora_down.weight": (4, 1280),
                 "lora_te2_text_projection.lora_up.weight": (1280, 4),
             },
-            "layers that are not supported",
+            "unsupported layers; supported are",
         ),
         (
             {"unet.conv_in.lora_A.weight": (4, 4, 3, 3), "unet.conv_in.lora_B.weight": (320, 4, 1, 1)},
@@ -443,7 +443,7 @@ def test_two_adapters_in_one_file_are_not_mixed(tmp_path: Path, other: str):
     for layer, adapter in ((f"unet.{SITE}.to_k", "potter"), (other, "thanos")):
         halves |= {f"{layer}.lora_A.{adapter}.weight": (4, 768), f"{layer}.lora_B.{adapter}.weight": (1280, 4)}
     _, problems = told(tmp_path, halves)
-    assert "several adapters in one file, of which one is to be taken out: " in problems
+    assert "several adapters in one file; save the one to use on its own: " in problems
     assert "thanos" in problems
 
 

@@ -211,7 +211,7 @@ def test_settings_for_one_component_alone_are_not_the_others(tmp_path: Path):
         "unet": 4,
         "text_encoder": 1,
     }
-    assert "not told, taken as the rank" in found.alpha_from
+    assert "not in the file, taken as the rank" in found.alpha_from
 
 
 PATTERNS = [
@@ -252,7 +252,7 @@ def test_an_order_of_patterns_that_saving_lost_is_said_and_ranks_that_tell_it_ar
     patterns = {"to_q": 2, "attn1.to_q": 3}  # PEFT trains with the first, and saves them the other way round
     model = get_peft_model(tiny.components()["unet"], config(rank_pattern=patterns, alpha_pattern=patterns))
     model.save_pretrained(tmp_path)
-    with pytest.warns(MixOfShowWarning, match="several patterns give these layers' alphas"):
+    with pytest.warns(MixOfShowWarning, match="several patterns match these layers' alphas"):
         found = read_foreign(tmp_path)
     assert found.defects == ()
     assert {site.endswith("attn1.to_q") for site in found.lora} == {True, False}
@@ -313,14 +313,14 @@ def test_untrained_starts_that_keep_the_base_are_read(tmp_path: Path):
         ({"init_lora_weights": "loftq"}, "LoftQ"),
         ({"init_lora_weights": "lora_ga"}, "LoRA-GA"),
         ({"init_lora_weights": "PiSSA"}, "PiSSA"),
-        ({"init_lora_weights": "tomorrow"}, "not known here, and may change the base: tomorrow"),
+        ({"init_lora_weights": "tomorrow"}, "initialised by an unknown method, which may change the base: tomorrow"),
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "trained biases"),
         ({"bias": "lora_only"}, "trained biases"),
         ({"lora_bias": True}, "biases on the updates"),
-        ({"modules_to_save": ["conv_in"]}, "whole layers"),
+        ({"modules_to_save": ["conv_in"]}, "fully trained layers"),
         ({"trainable_token_indices": {"token_embedding": [3]}}, "embeddings of tokens"),
-        ({"target_parameters": ["to_q.weight"]}, "no layers"),
+        ({"target_parameters": ["to_q.weight"]}, "not layers"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "repeated"),
         ({"alora_invocation_tokens": [1]}, "aLoRA"),
         ({"use_qalora": True}, "QALoRA"),
@@ -331,19 +331,19 @@ def test_untrained_starts_that_keep_the_base_are_read(tmp_path: Path):
         ({"peft_type": "HIRA"}, "HIRA, another method of PEFT"),
         ({"peft_type": "ADALORA"}, "ADALORA, another method of PEFT"),
         ({"peft_type": "\x1b[2J"}, r"\x1b[2J, another method of PEFT"),
-        ({"lora_alpha": "16"}, "lora_alpha is no number"),
-        ({"lora_alpha": True}, "lora_alpha is no number"),
-        ({"lora_alpha": 10**400}, "lora_alpha is no number"),
+        ({"lora_alpha": "16"}, "lora_alpha is not a number"),
+        ({"lora_alpha": True}, "lora_alpha is not a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is not a number"),
         ({"lora_alpha": float("nan")}, "alpha is not finite"),
-        ({"r": []}, "r is no number"),
-        ({"r": 8}, "tells of other ranks than these layers have: 2"),
-        ({"rank_pattern": {"attn2.to_k": 2}}, "tells of other ranks than these layers have: 1"),
-        ({"alpha_pattern": {"to_q": None}}, "alpha_pattern is not understood: 1 (to_q)"),
-        ({"alpha_pattern": ["to_q"]}, "alpha_pattern is not understood"),
-        ({"alpha_pattern": {"(": 2}}, "alpha_pattern is not understood: 1 (()"),
-        ({"alpha_pattern": {r"(\w+\w*)+!": 2}}, "alpha_pattern is not understood"),
-        ({"alpha_pattern": {".*.*.*.*.*!": 2}}, "alpha_pattern is not understood"),
-        ({"alpha_pattern": {f"(to_q|{n})": 2 for n in range(17)}}, "alpha_pattern is not understood: 1 "),
+        ({"r": []}, "r is not a number"),
+        ({"r": 8}, "has other ranks than these layers: 2"),
+        ({"rank_pattern": {"attn2.to_k": 2}}, "has other ranks than these layers: 1"),
+        ({"alpha_pattern": {"to_q": None}}, "alpha_pattern has unusable entries: 1 (to_q)"),
+        ({"alpha_pattern": ["to_q"]}, "alpha_pattern has unusable entries"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern has unusable entries: 1 (()"),
+        ({"alpha_pattern": {r"(\w+\w*)+!": 2}}, "alpha_pattern has unusable entries"),
+        ({"alpha_pattern": {".*.*.*.*.*!": 2}}, "alpha_pattern has unusable entries"),
+        ({"alpha_pattern": {f"(to_q|{n})": 2 for n in range(17)}}, "alpha_pattern has unusable entries: 1 "),
         ("[" * 100_000, "cannot be read as a JSON object"),
         ("[]", "cannot be read as a JSON object"),
         ("", "cannot be read as a JSON object"),
@@ -424,7 +424,7 @@ def test_one_models_file_without_a_header_is_read_as_diffusers_reads_it_and_that
         found = read_foreign(tmp_path)
     assert {update.scaling for update in found.lora.values()} == {1}
     (note,) = summary_of_foreign(found)["notes"]
-    assert "taken as the rank, as diffusers takes it" in note
+    assert "taken as the rank, as diffusers does" in note
     save_file(
         {f"{TO_Q}.lora_A.weight": torch.ones(4, 6), f"{TO_Q}.lora_B.weight": torch.ones(8, 4)},
         tmp_path / "x.safetensors",
@@ -437,18 +437,18 @@ def test_the_convention_of_every_program_is_a_fact_and_no_remark(tmp_path: Path)
     halves = {f"unet.{TO_Q}.lora_A.weight": torch.ones(4, 6), f"unet.{TO_Q}.lora_B.weight": torch.ones(8, 4)}
     save_file(halves, tmp_path / "x.safetensors")
     told = summary_of_foreign(read_foreign(tmp_path / "x.safetensors"))
-    assert (told["alpha_from"], told["notes"], told["scalings"]) == ("not told, taken as the rank", [], [1])
+    assert (told["alpha_from"], told["notes"], told["scalings"]) == ("not in the file, taken as the rank", [], [1])
 
 
 def test_patterns_of_strangers_take_no_time(tmp_path: Path):
     evil = {r"(\w+\.?)+!": 1, ".*" * 20 + "!": 1, "(a|aa)+$": 1, "\\" + "w{1,60}" * 9 + "!": 1}
     begun = time.monotonic()
     found = read_foreign(written(tmp_path, {"r": 4, "lora_alpha": 4, "alpha_pattern": evil}))
-    assert any(f"alpha_pattern is not understood: {len(evil)}" in defect for defect in found.defects)
+    assert any(f"alpha_pattern has unusable entries: {len(evil)}" in defect for defect in found.defects)
     assert time.monotonic() - begun < 60
 
 
-FEW = "up to 16 are matched, of up to 256 letters and with few repeats"
+FEW = "at most 16 regular expressions are matched, of up to 256 characters and with few repeats"
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_expressions_that_are_too_many_or_too_slow_together_are_said(tmp_path: P
     found = read_foreign(written(tmp_path, {"r": 4, "lora_alpha": 4, "alpha_pattern": patterns}))
     told = [defect for defect in found.defects if FEW in defect]
     assert len(told) == bool(refused)
-    assert all(f"alpha_pattern is not understood: {refused} (" in defect for defect in told)
+    assert all(f"alpha_pattern has unusable entries: {refused} (" in defect for defect in told)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path):
@@ -490,7 +490,7 @@ def test_folders_that_are_not_one_adapter(tmp_path: Path):
     for step in ("checkpoint-500", "checkpoint-1000"):
         (tmp_path / step).mkdir()
         written(tmp_path / step, {"r": 4, "lora_alpha": 4})
-    with pytest.raises(EDLoRANotFoundError, match=r"Its folders do.*checkpoint-1000, checkpoint-500"):
+    with pytest.raises(EDLoRANotFoundError, match=r"Its subfolders do.*checkpoint-1000, checkpoint-500"):
         read_foreign(tmp_path)
     (tmp_path / "unet").mkdir()
     written(tmp_path / "unet", {"r": 4, "lora_alpha": 4})
@@ -507,7 +507,7 @@ def test_folders_that_are_not_one_adapter(tmp_path: Path):
 
 def test_a_pipelines_own_folders_are_no_adapters(tmp_path: Path):
     tiny.components()["unet"].save_pretrained(tmp_path / "unet")
-    with pytest.raises(EDLoRANotFoundError, match="Name the file itself"):
+    with pytest.raises(EDLoRANotFoundError, match="Give the file itself"):
         read_foreign(tmp_path)
 
 

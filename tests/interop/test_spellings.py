@@ -169,7 +169,7 @@ TO_Q = "transformer.transformer_blocks.0.attn.to_q"
 DEFECTIVE = {
     "rows that are not three times the width": (
         pair(FLUX1, 23, 8),
-        ["sizes are not FLUX.1's, as others are: 1 (transformer.double_blocks.0.img_attn.qkv (23, 8))"],
+        ["sizes are not those of FLUX.1: 1 (transformer.double_blocks.0.img_attn.qkv (23, 8))"],
     ),
     "one fits, two do not": (
         pair(FLUX1, 24, 8) | pair(LINEAR1, 55, 8) | pair("lora_unet_single_blocks_0_linear2", 8, 41),
@@ -177,11 +177,11 @@ DEFECTIVE = {
     ),
     "of FLUX.1 and FLUX.2": (
         pair(FLUX1, 24, 8) | pair(LINEAR1, 56, 8) | pair("lora_unet_single_blocks_1_linear1", 72, 8),
-        ["not FLUX.1's, as others are: 1 (transformer.single_blocks.1.linear1 (72, 8))"],
+        ["not those of FLUX.1: 1 (transformer.single_blocks.1.linear1 (72, 8))"],
     ),
     "of two families": (
         pair(FLUX1, 24, 8) | pair(LINEAR1, 56, 8) | pair(SD3, 24, 8),
-        ["not FLUX.1's, as others are: 1 (transformer.joint_blocks.0.x_block.attn.qkv (24, 8))"],
+        ["not those of FLUX.1: 1 (transformer.joint_blocks.0.x_block.attn.qkv (24, 8))"],
     ),
     "of two families in diffusers' names": (
         {
@@ -193,17 +193,17 @@ DEFECTIVE = {
                 | pair("transformer.transformer_blocks.0.attn.to_k", 8, 8)
             ).items()
         },
-        ["not FLUX.1's, as others are: 1 (transformer.transformer_blocks.0.img_mod.1 (48, 8))"],
+        ["not those of FLUX.1: 1 (transformer.transformer_blocks.0.img_mod.1 (48, 8))"],
     ),
     "a U-Net's beside a transformer's": (
         pair(LINEAR1, 56, 8) | pair("lora_unet_mid_block_attentions_0_proj_in", 8, 8) | pair(FLUX1, 24, 8),
-        ["not FLUX.1's, as others are: 1 (unet.mid_block.attentions.0.proj_in (8, 8))"],
+        ["not those of FLUX.1: 1 (unet.mid_block.attentions.0.proj_in (8, 8))"],
     ),
     "a text encoder that the base has not": (
         pair(LINEAR1, 72, 8)
         | pair("lora_unet_single_blocks_0_linear2", 8, 32)
         | pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 32, 8),
-        ["not FLUX.2 klein's, as others are: 1 (text_encoder.text_model.encoder.layers.0.mlp.fc1 (32, 8))"],
+        ["not those of FLUX.2 klein: 1 (text_encoder.text_model.encoder.layers.0.mlp.fc1 (32, 8))"],
     ),
     "given twice": (
         pair(FLUX1, 24, 8) | pair("lora_unet_transformer_blocks_0_attn_to_k", 8, 8),
@@ -212,7 +212,7 @@ DEFECTIVE = {
     "all at once": (
         pair(FLUX1, 23, 8) | pair(LINEAR1, 56, 8) | pair(SD3, 24, 8) | {f"{TO_Q}.lora_A.weight": torch.ones(2, 8)},
         [
-            "one half without the other, so not a pair of matrices: 1 (transformer.transformer_blocks.0.attn.to_q)",
+            "only one of the two matrices, down or up: 1 (transformer.transformer_blocks.0.attn.to_q)",
             "2 (transformer.double_blocks.0.img_attn.qkv (23, 8), transformer.joint_blocks.0.x_block.attn.qkv (24, ",
         ],
     ),

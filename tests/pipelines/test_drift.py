@@ -144,8 +144,8 @@ ORDERS = {
         {},
         "in unet and text_encoder: adapter 'rex' is switched off",
     ),
-    "unloaded": ([lambda w: w.load("rex"), lambda w: w.pipe.unload_lora_weights()], [], {}, "has been taken out"),
-    "deleted": ([lambda w: w.load("rex", "tom"), _delete], [TOM], {"tom": 1}, "has been taken out"),
+    "unloaded": ([lambda w: w.load("rex"), lambda w: w.pipe.unload_lora_weights()], [], {}, "has been removed"),
+    "deleted": ([lambda w: w.load("rex", "tom"), _delete], [TOM], {"tom": 1}, "has been removed"),
     "deleted by the models": (
         [
             lambda w: w.load("rex"),
@@ -154,7 +154,7 @@ ORDERS = {
         ],
         [],
         {},
-        "has been taken out",
+        "has been removed",
     ),
     "unloaded, loaded again": (
         [lambda w: w.load("rex"), lambda w: w.pipe.unload_lora_weights(), lambda w: w.load("rex")],
@@ -167,7 +167,7 @@ ORDERS = {
         [lambda w: w.load("rex"), _delete, lambda w: w.load_style(adapter_name="rex")],
         [],
         {"style": 1},
-        "has been taken out",
+        "has been removed",
     ),
     "unloaded elsewhere": (
         [
@@ -177,7 +177,7 @@ ORDERS = {
         ],
         [],
         {},
-        "has been taken out",
+        "has been removed",
     ),
     "unloaded elsewhere, loaded again": (
         [
@@ -225,7 +225,7 @@ ORDERS = {
         [lambda w: w.load("rex"), lambda w: w.pipe.unet.fuse_qkv_projections()],
         [REX],
         None,
-        "in unet: adapter 'rex' is passed over by fuse_qkv_projections",
+        "in unet: adapter 'rex' is bypassed by fuse_qkv_projections",
     ),
     "projections fused, then fused for good by the models": (
         [
@@ -236,7 +236,7 @@ ORDERS = {
         ],
         [REX],
         None,
-        "in unet: adapter 'rex' is passed over by fuse_qkv_projections",
+        "in unet: adapter 'rex' is bypassed by fuse_qkv_projections",
     ),
     "projections fused after fusing for good": (
         [
@@ -350,7 +350,7 @@ def test_weights_are_not_swapped_under_a_concepts_embeddings(world):
         world.load_style(adapter_name="rex", hotswap=True)
     assert torch.equal(_draw(world.pipe, "a <rex>"), drawn)
     world.pipe.unet.load_lora_adapter(_as_lora_file(world.style), prefix="unet", adapter_name="rex", hotswap=True)
-    with pytest.warns(MixOfShowWarning, match="in unet: adapter 'rex' has been taken out"):
+    with pytest.warns(MixOfShowWarning, match="in unet: adapter 'rex' has been removed"):
         _draw(world.pipe, "a <rex>")
 
 
@@ -360,7 +360,7 @@ def test_a_concept_of_which_half_is_gone_is_told_and_unloads(world, component):
     world.load("rex")
     delete_adapter_layers(getattr(world.pipe, component), "rex")
     assert list(world.pipe.concepts) == [REX]
-    with pytest.warns(MixOfShowWarning, match=f"in {component}: adapter 'rex' has been taken out"):
+    with pytest.warns(MixOfShowWarning, match=f"in {component}: adapter 'rex' has been removed"):
         _draw(world.pipe, "a <rex>")
     with world.pipe.set_concepts_aside():
         torch.testing.assert_close(_draw(world.pipe, "a dog"), before)

@@ -104,12 +104,12 @@ def _share_layers(content: EDLoRA | Foreign, naming: Naming, layers: tuple[str, 
     """Turn layer-wise embeddings into one for all layers, for which the base is loaded; returns others unchanged."""
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.exporting import share_layers
-    from diffusers_mixofshow.interop.foreign import as_edlora
+    from diffusers_mixofshow.interop.foreign import to_edlora
     from diffusers_mixofshow.interop.textual_inversion import is_layerwise
     from diffusers_mixofshow.sampling.loading import load_base
 
     if not isinstance(content, EDLoRA):
         if not content.tokens:
             return content
-        content = as_edlora(content, naming, layers)
+        content = to_edlora(content, naming, layers)
     return share_layers(load_base(naming.base_model), content) if is_layerwise(content) else content

@@ -63,7 +63,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 
 def describe_source(source: FusionSource | LoRASource) -> str:
     """Describe a source in one line, as far as its file tells."""
-    from diffusers_mixofshow.edlora.defects import shown
+    from diffusers_mixofshow.edlora.defects import sanitise
     from diffusers_mixofshow.interop.summary import origin_of_foreign, origin_of_pack
 
     opened = source.opened
@@ -76,7 +76,7 @@ def describe_source(source: FusionSource | LoRASource) -> str:
         f"{told['kind']} of {told['architecture'] or 'an unknown base'}",
         f"names of {told['layout']}",
         f"rank {' and '.join(map(str, ranks))}, {len(lora)} layers" if lora else "no updates of layers",
-        f"tuned on {shown(told['base_model'])}" if told["base_model"] else "",
+        f"tuned on {sanitise(told['base_model'])}" if told["base_model"] else "",
         f"trigger words {', '.join(map(repr, opened.trigger_words))}" if opened.trigger_words else "",
     ]
     return f"{source.source}: {', '.join(filter(None, parts))}"

@@ -42,11 +42,11 @@ def _measure(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> f
     from diffusers import UNet2DConditionModel
 
     from diffusers_mixofshow.families.clip import POSITIONS
-    from diffusers_mixofshow.families.layers import own_size
+    from diffusers_mixofshow.families.layers import default_size
 
     folder = Path(location_of(TOYLAND))
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **in_dtype(torch.float32))
-    height, width = own_size(unet)
+    height, width = default_size(unet)
     scale = 64 // height
     height, width = (side // scale for side in pixels) if pixels else (height, width)
     unet.requires_grad_(False)

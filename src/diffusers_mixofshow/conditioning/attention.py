@@ -33,7 +33,7 @@ from diffusers_mixofshow.conditioning.passes import hook_passes
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.clip import POSITIONS
 from diffusers_mixofshow.families.layers import cross_attention_layers, self_attention_layers
-from diffusers_mixofshow.families.recognition import uncompiled
+from diffusers_mixofshow.families.recognition import unwrap_compiled
 from diffusers_mixofshow.regions import Isolation
 
 
@@ -154,7 +154,7 @@ def _wrap(denoiser: nn.Module, wrappers: Mapping[str, type[_AnyWrapper]]) -> Ite
 
     When the last call leaves, each layer's own processor is restored. A processor that was set meanwhile stays.
     """
-    layers: dict[str, Any] = {path: uncompiled(denoiser).get_submodule(path) for path in wrappers}
+    layers: dict[str, Any] = {path: unwrap_compiled(denoiser).get_submodule(path) for path in wrappers}
     with _lock:
         used = {path: _acquire_wrapper(layers[path], kind) for path, kind in wrappers.items()}
     try:

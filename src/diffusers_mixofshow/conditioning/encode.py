@@ -14,10 +14,10 @@ from torch import nn
 from diffusers_mixofshow.conditioning.tokenize import TokenizedPrompts
 from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.families import TextEncoder
-from diffusers_mixofshow.families.clip import clip_with
+from diffusers_mixofshow.families.clip import clip_text_encoder
 
 
-_PLAIN = clip_with("tokenizer")
+_PLAIN = clip_text_encoder("tokenizer")
 
 _concept_positions: ContextVar[torch.Tensor | None] = ContextVar("concept_positions", default=None)
 

@@ -1,6 +1,6 @@
 """The model card (README.md) beside an ED-LoRA: what it holds, how to prompt it, and code that runs when pasted.
 
-What the package writes stands between two marks and is refreshed; everything around them belongs to people and stays.
+The generated section is between two marks and is replaced when saved again; text around it is never changed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from diffusers_mixofshow.pictures import read_image
 CARD_NAME = "README.md"
 
 Samples = Mapping[str, "Image.Image | str | os.PathLike[str]"]
-"""Prompt to the picture that it drew."""
+"""Prompt to the picture it produced."""
 
 _TAGS = ("mix-of-show", "edlora", "lora", "diffusers", "text-to-image", "stable-diffusion")
 _BEGIN = (
-    "<!-- diffusers-mixofshow: begin. What stands between these marks is written anew whenever it is saved; write "
-    "around them. -->"
+    "<!-- diffusers-mixofshow: begin. The text between these marks is replaced whenever the pack is saved; write your "
+    "own text outside of them. -->"
 )
 _END = "<!-- diffusers-mixofshow: end -->"
 _SECTION = re.compile(r"<!-- diffusers-mixofshow: begin\b.*?-->.*?<!-- diffusers-mixofshow: end -->", re.DOTALL)
@@ -46,12 +46,12 @@ _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
 _GALLERY = "<Gallery />"
-"""Where the Hub shows the widget's pictures."""
+"""Tag that the Hub replaces by the widget's pictures."""
 _MOST_REGIONS = 3
 _PLACE = " in a meadow"
-"""What is around things on the embedded base, where no scene is among the concepts."""
+"""Background in examples for the embedded base, if no concept is a scene."""
 _BASE_SETTING = "pretrained_model_name_or_path"
-"""The setting that names the base model; it may be a private path, of which a card shows the last part alone."""
+"""The setting that names the base model; of a local path, which is private, the card shows only the last part."""
 _LONGEST_RECORD = 10_000
 
 
@@ -66,12 +66,12 @@ def model_card(
     """Write the card of a pack.
 
     Args:
-        contents: What the pack holds. Its base model becomes a link on the Hub if it has the form of a Hub id; of a
-            place on this disk the last part is shown.
-        location: What the code example loads: the Hub id, or the folder's own name.
+        contents: Fields of the pack. Its base model becomes a link if it has the form of a Hub id; of a local path
+            only the last part is shown.
+        location: What the code example loads: the Hub id, or the folder's name.
         merged: Whether it is a complete pipeline with the updates in its weights.
         samples: Path of a picture beside the card to the prompt that it shows.
-        license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a base model we know.
+        license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a known base model.
     """
     concepts, training = contents["concepts"], contents["training"]
     samples = {} if samples is None else samples
@@ -92,21 +92,21 @@ def model_card(
         record=_training_record(training),
         source_table=_source_table(training),
         method=str(_fusion(training).get("method", "")),
-    ).replace("<!--", "<! --")  # nothing from a file can end the section
+    ).replace("<!--", "<! --")  # so that text from a file cannot end the section
     data = _metadata(contents, merged=merged, samples=samples, license_id=license_id)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{text}\n{_END}\n")
 
 
 def refresh_text(existing: str | None, card: ModelCard, *, anew: bool = False) -> str:
-    """The text of a card that stands at its place already, with what we generate brought up to date.
+    """Text of an existing card with its generated section and metadata brought up to date.
 
-    What stands around our marks, and every entry of the metadata that is not ours, stays. A card that somebody wrote
-    without our marks stays as it is; one that has metadata alone, as the Hub makes it, gets our text.
+    Text outside of the marks and foreign entries of the metadata are kept. A card without marks is not changed, unless
+    it has only metadata, as the Hub creates it: then the section is added.
 
     Args:
-        existing: The card that is there; None where there is none.
-        card: What `model_card` says now.
-        anew: Whether the pack is another one than before, so that the pictures that are there are not its own.
+        existing: Text of the existing card; None if there is none.
+        card: The new card, see `model_card`.
+        anew: Whether the pack is another one than before, so that existing sample pictures do not belong to it.
     """
     if existing is None or not existing.strip():
         return str(card)
@@ -115,13 +115,13 @@ def refresh_text(existing: str | None, card: ModelCard, *, anew: bool = False) -
     if section is None or (text.strip() and not _SECTION.search(text)):
         return existing
     written = section.group()
-    if not anew and _GALLERY in text and _GALLERY not in written:  # the pictures that are there stay as well
+    if not anew and _GALLERY in text and _GALLERY not in written:  # keep the existing pictures
         begin, heading, rest = written.split("\n\n", 2)
         written = "\n\n".join([begin, heading, _GALLERY, rest])
     body = _SECTION.sub(lambda _: written, text, count=1) if text.strip() else f"\n{written}\n"
     try:
         data = _join_metadata(ModelCard(existing, ignore_metadata_errors=True).data.to_dict(), card.data.to_dict())
-    except (ValueError, TypeError, yaml.YAMLError):  # no YAML that the client understands: it is people's, so it stays
+    except (ValueError, TypeError, yaml.YAMLError):  # metadata that the client cannot parse is never changed
         return existing
     if anew and not card.data.get("widget"):
         data.pop("widget", None)
@@ -138,10 +138,10 @@ def write_card(folder: Path, card: ModelCard, *, anew: bool = False) -> None:
 
 
 def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
-    """Write sample pictures as ``samples/0.png`` and so on, without anything that a camera or program noted in them.
+    """Write sample pictures as ``samples/0.png`` and so on, without their embedded metadata.
 
     Returns:
-        Path in the folder to prompt.
+        Path relative to the folder, to prompt.
 
     Raises:
         ConfigurationError: If a picture cannot be read.
@@ -157,7 +157,7 @@ def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
 def example(
     concepts: Sequence[Concept], base_model: str, location: str, *, merged: bool, pipeline: str = "MixOfShowPipeline"
 ) -> str:
-    """Python code that loads the pack and draws its concepts, together in regions if there are several."""
+    """Python code that loads the pack and samples its concepts, in regions if there are several."""
     scene, guidance, size = "", None, None
     shown, (top, bottom) = concepts[:_MOST_REGIONS], BaseModel.standing
     if base := embedded_base(base_model):
@@ -183,7 +183,7 @@ def example(
 
 
 def _fill_in(template: str, **values: object) -> str:
-    """A template beside this file with values in it; they are not escaped, so what a file tells goes by a filter."""
+    """Render a template of this folder; values are not escaped, so untrusted text must pass through a filter."""
     return _templates().get_template(template).render(**values)
 
 
@@ -214,7 +214,7 @@ def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:
 def _metadata(
     contents: Contents, *, merged: bool, samples: Mapping[str, str], license_id: str | None
 ) -> ModelCardData:
-    """What the Hub's search, filters and widget read."""
+    """Metadata for the Hub's search, filters and widget."""
     base_model = public_name(contents["base_model"])
     on_hub = _REPO_ID.fullmatch(base_model) is not None
     return ModelCardData(
@@ -230,7 +230,7 @@ def _metadata(
 
 
 def _join_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours over theirs, but for tags, which add up, and for the licence, which people choose."""
+    """Merge metadata: ours replaces theirs, except that tags are united and their licence is kept."""
     known = theirs.get("tags")
     tags = [tag for tag in known if isinstance(tag, str)] if isinstance(known, list) else []
     joined = {**theirs, **ours, "tags": list(dict.fromkeys([*tags, *ours["tags"]]))}
@@ -238,7 +238,7 @@ def _join_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[s
 
 
 def _concept_table(concepts: Collection[Concept], training: Mapping[str, object]) -> tuple[str, list[str]]:
-    """The concepts and, where it was measured, how well each is kept and drawn; and what the columns mean."""
+    """Table of the concepts with measurements, if there are any, and notes that explain the columns."""
     rows: list[tuple[str, ...]] = [("in prompts", "class", "kind", "example")]
     rows += [
         (f"`{_code(c.placeholder)}`", _text(c.class_word), _text(c.kind), f"`{_code(_prompt(c))}`") for c in concepts
@@ -254,7 +254,7 @@ def _concept_table(concepts: Collection[Concept], training: Mapping[str, object]
 def _residual_columns(
     concepts: Collection[Concept], training: Mapping[str, object]
 ) -> tuple[list[tuple[str, ...]], str]:
-    """Residuals of fusion with their heading, one line a concept; several of one source share a number."""
+    """Columns of fusion residuals with headings, and their note; concepts of one source share a value."""
     residuals = _residuals(training)
     measured = {place: pair for name, pair in residuals.items() for place in name.split("+")}
     pairs = [measured.get(concept.placeholder) for concept in concepts]
@@ -262,9 +262,9 @@ def _residual_columns(
         return [], ""
     lines = [("-", "-") if pair is None else (f"{pair[1]:.3f}", f"{pair[0]:.3f}") for pair in pairs]
     note = (
-        "The residual is the error of the features that a concept's layers give: 0 is the concept's own model, 1 the "
-        "base without it. It says little of identity; what counts is that it is below that of a plain weighted "
-        "average, which stands beside it."
+        "The residual is the relative error in a concept's layer outputs: 0 is the concept's own model, 1 the base "
+        "without it. It says little about identity; compare it with that of a plain weighted average, in the next "
+        "column."
     )
     return [("residual, fused", "averaged"), *lines], note
 
@@ -275,13 +275,13 @@ _MEASURES = {
     "image-alignment": ("identity", "alignment"),
     "text-alignment": ("text_alignment",),
 }
-"""Columns of the card, and where `mixofshow evaluate --save` notes them for each concept."""
+"""Column heading to the keys under which `mixofshow evaluate --save` stores the value for each concept."""
 
 
 def _measured_columns(
     concepts: Collection[Concept], training: Mapping[str, object]
 ) -> tuple[list[tuple[str, ...]], str]:
-    """What `mixofshow evaluate --save` measured, with its headings, one line a concept; columns that it filled."""
+    """Columns of `mixofshow evaluate --save` with headings, and their note; columns without values are left out."""
     evaluation = _mapping(training.get("evaluation"))
     entries = _mapping(evaluation.get("concepts"))
     numbers = {
@@ -293,17 +293,17 @@ def _measured_columns(
         return [], ""
     shown = [["-" if one is None else f"{one:.2f}" for one in values] for values in filled.values()]
     note = (
-        f"`mixofshow evaluate` measured {_count(evaluation.get('pictures'))} pictures of each concept, looked at by "
+        f"`mixofshow evaluate` measured {_count(evaluation.get('pictures'))} pictures of each concept with "
         f"`{_code(str(evaluation.get('metric_model', '')))}`: image-alignment is the mean cosine with the concept's "
-        "photos, text-alignment the CLIPScore of the prompt. Retention is the share of the image-alignment that a "
-        "concept's own ED-LoRA gains over the class word and that this pack keeps"
-        + ("; looks kept, the same of attributes that a network reads." if "looks kept" in filled else ".")
+        "photos, text-alignment the CLIPScore of the prompt. A concept's own ED-LoRA has a higher image-alignment "
+        "than the class word; retention is the share of this gain that the pack keeps"
+        + ("; looks kept is the same for attributes read by a network." if "looks kept" in filled else ".")
     )
     return [tuple(filled), *zip(*shown, strict=True)], note
 
 
 def _look_up(entry: object, path: Sequence[str]) -> float | None:
-    """The number under nested keys of an untrusted record; None if there is none."""
+    """Number under nested keys of an untrusted record; None if there is none."""
     for key in path:
         entry = _mapping(entry).get(key)
     return _number(entry)
@@ -340,7 +340,7 @@ def _source_table(training: Mapping[str, object]) -> str:
 
 
 def _fusion(training: Mapping[str, object]) -> Mapping[str, Any]:
-    """What the file says of its fusion; files are not trusted, so nothing in it need be there."""
+    """The fusion report in an untrusted training record; empty if missing."""
     return _mapping(training.get("fusion"))
 
 
@@ -350,7 +350,7 @@ def _entries(training: Mapping[str, object]) -> list[Mapping[str, Any]]:
 
 
 def _residuals(training: Mapping[str, object]) -> dict[str, tuple[float, float]]:
-    """Source to its mean relative residual averaged and fused."""
+    """Source to its mean relative residuals: weighted average, fused."""
     residuals = _fusion(training).get("residuals")
     mean = residuals.get("mean") if isinstance(residuals, Mapping) else None
     pairs = {}
@@ -361,7 +361,7 @@ def _residuals(training: Mapping[str, object]) -> dict[str, tuple[float, float]]
 
 
 def _number(value: object) -> float | None:
-    # JSON's integers have no end, and float() of a very long one fails.
+    # float() fails for very long JSON integers.
     return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
@@ -372,7 +372,7 @@ def _table(rows: Sequence[Iterable[str]]) -> str:
 
 
 def _training_record(training: Mapping[str, object]) -> str:
-    """Settings and measurements of a tuning as JSON; empty if the pack was fused, or says more than anybody reads."""
+    """Settings and measurements of a tuning as JSON; empty for a fused pack, or if too long for a card."""
     if not isinstance(training.get("settings"), Mapping) or "fusion" in training:
         return ""
     tuning = {key: value for key, value in training.items() if key != "evaluation"}
@@ -392,7 +392,7 @@ def _article(noun: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Somebody's text as Markdown that shows it and does nothing else: no tags, links, pictures or table cells."""
+    """Escape untrusted text for Markdown: no tags, links, pictures or table cells."""
     plain = _SPECIAL.sub(lambda match: f"\\{match.group()}", _code(text).replace("&", "&amp;"))
     return (
         plain.replace("\\<", "&lt;").replace("\\>", "&gt;").replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
@@ -400,6 +400,6 @@ def _text(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Somebody's text for a code span: one line of printable characters, without the mark that ends the span."""
+    """Sanitise untrusted text for a code span: one line of printable characters without backticks."""
     line = " ".join(text.split()).replace("`", "'")
     return "".join(character for character in line if character.isprintable())

@@ -1,12 +1,12 @@
-"""Reading and writing ``edlora.safetensors``.
+"""Read and write ``edlora.safetensors``.
 
 Tensors: ``unet.<path>.lora_A.weight`` and ``.lora_B.weight``, ``text_encoder.text_model.<path>...`` (PEFT's names,
 which stock diffusers loads), and ``edlora.embeddings.<token>``, shape (layers, dim); for a second text encoder also
-``edlora.embeddings.text_encoder_2.<token>``, and for its vector of the whole text
-``edlora.embeddings.pooled.<token>``, shape (1, dim) (see `embeddings`). Header metadata: one JSON string under
+``edlora.embeddings.text_encoder_2.<token>``, and for its pooled vector ``edlora.embeddings.pooled.<token>``, shape
+(1, dim) (see `embeddings`). Header metadata: one JSON string under
 ``edlora`` (see `header`).
 
-Where alpha differs from the rank, diffusers' own metadata says so too (see `stock`).
+If an alpha differs from its rank, the header also has metadata for diffusers (see `stock`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save as serialize
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import defects, header, reading, stock
-from diffusers_mixofshow.edlora.embeddings import part_and_token
+from diffusers_mixofshow.edlora.embeddings import split_name
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.families.layers import canonical_name
 
@@ -30,14 +30,14 @@ from diffusers_mixofshow.families.layers import canonical_name
 FILE_NAME = "edlora.safetensors"
 
 STATISTICS_KEY = "edlora_statistics"
-"""In the header of a file with a concept's fusion statistics, which lies beside its ED-LoRA."""
+"""Header key of a file of fusion statistics, which lies beside its ED-LoRA."""
 
 _HEADER_KEY = "edlora"
 _EMBEDDINGS = "edlora.embeddings."
 _DOWN = ".lora_A.weight"
 _UP = ".lora_B.weight"
 _PREFIX = 8
-"""Bytes before a safetensors header, which say how long it is."""
+"""A safetensors file starts with the length of its header, in this many bytes."""
 
 _NOT_OF_FORMAT_1 = "embeddings for several text encoders, which format 1 does not have"
 
@@ -45,7 +45,7 @@ _Pairs = dict[str, dict[str, torch.Tensor]]
 
 
 class Contents(TypedDict):
-    """The fields of an `EDLoRA`, as they stand in a file."""
+    """The fields of an `EDLoRA`, as stored in a file."""
 
     concepts: tuple[Concept, ...]
     embeddings: Mapping[str, torch.Tensor]
@@ -59,12 +59,12 @@ def write(path: Path, contents: Contents) -> None:
     """Write a pack; the file appears whole or not at all.
 
     Raises:
-        EDLoRAFormatError: If the pack contradicts itself.
+        EDLoRAFormatError: If the pack is inconsistent.
     """
     lora = contents["lora"]
     found = defects.content_defects(contents["concepts"], contents["embeddings"], lora, contents["layers"])
     found += [] if contents["concepts"] else ["it holds no concept"]
-    found += [] if header.is_text(contents["base_model"]) else ["its base model's id is too long, or has controls"]
+    found += [] if header.is_text(contents["base_model"]) else ["its base model's id is too long or not printable"]
     defects.raise_if_any(found, subject="This ED-LoRA cannot be saved", remedy="Nothing was written.")
     text = header.Header(
         concepts=contents["concepts"],
@@ -79,7 +79,7 @@ def write(path: Path, contents: Contents) -> None:
         tensors |= dict(zip((site + _DOWN, site + _UP), update.in_file, strict=True))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _HEADER_KEY: text, **stock.adapter_metadata(lora)}
-    write_whole(path, _in_order(serialize(tensors, metadata=metadata)))
+    write_whole(path, _sort_header(serialize(tensors, metadata=metadata)))
 
 
 def read(path: Path) -> Contents:
@@ -87,13 +87,13 @@ def read(path: Path) -> Contents:
 
     Raises:
         EDLoRANotFoundError: If there is no file.
-        EDLoRAFormatError: Lists every defect of the file.
+        EDLoRAFormatError: If the file is defective; lists every defect.
     """
     metadata, tensors = reading.read_tensors(path)
     if _HEADER_KEY in metadata:
         head, found = header.parse(metadata[_HEADER_KEY])
     else:
-        head, found = header.EMPTY, [f"it has no {_HEADER_KEY!r} header, so it is no ED-LoRA"]
+        head, found = header.EMPTY, [f"it has no {_HEADER_KEY!r} header, so it is not an ED-LoRA"]
     embeddings, pairs, surprising = _sort(tensors)
     announced = {_canonical(site): numbers for site, numbers in head.lora.items()}
     lora = _join_pairs(pairs, announced)
@@ -118,13 +118,13 @@ def read(path: Path) -> Contents:
 
 
 def _version_of(embeddings: Mapping[str, torch.Tensor]) -> int:
-    """The oldest version that can hold them."""
-    several = any(part_and_token(name)[0] for name in embeddings)
+    """The oldest format version that can hold these embeddings."""
+    several = any(split_name(name)[0] for name in embeddings)
     return header.FORMAT_VERSION if several else header.ONE_ENCODER
 
 
-def _in_order(content: bytes) -> bytes:
-    """The same file with its header sorted: equal packs are equal files, which are sent to the Hub once."""
+def _sort_header(content: bytes) -> bytes:
+    """Sort the header of a safetensors file: equal packs become equal files, which the Hub stores once."""
     length = int.from_bytes(content[:_PREFIX], "little")
     header = json.dumps(json.loads(content[_PREFIX : _PREFIX + length]), sort_keys=True, separators=(",", ":"))
     text = header.encode()
@@ -147,9 +147,9 @@ def _sort(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
             twice.append(site + ending)
         else:
             pairs[site][ending] = tensor
-    found = [f"unexpected tensors: {defects.listed(unexpected)}"] if unexpected else []
+    found = [f"unexpected tensors: {defects.list_names(unexpected)}"] if unexpected else []
     if twice:
-        found.append(f"tensors given under both spellings of the text encoder: {defects.listed(twice)}")
+        found.append(f"tensors given under both spellings of the text encoder: {defects.list_names(twice)}")
     return embeddings, pairs, found
 
 
@@ -159,16 +159,16 @@ def _canonical(site: str) -> str:
 
 
 def _differences(pairs: _Pairs, lora: Mapping[str, tuple[int, float]]) -> list[str]:
-    """List what the header announces and the file does not hold, and the reverse."""
+    """List differences between the header's list of layers and the tensors of the file."""
     found = []
     announced = [(site, ending) for site in lora for ending in (_DOWN, _UP)]
     if missing := [site + ending for site, ending in announced if ending not in pairs.get(site, {})]:
-        found.append(f"missing tensors: {defects.listed(missing)}")
+        found.append(f"missing tensors: {defects.list_names(missing)}")
     if unannounced := [site for site in pairs if site not in lora]:
-        found.append(f"layers that its header does not name: {defects.listed(unannounced)}")
+        found.append(f"layers that its header does not name: {defects.list_names(unannounced)}")
     downs = {site: halves[_DOWN].shape for site, halves in pairs.items() if _DOWN in halves and site in lora}
     if wrong := [site for site, shape in downs.items() if shape[:1] != (lora[site][0],)]:
-        found.append(f"ranks differ from the header's: {defects.listed(wrong)}")
+        found.append(f"ranks differ from the header's: {defects.list_names(wrong)}")
     return found
 
 

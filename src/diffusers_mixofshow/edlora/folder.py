@@ -1,4 +1,4 @@
-"""What lies in a pack's folder beside its file, and what of that an earlier pack has left there."""
+"""Files of a pack in its folder, and files that an earlier pack has left there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
 
 
 SOURCES = "sources"
-"""Folder in which a fused pack carries what it was made of, each in a folder of its own."""
+"""Folder of a fused pack for its sources, each in a subfolder."""
 
 PARTS = (
     "feature_extractor",
@@ -25,37 +25,37 @@ PARTS = (
     "unet",
     "vae",
 )
-"""Folders of a pipeline of Stable Diffusion, XL included."""
+"""Folders of a Stable Diffusion pipeline, including SDXL."""
 _STATISTICS = ".statistics.safetensors"
 
 
 def statistics_name(file_name: str) -> str:
-    """Name of the fusion statistics beside a LoRA: ``edlora.statistics.safetensors`` beside ``edlora.safetensors``."""
+    """File name of the statistics beside a LoRA: ``edlora.statistics.safetensors`` for ``edlora.safetensors``."""
     return file_name.removesuffix(".safetensors") + _STATISTICS
 
 
-def places(folder: Path, file_name: str = FILE_NAME, *, merged: bool = False) -> list[Path]:
-    """What a pack would replace, or make stale, of what is in a folder; the card is brought up to date instead.
+def find_places(folder: Path, file_name: str = FILE_NAME, *, merged: bool = False) -> list[Path]:
+    """Files and folders that saving a pack would replace or make stale, without the card, which is refreshed.
 
     Args:
-        folder: Where it is to be saved; may be missing.
+        folder: Where the pack is to be saved; may be missing.
         file_name: The pack's file.
         merged: Whether a complete pipeline is to be saved.
     """
     parts = [folder / name for name in (INDEX, *PARTS)] if merged else []
-    return list(dict.fromkeys([folder / file_name, *beside(folder, file_name), *parts]))
+    return list(dict.fromkeys([folder / file_name, *find_beside(folder, file_name), *parts]))
 
 
-def beside(folder: Path, file_name: str = FILE_NAME) -> list[Path]:
-    """What belongs to the pack whose file lies in a folder: statistics, sources, sample pictures, its pipeline."""
+def find_beside(folder: Path, file_name: str = FILE_NAME) -> list[Path]:
+    """What belongs to a pack in its folder besides its file: statistics, sources, sample pictures, merged pipeline."""
     sources = [path for path in sorted(folder.glob(f"{SOURCES}/*")) if any(path.glob("*.safetensors"))]
     samples = sorted(path for path in folder.glob("samples/*.png") if path.stem.isdigit())
     found = [path for path in (folder / statistics_name(file_name),) if path.is_file()]
-    return [*found, *sources, *samples, *pipeline(folder)]
+    return [*found, *sources, *samples, *find_pipeline(folder)]
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove files and folders, and the folders above them that are empty then."""
+    """Remove files and folders, then empty ``sources`` and ``samples`` folders."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -65,8 +65,8 @@ def remove(paths: Iterable[Path]) -> None:
             path.parent.rmdir()
 
 
-def pipeline(folder: Path) -> list[Path]:
-    """The index of a merged pipeline and its parts; nothing of any other pipeline."""
+def find_pipeline(folder: Path) -> list[Path]:
+    """Index and component folders of a merged pipeline; empty for any other pipeline."""
     if not has_concepts(folder):
         return []
     return [folder / INDEX, *(part for name in PARTS if (part := folder / name).is_dir())]

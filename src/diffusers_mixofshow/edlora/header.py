@@ -1,4 +1,4 @@
-"""The JSON in the header of an ED-LoRA file: what the tensors cannot say. Nothing in it is trusted."""
+"""The JSON in the header of an ED-LoRA file: everything but the tensors. Its content is untrusted."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from dataclasses import asdict, dataclass
 from typing import TypeGuard, TypeVar
 
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.edlora.defects import is_showable, shown
+from diffusers_mixofshow.edlora.defects import is_showable, sanitise
 from diffusers_mixofshow.errors import ConceptError, EDLoRAFormatError
 from diffusers_mixofshow.versions import PACKAGE, installed_version
 
 
 FORMAT_VERSION = 2
-"""The newest, which files have that hold embeddings for several text encoders."""
+"""Newest format version, for files with embeddings for several text encoders."""
 ONE_ENCODER = 1
-"""What all others have, so that older releases read them."""
+"""Format version of all other files, so that older releases can read them."""
 
 _LIBRARIES = (PACKAGE, "torch", "diffusers", "transformers", "peft")
 _LONGEST = 4 * 2**20
 _LONGEST_TEXT = 500
-"""Characters of the base model's id, and of a layer's name."""
+"""Longest base model id or layer name, in characters."""
 
-_TEXT = f"a string of at most {_LONGEST_TEXT} characters without controls"
+_TEXT = f"a string of at most {_LONGEST_TEXT} characters without control characters"
 
 _Fallback = TypeVar("_Fallback")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """Everything of an ED-LoRA beside its tensors.
+    """All fields of an ED-LoRA except its tensors.
 
     Args:
         concepts: The concepts it holds.
@@ -40,7 +40,7 @@ class Header:
         layers: The U-Net's cross-attention layers, or their groups, down, mid, up.
         lora: Site name to the rank and alpha of its update.
         training: Settings and measurements, JSON values only.
-        version: Of the format.
+        version: Version of the format.
     """
 
     concepts: tuple[Concept, ...]
@@ -80,17 +80,17 @@ EMPTY = Header(concepts=(), base_model="", layers=(), lora={}, training={})
 
 
 def parse(text: str) -> tuple[Header, list[str]]:
-    """Read a header and list everything that is wrong with it.
+    """Parse a header and list its defects.
 
     Args:
         text: The JSON string from the file.
 
     Returns:
-        The header, with empty values where it is defective, and the defects.
+        The header, with empty values for defective fields, and the defects.
     """
     values = decode(text)
     if not isinstance(values, dict):
-        return EMPTY, ["its header is no JSON object"]
+        return EMPTY, ["its header is not a JSON object"]
     version = values.get("format_version")
     if type(version) is not int or not ONE_ENCODER <= version <= FORMAT_VERSION:
         return EMPTY, [f"format version {_short(version)}, this release reads {ONE_ENCODER} to {FORMAT_VERSION}"]
@@ -107,16 +107,16 @@ def parse(text: str) -> tuple[Header, list[str]]:
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """Whether a value is a string that a header may hold: short, and nothing that a terminal would obey."""
+    """Whether a value is a short string without terminal control characters."""
     return isinstance(value, str) and len(value) <= _LONGEST_TEXT and is_showable(value)
 
 
 def decode(text: str) -> object:
-    """What a JSON text says; None if it is none, or longer than any that this package writes."""
+    """Decode JSON; None if it is invalid, or longer than this package writes."""
     if len(text) > _LONGEST:
         return None
     was_enabled = gc.isenabled()
-    gc.disable()  # it would look at a million small lists again and again while they are made
+    gc.disable()  # collection slows the parsing of a million small lists
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -127,7 +127,7 @@ def decode(text: str) -> object:
 
 
 class _Reader:
-    """Takes typed values out of decoded JSON and notes what is missing or of another type."""
+    """Reads typed values from decoded JSON and lists those that are missing or of another type."""
 
     def __init__(self, values: Mapping[str, object]) -> None:
         self.values = values
@@ -163,7 +163,7 @@ class _Reader:
                 try:
                     found.append(Concept(**(entry | {"tokens": tuple(entry["tokens"])})))
                 except ConceptError as error:
-                    self.defects.append(shown(str(error)))
+                    self.defects.append(sanitise(str(error)))
             else:
                 self._note(f"concepts[{number}]", "an object with placeholder, tokens, class_word and kind", None)
         return tuple(found)
@@ -197,4 +197,4 @@ def _is_concept_entry(entry: object) -> bool:
 
 
 def _short(value: object) -> str:
-    return shown(repr(value), 80)
+    return sanitise(repr(value), 80)

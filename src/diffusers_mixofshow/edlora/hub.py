@@ -1,4 +1,4 @@
-"""ED-LoRAs on the Hugging Face Hub: where they are fetched from and sent to."""
+"""Download from and upload to the Hugging Face Hub, with retries and readable errors."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]+")
 _LONGEST_NAME = 96
 _LONGEST_ID = 200
 _WAITS = (1.0, 3.0)
-"""Seconds before each further try of what a Hub under load, or a connection that broke, refused."""
+"""Seconds before each retry after a busy Hub or a broken connection."""
 _MOVED_ON = 412
-"""Status of a commit on top of one that is no longer the branch's last."""
+"""HTTP status if the parent of a commit is no longer the last commit of its branch."""
 _PASSING = (408, 429)
 _BROKEN = frozenset({"NetworkError", "TimeoutException", "RemoteProtocolError"})
-"""Errors of httpx, which the client imports under one name or another."""
+"""Names of httpx errors for a broken connection; by name, because the client re-exports them differently."""
 
 _UNREACHED = frozenset({"ConnectError", "ConnectTimeout"})
-"""Errors of httpx that mean that there is no connection at all."""
+"""Names of httpx errors that mean that there is no connection at all."""
 _PATIENCE = 10.0
 """Timeout in seconds of the request that checks whether the Hub answers."""
 
@@ -49,7 +49,7 @@ _Result = TypeVar("_Result")
 
 
 def is_repo_id(source: object) -> bool:
-    """Whether a source has the form ``user/repo`` and is nothing on this disk's file system."""
+    """Whether a source has the form ``user/repo`` and is not an existing path."""
     return (
         isinstance(source, str)
         and len(source) <= _LONGEST_ID
@@ -66,14 +66,12 @@ def repo_name(concepts: Sequence[Concept]) -> str:
         ConceptError: If there is no concept to name it after.
     """
     if not concepts:
-        raise ConceptError(
-            "Without a concept there is no name to derive a repository's from; give repo_id='user/name'."
-        )
+        raise ConceptError("Without a concept a repository's name cannot be derived; give repo_id='user/name'.")
     names = [concept.name for concept in concepts]
     name = f"edlora-{names[0]}" if len(names) == 1 else f"mixofshow-{'-'.join(names)}"
     if len(name) > _LONGEST_NAME:
         name = f"mixofshow-{len(names)}-concepts-{names[0]}"[:_LONGEST_NAME]
-    return re.sub(r"([.-])[.-]+", r"\1", name).strip("-.")  # the Hub forbids "--", ".." and these at the ends
+    return re.sub(r"([.-])[.-]+", r"\1", name).strip("-.")  # the Hub forbids "--", "..", and "-" or "." at the ends
 
 
 def download(
@@ -88,10 +86,10 @@ def download(
 ) -> Path:
     """Fetch one file of a repository into the cache and return its path there.
 
-    What breaks off is tried again and goes on where it stopped; a file that did not arrive whole is not in the cache.
-    Where there is no way to the Hub at all, the cache is asked alone.
+    An interrupted download is retried and resumed; incomplete files never enter the cache. If the Hub cannot be
+    reached at all, only the cache is used.
     """
-    if not local_files_only and not answers():
+    if not local_files_only and not is_reachable():
         path = f"{subfolder}/{filename}" if subfolder else filename
         with _translate_errors(repo_id, revision, token):
             if find_in_cache(repo_id, path, revision=revision, cache_dir=cache_dir) is None:
@@ -119,7 +117,7 @@ def find_in_cache(repo_id: str, filename: str, *, revision: str | None, cache_di
 
 
 def commit_of(path: Path) -> str:
-    """The commit that a file in the cache belongs to; empty of a file anywhere else."""
+    """The commit of a file in the cache; empty for any other file."""
     parts = path.parts
     place = max((i for i, part in enumerate(parts) if part == "snapshots"), default=len(parts))
     commit = parts[place + 1] if place + 1 < len(parts) else ""
@@ -130,12 +128,12 @@ def create(repo_id: str, *, token: str | bool | None, private: bool | None, revi
     """Create a model repository, and the branch `revision`, unless they exist.
 
     Returns:
-        The full id, with the user's own name in front where `repo_id` has none, and the URL.
+        The full id, prefixed by the user's name if `repo_id` has none, and the URL.
 
     Raises:
         HubError: If the Hub refuses or cannot be reached.
     """
-    if not answers():
+    if not is_reachable():
         raise HubError(
             f"The Hub cannot be reached at {huggingface_hub.constants.ENDPOINT}, so nothing was sent to {repo_id!r}. "
             "Check the connection, and HF_ENDPOINT if you have set it."
@@ -160,17 +158,17 @@ def upload(
 ) -> str:
     """Send all files of a folder in one commit, which is made as a whole or not at all.
 
-    The commit goes on top of the one that `prepare` saw: if somebody else was faster, it sees theirs and the commit is
-    tried anew, so that nothing of theirs is undone.
+    The commit's parent is the commit that `prepare` was given. If somebody else commits meanwhile, the Hub refuses,
+    and both are repeated with the new parent, so that no change is lost.
 
     Args:
-        folder: What to send.
-        repo_id: Where to.
+        folder: Folder to send.
+        repo_id: Repository.
         token: By default the one of ``hf auth login``.
         revision: Branch to commit to; by default ``main``.
-        message: Of the commit.
+        message: Message of the commit.
         create_pr: Propose the commit as a pull request instead.
-        prepare: Called with the branch's last commit before every try, to bring the folder up to date with it.
+        prepare: Called with the branch's last commit before every attempt, to update the folder.
 
     Returns:
         URL of the commit, or of the pull request.
@@ -182,7 +180,7 @@ def upload(
         prepare(last)
         info = api.create_commit(
             repo_id,
-            _files(folder),
+            _list_files(folder),
             commit_message=message,
             revision=revision,
             create_pr=create_pr,
@@ -191,12 +189,12 @@ def upload(
         return info.pr_url or info.commit_url
 
     with _translate_errors(repo_id, revision, token):
-        # A second try of a pull request whose answer was lost would be a second pull request.
+        # Not retried: if only the response was lost, a retry would open a second pull request.
         return commit() if create_pr else _retry(commit)
 
 
-def text_at(repo_id: str, filename: str, commit: str, *, token: str | bool | None) -> str | None:
-    """A small text file of a repository at a commit; None if it has none."""
+def read_text(repo_id: str, filename: str, commit: str, *, token: str | bool | None) -> str | None:
+    """Text of a small file of a repository at a commit; None if there is no such file."""
     try:
         path = HfApi(token=token).hf_hub_download(repo_id, filename, revision=commit)
     except LocalEntryNotFoundError:
@@ -207,24 +205,24 @@ def text_at(repo_id: str, filename: str, commit: str, *, token: str | bool | Non
 
 
 def make_unreachable_error(name: str) -> HubError:
-    """The error of what only the Hub could give, where that does not answer."""
+    """Error: a name is neither on disk nor in the cache, and the Hub does not answer."""
     return HubError(
         f"{name!r} is neither on this disk nor in the cache, and the Hub cannot be reached at "
         f"{huggingface_hub.constants.ENDPOINT}. Check the spelling, the connection, and HF_ENDPOINT if it is set."
     )
 
 
-def answers() -> bool:
-    """Whether anything takes a connection at the Hub's address; True in offline mode.
+def is_reachable() -> bool:
+    """Whether the Hub's address accepts connections; True in offline mode.
 
-    The client itself would try for half a minute, and again for every try of ours.
+    Without this check, the client would wait for half a minute, once for each of our retries.
     """
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return True
     for wait in (_WAITS[0], 0.0):
         try:
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_PATIENCE)
-        except Exception as error:  # whatever else is wrong shows when the file is asked for
+        except Exception as error:  # other errors show when the file is requested
             if not {kind.__name__ for kind in type(error).__mro__} & _UNREACHED:
                 return True
             time.sleep(wait)
@@ -233,40 +231,39 @@ def answers() -> bool:
     return False
 
 
-def _files(folder: Path) -> list[CommitOperationAdd]:
+def _list_files(folder: Path) -> list[CommitOperationAdd]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
 
 
 def _retry(action: Callable[[], _Result]) -> _Result:
-    """Try again what failed for a reason that passes: a busy server, a broken connection, a branch that moved on.
+    """Retry after temporary failures: a busy server, a broken connection, a new commit on the branch.
 
-    The client itself repeats transfers, but not requests for and about repositories, nor a commit on a branch that
-    moved on, which has to be prepared anew.
+    The client retries transfers, but neither requests about repositories nor commits, which must be prepared again.
     """
     for wait in _WAITS:
         try:
             return action()
         except (HTTPError, OSError, RuntimeError) as error:
-            if not _passes(_reason(error)):
+            if not _is_temporary(_unwrap_cause(error)):
                 raise
             time.sleep(wait)
     return action()
 
 
-def _reason(error: Exception) -> Exception:
-    """The error itself, or for a large file that did not get through the one that the client hides behind its own."""
+def _unwrap_cause(error: Exception) -> Exception:
+    """The error itself, or its cause if the client has wrapped it, as it does for uploads of large files."""
     cause = error.__cause__
     return cause if isinstance(error, RuntimeError) and isinstance(cause, HTTPError | OSError) else error
 
 
-def _passes(error: BaseException | None) -> bool:
+def _is_temporary(error: BaseException | None) -> bool:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return status >= 500 or status in (*_PASSING, _MOVED_ON)
     if isinstance(error, LocalEntryNotFoundError):
-        return error.__cause__ is not None and _passes(error.__cause__)
-    # Of the client's own, a file that is shorter than announced is a plain OSError.
+        return error.__cause__ is not None and _is_temporary(error.__cause__)
+    # The client raises a plain OSError for a file that is shorter than announced.
     return type(error) is OSError or any(kind.__name__ in _BROKEN for kind in type(error).__mro__)
 
 
@@ -274,25 +271,25 @@ def _passes(error: BaseException | None) -> bool:
 def _translate_errors(repo_id: str, revision: str | None, token: str | bool | None) -> Iterator[None]:
     """Turn the client's errors into ours, which say what to do and never show the token.
 
-    The client's own error is not chained: a malformed token is quoted in it.
+    The original error is not chained, because it may quote a malformed token.
     """
     try:
         yield
     except MixOfShowError:
         raise
     except (HTTPError, EntryNotFoundError, HFValidationError, OSError, ValueError) as error:
-        raise _explanation(error, repo_id, revision, token) from None
+        raise _make_error(error, repo_id, revision, token) from None
     except RuntimeError as error:
-        reason = _reason(error)
+        reason = _unwrap_cause(error)
         if reason is not error:
-            raise _explanation(reason, repo_id, revision, token) from None
-        # Where nothing answers, huggingface_hub 1.3 retries with a client that it has closed.
+            raise _make_error(reason, repo_id, revision, token) from None
+        # Without a connection, huggingface_hub 1.3 retries with a closed client.
         if "client has been closed" not in str(error):
             raise
-        raise _explanation(LocalEntryNotFoundError(str(error)), repo_id, revision, token) from None
+        raise _make_error(LocalEntryNotFoundError(str(error)), repo_id, revision, token) from None
 
 
-def _explanation(error: Exception, repo_id: str, revision: str | None, token: str | bool | None) -> MixOfShowError:
+def _make_error(error: Exception, repo_id: str, revision: str | None, token: str | bool | None) -> MixOfShowError:
     at = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__
@@ -311,7 +308,7 @@ def _explanation(error: Exception, repo_id: str, revision: str | None, token: st
             "a token that may do this (writing needs one of role 'write')."
         )
     if status == _MOVED_ON:
-        return HubError(f"Others keep committing to {at}, so that nothing was sent. Push again when they are done.")
+        return HubError(f"Others keep committing to {at}, so nothing was sent. Push again later.")
     return HubError(f"The Hub could not serve {at}: {_redact(str(error), token)}")
 
 
@@ -327,7 +324,7 @@ def _explain_missing(error: Exception, repo_id: str, revision: str | None, at: s
         return _explain_not_cached(at)
     return (
         f"The repository {at} holds no ED-LoRA (edlora.safetensors). Give the subfolder if it is in one; load "
-        "an ordinary LoRA with load_lora_weights()."
+        "a plain LoRA with load_lora_weights()."
     )
 
 
@@ -343,6 +340,6 @@ def _explain_not_cached(at: str) -> str:
 
 
 def _redact(text: str, token: str | bool | None) -> str:
-    """A message without the token that was given, and without anything that looks like one."""
+    """Remove the given token, and anything that looks like one, from a message."""
     secret = token.strip() if isinstance(token, str) else ""
     return _TOKEN.sub("<token>", text.replace(secret, "<token>") if secret else text)

@@ -1,4 +1,4 @@
-"""One layer's low-rank update."""
+"""Data type of one layer's low-rank update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LowRank:
         down: PEFT's ``lora_A``, the paper's A, shape (rank, in_features).
         up: PEFT's ``lora_B``, the paper's B, shape (out_features, rank).
         alpha: PEFT's ``lora_alpha``; the update is scaled by alpha / rank.
-        convolution: Whether the layer is a 1 x 1 convolution, whose factors files hold with two more axes of 1.
+        convolution: Whether the layer is a 1 x 1 convolution, whose factors have two more axes of size 1 in files.
     """
 
     down: torch.Tensor
@@ -26,13 +26,13 @@ class LowRank:
 
     @classmethod
     def from_file(cls, down: torch.Tensor, up: torch.Tensor, alpha: float) -> LowRank:
-        """An update as a file holds it, of a linear layer or of a 1 x 1 convolution."""
+        """Make an update from the tensors of a file, of a linear layer or a 1 x 1 convolution."""
         flat = [half[:, :, 0, 0] if half.dim() == 4 and half.shape[2:] == (1, 1) else half for half in (down, up)]
         return cls(down=flat[0], up=flat[1], alpha=alpha, convolution=flat[0] is not down)
 
     @property
     def in_file(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Down and up as files hold them, on the CPU."""
+        """down and up as stored in files, on the CPU; the reverse of `from_file`."""
         down, up = (half.detach().cpu().contiguous() for half in (self.down, self.up))
         return (down[:, :, None, None], up[:, :, None, None]) if self.convolution else (down, up)
 
@@ -50,8 +50,8 @@ class LowRank:
     def folded(self) -> LowRank:
         """The same update with the scaling multiplied into `up`, so that alpha is the rank.
 
-        `up` keeps its dtype where that is exact, as it is for powers of two but at the ends of a dtype's range;
-        otherwise it is rounded once, to float32 or better.
+        `up` keeps its dtype if that is exact, as for powers of two within range; otherwise it becomes float32 or
+        wider, rounded once.
         """
         if self.scaling == 1:
             return self
@@ -66,7 +66,7 @@ def low_rank_delta(update: LowRank, *, like: torch.Tensor | None = None) -> torc
 
     Args:
         update: The layer's update.
-        like: A tensor on whose device, and in whose dtype if that is better still, the change is computed.
+        like: The change is computed on this tensor's device, and in its dtype if that is wider.
     """
     like = update.up if like is None else like
     dtype = torch.promote_types(torch.promote_types(update.up.dtype, torch.float32), like.dtype)

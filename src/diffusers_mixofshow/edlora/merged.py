@@ -1,4 +1,4 @@
-"""A complete pipeline with a pack's updates in its weights, for programs that know nothing of ED-LoRAs."""
+"""Write a complete pipeline with a pack's updates in its weights, for programs without support for ED-LoRAs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 _MARK = "_mixofshow_concepts"
-"""In the pipeline's index, where diffusers overlooks names that begin with "_": an ED-LoRA file lies beside it."""
+"""Key in the pipeline's index: an ED-LoRA file lies beside it. diffusers ignores keys that begin with "_"."""
 
 
 @contextmanager
 def replace_pipeline(pipeline: DiffusionPipeline, folder: Path) -> Iterator[Path]:
-    """Write a pipeline in float16 beside what is in a folder, and replace that when the block is done.
+    """Write a pipeline in float16 to a temporary folder, and move it into place when the block is done.
 
     The index, without which diffusers loads nothing, is deleted first and written last: a crash leaves no loadable
     mixture of two pipelines.
@@ -44,7 +44,7 @@ def replace_pipeline(pipeline: DiffusionPipeline, folder: Path) -> Iterator[Path
         folder: Created where it is missing.
 
     Yields:
-        Where the block writes the file with the embeddings.
+        The temporary folder, into which the block writes the file with the embeddings.
 
     Raises:
         FileWriteError: If there is no room or no permission.
@@ -67,35 +67,35 @@ def replace_pipeline(pipeline: DiffusionPipeline, folder: Path) -> Iterator[Path
         if isinstance(error, MixOfShowError):
             raise
         raise FileWriteError(
-            f"The pipeline cannot be written to {folder}: {error}. Make room, or choose another."
+            f"The pipeline cannot be written to {folder}: {error}. Make room, or choose another folder."
         ) from error
 
 
 def mark(folder: Path) -> None:
-    """Note in a pipeline's index that concepts lie beside it."""
+    """Set the key in a pipeline's index that says that concepts lie beside it."""
     index = folder / INDEX
     write_whole(index, json.dumps({**json.loads(index.read_bytes()), _MARK: True}, indent=2).encode())
 
 
 def _declare_float32(config: Path) -> None:
-    """Have a text encoder read in float32 where no dtype is asked for, as diffusers reads all other parts.
+    """Make float32 a text encoder's default dtype, as it is in diffusers for all other components.
 
-    transformers 5 takes the dtype that stands in the file, and half of a pipeline in float16 draws nothing.
+    transformers 5 uses the dtype in the configuration, and a pipeline that mixes float16 and float32 fails.
     """
     values = json.loads(config.read_text(encoding="utf-8"))
-    values.pop("torch_dtype", None)  # what older versions call it
+    values.pop("torch_dtype", None)  # name in older versions
     write_whole(config, json.dumps({**values, "dtype": "float32"}, indent=2).encode())
 
 
 def has_concepts(
     pipeline: str | os.PathLike[str], revision: str | None = None, cache_dir: str | Path | None = None
 ) -> bool:
-    """Whether a pipeline that was loaded, from a folder or the Hub, is a merged one with concepts beside it.
+    """Whether a pipeline is a merged one with concepts beside it.
 
     Args:
-        pipeline: Folder or Hub id; of a Hub id only the cache is asked.
-        revision: What was loaded from the Hub.
-        cache_dir: Where it was downloaded to.
+        pipeline: Folder or Hub id; for a Hub id only the cache is read.
+        revision: Revision of a Hub id.
+        cache_dir: The cache; by default the Hub client's.
     """
     index: Path | None = Path(pipeline) / INDEX
     if hub.is_repo_id(pipeline):
@@ -110,7 +110,7 @@ def has_concepts(
 
 
 def load_base(base_model: str, pipeline_class: str) -> DiffusionPipeline:
-    """Load the base model in float32.
+    """Load the base model of a merged pipeline in float32.
 
     Args:
         base_model: Hub id or folder, or ``toyland``.
@@ -118,7 +118,7 @@ def load_base(base_model: str, pipeline_class: str) -> DiffusionPipeline:
 
     Raises:
         ConfigurationError: If it cannot be loaded.
-        HubError: If only the Hub has it, and that cannot be reached.
+        HubError: If it is only on the Hub, which cannot be reached.
     """
     import diffusers
 
@@ -129,7 +129,7 @@ def load_base(base_model: str, pipeline_class: str) -> DiffusionPipeline:
     except (ConfigurationError, HubError) as error:
         raise type(error)(
             f"{error} merged=True writes a complete pipeline and needs the base model; "
-            "without it the pack alone is written."
+            "without merged=True only the pack is written."
         ) from error
 
 

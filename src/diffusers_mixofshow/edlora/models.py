@@ -1,4 +1,4 @@
-"""Models that diffusers and transformers load by name: found on this disk, in the cache, or on a Hub that answers."""
+"""Load models of diffusers and transformers by name: from disk, the cache, or the Hub if it answers."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _Model = TypeVar("_Model")
 
 
 def load_model(name: str, load: Callable[..., _Model], *, index: str = "model_index.json") -> _Model:
-    """Load a model, without waiting for what cannot come, and say so on standard error.
+    """Load a model, and announce that on standard error.
 
-    Where no Hub answers, diffusers would try for a quarter of a minute before it looks into the cache.
+    If the Hub does not answer, the cache is used at once; diffusers alone would first wait for a quarter of a minute.
 
     Args:
         name: Hub id or folder, or ``toyland``.
-        load: Given what to load and options: ``from_pretrained`` of a class.
-        index: The file that every such model has.
+        load: ``from_pretrained`` of a class, called with the location and options.
+        index: A file that every such model has, to look for it in the cache.
 
     Raises:
-        HubError: If the cache does not hold it, and the Hub cannot be reached.
-        OSError: If there is no such folder, or the cache does not hold it and the Hub is not to be asked.
+        HubError: If it is not in the cache, and the Hub cannot be reached.
+        OSError: If there is no such folder, or it is not in the cache in offline mode.
     """
     place = location_of(name)
     if Path(place).exists():
@@ -55,31 +55,31 @@ def load_base(name: str, load: Callable[..., _Model]) -> _Model:
 
     Raises:
         ConfigurationError: If it cannot be found or read.
-        HubError: If only the Hub has it, and that cannot be reached.
+        HubError: If it is only on the Hub, which cannot be reached.
     """
     try:
         return load_model(name, load)
-    except ConfigurationError:  # says itself what is wrong with the model
+    except ConfigurationError:  # already names the defect
         raise
     except (OSError, ValueError) as error:
         raise not_loadable(name, error) from error
 
 
-def load_looker(name: str, kind: type, *, called: str, expected: str) -> tuple[Any, Any]:
-    """Load a model that looks at pictures and reads texts, onto the GPU where there is one, with its tokenizer.
+def load_clip_model(name: str, kind: type, *, called: str, expected: str) -> tuple[Any, Any]:
+    """Load a model that encodes pictures and texts, onto the GPU if there is one, with its tokenizer.
 
     Args:
         name: Hub id or folder.
-        kind: A class of transformers that is made of a CLIP.
-        called: How errors name it.
-        expected: What errors ask for, and an example.
+        kind: A transformers class based on CLIP.
+        called: Its description in errors.
+        expected: What errors ask for, with an example.
 
     Returns:
         The model in float32 and evaluation mode, and its CLIP tokenizer.
 
     Raises:
-        HubError: If only the Hub has it, and that cannot be reached.
-        ConfigurationError: If there is none, or what is there is something else.
+        HubError: If it is only on the Hub, which cannot be reached.
+        ConfigurationError: If it does not exist, or is a model of another kind.
     """
     from transformers import CLIPTokenizer
 
@@ -93,18 +93,18 @@ def load_looker(name: str, kind: type, *, called: str, expected: str) -> tuple[A
         raise _unusable(name, first_line(error), called, expected) from error
     missing = sorted(key for key in loaded["missing_keys"] if not key.endswith("position_ids"))
     if missing:
-        raise _unusable(name, f"{len(missing)} weights are missing, {missing[0]} among them", called, expected)
+        raise _unusable(name, f"{len(missing)} weights are missing, such as {missing[0]}", called, expected)
     return model.float().eval().to("cuda" if torch.cuda.is_available() else "cpu"), words
 
 
 def silence_if_embedded(name: str) -> AbstractContextManager[None]:
-    """`silence_libraries` for the embedded base, which is ours to answer for; all others may say what they have to."""
+    """`silence_libraries` for the embedded base, whose messages are of no use to users; nothing for other models."""
     return nullcontext() if location_of(name) == name else silence_libraries()
 
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Keep transformers and diffusers from printing bars and notes inside the block; restore their settings."""
+    """Hide progress bars, log messages and warnings of transformers and diffusers inside the block."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -128,10 +128,10 @@ def silence_libraries() -> Iterator[None]:
 
 
 def refuse_missing_folder(name: str) -> None:
-    """Refuse a name that is not there and can only be meant for a place on this disk.
+    """Refuse a name that can only be a local path and does not exist.
 
     Raises:
-        FileNotFoundError: If it is one.
+        FileNotFoundError: If the name is such a path.
     """
     path = Path(name)
     if not path.exists() and (name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())):
@@ -139,10 +139,10 @@ def refuse_missing_folder(name: str) -> None:
 
 
 def _explain_no_access(name: str) -> OSError | None:
-    """Why a model that is not in the cache cannot be had, unless the Hub can be asked."""
+    """Why the Hub cannot be used, as an error; None if it can."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return FileNotFoundError(f"{name!r} is not in the cache, and HF_HUB_OFFLINE is set")
-    return None if hub.answers() else hub.make_unreachable_error(name)
+    return None if hub.is_reachable() else hub.make_unreachable_error(name)
 
 
 def _unusable(name: str, reason: str, called: str, expected: str) -> ConfigurationError:

@@ -1,4 +1,4 @@
-"""The ED-LoRA: one concept, or several fused ones, as data. How it is written and sent is in its neighbours."""
+"""The class `EDLoRA`: one concept, or several fused ones. Files and the Hub are handled by the modules beside this."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class EDLoRA:
 
     Args:
         concepts: The concepts it holds; one after tuning, several after fusion.
-        embeddings: Token to its layer-wise embedding, shape (layers, dim), in the order of `layers`. Where a model has
-            two text encoders, ``text_encoder_2.<potter1>`` to that for the second, likewise, and ``pooled.<potter1>``
-            to that for its vector of the whole text, shape (1, dim).
+        embeddings: Token to its layer-wise embedding, shape (layers, dim), in the order of `layers`. With two text
+            encoders also ``text_encoder_2.<potter1>``, of the same shape, for the second, and ``pooled.<potter1>``,
+            shape (1, dim), for its pooled vector.
         lora: Site name (see `families.family`) to its low-rank update.
         base_model: Id of the model it was tuned on.
-        layers: The U-Net's cross-attention layers in order down, mid, up; of SDXL the groups that share an embedding.
+        layers: The U-Net's cross-attention layers in order down, mid, up; for SDXL, groups that share an embedding.
         training: Settings and measurements of the tuning or fusion, JSON values only.
     """
 
@@ -52,11 +52,11 @@ class EDLoRA:
         check_distinct(self.concepts)
 
     def check_fits(self, components: Mapping[str, object]) -> None:
-        """Raise one `EDLoRAFormatError` that names everything that is wrong in itself or does not fit the model.
+        """Raise an `EDLoRAFormatError` that lists all defects, or everything that does not fit the model.
 
         Args:
             components: ``pipeline.components``, or any mapping with some of ``unet`` and ``text_encoder``;
-                what is not given is not checked.
+                missing components are not checked.
         """
         inner = defects.content_defects(self.concepts, self.embeddings, self.lora, self.layers)
         defects.raise_if_any(
@@ -81,33 +81,32 @@ class EDLoRA:
     ) -> Path:
         """Write the pack to ``folder/edlora.safetensors``, which stock diffusers reads as a LoRA, and a model card.
 
-        The file appears whole or not at all. Tensors keep their dtype. In a README.md what this package wrote is
-        refreshed and everything else stays; one that it did not write is left as it is. Files of others in the folder
-        stay as well.
+        The file appears whole or not at all. Tensors keep their dtype. In an existing README.md only the generated
+        section is replaced; one without such a section is not changed. Unrelated files in the folder are kept.
 
         Args:
             folder: Created where it is missing.
             merged: Write a complete pipeline instead: the base model with the updates in its weights, in float16.
-                `MixOfShowPipeline.from_pretrained` loads it with its concepts; any program that knows diffusers
-                loads it without them.
-            samples: Prompt to the picture it drew, for the card's gallery; written to ``folder/samples``.
-            license: For the card, as the Hub spells it, e.g. ``apache-2.0``; by default that of the base model, where
-                it is known. A licence that stands in the card already stays.
-            overwrite: Take the place of the pack that is there, if any; if it is another one, its statistics, sources,
-                samples and merged pipeline go with it. With `merged`, of the pipeline that is there, whoever wrote it.
+                `MixOfShowPipeline.from_pretrained` loads it with its concepts, any other program based on diffusers
+                without them.
+            samples: Prompt to the picture it produced, for the card's gallery; written to ``folder/samples``.
+            license: For the card, as the Hub spells it, e.g. ``apache-2.0``; by default that of the base model, if
+                known. A licence in an existing card is kept.
+            overwrite: Replace an existing pack; if it is another one, its statistics, sources, samples and merged
+                pipeline are deleted. With `merged`, also replace any pipeline in the folder.
 
         Returns:
-            Path of the safetensors file; in a merged pipeline it holds the embeddings alone.
+            Path of the safetensors file; in a merged pipeline it holds only the embeddings.
 
         Raises:
-            EDLoRAFormatError: If the pack contradicts itself, or with `merged` does not fit its base model; nothing
-                is written then.
-            ConfigurationError: If a sample is no picture, or `merged` asked for and the base model cannot be loaded.
-            OverwriteError: If a pack is there already, or with `merged` a pipeline; see `overwrite`.
-            FileWriteError: If the disk is full or the folder cannot be written to; what was there stays.
+            EDLoRAFormatError: If the pack is inconsistent, or with `merged` does not fit its base model; nothing is
+                written then.
+            ConfigurationError: If a sample is not a picture, or with `merged` the base model cannot be loaded.
+            OverwriteError: If the folder has a pack, or with `merged` a pipeline; see `overwrite`.
+            FileWriteError: If the disk is full or the folder is not writable; existing files are kept.
         """
         path = Path(folder) / file.FILE_NAME
-        refuse_overwriting(*pack_folder.places(path.parent, merged=merged), overwrite=overwrite)
+        refuse_overwriting(*pack_folder.find_places(path.parent, merged=merged), overwrite=overwrite)
         stale = self._stale(path.parent, merged=merged)
         if merged:
             pipeline = merged_pipeline.load_base(self.base_model, family_of_embeddings(self.embeddings).pipeline)
@@ -117,7 +116,7 @@ class EDLoRA:
                 file.write(temporary / file.FILE_NAME, replace(self, lora={})._contents())
         else:
             file.write(path, self._contents())
-        pack_folder.remove(set(stale) - set(pack_folder.pipeline(path.parent) if merged else ()))
+        pack_folder.remove(set(stale) - set(pack_folder.find_pipeline(path.parent) if merged else ()))
         shown = card.write_samples(path.parent, samples or {})
         card.write_card(
             path.parent, self._card(public_name(os.fspath(folder)), merged, shown, license), anew=bool(stale)
@@ -125,32 +124,32 @@ class EDLoRA:
         return path
 
     def check_beside(self, pipeline: str | os.PathLike[str]) -> None:
-        """Look, before a pipeline is written to a folder, whether `save_beside` would destroy another pack there.
+        """Check, before a pipeline is written to a folder, that `save_beside` would not overwrite another pack.
 
         Args:
             pipeline: The folder; may be missing.
 
         Raises:
-            OverwriteError: If another pack is there, or a file of its name that is none.
+            OverwriteError: If the folder has another pack, or another file of that name.
         """
         there = find_existing(Path(pipeline) / file.FILE_NAME)
         if there and not self._is_in(there[0].parent, merged=True):
             raise OverwriteError(
-                f"{there[0]} is there already and holds something else than {self._names}, whose updates are in the "
-                "pipeline's weights; nothing is overwritten unasked. Choose another folder, or move that file away."
+                f"{there[0]} exists and is not the pack of {self._names}, whose updates are in the pipeline's "
+                "weights. Choose another folder, or move that file away."
             )
 
     def save_beside(self, pipeline: str | os.PathLike[str]) -> Path:
-        """Write the concepts into the folder of a complete pipeline that holds the updates in its weights.
+        """Write the concepts into the folder of a complete pipeline whose weights contain the updates.
 
         Args:
             pipeline: The folder, written already; `MixOfShowPipeline.from_pretrained` loads it with its concepts.
 
         Returns:
-            Path of the safetensors file, which holds the embeddings alone.
+            Path of the safetensors file, which holds only the embeddings.
 
         Raises:
-            FileWriteError: If the disk is full or the folder cannot be written to.
+            FileWriteError: If the disk is full or the folder is not writable.
         """
         path = Path(pipeline) / file.FILE_NAME
         file.write(path, replace(self, lora={})._contents())
@@ -169,20 +168,20 @@ class EDLoRA:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Read a pack; its tensors come to the CPU in the file's dtype.
+        """Read a pack; tensors are on the CPU, in the file's dtype.
 
         Args:
             source: A folder that holds ``edlora.safetensors``, a safetensors file, or a Hub id such as
-                ``user/edlora-potter``. What exists on disk comes first.
+                ``user/edlora-potter``. An existing path has priority.
             revision: Branch, tag or commit on the Hub.
             subfolder: Folder inside the repository, or inside the local folder.
             token: For private repositories; by default the one of ``hf auth login``.
             cache_dir: Where downloads are kept; by default the Hub client's cache.
-            local_files_only: Take it from the cache and do not ask the Hub.
+            local_files_only: Use the cache only, without connecting to the Hub.
 
         Raises:
-            EDLoRANotFoundError: If there is nothing at `source`.
-            EDLoRAFormatError: If the file is no valid ED-LoRA; names every defect.
+            EDLoRANotFoundError: If `source` does not exist.
+            EDLoRAFormatError: If the file is not a valid ED-LoRA; lists every defect.
             HubError: If the Hub refuses or cannot be reached.
         """
         if hub.is_repo_id(source):
@@ -217,20 +216,20 @@ class EDLoRA:
     ) -> str:
         """Upload the pack with its model card, in one commit; creates the repository where it is missing.
 
-        In a card that is on the Hub already what people wrote stays, and what this package wrote is refreshed.
+        In an existing card on the Hub, only the generated section is replaced.
 
         Args:
             repo_id: ``user/name``, or a name under your own account; by default derived from the concepts:
                 ``edlora-potter``, or ``mixofshow-potter-hermione`` for several.
             merged: Upload a complete pipeline instead, see `save_pretrained`.
-            samples: Prompt to the picture it drew, for the card's gallery and the Hub's widget.
+            samples: Prompt to the picture it produced, for the card's gallery and the Hub's widget.
             license: For the card, see `save_pretrained`.
             token: By default the one of ``hf auth login``.
             private: Whether a new repository is private; by default your account's setting.
             revision: Branch to commit to, created where it is missing; by default ``main``.
-            create_pr: Open a pull request to ``main`` instead, as for repositories of others.
-            commit_message: By default names the concepts.
-            saving: Passed to `save_pretrained`: `sources` of a fused pack.
+            create_pr: Open a pull request to ``main`` instead, as needed for other users' repositories.
+            commit_message: By default, one that names the concepts.
+            saving: Passed to `save_pretrained`, such as `sources` of a fused pack.
 
         Returns:
             The repository's URL, or the pull request's.
@@ -240,7 +239,7 @@ class EDLoRA:
             HubError: If the Hub refuses or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as temporary:
-            # Defects show before anything is created.
+            # Saving first raises errors before the repository is created.
             self.save_pretrained(temporary, merged=merged, **saving)
             return self.push_folder(
                 Path(temporary),
@@ -290,7 +289,7 @@ class EDLoRA:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what it draws with, embeddings and updates, whatever file they come from."""
+        """SHA-256 of embeddings and updates, independent of the file they come from."""
         digest = hashlib.sha256()
 
         def feed(name: str, tensor: torch.Tensor) -> None:
@@ -306,16 +305,16 @@ class EDLoRA:
         return digest.hexdigest()
 
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
-        """What an earlier pack has left in a folder, unless that is the same as this one."""
-        left = pack_folder.beside(folder, self._file_name)
+        """Files that an earlier pack has left in a folder; empty if it is the same pack as this one."""
+        left = pack_folder.find_beside(folder, self._file_name)
         return [] if left and self._is_in(folder, merged=merged) else left
 
     def _is_in(self, folder: Path, *, merged: bool) -> bool:
-        """Whether a folder's pack is this one, or with `merged` the embeddings of this one."""
+        """Whether a folder holds this pack, or with `merged` its embeddings."""
         in_file = self._contents() | ({"lora": {}} if merged else {})
         try:
             return EDLoRA.from_pretrained(folder).digest == replace(self, **in_file).digest
-        except MixOfShowError:  # it is missing or broken, so that nothing can be its own
+        except MixOfShowError:  # missing or broken
             return False
 
     @property
@@ -331,7 +330,7 @@ class EDLoRA:
         return ", ".join(concept.placeholder for concept in self.concepts)
 
     def card(self, location: str) -> str:
-        """The model card as Markdown without its metadata, as it is written beside the file.
+        """The model card as Markdown, without metadata.
 
         Args:
             location: What the code example loads: a Hub id or the name of a folder.

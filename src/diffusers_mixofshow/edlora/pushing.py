@@ -1,4 +1,4 @@
-"""A folder onto the Hub, with its model card brought up to date on the way."""
+"""Push a folder to the Hub and refresh its model card."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def push(
     create_pr: bool,
     message: str,
 ) -> str:
-    """Send a folder in one commit, into a repository that is created where it is missing.
+    """Send a folder in one commit; creates the repository where it is missing.
 
     Args:
-        folder: What to send; README.md in it is written here.
+        folder: Folder to send; its README.md is written here.
         repo_id: ``user/name``, or a name under the user's own account.
-        card_for: The card, given the full id; None to send the folder as it is.
+        card_for: Makes the card for a full repository id; None to send the folder unchanged.
         token: By default the one of ``hf auth login``.
         private: Whether a new repository is private; by default the account's setting.
         revision: Branch to commit to, created where it is missing; by default ``main``.
         create_pr: Open a pull request instead.
-        message: Of the commit.
+        message: Message of the commit.
 
     Returns:
         The repository's URL, or the pull request's.
 
     Raises:
-        ConfigurationError: If a pull request into a branch is asked for, which the Hub does not know.
-        HubError: If the Hub refuses or cannot be reached; nothing of the folder is there then.
+        ConfigurationError: If both a pull request and a branch are given, which the Hub does not support.
+        HubError: If the Hub refuses or cannot be reached; nothing of the folder is sent then.
     """
     if create_pr and revision not in (None, "main"):
         raise ConfigurationError(f"Pull requests go to main; give create_pr or revision={revision!r}, not both.")
@@ -49,7 +49,7 @@ def push(
 
     def renew_card(commit: str) -> None:
         if card_for is not None:
-            there = hub.text_at(repo_id, CARD_NAME, commit, token=token)
+            there = hub.read_text(repo_id, CARD_NAME, commit, token=token)
             write_whole(folder / CARD_NAME, refresh_text(there, card_for(repo_id)).encode())
 
     commit_url = hub.upload(

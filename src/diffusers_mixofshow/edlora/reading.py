@@ -1,4 +1,4 @@
-"""Opening untrusted files: everything that can be checked before memory is allocated is checked first."""
+"""Open untrusted files safely: everything that can be checked before allocating memory is checked first."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffusers_mixofshow.edlora.defects import shown
+from diffusers_mixofshow.edlora.defects import sanitise
 from diffusers_mixofshow.edlora.signatures import guess_kind
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, meant
 
 
 LONGEST_HEADER = 8 * 2**20
-"""Bytes; that of a LoRA with every layer of SDXL has some 300 thousand."""
+"""In bytes; a LoRA with every layer of SDXL has some 300 thousand."""
 LARGEST_FILE = 8 * 2**30
-"""Bytes; an ED-LoRA of SD 1.5 has some 10 million, a merged one of full rank some billion."""
+"""In bytes; an ED-LoRA of SD 1.5 has some 10 million, a LoRA of full rank some billion."""
 MOST_TENSORS = 20_000
 
 _T = TypeVar("_T")
@@ -31,12 +31,12 @@ _SNAPSHOTS = "snapshots"
 
 
 def within(folder: Path, *names: str) -> Path:
-    """Path of a file in a folder, which no symbolic link leads out of.
+    """Path of a file in a folder; refuses paths that leave the folder by a symbolic link or ``..``.
 
-    In the Hub's cache, where a snapshot's files are links to blobs, the repository counts as the folder.
+    In the Hub's cache, where a snapshot's files are links to blobs, links within the repository are allowed.
 
     Raises:
-        EDLoRAFormatError: If the file, or a folder on the way, is a link to somewhere else.
+        EDLoRAFormatError: If the path leads out of the folder.
     """
     path = folder.joinpath(*names)
     home = folder.resolve()
@@ -46,13 +46,13 @@ def within(folder: Path, *names: str) -> Path:
     if not _leads_into(path, home):
         raise EDLoRAFormatError(
             f"{path} leads out of {folder} by a symbolic link or '..', which is not followed. Give the file itself if "
-            "you trust where it leads."
+            "you trust it."
         )
     return path
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; False also for paths that the system refuses, such as names of 10,000 characters."""
+    """Whether a path is a folder; False also for paths that the system rejects, such as too long ones."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -60,30 +60,30 @@ def is_folder(path: Path) -> bool:
 
 
 def suggest_name(path: Path) -> str:
-    """The question whether a name was meant that lies where a path that does not exist would lie; empty if none is."""
+    """Suggest a similar name from the folder of a path that does not exist; empty if there is none."""
     try:
-        return meant(path.name, [shown(entry.name) for entry in path.parent.iterdir()])
+        return meant(path.name, [sanitise(entry.name) for entry in path.parent.iterdir()])
     except (OSError, ValueError):
         return ""
 
 
 def check_file(path: Path) -> int:
-    """Bytes of a file, once it is known to be one: no folder, pipe or device, and of a size that can be meant.
+    """Check that a path is a regular file of plausible size; returns its size in bytes.
 
     Raises:
-        EDLoRANotFoundError: If there is nothing.
-        EDLoRAFormatError: If it is something else, or too large.
+        EDLoRANotFoundError: If it does not exist.
+        EDLoRAFormatError: If it is a folder, pipe or device, or too large.
     """
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
         raise EDLoRANotFoundError(
-            f"{shown(str(path))} does not exist. Give a folder with edlora.safetensors, a safetensors file, or a Hub "
-            f"id such as 'user/edlora-potter'.{suggest_name(path)}"
+            f"{sanitise(str(path))} does not exist. Give a folder with edlora.safetensors, a safetensors file, or a "
+            f"Hub id such as 'user/edlora-potter'.{suggest_name(path)}"
         ) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-        raise EDLoRAFormatError(f"{path} cannot be read: it is {kind}, no file.")
+        raise EDLoRAFormatError(f"{path} cannot be read: it is {kind}, not a file.")
     if status.st_size > LARGEST_FILE:
         raise EDLoRAFormatError(
             f"{path} cannot be read: it has {status.st_size:,} bytes, more than any LoRA ({LARGEST_FILE:,})."
@@ -92,7 +92,7 @@ def check_file(path: Path) -> int:
 
 
 def identity(path: Path) -> tuple[int, int, int] | None:
-    """Inode, time and size, which change when another file takes the place of this one; None where there is none."""
+    """Inode, modification time and size, which change if the file is replaced; None if it does not exist."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -102,11 +102,11 @@ def identity(path: Path) -> tuple[int, int, int] | None:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, open: its tensors are mapped into memory, not copied, and read where they are looked at.
+    """Open a safetensors file; its tensors are memory-mapped, so read from disk only when used.
 
     Raises:
-        EDLoRANotFoundError: If there is nothing.
-        EDLoRAFormatError: If it is no safetensors file, or its header or number of tensors is beyond all measure.
+        EDLoRANotFoundError: If it does not exist.
+        EDLoRAFormatError: If it is not a safetensors file, or its header or number of tensors is too large.
     """
     size = check_file(path)
     try:
@@ -119,23 +119,23 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except EDLoRAFormatError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, shown(str(error))) from error
+        raise _unreadable(path, sanitise(str(error))) from error
 
 
 def read_steadily(path: Path, take: Callable[[Any], _T]) -> _T:
-    """What is taken from one and the same safetensors file, also while others take its place.
+    """Read from a safetensors file, again if it is replaced meanwhile, so that all values come from one file.
 
-    safetensors opens the file a second time to map its tensors, so that a file which is replaced in between would
-    give its metadata, and its successor the tensors.
+    safetensors opens the file a second time to map its tensors: without this check, metadata of the old file and
+    tensors of the new one could be combined.
 
     Args:
         path: The file.
-        take: Takes something from the open file, more than once if it was replaced meanwhile; tensors as copies,
-            where the file may be written in its place.
+        take: Reads from the open file, possibly several times; must copy tensors if the file may be overwritten in
+            place.
 
     Raises:
-        EDLoRANotFoundError: If there is nothing.
-        EDLoRAFormatError: If it is no safetensors file, or replaced over and over.
+        EDLoRANotFoundError: If it does not exist.
+        EDLoRAFormatError: If it is not a safetensors file, or is replaced again and again.
     """
     for _ in range(_MOST_READS):
         before = identity(path)
@@ -148,11 +148,11 @@ def read_steadily(path: Path, take: Callable[[Any], _T]) -> _T:
             continue
         if identity(path) == before:
             return content
-    raise EDLoRAFormatError(f"{path} is written over and over while it is read. Read it when its writer is done.")
+    raise EDLoRAFormatError(f"{path} is replaced again and again while it is read. Try again when its writer is done.")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of one and the same safetensors file, see `read_steadily`."""
+    """Metadata and tensors of a safetensors file, see `read_steadily`."""
 
     def take(opened: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
@@ -161,7 +161,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata in the header of a safetensors file; empty of any other file."""
+    """Metadata in the header of a safetensors file; empty for any other file."""
     try:
         with open_tensors(path) as opened:
             return dict(opened.metadata() or {})
@@ -172,12 +172,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _leads_into(path: Path, folder: Path) -> bool:
     try:
         return path.resolve().is_relative_to(folder)
-    except (OSError, RuntimeError):  # a link to itself
+    except (OSError, RuntimeError):  # a link that leads to itself
         return False
 
 
 def _header_defect(path: Path, size: int) -> str:
-    """What is wrong with the first bytes of a safetensors file; empty if nothing."""
+    """Defect of the first bytes of a safetensors file; empty if there is none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_PREFIX), "little")
     if size < _PREFIX:

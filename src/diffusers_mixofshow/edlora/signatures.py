@@ -1,4 +1,4 @@
-"""Recognises files of other kinds by their first bytes, to say what they are and what to do."""
+"""Recognise files of other kinds by their first bytes, for error messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 _LONGEST = 512
-"""Bytes that are looked at."""
+"""Number of bytes that are read."""
 
 _SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
@@ -17,7 +17,7 @@ _SIGNATURES = (
     (b"II*\0", "a TIFF picture"),
     (b"MM\0*", "a TIFF picture"),
     (b"%PDF-", "a PDF document"),
-    (b"PK\x03\x04", "a zip archive, or what PyTorch wrote (.pth, .pt, .bin)"),
+    (b"PK\x03\x04", "a zip archive, or a file of PyTorch (.pth, .pt, .bin)"),
     (b"\x80\x02", "an old pickle of PyTorch (.pth, .pt, .bin, .ckpt)"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
@@ -31,20 +31,16 @@ _JSON = (b"{", b"[")
 
 
 def guess_kind(path: Path) -> str:
-    """What a file seems to be and what to do, for the end of "it is ..."; empty if its first bytes tell nothing."""
+    """Kind of a file with a remedy, to complete "it is ..."; empty if unknown."""
     with path.open("rb") as file:
         start = file.read(_LONGEST)
     if start.startswith(_POINTER):
         return (
-            "a Git LFS pointer, which stands for the file and is not the file: run `git lfs pull` in its folder, or "
-            "fetch it with `hf download`"
+            "a Git LFS pointer instead of the file: run `git lfs pull` in its folder, or fetch it with `hf download`"
         )
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.lower().startswith(_PAGE):
-        return (
-            "a web page (HTML), as a site answers where a link leads to the page about a file, or one has to log in: "
-            "download the file itself"
-        )
+        return "a web page (HTML), such as the page about a file or a login page: download the file itself"
     if kind := next((kind for signature, kind in _SIGNATURES if start.startswith(signature)), ""):
         return f"{kind} by its first bytes, whatever its name says"
     if text.startswith(_JSON):

@@ -16,27 +16,27 @@ KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADA
 def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
     """Safetensors metadata from which `load_lora_weights` makes its PEFT configuration.
 
-    Stock loaders take alpha == rank where nothing is said, so nothing is said where that is right: then other
-    programs, which do not know this metadata, are right as well. Where ranks differ between layers it is said all the
-    same, as diffusers 0.38 then takes one layer's rank for the alpha of all. A denoiser's patterns match whole names;
-    those of text encoders match ends of names, since transformers puts ``text_model.`` in front or not.
+    Without it, stock loaders assume alpha == rank. It is omitted if that is right, so that programs which do not know
+    it are right as well; but it is written if ranks differ, because diffusers 0.38 would then use one layer's rank as
+    the alpha of all. Patterns for a denoiser match whole names, those for text encoders the ends of names, because
+    the prefix ``text_model.`` depends on the transformers version.
 
     Args:
         lora: Site name to update.
 
     Returns:
-        Nothing, or one entry.
+        One entry, or none.
     """
     return _metadata({site: (update.rank, update.alpha) for site, update in lora.items()})
 
 
 def metadata_of_ranks(ranks: Mapping[str, int]) -> dict[str, str]:
-    """The same of updates without any scaling but their own: site name to rank."""
+    """`adapter_metadata` for updates whose alpha is the rank: site name to rank."""
     return _metadata({site: (rank, float(rank)) for site, rank in ranks.items()})
 
 
 def _metadata(updates: Mapping[str, tuple[int, float]]) -> dict[str, str]:
-    """The metadata of site name to rank and alpha."""
+    """Compose the metadata from site name to (rank, alpha)."""
     if all(alpha == rank for rank, alpha in updates.values()) and len({rank for rank, _ in updates.values()}) <= 1:
         return {}
     values: dict[str, object] = {}
@@ -61,5 +61,5 @@ def _metadata(updates: Mapping[str, tuple[int, float]]) -> dict[str, str]:
 
 
 def _pattern(component: str, path: str) -> str:
-    """A regular expression for one layer, by PEFT's rule, which matches ends of names unless told otherwise."""
+    """A regular expression for one layer; PEFT matches the ends of names unless the pattern starts with ``^``."""
     return f"{'' if component.startswith('text_encoder') else '^'}{re.escape(path)}"

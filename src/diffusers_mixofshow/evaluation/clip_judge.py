@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
-from diffusers_mixofshow.edlora.models import load_looker
+from diffusers_mixofshow.edlora.models import load_clip_model
 from diffusers_mixofshow.pictures import read_image
 
 
@@ -51,7 +51,7 @@ class ClipJudge:
         from transformers import CLIPModel
 
         expected = f"a Hub id or a folder of a CLIP model with its tokenizer, such as {DEFAULT_CLIP!r}"
-        return cls(*load_looker(name, CLIPModel, called="metric model", expected=expected))
+        return cls(*load_clip_model(name, CLIPModel, called="metric model", expected=expected))
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from diffusers_mixofshow.conditioning.encode import encode_layerwise
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.embeddings import part_and_token
+from diffusers_mixofshow.edlora.embeddings import split_name
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.exporting.absorption import Absorbed, Metric, absorb
@@ -56,7 +56,7 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
     """
     if not is_layerwise(edlora):
         return edlora
-    if any(part_and_token(name)[0] for name in edlora.embeddings):
+    if any(split_name(name)[0] for name in edlora.embeddings):
         raise EDLoRAFormatError(
             "What layer-wise embeddings do can be put into the LoRA for Stable Diffusion 1.x and 2.x alone, but "
             f"{edlora!r} has embeddings for several text encoders. Convert it without a base model: their means are "

@@ -1,4 +1,4 @@
-"""Families of base models: one module says all about each, and nothing else in the package names their parts."""
+"""Families of base models: one module describes each, and no other code names their components or layers."""
 
 from diffusers_mixofshow.families.family import BaseModel, Family, Stage, TextEncoder
 from diffusers_mixofshow.families.recognition import (

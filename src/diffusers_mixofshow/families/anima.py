@@ -1,8 +1,8 @@
 """Anima, on Cosmos Predict 2's transformer: blocks with a self-attention and a cross-attention to the text.
 
-diffusers has it as a modular pipeline alone, which cannot be recorded here: its LoRAs are read and written, and merged
-by methods that see nothing but the updates. PixArt, LTX-Video and others call their layers alike; the width of its
-text and the names of its original code tell it from them.
+diffusers has only a modular pipeline for it, which fusion cannot record: its LoRAs are read, written, and merged by
+methods that use the updates alone. PixArt, LTX-Video and others name their layers in the same way; Anima is recognised
+by the width of its text states and by the names of its original code.
 """
 
 from __future__ import annotations

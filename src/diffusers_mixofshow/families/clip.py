@@ -1,4 +1,4 @@
-"""CLIP's text encoder, which several families have."""
+"""The CLIP text encoder, shared by several families."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _ADAPTED = r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_pr
 _LINEAR = _ADAPTED + r"|(text_model\.)?encoder\.layers\.\d+\.mlp\.fc[12]"
 
 POSITIONS = 77
-"""Tokens of one text, its start and end counted."""
+"""Tokens of one text, including its start and end token."""
 
 SHARED_INPUT = (re.compile(r"(.*\.self_attn)\.(q_proj|k_proj|v_proj)"), r"\1.q_proj+k_proj+v_proj")
 """The queries, keys and values of a self-attention read one tensor."""
 
 CLIP_L, CLIP_G = "clip_l", "clip_g"
-"""What files of embeddings call the CLIP of OpenAI, and the larger one of OpenCLIP."""
+"""Names of OpenAI's CLIP and of the larger OpenCLIP in files of embeddings."""
 
 
-def clip_with(tokenizer: str, **reading: Any) -> TextEncoder:
-    """A CLIP text encoder whose tokenizer is this component; what is read of it as `TextEncoder` says."""
-    return TextEncoder(tokenizer=tokenizer, adapted=re.compile(_ADAPTED), linear=re.compile(_LINEAR), **reading)
+def clip_text_encoder(tokenizer: str, **fields: Any) -> TextEncoder:
+    """A CLIP text encoder with this tokenizer component; further fields as in `TextEncoder`."""
+    return TextEncoder(tokenizer=tokenizer, adapted=re.compile(_ADAPTED), linear=re.compile(_LINEAR), **fields)

@@ -1,9 +1,9 @@
-"""What the package has to know of a family of base models: the contract that every module of this folder fulfils.
+"""Description of a family of base models: the contract that every module of this folder fulfils.
 
 A *site* is a linear layer that a LoRA may adapt. Its name is the component's name in the pipeline, a dot, and
 the module's path, e.g. ``unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k`` or
-``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. The names of CLIP's layers always carry ``text_model.``,
-whether or not the installed transformers has a module of that name (it is gone since 5.6).
+``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``. Site names of CLIP layers always contain
+``text_model.``, although transformers 5.6 and later have no module of that name.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from diffusers_mixofshow.families.original_code import OriginalLayer, with_number, without_number
+from diffusers_mixofshow.families.original_code import OriginalLayer, insert_block_number, strip_block_number
 
 
 ANY_SITE = re.compile(r".*")
 
 POOLED = "pooled"
-"""What a concept's embeddings for the vector of the whole text are called."""
+"""Name of a concept's embeddings for the pooled vector of the whole text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class TextEncoder:
         tokenizer: Name of its tokenizer among the pipeline's components.
         adapted: Paths of the layers that an ED-LoRA adapts.
         linear: Paths of the layers that any LoRA may adapt.
-        skipped: How many of its last layers the denoiser never sees; ``clip_skip`` counts from there.
-        final_norm: Whether its last norm acts on what the denoiser sees.
-        pooled: Whether the denoiser reads its projected vector of the whole text besides.
+        skipped: How many of its last layers the denoiser does not use; ``clip_skip`` counts from there.
+        final_norm: Whether its last norm is applied to the states that the denoiser reads.
+        pooled: Whether the denoiser also reads its pooled, projected vector of the whole text.
     """
 
     tokenizer: str
@@ -44,12 +44,12 @@ class TextEncoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Layers that fusion records and solves together; earlier stages are fused by then (paper, section 3.3.2).
+    """Layers that fusion records and solves together, after fusing the earlier stages (paper, section 3.3.2).
 
     Args:
-        name: What progress calls it.
-        sites: Names of its sites; a site belongs to the first stage that has it.
-        text_alone: Whether its layers see nothing but the text, so that one denoising step shows all that they see.
+        name: Label in progress bars.
+        sites: Pattern of its sites; a site belongs to the first stage that matches.
+        text_alone: Whether its inputs depend on the text alone, so that one denoising step records all of them.
     """
 
     name: str
@@ -59,22 +59,22 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseModel:
-    """A series of published base models of a family, all of one size.
+    """Published base models of a family with the same layers and sizes.
 
     Args:
-        name: What people call it.
-        kohya: What kohya's trainers call it in a file's metadata.
-        text_width: Width of the text states that its cross-attention reads; 0 where it has none.
-        stream_widths: Widths of the states that the attention of a transformer's blocks reads, one for each size; they
-            tell families apart whose layers are called alike.
-        embeddings: Name of the text encoder, as files of embeddings spell it, to the width of its embeddings.
-        layers: The cross-attention layers in order down, mid, up; empty where it has none.
-        id: The base model that is taken where nobody tells; empty where that would be a guess.
-        other_ids: What else it is called on the Hub.
-        license: Its licence, as the Hub spells it, which that of what is tuned on it must follow; empty where unknown.
-        guidance: The guidance scale that it draws well with.
-        standing: Top and bottom of a region in which things stand well, as shares of a picture's height.
-        classes: Class words of all that it draws, where they can be counted; empty where it draws what people name.
+        name: Display name.
+        kohya: Its name in the metadata of kohya's trainers.
+        text_width: Width of the text states that its cross-attention reads; 0 without cross-attention.
+        stream_widths: For transformers, width of the attention's input for each model size; distinguishes families
+            with the same layer names.
+        embeddings: Name of a text encoder in files of embeddings to the width of its embeddings.
+        layers: The cross-attention layers in order down, mid, up; empty without cross-attention.
+        id: Hub id of the default base model; empty if there is no obvious one.
+        other_ids: Other Hub ids of the same model.
+        license: Its licence, as the Hub spells it, inherited by models tuned on it; empty if unknown.
+        guidance: Recommended guidance scale.
+        standing: Recommended top and bottom of a region for one object, as shares of the picture's height.
+        classes: Class words of everything it can draw; empty for a model of open vocabulary.
     """
 
     name: str
@@ -92,52 +92,51 @@ class BaseModel:
 
     @property
     def has_two_text_encoders(self) -> bool:
-        """Whether it has two, as SDXL; kohya numbers them then, and names the U-Net as the original code does."""
+        """Whether it has two, as SDXL; kohya's names then number them and use the original code's U-Net names."""
         return len(self.embeddings) > 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """Base models whose parts, layers and calls are alike, whatever their sizes.
+    """Base models with the same components, layer names and pipeline arguments, of any size.
 
     A module of this folder makes one of these, and `FAMILIES` lists it; nothing else has to change.
     ``docs/adding_a_family.md`` leads through it, and ``tests/families`` runs every family through the contract.
 
     Args:
-        name: What people call it.
-        pipeline: Class of its text-to-image pipeline in diffusers; empty where it has a modular one alone, which
-            cannot be recorded here.
+        name: Display name.
+        pipeline: Class of its text-to-image pipeline in diffusers; empty if diffusers has only a modular one, which
+            fusion cannot record.
         denoiser: Name of the denoising model among the pipeline's components.
         denoiser_class: Class of that model in diffusers.
-        concept_pipeline: This package's text-to-image pipeline of it, whose siblings say what they do before
-            ``Pipeline``; empty where it has plain LoRAs alone.
-        marks: Entries of the denoiser's configuration by which it is known from others of its class.
-        unmarked: Arguments of its pipeline that switch off what checks finished pictures or puts marks on them.
-        text_encoders: The text encoders that are adapted, by their names among the components, in the order in which
-            their sites stand.
+        concept_pipeline: This package's text-to-image pipeline class for it; variants insert their task before
+            ``Pipeline``. Empty if only plain LoRAs are supported.
+        marks: Entries of the denoiser's configuration that distinguish it from other families with the same class.
+        unmarked: Arguments of its pipeline that switch off safety checkers and watermarks.
+        text_encoders: The adapted text encoders by component name, in the order of their sites.
         adapted: Paths of the denoiser's layers that an ED-LoRA adapts.
         linear: Paths of the denoiser's layers that any LoRA may adapt.
-        blocks: First parts of the denoiser's paths, in the order in which their sites stand; empty where the model's
-            own order is right.
-        inputs: Layers that read one tensor: a pattern of their names, and what the input is called, as a template for
-            `re.Match.expand`. What matches none reads an input of its own.
-        stages: The stages of fusion, in order; together they have every site.
-        groups: What reports call layers of one kind, to a pattern of their names; the first that fits.
-        cross_attention: What the denoiser's cross-attention modules are called, to which layer-wise embeddings belong;
-            empty where it has none.
-        embedding_groups: Cross-attention modules that share a layer-wise embedding: a pattern of their paths, and what
-            they are called together, as a template. None where each has its own.
-        self_attention: What its self-attention modules are called.
-        sampler: Class of diffusers' scheduler that shows a model's features in few steps; empty: its own.
-        guidance_argument: What the pipeline calls the strength of guidance.
-        guidance_off: The strength at which, and below, nothing is guided: one half is drawn instead of two.
-        takes_negative_prompt: Whether the pipeline takes negative prompts, and draws a half for them.
+        blocks: First parts of the denoiser's module paths, in the order of their sites; empty if the model's own order
+            is right.
+        inputs: Layers that share an input: a pattern of their names, and the input's name as a template for
+            `re.Match.expand`. A layer that matches no pattern has an input of its own.
+        stages: The stages of fusion, in order; together they match every site.
+        groups: Label in reports to a pattern of site names; the first match counts.
+        cross_attention: Name of the denoiser's cross-attention modules, which layer-wise embeddings belong to; empty
+            without cross-attention.
+        embedding_groups: Cross-attention modules that share a layer-wise embedding: a pattern of their paths, and the
+            group's name as a template. None if each has its own.
+        self_attention: Name of the denoiser's self-attention modules.
+        sampler: Class of the diffusers scheduler to record with in few steps; empty: the pipeline's own.
+        guidance_argument: Name of the pipeline's argument for the guidance scale.
+        guidance_off: Up to this guidance scale, only the conditional half is computed.
+        takes_negative_prompt: Whether the pipeline accepts negative prompts.
         models: Its published base models.
-        original: What its original code calls the denoiser's layers, with ``N`` for the number of the block.
-        also_called: What else files call some of these layers, or parts of them, likewise; it is read and not written.
-        shared_names: The names under which ComfyUI and diffusers both load LoRAs of a transformer: a prefix, and
-            ``{original}`` or ``{path}``, as the original code or as diffusers calls the layer; dots become underscores
-            after a prefix of kohya's. Empty for a U-Net, whose names are kohya's.
+        original: Name of a layer in the model's original code, with ``N`` for the block's number, to the layer.
+        also_called: Further names of these layers, or of parts of them, in files; read but never written.
+        shared_names: Template of the names under which both ComfyUI and diffusers load LoRAs of a transformer: a
+            prefix, then ``{original}`` or ``{path}``, the layer's name in the original code or in diffusers. After a
+            prefix of kohya's, dots become underscores. Empty for a U-Net, which uses kohya's names.
     """
 
     name: str
@@ -173,15 +172,16 @@ class Family:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the components without which its pipeline draws nothing."""
+        """Names of the components that its pipeline requires."""
         tokenizers = (encoder.tokenizer for encoder in self.text_encoders.values())
         return (self.denoiser, *self.text_encoders, *tokenizers, "vae", "scheduler")
 
     @property
     def embedding_parts(self) -> dict[str, str]:
-        """What a concept's token has embeddings for, to the text encoder that reads them.
+        """Kinds of embeddings of a concept's token, to the text encoder that reads them.
 
-        The first text encoder is the empty string, a further one its own name, the vector of the whole text `POOLED`.
+        The kind is the empty string for the first text encoder, the component's name for a further one, and `POOLED`
+        for the pooled vector of the whole text.
         """
         parts = {"" if number == 0 else name: name for number, name in enumerate(self.text_encoders)}
         for name, encoder in self.text_encoders.items():
@@ -190,7 +190,7 @@ class Family:
         return parts
 
     def embedding_layer_of(self, path: str) -> str:
-        """What a cross-attention module of the denoiser shares its layer-wise embedding with: a group, or itself."""
+        """Name of the group that shares a cross-attention module's layer-wise embedding; by default its own path."""
         pattern, template = self.embedding_groups or (ANY_SITE, r"\g<0>")
         match = pattern.fullmatch(path)
         return match.expand(template) if match else path
@@ -205,19 +205,19 @@ class Family:
         return encoder is not None and encoder.linear.fullmatch(path) is not None
 
     def original_layer(self, path: str) -> OriginalLayer | None:
-        """The layer that the original code calls so, with the number of its block; None if it has none."""
-        name, number = without_number(path)
+        """The layer with this name in the original code, block number filled in; None if there is none."""
+        name, number = strip_block_number(path)
         layer = self.original.get(name) or self.also_called.get(name)
-        return layer and replace(layer, paths=tuple(with_number(each, number) for each in layer.paths))
+        return layer and replace(layer, paths=tuple(insert_block_number(each, number) for each in layer.paths))
 
     def original_name(self, path: str) -> str:
-        """What the original code calls the layer that has, or is, one of diffusers'; empty where it has none."""
-        ours, number = without_number(path)
+        """Name in the original code of the layer that contains a diffusers layer; empty if there is none."""
+        ours, number = strip_block_number(path)
         name = next((name for name, layer in self.original.items() if ours in layer.paths), "")
-        return with_number(name, number)
+        return insert_block_number(name, number)
 
     def input_of(self, site: str) -> str:
-        """Name the input that a layer reads, the same for all layers that read the same tensor.
+        """Name of the input that a layer reads; layers that read the same tensor share it.
 
         Args:
             site: A layer's name.
@@ -232,7 +232,7 @@ class Family:
         return site
 
     def by_input(self, sites: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Group layers by the input that they read: name of the input to its layers."""
+        """Group layers by input: input name to layers."""
         groups: dict[str, list[str]] = {}
         for site in sites:
             groups.setdefault(self.input_of(site), []).append(site)
@@ -243,13 +243,13 @@ class Family:
         return next(stage for stage in self.stages if stage.sites.fullmatch(site))
 
     def group_of(self, site: str) -> str:
-        """What reports call layers of its kind."""
+        """Label in reports of layers of its kind."""
         return next(group for group, pattern in self.groups.items() if pattern.fullmatch(site))
 
     def reads_text(self, site: str) -> bool:
-        """Whether a site of the denoiser sees the text alone: in a U-Net, the keys and values of cross-attention."""
+        """Whether a denoiser layer's input is the text alone: in a U-Net, the keys and values of cross-attention."""
         return site.startswith(f"{self.denoiser}.") and self.stage_of(site).text_alone
 
-    def place_of(self, path: str) -> int:
-        """Sort key of a path in the denoiser: the place of its block."""
+    def block_index(self, path: str) -> int:
+        """Sort key of a path in the denoiser: the index of its block."""
         return self.blocks.index(path.partition(".")[0]) if self.blocks else 0

@@ -1,10 +1,10 @@
-"""FLUX.1: double blocks with a stream each for picture and text, then single blocks with one for both."""
+"""FLUX.1: double blocks with separate picture and text streams, then single blocks with one joint stream."""
 
 from __future__ import annotations
 
 import re
 
-from diffusers_mixofshow.families.clip import SHARED_INPUT, clip_with
+from diffusers_mixofshow.families.clip import SHARED_INPUT, clip_text_encoder
 from diffusers_mixofshow.families.family import BaseModel, Family
 from diffusers_mixofshow.families.original_code import OriginalLayer, in_block, one, stack
 from diffusers_mixofshow.families.transformer import (
@@ -41,7 +41,7 @@ _ORIGINAL = in_block(
         "modulation.lin": one("norm.linear", rows=3),
     },
 )
-# XLabs' trainer has processors of attention, with LoRAs inside.
+# XLabs' trainer puts LoRAs into attention processors, which gives them these names.
 _OF_XLABS = in_block(
     "double_blocks.N",
     "transformer_blocks.N",
@@ -62,7 +62,7 @@ FLUX1 = Family(
     pipeline="FluxPipeline",
     denoiser="transformer",
     denoiser_class="FluxTransformer2DModel",
-    text_encoders={"text_encoder": clip_with("tokenizer")},
+    text_encoders={"text_encoder": clip_text_encoder("tokenizer")},
     adapted=re.compile(rf"(single_)?transformer_blocks\.\d+\.{ATTENTION}"),
     linear=re.compile(f"{_DOUBLE}|{_SINGLE}"),
     inputs=(

@@ -1,4 +1,4 @@
-"""FLUX.2 klein: as FLUX.1, but its single blocks have fused matrices and all blocks of a kind one modulation."""
+"""FLUX.2 klein: like FLUX.1, but with fused matrices in single blocks and one modulation for all blocks of a kind."""
 
 from __future__ import annotations
 

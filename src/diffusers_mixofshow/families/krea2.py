@@ -1,4 +1,4 @@
-"""Krea 2: one stream for picture and text, after blocks that join the states of many layers of its text encoder."""
+"""Krea 2: one joint stream for picture and text, after blocks that combine many layers of the text encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of a loaded model that are adapted: which, how they are named, and in which order they stand."""
+"""Find the adapted layers of a loaded model, with their site names and order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.families.recognition import family_of, family_of_denoiser, uncompiled
+from diffusers_mixofshow.families.recognition import family_of, family_of_denoiser, unwrap_compiled
 
 
 _NUMBER = re.compile(r"\.layers\.(\d+)\.")
@@ -17,7 +17,7 @@ _CLIP_PATH = re.compile(r"(text_model\.)?(encoder|encoder\..+|embeddings|embeddi
 
 
 def canonical_name(component: str, path: str) -> str:
-    """Site name of a module path inside a component, the same under every transformers version."""
+    """Site name of a module path inside a component, independent of the transformers version."""
     if component.startswith("text_encoder") and _CLIP_PATH.fullmatch(path):
         path = "text_model." + path.removeprefix("text_model.")
     return f"{component}.{path}"
@@ -26,27 +26,27 @@ def canonical_name(component: str, path: str) -> str:
 def components_with_sites(components: Mapping[str, object]) -> dict[str, nn.Module]:
     """Pick the pipeline components whose layers are adapted: text encoders, then the denoiser.
 
-    Of a component that `torch.compile` has wrapped it is the model inside.
+    A component wrapped by `torch.compile` is unwrapped.
     """
     found = {name: components.get(name) for name in family_of(components).components}
-    return {name: uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
+    return {name: unwrap_compiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def adapted_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
     """Find every linear layer that an ED-LoRA adapts: q, k, v and out of all attention modules.
 
     Args:
-        components: ``pipeline.components`` or any mapping with some of them; absent ones are left out. A layer
-            already wrapped by PEFT counts under its own name.
+        components: ``pipeline.components`` or any mapping with some of them; absent ones are skipped. A layer
+            wrapped by PEFT is found under its own name.
 
     Returns:
         Site name to module, text encoders first, then the denoiser in the order of its blocks.
     """
-    return _matching(components, any_lora=False)
+    return _find_layers(components, any_lora=False)
 
 
 def unread_layers(components: Mapping[str, object]) -> frozenset[str]:
-    """Sites of `adapted_layers` whose updates would change nothing: of the last layers of a text encoder, unread."""
+    """Sites of `adapted_layers` without effect: last layers of a text encoder whose states nothing reads."""
     family, found = family_of(components), set()
     for name, encoder in family.text_encoders.items():
         model: Any = components.get(name)
@@ -58,37 +58,35 @@ def unread_layers(components: Mapping[str, object]) -> frozenset[str]:
 
 
 def linear_layers(components: Mapping[str, object]) -> dict[str, nn.Module]:
-    """Find every layer that any LoRA may adapt: those of ED-LoRAs, feed-forward layers and projections.
+    """Find every layer that any LoRA may adapt: attention, feed-forward layers and projections.
 
     Args:
         components: As in `adapted_layers`.
 
     Returns:
-        Site name to module, which is linear or a 1 x 1 convolution, in the order of `adapted_layers`.
+        Site name to module, a linear layer or 1 x 1 convolution, in the order of `adapted_layers`.
     """
-    return _matching(components, any_lora=True)
+    return _find_layers(components, any_lora=True)
 
 
 def cross_attention_layers(denoiser: nn.Module) -> tuple[str, ...]:
-    """Name a denoiser's cross-attention modules, in the order of its blocks.
-
-    Works for a ControlNet, too, whose layers are the first ones of its U-Net.
+    """Names of a denoiser's cross-attention modules, in the order of its blocks; also for a ControlNet.
 
     Returns:
         Module paths such as ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``.
     """
-    return _modules_called(family_of_denoiser(denoiser).cross_attention, denoiser)
+    return _find_modules(family_of_denoiser(denoiser).cross_attention, denoiser)
 
 
 def embedding_layers(components: Mapping[str, object]) -> tuple[str, ...]:
-    """Name what in a denoiser has layer-wise embeddings of its own: cross-attention modules, or groups of them.
+    """Names of the cross-attention modules, or groups of them, with one layer-wise embedding each.
 
     Args:
         components: ``pipeline.components``, or a part of them.
 
     Returns:
-        In the order of `cross_attention_layers`; row k of a token's embedding belongs to the k-th. Empty without a
-        denoiser.
+        Names in the order of `cross_attention_layers`; row k of a token's embedding belongs to the k-th. Empty
+        without a denoiser.
     """
     family = family_of(components)
     denoiser = components.get(family.denoiser)
@@ -98,25 +96,25 @@ def embedding_layers(components: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def self_attention_layers(denoiser: nn.Module) -> tuple[str, ...]:
-    """Name the denoiser's self-attention modules, in the same order as `cross_attention_layers`."""
-    return _modules_called(family_of_denoiser(denoiser).self_attention, denoiser)
+    """Names of a denoiser's self-attention modules, in the order of `cross_attention_layers`."""
+    return _find_modules(family_of_denoiser(denoiser).self_attention, denoiser)
 
 
-def own_size(denoiser: nn.Module) -> tuple[int, int]:
-    """Height and width, in cells of the latent, that a denoiser draws where nobody asks for others.
+def default_size(denoiser: nn.Module) -> tuple[int, int]:
+    """Default height and width of a denoiser, in cells of the latent.
 
     Raises:
-        ConfigurationError: If its configuration does not say.
+        ConfigurationError: If its configuration names none.
     """
-    size = said_size(denoiser)
+    size = configured_size(denoiser)
     if size is None:
         raise ConfigurationError("The denoiser's configuration has no sample_size; give height and width.")
     return size
 
 
-def said_size(denoiser: nn.Module) -> tuple[int, int] | None:
-    """The same; None if the configuration does not say."""
-    config: Any = uncompiled(denoiser).config
+def configured_size(denoiser: nn.Module) -> tuple[int, int] | None:
+    """Height and width in the configuration of a denoiser, in cells of the latent; None if it names none."""
+    config: Any = unwrap_compiled(denoiser).config
     size = config.get("sample_size")
     if size is None:
         return None
@@ -124,13 +122,13 @@ def said_size(denoiser: nn.Module) -> tuple[int, int] | None:
     return height, width
 
 
-def _modules_called(name: str, denoiser: nn.Module) -> tuple[str, ...]:
-    paths = [path for path, _ in uncompiled(denoiser).named_modules() if name and path.endswith(f".{name}")]
-    return tuple(sorted(paths, key=family_of_denoiser(denoiser).place_of))
+def _find_modules(name: str, denoiser: nn.Module) -> tuple[str, ...]:
+    paths = [path for path, _ in unwrap_compiled(denoiser).named_modules() if name and path.endswith(f".{name}")]
+    return tuple(sorted(paths, key=family_of_denoiser(denoiser).block_index))
 
 
-def _matching(components: Mapping[str, object], *, any_lora: bool) -> dict[str, nn.Module]:
-    """Site name to module, of the layers that an ED-LoRA or any LoRA may adapt."""
+def _find_layers(components: Mapping[str, object], *, any_lora: bool) -> dict[str, nn.Module]:
+    """Site name to module of the layers that an ED-LoRA, or with `any_lora` any LoRA, may adapt."""
     family = family_of(components)
     sites: dict[str, nn.Module] = {}
     for component, model in components_with_sites(components).items():
@@ -138,6 +136,6 @@ def _matching(components: Mapping[str, object], *, any_lora: bool) -> dict[str, 
         pattern = part.linear if any_lora else part.adapted
         found = [(path, module) for path, module in model.named_modules() if pattern.fullmatch(path)]
         if part is family:
-            found.sort(key=lambda one: family.place_of(one[0]))
+            found.sort(key=lambda one: family.block_index(one[0]))
         sites |= {canonical_name(component, path): module for path, module in found}
     return sites

@@ -1,4 +1,4 @@
-"""The layers of a family's original code, after which kohya's trainers, ai-toolkit and ComfyUI name theirs."""
+"""Layers of a family's original code, whose names kohya's trainers, ai-toolkit and ComfyUI use."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from dataclasses import dataclass, replace
 
 
 _BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
-"""The number of a block in a path; the first one is meant."""
+"""Number of a block in a path; the first match counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalLayer:
-    """A linear layer of the original code, as the layers of diffusers that it is.
+    """A linear layer of the original code, and the diffusers layers that it consists of.
 
     Args:
-        paths: Their paths in the denoiser, with ``N`` for the number of the block; several where the layer's rows are
-            theirs, one below the other.
-        rows: How many rows each has where its input is `width` wide, and in these proportions anywhere else; empty for
-            one layer of any shape.
+        paths: Paths of the diffusers layers in the denoiser, with ``N`` for the block's number; several if the
+            original matrix is theirs stacked along the rows.
+        rows: Rows of each diffusers layer as multiples of (input width / `width`); empty for one layer of any shape.
         width: See `rows`.
-        swapped: Rows, likewise, of the one kind of this layer whose halves stand the other way round in diffusers: a
-            shift and a scale, there a scale and a shift. 0 where none does.
+        swapped: If a layer has this multiple of rows, its halves are swapped in diffusers: shift and scale in the
+            original code, scale and shift there. 0 if that never happens.
     """
 
     paths: tuple[str, ...]
@@ -31,41 +30,41 @@ class OriginalLayer:
     swapped: int = 0
 
     def heights(self, width: int) -> tuple[int, ...]:
-        """Rows of each of its layers in diffusers where its input has this width; empty where any number is right."""
+        """Rows of each of its diffusers layers for an input width; empty if any number is allowed."""
         return tuple(part * width // self.width for part in self.rows)
 
     def split(self, rows: int, width: int) -> tuple[int, ...]:
-        """Rows of each of its layers in diffusers; none if the original code has no layer of this shape here."""
+        """Rows of each of its diffusers layers for a matrix of this shape; empty if the shape is impossible."""
         sizes = self.heights(width) or (rows,)
         return sizes if width % self.width == 0 and sum(sizes) == rows else ()
 
     def halves_are_swapped(self, rows: int, width: int) -> bool:
-        """Whether it is of the kind whose halves stand the other way round."""
+        """Whether a matrix of this shape has its halves swapped in diffusers; see `swapped`."""
         return bool(self.swapped) and rows == self.swapped * width
 
 
-def alike(*paths: str) -> Mapping[str, OriginalLayer]:
-    """Layers that have the same paths in diffusers."""
+def same_names(*paths: str) -> Mapping[str, OriginalLayer]:
+    """Layers with the same path in the original code and in diffusers."""
     return {path: OriginalLayer(paths=(path,)) for path in paths}
 
 
 def one(path: str, rows: int = 0, width: int = 1, swapped: int = 0) -> OriginalLayer:
-    """A layer that is one layer in diffusers."""
+    """A layer of the original code that is one layer in diffusers."""
     return OriginalLayer(paths=(path,), rows=(rows,) if rows else (), width=width, swapped=swapped)
 
 
 def stack(*paths: str) -> OriginalLayer:
-    """A layer whose rows are those of several layers, each as high as its input is wide."""
+    """A layer of the original code that stacks several square layers of diffusers."""
     return OriginalLayer(paths=paths, rows=(1,) * len(paths))
 
 
 def in_block(name: str, path: str, layers: Mapping[str, OriginalLayer]) -> dict[str, OriginalLayer]:
-    """Layers of every block.
+    """Prefix the names and paths of layers by those of their block.
 
     Args:
-        name: What the original code calls the block, with ``N`` for its number.
-        path: What diffusers calls it.
-        layers: By their names inside it, with paths inside it.
+        name: The block's name in the original code, with ``N`` for its number.
+        path: The block's path in diffusers, likewise.
+        layers: Name inside the block to layer, its paths relative to the block.
     """
     return {
         f"{name}.{inner}": replace(layer, paths=tuple(f"{path}.{each}" for each in layer.paths))
@@ -73,12 +72,12 @@ def in_block(name: str, path: str, layers: Mapping[str, OriginalLayer]) -> dict[
     }
 
 
-def without_number(path: str) -> tuple[str, str]:
-    """A path with ``N`` for the number of its block, and that number; empty where it has none."""
+def strip_block_number(path: str) -> tuple[str, str]:
+    """Replace the block's number in a path by ``N``; returns the path and the number, which may be empty."""
     number = _BLOCK.search(path)
     return (_BLOCK.sub("N", path, count=1), number[0]) if number else (path, "")
 
 
-def with_number(path: str, number: str) -> str:
-    """The path of the block of this number."""
+def insert_block_number(path: str, number: str) -> str:
+    """Replace ``N`` in a path by the block's number; the reverse of `strip_block_number`."""
     return re.sub(r"\bN\b", number, path, count=1)

@@ -1,11 +1,11 @@
-"""Qwen-Image: blocks with a stream each for picture and text."""
+"""Qwen-Image: blocks with separate picture and text streams."""
 
 from __future__ import annotations
 
 import re
 
 from diffusers_mixofshow.families.family import BaseModel, Family
-from diffusers_mixofshow.families.original_code import alike, in_block
+from diffusers_mixofshow.families.original_code import in_block, same_names
 from diffusers_mixofshow.families.transformer import ATTENTION, OF_TEXT, ONE_STAGE, QUERY_KEY_VALUE, groups
 
 
@@ -13,7 +13,7 @@ _BLOCK = "transformer_blocks.N"
 _ORIGINAL = in_block(
     _BLOCK,
     _BLOCK,
-    alike(
+    same_names(
         *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
         *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
         *(f"{stream}_{part}" for stream in ("img", "txt") for part in ("mlp.net.0.proj", "mlp.net.2", "mod.1")),

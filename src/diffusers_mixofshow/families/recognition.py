@@ -1,4 +1,4 @@
-"""Which family, and which of its base models, somebody's model or file belongs to."""
+"""Recognise the family, and the base model within it, of a loaded model or a LoRA file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from diffusers_mixofshow.families.unet import BLOCKS
 from diffusers_mixofshow.families.z_image import Z_IMAGE
 
 
-if TYPE_CHECKING:  # torch takes seconds, and names need none of it
+if TYPE_CHECKING:  # importing torch takes seconds and is not needed for names
     from torch import nn
 
 Model = TypeVar("Model")
 
 _READS_STREAM = re.compile(r"transformer\..*\.(attn\.(to_[qkv]|add_[qkv]_proj)|attn2\.to_q)")
-"""Layers whose input is as wide as the stream of a transformer."""
+"""Layers whose input width is the stream width of a transformer."""
 _READS_TEXT = re.compile(r".*\.attn2\.to_[kv]")
-"""Layers whose input is as wide as the text, where there is cross-attention."""
+"""Cross-attention layers whose input width is the width of the text states."""
 
 FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFUSION,
@@ -41,10 +41,10 @@ FAMILIES: tuple[Family, ...] = (
     KREA2,
     ANIMA,
 )
-"""Every family that the package knows; where several fit equally well, the first is meant."""
+"""Every known family; if several match equally well, the first counts."""
 
 CONCEPT_FAMILIES = tuple(family for family in FAMILIES if family.concept_pipeline)
-"""Those with which concepts are tuned and drawn, in regions too."""
+"""Families that support concepts (ED-LoRAs) and regions."""
 
 COMPONENTS = tuple(sorted({component for family in FAMILIES for component in family.components}))
 """Names of every component that has sites, in any family."""
@@ -52,24 +52,24 @@ COMPONENTS = tuple(sorted({component for family in FAMILIES for component in fam
 EMBEDDING_PARTS = tuple(
     dict.fromkeys(part for family in FAMILIES if family.cross_attention for part in family.embedding_parts)
 )
-"""What concepts' tokens have embeddings for, in any family that has layer-wise ones."""
+"""Kinds of embeddings (`Family.embedding_parts`) in any family with layer-wise embeddings."""
 
 BASE_MODELS: tuple[BaseModel, ...] = tuple(model for family in FAMILIES for model in family.models)
 
 
-def uncompiled(model: Model) -> Model:
-    """The model itself, where `torch.compile` has wrapped it; anything else is itself."""
+def unwrap_compiled(model: Model) -> Model:
+    """Unwrap a model that `torch.compile` has wrapped; return anything else unchanged."""
     inner: Model = getattr(model, "_orig_mod", model)
     return inner
 
 
-def is_of(denoiser: object, family: Family) -> bool:
-    """Whether a model is of the class of a family's denoiser."""
-    return family.denoiser_class in {kind.__name__ for kind in type(uncompiled(denoiser)).__mro__}
+def is_denoiser_of(denoiser: object, family: Family) -> bool:
+    """Whether a model has the class of a family's denoiser."""
+    return family.denoiser_class in {kind.__name__ for kind in type(unwrap_compiled(denoiser)).__mro__}
 
 
 def family_of(components: Mapping[str, object]) -> Family:
-    """The family that a pipeline's components belong to: by the denoiser's class and marks, then by the text encoders.
+    """The family of a pipeline's components, by the denoiser's class and configuration, then by text encoders.
 
     Args:
         components: ``pipeline.components``, or a part of them.
@@ -78,14 +78,14 @@ def family_of(components: Mapping[str, object]) -> Family:
     def fit(family: Family) -> tuple[bool, bool, int]:
         encoders = sum(components.get(encoder) is not None for encoder in family.text_encoders)
         denoiser = components.get(family.denoiser)
-        return is_of(denoiser, family), _is_marked(denoiser, family), encoders
+        return is_denoiser_of(denoiser, family), _is_marked(denoiser, family), encoders
 
     return max(FAMILIES, key=fit)
 
 
 def _is_marked(denoiser: object, family: Family) -> bool:
-    """Whether a model has the marks of a family; where that has none, nothing can tell it."""
-    config = getattr(uncompiled(denoiser), "config", {})
+    """Whether a model's configuration has the marks of a family; False for a family without marks."""
+    config = getattr(unwrap_compiled(denoiser), "config", {})
     return bool(family.marks) and all(config.get(name) == value for name, value in family.marks.items())
 
 
@@ -93,7 +93,7 @@ def family_of_index(index: Mapping[str, Any]) -> Family:
     """The family of a pipeline that is not loaded yet.
 
     Args:
-        index: What stands in its ``model_index.json``: each component's library and class, which may be null.
+        index: Content of its ``model_index.json``: library and class of each component, which may be null.
     """
 
     def class_of(component: str) -> object:
@@ -108,33 +108,33 @@ def family_of_index(index: Mapping[str, Any]) -> Family:
 
 
 def family_of_denoiser(model: nn.Module) -> Family:
-    """The family that a denoiser, or a ControlNet beside one, belongs to."""
-    return next((family for family in FAMILIES if is_of(model, family)), STABLE_DIFFUSION)
+    """The family of a denoiser or of a ControlNet; Stable Diffusion if unknown."""
+    return next((family for family in FAMILIES if is_denoiser_of(model, family)), STABLE_DIFFUSION)
 
 
 def family_of_sites(sites: Iterable[str]) -> Family:
-    """The family that has these sites, or most of them."""
+    """The family that has most of these sites."""
     named = tuple(sites)
     return max(FAMILIES, key=lambda family: sum(map(family.has_site, named)))
 
 
 def families_with(sites: Iterable[str]) -> tuple[Family, ...]:
-    """Every family that has all of these sites; families of transformers share many names."""
+    """Every family that has all of these sites; transformer families share many names."""
     named = tuple(sites)
     return tuple(family for family in FAMILIES if named and all(map(family.has_site, named)))
 
 
 def is_linear_site(site: str) -> bool:
-    """Whether a site has the name of a layer that a LoRA of some family may adapt."""
+    """Whether some family has a layer of this name that a LoRA may adapt."""
     return any(family.has_site(site) for family in FAMILIES)
 
 
 def transformers_with(widths: Mapping[str, int], base_model: str = "") -> tuple[Family, ...]:
-    """The families of transformers that have all of these sites, as few as widths or the base model tell.
+    """The transformer families that have all of these sites, narrowed down by base model and widths.
 
     Args:
-        widths: Site name to the width of the layer's input; without a site of a transformer no family is meant.
-        base_model: A base model's id, or nothing.
+        widths: Site name to the width of the layer's input; empty result without a site of a transformer.
+        base_model: A base model's id; may be empty.
     """
     denoisers = {site.partition(".")[0] for site in widths}
     found = tuple(family for family in families_with(widths) if family.original and family.denoiser in denoisers)
@@ -148,15 +148,15 @@ def transformers_with(widths: Mapping[str, int], base_model: str = "") -> tuple[
     return found
 
 
-def is_original_alone(site: str) -> bool:
-    """Whether a layer has a name of the original code of some family, and none of diffusers'."""
+def is_only_original(site: str) -> bool:
+    """Whether a site is named after a family's original code and not after diffusers."""
     component, _, path = site.partition(".")
     called = any(family.denoiser == component and family.original_layer(path) for family in FAMILIES)
     return called and not is_linear_site(site)
 
 
 def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = ()) -> BaseModel | None:
-    """The base models that a LoRA's layers and embeddings' widths belong to, or None.
+    """Recognise the base model of a LoRA by its layers and widths and by the widths of embeddings; None if unknown.
 
     Args:
         widths: Site name to the width of the layer's input.
@@ -167,7 +167,7 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
         return found[0].models[0] if len(found) == 1 else None
     reading = {width for site, width in widths.items() if _READS_TEXT.fullmatch(site)}
     for model in BASE_MODELS:
-        # Any small model may be as wide as the embedded one; it has its own layers.
+        # Other small models may have the embedded base's text width but have other layers.
         if reading == {model.text_width} and not (model is EMBEDDED and foreign_layers(widths, EMBEDDED)):
             return model
     if reading:
@@ -183,7 +183,7 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
 
 
 def family_of_updates(widths: Mapping[str, int]) -> Family:
-    """The family that a LoRA belongs to: by its widths where they tell, as one U-Net's names are another's.
+    """The family of a LoRA, by its widths if they decide; U-Nets of different families share layer names.
 
     Args:
         widths: Site name to the width of the layer's input.
@@ -193,12 +193,12 @@ def family_of_updates(widths: Mapping[str, int]) -> Family:
 
 
 def layers_of(widths: Mapping[str, int], width: int | None, count: int | None = None) -> tuple[str, ...]:
-    """Cross-attention layers of the U-Net that a file was made for; empty if nothing in it tells.
+    """Cross-attention layers of the U-Net that a file was made for; empty if unknown.
 
     Args:
         widths: Site name to the width of the layer's input.
         width: Width of the embeddings.
-        count: Number of layers, where it is known.
+        count: Number of layers, if known.
     """
     model = recognise(widths, [{CLIP_L: width}] if width else [])
     if model is not None and count in (None, len(model.layers)):
@@ -213,12 +213,12 @@ def foreign_layers(sites: Iterable[str], model: BaseModel) -> list[str]:
 
 
 def _find_cross_attention(sites: Iterable[str]) -> Iterator[str]:
-    """The cross-attention layers of the U-Net's transformer blocks that have one of these sites."""
+    """For each site inside a U-Net's transformer block, that block's cross-attention layer."""
     for site in sites:
         if match := re.fullmatch(r"unet\.(.+)\.attn[12]\..+", site):
             yield f"{match[1]}.attn2"
 
 
 def _by_block_and_number(path: str) -> tuple[int, ...]:
-    """Order down, mid, up, and by numbers within."""
+    """Sort key: down, mid, up, then the numbers in the path."""
     return (BLOCKS.index(path.partition(".")[0]), *(int(number) for number in re.findall(r"\.(\d+)", path)))

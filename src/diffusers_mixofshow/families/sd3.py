@@ -1,10 +1,10 @@
-"""Stable Diffusion 3 and 3.5: blocks with a stream each for picture and text; ``attn2`` is a second self-attention."""
+"""Stable Diffusion 3 and 3.5: blocks with separate picture and text streams; ``attn2`` is a second self-attention."""
 
 from __future__ import annotations
 
 import re
 
-from diffusers_mixofshow.families.clip import SHARED_INPUT, clip_with
+from diffusers_mixofshow.families.clip import SHARED_INPUT, clip_text_encoder
 from diffusers_mixofshow.families.family import BaseModel, Family
 from diffusers_mixofshow.families.original_code import in_block, one, stack
 from diffusers_mixofshow.families.transformer import (
@@ -33,7 +33,7 @@ _ORIGINAL = in_block(
         "context_block.mlp.fc1": one("ff_context.net.0.proj", rows=4),
         "context_block.mlp.fc2": one("ff_context.net.2", rows=1, width=4),
         "x_block.adaLN_modulation.1": one("norm1.linear"),
-        # In the last block, which makes no text anew, it is a shift and a scale alone.
+        # In the last block, which does not update the text, it has only a shift and a scale.
         "context_block.adaLN_modulation.1": one("norm1_context.linear", swapped=2),
     },
 )
@@ -43,7 +43,7 @@ STABLE_DIFFUSION_3 = Family(
     pipeline="StableDiffusion3Pipeline",
     denoiser="transformer",
     denoiser_class="SD3Transformer2DModel",
-    text_encoders={"text_encoder": clip_with("tokenizer"), "text_encoder_2": clip_with("tokenizer_2")},
+    text_encoders={"text_encoder": clip_text_encoder("tokenizer"), "text_encoder_2": clip_text_encoder("tokenizer_2")},
     adapted=re.compile(rf"transformer_blocks\.\d+\.{_ATTENTION}"),
     linear=re.compile(rf"transformer_blocks\.\d+\.({_ATTENTION}|{FEED_FORWARD}|norm1(_context)?\.linear)"),
     inputs=(

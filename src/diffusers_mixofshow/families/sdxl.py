@@ -1,11 +1,11 @@
-"""Stable Diffusion XL: a U-Net that reads the states of two CLIPs side by side, and the pooled state of the second."""
+"""Stable Diffusion XL: a U-Net that reads the concatenated states of two CLIPs and the pooled vector of the second."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L, clip_with
+from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L, clip_text_encoder
 from diffusers_mixofshow.families.family import BaseModel
 from diffusers_mixofshow.families.unet import cross_attention_of, unet_family
 
@@ -24,15 +24,15 @@ SDXL = BaseModel(
     ),
 )
 
-_LAST_BUT_ONE: dict[str, Any] = {"skipped": 1, "final_norm": False}
-"""The U-Net sees what the last layer but one gives, as it is."""
+_PENULTIMATE: dict[str, Any] = {"skipped": 1, "final_norm": False}
+"""The U-Net reads the output of the penultimate layer, without the final norm."""
 
 STABLE_DIFFUSION_XL = unet_family(
     "Stable Diffusion XL",
     "StableDiffusionXLPipeline",
     {
-        "text_encoder": clip_with("tokenizer", **_LAST_BUT_ONE),
-        "text_encoder_2": clip_with("tokenizer_2", pooled=True, **_LAST_BUT_ONE),
+        "text_encoder": clip_text_encoder("tokenizer", **_PENULTIMATE),
+        "text_encoder_2": clip_text_encoder("tokenizer_2", pooled=True, **_PENULTIMATE),
     },
     (SDXL,),
     concept_pipeline="MixOfShowXLPipeline",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers_mixofshow.families.clip import CLIP_L, clip_with
+from diffusers_mixofshow.families.clip import CLIP_L, clip_text_encoder
 from diffusers_mixofshow.families.family import BaseModel
 from diffusers_mixofshow.families.unet import cross_attention_of, unet_family
 
@@ -43,7 +43,7 @@ EMBEDDED = BaseModel(
 STABLE_DIFFUSION = unet_family(
     "Stable Diffusion",
     "StableDiffusionPipeline",
-    {"text_encoder": clip_with("tokenizer")},
+    {"text_encoder": clip_text_encoder("tokenizer")},
     (SD1, SD2, EMBEDDED),
     concept_pipeline="MixOfShowPipeline",
     unmarked={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},

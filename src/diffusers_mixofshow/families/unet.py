@@ -1,4 +1,4 @@
-"""The U-Net with cross-attention, which Stable Diffusion 1.x, 2.x and XL share."""
+"""The U-Net with cross-attention of Stable Diffusion 1.x, 2.x and XL."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _INPUTS = (
 
 
 def cross_attention_of(blocks: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
-    """Cross-attention layers of blocks that have (attentions, transformer blocks in each)."""
+    """Cross-attention layers of a U-Net: block to (number of attentions, transformer blocks in each)."""
     return tuple(
         f"{block}.attentions.{attention}.transformer_blocks.{number}.attn2"
         for block, (attentions, numbers) in blocks.items()
@@ -58,9 +58,9 @@ def unet_family(
     pipeline: str,
     text_encoders: Mapping[str, TextEncoder],
     models: tuple[BaseModel, ...],
-    **differences: Any,
+    **fields: Any,
 ) -> Family:
-    """A family with this U-Net, which differs from others in its text encoders and sizes alone; see `Family`."""
+    """A family with this U-Net; `fields` are further ones of `Family`."""
     return Family(
         name=name,
         pipeline=pipeline,
@@ -77,5 +77,5 @@ def unet_family(
         self_attention="attn1",
         sampler="DPMSolverMultistepScheduler",
         models=models,
-        **differences,
+        **fields,
     )

@@ -1,11 +1,11 @@
-"""Z-Image: one stream for picture and text, after refiners that each of them passes alone."""
+"""Z-Image: one joint stream for picture and text, after a separate refiner for each."""
 
 from __future__ import annotations
 
 import re
 
 from diffusers_mixofshow.families.family import BaseModel, Family
-from diffusers_mixofshow.families.original_code import alike, in_block, one, stack
+from diffusers_mixofshow.families.original_code import in_block, one, same_names, stack
 from diffusers_mixofshow.families.transformer import QUERY_KEY_VALUE, groups, text_first
 
 
@@ -20,7 +20,7 @@ _ORIGINAL = {
         {
             "attention.qkv": stack("attention.to_q", "attention.to_k", "attention.to_v"),
             "attention.out": one("attention.to_out.0", rows=1),
-            **alike("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"),
+            **same_names("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"),
         },
     ).items()
 }

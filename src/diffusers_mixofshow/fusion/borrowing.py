@@ -11,7 +11,7 @@ from typing import Any
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import FAMILIES, family_of
-from diffusers_mixofshow.families.recognition import is_of
+from diffusers_mixofshow.families.recognition import is_denoiser_of
 from diffusers_mixofshow.lora import adapter_names, eject, inject
 
 
@@ -48,7 +48,7 @@ def _defect(pipe: Any) -> str:
         )
     if missing := [part for part in family.parts if components.get(part) is None]:
         return f"a {name} without {', '.join(missing)}; expected a pipeline of {_list_families()}"
-    if not is_of(components[family.denoiser], family):
+    if not is_denoiser_of(components[family.denoiser], family):
         kind = type(components[family.denoiser]).__name__
         return f"a {name} with a {kind}; expected a pipeline of {_list_families()}"
     if name != family.pipeline and "image" in inspect.signature(pipe.__call__).parameters:

@@ -16,10 +16,10 @@ from torch import nn
 from diffusers_mixofshow.base_models import guidance_of
 from diffusers_mixofshow.conditioning.encode import concept_positions
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.defects import shown
+from diffusers_mixofshow.edlora.defects import sanitise
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of
-from diffusers_mixofshow.families.layers import components_with_sites, linear_layers, said_size
+from diffusers_mixofshow.families.layers import components_with_sites, configured_size, linear_layers
 from diffusers_mixofshow.fusion.borrowing import load_source
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
 from diffusers_mixofshow.lora import refuse_copied
@@ -93,7 +93,7 @@ class Recording:
         family = family_of(pipe.components)
         height, width = (
             None if cells is None else cells * pipe.vae_scale_factor
-            for cells in said_size(pipe.components[family.denoiser]) or (None, None)
+            for cells in configured_size(pipe.components[family.denoiser]) or (None, None)
         )
         usual = guidance_of(pipe.components)
         return replace(
@@ -129,7 +129,7 @@ def find_differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], own
     """
     then = {name: own.get(name) if recorded.get(name) is None else recorded[name] for name in wanted}
     return [
-        "other prompts" if name == "prompts" else f"{name} {shown(repr(then[name]))} instead of {value!r}"
+        "other prompts" if name == "prompts" else f"{name} {sanitise(repr(then[name]))} instead of {value!r}"
         for name, value in wanted.items()
         if then[name] != value
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.folder import SOURCES, places
+from diffusers_mixofshow.edlora.folder import SOURCES, find_places
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import (
     ConfigurationError,
@@ -135,7 +135,7 @@ def find_replaced(folder: Path, file_name: str, sources: Sequence[Source], *, me
         sources: Sources of the pack.
         merged: Whether a complete pipeline is to be saved.
     """
-    return leave_out_carried(places(folder, file_name, merged=merged), folder, sources)
+    return leave_out_carried(find_places(folder, file_name, merged=merged), folder, sources)
 
 
 def leave_out_carried(found: Sequence[Path], folder: Path, sources: Sequence[Source]) -> list[Path]:

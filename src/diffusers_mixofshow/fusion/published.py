@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import check_outputs, write_whole
-from diffusers_mixofshow.edlora.defects import WIDEST, listed, shown
+from diffusers_mixofshow.edlora.defects import WIDEST, list_names, sanitise
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.folder import statistics_name
 from diffusers_mixofshow.edlora.header import decode
@@ -151,7 +151,7 @@ class SourceStatistics:
                 f"{len(names - expected)} unexpected"
             )
         if wrong := [name for concept in concepts.values() for name in concept.find_shape_defects(shapes)]:
-            raise DamagedStatisticsError(f"{path}: tensors of another shape: {listed(wrong)}")
+            raise DamagedStatisticsError(f"{path}: tensors of another shape: {list_names(wrong)}")
         return cls(
             digest=header["source"],
             base_model=header["base_model"],
@@ -316,7 +316,7 @@ def _read_bytes(path: Path) -> tuple[bytes, dict[str, str]]:
 
 
 def _unreadable_error(path: Path, error: Exception) -> FusionError:
-    return FusionError(f"{path} cannot be read any more: {shown(str(error))}. {_REMEDY}")
+    return FusionError(f"{path} cannot be read any more: {sanitise(str(error))}. {_REMEDY}")
 
 
 def _replaced_error(path: Path) -> FusionError:
@@ -405,14 +405,14 @@ def _open_file(path: Path) -> tuple[dict[str, Any], Shapes, str]:
     try:
         text, shapes, fingerprint = read_steadily(path, take)
     except (EDLoRAFormatError, EDLoRANotFoundError) as error:
-        defect = shown(str(error).partition(". Expected an ED-LoRA")[0].rstrip("."))
+        defect = sanitise(str(error).partition(". Expected an ED-LoRA")[0].rstrip("."))
         raise DamagedStatisticsError(f"{path} cannot be read as fusion statistics: {defect}") from error
     header = decode(text)
     if not isinstance(header, dict):
         raise DamagedStatisticsError(f"{path} cannot be read as fusion statistics: its header is not a JSON object")
     version = header.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        told = f"{path}: format version {shown(repr(version))}, this release reads {FORMAT_VERSION}"
+        told = f"{path}: format version {sanitise(repr(version))}, this release reads {FORMAT_VERSION}"
         newer = type(version) is int and version > FORMAT_VERSION
         raise FusionError(f"{told}. {_UPDATE}") if newer else DamagedStatisticsError(told)
     wanted = {"source": str, "base_model": str, "recording": dict, "form": str, "concepts": dict}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers_mixofshow.edlora.defects import listed
+from diffusers_mixofshow.edlora.defects import list_names
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import download, is_repo_id
 from diffusers_mixofshow.edlora.reading import within
@@ -62,7 +62,9 @@ class StatisticsStore:
         inputs = family_of_sites(sites).by_input(sites).keys()
         lacking = sorted(set().union(*(inputs - set(concept.inputs) for concept in statistics.concepts.values())))
         if lacking:
-            misfits.append(f"the statistics given with {source.name} lack layers that are fused: {listed(lacking)}")
+            misfits.append(
+                f"the statistics given with {source.name} lack layers that are fused: {list_names(lacking)}"
+            )
         wanted = self.recording.as_json(source.prompts)
         if differing := find_differences(statistics.recording, wanted, self.usual.as_json()):
             misfits.append(f"the statistics given with {source.name} were recorded with {', '.join(differing)}")

@@ -1,4 +1,4 @@
-"""Other programs' files, to and from ED-LoRAs: which ones, and what is lost on the way, is told in docs/formats.md."""
+"""Convert other programs' files to and from ED-LoRAs; docs/formats.md lists the formats and what each loses."""
 
 from __future__ import annotations
 

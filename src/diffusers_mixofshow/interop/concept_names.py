@@ -1,4 +1,4 @@
-"""Concepts for tokens of other programs' files, which know no placeholders."""
+"""Name the concepts of other programs' files, which have tokens but no placeholders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers_mixofshow.concepts import Concept
 
 
 UNKNOWN_CLASS = "thing"
-"""Class word where a file does not tell it."""
+"""Class word if a file does not name one."""
 
 _NUMBERED = re.compile(r"(?P<stem>.*?\D)(?P<number>\d+)")
 _LONGEST = 64
@@ -18,13 +18,13 @@ _LONGEST = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """What a user says of the concepts in a file; what is not given is taken from the file.
+    """User's settings for the concepts in a file; empty ones are taken from the file.
 
     Args:
-        name: Makes one concept of all its tokens, under this name.
+        name: If given, all tokens become one concept of this name.
         class_word: The plain word for what the concepts are.
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
-        base_model: What they were tuned on.
+        base_model: Base model that they were tuned on.
     """
 
     name: str = ""
@@ -33,23 +33,23 @@ class Naming:
     base_model: str = ""
 
     def concept(self, name: str, tokens: Iterable[str]) -> Concept:
-        """A concept of the given name and tokens."""
+        """Make a concept of this name and these tokens."""
         class_word = self.class_word or UNKNOWN_CLASS
         return Concept(placeholder=f"<{name}>", tokens=tuple(tokens), class_word=class_word, kind=self.kind)
 
 
 def plain_name(text: str) -> str:
-    """What concepts can be called: letters, digits, '_', '.' and '-', without brackets."""
+    """Reduce a text to a valid concept name without brackets: letters, digits, '_', '.' and '-'."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text.strip().removeprefix("<").removesuffix(">"))
     return name[:_LONGEST].strip("-_.") or "concept"
 
 
 def distinct_names(words: Iterable[str], *, ignoring_case: bool = True) -> dict[str, str]:
-    """Word to a plain name of its own; the same words in the same order get the same names.
+    """Give every word a unique plain name; deterministic for the same words in the same order.
 
     Args:
         words: Each once.
-        ignoring_case: Whether names must differ in more than case, as file names must.
+        ignoring_case: Whether names must differ in more than case, as some file systems require.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -64,17 +64,17 @@ def distinct_names(words: Iterable[str], *, ignoring_case: bool = True) -> dict[
     return names
 
 
-def grouped(tokens: Iterable[str], naming: Naming) -> dict[Hashable, tuple[Concept, str]]:
-    """Make concepts of the tokens in a file: ``<potter1>`` and ``<potter2>`` are of one concept.
+def group_tokens(tokens: Iterable[str], naming: Naming) -> dict[Hashable, tuple[Concept, str]]:
+    """Group the tokens of a file into concepts: ``<potter1>`` and ``<potter2>`` belong to one.
 
-    Tokens keep their names where concepts may have them; with `Naming.name` they are numbered anew.
+    Tokens keep their names if these are valid and unique; with `Naming.name` they are renumbered.
 
     Args:
         tokens: As the file spells them.
-        naming: What is known of them.
+        naming: The user's settings.
 
     Returns:
-        Token as the file spells it to its concept, and to its name there.
+        Token as the file spells it to (concept, name of the token in the concept).
     """
     groups: dict[str, list[str]] = {}
     for token in tokens:
@@ -93,14 +93,14 @@ def grouped(tokens: Iterable[str], naming: Naming) -> dict[Hashable, tuple[Conce
 
 
 def name_words(words: Mapping[str, int], naming: Naming) -> dict[Hashable, tuple[Concept, str]]:
-    """Make concepts of words that stand for vectors: ``<potter>`` for ``<potter1>``, ``<potter2>``, ...
+    """Make a concept of every word with one token for each of its vectors: ``<potter1>``, ``<potter2>``, ...
 
     Args:
-        words: As the file spells them, and for how many vectors each stands.
-        naming: What is known of them.
+        words: Word as the file spells it to its number of vectors.
+        naming: The user's settings.
 
     Returns:
-        Word and number of the vector to its concept, and to its name there.
+        (Word, number of the vector) to (concept, name of the token in the concept).
     """
     names = (
         dict.fromkeys(words, plain_name(naming.name)) if naming.name else distinct_names(words, ignoring_case=False)

@@ -1,4 +1,4 @@
-"""Any file of another program that holds a concept or a LoRA: what it is, what is in it, and as an `EDLoRA`."""
+"""Read files of other programs that hold a concept or a LoRA, recognise their kind, and convert them to `EDLoRA`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.defects import listed, raise_if_any
-from diffusers_mixofshow.edlora.embeddings import named
+from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
+from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import open_tensors, read_metadata, within
@@ -23,8 +23,8 @@ from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.recognition import COMPONENTS, layers_of, recognise
 from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
-from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, grouped, name_words
-from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, companions
+from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, group_tokens, name_words
+from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, list_companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.lycoris import is_part
 from diffusers_mixofshow.interop.names import half_of
@@ -34,15 +34,15 @@ from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_con
 
 
 _MOST_WORDS = 64
-"""More tensors than any textual-inversion file has."""
+"""A textual-inversion file has at most this many tensors."""
 _ADAPTERS = tuple(
     f"{stem}{end}" for stem in ("adapter_model", "pytorch_lora_weights") for end in (".safetensors", ".bin")
 )
-"""What PEFT and diffusers call the weights of an adapter."""
+"""File names of an adapter's weights in PEFT and diffusers."""
 
 
 class Kind(StrEnum):
-    """What a file is."""
+    """Kind of a file."""
 
     MIX_OF_SHOW = "ED-LoRA of the authors' code"
     LORA = "LoRA"
@@ -53,20 +53,20 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """What other programs' files hold, sound or not.
+    """Content of another program's files, including its defects.
 
     Args:
-        kind: What it is.
-        layout: Whose layout of names and tensors the file has.
-        files: What was read.
+        kind: Kind of the file.
+        layout: The program whose names and tensors the file follows.
+        files: The files that were read.
         lora: Site name to update.
-        tokens: Token to its layer-wise embedding, shape (layers, dim), or (1, dim) where it is the same for all.
+        tokens: Token to its layer-wise embedding, shape (layers, dim), or (1, dim) if all layers share it.
         vectors: Word to the vectors of a textual inversion, by text encoder.
-        metadata: The LoRA file's own.
+        metadata: Metadata of the LoRA file.
         alpha_from: Where the alphas of the updates come from, in words.
-        remarks: What had to be assumed that no program's convention tells, each as a sentence.
-        missing: What was written beside it and is not there, as a sentence; empty if nothing.
-        defects: What of it cannot be used.
+        remarks: Assumptions that no program's convention decides, each as a sentence.
+        missing: Files that belong to it and are missing, as a sentence; empty if none.
+        defects: Why parts of it cannot be used.
     """
 
     kind: Kind
@@ -83,13 +83,13 @@ class Foreign:
 
     @property
     def made_for(self) -> BaseModel | None:
-        """The base models it was made for, where its layers and widths tell."""
+        """The base model it was made for, recognised by its layers and widths; None if unknown."""
         widths = [{encoder: rows.shape[1] for encoder, rows in one.items()} for one in self.vectors.values()]
         widths += [{CLIP_L: rows.shape[1]} for rows in self.tokens.values()]
         return recognise(input_widths(self.lora), widths)
 
     def raise_if_defective(self) -> None:
-        """Raise one `EDLoRAFormatError` that lists everything that is wrong, if anything is."""
+        """Raise one `EDLoRAFormatError` that lists all defects, if there are any."""
         subject = ", ".join(map(str, self.files))
         raise_if_any(self.defects, subject=subject, remedy="Expected a LoRA or embeddings of a supported base.")
 
@@ -97,44 +97,44 @@ class Foreign:
 def read_foreign(source: str | os.PathLike[str]) -> Foreign:
     """Read a file of another program, or a folder with a LoRA and the embeddings that belong to it.
 
-    Of a LoRA that this package wrote, those are found that lie beside it in ``embeddings/``.
+    For a plain LoRA written by this package, its embeddings in ``embeddings/`` beside it are read as well.
 
     Args:
         source: Safetensors, or ``.pth``, ``.pt``, ``.bin``, ``.ckpt``: pickles are read with ``weights_only=True``.
 
     Raises:
-        EDLoRANotFoundError: If there is nothing.
-        EDLoRAFormatError: If it cannot be read at all, or is this package's own. What is defective inside is in
+        EDLoRANotFoundError: If there is no such file.
+        EDLoRAFormatError: If it cannot be read at all, or is an ED-LoRA of this package. Other defects are in
             `Foreign.defects`.
 
     Warns:
-        MixOfShowWarning: What had to be assumed or is missing, see `Foreign.remarks` and `Foreign.missing`.
+        MixOfShowWarning: Of assumptions and missing files, see `Foreign.remarks` and `Foreign.missing`.
     """
     path = Path(source)
     if "edlora" in read_metadata(path / FILE_NAME if path.is_dir() else path):
         raise EDLoRAFormatError(
             f"{path} is an ED-LoRA of this package. Read it: EDLoRA.from_pretrained({str(path)!r})."
         )
-    found = _read_folder(path) if path.is_dir() else _with_companions(path)
-    names = distinct_names(companions(found.metadata))
+    found = _read_folder(path) if path.is_dir() else _read_with_companions(path)
+    names = distinct_names(list_companions(found.metadata))
     if lacking := [word for word, name in names.items() if not {word, name} & found.vectors.keys()]:
-        told = f"embeddings that belong to it and are not in {EMBEDDINGS}/ beside it: {listed(lacking)}"
+        told = f"its embeddings are missing in {EMBEDDINGS}/ beside it: {list_names(lacking)}"
         found = replace(found, missing=told)
     for remark in filter(None, (*found.remarks, found.missing)):
         warn(f"{path}: {remark}.")
     return found
 
 
-def _with_companions(path: Path) -> Foreign:
+def _read_with_companions(path: Path) -> Foreign:
     found = _read_file(path)
-    names = distinct_names(companions(found.metadata)).values()
+    names = distinct_names(list_companions(found.metadata)).values()
     beside = [path.with_name(EMBEDDINGS) / f"{name}.safetensors" for name in names]
     there = [within(path.parent, EMBEDDINGS, file.name) for file in beside if file.is_file()]
     return _join([found, *map(_read_file, there)]) if there else found
 
 
 def _read_file(path: Path, component: str = "") -> Foreign:
-    """Read one file; where its folder tells whose adapter it is, that is the component of its names without one."""
+    """Read one file; `component`, from the folder's name, is put before names that have none."""
     return (_read_pickle if path.suffix in PICKLES else _read_safetensors)(path, component)
 
 
@@ -150,30 +150,30 @@ def read_as_edlora(
     """Read any file of another program as an `EDLoRA`: without concepts if it is a plain LoRA, without updates if it
     is a textual inversion.
 
-    The authors' ``.pth``, LoRA files in the names of kohya, A1111, ComfyUI, diffusers and PEFT, textual-inversion
-    files, and folders with a LoRA and its embeddings, as diffusers' advanced training scripts write them.
+    Supported are the authors' ``.pth``, LoRA files in the names of kohya, A1111, ComfyUI, diffusers and PEFT,
+    textual-inversion files, and folders with a LoRA and its embeddings, as diffusers' advanced training scripts write.
 
     Args:
         source: The file or folder.
-        name: What prompts shall call the concept; by default the file's own word for it.
-        class_word: The plain word for what it is; files do not tell.
+        name: Name of the concept in prompts; by default the file's own word for it.
+        class_word: The plain word for what it is; files do not contain it.
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
-        base_model: What it was tuned on; files do not tell reliably.
-        layers: The base's cross-attention layers (`families.layers.cross_attention_layers`), if it is no Stable
-            Diffusion 1.x or 2.x and the LoRA does not name them all.
+        base_model: Base model it was tuned on; files do not name it reliably.
+        layers: The base's cross-attention layers (`families.layers.cross_attention_layers`), if it is not Stable
+            Diffusion 1.x or 2.x and the LoRA does not contain them all.
 
     Raises:
-        EDLoRANotFoundError: If there is nothing.
-        EDLoRAFormatError: If anything in it is defective, or no ED-LoRA can say it; names all. Or if it is one of this
-            package's own.
+        EDLoRANotFoundError: If there is no such file.
+        EDLoRAFormatError: If anything in it is defective or cannot be converted, or it is an ED-LoRA of this package;
+            lists every defect.
         ConceptError: If the name or kind is malformed.
     """
     naming = Naming(name=name, class_word=class_word, kind=kind, base_model=base_model)
-    return as_edlora(read_foreign(source), naming, layers)
+    return to_edlora(read_foreign(source), naming, layers)
 
 
-def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) -> EDLoRA:
-    """Make an `EDLoRA` of what a file holds, see `read_as_edlora`."""
+def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) -> EDLoRA:
+    """Convert the content of a file to an `EDLoRA`, see `read_as_edlora`."""
     foreign.raise_if_defective()
     subject = ", ".join(map(str, foreign.files))
     of_xl = any(CLIP_G in vectors for vectors in foreign.vectors.values())
@@ -181,22 +181,24 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
         _refuse_half_of_xl(foreign, subject)
         layers = layers or tuple(dict.fromkeys(map(STABLE_DIFFUSION_XL.embedding_layer_of, SDXL.layers)))
     words = {word: by_encoder[CLIP_L] for word, by_encoder in foreign.vectors.items()}
-    found = grouped(foreign.tokens, naming) | name_words({word: len(rows) for word, rows in words.items()}, naming)
+    found = group_tokens(foreign.tokens, naming) | name_words(
+        {word: len(rows) for word, rows in words.items()}, naming
+    )
     rows: dict[Hashable, torch.Tensor] = dict(foreign.tokens.items())
-    rows |= {(word, number): row for word, them in words.items() for number, row in _each(them)}
+    rows |= {(word, number): row for word, them in words.items() for number, row in _number_vectors(them)}
     widths = {embedding.shape[1] for embedding in rows.values()}
     counts = {len(embedding) for embedding in rows.values()} - {1}
     if len(counts) > 1 or len(widths) > 1:
-        shapes = listed(f"{found[key][1]} {tuple(embedding.shape)}" for key, embedding in rows.items())
+        shapes = list_names(f"{found[key][1]} {tuple(embedding.shape)}" for key, embedding in rows.items())
         raise EDLoRAFormatError(f"{subject}: embeddings of different shapes: {shapes}. They belong to one base model.")
     if rows and not layers:
         layers = layers_of(input_widths(foreign.lora), max(widths), max(counts, default=None))
         if not layers:
             raise EDLoRAFormatError(
-                f"{subject}: embeddings of shape {tuple(next(iter(rows.values())).shape)}, which are of no base known "
-                "here. Give the base's cross-attention layers, layers=cross_attention_layers(pipe.unet)."
+                f"{subject}: embeddings of shape {tuple(next(iter(rows.values())).shape)}, which no known base "
+                "has. Give the base's cross-attention layers, layers=cross_attention_layers(pipe.unet)."
             )
-    embeddings = {found[key][1]: _for_layers(embedding, len(layers)) for key, embedding in rows.items()}
+    embeddings = {found[key][1]: _expand(embedding, len(layers)) for key, embedding in rows.items()}
     tokens = {key: token for key, (_, token) in found.items()}
     return EDLoRA(
         concepts=tuple(dict.fromkeys(concept for concept, _ in found.values())),
@@ -209,7 +211,7 @@ def as_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
 
 
 def _refuse_half_of_xl(foreign: Foreign, subject: str) -> None:
-    """Refuse words that SDXL's two text encoders do not read alike."""
+    """Refuse words without the same number of vectors for both text encoders of SDXL."""
     halves = []
     for word, vectors in foreign.vectors.items():
         counts = {encoder: len(vectors.get(encoder, ())) for encoder in (CLIP_L, CLIP_G)}
@@ -218,34 +220,34 @@ def _refuse_half_of_xl(foreign: Foreign, subject: str) -> None:
     halves += [str(token) for token in foreign.tokens]
     if halves:
         raise EDLoRAFormatError(
-            f"{subject}: not as many vectors for each of SDXL's two text encoders: {listed(halves)}. Expected "
+            f"{subject}: not as many vectors for each of SDXL's two text encoders: {list_names(halves)}. Expected "
             f"{CLIP_L!r} and {CLIP_G!r} of the same length for every word."
         )
 
 
 def _for_second_encoder(foreign: Foreign, tokens: Mapping[Hashable, str], layers: int) -> dict[str, torch.Tensor]:
-    """What SDXL's second text encoder reads of every word, for all layers and for the vector of the whole text."""
+    """Embeddings of every word for SDXL's second text encoder: for all layers, and for the pooled vector."""
     rows = {
         tokens[word, number]: row
         for word, vectors in foreign.vectors.items()
-        for number, row in _each(vectors[CLIP_G])
+        for number, row in _number_vectors(vectors[CLIP_G])
     }
-    of_layers = {named(token, "text_encoder_2"): _for_layers(row, layers) for token, row in rows.items()}
-    return of_layers | {named(token, POOLED): row for token, row in rows.items()}
+    of_layers = {join_name(token, "text_encoder_2"): _expand(row, layers) for token, row in rows.items()}
+    return of_layers | {join_name(token, POOLED): row for token, row in rows.items()}
 
 
 def default_base(foreign: Foreign) -> str:
-    """The base model that is taken where nobody tells; empty where that would be a guess."""
+    """Id of the default base model of the recognised family; empty if there is none."""
     return foreign.made_for.id if foreign.made_for else ""
 
 
-def _for_layers(embedding: torch.Tensor, layers: int) -> torch.Tensor:
-    """Shape (layers, dim), of (layers, dim) or of (1, dim)."""
+def _expand(embedding: torch.Tensor, layers: int) -> torch.Tensor:
+    """Expand an embedding of shape (1, dim) to (layers, dim); return any other unchanged."""
     return embedding.expand(layers, -1).contiguous() if len(embedding) == 1 else embedding
 
 
-def _each(vectors: torch.Tensor) -> Iterable[tuple[int, torch.Tensor]]:
-    """Number every vector from 1; each of shape (1, dim)."""
+def _number_vectors(vectors: torch.Tensor) -> Iterable[tuple[int, torch.Tensor]]:
+    """Pairs of (number from 1, vector of shape (1, dim))."""
     return enumerate(vectors.split(1), start=1)
 
 
@@ -260,7 +262,7 @@ def _read_pickle(path: Path, component: str) -> Foreign:
             lora=found.lora,
             tokens=found.tokens,
             alpha_from="the authors' code, which scales by 1" if found.lora else "",
-            defects=(*found.defects, *_endless(found.tokens)),
+            defects=(*found.defects, *_list_not_finite(found.tokens)),
         )
     return _sort(path, content, {}, component)
 
@@ -268,12 +270,12 @@ def _read_pickle(path: Path, component: str) -> Foreign:
 def _read_safetensors(path: Path, component: str) -> Foreign:
     if STATISTICS_KEY in read_metadata(path):
         raise EDLoRAFormatError(
-            f"{path} holds fusion statistics, which belong beside their ED-LoRA and draw nothing. Give the "
+            f"{path} holds fusion statistics of an ED-LoRA, not the ED-LoRA itself. Give the "
             "edlora.safetensors beside it."
         )
-    names = _names(path)
+    names = _read_names(path)
     if len(names) > _MOST_WORDS and not any(half_of(name) or is_part(name) for name in names):
-        # a checkpoint, or layers that are no LoRA: the names tell, gigabytes stay on the disk
+        # A checkpoint or other layers: the names are enough, so gigabytes of tensors are not read.
         return _of_lora(path, content_of(dict.fromkeys(names, torch.empty(0)), {}))
     metadata, tensors = load_safetensors(path)
     return _sort(path, tensors, metadata, component)
@@ -289,7 +291,7 @@ def _sort(path: Path, content: Any, metadata: Mapping[str, str], component: str)
             files=(path,),
             vectors=found.vectors,
             metadata=metadata,
-            defects=_endless_vectors(found.vectors),
+            defects=_list_not_finite_vectors(found.vectors),
         )
     if component:
         tensors = {f"{component}.{name.removeprefix(f'{component}.')}": tensor for name, tensor in tensors.items()}
@@ -307,51 +309,54 @@ def _of_lora(path: Path, found: LoRAContent) -> Foreign:
         metadata=found.metadata,
         alpha_from=found.alpha_from,
         remarks=found.remarks,
-        defects=(*found.defects, *_endless_vectors(found.bundled)),
+        defects=(*found.defects, *_list_not_finite_vectors(found.bundled)),
     )
 
 
-def _endless_vectors(vectors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[str, ...]:
-    return _endless({f"{word} {encoder}": rows for word, them in vectors.items() for encoder, rows in them.items()})
+def _list_not_finite_vectors(vectors: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[str, ...]:
+    return _list_not_finite(
+        {f"{word} {encoder}": rows for word, them in vectors.items() for encoder, rows in them.items()}
+    )
 
 
-def _endless(embeddings: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-    """The defect of embeddings with NaN or Inf, if any has."""
+def _list_not_finite(embeddings: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """One defect that lists embeddings with NaN or Inf; empty if none."""
     found = [name for name, rows in embeddings.items() if not bool(torch.isfinite(rows).all())]
-    return (f"embeddings with values that are not finite: {listed(found)}",) if found else ()
+    return (f"embeddings with values that are not finite: {list_names(found)}",) if found else ()
 
 
 def _read_folder(folder: Path) -> Foreign:
-    """A LoRA, in one file or, as PEFT's DreamBooth example writes it, in a folder for each model; with the embeddings
-    that lie beside it.
+    """Read a LoRA and its embeddings from a folder.
+
+    The LoRA is one file or, as PEFT's DreamBooth example writes it, one folder for each model.
     """
     patterns = ("*.safetensors", "*.pth", "learned_embeds*.bin", *_ADAPTERS, f"{EMBEDDINGS}/*.safetensors")
     paths = _files_in(folder, patterns)
     models = {model: _files_in(folder, [f"{model}/{name}" for name in _ADAPTERS]) for model in COMPONENTS}
     if not paths and not any(models.values()):
         below = sorted({path.parent.name for name in _ADAPTERS for path in folder.glob(f"*/{name}")})
-        hint = f"Its folders do, name one of them: {listed(below)}." if below else "Name the file itself."
+        hint = f"Its subfolders do, give one of them: {list_names(below)}." if below else "Give the file itself."
         raise EDLoRANotFoundError(f"{folder} holds no LoRA, ED-LoRA or textual inversion. {hint}")
     parts = [_read_file(path) for path in paths]
     bodies = [part for part in parts if part.kind is not Kind.TEXTUAL_INVERSION]
     of_models = [_read_file(path, model) for model, found in models.items() for path in found]
     if len(bodies) + bool(of_models) > 1 or any(len(found) > 1 for found in models.values()):
         names = (path.relative_to(folder).as_posix() for part in (*bodies, *of_models) for path in part.files)
-        raise EDLoRAFormatError(f"{folder} holds several: {listed(names)}. Name one of them.")
+        raise EDLoRAFormatError(f"{folder} holds several LoRAs: {list_names(names)}. Give one of them.")
     words = [part for part in parts if part.kind is Kind.TEXTUAL_INVERSION]
     return _join([*bodies, *of_models, *words])
 
 
 def _files_in(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of a folder; where a ``.bin`` lies beside a safetensors file of its name, that is taken, as PEFT does."""
+    """Files that match; a ``.bin`` is skipped if a safetensors file of the same name exists, as PEFT does."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     kept = [path for path in found if path.suffix != ".bin" or path.with_suffix(".safetensors") not in found]
     paths = sorted(within(folder, *path.relative_to(folder).parts) for path in kept)
-    return [path for path in paths if STATISTICS_KEY not in read_metadata(path)]  # which lie beside any LoRA
+    return [path for path in paths if STATISTICS_KEY not in read_metadata(path)]  # statistics may lie beside any LoRA
 
 
 def _join(parts: Sequence[Foreign]) -> Foreign:
-    """One of several files that belong together: the LoRA first, if there is one, then embeddings."""
+    """Join files that belong together: the LoRA first, if there is one, then embeddings."""
     if len(parts) == 1:
         return parts[0]
     body = parts[0]
@@ -371,12 +376,12 @@ def _join(parts: Sequence[Foreign]) -> Foreign:
     )
 
 
-def _names(path: Path) -> list[str]:
-    """Names of a safetensors file's tensors, from its header alone; empty if it has none that can be read."""
+def _read_names(path: Path) -> list[str]:
+    """Names of a safetensors file's tensors, from its header alone; empty if that cannot be read."""
     try:
         with open_tensors(path) as opened:
             return list(opened.keys())
-    except (EDLoRAFormatError, EDLoRANotFoundError):  # told when the tensors are read
+    except (EDLoRAFormatError, EDLoRANotFoundError):  # reported when the tensors are read
         return []
 
 

@@ -1,10 +1,10 @@
-"""What ED-LoRAs are converted to."""
+"""Target formats of a conversion."""
 
 from enum import StrEnum
 
 
 class Format(StrEnum):
-    """What to write."""
+    """Format to write."""
 
     EDLORA = "edlora"
     DIFFUSERS = "diffusers"

@@ -1,4 +1,4 @@
-"""The text beside a LoRA that was written for other programs: how to use it there, and what is lost."""
+"""Instructions beside a LoRA that was converted for other programs: how to use it there, and what is lost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from diffusers_mixofshow.interop.formats import Format
 
 
-def instructions(lora_file: str, names: Mapping[str, str], lost: Sequence[str], target: Format) -> str:
-    """Write the text.
+def compose_instructions(lora_file: str, names: Mapping[str, str], lost: Sequence[str], target: Format) -> str:
+    """Compose the instructions.
 
     Args:
         lora_file: Name of the LoRA file.
-        names: Word of every embedding to the name of its file, without the ending.
-        lost: What the files do not hold, each as a sentence.
+        names: Word of every embedding to the name of its file, without extension.
+        lost: What the conversion lost, each as a sentence.
         target: ``kohya`` or ``diffusers``.
     """
     stem, (first, *_) = lora_file.removesuffix(".safetensors"), names.values()

@@ -1,4 +1,4 @@
-"""Plain LoRA files of other programs: diffusers (old and new names), PEFT, ComfyUI, and kohya / A1111."""
+"""Read and write plain LoRA files of other programs: diffusers (old and new names), PEFT, ComfyUI, kohya / A1111."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from safetensors.torch import save_file
 
 from diffusers_mixofshow.atomic import replacing
 from diffusers_mixofshow.edlora import stock
-from diffusers_mixofshow.edlora.defects import listed, raise_if_any
+from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, warn
 from diffusers_mixofshow.families import Family
 from diffusers_mixofshow.families.recognition import recognise, transformers_with
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.names import kohya_name, shared_name
-from diffusers_mixofshow.interop.original_code import Joined, in_original_code
+from diffusers_mixofshow.interop.original_code import Joined, to_original_code
 from diffusers_mixofshow.interop.tensors import PICKLES, load_safetensors
 
 
 PLAIN_NAME = "pytorch_lora_weights.safetensors"
-"""What `load_lora_weights` of diffusers looks for in a folder."""
+"""File name that diffusers' `load_lora_weights` looks for in a folder."""
 
 EMBEDDINGS = "embeddings"
-"""Folder of textual-inversion files beside a LoRA file, named as A1111 and ComfyUI name theirs."""
+"""Folder of textual-inversion files beside a LoRA file, named as in A1111 and ComfyUI."""
 
 _COMPANIONS = "mixofshow_embeddings"
-"""In a LoRA file's metadata: the words whose embeddings were written beside it."""
+"""Metadata key of a LoRA file: the words whose embeddings were written beside it."""
 _MOST_COMPANIONS = 1000
 
 
@@ -46,13 +46,14 @@ def read_lora(path: Path) -> dict[str, LowRank]:
 
     Raises:
         EDLoRANotFoundError: If there is no such file.
-        EDLoRAFormatError: If it is no LoRA, or holds what no low-rank update of a linear layer can say; names all.
+        EDLoRAFormatError: If it is not a LoRA, or holds anything but low-rank updates of linear layers; lists every
+            defect.
 
     Warns:
-        MixOfShowWarning: What had to be assumed of it.
+        MixOfShowWarning: Of assumptions about it.
     """
     content = lora_content(path)
-    bundled = f"it bundles embeddings, which are no part of a plain LoRA: {listed(content.bundled)}"
+    bundled = f"it bundles embeddings, which a plain LoRA does not have: {list_names(content.bundled)}"
     raise_if_any(
         [*content.defects, *([bundled] if content.bundled else [])],
         subject=str(path),
@@ -64,11 +65,11 @@ def read_lora(path: Path) -> dict[str, LowRank]:
 
 
 def lora_content(path: Path) -> LoRAContent:
-    """Read a LoRA file, and note what of it cannot be used instead of raising.
+    """Read a LoRA file; its defects are listed in the result instead of raised.
 
     Raises:
         EDLoRANotFoundError: If there is no such file.
-        EDLoRAFormatError: If it is no safetensors file.
+        EDLoRAFormatError: If it is not a safetensors file.
     """
     path = Path(path)
     if path.suffix in PICKLES:
@@ -77,20 +78,20 @@ def lora_content(path: Path) -> LoRAContent:
     return content_of(tensors, metadata, path)
 
 
-def companions(metadata: Mapping[str, str]) -> list[str]:
-    """The words whose embeddings were written beside a LoRA file of ours; none of any other file."""
+def list_companions(metadata: Mapping[str, str]) -> list[str]:
+    """Words whose embeddings this package wrote beside a LoRA file; empty for other files."""
     words = _json_object(metadata.get(_COMPANIONS, "{}")).get("words")
     return [word for word in words[:_MOST_COMPANIONS] if isinstance(word, str)] if isinstance(words, list) else []
 
 
-def announcing(words: Iterable[str]) -> dict[str, str]:
-    """The metadata of a LoRA file beside which these words' embeddings are written."""
-    named = list(words)
-    return {_COMPANIONS: json.dumps({"words": named})} if named else {}
+def companions_metadata(words: Iterable[str]) -> dict[str, str]:
+    """Metadata that lists the words whose embeddings are written beside a LoRA file."""
+    listed_words = list(words)
+    return {_COMPANIONS: json.dumps({"words": listed_words})} if listed_words else {}
 
 
 def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write an ordinary LoRA file in PEFT's names, which diffusers loads; it appears whole or not at all.
+    """Write a plain LoRA file in PEFT's names, which diffusers loads; it appears whole or not at all.
 
     Args:
         path: The file; its folder is created where it is missing.
@@ -108,28 +109,28 @@ def write_kohya(
 ) -> Path:
     """Write a LoRA file in kohya's names, which A1111, ComfyUI and diffusers load; it appears whole or not at all.
 
-    That of a transformer is written in names that ComfyUI and diffusers both know, which are kohya's for some bases
-    (`Family.shared_names`), with the scaling multiplied into each ``up``.
+    A LoRA of a transformer is written in names that both ComfyUI and diffusers load (`Family.shared_names`), kohya's
+    for some bases, with the scaling multiplied into each ``up``.
 
-    Of a U-Net every layer has the same alpha: diffusers takes one for many where they differ. Where they do, each
-    layer's scaling is multiplied into its ``up`` (see `LowRank.folded`); where ranks differ as well, no layer has an
-    alpha, which all programs read as a scale of 1. The text encoder's layers keep ``text_model`` in their names, and
-    those of SDXL's two are numbered, whatever transformers calls them.
+    For a U-Net, all layers get the same alpha, because diffusers applies one layer's alpha to many. If alphas differ,
+    each layer's scaling is multiplied into its ``up`` (see `LowRank.folded`); if ranks differ as well, no alpha is
+    written, which all programs read as a scale of 1. Names of text encoder layers keep ``text_model``, and those of
+    SDXL's two encoders are numbered, independent of the transformers version.
 
     Args:
         path: The file; its folder is created where it is missing.
         lora: Site name to update.
         metadata: Further entries of the file's header.
-        base_model: The base model's id, where its layers alone do not tell of which transformer they are.
+        base_model: The base model's id, for transformers that cannot be recognised by their layers alone.
 
     Raises:
-        EDLoRAFormatError: If nothing tells which transformer it is for, or layers have shapes that its have not.
+        EDLoRAFormatError: If the transformer cannot be recognised, or layers do not have its shapes.
     """
     if family := transformer_of(lora, base_model):
         return _write_for_transformer(path, lora, metadata or {}, family)
     base = recognise(input_widths(lora))
     xl = base is not None and base.has_two_text_encoders
-    lora = _scaled_alike(lora)
+    lora = _equalise_alphas(lora)
     ranks, alphas = {update.rank for update in lora.values()}, {update.alpha for update in lora.values()}
     alpha = alphas.pop() if len(alphas) == 1 else None
     tensors: dict[str, torch.Tensor] = {}
@@ -145,22 +146,22 @@ def write_kohya(
     }
     if base is not None:
         told["ss_base_model_version"] = base.kohya
-    if alpha is None:  # diffusers takes this header or alphas, never both
+    if alpha is None:  # diffusers accepts either this header or alphas, not both
         told |= stock.adapter_metadata(lora)
     return _write(path, tensors, {**(metadata or {}), **told})
 
 
 def transformer_of(lora: Mapping[str, LowRank], base_model: str) -> Family | None:
-    """The family of transformers that a LoRA is for; None of a U-Net's, or of one for text encoders alone.
+    """The transformer family that a LoRA is for; None for a U-Net, or for text encoders alone.
 
     Raises:
-        EDLoRAFormatError: If it may be one of several, and the base model tells none.
+        EDLoRAFormatError: If several families match and the base model does not decide.
     """
     families = transformers_with(input_widths(lora), base_model)
     if len(families) > 1:
         raise EDLoRAFormatError(
-            f"Its layers may be those of {', '.join(family.name for family in families)}, and other programs' names "
-            f"depend on that. Name the base model, such as {families[0].models[0].id!r}: base_model=..., or --base."
+            f"Its layers may belong to {', '.join(family.name for family in families)}, and other programs' names "
+            f"depend on that. Give the base model, such as {families[0].models[0].id!r}: base_model=..., or --base."
         )
     return families[0] if families else None
 
@@ -171,7 +172,7 @@ def _write_for_transformer(
     folded = {site: update.folded for site, update in lora.items()}
     of_kohya = family.shared_names.startswith("lora_")
     joined = (
-        in_original_code(family, folded, taken_apart=of_kohya)
+        to_original_code(family, folded, taken_apart=of_kohya)
         if "{original}" in family.shared_names
         else Joined(lora=folded, ranks={site: update.rank for site, update in folded.items()})
     )
@@ -185,24 +186,24 @@ def _write_for_transformer(
     return _write(path, tensors, {**metadata, **told, **stock.metadata_of_ranks(joined.ranks)})
 
 
-def _scaled_alike(lora: Mapping[str, LowRank]) -> Mapping[str, LowRank]:
-    """The same updates as they are, if they share one alpha, and otherwise without any scaling but their own `up`."""
+def _equalise_alphas(lora: Mapping[str, LowRank]) -> Mapping[str, LowRank]:
+    """Updates with equal alphas: unchanged if they are equal, otherwise with the scaling multiplied into `up`."""
     alphas = {update.alpha for update in lora.values()}
-    # kohya's own loader takes an alpha of 0 for none.
+    # kohya's loader treats an alpha of 0 as missing.
     return lora if len(alphas) == 1 and 0 not in alphas else {site: update.folded for site, update in lora.items()}
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
     with replacing(path) as temporary:
         try:
-            save_file(_separate(tensors), temporary, metadata={**metadata, "format": "pt"})
-        except SafetensorError as error:  # of the disk: what is written is sound
+            save_file(_unshare(tensors), temporary, metadata={**metadata, "format": "pt"})
+        except SafetensorError as error:  # a disk error, as the tensors are valid
             raise OSError(str(error)) from error
     return path
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors without shared memory: sources of a fused pack share factors, which safetensors refuses to write."""
+def _unshare(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors that share memory, as sources of a pack may: safetensors refuses to write them."""
     separate, seen = {}, set()
     for name, tensor in tensors.items():
         plain = tensor.contiguous()
@@ -213,7 +214,7 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _scalar(alpha: float) -> torch.Tensor:
-    """An alpha as kohya's files hold it; in double precision where single would change it."""
+    """An alpha as a scalar tensor: float32 as in kohya's files, or float64 if float32 would round it."""
     exact = torch.tensor(alpha, dtype=torch.float64)
     return exact.float() if float(exact.float()) == alpha else exact
 

@@ -1,10 +1,10 @@
-"""LoHa, LoKr and full differences as low-rank updates, exactly, where they are such; LyCORIS and ComfyUI write them.
+"""Convert LoHa, LoKr and full differences (LyCORIS, ComfyUI) to low-rank updates, exactly, where the rank is low.
 
 | method | the weight's change | as ``up @ down`` |
 |---|---|---|
-| LoHa | ``(a b) * (c d)``, value by value | products of columns of a with those of c; of rows of b with those of d |
-| LoKr | ``kron(a b, c d)`` | ``kron(a, c) @ kron(b, d)``; of a factor that is whole, itself with the identity |
-| full | a matrix | its singular vectors, if what is beyond some rank is within the rounding of its numbers |
+| LoHa | ``(a b) * (c d)``, elementwise | products of columns of a with columns of c, and of rows of b with rows of d |
+| LoKr | ``kron(a b, c d)`` | ``kron(a, c) @ kron(b, d)``; a full factor is paired with the identity |
+| full | a matrix | singular vectors, if the remainder beyond some rank is within rounding |
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ import torch
 
 from diffusers_mixofshow.edlora.defects import WIDEST
 from diffusers_mixofshow.interop.names import is_of_peft
-from diffusers_mixofshow.interop.tensors import in_working_dtype
+from diffusers_mixofshow.interop.tensors import to_working_dtype
 
 
 HIGHEST_RANK = 256
-"""Above which an update is not taken for one of low rank."""
+"""Highest rank of a converted update; others are refused."""
 MOST_NUMBERS = 2**31
-"""That all layers of a file may have as low-rank updates, in which a few kilobytes may become gigabytes."""
+"""Limit for the values of all converted updates: a file of kilobytes could expand to gigabytes."""
 
 _PART = re.compile(r"(?P<layer>.+)\.(?P<part>hada_w[12]_[ab]|lokr_w[12](_[ab])?|diff|diff_b|alpha)")
 _DIFFERENCES = {"diff", "diff_b"}
 _SPARE = 8
-"""Directions beyond the highest rank in which a full difference is looked at."""
+"""Extra random directions, beyond the highest rank, when probing a full difference."""
 _ROUNDING = 4
-"""How many times the last digit of its numbers a full difference may be away from one of low rank, in its norm."""
+"""Tolerance for a full difference: relative distance from low rank, in units of its dtype's machine epsilon."""
 _FINEST = 1e-12
-"""The last digit that is asked of double precision, in which all is computed."""
+"""Smallest epsilon for that tolerance, for float64 differences: the computation itself is in float64."""
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]
-"""Up, down, and what their product is multiplied with."""
+"""up, down, and the scaling of their product."""
 
 
 def is_part(name: str) -> bool:
-    """Whether a tensor is a part of a layer in one of these forms."""
+    """Whether a tensor belongs to LoHa, LoKr or a full difference, by its name."""
     match = _PART.fullmatch(name)
     return match is not None and match["part"] != "alpha"
 
 
-def with_halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A file's tensors, with halves of a LoRA in place of layers in these forms that are updates of low rank.
+def convert_to_halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replace LoHa, LoKr and full differences of low rank by halves of a LoRA.
 
-    What is none stays as it is, and so does a layer that has tensors of any other kind. Differences of 0 are left out.
+    Other tensors stay, as do layers that also have tensors of another kind. Differences of 0 are dropped.
     """
     layers = _layers(tensors)
     parts = {f"{layer}.{part}" for layer, parts in layers.items() for part in parts}
@@ -55,7 +55,7 @@ def with_halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for layer, of_layer in layers.items():
         if of_layer.keys() <= _DIFFERENCES and not any(bool(tensor.any()) for tensor in of_layer.values()):
             continue
-        if left < 0 or (factors := _factors(of_layer)) is None:
+        if left < 0 or (factors := _factorise(of_layer)) is None:
             found |= {f"{layer}.{part}": tensor for part, tensor in of_layer.items()}
             continue
         up, down, scaling = factors
@@ -66,7 +66,7 @@ def with_halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Layers that have nothing but parts in one of these forms, to these."""
+    """Layers all of whose tensors are parts of LoHa, LoKr or a full difference, to these tensors."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     others: set[str] = set()
     for name, tensor in tensors.items():
@@ -82,28 +82,28 @@ def _layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Te
     }
 
 
-def _factors(parts: Mapping[str, torch.Tensor]) -> Factors | None:
-    """The factors of a layer's update; None if it is not of low rank or not well-formed."""
+def _factorise(parts: Mapping[str, torch.Tensor]) -> Factors | None:
+    """Factors of a layer's update; None if its rank is not low or its tensors are not well-formed."""
     sound = all(tensor.is_floating_point() and tensor.numel() for tensor in parts.values())
     if not sound or ("alpha" in parts and parts["alpha"].numel() != 1):
         return None
     alpha = float(parts["alpha"]) if "alpha" in parts else None
-    found = {part: _flat(in_working_dtype(tensor)) for part, tensor in parts.items() if part != "alpha"}
+    found = {part: _squeeze_convolution(to_working_dtype(tensor)) for part, tensor in parts.items() if part != "alpha"}
     if found.keys() <= _DIFFERENCES:
         bias = found.pop("diff_b", None)
-        return _of_full(parts["diff"]) if "diff" in found and (bias is None or not bool(bias.any())) else None
+        return _factorise_full(parts["diff"]) if "diff" in found and (bias is None or not bool(bias.any())) else None
     if any(factor.dim() != 2 for factor in found.values()):
         return None
     if all(part.startswith("hada") for part in found):
-        return _of_loha(found, alpha)
-    return _of_lokr(found, alpha) if all(part.startswith("lokr") for part in found) else None
+        return _factorise_loha(found, alpha)
+    return _factorise_lokr(found, alpha) if all(part.startswith("lokr") for part in found) else None
 
 
-def _of_loha(parts: Mapping[str, torch.Tensor], alpha: float | None) -> Factors | None:
-    """A product, value by value, of two low-rank matrices (a Khatri-Rao product of their factors)."""
+def _factorise_loha(parts: Mapping[str, torch.Tensor], alpha: float | None) -> Factors | None:
+    """Factors of an elementwise product of two low-rank matrices (Khatri-Rao products of their factors)."""
     if len(parts) != 4:
         return None
-    a, b, c, d = (_wide(parts[f"hada_w{number}_{half}"]) for number in "12" for half in "ab")
+    a, b, c, d = (_widen(parts[f"hada_w{number}_{half}"]) for number in "12" for half in "ab")
     fits = a.shape[1] == b.shape[0] and c.shape[1] == d.shape[0] and a.shape[0] == c.shape[0]
     if not fits or b.shape[1] != d.shape[1] or not _is_low(a.shape[1] * c.shape[1], a.shape[0], b.shape[1]):
         return None
@@ -112,8 +112,8 @@ def _of_loha(parts: Mapping[str, torch.Tensor], alpha: float | None) -> Factors 
     return up, down, 1.0 if alpha is None else alpha / b.shape[0]
 
 
-def _of_lokr(parts: Mapping[str, torch.Tensor], alpha: float | None) -> Factors | None:
-    """A Kronecker product of two matrices, each whole or of low rank."""
+def _factorise_lokr(parts: Mapping[str, torch.Tensor], alpha: float | None) -> Factors | None:
+    """Factors of a Kronecker product of two matrices, each full or of low rank."""
     pairs = [_pair(parts, f"lokr_w{number}") for number in "12"]
     first, second = pairs
     if first is None or second is None:
@@ -128,23 +128,23 @@ def _of_lokr(parts: Mapping[str, torch.Tensor], alpha: float | None) -> Factors 
 
 
 def _pair(parts: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A factor of a LoKr as a product of two: its own, or itself and the identity."""
+    """A factor of LoKr as a product of two matrices: its own two, or itself and the identity."""
     whole, first, second = (parts.get(f"{name}{half}") for half in ("", "_a", "_b"))
     if whole is None and first is not None and second is not None:
-        return (_wide(first), _wide(second)) if first.shape[1] == second.shape[0] else None
+        return (_widen(first), _widen(second)) if first.shape[1] == second.shape[0] else None
     if whole is None or first is not None or second is not None or min(whole.shape) > HIGHEST_RANK:
         return None
-    matrix, one = _wide(whole), torch.eye(min(whole.shape))
+    matrix, one = _widen(whole), torch.eye(min(whole.shape))
     return (one, matrix) if whole.shape[0] <= whole.shape[1] else (matrix, one)
 
 
-def _of_full(difference: torch.Tensor) -> Factors | None:
-    """A matrix, if it is of low rank to within the rounding of its numbers.
+def _factorise_full(difference: torch.Tensor) -> Factors | None:
+    """Factors of a matrix whose rank is low up to rounding; None otherwise.
 
-    It is looked at in some more random directions than the rank may be: one of that rank has nothing outside of what
-    it makes of them.
+    Probed with more random directions than the highest allowed rank: the images of a matrix of that rank span its
+    column space.
     """
-    matrix = _flat(in_working_dtype(difference)).double()
+    matrix = _squeeze_convolution(to_working_dtype(difference)).double()
     if matrix.dim() != 2 or not bool(torch.isfinite(matrix).all()):
         return None
     allowed = _ROUNDING * max(torch.finfo(difference.dtype).eps, _FINEST) * matrix.norm()
@@ -155,13 +155,13 @@ def _of_full(difference: torch.Tensor) -> Factors | None:
     if (matrix - basis @ rows).norm() > allowed:
         return None
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
-    beyond = values.square().flip(0).cumsum(0).flip(0).sqrt()  # the norm of each value and all smaller ones
+    beyond = values.square().flip(0).cumsum(0).flip(0).sqrt()  # norm of each singular value and all smaller ones
     rank = int((beyond > allowed).sum())
     if not _is_low(rank, *matrix.shape):
         return None
-    root, dtype = values[:rank].sqrt(), torch.promote_types(in_working_dtype(difference).dtype, torch.float32)
+    root, dtype = values[:rank].sqrt(), torch.promote_types(to_working_dtype(difference).dtype, torch.float32)
     up, down = (basis @ left[:, :rank] * root).to(dtype), (root[:, None] * right[:rank]).to(dtype)
-    if difference.dim() == 4:  # a 1 x 1 convolution's
+    if difference.dim() == 4:  # 1 x 1 convolution
         up, down = up[:, :, None, None], down[:, :, None, None]
     return up, down, 1.0
 
@@ -170,11 +170,11 @@ def _is_low(rank: int, out: int, width: int) -> bool:
     return 1 <= rank <= HIGHEST_RANK and rank < min(out, width) and max(out, width) <= WIDEST
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A matrix of a 1 x 1 convolution's; anything else as it is."""
+def _squeeze_convolution(tensor: torch.Tensor) -> torch.Tensor:
+    """The matrix of a 1 x 1 convolution; any other tensor unchanged."""
     return tensor[:, :, 0, 0] if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else tensor
 
 
-def _wide(factor: torch.Tensor) -> torch.Tensor:
-    """A factor in a dtype in which products of half precision are exact."""
+def _widen(factor: torch.Tensor) -> torch.Tensor:
+    """A factor in float32 or wider, where products of half-precision values are exact."""
     return factor.to(torch.promote_types(factor.dtype, torch.float32))

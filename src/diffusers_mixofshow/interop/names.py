@@ -1,4 +1,4 @@
-"""How other programs spell the layers of a LoRA, to and from site names (see `families.family`)."""
+"""Translate the layer names of other programs' LoRA files to and from site names (see `families.family`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from enum import StrEnum
 
 from diffusers_mixofshow.families import FAMILIES, Family
 from diffusers_mixofshow.families.layers import canonical_name
-from diffusers_mixofshow.families.original_code import with_number
-from diffusers_mixofshow.families.recognition import is_linear_site, is_original_alone
+from diffusers_mixofshow.families.original_code import insert_block_number
+from diffusers_mixofshow.families.recognition import is_linear_site, is_only_original
 
 
 class Spelling(StrEnum):
-    """Whose names a LoRA's tensors have; the value is what people call it."""
+    """Naming scheme of a LoRA's tensors; the value is its display name."""
 
     KOHYA = "kohya / A1111 / ComfyUI"
     ONE_TRAINER = "OneTrainer"
@@ -45,12 +45,12 @@ _FLAT_PATHS = {
     for name, layer in family.original.items()
     for path in (name, *layer.paths)
 }
-"""Paths in transformers without dots, with N for the block's number, to the paths: of the original code and ours."""
+"""Transformer path with underscores for dots and N for the block's number, to the path (original and diffusers)."""
 _FLAT_NUMBER = re.compile(r"(?<=_)\d+(?=_)")
-"""The number of a block; the first one is meant."""
+"""Number of a block; the first match counts."""
 _FLAT_SPELLINGS = {None: Spelling.LYCORIS, "transformer": Spelling.ONE_TRAINER}
 _NUMBERS = {"text_encoder": "1", "text_encoder_2": "2"}
-"""Of text encoders in kohya's names, where there are two."""
+"""Numbers of text encoders in kohya's names, if there are two."""
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder_2|text_encoder)\.")
 _COMFYUI = {
     "diffusion_model.": "unet",
@@ -58,7 +58,7 @@ _COMFYUI = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
 _PEFT = "base_model.model."
-# Names with an underscore of their own, which kohya's files do not tell from the dots between names.
+# Names that contain underscores: kohya's files use underscores for the dots between names as well.
 _WORDS = re.compile(
     r"down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|transformer_blocks|to_q|to_k|to_v|to_out|"
     r"proj_in|proj_out|text_model|text_projection|self_attn|q_proj|k_proj|v_proj|out_proj|time_emb_proj|conv_shortcut|"
@@ -68,7 +68,7 @@ _WORDS = re.compile(
 # Old diffusers named the text encoder's projections like the U-Net's.
 _OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 _LDM_STAGES = ("input_blocks", "middle_block", "output_blocks")
-_BLOCKS_A_STAGE = 3  # of the original Stable Diffusion code: two or three layers, and one that changes the size
+_BLOCKS_A_STAGE = 3  # in the original Stable Diffusion code: two or three layers and one that resizes
 _LDM_LAYERS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("in_layers", "2"): ("conv1",),
     ("out_layers", "3"): ("conv2",),
@@ -80,7 +80,7 @@ _LDM_MIDDLE = {"0": ("resnets", "0"), "1": ("attentions", "0"), "2": ("resnets",
 
 
 def half_of(name: str) -> tuple[str, str] | None:
-    """Layer as the file spells it, and ``down`` or ``up``; None of a tensor that is no half of a LoRA."""
+    """Layer name in the file, and ``down`` or ``up``; None if the tensor is not half of a LoRA."""
     match = _HALF.fullmatch(name)
     if match is None:
         return None
@@ -88,25 +88,27 @@ def half_of(name: str) -> tuple[str, str] | None:
 
 
 def adapter_of(name: str) -> str | None:
-    """The adapter's own name in the name of a half, as a dump of a model has it: empty where PEFT took it out, None of
-    a tensor that is no half in PEFT's names."""
+    """Adapter name within the name of a half: present in a model's state dict, removed (empty) by PEFT when it saves.
+
+    None if the tensor is not half of a LoRA in PEFT's names.
+    """
     match = _HALF.fullmatch(name)
     return (match["adapter"] or "") if match and match["peft"] else None
 
 
 def is_of_peft(name: str) -> bool:
-    """Whether a name has the prefix that PEFT puts before those of a model."""
+    """Whether a name has the prefix that PEFT puts before a model's names."""
     return _COMPONENT.sub("", name, count=1).startswith(_PEFT)
 
 
 def spelling_of(name: str) -> Spelling:
-    """Whose name a half of a LoRA has."""
+    """Naming scheme of a half of a LoRA."""
     if flat := _FLAT.match(name):
         return _FLAT_SPELLINGS.get(flat["component"], Spelling.KOHYA)
     of_peft = ".lora_A." in name or ".lora_B." in name
     if name.startswith(tuple(_COMFYUI)):
         return Spelling.AI_TOOLKIT if of_peft else Spelling.COMFYUI
-    if (half := half_of(name)) and is_original_alone(site_of(half[0])):
+    if (half := half_of(name)) and is_only_original(site_of(half[0])):
         return Spelling.ORIGINAL
     if is_of_peft(name):
         return Spelling.PEFT
@@ -116,21 +118,21 @@ def spelling_of(name: str) -> Spelling:
 
 
 def site_of(layer: str) -> str:
-    """Site name of a layer as any of the programs spells it.
+    """Site name of a layer in any naming scheme.
 
-    A layer of a transformer's original code that diffusers calls otherwise gets its path there; several layers may be
-    one of its, see `interop.original_code`.
+    A layer of a transformer's original code without a counterpart in diffusers keeps its original path: one such layer
+    may be several in diffusers, see `interop.original_code`.
     """
     if flat := _FLAT.fullmatch(layer):
-        if path := _with_dots(flat["path"]):
+        if path := _restore_dots(flat["path"]):
             return f"transformer.{path}"
-        told = "te" if "encoder_layers" in flat["path"] else "unet"  # LyCORIS's own names tell no component
+        told = "te" if "encoder_layers" in flat["path"] else "unet"  # LyCORIS's names contain no component
         component = _FLAT_COMPONENTS[flat["component"] or told]
-        return canonical_name(component, _in_diffusers(_WORDS.findall(flat["path"])))
+        return canonical_name(component, _to_diffusers(_WORDS.findall(flat["path"])))
     for prefix, component in _COMFYUI.items():
         if layer.startswith(prefix):
             path = layer.removeprefix(prefix).replace(".processor.", ".")
-            return _transformer_site(path) or canonical_name(component, _in_diffusers(path.split(".")))
+            return _transformer_site(path) or canonical_name(component, _to_diffusers(path.split(".")))
     named = _COMPONENT.match(layer.removeprefix(_PEFT))
     component = named[1] if named else ("text_encoder" if "encoder.layers" in layer else "unet")
     path = layer.removeprefix(_PEFT).removeprefix(f"{component}.").removeprefix(_PEFT).replace(".processor.", ".")
@@ -144,24 +146,24 @@ def site_of(layer: str) -> str:
 
 
 def _transformer_site(path: str) -> str:
-    """The site of a path that a known transformer has, and no U-Net; empty of any other path."""
+    """Site of a path that exists in a known transformer; empty for any other path."""
     site = f"transformer.{path}"
-    return site if is_linear_site(site) or is_original_alone(site) else ""
+    return site if is_linear_site(site) or is_only_original(site) else ""
 
 
-def _with_dots(flat: str) -> str:
-    """The path in a known transformer whose dots these underscores were; empty of any other path."""
+def _restore_dots(flat: str) -> str:
+    """Path in a known transformer, its dots restored from underscores; empty for any other path."""
     number = _FLAT_NUMBER.search(flat)
     path = _FLAT_PATHS.get(_FLAT_NUMBER.sub("N", flat, count=1), "")
-    return with_number(path, number[0]) if number else path
+    return insert_block_number(path, number[0]) if number else path
 
 
 def shared_name(family: Family, layer: str) -> str:
-    """What ComfyUI and diffusers both call a layer of a transformer or of its text encoders.
+    """Name under which ComfyUI and diffusers both load a layer of a transformer or of its text encoders.
 
     Args:
-        family: Its family, see `Family.shared_names`.
-        layer: Its site name, or the transformer with the path in the original code.
+        family: The transformer's family, see `Family.shared_names`.
+        layer: Site name, or component and path in the original code.
     """
     component, _, path = layer.partition(".")
     prefix = family.shared_names.partition("{")[0]
@@ -171,42 +173,42 @@ def shared_name(family: Family, layer: str) -> str:
 
 
 def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
-    """A site in kohya's names, which A1111 and ComfyUI share.
+    """Name of a site in kohya's scheme, which A1111 and ComfyUI use as well.
 
     Args:
         site: The layer, see `families.family`.
-        several_text_encoders: Whether the model has two, as SDXL has; they are numbered then.
-        ldm: Name the U-Net's blocks as the original code does, which kohya does for SDXL alone.
+        several_text_encoders: Whether the model has two, as SDXL, which are numbered.
+        ldm: Name the U-Net's blocks as in the original code, as kohya does for SDXL only.
     """
     component, _, path = site.partition(".")
     if component == "unet":
-        return "lora_unet_" + "_".join(_in_ldm(path.split(".")) if ldm else path.split("."))
+        return "lora_unet_" + "_".join(_to_ldm(path.split(".")) if ldm else path.split("."))
     number = _NUMBERS[component] if several_text_encoders else ""
     return f"lora_te{number}_{path.replace('.', '_')}"
 
 
-def _in_diffusers(words: Sequence[str]) -> str:
-    """Module path of diffusers; names of the original Stable Diffusion code are translated."""
+def _to_diffusers(words: Sequence[str]) -> str:
+    """Module path in diffusers; names of the original Stable Diffusion code are translated."""
     if not words or words[0] not in _LDM_STAGES or len(words) < 3 or not words[1].isdecimal():
         return ".".join(words)
     stage, number, *rest = words
     if stage == "middle_block":
-        return ".".join(("mid_block", *_LDM_MIDDLE.get(number, (number,)), *_layer_in_diffusers(rest)))
+        return ".".join(("mid_block", *_LDM_MIDDLE.get(number, (number,)), *_layer_to_diffusers(rest)))
     block, layer = divmod(int(number) - (stage == "input_blocks"), _BLOCKS_A_STAGE)
     inner, *rest = rest
     side, sizer = ("down_blocks", "downsamplers") if stage == "input_blocks" else ("up_blocks", "upsamplers")
     if rest in (["op"], ["conv"]):
         return ".".join((side, str(block), sizer, "0", "conv"))
     kind = {"0": "resnets", "1": "attentions"}.get(inner, inner)
-    return ".".join((side, str(block), kind, str(layer), *_layer_in_diffusers(rest)))
+    return ".".join((side, str(block), kind, str(layer), *_layer_to_diffusers(rest)))
 
 
-def _layer_in_diffusers(words: Sequence[str]) -> Sequence[str]:
+def _layer_to_diffusers(words: Sequence[str]) -> Sequence[str]:
     return _LDM_LAYERS.get(tuple(words), tuple(words))
 
 
-def _in_ldm(words: Sequence[str]) -> Sequence[str]:
-    """Names of the original Stable Diffusion code of a module path of diffusers; the reverse of `_in_diffusers`."""
+def _to_ldm(words: Sequence[str]) -> Sequence[str]:
+    """Names in the original Stable Diffusion code for a module path of diffusers; the reverse of `_to_diffusers`."""
     back = {new: old for old, new in _LDM_LAYERS.items()}
     stage, *rest = words
     if stage == "mid_block":

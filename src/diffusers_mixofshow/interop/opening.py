@@ -1,6 +1,6 @@
-"""Whatever holds a concept or a LoRA, opened: packs of this package and other programs' files, here or on the Hub.
+"""Open anything that holds a concept or a LoRA: packs of this package and other programs' files, on disk or the Hub.
 
-What `load_edlora`, `GradientFuser.fuse` and the command line are given goes through here.
+`load_edlora`, `GradientFuser.fuse` and the command line open their sources here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffusers_mixofshow.edlora.merged import has_concepts
 from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming
-from diffusers_mixofshow.interop.foreign import Foreign, as_edlora, read_foreign
+from diffusers_mixofshow.interop.foreign import Foreign, read_foreign, to_edlora
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG
@@ -34,19 +34,19 @@ _ON_THE_HUB = (
     "learned_embeds.safetensors",
     "learned_embeds.bin",
 )
-"""What other programs call their files in a repository, in the order in which they are looked for."""
+"""File names of other programs in a repository, in order of search."""
 _INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """What was found, as an ED-LoRA.
+    """An opened source, as an ED-LoRA.
 
     Args:
-        edlora: Without concepts where it is a plain LoRA, without updates where it is a textual inversion.
-        file: The file that it was read from; of several, the first.
-        foreign: What another program's file holds; None of a pack of this package.
-        remarks: What the file does not tell and was taken for it, each as a sentence; for those to whom it matters.
+        edlora: Without concepts for a plain LoRA, without updates for a textual inversion.
+        file: The file that it was read from; the first of several.
+        foreign: Content of another program's file; None for a pack of this package.
+        remarks: Defaults assumed for what the file does not contain, each as a sentence; see `tell`.
     """
 
     edlora: EDLoRA
@@ -56,11 +56,11 @@ class Opened:
 
     @cached_property
     def trigger_words(self) -> tuple[str, ...]:
-        """The words that a plain LoRA acts on, where its file tells them."""
+        """Trigger words of a plain LoRA in its file's metadata; may be empty."""
         return () if self.foreign is None else find_trigger_words(self.foreign.metadata)
 
     def tell(self) -> None:
-        """Warn of the remarks."""
+        """Issue the remarks as warnings."""
         for remark in self.remarks:
             warn(f"{self.file}: {remark}.")
 
@@ -69,33 +69,33 @@ def open_edlora(source: str | os.PathLike[str], *, layers: tuple[str, ...] = (),
     """Read a pack of this package, or any file of another program that `mixofshow inspect` understands.
 
     Args:
-        source: A file, a folder or a Hub id. What exists on this disk comes first.
-        layers: Cross-attention layers of the base that it is meant for, where that is known.
+        source: A file, a folder or a Hub id; an existing path has priority.
+        layers: Cross-attention layers of the base it will be used with, if known.
         where: See `read_any`.
 
     Raises:
-        EDLoRANotFoundError: If there is nothing.
-        EDLoRAFormatError: If it is defective or no ED-LoRA can say it; names all.
+        EDLoRANotFoundError: If there is no such file.
+        EDLoRAFormatError: If it is defective or cannot be converted; lists every defect.
         ConfigurationError: If it is a complete pipeline.
         HubError: If the Hub refuses or cannot be reached.
     """
     file, found = _read(source, **where)
     if isinstance(found, EDLoRA):
         if file.name == FILE_NAME and has_concepts(file.parent):
-            raise _is_pipeline(file.parent)
+            raise _pipeline_error(file.parent)
         return Opened(edlora=found, file=file)
     counts = {len(rows) for rows in found.tokens.values()} - {1}
-    edlora = as_edlora(found, Naming(), layers if counts <= {len(layers)} else ())
+    edlora = to_edlora(found, Naming(), layers if counts <= {len(layers)} else ())
     return Opened(edlora=edlora, file=found.files[0], foreign=found, remarks=_remarks(edlora))
 
 
 def read_any(source: str | os.PathLike[str], **where: Any) -> EDLoRA | Foreign:
-    """Read what `open_edlora` reads; of another program's file all that it holds, sound or not.
+    """Read what `open_edlora` reads, but return the content of another program's file unconverted, with its defects.
 
     Args:
         source: A file, a folder or a Hub id.
         where: `revision`, `subfolder`, `token`, `cache_dir` and `local_files_only`, see `EDLoRA.from_pretrained`;
-            `weight_name`, the file inside a folder or repository, where it has another name than programs give it.
+            `weight_name`, the name of the file inside a folder or repository, if it is not a usual one.
 
     Raises:
         MixOfShowError: See `open_edlora`.
@@ -104,7 +104,7 @@ def read_any(source: str | os.PathLike[str], **where: Any) -> EDLoRA | Foreign:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file or folder is an ED-LoRA of this package, sound or not."""
+    """Whether a file or folder is an ED-LoRA of this package, valid or not."""
     if path.is_dir():
         return (path / FILE_NAME).exists()
     return path.name == FILE_NAME or "edlora" in read_metadata(path)
@@ -113,14 +113,14 @@ def is_ours(path: Path) -> bool:
 def _read(
     source: str | os.PathLike[str], *, weight_name: str | None = None, subfolder: str | None = None, **where: Any
 ) -> tuple[Path, EDLoRA | Foreign]:
-    """What is there, and the file that it is in."""
+    """Read a source; returns the file and its content."""
     if hub.is_repo_id(source):
         return _read_from_hub(str(source), weight_name, subfolder, where)
     path = Path(source)
     if is_folder(path):
         path = within(path, *(name for name in (subfolder, weight_name) if name))
         if (path / _INDEX).is_file() and not is_ours(path):
-            raise _is_pipeline(path)
+            raise _pipeline_error(path)
     elif subfolder:
         path /= subfolder
     if identity(path) is not None and not is_ours(path):
@@ -132,7 +132,7 @@ def _read(
 def _read_from_hub(
     repo_id: str, weight_name: str | None, subfolder: str | None, where: dict[str, Any]
 ) -> tuple[Path, EDLoRA | Foreign]:
-    """The pack of a repository; where it has none, the file that is named, or one that programs call so."""
+    """Read a repository's pack; without one, the given file or the first of `_ON_THE_HUB`."""
     if weight_name is None:
         try:
             file = _fetch(repo_id, FILE_NAME, subfolder, where)
@@ -151,19 +151,19 @@ def _read_from_hub(
 
 
 def _fetch(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]) -> Path:
-    """A file of a repository, and PEFT's settings where they belong to it."""
+    """Download a file of a repository, and PEFT's settings if it is PEFT's."""
     options = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False} | where
     file = hub.download(repo_id, name, subfolder=subfolder, **options)
     if name.startswith(_OF_PEFT):
         try:
             hub.download(repo_id, PEFT_CONFIG, subfolder=subfolder, **options)
-        except EDLoRANotFoundError:  # what that means for its scaling is told by the reader
+        except EDLoRANotFoundError:  # the reader reports the missing alpha
             return file
     return file
 
 
-def _is_pipeline(folder: Path) -> ConfigurationError:
-    """The error of a complete pipeline in place of a pack."""
+def _pipeline_error(folder: Path) -> ConfigurationError:
+    """Error: the source is a complete pipeline, not a pack."""
     return ConfigurationError(
         f"{folder} is a complete pipeline, whose updates are in its weights. Load it as a pipeline, "
         f"MixOfShowPipeline.from_pretrained({str(folder)!r}), or on the command line with --base {folder}."
@@ -171,11 +171,11 @@ def _is_pipeline(folder: Path) -> ConfigurationError:
 
 
 def _remarks(edlora: EDLoRA) -> tuple[str, ...]:
-    """What the file does not tell and was taken for it."""
+    """Defaults assumed for what the file does not contain."""
     unknown = [concept.placeholder for concept in edlora.concepts if concept.class_word == UNKNOWN_CLASS]
     if not unknown:
         return ()
     return (
-        f"it does not tell what {', '.join(unknown)} is, which is taken for an object called {UNKNOWN_CLASS!r}; "
-        "read_as_edlora(file, class_word=..., kind=...) or `mixofshow convert` say it",
+        f"it has no class word for {', '.join(unknown)}; {UNKNOWN_CLASS!r} and kind 'object' are assumed. Set them "
+        "with read_as_edlora(file, class_word=..., kind=...) or `mixofshow convert`",
     )

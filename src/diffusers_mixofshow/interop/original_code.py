@@ -1,7 +1,7 @@
-"""Updates of layers of a family's original code, as updates of diffusers' layers, and back; both exactly.
+"""Convert updates of a family's original layers to diffusers' layers and back, both exactly.
 
-The original code has one matrix where diffusers has several: queries, keys and values, in FLUX.1 with a part of the
-feed-forward layer. Its update ``up @ down`` is that of each of them by its own rows of ``up`` with the same ``down``.
+The original code has one matrix where diffusers has several: queries, keys and values, in FLUX.1 also a part of the
+feed-forward layer. Splitting its update ``up @ down``, each part takes its rows of ``up`` and the same ``down``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from diffusers_mixofshow.edlora.defects import listed
+from diffusers_mixofshow.edlora.defects import list_names
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.families import FAMILIES, Family
@@ -19,14 +19,14 @@ from diffusers_mixofshow.families.original_code import OriginalLayer
 from diffusers_mixofshow.families.recognition import families_with
 
 
-def in_diffusers(lora: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], list[str]]:
-    """Name every layer as diffusers does.
+def to_diffusers(lora: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], list[str]]:
+    """Convert every layer to diffusers' names.
 
     Args:
-        lora: Site name to update; of layers that the original code alone calls so, their path there in its place.
+        lora: Site name to update; layers of the original code have their original path.
 
     Returns:
-        Site name to update, of all layers of the family that most of them fit, and what is wrong with the others.
+        Site name to update, for the layers of the family that fits most of them, and the defects of the others.
     """
     if not lora or families_with(lora):
         return dict(lora), []
@@ -34,29 +34,27 @@ def in_diffusers(lora: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], list[
     found: dict[str, LowRank] = {}
     misfits, twice = [], []
     for site, update in lora.items():
-        rows = _rows(family, site, update)
+        rows = _rows_in_diffusers(family, site, update)
         if not rows:
             misfits.append(f"{site} {(update.up.shape[0], update.down.shape[1])}")
         twice += [each for each in rows if each in found]
-        found |= _parts(family, site, update, rows)
+        found |= _split_update(family, site, update, rows)
     defects = []
     if misfits:
-        defects.append(
-            f"layers whose names or (out, in) sizes are not {family.name}'s, as others are: {listed(misfits)}"
-        )
+        defects.append(f"layers whose names or (out, in) sizes are not those of {family.name}: {list_names(misfits)}")
     if twice:
-        defects.append(f"layers given twice: {listed(twice)}")
+        defects.append(f"layers given twice: {list_names(twice)}")
     return found, defects
 
 
 def _likeness(family: Family, lora: Mapping[str, LowRank]) -> tuple[int, int]:
-    """How many layers have a name and shape of a family's, and how many a name."""
-    fitting = sum(bool(_rows(family, site, update)) for site, update in lora.items())
+    """How many layers fit a family by name and shape, and how many by name alone."""
+    fitting = sum(bool(_rows_in_diffusers(family, site, update)) for site, update in lora.items())
     return fitting, sum(family.original_layer(site.partition(".")[2]) is not None for site in lora)
 
 
-def _rows(family: Family, site: str, update: LowRank) -> dict[str, int]:
-    """How many rows of a layer each of diffusers' has; none if the family has no layer of this name and shape."""
+def _rows_in_diffusers(family: Family, site: str, update: LowRank) -> dict[str, int]:
+    """Site in diffusers to its rows of the layer; empty if the family has no layer of this name and shape."""
     out, width = update.up.shape[0], update.down.shape[1]
     if family.has_site(site):
         return {site: out}
@@ -68,8 +66,8 @@ def _rows(family: Family, site: str, update: LowRank) -> dict[str, int]:
     )
 
 
-def _parts(family: Family, site: str, update: LowRank, rows: Mapping[str, int]) -> dict[str, LowRank]:
-    """The updates of the layers in diffusers that have these rows; of those that it changes, if it changes any."""
+def _split_update(family: Family, site: str, update: LowRank, rows: Mapping[str, int]) -> dict[str, LowRank]:
+    """Split an update by rows into diffusers' layers; unchanged layers are dropped, unless all are."""
     layer = family.original_layer(site.partition(".")[2])
     if layer and layer.halves_are_swapped(update.up.shape[0], update.down.shape[1]):
         update = replace(update, up=_swap_halves(update.up))
@@ -83,9 +81,9 @@ def _parts(family: Family, site: str, update: LowRank, rows: Mapping[str, int]) 
 
 
 def _trim(update: LowRank, up: torch.Tensor) -> LowRank:
-    """The update by some rows of its `up`, without the ranks that these have no part in.
+    """The update of some rows of `up`, without ranks whose columns are 0 in these rows.
 
-    Where several updates were put into one matrix, one beside the other, each has ranks of its own.
+    Such ranks occur if several updates were joined as a block-diagonal `up`.
     """
     used = up.any(dim=0)
     if not used.any() or used.all():
@@ -96,28 +94,28 @@ def _trim(update: LowRank, up: torch.Tensor) -> LowRank:
 
 @dataclass(frozen=True)
 class Joined:
-    """Updates in the layers of a family's original code.
+    """Updates of a family's original layers.
 
     Args:
-        lora: The component and the layer's path there to its update; those of text encoders stay as they were.
-        ranks: Site name to the rank that diffusers reads.
+        lora: Component and original path to update; text encoder layers are unchanged.
+        ranks: Site name to the rank that diffusers will read.
     """
 
     lora: Mapping[str, LowRank]
     ranks: Mapping[str, int]
 
 
-def in_original_code(family: Family, lora: Mapping[str, LowRank], *, taken_apart: bool) -> Joined:
-    """Put the updates of diffusers' layers into those of the family's original code.
+def to_original_code(family: Family, lora: Mapping[str, LowRank], *, taken_apart: bool) -> Joined:
+    """Join the updates of diffusers' layers into those of the family's original layers.
 
     Args:
         family: The family that has all these sites.
         lora: Site name to update, without scaling (see `LowRank.folded`).
-        taken_apart: Whether diffusers gives each part its own ranks again where several were put beside each other, as
-            it does in kohya's names of FLUX.
+        taken_apart: Whether diffusers splits joined updates into their own ranks again when it loads them, as it does
+            for FLUX in kohya's names.
 
     Raises:
-        EDLoRAFormatError: If layers do not have the shapes of those that they are part of; names all.
+        EDLoRAFormatError: If layers do not have the shapes of the original layers; lists all.
     """
     front = f"{family.denoiser}."
     found = {site: update for site, update in lora.items() if not site.startswith(front)}
@@ -130,19 +128,19 @@ def in_original_code(family: Family, lora: Mapping[str, LowRank], *, taken_apart
         if layer is None or not _are_parts(layer, parts):
             misfits.append(front + name)
             continue
-        whole, rank = _whole(layer, parts)
+        whole, rank = _join_parts(layer, parts)
         found[front + name] = whole
         ranks |= dict.fromkeys(sites, rank if taken_apart else whole.rank)
     if misfits:
         raise EDLoRAFormatError(
-            f"Layers whose parts do not have the shapes of {family.name}'s: {listed(misfits)}. Convert it to "
+            f"Layers whose parts do not have the shapes of {family.name}'s: {list_names(misfits)}. Convert it to "
             "'diffusers'."
         )
     return Joined(lora=found, ranks=ranks)
 
 
 def _are_parts(layer: OriginalLayer, parts: Sequence[LowRank | None]) -> bool:
-    """Whether each of them has its rows of the layer, and all read one width."""
+    """Whether every part has the rows that the layer needs, and all have the same input width."""
     present = [part for part in parts if part is not None]
     heights = layer.heights(present[0].down.shape[1])
     own = [part and part.up.shape[0] for part in parts]
@@ -150,8 +148,8 @@ def _are_parts(layer: OriginalLayer, parts: Sequence[LowRank | None]) -> bool:
     return one_width and all(height in (None, wanted) for height, wanted in zip(own, heights, strict=False))
 
 
-def _whole(layer: OriginalLayer, parts: Sequence[LowRank | None]) -> tuple[LowRank, int]:
-    """A layer's update of those of its parts, and the rank that each of these has in it."""
+def _join_parts(layer: OriginalLayer, parts: Sequence[LowRank | None]) -> tuple[LowRank, int]:
+    """Join the updates of a layer's parts; returns the update and the rank of each part in it."""
     first, *others = (part for part in parts if part is not None)
     width = first.down.shape[1]
     if len(parts) == 1:
@@ -174,11 +172,11 @@ def _whole(layer: OriginalLayer, parts: Sequence[LowRank | None]) -> tuple[LowRa
 
 
 def _pad(factor: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
-    """A factor with zeros up to a rank."""
+    """Pad a factor with zeros to a rank."""
     missing = rank - factor.shape[axis]
     return torch.nn.functional.pad(factor, (0, 0, 0, missing) if axis == 0 else (0, missing))
 
 
 def _swap_halves(rows: torch.Tensor) -> torch.Tensor:
-    """The second half of the rows before the first."""
+    """Move the second half of the rows before the first."""
     return torch.cat(rows.chunk(2)[::-1])

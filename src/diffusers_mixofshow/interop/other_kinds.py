@@ -1,4 +1,4 @@
-"""What a tensor's name tells of a file that is no LoRA, or none for a supported base: tables of names."""
+"""Recognise, by tensor names, files of other methods than LoRA and LoRAs of unsupported bases."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from diffusers_mixofshow.interop.lycoris import HIGHEST_RANK
 
 
 class OtherKind(NamedTuple):
-    """A tensor that is no half of a LoRA.
+    """A tensor of another method than LoRA.
 
     Args:
         told: What it is, and why it cannot be used.
-        layer: The layer it belongs to, as its name spells it.
+        layer: The layer it belongs to, as the file spells it.
     """
 
     told: str
     layer: str
 
 
-_NO_UPDATE = "which are no low-rank update"
+_NO_UPDATE = "which are not a low-rank update"
 _NOT_LOW = (
-    f"which is one of low rank only where the ranks of both multiply to {HIGHEST_RANK} at most and to less than the "
-    "layer's size, and is read of LyCORIS's own files of linear layers then (of 8 GB in all at most)"
+    f"which is read only from LyCORIS's own files of linear layers, and only if the product of both ranks is at most "
+    f"{HIGHEST_RANK} and below the layer's size, and the result at most 8 GB"
 )
 _T5 = r"(lora_te\d_)?encoder[._]block[._]\d+[._]layer[._]"
 _CONDITIONER = r"(lora_unet_)?llm_adapter[._]|text_conditioner\."
 _KINDS = {
-    # Of layers that also have halves of a LoRA, or would otherwise be taken for one.
-    r"dora_scale|lora_magnitude_vector": "DoRA, whose effect is no low-rank update",
+    # Methods whose layers also have halves of a LoRA, or would otherwise be taken for one.
+    r"dora_scale|lora_magnitude_vector": "DoRA, whose effect is not a low-rank update",
     r"hada_[wt]\d": f"LoHa (LyCORIS, PEFT), a product of two updates, {_NOT_LOW}",
     r"lokr_[wt]\d": f"LoKr (LyCORIS, PEFT), a Kronecker product, {_NOT_LOW}",
-    r"lora_mid\.": "Tucker layers (LyCORIS), which are no low-rank update of a linear layer",
+    r"lora_mid\.": "Tucker layers (LyCORIS), which are not a low-rank update of a linear layer",
     r"oft_(blocks|R|diag)|boft_[Rs]|rescale$": "OFT or BOFT, rotations of the weights, " + _NO_UPDATE,
     r"on_input$|ia3_l": "(IA)^3, factors on features, " + _NO_UPDATE,
-    r"([ab][12]|bm)\.weight$|glora_[A-E]\.": "GLoRA, which depends on the weights and is no low-rank update of them",
+    r"([ab][12]|bm)\.weight$|glora_[A-E]\.": "GLoRA, which depends on the weights and is not a low-rank update",
     r"[qp]_layer\.weight$|lambda_layer$": "T-LoRA, whose rank depends on the time step",
     r"[wb]_norm$|ln_tuning_layers\.": "trained norms (LyCORIS, LN tuning of PEFT), " + _NO_UPDATE,
-    r"diff$": "full differences (LyCORIS, ComfyUI), which are no low-rank update of a linear layer",
+    r"diff$": "full differences (LyCORIS, ComfyUI), which are not a low-rank update of a linear layer",
     r"diff_b$": "full differences of biases (LyCORIS, ComfyUI), " + _NO_UPDATE,
-    r"set_weight$|reshape_weight$": "full differences (ComfyUI), whole weights or shapes, " + _NO_UPDATE,
+    r"set_weight$|reshape_weight$": "full differences (ComfyUI), full weights or shapes, " + _NO_UPDATE,
     r"lora_E(\.|$)|ranknum": "AdaLoRA of PEFT, whose singular values stand between the halves",
     r"lora_diag": "KaSA of PEFT, which changes the base",
-    r"lora_embedding_[AB]": "LoRA of an embedding layer (PEFT), which is no linear layer",
+    r"lora_embedding_[AB]": "LoRA of an embedding layer (PEFT), which is not a linear layer",
     r"scalar$": "a trained scalar (LyCORIS) on the update, which is not read",
-    r"base_layer\.|modules_to_save|original_module": "whole weights of the base, as in a dump of PEFT's model",
-    # Files that are something else altogether.
-    r"\w+_custom_diffusion": "weights of Custom Diffusion, no low-rank update",
+    r"base_layer\.|modules_to_save|original_module": "full weights of the base, as in the state dict of PEFT's model",
+    # Files of entirely different kinds.
+    r"\w+_custom_diffusion": "weights of Custom Diffusion, not a low-rank update",
     r"\w*(motion_modules|temporal_transformer)": "motion layers of AnimateDiff",
     r"to_[kv]_ip\.|image_proj\.": "an IP-Adapter, which load_ip_adapter reads",
     r"lllite_": "ControlNet-LLLite",
@@ -60,13 +60,13 @@ _KINDS = {
     r"bias$": "biases, " + _NO_UPDATE,
 }
 
-# A name that has one of these is of a U-Net like Stable Diffusion's, whatever else it has.
+# A name that matches belongs to a U-Net like Stable Diffusion's.
 _STAGES = re.compile(r"^(?!lora_prior_).*(down|up|mid|input|output|middle)_blocks?[._]")
-# Of a text model, which tells nothing of the base beside it.
+# A name that matches belongs to a text model and says nothing about the base.
 _TEXT = re.compile(rf"(?<![^.])({_T5}|{_CONDITIONER})")
 _BLOCKS = r"(?:^|\.|lora_unet_|lora_transformer_|lycoris_)blocks[._]\d+[._]"
-# Made for a base that is no family here, or in names that none has; the first that any name of a file has, special
-# ones before general ones.
+# Unsupported bases, or supported ones in unknown names. The first pattern that any name of a file matches decides, so
+# specific patterns come before general ones.
 _BASES = {
     r"distilled_guidance_layer": "Chroma",
     r"to_qkv_mlp_proj|(double|single)_stream_modulation": "FLUX.2",
@@ -91,18 +91,19 @@ _BASES = {
 
 
 def other_kind(name: str) -> OtherKind | None:
-    """What a tensor is that is no half of a LoRA, whatever else it resembles; None where its name tells nothing."""
-    return _found(name, _known())
+    """The other method or kind that a tensor belongs to, by our own table of names; None if unknown."""
+    return _match(name, _compile_kinds())
 
 
 def other_method(name: str) -> OtherKind | None:
-    """Of which other method of the installed PEFT a tensor is that has no known meaning; None where none is."""
-    return _found(name, _methods())
+    """The other method of the installed PEFT that a tensor belongs to, by PEFT's prefixes; None if unknown."""
+    return _match(name, _compile_methods())
 
 
 def other_base(names: Collection[str]) -> tuple[str, list[str]]:
-    """The base of another kind than Stable Diffusion that a file was made for, and the names that are not of Stable
-    Diffusion's; nothing of either where none of them tells.
+    """The unsupported base that a file was made for, and the names that do not belong to a Stable Diffusion U-Net.
+
+    Both are empty if no name matches.
     """
     strange = [name for name in names if not _STAGES.search(name) and not _TEXT.search(name)]
     for pattern, base in _BASES.items():
@@ -111,7 +112,7 @@ def other_base(names: Collection[str]) -> tuple[str, list[str]]:
     return "", []
 
 
-def _found(name: str, patterns: list[tuple[re.Pattern[str], str]]) -> OtherKind | None:
+def _match(name: str, patterns: list[tuple[re.Pattern[str], str]]) -> OtherKind | None:
     for pattern, told in patterns:
         if match := pattern.search(name):
             return OtherKind(told, name[: match.start()].rstrip("._"))
@@ -119,17 +120,17 @@ def _found(name: str, patterns: list[tuple[re.Pattern[str], str]]) -> OtherKind 
 
 
 @cache
-def _known() -> list[tuple[re.Pattern[str], str]]:
+def _compile_kinds() -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(rf"(?<![^.])({pattern})"), told) for pattern, told in _KINDS.items()]
 
 
 @cache
-def _methods() -> list[tuple[re.Pattern[str], str]]:
-    """How the names of every method begin, its shared matrices included; those of LoRA have a meaning."""
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # takes seconds, and most files need none of it
+def _compile_methods() -> list[tuple[re.Pattern[str], str]]:
+    """Name prefixes of all methods of the installed PEFT except LoRA, including their shared matrices."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # takes seconds, and most files do not need it
 
     others = {kind: prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix != "lora_"}
     return [
-        (re.compile(rf"(?<![^.]){prefix.removesuffix('lambda_')}"), f"{kind.value} of PEFT, which is no LoRA")
+        (re.compile(rf"(?<![^.]){prefix.removesuffix('lambda_')}"), f"{kind.value} of PEFT, which is not LoRA")
         for kind, prefix in others.items()
     ]

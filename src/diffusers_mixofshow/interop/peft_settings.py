@@ -1,4 +1,4 @@
-"""PEFT's settings of a LoRA: where they lie, which scaling they give, and what of them no low-rank update can say."""
+"""Read PEFT's settings of a LoRA: their place, the scaling they define, and unsupported ones as defects."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.edlora import stock
-from diffusers_mixofshow.edlora.defects import listed, shown
+from diffusers_mixofshow.edlora.defects import list_names, sanitise
 from diffusers_mixofshow.edlora.reading import LONGEST_HEADER, within
 
 
 PEFT_CONFIG = "adapter_config.json"
-"""Where PEFT writes its settings, beside the weights."""
+"""File of PEFT's settings, beside the weights."""
 
-_CONVERTED = "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) makes an ordinary LoRA of it"
+_CONVERTED = "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a plain LoRA of it"
 _CHANGES_BASE = {
     "pissa": f"PiSSA, which changes the base; {_CONVERTED}",
     "olora": f"OLoRA, which changes the base; {_CONVERTED}",
@@ -27,31 +27,31 @@ _CHANGES_BASE = {
     "loftq": "LoftQ, for a base that it quantised and changed",
 }
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
-# Settings of PEFT's LoraConfig with which a layer's change is not the scaled product of its halves.
+# Settings of PEFT's LoraConfig with which a layer's change is not alpha / rank * up @ down.
 _REFUSED = {
-    "use_dora": "DoRA, whose effect is no low-rank update",
+    "use_dora": "DoRA, whose effect is not a low-rank update",
     "bias": "trained biases",
     "lora_bias": "biases on the updates",
-    "modules_to_save": "whole layers that were trained",
+    "modules_to_save": "fully trained layers",
     "trainable_token_indices": "trained embeddings of tokens",
-    "target_parameters": "updates of parameters that are no layers",
-    "layer_replication": "layers that are repeated",
-    "alora_invocation_tokens": "aLoRA, which acts from some token on",
+    "target_parameters": "updates of parameters that are not layers",
+    "layer_replication": "repeated layers",
+    "alora_invocation_tokens": "aLoRA, which is active only from some token on",
     "use_qalora": "QALoRA, which pools features",
     "use_bdlora": "BD-LoRA, whose halves are block-diagonal",
     "arrow_config": "Arrow, which routes between adapters",
     "kasa_config": "KaSA, which changes the base",
     "monteclora_config": "MonteCLoRA, which samples its updates",
 }
-# Patterns are regular expressions of strangers: what could take for ever on a layer's name is not tried.
+# Patterns are untrusted regular expressions: those that could backtrack for ever are not matched.
 _PLAIN = re.compile(r"\^?([\w.-]|\\[.-])+")
 _REPEATED = re.compile(r"\)[*+{]")
 _MOST_EXPRESSIONS = 16
 _LONGEST_NAME = 96
-"""Letters of a layer's name; those of Stable Diffusion have some 70. No expression is tried on a longer one."""
+"""Longest layer name that expressions are matched with; those of Stable Diffusion have some 70 characters."""
 _LONGEST_EXPRESSION = 256
 _MOST_TRIES = 9 * 64**2
-"""Ways to match a name that all expressions have together: as many as nine that repeat twice."""
+"""Limit for the estimated match attempts of all expressions together: nine expressions with two repeats each."""
 _LARGEST = 1e30
 
 
@@ -61,29 +61,29 @@ class _Patterns:
     def __init__(self, values: Mapping[str, float] | None = None) -> None:
         self._values = dict(values or {})
         self._expressions = [pattern for pattern in self._values if not _PLAIN.fullmatch(pattern)]
-        # PEFT's function compiles every pattern anew for every layer, and a file of hundreds of layers can have as
-        # many. Plain names, in which a dot stands for any letter, are found by their last letters.
+        # PEFT's function compiles every pattern for every layer, which is slow for hundreds of both. Plain names,
+        # whose dots match any character, are therefore looked up by their last part.
         self._names: dict[str, list[tuple[str, str]]] = {}
         for pattern in self._values.keys() - set(self._expressions):
             name = re.sub(r"[\^\\]", "", pattern)
             self._names.setdefault(name.rpartition(".")[2], []).append((name[::-1], pattern))
 
     def matching(self, path: str) -> list[float]:
-        """The different values for a layer, first that which PEFT takes; none if no pattern matches."""
+        """The distinct values for a layer, the one that PEFT uses first; empty if no pattern matches."""
         if not self._values:
             return []
         from peft.utils.other import get_pattern_key  # takes seconds, and most files need none of it
 
         found: list[float] = []
         for name in dict.fromkeys((path, path.removeprefix("text_model."))):
-            candidates = {*(self._expressions if len(name) <= _LONGEST_NAME else ()), *self._alike(name)}
+            candidates = {*(self._expressions if len(name) <= _LONGEST_NAME else ()), *self._find_plain(name)}
             left = [pattern for pattern in self._values if pattern in candidates] if candidates else []
             while (key := get_pattern_key(left, name)) in left:
                 found.append(self._values[key])
                 left = left[left.index(key) + 1 :]
         return list(dict.fromkeys(found))
 
-    def _alike(self, path: str) -> Iterable[str]:
+    def _find_plain(self, path: str) -> Iterable[str]:
         last, backwards = path.rpartition(".")[2], path[::-1]
         for start in range(len(last) + 1):
             for name, pattern in self._names.get(last[start:], ()):
@@ -93,7 +93,7 @@ class _Patterns:
 
 @dataclass(frozen=True, kw_only=True)
 class _Component:
-    """What is said of one component's layers."""
+    """Settings of one component's layers."""
 
     rank: float | None = None
     alpha: float | None = None
@@ -104,12 +104,12 @@ class _Component:
 
 @dataclass(frozen=True, kw_only=True)
 class PeftSettings:
-    """The settings that belong to a file of weights.
+    """PEFT's settings for a file of weights.
 
     Args:
-        place: Where they stand, as messages call it; empty if there are none.
-        components: Component to what is said of it; the empty name stands for all.
-        defects: What of them cannot be read, or no low-rank update can say.
+        place: Where they were found, for messages; empty if there are none.
+        components: Component to its settings; the empty name stands for all.
+        defects: Settings that cannot be read or are not supported.
     """
 
     place: str = ""
@@ -117,29 +117,29 @@ class PeftSettings:
     defects: tuple[str, ...] = ()
 
     def alpha(self, site: str, rank: int) -> float | None:
-        """The alpha for which alpha / rank is the scaling of a layer, or None where nothing is said of it.
+        """The alpha of a layer, such that alpha / rank is its scaling; None if the settings have none.
 
         Args:
             site: The layer, see `families.family`.
-            rank: Of its update.
+            rank: Rank of its update.
         """
         said, path = self._of(site)
         alpha = next(iter(said.alpha_pattern.matching(path)), said.alpha)
         return alpha * math.sqrt(rank) if alpha is not None and said.rslora else alpha
 
     def ambiguous(self, sites: Iterable[str]) -> list[str]:
-        """The sites whose alphas several patterns tell differently: in files they stand sorted, not as in training."""
+        """Sites for which patterns give different alphas: PEFT sorts patterns in files, so their order is lost."""
         told = [(site, *self._of(site)) for site in sites]
         return [site for site, said, path in told if len(said.alpha_pattern.matching(path)) > 1]
 
     def misfits(self, ranks: Mapping[str, int]) -> list[str]:
-        """The defect of settings that are another LoRA's, by the rank of each site; none if they fit."""
+        """One defect if the settings have other ranks than the layers, so belong to another LoRA; else empty."""
         wrong = []
         for site, rank in ranks.items():
             said, path = self._of(site)
             if rank not in (said.rank_pattern.matching(path) or [said.rank or rank]):
                 wrong.append(site)
-        return [f"{self.place} tells of other ranks than these layers have: {listed(wrong)}"] if wrong else []
+        return [f"{self.place} has other ranks than these layers: {list_names(wrong)}"] if wrong else []
 
     def _of(self, site: str) -> tuple[_Component, str]:
         component, _, path = site.partition(".")
@@ -147,12 +147,12 @@ class PeftSettings:
 
 
 def settings_in_header(metadata: Mapping[str, str]) -> PeftSettings | None:
-    """The settings that diffusers wrote into a file's header, whatever its tensors are called; None without any."""
+    """The settings that diffusers wrote into a file's header; None if there are none."""
     return _parse(f"{stock.KEY} in its header", metadata[stock.KEY]) if stock.KEY in metadata else None
 
 
 def settings_beside(path: Path) -> PeftSettings:
-    """The settings in PEFT's own file beside a file of weights."""
+    """The settings in PEFT's file beside a file of weights; empty ones if there is none."""
     beside = within(path.parent, PEFT_CONFIG)
     if not beside.is_file():
         return PeftSettings()
@@ -183,7 +183,7 @@ def _parse(place: str, text: str) -> PeftSettings:
 
 
 def _component(said: Mapping[str, Any]) -> tuple[_Component, list[str]]:
-    """The settings of one component, and what of them is defective."""
+    """Settings of one component, and their defects."""
     defects = [
         f"{told} ({key})" for key, told in _REFUSED.items() if said.get(key) not in (None, "none", False, [], {})
     ]
@@ -192,15 +192,15 @@ def _component(said: Mapping[str, Any]) -> tuple[_Component, list[str]]:
     for key in ("r", "lora_alpha"):
         numbers[key] = _number(said.get(key))
         if said.get(key) is not None and numbers[key] is None:
-            defects.append(f"{key} is no number")
+            defects.append(f"{key} is not a number")
     patterns: dict[str, _Patterns] = {}
     for key in ("rank_pattern", "alpha_pattern"):
         given = said.get(key) or {}
         given = given if isinstance(given, dict) else {"": None}
-        sound = _sound(given)
+        sound = _keep_usable(given)
         patterns[key] = _Patterns(sound)
         if odd := [name for name in given if name not in sound]:
-            defects.append(f"{key} is not understood: {listed(odd)}{_bounds(odd)}")
+            defects.append(f"{key} has unusable entries: {list_names(odd)}{_explain_limits(odd)}")
     found = _Component(rank=numbers["r"], alpha=numbers["lora_alpha"], rslora=bool(said.get("use_rslora")), **patterns)
     return found, defects
 
@@ -209,31 +209,31 @@ def _of_another_kind(said: Mapping[str, Any]) -> list[str]:
     defects = []
     method, start = said.get("peft_type") or "LORA", str(said.get("init_lora_weights", True)).lower()
     if method != "LORA":
-        defects.append(f"{shown(str(method))}, another method of PEFT than LoRA")
+        defects.append(f"{sanitise(str(method))}, another method of PEFT than LoRA")
     if told := next((told for name, told in _CHANGES_BASE.items() if start.startswith(name)), ""):
         defects.append(f"initialised by {told}")
     elif start not in _KEEPS_BASE and start != "none":
-        defects.append(f"initialised in a way that is not known here, and may change the base: {shown(start)}")
+        defects.append(f"initialised by an unknown method, which may change the base: {sanitise(start)}")
     return defects
 
 
-def _sound(patterns: Mapping[str, object]) -> dict[str, float]:
-    """Those entries that have a number, and an expression that is quickly matched, beside those before it."""
+def _keep_usable(patterns: Mapping[str, object]) -> dict[str, float]:
+    """The entries with a number and a valid pattern, as long as all expressions together stay within the limits."""
     sound, expressions, tries = {}, 0, 0
     for pattern, value in patterns.items():
         if not _PLAIN.fullmatch(pattern):
             expressions += 1
-            tries += _tries(pattern)
+            tries += _estimate_tries(pattern)
             if expressions > _MOST_EXPRESSIONS or tries > _MOST_TRIES or not _is_expression(pattern):
-                tries -= _tries(pattern)
+                tries -= _estimate_tries(pattern)
                 continue
         if (number := _number(value)) is not None:
             sound[pattern] = number
     return sound
 
 
-def _tries(pattern: str) -> int:
-    """In how many ways an expression may have to be tried on a name, in the order of magnitude."""
+def _estimate_tries(pattern: str) -> int:
+    """Estimate, to an order of magnitude, the attempts that matching an expression with a name may take."""
     if len(pattern) > _LONGEST_EXPRESSION or _REPEATED.search(pattern):
         return _MOST_TRIES + 1
     repeats, choices = (sum(map(pattern.count, signs)) for signs in ("*+{", "?|"))
@@ -248,13 +248,13 @@ def _is_expression(pattern: str) -> bool:
     return True
 
 
-def _bounds(odd: Iterable[str]) -> str:
-    """What expressions must keep to, where one is among the patterns that were not understood."""
+def _explain_limits(odd: Iterable[str]) -> str:
+    """The limits of expressions, if one is among the unusable patterns; else empty."""
     if all(map(_PLAIN.fullmatch, odd)):
         return ""
     return (
-        f"; of a stranger's expressions up to {_MOST_EXPRESSIONS} are matched, of up to {_LONGEST_EXPRESSION} letters "
-        "and with few repeats (*, +, {) and choices (?, |) in all, as others could take for ever. Name layers plainly"
+        f"; at most {_MOST_EXPRESSIONS} regular expressions are matched, of up to {_LONGEST_EXPRESSION} characters "
+        "and with few repeats (*, +, {) and choices (?, |), as others could take for ever. Use plain layer names"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is in an ED-LoRA or in another program's file, as JSON values."""
+"""Summarise an ED-LoRA or another program's file as JSON values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.defects import listed
-from diffusers_mixofshow.edlora.embeddings import part_and_token
+from diffusers_mixofshow.edlora.defects import list_names
+from diffusers_mixofshow.edlora.embeddings import split_name
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.recognition import foreign_layers, recognise, transformers_with
-from diffusers_mixofshow.interop.concept_names import Naming, grouped
+from diffusers_mixofshow.interop.concept_names import Naming, group_tokens
 from diffusers_mixofshow.interop.foreign import Foreign
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
 from diffusers_mixofshow.interop.trigger_words import find_trigger_words
@@ -24,12 +24,12 @@ from diffusers_mixofshow.interop.trigger_words import find_trigger_words
 
 _LARGEST = 5
 _TOLD = ("ss_base_model_version", "ss_sd_model_name", "ss_output_name", "ss_network_dim", "ss_network_alpha")
-"""What kohya's metadata tells that people ask for; the rest is training statistics."""
+"""Useful entries of kohya's metadata; the rest is training statistics."""
 
 
 def origin_of_pack(pack: EDLoRA) -> dict[str, Any]:
-    """Tell what an ED-LoRA or a fused pack is, and of which base, without a look at its numbers."""
-    widths = [{CLIP_G if part_and_token(name)[0] else CLIP_L: rows.shape[1]} for name, rows in pack.embeddings.items()]
+    """Kind and base model of an ED-LoRA or fused pack; cheap, as no values are read."""
+    widths = [{CLIP_G if split_name(name)[0] else CLIP_L: rows.shape[1]} for name, rows in pack.embeddings.items()]
     base = recognise(input_widths(pack.lora), widths)
     return {
         "kind": "fused pack" if "fusion" in pack.training else "ED-LoRA",
@@ -40,7 +40,7 @@ def origin_of_pack(pack: EDLoRA) -> dict[str, Any]:
 
 
 def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
-    """Tell what an ED-LoRA or a fused pack holds."""
+    """Summarise an ED-LoRA or a fused pack."""
     return {
         **origin_of_pack(pack),
         "concepts": [
@@ -64,7 +64,7 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
 
 
 def origin_of_foreign(foreign: Foreign) -> dict[str, Any]:
-    """Tell what another program's file is, and of which base, without a look at its numbers."""
+    """Kind and base model of another program's file; cheap, as no values are read."""
     return {
         "kind": foreign.kind.value,
         "layout": foreign.layout,
@@ -74,16 +74,16 @@ def origin_of_foreign(foreign: Foreign) -> dict[str, Any]:
 
 
 def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
-    """Tell what another program's file holds; everything that is wrong with it is under ``problems``."""
+    """Summarise another program's file; its defects are under ``problems``."""
     base, origin = foreign.made_for, origin_of_foreign(foreign)
     vectors = [rows for by_encoder in foreign.vectors.values() for rows in by_encoder.values()]
     problems = list(foreign.defects)
     if base is not None and (strange := foreign_layers(foreign.lora, base)):
-        problems.append(f"layers that {base.name} does not have: {listed(strange)}")
+        problems.append(f"layers that {base.name} does not have: {list_names(strange)}")
     if foreign.missing:
         problems.append(foreign.missing)
     if origin["architecture"] is None and (foreign.lora or vectors or foreign.tokens):
-        problems.append("its layers and widths are those of no Stable Diffusion known here")
+        problems.append("its layers and widths match no known base model")
     return {
         **origin,
         "concepts": [*_token_concepts(foreign), *_word_concepts(foreign)],
@@ -100,7 +100,7 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
 
 def _token_concepts(foreign: Foreign) -> list[dict[str, Any]]:
     members: dict[str, list[str]] = {}
-    for token, (concept, _) in grouped(foreign.tokens, Naming()).items():
+    for token, (concept, _) in group_tokens(foreign.tokens, Naming()).items():
         members.setdefault(concept.placeholder, []).append(str(token))
     return [
         {
@@ -129,15 +129,15 @@ def _word_concepts(foreign: Foreign) -> list[dict[str, Any]]:
 
 
 def format_norm(norm: float | None) -> str:
-    """A norm as people read it."""
+    """Format a norm for display."""
     return "not finite" if norm is None else f"{norm:.3f}"
 
 
 def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
-    """What a summary tells in one line each, without what is empty.
+    """Facts of a summary, one short line each, without empty ones.
 
     Args:
-        summary: Of a pack or a foreign file, with its size under ``bytes``; None of one on the Hub.
+        summary: Summary of a pack or file, with its size under ``bytes``, None if it is on the Hub.
     """
     layers = ", ".join(f"{component} {count}" for component, count in summary["layers"].items())
     base = summary["base_model"] or summary["architecture"] or "unknown"
@@ -159,7 +159,7 @@ def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _architecture(base: BaseModel | None, lora: Mapping[str, LowRank]) -> str | None:
-    """What it was made for: the base models, or every family of transformers that has its layers; None if unknown."""
+    """Name of the base model, or of every transformer family that has these layers; None if unknown."""
     if base is not None:
         return base.name
     return " or ".join(family.name for family in transformers_with(input_widths(lora))) or None
@@ -195,17 +195,17 @@ def _halves(lora: Mapping[str, LowRank]) -> list[torch.Tensor]:
 
 
 def _mean_norm(embedding: torch.Tensor) -> float | None:
-    """Mean length of vectors, shape (vectors, dim)."""
+    """Mean norm of vectors, shape (vectors, dim)."""
     return _round(float(embedding.float().norm(dim=1).mean()))
 
 
 def _round(value: float) -> float | None:
-    """As JSON can say it; None of what is not finite."""
+    """Round for JSON; None if not finite, which JSON does not have."""
     return round(value, 4) if math.isfinite(value) else None
 
 
 def _norm(update: LowRank) -> float:
-    """Frobenius norm of ``alpha / rank * up @ down`` through Gram matrices of the rank's size."""
+    """Frobenius norm of ``alpha / rank * up @ down``, from products of shape (rank, rank)."""
     down, up = update.down.double(), update.up.double()
     square = float(((up.T @ up) * (down @ down.T)).sum())
     return abs(update.scaling) * max(square, 0.0) ** 0.5

@@ -1,4 +1,4 @@
-"""Tensors out of other programs' files: safetensors, and pickles that hold nothing but tensors and plain values."""
+"""Read tensors from other programs' files: safetensors, and pickles of only tensors and plain values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, f
 
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
-"""Endings of files that PyTorch wrote."""
+"""Extensions of files written by PyTorch."""
 _OF_PYTORCH = ("a zip archive", "an old pickle")
-"""What they seem to be; where such a one cannot be read, the reason is something else."""
+"""Kinds that `guess_kind` gives for files of PyTorch; an error in reading them has another reason than the kind."""
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -25,7 +25,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor
 
     Raises:
         EDLoRANotFoundError: If there is no such file.
-        EDLoRAFormatError: If it is none.
+        EDLoRAFormatError: If it is not a safetensors file.
     """
     try:
         return read_tensors(path)
@@ -34,14 +34,14 @@ def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor
 
 
 def load_pickle(path: Path) -> Any:
-    """Read what PyTorch wrote, with ``weights_only=True``: nothing in the file is run.
+    """Read a file of PyTorch with ``weights_only=True``, so that no code in it is executed.
 
     Returns:
-        Dicts and lists of tensors, numbers and strings. No tensor claims more bytes than the file has.
+        Dicts and lists of tensors, numbers and strings. No tensor is larger than the file.
 
     Raises:
         EDLoRANotFoundError: If there is no such file.
-        EDLoRAFormatError: If it cannot be read in this way.
+        EDLoRAFormatError: If it cannot be read safely.
     """
     try:
         size = check_file(path)
@@ -64,8 +64,8 @@ def load_pickle(path: Path) -> Any:
     return content
 
 
-def in_working_dtype(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in a dtype that mathematics works on; 8-bit floats become float32, which changes no value."""
+def to_working_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in a dtype that supports arithmetic; 8-bit floats become float32, exactly."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype not in DTYPES else tensor
 
 

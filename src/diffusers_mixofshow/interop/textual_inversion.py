@@ -1,7 +1,7 @@
-"""Textual-inversion files: A1111's ``.pt`` and safetensors, diffusers', and those of its advanced training scripts.
+"""Read and write textual-inversion files of A1111, diffusers, and diffusers' advanced training scripts.
 
-A file holds one or several vectors for one word, the same for all layers. As an ED-LoRA they are tokens with equal
-rows, which loses nothing. An ED-LoRA's rows differ: what is written of it is their mean, an approximation.
+A file holds one or several vectors for one word, the same for all layers. In an ED-LoRA they become tokens with equal
+rows, without loss. The rows of an ED-LoRA differ, so that their mean is written, an approximation.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.embeddings import named, part_and_token, rows_of
+from diffusers_mixofshow.edlora.embeddings import join_name, rows_of, split_name
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.interop.concept_names import plain_name
 from diffusers_mixofshow.interop.other_kinds import other_kind
-from diffusers_mixofshow.interop.tensors import in_working_dtype
+from diffusers_mixofshow.interop.tensors import to_working_dtype
 
 
 Vectors = dict[str, torch.Tensor]
 """Text encoder, ``clip_l`` or ``clip_g``, to vectors of shape (vectors, dim)."""
 
-# Names of text encoders in files; A1111 knows one, and older scripts of diffusers numbered them.
+# Names of text encoders in files: A1111 has one encoder, older scripts of diffusers number them.
 _ENCODERS = {
     "clip_l": CLIP_L,
     "clip_g": CLIP_G,
@@ -39,24 +39,24 @@ _ENCODERS = {
 }
 _A1111 = "string_to_param"
 _MOST_VECTORS = 75
-"""Of one word; as many as a prompt of CLIP has room for."""
+"""Vectors of one word; a prompt of CLIP has no room for more."""
 _WORD = re.compile(r"<[^<>]+>|[^.]+")
 _NO_WORDS = re.compile(
     r"lora_.*|(.*_)?(weight|bias|alpha|beta|gamma|scale|mean|std|var|variance|query|key|value|mask|proj|projection"
     r"|(embed|embedding|feature|hidden_state|state|latent|token|logit)s?)"
 )
-"""Names that layers' own tensors, halves of adapters and what models put out have."""
+"""Names of layer weights, halves of adapters and model outputs, which are not words."""
 _PARTS = {CLIP_L: "", CLIP_G: "text_encoder_2"}
-"""What files of words call a text encoder, to what an ED-LoRA calls its embeddings for it."""
+"""Name of a text encoder in these files to the kind of an ED-LoRA's embeddings, see `Family.embedding_parts`."""
 _WIDTHS = {width for model in BASE_MODELS for width in model.embeddings.values()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InversionContent:
-    """What a textual-inversion file holds.
+    """Content of a textual-inversion file.
 
     Args:
-        layout: Whose layout of names and tensors the file has.
+        layout: The program whose layout the file has.
         vectors: Word to its vectors.
     """
 
@@ -65,11 +65,11 @@ class InversionContent:
 
 
 def inversion_content(content: Any, name: str) -> InversionContent | None:
-    """Sort what a file holds, or return None if it is no textual inversion.
+    """Read the content of a textual-inversion file; None if it is something else.
 
     Args:
         content: Tensors by name, as any of the programs writes them.
-        name: The word for it where the content has none: the file's name.
+        name: The word if the content has none: the file's name.
     """
     if isinstance(content, torch.Tensor) and _are_words({name: content}):
         return InversionContent(layout="diffusers", vectors={plain_name(name): {CLIP_L: _rows(content)}})
@@ -93,13 +93,13 @@ def inversion_content(content: Any, name: str) -> InversionContent | None:
 def write_textual_inversion(path: Path, vectors: Mapping[str, torch.Tensor], *, word: str) -> Path:
     """Write one word's vectors as safetensors; the file appears whole or not at all.
 
-    One text encoder's are named after the word, which diffusers, A1111 and ComfyUI read; those of SDXL's two are
-    called ``clip_l`` and ``clip_g``, as all three expect. In A1111 and ComfyUI the word is the file's name.
+    Vectors of a single text encoder are named after the word, which diffusers, A1111 and ComfyUI read; those of SDXL's
+    two are named ``clip_l`` and ``clip_g``, as all three expect. In A1111 and ComfyUI the word is the file's name.
 
     Args:
         path: The file; its folder is created where it is missing.
         vectors: Text encoder to its vectors, shape (vectors, dim).
-        word: How diffusers' prompts name it, e.g. ``<potter>``.
+        word: The word in prompts of diffusers, e.g. ``<potter>``.
     """
     named = {word: vectors[CLIP_L]} if list(vectors) == [CLIP_L] else dict(vectors)
     tensors = {name: rows.detach().cpu().contiguous().clone() for name, rows in named.items()}
@@ -108,19 +108,19 @@ def write_textual_inversion(path: Path, vectors: Mapping[str, torch.Tensor], *, 
 
 
 def mean_over_layers(embedding: torch.Tensor) -> torch.Tensor:
-    """One vector in place of one for each layer, the nearest to all of them in the mean square.
+    """Mean of an embedding over layers, the single vector with the least mean squared error.
 
     Args:
         embedding: Shape (layers, dim).
 
     Returns:
-        Shape (dim,), in the same dtype; of equal rows it is the row itself.
+        Shape (dim,), in the same dtype; exact for equal rows.
     """
     return embedding.double().mean(dim=0).to(embedding.dtype)
 
 
 def lost_in_mean(embedding: torch.Tensor) -> float:
-    """How much of an embedding its mean over layers does not say: |E - mean| / |E|, from 0 to 1.
+    """Relative error of replacing an embedding by its mean over layers: |E - mean| / |E|, from 0 to 1.
 
     Args:
         embedding: Shape (layers, dim).
@@ -136,18 +136,20 @@ def is_layerwise(edlora: EDLoRA) -> bool:
 
 
 def has_own_vector(edlora: EDLoRA) -> bool:
-    """Whether any token's embedding for the vector of the whole text differs from the mean of those for the layers."""
+    """Whether any token's embedding for the pooled vector differs from the mean of its layer-wise ones."""
     parts = rows_of(edlora.embeddings, (_PARTS[CLIP_G], POOLED)).values()
     return any(not torch.equal(pooled[0], mean_over_layers(of_layers)) for of_layers, pooled in parts)
 
 
 def mean_vectors(edlora: EDLoRA) -> dict[str, Vectors]:
-    """Every concept's word to the means of its tokens, shape (tokens, dim): an approximation, see `lost_in_mean`."""
-    of_parts = {part_and_token(name)[0] for name in edlora.embeddings}
+    """Every concept's word to its tokens' means over layers, shape (tokens, dim); see `lost_in_mean` for the loss."""
+    of_parts = {split_name(name)[0] for name in edlora.embeddings}
     encoders = {encoder: part for encoder, part in _PARTS.items() if part in of_parts}
     return {
         concept.placeholder: {
-            encoder: torch.stack([mean_over_layers(edlora.embeddings[named(token, part)]) for token in concept.tokens])
+            encoder: torch.stack(
+                [mean_over_layers(edlora.embeddings[join_name(token, part)]) for token in concept.tokens]
+            )
             for encoder, part in encoders.items()
         }
         for concept in edlora.concepts
@@ -161,10 +163,10 @@ def _is_vectors(value: object) -> bool:
 
 
 def _are_words(tensors: Mapping[str, object]) -> bool:
-    """Whether names and shapes are those of words of one text encoder: any file may hold small matrices.
+    """Whether names and shapes are those of words of one text encoder, and not of other small matrices.
 
-    Without brackets around it a name is a word only alone or beside one with them, where no program calls tensors so,
-    and where the width is that of a text encoder known here.
+    A name without angle brackets is accepted only alone or beside one with brackets, if it is not a usual tensor name,
+    and if its width is that of a known text encoder.
     """
     bare_ones_may_be = len(tensors) == 1 or any(name.startswith("<") for name in tensors)
     widths = set()
@@ -180,4 +182,4 @@ def _are_words(tensors: Mapping[str, object]) -> bool:
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:
-    return in_working_dtype(value.detach()).reshape(-1, value.shape[-1]).contiguous()
+    return to_working_dtype(value.detach()).reshape(-1, value.shape[-1]).contiguous()

@@ -1,4 +1,4 @@
-"""The words that a plain LoRA acts on, where the metadata of its file tells them."""
+"""Find the trigger words of a plain LoRA in the metadata of its file."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from diffusers_mixofshow.edlora.header import decode
 
 _PHRASE = "modelspec.trigger_phrase"
 _BY_FOLDER = ("ss_dataset_dirs", "ss_tag_frequency")
-"""Where kohya's trainers note the folders of photos, ``10_sks dog``, whose names are captions without their repeats;
-ai-toolkit writes its trigger word in the same way."""
+"""Keys of kohya's trainers for the folders of photos, such as ``10_sks dog``: number of repeats, then the caption.
+
+ai-toolkit writes its trigger word in the same way.
+"""
 _REPEATED = re.compile(r"\d+_(.+)")
 _LONGEST = 100
 
 
 def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Find the trigger words in a file's metadata, which are a stranger's text.
+    """Find the trigger words in a file's metadata, which is untrusted text.
 
     Args:
-        metadata: Of a safetensors file.
+        metadata: Metadata of a safetensors file.
 
     Returns:
-        Each phrase once; empty where the file tells none.
+        Each phrase once; empty if there is none.
     """
     phrases = [metadata.get(_PHRASE, "")]
     for key in _BY_FOLDER:

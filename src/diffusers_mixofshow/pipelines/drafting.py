@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_mixofshow.conditioning.passes import detach_from_calls, hook_passes
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.families.layers import own_size
+from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.pipelines.prompts import list_negatives
 from diffusers_mixofshow.regions import Draft, Region
 from diffusers_mixofshow.regions.draft import Window, find_window
@@ -142,7 +142,7 @@ class _Drafts:
 
     def _plan_drafts(self, shares: Sequence[torch.Tensor], latents: torch.Tensor) -> list[_Planned]:
         """Plan a draft for every region with a weight above 0 in some cell."""
-        generators, size = self.arguments.get("generator"), min(own_size(self.pipe.unet))
+        generators, size = self.arguments.get("generator"), min(default_size(self.pipe.unet))
         planned = []
         for picture, own in enumerate(shares):
             for number, share in enumerate(own):

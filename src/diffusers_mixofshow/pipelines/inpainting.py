@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from PIL import Image
 
-from diffusers_mixofshow.families.layers import own_size
+from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import StableDiffusionPrompts, XLPrompts
 from diffusers_mixofshow.pipelines.refining import RefinedSampling
@@ -41,7 +41,7 @@ class InpaintedSampling(RefinedSampling):
         picture, mask, padding = (arguments.get(name) for name in ("image", "mask_image", "padding_mask_crop"))
         if padding is None or not (isinstance(picture, Image.Image) and isinstance(mask, Image.Image)):
             return None
-        own_height, own_width = (side * self.vae_scale_factor for side in own_size(self._denoisers()[0]))
+        own_height, own_width = (side * self.vae_scale_factor for side in default_size(self._denoisers()[0]))
         width, height = arguments.get("width") or own_width, arguments.get("height") or own_height
         box = self.mask_processor.get_crop_region(mask, width, height, pad=padding)
         if box[0] >= box[2] or box[1] >= box[3]:

@@ -26,20 +26,20 @@ from diffusers_mixofshow.errors import ConceptError, ConfigurationError, meant, 
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.lora import (
-    adapted_components,
     adapter_names,
     check_name,
     eject,
-    holders,
+    find_adapted,
+    find_holders,
     inject,
     is_fused,
     keep_active,
     keep_gradient_flags,
     merged,
-    note_fused,
     refuse_copied,
     refuse_fused,
-    take_out_fused,
+    remember_fused,
+    subtract_fused,
 )
 from diffusers_mixofshow.pipelines.opening import LoadingRequest, read_own_concepts
 from diffusers_mixofshow.pipelines.publishing import join_packs
@@ -105,7 +105,7 @@ class EDLoRALoader:
         return {
             name: edlora
             for name, edlora in self._given.items()
-            if not adapted_components(components, edlora) or holders(components, edlora, name)
+            if not find_adapted(components, edlora) or find_holders(components, edlora, name)
         }
 
     @_edloras.setter
@@ -231,14 +231,14 @@ class EDLoRALoader:
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Unload all adapters as diffusers does, those of concepts included; fused updates stay in the weights."""
         with self._reserve_models():
-            note_fused(self.components, self._edloras.keys())
+            remember_fused(self.components, self._edloras.keys())
             super().unload_lora_weights(*args, **kwargs)  # type: ignore[misc]
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Delete adapters as diffusers does; a concept is unloaded with its adapter, unless that is fused."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         with self._reserve_models():
-            note_fused(self.components, self._edloras.keys() & names)
+            remember_fused(self.components, self._edloras.keys() & names)
             super().delete_adapters(adapter_names)  # type: ignore[misc]
 
     def set_adapters(
@@ -273,7 +273,7 @@ class EDLoRALoader:
         loaded = self._edloras
         for name in self._find_adapters(names):
             if is_fused(self.components, name):
-                take_out_fused(self.components, self._given[name], name)
+                subtract_fused(self.components, self._given[name], name)
                 warn(
                     f"The updates of {name!r} had been fused into the weights, and are now subtracted again: the"
                     " weights are what they were up to rounding, which shows in half precision. Load the base anew to"
@@ -457,7 +457,7 @@ class EDLoRALoader:
         held = {
             name: {holder: models[holder] for holder in found}
             for name, edlora in ours.items()
-            if (found := holders(components, edlora, name))  # empty for a pack that has embeddings alone
+            if (found := find_holders(components, edlora, name))  # empty for a pack that has embeddings alone
         }
         states = [
             (model, path, dict(layer.scaling), list(layer.active_adapters), layer.disable_adapters)

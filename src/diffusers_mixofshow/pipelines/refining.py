@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.families import family_of
-from diffusers_mixofshow.families.layers import own_size
+from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
 from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
@@ -156,7 +156,7 @@ def refine_regions(
     lists: list[Sequence[Any]] = list(regions) if nested else [regions] * len(images)  # type: ignore[arg-type]
     _check_entries(images, lists)
     images = [read_image(image, called=f"picture {number}") for number, image in enumerate(images)]
-    size = size or min(own_size(pipe.unet)) * pipe.vae_scale_factor
+    size = size or min(default_size(pipe.unet)) * pipe.vae_scale_factor
     found = [
         _find_patch(number, image, region, size, margin)
         for number, (image, own) in enumerate(zip(images, lists, strict=True))

@@ -9,7 +9,7 @@ from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.lora import out_of_action
+from diffusers_mixofshow.lora import find_inactive
 from diffusers_mixofshow.pipelines.prompts import count_prompts
 from diffusers_mixofshow.regions import Layout, Region
 from diffusers_mixofshow.regions.weights import resolves
@@ -89,7 +89,7 @@ def remark_on_idle_updates(
     for name, edlora in edloras.items():
         if any(mentions_concept(text, edlora.concepts) for text in texts):
             parts: dict[str, list[str]] = {}
-            for component, reason in out_of_action(components, edlora, name).items():
+            for component, reason in find_inactive(components, edlora, name).items():
                 parts.setdefault(reason, []).append(component)
             concepts = ", ".join(concept.placeholder for concept in edlora.concepts)
             remarks += [

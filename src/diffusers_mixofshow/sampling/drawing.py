@@ -259,7 +259,7 @@ def _prepare_call(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> tupl
 
 def _choose_size(pipe: Any, plan: Layout) -> dict[str, int]:
     """Choose height and width in pixels; both, because diffusers ignores one that is given alone."""
-    from diffusers_mixofshow.families.layers import own_size
+    from diffusers_mixofshow.families.layers import default_size
 
-    (height, width), scale = own_size(pipe.unet), pipe.vae_scale_factor
+    (height, width), scale = default_size(pipe.unet), pipe.vae_scale_factor
     return {"height": plan.height or height * scale, "width": plan.width or width * scale}

@@ -14,7 +14,7 @@ from diffusers_mixofshow.base_models import TOYLAND, in_dtype
 from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of, family_of_index
-from diffusers_mixofshow.families.layers import said_size
+from diffusers_mixofshow.families.layers import configured_size
 from diffusers_mixofshow.lora import keep_gradient_flags
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -110,7 +110,7 @@ def warn_of_small_pictures(pipeline: Any, config: TrainingConfig) -> None:
     Warns:
         MixOfShowWarning: Names both sizes.
     """
-    size = said_size(pipeline.unet)
+    size = configured_size(pipeline.unet)
     own = 0 if size is None else pipeline.vae_scale_factor * min(size)
     if 2 * config.resolution <= own:
         warn(

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from diffusers_mixofshow.atomic import find_existing, refuse_overwriting, write_probe, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.folder import places, remove
+from diffusers_mixofshow.edlora.folder import find_places, remove
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.training.batches import CachedPhoto
 from diffusers_mixofshow.training.config import RATES, TrainingConfig
@@ -170,7 +170,7 @@ def list_replaced(config: TrainingConfig) -> list[Path]:
     checkpoint = None if wanted is None else find(folder, wanted)
     if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
         return []
-    return find_existing(*places(folder), *_steps_of_earlier(folder))
+    return find_existing(*find_places(folder), *_steps_of_earlier(folder))
 
 
 def refuse_replacing(config: TrainingConfig) -> None:

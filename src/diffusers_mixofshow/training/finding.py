@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
-from diffusers_mixofshow.edlora.models import load_looker
+from diffusers_mixofshow.edlora.models import load_clip_model
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Finder:
 
         expected = f"a Hub id or a folder of a CLIPSeg with its tokenizer, such as {DEFAULT_FINDER!r}"
         return cls(
-            *load_looker(name, CLIPSegForImageSegmentation, called="model that finds subjects", expected=expected)
+            *load_clip_model(name, CLIPSegForImageSegmentation, called="model that finds subjects", expected=expected)
         )
 
     @torch.no_grad()

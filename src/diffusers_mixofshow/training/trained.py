@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.edlora.embeddings import named, part_and_token
+from diffusers_mixofshow.edlora.embeddings import join_name, split_name
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families import Family, family_of
 from diffusers_mixofshow.families.family import POOLED
@@ -74,7 +74,7 @@ class Trained:
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, LowRank]]:
         """Copy the present embeddings, with a row for each layer, and updates to the CPU."""
         embeddings = {
-            name: rows.detach().cpu().expand(1 if part_and_token(name)[0] == POOLED else len(self.layers), -1).clone()
+            name: rows.detach().cpu().expand(1 if split_name(name)[0] == POOLED else len(self.layers), -1).clone()
             for name, rows in self.embeddings.items()
         }
         updates = {} if self.lora is None else self.lora.read()
@@ -114,7 +114,7 @@ class Trained:
         return {
             name: rows
             for name, rows in self.embeddings.items()
-            if names[id(rows)] == name and part_and_token(name)[1] not in self.fixed_tokens
+            if names[id(rows)] == name and split_name(name)[1] not in self.fixed_tokens
         }
 
     def _matrices(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -204,7 +204,7 @@ def _first_embeddings(pipeline: Any, config: TrainingConfig) -> dict[str, nn.Par
         for part in (part for part, name in family.embedding_parts.items() if name == encoder):
             for token, rows in start.items():
                 of_its_own = part == POOLED and method.layerwise
-                found[named(token, part)] = nn.Parameter(rows.detach()[:1].clone()) if of_its_own else rows
+                found[join_name(token, part)] = nn.Parameter(rows.detach()[:1].clone()) if of_its_own else rows
     return found
 
 

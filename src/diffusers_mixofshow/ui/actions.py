@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow import Draft, GradientFuser, Isolation, Layout, Refinement
 from diffusers_mixofshow.errors import ConfigurationError, RegionError
-from diffusers_mixofshow.families.layers import own_size
+from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.fusion import FusionSource, LoRASource
 from diffusers_mixofshow.fusion.report import MEANING
 from diffusers_mixofshow.interop.summary import facts_of, format_norm, summary_of_foreign, summary_of_pack
@@ -114,7 +114,7 @@ def list_loaded(session: Session) -> list[list[str]]:
 
 def own_pixels(studio: Studio) -> tuple[int, int]:
     """Width and height of the pictures that the base was made for."""
-    (height, width), scale = own_size(studio.pipe.unet), studio.pipe.vae_scale_factor
+    (height, width), scale = default_size(studio.pipe.unet), studio.pipe.vae_scale_factor
     return width * scale, height * scale
 
 
@@ -273,7 +273,7 @@ def fuse(
         names = [[name] for each in fused.sources for name in each.prompts]
         return files, (["concept"], names), "This method measures nothing."
     nearest = [f"{one} and {other} {value:.2f}" for one, other, value in report.conflicts[:3]]
-    conflicts = f" Nearest to a conflict (overlap, 0 to 1): {', '.join(nearest)}." if nearest else ""
+    conflicts = f" Largest overlaps (0 to 1): {', '.join(nearest)}." if nearest else ""
     return files, report.table(), MEANING + conflicts
 
 
