@@ -24,6 +24,7 @@ from diffusers_mixofshow.base_models import embedded_base, license_of, public_na
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
 from diffusers_mixofshow.edlora.file import Contents
+from diffusers_mixofshow.edlora.hub import REPO_ID
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.pictures import read_image
@@ -42,7 +43,6 @@ _BEGIN = (
 _END = "<!-- diffusers-mixofshow: end -->"
 _SECTION = re.compile(r"<!-- diffusers-mixofshow: begin\b.*?-->.*?<!-- diffusers-mixofshow: end -->", re.DOTALL)
 _METADATA = re.compile(r"\A\s*---[ \t\r]*\n.*?\n---[ \t\r]*(\n|\Z)", re.DOTALL)
-_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
 _GALLERY = "<Gallery />"
@@ -216,7 +216,7 @@ def _metadata(
 ) -> ModelCardData:
     """Metadata for the Hub's search, filters and widget."""
     base_model = public_name(contents["base_model"])
-    on_hub = _REPO_ID.fullmatch(base_model) is not None
+    on_hub = REPO_ID.fullmatch(base_model) is not None
     return ModelCardData(
         base_model=base_model if on_hub else None,
         base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
@@ -323,7 +323,7 @@ def _source_table(training: Mapping[str, object]) -> str:
     rows = [("concepts", "from", "revision", "weight", "SHA-256")]
     for entry in _entries(training):
         origin, commit = str(entry.get("origin", "")), str(entry.get("revision", ""))
-        on_hub = _REPO_ID.fullmatch(origin) is not None
+        on_hub = REPO_ID.fullmatch(origin) is not None
         pinned = _COMMIT.fullmatch(commit) is not None
         weight = _number(entry.get("weight"))
         names = entry.get("concepts")

@@ -24,6 +24,7 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import defects, header, reading, stock
 from diffusers_mixofshow.edlora.embeddings import split_name
 from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.edlora.reading import PREFIX
 from diffusers_mixofshow.families.layers import canonical_name
 
 
@@ -36,8 +37,6 @@ _HEADER_KEY = "edlora"
 _EMBEDDINGS = "edlora.embeddings."
 _DOWN = ".lora_A.weight"
 _UP = ".lora_B.weight"
-_PREFIX = 8
-"""A safetensors file starts with the length of its header, in this many bytes."""
 
 _NOT_OF_FORMAT_1 = "embeddings for several text encoders, which format 1 does not have"
 
@@ -125,11 +124,11 @@ def _version_of(embeddings: Mapping[str, torch.Tensor]) -> int:
 
 def _sort_header(content: bytes) -> bytes:
     """Sort the header of a safetensors file: equal packs become equal files, which the Hub stores once."""
-    length = int.from_bytes(content[:_PREFIX], "little")
-    header = json.dumps(json.loads(content[_PREFIX : _PREFIX + length]), sort_keys=True, separators=(",", ":"))
+    length = int.from_bytes(content[:PREFIX], "little")
+    header = json.dumps(json.loads(content[PREFIX : PREFIX + length]), sort_keys=True, separators=(",", ":"))
     text = header.encode()
-    text += b" " * (-len(text) % _PREFIX)  # the data stays aligned
-    return b"".join((len(text).to_bytes(_PREFIX, "little"), text, memoryview(content)[_PREFIX + length :]))
+    text += b" " * (-len(text) % PREFIX)  # the data stays aligned
+    return b"".join((len(text).to_bytes(PREFIX, "little"), text, memoryview(content)[PREFIX + length :]))
 
 
 def _sort(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], _Pairs, list[str]]:

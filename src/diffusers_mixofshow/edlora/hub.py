@@ -27,7 +27,7 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import ConceptError, EDLoRANotFoundError, HubError, MixOfShowError
 
 
-_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]+")
 _LONGEST_NAME = 96
@@ -53,7 +53,7 @@ def is_repo_id(source: object) -> bool:
     return (
         isinstance(source, str)
         and len(source) <= _LONGEST_ID
-        and _REPO_ID.fullmatch(source) is not None
+        and REPO_ID.fullmatch(source) is not None
         and not source.endswith(".safetensors")
         and not Path(source).exists()
     )

@@ -21,10 +21,11 @@ LONGEST_HEADER = 8 * 2**20
 LARGEST_FILE = 8 * 2**30
 """In bytes; an ED-LoRA of SD 1.5 has some 10 million, a LoRA of full rank some billion."""
 MOST_TENSORS = 20_000
+PREFIX = 8
+"""A safetensors file starts with the length of its header, in this many bytes."""
 
 _T = TypeVar("_T")
 
-_PREFIX = 8
 _MOST_READS = 1000
 _BLOBS = "blobs"
 _SNAPSHOTS = "snapshots"
@@ -179,14 +180,14 @@ def _leads_into(path: Path, folder: Path) -> bool:
 def _header_defect(path: Path, size: int) -> str:
     """Defect of the first bytes of a safetensors file; empty if there is none."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(_PREFIX), "little")
-    if size < _PREFIX:
+        length = int.from_bytes(file.read(PREFIX), "little")
+    if size < PREFIX:
         return f"it has {size} bytes"
-    if length > min(LONGEST_HEADER, size - _PREFIX) and (kind := guess_kind(path)):
+    if length > min(LONGEST_HEADER, size - PREFIX) and (kind := guess_kind(path)):
         return f"it is {kind}"
     if length > LONGEST_HEADER:
         return f"its header would have {length:,} bytes, more than {LONGEST_HEADER:,}"
-    if _PREFIX + length > size:
+    if PREFIX + length > size:
         return f"its header would have {length:,} bytes, the whole file has {size:,}"
     return ""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusers_mixofshow.edlora import EDLoRA, hub
 from diffusers_mixofshow.edlora.file import FILE_NAME
-from diffusers_mixofshow.edlora.merged import has_concepts
+from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
 from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming
@@ -35,7 +35,6 @@ _ON_THE_HUB = (
     "learned_embeds.bin",
 )
 """File names of other programs in a repository, in order of search."""
-_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,7 @@ def _read(
     path = Path(source)
     if is_folder(path):
         path = within(path, *(name for name in (subfolder, weight_name) if name))
-        if (path / _INDEX).is_file() and not is_ours(path):
+        if (path / INDEX).is_file() and not is_ours(path):
             raise _pipeline_error(path)
     elif subfolder:
         path /= subfolder
