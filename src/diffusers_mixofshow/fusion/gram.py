@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -282,13 +283,20 @@ def _largest_eigenvalue(matrix: torch.Tensor, steps: int = 30) -> float:
 def sum_grams(weighted: Iterable[tuple[Gram, float]], *, as_matrix: bool = False) -> Gram:
     """Add Gram matrices up, one at a time: factors alone are stacked into one factor, otherwise the sum is dense.
 
+    A lone matrix of weight 1 is returned as it is.
+
     Args:
         weighted: Matrices of one width, at least one, and their weights, above 0.
         as_matrix: Sum factors densely, too; smaller than the stack where many factors of a narrow layer are added.
     """
+    pairs = iter(weighted)
+    first = next(pairs)
+    second = list(itertools.islice(pairs, 1))
+    if not second and first[1] == 1 and not (as_matrix and isinstance(first[0], GramFactor)):
+        return first[0]
     factors: list[tuple[GramFactor, float]] = []
     total: torch.Tensor | None = None
-    for gram, weight in weighted:
+    for gram, weight in itertools.chain([first], second, pairs):
         if isinstance(gram, GramFactor) and total is None and not as_matrix:
             factors.append((gram, weight))
             continue
