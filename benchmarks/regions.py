@@ -53,7 +53,7 @@ from diffusers_mixofshow.evaluation.prompts import (
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.regions.drawing import draw_regions
-from diffusers_mixofshow.sheets import labelled_sheet
+from diffusers_mixofshow.sheets import draw_labelled_sheet
 from diffusers_mixofshow.toyland import CONCEPTS, draw_places, load_layout_adapter, load_pipeline, stand_in
 from toyland import single_packs, subjects_of
 
@@ -260,7 +260,7 @@ def worst_sheet(
         large = pictures[number].resize((3 * pictures[number].width, 3 * pictures[number].height))
         named = [replace(each, prompt=name) for each, name in zip(scene.regions, scene.names, strict=True)]
         lines[label] = [large, draw_regions(named, large)]
-    return labelled_sheet(lines)
+    return draw_labelled_sheet(lines)
 
 
 def tables(results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:

@@ -56,7 +56,7 @@ from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
-from diffusers_mixofshow.sheets import labelled_sheet
+from diffusers_mixofshow.sheets import draw_labelled_sheet
 from diffusers_mixofshow.toyland.concepts import as_thing
 from diffusers_mixofshow.toyland.scenes import place_thing
 from diffusers_mixofshow.toyland.world import BACKGROUNDS, HEIGHT, Scene, draw
@@ -279,7 +279,7 @@ def judge_together(
     summary = summarise_regions(judged)
     bench.console.print(f"  {way:36}", "  ".join(told(name, each) for name, each in summary.items()))
     rows = {f"{first + 1} to {first + 4}": list(pictures[first : first + 4]) for first in (0, 4, 8)}
-    write_picture(work / f"together-{way.replace(', ', '-').replace(' ', '-')}.png", labelled_sheet(rows))
+    write_picture(work / f"together-{way.replace(', ', '-').replace(' ', '-')}.png", draw_labelled_sheet(rows))
     of_all = [concepts_in_regions([picture], boxes, bench.subjects, bench.judge)[0] for picture in pictures]
     everyone = [replace(each, found=tuple(found)) for each, found in zip(judged, of_all, strict=True)]
     counts = confusion(everyone, names)

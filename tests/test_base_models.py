@@ -13,18 +13,18 @@ from typer.testing import CliRunner
 
 from diffusers_mixofshow import GradientFuser, MixOfShowPipeline, TrainingConfig, base_models, cli, toyland
 from diffusers_mixofshow.base_models import (
-    devices,
+    canonical_name,
+    dtype_argument,
     guidance_of_unet,
-    in_dtype,
+    list_devices,
     location_of,
+    make_loading_error,
     name_of,
     normalise_name,
-    not_loadable,
-    one_name,
     public_name,
     usual_guidance,
 )
-from diffusers_mixofshow.errors import ConfigurationError, FusionError, HubError, first_line, meant
+from diffusers_mixofshow.errors import ConfigurationError, FusionError, HubError, first_line, suggest
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 
 
@@ -33,7 +33,7 @@ ANY_CASE = ("toyland", "Toyland", "TOYLAND", "toyLand")
 
 @pytest.mark.parametrize("name", ANY_CASE)
 def test_the_embedded_base_is_known_in_any_case(name: str) -> None:
-    assert normalise_name(name) == one_name(name) == "toyland"
+    assert normalise_name(name) == canonical_name(name) == "toyland"
     assert location_of(name) == location_of("toyland") != name
     assert usual_guidance(name) == 3.0
     assert evaluation_prompts(name, "pet") == evaluation_prompts("toyland", "pet")
@@ -41,16 +41,16 @@ def test_the_embedded_base_is_known_in_any_case(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["user/Toyland", "Toyland2", "./Toyland", "toy-land", "", "Toyland/"])
 def test_other_names_stay_as_they_are(name: str) -> None:
-    assert normalise_name(name) == one_name(name) == location_of(name) == name
+    assert normalise_name(name) == canonical_name(name) == location_of(name) == name
 
 
 def test_a_folder_that_is_called_so_is_that_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "Toyland").mkdir()
     monkeypatch.chdir(tmp_path)
     assert normalise_name("Toyland") == location_of("Toyland") == "Toyland"
-    assert one_name("Toyland") == str(tmp_path / "Toyland")
+    assert canonical_name("Toyland") == str(tmp_path / "Toyland")
     (tmp_path / "Toyland").rename(tmp_path / "toyland")
-    assert normalise_name("toyland") == one_name("toyland") == "toyland"
+    assert normalise_name("toyland") == canonical_name("toyland") == "toyland"
 
 
 def test_training_takes_the_embedded_bases_own_settings(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_names_by_which_we_and_strangers_know_a_place(tmp_path: Path, monkeypatc
         "x\0y": ("x\0y", None),
     }
     for given, (ours, public) in table.items():
-        assert one_name(given) == ours, given
+        assert canonical_name(given) == ours, given
         if public is not None and given:
             assert public_name(given) == public, given
         if given:
@@ -172,7 +172,7 @@ def test_diffusers_takes_a_dtype_by_the_name_of_its_version(
     monkeypatch: pytest.MonkeyPatch, version: str, name: str
 ) -> None:
     monkeypatch.setattr(base_models, "installed_version", lambda package: {"diffusers": version}[package])
-    assert in_dtype(torch.float16) == {name: torch.float16}
+    assert dtype_argument(torch.float16) == {name: torch.float16}
 
 
 def test_a_base_that_cannot_be_loaded_says_why_and_what_may_be_meant(tmp_path: Path, monkeypatch) -> None:
@@ -185,11 +185,11 @@ def test_a_base_that_cannot_be_loaded_says_why_and_what_may_be_meant(tmp_path: P
     )
     error = OSError("\n first line.\nand more")
     for name, guess in (("toylnd", "toyland"), ("bases/sd16", "bases/sd15"), ("bases/sd15", ""), ("sd13", "")):
-        told = not_loadable(name, error)
+        told = make_loading_error(name, error)
         assert type(told) is ConfigurationError
         hint = f" Did you mean {guess!r}?" if guess else ""
         assert str(told) == f"The base model {name!r} cannot be loaded.{hint} {ends}"
-    assert type(not_loadable("user/base", HubError("gone"))) is HubError
+    assert type(make_loading_error("user/base", HubError("gone"))) is HubError
 
 
 def test_words_of_errors() -> None:
@@ -197,8 +197,8 @@ def test_words_of_errors() -> None:
     assert first_line(ValueError("...")) == ""
     assert first_line(ValueError("no fax.")) == "no fax"
     assert first_line(KeyError()) == "KeyError"
-    assert meant("rexx", ["tom", "rex"]) == " Did you mean rex?"
-    assert meant("rex", iter(["tom"])) == ""
+    assert suggest("rexx", ["tom", "rex"]) == " Did you mean rex?"
+    assert suggest("rex", iter(["tom"])) == ""
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,6 @@ def test_devices_are_those_that_the_machine_has(monkeypatch, cards: int, apple: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: max(cards, 1))  # also of cards that no driver runs
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
-    assert devices() == expected
+    assert list_devices() == expected
     with pytest.raises(FusionError, match=f"this machine has: {expected}.$"):
         GradientFuser(device="nowhere")

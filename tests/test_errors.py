@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from diffusers_mixofshow.errors import MixOfShowWarning, first_line, meant, warn
+from diffusers_mixofshow.errors import MixOfShowWarning, first_line, suggest, warn
 
 
 def calling(module: str, inner: Callable[..., None], *arguments: str) -> Callable[..., None]:
@@ -55,7 +55,7 @@ def test_a_warning_points_at_the_nearest_line_of_somebody_else(modules: Sequence
     ],
 )
 def test_the_name_that_is_spelt_most_alike_is_asked_for(word: str, known: Sequence[str], question: str) -> None:
-    assert meant(word, known) == question
+    assert suggest(word, known) == question
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError, RegionError, TrainingDataError
-from diffusers_mixofshow.masks import mask_of, read_alpha, read_mask
+from diffusers_mixofshow.masks import load_mask, read_alpha, read_mask
 from diffusers_mixofshow.regions import Layout, Region
 from diffusers_mixofshow.regions.region import read_inside
 from diffusers_mixofshow.training.data import read_photos
@@ -348,6 +348,6 @@ def test_the_bounds_of_whole_numbers() -> None:
 def test_remarks_on_a_mask_become_one_warning_each(tmp_path: Path) -> None:
     Image.fromarray(EIGHT).save(tmp_path / "m.gif", save_all=True, append_images=[Image.fromarray(255 - EIGHT)])
     with pytest.warns(MixOfShowWarning, match="mine has 2 frames") as caught:
-        found = mask_of(tmp_path / "m.gif", called="mine")
+        found = load_mask(tmp_path / "m.gif", called="mine")
     assert len(caught) == len(found.remarks) == 1
     assert found.inside.tolist() == SQUARE.tolist()

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
-from diffusers_mixofshow.notes import infotext, read_note, sampler_name, sheet_note, write_with_note
+from diffusers_mixofshow.notes import format_infotext, make_sheet_note, read_note, sampler_name, write_with_note
 from infotext import parsed, text_of
 
 
@@ -42,7 +42,7 @@ SETTINGS = {"Steps": 20, "Sampler": "DDIM", "CFG scale": "7.5", "Seed": 3, "Size
 def test_other_programs_read_the_text(tmp_path, name, prompt, negative, expected) -> None:
     given = {**SETTINGS, "Regions": '0,1: "a", b\\', "Left out": None}
     write_with_note(
-        tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], {"a": prompt}, infotext(prompt, negative, given)
+        tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], {"a": prompt}, format_infotext(prompt, negative, given)
     )
     found = parsed(text_of(tmp_path / name))
     assert (found.pop("prompt"), found.pop("negative")) == expected
@@ -54,7 +54,7 @@ def test_a_text_that_latin_1_holds_is_a_plain_one(tmp_path) -> None:
     """Some readers know tEXt alone; iTXt is for what it cannot hold."""
     for prompt, kinds in (("größe", (b"tEXt", b"tEXt")), ("猫", (b"iTXt", b"iTXt"))):
         write_with_note(
-            tmp_path / "x.png", Image.new("RGB", (8, 8)), "PNG", {"p": prompt}, infotext(prompt, "", SETTINGS)
+            tmp_path / "x.png", Image.new("RGB", (8, 8)), "PNG", {"p": prompt}, format_infotext(prompt, "", SETTINGS)
         )
         content = (tmp_path / "x.png").read_bytes()
         assert content[content.index(b"parameters") - 4 :][:4] == kinds[0]
@@ -77,7 +77,9 @@ def test_a_note_that_no_jpeg_can_hold_is_left_out_and_told(tmp_path, name) -> No
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", MixOfShowWarning)
-        write_with_note(tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], note, infotext("a", "", SETTINGS))
+        write_with_note(
+            tmp_path / name, Image.new("RGB", (8, 8)), KINDS[name], note, format_infotext("a", "", SETTINGS)
+        )
     assert parsed(text_of(tmp_path / name))["prompt"] == "a"
     if name == "x.webp":
         assert not caught
@@ -124,7 +126,7 @@ def test_places_on_this_disk_are_told_by_their_names_alone(tmp_path, monkeypatch
         "base"
     ] * 5
     told = json.dumps(
-        sheet_note({"row": [("a", 1)]}, base_model=str(tmp_path / "secret" / "base"), steps=1, guidance=2)
+        make_sheet_note({"row": [("a", 1)]}, base_model=str(tmp_path / "secret" / "base"), steps=1, guidance=2)
     )
     assert "secret" not in told
 
@@ -152,7 +154,7 @@ def test_samplers_are_called_as_elsewhere() -> None:
 
 def test_a_sheet_tells_of_every_picture() -> None:
     rows = {"one": [("a", 3), ("b", 4)], "other": []}
-    assert sheet_note(rows, base_model="user/base", steps=7, guidance=2.5) == {
+    assert make_sheet_note(rows, base_model="user/base", steps=7, guidance=2.5) == {
         "version": metadata.version("diffusers-mixofshow"),
         "base_model": "user/base",
         "steps": 7,

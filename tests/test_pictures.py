@@ -20,7 +20,7 @@ import tiny
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.card import write_samples
 from diffusers_mixofshow.errors import MixOfShowWarning, PictureError
-from diffusers_mixofshow.pictures import FileContent, is_picture, read_image, read_picture, unit_range
+from diffusers_mixofshow.pictures import FileContent, clip_to_unit_range, is_picture, read_image, read_picture
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.pipelines.refining import refine_regions
 from diffusers_mixofshow.regions import Layout
@@ -297,10 +297,10 @@ def test_the_depth_behind_a_phones_photo_is_passed_over(tmp_path: Path) -> None:
 def test_floats_leave_their_range_by_half_a_step_at_most(values: tuple[float, float], sound: bool) -> None:
     given = np.array([values])
     if sound:
-        assert unit_range(given, "it").tolist() == [[max(0, values[0]), min(1, values[1])]]
+        assert clip_to_unit_range(given, "it").tolist() == [[max(0, values[0]), min(1, values[1])]]
     else:
         with pytest.raises(PictureError, match=f"it has values from {values[0]}"):
-            unit_range(given, "it")
+            clip_to_unit_range(given, "it")
 
 
 def test_what_is_half_transparent_is_half_white_and_its_opacity_known() -> None:

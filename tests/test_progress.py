@@ -24,7 +24,15 @@ import tiny
 from diffusers_mixofshow import progress as module
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.progress import announce, bar_settings, is_off, lines_only, progress, tell, without_bars
+from diffusers_mixofshow.progress import (
+    announce,
+    bar_settings,
+    disable_foreign_bars,
+    hide_bars,
+    is_off,
+    progress,
+    tell,
+)
 from diffusers_mixofshow.toyland import CONCEPTS, write_photos
 from diffusers_mixofshow.training import EDLoRATrainer, TrainingConfig
 
@@ -140,7 +148,7 @@ def test_every_switch_is_heard(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, switch: Any, shows: bool, terminal: bool
 ) -> None:
     arguments = switch(monkeypatch)
-    monkeypatch.setattr(module, "_redraws", lambda: terminal)
+    monkeypatch.setattr(module, "_can_redraw", lambda: terminal)
     capsys.readouterr()
     count(**arguments)
     announce("Loading ...", **arguments)
@@ -150,8 +158,8 @@ def test_every_switch_is_heard(
 
 
 OTHERS = """
-from diffusers_mixofshow.progress import bar_settings, lines_only
-lines_only()  # before tqdm is imported, as the command line does
+from diffusers_mixofshow.progress import bar_settings, disable_foreign_bars
+disable_foreign_bars()  # before tqdm is imported, as the command line does
 import tiny
 from diffusers.utils import logging
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
@@ -164,7 +172,7 @@ pipe("a dog", num_inference_steps=2, output_type="latent")
 
 
 def test_bars_in_a_log_are_lines_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_redraws", lambda: False)
+    monkeypatch.setattr(module, "_can_redraw", lambda: False)
     settings = bar_settings()
     file = settings.pop("file")
     assert settings == {
@@ -180,7 +188,7 @@ def test_bars_in_a_log_are_lines_every_ten_seconds(monkeypatch: pytest.MonkeyPat
         file.write(text)
     file.flush()
     assert log.getvalue() == " one\ntwo\n one\n"
-    monkeypatch.setattr(module, "_redraws", lambda: True)
+    monkeypatch.setattr(module, "_can_redraw", lambda: True)
     assert (bar_settings(), bar_settings(shown=False)) == ({}, {"disable": True})
 
 
@@ -216,7 +224,7 @@ def test_where_a_line_can_be_drawn_over(
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: running))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     assert bool(bar_settings()) is not redraws
-    lines_only()
+    disable_foreign_bars()
     assert os.environ.get("TQDM_DISABLE") == (None if redraws else "others")
     monkeypatch.setenv("TQDM_DISABLE", "")  # so that what was set is gone afterwards
 
@@ -232,14 +240,14 @@ def test_in_a_log_the_command_line_switches_off_the_bars_of_others_alone() -> No
 
 def test_what_users_said_of_tqdm_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    lines_only()
+    disable_foreign_bars()
     assert os.environ["TQDM_DISABLE"] == "1"
 
 
 def test_a_pipeline_gets_its_settings_back(pipe: MixOfShowPipeline) -> None:
     pipe.set_progress_bar_config(desc="mine")
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        with without_bars(pipe):
+        with hide_bars(pipe):
             assert pipe._progress_bar_config == {"desc": "mine", "disable": True}
             raise KeyboardInterrupt
     assert pipe._progress_bar_config == {"desc": "mine"}

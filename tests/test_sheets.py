@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from diffusers_mixofshow.atomic import write_picture
-from diffusers_mixofshow.sheets import labelled_sheet
+from diffusers_mixofshow.sheets import draw_labelled_sheet
 
 
 def picture(colour: str, width: int = 8) -> Image.Image:
@@ -23,7 +23,7 @@ def coloured(sheet: Image.Image, colour: tuple[int, int, int]) -> tuple[slice, s
 
 
 def test_pictures_stand_in_rows_and_columns_twice_as_large() -> None:
-    sheet = labelled_sheet({"a": [picture("red")], "b": [picture("lime"), picture("blue", width=12)]}, scale=2)
+    sheet = draw_labelled_sheet({"a": [picture("red")], "b": [picture("lime"), picture("blue", width=12)]}, scale=2)
     red, lime, blue = (coloured(sheet, colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
     assert red[1] == lime[1]
     assert red[0].stop < lime[0].start == blue[0].start
@@ -33,7 +33,7 @@ def test_pictures_stand_in_rows_and_columns_twice_as_large() -> None:
 
 def test_every_row_has_its_label_in_front_and_the_title_above() -> None:
     rows = {"regions": [picture("red")], "plain prompt\nwith two lines": [picture("lime")]}
-    sheet = labelled_sheet(rows, title="what it is")
+    sheet = draw_labelled_sheet(rows, title="what it is")
     red, lime = (coloured(sheet, colour) for colour in ((255, 0, 0), (0, 255, 0)))
     dark = np.asarray(sheet.convert("L")) < 100
     start = red[1].start
@@ -44,7 +44,7 @@ def test_every_row_has_its_label_in_front_and_the_title_above() -> None:
 
 
 def test_a_written_sheet_is_a_png(tmp_path: Path) -> None:
-    sheet = labelled_sheet({"a": [picture("red")]})
+    sheet = draw_labelled_sheet({"a": [picture("red")]})
     write_picture(tmp_path / "made" / "sheet.png", sheet)
     with Image.open(tmp_path / "made" / "sheet.png") as read:
         assert read.format == "PNG"
@@ -60,7 +60,7 @@ def test_every_picture_stands_where_rows_and_columns_meet(title: str | None, top
         "longer": [Image.new("RGB", (20, 40), "blue"), Image.new("RGB", (16, 10), "cyan")],
         "one\ntwo\nthree\nfour\nfive\nsix\nseven\neight\nnine\nten": [Image.new("RGB", (5, 5), "magenta")],
     }
-    sheet = labelled_sheet(rows, title=title, scale=scale)
+    sheet = draw_labelled_sheet(rows, title=title, scale=scale)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [pen.multiline_textbbox((0, 0), label) for label in rows]
     left, tall = 8 + int(max(box[2] for box in boxes)), int(boxes[2][3])

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 _LONGEST_WRITE_S = 3600.0
-"""A temporary file older than this is of a process that was killed."""
+"""A temporary file older than this was left by a process that was killed."""
 _NAMED = 4
-"""Places that an error names."""
+"""How many paths an error lists before it says "and N more"."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -35,14 +35,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Let a caller write to a temporary name beside `path`; flush that to the disk, and rename it.
+    """Yield a temporary path beside `path` to write to; then flush that file to the disk and rename it to `path`.
 
-    Makes the folder where it is missing. Whoever reads meanwhile, or after a power cut, finds the old file or the new
-    one. Of several processes that write at once, the last one's file stays. A symbolic link at `path` is replaced, not
-    followed.
+    A missing folder is made. A reader finds the old file or the new one, never a part, even after a power cut. If
+    several processes write at once, the last rename wins. A symbolic link at `path` is replaced, not followed.
 
     Raises:
-        FileWriteError: If there is no room or no permission, or a folder is in the way; `path` is what it was.
+        FileWriteError: If there is no room or no permission, or a folder has that name; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -60,26 +59,26 @@ def replacing(path: Path) -> Iterator[Path]:
             f"{path} cannot be written: {error.strerror or error}. What stood there before is untouched. Make room, "
             "or choose a folder that you may write to."
         ) from error
-    _flush_names(path.parent)
-    _sweep(path)
+    _flush_folder(path.parent)
+    _delete_leftovers(path)
 
 
 def check_outputs(*files: Path, overwrite: bool) -> None:
-    """Notice before the work what would fail, or destroy something, after it; nothing is left behind.
+    """Check before a long computation that its output files can be written; nothing is created.
 
     Args:
-        files: Everything that is to be written; their folders may be missing.
-        overwrite: Whether what stands there may go.
+        files: Every file that will be written; their folders may be missing.
+        overwrite: Whether existing files may be replaced.
 
     Raises:
         ConfigurationError: If two of them are one file, or one would be the folder of another.
-        OverwriteError: If one is there already, and may not go.
-        FileWriteError: If a folder stands in the place of one, or its own folder takes no file.
+        OverwriteError: If one exists and `overwrite` is False.
+        FileWriteError: If one is a folder, or no file can be written to its folder.
     """
     _refuse_collisions(files)
-    if folders := [file for file in files if _when_made(file).is_dir()]:
+    if folders := [file for file in files if _resolve_parent(file).is_dir()]:
         raise FileWriteError(
-            f"Expected files to write, but there are folders: {_list_first(folders)}. Choose other names."
+            f"Expected files to write, but there are folders: {_name_first(folders)}. Choose other names."
         )
     refuse_overwriting(*files, overwrite=overwrite)
     for file in files:
@@ -92,36 +91,36 @@ def check_outputs(*files: Path, overwrite: bool) -> None:
 
 
 def find_existing(*places: Path) -> list[Path]:
-    """List the paths at which a file, a folder or a link exists; a broken link counts."""
-    return [place for place in places if os.path.lexists(_when_made(place))]
+    """List the paths at which a file, a folder or a link exists; a broken link counts as existing."""
+    return [place for place in places if os.path.lexists(_resolve_parent(place))]
 
 
-def _when_made(place: Path) -> Path:
-    """The place as writing will find it, which makes folders that are missing: a ``..`` leads out of these again."""
+def _resolve_parent(place: Path) -> Path:
+    """Resolve links and ``..`` in the parent as if missing folders had been made: ``missing/../file`` is ``file``."""
     return Path(os.path.realpath(place.parent), place.name)
 
 
 def refuse_overwriting(*places: Path, overwrite: bool, otherwise: str = "Choose another place") -> None:
-    """Refuse to write where something is; cheap enough for a second look when the work is done.
+    """Refuse to replace existing files and folders; cheap enough to ask again when the work is done.
 
     Args:
-        places: Files and folders that would be replaced.
-        overwrite: Whether they may be.
-        otherwise: What else can be done.
+        places: Files and folders that will be written.
+        overwrite: Whether existing ones may be replaced.
+        otherwise: The error's advice beside overwrite=True.
 
     Raises:
-        OverwriteError: Names all that is there.
+        OverwriteError: Names the paths that exist.
     """
     if not overwrite and (there := find_existing(*places)):
         verb = "is" if len(there) == 1 else "are"
         raise OverwriteError(
-            f"{_list_first(there)} {verb} there already, and nothing is overwritten unasked. {otherwise}, or give "
+            f"{_name_first(there)} {verb} there already, and nothing is overwritten unasked. {otherwise}, or give "
             f"overwrite=True, which replaces {'it' if len(there) == 1 else 'them'}."
         )
 
 
 def _refuse_collisions(files: Sequence[Path]) -> None:
-    """Refuse names that are one file on some system, and a file that would have to be a folder as well."""
+    """Refuse two names that some file system takes for one, and a file that another one needs as its folder."""
     spelt = [_fold_path(file) for file in files]
     for index, one in enumerate(spelt):
         for other, file in zip(spelt[:index], files, strict=False):
@@ -133,20 +132,20 @@ def _refuse_collisions(files: Sequence[Path]) -> None:
 
 
 def _fold_path(path: Path) -> Path:
-    """A path as systems see it to which capitals and the forms of Unicode's letters are all one."""
+    """Fold case and Unicode form: paths equal after this are one file on systems that ignore either."""
     return Path(unicodedata.normalize("NFC", str(path.resolve())).casefold())
 
 
-def _list_first(paths: Sequence[Path]) -> str:
+def _name_first(paths: Sequence[Path]) -> str:
     more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
     return ", ".join(map(str, paths[:_NAMED])) + more
 
 
 def write_probe(folder: Path) -> None:
-    """Write a file without a name into a folder, or into the nearest one above it that exists.
+    """Try to write a temporary file to a folder, or to the nearest folder above it that exists.
 
     Raises:
-        OSError: If that takes no file.
+        OSError: If it cannot be written.
     """
     present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with tempfile.TemporaryFile(dir=present):
@@ -169,7 +168,7 @@ def write_picture(path: Path, picture: Image.Image, kind: str = "PNG", **options
 
 
 def encode_picture(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The content of a picture's file.
+    """Encode a picture as the bytes of a file.
 
     Args:
         picture: What it shows.
@@ -181,8 +180,8 @@ def encode_picture(picture: Image.Image, kind: str = "PNG", **options: Any) -> b
     return buffer.getvalue()
 
 
-def _flush_names(folder: Path) -> None:
-    """Make a rename outlast a power cut, on systems and disks that let a folder be flushed."""
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut, on systems that can flush a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -191,8 +190,8 @@ def _flush_names(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _sweep(path: Path) -> None:
-    """Delete what killed processes left of writing the same file."""
+def _delete_leftovers(path: Path) -> None:
+    """Delete old temporary files of the same path, which killed processes have left."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):  # another process was faster, or the folder is not ours
             if time.time() - left.stat().st_mtime > _LONGEST_WRITE_S:

@@ -1,4 +1,4 @@
-"""What a base model is called, and how diffusers is asked for it."""
+"""Names of base models: Hub ids, folders and ``toyland``; what is known of a base by its name, and how to load it."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ if TYPE_CHECKING:
 
 
 TOYLAND = EMBEDDED.id
-"""Names the base model that ships in the package, in place of a Hub id."""
+"""Name of the base model that ships in the package, used in place of a Hub id."""
 
 _IN_CACHE = re.compile(r"/models--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]{40}$")
 _LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
-"""How a path begins that cannot be a Hub id."""
+"""Start of a text that must be a path, as no Hub id begins like that."""
 
 
 def normalise_name(base_model: str) -> str:
-    """A base model's name as this package spells it: the embedded base in any case, unless a folder is called so."""
+    """Spell the embedded base's name in lower case, unless a folder has that spelling; other names stay."""
     embedded = base_model.lower() == TOYLAND and (base_model == TOYLAND or not Path(base_model).is_dir())
     return TOYLAND if embedded else base_model
 
 
 def embedded_base(base_model: str) -> BaseModel | None:
-    """The embedded base, if a name is its; None of every other base model."""
+    """The embedded base if the name means it, else None."""
     return EMBEDDED if normalise_name(base_model) == TOYLAND else None
 
 
 def classes_of(base_model: str) -> tuple[str, ...]:
-    """Class words of all that a base model draws; empty of every base that draws what people name."""
+    """Class words that a base model is limited to; empty for a base without such a limit."""
     known = embedded_base(base_model)
     return () if known is None else known.classes
 
 
 def location_of(base_model: str) -> str:
-    """What diffusers loads for a base model's name: the name itself, or the folder of the embedded base."""
+    """What to pass to diffusers' `from_pretrained`: the name itself, or the folder of the embedded base."""
     return str(Path(__file__).parent / "toyland" / "weights") if embedded_base(base_model) else base_model
 
 
-def one_name(base_model: str) -> str:
-    """Identify a base model: one name for every spelling of a model that is on this disk.
+def canonical_name(base_model: str) -> str:
+    """One name for all spellings of a base model, so that names can be compared.
 
-    The embedded base's folder is ``toyland``, a folder of the Hub's cache the id that it came from, and any other
-    folder its full path; what is not here keeps its name.
+    The embedded base's folder becomes ``toyland``, a folder of the Hub's cache becomes its Hub id, any other existing
+    folder its absolute path. What is no folder on this disk keeps its name.
     """
     if embedded_base(base_model):
         return TOYLAND
@@ -73,20 +73,21 @@ def one_name(base_model: str) -> str:
 
 
 def name_of(pipeline: object) -> str:
-    """What a loaded pipeline's base model is called: Toyland or the Hub's id, also of the cache's folder; else what it
-    was loaded by; empty of one made of parts.
+    """Name of a loaded pipeline's base model: ``toyland``, a Hub id (also if loaded from the Hub's cache), or a path.
+
+    Empty for a pipeline that was assembled from components.
     """
     name = str(getattr(pipeline, "config", {}).get("_name_or_path") or "")
-    known = one_name(name)
+    known = canonical_name(name)
     return name if Path(known).is_absolute() else known
 
 
 def public_name(source: str) -> str:
-    """A location that may be published: the last part of a path on this disk, a Hub id in full.
+    """A base model's name without private folders: a Hub id in full, of a path only its last part.
 
-    A path to what is no longer here is told by its last part as well.
+    A path counts as one even if it no longer exists.
     """
-    known = one_name(source)
+    known = canonical_name(source)
     path = Path(known).expanduser()
     if known != source and not path.is_absolute():
         return known
@@ -97,25 +98,25 @@ def public_name(source: str) -> str:
 
 def license_of(base_model: str) -> str:
     """The licence of a base model, as the Hub spells it; empty where the package does not know it."""
-    known = _known_base(base_model)
+    known = _find_known_base(base_model)
     return "" if known is None else known.license
 
 
 def known_family(base_model: str) -> Family | None:
     """The family of a base model whose id the package knows, or that lies on this disk; None of any other."""
-    known = _known_base(base_model)
+    known = _find_known_base(base_model)
     if known is not None:
         return next(family for family in FAMILIES if known in family.models)
-    index = _configuration(Path(base_model, "model_index.json")) if base_model else {}
+    index = _read_configuration(Path(base_model, "model_index.json")) if base_model else {}
     return family_of_index(index) if index else None
 
 
 def usual_guidance(base_model: str) -> float:
-    """The guidance scale that a base model draws well with: diffusers' default, or what Toyland measured best."""
-    known = embedded_base(base_model) or _known_base(base_model)
+    """The guidance scale that suits a base model: diffusers' default, or the best one measured on Toyland."""
+    known = embedded_base(base_model) or _find_known_base(base_model)
     if known is not None:
         return known.guidance
-    return guidance_of_unet(_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
+    return guidance_of_unet(_read_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
 
 
 def guidance_of(components: Mapping[str, object]) -> float:
@@ -128,27 +129,27 @@ def guidance_of(components: Mapping[str, object]) -> float:
 
 
 def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
-    """The guidance scale of a U-Net by its configuration: Toyland's if it is Toyland's, whatever its folder is called.
+    """The guidance scale of a U-Net by its configuration, which recognises Toyland's U-Net in any folder.
 
     Args:
         configuration: ``unet.config``.
     """
-    shipped = _configuration(Path(location_of(TOYLAND), "unet", "config.json"))
+    shipped = _read_configuration(Path(location_of(TOYLAND), "unet", "config.json"))
     told = {name: value for name, value in shipped.items() if not name.startswith("_")}
-    is_toyland = bool(told) and all(_plain(configuration.get(name)) == value for name, value in told.items())
+    is_toyland = bool(told) and all(_tuple_to_list(configuration.get(name)) == value for name, value in told.items())
     if is_toyland:
         return EMBEDDED.guidance
     of_xl = all(configuration.get(name) == value for name, value in STABLE_DIFFUSION_XL.marks.items())
     return SDXL.guidance if of_xl else SD1.guidance
 
 
-def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The argument that diffusers takes a dtype by: ``dtype`` since 0.40, ``torch_dtype`` before."""
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword argument that sets the dtype in diffusers: ``dtype`` since 0.40, ``torch_dtype`` before."""
     known_as = "dtype" if tuple(map(int, installed_version("diffusers").split(".")[:2])) >= (0, 40) else "torch_dtype"
     return {known_as: dtype}
 
 
-def devices() -> str:
+def list_devices() -> str:
     """The devices that torch has on this machine, as it names them, separated by commas."""
     import torch
 
@@ -157,22 +158,22 @@ def devices() -> str:
     return ", ".join(["cpu", *(f"cuda:{number}" for number in range(cards)), *apple])
 
 
-def not_loadable(base_model: str, error: Exception) -> ConfigurationError | HubError:
-    """The error of a base model that cannot be found or read, with the reason's first line."""
+def make_loading_error(base_model: str, error: Exception) -> ConfigurationError | HubError:
+    """The error for a base model that cannot be found or read, with the first line of the reason."""
     kind = HubError if isinstance(error, HubError) else ConfigurationError
     return kind(
-        f"The base model {base_model!r} cannot be loaded.{_guess(base_model)} Expected a Hub id, a folder of a "
+        f"The base model {base_model!r} cannot be loaded.{_suggest_name(base_model)} Expected a Hub id, a folder of a "
         f"Stable Diffusion pipeline, or {TOYLAND!r}, the base in the package. ({first_line(error)}.)"
     )
 
 
-def _known_base(base_model: str) -> BaseModel | None:
+def _find_known_base(base_model: str) -> BaseModel | None:
     """The published base model that has this id on the Hub; None where the package knows none."""
     return next((one for one in BASE_MODELS if base_model and base_model in (one.id, *one.other_ids)), None)
 
 
-def _configuration(file: Path) -> dict[str, Any]:
-    """A model's configuration on this disk; empty where there is none that can be read."""
+def _read_configuration(file: Path) -> dict[str, Any]:
+    """Read a model's JSON configuration; empty if it is missing or unreadable."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -180,13 +181,13 @@ def _configuration(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _plain(value: Any) -> Any:
-    """As JSON holds it."""
+def _tuple_to_list(value: Any) -> Any:
+    """A configuration in memory may have tuples where its JSON file has lists."""
     return list(value) if isinstance(value, tuple) else value
 
 
-def _guess(base_model: str) -> str:
-    """The question whether a name spelt alike is meant: the embedded base, or a folder beside where none is."""
+def _suggest_name(base_model: str) -> str:
+    """Ask whether a similar name was meant, the embedded base or a folder beside; empty if none is similar."""
     path = Path(base_model).expanduser()
     folders = [entry for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     places = {folder.name: str(folder) for folder in folders} | {TOYLAND: TOYLAND}

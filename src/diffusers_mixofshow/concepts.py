@@ -67,7 +67,10 @@ class Concept:
 
 
 def check_distinct(concepts: Iterable[Concept]) -> None:
-    """Raise one `ConceptError` that lists every name used by more than one concept; of a placeholder no tokens."""
+    """Raise one `ConceptError` that lists every name used by more than one concept.
+
+    A concept given twice is listed by its placeholder alone, without its tokens.
+    """
     owner: dict[str, str] = {}
     clashes = []
     for concept in concepts:
@@ -87,8 +90,8 @@ def split_prompt(prompt: str, concepts: Iterable[Concept], *, also_known: Collec
     Args:
         prompt: The user's text, e.g. ``"a <potter> at school"``.
         concepts: The loaded concepts.
-        also_known: Other bracketed words that are no concept but no mistake either, such as
-            textual-inversion tokens of the tokenizer; they stay part of the plain text.
+        also_known: Other bracketed words that are allowed, such as textual-inversion tokens of the tokenizer; they
+            stay part of the plain text.
 
     Returns:
         The pieces in order; a piece is a concept token exactly if it is in `concept_tokens`, e.g.
@@ -137,13 +140,13 @@ def _unknown_message(unknown: list[str], known: Mapping[str, tuple[str, ...]]) -
 
 
 def replace_mention(text: str, concepts: Iterable[Concept], write: Callable[[str, Concept], str]) -> str:
-    """Write something else where a text first names a concept.
+    """Replace the first mention of a concept in a text.
 
     Args:
         text: A prompt or caption.
         concepts: The concepts to look for.
-        write: Gets the article before the name, or nothing, and the concept; what it returns takes the place of
-            article, name and, where it follows, class word.
+        write: Called with the article before the name (empty if there is none) and the concept; returns the text
+            that replaces article, name and a class word behind it.
     """
     found = [
         (match, concept)
@@ -157,6 +160,6 @@ def replace_mention(text: str, concepts: Iterable[Concept], write: Callable[[str
 
 
 def _mention_of(concept: Concept) -> str:
-    """Pattern of a concept's name with an article and the class word, where they are there."""
+    """Pattern of a concept's placeholder, with an optional article before and class word behind."""
     class_word = rf"(?: {re.escape(concept.class_word)}\b)?"
     return rf"(?P<article>\b(?:an?|the|one) )?{re.escape(concept.placeholder)}{class_word}"

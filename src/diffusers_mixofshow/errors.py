@@ -63,23 +63,23 @@ class MissingExtraError(MixOfShowError, ImportError):
 
 
 class MixOfShowWarning(UserWarning):
-    """A call runs, but something that it asks for has no effect, or not the one expected."""
+    """A call works, but something in it has no effect, or another than the user may expect."""
 
 
 _BETWEEN = ("diffusers_mixofshow", "diffusers", "torch", "contextlib")
-"""Packages whose lines lie between a user's line and what is to be told of it."""
+"""Packages that a warning's stack level skips, to name the line in the user's own code."""
 
 
 def warn(message: str) -> None:
-    """Warn with `MixOfShowWarning`, at the line of the user's that led here."""
+    """Warn with `MixOfShowWarning`, at the line of the user's code that led here."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, MixOfShowWarning, stacklevel=level)
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """The question `Did you mean X?` about what is spelt most alike, a space before it; empty if nothing is."""
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Ask ``Did you mean X?`` (a space before it) about the most similar known word; empty if none is similar."""
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {nearest[0]}?" if nearest else ""
 

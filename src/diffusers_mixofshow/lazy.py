@@ -20,7 +20,7 @@ def import_lazily(package: str, modules: Mapping[str, Sequence[str]]) -> Callabl
     def __getattr__(name: str) -> object:
         if name not in homes and name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with _without_hints_of_torchvision():
+        with _hide_torchvision_hints():
             module = import_module(f"{package}.{homes.get(name, name)}")
         return getattr(module, name) if name in homes else module
 
@@ -28,15 +28,15 @@ def import_lazily(package: str, modules: Mapping[str, Sequence[str]]) -> Callabl
 
 
 @contextmanager
-def _without_hints_of_torchvision() -> Iterator[None]:
-    """Hush transformers, which asks for torchvision where image processors are imported; nothing here needs it."""
+def _hide_torchvision_hints() -> Iterator[None]:
+    """Hide transformers' hint that image processors need torchvision; this package does not use them."""
     logger = logging.getLogger("transformers.utils.import_utils")
-    logger.addFilter(_asks_for_nothing)
+    logger.addFilter(_is_no_torchvision_hint)
     try:
         yield
     finally:
-        logger.removeFilter(_asks_for_nothing)
+        logger.removeFilter(_is_no_torchvision_hint)
 
 
-def _asks_for_nothing(record: logging.LogRecord) -> bool:
+def _is_no_torchvision_hint(record: logging.LogRecord) -> bool:
     return "requires torchvision" not in record.getMessage()

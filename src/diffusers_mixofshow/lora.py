@@ -22,7 +22,7 @@ from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.families.layers import adapted_layers, canonical_name, components_with_sites, linear_layers
-from diffusers_mixofshow.offloading import brought_to, follow_changed_layers
+from diffusers_mixofshow.offloading import find_onload_device, follow_changed_layers
 from diffusers_mixofshow.sharing import changing
 
 
@@ -333,7 +333,7 @@ def _fill(linear: nn.Linear, matrix: torch.Tensor, base: nn.Module, model: nn.Mo
     The dtype is that of the base's weights, or of `matrix` if these are stored in 8 or 4 bits.
     """
     weight: torch.Tensor = base.weight  # type: ignore[assignment]
-    place, dtype = brought_to(base, model) or weight.device, weight.dtype if _is_wide(weight) else matrix.dtype
+    place, dtype = find_onload_device(base, model) or weight.device, weight.dtype if _is_wide(weight) else matrix.dtype
     values = matrix.detach().reshape(linear.weight.shape).to(place, dtype)
     linear.weight = nn.Parameter(values.clone(), requires_grad=False)
 
@@ -398,7 +398,7 @@ def _refuse_absent_weights(model: nn.Module, paths: Iterable[str]) -> None:
     for path in paths:
         layer = _unwrap(model.get_submodule(path))
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.is_meta and brought_to(layer, model) is None:
+        if isinstance(weight, torch.Tensor) and weight.is_meta and find_onload_device(layer, model) is None:
             raise ConfigurationError(
                 f"The weights of {path} are not in memory: they are on the meta device, and nothing brings them. Load "
                 "the base model with its weights."

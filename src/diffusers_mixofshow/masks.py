@@ -9,19 +9,19 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.errors import PictureError, warn
-from diffusers_mixofshow.pictures import Opened, Source, open_upright, unit_range
+from diffusers_mixofshow.pictures import Opened, Source, clip_to_unit_range, open_upright
 
 
 _BARELY_COLOURED = 16
-"""A colour whose channels differ by no more than this, of 255, is a grey."""
+"""A colour whose channels differ by no more than this, of 255, counts as grey."""
 _BLACK, _WHITE = 64, 192
-"""Greys of 255 up to and from which a mask means outside and inside."""
+"""A grey up to the first value, of 255, means outside; from the second value on, inside."""
 _OPAQUE = 240
-"""An alpha channel that is nowhere below says nothing."""
+"""An alpha channel that is nowhere below this value, of 255, marks nothing."""
 _MOST_LABELS = 16
-"""A picture with no more values than this may be one of labels; soft edges have more."""
+"""A picture with at most this many values may hold labels (small whole numbers); a soft mask has more values."""
 _NEARLY_WHITE = 0.94
-"""The brightest of a soft mask's values, of 1; labels are small whole numbers."""
+"""A mask whose brightest value, of 1, is below this may hold labels; a soft mask reaches white."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class Mask:
 def read_mask(source: Source | np.ndarray | torch.Tensor, *, called: str) -> Mask:
     """Read a mask.
 
-    Inside is what is white; or what is opaque, where the alpha channel varies; or the one label beside 0; or the one
-    colour beside black. Floats run from 0 to 1, whole numbers to 255, those of 16 bits to 65535.
+    Inside is the white; or, if the alpha channel varies, the opaque; or the only label other than 0; or the only
+    colour other than black. Floats run from 0 to 1, whole numbers from 0 to 255, with 16 bits to 65535.
 
     Args:
         source: A file, a picture of any mode, or an array or tensor of shape (height, width).
@@ -61,13 +61,13 @@ def read_mask(source: Source | np.ndarray | torch.Tensor, *, called: str) -> Mas
         PictureError: If it cannot be read, or can be understood in more than one way.
     """
     if isinstance(source, np.ndarray | torch.Tensor):
-        return Mask(values=_of_array(_plain(source, called), called))
+        return Mask(values=_mask_from_array(_to_array(source, called), called))
     opened = open_upright(source, called=called)
-    return Mask(values=_of_picture(opened, called), remarks=opened.remarks)
+    return Mask(values=_mask_from_picture(opened, called), remarks=opened.remarks)
 
 
-def mask_of(source: Source, *, called: str) -> Mask:
-    """Read a mask, and warn of what is odd about it; see `read_mask`."""
+def load_mask(source: Source, *, called: str) -> Mask:
+    """Read a mask, and warn of each of its `remarks`; see `read_mask`."""
     mask = read_mask(source, called=called)
     for remark in mask.remarks:
         warn(remark)
@@ -80,12 +80,12 @@ def read_alpha(alpha: Image.Image, *, called: str) -> Mask | None:
     Raises:
         PictureError: If it is nowhere more than half opaque.
     """
-    values = _of_alpha(np.asarray(alpha), called)
+    values = _mask_from_alpha(np.asarray(alpha), called)
     return None if values is None else Mask(values=values)
 
 
-def _plain(given: np.ndarray | torch.Tensor, called: str) -> np.ndarray:
-    """Array or tensor as an array of two dimensions."""
+def _to_array(given: np.ndarray | torch.Tensor, called: str) -> np.ndarray:
+    """Convert an array or tensor to an array of shape (height, width); axes of length 1 are dropped."""
     if isinstance(given, torch.Tensor):
         given = given.detach().cpu()
         given = (given.float() if given.is_floating_point() else given).numpy()
@@ -101,28 +101,28 @@ def _plain(given: np.ndarray | torch.Tensor, called: str) -> np.ndarray:
     return array
 
 
-def _of_array(array: np.ndarray, called: str) -> np.ndarray:
+def _mask_from_array(array: np.ndarray, called: str) -> np.ndarray:
     values = array.astype(np.float64)
     if array.dtype.kind == "b":
         return values
     if array.dtype.kind == "f":
-        return _soft(unit_range(values, called), called)
+        return _require_bright(clip_to_unit_range(values, called), called)
     limit = 65535 if array.dtype.kind == "u" and array.dtype.itemsize == 2 else 255
     low, high = int(array.min()), int(array.max())
     if not 0 <= low <= high <= limit:
         raise PictureError(f"{called} has values from {low} to {high}; expected 0 to {limit}")
-    return _of_whole_numbers(values / limit, called)
+    return _mask_from_levels(values / limit, called)
 
 
-def _of_picture(opened: Opened, called: str) -> np.ndarray:
+def _mask_from_picture(opened: Opened, called: str) -> np.ndarray:
     image = opened.image
     if opened.deep is not None:
-        return (_soft if image.mode == "F" else _of_whole_numbers)(opened.deep, called)
+        return (_require_bright if image.mode == "F" else _mask_from_levels)(opened.deep, called)
     colours = np.asarray(image.convert("RGB"))
     alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-    opaque = None if alpha is None else _of_alpha(alpha, called)
+    opaque = None if alpha is None else _mask_from_alpha(alpha, called)
     if alpha is None or opaque is None:
-        return _of_whole_numbers(_grey(colours, called) / 255, called)
+        return _mask_from_levels(_to_grey(colours, called) / 255, called)
     visible = colours[alpha > alpha.max() / 2]
     if not _is_coloured(visible) and visible.min() <= _BLACK and visible.max() >= _WHITE:
         raise PictureError(
@@ -132,17 +132,17 @@ def _of_picture(opened: Opened, called: str) -> np.ndarray:
     return opaque
 
 
-def _of_alpha(alpha: np.ndarray, called: str) -> np.ndarray | None:
-    """What is opaque, as a mask; None where opacity is the same everywhere, or nearly so."""
+def _mask_from_alpha(alpha: np.ndarray, called: str) -> np.ndarray | None:
+    """The opaque part as a mask; None if the picture is (nearly) equally opaque everywhere."""
     if alpha.max() == 0:
         raise PictureError(f"{called} is transparent everywhere; expected what is opaque, or white, to be inside")
     if alpha.min() == alpha.max() or alpha.min() >= _OPAQUE:
         return None
-    return _soft(_make_binary(alpha / 255, alpha.min() / 255), called)
+    return _require_bright(_make_binary(alpha / 255, alpha.min() / 255), called)
 
 
-def _grey(colours: np.ndarray, called: str) -> np.ndarray:
-    """Greys of 255, shape (height, width), where the colours (height, width, 3) are greys, or black and another."""
+def _to_grey(colours: np.ndarray, called: str) -> np.ndarray:
+    """Grey values up to 255, shape (height, width), of greys or of black and one colour (height, width, 3)."""
     if not _is_coloured(colours):
         return colours.max(axis=2).astype(np.float64)
     other = colours.any(axis=2)
@@ -155,29 +155,29 @@ def _grey(colours: np.ndarray, called: str) -> np.ndarray:
 
 
 def _is_coloured(colours: np.ndarray) -> bool:
-    """Whether some colour, along the last axis, is no grey."""
+    """Whether any of the colours, RGB along the last axis, is not grey."""
     return bool((colours.max(axis=-1) - colours.min(axis=-1)).max() > _BARELY_COLOURED)
 
 
-def _of_whole_numbers(values: np.ndarray, called: str) -> np.ndarray:
-    """Take two labels, or greys; `values` are fractions of the largest number that could be."""
+def _mask_from_levels(values: np.ndarray, called: str) -> np.ndarray:
+    """A mask from grey values or from two labels; `values` are fractions of the largest number that fits the type."""
     values = _make_binary(values, 0)
     if 0 < values.max() < _NEARLY_WHITE and (count := len(np.unique(values))) <= _MOST_LABELS:
         raise PictureError(
             f"{called} has {count} values, none of them white, as pictures of labels have, so that it is not "
             "known which label is inside; expected black and white, or 0 and one other value"
         )
-    return _soft(values, called)
+    return _require_bright(values, called)
 
 
 def _make_binary(values: np.ndarray, low: float) -> np.ndarray:
-    """Zero and one where there is nothing but the low value and another: labels, or a brush of some opacity."""
+    """Map two distinct values to 0 and 1, as of labels or a half-transparent brush; others stay as they are."""
     high = values.max()
     return (values > low).astype(np.float64) if ((values == low) | (values == high)).all() else values
 
 
-def _soft(values: np.ndarray, called: str) -> np.ndarray:
-    """Refuse a mask that is grey at its brightest; one of nothing but zeros is the caller's to judge."""
+def _require_bright(values: np.ndarray, called: str) -> np.ndarray:
+    """Refuse a mask that is nowhere above one half, except for all zeros, which callers judge."""
     if 0 < values.max() <= 0.5:
         raise PictureError(
             f"{called} is nowhere brighter than {values.max():.2g} of its range; expected what is inside to be above "

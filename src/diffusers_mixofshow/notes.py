@@ -1,4 +1,4 @@
-"""Generation settings inside picture files: A1111's text for other programs, JSON for this one."""
+"""Generation settings inside picture files: A1111's text for other programs, JSON for this package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from diffusers_mixofshow.versions import installed_version
 
 
 KEY = "mixofshow"
-"""Names our JSON in a PNG; in JPEG and WebP it is the maker's note."""
+"""PNG text chunk that holds our JSON; JPEG and WebP hold it in EXIF's MakerNote."""
 _INFOTEXT = "parameters"
-"""Names the text in a PNG that A1111 writes and most programs read; in JPEG and WebP it is the user's comment."""
+"""PNG text chunk that A1111 writes and most programs read; JPEG and WebP hold that text in EXIF's UserComment."""
 _UNICODE = b"UNICODE\0"
 _LONGEST_EXIF = 65_533
-"""Bytes that fit into a JPEG, with the six that mark them."""
+"""Largest EXIF block of a JPEG in bytes, including its six bytes of marker."""
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RecursionError)
 
 _SAMPLERS = {
@@ -38,13 +38,13 @@ _SAMPLERS = {
     "PNDMScheduler": "PLMS",
     "UniPCMultistepScheduler": "UniPC",
 }
-"""diffusers' schedulers as other programs call them."""
+"""Class of a diffusers scheduler to A1111's name of the sampler."""
 
 
-def sheet_note(
+def make_sheet_note(
     rows: Mapping[str, Sequence[tuple[str, int]]], *, base_model: str, steps: int, guidance: float
 ) -> dict[str, Any]:
-    """What a sheet tells of its pictures.
+    """Describe the pictures of a sheet, for `write_with_note`.
 
     Args:
         rows: Label to prompt and seed of each picture in the row.
@@ -58,22 +58,22 @@ def sheet_note(
 
 
 def sampler_name(scheduler: type) -> str:
-    """A class of schedulers as other programs call it."""
+    """A1111's name of a scheduler's sampler; the class's own name if it has none."""
     name = scheduler.__name__
     return _SAMPLERS.get(name, name.removesuffix("Scheduler"))
 
 
-def infotext(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
-    """Describe a picture as A1111 does, whose text most programs and sites read.
+def format_infotext(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
+    """Describe a picture in A1111's text format, which most programs and sites read.
 
     Args:
         prompt: In one line or several.
         negative_prompt: Likewise; may be empty.
-        settings: In A1111's words, such as Steps, Sampler, CFG scale, Seed, Size; None is left out.
+        settings: By A1111's names, such as Steps, Sampler, CFG scale, Seed, Size; a value of None is left out.
     """
-    lines = [_in_one_line(prompt)]
+    lines = [_join_lines(prompt)]
     if negative_prompt.strip():
-        lines.append(f"Negative prompt: {_in_one_line(negative_prompt)}")
+        lines.append(f"Negative prompt: {_join_lines(negative_prompt)}")
     lines.append(", ".join(f"{name}: {_quote(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
 
@@ -81,29 +81,32 @@ def infotext(prompt: str, negative_prompt: str, settings: Mapping[str, object]) 
 def write_with_note(
     path: Path, picture: Image.Image, kind: str, note: Mapping[str, Any], text: str | None = None
 ) -> None:
-    """Write a picture with what is to be told of it; the file appears whole or not at all.
+    """Write a picture and its description into one file, which appears whole or not at all.
 
     Args:
         path: The file.
         picture: What it shows.
         kind: Pillow's name of the format: PNG, JPEG or WEBP.
         note: JSON values, for `read_note`.
-        text: For other programs, see `infotext`.
+        text: For other programs, see `format_infotext`.
 
     Raises:
         FileWriteError: See `write_picture`.
+
+    Warns:
+        MixOfShowWarning: If a JPEG cannot hold the note, which is then left out.
     """
     content = json.dumps(note, ensure_ascii=False)
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
         if text is not None:
-            chunks.add_text(_INFOTEXT, text)  # as iTXt where Latin-1 does not hold it
+            chunks.add_text(_INFOTEXT, text)  # Pillow writes iTXt if Latin-1 cannot encode the text
         chunks.add_text(KEY, content)
         write_picture(path, picture, kind, pnginfo=chunks)
         return
-    exif = _exif(text, content)
+    exif = _make_exif(text, content)
     if kind == "JPEG" and len(exif) > _LONGEST_EXIF:
-        exif = _exif(text, None)
+        exif = _make_exif(text, None)
         warn(
             f"{path} does not say how to draw it again: masks of regions make that longer than a JPEG can hold. "
             "Write a PNG instead."
@@ -112,14 +115,14 @@ def write_with_note(
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What `write_with_note` noted in a picture.
+    """Read the note that `write_with_note` put into a picture.
 
     Raises:
         ConfigurationError: If the file is no picture, or says nothing that this package wrote.
     """
     try:
         with Image.open(path) as picture:
-            content = _content(picture)
+            content = _read_content(picture)
         note = None if content is None else json.loads(content)
     except _UNREADABLE as error:
         raise ConfigurationError(f"{path} cannot be read as a picture that tells how it was made: {error}.") from error
@@ -130,26 +133,26 @@ def read_note(path: Path) -> dict[str, Any]:
     return note
 
 
-def _content(picture: Image.Image) -> str | None:
+def _read_content(picture: Image.Image) -> str | None:
     if isinstance(picture, PngImagePlugin.PngImageFile):
         return picture.text.get(KEY)
     content = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote)
     return content.decode("utf-8") if isinstance(content, bytes) else None
 
 
-def _exif(text: str | None, content: str | None) -> bytes:
+def _make_exif(text: str | None, content: str | None) -> bytes:
     tags: dict[int, bytes] = {}
     if text is not None:
         tags[ExifTags.Base.UserComment] = _UNICODE + text.encode("utf-16-be")
     if content is not None:
         tags[ExifTags.Base.MakerNote] = content.encode("utf-8")
     exif = Image.Exif()
-    exif[ExifTags.IFD.Exif] = tags  # Pillow 10 forgets what is put into get_ifd() of an empty one
+    exif[ExifTags.IFD.Exif] = tags  # Pillow 10 loses values set in get_ifd() of an empty Exif
     return exif.tobytes()
 
 
-def _in_one_line(text: str) -> str:
-    """Readers of the text tell its parts apart by what lines begin with."""
+def _join_lines(text: str) -> str:
+    """Remove line breaks: programs that read A1111's text take the start of a line for the name of a part."""
     return " ".join(text.split("\n")).strip()
 
 

@@ -1,4 +1,4 @@
-"""Models whose weights lie elsewhere between their turns: where they compute, and how they take to changed layers."""
+"""Offloaded models, whose weights are on the device only while they compute: the device, and changes of layers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from diffusers.hooks.group_offloading import (
 from torch import nn
 
 
-def brought_to(layer: nn.Module, model: nn.Module) -> torch.device | None:
-    """Where offloading brings a layer's weights for its turn; None where nothing brings the layer's alone.
+def find_onload_device(layer: nn.Module, model: nn.Module) -> torch.device | None:
+    """The device that offloading moves a layer's weights to; None if offloading does not move this layer by itself.
 
     Args:
-        layer: A layer of the model, as it was before anything was wrapped around it.
+        layer: A layer of the model, without any wrapper such as PEFT's LoRA layer.
         model: The component of a pipeline that has the layer.
     """
     group = _get_top_level_group_offload_hook(model)
@@ -27,9 +27,9 @@ def brought_to(layer: nn.Module, model: nn.Module) -> torch.device | None:
 
 
 def follow_changed_layers(model: nn.Module) -> None:
-    """Make group offloading note what a model's layers are now, where it keeps a list of the weights of whole blocks.
+    """Apply block-level group offloading anew after layers of the model were added or removed.
 
-    It does so for streams, whose copies are made in advance, and stumbles over weights that are not on the list.
+    With a stream it copies a block's weights in advance by a list, and fails on weights that are not on that list.
     """
     group = _get_top_level_group_offload_hook(model)
     if group is None:

@@ -1,4 +1,4 @@
-"""Pictures of any kind, from a file or in memory, to upright 8-bit RGB, with what their alpha channel shows."""
+"""Read pictures of any kind, from a file or in memory, as upright 8-bit RGB with their alpha channel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusers_mixofshow.errors import PictureError, warn
 
 
 HEIF_SUFFIXES = (".heic", ".heif")
-"""Read by the optional package pillow-heif; Pillow cannot."""
+"""Endings that Pillow cannot read without the optional package pillow-heif."""
 
 PICTURE_SUFFIXES = (
     ".png",
@@ -35,7 +35,7 @@ PICTURE_SUFFIXES = (
 
 
 class FileContent(io.BytesIO):
-    """What a file held when it was read, for those who look at it and tell afterwards which one that was."""
+    """Bytes of a file as they were read, with path and digest, so that a record can name the content that was used."""
 
     def __init__(self, path: Path) -> None:
         """Read the file."""
@@ -53,16 +53,16 @@ Source = Path | BinaryIO | Image.Image
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 _BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339
-"""TIFF's tags."""
+"""Numbers of TIFF's tags BitsPerSample, PhotometricInterpretation and SampleFormat."""
 _WHITE_IS_ZERO, _SIGNED = 0, 2
-"""TIFF's names of the kind of a picture, and of its numbers."""
+"""TIFF's values of PhotometricInterpretation and SampleFormat."""
 _STEP = 1 / 255
-"""The least that 8 bits can show."""
+"""One step of 8-bit values, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture, read.
+    """A picture as RGB, and its alpha channel.
 
     Args:
         image: RGB, turned upright, on white where it was transparent.
@@ -77,11 +77,11 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A picture as it was stored.
+    """A picture in the mode that it was stored in.
 
     Args:
         image: Of any mode, turned upright.
-        deep: Its values in [0, 1], shape (height, width), where they have more than 8 bits; else None.
+        deep: Values in [0, 1], shape (height, width), of a picture of more than 8 bits; None for one of 8 bits.
         remarks: Sentences about what is unusual in the file, to be told to the user.
     """
 
@@ -96,7 +96,7 @@ def is_picture(path: Path) -> bool:
 
 
 def read_image(source: Source, *, called: str) -> Image.Image:
-    """Read a picture as upright RGB, and warn of what is odd about it; see `read_picture`."""
+    """Read a picture as upright RGB, and warn of each of its `remarks`; see `read_picture`."""
     picture = read_picture(source, called=called)
     for remark in picture.remarks:
         warn(remark)
@@ -106,7 +106,7 @@ def read_image(source: Source, *, called: str) -> Image.Image:
 def read_picture(source: Source, *, called: str) -> Picture:
     """Read a picture of any mode: palettes, greyscale, 16 and 32 bits, floats from 0 to 1, CMYK and alpha included.
 
-    More than 8 bits are scaled by what the mode can hold, never by the brightest pixel.
+    Values of more than 8 bits are scaled by the largest value of the mode, never by the brightest pixel.
 
     Args:
         source: A file, or a picture in memory.
@@ -117,8 +117,10 @@ def read_picture(source: Source, *, called: str) -> Picture:
     """
     opened = open_upright(source, called=called)
     if opened.deep is None:
-        return Picture(image=_on_white(opened.image), alpha=_alpha(opened.image), remarks=opened.remarks)
-    dark = _darkness(opened.deep, opened.image.mode, called)
+        return Picture(
+            image=_flatten_on_white(opened.image), alpha=_extract_alpha(opened.image), remarks=opened.remarks
+        )
+    dark = _check_brightness(opened.deep, opened.image.mode, called)
     image = Image.fromarray(np.rint(opened.deep * 255).astype(np.uint8)).convert("RGB")
     return Picture(image=image, alpha=None, remarks=(*opened.remarks, *dark))
 
@@ -135,31 +137,31 @@ def open_upright(source: Source, *, called: str) -> Opened:
     """
     try:
         if isinstance(source, Image.Image):
-            return _upright(source, called)
+            return _turn_upright(source, called)
         with _open(source, called) as opened:
-            # Phones put other pictures (depth, a preview) behind the photo of an MPO.
+            # In an MPO file of a phone the first frame is the photo; the others are a depth map or a preview.
             frames = 1 if opened.format == "MPO" else int(getattr(opened, "n_frames", 1))
             more = (f"{called} has {frames} frames, only the first is used",) if frames > 1 else ()
-            return replace(_upright(opened, called), remarks=more)
+            return replace(_turn_upright(opened, called), remarks=more)
     except _UNREADABLE as error:
         if isinstance(error, PictureError):
             raise
         if isinstance(error, FileNotFoundError):
             raise PictureError(f"{called} does not exist") from error
-        # The text of an unidentified one is its path once more.
+        # UnidentifiedImageError's own message would only repeat the path.
         reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
         raise PictureError(f"{called} is no readable picture ({reason})") from error
 
 
-def unit_range(values: np.ndarray, called: str) -> np.ndarray:
-    """Take float values that run from 0 to 1, but for what rounding adds.
+def clip_to_unit_range(values: np.ndarray, called: str) -> np.ndarray:
+    """Clip values to [0, 1]; refuse those that leave it by more than half a step of 8 bits, as rounding does not.
 
     Args:
         values: Of any shape.
-        called: What the error names.
+        called: How the error names the picture.
 
     Raises:
-        PictureError: If they leave that range, or some are no numbers.
+        PictureError: If a value is outside, or NaN.
     """
     low, high = float(values.min()), float(values.max())
     if not -_STEP / 2 <= low <= high <= 1 + _STEP / 2:
@@ -189,12 +191,12 @@ def _open(source: Path | BinaryIO, called: str) -> Image.Image:
     return opened
 
 
-def _upright(image: Image.Image, called: str) -> Opened:
-    """The picture turned upright, in a mode that Pillow converts."""
-    tags = getattr(image, "tag_v2", {})  # a turned copy has none
-    white = _white(image, tags)
+def _turn_upright(image: Image.Image, called: str) -> Opened:
+    """Turn a picture upright by its EXIF data, and scale values of more than 8 bits to [0, 1]."""
+    tags = getattr(image, "tag_v2", {})  # read before turning: the copy that Pillow turns has no TIFF tags
+    white = _largest_value(image, tags)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("La", "RGBa"):  # the colours multiplied by alpha
+    if upright.mode in ("La", "RGBa"):  # premultiplied alpha, which Pillow converts to few modes
         upright = upright.convert(upright.mode.upper())
     if not (upright.mode.startswith("I") or upright.mode == "F"):
         return Opened(image=upright, deep=None)
@@ -202,7 +204,7 @@ def _upright(image: Image.Image, called: str) -> Opened:
         raise PictureError(f"{called} has more than 8 bits and one transparent grey; save it with an alpha channel")
     values = np.asarray(upright).astype(np.float64)
     if upright.mode == "F":
-        deep = unit_range(values, called)
+        deep = clip_to_unit_range(values, called)
     else:
         if white == 2**32 - 1:  # Pillow reads all 32 bits as signed
             values = values % 2**32
@@ -212,18 +214,21 @@ def _upright(image: Image.Image, called: str) -> Opened:
     return Opened(image=upright, deep=1 - deep if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else deep)
 
 
-def _white(image: Image.Image, tags: Mapping[int, Any]) -> int:
+def _largest_value(image: Image.Image, tags: Mapping[int, Any]) -> int:
     """The largest whole number that a picture of more than 8 bits can hold."""
     if tags:
         bits, kind = (tags.get(tag, 1) for tag in (_BITS, _FORMAT))
         bits, kind = (value[0] if isinstance(value, tuple) else value for value in (bits, kind))
         return int(2 ** (bits - (kind == _SIGNED)) - 1)
-    # Pillow has PNM files of 16 bits in its mode of 32.
+    # Pillow opens 16-bit PGM and PNG files in mode I, which has 32 bits.
     return 2**31 - 1 if image.mode == "I" and image.format not in ("PPM", "PNG") else 2**16 - 1
 
 
-def _darkness(values: np.ndarray, mode: str, called: str) -> tuple[str, ...]:
-    """Say so where next to nothing can be seen, which most often comes from values that are small for their mode."""
+def _check_brightness(values: np.ndarray, mode: str, called: str) -> tuple[str, ...]:
+    """Refuse a picture that would be black in 8 bits, return a remark on one that would be almost black.
+
+    Most often its values fill only the low end of their mode, such as 8-bit values in a 16-bit file.
+    """
     brightest = float(values.max()) / _STEP
     if 0 < brightest < 0.5:
         raise PictureError(
@@ -234,14 +239,14 @@ def _darkness(values: np.ndarray, mode: str, called: str) -> tuple[str, ...]:
     return (almost,) if 0 < brightest < 2 else ()
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _flatten_on_white(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _alpha(image: Image.Image) -> Image.Image | None:
+def _extract_alpha(image: Image.Image) -> Image.Image | None:
     if not image.has_transparency_data:
         return None
     alpha = image.convert("RGBA").getchannel("A")

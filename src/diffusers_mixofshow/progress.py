@@ -1,8 +1,8 @@
-"""How far something is: bars of tqdm in terminals and notebooks, and in log files a plain line now and then.
+"""Progress: bars of tqdm in terminals and notebooks, and a plain line now and then in log files.
 
-Whoever switches bars off switches off these as well: for tqdm (``TQDM_DISABLE=1``), for diffusers or transformers
-(``utils.logging.disable_progress_bar()``), or for a pipeline (``pipe.set_progress_bar_config(disable=True)``). Of
-several processes the first tells.
+They are off where the bars of tqdm (``TQDM_DISABLE=1``), of diffusers or transformers
+(``utils.logging.disable_progress_bar()``) or of a pipeline (``pipe.set_progress_bar_config(disable=True)``) are off.
+Of several processes only that of rank 0 shows them.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any, TextIO
 
 
 _SECONDS_BETWEEN_LINES = 10.0
-"""How often a log is told how far something is."""
+"""Time between two lines of progress in a log file."""
 _CONTROLS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\r\n]")
 _TQDM_SWITCH, _BUT_OURS = "TQDM_DISABLE", "others"
-"""tqdm takes any text for yes; this one is ours."""
+"""tqdm takes any non-empty text for yes. We set "others" ourselves, which switches off all bars but this package's."""
 _SWITCHES = ("diffusers.utils.logging", "transformers.utils.logging")
 _IN_A_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 @contextmanager
 def progress(description: str, total: int, *, done: int = 0, pipe: object = None, shown: bool = True) -> Iterator[Any]:
-    """Show how far something is while the block runs, on standard error.
+    """Show a progress bar on standard error while the block runs.
 
     Args:
-        description: What is done.
+        description: Text before the bar.
         total: Number of steps.
         done: Steps done already.
-        pipe: A diffusers pipeline that does it, which may have its bars switched off.
-        shown: Whether this process tells.
+        pipe: A diffusers pipeline that does the work; without a bar if its own bars are switched off.
+        shown: Whether this process shows progress.
 
     Yields:
         A bar of tqdm: ``update(steps)``, ``set_postfix_str(text)``.
@@ -46,13 +46,13 @@ def progress(description: str, total: int, *, done: int = 0, pipe: object = None
 
 
 def announce(text: str, *, pipe: object = None, shown: bool = True) -> None:
-    """Tell in one line what is under way and has no steps to count, such as loading."""
+    """Print one line about work that has no steps to count, such as loading; not if bars are switched off."""
     if not is_off(pipe, shown=shown):
         tell(text)
 
 
 def tell(text: str) -> None:
-    """Print a line on standard error, above whatever bars there are; for what is more than progress."""
+    """Print a line on standard error above any bars, also if these are switched off."""
     from tqdm.auto import tqdm
 
     tqdm.write(text, file=sys.stderr)
@@ -67,7 +67,7 @@ def bar_settings(pipe: object = None, *, shown: bool = True) -> dict[str, Any]:
     """
     if is_off(pipe, shown=shown):
         return {"disable": True}
-    if _redraws():
+    if _can_redraw():
         return {}
     return {
         "disable": False,
@@ -92,8 +92,8 @@ def is_off(pipe: object = None, *, shown: bool = True) -> bool:
 
 
 @contextmanager
-def without_bars(pipe: Any) -> Iterator[None]:
-    """A pipeline without bars of its own for the length of the block; afterwards its settings are what they were."""
+def hide_bars(pipe: Any) -> Iterator[None]:
+    """Switch a pipeline's own bars off inside the block; afterwards its settings are restored."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
@@ -102,26 +102,26 @@ def without_bars(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
-def lines_only() -> None:
-    """Where bars cannot be redrawn, switch off those of all other programs for this process and its children."""
-    if not _redraws():
+def disable_foreign_bars() -> None:
+    """If standard error cannot redraw bars, switch off other libraries' bars in this process and its children."""
+    if not _can_redraw():
         os.environ.setdefault(_TQDM_SWITCH, _BUT_OURS)
 
 
-def _redraws() -> bool:
-    """Whether what reads standard error can draw over a line: a terminal, or a notebook."""
+def _can_redraw() -> bool:
+    """Whether standard error is a terminal or a notebook, where a bar can be drawn over itself."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return sys.stderr.isatty() or "IPKernelApp" in getattr(shell, "config", {})
 
 
 class _Lines:
-    """A log file as tqdm sees it: every state of a bar becomes a line of its own, without control characters."""
+    """A stream for tqdm that writes every state of a bar to a log as a line of its own, without control characters."""
 
     def __init__(self, log: TextIO) -> None:
         self._log, self._last = log, ""
 
     def write(self, text: str) -> None:
-        """Write what is left of the text without controls, unless it was just said."""
+        """Write the text without control characters, unless it repeats the last line."""
         line = _CONTROLS.sub("", text).rstrip()
         if line and line != self._last:
             self._log.write(line + "\n")

@@ -1,4 +1,7 @@
-"""Which threads are at work with a model, so that none of them changes what another one uses."""
+"""Locks on models: several threads may use one, but while a thread changes it no other thread may use or change it.
+
+A thread that cannot enter gets an error at once instead of waiting.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from diffusers_mixofshow.errors import ConfigurationError
 
 @dataclass(eq=False)
 class _Work:
-    """How often each thread has entered a block that uses, or one that changes."""
+    """Thread to the number of `using` and of `changing` blocks of one model that it is in."""
 
     using: Counter[int] = field(default_factory=Counter)
     changing: Counter[int] = field(default_factory=Counter)
@@ -26,7 +29,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def using(*things: object) -> Iterator[None]:
-    """Use models inside the block, beside other threads that use them, too.
+    """Use models inside the block; other threads may use them at the same time.
 
     Raises:
         ConfigurationError: If another thread is changing one of them.
@@ -37,14 +40,14 @@ def using(*things: object) -> Iterator[None]:
 
 @contextmanager
 def changing(*things: object, refusal: str = "") -> Iterator[bool]:
-    """Change models, or what else serves one thread at a time, inside the block. A thread may enter it again.
+    """Change models, or other things that serve one thread at a time, inside the block. Blocks of a thread may nest.
 
     Args:
-        things: Whatever can be referred to weakly.
-        refusal: What the error says, where it shall say more than which model is in use.
+        things: Any objects that can be referred to weakly.
+        refusal: The error's text in place of the usual one.
 
     Yields:
-        Whether this thread was changing one of them already.
+        Whether this thread is inside another such block of one of them.
 
     Raises:
         ConfigurationError: If another thread uses or changes one of them.

@@ -1,4 +1,4 @@
-"""Pictures of pictures: rows on white, each with what it shows written beside it."""
+"""Contact sheets: rows of pictures on white, each row with its label."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GAP = 4
 _TITLE_HEIGHT = 16
 
 
-def labelled_sheet(
+def draw_labelled_sheet(
     rows: Mapping[str, Sequence[Image.Image]], *, title: str | None = None, scale: int = 1
 ) -> Image.Image:
     """Arrange pictures in rows, each with its label to the left.

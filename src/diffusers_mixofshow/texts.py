@@ -9,11 +9,11 @@ from diffusers_mixofshow.errors import TextError
 
 
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-"""What a file begins with that tells its encoding."""
+"""Byte order mark at the start of a file to its encoding."""
 
 
 def read_text(path: Path) -> str:
-    r"""Read UTF-8, or UTF-16 that says so by its mark; every line ends in ``\n``.
+    r"""Read UTF-8, or UTF-16 with a byte order mark; every line ends in ``\n``.
 
     Args:
         path: The file.

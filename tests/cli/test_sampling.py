@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cli.commands import named_in, options_of
 from diffusers_mixofshow import cli
-from diffusers_mixofshow.base_models import devices
+from diffusers_mixofshow.base_models import list_devices
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_region
 from diffusers_mixofshow.errors import MixOfShowError, MixOfShowWarning, RegionError
 from diffusers_mixofshow.notes import read_note
@@ -226,7 +226,7 @@ def test_a_picture_as_a_camera_takes_it_is_told_to_be_large(place, monkeypatch) 
         (["--adapter", "zoe=photo.png"], ["no T2I-Adapter is known for 'zoe'"]),
         (["--adapter", "image@base=photo.png"], ["The T2I-Adapter 'base' cannot be loaded"]),
         (["--device", "nowhere"], ["--device nowhere", "doctor"]),
-        (["--device", "cuda:77"], ["--device cuda:77", f"a device that it has ({devices()});", "doctor"]),
+        (["--device", "cuda:77"], ["--device cuda:77", f"a device that it has ({list_devices()});", "doctor"]),
         (["--base", "toyland", *IMAGE, "--mask", "left.png"], ["4 or 9 input channels", "that of toyland has 8"]),
         (["--region", "3:x", "--region", "0,0,2,1:y", "--region", "mask=none.png:z"],
          ["Region '3:x'", "Region 'y': its box", "none.png does not exist"]),

@@ -15,7 +15,7 @@ from PIL import Image
 import tiny
 from diffusers_mixofshow import Concept, make_masks
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, OverwriteError, TrainingDataError
-from diffusers_mixofshow.sheets import labelled_sheet
+from diffusers_mixofshow.sheets import draw_labelled_sheet
 from diffusers_mixofshow.training.data import read_photos
 from diffusers_mixofshow.training.finding import Finder
 from diffusers_mixofshow.training.masking import MadeMask
@@ -308,7 +308,7 @@ def test_the_sheet_is_photo_mask_and_cut_out_in_small_with_what_was_found(
         for each in row:
             each.thumbnail((160, 160))
     assert [row[0].size for row in rows.values()] == [(80, 40), (160, 160), (80, 160)]
-    expected = labelled_sheet(rows, title="photo, mask, cut-out")
+    expected = draw_labelled_sheet(rows, title="photo, mask, cut-out")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "look.png")), np.asarray(expected))
 
 

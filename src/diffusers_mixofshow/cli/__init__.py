@@ -31,7 +31,7 @@ from diffusers_mixofshow.errors import (
     OverwriteError,
     RegionError,
 )
-from diffusers_mixofshow.progress import announce, lines_only
+from diffusers_mixofshow.progress import announce, disable_foreign_bars
 
 
 FAILED = 1
@@ -94,7 +94,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it warns of every attempt; our error reports the last
-    lines_only()
+    disable_foreign_bars()
     try:
         with show_warnings_as_sentences():
             code = app(prog_name="mixofshow", standalone_mode=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusers_mixofshow.base_models import location_of, normalise_name, one_name
+from diffusers_mixofshow.base_models import canonical_name, location_of, normalise_name
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
@@ -38,7 +38,9 @@ def find_common_base(concepts: Sequence[EDLoRA]) -> str:
         ConfigurationError: If they differ, or there are none.
     """
     told = [edlora for edlora in concepts if edlora.base_model]
-    bases = {one_name(edlora.base_model): ", ".join(one.placeholder for one in edlora.concepts[:1]) for edlora in told}
+    bases = {
+        canonical_name(edlora.base_model): ", ".join(one.placeholder for one in edlora.concepts[:1]) for edlora in told
+    }
     if len(bases) != 1:
         found = ", ".join(f"{base} ({placeholder})" for base, placeholder in bases.items()) or "none"
         raise ConfigurationError(f"Expected ED-LoRAs of one base model, got {found}. Name the base with --base.")

@@ -9,7 +9,7 @@ import typer
 
 from diffusers_mixofshow.cli import measuring, plans
 from diffusers_mixofshow.cli.base_model import Base
-from diffusers_mixofshow.errors import ConfigurationError, meant
+from diffusers_mixofshow.errors import ConfigurationError, suggest
 
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _read_packs(source: str, own: list[str], base: str | None) -> tuple[str, dic
         if len(names) > 1:
             defects.append(f"{other} holds {len(names)} concepts, expected one alone")
         elif names[0] not in held:
-            hint = meant(names[0], held)
+            hint = suggest(names[0], held)
             defects.append(f"{other} holds {names[0]}, but the pack holds {', '.join(held)}.{hint}".rstrip("."))
     if defects:
         raise ConfigurationError(f"--own: {'; '.join(defects)}. To measure other packs beside it, use compare.")

@@ -18,7 +18,7 @@ from diffusers_mixofshow.cli.base_model import MOST_STEPS, find_common_base, nor
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.cli.timing import estimate_time
 from diffusers_mixofshow.concepts import KINDS
-from diffusers_mixofshow.errors import ConfigurationError, meant, warn
+from diffusers_mixofshow.errors import ConfigurationError, suggest, warn
 from diffusers_mixofshow.progress import progress
 from diffusers_mixofshow.sampling.loading import load_base
 
@@ -344,7 +344,7 @@ def _parse_by_concept(
             defects.append(f"{text!r} is not of the form 'concept={form}', e.g. {example!r}")
         elif placeholder not in known:
             defects.append(f"no pack holds {placeholder} (they hold {', '.join(dict.fromkeys(known))})")
-            hints.append(meant(placeholder, known))
+            hints.append(suggest(placeholder, known))
         elif placeholder in found:
             defects.append(f"{placeholder} has {option} twice")
         elif defect := check(value):
@@ -392,10 +392,10 @@ def _find_toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, obje
 
 
 def _make_sheet(evaluation: Evaluation) -> Image.Image:
-    from diffusers_mixofshow.sheets import labelled_sheet
+    from diffusers_mixofshow.sheets import draw_labelled_sheet
 
     rows = {" ".join(each): evaluation.pictures[each] for each in _list_rows(evaluation)}
-    return labelled_sheet({label: [_shrink(picture) for picture in row] for label, row in rows.items()})
+    return draw_labelled_sheet({label: [_shrink(picture) for picture in row] for label, row in rows.items()})
 
 
 def _list_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -417,7 +417,7 @@ def _make_note(measurement: Measurement, evaluation: Evaluation) -> dict[str, An
         subject = concept.class_word if pack == CLASS_WORD else name
         prompts = fill_templates(_choose_templates(asked, measurement.base, concept), subject, asked.pictures)
         rows[f"{name} {pack}"] = [(prompt, asked.seed + number) for number, prompt in enumerate(prompts)]
-    return notes.sheet_note(rows, base_model=measurement.base, steps=asked.steps, guidance=settings["guidance"])
+    return notes.make_sheet_note(rows, base_model=measurement.base, steps=asked.steps, guidance=settings["guidance"])
 
 
 def _shrink(picture: Image.Image) -> Image.Image:

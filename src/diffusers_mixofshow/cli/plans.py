@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import find_existing
-from diffusers_mixofshow.base_models import classes_of, known_family, location_of, not_loadable
+from diffusers_mixofshow.base_models import classes_of, known_family, location_of, make_loading_error
 from diffusers_mixofshow.cli.timing import estimate_time
 
 
@@ -235,7 +235,7 @@ def describe_base(base: str) -> str:
     try:
         refuse_missing_folder(location_of(base))
     except FileNotFoundError as error:
-        raise not_loadable(base, error) from error
+        raise make_loading_error(base, error) from error
     return describe_model(base)
 
 

@@ -91,10 +91,10 @@ def parse_isolation(steps: str | None, scales: str | None) -> Isolation:
 
 
 def _parse_value(name: str, text: str) -> Any:
-    from diffusers_mixofshow.masks import mask_of
+    from diffusers_mixofshow.masks import load_mask
 
     if name == "mask":
-        return mask_of(Path(text), called=text).values
+        return load_mask(Path(text), called=text).values
     if name in _TEXTS:
         return text
     return int(text) if name == "order" else float(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
+from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, location_of
 
 
 _MEASURED = 3
@@ -45,7 +45,7 @@ def _measure(batch: int, pixels: tuple[int, int] | None, *, backward: bool) -> f
     from diffusers_mixofshow.families.layers import default_size
 
     folder = Path(location_of(TOYLAND))
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **in_dtype(torch.float32))
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **dtype_argument(torch.float32))
     height, width = default_size(unet)
     scale = 64 // height
     height, width = (side // scale for side in pixels) if pixels else (height, width)

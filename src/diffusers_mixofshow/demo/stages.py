@@ -20,7 +20,7 @@ from diffusers_mixofshow.atomic import refuse_overwriting, write_whole
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.errors import ConfigurationError, FileWriteError
-from diffusers_mixofshow.notes import sheet_note, write_with_note
+from diffusers_mixofshow.notes import make_sheet_note, write_with_note
 from diffusers_mixofshow.progress import progress
 
 
@@ -149,7 +149,7 @@ def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings:
     """One sheet a concept: its photos, then a row a method; and one of several concepts, with and without regions."""
     from diffusers_mixofshow.demo.photos import photos_of
     from diffusers_mixofshow.demo.sampling import first_seeds, prompts_alone, prompts_together
-    from diffusers_mixofshow.sheets import labelled_sheet
+    from diffusers_mixofshow.sheets import draw_labelled_sheet
 
     alone, several = first_seeds(settings)
     sheets = {"together": {"with regions": pictures.regional, "without": pictures.unguided}}
@@ -163,8 +163,8 @@ def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings:
             method: _number_prompts(prompts_alone(method, concept, settings), alone) for method in pictures.alone
         }
     for name, rows in sheets.items():
-        note = sheet_note(asked[name], base_model=TOYLAND, steps=settings.steps, guidance=settings.guidance_scale)
-        write_with_note(settings.folder / "sheets" / f"{name}.png", labelled_sheet(rows, scale=2), "PNG", note)
+        note = make_sheet_note(asked[name], base_model=TOYLAND, steps=settings.steps, guidance=settings.guidance_scale)
+        write_with_note(settings.folder / "sheets" / f"{name}.png", draw_labelled_sheet(rows, scale=2), "PNG", note)
 
 
 def _number_prompts(prompts: Sequence[str], first_seed: int) -> list[tuple[str, int]]:

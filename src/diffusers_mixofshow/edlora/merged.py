@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffusers_mixofshow.atomic import write_whole
-from diffusers_mixofshow.base_models import in_dtype
+from diffusers_mixofshow.base_models import dtype_argument
 from diffusers_mixofshow.edlora import hub, models
 from diffusers_mixofshow.edlora.low_rank import LowRank, low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, HubError, MixOfShowError
@@ -123,7 +123,7 @@ def load_base(base_model: str, pipeline_class: str) -> DiffusionPipeline:
     import diffusers
 
     try:
-        load = partial(getattr(diffusers, pipeline_class).from_pretrained, **in_dtype(torch.float32))
+        load = partial(getattr(diffusers, pipeline_class).from_pretrained, **dtype_argument(torch.float32))
         pipeline: DiffusionPipeline = models.load_base(base_model, load)
         return pipeline
     except (ConfigurationError, HubError) as error:

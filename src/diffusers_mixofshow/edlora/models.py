@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import huggingface_hub
 import torch
 
-from diffusers_mixofshow.base_models import location_of, not_loadable
+from diffusers_mixofshow.base_models import location_of, make_loading_error
 from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.progress import announce
@@ -62,7 +62,7 @@ def load_base(name: str, load: Callable[..., _Model]) -> _Model:
     except ConfigurationError:  # already names the defect
         raise
     except (OSError, ValueError) as error:
-        raise not_loadable(name, error) from error
+        raise make_loading_error(name, error) from error
 
 
 def load_clip_model(name: str, kind: type, *, called: str, expected: str) -> tuple[Any, Any]:

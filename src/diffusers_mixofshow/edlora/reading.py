@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffusers_mixofshow.edlora.defects import sanitise
 from diffusers_mixofshow.edlora.signatures import guess_kind
-from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, meant
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, suggest
 
 
 LONGEST_HEADER = 8 * 2**20
@@ -63,7 +63,7 @@ def is_folder(path: Path) -> bool:
 def suggest_name(path: Path) -> str:
     """Suggest a similar name from the folder of a path that does not exist; empty if there is none."""
     try:
-        return meant(path.name, [sanitise(entry.name) for entry in path.parent.iterdir()])
+        return suggest(path.name, [sanitise(entry.name) for entry in path.parent.iterdir()])
     except (OSError, ValueError):
         return ""
 

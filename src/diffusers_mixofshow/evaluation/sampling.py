@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.progress import without_bars
+from diffusers_mixofshow.progress import hide_bars
 from diffusers_mixofshow.regions import Region
 
 
@@ -81,7 +81,7 @@ def sample_pictures(
     for start in range(0, len(prompts), sampling.batch_size):
         batch = list(prompts[start : start + sampling.batch_size])
         seeds = range(sampling.first_seed + first + start, sampling.first_seed + first + start + len(batch))
-        with without_bars(pipe):
+        with hide_bars(pipe):
             pictures += pipe(
                 prompt=batch,
                 negative_prompt=[""] * len(batch),

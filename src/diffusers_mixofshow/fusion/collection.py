@@ -23,7 +23,7 @@ from diffusers_mixofshow.families.layers import components_with_sites, configure
 from diffusers_mixofshow.fusion.borrowing import load_source
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
 from diffusers_mixofshow.lora import refuse_copied
-from diffusers_mixofshow.progress import without_bars
+from diffusers_mixofshow.progress import hide_bars
 
 
 TextTokens = Literal["all", "unpadded", "concept"]
@@ -258,7 +258,7 @@ def _set_up_sampling(pipe: Any) -> Iterator[None]:
     if sampler:
         pipe.scheduler = getattr(diffusers, sampler).from_config(scheduler.config)
     try:
-        with without_bars(pipe):
+        with hide_bars(pipe):
             yield
     finally:
         pipe.scheduler = scheduler

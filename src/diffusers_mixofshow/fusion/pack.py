@@ -18,7 +18,7 @@ from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
 from diffusers_mixofshow.edlora.folder import remove
 from diffusers_mixofshow.edlora.reading import read_metadata
-from diffusers_mixofshow.errors import FusionError, meant, warn
+from diffusers_mixofshow.errors import FusionError, suggest, warn
 from diffusers_mixofshow.fusion.gram import Device, Gram
 from diffusers_mixofshow.fusion.pack_sources import (
     carried_path,
@@ -235,7 +235,7 @@ class FusedPack(EDLoRA):
                 return source
         known = ", ".join(source.name for source in self.sources) or "none, as it was read from a file"
         placeholders = [placeholder for source in self.sources for placeholder in source.prompts]
-        guess = meant("<" + name.strip("<>") + ">", placeholders)
+        guess = suggest("<" + name.strip("<>") + ">", placeholders)
         raise FusionError(f"{name} is not a source of this pack; its sources are {known}.{guess}")
 
 

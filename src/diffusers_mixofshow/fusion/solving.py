@@ -10,7 +10,7 @@ from zlib import crc32
 
 import torch
 
-from diffusers_mixofshow.base_models import devices
+from diffusers_mixofshow.base_models import list_devices
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import FusionError, first_line
@@ -89,7 +89,7 @@ def check_device(device: Device) -> None:
     except (RuntimeError, TypeError, AssertionError) as error:
         raise FusionError(
             f"Layers cannot be solved on device={str(device)!r}: {first_line(error)}. Expected a device with float64; "
-            f"this machine has: {devices()}."
+            f"this machine has: {list_devices()}."
         ) from error
 
 

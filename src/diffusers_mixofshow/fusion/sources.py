@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import one_name
+from diffusers_mixofshow.base_models import canonical_name
 from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
@@ -298,7 +298,7 @@ def mutual_defects(sources: Sequence[Source]) -> list[str]:
     edloras = {source.name: source.edlora for source in sources}
     check_distinct(concept for source in sources for concept in source.edlora.concepts)
     defects = []
-    bases = {one_name(edlora.base_model): name for name, edlora in reversed(edloras.items()) if edlora.base_model}
+    bases = {canonical_name(edlora.base_model): name for name, edlora in reversed(edloras.items()) if edlora.base_model}
     if len(bases) > 1:
         tuned = ", ".join(f"{name} on {base!r}" for base, name in reversed(bases.items()))
         defects.append(f"they were tuned on different base models ({tuned}); tune them on the same one")

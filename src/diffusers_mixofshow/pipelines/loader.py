@@ -15,14 +15,14 @@ from typing import Any, Self
 import torch
 from peft.tuners.lora import LoraLayer
 
-from diffusers_mixofshow.base_models import in_dtype, location_of, name_of
+from diffusers_mixofshow.base_models import dtype_argument, location_of, name_of
 from diffusers_mixofshow.concepts import Concept, check_distinct
 from diffusers_mixofshow.conditioning.tokenize import list_bracketed_words
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.embeddings import rows_for
 from diffusers_mixofshow.edlora.models import silence_if_embedded
-from diffusers_mixofshow.errors import ConceptError, ConfigurationError, meant, warn
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, suggest, warn
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.lora import (
@@ -88,7 +88,7 @@ class EDLoRALoader:
         source = location_of(name)
         if "torch_dtype" not in kwargs:
             # By default diffusers loads its models in float32, transformers 5 its models in the dtype of their files.
-            kwargs |= in_dtype(kwargs.pop("dtype", torch.float32))
+            kwargs |= dtype_argument(kwargs.pop("dtype", torch.float32))
         with silence_if_embedded(name):
             pipeline: Self = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         shared = ("revision", "token", "cache_dir", "local_files_only")
@@ -130,12 +130,12 @@ class EDLoRALoader:
         which one of them unloads loses its weight updates in the other one, too.
         """
         if "dtype" in kwargs:
-            kwargs |= in_dtype(kwargs.pop("dtype"))
+            kwargs |= dtype_argument(kwargs.pop("dtype"))
         if kwargs.keys() & {"dtype", "torch_dtype"}:
             made: Self = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         else:
             with _silence_cast_warnings():
-                made = super().from_pipe(pipeline, **kwargs, **in_dtype(pipeline.dtype))  # type: ignore[misc]
+                made = super().from_pipe(pipeline, **kwargs, **dtype_argument(pipeline.dtype))  # type: ignore[misc]
         made._edloras = dict(getattr(pipeline, "_edloras", {}))
         made._in_weights = getattr(pipeline, "_in_weights", None)
         return made
@@ -436,7 +436,7 @@ class EDLoRALoader:
         wanted = [names] if isinstance(names, str) else list(names)
         unknown = [name for name in wanted if name not in adapter_of]
         if unknown:
-            guess = meant(unknown[0], adapter_of) if len(unknown) == 1 else ""
+            guess = suggest(unknown[0], adapter_of) if len(unknown) == 1 else ""
             raise ConceptError(f"Not loaded: {', '.join(unknown)}{_list_names(adapter_of)}.{guess}")
         return list(dict.fromkeys(adapter_of[name] for name in wanted))
 

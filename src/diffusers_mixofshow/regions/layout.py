@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusers_mixofshow.atomic import check_outputs, encode_picture, write_whole
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.masks import mask_of
+from diffusers_mixofshow.masks import load_mask
 from diffusers_mixofshow.regions.drawing import draw_regions
 from diffusers_mixofshow.regions.region import Region, read_inside
 from diffusers_mixofshow.texts import read_text
@@ -228,11 +228,11 @@ def _read_mask(given: str, folder: Path) -> np.ndarray:
             source: Path | io.BytesIO = io.BytesIO(base64.b64decode(given.removeprefix(_PNG), validate=True))
         except binascii.Error as error:
             raise ValueError(f"no base64 ({error})") from error
-        return mask_of(source, called="it").values
+        return load_mask(source, called="it").values
     path = (folder / given).resolve()
     if not path.is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
         raise ValueError(f"{given!r} is no file in the layout's folder")
-    return mask_of(path, called=given).values
+    return load_mask(path, called=given).values
 
 
 def _list_unknown(owner: str, given: Mapping[str, object], known: set[str]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
+from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, location_of
 from diffusers_mixofshow.errors import ConfigurationError, HubError, MissingExtraError, first_line
 
 
@@ -182,7 +182,7 @@ def add_controls(pipe: MixOfShowPipeline, controls: Sequence[Control]) -> MixOfS
 
     nets = _load_models(pipe, controls, ControlNetModel.from_pretrained, "ControlNet")
     made: MixOfShowControlNetPipeline = choose_pipeline(pipe.components, "ControlNet").from_pipe(
-        pipe, controlnet=nets[0] if len(nets) == 1 else nets, **in_dtype(pipe.dtype)
+        pipe, controlnet=nets[0] if len(nets) == 1 else nets, **dtype_argument(pipe.dtype)
     )
     return made
 

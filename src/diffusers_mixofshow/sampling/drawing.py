@@ -50,7 +50,7 @@ class Given:
         Raises:
             PictureError: If it cannot be read, or is meant as a mask and cannot be understood as one.
         """
-        from diffusers_mixofshow.masks import mask_of
+        from diffusers_mixofshow.masks import load_mask
         from diffusers_mixofshow.pictures import FileContent, read_image
 
         try:
@@ -58,7 +58,7 @@ class Given:
         except OSError as error:
             raise PictureError(f"{path} cannot be read: {error.strerror or error}.") from error
         called = str(path)
-        image = mask_of(content, called=called).grey if as_mask else read_image(content, called=called)
+        image = load_mask(content, called=called).grey if as_mask else read_image(content, called=called)
         return cls(path=path, image=image, digest=content.digest)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, devices, in_dtype, location_of
+from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, list_devices, location_of
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, family_of_index
 from diffusers_mixofshow.progress import bar_settings
@@ -46,7 +46,7 @@ def check_device(device: str | None, dtype: str | None) -> tuple[str, str | None
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ConfigurationError(
             f"Got --device {device}{f' --dtype {dtype}' if dtype else ''}, which this machine cannot draw with: "
-            f"{first_line(error)}. Expected a device that it has ({devices()}); 'mixofshow doctor' tells more."
+            f"{first_line(error)}. Expected a device that it has ({list_devices()}); 'mixofshow doctor' tells more."
         ) from error
     return device, dtype
 
@@ -93,7 +93,7 @@ def _load_unchanged(place: str, *, device: str, dtype: str | None, **options: An
 
     weights = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(place, **in_dtype(weights), **options).to(device)
+        return diffusers.DiffusionPipeline.from_pretrained(place, **dtype_argument(weights), **options).to(device)
     except AttributeError as error:
         raise ConfigurationError(
             f"The installed diffusers {diffusers.__version__} cannot load this pipeline: {first_line(error)}. Install "

@@ -36,7 +36,7 @@ def write_drawn(files: Sequence[Path], drawing: Drawing, drawn: Drawn) -> None:
         plan = dataclasses.replace(drawing.plan, width=image.width, height=image.height)
         note = _make_note(drawing, drawn, plan, seed)
         settings = _describe_for_a1111(drawing, drawn, plan, seed)
-        text = notes.infotext(plan.prompt or "", plan.negative_prompt or "", settings)
+        text = notes.format_infotext(plan.prompt or "", plan.negative_prompt or "", settings)
         notes.write_with_note(file, image, FORMATS[file.suffix.lower()], note, text)
 
 

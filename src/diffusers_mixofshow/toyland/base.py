@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_mixofshow.base_models import TOYLAND, in_dtype, location_of
+from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, location_of
 from diffusers_mixofshow.edlora.models import silence_libraries
 from diffusers_mixofshow.errors import MixOfShowError
 from diffusers_mixofshow.toyland.metric import MetricModel, MetricTowers
@@ -53,7 +53,7 @@ def load_pipeline(
 
             pipeline_class = StableDiffusionPipeline
         return pipeline_class.from_pretrained(
-            str(folder or path()), **in_dtype(dtype), safety_checker=None, local_files_only=True
+            str(folder or path()), **dtype_argument(dtype), safety_checker=None, local_files_only=True
         )
 
 
@@ -67,7 +67,7 @@ def load_layout_adapter(dtype: torch.dtype = torch.float32, folder: Path | str |
     from diffusers import T2IAdapter
 
     with silence_libraries():
-        return T2IAdapter.from_pretrained(Path(folder or path()) / "layout_adapter", **in_dtype(dtype))
+        return T2IAdapter.from_pretrained(Path(folder or path()) / "layout_adapter", **dtype_argument(dtype))
 
 
 def load_metric_model(folder: Path | str | None = None) -> MetricModel:

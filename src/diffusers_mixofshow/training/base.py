@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import TOYLAND, in_dtype
+from diffusers_mixofshow.base_models import TOYLAND, dtype_argument
 from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of, family_of_index
@@ -101,7 +101,7 @@ def _load(place: str, *, dtype: torch.dtype, **options: Any) -> Any:
 
     family = family_of_index(DiffusionPipeline.load_config(place, **options))
     refuse_other_families(f"The base model {place!r}", family)
-    return stock_class(family).from_pretrained(place, **in_dtype(dtype), **family.unmarked, **options)
+    return stock_class(family).from_pretrained(place, **dtype_argument(dtype), **family.unmarked, **options)
 
 
 def warn_of_small_pictures(pipeline: Any, config: TrainingConfig) -> None:

@@ -12,7 +12,7 @@ from diffusers_mixofshow.atomic import check_outputs, write_picture
 from diffusers_mixofshow.errors import ConfigurationError, PictureError, TrainingDataError, warn
 from diffusers_mixofshow.masks import read_alpha
 from diffusers_mixofshow.progress import progress
-from diffusers_mixofshow.sheets import labelled_sheet
+from diffusers_mixofshow.sheets import draw_labelled_sheet
 from diffusers_mixofshow.training.finding import DEFAULT_FINDER, Finder
 from diffusers_mixofshow.training.folders import MASK_FOLDERS, Listing, list_folder, one_a_line
 from diffusers_mixofshow.training.outlines import Outline, outline
@@ -166,7 +166,7 @@ def carry_out(plan: MaskPlan) -> list[MadeMask]:
             rows[_label(plan, made[-1])] = _draw_row(image, found)
             bar.update(1)
     if plan.sheet is not None:
-        write_picture(plan.sheet, labelled_sheet(rows, title="photo, mask, cut-out"))
+        write_picture(plan.sheet, draw_labelled_sheet(rows, title="photo, mask, cut-out"))
     _tell(plan, made)
     return made
 

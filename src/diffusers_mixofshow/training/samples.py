@@ -14,7 +14,7 @@ from diffusers_mixofshow.base_models import guidance_of, public_name
 from diffusers_mixofshow.conditioning.encode import Encoded
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.lora import TrainableLoRA
-from diffusers_mixofshow.notes import infotext, sampler_name, sheet_note
+from diffusers_mixofshow.notes import format_infotext, make_sheet_note, sampler_name
 from diffusers_mixofshow.training.base import stock_class, with_same_models
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
@@ -92,7 +92,9 @@ def describe_sheet(
     """
     drawn, model = drawing_settings(pipeline, config), config.pretrained_model_name_or_path
     row = [(prompt, config.seed + number) for number in range(config.num_validation_images)]
-    note = sheet_note(dict.fromkeys(labels, row), base_model=model, steps=_STEPS, guidance=drawn["guidance_scale"])
+    note = make_sheet_note(
+        dict.fromkeys(labels, row), base_model=model, steps=_STEPS, guidance=drawn["guidance_scale"]
+    )
     settings = {
         "Steps": _STEPS,
         "Sampler": sampler_name(DPMSolverMultistepScheduler),
@@ -101,7 +103,7 @@ def describe_sheet(
         "Size": f"{drawn['width']}x{drawn['height']}",
         "Model": public_name(model).rpartition("/")[2],
     }
-    return note, infotext(prompt, "", settings)
+    return note, format_infotext(prompt, "", settings)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from diffusers_mixofshow.errors import TrainingDataError
 from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.notes import write_with_note
 from diffusers_mixofshow.progress import progress, tell
-from diffusers_mixofshow.sheets import labelled_sheet
+from diffusers_mixofshow.sheets import draw_labelled_sheet
 from diffusers_mixofshow.training.averaging import MovingAverage
 from diffusers_mixofshow.training.base import (
     borrow,
@@ -274,7 +274,7 @@ class _Tuning:
                 rows = draw_rows(self.pipeline, self.trained, config)
             step = self.loop.position.step
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
-            sheet = labelled_sheet(rows, title=f"{prompt}, step {step}")
+            sheet = draw_labelled_sheet(rows, title=f"{prompt}, step {step}")
             path = folder / "validation" / f"step-{step:06d}.png"
             write_with_note(path, sheet, "PNG", *describe_sheet(self.pipeline, config, prompt, list(rows)))
             scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
