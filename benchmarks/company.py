@@ -44,7 +44,7 @@ REGIONS = {"wording": "natural", "draft": Draft(), "refine": Refinement()}
 
 def beside_another(ground: Photo, masked: Sequence[Photo], others: Sequence[Photo], chance: random.Random) -> Any:
     """The concept and a cut-out of another photo in front of the ground; picture, mask, what is known, own place."""
-    image, known = company._empty_place(ground)
+    image, known = company._remove_subject(ground)
     mask, own = Image.new("L", image.size), chance.randrange(2)
     for place in range(2):
         cutout = company._cut_out(chance.choice(masked if place == own else others))
@@ -66,7 +66,7 @@ def beside_drawn(drawn: Image.Image, masked: Sequence[Photo], chance: random.Ran
 
 
 def paste(image: Any, mask: Any, known: Any, cutout: Any, place: int, chance: random.Random) -> None:
-    left, top, size = company._stand(cutout, image.width, place, chance)
+    left, top, size = company._place_cutout(cutout, image.width, place, chance)
     shape = cutout.mask.resize(size, Image.Resampling.BOX)
     image.paste(cutout.image.resize(size, Image.Resampling.LANCZOS), (left, top), shape)
     known.paste(255, (left, top, left + size[0], top + size[1]), shape)

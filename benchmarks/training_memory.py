@@ -37,7 +37,7 @@ from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
 from diffusers_mixofshow.lora import trainable
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.batches import Batch
-from diffusers_mixofshow.training.compute import lean_updates, recompute_activations
+from diffusers_mixofshow.training.compute import recompute_activations, speed_up_updates
 from diffusers_mixofshow.training.learner import Learner
 from diffusers_mixofshow.training.presets import PRESETS
 from diffusers_mixofshow.training.reader import TextReader, TokenizedTexts
@@ -194,7 +194,7 @@ def step(parts: Mapping[str, Any], config: TrainingConfig, dtype: torch.dtype) -
             trainable(parts, config.rank, config.lora_alpha, wanted=lambda site: site not in unread)
         )
         shared = stack.enter_context(layerwise_attention(parts["unet"], layers=layers))
-        stack.enter_context(lean_updates(lora))
+        stack.enter_context(speed_up_updates(lora))
         if config.gradient_checkpointing:
             encoders = (parts[name] for name in STABLE_DIFFUSION_XL.text_encoders)
             stack.enter_context(recompute_activations(parts["unet"], *encoders))

@@ -17,7 +17,7 @@ from diffusers_mixofshow.training.batches import Batch, CachedPhoto, RandomBatch
 from diffusers_mixofshow.training.company import compose_company
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import read_photos
-from diffusers_mixofshow.training.framing import bucket_size, crop_photo, crops_of, place_photo, sizes_of
+from diffusers_mixofshow.training.framing import bucket_size, crop_photo, frame_photo, place_photo, size_conditions
 from diffusers_mixofshow.training.pictures import Photo
 
 
@@ -197,7 +197,7 @@ def test_cached_photos_are_what_the_autoencoder_gives(pipeline: StableDiffusionP
     assert (wide.captions, square.captions) == ((1, 3), (1, 2))
     generator = torch.Generator().manual_seed(5)
     for photo, cached, crops in ((photos[0], wide, 6), (photos[1], square, 2)):
-        framed = crops_of(photo, 32, variants=3, center=False, generator=generator, flip=True)
+        framed = frame_photo(photo, 32, variants=3, center=False, generator=generator, flip=True)
         assert len(framed) == len(cached.mean) == crops
         for number, crop in enumerate(framed):
             with torch.no_grad():
@@ -211,7 +211,7 @@ def test_cached_photos_are_what_the_autoencoder_gives(pipeline: StableDiffusionP
             else:
                 torch.testing.assert_close(cached.subject[number], cells)
             torch.testing.assert_close(cached.mask[number], cells if masked else torch.ones(1, 16, 16))
-            assert cached.sizes[number].tolist() == sizes_of(photo, crop)
+            assert cached.sizes[number].tolist() == size_conditions(photo, crop)
 
 
 def test_latents_are_shifted_and_scaled_as_the_autoencoder_says(pipeline: StableDiffusionPipeline) -> None:
@@ -276,12 +276,12 @@ def test_what_the_denoiser_is_told_is_what_was_cut_off_of_the_photo(
     photo = replace(shades(size, mask=False), image=Image.fromarray(values.round().astype(np.uint8)))
     target = bucket_size(size, 64) if framing == "buckets" else (64, 64)
     settings = {"variants": 3, "center": center, "framing": framing, "flip": True}
-    crops = crops_of(photo, 64, generator=torch.Generator().manual_seed(1), **settings)
+    crops = frame_photo(photo, 64, generator=torch.Generator().manual_seed(1), **settings)
     whole, both = scaled_to_cover(photo, target), (False, True)
     for mirrored, part in zip(both, (crops[: len(crops) // 2], crops[len(crops) // 2 :]), strict=True):
         shown = ImageOps.mirror(whole) if mirrored else whole
         for crop in part:
-            told = sizes_of(photo, crop)
+            told = size_conditions(photo, crop)
             assert told == [size[1], size[0], crop.top, crop.left, target[1], target[0]]
             cut = shown.crop((crop.left, crop.top, crop.left + target[0], crop.top + target[1]))
             expected = torch.from_numpy(np.array(cut)).permute(2, 0, 1)[:2].float() / 127.5 - 1
@@ -298,21 +298,21 @@ def test_the_true_size_is_told_whatever_training_has_kept_of_a_photo(tmp_path: P
     photos = read_photos(tmp_path, Concept.from_name("potter", "man"), resolution=32)
     assert [photo.image.size for photo in photos] == [(96, 64), (64, 96), (20, 30)]
     assert [photo.true_size for photo in photos] == [(300, 200), (200, 300), (20, 30)]
-    told = [sizes_of(photo, crop_photo(photo, 32)) for photo in photos]
+    told = [size_conditions(photo, crop_photo(photo, 32)) for photo in photos]
     assert told == [[200, 300, 0, 8, 32, 32], [300, 200, 8, 0, 32, 32], [30, 20, 8, 0, 32, 32]]
     placed = place_photo(photos[0], 32, generator=torch.Generator().manual_seed(0))
-    assert sizes_of(photos[0], placed) == [200, 300, 0, 0, 32, 32]
+    assert size_conditions(photos[0], placed) == [200, 300, 0, 0, 32, 32]
     masked = [replace(photos[0], mask=Image.new("L", (96, 64), 255))]
     (composed, *_) = compose_company(masked, config_of(company=0.5))
     assert composed.true_size == (200, 200)
-    assert sizes_of(composed, crop_photo(composed, 32)) == [200, 200, 0, 0, 32, 32]
+    assert size_conditions(composed, crop_photo(composed, 32)) == [200, 200, 0, 0, 32, 32]
 
 
 @pytest.mark.parametrize("framing", ["crop", "place", "buckets"])
 @pytest.mark.parametrize(("center", "flip"), [(False, False), (False, True), (True, True)])
 def test_how_many_training_pictures_a_photo_gives(framing: str, center: bool, flip: bool) -> None:
     sizes = {"crop": (64, 64), "place": (64, 64), "buckets": bucket_size((100, 70), 64)}
-    made = crops_of(
+    made = frame_photo(
         shades((100, 70)),
         64,
         variants=3,
@@ -338,7 +338,7 @@ def test_a_photo_of_the_pictures_own_shape_has_one_crop(framing: str) -> None:
     width, height = bucket_size((72, 56), 64) if framing == "buckets" else (64, 64)
     photo = shades((2 * width, 2 * height))
     generator = torch.Generator().manual_seed(0)
-    (crop,) = crops_of(photo, 64, variants=5, center=False, generator=generator, framing=framing)
+    (crop,) = frame_photo(photo, 64, variants=5, center=False, generator=generator, framing=framing)
     torch.testing.assert_close((crop.pixels[0, 0] + 1) / 2, torch.linspace(0, 1, width), atol=0.03, rtol=0)
 
 

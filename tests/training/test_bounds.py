@@ -26,13 +26,13 @@ from diffusers_mixofshow.training.checkpoints import (
     CheckpointFolder,
     check_same_training,
     check_space,
-    digest_of,
-    find,
-    present,
+    digest_data,
+    find_checkpoint,
+    list_checkpoints,
 )
-from diffusers_mixofshow.training.failures import explain_memory_errors, make_divergence_error, settings_that_need_less
+from diffusers_mixofshow.training.failures import explain_memory_errors, list_memory_savings, make_divergence_error
 from diffusers_mixofshow.training.interruption import notice_interruption
-from diffusers_mixofshow.training.learner import initial_embeddings
+from diffusers_mixofshow.training.learner import initialise_embeddings
 from diffusers_mixofshow.training.loop import final_mean
 from diffusers_mixofshow.training.trial import Trial
 from families.pipelines import tiny_pipeline
@@ -88,7 +88,7 @@ def test_a_loss_may_grow_to_twice_that_of_the_start_and_a_tenth(start: float, no
     if kept:
         trial.check()
     else:
-        with pytest.raises(ConfigurationError, match=f"first pictures was {start:.3g} and is {now:.3g}, so the"):
+        with pytest.raises(ConfigurationError, match=f"first pictures was {start:.3g} and is now {now:.3g}, so the"):
             trial.check()
     assert seen == [1, 1]
 
@@ -96,8 +96,8 @@ def test_a_loss_may_grow_to_twice_that_of_the_start_and_a_tenth(start: float, no
 LOWER = "lower embedding_learning_rate, learning_rate and text_encoder_learning_rate to a third"
 WARM_UP = "set lr_warmup_steps, for example to a tenth of the steps"
 KEPT = (
-    "Checkpoints in out are from before; with lower rates and nothing else changed, resume_from_checkpoint='latest' "
-    "goes on from the newest. "
+    "Checkpoints in out are from before that; with lower rates and nothing else changed, "
+    "resume_from_checkpoint='latest' goes on from the newest. "
 )
 
 
@@ -175,12 +175,12 @@ EIGHT = "optimizer='{}8bit' (bitsandbytes)"
 )
 def test_what_needs_less_memory_in_its_order(settings: dict[str, Any], less: list[str]) -> None:
     config = config_of(**settings)
-    assert settings_that_need_less(config) == less
+    assert list_memory_savings(config) == less
     with pytest.raises(ConfigurationError) as caught, explain_memory_errors(config):
         raise torch.OutOfMemoryError("CUDA: 2 GiB\nand more")
     advice = "; ".join(less) or "train on a GPU with more memory, or on the CPU"
     assert str(caught.value) == (
-        f"The GPU's memory does not suffice for these settings (CUDA: 2 GiB). In this order: {advice}."
+        f"The GPU's memory does not suffice for these settings (CUDA: 2 GiB). Try, in this order: {advice}."
     )
 
 
@@ -226,15 +226,15 @@ def test_the_newest_checkpoint_is_the_last_that_was_written(tmp_path: Path) -> N
     checkpoint(tmp_path, "checkpoint-x", time=99)
     checkpoint(tmp_path, ".checkpoint-400.tmp", time=99)
     names = ["checkpoint-100", "checkpoint-9", "checkpoint-10", "checkpoint-2"]
-    assert [path.name for path in present(tmp_path)] == names
-    assert find(tmp_path, "latest") == tmp_path / "checkpoint-2"
-    assert find(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
-    assert find(tmp_path / "elsewhere", tmp_path / "checkpoint-9") == tmp_path / "checkpoint-9"
-    assert find(tmp_path / "elsewhere", "latest") is None
+    assert [path.name for path in list_checkpoints(tmp_path)] == names
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
+    assert find_checkpoint(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
+    assert find_checkpoint(tmp_path / "elsewhere", tmp_path / "checkpoint-9") == tmp_path / "checkpoint-9"
+    assert find_checkpoint(tmp_path / "elsewhere", "latest") is None
     with pytest.raises(ConfigurationError, match=f"there are: {', '.join(names)}"):
-        find(tmp_path, "checkpoint-300")
+        find_checkpoint(tmp_path, "checkpoint-300")
     with pytest.raises(ConfigurationError, match="there are: none"):
-        find(tmp_path / "elsewhere", "checkpoint-1")
+        find_checkpoint(tmp_path / "elsewhere", "checkpoint-1")
 
 
 @pytest.mark.parametrize(
@@ -285,16 +285,16 @@ def test_the_digest_of_the_data_tells_every_change() -> None:
         return CachedPhoto(**{**values, "mask": torch.ones(1, 1, 2, 2), "captions": (0, 1), **changes})
 
     digests = {
-        digest_of([photo()], ["a", "b"]),
-        digest_of([photo()], ["a", "c"]),
-        digest_of([photo(), photo()], ["a", "b"]),
-        digest_of([photo(mean=torch.ones(1, 4, 2, 2))], ["a", "b"]),
-        digest_of([photo(deviation=torch.zeros(1, 4, 2, 2))], ["a", "b"]),
-        digest_of([photo(mask=torch.zeros(1, 1, 2, 2))], ["a", "b"]),
-        digest_of([photo(captions=(0,))], ["a", "b"]),
+        digest_data([photo()], ["a", "b"]),
+        digest_data([photo()], ["a", "c"]),
+        digest_data([photo(), photo()], ["a", "b"]),
+        digest_data([photo(mean=torch.ones(1, 4, 2, 2))], ["a", "b"]),
+        digest_data([photo(deviation=torch.zeros(1, 4, 2, 2))], ["a", "b"]),
+        digest_data([photo(mask=torch.zeros(1, 1, 2, 2))], ["a", "b"]),
+        digest_data([photo(captions=(0,))], ["a", "b"]),
     }
     assert len(digests) == 7
-    assert digest_of([photo()], ["a", "b"]) == digest_of([photo()], ["a", "b"])
+    assert digest_data([photo()], ["a", "b"]) == digest_data([photo()], ["a", "b"])
 
 
 # --- the base ---
@@ -375,7 +375,7 @@ def test_first_embeddings(pipeline: StableDiffusionPipeline) -> None:
 
     def start(seed: int, std: float, **settings: Any) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        found = initial_embeddings(
+        found = initialise_embeddings(
             concept, pipeline.tokenizer, pipeline.text_encoder, layers=5, std=std, generator=generator, **settings
         )
         assert all(value.shape == (5, 32) and value.requires_grad for value in found.values())

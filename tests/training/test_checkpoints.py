@@ -238,7 +238,7 @@ def test_weights_that_predict_nothing_of_use_are_never_saved(tmp_path: Path) -> 
     config = TrainingConfig.toyland(
         **named, **few, learning_rate=rate, text_kv_learning_rate=rate, checkpointing_steps=1
     )
-    with pytest.raises(ConfigurationError, match=r"first pictures was 0\.\d+ and is [1-9].*diverged"):
+    with pytest.raises(ConfigurationError, match=r"first pictures was 0\.\d+ and is now [1-9].*diverged"):
         EDLoRATrainer(config, pipe).train()
     assert names(out) == ["checkpoint-1"]
 

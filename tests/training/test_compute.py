@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusers_mixofshow.lora import trainable
-from diffusers_mixofshow.training.compute import compile_model, lean_updates, recompute_activations
+from diffusers_mixofshow.training.compute import compile_model, recompute_activations, speed_up_updates
 from diffusers_mixofshow.training.samples import scale_lora
 
 
@@ -83,7 +83,7 @@ def test_lean_updates_are_those_of_peft(pipeline: StableDiffusionPipeline) -> No
         expected = [layer(each) for layer, each in zip(layers, inputs, strict=True)]
         matrices = [each[lora.adapter_name].weight for layer in layers for each in (layer.lora_A, layer.lora_B)]
         gradients = torch.autograd.grad(sum(each.square().mean() for each in expected), matrices)
-        with lean_updates(lora):
+        with speed_up_updates(lora):
             outputs = [layer(each) for layer, each in zip(layers, inputs, strict=True)]
         torch.testing.assert_close(outputs, expected)
         lean = torch.autograd.grad(sum(each.square().mean() for each in outputs), matrices)
@@ -97,7 +97,7 @@ def test_lean_updates_follow_what_is_set_inside_the_block(pipeline: StableDiffus
         layer.lora_B[lora.adapter_name].weight.data.fill_(0.5)
         inputs = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
         base, full = layer.get_base_layer()(inputs), layer(inputs)
-        with lean_updates(lora):
+        with speed_up_updates(lora):
             with scale_lora(lora, 0.0):
                 torch.testing.assert_close(layer(inputs), base)
             with scale_lora(lora, 0.5):
@@ -113,6 +113,6 @@ def test_lean_updates_give_back_the_forward_that_was_there(pipeline: StableDiffu
         layer = next(iter(lora.layers.values()))
         theirs = layer.forward
         layer.forward = theirs  # as the hooks of accelerate do
-        with lean_updates(lora):
+        with speed_up_updates(lora):
             assert layer.forward is not theirs
         assert layer.forward is theirs

@@ -17,10 +17,10 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import ConfigurationError, HubError, MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.training import hub_data
 from diffusers_mixofshow.training.batches import CachedPhoto, RandomBatches, spread_timesteps
-from diffusers_mixofshow.training.captions import with_shuffled_tags
+from diffusers_mixofshow.training.captions import shuffle_tags
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos, read_photos
-from diffusers_mixofshow.training.framing import bucket_size, crop_photo, crops_of, mask_on_latents
+from diffusers_mixofshow.training.framing import average_mask, bucket_size, crop_photo, frame_photo
 from diffusers_mixofshow.training.pictures import Photo
 
 
@@ -353,16 +353,16 @@ def test_a_data_set_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_shuffled_tags_keep_the_first_and_all_captions_count_alike() -> None:
     captions = ("<potter>, in the snow, smiling, with an owl", "a photo of a <potter>")
-    shuffled = with_shuffled_tags(captions, 4, seed=0)
-    assert with_shuffled_tags(captions, 0, seed=0) == captions
-    assert with_shuffled_tags(captions, 4, seed=0) == shuffled
-    assert with_shuffled_tags(captions, 4, seed=1) != shuffled
+    shuffled = shuffle_tags(captions, 4, seed=0)
+    assert shuffle_tags(captions, 0, seed=0) == captions
+    assert shuffle_tags(captions, 4, seed=0) == shuffled
+    assert shuffle_tags(captions, 4, seed=1) != shuffled
     tags = [caption.split(", ") for caption in shuffled if ", " in caption]
     assert len({tuple(each) for each in tags}) == 4
     assert {each[0] for each in tags} == {"<potter>"}
     assert {tuple(sorted(each[1:])) for each in tags} == {("in the snow", "smiling", "with an owl")}
     assert shuffled.count("a photo of a <potter>") == 4
-    assert len(set(with_shuffled_tags(captions[:1], 100, seed=0))) == 6
+    assert len(set(shuffle_tags(captions[:1], 100, seed=0))) == 6
 
 
 def photo_with_stripe() -> Photo:
@@ -378,7 +378,7 @@ def test_crops_are_square_and_keep_the_mask_in_place() -> None:
     assert centre.pixels.max() < -0.9
     assert centre.mask.max() == 0
     generator = torch.Generator().manual_seed(0)
-    crops = crops_of(photo_with_stripe(), 8, variants=6, center=False, generator=generator)
+    crops = frame_photo(photo_with_stripe(), 8, variants=6, center=False, generator=generator)
     assert len({round(float(crop.mask.mean()), 2) for crop in crops}) > 2
     for crop in crops:
         torch.testing.assert_close(crop.pixels.mean(dim=0, keepdim=True) / 2 + 0.5, crop.mask, atol=0.3, rtol=0)
@@ -386,7 +386,7 @@ def test_crops_are_square_and_keep_the_mask_in_place() -> None:
 
 def test_placed_photos_are_whole_and_their_frame_is_not_valid() -> None:
     generator = torch.Generator().manual_seed(0)
-    for crop in crops_of(photo_with_stripe(), 32, variants=8, center=False, generator=generator, framing="place"):
+    for crop in frame_photo(photo_with_stripe(), 32, variants=8, center=False, generator=generator, framing="place"):
         inside = crop.valid.sum() / 3  # a third of the photo is the concept
         assert 0.5 * 0.75**2 / 3 * 32**2 < crop.valid.sum() <= 32**2 / 3 + 32
         torch.testing.assert_close(crop.mask.sum(), inside, rtol=0.2, atol=0)
@@ -398,7 +398,7 @@ def test_placed_photos_are_whole_and_their_frame_is_not_valid() -> None:
 
 def test_flips_add_the_mirror_image() -> None:
     generator = torch.Generator().manual_seed(0)
-    plain, flipped = crops_of(photo_with_stripe(), 9, variants=1, center=True, generator=generator, flip=True)
+    plain, flipped = frame_photo(photo_with_stripe(), 9, variants=1, center=True, generator=generator, flip=True)
     assert torch.equal(plain.pixels.flip(-1), flipped.pixels)
     assert torch.equal(plain.mask.flip(-1), flipped.mask)
 
@@ -423,13 +423,13 @@ def test_buckets(size: tuple[int, int], resolution: int, bucket: tuple[int, int]
 
 def test_square_photos_have_one_crop() -> None:
     photo = Photo(path=Path("a.png"), image=Image.new("RGB", (9, 9)), captions=("<potter>",), mask=None)
-    assert len(crops_of(photo, 8, variants=6, center=False, generator=torch.Generator())) == 1
+    assert len(frame_photo(photo, 8, variants=6, center=False, generator=torch.Generator())) == 1
 
 
 def test_mask_on_latents_averages_and_an_empty_one_counts_everything() -> None:
     masks = torch.zeros(2, 1, 8, 8)
     masks[0, :, :, :3] = 1
-    cells = mask_on_latents(masks, 4, 4)
+    cells = average_mask(masks, 4, 4)
     assert cells[0, 0, 0].tolist() == [1, 0.5, 0, 0]
     assert (cells[1] == 1).all()
 

@@ -306,7 +306,7 @@ def test_captions_in_two_places(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ('{"file_name": "1.jpg", "text": "<TOK>", "text": "b"}', "line 1: no JSON \\('text' more than once\\)"),
-        ('{"file_name": "1.jpg", "text": "a <TOK> \\ud83d"}', r"metadata\.jsonl, 1\.jpg: .* within a character"),
+        ('{"file_name": "1.jpg", "text": "a <TOK> \\ud83d"}', r"metadata\.jsonl, 1\.jpg: .* has half of a character"),
     ],
 )
 def test_captions_that_are_there_twice_or_in_half(tmp_path: Path, line: str, words: str) -> None:
@@ -373,14 +373,14 @@ def test_pictures_of_the_class_are_read_likewise(tmp_path: Path) -> None:
         instance_data_dir="photos", concept="rex", class_word="dog", class_data_dir=str(tmp_path), num_class_images=2
     )
     with pytest.warns(MixOfShowWarning) as told:
-        photos = prior.class_pictures(None, config, drawing=False)
+        photos = prior.read_class_pictures(None, config, drawing=False)
     assert [found.path.name for found in photos] == ["1.jpg", "2.PNG"]
     (warning,) = told
     assert "film.mp4 is of no known use" in str(warning.message)
     assert "class.jpg is beyond num_class_images and not used" in str(warning.message)
     write(tmp_path / "1_dog" / "1.jpg", "no picture")
     with pytest.raises(TrainingDataError, match=r"1_dog/1\.jpg is no readable picture"):
-        prior.class_pictures(None, config, drawing=False)
+        prior.read_class_pictures(None, config, drawing=False)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
-from diffusers_mixofshow.training.optimisers import optimizer_of
+from diffusers_mixofshow.training.optimisers import find_optimizer
 
 
 def groups() -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def groups() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("SGD", torch.optim.SGD)])
 def test_classes_of_torch_whatever_the_case(name: str, kind: type) -> None:
-    optimizer = optimizer_of(name)(groups())
+    optimizer = find_optimizer(name)(groups())
     assert type(optimizer) is kind
     assert [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
         ("embeddings", 1e-2, 0.0),
@@ -33,7 +33,7 @@ def test_classes_of_torch_whatever_the_case(name: str, kind: type) -> None:
 
 @pytest.mark.parametrize(("name", "is_fused"), [("Adam", True), ("AdamW", True), ("SGD", True), ("Adagrad", False)])
 def test_only_what_every_torch_fuses_on_every_device_is_fused(name: str, is_fused: bool) -> None:
-    assert bool(optimizer_of(name)(groups()).defaults.get("fused")) is is_fused
+    assert bool(find_optimizer(name)(groups()).defaults.get("fused")) is is_fused
 
 
 def test_an_optimiser_without_weight_decay_gets_none() -> None:
@@ -45,16 +45,16 @@ def test_an_optimiser_without_weight_decay_gets_none() -> None:
     module.Prodigy = Plain  # type: ignore[attr-defined]
     sys.modules["prodigyopt"] = module
     try:
-        assert type(optimizer_of("prodigy")(groups())) is Plain
+        assert type(find_optimizer("prodigy")(groups())) is Plain
     finally:
         del sys.modules["prodigyopt"]
 
 
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(ConfigurationError, match=r"'AdamV' \(did you mean Adam or "):
-        optimizer_of("AdamV")
+        find_optimizer("AdamV")
     with pytest.raises(ConfigurationError, match="LBFGS"):
-        optimizer_of("LBFGS")
+        find_optimizer("LBFGS")
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_unknown_names_get_the_nearest() -> None:
 def test_a_missing_package_is_named(name: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"diffusers-mixofshow\[{extra}\]"):
-        optimizer_of(name)
+        find_optimizer(name)

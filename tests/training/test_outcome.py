@@ -26,7 +26,7 @@ from diffusers_mixofshow.training import EDLoRATrainer, StepReport, loop, statis
 from diffusers_mixofshow.training.batches import Batch
 from diffusers_mixofshow.training.checkpoints import CheckpointFolder
 from diffusers_mixofshow.training.learner import Learner
-from diffusers_mixofshow.training.prior import class_pictures
+from diffusers_mixofshow.training.prior import read_class_pictures
 from short_training import quick, same, tensors
 
 
@@ -245,7 +245,7 @@ def test_pictures_of_the_class_are_those_of_the_base(
     pipeline: StableDiffusionPipeline, tmp_path: Path, settings: dict[str, str], prompt: str, number: int
 ) -> None:
     config = quick(tmp_path, class_data_dir=tmp_path / "men", num_class_images=number, **settings)
-    photos = class_pictures(pipeline, config, drawing=True)
+    photos = read_class_pictures(pipeline, config, drawing=True)
     assert [(photo.path.name, photo.captions, photo.mask) for photo in photos] == [
         (f"class-000{seed}.png", (prompt,), None) for seed in range(number)
     ]
@@ -263,7 +263,7 @@ def test_pictures_of_the_class_are_those_of_the_base(
         ).images[0]
         difference = np.asarray(photos[seed].image, dtype=int) - np.asarray(expected, dtype=int)
         assert np.abs(difference).max() <= 2
-    assert [len(class_pictures(None, config, drawing=drawing)) for drawing in (True, False)] == [number, number]
+    assert [len(read_class_pictures(None, config, drawing=drawing)) for drawing in (True, False)] == [number, number]
 
 
 def test_settings_reach_a_tracker_as_what_it_takes(
@@ -334,10 +334,10 @@ def test_curves_and_pictures_lie_in_the_output_folder(
     for precision in ("bf16", "no"):  # a process has one state, which keeps the first
         AcceleratorState._reset_state(reset_partial_state=True)
         config = quick(photos, output_dir=tmp_path / "out", mixed_precision=precision)
-        accelerator = EDLoRATrainer(config, pipeline)._accelerator()
+        accelerator = EDLoRATrainer(config, pipeline)._make_accelerator()
         assert (Path(accelerator.project_dir), accelerator.mixed_precision) == (tmp_path / "out" / "logs", precision)
         assert accelerator.device.type == "cpu"
-    assert EDLoRATrainer(quick(photos), pipeline)._accelerator().project_dir is None
+    assert EDLoRATrainer(quick(photos), pipeline)._make_accelerator().project_dir is None
 
 
 @pytest.mark.parametrize("kind", [StableDiffusionPipeline, MixOfShowPipeline])

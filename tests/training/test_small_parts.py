@@ -32,11 +32,11 @@ from diffusers_mixofshow.errors import (
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.training import hub_data, inspection
 from diffusers_mixofshow.training.attention_maps import record_attention
-from diffusers_mixofshow.training.captions import with_shuffled_tags
+from diffusers_mixofshow.training.captions import shuffle_tags
 from diffusers_mixofshow.training.company import compose_company
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.data import read_photos
-from diffusers_mixofshow.training.folders import few, one_a_line
+from diffusers_mixofshow.training.folders import join_remarks, summarise_names
 from diffusers_mixofshow.training.framing import Crop
 from diffusers_mixofshow.training.latents import LatentEncoder
 from diffusers_mixofshow.training.pictures import Photo
@@ -166,19 +166,19 @@ def plain(path: str, value: int, size: tuple[int, int] = (64, 64)) -> Photo:
 def test_a_photo_is_tiny_if_it_is_more_than_doubled() -> None:
     sizes = [(50, 90), (49, 90), (90, 49), (25, 25), (24, 24), (10, 10)]
     photos = [plain(f"{number}.png", 0, size) for number, size in enumerate(sizes)]
-    assert inspection.tiny(photos, 100, Path("/p")) == [
+    assert inspection.list_tiny(photos, 100, Path("/p")) == [
         "training enlarges 5 of 6 photos more than 2 times: 1.png is 49x90 pixels (2.0 times), 2.png is 90x49 pixels "
         "(2.0 times), 3.png is 25x25 pixels (4.0 times) and 2 more"
     ]
-    assert inspection.tiny(photos[:4], 100, Path("/p"))[0].endswith("3.png is 25x25 pixels (4.0 times)")
-    assert inspection.tiny(photos[:1], 100, Path("/p")) == []
+    assert inspection.list_tiny(photos[:4], 100, Path("/p"))[0].endswith("3.png is 25x25 pixels (4.0 times)")
+    assert inspection.list_tiny(photos[:1], 100, Path("/p")) == []
 
 
 def test_photos_are_duplicates_below_a_difference_of_two() -> None:
     photos = [plain("a.png", 100), plain("b.png", 102), plain("c.png", 101, (32, 48)), plain("d.png", 98)]
-    assert inspection.duplicates(photos, Path("/p")) == ["c.png shows the same as a.png, so it counts twice"]
+    assert inspection.list_duplicates(photos, Path("/p")) == ["c.png shows the same as a.png, so it counts twice"]
     again = [*photos, plain("e.png", 103)]
-    assert inspection.duplicates(again, Path("/p"))[1:] == ["e.png shows the same as b.png, so it counts twice"]
+    assert inspection.list_duplicates(again, Path("/p"))[1:] == ["e.png shows the same as b.png, so it counts twice"]
 
 
 @pytest.mark.parametrize(("width", "accepted"), [(100, True), (101, True), (99, True), (103, False), (97, False)])
@@ -213,12 +213,12 @@ def test_a_photo_is_kept_with_twice_the_pixels_it_is_trained_with(
 
 
 def test_sentences_about_files() -> None:
-    assert few([], "is", "are") == []
-    assert few(["a"], "is", "are") == ["a is"]
-    assert few(["a", "b", "c"], "is", "are") == ["a, b, c are"]
-    assert few(["a", "b", "c", "d", "e"], "is", "are") == ["a, b, c and 2 more are"]
-    assert one_a_line("About", ["x"]) == "About: x."
-    assert one_a_line("About", ["x", "y"]) == "About:\n  x;\n  y."
+    assert summarise_names([], "is", "are") == []
+    assert summarise_names(["a"], "is", "are") == ["a is"]
+    assert summarise_names(["a", "b", "c"], "is", "are") == ["a, b, c are"]
+    assert summarise_names(["a", "b", "c", "d", "e"], "is", "are") == ["a, b, c and 2 more are"]
+    assert join_remarks("About", ["x"]) == "About: x."
+    assert join_remarks("About", ["x", "y"]) == "About:\n  x;\n  y."
 
 
 @pytest.mark.parametrize(
@@ -234,11 +234,11 @@ def test_sentences_about_files() -> None:
     ],
 )
 def test_how_many_orders_tags_are_written_in(caption: str, count: int, orders: int) -> None:
-    found = with_shuffled_tags([caption], count, seed=0)
+    found = shuffle_tags([caption], count, seed=0)
     assert len(set(found)) == orders
     assert all(each.split(", ")[0] == "a" for each in found)
     assert all(sorted(each.split(", ")) == sorted(tag.strip() for tag in caption.split(",")) for each in found)
-    both = with_shuffled_tags([caption, "z"], count, seed=0)
+    both = shuffle_tags([caption, "z"], count, seed=0)
     assert both == (*found, *["z"] * len(found))
 
 

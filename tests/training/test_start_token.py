@@ -16,7 +16,7 @@ from diffusers_mixofshow.families.layers import adapted_layers
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.training import EDLoRATrainer
-from diffusers_mixofshow.training.start_token import start_token_inputs, without_direction
+from diffusers_mixofshow.training.start_token import remove_direction, start_token_inputs
 from families.pipelines import tiny_pipeline
 from short_training import quick
 
@@ -79,7 +79,7 @@ def test_a_direction_is_taken_out_of_a_matrix_and_nothing_else() -> None:
     matrix, other = torch.randn(4, 16, generator=generator), torch.randn(16, generator=generator)
     direction = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
     other = other - (other @ direction) * direction
-    left = without_direction(matrix, direction)
+    left = remove_direction(matrix, direction)
     torch.testing.assert_close(left @ direction, torch.zeros(4))
     torch.testing.assert_close(left @ other, matrix @ other)
 

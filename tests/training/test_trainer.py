@@ -23,7 +23,7 @@ from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConf
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
 from diffusers_mixofshow.training.config import LR_SCHEDULERS
 from diffusers_mixofshow.training.data import read_photos
-from diffusers_mixofshow.training.learner import Learner, initial_embeddings
+from diffusers_mixofshow.training.learner import Learner, initialise_embeddings
 from diffusers_mixofshow.training.loop import learning_rate_factor
 from diffusers_mixofshow.training.reader import TextReader, tokenize_for
 from short_training import quick, tensors
@@ -77,7 +77,7 @@ def fixed_loss(
 
 def test_training_lowers_the_loss_on_a_fixed_batch(pipeline: StableDiffusionPipeline, photos: Path) -> None:
     config = quick(photos, max_train_steps=40, embedding_phase_steps=5, train_batch_size=4)
-    start = initial_embeddings(
+    start = initialise_embeddings(
         config.concept_to_learn,
         pipeline.tokenizer,
         pipeline.text_encoder,
@@ -116,7 +116,7 @@ def test_result_covers_the_model(either: Any, photos: Path) -> None:
 
 def test_embeddings_start_from_noise_and_class_word(pipeline: StableDiffusionPipeline) -> None:
     concept = TrainingConfig(instance_data_dir="photos", concept="potter", class_word="man").concept_to_learn
-    start = initial_embeddings(
+    start = initialise_embeddings(
         concept,
         pipeline.tokenizer,
         pipeline.text_encoder,

@@ -294,7 +294,7 @@ def _read_words_and_kinds(asked: Asked, known: Sequence[str]) -> dict[str, dict[
 
 def _find_photos(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, list[Path]]:
     """Read ``name=FOLDER`` of every concept, and list the folders; an error names all defects."""
-    from diffusers_mixofshow.training.folders import list_folder, one_a_line
+    from diffusers_mixofshow.training.folders import list_folder, join_remarks
 
     def check_folder(folder: str) -> str | None:
         if not Path(folder).is_dir():
@@ -307,7 +307,7 @@ def _find_photos(given: Sequence[str] | None, known: Sequence[str]) -> dict[str,
     listings = {placeholder: list_folder(Path(folder)) for placeholder, folder in folders.items()}
     for listing in listings.values():
         if listing.remarks:
-            warn(one_a_line(f"Photos in {listing.folder}", listing.remarks))
+            warn(join_remarks(f"Photos in {listing.folder}", listing.remarks))
     return {placeholder: list(listing.photos) for placeholder, listing in listings.items()}
 
 

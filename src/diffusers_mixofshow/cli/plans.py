@@ -159,10 +159,10 @@ def plan_training(config: TrainingConfig) -> dict[str, Any]:
         MissingExtraError: If the optimiser's or tracker's package is not installed.
     """
     from diffusers_mixofshow.training.base import refuse_other_families
-    from diffusers_mixofshow.training.checkpoints import check_writable, starting_point
+    from diffusers_mixofshow.training.checkpoints import check_writable, find_start
     from diffusers_mixofshow.training.company import compose_company
     from diffusers_mixofshow.training.data import load_photos
-    from diffusers_mixofshow.training.optimisers import optimizer_of
+    from diffusers_mixofshow.training.optimisers import find_optimizer
     from diffusers_mixofshow.training.tracking import check_tracker
 
     if (family := known_family(config.pretrained_model_name_or_path)) is not None:
@@ -170,11 +170,11 @@ def plan_training(config: TrainingConfig) -> dict[str, Any]:
     _check_words(config)
     photos = load_photos(config)
     composed = compose_company(photos, config)
-    optimizer_of(config.optimizer)
+    find_optimizer(config.optimizer)
     check_tracker(config.report_to)
     if config.output_dir is not None:
         check_writable(Path(config.output_dir), make=False)
-    checkpoint = starting_point(config)
+    checkpoint = find_start(config)
     captions = {caption for photo in photos for caption in photo.captions}
     masks = sum(photo.mask is not None for photo in photos)
     batch = config.train_batch_size * config.gradient_accumulation_steps

@@ -1,4 +1,4 @@
-"""Where each token of the text is looked at: cross-attention maps, recorded beside any processors."""
+"""Cross-attention maps: where in the picture each token of the text is attended to, recorded under any processors."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class AttentionRecord:
     def maps(
         self, positions: Sequence[int], height: int, width: int, text_of: torch.Tensor | None = None
     ) -> dict[tuple[int, int], torch.Tensor]:
-        """Attention to one token a picture, averaged over heads and over the layers with maps of one size.
+        """Attention to one token of each picture's text, averaged over heads and over layers of equal map size.
 
         Args:
-            positions: The token's position in the text of each picture.
+            positions: For each picture, the token's position in its text.
             height: Of the latents.
             width: Of the latents.
-            text_of: The row of the conditioning that each picture reads; None: each its own.
+            text_of: For each picture, the row of the conditioning that it reads; None: the row of its own number.
 
         Returns:
             Size of the maps to a tensor of shape (batch, map height, map width).
         """
-        texts = SharedTexts(text_of)  # some processors have spread them before they project keys
+        texts = SharedTexts(text_of)  # keys have a row per text, or already one per picture, by the processor
         by_size: dict[tuple[int, int], list[torch.Tensor]] = {}
         for path, queries in self.queries.items():
             size = _map_size(queries.shape[1], height, width)
@@ -53,21 +53,21 @@ class AttentionRecord:
 
 @contextmanager
 def record_attention(unet: nn.Module) -> Iterator[AttentionRecord]:
-    """Note what the projections of every cross-attention layer give inside the block; the hooks are gone afterwards.
+    """Record queries and keys of every cross-attention layer inside the block, by hooks that are removed afterwards.
 
-    Gradients flow through what is noted. Works under any processor that projects queries and keys with the layer's
-    own ``to_q`` and ``to_k``, as all of diffusers' do.
+    Gradients flow through the recorded tensors. Works under any processor that projects queries and keys with the
+    layer's own ``to_q`` and ``to_k``, as all of diffusers' do.
     """
     layers: dict[str, Any] = {path: unet.get_submodule(path) for path in cross_attention_layers(unet)}
     record = AttentionRecord(layers)
     with ExitStack() as hooks:
         for path, layer in layers.items():
             for projection, noted in ((layer.to_q, record.queries), (layer.to_k, record.keys)):
-                hooks.callback(projection.register_forward_hook(_note(noted, path)).remove)
+                hooks.callback(projection.register_forward_hook(_make_hook(noted, path)).remove)
         yield record
 
 
-def _note(noted: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
+def _make_hook(noted: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
     def note(_module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         noted[path] = output
 
@@ -75,7 +75,7 @@ def _note(noted: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
 
 
 def _map_size(positions: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of a feature map, of which it has one for some square of latents each."""
+    """Height and width of a feature map with this many positions, each of which covers a square of latents."""
     scale = math.sqrt(height * width / positions)
     rows = max(1, round(height / scale))
     return rows, positions // rows

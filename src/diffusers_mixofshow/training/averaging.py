@@ -1,4 +1,4 @@
-"""Exponential moving average of what is learnt."""
+"""Exponential moving average of the trained parameters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import nn
 
 
 class MovingAverage:
-    """Average of parameters over the last steps, some 1 / (1 - decay) of them.
+    """Average of parameters over about the last 1 / (1 - decay) steps.
 
-    In the first steps the decay is smaller, (1 + step) / (10 + step), so that the start is soon forgotten. diffusers'
-    `EMAModel` has the same formula one step later, and knows parameters by their order; checkpoints have names.
+    In the first steps the decay is smaller, (1 + step) / (10 + step), so that the initial values soon lose weight.
+    diffusers' `EMAModel` applies this formula one step later, and identifies parameters by their order, where our
+    checkpoints need names.
 
     Args:
-        parameters: By name; they are averaged from their present values on.
-        decay: Share of the average that stays in every step.
+        parameters: By name; the average starts at their present values.
+        decay: Weight of the previous average in every step.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -26,19 +27,19 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters after a step, counted from 1."""
+        """Add the parameters after a step, counted from 1, to the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self.parameters.items():
             self.values[name].lerp_(parameter, 1 - decay)
 
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Go on from averages of before."""
+        """Restore averages from a checkpoint."""
         for name, value in self.values.items():
             value.copy_(values[name])
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the parameters have the average's values inside the block."""
+    def swap_in(self) -> Iterator[None]:
+        """Give the parameters the averaged values inside the block."""
         own = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():

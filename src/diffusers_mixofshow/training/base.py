@@ -1,4 +1,4 @@
-"""The base model that training borrows: loading it, refusing what cannot be trained, handing it back as it was."""
+"""The base model that is trained on: load it, refuse one that cannot be trained, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     TrainablePipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 _KEPT = ("force_zeros_for_empty_prompt",)
-"""Settings of a pipeline that decide what it draws."""
+"""Settings in a pipeline's config that change its pictures."""
 
 
 def load_base(config: TrainingConfig) -> TrainablePipeline:
-    """Load the base model that the config names, in the precision it trains in."""
+    """Load the base model that the config names, in the config's precision (Toyland always in float32)."""
     name = config.pretrained_model_name_or_path
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = torch.float32 if name == TOYLAND else dtypes[config.mixed_precision]
     return models.load_base(name, partial(_load, dtype=dtype))
 
 
-def with_same_models(pipeline: Any, pipeline_class: type[Any], **changed: Any) -> Any:
-    """Make a pipeline of another class that shares a pipeline's parts, but for those given here."""
+def convert_pipeline(pipeline: Any, pipeline_class: type[Any], **changed: Any) -> Any:
+    """Make a pipeline of another class from the same components; `changed` replaces some of them."""
     family = family_of(pipeline.components)
     parts = {name: getattr(pipeline, name) for name in family.parts}
     kept = {name: pipeline.config[name] for name in _KEPT if name in pipeline.config}
@@ -59,7 +59,7 @@ def stock_class(family: Family) -> type[Any]:
 
 
 def refuse_other_families(called: str, family: Family) -> None:
-    """Raise a `ConfigurationError` if concepts of a family are not tuned; `called` is what is of it."""
+    """Raise a `ConfigurationError` if concepts cannot be tuned on a family; `called` is the error's subject."""
     if family not in CONCEPT_FAMILIES:
         able = ", ".join(one.name for one in CONCEPT_FAMILIES)
         raise ConfigurationError(
@@ -96,7 +96,7 @@ def refuse_untrainable(pipeline: TrainablePipeline, config: TrainingConfig) -> N
 
 
 def _load(place: str, *, dtype: torch.dtype, **options: Any) -> Any:
-    """Load what is known to be there, as the pipeline of its family."""
+    """Load a folder or cached repository as diffusers' pipeline of its family."""
     from diffusers import DiffusionPipeline
 
     family = family_of_index(DiffusionPipeline.load_config(place, **options))
@@ -105,7 +105,7 @@ def _load(place: str, *, dtype: torch.dtype, **options: Any) -> Any:
 
 
 def warn_of_small_pictures(pipeline: Any, config: TrainingConfig) -> None:
-    """Say so where a base is tuned on pictures of half its own size or less, which it draws badly.
+    """Warn if `resolution` is at most half the base's own size: a base draws small pictures badly.
 
     Warns:
         MixOfShowWarning: Names both sizes.
@@ -121,7 +121,7 @@ def warn_of_small_pictures(pipeline: Any, config: TrainingConfig) -> None:
 
 @contextmanager
 def borrow(pipeline: TrainablePipeline) -> Iterator[None]:
-    """Freeze every model and put it in evaluation mode; afterwards gradient flags and modes are what they were."""
+    """Freeze every model in evaluation mode inside the block; afterwards gradient flags and modes are restored."""
     models = nn.ModuleList(module for module in pipeline.components.values() if isinstance(module, nn.Module))
     modes = [(module, module.training) for module in models.modules()]
     with keep_gradient_flags(models):

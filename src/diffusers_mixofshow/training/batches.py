@@ -1,4 +1,4 @@
-"""Photos to cached latents, and cached latents to random training batches."""
+"""Encode photos to cached latents, and draw random training batches from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.framing import crops_of, mask_on_latents, sizes_of
+from diffusers_mixofshow.training.framing import average_mask, frame_photo, size_conditions
 from diffusers_mixofshow.training.latents import LatentEncoder
 from diffusers_mixofshow.training.losses import offset_noise
 from diffusers_mixofshow.training.pictures import Photo
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CachedPhoto:
-    """The latent distribution of a photo's crops; it is sampled anew at each step.
+    """The latent distribution of a photo's crops, from which every step samples.
 
     Args:
         mean: Scaled as the denoiser expects, shape (crops, channels, height, width).
         deviation: Same shape.
         mask: Weights of the loss, shape (crops, 1, height, width).
         subject: Share of each cell that shows the concept, same shape; None for a photo without a mask.
-        sizes: What a denoiser may be told of each crop, see `sizes_of`, shape (crops, 6).
+        sizes: SDXL's size conditions of each crop, see `size_conditions`, shape (crops, 6).
         captions: Row numbers of the photo's captions in the table of all captions.
     """
 
@@ -52,11 +52,12 @@ class Batch:
         mask: Weights of the loss, shape (batch, 1, height, width).
         subject: Share of each cell that shows the concept, same shape; ones for a picture without a mask.
         has_subject: Whether a picture has a mask, shape (batch,).
-        sizes: What a denoiser may be told of each picture, see `sizes_of`, shape (batch, 6).
+        sizes: SDXL's size conditions of each picture, see `size_conditions`, shape (batch, 6).
         prior_pictures: How many of the pictures, the last ones, show the class instead of the concept.
         captions: Row numbers of the distinct captions, each encoded once.
-        caption_of: For every picture, its place in `captions`, shape (batch,). Captions are numbered by their first
-            picture, so that with as many captions as pictures each has its own, which `SharedTexts.spread` relies on.
+        caption_of: For every picture, the index of its caption in `captions`, shape (batch,). Captions are in the
+            order of their first picture: `SharedTexts.spread` relies on picture k reading caption k where there are
+            as many captions as pictures.
     """
 
     latents: torch.Tensor
@@ -83,13 +84,13 @@ class Batch:
 def cache_photos(
     photos: Sequence[Photo], table: Sequence[str], vae: AutoencoderKL, config: TrainingConfig
 ) -> list[CachedPhoto]:
-    """Encode every crop of every photo once, or read what an earlier training has kept in `latents_dir`.
+    """Encode every crop of every photo once, or read its latents from `latents_dir`.
 
     Args:
         photos: What `read_photos` returned.
         table: All distinct captions.
         vae: The base model's autoencoder.
-        config: Resolution, crops, seed, whether masks count, and where latents are kept.
+        config: Resolution, crops, seed, whether masks weigh the loss, and where latents are kept.
 
     Raises:
         FileWriteError: If `latents_dir` cannot be written or is full.
@@ -99,7 +100,7 @@ def cache_photos(
     generator = torch.Generator().manual_seed(config.seed)
     cached = []
     for photo in photos:
-        crops = crops_of(
+        crops = frame_photo(
             photo,
             config.resolution,
             variants=config.crop_variants,
@@ -110,7 +111,7 @@ def cache_photos(
         )
         mean, deviation = encoder.encode(crops)
         cells, valid = (
-            mask_on_latents(torch.stack(masks), *mean.shape[-2:])
+            average_mask(torch.stack(masks), *mean.shape[-2:])
             for masks in ([crop.mask for crop in crops], [crop.valid for crop in crops])
         )
         cached.append(
@@ -119,7 +120,7 @@ def cache_photos(
                 deviation=deviation,
                 mask=cells if config.masked_loss else valid,
                 subject=None if photo.mask is None else cells,
-                sizes=torch.tensor([sizes_of(photo, crop) for crop in crops], dtype=torch.float32),
+                sizes=torch.tensor([size_conditions(photo, crop) for crop in crops], dtype=torch.float32),
                 captions=tuple(rows[caption] for caption in photo.captions),
             )
         )
@@ -127,14 +128,14 @@ def cache_photos(
 
 
 class RandomBatches:
-    """Batches without end; of photos of one size, every one is seen before any is seen again.
+    """Endless batches. All photos of one size are drawn once, in random order, before any is drawn again.
 
     Args:
-        photos: The cached photos. A batch has photos of one size, a size's turn comes as often as it has photos.
+        photos: The cached photos. A batch has photos of one size, drawn in proportion to the photos that have it.
         config: Batch size, captions per step, share of empty prompts and noise offset.
         timesteps: Number of the scheduler's training timesteps.
-        generator: Draws everything, on the CPU, so that a seed means the same on every device.
-        prior: Cached pictures of the class; each batch has as many of them as of the concept.
+        generator: Draws everything, on the CPU, so that a seed gives the same batches on every device.
+        prior: Cached pictures of the class; if there are any, half of each batch is of them.
         empty_prompt: Row number of the empty prompt in the table of all captions; None never leaves a caption out.
     """
 
@@ -162,12 +163,12 @@ class RandomBatches:
     def __next__(self) -> Batch:
         size, generator = self.config.train_batch_size, self.generator
         distinct = min(self.config.captions_per_step or size, size)
-        chosen = self._choose(distinct)
-        captions = self._some_left_out([_pick(photo.captions, generator) for photo in chosen])
+        chosen = self._choose_photos(distinct)
+        captions = self._leave_out_some([_pick(photo.captions, generator) for photo in chosen])
         shown = [chosen[place % distinct] for place in range(size)]
         told = [captions[place % distinct] for place in range(size)]
         if self.prior:
-            of_class = [self.prior[self._next("prior", len(self.prior))] for _ in range(size)]
+            of_class = [self.prior[self._draw_index("prior", len(self.prior))] for _ in range(size)]
             shown, told = [*shown, *of_class], [*told, *(photo.captions[0] for photo in of_class)]
         crops = [_sample_crop(photo, generator) for photo in shown]
         latents = torch.stack([latent for latent, _ in crops])
@@ -180,7 +181,7 @@ class RandomBatches:
             noise=offset_noise(noise, channel_noise, self.config.noise_offset),
             timesteps=torch.cat(drawn),
             mask=torch.stack([photo.mask[crop] for photo, (_, crop) in zip(shown, crops, strict=True)]),
-            subject=torch.stack([_subject(photo, crop) for photo, (_, crop) in zip(shown, crops, strict=True)]),
+            subject=torch.stack([_subject_mask(photo, crop) for photo, (_, crop) in zip(shown, crops, strict=True)]),
             has_subject=torch.tensor([photo.subject is not None for photo in shown]),
             sizes=torch.stack([photo.sizes[crop] for photo, (_, crop) in zip(shown, crops, strict=True)]),
             prior_pictures=len(shown) - size,
@@ -189,39 +190,39 @@ class RandomBatches:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Random state and place in the data."""
+        """Random state and position in the data."""
         orders = {name: list(order) for name, order in self._orders.items()}
         return {"generator": self.generator.get_state(), "orders": orders}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue with the batch that came next when `state_dict` was taken."""
         self.generator.set_state(state["generator"])
         self._orders = {name: list(order) for name, order in state["orders"].items()}
 
-    def _choose(self, count: int) -> list[CachedPhoto]:
-        """Photos of one size."""
+    def _choose_photos(self, count: int) -> list[CachedPhoto]:
+        """Draw photos of one size."""
         turn = 0 if len(self._of_size) == 1 else _pick(range(len(self._turns)), self.generator)
         group = self._of_size[self._turns[turn]]
-        return [group[self._next(self._turns[turn], len(group))] for _ in range(count)]
+        return [group[self._draw_index(self._turns[turn], len(group))] for _ in range(count)]
 
-    def _some_left_out(self, captions: list[int]) -> list[int]:
-        """Put the empty prompt in place of a share of the captions, but never of the last one left."""
+    def _leave_out_some(self, captions: list[int]) -> list[int]:
+        """Replace a share of the captions by the empty prompt, but never all of them."""
         if self.empty_prompt is None:
             return captions
         left_out = torch.rand(len(captions), generator=self.generator) < self.config.proportion_empty_prompts
         left_out[0] &= not left_out.all()
         return [self.empty_prompt if gone else row for gone, row in zip(left_out.tolist(), captions, strict=True)]
 
-    def _next(self, name: str, count: int) -> int:
+    def _draw_index(self, name: str, count: int) -> int:
         if not self._orders[name]:
             self._orders[name] = torch.randperm(count, generator=self.generator).tolist()
         return self._orders[name].pop(0)
 
 
 def spread_timesteps(count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw timesteps that are uniform one by one but evenly spread over a batch, which steadies the loss.
+    """Draw timesteps that are evenly spread over a batch, which lowers the variance of the loss.
 
-    One lies in each of `count` equal parts of the range, as in arXiv:2107.00630, appendix I.1.
+    Each is uniform by itself; one lies in each of `count` equal parts of the range (arXiv:2107.00630, appendix I.1).
 
     Returns:
         Shape (count,), in [0, timesteps).
@@ -235,7 +236,7 @@ def _sample_crop(photo: CachedPhoto, generator: torch.Generator) -> tuple[torch.
     return photo.mean[crop] + photo.deviation[crop] * torch.randn(photo.mean.shape[1:], generator=generator), crop
 
 
-def _subject(photo: CachedPhoto, crop: int) -> torch.Tensor:
+def _subject_mask(photo: CachedPhoto, crop: int) -> torch.Tensor:
     return torch.ones_like(photo.mask[crop]) if photo.subject is None else photo.subject[crop]
 
 

@@ -1,4 +1,4 @@
-"""Captions of photos: where they are written, the concept named in them, and their tags in other orders."""
+"""Read captions of photos from text and metadata files, put the concept's name into them, and shuffle their tags."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusers_mixofshow.texts import read_text
 
 
 CAPTION_SLOT = "<TOK>"
-"""Stands for the concept in captions and templates, whatever the concept is called."""
+"""Placeholder for any concept in captions and templates."""
 
 TEMPLATES = (
     "a photo of a <TOK>",
@@ -28,15 +28,15 @@ TEMPLATES = (
     "a good photo of a <TOK>",
     "a rendition of a <TOK>",
 )
-"""Captions of photos that have none, after textual inversion (arXiv:2208.01618, supplementary)."""
+"""Default captions of photos that have none, after textual inversion (arXiv:2208.01618, supplementary)."""
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-"""Names of the file that describes a folder of pictures, as the Hub's imagefolder layout has them."""
+"""Names of the metadata file in the Hub's imagefolder layout."""
 
 FILE_COLUMN, MASK_COLUMN = "file_name", "mask_file_name"
 
 _MOST_DEFECTS = 20
-"""Lines of metadata that are named when most of them are wrong."""
+"""How many wrong lines of a metadata file an error lists before it says "and N more"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,9 @@ class Metadata:
 
     Args:
         file: Its name; empty if there is none.
-        captions: A photo's path, seen from the folder, to its captions.
-        masks: A photo's path to its mask's, both seen from the folder.
-        defects: What in the file cannot be used.
+        captions: A photo's path, relative to the folder, to its captions.
+        masks: A photo's path to its mask's path, both relative to the folder.
+        defects: What is wrong with the file, one text each.
     """
 
     file: str = ""
@@ -60,7 +60,7 @@ def read_metadata(folder: Path, *, column: str | None) -> Metadata:
     """Read ``metadata.jsonl`` or ``metadata.csv``: for each photo its ``file_name``, captions and ``mask_file_name``.
 
     Args:
-        folder: That may hold the file.
+        folder: The folder of photos; it need not hold a metadata file.
         column: The column of captions, in JSON a text or a list of texts; None ignores captions.
     """
     present = sorted(path.name for path in folder.iterdir() if path.name.lower() in METADATA_FILES)
@@ -72,12 +72,12 @@ def read_metadata(folder: Path, *, column: str | None) -> Metadata:
         text = read_text(folder / present[0])
     except TextError as error:
         return Metadata(defects=(str(error),))
-    rows, defects = (_json_rows if present[0].lower().endswith(".jsonl") else _csv_rows)(text)
+    rows, defects = (_read_json_rows if present[0].lower().endswith(".jsonl") else _read_csv_rows)(text)
     captions: dict[str, list[str]] = {}
     masks: dict[str, str] = {}
     for line, row in rows:
         try:
-            name, mask, texts = _row(row, column)
+            name, mask, texts = _read_row(row, column)
         except TrainingDataError as error:
             defects.append(f"line {line}: {error}")
             continue
@@ -94,11 +94,11 @@ def read_metadata(folder: Path, *, column: str | None) -> Metadata:
 
 
 def read_caption_file(path: Path) -> list[str]:
-    """The captions in ``NAME.txt``, one a line.
+    """Read the captions in ``NAME.txt``, one a line.
 
     Raises:
         TextError: If the file is no text.
-        TrainingDataError: If there is no caption in it.
+        TrainingDataError: If it has no caption.
     """
     lines = [line.strip() for line in read_text(path).split("\n")]
     if not any(lines):
@@ -107,15 +107,15 @@ def read_caption_file(path: Path) -> list[str]:
 
 
 def read_description(path: Path, *, column: str) -> list[str]:
-    """The captions in ``NAME.json``, an object such as ``{"caption": "a <TOK>"}``; none where it has no caption.
+    """Read the captions in ``NAME.json``, an object such as ``{"caption": "a <TOK>"}``; empty if it has none.
 
     Args:
         path: The file.
-        column: The key of captions; where there is none of it, ``caption`` and ``text`` are.
+        column: The key of captions; if it is missing, ``caption`` and then ``text`` are tried.
 
     Raises:
         TextError: If the file is no text.
-        TrainingDataError: If what should be a caption is none.
+        TrainingDataError: If the key's value is no text or list of texts.
     """
     try:
         content = json.loads(read_text(path))
@@ -123,18 +123,18 @@ def read_description(path: Path, *, column: str) -> list[str]:
         return []
     keys = [key for key in (column, "caption", "text") if isinstance(content, dict) and content.get(key)]
     try:
-        return _texts(content, keys[0]) if keys else []
+        return _read_texts(content, keys[0]) if keys else []
     except TrainingDataError as error:
         raise TrainingDataError(f"{path.name}: {error}") from error
 
 
 def name_concept(texts: Iterable[str], concept: Concept, *, source: str) -> tuple[str, ...]:
-    """Put the concept's placeholder where captions say ``<TOK>``, and check that each names the concept.
+    """Replace ``<TOK>`` by the concept's placeholder, and check that each caption names the concept.
 
     Args:
         texts: The captions.
         concept: The concept.
-        source: The file that errors name.
+        source: Where errors say that the captions are from.
 
     Raises:
         TrainingDataError: If a caption names another concept, or none.
@@ -142,7 +142,7 @@ def name_concept(texts: Iterable[str], concept: Concept, *, source: str) -> tupl
     captions = tuple(text.replace(CAPTION_SLOT, concept.placeholder) for text in texts)
     for caption in captions:
         if any("\ud800" <= character <= "\udfff" for character in caption):
-            raise TrainingDataError(f"{source}: {caption!r} ends or begins within a character; write it anew")
+            raise TrainingDataError(f"{source}: {caption!r} has half of a character (a surrogate); write it anew")
         try:
             split_prompt(caption, [concept])
         except ConceptError as error:
@@ -157,47 +157,49 @@ def name_concept(texts: Iterable[str], concept: Concept, *, source: str) -> tupl
     return captions
 
 
-def with_shuffled_tags(captions: Sequence[str], count: int, *, seed: int) -> tuple[str, ...]:
-    """Write comma-separated tags in other orders; the first tag, which most often names the concept, stays first.
+def shuffle_tags(captions: Sequence[str], count: int, *, seed: int) -> tuple[str, ...]:
+    """Make variants of captions with their comma-separated tags in other orders; the first tag stays first.
+
+    The first tag most often names the concept.
 
     Args:
-        captions: Of one photo.
-        count: How many random orders of each caption, at most; 0 keeps the captions as they are written.
-        seed: Of the orders.
+        captions: Captions of one photo.
+        count: How many random orders of each caption, at most; 0 returns the captions unchanged.
+        seed: Seed of the orders.
 
     Returns:
-        Every caption equally often, whether it has tags or not.
+        As many variants of each caption, a caption without tags repeated, so that none is trained more often.
     """
     if count == 0:
         return tuple(captions)
-    orders = [_orders(caption, count, random.Random(f"{seed} {caption}")) for caption in captions]
+    orders = [_order_tags(caption, count, random.Random(f"{seed} {caption}")) for caption in captions]
     most = max(map(len, orders))
     return tuple(variants[place % len(variants)] for variants in orders for place in range(most))
 
 
-def _orders(caption: str, count: int, randomness: random.Random) -> list[str]:
+def _order_tags(caption: str, count: int, randomness: random.Random) -> list[str]:
     first, *others = (tag.strip() for tag in caption.split(","))
     if math.factorial(len(others)) <= count:
         found = set(itertools.permutations(others))
     else:
         found = set()
-        for _ in range(8 * count):  # repeated tags may allow fewer orders than the count
+        for _ in range(8 * count):  # not until there are enough: repeated tags may have fewer distinct orders
             found.add(tuple(randomness.sample(others, len(others))))
             if len(found) == count:
                 break
     return [", ".join((first, *order)) for order in sorted(found)]
 
 
-def _json_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
+def _read_json_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
     rows: list[tuple[int, Mapping[str, Any]]] = []
     defects = []
     if text.lstrip().startswith("["):
         return [], ['expected one object a line, such as {"file_name": ..., "text": ...}, not a list of them']
-    for line, content in enumerate(text.split("\n"), start=1):  # JSON may hold other separators of lines
+    for line, content in enumerate(text.split("\n"), start=1):  # splitlines() would split at U+2028 inside a JSON text
         if not content.strip():
             continue
         try:
-            row = json.loads(content, object_pairs_hook=_once)
+            row = json.loads(content, object_pairs_hook=_refuse_repeated_keys)
         except (ValueError, RecursionError) as error:
             defects.append(f"line {line}: no JSON ({error})")
             continue
@@ -208,17 +210,17 @@ def _json_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str
     return rows, defects
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object none of whose keys is there twice; Python would take the last one."""
+def _refuse_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; refuse a repeated key, of which Python would silently take the last value."""
     names = [name for name, _ in pairs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(map(repr, twice))} more than once")
     return dict(pairs)
 
 
-def _csv_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
-    """Rows as columns to cells, empty cells left out; separated as the first line is."""
-    reader = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=_separator(text))
+def _read_csv_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]]:
+    """Read rows as column name to cell, without empty cells; the first line decides about the separator."""
+    reader = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=_find_separator(text))
     rows: list[tuple[int, Mapping[str, Any]]] = []
     defects: list[str] = []
     columns: list[str] = []
@@ -239,15 +241,15 @@ def _csv_rows(text: str) -> tuple[list[tuple[int, Mapping[str, Any]]], list[str]
                     f"with {reader.dialect.delimiter!r} into quotes"
                 )
             else:
-                given = zip(columns, cells, strict=False)  # the last cells may be left out
+                given = zip(columns, cells, strict=False)  # a row may end before the last columns
                 rows.append((reader.line_num, {name: cell for name, cell in given if cell}))
     except csv.Error as error:
         return [], [f"no CSV ({error})"]
     return rows, defects
 
 
-def _separator(text: str) -> str:
-    """What stands between the names of columns; spreadsheets write semicolons where the comma is decimal."""
+def _find_separator(text: str) -> str:
+    """Separator of the header's columns; spreadsheets write semicolons in languages with a decimal comma."""
     header = text.lstrip().partition("\n")[0]
     return next(
         (mark for mark in ",;\t" if FILE_COLUMN in [name.strip(' "') for name in header.split(mark)]),
@@ -255,15 +257,15 @@ def _separator(text: str) -> str:
     )
 
 
-def _row(row: Mapping[str, Any], column: str | None) -> tuple[str, str | None, list[str]]:
+def _read_row(row: Mapping[str, Any], column: str | None) -> tuple[str, str | None, list[str]]:
     """A row's photo, mask and captions."""
-    name = _inner_path(row, FILE_COLUMN)
-    mask = _inner_path(row, MASK_COLUMN) if row.get(MASK_COLUMN) else None
-    return name, mask, [] if column is None else _texts(row, column)
+    name = _read_path(row, FILE_COLUMN)
+    mask = _read_path(row, MASK_COLUMN) if row.get(MASK_COLUMN) else None
+    return name, mask, [] if column is None else _read_texts(row, column)
 
 
-def _texts(row: Mapping[str, Any], column: str) -> list[str]:
-    """The captions in a row."""
+def _read_texts(row: Mapping[str, Any], column: str) -> list[str]:
+    """Read the captions in a row."""
     if column not in row:
         others = ", ".join(str(other) for other in row if other not in (FILE_COLUMN, MASK_COLUMN)) or "no other column"
         raise TrainingDataError(
@@ -275,8 +277,8 @@ def _texts(row: Mapping[str, Any], column: str) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def _inner_path(row: Mapping[str, Any], column: str) -> str:
-    """A path that stays in the folder, however the system reads it."""
+def _read_path(row: Mapping[str, Any], column: str) -> str:
+    """Read a relative path, and refuse one that leaves the folder by the rules of Windows or of other systems."""
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         others = ", ".join(map(str, row)) or "nothing"

@@ -1,9 +1,9 @@
-"""Checkpoints: a training that was stopped goes on to the very same weights.
+"""Checkpoints: a resumed training reaches the same weights, bit for bit, as one that was never stopped.
 
-One folder each, ``checkpoint-STEP`` inside the output folder: the ED-LoRA as it would be saved now, ``state.pt`` with
-parameters, optimiser, scaler and position, and ``process-N.pt`` with the random state and the place in the data of
-each process. A folder appears whole or not at all. Files are read with ``weights_only=True``. accelerate's
-`save_state` would put the whole base model into each: it saves the module that it wraps, which holds the base.
+Each is a folder ``checkpoint-STEP`` in the output folder: the ED-LoRA at that step, ``state.pt`` with parameters,
+optimiser, scaler and position, and for each process ``process-N.pt`` with its random state and position in the data.
+A folder appears whole or not at all. Files are read with ``weights_only=True``. accelerate's `save_state` would save
+the whole base model each time, which is part of the module that accelerate wraps.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LATEST = "latest"
 
 _FORMAT_VERSION = 1
 _BEFORE = {"keep_start_token": False}
-"""Settings that older checkpoints do not name, with the value that they were trained with."""
+"""Settings missing from older checkpoints, with the value that those were trained with."""
 _STATE = "state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _COPIES_OF_PARAMETERS = 5
-"""Parameters, their average, two moments of Adam, and the ED-LoRA."""
+"""Size of a checkpoint in sizes of the parameters: these, their average, Adam's two moments, and the ED-LoRA."""
 _SPARE_BYTES = 1_000_000
 
 
@@ -53,16 +53,16 @@ class CheckpointFolder:
         self.folder, self.limit, self.accelerator = folder, limit, accelerator
 
     def save(self, step: int, edlora: EDLoRA, state: Mapping[str, Any], own: Mapping[str, Any]) -> Path:
-        """Write one checkpoint and remove those that are one too many; all processes call it together.
+        """Write one checkpoint and remove the oldest beyond `limit`; all processes call it together.
 
         Args:
             step: Steps done.
-            edlora: What the training has learnt so far.
-            state: Tensors, numbers, lists and dictionaries, the same in all processes.
-            own: The same of this process alone.
+            edlora: The concept at this step.
+            state: Tensors, numbers, lists and dictionaries, equal in all processes.
+            own: Tensors, numbers, lists and dictionaries of this process alone.
 
         Raises:
-            ConfigurationError: If it cannot be written; older checkpoints are as they were.
+            ConfigurationError: If it cannot be written; older checkpoints are unchanged.
         """
         final = self.folder / f"checkpoint-{step}"
         temporary = self.folder / f".checkpoint-{step}.tmp"
@@ -79,7 +79,7 @@ class CheckpointFolder:
             if self.accelerator.is_main_process:
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
-                for old in self.present()[: -self.limit]:
+                for old in list_checkpoints(self.folder)[: -self.limit]:
                     shutil.rmtree(old)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -89,15 +89,11 @@ class CheckpointFolder:
             ) from error
         return final
 
-    def present(self) -> list[Path]:
-        """All whole checkpoints, the newest last."""
-        return present(self.folder)
-
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state that `save` wrote, common and of this process, on the CPU.
+        """Read `state` and `own`, as `save` got them, to the CPU.
 
         Raises:
-            ConfigurationError: If a file is missing or damaged, or the number of processes is another one.
+            ConfigurationError: If a file is missing or damaged, or was written by another number of processes.
         """
         state = _read(path / _STATE)
         processes = state.get("processes")
@@ -115,23 +111,23 @@ class CheckpointFolder:
         return f"process-{self.accelerator.process_index}.pt"
 
 
-def present(folder: Path) -> list[Path]:
-    """All whole checkpoints in an output folder, the newest last."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List all complete checkpoints in an output folder, the newest last."""
     whole = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in whole if (path / _STATE).is_file()), key=_age)
+    return sorted((path for path in whole if (path / _STATE).is_file()), key=_age_key)
 
 
-def find(folder: Path, wanted: str | Path) -> Path | None:
-    """The checkpoint to go on from: ``latest``, which may not exist yet, or a folder.
+def find_checkpoint(folder: Path, wanted: str | Path) -> Path | None:
+    """Find a checkpoint by its folder, or the ``latest``, which is None if there is none yet.
 
     Raises:
         ConfigurationError: If the folder is no checkpoint.
     """
     if wanted == LATEST:
-        return present(folder)[-1] if present(folder) else None
+        return list_checkpoints(folder)[-1] if list_checkpoints(folder) else None
     path = Path(wanted) if (Path(wanted) / _STATE).is_file() else folder / wanted
     if not (path / _STATE).is_file():
-        known = ", ".join(each.name for each in present(folder)) or "none"
+        known = ", ".join(each.name for each in list_checkpoints(folder)) or "none"
         raise ConfigurationError(
             f"resume_from_checkpoint is {str(wanted)!r}, which is no checkpoint. Expected {LATEST!r} or a folder "
             f"checkpoint-STEP; in {folder} there are: {known}."
@@ -139,67 +135,67 @@ def find(folder: Path, wanted: str | Path) -> Path | None:
     return path
 
 
-def starting_point(config: TrainingConfig) -> Path | None:
-    """The checkpoint that a training goes on from; None where it begins at its start.
+def find_start(config: TrainingConfig) -> Path | None:
+    """Find the checkpoint that a training is to resume; None if it starts from scratch.
 
     Raises:
-        ConfigurationError: If what it is to go on from is no checkpoint.
+        ConfigurationError: If `resume_from_checkpoint` is no checkpoint.
 
     Warns:
-        MixOfShowWarning: If it is to go on from the latest, and there is none yet.
+        MixOfShowWarning: If it is ``latest``, and there is none yet.
     """
     wanted = config.resume_from_checkpoint
     if wanted is None or config.output_dir is None:
         return None
-    path = find(Path(config.output_dir), wanted)
+    path = find_checkpoint(Path(config.output_dir), wanted)
     if path is None:
         warn(f"{config.output_dir} has no checkpoint yet, so the training begins at its start.")
     return path
 
 
-def _steps_of_earlier(folder: Path) -> list[Path]:
-    """Checkpoints and sheets that an earlier training has left in an output folder."""
-    return [*present(folder), *sorted(folder.glob("validation/step-*.png"))]
+def _list_earlier_steps(folder: Path) -> list[Path]:
+    """List checkpoints and validation sheets of an earlier training in an output folder."""
+    return [*list_checkpoints(folder), *sorted(folder.glob("validation/step-*.png"))]
 
 
 def list_replaced(config: TrainingConfig) -> list[Path]:
-    """What of an earlier training would go; nothing where this one goes on from a checkpoint beside it."""
+    """List files of an earlier training that this one would replace; none if it resumes that training."""
     if config.output_dir is None:
         return []
     folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
-    checkpoint = None if wanted is None else find(folder, wanted)
+    checkpoint = None if wanted is None else find_checkpoint(folder, wanted)
     if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
         return []
-    return find_existing(*find_places(folder), *_steps_of_earlier(folder))
+    return find_existing(*find_places(folder), *_list_earlier_steps(folder))
 
 
 def refuse_replacing(config: TrainingConfig) -> None:
-    """Refuse to take the place of an earlier training unasked.
+    """Refuse to replace an earlier training, unless `config.overwrite` allows it.
 
     Raises:
-        OverwriteError: If there is one.
-        ConfigurationError: If what is to be gone on from is no checkpoint.
+        OverwriteError: If there is one in the output folder.
+        ConfigurationError: If `resume_from_checkpoint` is no checkpoint.
     """
-    resumable = config.output_dir is not None and present(Path(config.output_dir))
+    resumable = config.output_dir is not None and list_checkpoints(Path(config.output_dir))
     going_on = "Go on with resume_from_checkpoint 'latest', choose" if resumable else "Choose"
     refuse_overwriting(*list_replaced(config), overwrite=config.overwrite, otherwise=f"{going_on} another output_dir")
 
 
-def make_room(config: TrainingConfig) -> None:
-    """Remove checkpoints and sheets of an earlier training that may go; its ED-LoRA stays until there is a new one."""
+def remove_earlier_steps(config: TrainingConfig) -> None:
+    """Remove checkpoints and sheets of the training to be replaced; its ED-LoRA stays until the new one is saved."""
     if config.output_dir is not None and list_replaced(config):
-        remove(_steps_of_earlier(Path(config.output_dir)))
+        remove(_list_earlier_steps(Path(config.output_dir)))
 
 
 def check_writable(folder: Path, *, make: bool = True) -> None:
-    """Notice a folder that cannot be written before the training, not after it.
+    """Check before the training that its output folder can be written.
 
     Args:
         folder: The output folder.
-        make: Whether it is made; else the nearest folder above it that exists is looked at.
+        make: Whether to make it; else the nearest existing folder above it is tried.
 
     Raises:
-        ConfigurationError: If it cannot.
+        ConfigurationError: If it cannot be written.
     """
     try:
         if make:
@@ -212,10 +208,10 @@ def check_writable(folder: Path, *, make: bool = True) -> None:
 
 
 def check_space(folder: Path, parameters: Sequence[torch.Tensor], config: TrainingConfig) -> None:
-    """Notice a disk that is too full for what the training will write.
+    """Check that the disk has room for the ED-LoRA and the checkpoints.
 
     Raises:
-        ConfigurationError: If it is.
+        ConfigurationError: If it has not.
     """
     one = 4 * sum(parameter.numel() for parameter in parameters)
     kept = config.checkpoints_total_limit + 1 if config.checkpointing_steps is not None else 0
@@ -228,8 +224,8 @@ def check_space(folder: Path, parameters: Sequence[torch.Tensor], config: Traini
         )
 
 
-def digest_of(photos: Sequence[CachedPhoto], captions: Sequence[str]) -> str:
-    """SHA-256 of all that the training sees of the data, to notice if it has changed."""
+def digest_data(photos: Sequence[CachedPhoto], captions: Sequence[str]) -> str:
+    """SHA-256 of latents, masks and captions, by which a resumed training notices changed data."""
     digest = hashlib.sha256("\n".join(captions).encode())
     for photo in photos:
         for tensor in (photo.mean, photo.deviation, photo.mask):
@@ -239,15 +235,15 @@ def digest_of(photos: Sequence[CachedPhoto], captions: Sequence[str]) -> str:
 
 
 def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
-    """Refuse to go on with other settings or other photos than the checkpoint's; warn of other rates.
+    """Refuse to resume with other settings or data than the checkpoint's; warn of other learning rates.
 
-    Rates may be lowered where a training has diverged; only from or to 0, which changes what is learnt, they may not.
+    Rates may change, as they are lowered after a divergence; not from or to 0, which changes which parameters learn.
 
     Args:
         path: The checkpoint, for the message.
         state: What `CheckpointFolder.load` returned.
         settings: `TrainingConfig.as_identity` of this training.
-        data: `digest_of` its data.
+        data: `digest_data` of this training.
 
     Raises:
         ConfigurationError: Lists everything that differs.
@@ -271,7 +267,7 @@ def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[
         warn(f"The training goes on from {path} with other rates: {'; '.join(changed[name] for name in rates)}.")
 
 
-def _age(path: Path) -> tuple[int, int]:
+def _age_key(path: Path) -> tuple[int, int]:
     match = _NAME.fullmatch(path.name)
     return (path / _STATE).stat().st_mtime_ns, int(match.group(1)) if match else 0
 

@@ -1,7 +1,7 @@
-"""Pictures of the concept in company of itself, composed of its own photos by their masks.
+"""Training pictures that show the concept twice, composed of its photos by their masks.
 
-Tuned on pictures of itself alone, a concept keeps its looks at the first place of a prompt and half loses them at the
-later ones, as nothing has ever shown it there.
+A concept tuned on pictures of itself alone keeps its looks where a prompt names it first, and half loses them where a
+prompt names it later, as it was never trained at a later position.
 """
 
 from __future__ import annotations
@@ -28,32 +28,35 @@ WORDINGS = (
     "{0} left of {0}",
     "{0} beside {0}",
 )
-"""How captions name the concept at two places; drawn with equal chances."""
+"""How captions name the concept twice; each is drawn with equal chance."""
 
 _PLACES = 2
 _HEIGHTS = (0.5, 0.68)
-"""Of a cut-out, as fractions of the picture's."""
+"""Least and largest height of a cut-out, as fractions of the picture's height."""
 _WIDEST = 0.97
-"""Of a cut-out, as a fraction of its column's width."""
+"""Largest width of a cut-out, as a fraction of its column's width."""
 _GROUNDS = (0.84, 0.97)
-"""Where cut-outs stand, as fractions of the picture's height; one that its photo cuts off below stands at the edge."""
+"""Range of a cut-out's lower edge, as fractions of the picture's height from the top.
+
+One whose photo cuts it off below stands at the picture's edge instead.
+"""
 _INSIDE = 128
-"""From this value of 255 on, a pixel of a mask is inside."""
+"""A pixel of a mask from this value on, of 255, is inside."""
 _RIM = 0.01
-"""By how much of the picture's width a subject's mask is widened before the subject is taken away."""
+"""How far a subject's mask is widened before the subject is removed, as a fraction of the picture's width."""
 
 
 def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Photo]:
-    """Compose square pictures that show the concept twice side by side, before its photos' own backgrounds.
+    """Compose square pictures that show the concept twice, side by side, on the backgrounds of its photos.
 
     Args:
-        photos: The concept's; those with a mask are cut out, and are the backgrounds.
+        photos: The concept's photos; those with a mask give the cut-outs and the backgrounds.
         config: The share of composed pictures among all, the concept, and the seed that draws photos, sizes, places
             and wordings.
 
     Returns:
-        The composed pictures, captioned like the photos that they stand before. `Photo.known` leaves out what no photo
-        shows: what was behind a subject that was taken away.
+        The composed pictures, with the captions of the photos that give their backgrounds. `Photo.known` leaves out
+        where a background is not known: behind a subject that was removed.
 
     Warns:
         MixOfShowWarning: If no photo has a mask, so that nothing can be composed.
@@ -80,7 +83,7 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
 
 @dataclass(frozen=True)
 class _Cutout:
-    """A subject without its surroundings, its mask (mode L), and whether its photo's lower edge cuts it off."""
+    """A subject cropped from its photo, its mask (mode L), and whether the photo's lower edge cuts it off."""
 
     image: Image.Image
     mask: Image.Image
@@ -88,11 +91,11 @@ class _Cutout:
 
 
 def _compose(ground: Photo, masked: Sequence[Photo], concept: Concept, chance: random.Random) -> Photo:
-    image, known = _empty_place(ground)
+    image, known = _remove_subject(ground)
     mask = Image.new("L", image.size)
     for place in range(_PLACES):
         cutout = _cut_out(chance.choice(masked))
-        left, top, size = _stand(cutout, image.width, place, chance)
+        left, top, size = _place_cutout(cutout, image.width, place, chance)
         subject = cutout.image.resize(size, Image.Resampling.LANCZOS)
         shape = cutout.mask.resize(size, Image.Resampling.BOX)
         image.paste(subject, (left, top), shape)
@@ -103,8 +106,8 @@ def _compose(ground: Photo, masked: Sequence[Photo], concept: Concept, chance: r
     return Photo(path=ground.path, image=image, captions=captions, mask=mask, known=known, original_size=(side, side))
 
 
-def _empty_place(photo: Photo) -> tuple[Image.Image, Image.Image]:
-    """The photo's middle square with its subject's place filled from around it, and where it is still a photo."""
+def _remove_subject(photo: Photo) -> tuple[Image.Image, Image.Image]:
+    """The photo's middle square with the subject replaced by colours around it, and the mask of unchanged pixels."""
     side = min(photo.image.size)
     image = ImageOps.fit(photo.image, (side, side))
     subject = ImageOps.fit(_mask_of(photo), (side, side), Image.Resampling.BOX)
@@ -127,12 +130,12 @@ def fill_unknown(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     height, width = known.shape[:2]
     if known.all() or max(height, width) == 1:
         return np.where(known, values, 0)
-    counts, sums = (_quarters(part) for part in (known.astype(np.float64), np.where(known, values, 0)))
+    counts, sums = (_sum_quarters(part) for part in (known.astype(np.float64), np.where(known, values, 0)))
     coarse = fill_unknown(sums / np.maximum(counts, 1), counts > 0)
     return np.where(known, values, coarse.repeat(2, axis=0).repeat(2, axis=1)[:height, :width])
 
 
-def _quarters(values: np.ndarray) -> np.ndarray:
+def _sum_quarters(values: np.ndarray) -> np.ndarray:
     """Sums over squares of 2 x 2 pixels, of (height, width, channels)."""
     padded = np.pad(values, ((0, values.shape[0] % 2), (0, values.shape[1] % 2), (0, 0)))
     return padded[::2, ::2] + padded[1::2, ::2] + padded[::2, 1::2] + padded[1::2, 1::2]
@@ -148,8 +151,8 @@ def _mask_of(photo: Photo) -> Image.Image:
     return photo.mask or Image.new("L", photo.image.size, 255)
 
 
-def _stand(cutout: _Cutout, side: int, place: int, chance: random.Random) -> tuple[int, int, tuple[int, int]]:
-    """Left, top and size of a cut-out at a random place in its column, in pixels."""
+def _place_cutout(cutout: _Cutout, side: int, place: int, chance: random.Random) -> tuple[int, int, tuple[int, int]]:
+    """Draw a cut-out's place in its column: left, top and (width, height) in pixels."""
     column, shape = side / _PLACES, cutout.image.width / cutout.image.height
     height = min(chance.uniform(*_HEIGHTS) * side, _WIDEST * column / shape)
     left = place * column + chance.random() * (column - height * shape)
@@ -158,7 +161,7 @@ def _stand(cutout: _Cutout, side: int, place: int, chance: random.Random) -> tup
 
 
 def _name_twice(caption: str, concept: Concept, chance: random.Random) -> str:
-    """The caption, but where it names the concept first it names one on each place."""
+    """Replace the caption's first mention of the concept by one of `WORDINGS`."""
     called = concept.placeholder + chance.choice(("", f" {concept.class_word}"))
     together = chance.choice(WORDINGS)
     return replace_mention(

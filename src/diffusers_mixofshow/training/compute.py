@@ -1,4 +1,4 @@
-"""Gradient checkpointing, `torch.compile` and a leaner forward pass of LoRA layers, each for the length of a block."""
+"""Gradient checkpointing, `torch.compile` and a faster forward pass of LoRA layers, each a context manager."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _SETTINGS = ("gradient_checkpointing", "_gradient_checkpointing_func", "training
 
 @contextmanager
 def recompute_activations(*models: nn.Module) -> Iterator[None]:
-    """Switch gradient checkpointing on in the blocks of diffusers and transformers models inside the block.
+    """Switch gradient checkpointing on in diffusers and transformers models inside the block, and off afterwards.
 
-    Blocks of transformers ask for training mode as well; they get it alone, without their children, so that no
-    dropout wakes. Afterwards everything is as it was.
+    A block of a transformers model checkpoints only in training mode. It alone gets that mode, not its children, so
+    that their dropout stays off.
     """
     blocks = [module for model in models for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     before = [{name: vars(block)[name] for name in _SETTINGS if name in vars(block)} for block in blocks]
     try:
         for block in blocks:
-            vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_again, training=True)
+            vars(block).update(gradient_checkpointing=True, _gradient_checkpointing_func=_checkpoint, training=True)
         yield
     finally:
         for block, settings in zip(blocks, before, strict=True):
@@ -38,12 +38,12 @@ def recompute_activations(*models: nn.Module) -> Iterator[None]:
             vars(block).update(settings)
 
 
-_again: Any = partial(checkpoint, use_reentrant=False)
+_checkpoint: Any = partial(checkpoint, use_reentrant=False)
 
 
 @contextmanager
 def compile_model(model: nn.Module) -> Iterator[nn.Module]:
-    """The model compiled by torch, which shares its weights; the marks that compiling leaves are gone afterwards."""
+    """Yield the model compiled by torch, with the same weights; attributes that compiling adds are removed again."""
     before = set(vars(model))
     try:
         made: Any = torch.compile(model)
@@ -54,17 +54,17 @@ def compile_model(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def lean_updates(lora: TrainableLoRA) -> Iterator[None]:
+def speed_up_updates(lora: TrainableLoRA) -> Iterator[None]:
     """Compute W x + s B A x in fewer passes over the activations than PEFT's layers do, inside the block.
 
-    The scale goes to A x, which has the size of the rank, and the product with B is added in the same kernel. A layer
-    with other active adapters, or with adapters switched off, stays with PEFT's way for as long as that is so.
+    The scale s multiplies A x, which is small (the rank's size), and one kernel multiplies by B and adds. While other
+    adapters are active in a layer, or its adapters are disabled, it uses PEFT's own forward pass.
     """
     layers = list(lora.layers.values())
     before = [{"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {} for layer in layers]
     try:
         for layer in layers:
-            vars(layer)["forward"] = _lean_forward(layer, lora.adapter_name)
+            vars(layer)["forward"] = _make_fast_forward(layer, lora.adapter_name)
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
@@ -72,7 +72,7 @@ def lean_updates(lora: TrainableLoRA) -> Iterator[None]:
             vars(layer).update(own)
 
 
-def _lean_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def _make_fast_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
     usual: Callable[[torch.Tensor], torch.Tensor] = layer.forward
     base = layer.get_base_layer()
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -80,7 +80,7 @@ def _lean_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Te
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         if layer.disable_adapters or list(layer.active_adapters) != [adapter]:
             return usual(inputs)
-        low = F.linear(inputs, down) * layer.scaling[adapter]  # which may change from call to call
+        low = F.linear(inputs, down) * layer.scaling[adapter]  # read in every call: samples are drawn at other scales
         output: torch.Tensor = base(inputs)
         return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.t()).view_as(output)
 

@@ -44,7 +44,7 @@ _UNRECORDED = (
     "resume_from_checkpoint",
     "overwrite",
 )
-"""Left out of records: folders are private, and the others do not change what is learnt."""
+"""Settings left out of records: folders are private, and the others do not change what is learnt."""
 _WITHOUT_EFFECT = (
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -54,7 +54,7 @@ _WITHOUT_EFFECT = (
     "num_validation_images",
     "save_statistics",
 )
-"""Settings that a training may change where it goes on, as they do not change what is learnt."""
+"""Settings that may differ when a training is resumed, as they do not change what is learnt."""
 _AT_LEAST_ONE = (
     "resolution",
     "train_batch_size",
@@ -70,7 +70,7 @@ _AT_LEAST_ONE = (
     "lr_num_cycles",
 )
 RATES = ("embedding_learning_rate", "text_encoder_learning_rate", "learning_rate", "text_kv_learning_rate")
-"""Settings that a training which goes on may have lowered."""
+"""Learning rates, which may be lowered when a training is resumed."""
 _NOT_NEGATIVE = (
     *RATES,
     "company",
@@ -101,59 +101,61 @@ class TrainingConfig:
         instance_data_dir: Folder with the concept's photos; optional are captions (``NAME.txt``, one a line,
             ``<TOK>`` stands for the concept; or ``metadata.jsonl`` or ``metadata.csv``) and masks (``masks/NAME.png``,
             white is the concept; or the photos' alpha channels).
-        dataset_name: Data set of such photos on the Hub, ``user/name``, in place of the folder.
+        dataset_name: Data set of photos on the Hub, ``user/name``, in place of `instance_data_dir`.
         concept: The concept's name: ``potter`` or ``<potter>``; prompts say ``<potter>`` either way.
-        class_word: Plain word for what it is; V_class starts from its embedding (paper), or from the mean of several.
+        class_word: Plain word for what the concept is. V_class starts from its embedding (paper), or from the mean of
+            several if it has several tokens.
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
         pretrained_model_name_or_path: Base model: Hub id, folder, or ``toyland`` for the embedded base.
         output_dir: Folder that receives the ED-LoRA; None does not save.
-        overwrite: Whether an earlier training in `output_dir` may go: its ED-LoRA, checkpoints and sheets. To go on
-            from its checkpoints needs no leave.
+        overwrite: Whether an earlier training in `output_dir` may be replaced: its ED-LoRA, checkpoints and sheets.
+            Not needed to resume it from a checkpoint.
         seed: Seed of every random number of the tuning.
-        resolution: Side of the square training picture, in pixels (512, paper; 1024 on SDXL, where `from_mapping` or
-            the command line know the base for one).
+        resolution: Side of the square training picture, in pixels (512, paper; `from_mapping` and the command line
+            take 1024 for a base that they recognise as SDXL).
         center_crop: Whether photos that are not square are cropped at the centre; else at random places (reference).
         crop_variants: How many random crops of a photo are encoded and cached (ours); 1 is enough for square photos.
         framing: How photos become training pictures: ``crop`` takes squares at random places, ``place`` puts the whole
             photo at random places on black, which the loss leaves out (reference), ``buckets`` keeps about the photo's
             shape, with about as many pixels as the square.
         latents_dir: Folder that keeps the crops' latents for the next training with the same photos, framing, seed and
-            autoencoder; what has changed is encoded anew. It shows the photos to whoever has the base model. None
-            keeps them in memory alone.
-        random_flip: Whether photos are trained mirrored, too; wrong for whatever has a left and a right: faces,
-            writing (no, reference).
+            autoencoder; what has changed is encoded anew. The photos can be decoded from it with the base model. None
+            keeps latents in memory only.
+        random_flip: Whether mirrored photos are trained as well; wrong for anything whose left and right differ, such
+            as faces or writing (no, reference).
         caption_column: The column of captions in ``metadata.jsonl`` or ``metadata.csv``; None ignores them.
         instance_prompt: Captions of photos that have none, one of them drawn at each step (after arXiv:2208.01618).
-        company: Share of training pictures, among all, that show the concept at two places. They are composed of the
-            photos by their masks; without masks, or for a scene, there are none (ours; not in ``paper``). What a
-            concept has never shown at a second place it half loses there.
-        tag_shuffles: In how many random orders a caption's comma-separated tags are trained, the first tag always in
-            front; 0: as written.
-        proportion_empty_prompts: Share of captions that are left out, as guidance without a classifier wants it (0.1,
-            arXiv:2207.12598); one caption of a step always stays. What is learnt without a caption is in the LoRA
-            alone, so fusion keeps it badly (0, reference).
+        company: Share of training pictures that show the concept twice, side by side. They are composed of the photos
+            by their masks; without masks, or for a scene, there are none (ours; not in ``paper``). Without them a
+            concept half loses its looks where a prompt names it second.
+        tag_shuffles: In how many random orders a caption's comma-separated tags are trained; the first tag stays
+            first. 0: as written.
+        proportion_empty_prompts: Share of captions replaced by the empty prompt, for classifier-free guidance (0.1,
+            arXiv:2207.12598); one caption of each step always stays. What is learnt without a caption is in the LoRA
+            alone, so that fusion keeps it badly (0, reference).
         train_batch_size: Pictures per step and process (2 GPUs x 2 in the reference, so 4).
-        captions_per_step: Distinct captions per step at most; the batch repeats photos with other noise and
-            timesteps, so that fewer layer-wise encodings are computed. None: one for every picture.
+        captions_per_step: Largest number of distinct captions per step. The batch repeats photos with other noise and
+            timesteps, so that fewer layer-wise encodings are computed. None: one caption for every picture.
         max_train_steps: Optimiser steps with embeddings and LoRA together (800 of batch 4: about 250 repeats of a
             dozen photos, reference).
-        embedding_phase_steps: Optimiser steps before those, with embeddings alone (0, reference).
+        embedding_phase_steps: Optimiser steps with embeddings alone, before `max_train_steps` (0, reference).
         embedding_learning_rate: Learning rate of the layer-wise embeddings (1e-3, paper).
         text_encoder_learning_rate: Learning rate of the text encoder's LoRA (1e-5, paper).
         learning_rate: Learning rate of the U-Net's LoRA (1e-4, paper).
         text_kv_learning_rate: Learning rate of the LoRA on the U-Net's text keys and values; None: learning_rate
-            (paper). Prompts tell concepts apart better than pictures do, so what is learnt there survives fusion
-            better; but at many times learning_rate a concept forgets its class beside others (ours).
-        lr_scheduler: ``linear`` decay to 0 (reference), ``cosine`` or ``constant``, in each phase.
+            (paper). Fusion keeps better what is learnt there, as prompts tell concepts apart better than pictures do;
+            but at many times learning_rate a concept loses its class in pictures with others (ours).
+        lr_scheduler: ``linear`` decay to 0 (reference), ``cosine``, ``cosine_with_restarts``, ``polynomial``,
+            ``constant`` or ``constant_with_warmup``, in each phase.
         lr_warmup_steps: Optimiser steps of linear warm-up in each phase (0, reference).
         adam_weight_decay: AdamW's decoupled weight decay of the LoRA (0.01, reference); embeddings have none.
         max_grad_norm: Gradients are scaled down to this norm (1.0, diffusers' scripts).
         rank: Rank of every LoRA layer (4, paper).
         lora_alpha: The LoRA is scaled by lora_alpha / rank (4, so that the scale is 1 as in the reference).
-        keep_start_token: Whether updates of the layers that read text change nothing at a prompt's start token. It is
-            the same in every prompt, so that fusion cannot give every concept its own there (ours; not in ``paper``).
+        keep_start_token: Whether the LoRA leaves the outputs for a prompt's start token unchanged. That token is the
+            same in every prompt, so that fusion cannot keep a change of each concept there (ours; not in ``paper``).
         noise_offset: Strength of the noise added to whole channels (0.01, paper: crucial for a stable identity).
-        snr_gamma: Clamp of the min-SNR loss weights (arXiv:2303.09556); None: every timestep counts alike (paper).
+        snr_gamma: Clamp of the min-SNR loss weights (arXiv:2303.09556); None: equal weights (paper).
         masked_loss: Whether the loss counts only the concept's mask, for photos that have one (reference).
         initializer_std: Standard deviation of V_rand's first values, in embedding units (0.013, reference).
         mixed_precision: ``no``, ``fp16`` or ``bf16``, as accelerate understands it.
@@ -162,30 +164,31 @@ class TrainingConfig:
         lr_num_cycles: Restarts of ``cosine_with_restarts`` (1, diffusers' scripts).
         lr_power: Power of ``polynomial`` decay (1.0, diffusers' scripts).
         gradient_accumulation_steps: Batches whose gradients are added up for one optimiser step (1, reference).
-        ema_decay: Decay of a moving average of everything that is learnt, which is what is saved then; None saves
-            the last values (reference).
-        embedding_norm_threshold: Embeddings stand still once the mean norm of the concept's is this long, in embedding
-            units (reference: 0.55 on Stable Diffusion 1.5; its words have about 0.4); None never.
-        attn_reg_weight: Weight of the attention regulariser, for photos with a mask: what the tokens are looked at
-            outside the mask, each map divided by its largest value (reference: 0.01); 0 leaves it out.
-        reg_full_identity: Whether V_class's map is drawn to the mask as a whole, inside too (reference).
-        class_data_dir: Folder of pictures of the class for prior preservation (arXiv:2208.12242); what is missing to
-            `num_class_images` is sampled from the base model into it. None: no prior preservation (reference).
-        class_prompt: Prompt of those pictures; None: ``a photo of a`` and the class word.
-        num_class_images: Pictures of the class (100, diffusers' scripts).
-        prior_loss_weight: Weight of their loss (1.0, diffusers' scripts).
+        ema_decay: Decay of a moving average of everything that is learnt, which is saved in place of the last values;
+            None saves the last values (reference).
+        embedding_norm_threshold: Embeddings are frozen once the mean norm of the concept's reaches this, in embedding
+            units (reference: 0.55 on Stable Diffusion 1.5, whose words have about 0.4); None: never.
+        attn_reg_weight: Weight of the attention regulariser, for photos with a mask: the attention to the concept's
+            tokens outside the mask, each map divided by its largest value (reference: 0.01); 0 leaves it out.
+        reg_full_identity: Whether the regulariser fits V_class's map to the whole mask, inside as well (reference).
+        class_data_dir: Folder of pictures of the class for prior preservation (arXiv:2208.12242); up to
+            `num_class_images`, missing ones are sampled from the base model into it. None: no prior preservation
+            (reference).
+        class_prompt: Prompt of the pictures of the class; None: ``a photo of a`` and the class word.
+        num_class_images: Number of pictures of the class (100, diffusers' scripts).
+        prior_loss_weight: Weight of the loss on pictures of the class (1.0, diffusers' scripts).
         gradient_checkpointing: Whether activations are computed again for the gradients: less memory, a third slower.
         torch_compile: Whether the U-Net is compiled with `torch.compile`: faster after a minute or more.
-        checkpointing_steps: A checkpoint is written to `output_dir` every so many optimiser steps; None writes none.
+        checkpointing_steps: Optimiser steps between two checkpoints in `output_dir`; None writes none.
         checkpoints_total_limit: How many checkpoints are kept, the newest (2, ours).
-        resume_from_checkpoint: ``latest``, or the folder of a checkpoint, to go on from.
+        resume_from_checkpoint: ``latest``, or the folder of a checkpoint, to resume the training from.
         report_to: ``tensorboard`` or ``wandb`` for curves and pictures, in ``output_dir/logs``; None keeps no curves.
-        validation_prompt: Prompt of the sheets, ``<TOK>`` stands for the concept.
-        validation_steps: A sheet of pictures at LoRA scale 0, 0.7 and 1 is drawn every so many optimiser steps, always
-            of the same seeds, besides the one at the end; None draws that alone.
+        validation_prompt: Prompt of the validation sheets; ``<TOK>`` stands for the concept.
+        validation_steps: Optimiser steps between two validation sheets: pictures at LoRA scale 0, 0.7 and 1, always of
+            the same seeds. None draws only the sheet at the end.
         num_validation_images: Pictures of each scale on a sheet (4, ours); 0 draws no sheets.
         save_statistics: Whether fusion statistics are recorded beside the ED-LoRA at the end, so that it can be fused
-            without a model (ours).
+            without the base model (ours).
 
     Raises:
         ConfigurationError: Lists every value that is out of range or contradicts another.
@@ -256,8 +259,8 @@ class TrainingConfig:
     save_statistics: bool = True
 
     def __post_init__(self) -> None:
-        """Report every defect at once, and call the embedded base by the name that it goes by."""
-        defects = self._defects()
+        """Report every defect at once, and spell the embedded base's name in lower case."""
+        defects = self._list_defects()
         if defects:
             raise ConfigurationError(_REFUSAL + "; ".join(defects))
         object.__setattr__(self, "pretrained_model_name_or_path", normalise_name(self.pretrained_model_name_or_path))
@@ -267,9 +270,9 @@ class TrainingConfig:
         """Build a config from names and values, for instance those of a parsed file.
 
         Args:
-            settings: Any fields, and as ``preset`` the name of a set of settings that lies below them (see
-                `presets.PRESETS`). The embedded base (``toyland``) brings its own settings, and a rank without
-                lora_alpha sets that as well.
+            settings: Any fields, and as ``preset`` the name of a set of defaults for the others (see
+                `presets.PRESETS`). The embedded base (``toyland``) has a preset of its own. A rank without lora_alpha
+                sets lora_alpha to the same number.
 
         Raises:
             ConfigurationError: Lists all unknown and missing names, and every value that cannot be used.
@@ -277,14 +280,14 @@ class TrainingConfig:
         known = settings_of(cls)
         values, defects = layer_presets(use_new_names(settings))
         values = {name: known[name].normalise(value) if name in known else value for name, value in values.items()}
-        defects += [_unknown(name, value, known) for name, value in values.items() if name not in known]
+        defects += [_describe_unknown(name, value, known) for name, value in values.items() if name not in known]
         missing = [name for name, setting in known.items() if setting.is_required and name not in values]
         defects += [f"{name!r} is missing" for name in missing]
         if defects:
             values |= dict.fromkeys(missing, "missing")
             defaults = {name: setting.default for name, setting in known.items()}
             judged = _make_unchecked(cls, defaults | {name: values[name] for name in values if name in known})
-            raise ConfigurationError(_REFUSAL + "; ".join([*defects, *judged._defects()]))
+            raise ConfigurationError(_REFUSAL + "; ".join([*defects, *judged._list_defects()]))
         return cls(**values)
 
     @classmethod
@@ -292,8 +295,8 @@ class TrainingConfig:
         """Build a config from a TOML or YAML file with any of `from_mapping`'s names, one setting a line.
 
         Args:
-            path: Ends in ``.toml``, ``.yaml`` or ``.yml``. Folders in it are seen from the current folder.
-            settings: Take precedence over the file's.
+            path: Ends in ``.toml``, ``.yaml`` or ``.yml``. Folders in it are relative to the current folder.
+            settings: Settings that replace the file's.
 
         Raises:
             ConfigurationError: If the file cannot be read; else as `from_mapping`.
@@ -302,11 +305,11 @@ class TrainingConfig:
 
     @classmethod
     def toyland(cls, **settings: Any) -> TrainingConfig:
-        """Settings for the embedded base, found by measurement; single ones can be replaced.
+        """Settings for the embedded base, found by measurement; `settings` replaces single ones.
 
-        The base is small, so its rates are larger and its steps fewer than Stable Diffusion's. The loss counts the
-        whole picture: on tight masks the concept spreads over the background, as nothing says where it ends. One
-        concept takes about a minute on a CPU core.
+        The base is small, so that rates are larger and steps fewer than for Stable Diffusion. The loss counts the
+        whole picture: with a loss on tight masks alone the concept spreads over the background, as nothing in the loss
+        says where it ends. One concept takes about a minute on a CPU core.
         """
         return cls.from_mapping({"preset": TOYLAND} | settings)
 
@@ -322,7 +325,7 @@ class TrainingConfig:
         return self.embedding_phase_steps + self.max_train_steps
 
     def as_record(self) -> dict[str, Any]:
-        """The settings as JSON values, without folder names and what becomes of their content."""
+        """The settings as JSON values, without private folders and without settings about files."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -330,11 +333,11 @@ class TrainingConfig:
         }
 
     def as_identity(self) -> dict[str, Any]:
-        """The settings that decide what is learnt: a checkpoint goes on only where all of them are the same."""
+        """The settings that decide what is learnt; a training is resumed only if they are equal (but see `RATES`)."""
         return {name: value for name, value in self.as_record().items() if name not in _WITHOUT_EFFECT}
 
-    def _defects(self) -> list[str]:
-        """Everything that is wrong; values are judged only where their types are right."""
+    def _list_defects(self) -> list[str]:
+        """List everything that is wrong; values are checked only if their types are right."""
         wrong = self._wrong_types()
         defects = [*wrong.values(), *self._below_limits(wrong), *self._unknown_choices(wrong)]
         if (self.instance_data_dir is None) == (self.dataset_name is None):
@@ -460,7 +463,7 @@ def _initialise_by_any_name(self: TrainingConfig, **settings: Any) -> None:
 TrainingConfig.__init__ = _initialise_by_any_name  # type: ignore[method-assign]
 
 
-def _unknown(name: str, value: object, known: Collection[str]) -> str:
+def _describe_unknown(name: str, value: object, known: Collection[str]) -> str:
     if isinstance(value, Mapping):
         return f"unknown table {name!r} (settings stand at the top of the file, in no table)"
     nearest = difflib.get_close_matches(name, [*known, "preset"], n=1)
@@ -468,7 +471,7 @@ def _unknown(name: str, value: object, known: Collection[str]) -> str:
 
 
 def _make_unchecked(kind: type[TrainingConfig], values: Mapping[str, Any]) -> TrainingConfig:
-    """A config made without any check, to list its defects."""
+    """Make a config without checks, so that its defects can be listed together with others."""
     config = object.__new__(kind)
     for name, value in values.items():
         object.__setattr__(config, name, value)

@@ -14,11 +14,11 @@ from diffusers_mixofshow.training.settings import Setting
 
 
 def read_settings(path: str | Path, known: Mapping[str, Setting]) -> dict[str, Any]:
-    """Read a file with one setting a line; what the settings mean is not judged here.
+    """Read a file with one setting a line, without checking names and values.
 
     Args:
         path: Ends in ``.toml``, ``.yaml`` or ``.yml``.
-        known: The settings that YAML's texts are read as; others keep their text.
+        known: Settings by name, whose types YAML's values are read as; values of unknown names stay text.
 
     Raises:
         ConfigurationError: If the file cannot be read or is not of its format.
@@ -35,7 +35,7 @@ def read_settings(path: str | Path, known: Mapping[str, Setting]) -> dict[str, A
 
 
 def _from_toml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
-    """TOML, which has no None: the text "none" stands for it."""
+    """Read TOML, which has no None: the text "none" stands for it."""
     try:
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -48,9 +48,9 @@ def _from_toml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str,
 
 
 def _from_yaml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
-    """YAML where every value is a text until its setting says what it is.
+    """Read YAML's values as text first, then by the type of their setting.
 
-    YAML 1.1, which PyYAML speaks, would read ``1e-4`` as a text and ``no`` as False.
+    PyYAML follows YAML 1.1, which reads ``1e-4`` as a text and ``no`` as False.
     """
     try:
         import yaml

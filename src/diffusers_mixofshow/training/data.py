@@ -1,4 +1,4 @@
-"""A folder of photos, captions and masks: every defect is found, and told at once, before anything is trained."""
+"""Read a folder of photos, captions and masks, and report all of its defects in one error before the training."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from diffusers_mixofshow.training.captions import (
     name_concept,
     read_caption_file,
     read_description,
-    with_shuffled_tags,
+    shuffle_tags,
 )
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.folders import Listing, few, list_folder, one_a_line
+from diffusers_mixofshow.training.folders import Listing, join_remarks, list_folder, summarise_names
 from diffusers_mixofshow.training.hub_data import fetch_data_set
 from diffusers_mixofshow.training.pictures import Photo, read_visible
 
 
 _ASPECT_TOLERANCE = 0.02
 _KEPT = 2.0
-"""A photo is kept with this many times the pixels of the training picture's side."""
+"""A photo is kept in memory with a shorter side of this many training resolutions."""
 
 
 def load_photos(config: TrainingConfig) -> list[Photo]:
-    """Read the photos that a config names, from a folder or the Hub, with tags shuffled as it says.
+    """Read the photos that a config names, from a folder or the Hub, and shuffle tags as it says.
 
     Raises:
         ConfigurationError: If there is no such folder.
@@ -51,7 +51,7 @@ def load_photos(config: TrainingConfig) -> list[Photo]:
         templates=config.instance_prompt,
     )
     return [
-        replace(photo, captions=with_shuffled_tags(photo.captions, config.tag_shuffles, seed=config.seed))
+        replace(photo, captions=shuffle_tags(photo.captions, config.tag_shuffles, seed=config.seed))
         for photo in photos
     ]
 
@@ -69,19 +69,19 @@ def read_photos(
     Args:
         folder: Photos in any common format, with captions from ``NAME.txt``, one a line, ``NAME.json``,
             ``metadata.jsonl`` or ``metadata.csv`` (`read_metadata`), and masks from ``masks/NAME.png`` or the photo's
-            own alpha channel. All but the photos is optional. Where photos lie: `list_folder`.
+            own alpha channel. Captions and masks are optional. For subfolders see `list_folder`.
         concept: The concept; ``<TOK>`` in a caption becomes its placeholder.
-        resolution: Side of the training picture in pixels; with it, photos that are too small are named, and much
-            larger ones are scaled down at once.
-        caption_column: Where metadata has its captions; None ignores them.
+        resolution: Side of the training picture in pixels; if given, a warning names photos that are too small, and
+            much larger ones are scaled down.
+        caption_column: Column or key of captions in metadata; None ignores them.
         templates: Captions of a photo that has none.
 
     Warns:
-        MixOfShowWarning: Once, for everything that looks like a slip: tiny photos, duplicates, files of no use.
+        MixOfShowWarning: Once, with everything that may be a mistake: tiny photos, duplicates, unused files.
 
     Raises:
         ConfigurationError: If there is no such folder.
-        TrainingDataError: Lists every file that cannot be used, and why; what is a warning otherwise is in it, too.
+        TrainingDataError: Lists every file that cannot be used, and why, and what the warning would have said.
     """
     listing = list_folder(Path(folder), column=caption_column)
     reader = _Reader(
@@ -94,14 +94,14 @@ def read_photos(
         unlisted=[],
     )
     photos: list[Photo] = []
-    defects = [*listing.defects, *reader.lost_captions()]
+    defects = [*listing.defects, *reader.list_lost_captions()]
     for path in listing.photos:
         try:
-            photos.append(reader.photo(path))
+            photos.append(reader.read_photo(path))
         except (TrainingDataError, PictureError, TextError) as error:
             defects.append(str(error))
-    remarks = [*reader.list_remarks(), *listing.remarks, *inspection.duplicates(photos, listing.folder)]
-    remarks += inspection.tiny(photos, resolution, listing.folder) if resolution else []
+    remarks = [*reader.list_remarks(), *listing.remarks, *inspection.list_duplicates(photos, listing.folder)]
+    remarks += inspection.list_tiny(photos, resolution, listing.folder) if resolution else []
     if not listing.photos and not defects:
         more = f" {'; '.join(remarks)}." if remarks else ""
         raise TrainingDataError(
@@ -111,13 +111,23 @@ def read_photos(
         more = f". Besides: {'; '.join(remarks)}" if remarks else ""
         raise TrainingDataError(f"{listing.folder} cannot be used for training: {'; '.join(defects)}{more}")
     if remarks:
-        warn(one_a_line(f"Photos in {listing.folder}", remarks))
+        warn(join_remarks(f"Photos in {listing.folder}", remarks))
     return photos
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
-    """Reads the photos of one folder; what it notices beside defects goes to `remarks` and `unlisted`."""
+    """Reads the photos of one folder, and collects remarks for the warning.
+
+    Args:
+        listing: The folder's files.
+        concept: Named in captions.
+        column: Column or key of captions; None ignores metadata's captions.
+        templates: Captions of a photo that has none.
+        resolution: Side of the training picture in pixels; None keeps photos at full size.
+        remarks: Collects sentences about what is unusual.
+        unlisted: Collects the names of photos that the metadata file does not list.
+    """
 
     listing: Listing
     concept: Concept
@@ -127,8 +137,8 @@ class _Reader:
     remarks: list[str]
     unlisted: list[str]
 
-    def photo(self, path: Path) -> Photo:
-        """A photo with its captions and mask."""
+    def read_photo(self, path: Path) -> Photo:
+        """Read a photo with its captions and mask."""
         name = self.listing.name(path)
         if not path.is_file():
             listed = name in self.listing.metadata.captions and not path.is_symlink()
@@ -136,18 +146,21 @@ class _Reader:
             raise TrainingDataError(why if listed else f"{name} is a link to nothing, or no plain file")
         picture = read_visible(path, called=name)
         self.remarks.extend(picture.remarks)
-        mask = self._mask(path, picture.image.size) or self._alpha(picture.alpha, name)
+        mask = self._read_mask(path, picture.image.size) or self._read_alpha_mask(picture.alpha, name)
         size = self._kept_size(picture.image.size)
         return Photo(
             path=path,
             image=_shrink(picture.image, size, Image.Resampling.LANCZOS),
-            captions=self._captions(path, name),
+            captions=self._read_captions(path, name),
             mask=None if mask is None else _shrink(mask, size, Image.Resampling.BOX),
             original_size=picture.image.size,
         )
 
-    def lost_captions(self) -> list[str]:
-        """Texts of no photo that name the concept: captions, most likely misnamed. Any other text is a remark."""
+    def list_lost_captions(self) -> list[str]:
+        """List texts that belong to no photo but name the concept: most likely captions with a misspelt file name.
+
+        Other texts that belong to no photo become a remark.
+        """
         lost: list[str] = []
         strays: list[str] = []
         for path in self.listing.strays:
@@ -157,13 +170,13 @@ class _Reader:
                 text = ""
             names_it = CAPTION_SLOT in text or mentions_concept(text, [self.concept])
             (lost if names_it else strays).append(self.listing.name(path))
-        self.remarks.extend(few(strays, "belongs to no photo", "belong to no photo"))
+        self.remarks.extend(summarise_names(strays, "belongs to no photo", "belong to no photo"))
         return [f"{name} belongs to no photo" for name in lost]
 
     def list_remarks(self) -> list[str]:
-        """All remarks."""
+        """List all remarks, with one about photos that metadata does not list."""
         there = f"in {self.listing.metadata.file}"
-        unlisted = few(
+        unlisted = summarise_names(
             self.unlisted,
             f"is not {there}, its captions are instance_prompt",
             f"are not {there}, their captions are instance_prompt",
@@ -171,17 +184,17 @@ class _Reader:
         return [*self.remarks, *unlisted]
 
     def _kept_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The photo's size, but no more than training has a use for: twenty photos of a telephone fill gigabytes."""
+        """The size to keep of a photo: twenty photos of a phone at full size would fill gigabytes of memory."""
         scale = 1.0 if self.resolution is None else _KEPT * self.resolution / min(size)
         return size if scale >= 1 else (round(size[0] * scale), round(size[1] * scale))
 
-    def _captions(self, path: Path, name: str) -> tuple[str, ...]:
+    def _read_captions(self, path: Path, name: str) -> tuple[str, ...]:
         metadata = self.listing.metadata
         sources = {self.listing.name(file): read_caption_file(file) for file in self.listing.captions.get(path, ())}
         if listed := metadata.captions.get(name, ()):
             sources[metadata.file] = list(listed)
         for file, texts in self._read_descriptions(path).items():
-            if texts not in sources.values():  # tools that fetch pictures write captions twice
+            if texts not in sources.values():  # tools that download pictures write one caption to two files
                 sources[file] = texts
         if len(sources) > 1:
             raise TrainingDataError(f"{name} has captions in {' and in '.join(sources)}; keep one")
@@ -193,7 +206,7 @@ class _Reader:
         return name_concept(self.templates, self.concept, source="instance_prompt")
 
     def _read_descriptions(self, path: Path) -> dict[str, list[str]]:
-        """Captions in JSON files beside the photo."""
+        """Read captions in JSON files beside the photo, by file name."""
         found: dict[str, list[str]] = {}
         for file in self.listing.descriptions.get(path, ()):
             texts = [] if self.column is None else read_description(file, column=self.column)
@@ -203,7 +216,7 @@ class _Reader:
                 self.remarks.append(f"{self.listing.name(file)} has no caption and was left alone")
         return found
 
-    def _mask(self, path: Path, size: tuple[int, int]) -> Image.Image | None:
+    def _read_mask(self, path: Path, size: tuple[int, int]) -> Image.Image | None:
         files = self.listing.masks.get(path, ())
         names = [self.listing.name(file) for file in files]
         if len(files) > 1:
@@ -220,8 +233,8 @@ class _Reader:
             raise TrainingDataError(f"{called} is black everywhere; white marks the concept")
         return mask.grey
 
-    def _alpha(self, alpha: Image.Image | None, name: str) -> Image.Image | None:
-        """The mask of a cut-out."""
+    def _read_alpha_mask(self, alpha: Image.Image | None, name: str) -> Image.Image | None:
+        """Read the mask from the alpha channel of a cut-out photo."""
         if alpha is None:
             return None
         if not np.asarray(alpha).any():

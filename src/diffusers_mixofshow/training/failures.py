@@ -1,4 +1,4 @@
-"""What to say when a training cannot go on: the settings that would let it."""
+"""Errors of a training that cannot go on, with the settings that would let it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FEW_PICTURES = 1
 
 
 def make_divergence_error(seen: str, config: TrainingConfig) -> ConfigurationError:
-    """The error for a training that went wrong; `seen` says by what that was noticed."""
+    """Make the error for a diverged training; `seen` is its first clause, about the loss."""
     rates = ["embedding_learning_rate", "learning_rate", "text_encoder_learning_rate"]
     rates += ["text_kv_learning_rate"] if config.text_kv_learning_rate else []
     advice = [f"lower {', '.join(rates[:-1])} and {rates[-1]} to a third"]
@@ -25,7 +25,7 @@ def make_divergence_error(seen: str, config: TrainingConfig) -> ConfigurationErr
     if not config.lr_warmup_steps:
         advice.append("set lr_warmup_steps, for example to a tenth of the steps")
     kept = (
-        f"Checkpoints in {config.output_dir} are from before; with lower rates and nothing else changed, "
+        f"Checkpoints in {config.output_dir} are from before that; with lower rates and nothing else changed, "
         "resume_from_checkpoint='latest' goes on from the newest. "
     )
     has_checkpoints = config.output_dir is not None and config.checkpointing_steps is not None
@@ -38,19 +38,20 @@ def make_divergence_error(seen: str, config: TrainingConfig) -> ConfigurationErr
 
 @contextmanager
 def explain_memory_errors(config: TrainingConfig) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error inside the block into one that names settings which need less."""
+    """Turn an out-of-memory error of the GPU inside the block into one that names settings which need less memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        less = settings_that_need_less(config)
+        less = list_memory_savings(config)
         advice = "; ".join(less) if less else "train on a GPU with more memory, or on the CPU"
         raise ConfigurationError(
-            f"The GPU's memory does not suffice for these settings ({first_line(error)}). In this order: {advice}."
+            f"The GPU's memory does not suffice for these settings ({first_line(error)}). Try, in this order: "
+            f"{advice}."
         ) from error
 
 
-def settings_that_need_less(config: TrainingConfig) -> list[str]:
-    """Changes that lower the memory a training needs, those that cost nothing in quality first."""
+def list_memory_savings(config: TrainingConfig) -> list[str]:
+    """List settings that would lower the memory a training needs, those that cost no quality first."""
     found = []
     if config.mixed_precision == "no":
         found.append("mixed_precision='bf16' (or 'fp16' on older GPUs) halves the model")

@@ -1,4 +1,4 @@
-"""Where in a picture something is that a word names, told by CLIPSeg (arXiv:2112.10003)."""
+"""Find what a word names in a picture, with CLIPSeg (arXiv:2112.10003)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from transformers import CLIPSegForImageSegmentation, CLIPTokenizer
 
 DEFAULT_FINDER = "CIDAS/clipseg-rd64-refined"
-"""CLIPSeg's own weights, those with the finer maps."""
+"""The CLIPSeg authors' weights with refined maps."""
 
 _PATCHES = 22
-"""Along each side of a picture, as these weights were trained: 352 pixels in patches of 16."""
+"""Patches along each side of a picture in CLIPSeg's training: 352 pixels in patches of 16."""
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the pictures that they were trained on, red, green and blue from 0 to 1."""
+"""CLIPSeg's normalisation of red, green and blue in [0, 1]."""
 
 
 class Finder:
-    """Looks for what a word names.
+    """A CLIPSeg that finds what a word names.
 
     Args:
         model: A CLIPSeg, in evaluation mode.
@@ -41,8 +41,8 @@ class Finder:
         """Load a CLIPSeg from the Hub or a folder, onto the GPU where there is one.
 
         Raises:
-            HubError: If only the Hub has it, and that cannot be reached.
-            ConfigurationError: If there is none, or what is there is something else.
+            HubError: If it is not on this disk and the Hub cannot be reached.
+            ConfigurationError: If there is no such model, or it is no CLIPSeg.
         """
         from transformers import CLIPSegForImageSegmentation
 
@@ -53,14 +53,14 @@ class Finder:
 
     @torch.no_grad()
     def likelihood(self, image: Image.Image, class_word: str) -> np.ndarray:
-        """How likely each part of a picture belongs to what the word names.
+        """Estimate for each part of a picture how likely it shows what the word names.
 
         Args:
             image: RGB, any shape.
             class_word: Such as "dog".
 
         Returns:
-            Numbers from 0 to 1, float64, of shape (side, side): the whole picture, made square.
+            Numbers from 0 to 1, float64, shape (side, side); they cover the whole picture, stretched to a square.
         """
         pixels, ids = self._pixels(image), tokenize_plain([f"a photo of a {class_word}."], self._tokenizer)
         device = self._model.device

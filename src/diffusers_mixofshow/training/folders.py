@@ -1,4 +1,4 @@
-"""What lies in a folder of photos: every file has a part, or is named in a remark."""
+"""Sort the files in a folder of photos into photos, captions, masks and metadata; the rest is named in remarks."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ MASK_FOLDERS = ("masks", "mask")
 """Names of the folder beside the photos that holds their masks, in any case of letters."""
 
 MASK_ENDINGS = ("-masklabel", "_mask", "-mask", ".mask")
-"""What stands behind a photo's name in that of a mask beside it."""
+"""Endings of a mask's name behind its photo's name, for masks in the same folder."""
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Endings of the files beside a photo that hold its captions, one a line."""
 
 _TRAIN = "train"
 _REPEATED = re.compile(r"(\d+)_.+")
-"""Folders of photos as kohya's scripts name them: how often each is used, and what it shows."""
+"""Folder of photos as kohya's scripts name it: how often each photo is used in an epoch, and what it shows."""
 _SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin")
 _BESIDE_DOWNLOADS = ":zone.identifier"
-"""What systems put into folders, and beside downloads; names that begin with a dot are hidden, too."""
+"""Files that operating systems add to folders and downloads, which are ignored, as are names that start with a dot."""
 _ABOUT_DATA = re.compile(r"(readme|license|licence|copying)(\..*)?", re.IGNORECASE)
-"""Texts about the data set, which are not reported as files without a use."""
+"""Names of texts about the data set, which are ignored."""
 _ELSEWHERE = "in a subfolder that is not read; name the photos in metadata, or move them up"
 _NAMED = 3
+"""How many files a sentence names before it says "and N more"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The files of a folder by their parts.
+    """The files of a folder of photos by their use.
 
     Args:
-        folder: Where names start.
-        photos: In the order of their names.
+        folder: The folder that names are relative to.
+        photos: All photos, in the order of their names.
         captions: Photo to its files of captions.
         descriptions: Photo to its JSON files.
         masks: Photo to its masks.
-        strays: Texts that belong to no photo.
-        metadata: What the folder's metadata say, photos and masks named as they are on the disk.
-        defects: What cannot be used.
-        remarks: What was left alone.
+        strays: Text files that belong to no photo.
+        metadata: Content of the metadata file, with photos and masks spelt as on the disk.
+        defects: One sentence for each thing that cannot be used.
+        remarks: Sentences about ignored files.
     """
 
     folder: Path
@@ -63,29 +64,29 @@ class Listing:
     remarks: Sequence[str]
 
     def name(self, path: Path) -> str:
-        """The path as seen from the folder."""
+        """The path relative to the folder."""
         return path.relative_to(self.folder).as_posix()
 
 
 def list_folder(folder: Path, *, column: str | None = None) -> Listing:
-    """Find the part of every file in a folder of photos.
+    """Find the use of every file in a folder of photos.
 
-    Photos lie in the folder itself, in folders that kohya's scripts would use (``10_name``), or where metadata say. A
-    folder without photos but with a folder ``train`` stands for that. Names are compared in one Unicode form, and
-    whatever the case of their letters where only one fits.
+    Photos lie in the folder itself, in subfolders named as for kohya's scripts (``10_name``), or where the metadata
+    file says. If the folder has no photos but a subfolder ``train``, that is taken instead. Names are matched in one
+    Unicode form, and without regard to case if only one file fits.
 
     Args:
         folder: The folder.
-        column: Where metadata have their captions; None ignores these.
+        column: Column or key of captions in metadata; None ignores them.
 
     Raises:
         ConfigurationError: If there is no such folder.
         TrainingDataError: If it cannot be read.
     """
-    folder, remarks = _folder_of_photos(folder)
-    files, defects = _visible_files(folder)
-    metadata = _on_disk(read_metadata(folder, column=column), folder, files)
-    photos, masks = _pictures(folder, files, metadata)
+    folder, remarks = _find_photo_folder(folder)
+    files, defects = _list_visible_files(folder)
+    metadata = _match_names(read_metadata(folder, column=column), folder, files)
+    photos, masks = _separate_masks(folder, files, metadata)
     sorted_out = _Parts(folder, photos, masks)
     for file in files:
         sorted_out.add(file)
@@ -97,18 +98,18 @@ def list_folder(folder: Path, *, column: str | None = None) -> Listing:
         masks=sorted_out.masks,
         strays=sorted_out.strays,
         metadata=metadata,
-        defects=[*metadata.defects, *defects, *_twins(folder, photos), *sorted_out.defects],
-        remarks=[*remarks, *_repeats(folder, photos), *sorted_out.remarks()],
+        defects=[*metadata.defects, *defects, *_list_ambiguous_stems(folder, photos), *sorted_out.defects],
+        remarks=[*remarks, *_describe_repeats(folder, photos), *sorted_out.list_remarks()],
     )
 
 
-def few(names: Sequence[str], one: str, several: str) -> list[str]:
-    """One sentence about some files, the first of them named; none about none.
+def summarise_names(names: Sequence[str], one: str, several: str) -> list[str]:
+    """Write one sentence about files that names the first of them; an empty list for no files.
 
     Args:
         names: The files.
-        one: How the sentence goes on after one name.
-        several: After several.
+        one: End of the sentence about one file.
+        several: End of the sentence about several files.
     """
     if not names:
         return []
@@ -116,15 +117,15 @@ def few(names: Sequence[str], one: str, several: str) -> list[str]:
     return [f"{', '.join(names[:_NAMED])}{more} {one if len(names) == 1 else several}"]
 
 
-def one_a_line(about: str, remarks: Sequence[str]) -> str:
-    """A warning of several sentences, each in its own line."""
+def join_remarks(about: str, remarks: Sequence[str]) -> str:
+    """Join remarks to the text of one warning, each on its own line if there are several."""
     if len(remarks) == 1:
         return f"{about}: {remarks[0]}."
     return f"{about}:\n" + ";\n".join(f"  {remark}" for remark in remarks) + "."
 
 
 class _Names:
-    """Paths by their names in whatever Unicode form, and in whatever case of letters where only one fits."""
+    """Paths by name, in any Unicode form, and in any case if only one path fits."""
 
     def __init__(self, named: Iterable[tuple[str, Path]]) -> None:
         self._exact: dict[str, set[Path]] = defaultdict(set)
@@ -134,7 +135,7 @@ class _Names:
             self._folded[_normalise_accents(name).casefold()].add(path)
 
     def find(self, name: str) -> Path | None:
-        """The one path of that name."""
+        """Find the path of a name; None if there is none or several fit equally well."""
         name = _normalise_accents(name)
         for found in (self._exact.get(name, set()), self._folded.get(name.casefold(), set())):
             if len(found) == 1:
@@ -143,14 +144,14 @@ class _Names:
 
 
 class _Parts:
-    """Gives each file that is no photo its part."""
+    """Sorts the files that are no photos by their use."""
 
     def __init__(self, folder: Path, photos: Sequence[Path], masks: Mapping[Path, Sequence[Path]]) -> None:
         self.folder, self._photos = folder, frozenset(photos)
         self.masks = {photo: list(files) for photo, files in masks.items()}
         self._taken = {file for files in masks.values() for file in files} | self._photos
         self._places = {photo.parent for photo in photos} | {folder}
-        self._owners = _owners(photos)
+        self._owners = _index_photos(photos)
         self.captions: dict[Path, list[Path]] = defaultdict(list)
         self.descriptions: dict[Path, list[Path]] = defaultdict(list)
         self.strays: list[Path] = []
@@ -158,7 +159,7 @@ class _Parts:
         self._useless: dict[str, list[Path]] = defaultdict(list)
 
     def add(self, file: Path) -> None:
-        """Sort in one file."""
+        """Add one file to the captions, descriptions, masks, strays or unused files."""
         suffix, name = file.suffix.lower(), file.relative_to(self.folder).as_posix()
         if file in self._taken or (file.parent == self.folder and file.name.lower() in METADATA_FILES):
             return
@@ -178,15 +179,17 @@ class _Parts:
             first = file.relative_to(self.folder).parts[0]
             self._useless[suffix if file.parent == self.folder else f"{first}/"].append(file)
 
-    def remarks(self) -> list[str]:
-        """One sentence for each ending, and for each folder in the folder, about its files that have no part."""
+    def list_remarks(self) -> list[str]:
+        """Write a sentence about the unused files of each file ending, and of each subfolder."""
         told = []
         for _, files in sorted(self._useless.items()):
             names = [file.relative_to(self.folder).as_posix() for file in files]
             if all(file.parent in self._places or _is_mask_folder(file.parent) for file in files):
-                told += few(names, "is of no known use and was left alone", "are of no known use and were left alone")
+                told += summarise_names(
+                    names, "is of no known use and was left alone", "are of no known use and were left alone"
+                )
             else:
-                told += few(names, f"is {_ELSEWHERE}", f"are {_ELSEWHERE}")
+                told += summarise_names(names, f"is {_ELSEWHERE}", f"are {_ELSEWHERE}")
         return told
 
     def _owner(self, file: Path, place: Path) -> Path | None:
@@ -194,17 +197,17 @@ class _Parts:
         return self._owners.find((place / file.stem).as_posix())
 
 
-def _owners(photos: Iterable[Path]) -> _Names:
+def _index_photos(photos: Iterable[Path]) -> _Names:
     return _Names((name.as_posix(), photo) for photo in photos for name in (photo, photo.with_suffix("")))
 
 
 def _normalise_accents(name: str) -> str:
-    """The name in the form that editors write; a Mac's file system takes letters and accents apart."""
+    """Normalise a name to NFC, as editors write it; file systems of Macs may separate letters and accents (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
-def _folder_of_photos(folder: Path) -> tuple[Path, list[str]]:
-    """The folder or its ``train``, and what lies beside that."""
+def _find_photo_folder(folder: Path) -> tuple[Path, list[str]]:
+    """Find the folder that holds the photos, itself or its ``train``; with a remark on what lies beside ``train``."""
     if not folder.is_dir():
         raise ConfigurationError(
             f"{folder} is no folder. Expected a folder of photos ({', '.join(PICTURE_SUFFIXES)}); a data set of "
@@ -218,7 +221,9 @@ def _folder_of_photos(folder: Path) -> tuple[Path, list[str]]:
     if train is None or any(is_picture(path) or path.name.lower() in METADATA_FILES for path in entries):
         return folder, []
     beside = [path.name for path in entries if path != train and not _ABOUT_DATA.fullmatch(path.name)]
-    return train, few(beside, "lies beside the photos' folder and was left alone", "were left alone beside it")
+    return train, summarise_names(
+        beside, "lies beside the photos' folder and was left alone", "were left alone beside it"
+    )
 
 
 def _is_hidden(name: str) -> bool:
@@ -229,48 +234,51 @@ def _is_mask_folder(folder: Path) -> bool:
     return folder.name.lower() in MASK_FOLDERS
 
 
-def _visible_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """All files that are not hidden, at any depth, links to folders among them; and what cannot be read."""
+def _list_visible_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """List all visible files at any depth, including links to folders; with a defect for each unreadable folder."""
     files: list[Path] = []
     defects: list[str] = []
 
-    def refused(error: OSError) -> None:
+    def note_error(error: OSError) -> None:
         defects.append(f"{Path(error.filename).relative_to(folder).as_posix()} cannot be read ({error.strerror})")
 
-    for place, folders, names in os.walk(folder, onerror=refused):
+    for place, folders, names in os.walk(folder, onerror=note_error):
         folders[:] = [name for name in folders if not _is_hidden(name)]
         links = [name for name in folders if Path(place, name).is_symlink()]
         files += [Path(place, name) for name in (*names, *links) if not _is_hidden(name)]
     return sorted(files), defects
 
 
-def _on_disk(metadata: Metadata, folder: Path, files: Sequence[Path]) -> Metadata:
-    """Metadata with the names that the files have; a name that no file has stays as it is."""
+def _match_names(metadata: Metadata, folder: Path, files: Sequence[Path]) -> Metadata:
+    """Spell the names in metadata as the files on the disk; a name without a file stays as it is."""
     known = _Names((file.relative_to(folder).as_posix(), file) for file in files)
 
-    def spelt(name: str) -> str:
+    def match(name: str) -> str:
         found = known.find(name) or known.find(name.replace("\\", "/"))
         return name if found is None else found.relative_to(folder).as_posix()
 
     captions: dict[str, list[str]] = defaultdict(list)
     for name, texts in metadata.captions.items():
-        captions[spelt(name)] += texts
+        captions[match(name)] += texts
     return replace(
-        metadata, captions=dict(captions), masks={spelt(name): spelt(mask) for name, mask in metadata.masks.items()}
+        metadata, captions=dict(captions), masks={match(name): match(mask) for name, mask in metadata.masks.items()}
     )
 
 
-def _pictures(folder: Path, files: Sequence[Path], metadata: Metadata) -> tuple[list[Path], dict[Path, list[Path]]]:
-    """The photos, in order, and the masks that are listed or lie beside them."""
+def _separate_masks(
+    folder: Path, files: Sequence[Path], metadata: Metadata
+) -> tuple[list[Path], dict[Path, list[Path]]]:
+    """Tell photos, in the order of their names, from masks that metadata list or that lie beside their photo."""
     listed = {folder / name for name in metadata.captions}
     masks = {folder / name: [folder / mask] for name, mask in metadata.masks.items()}
     usual = {
         file
         for file in files
-        if is_picture(file) and (file.parent == folder or (_repeat(file.parent) and file.parent.parent == folder))
+        if is_picture(file)
+        and (file.parent == folder or (_count_repeats(file.parent) and file.parent.parent == folder))
     }
     candidates = (usual | listed) - {file for found in masks.values() for file in found}
-    owners = _owners(candidates)
+    owners = _index_photos(candidates)
     for file in sorted(candidates - listed):
         ending = next((each for each in MASK_ENDINGS if file.stem.lower().endswith(each)), None)
         photo = ending and owners.find((file.parent / file.stem[: -len(ending)]).as_posix())
@@ -280,24 +288,24 @@ def _pictures(folder: Path, files: Sequence[Path], metadata: Metadata) -> tuple[
     return sorted(candidates - beside), masks
 
 
-def _repeat(folder: Path) -> int:
-    """How often kohya's scripts would use the photos in a folder; 0 if they would not."""
+def _count_repeats(folder: Path) -> int:
+    """How often kohya's scripts would use each photo of a folder in an epoch; 0 if its name is not of their form."""
     found = _REPEATED.fullmatch(folder.name)
     return int(found[1]) if found else 0
 
 
-def _repeats(folder: Path, photos: Sequence[Path]) -> list[str]:
-    """Folders of kohya's scripts whose photos would be used more than once there."""
+def _describe_repeats(folder: Path, photos: Sequence[Path]) -> list[str]:
+    """Write a remark on each folder whose photos kohya's scripts would use more than once."""
     places = sorted({photo.parent for photo in photos if photo.parent != folder})
     return [
-        f"{place.name}/ is read as kohya's scripts do, but each photo counts once, not {_repeat(place)} times"
+        f"{place.name}/ is read as kohya's scripts do, but each photo counts once, not {_count_repeats(place)} times"
         for place in places
-        if _repeat(place) > 1
+        if _count_repeats(place) > 1
     ]
 
 
-def _twins(folder: Path, photos: Sequence[Path]) -> list[str]:
-    """Two photos of one stem would share captions and masks."""
+def _list_ambiguous_stems(folder: Path, photos: Sequence[Path]) -> list[str]:
+    """List photos of one name but different endings, which would share captions and masks."""
     stems = [_normalise_accents(photo.relative_to(folder).with_suffix("").as_posix()) for photo in photos]
     return [
         f"several photos are called {stem!r}, so their caption and mask are ambiguous"

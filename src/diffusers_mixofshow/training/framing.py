@@ -1,4 +1,4 @@
-"""How a photo becomes training pictures: cropped to a square, placed whole on black, or in a bucket of its shape."""
+"""Make training pictures of a photo: crop it to a square or to the nearest bucket, or place it whole on black."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.training.pictures import Photo
 
 WIDEST = 2.0
-"""Longest side of a bucket over its shortest; a photo that is longer is cropped."""
+"""Largest ratio of a bucket's sides; a longer photo is cropped to it."""
 
 _SMALLEST_PLACED = 0.75
+"""Least length of a placed photo's longer side, as a fraction of the square's side."""
 _LEAST_FILLED = 0.75
+"""Least area of a bucket, as a fraction of the square's area."""
 _BUCKET_STEP = 64
-"""Pixels that a Stable Diffusion U-Net halves down to one cell."""
+"""Step of a bucket's sides in pixels: 64 pixels are one cell in the lowest resolution of Stable Diffusion's U-Net."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,10 @@ class Crop:
     Args:
         pixels: In [-1, 1], shape (3, height, width).
         mask: Where the concept is, in [0, 1], shape (1, height, width); `valid` for a photo without a mask.
-        valid: 1 where the photo is, 0 where there is nothing but black around it, shape (1, height, width).
+        valid: 1 where the photo is, 0 on the black around it, shape (1, height, width).
         top: Pixels of the scaled photo that were cut off above.
-        left: The same at the left.
-        right: The same at the right.
+        left: Pixels cut off at the left.
+        right: Pixels cut off at the right.
     """
 
     pixels: torch.Tensor
@@ -51,7 +53,7 @@ def crop_photo(photo: Photo, size: int | tuple[int, int], *, generator: torch.Ge
     Args:
         photo: The photo.
         size: Width and height in pixels, or the side of a square.
-        generator: Draws the crop's place; None crops at the centre.
+        generator: Draws the crop's position; None crops at the centre.
     """
     width, height = (size, size) if isinstance(size, int) else size
     x, y = (0.5, 0.5) if generator is None else torch.rand(2, generator=generator).tolist()
@@ -75,10 +77,10 @@ def crop_photo(photo: Photo, size: int | tuple[int, int], *, generator: torch.Ge
 
 
 def place_photo(photo: Photo, resolution: int, *, generator: torch.Generator) -> Crop:
-    """Put the whole photo at a random place on a black square, as the reference does with persons.
+    """Put the whole photo at a random place on a black square, as the authors' code does with persons.
 
     Args:
-        photo: The photo; its longer side gets 3/4 to all of the square's.
+        photo: The photo; its longer side becomes 3/4 of the square's side or more.
         resolution: Side of the square in pixels.
         generator: Draws size and place.
     """
@@ -101,7 +103,7 @@ def place_photo(photo: Photo, resolution: int, *, generator: torch.Generator) ->
     )
 
 
-def crops_of(
+def frame_photo(
     photo: Photo,
     resolution: int,
     *,
@@ -111,16 +113,16 @@ def crops_of(
     framing: str = "crop",
     flip: bool = False,
 ) -> list[Crop]:
-    """All training pictures of a photo; only one crop where its shape leaves no choice.
+    """Make all training pictures of a photo; a photo of exactly the right shape gives a single crop.
 
     Args:
         photo: The photo.
-        resolution: Side of the square, or of a square with a bucket's area, in pixels.
+        resolution: Side of the square in pixels; a bucket has at most the square's area.
         variants: How many crops or places are drawn.
-        center: Whether crops are at the centre instead.
+        center: Whether to crop once at the centre instead.
         generator: Draws crops and places.
         framing: ``crop``, ``place`` or ``buckets``, see `TrainingConfig`.
-        flip: Whether each is there mirrored, too.
+        flip: Whether to add each picture mirrored.
     """
     if framing == "place":
         crops = [place_photo(photo, resolution, generator=generator) for _ in range(variants)]
@@ -134,7 +136,7 @@ def crops_of(
 
 
 def mirror(crop: Crop) -> Crop:
-    """The crop with left and right exchanged, as a crop of the mirrored photo."""
+    """Mirror a crop, as if the mirrored photo had been cropped."""
     return replace(
         crop,
         pixels=crop.pixels.flip(-1),
@@ -145,12 +147,12 @@ def mirror(crop: Crop) -> Crop:
     )
 
 
-def sizes_of(photo: Photo, crop: Crop) -> list[int]:
-    """What Stable Diffusion XL is told of a training picture (arXiv:2307.01952, section 2.2).
+def size_conditions(photo: Photo, crop: Crop) -> list[int]:
+    """The size and crop conditions of Stable Diffusion XL (arXiv:2307.01952, section 2.2) for a training picture.
 
     Returns:
-        Height and width of the photo as it was taken; rows and columns that were cut off above and at the left once it
-        was scaled; height and width of the training picture. Of a photo placed whole nothing was cut off.
+        Height and width of the original photo; rows and columns of the scaled photo that were cut off above and at the
+        left (0 for a photo placed whole); height and width of the training picture.
     """
     width, height = photo.true_size
     return [height, width, crop.top, crop.left, *crop.pixels.shape[-2:]]
@@ -159,8 +161,8 @@ def sizes_of(photo: Photo, crop: Crop) -> list[int]:
 def bucket_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     """Width and height of the bucket whose shape is nearest to a photo's.
 
-    A bucket has sides in steps of 64 pixels (below 512 of an eighth of the resolution, in steps of 8), 3/4 to all of
-    the square's pixels, and no side longer than twice the other.
+    The sides of a bucket are multiples of 64 pixels (below a resolution of 512, of an eighth of it, rounded down to a
+    multiple of 8); it has 3/4 to all of the square's area, and no side longer than twice the other.
 
     Args:
         size: The photo's width and height.
@@ -179,7 +181,7 @@ def bucket_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return min(allowed, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - shape), -bucket[0] * bucket[1]))
 
 
-def mask_on_latents(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def average_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Average a pixel mask over the cells of the latent grid.
 
     Args:
@@ -188,7 +190,7 @@ def mask_on_latents(mask: torch.Tensor, height: int, width: int) -> torch.Tensor
         width: Of the latent grid, in cells.
 
     Returns:
-        Shape (batch, 1, height, width). A mask that a crop left empty counts every cell alike.
+        Shape (batch, 1, height, width). An empty mask, of a crop beside the concept, becomes 1 in every cell.
     """
     cells = F.adaptive_avg_pool2d(mask, (height, width))
     empty = cells.amax(dim=(1, 2, 3), keepdim=True) == 0

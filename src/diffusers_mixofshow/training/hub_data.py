@@ -1,4 +1,4 @@
-"""A data set of photos on the Hugging Face Hub, fetched into its cache."""
+"""Download a data set of photos from the Hugging Face Hub into its cache."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from diffusers_mixofshow.training.folders import CAPTION_SUFFIXES
 
 _ENDINGS = (*PICTURE_SUFFIXES, *CAPTION_SUFFIXES, ".json", *METADATA_FILES)
 _WANTED = ["*" + "".join(f"[{letter}{letter.upper()}]" for letter in ending) for ending in _ENDINGS]
-"""Pictures, captions and metadata, in any case of letters; code and archives of a data set are never fetched."""
+"""Patterns of pictures, captions and metadata, in any case; code and archives of a data set are never downloaded."""
 
 
 def fetch_data_set(name: str) -> Path:
-    """Fetch a data set in the imagefolder layout and return the folder of its files.
+    """Download a data set in the imagefolder layout and return the folder of its files.
 
     Args:
         name: ``user/name`` on the Hub.

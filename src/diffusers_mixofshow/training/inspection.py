@@ -1,4 +1,4 @@
-"""What a look over all photos shows: which are too small, and which are the same picture."""
+"""Checks that compare all photos: which are too small, and which show the same picture."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ MOST_ENLARGED = 2.0
 """A photo that training enlarges by more than this has too little detail to learn from."""
 
 _NAMED = 3
+"""How many photos a remark names before it says "and N more"."""
 _THUMBNAIL = 16
 _SAME_BELOW = 2.0
-"""Mean difference of two thumbnails' values, of 255: files of one picture in several sizes or formats stay below."""
+"""Two photos are the same picture if the mean difference of their thumbnails' values, of 255, is below this.
+
+One picture saved in other sizes or formats stays below.
+"""
 
 
-def tiny(photos: Sequence[Photo], resolution: int, folder: Path) -> list[str]:
-    """Count the photos whose shorter side training enlarges too much, and name the first few; empty if there is none.
+def list_tiny(photos: Sequence[Photo], resolution: int, folder: Path) -> list[str]:
+    """Write a remark on photos whose shorter side training enlarges too much; an empty list if there are none.
 
     Args:
         photos: All photos.
         resolution: Side of the training picture in pixels.
-        folder: Where names start.
+        folder: The folder that names are relative to.
     """
     found = [
         f"{photo.path.relative_to(folder).as_posix()} is {photo.image.width}x{photo.image.height} pixels "
@@ -41,12 +45,12 @@ def tiny(photos: Sequence[Photo], resolution: int, folder: Path) -> list[str]:
     return [told + ", ".join(found[:_NAMED]) + more] if found else []
 
 
-def duplicates(photos: Sequence[Photo], folder: Path) -> list[str]:
-    """Name the photos that show the same picture as an earlier one, be it in another size or format.
+def list_duplicates(photos: Sequence[Photo], folder: Path) -> list[str]:
+    """Write a remark on each photo that shows the same picture as an earlier one, in any size or format.
 
     Args:
         photos: All photos.
-        folder: Where names start.
+        folder: The folder that names are relative to.
     """
     thumbnails = [_thumbnail(photo.image) for photo in photos]
     found = []

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps instead of in the middle of one."""
+"""Let Ctrl-C stop a training between two steps instead of in the middle of one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Interruption:
     """Whether the user wants the training to stop.
 
     Args:
-        requested: Whether this process was told so.
-        everywhere: Whether all processes have agreed to stop.
+        requested: Whether this process got Ctrl-C.
+        everywhere: Whether any process got it, which all processes learn after the same step.
     """
 
     requested: bool = False
@@ -24,10 +24,10 @@ class Interruption:
 
 @contextmanager
 def notice_interruption() -> Iterator[Interruption]:
-    """Note the first Ctrl-C inside the block instead of raising it; a second one raises `KeyboardInterrupt` at once.
+    """Record the first Ctrl-C inside the block; a second one raises `KeyboardInterrupt` at once.
 
-    The handler that was there is back afterwards. Outside the main thread, where Python sets no handlers, nothing is
-    noticed.
+    Afterwards the previous signal handler is restored. In a thread other than the main one, where Python cannot set
+    handlers, nothing is recorded.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Latents of training pictures, computed by the autoencoder once: in memory, or in a folder for the next training."""
+"""Encode training pictures to latents once; a folder may keep the latents for the next training."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 _ENCODED_AT_ONCE = 8
 _PIXELS_AT_ONCE = 1024 * 1024
-"""Of several pictures; the autoencoder needs some gigabytes for as many."""
+"""Pixels encoded together, at most; the autoencoder needs some gigabytes for them. One picture may have more."""
 _KEY = "key"
 _NAMES = {"mean", "deviation"}
 
 
 class LatentEncoder:
-    """Encodes the crops of one photo after the other.
+    """Encodes the crops of one photo after another.
 
-    A file's name is the digest of everything that its latents depend on: the crops' pixels, which say all of photo,
-    framing, resolution, flips and seed, and the autoencoder's weights, precision and kind of device. What has changed
-    therefore has another name, and is encoded anew.
+    A kept file is named by the digest of everything that its latents depend on: the pixels of the crops (and by them
+    photo, framing, resolution, flips and seed), and the autoencoder's weights, precision and kind of device. A change
+    of any gives another name, so that stale latents are never used.
 
     Args:
         vae: The base model's autoencoder.
-        folder: Where latents are kept, one safetensors file a photo; None keeps none.
+        folder: Where latents are kept, one safetensors file per photo; None keeps none.
     """
 
     def __init__(self, vae: AutoencoderKL, folder: Path | None = None) -> None:
@@ -45,7 +45,7 @@ class LatentEncoder:
         self._digest_of_vae = b"" if folder is None else _digest_of_vae(vae)
 
     def encode(self, crops: Sequence[Crop]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of the crops' latents, read or computed.
+        """Mean and standard deviation of the crops' latents, from the folder or computed.
 
         Returns:
             Scaled as the denoiser expects, in float32 on the CPU, each (crops, channels, height, width).
@@ -72,7 +72,7 @@ class LatentEncoder:
 
 
 def _digest_of_vae(vae: AutoencoderKL) -> bytes:
-    # Settings with an underscore say where the autoencoder was read from and which diffusers wrote it.
+    # Settings that start with an underscore (its path, the version of diffusers) do not change latents.
     kept = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     settings = json.dumps(kept, sort_keys=True, default=str)
     digest = hashlib.sha256(f"{vae.dtype} {vae.device.type} {settings}".encode())
@@ -82,7 +82,7 @@ def _digest_of_vae(vae: AutoencoderKL) -> bytes:
 
 
 def _read(path: Path, key: str, crops: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What was kept under this key; None if there is nothing, or nothing that can be used."""
+    """Read the latents kept under this key; None if there are none, or with a warning if they cannot be used."""
     try:
         metadata, tensors = read_tensors(path)
     except EDLoRANotFoundError:
@@ -94,7 +94,7 @@ def _read(path: Path, key: str, crops: int) -> tuple[torch.Tensor, torch.Tensor]
         len(part) == crops and part.dtype == torch.float32 and bool(part.isfinite().all()) for part in tensors.values()
     )
     if not whole or metadata.get(_KEY) != key or tensors["mean"].shape != tensors["deviation"].shape:
-        warn(f"Latents are computed again: {path} is of something else.")
+        warn(f"Latents are computed again: {path} does not hold those of this photo.")
         return None
     return tensors["mean"], tensors["deviation"]
 
@@ -103,7 +103,7 @@ def _read(path: Path, key: str, crops: int) -> tuple[torch.Tensor, torch.Tensor]
 def _encode(pixels: torch.Tensor, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
     means, deviations = [], []
     at_once = max(1, min(_ENCODED_AT_ONCE, _PIXELS_AT_ONCE // pixels[0, 0].numel()))
-    with _in_float32(vae) if vae.config.force_upcast else nullcontext():
+    with _cast_to_float32(vae) if vae.config.force_upcast else nullcontext():
         for part in pixels.split(at_once):
             distribution = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
             means.append(distribution.mean.float().cpu())
@@ -114,8 +114,8 @@ def _encode(pixels: torch.Tensor, vae: AutoencoderKL) -> tuple[torch.Tensor, tor
 
 
 @contextmanager
-def _in_float32(vae: AutoencoderKL) -> Iterator[None]:
-    """Let an autoencoder compute in float32 whose numbers leave float16; its weights come back as they were."""
+def _cast_to_float32(vae: AutoencoderKL) -> Iterator[None]:
+    """Let an autoencoder whose activations overflow float16 compute in float32, and restore its weights afterwards."""
     before = {name: weights.data for name, weights in vae.named_parameters()}
     try:
         for weights in vae.parameters():

@@ -1,4 +1,4 @@
-"""What is learnt: layer-wise embeddings and LoRA, and the loss of a batch as a function of them."""
+"""First values of the concept's embeddings, and the loss of a batch as a function of embeddings and LoRA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def initial_embeddings(
+def initialise_embeddings(
     concept: Concept,
     tokenizer: PreTrainedTokenizerBase,
     text_encoder: PreTrainedModel,
@@ -42,22 +42,22 @@ def initial_embeddings(
     generator: torch.Generator,
     starts_at_class: bool = True,
 ) -> dict[str, nn.Parameter]:
-    """Start V_class from the class word and every other token from noise (section 3.3.1), alike in all layers.
+    """Start V_class from the class word and every other token from noise (section 3.3.1), equal in all layers.
 
     Args:
         concept: Its last token is V_class, the others are V_rand.
-        tokenizer: Splits the class word; several pieces are averaged.
+        tokenizer: Splits the class word; embeddings of several pieces are averaged.
         text_encoder: Has the class word's embedding.
         layers: Number of cross-attention layers.
         std: Standard deviation of V_rand.
         generator: Draws V_rand, on the CPU.
-        starts_at_class: Whether there is a V_class; else the last token starts from noise, too.
+        starts_at_class: Whether there is a V_class; else the last token starts from noise as well.
 
     Returns:
         Token to a float32 parameter of shape (layers, dim) on the text encoder's device.
 
     Raises:
-        ConfigurationError: If the tokenizer makes nothing of the class word.
+        ConfigurationError: If the tokenizer finds no token in the class word.
     """
     table = text_encoder.get_input_embeddings().weight.detach().float()
     ids = tokenizer(concept.class_word, add_special_tokens=False).input_ids
@@ -73,14 +73,14 @@ class Learner(nn.Module):
     """The loss as one module, so that accelerate can wrap it without touching the borrowed models.
 
     Args:
-        reader: Reads captions with the concept's embeddings.
-        unet: Borrowed, with its trainable LoRA and the layer-wise processors inside.
-        denoiser: What is called in place of the U-Net: the same, compiled; None calls the U-Net.
-        tokens: The concept's, V_class last.
+        reader: Encodes captions with the concept's embeddings.
+        unet: The borrowed U-Net, with its trainable LoRA and the layer-wise processors.
+        denoiser: The compiled U-Net, to be called in its place; None calls `unet`.
+        tokens: The concept's tokens, V_class last.
         captions: All captions of the data set, tokenised.
-        scheduler: Adds noise and says what is predicted.
-        config: Which losses count, and how much.
-        shared: Is told which caption each picture of a batch reads.
+        scheduler: Adds noise and defines the prediction's target.
+        config: Weights of the losses.
+        shared: Object by which the attention processors learn which caption each picture reads.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class Learner(nn.Module):
         self.config = config
         self.shared = shared
         self._read: dict[int, Encoded] = {}
-        """Captions as they were read since nothing of the text side learns, on the CPU."""
+        """Row of a caption to its encoding on the CPU, while nothing on the text side learns."""
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses of a batch, scalars: ``loss`` is the sum of the others.
 
-        ``denoising`` is equation 1; with `prior_loss_weight`, ``prior`` is the same for pictures of the class; with
-        `attn_reg_weight`, ``attention`` is the attention regulariser.
+        ``denoising`` is equation 1 for the concept's pictures, ``prior`` equation 1 for pictures of the class, if
+        there are any, and ``attention`` the attention regulariser, if it has a weight.
         """
         errors, record = self._denoise(batch)
         of_concept, of_class = errors.split([len(errors) - batch.prior_pictures, batch.prior_pictures])
@@ -119,14 +119,14 @@ class Learner(nn.Module):
         if batch.prior_pictures:
             losses["prior"] = self.config.prior_loss_weight * of_class.mean()
         if record is not None:
-            losses["attention"] = self.config.attn_reg_weight * self._regulariser(record, batch)
+            losses["attention"] = self.config.attn_reg_weight * self._attention_loss(record, batch)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def _denoise(self, batch: Batch) -> tuple[torch.Tensor, AttentionRecord | None]:
-        """Equation 1 for every picture, weighted by timestep, shape (batch,); with the attention if it counts."""
+        """Equation 1 for every picture, weighted by timestep, shape (batch,); with attention maps if they count."""
         dtype: torch.dtype = self.unet.dtype
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        conditions = self._conditions(batch, dtype)
+        conditions = self._make_conditions(batch, dtype)
         self.shared.text_of = batch.caption_of
         with record_attention(self.unet) if self.config.attn_reg_weight else nullcontext() as record:
             prediction = self.denoiser(noisy.to(dtype), batch.timesteps, **conditions).sample
@@ -138,8 +138,8 @@ class Learner(nn.Module):
             errors = errors * min_snr_weights(kind, alphas_cumprod, self.config.snr_gamma)
         return errors, record
 
-    def _conditions(self, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
-        """What the U-Net is told: captions, and where it reads a vector of each, that and the pictures' sizes."""
+    def _make_conditions(self, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of the U-Net: the captions' states; for SDXL also their pooled vectors and the pictures' sizes."""
         encoded = self._encode(batch.captions, batch.latents.device)
         conditions: dict[str, Any] = {"encoder_hidden_states": encoded.states.to(dtype)}
         if encoded.pooled is not None:
@@ -148,9 +148,9 @@ class Learner(nn.Module):
         return conditions
 
     def _encode(self, rows: Sequence[int], device: torch.device) -> Encoded:
-        """Captions as the U-Net reads them; once the text side stands still, each is encoded once and kept.
+        """Encode captions for the U-Net; while nothing on the text side learns, each is encoded once and kept.
 
-        One by one then, so that a training which goes on from a checkpoint gets the same bits.
+        Kept ones are encoded one by one: in other batches, as after a resumption, results would differ in last bits.
         """
         if self.reader.learns:
             self._read.clear()
@@ -160,13 +160,13 @@ class Learner(nn.Module):
                 self._read[row] = self.reader(self.captions.select([row])).to("cpu")
         return Encoded.join_prompts([self._read[row] for row in rows]).to(device)
 
-    def _regulariser(self, record: AttentionRecord, batch: Batch) -> torch.Tensor:
-        """Sum over tokens and sizes of maps of what strays from the subject.
+    def _attention_loss(self, record: AttentionRecord, batch: Batch) -> torch.Tensor:
+        """The attention regulariser, summed over tokens and map sizes.
 
-        Mean over the pictures that have a mask and a caption with the concept.
+        Averaged over the pictures that have a mask and a caption that names the concept.
         """
         *_, height, width = batch.latents.shape
-        positions = {token: self._positions(token, batch) for token in self.tokens}
+        positions = {token: self._find_positions(token, batch) for token in self.tokens}
         is_named = torch.tensor(positions[self.tokens[-1]], device=batch.latents.device) > 0
         counted = (batch.has_subject & is_named).float()
         total = torch.zeros_like(counted)
@@ -178,8 +178,8 @@ class Learner(nn.Module):
                 total = total + form(maps, subject)
         return (total * counted).sum() / counted.sum().clamp(min=1.0)
 
-    def _positions(self, token: str, batch: Batch) -> list[int]:
-        """Where the token first stands in the caption of every picture; 0, the start's place, where it does not."""
+    def _find_positions(self, token: str, batch: Batch) -> list[int]:
+        """For every picture, the token's first position in its caption; 0, the start token's, if it is not there."""
         first = [
             next((place for place, name in self.captions.concept_tokens[row].items() if name == token), 0)
             for row in batch.captions

@@ -1,4 +1,4 @@
-"""The loop over optimiser steps: phases, learning rates, what is reported, and where it may stop and go on."""
+"""The loop over optimiser steps: phases, learning rates, reports, interruption and resumption."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ EMBEDDINGS = "embeddings"
 """Name of the parameter group of the concept's embeddings."""
 
 _FINAL_SHARE = 0.1
-"""The final loss is the mean over this share of the last steps; single steps are noisy."""
+"""The reported loss is the mean over this share of the steps, the last ones; single steps are noisy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What `on_step` is told after every optimiser step.
+    """Argument of `on_step`, which is called after every optimiser step.
 
     Args:
         step: Steps done, from 1.
         total_steps: Steps in all.
         phase: ``embeddings`` or ``joint``.
         loss: The loss of the step's pictures, before the step.
-        parts: The loss split by part: ``denoising`` and, where they are used, ``attention`` and ``prior``, each
-            with its weight in it; they add up to `loss`.
+        parts: The summands of the loss: ``denoising`` and, if used, ``attention`` and ``prior``, each weighted.
         gradient_norm: Norm of all gradients, before clipping.
         embedding_norm: Mean norm of the concept's embeddings, after the step.
-        learning_rates: Of every group that learns in this phase.
-        images_per_second: Training pictures of all processes in a second of this step.
-        gpu_memory: Most memory that was ever allocated on this process's GPU, in bytes; 0 on a CPU.
+        learning_rates: Parameter group to its rate, for all groups that learn in this phase.
+        images_per_second: Training pictures of all processes per second, in this step.
+        gpu_memory: Peak of the memory allocated on this process's GPU so far, in bytes; 0 on a CPU.
     """
 
     step: int
@@ -70,7 +69,7 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A number of steps with one optimiser; parameters that are in no group stand still.
+    """A number of steps with one optimiser; parameters in no group are frozen.
 
     Args:
         name: ``embeddings`` or ``joint``.
@@ -90,13 +89,13 @@ class Phase:
 
 @dataclass(kw_only=True)
 class Position:
-    """How far a training is, and what going on from there needs beside the weights.
+    """How far a training is, with the state beside the weights that is needed to resume it.
 
     Args:
         step: Optimiser steps done, over all phases.
         losses: The loss of every step so far.
-        optimizer: State of the running phase's optimiser; empty between two phases.
-        scaler: State of the loss scaler for float16; empty without one.
+        optimizer: State of the current phase's optimiser; empty between two phases.
+        scaler: State of the loss scaler for float16; empty if there is none.
     """
 
     step: int = 0
@@ -106,16 +105,16 @@ class Position:
 
 
 class TrainingLoop:
-    """Takes the steps of all phases, from wherever `position` is.
+    """Takes the steps of all phases, starting at `position`.
 
     Args:
-        phases: In order.
-        learner: Gives the loss of a batch.
+        phases: The phases, in order.
+        learner: Computes the losses of a batch.
         batches: The data.
-        accelerator: Moves, scales and sums over processes.
+        accelerator: Places tensors, scales the loss, and reduces over processes.
         config: All settings.
-        make_optimizer: Parameter groups to an optimiser.
-        position: Where to begin; changes while the loop runs.
+        make_optimizer: Makes an optimiser of parameter groups.
+        position: Where to start; updated while the loop runs.
     """
 
     def __init__(
@@ -134,10 +133,10 @@ class TrainingLoop:
         self._optimizer: Any = None
 
     def steps(self, interruption: Interruption) -> Iterator[StepReport]:
-        """Take one step for each report asked for; between two reports everything is in a state to be saved.
+        """Take one step before each report that is yielded; a checkpoint may be saved whenever one is yielded.
 
         Args:
-            interruption: Whether the user wants to stop; the loop ends after the step in which any process heard so.
+            interruption: Whether the user wants to stop; the loop ends after the step in which any process notices.
 
         Raises:
             ConfigurationError: If the loss is no longer finite; the weights are those before that step.
@@ -149,17 +148,17 @@ class TrainingLoop:
             start = max(0, self.position.step - before)
             before += phase.steps
             if start < phase.steps:
-                yield from self._phase(phase, start, interruption)
+                yield from self._run_phase(phase, start, interruption)
             if interruption.everywhere:
                 return
 
     def note_state(self) -> Position:
-        """The present position with the optimiser's and the scaler's state in it."""
+        """Put the optimiser's and the scaler's state into the position, for a checkpoint, and return it."""
         self.position.optimizer = {} if self._optimizer is None else self._optimizer.state_dict()
         self.position.scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         return self.position
 
-    def _phase(self, phase: Phase, start: int, interruption: Interruption) -> Iterator[StepReport]:
+    def _run_phase(self, phase: Phase, start: int, interruption: Interruption) -> Iterator[StepReport]:
         _thaw_only(phase, self.learner)
         optimizer = self.make_optimizer(phase.groups)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -171,7 +170,7 @@ class TrainingLoop:
                 factor = learning_rate_factor(step, phase.steps, self.config)
                 for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-                report = self._step(phase, model, interruption)
+                report = self._take_step(phase, model, interruption)
                 if step + 1 == phase.steps:
                     self._optimizer = None
                 yield report
@@ -181,8 +180,8 @@ class TrainingLoop:
             self._optimizer = None
             self.accelerator.free_memory()
 
-    def _step(self, phase: Phase, model: nn.Module, interruption: Interruption) -> StepReport:
-        """One optimiser step, of several batches where gradients are accumulated."""
+    def _take_step(self, phase: Phase, model: nn.Module, interruption: Interruption) -> StepReport:
+        """Take one optimiser step, on the gradients of `gradient_accumulation_steps` batches."""
         started = time.perf_counter()
         optimizer, count = self._optimizer, self.config.gradient_accumulation_steps
         sums: dict[str, torch.Tensor] = {}
@@ -200,10 +199,10 @@ class TrainingLoop:
         optimizer.zero_grad()
         self.position.step += 1
         self.position.losses.append(values["loss"])
-        return self._report(phase, values, time.perf_counter() - started)
+        return self._make_report(phase, values, time.perf_counter() - started)
 
     def _backward(self, model: nn.Module, *, last: bool) -> dict[str, torch.Tensor]:
-        """Add the gradients of one batch; processes sum theirs with the last one."""
+        """Add the gradients of one batch; only the last batch of a step synchronises gradients between processes."""
         batch = next(self.batches).to(self.accelerator.device)
         if last:
             losses: dict[str, torch.Tensor] = model(batch)
@@ -215,7 +214,7 @@ class TrainingLoop:
         return losses
 
     def _agree(self, values: Sequence[torch.Tensor], interruption: Interruption) -> list[float]:
-        """Means over all processes, which also hear whether any of them was interrupted."""
+        """Average values over all processes, and tell all of them in `interruption` whether any was interrupted."""
         heard = torch.tensor(float(interruption.requested), device=self.accelerator.device)
         together = torch.stack([torch.as_tensor(value).detach().float().to(heard.device) for value in values])
         *means, interrupted = self.accelerator.reduce(torch.cat([together, heard[None]]), reduction="mean").tolist()
@@ -223,12 +222,15 @@ class TrainingLoop:
         return means
 
     def _is_divergent(self, values: Mapping[str, float]) -> bool:
-        """A float16 scaler leaves out steps whose gradients overflow, so that there the loss alone tells."""
+        """Whether the loss or the gradients' norm is not finite.
+
+        With a float16 loss scaler only the loss counts: the scaler skips steps whose gradients overflow.
+        """
         watched = ("loss",) if self.accelerator.scaler is not None else ("loss", "norm")
         return not all(math.isfinite(values[name]) for name in watched)
 
     def _freeze_grown_embeddings(self, optimizer: Any) -> None:
-        """Let embeddings stand still once they are as long as `embedding_norm_threshold`."""
+        """Set the embeddings' rate to 0 in this step if their norm has reached `embedding_norm_threshold`."""
         threshold = self.config.embedding_norm_threshold
         if threshold is None or self.learner.reader.embedding_norm() < threshold:
             return
@@ -236,7 +238,7 @@ class TrainingLoop:
             if group["name"] == EMBEDDINGS:
                 group["lr"] = 0.0
 
-    def _report(self, phase: Phase, values: Mapping[str, float], seconds: float) -> StepReport:
+    def _make_report(self, phase: Phase, values: Mapping[str, float], seconds: float) -> StepReport:
         config, device = self.config, self.accelerator.device
         pictures = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
         return StepReport(
@@ -254,10 +256,10 @@ class TrainingLoop:
 
 
 def learning_rate_factor(step: int, steps: int, config: TrainingConfig) -> float:
-    """Share of the full learning rate at a step of a phase, counted from 0; above 0 at every step that is taken.
+    """Factor of the learning rate at a step of a phase, counted from 0.
 
-    The curves after the warm-up are those of `diffusers.optimization.get_scheduler`; its warm-up begins at 0, so that
-    the first step would be lost.
+    After the warm-up it is that of `diffusers.optimization.get_scheduler`. The warm-up differs: theirs starts at 0, so
+    that the first step would change nothing.
     """
     if step < config.lr_warmup_steps:
         return (step + 1) / (config.lr_warmup_steps + 1)
@@ -280,7 +282,7 @@ def final_mean(losses: Sequence[float]) -> float:
 
 
 def _thaw_only(phase: Phase, learner: nn.Module) -> None:
-    """Let exactly the phase's parameters require gradients."""
+    """Let only the phase's parameters require gradients."""
     for parameter in learner.parameters():
         parameter.requires_grad_(False)
     for parameter in phase.parameters:

@@ -15,7 +15,7 @@ from diffusers_mixofshow.errors import ConfigurationError
 
 
 def offset_noise(noise: torch.Tensor, channel_noise: torch.Tensor, strength: float) -> torch.Tensor:
-    """Add noise that is constant over the picture, so that the model also learns a latent's overall level.
+    """Add noise that is constant over the picture, so that the model also learns a latent's mean.
 
     The paper calls the offset crucial for encoding a stable identity (section 6.1).
 
@@ -33,7 +33,7 @@ def offset_noise(noise: torch.Tensor, channel_noise: torch.Tensor, strength: flo
 def denoising_target(
     prediction_type: str, latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
-    """What the denoiser should predict.
+    """The tensor that the denoiser is trained to predict.
 
     ``epsilon``: the noise (equation 1). ``v_prediction``: a epsilon - s z_0 with a^2 = alphas_cumprod and
     a^2 + s^2 = 1 (arXiv:2202.00512). ``sample``: z_0.
@@ -64,15 +64,15 @@ def denoising_target(
 
 
 def denoising_errors(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Equation 1 for every picture: the mean squared error, over the mask alone where there is one.
+    """Equation 1 for every picture: the mean squared error, weighted by the mask if there is one.
 
     Computed in float32. The mask is divided by its own mean, so that a small subject weighs as much as a large one.
 
     Args:
         prediction: epsilon_theta (or v_theta), shape (batch, channels, height, width).
         target: Same shape.
-        mask: Weights in [0, 1], shape (batch, 1, height, width), nowhere zero over a whole picture; None counts
-            every position alike.
+        mask: Weights in [0, 1], shape (batch, 1, height, width), not all zero in any picture; None weighs every
+            position equally.
 
     Returns:
         Shape (batch,).
@@ -86,8 +86,9 @@ def denoising_errors(prediction: torch.Tensor, target: torch.Tensor, mask: torch
 def min_snr_weights(prediction_type: str, alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
     """Weights that keep easy timesteps from dominating (arXiv:2303.09556, section 3.4).
 
-    The weight of the error in z_0 is min(SNR, gamma) with SNR = a^2 / (1 - a^2): divided by SNR for epsilon, by
-    SNR + 1 for v. Where nothing of z_0 is left, SNR = 0, that is 1 for epsilon and 0 for v.
+    The weight of the error in z_0 is min(SNR, gamma) with SNR = a^2 / (1 - a^2). The weight of the error in epsilon is
+    that divided by SNR, in v that divided by SNR + 1. At SNR = 0, where only noise is left, this is 1 for epsilon and
+    0 for v.
 
     Args:
         prediction_type: The scheduler's ``prediction_type``.
@@ -105,7 +106,7 @@ def min_snr_weights(prediction_type: str, alphas_cumprod: torch.Tensor, gamma: f
 
 
 def token_attention(queries: torch.Tensor, keys: torch.Tensor, heads: int, positions: Sequence[int]) -> torch.Tensor:
-    """Attention of every place of the picture to one token of its text: the mean over heads of softmax(Q K^T / d^0.5).
+    """Attention of every place in a picture to one token of its text: the mean over heads of softmax(Q K^T / d^0.5).
 
     Computed in float32.
 
@@ -113,10 +114,10 @@ def token_attention(queries: torch.Tensor, keys: torch.Tensor, heads: int, posit
         queries: Shape (batch, places, heads * head).
         keys: Shape (batch, tokens, heads * head).
         heads: Number of heads.
-        positions: The token's position in the text of each picture.
+        positions: For each picture, the token's position in its text.
 
     Returns:
-        Shape (batch, places); the values of one place over all tokens would add up to 1.
+        Shape (batch, places); one place's values for all tokens of the text add up to 1.
     """
     of_heads = [part.float().unflatten(-1, (heads, -1)).transpose(1, 2) for part in (queries, keys)]
     scores = of_heads[0] @ of_heads[1].transpose(-1, -2) / of_heads[0].shape[-1] ** 0.5
@@ -125,22 +126,22 @@ def token_attention(queries: torch.Tensor, keys: torch.Tensor, heads: int, posit
 
 
 def attention_outside(maps: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
-    """How much of a token's attention lies outside the subject: the regulariser's first form.
+    """How much of a token's attention lies outside the subject: the attention regulariser's default form.
 
     Args:
         maps: Attention to the token, shape (batch, height, width); each is divided by its largest value.
         subject: Share of each place that shows the subject, in [0, 1], same shape.
 
     Returns:
-        Mean of the map over all that is not the subject, shape (batch,); 0 where the subject is everywhere.
+        Mean of the map outside the subject, shape (batch,); 0 if the subject fills the picture.
     """
     outside = 1 - subject
-    weighted = (_by_largest(maps) * outside).sum(dim=(1, 2))
+    weighted = (_divide_by_largest(maps) * outside).sum(dim=(1, 2))
     return weighted / outside.sum(dim=(1, 2)).clamp(min=1.0)
 
 
 def attention_to_mask(maps: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
-    """How far a token's attention is from the subject's mask: the regulariser's second form, for "full identity".
+    """How far a token's attention is from the subject's mask: the attention regulariser for `reg_full_identity`.
 
     Args:
         maps: Attention to the token, shape (batch, height, width); each is divided by its largest value.
@@ -149,8 +150,8 @@ def attention_to_mask(maps: torch.Tensor, subject: torch.Tensor) -> torch.Tensor
     Returns:
         Mean squared difference, shape (batch,).
     """
-    return (_by_largest(maps) - subject).square().mean(dim=(1, 2))
+    return (_divide_by_largest(maps) - subject).square().mean(dim=(1, 2))
 
 
-def _by_largest(maps: torch.Tensor) -> torch.Tensor:
+def _divide_by_largest(maps: torch.Tensor) -> torch.Tensor:
     return maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-8)

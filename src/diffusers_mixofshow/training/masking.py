@@ -1,4 +1,4 @@
-"""Masks for photos that have none, where training looks for them."""
+"""Make masks for photos that have none, at the paths where training looks for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers_mixofshow.masks import read_alpha
 from diffusers_mixofshow.progress import progress
 from diffusers_mixofshow.sheets import draw_labelled_sheet
 from diffusers_mixofshow.training.finding import DEFAULT_FINDER, Finder
-from diffusers_mixofshow.training.folders import MASK_FOLDERS, Listing, list_folder, one_a_line
+from diffusers_mixofshow.training.folders import MASK_FOLDERS, Listing, join_remarks, list_folder
 from diffusers_mixofshow.training.outlines import Outline, outline
 from diffusers_mixofshow.training.pictures import read_visible
 
@@ -25,16 +25,16 @@ _THUMBNAIL = 160
 
 @dataclass(frozen=True, kw_only=True)
 class MaskPlan:
-    """What is to be done.
+    """Which masks to make, and how.
 
     Args:
-        folder: Where the photos' names start.
+        folder: The folder that the photos' names are relative to.
         class_word: What the photos show.
         model: Hub id or folder of a CLIPSeg.
         threshold: See `outline`.
-        todo: Every photo that gets a mask, and the mask's file.
-        masked: How many other photos there are, which have a mask.
-        sheet: Where to show what was done; None for nowhere.
+        todo: Pairs of a photo without a mask and the file for its mask.
+        masked: Number of photos that have a mask.
+        sheet: Picture file that will show all results; None for none.
     """
 
     folder: Path
@@ -52,19 +52,19 @@ class MaskPlan:
         return [mask for _, mask in self.todo] + sheet
 
     def name(self, path: Path) -> str:
-        """A photo's path as seen from the folder."""
+        """A photo's path relative to the folder."""
         return path.relative_to(self.folder).as_posix()
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeMask:
-    """What became of one photo.
+    """The result for one photo.
 
     Args:
         photo: The photo.
-        mask: The file that was written; None if what was found is no mask.
-        share: Of the photo that is inside, from 0 to 1.
-        remark: What the user should look at; empty if nothing.
+        mask: The file that was written; None if nothing usable was found.
+        share: Share of the photo that is inside, from 0 to 1.
+        remark: What the user should check; empty if nothing.
     """
 
     photo: Path
@@ -85,26 +85,26 @@ def make_masks(
     """Write a mask beside every photo that has none: ``masks/NAME.png``, white where the class word's subject is.
 
     Args:
-        folder: Photos as training reads them. Those with a mask, or with an alpha channel that cuts them out, are left
-            alone.
-        class_word: Plain word for what they show, such as "dog"; the largest of its kind in a photo is taken.
+        folder: Photos as training reads them. Those with a mask, or with an alpha channel that cuts them out, are
+            skipped.
+        class_word: Plain word for what they show, such as "dog"; of several in a photo the largest is taken.
         model: Hub id or folder of a CLIPSeg.
-        threshold: Inside is what is likelier than this part of the photo's likeliest place, above 0 and below 1; a
+        threshold: Inside is where the likelihood is above this fraction of the photo's largest, between 0 and 1; a
             higher one makes smaller masks.
-        sheet: PNG that shows every photo, what was found in it, and the cut-out.
-        overwrite: Whether masks of the same place and name are made anew, and the sheet may be replaced.
+        sheet: PNG to write that shows every photo, its mask and the cut-out.
+        overwrite: Whether masks of the same path are made anew, and the sheet may be replaced.
 
     Returns:
         One entry for each photo that had no mask, in the order of their names.
 
     Warns:
-        MixOfShowWarning: Names the photos where nothing, nearly nothing, nearly everything or more than one was found.
-            But for the last, these get no mask.
+        MixOfShowWarning: Names the photos where nothing, nearly nothing, nearly everything or more than one was found;
+            only the last ones get a mask.
 
     Raises:
         ConfigurationError: If there is no such folder or model, or a setting is out of range.
         TrainingDataError: Lists every file that cannot be used.
-        OverwriteError: If the sheet is there already, and may not go.
+        OverwriteError: If the sheet exists and `overwrite` is False.
     """
     plan = plan_masks(folder, class_word, model=model, threshold=threshold, sheet=sheet, overwrite=overwrite)
     check_outputs(*plan.writes, overwrite=overwrite)
@@ -120,8 +120,8 @@ def plan_masks(
     sheet: str | Path | None = None,
     overwrite: bool = False,
 ) -> MaskPlan:
-    """Look which photos get a mask; see `make_masks`."""
-    _check(class_word, threshold)
+    """Plan which photos get a mask, without loading a model; see `make_masks`."""
+    _check_settings(class_word, threshold)
     listing = list_folder(Path(folder))
     defects, todo = list(listing.defects), []
     for photo in listing.photos:
@@ -147,7 +147,7 @@ def plan_masks(
 
 
 def carry_out(plan: MaskPlan) -> list[MadeMask]:
-    """Make the masks of a plan; nothing is loaded where there is nothing to do."""
+    """Make the masks of a plan; the model is loaded only if there are any."""
     if not plan.todo:
         return []
     finder = Finder.load(plan.model)
@@ -167,11 +167,11 @@ def carry_out(plan: MaskPlan) -> list[MadeMask]:
             bar.update(1)
     if plan.sheet is not None:
         write_picture(plan.sheet, draw_labelled_sheet(rows, title="photo, mask, cut-out"))
-    _tell(plan, made)
+    _warn_of_remarks(plan, made)
     return made
 
 
-def _check(class_word: str, threshold: float) -> None:
+def _check_settings(class_word: str, threshold: float) -> None:
     defects = []
     if not class_word.strip():
         defects.append("class_word is empty; expected a plain word for what the photos show, such as 'dog'")
@@ -182,13 +182,13 @@ def _check(class_word: str, threshold: float) -> None:
 
 
 def _mask_folder(place: Path) -> Path:
-    """The folder for masks beside photos: the one that is there, or ``masks``."""
+    """The folder for masks beside photos: the existing one of `MASK_FOLDERS`, else ``masks``."""
     there = sorted(path for path in place.iterdir() if path.name.lower() in MASK_FOLDERS and path.is_dir())
     return there[0] if there else place / MASK_FOLDERS[0]
 
 
 def _has_mask(listing: Listing, photo: Path, *, unless: Path | None) -> bool:
-    """Whether training would find a mask of the photo, other than this one.
+    """Whether training would find a mask of the photo, other than the file `unless`.
 
     Raises:
         PictureError: If the photo cannot be read.
@@ -215,7 +215,7 @@ def _draw_row(image: Image.Image, found: Outline) -> list[Image.Image]:
     return shown
 
 
-def _tell(plan: MaskPlan, made: Sequence[MadeMask]) -> None:
+def _warn_of_remarks(plan: MaskPlan, made: Sequence[MadeMask]) -> None:
     remarks = [
         f"{plan.name(each.photo)} {'got no mask' if each.mask is None else 'is unsure'}: {each.remark}"
         for each in made
@@ -223,4 +223,4 @@ def _tell(plan: MaskPlan, made: Sequence[MadeMask]) -> None:
     ]
     if remarks:
         hint = "draw masks by hand there, or try another class word or threshold"
-        warn(one_a_line(f"Masks of {plan.folder}", [*remarks, hint]))
+        warn(join_remarks(f"Masks of {plan.folder}", [*remarks, hint]))

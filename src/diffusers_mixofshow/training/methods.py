@@ -14,11 +14,12 @@ class Method:
     """What a method learns.
 
     Args:
-        tokens: Learnable tokens that the concept is spelt with: V_rand and V_class, or one alone.
-        starts_at_class: Whether the last token starts at the class word; else from noise, as the others.
-        trains_class: Whether the last token changes.
+        tokens: Number of learnable tokens that stand for the concept: V_rand and V_class, or one.
+        starts_at_class: Whether the last token starts at the class word's embedding; the others start from noise.
+        trains_class: Whether the last token is trained.
         layerwise: Whether every cross-attention layer has embeddings of its own.
-        adapts: Which layers change: ``attention`` is a LoRA on all of them, ``text keys and values`` full matrices.
+        adapts: ``attention`` trains a LoRA on all attention layers, ``text keys and values`` those of cross-attention
+            as full matrices.
     """
 
     tokens: int

@@ -17,13 +17,13 @@ from diffusers_mixofshow.training.config import PRODIGY
 _NEEDS_A_CLOSURE = ("LBFGS",)
 _OF_BITSANDBYTES = ("8bit", "32bit")
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-"""What every supported torch fuses on every device of `_FUSED_DEVICES`; Adagrad is fused on some only."""
+"""Optimisers that every supported torch fuses on all `_FUSED_DEVICES`; Adagrad is fused on some of them only."""
 _FUSED_DEVICES = ("cpu", "cuda")
 
 MakeOptimizer = Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer]
 
 
-def optimizer_of(name: str) -> MakeOptimizer:
+def find_optimizer(name: str) -> MakeOptimizer:
     """Find an optimiser by its name, upper or lower case.
 
     Args:
@@ -31,21 +31,21 @@ def optimizer_of(name: str) -> MakeOptimizer:
             ``Prodigy``.
 
     Returns:
-        What makes it of parameter groups that have their own ``lr`` and ``weight_decay``.
+        A function that makes the optimiser of parameter groups, each with ``lr`` and ``weight_decay``.
 
     Raises:
         ConfigurationError: If none of these packages has an optimiser of this name.
         MissingExtraError: If the package that has it is not installed.
     """
     if name.lower() == PRODIGY:
-        return _maker(_import("prodigyopt", "prodigy").Prodigy)
+        return _wrap_class(_import("prodigyopt", "prodigy").Prodigy)
     if name.lower().endswith(_OF_BITSANDBYTES):
-        return _maker(_find(name, _import("bitsandbytes.optim", "8bit")))
-    return _maker(_find(name, torch.optim))
+        return _wrap_class(_find(name, _import("bitsandbytes.optim", "8bit")))
+    return _wrap_class(_find(name, torch.optim))
 
 
-def _maker(kind: Any) -> MakeOptimizer:
-    """Groups may name only what the optimiser knows; each of ours has a name for reports as well."""
+def _wrap_class(kind: Any) -> MakeOptimizer:
+    """Wrap an optimiser's class so that groups pass only settings that it knows, and a name for reports."""
     known = inspect.signature(kind).parameters
 
     def make(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -58,7 +58,10 @@ def _maker(kind: Any) -> MakeOptimizer:
 
 
 def _on_fused_devices(groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether torch can take all parameters' steps in one kernel: many small matrices cost mostly their calls."""
+    """Whether torch can update all parameters in one fused kernel.
+
+    With the many small matrices of a LoRA, separate kernels cost more in calls than in work.
+    """
     return all(each.device.type in _FUSED_DEVICES and each.is_floating_point() for g in groups for each in g["params"])
 
 

@@ -1,4 +1,4 @@
-"""From how likely each part of a photo belongs to the concept, to the mask of one subject. Pure functions."""
+"""Turn a map of how likely each part of a photo shows the concept into the mask of one subject. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch.nn import functional
 
 
 _LEAST_LIKELY = 0.1
-"""A photo that is nowhere likelier than this does not show it."""
+"""If the likelihood is nowhere above this, the photo does not show the subject."""
 _SMALLEST, _LARGEST = 0.01, 0.95
-"""Of the photo, as fractions: what is smaller or larger is no subject that could be cut out."""
+"""Range of a usable mask, as fractions of the photo."""
 _LARGEST_HOLE = 0.05
-"""Of the subject, as a fraction: a hole that is larger is background seen through it."""
+"""Largest hole that is filled, as a fraction of the subject; a larger one is background seen through it."""
 _RIVAL = 0.5
-"""Of the subject, as a fraction: another part that is as large as this may be a second one."""
+"""Another part of at least this fraction of the largest part may be a second subject."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What was found in one photo.
+    """The mask of one photo, and whether it can be used.
 
     Args:
         mask: White where the subject is, black elsewhere; mode L, as large as the photo.
-        share: Of the photo that is white, from 0 to 1.
-        defect: Why it cannot be used as a mask; empty if it can.
-        remark: What the user should look at; empty if nothing.
+        share: Share of the photo that is white, from 0 to 1.
+        defect: Why the mask cannot be used; empty if it can.
+        remark: What the user should check; empty if nothing.
     """
 
     mask: Image.Image
@@ -43,17 +43,17 @@ def outline(likelihood: np.ndarray, size: tuple[int, int], *, threshold: float =
     Args:
         likelihood: Shape (rows, columns), from 0 to 1; it covers the whole photo, whatever the photo's shape.
         size: Width and height of the photo in pixels.
-        threshold: Inside is what is likelier than this part of the likeliest place, above 0 and below 1.
+        threshold: Inside is where the likelihood is above this fraction of its maximum, between 0 and 1.
     """
     highest = float(likelihood.max())
     if highest < _LEAST_LIKELY:
         return Outline(mask=Image.new("L", size), share=0.0, defect="nothing of its kind was found")
     values = likelihood / highest
-    parts = _parts(values > threshold)
+    parts = _label_parts(values > threshold)
     sizes = np.bincount(parts.ravel())[1:]
     subject = parts == 1 + int(sizes.argmax())
     values = np.where((parts > 0) & ~subject, 0.0, values)
-    values = np.where(_small_holes(subject), 1.0, values)
+    values = np.where(_find_small_holes(subject), 1.0, values)
     enlarged = Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
     inside = np.asarray(enlarged) > threshold
     share = float(inside.mean())
@@ -72,8 +72,8 @@ def _defect(share: float) -> str:
     return f"what was found is nearly everything, {share:.0%} of it" if share > _LARGEST else ""
 
 
-def _parts(inside: np.ndarray) -> np.ndarray:
-    """Number connected parts from 1 on, also across corners; 0 outside. Shape (rows, columns), whole numbers."""
+def _label_parts(inside: np.ndarray) -> np.ndarray:
+    """Label connected parts, corners included, with 1, 2, ...; 0 outside. Shape (rows, columns), whole numbers."""
     where = torch.from_numpy(inside)[None, None]
     numbers = torch.arange(1, inside.size + 1, dtype=torch.float64).view_as(where) * where
     before = torch.zeros_like(numbers)
@@ -83,9 +83,9 @@ def _parts(inside: np.ndarray) -> np.ndarray:
     return parts[1:].reshape(inside.shape)
 
 
-def _small_holes(subject: np.ndarray) -> np.ndarray:
-    """Where the subject is not, but is all around, and the hole is small."""
-    parts = _parts(np.pad(~subject, 1, constant_values=True))
+def _find_small_holes(subject: np.ndarray) -> np.ndarray:
+    """Find holes in the subject of at most `_LARGEST_HOLE`; booleans of the subject's shape."""
+    parts = _label_parts(np.pad(~subject, 1, constant_values=True))
     sizes = np.bincount(parts.ravel())
     small = sizes <= _LARGEST_HOLE * subject.sum()
     small[[0, parts[0, 0]]] = False  # the subject itself, and what reaches the photo's edge

@@ -1,4 +1,4 @@
-"""Photos as they are trained on."""
+"""Photos to train on, with captions and masks."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from diffusers_mixofshow.pictures import Picture, read_picture
 __all__ = ["Photo", "read_picture", "read_visible"]
 
 _BARELY_OPAQUE = 2
-"""Of 255: what is no more opaque than this cannot be seen; alpha of 0 and 1 is most often meant as no and yes."""
+"""Alpha up to this, of 255, cannot be seen; a channel of 0 and 1 most often is a mask saved in the wrong range."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """One photo as the user gave it.
+    """One photo to train on.
 
     Args:
         path: Where it was read.
         image: RGB, turned upright.
         captions: Texts that describe it; each names the concept by its placeholder.
         mask: Where the concept is (mode L, white), as large as the image; None if there is no mask.
-        known: Where the loss may look (mode L, white), as large as the image; None: everywhere.
+        known: Where the loss counts (mode L, white), as large as the image; None: everywhere.
         original_size: Width and height in pixels before it was scaled down for training; None: the image's.
     """
 
@@ -40,15 +40,15 @@ class Photo:
 
     @property
     def true_size(self) -> tuple[int, int]:
-        """Width and height in pixels as the photo was taken, which say how sharp it is."""
+        """Width and height in pixels of the original photo; SDXL is trained with them as a condition."""
         return self.original_size or self.image.size
 
 
 def read_visible(path: Path, *, called: str) -> Picture:
-    """Read a picture that is to be learnt from, see `read_picture`.
+    """Read a picture to train on, see `read_picture`.
 
     Raises:
-        PictureError: If it cannot be read, or next to nothing of it can be seen, so that it would be a white sheet.
+        PictureError: If it cannot be read, or is so transparent that it would be white.
     """
     picture = read_picture(path, called=called)
     highest = 255 if picture.alpha is None else int(np.asarray(picture.alpha).max())

@@ -1,4 +1,4 @@
-"""Named sets of training settings, each written as what differs from `TrainingConfig`'s defaults."""
+"""Named sets of training settings, which replace `TrainingConfig`'s defaults."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "crop_variants": 1,
         "train_batch_size": 12,
         "captions_per_step": 3,
-        # What sits in embeddings needs no reconciling when concepts are fused.
+        # A phase of embeddings alone: fusion solves for the LoRA's layers only, and keeps embeddings as they are.
         "max_train_steps": 200,
         "embedding_phase_steps": 200,
-        # Faster embeddings, or faster keys and values of the text, forget the class as soon as others stand beside it.
+        # With a higher rate of embeddings, or of text keys and values, a concept loses its class beside others.
         "embedding_learning_rate": 5e-3,
         "text_encoder_learning_rate": 1e-3,
         "learning_rate": 7e-4,
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_validation_images": 0,
         "save_statistics": False,
     },
-    # Section 6.1 of arXiv:2305.18292 and the authors' code, whether a default or not.
+    # Section 6.1 of arXiv:2305.18292 and the authors' code; settings equal to our defaults are written out, too.
     "paper": {
         "resolution": 512,
         "framing": "place",
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "object": {"kind": "object", "framing": "crop", "random_flip": True, "tag_shuffles": 8},
     # The whole picture is the concept.
     "scene": {"kind": "scene", "framing": "buckets", "masked_loss": False, "tag_shuffles": 8},
-    # A first look: half the pictures of the default, with one layer-wise encoding a step.
+    # For a first try: half the default's steps, and one caption (one layer-wise encoding) per step.
     "fast": {
         "max_train_steps": 400,
         "captions_per_step": 1,
@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
         "lr_warmup_steps": 20,
     },
-    # The four pictures of a step one after another, activations computed again, half precision.
+    # The default batch of four as four accumulated batches of one, with gradient checkpointing and half precision.
     "low-memory": {
         "train_batch_size": 1,
         "gradient_accumulation_steps": 4,
@@ -87,23 +87,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 OF_SDXL: dict[str, Any] = {"resolution": 1024}
-"""What lies below all others on Stable Diffusion XL: the size that it was trained at.
+"""Defaults on Stable Diffusion XL, below those of any preset: the resolution that it was trained at.
 
-All else is as for Stable Diffusion 1.x, rates, steps and rank as well: not measured, as no base was at hand.
+All others are Stable Diffusion 1.x's, also rates, steps and rank, which have not been measured on SDXL.
 """
 
 _ON_TOYLAND = (TOYLAND, "character", "object", "scene")
-"""Presets that say what is learnt; the others have rates and sizes that are Stable Diffusion's."""
+"""Presets for the embedded base; the others have rates and resolutions for Stable Diffusion."""
 _NOT_ON_SDXL = ("paper",)
-"""It has the size of Stable Diffusion 1.5's pictures, and the length of its words."""
+"""Presets with Stable Diffusion 1.5's resolution and norm of word embeddings."""
 
 
 def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Put the preset that ``settings["preset"]`` names, and the base's own settings, below the given ones.
+    """Add the defaults of ``settings["preset"]``, and of the base model, to the given settings.
 
-    The embedded base has some, and SDXL where it is known for one: by its id, or as it lies on this disk.
-
-    A rank without a `lora_alpha` takes the alpha along, so that the LoRA's scale stays 1.
+    The embedded base has defaults of its own, and so has SDXL if it is recognised by its id or its files on this disk.
+    Given settings win over the preset's, these over the base's. A rank without `lora_alpha` sets that to the same
+    number, so that the LoRA's scale stays 1.
 
     Returns:
         The settings without ``preset``, and what is wrong with the preset.

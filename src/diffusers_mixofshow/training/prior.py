@@ -1,4 +1,4 @@
-"""Pictures of the class beside those of the concept, so that the class stays what it was (arXiv:2208.12242)."""
+"""Prior preservation (arXiv:2208.12242): training on pictures of the class as well keeps the class unchanged."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.errors import PictureError, TrainingDataError, warn
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.folders import few, list_folder, one_a_line
+from diffusers_mixofshow.training.folders import join_remarks, list_folder, summarise_names
 from diffusers_mixofshow.training.pictures import Photo, read_visible
-from diffusers_mixofshow.training.samples import drawing_settings, plain_pipeline
+from diffusers_mixofshow.training.samples import drawing_settings, make_plain_pipeline
 
 
 _SURPLUS = "beyond num_class_images and not used"
 
 
 def prompt_of_class(config: TrainingConfig) -> str:
-    """What the pictures of the class are prompted with."""
+    """The prompt of the pictures of the class."""
     return config.class_prompt or f"a photo of a {config.class_word}"
 
 
-def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> list[Photo]:
-    """Read the pictures of the class; what is missing to `num_class_images` is sampled from the base first.
+def read_class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> list[Photo]:
+    """Read `num_class_images` pictures of the class; missing ones are sampled from the base model first.
 
     Args:
-        pipeline: The base model, still without anything that is learnt.
+        pipeline: The base model, before training.
         config: Folder, prompt and number.
-        drawing: Whether this process samples what is missing; the others must wait for it.
+        drawing: Whether this process samples missing pictures; other processes must wait before they read.
 
     Raises:
         ConfigurationError: If the folder cannot be written.
@@ -53,16 +53,16 @@ def class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool) -> l
         photos.append(Photo(path=path, image=picture.image, captions=(prompt_of_class(config),), mask=None))
     if defects:
         raise TrainingDataError(f"{folder}: these pictures of the class cannot be read: {'; '.join(defects)}")
-    remarks += few([listing.name(path) for path in left], f"is {_SURPLUS}", f"are {_SURPLUS}")
-    if remarks and not drawing:  # told once, when they are read for use
-        warn(one_a_line(f"Pictures of the class in {folder}", remarks))
+    remarks += summarise_names([listing.name(path) for path in left], f"is {_SURPLUS}", f"are {_SURPLUS}")
+    if remarks and not drawing:  # warn once: the trainer reads them again, without drawing, to train on them
+        warn(join_remarks(f"Pictures of the class in {folder}", remarks))
     return photos
 
 
 @torch.no_grad()
 def _draw(pipeline: Any, config: TrainingConfig, folder: Path, missing: int) -> None:
-    """Sample pictures under numbers that are free; each number is its picture's seed."""
-    stock = plain_pipeline(pipeline)
+    """Sample pictures to files with unused numbers; the number is the picture's seed."""
+    stock = make_plain_pipeline(pipeline)
     free = (number for number in count() if not (folder / f"class-{number:04d}.png").exists())
     drawn = list(islice(free, missing))
     for start in range(0, missing, config.train_batch_size):

@@ -1,4 +1,4 @@
-"""What the denoiser is told of texts while a concept is learnt: states of every text encoder, and their vector."""
+"""Encode texts with the embeddings of the concept that is learnt: states of all text encoders and a pooled vector."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from diffusers_mixofshow.families import family_of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenizedTexts:
-    """Texts as every text encoder of a base model reads them.
+    """Texts tokenised for every text encoder of a base model.
 
     Args:
-        of_encoder: Name of a text encoder to the texts' tokens.
-        there: Whether a text is one: where a pipeline takes zeros for no text at all, the empty one is not.
+        of_encoder: Name of a text encoder to the tokens of all texts.
+        there: For each text, False if its states are replaced by zeros, as SDXL does with the empty prompt.
     """
 
     of_encoder: Mapping[str, TokenizedPrompts]
@@ -30,11 +30,11 @@ class TokenizedTexts:
 
     @property
     def concept_tokens(self) -> tuple[Mapping[int, str], ...]:
-        """For each text, position to the name of the concept token there, which is the same for all text encoders."""
+        """For each text, position to the concept token there; positions are equal for all text encoders."""
         return next(iter(self.of_encoder.values())).concept_tokens
 
     def select(self, rows: Sequence[int]) -> TokenizedTexts:
-        """Pick some of the texts by their numbers."""
+        """Select texts by their indices."""
         return TokenizedTexts(
             of_encoder={name: tokens.select(rows) for name, tokens in self.of_encoder.items()},
             there=tuple(self.there[row] for row in rows),
@@ -42,7 +42,7 @@ class TokenizedTexts:
 
 
 def tokenize_for(pipeline: Any, texts: Iterable[str], concept: Concept) -> TokenizedTexts:
-    """Tokenise texts that may name a concept for every text encoder of a pipeline."""
+    """Tokenise texts, which may name the concept, for every text encoder of a pipeline."""
     texts, components = list(texts), pipeline.components
     zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
     return TokenizedTexts(
@@ -58,8 +58,9 @@ class TextReader(nn.Module):
     """The text encoders of a pipeline, with the embeddings of the concept that is learnt.
 
     Args:
-        components: ``pipeline.components``; text encoders are borrowed, with their trainable LoRA inside.
-        embeddings: What is learnt, by the names of an ED-LoRA's file; (1, dim) where all layers share it.
+        components: ``pipeline.components``; text encoders with their trainable LoRA.
+        embeddings: The embeddings to learn, by their names in an ED-LoRA's file; shape (layers, dim), or (1, dim) if
+            all layers share one.
     """
 
     def __init__(self, components: Mapping[str, Any], embeddings: Mapping[str, nn.Parameter]) -> None:
@@ -70,7 +71,7 @@ class TextReader(nn.Module):
         self.values = nn.ParameterList(embeddings.values())
 
     def forward(self, texts: TokenizedTexts) -> Encoded:
-        """Encode each text once for every layer, or once for all where they share the embeddings."""
+        """Encode each text once for every layer, or once if all layers share their embeddings."""
         embeddings = dict(zip(self.names, self.values, strict=True))
         layers = len(self.values[0])
         parts = [
@@ -87,10 +88,10 @@ class TextReader(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether anything of it changes in the running phase."""
+        """Whether embeddings or text encoders are trained in the current phase."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     @torch.no_grad()
     def embedding_norm(self) -> float:
-        """Mean Euclidean norm over the concept's tokens, what they have embeddings for, and their layers."""
+        """Mean Euclidean norm of all embeddings: over tokens, text encoders and layers."""
         return float(torch.cat([rows.float().norm(dim=1) for rows in self.values]).mean())

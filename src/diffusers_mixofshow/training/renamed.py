@@ -1,4 +1,4 @@
-"""Settings that had other names once, in configuration files, keywords, options and checkpoints."""
+"""Former names of settings, still read from configuration files, keywords, options and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
 RENAMED = {"text_encoder_lr": "text_encoder_learning_rate", "text_kv_lr": "text_kv_learning_rate"}
-"""Former name to the name of today."""
+"""Former name to present name."""
 
 
 def use_new_names(settings: Mapping[str, Any], *, silent: bool = False) -> dict[str, Any]:
-    """Put settings under the names that they have today.
+    """Replace former names of settings by present ones.
 
     Args:
         settings: Name to value.
-        silent: Whether no warning is given: for what this package has written itself.
+        silent: Whether to give no warning, for files that this package has written.
 
     Raises:
         ConfigurationError: If a setting is given by both names.
 
     Warns:
-        MixOfShowWarning: Names the former names and those of today.
+        MixOfShowWarning: Names each former name and its present one.
     """
     former = {name: RENAMED[name] for name in settings if name in RENAMED}
     if twice := [f"{old} and {new}" for old, new in former.items() if new in settings]:

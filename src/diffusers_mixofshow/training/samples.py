@@ -1,4 +1,4 @@
-"""Pictures while a concept is learnt: the same prompts and seeds at several strengths of the LoRA, as one sheet."""
+"""Validation sheets: pictures during training, of the same prompt and seeds at several scales of the LoRA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusers_mixofshow.conditioning.encode import Encoded
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.lora import TrainableLoRA
 from diffusers_mixofshow.notes import format_infotext, make_sheet_note, sampler_name
-from diffusers_mixofshow.training.base import stock_class, with_same_models
+from diffusers_mixofshow.training.base import convert_pipeline, stock_class
 from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.reader import TextReader, tokenize_for
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.training.trained import Trained
 
 SCALES = (0.0, 0.7, 1.0)
-"""Strengths of the LoRA on a sheet, one row each; at 0 the embeddings alone draw (reference)."""
+"""Scales of the LoRA on a sheet, one row each (reference); at 0 only the embeddings act."""
 _STEPS = 20
 
 
-def plain_pipeline(pipeline: Any) -> Any:
-    """A stock pipeline of the same models with DPM-Solver, without a progress bar; the given one stays as it is."""
+def make_plain_pipeline(pipeline: Any) -> Any:
+    """Make diffusers' own pipeline of the same models, with DPM-Solver and without a progress bar."""
     scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    made = with_same_models(pipeline, stock_class(family_of(pipeline.components)), scheduler=scheduler)
+    made = convert_pipeline(pipeline, stock_class(family_of(pipeline.components)), scheduler=scheduler)
     made.set_progress_bar_config(disable=True)
     return made
 
 
 def drawing_settings(pipeline: Any, config: TrainingConfig) -> dict[str, Any]:
-    """Size, steps and guidance of pictures that are drawn for a training, as arguments of the pipeline."""
+    """Arguments of the pipeline for pictures drawn during training: size, steps and guidance."""
     return {
         "height": config.resolution,
         "width": config.resolution,
@@ -52,14 +52,14 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
     """Sample the validation prompt at every scale, each row with the same seeds.
 
     Args:
-        pipeline: Borrowed, with the LoRA and the layer-wise processors inside.
-        trained: What was learnt so far.
+        pipeline: The base model, with the LoRA and the layer-wise processors.
+        trained: The embeddings and the LoRA at this step.
         config: Prompt, number of pictures, resolution and seed.
 
     Returns:
-        Label to the row of each of `SCALES`; a single row for a method without LoRA.
+        Label to the pictures of a row, for each of `SCALES`; a single row for a method without LoRA.
     """
-    concept, stock = config.concept_to_learn, plain_pipeline(pipeline)
+    concept, stock = config.concept_to_learn, make_plain_pipeline(pipeline)
     reader = TextReader(pipeline.components, trained.embeddings)
     prompt = config.validation_prompt.replace(CAPTION_SLOT, concept.placeholder)
     texts, rows = tokenize_for(pipeline, [prompt, ""], concept), {}
@@ -68,10 +68,10 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
             encoded = reader(texts)
             rows[f"LoRA {scale:g}"] = [
                 picture
-                for seeds in _parts(config)
+                for seeds in _batch_seeds(config)
                 for picture in stock(
-                    **_embeds("", encoded, 0, len(seeds)),
-                    **_embeds("negative_", encoded, 1, len(seeds)),
+                    **_prompt_arguments("", encoded, 0, len(seeds)),
+                    **_prompt_arguments("negative_", encoded, 1, len(seeds)),
                     **drawing_settings(pipeline, config),
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 ).images
@@ -82,13 +82,13 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
 def describe_sheet(
     pipeline: Any, config: TrainingConfig, prompt: str, labels: Sequence[str]
 ) -> tuple[dict[str, Any], str]:
-    """What a sheet tells of how it was drawn: exactly, and as other programs read it.
+    """Describe how a sheet was drawn: a note for this package, and A1111's text for other programs.
 
     Args:
         pipeline: As for `draw_rows`.
         config: As for `draw_rows`.
-        prompt: The validation prompt, the concept in its place.
-        labels: Of the rows.
+        prompt: The validation prompt with the concept's placeholder.
+        labels: Labels of the rows.
     """
     drawn, model = drawing_settings(pipeline, config), config.pretrained_model_name_or_path
     row = [(prompt, config.seed + number) for number in range(config.num_validation_images)]
@@ -108,7 +108,7 @@ def describe_sheet(
 
 @contextmanager
 def scale_lora(lora: TrainableLoRA | None, scale: float) -> Iterator[None]:
-    """Let the updates act at a part of their strength inside the block."""
+    """Multiply the LoRA's scale inside the block; None has no effect."""
     layers = [] if lora is None else list(lora.layers.values())
     name = "" if lora is None else lora.adapter_name
     before = [layer.scaling[name] for layer in layers]
@@ -121,14 +121,14 @@ def scale_lora(lora: TrainableLoRA | None, scale: float) -> Iterator[None]:
             layer.scaling[name] = full
 
 
-def _parts(config: TrainingConfig) -> list[list[int]]:
-    """Seeds of a row, as many together as a training batch has pictures, for which there is memory."""
+def _batch_seeds(config: TrainingConfig) -> list[list[int]]:
+    """Seeds of a row in batches of the training's batch size, which is known to fit into memory."""
     seeds = [config.seed + number for number in range(config.num_validation_images)]
     return [seeds[start : start + config.train_batch_size] for start in range(0, len(seeds), config.train_batch_size)]
 
 
-def _embeds(kind: str, encoded: Encoded, row: int, pictures: int) -> dict[str, torch.Tensor]:
-    """One of the texts as arguments of a pipeline, for a number of pictures."""
+def _prompt_arguments(kind: str, encoded: Encoded, row: int, pictures: int) -> dict[str, torch.Tensor]:
+    """Arguments of a pipeline that pass one encoded text for a number of pictures."""
     chosen = encoded.select([row] * pictures)
     pooled = {} if chosen.pooled is None else {f"{kind}pooled_prompt_embeds": chosen.pooled}
     return {f"{kind}prompt_embeds": chosen.states, **pooled}

@@ -1,7 +1,7 @@
-"""What the fields of a settings dataclass say about themselves: name, types, default and documentation.
+"""Read name, types, default and documentation of each field from a settings dataclass.
 
-Command-line options, configuration files and error messages are made from this alone, so that a new field needs no
-further code.
+Command-line options, configuration files and error messages are made from these, so that a new field needs no other
+code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 NOTHING = ("none", "null", "~", "")
-"""Texts that stand for None, where a setting can be None."""
+"""Texts that mean None, for settings that can be None."""
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -27,9 +27,9 @@ class Setting:
     """One field of a settings dataclass.
 
     Args:
-        name: Of the field.
-        types: What its values may be, such as ``(int,)`` or ``(str, Path)``; None is left out.
-        can_be_none: Whether None is a value, too.
+        name: The field's name.
+        types: Types of its values, such as ``(int,)`` or ``(str, Path)``, without None.
+        can_be_none: Whether None is allowed.
         default: The default, or `dataclasses.MISSING`.
         documentation: The field's entry in the class's docstring, on one line; empty under ``python -OO``.
     """
@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """How the command line spells it: ``--class-word``."""
+        """The option on the command line, such as ``--class-word``."""
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -68,15 +68,15 @@ class Setting:
         return any(_is_a(value, kind) for kind in self.types)
 
     def normalise(self, value: object) -> object:
-        """The value, but a tuple for a list, and for a single text where a list is meant."""
+        """Convert a list, or a single text for a setting that is a list, to a tuple; other values stay."""
         if self.is_list and isinstance(value, str | list):
             return (value,) if isinstance(value, str) else tuple(value)
         return value
 
     def from_text(self, text: str | Sequence[str]) -> Any:
-        """Read a value from text, or from a list of texts where a list is meant.
+        """Read a value from text, or from a list of texts if the setting is a list.
 
-        A text that fits no type is returned as it is, for `accepts` to refuse beside all other defects.
+        A text that fits no type is returned unchanged, so that `accepts` can refuse it together with other defects.
         """
         if self.is_list:
             (kind,) = (get_args(kind)[0] for kind in self.types if get_origin(kind) is tuple)
@@ -91,10 +91,10 @@ def settings_of(kind: type) -> Mapping[str, Setting]:
     return _read(kind)
 
 
-@cache  # every config asks, and to read the annotations of a hundred settings takes milliseconds
+@cache  # called for every config; resolving the annotations takes milliseconds
 def _read(kind: type) -> Mapping[str, Setting]:
     hints = get_type_hints(kind)
-    texts = _documentation(kind.__doc__ or "")
+    texts = _parse_documentation(kind.__doc__ or "")
     found = {}
     for field in fields(kind):
         hint = hints[field.name]
@@ -109,7 +109,7 @@ def _read(kind: type) -> Mapping[str, Setting]:
     return types.MappingProxyType(found)
 
 
-def _documentation(docstring: str) -> dict[str, str]:
+def _parse_documentation(docstring: str) -> dict[str, str]:
     """The entries of a docstring's ``Args:`` section, each as one line."""
     _, _, section = docstring.partition("Args:\n")
     section = re.split(r"\n[ \t]*\n", section)[0]
@@ -127,7 +127,7 @@ def _is_a(value: object, kind: Any) -> bool:
 
 
 def _parse(text: Any, kinds: Sequence[Any]) -> Any:
-    """The text as the first type that can read it, else the text."""
+    """Convert a text to the first type that accepts it; return it unchanged if none does."""
     for kind in kinds if isinstance(text, str) else ():
         if kind is bool and text.strip().lower() in _TRUTHS:
             return _TRUTHS[text.strip().lower()]

@@ -1,4 +1,4 @@
-"""The start token, which is the same in every prompt: what the layers that read text see there."""
+"""The start token, which is the same in every prompt: inputs of text-reading layers there, kept free of updates."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from diffusers_mixofshow.families import TextEncoder, family_of
 
 @torch.no_grad()
 def start_token_inputs(pipeline: Any, layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Directions of the inputs that layers have at a prompt's start token.
+    """Directions of the inputs that text-reading layers get at a prompt's start token.
 
-    CLIP reads from left to right, so that nothing which a prompt says reaches its start token. A layer whose update
-    gives 0 there stays the base's there, and so does the input of the layer behind it.
+    CLIP's attention is causal, so that states at the start token do not depend on the prompt. If a layer's update
+    gives 0 for its input there, its output there, and so the input of the next layer, is the base model's.
 
     Args:
-        pipeline: Whose text encoders are run; without effective updates, or with such that give 0 there.
-        layers: Site name to layer of the pipeline's; those that do not read text are left out.
+        pipeline: Its text encoders are run; their updates must be 0 or give 0 at the start token.
+        layers: Site name to layer of the pipeline; layers that do not read text are ignored.
 
     Returns:
         Site name to unit vector, shape (in_features,), float32, on the text encoder's device.
@@ -48,14 +48,16 @@ def start_token_inputs(pipeline: Any, layers: Mapping[str, nn.Module]) -> dict[s
 
 
 def _start_states(encoder: Any, tokenizer: Any, reading: TextEncoder) -> torch.Tensor:
-    """What a text encoder makes of two prompts that are alike at their start alone, shape (2, 2, dim)."""
+    """Encode two prompts of two tokens that share only the start token; states of shape (2, 2, dim)."""
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if start is None or end is None:
-        raise ConfigurationError(_without_start("the tokenizer has no token for the start or the end of a prompt"))
+        raise ConfigurationError(
+            _describe_missing_start("the tokenizer has no token for the start or the end of a prompt")
+        )
     ids = torch.tensor([[start, start], [start, end]])
     states = encode(encoder, TokenizedPrompts(ids, torch.ones_like(ids), ({}, {})), {}, 1, reading=reading).states
-    if not torch.allclose(states[0, 0], states[1, 0], rtol=1e-2, atol=1e-2):  # what bfloat16 rounds
-        raise ConfigurationError(_without_start("what a prompt says reaches its start token"))
+    if not torch.allclose(states[0, 0], states[1, 0], rtol=1e-2, atol=1e-2):  # rounding of bfloat16
+        raise ConfigurationError(_describe_missing_start("what a prompt says reaches its start token"))
     return states
 
 
@@ -66,12 +68,12 @@ def _make_hook(seen: dict[str, torch.Tensor], site: str) -> Any:
     return note
 
 
-def _without_start(reason: str) -> str:
-    return f"Updates cannot leave this base's start token alone: {reason}. Set keep_start_token to False."
+def _describe_missing_start(reason: str) -> str:
+    return f"keep_start_token cannot be used with this base model: {reason}. Set keep_start_token to False."
 
 
-def without_direction(matrix: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """M (I - x x^T): the matrix that gives 0 for x and the same as before for everything at right angles to it.
+def remove_direction(matrix: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """M (I - x x^T): the matrix that gives 0 for x, and the same as M for every vector orthogonal to x.
 
     Args:
         matrix: M, shape (out_features, in_features).

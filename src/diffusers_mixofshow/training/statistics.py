@@ -1,4 +1,4 @@
-"""What the centre needs to fuse a concept without a model, recorded beside what was tuned."""
+"""Record a concept's fusion statistics after training, so that it can be fused without a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import choose_pipeline
-from diffusers_mixofshow.training.base import with_same_models
+from diffusers_mixofshow.training.base import convert_pipeline
 
 
 if TYPE_CHECKING:
@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 
 def record_statistics(pipeline: TrainablePipeline, folder: Path) -> None:
-    """Record fusion statistics with every setting at its default, so that they serve every fusion at the defaults.
+    """Record fusion statistics with the default settings, which any fusion with default settings can use.
+
+    All processes call it together.
 
     Args:
-        pipeline: The base that the concept was tuned on, as it was before.
-        folder: Where the ED-LoRA lies; all processes call it together.
+        pipeline: The base model that the concept was tuned on, restored after training.
+        folder: The folder of the saved ED-LoRA.
     """
     kind = choose_pipeline(pipeline.components)
     if not isinstance(pipeline, kind):
         bars = getattr(pipeline, "_progress_bar_config", {})
-        pipeline = with_same_models(pipeline, kind)
+        pipeline = convert_pipeline(pipeline, kind)
         pipeline.set_progress_bar_config(**bars)
     GradientFuser(pipeline).record(folder)

@@ -1,4 +1,4 @@
-"""Curves and pictures for tensorboard or wandb, through accelerate."""
+"""Send curves and pictures to tensorboard or wandb, through accelerate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_tracker(name: str | None) -> None:
     """Refuse a tracker whose package is missing.
 
     Raises:
-        MissingExtraError: If it is.
+        MissingExtraError: If its package is missing.
     """
     if name is not None and not _IS_AVAILABLE[name]():
         raise MissingExtraError(
@@ -35,13 +35,13 @@ def check_tracker(name: str | None) -> None:
 
 @contextmanager
 def track(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
-    """Begin a run of the accelerator's trackers with all settings, and finish it, on exceptions too."""
+    """Start the accelerator's trackers with all settings, and finish them after the block, also on exceptions."""
     if not accelerator.log_with:
         yield
         return
-    plain = {name: _scalar(value) for name, value in config.as_record().items()}
-    # wandb writes to the current folder unless told otherwise, and wants the folder to be there.
-    folders = {"wandb": {"dir": _folder(accelerator)}} if config.report_to == "wandb" else {}
+    plain = {name: _to_scalar(value) for name, value in config.as_record().items()}
+    # wandb writes to the current folder by default, and needs an existing folder.
+    folders = {"wandb": {"dir": _make_log_folder(accelerator)}} if config.report_to == "wandb" else {}
     accelerator.init_trackers(PROJECT, config=plain, init_kwargs=folders)
     try:
         yield
@@ -50,24 +50,24 @@ def track(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
             tracker.finish()
 
 
-def _scalar(value: object) -> int | float | str | bool:
-    """What every tracker takes as the value of a setting."""
+def _to_scalar(value: object) -> int | float | str | bool:
+    """Convert a setting's value to one that every tracker accepts."""
     if isinstance(value, list):
         return "; ".join(map(str, value))
     return value if isinstance(value, int | float | str) else str(value).lower()
 
 
-def _folder(accelerator: Accelerator) -> str:
-    """The logs' folder, made if it is not there."""
+def _make_log_folder(accelerator: Accelerator) -> str:
+    """Make the accelerator's folder of logs and return its path."""
     folder = Path(str(accelerator.logging_dir))
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 
 
 def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
-    """Send a sheet to every tracker that takes pictures."""
+    """Send a picture to every tracker that accepts pictures."""
     for tracker in accelerator.trackers:
-        # tensorboard takes channels first unless told otherwise; wandb passes what it does not know on and fails.
+        # tensorboard expects channels first unless dataformats is given; wandb fails on that unknown argument.
         layout: dict[str, Any] = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         if hasattr(tracker, "log_images"):
             tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, **layout)

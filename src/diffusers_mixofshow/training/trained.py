@@ -1,4 +1,4 @@
-"""Everything that a method learns, by name: where it is, how it starts, and how it reads as an ED-LoRA."""
+"""The trained parameters of a method by name: their first values, their learning rates, and reading them out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.layers import embedding_layers, unread_layers
 from diffusers_mixofshow.lora import TrainableLoRA, trainable
 from diffusers_mixofshow.training.config import TrainingConfig
-from diffusers_mixofshow.training.learner import initial_embeddings
+from diffusers_mixofshow.training.learner import initialise_embeddings
 from diffusers_mixofshow.training.loop import EMBEDDINGS, Phase
 from diffusers_mixofshow.training.methods import METHODS
-from diffusers_mixofshow.training.start_token import start_token_inputs, without_direction
+from diffusers_mixofshow.training.start_token import remove_direction, start_token_inputs
 
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What is learnt, inside and beside a borrowed model.
+    """Embeddings and LoRA of the concept while it is trained on a borrowed model.
 
     Args:
-        embeddings: By the names of an ED-LoRA's file, parameters of shape (layers, dim), or (1, dim) where all layers
-            share it; a vector of the whole text, (1, dim), then shares it as well, and has the same parameter.
-        fixed_tokens: Tokens whose embedding does not change.
-        lora: The updates inside the model; None for a method without.
-        whole_matrices: Whether `down` of every update is the identity and stays, so that `up` is a whole matrix.
-        family: Whose layers they are.
+        embeddings: Name in an ED-LoRA's file to parameter, shape (layers, dim), or (1, dim) if all layers share it; in
+            that case the embedding for the pooled vector, (1, dim), is the same parameter.
+        fixed_tokens: Tokens whose embedding is not trained.
+        lora: The LoRA inside the model; None for a method without one.
+        whole_matrices: Whether `down` of every update is a fixed identity, so that `up` is a full matrix.
+        family: Family of the base model.
         layers: The U-Net's cross-attention layers, or the groups of them that share an embedding.
-        kept_inputs: Site name to the direction of an input at which its update changes nothing, see `keep_inputs`.
+        kept_inputs: Site name to the direction of an input for which the site's update must be 0, see `keep_inputs`.
     """
 
     embeddings: Mapping[str, nn.Parameter]
@@ -52,12 +52,12 @@ class Trained:
     kept_inputs: Mapping[str, torch.Tensor]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that may change, by a name that is the same in every run."""
+        """All trainable parameters by name; a checkpoint of one run fits another by these names."""
         found = {f"embedding {name}": rows for name, rows in self._learnt_embeddings().items()}
         return found | dict(self._matrices(lambda site: True))
 
     def phases(self, config: TrainingConfig) -> list[Phase]:
-        """Embeddings alone, then everything; a rate of 0 leaves its parameters out."""
+        """The phases of training: embeddings alone, then everything. A rate of 0 leaves its parameters out."""
         of_embeddings = {
             "name": EMBEDDINGS,
             "params": list(self._learnt_embeddings().values()),
@@ -72,20 +72,20 @@ class Trained:
         return [phase for phase in phases if phase.steps]
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, LowRank]]:
-        """Copy the present embeddings, with a row for each layer, and updates to the CPU."""
+        """Copy the present embeddings, with a row for each layer, and the present LoRA to the CPU."""
         embeddings = {
             name: rows.detach().cpu().expand(1 if split_name(name)[0] == POOLED else len(self.layers), -1).clone()
             for name, rows in self.embeddings.items()
         }
         updates = {} if self.lora is None else self.lora.read()
-        return embeddings, {s: _shortest(u) for s, u in updates.items()} if self.whole_matrices else updates
+        return embeddings, {s: _shorten(u) for s, u in updates.items()} if self.whole_matrices else updates
 
     @torch.no_grad()
     def write(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Put values of `parameters` back in place.
+        """Restore the values of `parameters`, from a checkpoint.
 
         Raises:
-            ConfigurationError: If they belong to a model or method of other parameters.
+            ConfigurationError: If names or shapes differ: they are of another base model or method.
         """
         parameters = self.parameters()
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -98,7 +98,7 @@ class Trained:
 
     @torch.no_grad()
     def keep_inputs(self) -> None:
-        """Take out of the updates that learn what they change at the inputs to be kept; due after every step."""
+        """Project the trained updates so that they are 0 for each of `kept_inputs`; call it after every step."""
         if self.lora is None:
             return
         for site, direction in self.kept_inputs.items():
@@ -106,11 +106,11 @@ class Trained:
             meets_input = layer.lora_B if self.whole_matrices else layer.lora_A
             matrix = meets_input[self.lora.adapter_name].weight
             if matrix.requires_grad:
-                matrix.copy_(without_direction(matrix, direction))
+                matrix.copy_(remove_direction(matrix, direction))
 
     def _learnt_embeddings(self) -> dict[str, nn.Parameter]:
-        """Those that change, each under one name."""
-        names = {id(rows): name for name, rows in reversed(list(self.embeddings.items()))}  # the first name wins
+        """The trained embeddings by name; a parameter with several names has only the first one."""
+        names = {id(rows): name for name, rows in reversed(list(self.embeddings.items()))}
         return {
             name: rows
             for name, rows in self.embeddings.items()
@@ -118,7 +118,7 @@ class Trained:
         }
 
     def _matrices(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, nn.Parameter]]:
-        """The matrices that change, of all sites whose name is wanted."""
+        """Yield the trained matrices of all sites for whose name `wanted` is true."""
         if self.lora is None:
             return
         name = self.lora.adapter_name
@@ -159,9 +159,9 @@ class Trained:
 
 @contextmanager
 def initialise(pipeline: TrainablePipeline, config: TrainingConfig) -> Iterator[Trained]:
-    """What the config's method learns, at its start, inside the pipeline's models for the length of the block.
+    """Yield the initial parameters of the config's method; its LoRA is in the pipeline's models inside the block.
 
-    First values depend on the seed alone; the global random state stays.
+    The values depend only on the seed; the global random state is unchanged.
     """
     method, concept = METHODS[config.method], config.concept_to_learn
     whole = method.adapts == "text keys and values"
@@ -170,10 +170,10 @@ def initialise(pipeline: TrainablePipeline, config: TrainingConfig) -> Iterator[
         if method.adapts != "nothing":
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
-                lora = stack.enter_context(_whole(pipeline) if whole else _low_rank(pipeline, config))
+                lora = stack.enter_context(_add_whole_matrices(pipeline) if whole else _add_low_rank(pipeline, config))
         kept = {} if lora is None or not config.keep_start_token else start_token_inputs(pipeline, lora.layers)
         trained = Trained(
-            embeddings=_first_embeddings(pipeline, config),
+            embeddings=_initialise_embeddings(pipeline, config),
             fixed_tokens=frozenset() if method.trains_class else frozenset({concept.tokens[-1]}),
             lora=lora,
             whole_matrices=whole,
@@ -185,14 +185,14 @@ def initialise(pipeline: TrainablePipeline, config: TrainingConfig) -> Iterator[
         yield trained
 
 
-def _first_embeddings(pipeline: Any, config: TrainingConfig) -> dict[str, nn.Parameter]:
-    """For each text encoder its own, alike for all layers and for the vector of the whole text."""
+def _initialise_embeddings(pipeline: Any, config: TrainingConfig) -> dict[str, nn.Parameter]:
+    """Make initial embeddings for each text encoder, equal for all layers and for the pooled vector."""
     method, components = METHODS[config.method], pipeline.components
     family, generator = family_of(components), torch.Generator().manual_seed(config.seed)
     layers = len(embedding_layers(components)) if method.layerwise else 1
     found: dict[str, nn.Parameter] = {}
     for encoder, reading in family.text_encoders.items():
-        start = initial_embeddings(
+        start = initialise_embeddings(
             config.concept_to_learn,
             components[reading.tokenizer],
             components[encoder],
@@ -208,14 +208,14 @@ def _first_embeddings(pipeline: Any, config: TrainingConfig) -> dict[str, nn.Par
     return found
 
 
-def _low_rank(pipeline: Any, config: TrainingConfig) -> Any:
+def _add_low_rank(pipeline: Any, config: TrainingConfig) -> Any:
     unread = unread_layers(pipeline.components)
     return trainable(pipeline.components, config.rank, config.lora_alpha, wanted=lambda site: site not in unread)
 
 
 @contextmanager
-def _whole(pipeline: TrainablePipeline) -> Iterator[TrainableLoRA]:
-    """Updates of whole matrices on text keys and values: LoRA of full rank whose `down` is the identity."""
+def _add_whole_matrices(pipeline: TrainablePipeline) -> Iterator[TrainableLoRA]:
+    """Add full matrices to the text keys and values: a LoRA of full rank whose `down` is the identity."""
     width = pipeline.unet.config.cross_attention_dim
     with trainable(pipeline.components, width, width, wanted=family_of(pipeline.components).reads_text) as lora:
         for layer in lora.layers.values():
@@ -223,8 +223,8 @@ def _whole(pipeline: TrainablePipeline) -> Iterator[TrainableLoRA]:
         yield lora
 
 
-def _shortest(update: LowRank) -> LowRank:
-    """The same change, with the identity on the side where it is smaller."""
+def _shorten(update: LowRank) -> LowRank:
+    """Write the same update with the identity on the side where it is smaller, which makes the file smaller."""
     out_features, in_features = update.up.shape
     if out_features >= in_features:
         return update

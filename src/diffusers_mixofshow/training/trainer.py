@@ -1,4 +1,4 @@
-"""Tuning one concept: photos in, `EDLoRA` out, the base model as it was."""
+"""Tune one concept: photos in, an `EDLoRA` out, and the base model unchanged."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ from diffusers_mixofshow.training.checkpoints import (
     check_same_training,
     check_space,
     check_writable,
-    digest_of,
-    make_room,
+    digest_data,
+    find_start,
     refuse_replacing,
-    starting_point,
+    remove_earlier_steps,
 )
 from diffusers_mixofshow.training.company import compose_company
-from diffusers_mixofshow.training.compute import compile_model, lean_updates, recompute_activations
+from diffusers_mixofshow.training.compute import compile_model, recompute_activations, speed_up_updates
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.data import load_photos
 from diffusers_mixofshow.training.failures import explain_memory_errors
 from diffusers_mixofshow.training.interruption import notice_interruption
 from diffusers_mixofshow.training.learner import Learner
 from diffusers_mixofshow.training.loop import Position, StepReport, TrainingLoop, final_mean
-from diffusers_mixofshow.training.optimisers import MakeOptimizer, optimizer_of
+from diffusers_mixofshow.training.optimisers import MakeOptimizer, find_optimizer
 from diffusers_mixofshow.training.pictures import Photo
-from diffusers_mixofshow.training.prior import class_pictures, prompt_of_class
+from diffusers_mixofshow.training.prior import prompt_of_class, read_class_pictures
 from diffusers_mixofshow.training.reader import TextReader, TokenizedTexts, tokenize_for
 from diffusers_mixofshow.training.samples import SCALES, describe_sheet, draw_rows
 from diffusers_mixofshow.training.statistics import record_statistics
@@ -69,13 +69,13 @@ if TYPE_CHECKING:
 
 
 class EDLoRATrainer:
-    """Tunes one concept as an ED-LoRA (arXiv:2305.18292, section 3.3.1), or by a method that it is compared with.
+    """Tunes one concept as an ED-LoRA (arXiv:2305.18292, section 3.3.1), or by another of `TrainingConfig.method`.
 
     Args:
         config: All settings.
-        pipeline: A loaded pipeline of Stable Diffusion or SDXL to borrow, which stays where it is and comes back as it
-            was; None loads `config.pretrained_model_name_or_path`.
-        on_step: Called after every optimiser step; what it raises ends the training. After a `KeyboardInterrupt`, or
+        pipeline: A loaded pipeline of Stable Diffusion or SDXL to train on; it stays on its device and is unchanged
+            afterwards. None loads `config.pretrained_model_name_or_path`.
+        on_step: Called after every optimiser step; an exception in it ends the training. On a `KeyboardInterrupt`, or
             Ctrl-C, a checkpoint is written first, if there is an output folder.
 
     Example:
@@ -94,7 +94,7 @@ class EDLoRATrainer:
     ) -> None:
         self.config = config
         self.pipeline = pipeline
-        """The borrowed pipeline; where none was given, the one that `train` has loaded."""
+        """The given pipeline, or the one that `train` has loaded."""
         self._on_cpu = pipeline is not None and pipeline.device.type == "cpu"
         self._on_step = on_step
 
@@ -103,21 +103,22 @@ class EDLoRATrainer:
 
         Raises:
             TrainingDataError: If photos, captions or masks cannot be used; lists every defect.
-            ConceptError: If the base's tokenizer knows the concept's names already, or cannot read its class word.
+            ConceptError: If the concept's names are in the base's vocabulary, or its tokenizer cannot read the class
+                word.
             ConfigurationError: If the folder cannot be written or is nearly full, the model cannot be trained, the
-                loss diverges, the GPU's memory does not suffice, or a checkpoint belongs to another training.
+                loss diverges, the GPU has too little memory, or a checkpoint is of another training.
             MissingExtraError: If the optimiser's or tracker's package is not installed.
-            OverwriteError: If an earlier training lies in the folder, see `TrainingConfig.overwrite`.
+            OverwriteError: If the folder holds an earlier training, see `TrainingConfig.overwrite`.
         """
         config = self.config
         refuse_replacing(config)
         photos = load_photos(config)
         composed = compose_company(photos, config)
-        make_optimizer = optimizer_of(config.optimizer)
+        make_optimizer = find_optimizer(config.optimizer)
         check_tracker(config.report_to)
         if config.output_dir is not None:
             check_writable(Path(config.output_dir))
-        accelerator = self._accelerator()
+        accelerator = self._make_accelerator()
         start = time.monotonic()
         with explain_memory_errors(config):
             self.pipeline = self.pipeline or load_base(config).to(accelerator.device)
@@ -137,7 +138,7 @@ class EDLoRATrainer:
             record_statistics(self.pipeline, Path(config.output_dir))
         return edlora
 
-    def _accelerator(self) -> Accelerator:
+    def _make_accelerator(self) -> Accelerator:
         config = self.config
         logs = None if config.output_dir is None else Path(config.output_dir) / "logs"
         return Accelerator(
@@ -158,23 +159,23 @@ class _Tuning:
         self.config, self.pipeline, self.accelerator, self.on_step = config, pipeline, accelerator, on_step
         self.checkpoints: CheckpointFolder | None = None
         self.samples: dict[str, Image.Image] = {}
-        """What the last sheet shows, for the model card."""
+        """Caption to the last validation sheet, for the model card."""
         if config.output_dir is not None:
             self.checkpoints = CheckpointFolder(Path(config.output_dir), config.checkpoints_total_limit, accelerator)
 
     def run(self, photos: Sequence[Photo], composed: Sequence[Photo], make_optimizer: MakeOptimizer) -> EDLoRA:
-        """Learn the concept from its photos and the pictures composed of them, from the start or a checkpoint."""
+        """Train on the photos and the pictures composed of them, from scratch or from a checkpoint."""
         config, pipeline = self.config, self.pipeline
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        _refuse_cut(photos, pipeline, config)
-        pictures = [*photos, *_whole_ones(composed, pipeline, config)]
+        _refuse_cut_captions(photos, pipeline, config)
+        pictures = [*photos, *_drop_cut_captions(composed, pipeline, config)]
         tokenized, self.batches = self._read_data(pictures, scheduler.config.num_train_timesteps)
         self.photos = len(photos)
         with ExitStack() as stack:
             self.trained = stack.enter_context(initialise(pipeline, config))
             shared = stack.enter_context(layerwise_attention(pipeline.unet, layers=self.trained.layers))
             if self.trained.lora is not None:
-                stack.enter_context(lean_updates(self.trained.lora))
+                stack.enter_context(speed_up_updates(self.trained.lora))
             if config.gradient_checkpointing:
                 stack.enter_context(recompute_activations(*components_with_sites(pipeline.components).values()))
             parameters = self.trained.parameters()
@@ -199,22 +200,22 @@ class _Tuning:
                 self.trial.check()
                 if self.checkpoints is not None:
                     self._draw_sheet(self.checkpoints.folder)
-            return self._edlora()
+            return self._make_edlora()
 
     def _read_data(self, photos: Sequence[Photo], timesteps: int) -> tuple[TokenizedTexts, RandomBatches]:
-        """Captions as tokens and pictures as latents; every process draws batches for itself."""
+        """Tokenise captions, encode pictures, and make the batches, which each process draws with its own seed."""
         config, accelerator = self.config, self.accelerator
         captions = list(dict.fromkeys(caption for photo in photos for caption in photo.captions))
         of_class: list[Photo] = []
         if config.class_data_dir is not None:
-            class_pictures(self.pipeline, config, drawing=accelerator.is_main_process)
+            read_class_pictures(self.pipeline, config, drawing=accelerator.is_main_process)
             accelerator.wait_for_everyone()
-            of_class = class_pictures(self.pipeline, config, drawing=False)
+            of_class = read_class_pictures(self.pipeline, config, drawing=False)
             captions.append(prompt_of_class(config))
         captions += [""] if config.proportion_empty_prompts else []
         cached = cache_photos(photos, captions, self.pipeline.vae, config)
         prior = cache_photos(of_class, captions, self.pipeline.vae, replace(config, framing="crop"))
-        self.data = digest_of([*cached, *prior], captions)
+        self.data = digest_data([*cached, *prior], captions)
         seed = config.seed * accelerator.num_processes + accelerator.process_index
         generator = torch.Generator().manual_seed(seed)
         batches = RandomBatches(
@@ -228,7 +229,7 @@ class _Tuning:
         return tokenize_for(self.pipeline, captions, config.concept_to_learn), batches
 
     def _take_steps(self) -> None:
-        """Run the loop; tell, draw and save between its steps."""
+        """Run the loop; between its steps report, draw validation sheets and save checkpoints."""
         config, position, tells = self.config, self.loop.position, self.accelerator.is_main_process
         name = f"Tuning {config.concept_to_learn.placeholder}"
         with (
@@ -241,36 +242,36 @@ class _Tuning:
                     self.average.update(report.step)
                 bar.set_postfix_str(f"{report.phase} loss {final_mean(position.losses):.4f}", refresh=False)
                 bar.update()
-                self._tell(report)
+                self._report_step(report)
                 if interruption.everywhere:
-                    self._save()
+                    self._save_checkpoint()
                     if tells:
-                        tell(self._farewell(report.step))
+                        tell(self._describe_stop(report.step))
                     raise KeyboardInterrupt
                 if _is_due(report.step, config.checkpointing_steps):
-                    self._save()
+                    self._save_checkpoint()
                 if _is_due(report.step, config.validation_steps) and self.checkpoints is not None:
                     self._draw_sheet(self.checkpoints.folder)
 
-    def _farewell(self, step: int) -> str:
+    def _describe_stop(self, step: int) -> str:
         if self.checkpoints is None:
             return f"Stopped after step {step}; without output_dir nothing was saved."
         return f"Stopped and saved after step {step}; go on with resume_from_checkpoint 'latest'."
 
-    def _tell(self, report: StepReport) -> None:
+    def _report_step(self, report: StepReport) -> None:
         self.accelerator.log(report.as_scalars(), step=report.step)
         try:
             if self.on_step is not None:
                 self.on_step(report)
         except KeyboardInterrupt:
-            self._save()
+            self._save_checkpoint()
             raise
 
     def _draw_sheet(self, folder: Path) -> None:
-        """Draw what is learnt up to now at several strengths of the LoRA; the main process does it for all."""
+        """Draw a validation sheet with the present parameters, in the main process alone."""
         config = self.config
         if config.num_validation_images and self.accelerator.is_main_process:
-            with self._averages_in_place(), self.accelerator.autocast():
+            with self._swap_in_average(), self.accelerator.autocast():
                 rows = draw_rows(self.pipeline, self.trained, config)
             step = self.loop.position.step
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
@@ -282,12 +283,12 @@ class _Tuning:
             log_picture(self.accelerator, sheet, step)
         self.accelerator.wait_for_everyone()
 
-    def _averages_in_place(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.average is None else self.average.in_place()
+    def _swap_in_average(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.swap_in()
 
-    def _edlora(self) -> EDLoRA:
-        """What is learnt up to now."""
-        with self._averages_in_place():
+    def _make_edlora(self) -> EDLoRA:
+        """Make an ED-LoRA of the present parameters."""
+        with self._swap_in_average():
             embeddings, updates = self.trained.read()
         losses = self.loop.position.losses
         return EDLoRA(
@@ -305,8 +306,8 @@ class _Tuning:
             },
         )
 
-    def _save(self) -> None:
-        """Write a checkpoint, if there is a folder for it; what has diverged takes no good one's place."""
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint if there is an output folder; a diverged training raises instead of replacing one."""
         if self.checkpoints is None:
             return
         self.trial.check()
@@ -320,13 +321,13 @@ class _Tuning:
             "optimizer": position.optimizer,
             "scaler": position.scaler,
         }
-        self.checkpoints.save(position.step, self._edlora(), state, {"batches": self.batches.state_dict()})
+        self.checkpoints.save(position.step, self._make_edlora(), state, {"batches": self.batches.state_dict()})
 
     def _resume(self) -> Position:
-        """Put everything back as the checkpoint has it, if one is asked for and there."""
+        """Restore the checkpoint that the config asks for, if there is one, and return the position to start at."""
         if self.accelerator.is_main_process:
-            make_room(self.config)
-        path = starting_point(self.config)
+            remove_earlier_steps(self.config)
+        path = find_start(self.config)
         if path is None or self.checkpoints is None:
             return Position()
         state, own = self.checkpoints.load(path)
@@ -344,9 +345,9 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _refuse_cut(photos: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> None:
-    """Refuse captions in which a token of the concept lies behind the last one that the text encoder sees."""
-    cut = [f"{photo.path.name}: {caption}" for photo, caption in _cut_captions(photos, pipeline, config)]
+def _refuse_cut_captions(photos: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> None:
+    """Refuse captions whose concept tokens are beyond the text encoder's length, see `_find_cut_captions`."""
+    cut = [f"{photo.path.name}: {caption}" for photo, caption in _find_cut_captions(photos, pipeline, config)]
     if cut:
         seen = min(words.model_max_length for words in tokenizers_of(pipeline))
         raise TrainingDataError(
@@ -355,9 +356,9 @@ def _refuse_cut(photos: Sequence[Photo], pipeline: TrainablePipeline, config: Tr
         )
 
 
-def _whole_ones(composed: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> list[Photo]:
-    """The composed pictures, without captions that grew so long that a token of the concept is not seen."""
-    cut = {caption for _, caption in _cut_captions(composed, pipeline, config)}
+def _drop_cut_captions(composed: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> list[Photo]:
+    """Drop captions of composed pictures that name the concept too late, and pictures left without a caption."""
+    cut = {caption for _, caption in _find_cut_captions(composed, pipeline, config)}
     kept = [
         replace(picture, captions=tuple(caption for caption in picture.captions if caption not in cut))
         for picture in composed
@@ -365,10 +366,10 @@ def _whole_ones(composed: Sequence[Photo], pipeline: TrainablePipeline, config: 
     return [picture for picture in kept if picture.captions]
 
 
-def _cut_captions(
+def _find_cut_captions(
     photos: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig
 ) -> list[tuple[Photo, str]]:
-    """Captions in which the text encoder does not see every token of the concept."""
+    """Find captions in which tokens of the concept are cut off, as they lie beyond the text encoder's length."""
     concept = config.concept_to_learn
     captions = [(photo, caption) for photo in photos for caption in photo.captions]
     seen = [

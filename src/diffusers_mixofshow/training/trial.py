@@ -1,4 +1,4 @@
-"""Whether weights are worth keeping: the loss of one batch, before anything is learnt and with what is learnt now."""
+"""Detect a diverged training by the loss of one fixed batch, now and before the first step."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from diffusers_mixofshow.training.learner import Learner
 
 _LARGEST_GROWTH = 2.0
 _ALLOWANCE = 0.1
-"""Added to what the loss may grow to: a batch of large timesteps alone has hardly any at the start.
+"""Added to the largest allowed loss, as a batch of only large timesteps starts at a loss near 0.
 
-Targets have unit variance, so that weights which predict nothing of use cost 1 or more.
+Targets have unit variance, so that useless predictions have a loss of 1 or more.
 """
 
 
 class Trial:
-    """One batch that tells whether a training has diverged, with the same noise and timesteps at every time.
+    """One batch with fixed noise and timesteps, whose loss tells whether a training has diverged.
 
-    All processes make and use it together. The batches give the same ones afterwards as if it had not been there.
+    All processes make and use it together. Drawing it does not change the batches of the training.
 
     Args:
-        learner: Gives the loss of a batch; nothing is learnt yet.
+        learner: Computes the loss of a batch; before the first step.
         batches: The data, at its start.
-        accelerator: Means over processes.
+        accelerator: Averages over processes.
         config: All settings, for the message.
     """
 
@@ -43,15 +43,15 @@ class Trial:
         self.loss_at_start = self._loss()
 
     def check(self) -> None:
-        """Refuse the present weights if they are of no use.
+        """Refuse weights of a diverged training.
 
         Raises:
-            ConfigurationError: If the loss is no longer finite, or far above that of the start.
+            ConfigurationError: If the loss is not finite, or far above the one before the first step.
         """
         loss = self._loss()
         if not math.isfinite(loss) or loss > _LARGEST_GROWTH * self.loss_at_start + _ALLOWANCE:
             raise make_divergence_error(
-                f"The loss of the first pictures was {self.loss_at_start:.3g} and is {loss:.3g}", self._config
+                f"The loss of the first pictures was {self.loss_at_start:.3g} and is now {loss:.3g}", self._config
             )
 
     @torch.no_grad()

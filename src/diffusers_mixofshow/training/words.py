@@ -1,4 +1,4 @@
-"""What the base's tokenizer makes of a concept's names and of its class word."""
+"""Check a concept's names and class word against the base model's tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _END_OF_WORD = "</w>"
 _SHOWN = 8
 _NEARLY = 0.85
-"""How alike a word must be that is no known class: one letter of seven may differ, which is a slip of the hand."""
+"""Least similarity (difflib) of a suggested word that is no class word; one letter of seven may differ, a typo."""
 
 PLAIN_CLASSES = {
     "character": ("man", "woman", "boy", "girl", "person", "robot"),
@@ -28,22 +28,22 @@ PLAIN_CLASSES = {
 
 
 def check_words(concept: Concept, *tokenizers: PreTrainedTokenizerBase, drawn: Sequence[str] = ()) -> None:
-    """Refuse names that are taken, and say what happens to a class word that is not one token.
+    """Refuse names that are in a tokenizer's vocabulary, and warn of a class word that is several tokens.
 
-    V_class starts from the mean of the class word's token embeddings. For "golden retriever" that is between two words
-    that mean something; a word that the tokenizer does not know falls into pieces that mean nothing.
+    V_class starts from the mean of the class word's token embeddings. For "golden retriever" that is the mean of two
+    meaningful words; a word that the tokenizer does not know is split into meaningless pieces.
 
     Args:
-        concept: To be learnt.
-        tokenizers: Of the base model, the first of them for the first text encoder.
-        drawn: Class words of all that the base draws (`BaseModel.classes`); empty where that is whatever people name.
+        concept: The concept to learn.
+        tokenizers: The base model's tokenizers, in the order of its text encoders.
+        drawn: Class words that the base is limited to (`BaseModel.classes`); empty for no limit.
 
     Warns:
-        MixOfShowWarning: If the class word is several tokens, or nothing that the base draws.
+        MixOfShowWarning: If the class word is several tokens, or not among `drawn`.
 
     Raises:
-        ConceptError: If the placeholder or a token is a word of the tokenizer already, or the class word has
-            characters that it cannot read.
+        ConceptError: If the placeholder or a token is in a tokenizer's vocabulary, or a tokenizer cannot read
+            characters of the class word.
     """
     tokenizer, vocabulary = tokenizers[0], set().union(*(each.get_vocab() for each in tokenizers))
     names = (concept.placeholder, *concept.tokens)
@@ -57,14 +57,14 @@ def check_words(concept: Concept, *tokenizers: PreTrainedTokenizerBase, drawn: S
     if len(pieces) > 1:
         unknown = [word for word in concept.class_word.split() if len(tokenizer.tokenize(word)) > 1]
         whole = [word.removesuffix(_END_OF_WORD) for word in vocabulary if word.endswith(_END_OF_WORD)]
-        warn(_about_pieces(concept, pieces, unknown, _hint(concept.kind, unknown, whole, drawn)))
+        warn(_describe_pieces(concept, pieces, unknown, _suggest_class_words(concept.kind, unknown, whole, drawn)))
     elif drawn and concept.class_word.lower() not in drawn:
         warn(
             f"The base draws {', '.join(drawn)} alone, and no {concept.class_word!r}. Choose one of these class words."
         )
 
 
-def _about_pieces(concept: Concept, pieces: list[str], unknown: list[str], hint: str) -> str:
+def _describe_pieces(concept: Concept, pieces: list[str], unknown: list[str], hint: str) -> str:
     shown = " + ".join(piece.removesuffix(_END_OF_WORD) for piece in pieces)
     start = f"The class word {concept.class_word!r} is {len(pieces)} tokens of the base ({shown})"
     if not unknown:
@@ -75,8 +75,8 @@ def _about_pieces(concept: Concept, pieces: list[str], unknown: list[str], hint:
     )
 
 
-def _hint(kind: str, unknown: Sequence[str], vocabulary: Sequence[str], drawn: Sequence[str]) -> str:
-    """Which class words to take instead: one spelt nearly so, or those of the concept's kind that the base knows."""
+def _suggest_class_words(kind: str, unknown: Sequence[str], vocabulary: Sequence[str], drawn: Sequence[str]) -> str:
+    """Suggest class words that are single tokens: similarly spelt ones, else those of the concept's kind first."""
     kinds = (kind, *(other for other in PLAIN_CLASSES if other != kind))
     known = {*vocabulary}
     classes = list(drawn) or [word for each in kinds for word in PLAIN_CLASSES[each] if word in known]
