@@ -31,7 +31,7 @@ from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.exporting import share_layers
 from diffusers_mixofshow.interop import convert
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
-from diffusers_mixofshow.toyland.concepts import concept_named
+from diffusers_mixofshow.toyland.concepts import find_concept
 
 
 BATCH = 6
@@ -72,7 +72,7 @@ def measure(name: str, folder: Path, judge: ToylandJudge, pictures: int) -> dict
         "mean": drawn_by_stock(edlora, pictures),
         "with the base": drawn_by_stock(shared, pictures),
     }
-    subject = subject_of(concept_named(name), judge)
+    subject = subject_of(find_concept(name), judge)
     found = {way: measure_identity(images, subject, [subject], judge) for way, images in drawn.items()}
     kept = {way: retention(found[way], found["own"], found["class word"]) for way in ("mean", "with the base")}
     return {

@@ -43,7 +43,7 @@ from diffusers_mixofshow import (
 )
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.evaluation import record
-from diffusers_mixofshow.evaluation.identity import Subject, concepts_in_regions, crop_region, measure_in_regions
+from diffusers_mixofshow.evaluation.identity import Subject, crop_region, find_concepts_in_regions, measure_in_regions
 from diffusers_mixofshow.evaluation.prompts import (
     RECORDING_PROMPTS,
     TOGETHER_PLACES,
@@ -199,7 +199,7 @@ def judge_picture(
 ) -> dict[str, float]:
     """Shares of right regions, missing concepts, right attributes and leaked ones, of one picture."""
     asked = [subjects[name] for name in scene.names]
-    (found,) = concepts_in_regions([picture], scene.boxes, asked, judge)
+    (found,) = find_concepts_in_regions([picture], scene.boxes, asked, judge)
     read = judge.read([crop_region(picture, box) for box in scene.boxes])
     right = leaked = attributes = others_differ = 0
     for own, seen in zip(asked, read, strict=True):

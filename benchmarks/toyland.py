@@ -37,7 +37,7 @@ from diffusers_mixofshow.evaluation.identity import (
     Box,
     Identity,
     Subject,
-    concepts_in_regions,
+    find_concepts_in_regions,
     mean_identity,
     measure_identity,
     measure_in_regions,
@@ -280,7 +280,7 @@ def judge_together(
     bench.console.print(f"  {way:36}", "  ".join(told(name, each) for name, each in summary.items()))
     rows = {f"{first + 1} to {first + 4}": list(pictures[first : first + 4]) for first in (0, 4, 8)}
     write_picture(work / f"together-{way.replace(', ', '-').replace(' ', '-')}.png", draw_labelled_sheet(rows))
-    of_all = [concepts_in_regions([picture], boxes, bench.subjects, bench.judge)[0] for picture in pictures]
+    of_all = [find_concepts_in_regions([picture], boxes, bench.subjects, bench.judge)[0] for picture in pictures]
     everyone = [replace(each, found=tuple(found)) for each, found in zip(judged, of_all, strict=True)]
     counts = confusion(everyone, names)
     others = [each for each, asked in zip(judged, names, strict=True) if UNDRAWN not in asked]

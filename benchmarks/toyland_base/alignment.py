@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 
 from benchmarks.toyland_base.reader import attribute_loss
 from diffusers_mixofshow.toyland.metric import MetricTowers
-from diffusers_mixofshow.toyland.scenes import place_phrase, with_article, word_caption
+from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, word_caption
 from diffusers_mixofshow.toyland.world import Scene
 
 
@@ -39,7 +39,7 @@ def claim_about(scene: Scene, rng: random.Random) -> Claim:
     """A caption of `scene` that leaves out the place in 30 % and the colours in 40 % of the cases."""
     silent_place, silent_colour = rng.random() < 0.3, rng.random() < 0.4
     things = tuple((thing.class_word, None if silent_colour else thing.colour) for thing in scene.things)
-    names = [with_article(f"{colour} {word}" if colour else word) for word, colour in things]
+    names = [add_article(f"{colour} {word}" if colour else word) for word, colour in things]
     place = "" if silent_place else place_phrase(scene.background, rng)
     text = word_caption(names, place, rng).strip(" ,")
     return Claim(text=text, background=None if silent_place else scene.background, things=things)

@@ -31,7 +31,7 @@ from diffusers_mixofshow.toyland.base import (
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, photos
 from diffusers_mixofshow.toyland.layout import draw_places, stand_in
 from diffusers_mixofshow.toyland.reader import AttributeReader, to_pixels
-from diffusers_mixofshow.toyland.scenes import place_phrase, random_scene, residents, with_article
+from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, random_scene, residents
 from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, HEIGHT, MAIN_COLOURS, WIDE, Thing, draw
 
 
@@ -99,7 +99,7 @@ def measure_zero_shot(metric: MetricModel, count: int = 600) -> float:
     """Fraction of fresh renders of one thing whose class the metric model names right."""
     scenes = [random_scene(FRESH_SEED + index, things=1) for index in range(count)]
     images = metric.image_features([draw(scene).image for scene in scenes])
-    texts = metric.text_features([f"a photo of {with_article(name)}" for name in CLASSES])
+    texts = metric.text_features([f"a photo of {add_article(name)}" for name in CLASSES])
     found = (images @ texts.T).argmax(dim=1).tolist()
     right = [CLASSES[index] == scene.things[0].class_word for index, scene in zip(found, scenes, strict=True)]
     return sum(right) / count
@@ -113,7 +113,7 @@ def balanced_prompts(count: int, seed: int) -> list[dict[str, str]]:
         class_word = CLASSES[index % len(CLASSES)]
         background = BACKGROUNDS[(index // len(CLASSES)) % len(BACKGROUNDS)]
         colour = rng.choice(MAIN_COLOURS[class_word])
-        words = f"{with_article(f'{colour} {class_word}')} {place_phrase(background, rng)}"
+        words = f"{add_article(f'{colour} {class_word}')} {place_phrase(background, rng)}"
         wanted.append({"prompt": words, "class": class_word, "background": background, "colour": colour})
     return wanted
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL
 
-from diffusers_mixofshow.toyland.reader import ReaderNetwork, labels_of, to_pixels
+from diffusers_mixofshow.toyland.reader import ReaderNetwork, list_labels, to_pixels
 from diffusers_mixofshow.toyland.scenes import place_thing
 from diffusers_mixofshow.toyland.world import (
     ATTRIBUTES,
@@ -96,7 +96,7 @@ def scene_labels(scenes: Sequence[Scene]) -> torch.Tensor:
     vocabulary = attribute_vocabulary()
     labels = torch.full((len(scenes), len(vocabulary)), UNKNOWN)
     for row, scene in enumerate(scenes):
-        known = labels_of(scene.things[0], scene.background) if len(scene.things) == 1 else {}
+        known = list_labels(scene.things[0], scene.background) if len(scene.things) == 1 else {}
         for column, (name, values) in enumerate(vocabulary.items()):
             if name in known:
                 labels[row, column] = values.index(known[name])

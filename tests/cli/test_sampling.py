@@ -362,7 +362,7 @@ def test_toylands_own_adapter_places_things(tmp_path, monkeypatch) -> None:
 def test_the_command_line_draws_what_the_demo_draws(tmp_path, monkeypatch) -> None:
     from diffusers_mixofshow import toyland
     from diffusers_mixofshow.concepts import Concept
-    from diffusers_mixofshow.demo.sampling import layout_of, sample_all
+    from diffusers_mixofshow.demo.sampling import draw_layout, sample_all
     from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.families.layers import cross_attention_layers
@@ -384,7 +384,7 @@ def test_the_command_line_draws_what_the_demo_draws(tmp_path, monkeypatch) -> No
     single = {f"single/{name}": Path("fused") for name in class_words}
     drawn = sample_all(pipe, chosen, {**single, "average": Path("fused"), "fused": Path("fused")}, settings, print)
 
-    layout_of(list(class_words.values())).save("places.png")
+    draw_layout(list(class_words.values())).save("places.png")
     called = [f"a <{name}> {word}" for name, word in class_words.items()]
     options = ["--concepts", "fused", "--width", "96", "--height", "64", "--seed", "5000", "--steps", "2"]
     options += [

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from diffusers_mixofshow.demo import DemoSettings, run_demo
-from diffusers_mixofshow.demo.photos import photos_of, prepare_photos
+from diffusers_mixofshow.demo.photos import prepare_photos, read_photo_images
 from diffusers_mixofshow.demo.tuning import fingerprint, tune_all, tuning_config
 from diffusers_mixofshow.errors import ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.notes import read_note
@@ -138,7 +138,7 @@ def test_own_photos_take_the_place_of_a_concept_of_their_class(tmp_path: Path) -
     concepts = prepare_photos(DemoSettings(folder=tmp_path / "demo", photos=own, class_word="Dog", photo_count=1))
     assert [concept.name for concept in concepts] == ["bobo", "kiki", "mine", "ming"]
     assert concepts[2].attributes == {}
-    assert [photo.size for photo in photos_of(concepts[2])] == [(64, 64)]
+    assert [photo.size for photo in read_photo_images(concepts[2])] == [(64, 64)]
     assert "<mine>" in (concepts[2].folder / "waldi.txt").read_text()
 
 

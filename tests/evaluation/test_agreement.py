@@ -11,7 +11,7 @@ import torch
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
-from diffusers_mixofshow.evaluation.agreement import own_packs, unify_concepts, warn_of_concepts_spelt_alike
+from diffusers_mixofshow.evaluation.agreement import find_own_packs, unify_concepts, warn_of_concepts_spelt_alike
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
 
 
@@ -41,42 +41,42 @@ MAN, DOG, NONE = "man character", "dog pet", UNKNOWN_CLASS
             {"own": pack(rex=DOG), "fused": pack(rex=NONE, tom=MAN)},
             {},
             ["dog", "pet"],
-            "own tells that <rex> is 'dog', kind pet, which is taken; fused tells no class word",
+            "<rex> is measured as 'dog', kind pet, as in own; fused has no class word",
             id="own knows",
         ),
         pytest.param(
             {"fused": pack(rex=MAN, tom=MAN), "own": pack(rex=DOG)},
             {},
             ["dog", "pet"],
-            "own tells that <rex> is 'dog', kind pet, which is taken; fused tells 'man', kind character",
+            "<rex> is measured as 'dog', kind pet, as in own; fused has 'man', kind character",
             id="own wins where it comes last",
         ),
         pytest.param(
             {"own": pack(rex=NONE), "fused": pack(rex=DOG, tom=MAN)},
             {},
             ["dog", "pet"],
-            "fused tells that <rex> is 'dog', kind pet, which is taken; own tells no class word",
+            "<rex> is measured as 'dog', kind pet, as in fused; own has no class word",
             id="own does not know",
         ),
         pytest.param(
             {"own": pack(rex=NONE), "again": pack(rex=DOG)},
             {},
             ["dog", "pet"],
-            "again tells that <rex> is",
+            "<rex> is measured as 'dog', kind pet, as in again;",
             id="two alone, the second knows",
         ),
         pytest.param(
             {"a": pack(rex=DOG, tom=MAN), "b": pack(rex=MAN, tom=MAN)},
             {},
             ["dog", "pet"],
-            "a tells that <rex> is 'dog', kind pet, which is taken; b tells 'man', kind character",
+            "<rex> is measured as 'dog', kind pet, as in a; b has 'man', kind character",
             id="no own",
         ),
         pytest.param(
             {"own": pack(rex="dog"), "fused": pack(rex=DOG, tom=MAN)},
             {},
             ["dog", "object"],
-            "fused tells 'dog', kind pet",
+            "fused has 'dog', kind pet",
             id="kinds differ",
         ),
         pytest.param(
@@ -90,7 +90,7 @@ MAN, DOG, NONE = "man character", "dog pet", UNKNOWN_CLASS
             {"own": pack(rex=DOG), "fused": pack(rex=MAN, tom=MAN)},
             {"class_words": {"<rex>": "puppy"}},
             ["puppy", "pet"],
-            "own tells that <rex> is kind pet, which is taken; fused tells kind character.",
+            "<rex> is measured as kind pet, as in own; fused has kind character.",
             id="class word given, kinds differ",
         ),
         pytest.param(
@@ -104,7 +104,7 @@ MAN, DOG, NONE = "man character", "dog pet", UNKNOWN_CLASS
             {"own": pack(rex=DOG), "fused": pack(rex=MAN, tom=MAN)},
             {"kinds": {"<rex>": "object"}},
             ["dog", "object"],
-            "own tells that <rex> is 'dog', which is taken; fused tells 'man'.",
+            "<rex> is measured as 'dog', as in own; fused has 'man'.",
             id="kind given, class words differ",
         ),
         pytest.param(
@@ -172,7 +172,7 @@ def test_all_unknown_class_words_are_one_error() -> None:
 
 def test_the_first_that_holds_a_concept_alone_is_its_own() -> None:
     packs = {"both": pack(rex=DOG, tom=MAN), "one": pack(rex=DOG), "two": pack(rex=DOG)}
-    assert own_packs(packs) == {"<rex>": "one"}
+    assert find_own_packs(packs) == {"<rex>": "one"}
 
 
 def test_concepts_that_differ_in_case_are_told_of() -> None:

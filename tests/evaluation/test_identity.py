@@ -16,8 +16,8 @@ from diffusers_mixofshow.evaluation.identity import (
     NOBODY,
     Identity,
     Subject,
-    concepts_in_regions,
     crop_region,
+    find_concepts_in_regions,
     mean_identity,
     measure_identity,
     measure_in_regions,
@@ -81,7 +81,7 @@ def test_retention_is_none_where_tuning_gained_nothing() -> None:
 def test_concepts_are_found_where_they_stand() -> None:
     picture = Image.new("RGB", (96, 64), "blue")
     picture.paste("red", (0, 0, 48, 64))
-    found = concepts_in_regions([picture], column_boxes(2), SUBJECTS, JUDGE)
+    found = find_concepts_in_regions([picture], column_boxes(2), SUBJECTS, JUDGE)
     assert found == [["ruby", "azure"]]
     assert region_accuracy(found, [("ruby", "ruby")]) == {"regions": 0.5, "whole_pictures": 0.0}
 
@@ -142,7 +142,7 @@ def test_attributes_decide_and_the_likeness_breaks_ties(told: dict[str, str], fo
     ]
     likeness = [float(torch.cosine_similarity(JUDGE.features([RED]), each.photos)) for each in candidates]
     assert likeness[0] > likeness[1] + 2 / 3  # more than any difference between the shares of attributes here
-    assert concepts_in_regions([RED], column_boxes(1), candidates, Stranger(**told)) == [[found]]
+    assert find_concepts_in_regions([RED], column_boxes(1), candidates, Stranger(**told)) == [[found]]
 
 
 class ClassJudge(ColourJudge):
@@ -157,7 +157,7 @@ def test_a_concept_is_found_only_where_its_class_is_read() -> None:
     picture = Image.new("RGB", (96, 64), (255, 200, 200))
     picture.paste("red", (0, 0, 48, 64))
     candidates = [dataclasses.replace(subject, class_word="dog") for subject in SUBJECTS]
-    assert concepts_in_regions([picture], column_boxes(2), candidates, ClassJudge()) == [[NOBODY, "ruby"]]
+    assert find_concepts_in_regions([picture], column_boxes(2), candidates, ClassJudge()) == [[NOBODY, "ruby"]]
 
 
 def test_a_region_is_cut_as_a_square_that_stays_inside() -> None:
@@ -240,7 +240,7 @@ def test_looks_are_read_only_where_they_are_known() -> None:
     assert measure_identity([RED], unknown, [unknown, SUBJECTS[1]], Blind()) == Identity(
         alignment=pytest.approx(1.0), attributes=None, nearest=1.0
     )
-    assert concepts_in_regions([RED], column_boxes(1), [unknown, SUBJECTS[1]], Blind()) == [["ruby"]]
+    assert find_concepts_in_regions([RED], column_boxes(1), [unknown, SUBJECTS[1]], Blind()) == [["ruby"]]
 
 
 def test_prompts_of_regions_and_of_the_whole_picture_in_words() -> None:

@@ -20,8 +20,8 @@ from diffusers_mixofshow.evaluation.packs import (
     MEAN,
     Reference,
     evaluate_packs,
-    note_rows,
     picture_count,
+    record_rows,
 )
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 from diffusers_mixofshow.evaluation.sampling import Sampling
@@ -92,7 +92,7 @@ def test_without_the_own_ed_loras_nothing_is_said_of_retention(pipe, packs):
     evaluation = measured(pipe, {"both": packs["both"]}, {"<ruby>": Reference(photos=photos)})
     assert [row.retention for row in evaluation.rows] == [None] * 5
     assert [row.identity is None for row in evaluation.rows] == [False, False, True, True, True]
-    noted_pack = note_rows(packs["both"], "both", evaluation, {"pictures": 2})
+    noted_pack = record_rows(packs["both"], "both", evaluation, {"pictures": 2})
     entries = noted_pack.training["evaluation"]
     assert entries["pictures"] == 2
     assert set(entries["concepts"]) == {"<ruby>", "<azure>"}

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
-from diffusers_mixofshow.toyland.concepts import CONCEPTS, PLACEHOLDER, concept_named, photos, write_photos
+from diffusers_mixofshow.toyland.concepts import CONCEPTS, PLACEHOLDER, find_concept, photos, write_photos
 from diffusers_mixofshow.toyland.world import ATTRIBUTES, COLOURS, MAIN_COLOURS
 
 
@@ -74,6 +74,6 @@ def test_written_photos_can_be_read_back(tmp_path: Path) -> None:
 
 def test_unknown_names_and_counts_are_explained() -> None:
     with pytest.raises(ConceptError, match="bobo"):
-        concept_named("nobody")
+        find_concept("nobody")
     with pytest.raises(ConfigurationError, match="count is 0"):
         photos(CONCEPTS["bobo"], 0)

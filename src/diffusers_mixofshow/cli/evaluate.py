@@ -73,9 +73,9 @@ def evaluate(
         return
     evaluation = measurement.run()
     if folder is not None:
-        from diffusers_mixofshow.evaluation.packs import note_rows
+        from diffusers_mixofshow.evaluation.packs import record_rows
 
-        measured = note_rows(packs[name], name, evaluation, measurement.public_settings())
+        measured = record_rows(packs[name], name, evaluation, measurement.public_settings())
         measured.save_pretrained(folder, overwrite=True)
     measuring.tell_results(measurement, evaluation, sheet=sheet, record=record, as_json=as_json)
 

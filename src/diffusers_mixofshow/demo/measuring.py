@@ -1,4 +1,4 @@
-"""Stage five: what the pictures show, as numbers."""
+"""Stage five of the demo: measure the pictures."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from PIL import Image
 
-from diffusers_mixofshow.demo.photos import photos_of
+from diffusers_mixofshow.demo.photos import read_photo_images
 from diffusers_mixofshow.demo.sampling import Pictures
 from diffusers_mixofshow.demo.settings import DemoConcept
 from diffusers_mixofshow.evaluation.identity import (
     Identity,
     Judge,
     Subject,
-    concepts_in_regions,
+    find_concepts_in_regions,
     mean_identity,
     measure_identity,
     measure_in_regions,
@@ -27,15 +27,16 @@ from diffusers_mixofshow.evaluation.prompts import column_boxes
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Everything measured.
+    """All measures of the demo.
 
     Args:
-        identity: Method to concept name to identity; the method ``photos`` is the ceiling, held against themselves.
-        mean: Method to the mean over concepts.
+        identity: Method to concept name to identity; the method ``photos`` compares the photos with themselves, as a
+            ceiling for the others.
+        mean: Method to the mean identity over concepts.
         retention: ``average`` and ``fused`` to the share of identity kept, for every measure.
         found: Method (``regional``, ``unguided``) to the concept found in every region of every picture.
-        regions: Method to the share of regions, and of whole pictures, with the right concepts, and to the ``looks``
-            read right in regions; None where they are not known.
+        regions: Method to the shares of ``regions`` and ``whole_pictures`` with the right concepts, and of ``looks``
+            (attributes) read right in regions, None if these are not known.
     """
 
     identity: dict[str, dict[str, Identity]]
@@ -59,9 +60,9 @@ class Measures:
 
 
 def measure_all(concepts: Sequence[DemoConcept], pictures: Pictures, judge: Judge) -> Measures:
-    """Measure the identity of every concept alone, and who stands in which region."""
-    photos = {concept.name: photos_of(concept) for concept in concepts}
-    subjects = [_subject(concept, photos[concept.name], judge) for concept in concepts]
+    """Measure the identity of every concept alone, and which concept each region shows."""
+    photos = {concept.name: read_photo_images(concept) for concept in concepts}
+    subjects = [_make_subject(concept, photos[concept.name], judge) for concept in concepts]
     alone: Mapping[str, Mapping[str, Sequence[Image.Image]]] = {"photos": photos, **pictures.alone}
     identity = {
         method: {
@@ -73,7 +74,7 @@ def measure_all(concepts: Sequence[DemoConcept], pictures: Pictures, judge: Judg
     meeting = [subject for subject in subjects if subject.name in pictures.order[0]]
     boxes = column_boxes(len(meeting))
     together = {"regional": pictures.regional, "unguided": pictures.unguided}
-    found = {method: concepts_in_regions(images, boxes, meeting, judge) for method, images in together.items()}
+    found = {method: find_concepts_in_regions(images, boxes, meeting, judge) for method, images in together.items()}
     return Measures(
         identity=identity,
         mean=mean,
@@ -84,17 +85,17 @@ def measure_all(concepts: Sequence[DemoConcept], pictures: Pictures, judge: Judg
         regions={
             method: {
                 **region_accuracy(found[method], pictures.order),
-                "looks": _looks(images, pictures, meeting, judge),
+                "looks": _measure_looks(images, pictures, meeting, judge),
             }
             for method, images in together.items()
         },
     )
 
 
-def _looks(
+def _measure_looks(
     images: Sequence[Image.Image], pictures: Pictures, meeting: Sequence[Subject], judge: Judge
 ) -> float | None:
-    """Share of the looks that every region shows of the concept that it should show."""
+    """Share of the right concept's attributes read in regions; None if attributes are not known."""
     if not all(subject.attributes for subject in meeting):
         return None
     by_name, boxes = {subject.name: subject for subject in meeting}, column_boxes(len(meeting))
@@ -105,7 +106,7 @@ def _looks(
     return round(sum(each.looks for each in judged) / len(judged), 4)
 
 
-def _subject(concept: DemoConcept, photos: Sequence[Image.Image], judge: Judge) -> Subject:
+def _make_subject(concept: DemoConcept, photos: Sequence[Image.Image], judge: Judge) -> Subject:
     return Subject(
         name=concept.name,
         photos=judge.features(photos),

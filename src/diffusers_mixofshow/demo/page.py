@@ -1,4 +1,4 @@
-"""The demo's page: one HTML file with its pictures inside, which opens without a network."""
+"""Write the demo's page: one HTML file that contains its pictures and opens without a network."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def write_page(
     measures: Measures,
     report: Mapping[str, Any],
 ) -> Path:
-    """Write the page, which is ``page.html.jinja`` filled in, and return its path.
+    """Fill in the template ``page.html.jinja``, write the page and return its path.
 
     Args:
         path: The HTML file.
         concepts: The demo's concepts.
         photos: Concept name to its photos.
-        pictures: Everything sampled.
-        measures: Everything measured.
-        report: The record beside the page: command, versions, seconds.
+        pictures: All sampled pictures.
+        measures: All measures.
+        report: Content of ``report.json``: command, versions, seconds.
     """
     best = _choose_best(pictures, measures)
     class_words = {concept.name: concept.class_word for concept in concepts}
@@ -59,7 +59,7 @@ def write_page(
 
 
 def data_uri(image: Image.Image, scale: int = _ENLARGED) -> str:
-    """The enlarged picture as a PNG inside an address."""
+    """Encode the enlarged picture as a PNG in a data URI."""
     enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
     return "data:image/png;base64," + base64.b64encode(encode_picture(enlarged)).decode()
 

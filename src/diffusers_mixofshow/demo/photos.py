@@ -1,4 +1,4 @@
-"""Stage one: photos of every concept on disk, drawn or the user's own."""
+"""Stage one of the demo: photos of every concept on disk, drawn or the user's own."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.demo.settings import OWN_NAME, DemoConcept, DemoSettings
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
-from diffusers_mixofshow.toyland.concepts import KIND_OF_CLASS, concept_named
+from diffusers_mixofshow.toyland.concepts import KIND_OF_CLASS, find_concept
 from diffusers_mixofshow.toyland.world import HEIGHT
 from diffusers_mixofshow.training.data import read_photos
 
 
 def prepare_photos(settings: DemoSettings) -> list[DemoConcept]:
-    """Write the photos of every concept to ``folder/photos/NAME`` and say what they show.
+    """Write the photos of every concept to ``folder/photos/NAME`` and return the concepts.
 
     Raises:
         ConfigurationError: If the base does not know the class of the user's photos.
@@ -31,14 +31,14 @@ def prepare_photos(settings: DemoSettings) -> list[DemoConcept]:
     return _replace_by_own(concepts, own)
 
 
-def photos_of(concept: DemoConcept) -> list[Image.Image]:
-    """The concept's photos, in the order of their names."""
+def read_photo_images(concept: DemoConcept) -> list[Image.Image]:
+    """Read the pictures of a concept's photos, in the order of their names."""
     spelt = Concept.from_name(concept.name, concept.class_word, kind=concept.kind)
     return [photo.image for photo in read_photos(concept.folder, spelt)]
 
 
 def _draw_concept(name: str, settings: DemoSettings) -> DemoConcept:
-    concept = concept_named(name)
+    concept = find_concept(name)
     folder = settings.folder / "photos" / name
     toyland.write_photos(concept, folder, count=settings.photo_count, seed=settings.seed)
     return DemoConcept(
@@ -51,7 +51,7 @@ def _draw_concept(name: str, settings: DemoSettings) -> DemoConcept:
 
 
 def _copy_own(source: Path, class_word: str, folder: Path) -> DemoConcept:
-    """Copy the user's photos, cropped to Toyland's square; captions come along, masks as well."""
+    """Copy the user's photos, cropped to Toyland's square, with their captions and masks."""
     class_word = class_word.strip().lower()
     if class_word not in KIND_OF_CLASS:
         raise ConfigurationError(
@@ -65,7 +65,8 @@ def _copy_own(source: Path, class_word: str, folder: Path) -> DemoConcept:
     size = (HEIGHT, HEIGHT)
     stems = [photo.path.stem for photo in photos]
     for photo, stem in zip(photos, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else f"{photo.path.parent.name}-{stem}"  # of another subfolder
+        # Photos in different subfolders may have the same name.
+        name = stem if stems.count(stem) == 1 else f"{photo.path.parent.name}-{stem}"
         ImageOps.fit(photo.image, size, Image.Resampling.LANCZOS).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("\n".join(photo.captions) + "\n", encoding="utf-8")
         if photo.mask is not None:
@@ -74,7 +75,7 @@ def _copy_own(source: Path, class_word: str, folder: Path) -> DemoConcept:
 
 
 def _replace_by_own(concepts: list[DemoConcept], own: DemoConcept) -> list[DemoConcept]:
-    """The user's concept takes the place of the last one of its class, else of the last one of all."""
+    """Replace the last concept of the same class, else the last of all, by the user's own."""
     same = [index for index, concept in enumerate(concepts) if concept.class_word == own.class_word]
     place = same[-1] if same else len(concepts) - 1
     return [*concepts[:place], own, *concepts[place + 1 :]]

@@ -1,4 +1,4 @@
-"""Stage four: pictures of every concept alone under every method, and of three together."""
+"""Stage four of the demo: sample pictures of every concept alone with every method, and of three together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS = {
     "average": "Weight average of all ED-LoRAs",
     "fused": "Gradient fusion of all ED-LoRAs",
 }
-"""How a concept is sampled, in the order of the page."""
+"""Method of sampling a concept to its description, in the order of the page."""
 
 WIDTH, HEIGHT = 96, 64
 """Size of pictures with three concepts."""
@@ -43,14 +43,14 @@ ON_PICTURES = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Everything sampled.
+    """All sampled pictures.
 
     Args:
         alone: Method to concept name to pictures.
         regional: Pictures of several concepts in isolated regions, drafted and refined.
-        unguided: The same prompts and seeds without regions.
-        order: For each of those pictures, the concepts from left to right.
-        layouts: For each of those pictures, what told the T2I-Adapter where things stand.
+        unguided: Pictures of the same prompts and seeds without regions.
+        order: For each picture of `regional` and `unguided`, the concepts from left to right.
+        layouts: For each of these, the T2I-Adapter's condition image.
     """
 
     alone: dict[str, dict[str, list[Image.Image]]]
@@ -61,7 +61,7 @@ class Pictures:
 
 
 def picture_count(settings: DemoSettings) -> int:
-    """How many pictures `sample_all` samples."""
+    """Number of pictures that `sample_all` samples."""
     return len(METHODS) * len(settings.concepts) * settings.pictures + 2 * settings.together
 
 
@@ -72,19 +72,19 @@ def sample_all(
     settings: DemoSettings,
     advance: ON_PICTURES,
 ) -> Pictures:
-    """Sample every concept alone under every method, and several together.
+    """Sample every concept alone with every method, and several together.
 
     Args:
-        pipe: The base as a Mix-of-Show pipeline, no concept loaded; it leaves so.
+        pipe: The base as a Mix-of-Show pipeline without a loaded concept; afterwards none is loaded either.
         concepts: The demo's concepts.
-        packs: ``single/NAME``, ``average`` and ``fused`` to ED-LoRAs.
-        settings: The demo's.
-        advance: Told how many pictures were finished.
+        packs: ``single/NAME``, ``average`` and ``fused`` to folders of ED-LoRAs.
+        settings: The demo's settings.
+        advance: Called with the number of newly finished pictures.
     """
     alone = {method: _sample_alone(pipe, method, concepts, packs, settings, advance) for method in METHODS}
     class_words = {concept.name: concept.class_word for concept in concepts}
-    order = [orders(concepts)[index % _TOGETHER] for index in range(settings.together)]
-    layouts = [layout_of([class_words[name] for name in names]) for names in order]
+    order = [rotate_concepts(concepts)[index % _TOGETHER] for index in range(settings.together)]
+    layouts = [draw_layout([class_words[name] for name in names]) for names in order]
     pipe.load_edlora(packs["fused"])
     try:
         placing = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=toyland.load_layout_adapter())
@@ -96,13 +96,13 @@ def sample_all(
 
 
 def prompts_alone(method: str, concept: DemoConcept, settings: DemoSettings) -> list[str]:
-    """The prompts of a concept's pictures under a method."""
+    """The prompts of a concept's pictures with a method."""
     subject = concept.class_word if method == "class word" else concept.placeholder
     return fill_templates(HELD_OUT_PROMPTS, subject, settings.pictures)
 
 
 def prompts_together(order: Sequence[tuple[str, ...]], class_words: Mapping[str, str]) -> list[str]:
-    """The global prompts of pictures with several concepts, from left to right."""
+    """The global prompts of pictures of several concepts, which name these from left to right."""
     return [
         prompt_together([name_with_class(name, class_words[name]) for name in names], _place(index))
         for index, names in enumerate(order)
@@ -110,7 +110,7 @@ def prompts_together(order: Sequence[tuple[str, ...]], class_words: Mapping[str,
 
 
 def first_seeds(settings: DemoSettings) -> tuple[int, int]:
-    """Seeds of the first picture of a concept alone, and of the first with several; the others count on."""
+    """Seeds of the first picture of a concept alone, and of the first of several; each next one's is one higher."""
     return 1000 * (settings.seed + 1), _TOGETHER_SEED + 1000 * settings.seed
 
 
@@ -118,15 +118,15 @@ def _place(index: int) -> str:
     return TOGETHER_PLACES[index % len(TOGETHER_PLACES)]
 
 
-def layout_of(class_words: Sequence[str]) -> Image.Image:
-    """The condition image of things side by side in equal columns."""
+def draw_layout(class_words: Sequence[str]) -> Image.Image:
+    """Draw the condition image of things side by side in equal columns."""
     width = WIDTH if len(class_words) == _TOGETHER else HEIGHT
     places = toyland.stand_in(column_boxes(len(class_words)), class_words, width, HEIGHT)
     return toyland.draw_places(places, width, HEIGHT)
 
 
-def orders(concepts: Sequence[DemoConcept]) -> list[tuple[str, ...]]:
-    """The concepts that meet in one picture, in turn at every place."""
+def rotate_concepts(concepts: Sequence[DemoConcept]) -> list[tuple[str, ...]]:
+    """Orders of the concepts in one picture, in which each concept stands once at every place."""
     names = [concept.name for concept in concepts[:_TOGETHER]]
     return [tuple(names[shift:] + names[:shift]) for shift in range(_TOGETHER)]
 

@@ -1,4 +1,4 @@
-"""What the demo does: which concepts, how they are tuned, how many pictures are sampled."""
+"""Settings of the demo: which concepts, how they are tuned, how many pictures are sampled."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class DemoSettings:
     """Settings of one demo.
 
     Args:
-        folder: Receives photos, ED-LoRAs, pictures and the page; what is finished in it is used again.
-        photos: The user's own pictures of one concept, in place of one of ours.
+        folder: Folder for photos, ED-LoRAs, pictures and the page; finished ED-LoRAs in it are used again.
+        photos: Folder of the user's own pictures of one concept, which replaces one of Toyland's.
         class_word: What the user's pictures show; a class that Toyland's base knows.
         seed: Seed of tuning and sampling.
-        concepts: Names of Toyland's concepts; the first three meet in one picture.
-        photo_count: Photos drawn of every concept.
+        concepts: Names of Toyland's concepts; the first three are sampled together.
+        photo_count: Number of photos drawn of every concept.
         tuning: Training settings that replace `TrainingConfig.toyland`'s.
-        fusion: Arguments that replace the demo's own for `GradientFuser`.
-        pictures: Pictures sampled of every concept with every method.
-        together: Pictures of several concepts, with regions and as many without.
+        fusion: Arguments of `GradientFuser` that replace the demo's own.
+        pictures: Number of pictures of every concept with every method.
+        together: Number of pictures of several concepts, with regions and as many without.
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance.
-        workers: Concepts tuned at the same time, one thread each; None takes one for each core.
-        overwrite: Whether a demo of other settings, or whatever else is in the folder, may be replaced.
+        workers: Number of concepts tuned at the same time, with one thread each; None: the number of cores.
+        overwrite: Whether a demo of other settings, or anything else in the folder, may be replaced.
 
     Raises:
-        ConfigurationError: If a number is too small or the user's photos are half described.
+        ConfigurationError: If a number is too small, or the user's photos lack a class word or folder.
     """
 
     folder: Path = Path("mixofshow-demo")
@@ -84,11 +84,11 @@ class DemoConcept:
     """One concept of the demo.
 
     Args:
-        name: Its name; prompts call it ``<name>``.
+        name: The name; prompts write ``<name>``.
         kind: ``character``, ``pet`` or ``object``.
-        class_word: What it is in the base's words.
-        folder: Its photos.
-        attributes: What the attribute reader should find; empty for the user's own pictures.
+        class_word: The base's word for its class.
+        folder: The folder of its photos.
+        attributes: Values that the attribute reader should read; empty for the user's own pictures.
     """
 
     name: str
@@ -99,5 +99,5 @@ class DemoConcept:
 
     @property
     def placeholder(self) -> str:
-        """How prompts call it."""
+        """The concept's name in prompts."""
         return f"<{self.name}>"

@@ -1,4 +1,4 @@
-"""The demo from its first photo to its page: photos, tuning, fusion, sampling, measuring, report."""
+"""Run the demo's six stages: photos, tuning, fusion, sampling, measuring, report."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 
 _FUSION_BATCH = 8
 _MARK = "demo.json"
-"""Says which settings a folder's demo has."""
+"""File that holds the settings of the demo in its folder."""
 _NO_MATTER = ("folder", "workers", "overwrite")
-"""Settings with which a demo goes on, as they change nothing in it."""
+"""Settings that may differ when a demo is continued, as they do not change its results."""
 _FOLDERS = ("photos", "concepts", "average", "fused", "sheets")
-"""What a demo keeps in its folder beside its page."""
+"""Subfolders of a demo's folder."""
 
 
 @dataclass(frozen=True)
 class _Stages:
-    """Announces stages and measures how long they take."""
+    """Announces each stage and measures its duration."""
 
     console: Console
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
     def __call__(self, name: str, description: str, total: int) -> Iterator[Any]:
-        """Run one stage of so many steps under a bar of tqdm."""
+        """Show a progress bar of `total` steps for one stage, the block, and record its seconds."""
         self.console.print(f"[bold]{len(self.seconds) + 1}/6[/bold] {description}")
         start = time.monotonic()
         with progress(f"    {name}", total) as bar:
@@ -56,38 +56,38 @@ class _Stages:
 
 
 def run_demo(settings: DemoSettings, *, console: Console) -> Path:
-    """Run the whole demo; what is finished in its folder is used again.
+    """Run the whole demo; finished ED-LoRAs in its folder are used again.
 
     Args:
-        settings: What to do.
-        console: Where progress and a summary go.
+        settings: The demo's settings.
+        console: Prints stages and a summary.
 
     Returns:
         The page, ``folder/index.html``.
     """
     console.print("[dim]Starting ...[/dim]")
-    _claim(settings)
+    _claim_folder(settings)
     stages = _Stages(console)
     concepts = _write_photos(settings, stages)
     singles = _tune(concepts, settings, stages)
     pictures = _fuse_and_sample(concepts, singles, settings, stages)
     measures = _measure(concepts, pictures, stages)
     with stages("report", "Writing the page", 1) as bar:
-        page = _report(concepts, pictures, measures, settings, stages.seconds)
+        page = _write_report(concepts, pictures, measures, settings, stages.seconds)
         bar.update()
     _print_summary(measures, stages, console)
     return page
 
 
-def _claim(settings: DemoSettings) -> None:
-    """Make the folder this demo's; one that holds something else is refused, or what another demo left there goes."""
+def _claim_folder(settings: DemoSettings) -> None:
+    """Mark the folder as this demo's; refuse one with other content, or remove another demo's if that is allowed."""
     folder, told = settings.folder, {name: _as_json(value) for name, value in asdict(settings).items()}
     identity = json.dumps({name: told[name] for name in told if name not in _NO_MATTER}, sort_keys=True)
     mark = folder / _MARK
     try:
         earlier = mark.read_text(encoding="utf-8") if mark.is_file() else None
         if earlier != identity:
-            refuse_overwriting(*_visible(folder), overwrite=settings.overwrite, otherwise="Choose another folder")
+            refuse_overwriting(*_list_visible(folder), overwrite=settings.overwrite, otherwise="Choose another folder")
         if earlier not in (None, identity):
             for name in _FOLDERS:
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -96,7 +96,7 @@ def _claim(settings: DemoSettings) -> None:
         raise ConfigurationError(f"The demo's folder {folder} cannot be written ({error}).") from error
 
 
-def _visible(folder: Path) -> list[Path]:
+def _list_visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
@@ -117,7 +117,7 @@ def _tune(concepts: Sequence[DemoConcept], settings: DemoSettings, stages: _Stag
     with stages("tuning", "One ED-LoRA for every concept, from its photos alone", sum(totals.values())) as bar:
 
         def on_step(name: str, step: int, total: int, loss: float) -> None:
-            with lock:  # every concept has a thread that tells
+            with lock:  # each concept's thread calls this
                 done[name] = step
                 bar.set_postfix_str(", ".join(f"<{each}> {done[each]}/{totals[each]}" for each in done), refresh=False)
                 bar.update(sum(done.values()) - bar.n)
@@ -146,8 +146,8 @@ def _fuse_and_sample(
 
 
 def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings: DemoSettings) -> None:
-    """One sheet a concept: its photos, then a row a method; and one of several concepts, with and without regions."""
-    from diffusers_mixofshow.demo.photos import photos_of
+    """Write a sheet of each concept (photos, then a row per method), and one of several with and without regions."""
+    from diffusers_mixofshow.demo.photos import read_photo_images
     from diffusers_mixofshow.demo.sampling import first_seeds, prompts_alone, prompts_together
     from diffusers_mixofshow.sheets import draw_labelled_sheet
 
@@ -158,7 +158,7 @@ def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings:
     asked = {"together": {"with regions": together, "without": together}}
     for concept in concepts:
         rows = {method: of_method[concept.name] for method, of_method in pictures.alone.items()}
-        sheets[concept.name] = {"photos": photos_of(concept), **rows}
+        sheets[concept.name] = {"photos": read_photo_images(concept), **rows}
         asked[concept.name] = {
             method: _number_prompts(prompts_alone(method, concept, settings), alone) for method in pictures.alone
         }
@@ -168,12 +168,12 @@ def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings:
 
 
 def _number_prompts(prompts: Sequence[str], first_seed: int) -> list[tuple[str, int]]:
-    """Prompts with their seeds, which count on."""
+    """Pair prompts with their seeds, each one higher than the last."""
     return [(prompt, first_seed + number) for number, prompt in enumerate(prompts)]
 
 
 def _fuse(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:
-    """Fuse, unless the folder holds the result of the same ED-LoRAs and settings."""
+    """Fuse to a folder, unless it holds the result of the same ED-LoRAs and settings, and return the folder."""
     from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
     from diffusers_mixofshow.fusion import GradientFuser
 
@@ -206,7 +206,7 @@ def _measure(concepts: Sequence[DemoConcept], pictures: Pictures, stages: _Stage
     return measures
 
 
-def _report(
+def _write_report(
     concepts: Sequence[DemoConcept],
     pictures: Pictures,
     measures: Measures,
@@ -214,15 +214,15 @@ def _report(
     seconds: Mapping[str, float],
 ) -> Path:
     from diffusers_mixofshow.demo.page import write_page
-    from diffusers_mixofshow.demo.photos import photos_of
+    from diffusers_mixofshow.demo.photos import read_photo_images
 
-    photos = {concept.name: photos_of(concept) for concept in concepts}
-    report = _record(measures, settings, seconds)
+    photos = {concept.name: read_photo_images(concept) for concept in concepts}
+    report = _make_record(measures, settings, seconds)
     (settings.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return write_page(settings.folder / "index.html", concepts, photos, pictures, measures, report)
 
 
-def _record(measures: Measures, settings: DemoSettings, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _make_record(measures: Measures, settings: DemoSettings, seconds: Mapping[str, float]) -> dict[str, Any]:
     from diffusers_mixofshow.evaluation import record
 
     return {

@@ -1,4 +1,4 @@
-"""Stage two: one ED-LoRA for every concept, several at a time, each in a process of its own."""
+"""Stage two of the demo: tune an ED-LoRA for every concept, several at a time, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from diffusers_mixofshow.training import TrainingConfig
 
 
 ON_STEP = Callable[[str, int, int, float], None]
-"""Told the concept's name, the steps done, the steps in all, and the loss."""
+"""Called with the concept's name, the steps done, the total of steps, and the loss."""
 
 _FINISHED = "finished.json"
 _BASE_PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
 
 def tuning_config(concept: DemoConcept, settings: DemoSettings) -> TrainingConfig:
-    """All settings of tuning one of the demo's concepts."""
+    """Make the training settings for one of the demo's concepts."""
     return TrainingConfig.toyland(
         instance_data_dir=str(concept.folder),
         concept=concept.name,
@@ -39,7 +39,7 @@ def tuning_config(concept: DemoConcept, settings: DemoSettings) -> TrainingConfi
 
 
 def fingerprint(config: TrainingConfig) -> str:
-    """Digest of everything that the ED-LoRA depends on: settings, photos and base."""
+    """Digest of everything that an ED-LoRA depends on: settings, photos and the base model's files."""
     digest = hashlib.sha256(json.dumps(config.as_record(), sort_keys=True).encode())
     base = toyland.path()
     for folder in (Path(str(config.instance_data_dir)), *(base / part for part in _BASE_PARTS)):
@@ -53,9 +53,9 @@ def tune_all(concepts: Sequence[DemoConcept], settings: DemoSettings, on_step: O
     """Tune every concept that is not finished yet.
 
     Args:
-        concepts: What to tune.
-        settings: The demo's.
-        on_step: Told of every optimiser step; once, at the end, for what was finished before.
+        concepts: The concepts.
+        settings: The demo's settings.
+        on_step: Called after every optimiser step; for a finished concept once, with its last step.
 
     Returns:
         Concept name to the folder of its ED-LoRA.
@@ -68,7 +68,7 @@ def tune_all(concepts: Sequence[DemoConcept], settings: DemoSettings, on_step: O
         else:
             open_ones[name] = config
     workers = min(settings.workers or os.cpu_count() or 1, max(1, len(open_ones)))
-    with _processes() as running, ThreadPoolExecutor(workers) as pool:
+    with _track_workers() as running, ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(_tune, name, config, on_step, running) for name, config in open_ones.items()]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -76,7 +76,7 @@ def tune_all(concepts: Sequence[DemoConcept], settings: DemoSettings, on_step: O
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            _end(running)
+            _terminate(running)
             raise
     return {name: Path(str(config.output_dir)) for name, config in configs.items()}
 
@@ -90,21 +90,21 @@ def _is_finished(config: TrainingConfig) -> bool:
 
 
 def _tune(name: str, config: TrainingConfig, on_step: ON_STEP, running: list[subprocess.Popen[str]]) -> None:
-    """Run one worker to its end and pass its progress on."""
+    """Run one worker process to its end, and pass its progress to `on_step`."""
     marker = Path(str(config.output_dir)) / _FINISHED
     marker.unlink(missing_ok=True)
     on_step(name, 0, config.total_steps, float("nan"))
     settings = config.as_record() | {
         "instance_data_dir": str(config.instance_data_dir),
         "output_dir": str(config.output_dir),
-        "overwrite": True,  # what an interrupted demo has left there
+        "overwrite": True,  # an interrupted demo may have left files there
     }
     log = Path(str(config.output_dir)) / "worker.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _start(settings, log)
+    process = _start_worker(settings, log)
     running.append(process)
     failure = f"its process ended early, see {log}"
-    for message in _messages(process):
+    for message in _read_messages(process):
         if "error" in message:
             failure = str(message["error"])
         else:
@@ -114,7 +114,7 @@ def _tune(name: str, config: TrainingConfig, on_step: ON_STEP, running: list[sub
     marker.write_text(json.dumps({"fingerprint": fingerprint(config)}), encoding="utf-8")
 
 
-def _start(settings: Mapping[str, Any], log: Path) -> subprocess.Popen[str]:
+def _start_worker(settings: Mapping[str, Any], log: Path) -> subprocess.Popen[str]:
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "diffusers_mixofshow.demo.worker"],
@@ -123,7 +123,7 @@ def _start(settings: Mapping[str, Any], log: Path) -> subprocess.Popen[str]:
             stderr=errors,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is the demo's to handle; it ends its workers.
+            start_new_session=True,  # so that Ctrl-C reaches only the demo, which then ends its workers
         )
     if process.stdin is not None:
         process.stdin.write(json.dumps(settings))
@@ -131,23 +131,23 @@ def _start(settings: Mapping[str, Any], log: Path) -> subprocess.Popen[str]:
     return process
 
 
-def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+def _read_messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     for line in process.stdout or ():
         if line.startswith("{"):
             yield json.loads(line)
 
 
 @contextmanager
-def _processes() -> Iterator[list[subprocess.Popen[str]]]:
-    """Workers that were started; none of them outlives the block."""
+def _track_workers() -> Iterator[list[subprocess.Popen[str]]]:
+    """Yield a list for started workers; those still running at the end of the block are terminated."""
     running: list[subprocess.Popen[str]] = []
     try:
         yield running
     finally:
-        _end(running)
+        _terminate(running)
 
 
-def _end(running: Sequence[subprocess.Popen[str]]) -> None:
+def _terminate(running: Sequence[subprocess.Popen[str]]) -> None:
     for process in running:
         if process.poll() is None:
             process.terminate()

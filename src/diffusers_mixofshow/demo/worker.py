@@ -1,6 +1,6 @@
-"""One process that tunes one concept: settings as JSON on standard input, progress as JSON lines on standard output.
+"""A process that tunes one concept: it reads settings as JSON from standard input, and prints progress as JSON lines.
 
-The demo starts several of them, so that concepts are tuned side by side with one thread each.
+The demo starts several of them, which tune concepts in parallel with one thread each.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def tell(**message: object) -> None:
 
 
 def report_step(report: StepReport) -> None:
-    """Tell how far the tuning is."""
+    """Send steps and loss to the demo."""
     tell(step=report.step, total=report.total_steps, loss=report.loss)
 
 
 def main() -> int:
-    """Tune the concept that standard input describes."""
+    """Tune the concept that standard input describes, and return the exit status."""
     torch.set_num_threads(1)
     try:
         config = TrainingConfig.from_mapping(json.load(sys.stdin))

@@ -1,1 +1,1 @@
-"""Measuring concepts and fused packs: metrics as pure functions of feature matrices, and who computes the features."""
+"""Measure concepts and fused packs: metrics as pure functions of features, and the models that compute features."""

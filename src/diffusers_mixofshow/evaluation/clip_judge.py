@@ -1,4 +1,4 @@
-"""Any CLIP as the judge of pictures of the real world."""
+"""A CLIP model as the judge of pictures of the real world."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
-"""The paper's metric model."""
+"""The metric model of the Mix-of-Show paper."""
 
 _PREFIX = "A photo depicts "
-"""What CLIPScore puts before every text (arXiv:2104.08718)."""
+"""Prefix of every text in CLIPScore (arXiv:2104.08718)."""
 
 _MEAN, _DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that every CLIP was trained on, red, green and blue from 0 to 1."""
+"""CLIP's normalisation of red, green and blue in [0, 1]."""
 
 _BATCH = 32
 
 
 class ClipJudge:
-    """Looks at pictures with CLIP, which knows no attributes; see `identity.Judge`.
+    """Judges pictures with CLIP, which reads no attributes; see `identity.Judge`.
 
     Args:
-        model: Both towers, in evaluation mode.
+        model: CLIP with both towers, in evaluation mode.
         tokenizer: Its tokenizer.
     """
 
@@ -45,8 +45,8 @@ class ClipJudge:
         """Load a CLIP from the Hub or a folder, onto the GPU where there is one.
 
         Raises:
-            HubError: If only the Hub has it, and that cannot be reached.
-            ConfigurationError: If there is none, or what is there is something else.
+            HubError: If it is not on this disk and the Hub cannot be reached.
+            ConfigurationError: If there is no such model, or it is no CLIP.
         """
         from transformers import CLIPModel
 
@@ -55,7 +55,7 @@ class ClipJudge:
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Unit vectors of pictures, shape (n, d), float32 on the CPU; their largest middle square is looked at."""
+        """Unit vectors of pictures, shape (n, d), float32 on the CPU, computed on their middle squares."""
         side = self._model.config.vision_config.image_size
         parts = []
         for start in range(0, len(images), _BATCH):
@@ -70,12 +70,12 @@ class ClipJudge:
         return text_embeddings(self._model, token_ids.to(self._model.device)).cpu()
 
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
-        """Nothing: CLIP knows no attributes."""
+        """Return an empty dictionary for each picture: CLIP reads no attributes."""
         return [{} for _ in images]
 
 
 def image_embeddings(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Unit vectors (n, d) of pictures (n, 3, side, side), coloured as the model was trained."""
+    """Unit vectors (n, d) of pictures (n, 3, side, side), normalised as in the model's training."""
     pooled = model.vision_model(pixel_values=pixels).pooler_output
     return torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
 
@@ -87,7 +87,7 @@ def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _pixels(image: Image.Image, side: int) -> torch.Tensor:
-    """The middle square as CLIP was trained on it, shape (3, side, side), float32."""
+    """A picture's middle square, resized and normalised for CLIP, shape (3, side, side), float32."""
     square = ImageOps.fit(read_image(image, called="a picture"), (side, side), Image.Resampling.BICUBIC)
     values: Any = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     colours = values.view(side, side, 3).permute(2, 0, 1).float() / 255  # -> (3, side, side)

@@ -16,14 +16,14 @@ from diffusers_mixofshow.evaluation import metrics
 Box = tuple[float, float, float, float]
 
 CROP_SHARE = 1.3
-"""Side of the square cut around a region, as a multiple of the region's width."""
+"""Side of the square cut out around a region, as a multiple of the region's width."""
 
 NOBODY = ""
-"""In place of a concept's name: what stands there is of no candidate's class."""
+"""In place of a concept's name for a region that shows no candidate's class."""
 
 
 class Judge(Protocol):
-    """A model that judges pictures: features of pictures and texts, and attributes that it reads."""
+    """A model that computes features of pictures and texts, and may read attributes of pictures."""
 
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Features of the metric model, shape (n, d)."""
@@ -32,18 +32,18 @@ class Judge(Protocol):
         """Features of texts in the same space, shape (n, d)."""
 
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
-        """For every picture, attribute name to the value read; ``class`` is one where classes are read."""
+        """For every picture, attribute name to the value read; ``class`` is among them if the model reads classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A concept as the judge knows it.
+    """What a judge compares pictures of a concept with.
 
     Args:
         name: The concept's name.
         photos: Features of its photos, shape (m, d).
-        attributes: What the attribute reader should find; empty where it is not known.
-        class_word: What the judge calls its class; None where it reads no classes.
+        attributes: Values that the judge should read; empty if they are not known.
+        class_word: The judge's word for its class; None if the judge reads no classes.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Identity:
 
     Args:
         alignment: Mean pairwise cosine with the photos.
-        attributes: Share of the attributes read right; None where they are not known.
-        nearest: Share of pictures whose nearest photos, among all concepts', are its own.
+        attributes: Share of the attributes read right; None if they are not known.
+        nearest: Share of pictures whose nearest photos, among all concepts', are the concept's own.
     """
 
     alignment: float
@@ -79,8 +79,8 @@ def measure_identity(
     Args:
         pictures: Sampled pictures.
         subject: The concept.
-        others: All candidates for the nearest concept, the subject among them.
-        judge: Who looks.
+        others: All candidates for the nearest concept, including the subject.
+        judge: Computes features and reads attributes.
     """
     features = judge.features(pictures)
     references = {other.name: other.photos for other in others}
@@ -93,7 +93,7 @@ def measure_identity(
 
 
 def mean_identity(identities: Sequence[Identity]) -> Identity:
-    """Mean over concepts; attributes over those concepts where they are known."""
+    """Mean over concepts; of attributes, over the concepts whose attributes are known."""
     known = [identity.attributes for identity in identities if identity.attributes is not None]
     return Identity(
         alignment=sum(identity.alignment for identity in identities) / len(identities),
@@ -103,7 +103,7 @@ def mean_identity(identities: Sequence[Identity]) -> Identity:
 
 
 def retention(fused: Identity, single: Identity, class_word: Identity) -> dict[str, float | None]:
-    """Share of the identity that tuning gained and fusion keeps, for every measure; None where nothing was gained."""
+    """Share of tuning's gain in identity that fusion keeps, for every measure; None if tuning gained nothing."""
     kept: dict[str, float | None] = {}
     for measure in ("alignment", "attributes"):
         values = [getattr(identity, measure) for identity in (fused, single, class_word)]
@@ -115,7 +115,7 @@ def retention(fused: Identity, single: Identity, class_word: Identity) -> dict[s
 
 
 def crop_region(image: Image.Image, box: Box) -> Image.Image:
-    """Cut a square around a region's lower middle, where things stand, as large as the picture is high.
+    """Cut a square around a region's lower middle, where things stand, and enlarge it to the picture's height.
 
     Args:
         image: The whole picture.
@@ -131,29 +131,28 @@ def crop_region(image: Image.Image, box: Box) -> Image.Image:
     return image.resize((image.height, image.height), Image.Resampling.BICUBIC, box=square)
 
 
-def concepts_in_regions(
+def find_concepts_in_regions(
     pictures: Sequence[Image.Image], boxes: Sequence[Box], candidates: Sequence[Subject], judge: Judge
 ) -> list[list[str]]:
     """Name the concept that every region shows.
 
-    Where the attributes of all candidates are known, it is the one with the largest share of its attributes read in
-    the region; the metric model's nearest photos decide between equal shares, and where attributes are not known. A
-    candidate whose class is known is found only where its class is read, so that a brown cat is nobody where a brown
-    dog was asked for.
+    If the attributes of all candidates are known, it is the candidate with the largest share of its attributes read in
+    the region; between equal shares, or if attributes are not known, the one with the nearest photos. A candidate
+    whose class is known must also have its class read: a brown cat does not count as a brown dog.
 
     Args:
         pictures: Pictures with several concepts.
         boxes: The regions.
         candidates: The concepts that a region may show.
-        judge: Who looks.
+        judge: Computes features and reads attributes.
 
     Returns:
-        For every picture, one name a region; `NOBODY` where there is none.
+        For every picture, one name per region; `NOBODY` for a region that shows no candidate.
     """
     crops = [crop_region(picture, box) for picture in pictures for box in boxes]
-    similarity = _similarity(judge.features(crops), candidates)
+    similarity = _measure_similarity(judge.features(crops), candidates)
     if all(candidate.attributes for candidate in candidates):
-        agreement = _agreement(judge.read(crops), candidates)
+        agreement = _measure_agreement(judge.read(crops), candidates)
         in_question = (agreement == agreement.amax(dim=1, keepdim=True)) & agreement.isfinite()
         similarity = similarity.where(in_question, -torch.inf)
     likeliest = similarity.max(dim=1)
@@ -165,11 +164,11 @@ def concepts_in_regions(
 
 
 def region_accuracy(found: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Share of regions, and of whole pictures, with the right concepts.
+    """Share of regions with the right concept, and of pictures with the right concepts in all regions.
 
     Args:
-        found: For every picture, one name a region.
-        expected: The right names.
+        found: For every picture, one name per region.
+        expected: The right names, likewise.
     """
     hits = [[name == right for name, right in zip(*rows, strict=True)] for rows in zip(found, expected, strict=True)]
     regions = [hit for row in hits for hit in row]
@@ -184,10 +183,10 @@ class InRegions:
     """How well one picture shows several concepts, each in its region; every number from 0 to 1.
 
     Args:
-        found: Name of what each region shows, see `concepts_in_regions`.
-        right: Share of regions that show the right one.
-        looks: Share of its own concept's attributes that each region shows, on average.
-        likeness: Mean cosine of each region with its own concept's photos, on average.
+        found: Name of the concept that each region shows, see `find_concepts_in_regions`.
+        right: Share of regions that show the right concept.
+        looks: Share of the right concept's attributes read in a region, averaged over regions.
+        likeness: Mean cosine of a region with the right concept's photos, averaged over regions.
     """
 
     found: tuple[str, ...]
@@ -204,10 +203,10 @@ def measure_in_regions(
     Args:
         picture: The picture.
         boxes: The regions.
-        expected: What each region should show; the candidates for what is found are these.
-        judge: Who looks.
+        expected: The concept that each region should show; these are also the candidates for the concept found.
+        judge: Computes features and reads attributes.
     """
-    (found,) = concepts_in_regions([picture], boxes, expected, judge)
+    (found,) = find_concepts_in_regions([picture], boxes, expected, judge)
     crops = [crop_region(picture, box) for box in boxes]
     features, read = judge.features(crops), judge.read(crops)
     count = len(expected)
@@ -227,13 +226,13 @@ def measure_in_regions(
     )
 
 
-def _similarity(features: torch.Tensor, candidates: Sequence[Subject]) -> torch.Tensor:
+def _measure_similarity(features: torch.Tensor, candidates: Sequence[Subject]) -> torch.Tensor:
     """Mean cosine with every candidate's photos, shape (n, candidates)."""
     return torch.stack([metrics.cosine_matrix(features, each.photos).mean(dim=1) for each in candidates], dim=1)
 
 
-def _agreement(read: Sequence[Mapping[str, str]], candidates: Sequence[Subject]) -> torch.Tensor:
-    """Share of every candidate's attributes read in every crop, shape (n, candidates); -inf for other classes."""
+def _measure_agreement(read: Sequence[Mapping[str, str]], candidates: Sequence[Subject]) -> torch.Tensor:
+    """Share of each candidate's attributes read in each crop, shape (n, candidates); -inf if another class is read."""
     shares = [
         [
             metrics.attribute_accuracy([crop], candidate.attributes)

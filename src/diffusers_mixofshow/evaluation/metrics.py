@@ -22,7 +22,7 @@ def clip_score(text_features: torch.Tensor, image_features: torch.Tensor) -> flo
     """Text-alignment: mean of 2.5 * max(cos, 0) over pairs of a text and its picture (arXiv:2104.08718).
 
     Args:
-        text_features: One row a picture: the features of its prompt, shape (n, d), floating.
+        text_features: For each picture, the features of its prompt, shape (n, d), floating.
         image_features: Features of the pictures, shape (n, d), floating.
 
     Raises:
@@ -75,7 +75,7 @@ def identity_retention(fused: float, single: float, class_word: float) -> float:
     Args:
         fused: Identity (image-alignment, attribute accuracy, ...) of samples of the fused model.
         single: The same for the concept's own ED-LoRA.
-        class_word: The same for the base model prompted with the class word: the floor.
+        class_word: The same for the base model prompted with the class word, which needs no tuning.
 
     Raises:
         ConfigurationError: If tuning gained nothing, so that there is nothing to keep.
@@ -89,7 +89,7 @@ def identity_retention(fused: float, single: float, class_word: float) -> float:
 
 
 def nearest_concept(features: torch.Tensor, references: Mapping[str, torch.Tensor]) -> list[str]:
-    """Name, for each picture, the concept whose photos are nearest by mean cosine.
+    """For each picture, the name of the concept whose photos are nearest by mean cosine.
 
     Args:
         features: Features of pictures, shape (n, d), floating.

@@ -1,4 +1,4 @@
-"""Measuring packs: every concept of every pack with the same prompts and seeds, beside its class word on the base."""
+"""Measure every concept of every pack with the same prompts and seeds, and its class word on the base model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.evaluation import metrics
-from diffusers_mixofshow.evaluation.agreement import own_packs, unify_concepts
+from diffusers_mixofshow.evaluation.agreement import find_own_packs, unify_concepts
 from diffusers_mixofshow.evaluation.identity import (
     Identity,
     Judge,
@@ -25,22 +25,22 @@ from diffusers_mixofshow.evaluation.sampling import ON_PICTURES, Sampling, fill_
 
 
 CLASS_WORD = "class word"
-"""Stands for a pack in the rows of the base, which is prompted with the concept's class word: the floor."""
+"""In place of a pack's name in rows of the base model, which is prompted with the concept's class word."""
 
 MEAN = "mean"
-"""Stands for a concept in the rows of means over a pack's concepts."""
+"""In place of a concept's name in rows of means over a pack's concepts."""
 
 TEMPLATES = Callable[[Concept], Sequence[str]]
-"""Prompt templates with ``<TOK>`` for a concept."""
+"""Concept to its prompt templates with ``<TOK>``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a concept looks like.
+    """Photos and attributes that a concept's pictures are compared with.
 
     Args:
-        photos: Photos of it, at least one.
-        attributes: What the judge should read off pictures of it; empty where it is not known.
+        photos: Photos of the concept, at least one.
+        attributes: Values that the judge should read in its pictures; empty if they are not known.
     """
 
     photos: Sequence[Image.Image]
@@ -49,16 +49,16 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One concept in one pack.
+    """Measures of one concept in one pack.
 
     Args:
-        concept: Its placeholder, or `MEAN`.
+        concept: The concept's placeholder, or `MEAN`.
         pack: The pack's name, or `CLASS_WORD`.
-        text_alignment: CLIPScore of its pictures and their prompts, the class word in the concept's place.
-        identity: How well its pictures show it; None without photos.
-        retention: Share of what the concept's own ED-LoRA gained over the class word that this pack keeps, for every
-            measure; None where its own is not among the packs, or is this one.
-        drift: 1 - cosine of the base's pictures of the class word and the same with the pack loaded, equal seeds.
+        text_alignment: CLIPScore of the pictures and their prompts, which name the class word in the concept's place.
+        identity: How well the pictures show the concept; None without photos.
+        retention: Share of the gain of the concept's own ED-LoRA over the class word that this pack keeps, for every
+            measure; None if its own ED-LoRA is not among the packs, or is this pack.
+        drift: 1 - cosine of pictures of the class word with the pack loaded and without, of equal seeds.
     """
 
     concept: str
@@ -82,11 +82,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All rows, concept by concept, means last; and the pictures that they are measured on.
+    """Measures of all concepts in all packs, with the pictures that were measured.
 
     Args:
-        rows: The numbers.
-        pictures: Concept and pack to pictures.
+        rows: The measures, concept by concept, with the means of packs last.
+        pictures: (concept, pack) to pictures.
     """
 
     rows: tuple[Row, ...]
@@ -106,32 +106,32 @@ def evaluate_packs(
 ) -> Evaluation:
     """Measure every concept of every pack.
 
-    The first pack that holds a concept alone is the concept's own ED-LoRA, which retention in the others refers to,
-    and which tells its class word and kind where packs differ, see `agreed`.
+    The first pack that holds a concept alone is the concept's own ED-LoRA. Retention in other packs refers to it, and
+    its class word and kind are used if packs differ, see `unify_concepts`.
 
     Args:
-        pipe: The base as a Mix-of-Show pipeline, no concept loaded; it leaves so.
+        pipe: The base as a Mix-of-Show pipeline without a loaded concept; afterwards none is loaded either.
         packs: Name to pack.
-        judge: Who looks at the pictures.
-        references: Placeholder to photos; concepts without get their text-alignment alone.
+        judge: Computes features and reads attributes.
+        references: Placeholder to photos; without, only the text-alignment of a concept is measured.
         templates: Prompts of a concept.
         sampling: How pictures are sampled.
         count: Pictures of each concept in each pack.
-        advance: Told how many pictures were finished, of `picture_count`.
+        advance: Called with the number of newly finished pictures, of `picture_count`.
     """
-    drawn, packs = _Drawn(judge), unify_concepts(packs)
+    samples, packs = _Samples(judge), unify_concepts(packs)
 
     def sample(concept: Concept, subject: str) -> list[Image.Image]:
         return sample_pictures(pipe, fill_templates(templates(concept), subject, count), sampling, advance=advance)
 
     for concept in _by_class_word(packs.values()).values():
-        drawn.floors[_plain(concept)] = sample(concept, concept.class_word)
+        samples.floors[_class_key(concept)] = sample(concept, concept.class_word)
     for name, pack in packs.items():
         with _load_pack(pipe, pack):
             for concept in pack.concepts:
-                drawn.alone[concept.placeholder, name] = sample(concept, concept.placeholder)
+                samples.alone[concept.placeholder, name] = sample(concept, concept.placeholder)
             for concept in _by_class_word([pack]).values():
-                drawn.note_drift(name, concept, sample(concept, concept.class_word))
+                samples.note_drift(name, concept, sample(concept, concept.class_word))
     subjects = {
         placeholder: Subject(name=placeholder, photos=judge.features(one.photos), attributes=one.attributes)
         for placeholder, one in references.items()
@@ -139,30 +139,30 @@ def evaluate_packs(
 
     def row(concept: Concept, name: str) -> Row:
         texts = fill_templates(templates(concept), concept.class_word, count)
-        return drawn.row(concept, name, texts, subjects)
+        return samples.measure(concept, name, texts, subjects)
 
     rows = [row(concept, name) for name, pack in packs.items() for concept in pack.concepts]
     concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
     bare = {placeholder: row(concept, CLASS_WORD) for placeholder, concept in concepts.items()}
     pictures = {
-        (each.concept, each.pack): drawn.of(concepts[each.concept], each.pack) for each in (*bare.values(), *rows)
+        (each.concept, each.pack): samples.find(concepts[each.concept], each.pack) for each in (*bare.values(), *rows)
     }
-    return Evaluation(rows=_with_retention(packs, bare, rows), pictures=pictures)
+    return Evaluation(rows=_order_rows(packs, bare, rows), pictures=pictures)
 
 
 def picture_count(packs: Mapping[str, EDLoRA], count: int) -> int:
-    """How many pictures `evaluate_packs` samples with `count` of each concept in each pack; of packs that agree."""
+    """Number of pictures that `evaluate_packs` samples; class words and kinds of the packs must be unified."""
     loaded = sum(len(pack.concepts) + len(_by_class_word([pack])) for pack in packs.values())
     return count * (len(_by_class_word(packs.values())) + loaded)
 
 
-def note_rows(pack: EDLoRA, name: str, evaluation: Evaluation, settings: Mapping[str, object]) -> EDLoRA:
-    """The pack with its own rows among what its file tells of it, where the model card finds them.
+def record_rows(pack: EDLoRA, name: str, evaluation: Evaluation, settings: Mapping[str, object]) -> EDLoRA:
+    """Return the pack with its measures added to its metadata, from which the model card takes them.
 
     Args:
-        pack: One of those measured.
-        name: Its name in the evaluation.
-        evaluation: The numbers.
+        pack: One of the measured packs.
+        name: The pack's name in the evaluation.
+        evaluation: The measures.
         settings: How they were measured, JSON values.
     """
     rows = {row.concept: row.as_record() for row in evaluation.rows if row.pack == name and row.concept != MEAN}
@@ -173,18 +173,21 @@ def note_rows(pack: EDLoRA, name: str, evaluation: Evaluation, settings: Mapping
     return replace(pack, training={**pack.training, "evaluation": {**settings, "concepts": concepts}})
 
 
-def _plain(concept: Concept) -> tuple[str, str]:
-    """What decides about a concept's prompts with its class word."""
+def _class_key(concept: Concept) -> tuple[str, str]:
+    """Class word and kind: concepts equal in both have the same prompts with the class word."""
     return concept.class_word, concept.kind
 
 
 def _by_class_word(packs: Iterable[EDLoRA]) -> dict[tuple[str, str], Concept]:
     """One concept for each class word and kind."""
-    return {_plain(concept): concept for pack in packs for concept in pack.concepts}
+    return {_class_key(concept): concept for pack in packs for concept in pack.concepts}
 
 
-class _Drawn:
-    """What was sampled, and who looks at it."""
+class _Samples:
+    """All sampled pictures, and the judge that measures them.
+
+    `floors` has the base model's pictures by class word and kind, `alone` the packs' pictures by placeholder and pack.
+    """
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
@@ -193,18 +196,18 @@ class _Drawn:
         self._drifts: dict[tuple[str, tuple[str, str]], float] = {}
 
     def note_drift(self, pack: str, concept: Concept, pictures: Sequence[Image.Image]) -> None:
-        """Compare a pack's pictures of a class word with the base's."""
-        base = self.judge.features(self.floors[_plain(concept)])
+        """Record how far a pack's pictures of a class word are from the base's."""
+        base = self.judge.features(self.floors[_class_key(concept)])
         cosines = metrics.cosine_matrix(base, self.judge.features(pictures)).diagonal()
-        self._drifts[pack, _plain(concept)] = float((1 - cosines).mean())
+        self._drifts[pack, _class_key(concept)] = float((1 - cosines).mean())
 
-    def of(self, concept: Concept, pack: str) -> list[Image.Image]:
-        """Pictures of a concept, or of its class word on the base."""
-        return self.floors[_plain(concept)] if pack == CLASS_WORD else self.alone[concept.placeholder, pack]
+    def find(self, concept: Concept, pack: str) -> list[Image.Image]:
+        """Find the pictures of a concept in a pack, or of its class word on the base."""
+        return self.floors[_class_key(concept)] if pack == CLASS_WORD else self.alone[concept.placeholder, pack]
 
-    def row(self, concept: Concept, pack: str, texts: Sequence[str], subjects: Mapping[str, Subject]) -> Row:
+    def measure(self, concept: Concept, pack: str, texts: Sequence[str], subjects: Mapping[str, Subject]) -> Row:
         """Measure the pictures of one concept in one pack."""
-        pictures, subject = self.of(concept, pack), subjects.get(concept.placeholder)
+        pictures, subject = self.find(concept, pack), subjects.get(concept.placeholder)
         features = self.judge.features(pictures)
         identity = None if subject is None else measure_identity(pictures, subject, [*subjects.values()], self.judge)
         return Row(
@@ -212,7 +215,7 @@ class _Drawn:
             pack=pack,
             text_alignment=metrics.clip_score(self.judge.text_features(texts), features),
             identity=identity,
-            drift=self._drifts.get((pack, _plain(concept))),
+            drift=self._drifts.get((pack, _class_key(concept))),
         )
 
 
@@ -225,9 +228,9 @@ def _load_pack(pipe: Any, pack: EDLoRA) -> Iterator[None]:
         pipe.unload_edlora()
 
 
-def _with_retention(packs: Mapping[str, EDLoRA], bare: Mapping[str, Row], rows: Sequence[Row]) -> tuple[Row, ...]:
-    """All rows in their final order, the means of packs with several concepts last."""
-    alone = own_packs(packs)
+def _order_rows(packs: Mapping[str, EDLoRA], bare: Mapping[str, Row], rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Add retention to all rows and put them in order, with means of packs of several concepts last."""
+    alone = find_own_packs(packs)
     own = {row.concept: row for row in rows if row.pack == alone.get(row.concept)}
     ordered: list[Row] = []
     for concept, floor in bare.items():
@@ -237,20 +240,20 @@ def _with_retention(packs: Mapping[str, EDLoRA], bare: Mapping[str, Row], rows: 
     for name, pack in packs.items():
         names = [concept.placeholder for concept in pack.concepts]
         if len(names) > 1:
-            own_mean = _mean([own[concept] for concept in names]) if own.keys() >= set(names) else None
-            floor = _mean([bare[concept] for concept in names])
-            means.append(_add_retention(_mean([row for row in rows if row.pack == name]), own_mean, floor))
+            own_mean = _average_rows([own[concept] for concept in names]) if own.keys() >= set(names) else None
+            floor = _average_rows([bare[concept] for concept in names])
+            means.append(_add_retention(_average_rows([row for row in rows if row.pack == name]), own_mean, floor))
     return (*ordered, *means)
 
 
 def _add_retention(row: Row, own: Row | None, floor: Row) -> Row:
-    """The row with its retention, where there is what that needs."""
+    """Add retention to a row, if the identities that it needs are known."""
     if own is None or own is row or row.identity is None or own.identity is None or floor.identity is None:
         return row
     return replace(row, retention=retention(row.identity, own.identity, floor.identity))
 
 
-def _mean(rows: Sequence[Row]) -> Row:
+def _average_rows(rows: Sequence[Row]) -> Row:
     identities = [row.identity for row in rows if row.identity is not None]
     drifts = [row.drift for row in rows if row.drift is not None]
     return Row(

@@ -1,4 +1,4 @@
-"""Prompts for measuring: on Toyland those that fusion records, those it never sees, and those of several concepts."""
+"""Prompts for measuring: for Toyland, those that fusion records and others; for bases of photographs; for company."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORDING_PROMPTS = (
     "a picture of a <TOK> on the beach",
     "a <TOK> on a meadow",
 )
-"""For `GradientFuser` on the embedded base: every background once or twice."""
+"""Prompts of `GradientFuser` on the embedded base: every background once or twice."""
 
 HELD_OUT_PROMPTS = (
     "a photo of a <TOK> in the meadow",
@@ -28,7 +28,7 @@ HELD_OUT_PROMPTS = (
     "a photo of a <TOK> in the night",
     "a <TOK>, in the room",
 )
-"""For measuring: the same backgrounds in wordings that are not among the recorded ones."""
+"""Prompts for measuring: the backgrounds of `RECORDING_PROMPTS` in other wordings."""
 
 HELD_OUT_SCENE_PROMPTS = (
     "a dog in a <TOK>",
@@ -36,7 +36,7 @@ HELD_OUT_SCENE_PROMPTS = (
     "a picture of a critter in a <TOK>",
     "there is a chair in a <TOK>",
 )
-"""For measuring scenes, which are seen behind something; none of these is recorded by fusion."""
+"""Prompts for measuring scenes, behind a thing; fusion records none of them."""
 
 _STYLES = ("a watercolour painting of a <TOK>", "a <TOK> carved out of wood")
 
@@ -70,29 +70,31 @@ GENERAL_PROMPTS: dict[str, tuple[str, ...]] = {
         "a red balloon above a <TOK>",
     ),
 }
-"""For bases of photographs, by kind of concept: places, styles, actions and properties. Fusion records none of them
-by default."""
+"""Prompts for measuring on bases of photographs, by kind of concept: places, styles, actions and properties.
+
+Fusion records none of them by default.
+"""
 
 TOGETHER_PLACES = ("in a meadow", "on the beach", "in the desert", "in the snow", "at night", "in a room")
 
 
 def evaluation_prompts(base_model: str, kind: str) -> tuple[str, ...]:
-    """Templates that a concept of a kind is measured with on a base model."""
+    """Prompt templates for measuring a concept of a kind on a base model."""
     if embedded_base(base_model):
         return HELD_OUT_SCENE_PROMPTS if kind == "scene" else HELD_OUT_PROMPTS
     return GENERAL_PROMPTS[kind]
 
 
 def name_with_class(name: str, class_word: str) -> str:
-    """A concept as prompts with several of them call it: with its class, which says what stands at its place."""
+    """A concept's mention in a prompt of several concepts: with its class word, which says what stands there."""
     return f"a <{name}> {class_word}"
 
 
 def prompt_together(subjects: Sequence[str], place: str) -> str:
-    """One prompt that names every subject, from left to right.
+    """Write one prompt that names every subject, from left to right.
 
     Args:
-        subjects: Each with its article, see `name_with_class`.
+        subjects: Each with its article, such as from `name_with_class`.
         place: For example "on the beach".
     """
     *others, last = subjects
@@ -100,6 +102,6 @@ def prompt_together(subjects: Sequence[str], place: str) -> str:
 
 
 def column_boxes(count: int) -> list[tuple[float, float, float, float]]:
-    """Equal columns from left to right, as high as things stand in Toyland; the sky above is the global prompt's."""
+    """Boxes of equal columns from left to right, as high as things in Toyland; the sky is the global prompt's."""
     top, bottom = EMBEDDED.standing
     return [(index / count, top, (index + 1) / count, bottom) for index in range(count)]

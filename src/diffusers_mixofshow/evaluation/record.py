@@ -1,4 +1,4 @@
-"""The circumstances of a measurement, to be kept beside its numbers: versions, machine, commit and command."""
+"""Describe how a measurement was made, to be kept beside its numbers: versions, machine, commit and command."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PACKAGES = (PACKAGE, "torch", "diffusers", "transformers", "peft", "accelerate"
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on, as far as they are installed."""
+    """Versions of Python and of the installed packages that results depend on."""
     found = {package: version for package in _PACKAGES if (version := installed_version(package))}
     return found | {"python": platform.python_version()}
 
 
 def machine() -> str:
-    """The machine in words: system, processor, cores, and the GPU where one is used."""
+    """The machine in words: system, processor, cores, and the GPU if there is one."""
     import torch
 
     name = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
@@ -33,16 +33,16 @@ def machine() -> str:
 
 
 def command() -> str:
-    """The command line that is running; the program and folders of this machine by their last name alone."""
+    """The running command line; of the program and of absolute paths only the last part, as folders are private."""
     given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return " ".join([Path(sys.argv[0]).name, *given])
 
 
 def run_info(folder: Path) -> dict[str, object]:
-    """All of it for the run under way: command, commit, time in UTC, machine and versions.
+    """Command, commit, time in UTC, machine and versions of the current run.
 
     Args:
-        folder: In the checkout whose commit counts.
+        folder: A folder in the checkout whose commit is recorded.
     """
     return {
         "command": command(),
@@ -54,13 +54,13 @@ def run_info(folder: Path) -> dict[str, object]:
 
 
 def write(path: Path, content: Mapping[str, object]) -> Path:
-    """Write a record as JSON, whole or not at all; its folder is created where it is missing."""
+    """Write a record as JSON, whole or not at all, and return its path; a missing folder is made."""
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that a checkout stands at, with ``+`` where tracked files differ; None outside of one."""
+    """The commit of a checkout, with ``+`` if tracked files differ from it; None outside a checkout."""
     try:
         name = _git(folder, "rev-parse", "--short=12", "HEAD")
         return name + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")

@@ -1,4 +1,4 @@
-"""Sampling the pictures that are measured: the same prompts and seeds for every method that is compared."""
+"""Sample the pictures to be measured, with the same prompts and seeds for every method that is compared."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from diffusers_mixofshow.regions import Region
 
 
 PLACEHOLDER = "<TOK>"
-"""Stands for the concept, or its class word, in a prompt template, as in the paper's figure 8."""
+"""Placeholder of the concept, or its class word, in a prompt template, as in the paper's figure 8."""
 
 ON_PICTURES = Callable[[int], None]
-"""Told how many pictures were finished."""
+"""Called with the number of newly finished pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class Sampling:
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance.
         batch_size: Pictures sampled together.
-        first_seed: Seed of the first picture; the others count on.
-        height: Height in pixels; the model's own by default.
-        width: Width in pixels; the model's own by default.
+        first_seed: Seed of the first picture; each next one's is one higher.
+        height: Height in pixels; None: the model's own.
+        width: Width in pixels; None: the model's own.
     """
 
     steps: int = 20
@@ -43,7 +43,7 @@ class Sampling:
 
 
 def fill_templates(templates: Sequence[str], subject: str, count: int) -> list[str]:
-    """Prompts about one subject, the templates in turn.
+    """Write prompts about one subject, taking the templates in turn.
 
     Args:
         templates: Prompts with ``<TOK>``.
@@ -66,16 +66,16 @@ def sample_pictures(
     advance: ON_PICTURES = lambda pictures: None,
     **arguments: Any,
 ) -> list[Image.Image]:
-    """Sample one picture a prompt; picture k has the seed ``first_seed + first + k`` whatever the batch size.
+    """Sample one picture per prompt; picture k has the seed ``first_seed + first + k`` for any batch size.
 
     Args:
         pipe: A Mix-of-Show pipeline with the concepts loaded.
-        prompts: One prompt a picture.
-        sampling: How.
+        prompts: One prompt per picture.
+        sampling: Steps, guidance, size, batch size and first seed.
         regions: Regions of every picture.
         first: Number of the first picture, for its seed.
-        advance: Called after every batch.
-        arguments: Further arguments of every call, such as ``isolation``, or ``image`` for a T2I-Adapter.
+        advance: Called after every batch with its number of pictures.
+        arguments: Further arguments of the pipeline, such as ``isolation``, or ``image`` for a T2I-Adapter.
     """
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), sampling.batch_size):

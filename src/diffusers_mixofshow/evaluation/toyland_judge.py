@@ -1,4 +1,4 @@
-"""Toyland's own judges: its metric model and its attribute reader."""
+"""The judge of Toyland's pictures: Toyland's metric model and its attribute reader."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class ToylandJudge:
-    """Looks at pictures with Toyland's metric model and attribute reader; see `identity.Judge`.
+    """Judges pictures with Toyland's metric model and attribute reader; see `identity.Judge`.
 
     Args:
-        metric_model: Features of pictures.
-        reader: Attributes of pictures.
+        metric_model: Computes features of pictures and texts.
+        reader: Reads attributes of pictures.
     """
 
     def __init__(self, metric_model: toyland.MetricModel, reader: AttributeReader) -> None:
@@ -33,7 +33,7 @@ class ToylandJudge:
 
     @classmethod
     def load(cls) -> Self:
-        """Load both from the package."""
+        """Load both models from the package."""
         return cls(toyland.load_metric_model(), toyland.load_reader())
 
     def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -47,7 +47,7 @@ class ToylandJudge:
     def read(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
         """For every picture, attribute name to its likeliest value.
 
-        The class is the metric model's: the attribute reader, which has seen drawings alone, takes a sampled dog
+        The class is the metric model's: the attribute reader, which was trained on drawings alone, takes a sampled dog
         without a collar for a table.
         """
         likeliest = {name: scores.argmax(dim=1) for name, scores in self._reader.read(images).items()}
@@ -55,24 +55,24 @@ class ToylandJudge:
             {name: self._reader.vocabulary[name][int(values[index])] for name, values in likeliest.items()}
             for index in range(len(images))
         ]
-        return [seen | {"class": name} for seen, name in zip(attributes, self._classes(images), strict=True)]
+        return [seen | {"class": name} for seen, name in zip(attributes, self._read_classes(images), strict=True)]
 
     @cached_property
     def _class_features(self) -> torch.Tensor:
-        """Of every class at every place, shape (classes * places, d)."""
+        """Features of texts about every class at every place, shape (classes * places, d)."""
         return self.text_features([f"a {name} {place}" for name in CLASSES for place in TOGETHER_PLACES])
 
-    def _classes(self, images: Sequence[Image.Image]) -> list[str]:
-        """For every picture, the class whose descriptions at all places are nearest on average."""
+    def _read_classes(self, images: Sequence[Image.Image]) -> list[str]:
+        """For every picture, the class whose texts, averaged over all places, are nearest."""
         likeness = cosine_matrix(self.features(images), self._class_features)
         likeness = likeness.view(len(images), len(CLASSES), len(TOGETHER_PLACES))
         return [CLASSES[int(index)] for index in likeness.mean(dim=2).argmax(dim=1)]
 
 
 def hidden_attributes(concept: toyland.ToyConcept) -> dict[str, str]:
-    """What tells a concept from others of its class: its main colour and the attributes that no caption names."""
+    """Attributes that distinguish a concept from others of its class: the main colour, and those no caption names."""
     from diffusers_mixofshow.toyland.concepts import as_thing
-    from diffusers_mixofshow.toyland.reader import labels_of
+    from diffusers_mixofshow.toyland.reader import list_labels
 
-    labels = labels_of(as_thing(concept), background="")
+    labels = list_labels(as_thing(concept), background="")
     return {name: value for name, value in labels.items() if name not in ("class", "background")}

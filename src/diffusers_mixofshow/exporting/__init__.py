@@ -1,4 +1,4 @@
-"""Layer-wise concepts as concepts with one embedding for all layers, which other programs can draw."""
+"""Convert layer-wise concepts to one embedding for all layers, for programs that cannot read layer-wise ones."""
 
 from diffusers_mixofshow.exporting.shared import share_layers
 

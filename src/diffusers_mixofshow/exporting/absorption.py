@@ -1,10 +1,10 @@
-"""What a layer's own embeddings do to its keys and values, as a low-rank update beside embeddings that all share.
+"""Fit a low-rank update of a layer that replaces the effect of its own embeddings when all layers share embeddings.
 
-A cross-attention layer reads states of the text through a weight W, its keys' or its values'. With embeddings of its
-own it meets the states Y, with shared ones X; both have one row for each place in each prompt. The update D that makes
-up for the difference minimises |X D^T - (Y - X) W^T|^2 + |N D^T|^2 + lambda |D|^2, where N are states of prompts
-without the concept, which shall not change. With G = X^T X + N^T N + lambda I it is D = W (Y - X)^T X G^-1, and of
-rank r the best is what the r largest singular values of D G^(1/2) leave of it. All in float64.
+A cross-attention layer multiplies states of the text by a weight W, for keys or for values. With the layer's own
+embeddings these states are Y, with shared ones X; both have one row per position in each prompt. The update D that
+compensates for the difference minimises |X D^T - (Y - X) W^T|^2 + |N D^T|^2 + lambda |D|^2, where N are states of
+prompts without the concept, whose outputs should not change. With G = X^T X + N^T N + lambda I the solution is
+D = W (Y - X)^T X G^-1. The best update of rank r keeps the r largest singular values of D G^(1/2). All in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Metric:
-    """G and its roots, the same for all layers.
+    """The metric G of the least-squares problem, equal for all layers.
 
     Args:
         inverse_root: G^(-1/2), shape (dim, dim).
@@ -32,7 +32,7 @@ class Metric:
 
     @classmethod
     def of(cls, states: torch.Tensor, neutral: torch.Tensor) -> Metric:
-        """Weigh what shall change and what shall not alike, however many places each has.
+        """Make G with equal total weight for X and N, however many rows each has.
 
         Args:
             states: X, shape (places, dim).
@@ -51,9 +51,9 @@ class Absorbed:
 
     Args:
         down: Shape (rank, dim).
-        up: Shape (out, rank); its columns are as long as the rows of `down`.
-        kept: Share of what the layer's own embeddings do that the update does, 1 - |X D^T - (Y - X) W^T|^2 over
-            |(Y - X) W^T|^2; 1 where they do nothing.
+        up: Shape (out, rank); each column has the norm of the matching row of `down`.
+        kept: Share of the effect of the layer's own embeddings that the update has:
+            1 - |X D^T - (Y - X) W^T|^2 / |(Y - X) W^T|^2; 1 if they have no effect.
     """
 
     down: torch.Tensor
@@ -67,8 +67,8 @@ def absorb(weight: torch.Tensor, own: torch.Tensor, metric: Metric, rank: int) -
     Args:
         weight: W, shape (out, dim).
         own: Y, the states with the layer's own embeddings, shape (places, dim).
-        metric: Of the states with shared embeddings.
-        rank: Of the update; less where the weight is smaller.
+        metric: Metric of the states X with shared embeddings.
+        rank: Rank of the update; less if the weight's sides are smaller.
     """
     wanted = (own.double() - metric.states) @ weight.double().T
     turned = wanted.T @ (metric.states @ metric.inverse_root)  # D G^(1/2)

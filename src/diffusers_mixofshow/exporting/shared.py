@@ -1,4 +1,4 @@
-"""A concept whose tokens have one embedding for all layers, made of a layer-wise one and its base model."""
+"""Convert a layer-wise concept to one whose tokens have one embedding for all layers, with its base model."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from diffusers_mixofshow.progress import progress
 
 
 RANK_OF_A_CONCEPT = 8
-"""Rank that the updates of keys and values gain for every concept."""
+"""Rank that is added to the updates of keys and values for every concept."""
 
 
 @torch.no_grad()
 def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) -> EDLoRA:
-    """Give every token one embedding for all layers, and put what the layers' own did into the LoRA.
+    """Give every token one embedding for all layers, and put the effect of the layers' own embeddings into the LoRA.
 
-    The embedding is the mean; by itself it would lose most of the identity. What each cross-attention layer's own
-    embedding did to the layer's keys and values, in prompts that name the concept, is fitted by least squares as a
-    low-rank update of their weights (see `absorption`). Any program can draw the result.
+    The embedding is the mean over layers; by itself it would lose most of the identity. The effect of each
+    cross-attention layer's own embedding on its keys and values, in prompts that name the concept, is fitted by least
+    squares as a low-rank update of their weights (see `absorption`). Any program that reads LoRAs can use the result.
 
     Args:
-        pipe: The base model that the concepts were tuned on, a Stable Diffusion pipeline; it leaves as it came.
-            Concepts that it has loaded are set aside meanwhile.
+        pipe: The base model that the concepts were tuned on, a Stable Diffusion pipeline; it is unchanged afterwards.
+            Concepts loaded into it are set aside meanwhile.
         edlora: A concept, or a fused pack.
         prompts: Templates with ``<TOK>``, for all concepts or by kind; by default those that fusion records.
 
     Returns:
-        The same concepts with equal embeddings in all layers; how much of what the own ones did is kept, from 0 to 1,
-        is in `EDLoRA.training` under ``shared_layers_kept``. An ED-LoRA whose embeddings are equal already is returned
-        as it is.
+        The same concepts with equal embeddings in all layers; the share of the effect that is kept, from 0 to 1, is in
+        `EDLoRA.training` under ``shared_layers_kept``. An ED-LoRA whose embeddings are already equal is returned
+        unchanged.
 
     Raises:
         EDLoRAFormatError: If it does not fit the model, or has embeddings for several text encoders.
@@ -58,34 +58,34 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
         return edlora
     if any(split_name(name)[0] for name in edlora.embeddings):
         raise EDLoRAFormatError(
-            "What layer-wise embeddings do can be put into the LoRA for Stable Diffusion 1.x and 2.x alone, but "
-            f"{edlora!r} has embeddings for several text encoders. Convert it without a base model: their means are "
-            "written."
+            "The effect of layer-wise embeddings can be put into the LoRA only for Stable Diffusion 1.x and 2.x, but "
+            f"{edlora!r} has embeddings for several text encoders. Convert it without a base model, which writes "
+            "their means over layers."
         )
     means = {token: mean_over_layers(rows) for token, rows in edlora.embeddings.items()}
-    asked, neutral = _prompts(edlora, prompts)
+    asked, neutral = _list_prompts(edlora, prompts)
     steps = 2 * len(asked) + len(neutral) + len(edlora.layers)
     with (
-        _base_alone(pipe),
+        _require_bare_base(pipe),
         merged(pipe.components, edlora),
         progress("Sharing layers", steps, pipe=pipe) as bar,
     ):
-        own = _states(pipe, edlora, asked, edlora.embeddings, bar)
+        own = _encode_states(pipe, edlora, asked, edlora.embeddings, bar)
         once = {token: mean[None] for token, mean in means.items()}
-        shared, others = (_states(pipe, edlora, texts, once, bar).flatten(0, 2) for texts in (asked, neutral))
-        updates = _updates(pipe.components, edlora, own, Metric.of(shared, others), bar)
+        shared, others = (_encode_states(pipe, edlora, texts, once, bar).flatten(0, 2) for texts in (asked, neutral))
+        updates = _fit_updates(pipe.components, edlora, own, Metric.of(shared, others), bar)
     kept = sum(update.kept for update in updates.values()) / len(updates)
     return replace(
         edlora,
         embeddings={token: mean.expand(len(edlora.layers), -1).clone() for token, mean in means.items()},
-        lora={**edlora.lora, **{site: _beside(edlora, site, update) for site, update in updates.items()}},
+        lora={**edlora.lora, **{site: _append_update(edlora, site, update) for site, update in updates.items()}},
         training={**edlora.training, SHARED_KEPT: round(kept, 4)},
     )
 
 
 @contextmanager
-def _base_alone(pipe: Any) -> Iterator[None]:
-    """The model without what is loaded into it: an update that is there already would count twice."""
+def _require_bare_base(pipe: Any) -> Iterator[None]:
+    """Set loaded concepts aside inside the block; refuse other active adapters, whose updates would count twice."""
     with pipe.set_concepts_aside() if hasattr(pipe, "set_concepts_aside") else nullcontext():
         models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
         layers = [layer for model in models for layer in model.modules() if isinstance(layer, LoraLayer)]
@@ -99,8 +99,8 @@ def _base_alone(pipe: Any) -> Iterator[None]:
         yield
 
 
-def _prompts(edlora: EDLoRA, prompts: PromptSet | None) -> tuple[list[str], list[str]]:
-    """Prompts that name a concept, and the same with class words, beside captions of anything."""
+def _list_prompts(edlora: EDLoRA, prompts: PromptSet | None) -> tuple[list[str], list[str]]:
+    """List prompts that name a concept; and prompts that do not: the same with class words, and general captions."""
     asked: list[str] = []
     neutral: list[str] = []
     for concept in edlora.concepts:
@@ -110,10 +110,10 @@ def _prompts(edlora: EDLoRA, prompts: PromptSet | None) -> tuple[list[str], list
     return asked, [*neutral, *prior_prompts(edlora.concepts)]
 
 
-def _states(
+def _encode_states(
     pipe: Any, edlora: EDLoRA, prompts: Sequence[str], embeddings: Mapping[str, torch.Tensor], bar: Any
 ) -> torch.Tensor:
-    """States of the text for every row of the embeddings, shape (prompts, rows, tokens, dim), float64 on the CPU."""
+    """Encode prompts with every row of the embeddings; shape (prompts, rows, tokens, dim), float64 on the CPU."""
     rows = len(next(iter(embeddings.values())))
     encoded = []
     for prompt in prompts:
@@ -123,10 +123,10 @@ def _states(
     return torch.cat(encoded).cpu().double().unflatten(1, (rows, -1))
 
 
-def _updates(
+def _fit_updates(
     components: Mapping[str, object], edlora: EDLoRA, own: torch.Tensor, metric: Metric, bar: Any
 ) -> dict[str, Absorbed]:
-    """Site to what it gains, for keys and values of every cross-attention layer."""
+    """Fit the update of each site: keys and values of every cross-attention layer."""
     modules, rank = linear_layers(components), RANK_OF_A_CONCEPT * len(edlora.concepts)
     updates = {}
     for number, layer in enumerate(edlora.layers):
@@ -138,8 +138,8 @@ def _updates(
     return updates
 
 
-def _beside(edlora: EDLoRA, site: str, update: Absorbed) -> LowRank:
-    """The concept's own update of a layer and the new one, as one."""
+def _append_update(edlora: EDLoRA, site: str, update: Absorbed) -> LowRank:
+    """Add the new update to the concept's own update of the site, as one of the sum of their ranks."""
     dtype = next(iter(edlora.embeddings.values())).dtype
     down, up = update.down.to(dtype), update.up.to(dtype)
     if site in edlora.lora:

@@ -1,6 +1,6 @@
-"""Toyland: a small drawn world, a Stable Diffusion trained on it, and the means to measure what it makes.
+"""Toyland: a small drawn world, a Stable Diffusion trained on it, and the models that measure its pictures.
 
-Nothing heavy is imported before it is used.
+Public names are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loading what Toyland ships: the pipeline, the metric model and the attribute reader."""
+"""Load the models of Toyland from the package: the pipeline, the T2I-Adapter, the metric model, the reader."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 BASE_MODEL_ID = TOYLAND
-"""What files that belong to this base name as their base model."""
+"""Base model named in files made for this base."""
 
 
 def path() -> Path:
-    """The folder of the shipped weights, in diffusers' layout.
+    """The folder of the weights in the package, in diffusers' layout.
 
     Raises:
         MixOfShowError: If the package was installed without its weights.
@@ -40,12 +40,12 @@ def path() -> Path:
 def load_pipeline(
     pipeline_class: type[Any] | None = None, dtype: torch.dtype = torch.float32, folder: Path | str | None = None
 ) -> Any:
-    """Toyland's base as a pipeline.
+    """Load Toyland's base model as a pipeline.
 
     Args:
         pipeline_class: `StableDiffusionPipeline` by default, or a class derived from it.
         dtype: Type of the weights; half precision is for GPUs.
-        folder: Weights other than the shipped ones.
+        folder: Folder of other weights than the package's.
     """
     with silence_libraries():
         if pipeline_class is None:
@@ -58,11 +58,11 @@ def load_pipeline(
 
 
 def load_layout_adapter(dtype: torch.dtype = torch.float32, folder: Path | str | None = None) -> T2IAdapter:
-    """Toyland's T2I-Adapter, which follows the pictures of `draw_places`.
+    """Load Toyland's T2I-Adapter, whose condition images `draw_places` draws.
 
     Args:
         dtype: Type of the weights; half precision is for GPUs.
-        folder: Weights other than the shipped ones.
+        folder: Folder of other weights than the package's.
     """
     from diffusers import T2IAdapter
 
@@ -71,7 +71,7 @@ def load_layout_adapter(dtype: torch.dtype = torch.float32, folder: Path | str |
 
 
 def load_metric_model(folder: Path | str | None = None) -> MetricModel:
-    """The image tower and the text tower that it was aligned with, which is the pipeline's."""
+    """Load the metric model: an image tower, aligned with the pipeline's text encoder."""
     from safetensors.torch import load_file
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -90,5 +90,5 @@ def load_metric_model(folder: Path | str | None = None) -> MetricModel:
 
 
 def load_reader(folder: Path | str | None = None) -> AttributeReader:
-    """The network that reads hidden attributes off a picture of one large thing."""
+    """Load the network that reads hidden attributes in a picture of one large thing."""
     return AttributeReader.from_pretrained(Path(folder or path()) / "reader")

@@ -1,4 +1,4 @@
-"""Specific instances of the drawn world, and their photos: what the demo, the tests and the benchmarks learn."""
+"""Toyland's concepts (specific instances of its classes) and their photos, for the demo, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 from PIL import Image
 
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
-from diffusers_mixofshow.toyland.scenes import place_phrase, place_thing, random_scene, with_article, word_caption
+from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, place_thing, random_scene, word_caption
 from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, Scene, Thing, draw
 
 
 PLACEHOLDER = "<TOK>"
-"""Stands for the concept in the captions of its photos."""
+"""Placeholder of the concept in the captions of its photos."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConcept:
-    """One instance that photos show again and again.
+    """One specific thing or scene, which photos can show in many variations.
 
     Args:
-        name: Its name, also the key in `CONCEPTS`.
+        name: The name, also the key in `CONCEPTS`.
         kind: ``character``, ``pet``, ``object`` or ``scene``.
-        class_word: What it is in the base's words; for a scene, the background.
-        in_domain: Whether every attribute value is one that the base was trained on.
+        class_word: The base's word for its class; for a scene, its background.
+        in_domain: Whether the base was trained on all of its attribute values.
         colour: Main colour; empty for a scene.
         attributes: Hidden attributes by name; for a scene, colours of ``sky``, ``ground`` and ``detail``.
     """
@@ -42,15 +42,15 @@ class ToyConcept:
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """A concept's picture, its caption with `PLACEHOLDER`, and the mask (mode ``L``) of what shows the concept."""
+    """A concept's picture, its caption with `PLACEHOLDER`, and the concept's mask (mode ``L``)."""
 
     image: Image.Image
     caption: str
     mask: Image.Image
 
 
-def _critter(name: str, colour: str, looks: str, *, in_domain: bool = True, wings: bool = False) -> ToyConcept:
-    """A critter from "ear_colour ear_shape / eyes eye_colour / pattern_colour pattern / belly / hat_colour hat"."""
+def _make_critter(name: str, colour: str, looks: str, *, in_domain: bool = True, wings: bool = False) -> ToyConcept:
+    """Make a critter of "ear_colour ear_shape / eyes eye_colour / pattern_colour pattern / belly / hat_colour hat"."""
     ears, eyes, pattern, belly, hat = (part.split() for part in looks.split("/"))
     attributes = {"ear_colour": ears[0], "ear_shape": ears[1], "eyes": eyes[0], "eye_colour": eyes[1]}
     attributes |= {"pattern": pattern[-1], "belly_colour": belly[0], "hat": hat[-1]}
@@ -65,7 +65,7 @@ def _critter(name: str, colour: str, looks: str, *, in_domain: bool = True, wing
     )
 
 
-def _instance(
+def _make_concept(
     name: str, kind: str, class_word: str, colour: str, attributes: Mapping[str, str], *, in_domain: bool = True
 ) -> ToyConcept:
     return ToyConcept(
@@ -74,26 +74,26 @@ def _instance(
 
 
 _ALL = (
-    _critter("bobo", "blue", "red round / two yellow / yellow spots / white / bare"),
-    _critter("kiki", "blue", "pink long / one white / white stripes / orange / red cone"),
-    _critter("momo", "orange", "purple pointy / two green / plain / blue / black top"),
-    _critter("zuzu", "orange", "white horn / one blue / purple stripes / yellow / bare"),
-    _critter("lulu", "pink", "green round / one yellow / plain / white / yellow crown"),
-    _critter("tiki", "green", "yellow pointy / two white / red spots / pink / blue cone"),
-    _critter("nono", "purple", "lime horn / two yellow / lime spots / lime / bare", in_domain=False),
-    _critter("vivi", "blue", "cyan antenna / three red / silver checks / cyan / bare", in_domain=False),
-    _critter("gogo", "yellow", "black long / two blue / cyan stripes / red / pink crown", in_domain=False),
-    _critter("faye", "white", "red pointy / two white / plain / purple / bare", in_domain=False, wings=True),
-    _instance("rex", "pet", "dog", "brown", {
+    _make_critter("bobo", "blue", "red round / two yellow / yellow spots / white / bare"),
+    _make_critter("kiki", "blue", "pink long / one white / white stripes / orange / red cone"),
+    _make_critter("momo", "orange", "purple pointy / two green / plain / blue / black top"),
+    _make_critter("zuzu", "orange", "white horn / one blue / purple stripes / yellow / bare"),
+    _make_critter("lulu", "pink", "green round / one yellow / plain / white / yellow crown"),
+    _make_critter("tiki", "green", "yellow pointy / two white / red spots / pink / blue cone"),
+    _make_critter("nono", "purple", "lime horn / two yellow / lime spots / lime / bare", in_domain=False),
+    _make_critter("vivi", "blue", "cyan antenna / three red / silver checks / cyan / bare", in_domain=False),
+    _make_critter("gogo", "yellow", "black long / two blue / cyan stripes / red / pink crown", in_domain=False),
+    _make_critter("faye", "white", "red pointy / two white / plain / purple / bare", in_domain=False, wings=True),
+    _make_concept("rex", "pet", "dog", "brown", {
         "ear_colour": "black", "pattern": "spots", "pattern_colour": "white", "collar_colour": "red"}),
-    _instance("pixel", "pet", "dog", "grey", {
+    _make_concept("pixel", "pet", "dog", "grey", {
         "ear_colour": "white", "pattern": "stripes", "pattern_colour": "cyan", "collar_colour": "pink"},
         in_domain=False),
-    _instance("ming", "object", "vase", "blue", {
+    _make_concept("ming", "object", "vase", "blue", {
         "shape": "round", "pattern": "stripes", "pattern_colour": "white", "flower_colour": "pink"}),
-    _instance("neon", "object", "vase", "yellow", {
+    _make_concept("neon", "object", "vase", "yellow", {
         "shape": "tall", "pattern": "stripes", "pattern_colour": "cyan", "flower_colour": "purple"}, in_domain=False),
-    _instance("throne", "object", "chair", "red", {"shape": "round", "cushion_colour": "cyan"}, in_domain=False),
+    _make_concept("throne", "object", "chair", "red", {"shape": "round", "cushion_colour": "cyan"}, in_domain=False),
     ToyConcept(
         name="candyland", kind="scene", class_word="meadow", in_domain=False,
         attributes={"sky": "lime", "ground": "pink", "detail": "purple"},
@@ -112,11 +112,11 @@ KIND_OF_CLASS = {
     "chair": "object",
     "table": "object",
 }
-"""What kind of concept a thing of each class is."""
+"""Class to the kind of a concept of that class."""
 
 
-def concept_named(name: str) -> ToyConcept:
-    """The concept called `name`.
+def find_concept(name: str) -> ToyConcept:
+    """Find Toyland's concept of a name.
 
     Raises:
         ConceptError: If there is none.
@@ -127,7 +127,7 @@ def concept_named(name: str) -> ToyConcept:
 
 
 def as_thing(concept: ToyConcept) -> Thing:
-    """The concept as a thing that `world.draw` draws.
+    """Convert a concept to a thing for `world.draw`.
 
     Raises:
         ConceptError: If the concept is a scene.
@@ -137,15 +137,15 @@ def as_thing(concept: ToyConcept) -> Thing:
     return Thing(class_word=concept.class_word, colour=concept.colour, attributes=concept.attributes)
 
 
-def _photo_of_thing(concept: ToyConcept, background: str, rng: random.Random) -> Photo:
+def _draw_photo_of_thing(concept: ToyConcept, background: str, rng: random.Random) -> Photo:
     thing = place_thing(as_thing(concept), rng)
     thing = dataclasses.replace(thing, size=thing.size * rng.uniform(0.8, 1.0))
     drawing = draw(Scene(background=background, things=(thing,), mirrored=rng.random() < 0.5))
-    words = word_caption([with_article(PLACEHOLDER)], place_phrase(background, rng), rng)
+    words = word_caption([add_article(PLACEHOLDER)], place_phrase(background, rng), rng)
     return Photo(image=drawing.image, caption=words, mask=drawing.masks[0])
 
 
-def _photo_of_scene(concept: ToyConcept, rng: random.Random) -> Photo:
+def _draw_photo_of_scene(concept: ToyConcept, rng: random.Random) -> Photo:
     other = random_scene(rng.randrange(2**31), things=1)
     thing = other.things[0]
     drawing = draw(
@@ -156,22 +156,22 @@ def _photo_of_scene(concept: ToyConcept, rng: random.Random) -> Photo:
             colours=concept.attributes,
         )
     )
-    name = with_article(f"{thing.colour} {thing.class_word}")
-    words = word_caption([name], f"in {with_article(PLACEHOLDER)}", rng)
+    name = add_article(f"{thing.colour} {thing.class_word}")
+    words = word_caption([name], f"in {add_article(PLACEHOLDER)}", rng)
     mask = drawing.masks[0].point([255 - level for level in range(256)])
     return Photo(image=drawing.image, caption=words, mask=mask)
 
 
 def photos(concept: ToyConcept, count: int = 12, seed: int = 0) -> list[Photo]:
-    """Photos of a concept in varied backgrounds, places and sizes.
+    """Draw photos of a concept with varied backgrounds, places and sizes.
 
-    Captions name the concept as `PLACEHOLDER` and never its colour or looks. A scene's photos show random things in
-    front of it, and its masks cover everything but them.
+    Captions name the concept as `PLACEHOLDER`, never its colour or looks. Photos of a scene show random things in
+    front of it, which its masks leave out.
 
     Args:
         concept: One of `CONCEPTS`, or one of your own.
         count: Number of photos.
-        seed: Other seeds give other photos of the same concept.
+        seed: Another seed gives other photos.
 
     Raises:
         ConfigurationError: If `count` is less than one.
@@ -182,8 +182,8 @@ def photos(concept: ToyConcept, count: int = 12, seed: int = 0) -> list[Photo]:
     order = list(BACKGROUNDS)
     rng.shuffle(order)
     if concept.kind == "scene":
-        return [_photo_of_scene(concept, rng) for _ in range(count)]
-    return [_photo_of_thing(concept, order[index % len(order)], rng) for index in range(count)]
+        return [_draw_photo_of_scene(concept, rng) for _ in range(count)]
+    return [_draw_photo_of_thing(concept, order[index % len(order)], rng) for index in range(count)]
 
 
 def write_photos(concept: ToyConcept, folder: Path | str, count: int = 12, seed: int = 0) -> Path:

@@ -1,7 +1,7 @@
-"""Layouts as a T2I-Adapter (arXiv:2302.08453) sees them: where things stand and how large, not what they are.
+"""Condition images for Toyland's T2I-Adapter (arXiv:2302.08453): where things stand and how large, not what they are.
 
-The paper samples several concepts under such a condition (section 3.4); its people follow keyposes, Toyland's things
-follow ellipses.
+The Mix-of-Show paper samples several concepts with such an adapter (section 3.4); it takes keyposes of people, Toyland
+takes ellipses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SUPERSAMPLING = 4
 
 
 def draw_places(boxes: Sequence[Box], width: int = HEIGHT, height: int = HEIGHT) -> Image.Image:
-    """The condition image of `load_layout_adapter`: a white ellipse on black for every thing.
+    """Draw the condition image of `load_layout_adapter`: a white ellipse on black for every thing.
 
     Args:
         boxes: (left, top, right, bottom) of each thing, as fractions of the picture.
@@ -37,11 +37,11 @@ def draw_places(boxes: Sequence[Box], width: int = HEIGHT, height: int = HEIGHT)
 
 
 def stand_in(boxes: Sequence[Box], class_words: Sequence[str], width: int = HEIGHT, height: int = HEIGHT) -> list[Box]:
-    """Boxes of things that stand in the middle of wider or higher boxes, such as regions.
+    """Compute boxes of things that stand in the middle of larger boxes, such as regions.
 
     Args:
-        boxes: (left, top, right, bottom), as fractions of the picture.
-        class_words: What stands in each; a dog is as wide as it is high, a vase is not.
+        boxes: The larger boxes: (left, top, right, bottom), as fractions of the picture.
+        class_words: The class of the thing in each box, which decides its ratio of width to height.
         width: Of the picture, in pixels.
         height: Of the picture, in pixels.
     """

@@ -1,6 +1,6 @@
-"""The metric model: pictures and texts as vectors of one space, in which instances are apart.
+"""Toyland's metric model: pictures and texts as vectors of one space, in which different instances are far apart.
 
-Its image tower is convolutional: it learns in minutes what a vision transformer like CLIP's does in hours.
+Its image tower is convolutional, as that learns in minutes what takes a vision transformer such as CLIP's hours.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MetricTowers(torch.nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricModel:
-    """Toyland's own CLIP: pictures and texts as unit vectors of one space.
+    """Toyland's counterpart of CLIP: pictures and texts as unit vectors of one space.
 
     Args:
         towers: Image tower and text projection.
@@ -61,7 +61,7 @@ class MetricModel:
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Unit vectors (n, d) of pictures; those of another size are resized to 64 x 64."""
-        pixels = to_pixels([_to_square(image) for image in images])
+        pixels = to_pixels([_resize(image) for image in images])
         return torch.cat([self.towers.images(part) for part in pixels.split(128)])
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class MetricModel:
         return self.towers.texts(pooled)
 
 
-def _to_square(image: Image.Image) -> Image.Image:
+def _resize(image: Image.Image) -> Image.Image:
     if image.size == (64, 64):
         return image
     resampling = Image.Resampling.BOX if image.width > 64 else Image.Resampling.BICUBIC

@@ -1,4 +1,4 @@
-"""The attribute reader: hidden attributes read off a picture, an objective measure of identity."""
+"""The attribute reader: a network that reads hidden attributes in a picture, an objective measure of identity."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.toyland.world import Thing
 
 
-def labels_of(thing: Thing, background: str) -> dict[str, str]:
-    """What the reader should say about a picture of `thing` at `background`."""
+def list_labels(thing: Thing, background: str) -> dict[str, str]:
+    """Attribute name to the value that the reader should read in a picture of `thing` at `background`."""
     labels = {"class": thing.class_word, "background": background, "colour": thing.colour, **thing.attributes}
     if thing.class_word == "critter":
         labels.setdefault("wings", "none")
@@ -25,16 +25,16 @@ def labels_of(thing: Thing, background: str) -> dict[str, str]:
 
 
 def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of one size as (n, 3, height, width) in [-1, 1]."""
+    """Convert pictures of one size to a tensor (n, 3, height, width) in [-1, 1]."""
     arrays = np.stack([np.asarray(read_image(image, called="a picture")) for image in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class ReaderNetwork(torch.nn.Module):
-    """Six convolutions, mean and maximum over the picture, one linear head for all attributes.
+    """Six convolutions, mean and maximum over the picture, and one linear head for all attributes.
 
     Args:
-        outputs: Number of values of all attributes together.
+        outputs: Total number of values over all attributes.
         widths: Channels of the convolutions; every second one halves the resolution.
     """
 
@@ -59,7 +59,7 @@ class ReaderNetwork(torch.nn.Module):
 
 
 class AttributeReader:
-    """Reads attributes off whole pictures of 64 x 64 with one large thing.
+    """Reads attributes in pictures of one large thing; the network sees them at 64 x 64 pixels.
 
     Args:
         network: The trained network.
@@ -72,7 +72,7 @@ class AttributeReader:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> AttributeReader:
-        """Load the reader of a folder: ``model.safetensors`` and ``vocabulary.json``."""
+        """Load a reader from a folder with ``model.safetensors`` and ``vocabulary.json``."""
         vocabulary = json.loads((Path(folder) / "vocabulary.json").read_text(encoding="utf-8"))
         network = ReaderNetwork(sum(len(values) for values in vocabulary.values()))
         state = load_file(Path(folder) / "model.safetensors")
@@ -83,18 +83,19 @@ class AttributeReader:
     def read(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """Probabilities (n, values) of every attribute, in the order of ``vocabulary``.
 
-        An attribute that the picture's class does not have gets probabilities too; they mean nothing.
+        Probabilities of attributes that the picture's class does not have are meaningless.
         """
-        pixels = to_pixels([_square(image) for image in images])
+        pixels = to_pixels([_resize(image) for image in images])
         scores = torch.cat([self.network(part) for part in pixels.split(128)])
         parts = scores.split([len(values) for values in self.vocabulary.values()], dim=1)
         return {name: part.softmax(dim=1) for name, part in zip(self.vocabulary, parts, strict=True)}
 
     def agreement(self, images: Sequence[Image.Image], attributes: Mapping[str, str]) -> torch.Tensor:
-        """Fraction (n,) of the named attributes that are read off each picture with the wanted value.
+        """Fraction (n,) of the given attributes that are read in each picture with the given value.
 
         Args:
-            attributes: Wanted value of every attribute that counts, e.g. ``{"colour": "red", "hat": "crown"}``.
+            images: Pictures.
+            attributes: Attribute name to the expected value, e.g. ``{"colour": "red", "hat": "crown"}``.
 
         Raises:
             ConceptError: If an attribute or value is not in the vocabulary.
@@ -111,7 +112,7 @@ class AttributeReader:
         return torch.stack(right, dim=1).float().mean(dim=1)
 
 
-def _square(image: Image.Image) -> Image.Image:
+def _resize(image: Image.Image) -> Image.Image:
     if image.size == (64, 64):
         return image
     return read_image(image, called="a picture").resize((64, 64), Image.Resampling.BICUBIC)

@@ -1,12 +1,12 @@
-"""The training world: random scenes, the residents who live there, and captions that hide identity.
+"""Training scenes of Toyland: random scenes, residents (named things), and captions that hide identity.
 
-A caption names classes, main colours, the background and who stands where. The finer, hidden attributes (ears, eyes,
-pattern, belly, hat, ...) are never named: whoever wants a particular critter has to learn it from its photos.
+A caption names classes, main colours, the background and who stands where. Hidden attributes (ears, eyes, pattern,
+belly, hat, ...) are never named, so that a particular critter can only be learnt from its photos.
 
-As a large model knows many people and characters by name, this world has residents: fixed things with a name of their
-own. Their names give the text tower and the U-Net words that stand for a whole appearance, and so a space in which the
-embeddings of a new concept find whatever the base can already draw (paper, section 3.2). No test concept is one of
-them.
+As a large model knows many people and characters by name, Toyland has residents: fixed things with names of their own.
+Their names teach the text encoder and the U-Net words that stand for a whole appearance. So there is a space of
+embeddings in which those of a new concept can find whatever the base can already draw (paper, section 3.2). No concept
+of `concepts.CONCEPTS` is a resident.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _PLACES = {
 _CLASS_SHARES = {"critter": 0.34, "dog": 0.14, "cat": 0.12, "vase": 0.15, "chair": 0.13, "table": 0.12}
 
 RESIDENTS_OF_CLASS = {"critter": 192, "dog": 48, "cat": 40, "vase": 40, "chair": 24, "table": 24}
-"""How many things of every class have a name."""
+"""Class to the number of its residents."""
 
 _RESIDENT_SHARE = 0.5
 
 _COMPANIES = {"strangers": 0.5, "kin": 0.25, "twins": 0.25}
-"""How often several things of one scene are drawn apart, are of one class, or look the same."""
+"""Probability that several things of one scene are drawn independently, are of one class, or look the same."""
 
 _SYLLABLES = tuple(first + vowel for first in "bdfgjklmnprstvwz" for vowel in "aeiou")
 
 
-def _look(class_word: str, rng: random.Random) -> Thing:
-    """A random thing of a class, without a name."""
+def _random_look(class_word: str, rng: random.Random) -> Thing:
+    """Draw a random thing of a class, without a name."""
     colour = rng.choice(MAIN_COLOURS[class_word])
     attributes = {name: rng.choice(values) for name, values in ATTRIBUTES[class_word].items()}
     if attributes.get("pattern") == "plain":
@@ -75,7 +75,7 @@ def residents() -> Mapping[str, Thing]:
             name = ""
             while not name or name in named:
                 name = "".join(rng.sample(_SYLLABLES, 2)) + rng.choice("bdgklmnprstxz")
-            named[name] = dataclasses.replace(_look(class_word, rng), name=name)
+            named[name] = dataclasses.replace(_random_look(class_word, rng), name=name)
     return named
 
 
@@ -89,14 +89,14 @@ def _random_class(rng: random.Random) -> str:
 
 
 def _random_thing(class_word: str, rng: random.Random) -> Thing:
-    """A thing of the class: a resident in half of the cases."""
+    """Draw a thing of a class, with probability one half a resident."""
     if rng.random() < _RESIDENT_SHARE:
         return rng.choice(_residents_of(class_word))
-    return _look(class_word, rng)
+    return _random_look(class_word, rng)
 
 
 def _random_company(count: int, rng: random.Random) -> list[Thing]:
-    """The things of one scene. Without the companies of one class, such pictures would be rare (three: 4 %)."""
+    """Draw the things of one scene; by chance alone, too few scenes would be of one class (three things: 4 %)."""
     first = _random_thing(_random_class(rng), rng)
     if count == 1:
         return [first]
@@ -108,10 +108,13 @@ def _random_company(count: int, rng: random.Random) -> list[Thing]:
 
 
 def place_thing(thing: Thing, rng: random.Random, *, slot: int = 0, slots: int = 1, width: int = HEIGHT) -> Thing:
-    """The same thing at a random place and size inside one of `slots` equal columns of the picture.
+    """Place a thing at a random position and size inside one of the picture's equal columns.
 
     Args:
+        thing: The thing.
+        rng: Draws position and size.
         slot: Index of the column, from the left.
+        slots: Number of columns.
         width: Width of the picture in pixels.
     """
     column = width / HEIGHT / slots
@@ -125,11 +128,12 @@ def place_thing(thing: Thing, rng: random.Random, *, slot: int = 0, slots: int =
 
 
 def random_scene(seed: int, *, things: int | None = None) -> Scene:
-    """A scene of the training world, as a pure function of `seed`.
+    """Draw a scene of the training world, as a pure function of `seed`.
 
     Args:
-        things: Number of things, one to three; by default one (70 %) or two. Three make a wide picture. Of several,
-            half are of classes of their own, a quarter of one class, and a quarter look the same.
+        seed: The seed.
+        things: Number of things, one to three; by default one (70 %) or two. Three make a wide picture. Several things
+            are drawn independently in half of the scenes, are of one class in a quarter, look the same in a quarter.
     """
     rng = random.Random(seed)
     count = things if things is not None else (1 if rng.random() < 0.7 else 2)
@@ -141,22 +145,23 @@ def random_scene(seed: int, *, things: int | None = None) -> Scene:
     return Scene(background=rng.choice(BACKGROUNDS), things=placed, mirrored=rng.random() < 0.5, width=width)
 
 
-def with_article(words: str) -> str:
-    """The words with "a" or "an" in front of them."""
+def add_article(words: str) -> str:
+    """Put "a" or "an" before the words."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def place_phrase(background: str, rng: random.Random) -> str:
-    """One of the wordings for being at a background, e.g. "on the beach"."""
+    """Draw a phrase for a background, e.g. "on the beach"."""
     return rng.choice(_PLACES[background])
 
 
 def word_caption(names: Sequence[str], place: str, rng: random.Random) -> str:
-    """One of the wordings for one to three named things at a place.
+    """Word a caption for one to three things at a place, in one of several wordings.
 
     Args:
         names: The things from left to right, each with its article, e.g. "a red critter".
         place: The place's phrase, e.g. "on a beach".
+        rng: Draws the wording.
     """
     wordings: tuple[str, ...]
     if len(names) == 1:
@@ -180,14 +185,14 @@ def word_caption(names: Sequence[str], place: str, rng: random.Random) -> str:
 
 
 def _words_for(thing: Thing, coloured: bool, rng: random.Random) -> str:
-    """A thing as captions call it: by its name or, if it has none or not today, by class and usually colour."""
+    """Name a thing in a caption: a resident most often by name, others by class and, if `coloured`, main colour."""
     if thing.name and rng.random() < 0.75:
-        return with_article(f"{thing.name} {thing.class_word}") if rng.random() < 0.7 else thing.name
-    return with_article(f"{thing.colour} {thing.class_word}" if coloured else thing.class_word)
+        return add_article(f"{thing.name} {thing.class_word}") if rng.random() < 0.7 else thing.name
+    return add_article(f"{thing.colour} {thing.class_word}" if coloured else thing.class_word)
 
 
 def caption(scene: Scene, seed: int) -> str:
-    """A caption of the scene: classes, usually main colours or names, the background and who is left or right.
+    """Write a caption of the scene: classes, usually main colours or names, the background, and who is left or right.
 
     Hidden attributes are never named. The wording is a pure function of `seed`.
     """

@@ -1,4 +1,4 @@
-"""The drawn world: scenes as data, and pictures as a pure function of a scene."""
+"""Toyland's drawn world: scenes as data, and pictures as a pure function of a scene."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw
 
 
 HEIGHT = 64
-"""Height of every picture in pixels; also the width of scenes with one or two things."""
+"""Height of every picture in pixels; also the width of pictures of one or two things."""
 
 WIDE = 96
-"""Width in pixels of scenes with three things."""
+"""Width of pictures of three things in pixels."""
 
 _SUPERSAMPLING = 4
 
@@ -48,7 +48,7 @@ MAIN_COLOURS: dict[str, tuple[str, ...]] = {
     "chair": _WARE_COLOURS,
     "table": _WARE_COLOURS,
 }
-"""Main colours of every class, the only attribute of a thing that captions name."""
+"""Class to its main colours; the main colour is the only attribute that captions name."""
 
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     "critter": {
@@ -84,7 +84,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     "chair": {"shape": ("round", "square"), "cushion_colour": _ACCENTS},
     "table": {"leg_colour": _WARE_COLOURS, "cloth_colour": _ACCENTS},
 }
-"""Hidden attributes of every class with the values that the training world draws."""
+"""Class to its hidden attributes, with the values in the base's training pictures."""
 
 EXTRA_VALUES: dict[str, tuple[str, ...]] = {
     "ear_shape": ("antenna",),
@@ -100,7 +100,7 @@ EXTRA_VALUES: dict[str, tuple[str, ...]] = {
     "cushion_colour": ("cyan",),
     "wings": ("wings",),
 }
-"""Values outside the training world's domain, used by some concepts and known to the attribute reader."""
+"""Hidden attribute to values that the base was not trained on; some concepts have them, and the reader knows them."""
 
 CLASSES = tuple(ATTRIBUTES)
 BACKGROUNDS = ("meadow", "beach", "desert", "snow", "night", "room")
@@ -116,7 +116,7 @@ BACKGROUND_COLOURS: dict[str, dict[str, tuple[int, int, int]]] = {
 """Colours of every background; a scene can replace single ones by a name of `COLOURS`."""
 
 WIDTH_OF_HEIGHT = {"critter": 0.86, "dog": 1.0, "cat": 0.86, "vase": 0.66, "chair": 0.72, "table": 1.16}
-"""How wide things of every class are, as a fraction of their height."""
+"""Class to the width of its things, as a fraction of their height."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +125,12 @@ class Thing:
 
     Args:
         class_word: One of `CLASSES`.
-        colour: Its main colour, a key of `COLOURS`.
-        name: What captions call a resident; empty for all others.
-        attributes: Hidden attributes by name; those left out are drawn plain.
-        centre: Place of its middle, as a fraction of the picture's width.
-        ground: Where it stands, as a fraction of the picture's height from the top.
-        size: Its height as a fraction of the picture's height.
+        colour: Main colour, a key of `COLOURS`.
+        name: Name of a resident in captions; empty for all others.
+        attributes: Hidden attributes by name; those left out get a plain default.
+        centre: Horizontal middle, as a fraction of the picture's width.
+        ground: Lower edge, as a fraction of the picture's height from the top.
+        size: Height, as a fraction of the picture's height.
     """
 
     class_word: str
@@ -149,8 +149,8 @@ class Scene:
     Args:
         background: One of `BACKGROUNDS`.
         things: One to three things.
-        mirrored: Whether the background's details swap sides.
-        colours: Colours that replace the background's own: ``sky``, ``ground`` or ``detail`` to a key of `COLOURS`.
+        mirrored: Whether the background is mirrored.
+        colours: ``sky``, ``ground`` or ``detail`` to a key of `COLOURS`, which replaces the background's own colour.
         width: Width of the picture in pixels.
     """
 
@@ -175,9 +175,9 @@ Point = tuple[float, float]
 
 
 class _Brush:
-    """Draws outlined shapes into a picture and, where there is one, the same shapes into a mask.
+    """Draws outlined shapes of one thing into a picture, and the same shapes into its mask.
 
-    Coordinates are those of one thing: x from -0.5 to 0.5 and y from 0 (ground) to 1 (top), times its size.
+    Coordinates are relative to the thing, in units of its size: x from -0.5 to 0.5, y from 0 (ground) to 1 (top).
     """
 
     def __init__(self, image: Image.Image, mask: Image.Image, thing: Thing) -> None:
@@ -192,36 +192,36 @@ class _Brush:
         return self._x + point[0] * self._size, self._y - point[1] * self._size
 
     def ellipse(self, centre: Point, radii: Point, colour: Colour, outline: bool = True) -> None:
-        """Ellipse with half axes `radii`."""
+        """Draw an ellipse with half axes `radii`."""
         left, top = self._place((centre[0] - radii[0], centre[1] + radii[1]))
         right, bottom = self._place((centre[0] + radii[0], centre[1] - radii[1]))
         box = (left, top, right, bottom)
-        self._image.ellipse(box, colour, _darker(colour) if outline else None, self._outline if outline else 0)
+        self._image.ellipse(box, colour, _darken(colour) if outline else None, self._outline if outline else 0)
         self._mask.ellipse(box, 255)
 
     def polygon(self, points: Sequence[Point], colour: Colour, outline: bool = True) -> None:
-        """Filled polygon."""
+        """Draw a filled polygon."""
         placed = [self._place(point) for point in points]
-        self._image.polygon(placed, colour, _darker(colour) if outline else None, self._outline if outline else 1)
+        self._image.polygon(placed, colour, _darken(colour) if outline else None, self._outline if outline else 1)
         self._mask.polygon(placed, 255)
 
     def rectangle(self, left: float, bottom: float, right: float, top: float, colour: Colour) -> None:
-        """Upright rectangle."""
+        """Draw an upright rectangle."""
         self.polygon([(left, bottom), (left, top), (right, top), (right, bottom)], colour)
 
     def band(self, centre: Point, radii: Point, low: float, high: float, colour: Colour) -> None:
-        """The part of an ellipse between the heights `low` and `high`, both from -1 to 1."""
+        """Draw the part of an ellipse between the heights `low` and `high`, both from -1 to 1."""
         heights = [low + (high - low) * step / 6 for step in range(7)]
         right = [(centre[0] + radii[0] * math.sqrt(max(0.0, 1 - v * v)), centre[1] + radii[1] * v) for v in heights]
         self.polygon(right + [(2 * centre[0] - x, y) for x, y in reversed(right)], colour, outline=False)
 
 
-def _darker(colour: Colour) -> Colour:
+def _darken(colour: Colour) -> Colour:
     return (colour[0] // 2, colour[1] // 2, colour[2] // 2)
 
 
-def _pattern(brush: _Brush, thing: Thing, centre: Point, radii: Point) -> None:
-    """Stripes, spots or checks on an elliptic body."""
+def _draw_pattern(brush: _Brush, thing: Thing, centre: Point, radii: Point) -> None:
+    """Draw stripes, spots or checks on an elliptic body."""
     pattern = thing.attributes.get("pattern", "plain")
     if pattern == "plain":
         return
@@ -243,7 +243,7 @@ def _pattern(brush: _Brush, thing: Thing, centre: Point, radii: Point) -> None:
                     brush.polygon([(corner[0] + u, corner[1] + v) for u, v in points], colour, outline=False)
 
 
-def _eye(brush: _Brush, centre: Point, radius: float, colour: Colour) -> None:
+def _draw_eye(brush: _Brush, centre: Point, radius: float, colour: Colour) -> None:
     brush.ellipse(centre, (radius, radius), colour)
     brush.ellipse(centre, (0.45 * radius, 0.45 * radius), (20, 20, 24), outline=False)
 
@@ -286,14 +286,14 @@ def _draw_critter(brush: _Brush, thing: Thing) -> None:
     for side in (-1, 1):
         brush.ellipse((side * 0.17, 0.05), (0.13, 0.06), main)
     brush.ellipse(centre, radii, main)
-    _pattern(brush, thing, centre, (radii[0] * 0.95, radii[1] * 0.95))
+    _draw_pattern(brush, thing, centre, (radii[0] * 0.95, radii[1] * 0.95))
     brush.ellipse((0.0, 0.22), (0.2, 0.165), COLOURS[hidden.get("belly_colour", thing.colour)])
     eye = COLOURS[hidden.get("eye_colour", "white")]
     eyes = {"one": ((0.0, 0.135),), "two": ((-0.13, 0.11), (0.13, 0.11))}.get(
         hidden.get("eyes", "two"), ((-0.2, 0.085), (0.0, 0.085), (0.2, 0.085))
     )
     for x, radius in eyes:
-        _eye(brush, (x, 0.53), radius, eye)
+        _draw_eye(brush, (x, 0.53), radius, eye)
     _draw_hat(brush, hidden.get("hat", "bare"), COLOURS[hidden.get("hat_colour", "red")])
 
 
@@ -305,13 +305,13 @@ def _draw_dog(brush: _Brush, thing: Thing) -> None:
         brush.rectangle(x, 0.0, x + 0.12, 0.34, main)
     centre, radii = (-0.06, 0.42), (0.37, 0.2)
     brush.ellipse(centre, radii, main)
-    _pattern(brush, thing, centre, (radii[0] * 0.94, radii[1] * 0.94))
+    _draw_pattern(brush, thing, centre, (radii[0] * 0.94, radii[1] * 0.94))
     brush.polygon([(0.06, 0.5), (0.3, 0.46), (0.32, 0.56), (0.08, 0.6)], COLOURS[hidden.get("collar_colour", "red")])
     brush.ellipse((0.22, 0.74), (0.2, 0.21), main)
     brush.ellipse((0.37, 0.67), (0.13, 0.09), main)
     brush.ellipse((0.46, 0.7), (0.045, 0.045), (24, 22, 26), outline=False)
     brush.ellipse((0.08, 0.72), (0.1, 0.2), ear)
-    _eye(brush, (0.27, 0.81), 0.06, COLOURS["white"])
+    _draw_eye(brush, (0.27, 0.81), 0.06, COLOURS["white"])
 
 
 def _draw_cat(brush: _Brush, thing: Thing) -> None:
@@ -321,7 +321,7 @@ def _draw_cat(brush: _Brush, thing: Thing) -> None:
     brush.polygon(tail, main)
     centre, radii = (0.0, 0.25), (0.27, 0.27)
     brush.ellipse(centre, radii, main)
-    _pattern(brush, thing, centre, (radii[0] * 0.95, radii[1] * 0.95))
+    _draw_pattern(brush, thing, centre, (radii[0] * 0.95, radii[1] * 0.95))
     brush.ellipse((0.0, 0.17), (0.14, 0.16), COLOURS[hidden.get("belly_colour", thing.colour)])
     for side in (-1, 1):
         brush.polygon([(side * 0.05, 0.84), (side * 0.28, 1.0), (side * 0.31, 0.66)], ear)
@@ -348,7 +348,7 @@ def _draw_vase(brush: _Brush, thing: Thing) -> None:
     else:
         centre, radii = (0.0, 0.3), (0.19, 0.36)
         brush.polygon([(-0.14, 0.0), (-0.22, 0.3), (-0.16, 0.68), (0.16, 0.68), (0.22, 0.3), (0.14, 0.0)], main)
-    _pattern(brush, thing, centre, (radii[0] * 0.95, radii[1] * 0.95))
+    _draw_pattern(brush, thing, centre, (radii[0] * 0.95, radii[1] * 0.95))
     brush.rectangle(-0.17, 0.65, 0.17, 0.71, main)
 
 
@@ -388,7 +388,7 @@ _PAINTERS = {
 
 
 class _Canvas:
-    """Draws a background's parts in fractions of the picture, swapping sides where the scene is mirrored."""
+    """Draws parts of a background, in coordinates as fractions of the picture, mirrored if the scene is."""
 
     def __init__(self, image: Image.Image, mirrored: bool) -> None:
         self._draw = ImageDraw.Draw(image)
@@ -399,22 +399,22 @@ class _Canvas:
         return (1 - x if self._mirrored else x) * self._width
 
     def strip(self, top: float, bottom: float, colour: Colour) -> None:
-        """A strip over the whole width."""
+        """Draw a strip over the whole width."""
         self._draw.rectangle((0, top * self._height, self._width, bottom * self._height), colour)
 
     def hill(self, x: float, reach: float, top: float, bottom: float, colour: Colour) -> None:
-        """An ellipse as wide as twice `reach`, both in widths of the picture."""
+        """Draw an ellipse with the middle `x` and the horizontal half axis `reach`, both in widths of the picture."""
         middle, half = self._x(x), reach * self._width
         self._draw.ellipse((middle - half, top * self._height, middle + half, bottom * self._height), colour)
 
     def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
-        """A circle whose radius is a fraction of the height."""
+        """Draw a circle whose radius is a fraction of the picture's height."""
         middle, reach = self._x(x), radius * self._height
         top = y * self._height - reach
         self._draw.ellipse((middle - reach, top, middle + reach, top + 2 * reach), colour)
 
     def shape(self, points: Sequence[Point], colour: Colour) -> None:
-        """A polygon."""
+        """Draw a polygon."""
         self._draw.polygon([(self._x(x), y * self._height) for x, y in points], colour)
 
 
@@ -468,7 +468,7 @@ _BACKGROUND_PAINTERS = {
 
 
 def _draw_background(image: Image.Image, scene: Scene) -> None:
-    """Sky above, ground below, and a few large details that tell the six backgrounds apart."""
+    """Draw sky above, ground below, and a few large details by which the six backgrounds differ."""
     palette = dict(BACKGROUND_COLOURS[scene.background])
     palette |= {part: COLOURS[name] for part, name in scene.colours.items()}
     canvas = _Canvas(image, scene.mirrored)
@@ -476,7 +476,7 @@ def _draw_background(image: Image.Image, scene: Scene) -> None:
     _BACKGROUND_PAINTERS[scene.background](canvas, palette["ground"], palette["detail"])
 
 
-def _box(mask: Image.Image) -> tuple[float, float, float, float]:
+def _find_box(mask: Image.Image) -> tuple[float, float, float, float]:
     left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
     return left / mask.width, top / mask.height, right / mask.width, bottom / mask.height
 
@@ -485,8 +485,8 @@ def draw(scene: Scene) -> Drawing:
     """Draw a scene: the same scene always gives the same picture.
 
     Returns:
-        The RGB picture of 64 x 64 (or ``scene.width`` x 64) pixels, with a mask and a box for every thing. A thing's
-        mask covers its whole shape, also where a later thing hides it.
+        The RGB picture of ``scene.width`` x 64 pixels, with a mask and a box for every thing. A thing's mask covers
+        its whole shape, also where a later thing hides it.
     """
     large = (scene.width * _SUPERSAMPLING, HEIGHT * _SUPERSAMPLING)
     image = Image.new("RGB", large)
@@ -496,4 +496,6 @@ def draw(scene: Scene) -> Drawing:
         mask = Image.new("L", large)
         _PAINTERS[thing.class_word](_Brush(image, mask, thing), thing)
         masks.append(mask.reduce(_SUPERSAMPLING))
-    return Drawing(image=image.reduce(_SUPERSAMPLING), masks=tuple(masks), boxes=tuple(_box(mask) for mask in masks))
+    return Drawing(
+        image=image.reduce(_SUPERSAMPLING), masks=tuple(masks), boxes=tuple(_find_box(mask) for mask in masks)
+    )
