@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, OverwriteError
+from diffusers_mixofshow.errors import ConfigurationError, FileWriteError, OverwriteError, list_first
 
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def check_outputs(*files: Path, overwrite: bool) -> None:
     _refuse_collisions(files)
     if folders := [file for file in files if _resolve_parent(file).is_dir()]:
         raise FileWriteError(
-            f"Expected files to write, but there are folders: {_name_first(folders)}. Choose other names."
+            f"Expected files to write, but there are folders: {list_first(folders, _NAMED)}. Choose other names."
         )
     refuse_overwriting(*files, overwrite=overwrite)
     for file in files:
@@ -114,8 +114,8 @@ def refuse_overwriting(*places: Path, overwrite: bool, otherwise: str = "Choose 
     if not overwrite and (there := find_existing(*places)):
         verb = "is" if len(there) == 1 else "are"
         raise OverwriteError(
-            f"{_name_first(there)} {verb} there already, and nothing is overwritten unasked. {otherwise}, or give "
-            f"overwrite=True, which replaces {'it' if len(there) == 1 else 'them'}."
+            f"{list_first(there, _NAMED)} {verb} there already, and nothing is overwritten unasked. {otherwise}, or "
+            f"give overwrite=True, which replaces {'it' if len(there) == 1 else 'them'}."
         )
 
 
@@ -134,11 +134,6 @@ def _refuse_collisions(files: Sequence[Path]) -> None:
 def _fold_path(path: Path) -> Path:
     """Fold case and Unicode form: paths equal after this are one file on systems that ignore either."""
     return Path(unicodedata.normalize("NFC", str(path.resolve())).casefold())
-
-
-def _name_first(paths: Sequence[Path]) -> str:
-    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-    return ", ".join(map(str, paths[:_NAMED])) + more
 
 
 def write_probe(folder: Path) -> None:

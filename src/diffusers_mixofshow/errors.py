@@ -3,7 +3,7 @@
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MixOfShowError(Exception):
@@ -82,6 +82,12 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Ask ``Did you mean X?`` (a space before it) about the most similar known word; empty if none is similar."""
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {nearest[0]}?" if nearest else ""
+
+
+def list_first(names: Sequence[object], most: int) -> str:
+    """Join names by commas for an error or warning, at most so many, and count the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError, list_first
 from diffusers_mixofshow.pictures import PICTURE_SUFFIXES, is_picture
 from diffusers_mixofshow.training.captions import METADATA_FILES, Metadata, read_metadata
 
@@ -113,8 +113,7 @@ def summarise_names(names: Sequence[str], one: str, several: str) -> list[str]:
     """
     if not names:
         return []
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return [f"{', '.join(names[:_NAMED])}{more} {one if len(names) == 1 else several}"]
+    return [f"{list_first(names, _NAMED)} {one if len(names) == 1 else several}"]
 
 
 def join_remarks(about: str, remarks: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from diffusers_mixofshow.errors import list_first
+
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.training.pictures import Photo
@@ -40,9 +42,8 @@ def list_tiny(photos: Sequence[Photo], resolution: int, folder: Path) -> list[st
         for photo in photos
         if resolution > MOST_ENLARGED * min(photo.image.size)
     ]
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     told = f"training enlarges {len(found)} of {len(photos)} photos more than {MOST_ENLARGED:g} times: "
-    return [told + ", ".join(found[:_NAMED]) + more] if found else []
+    return [told + list_first(found, _NAMED)] if found else []
 
 
 def list_duplicates(photos: Sequence[Photo], folder: Path) -> list[str]:
