@@ -170,8 +170,9 @@ class RandomBatches:
         if self.prior:
             of_class = [self.prior[self._draw_index("prior", len(self.prior))] for _ in range(size)]
             shown, told = [*shown, *of_class], [*told, *(photo.captions[0] for photo in of_class)]
-        crops = [_sample_crop(photo, generator) for photo in shown]
-        latents = torch.stack([latent for latent, _ in crops])
+        sampled = [_sample_crop(photo, generator) for photo in shown]
+        latents = torch.stack([latent for latent, _ in sampled])
+        crops = [(photo, crop) for photo, (_, crop) in zip(shown, sampled, strict=True)]
         channel_noise = torch.randn(*latents.shape[:2], 1, 1, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         drawn = [spread_timesteps(size, self.timesteps, generator) for _ in range(len(shown) // size)]
@@ -180,10 +181,10 @@ class RandomBatches:
             latents=latents,
             noise=offset_noise(noise, channel_noise, self.config.noise_offset),
             timesteps=torch.cat(drawn),
-            mask=torch.stack([photo.mask[crop] for photo, (_, crop) in zip(shown, crops, strict=True)]),
-            subject=torch.stack([_subject_mask(photo, crop) for photo, (_, crop) in zip(shown, crops, strict=True)]),
+            mask=torch.stack([photo.mask[crop] for photo, crop in crops]),
+            subject=torch.stack([_subject_mask(photo, crop) for photo, crop in crops]),
             has_subject=torch.tensor([photo.subject is not None for photo in shown]),
-            sizes=torch.stack([photo.sizes[crop] for photo, (_, crop) in zip(shown, crops, strict=True)]),
+            sizes=torch.stack([photo.sizes[crop] for photo, crop in crops]),
             prior_pictures=len(shown) - size,
             captions=table,
             caption_of=torch.tensor([table.index(row) for row in told]),

@@ -124,7 +124,7 @@ def find_checkpoint(folder: Path, wanted: str | Path) -> Path | None:
         ConfigurationError: If the folder is no checkpoint.
     """
     if wanted == LATEST:
-        return list_checkpoints(folder)[-1] if list_checkpoints(folder) else None
+        return next(reversed(list_checkpoints(folder)), None)
     path = Path(wanted) if (Path(wanted) / _STATE).is_file() else folder / wanted
     if not (path / _STATE).is_file():
         known = ", ".join(each.name for each in list_checkpoints(folder)) or "none"

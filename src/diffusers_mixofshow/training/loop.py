@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,12 +205,8 @@ class TrainingLoop:
     def _backward(self, model: nn.Module, *, last: bool) -> dict[str, torch.Tensor]:
         """Add the gradients of one batch; only the last batch of a step synchronises gradients between processes."""
         batch = next(self.batches).to(self.accelerator.device)
-        if last:
+        with nullcontext() if last else self.accelerator.no_sync(model):
             losses: dict[str, torch.Tensor] = model(batch)
-            self.accelerator.backward(losses["loss"] / self.config.gradient_accumulation_steps)
-            return losses
-        with self.accelerator.no_sync(model):
-            losses = model(batch)
             self.accelerator.backward(losses["loss"] / self.config.gradient_accumulation_steps)
         return losses
 
