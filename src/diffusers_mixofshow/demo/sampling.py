@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from diffusers_mixofshow.evaluation.prompts import (
     name_with_class,
     prompt_together,
 )
-from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
+from diffusers_mixofshow.evaluation.sampling import ON_PICTURES, Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
 
@@ -37,8 +37,6 @@ WIDTH, HEIGHT = 96, 64
 _TOGETHER = 3
 _LAYOUT_STRENGTH = 0.8
 _TOGETHER_SEED = 5000
-
-ON_PICTURES = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,6 @@ from diffusers_mixofshow.errors import PictureError
 from diffusers_mixofshow.pictures import Picture, read_picture
 
 
-__all__ = ["Photo", "read_picture", "read_visible"]
-
 _BARELY_OPAQUE = 2
 """Alpha up to this, of 255, cannot be seen; a channel of 0 and 1 most often is a mask saved in the wrong range."""
 
