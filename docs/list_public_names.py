@@ -29,8 +29,11 @@ def page() -> str:
 
 
 def names_of(module: ModuleType) -> list[str]:
-    """A module's public names; of one without a list, its classes."""
-    return sorted(getattr(module, "__all__", [name for name, value in vars(module).items() if inspect.isclass(value)]))
+    """A module's public names: those in its ``__all__``, else the classes that it defines."""
+    own = [
+        name for name, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__
+    ]
+    return sorted(getattr(module, "__all__", own))
 
 
 def _first_sentence(value: object) -> str:
