@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import cycle
+from typing import Any
 
 import torch
 from transformers import CLIPTextModelWithProjection
@@ -16,32 +17,47 @@ from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.layers import adapted_layers, embedding_layers
 
 
-_WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}
-"""Of the tiny models' text encoders."""
-
-
 def random_pack(
-    components: Mapping[str, object],
-    *names: str,
+    components: Mapping[str, Any],
+    *concepts_or_names: str | Concept,
     ranks: tuple[int, ...] = (4,),
     alphas: tuple[float, ...] = (4.0,),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    scale: float = 0.3,
+    base_model: str = "someone/tiny",
 ) -> EDLoRA:
-    """A pack on every site, with ranks and alphas dealt out in turn."""
+    """Make a pack with an update on every site, by default of one concept, a dog called rex.
+
+    Args:
+        components: A pipeline's.
+        concepts_or_names: Concepts; a name alone is that of a dog.
+        ranks: Ranks of the updates, given to the sites in turn.
+        alphas: Alphas of the updates, likewise.
+        dtype: Of all tensors.
+        seed: Of all values.
+        scale: Standard deviation of all values.
+        base_model: The base model that the pack names.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def values(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).mul(0.3).to(dtype)
+        return torch.randn(*shape, generator=generator).mul(scale).to(dtype)
 
-    concepts = tuple(Concept.from_name(name, "dog", kind="pet") for name in names or ("rex",))
+    def width(encoder: str) -> int:
+        return components[encoder].get_input_embeddings().embedding_dim
+
+    concepts = tuple(
+        each if isinstance(each, Concept) else Concept.from_name(each, "dog", kind="pet")
+        for each in concepts_or_names or ("rex",)
+    )
     layers = embedding_layers(components)
     parts = family_of(components).embedding_parts
     shapes = zip(adapted_layers(components).items(), cycle(ranks), cycle(alphas))
     return EDLoRA(
         concepts=concepts,
         embeddings={
-            join_name(token, part): values(1 if part == POOLED else len(layers), _WIDTHS[encoder])
+            join_name(token, part): values(1 if part == POOLED else len(layers), width(encoder))
             for concept in concepts
             for token in concept.tokens
             for part, encoder in parts.items()
@@ -50,7 +66,7 @@ def random_pack(
             site: LowRank(down=values(rank, layer.in_features), up=values(layer.out_features, rank), alpha=alpha)
             for (site, layer), rank, alpha in shapes
         },
-        base_model="someone/tiny",
+        base_model=base_model,
         layers=layers,
         training={"steps": 3, "loss": [0.5, 0.25], "note": "ünïcode"},
     )

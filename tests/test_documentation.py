@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import typer.main
 from PIL import Image
 from typer.testing import CliRunner
 
+import packs
 from diffusers_mixofshow import cli, toyland
 from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.families import FAMILIES
-from diffusers_mixofshow.families.layers import adapted_layers, embedding_layers
 
 
 ROOT = Path(__file__).parents[1]
@@ -141,28 +140,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def untuned(components: Any, names: tuple[str, ...], seed: int) -> EDLoRA:
-    random = torch.Generator().manual_seed(seed)
-    layers = embedding_layers(components)
-    concepts = tuple(Concept.from_name(name, toyland.CONCEPTS[name].class_word) for name in names)
-    return EDLoRA(
-        concepts=concepts,
-        embeddings={
-            token: 0.02 * torch.randn(len(layers), 128, generator=random)
-            for concept in concepts
-            for token in concept.tokens
-        },
-        lora={
-            site: LowRank(
-                down=0.01 * torch.randn(4, layer.in_features, generator=random),
-                up=0.01 * torch.randn(layer.out_features, 4, generator=random),
-                alpha=4.0,
-            )
-            for site, layer in adapted_layers(components).items()
-        },
-        base_model="toyland",
-        layers=layers,
-        training={},
-    )
+    concepts = (Concept.from_name(name, toyland.CONCEPTS[name].class_word) for name in names)
+    return packs.random_pack(components, *concepts, seed=seed, scale=0.01, base_model="toyland")
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)

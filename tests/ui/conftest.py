@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 
-from diffusers_mixofshow import EDLoRA
-from diffusers_mixofshow.concepts import Concept
-from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.families.layers import adapted_layers, embedding_layers
 from diffusers_mixofshow.ui.session import Studio
+from packs import random_pack
 
 
 @pytest.fixture(scope="session")
@@ -28,23 +25,5 @@ def packs(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def write_pack(studio: Studio, folder: Path, name: str, seed: int) -> Path:
-    components = studio.pipe.components
-    generator = torch.Generator().manual_seed(seed)
-    concept, layers = Concept.from_name(name, "dog"), embedding_layers(components)
-    width = components["text_encoder"].config.hidden_size
-    edlora = EDLoRA(
-        concepts=(concept,),
-        embeddings={token: torch.randn(len(layers), width, generator=generator) for token in concept.tokens},
-        lora={
-            site: LowRank(
-                down=0.1 * torch.randn(2, layer.in_features, generator=generator),
-                up=0.1 * torch.randn(layer.out_features, 2, generator=generator),
-                alpha=2.0,
-            )
-            for site, layer in adapted_layers(components).items()
-        },
-        base_model="toyland",
-        layers=layers,
-        training={"note": "<img src=x onerror=alert(1)>"},
-    )
-    return edlora.save_pretrained(folder)
+    pack = random_pack(studio.pipe.components, name, ranks=(2,), seed=seed, scale=0.1, base_model="toyland")
+    return dataclasses.replace(pack, training={"note": "<img src=x onerror=alert(1)>"}).save_pretrained(folder)
