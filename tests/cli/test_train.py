@@ -214,8 +214,8 @@ def test_errors_name_options_as_the_help_does_first() -> None:
         ("red dog", "'red dog' is 2 tokens of the base"),
         ("zeppelin", "'zeppelin' is no word that the base knows"),
         ("blue zeppelin", "'zeppelin' is no word that the base knows"),
-        ("critterr", "Its words spelt most alike: critter"),
-        ("wizard", "Classes that it knows: critter, dog, cat, vase, chair, table."),
+        ("critterr", "Similar words that the base knows: critter"),
+        ("wizard", "Class words that the base knows: critter, dog, cat, vase, chair, table."),
         ("man", "The base draws critter, dog, cat, vase, chair, table alone, and no 'man'."),
     ],
 )

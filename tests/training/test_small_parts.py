@@ -549,7 +549,7 @@ TAKEN = "is already a word of the base's tokenizer; choose another name"
             "",
             "The class word 'red Doge' is 5 tokens of the base (red + D + o + g + e), so 'Doge' is no word that the "
             "base knows; <rex2> starts from the mean of pieces that mean nothing by themselves. Choose a plainer "
-            "class word. Its words spelt most alike: dog.",
+            "class word. Similar words that the base knows: dog.",
         ),
         (
             (),
@@ -557,7 +557,7 @@ TAKEN = "is already a word of the base's tokenizer; choose another name"
             "",
             "The class word 'do zzz' is 4 tokens of the base (do + z + z + z), so 'zzz' is no word that the base "
             "knows; <rex2> starts from the mean of pieces that mean nothing by themselves. Choose a plainer class "
-            "word. Classes that it knows: dog.",
+            "word. Class words that the base knows: dog.",
         ),
         (
             (),
@@ -565,7 +565,7 @@ TAKEN = "is already a word of the base's tokenizer; choose another name"
             "",
             "The class word 'dx' is 2 tokens of the base (d + x), so 'dx' is no word that the base knows; <rex2> "
             "starts from the mean of pieces that mean nothing by themselves. Choose a plainer class word. "
-            "Classes that it knows: dog.",
+            "Class words that the base knows: dog.",
         ),
     ],
 )
@@ -587,15 +587,33 @@ def test_what_a_tokenizer_makes_of_names_and_words(
     ("vocabulary", "kind", "class_word", "drawn", "hint"),
     [
         # Of the kind first, and never what only happens to be spelt alike.
-        ("man woman dog cat chair castle wax waxes", "object", "wizard", (), "Classes that it knows: chair, man, "),
-        ("man woman dog cat chair castle", "character", "wizard", (), "Classes that it knows: man, woman, dog, cat, "),
-        ("man dog", "scene", "wizard", (), "Classes that it knows: man, dog."),
+        (
+            "man woman dog cat chair castle wax waxes",
+            "object",
+            "wizard",
+            (),
+            "Class words that the base knows: chair, man, ",
+        ),
+        (
+            "man woman dog cat chair castle",
+            "character",
+            "wizard",
+            (),
+            "Class words that the base knows: man, woman, dog, cat, ",
+        ),
+        ("man dog", "scene", "wizard", (), "Class words that the base knows: man, dog."),
         ("wix wis air", "character", "wizard", (), "Choose a plainer class word."),
-        ("wix wis air man", "character", "wizard", ("critter", "dog"), "Classes that it knows: critter, dog."),
-        ("critter dog", "character", "critterr", ("critter", "dog"), "Its words spelt most alike: critter."),
-        ("retriever dog", "pet", "retrieverr", (), "Its words spelt most alike: retriever."),
-        ("retriever dog", "pet", "Retrieverr", (), "Its words spelt most alike: retriever."),
-        ("horse house", "pet", "hoouse", (), "Its words spelt most alike: house, horse."),
+        (
+            "wix wis air man",
+            "character",
+            "wizard",
+            ("critter", "dog"),
+            "Class words that the base knows: critter, dog.",
+        ),
+        ("critter dog", "character", "critterr", ("critter", "dog"), "Similar words that the base knows: critter."),
+        ("retriever dog", "pet", "retrieverr", (), "Similar words that the base knows: retriever."),
+        ("retriever dog", "pet", "Retrieverr", (), "Similar words that the base knows: retriever."),
+        ("horse house", "pet", "hoouse", (), "Similar words that the base knows: house, horse."),
         ("man dog", "character", "man", ("critter", "dog"), "The base draws critter, dog alone, and no 'man'."),
         ("man dog", "pet", "dog", ("critter", "dog"), ""),
         ("man dog", "character", "man", (), ""),

@@ -45,7 +45,10 @@ def test_an_unknown_word_falls_into_pieces(tokenizer: PreTrainedTokenizerBase) -
 
 
 def test_only_the_unknown_one_of_several_words_is_blamed(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.warns(MixOfShowWarning, match=r"so 'criter' is no word that the base knows.*most alike: critter"):
+    with pytest.warns(
+        MixOfShowWarning,
+        match=r"so 'criter' is no word that the base knows.*Similar words that the base knows: critter",
+    ):
         check_words(Concept.from_name("bobo", "red criter"), tokenizer)
 
 

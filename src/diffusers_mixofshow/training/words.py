@@ -85,5 +85,5 @@ def _suggest_class_words(kind: str, unknown: Sequence[str], vocabulary: Sequence
         near |= dict.fromkeys(difflib.get_close_matches(word, classes))
         near |= dict.fromkeys([] if drawn else difflib.get_close_matches(word, vocabulary, cutoff=_NEARLY))
     if near:
-        return f" Its words spelt most alike: {', '.join(near)}."
-    return f" Classes that it knows: {', '.join(classes[:_SHOWN])}." if classes else ""
+        return f" Similar words that the base knows: {', '.join(near)}."
+    return f" Class words that the base knows: {', '.join(classes[:_SHOWN])}." if classes else ""
