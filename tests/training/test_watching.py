@@ -92,7 +92,7 @@ def test_curves_and_sheets_reach_the_tracker(
     notebook = Notebook()
     accelerator = Accelerator(cpu=True, log_with=notebook)
     trainer = EDLoRATrainer(quick(photos, output_dir=tmp_path / "out", num_validation_images=1), pipeline)
-    monkeypatch.setattr(trainer, "_accelerator", lambda: accelerator)
+    monkeypatch.setattr(trainer, "_make_accelerator", lambda: accelerator)
     trainer.train()
     assert [step for step, _ in notebook.curves] == [1, 2, 3]
     _, curves = notebook.curves[-1]
