@@ -25,7 +25,7 @@ from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites, linear_layers
 from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.lora import eject, inject, merged
-from diffusers_mixofshow.offloading import brought_to
+from diffusers_mixofshow.offloading import find_onload_device
 from families.pipelines import tiny_pipeline
 
 
@@ -364,7 +364,7 @@ def test_a_layer_with_several_hooks_computes_where_one_of_them_brings_it() -> No
     """accelerate chains the hooks of a layer that somebody else has hooked already."""
     layer = nn.Linear(2, 2)
     accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
-    assert brought_to(layer, layer) is None
+    assert find_onload_device(layer, layer) is None
     aligning = accelerate.hooks.AlignDevicesHook(execution_device="meta")
     accelerate.hooks.add_hook_to_module(layer, aligning, append=True)
-    assert brought_to(layer, layer) == torch.device("meta")
+    assert find_onload_device(layer, layer) == torch.device("meta")

@@ -294,7 +294,7 @@ def _read_words_and_kinds(asked: Asked, known: Sequence[str]) -> dict[str, dict[
 
 def _find_photos(given: Sequence[str] | None, known: Sequence[str]) -> dict[str, list[Path]]:
     """Read ``name=FOLDER`` of every concept, and list the folders; an error names all defects."""
-    from diffusers_mixofshow.training.folders import list_folder, join_remarks
+    from diffusers_mixofshow.training.folders import join_remarks, list_folder
 
     def check_folder(folder: str) -> str | None:
         if not Path(folder).is_dir():

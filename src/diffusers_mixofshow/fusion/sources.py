@@ -298,7 +298,8 @@ def mutual_defects(sources: Sequence[Source]) -> list[str]:
     edloras = {source.name: source.edlora for source in sources}
     check_distinct(concept for source in sources for concept in source.edlora.concepts)
     defects = []
-    bases = {canonical_name(edlora.base_model): name for name, edlora in reversed(edloras.items()) if edlora.base_model}
+    base_models = {name: edlora.base_model for name, edlora in edloras.items() if edlora.base_model}
+    bases = {canonical_name(base): name for name, base in reversed(base_models.items())}
     if len(bases) > 1:
         tuned = ", ".join(f"{name} on {base!r}" for base, name in reversed(bases.items()))
         defects.append(f"they were tuned on different base models ({tuned}); tune them on the same one")
