@@ -115,6 +115,19 @@ def test_no_source_is_lost_to_its_own_fusion(
     assert contents(published) == before
 
 
+def test_a_list_may_say_where_statistics_lie_beside_it(published: Path, tmp_path: Path) -> None:
+    """They are found from the list's folder, wherever the command is typed."""
+    for name in ("rex", "kit"):
+        shutil.copytree(published / name, tmp_path / name)
+        (moved,) = (tmp_path / name).glob("*statistics*")
+        moved.rename(tmp_path / f"{name}-seen.safetensors")
+    tables = (f"[[source]]\npath = '{name}'\nstatistics = '{name}-seen.safetensors'\n" for name in ("rex", "kit"))
+    (tmp_path / "list.toml").write_text("".join(tables))
+    run("fuse", str(tmp_path / "list.toml"), "--output", str(tmp_path / "both"))
+    expected = GradientFuser().fuse([published / "rex", published / "kit"])
+    assert EDLoRA.from_pretrained(tmp_path / "both").lora.keys() == expected.lora.keys()
+
+
 def test_a_source_that_is_carried_along_is_not_lost(published: Path, tmp_path: Path) -> None:
     shutil.copytree(published / "rex", tmp_path / "rex")
     run(

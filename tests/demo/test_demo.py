@@ -66,6 +66,13 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["identity_retention"]) == {"average", "fused"}
     assert set(report["right_concept_in_region"]) == {"regional", "unguided"}
+    shares = report["right_concept_in_region"]
+    summary = " ".join(log.getvalue().split())
+    regional, unguided = (shares[method]["regions"] for method in ("regional", "unguided"))
+    assert f"Right concept in its region: {regional:.0%} with regions, {unguided:.0%} without" in summary
+    for method, kept in report["identity_retention"].items():
+        looks, alike = ("-" if kept[name] is None else f"{kept[name]:.0%}" for name in ("attributes", "alignment"))
+        assert f"Identity kept by {method}: {looks} (attributes), {alike} (image alignment)" in summary
     together, kiki = (read_note(tmp_path / "sheets" / f"{name}.png")["rows"] for name in ("together", "kiki"))
     (asked,) = together["with regions"]
     assert (

@@ -37,6 +37,15 @@ def test_autocast_does_not_reach_the_products() -> None:
     torch.testing.assert_close(statistics.gram("layer").matrix(), features.double().T @ features.double() / 50)
 
 
+def test_parts_are_those_that_were_recorded() -> None:
+    statistics = ConceptStatistics()
+    assert statistics.parts == ()
+    statistics.add("layer", torch.randn(5, 4), "held_out")
+    assert statistics.parts == ("held_out",)
+    statistics.add("layer", torch.randn(5, 4))
+    assert statistics.parts == ("fit", "held_out")
+
+
 def test_concepts_weigh_the_same_however_long_they_were_recorded() -> None:
     short, long = ConceptStatistics(), ConceptStatistics()
     features = torch.randn(10, 4)
