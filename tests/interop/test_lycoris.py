@@ -57,6 +57,8 @@ LOKR = {
     "both taken apart": ((6, 2, 4), (8, 2, 8)),
     "first wide": ((2, 8), (16, 1, 4)),
     "first high": ((8, 2), (4, 1, 16)),
+    "first wider than any rank": ((2, HIGHEST_RANK + 44), (4, 1, 4)),
+    "first higher than any rank": ((HIGHEST_RANK + 44, 2), (4, 1, 4)),
 }
 
 
@@ -227,6 +229,12 @@ def test_what_is_of_no_low_rank_is_refused_by_name(case: str, tmp_path: Path) ->
     assert "no known meaning" not in " / ".join(found.defects) or case == "LoHa with several alphas"
     with pytest.raises(EDLoRAFormatError):
         read_lora(path)
+
+
+def test_a_layer_that_has_an_ordinary_lora_as_well_is_refused_and_not_read_by_half(tmp_path: Path) -> None:
+    both = loha(20, 24) | {"lora_down.weight": numbers(2, 24), "lora_up.weight": numbers(20, 2)}
+    with pytest.raises(EDLoRAFormatError, match=rf"LoHa .*: 4 \({LAYER}\.hada_w1_a"):
+        read_lora(saved(tmp_path, LAYER, both))
 
 
 def test_of_a_lokr_with_whole_factors_the_reason_is_told(tmp_path: Path) -> None:
