@@ -1,4 +1,4 @@
-"""A plugin of pytest that notes which test runs which function of the package, and how long each test takes.
+"""A plugin of pytest that notes which test runs which function of the package, and the processor time of each test.
 
 `run.py` loads it (`-p mutation.watching`); every process writes ``functions-*.json`` into the folder that the variable
 MUTATION_MAP names. Line coverage would be finer, but its database does not outlive tests that fork.
@@ -12,8 +12,11 @@ import re
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
+
+import pytest
 
 
 _PART = "src" + os.sep + "diffusers_mixofshow" + os.sep
@@ -41,17 +44,26 @@ def pytest_sessionstart() -> None:
     threading.settrace(_note)
 
 
-def pytest_runtest_setup(item: object) -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     # What a fixture runs, it may run for all tests of the file.
     _set(item.nodeid.split("::")[0])
 
 
-def pytest_runtest_call(item: object) -> None:
+def pytest_runtest_call(item: pytest.Item) -> None:
     _set(item.nodeid)
 
 
-def pytest_runtest_logreport(report: object) -> None:
-    _seconds[report.nodeid] += report.duration
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    before = _spent()
+    result = yield
+    _seconds[item.nodeid] += _spent() - before
+    return result
+
+
+def _spent() -> float:
+    """Seconds of a processor that this process and those it waited for have used, however busy the machine is."""
+    return sum(os.times()[:4])
 
 
 def _set(name: str) -> None:
