@@ -8,7 +8,7 @@ only counts if it passes then. What no test notices is printed, to be read one b
     python tests/mutation/run.py --sample 300 --seed 0              # over all of src/
     python tests/mutation/run.py src/diffusers_mixofshow/masks.py   # a random sample of one file or folder
     python tests/mutation/run.py --changed-since main --sample 50   # of the lines that a branch changed
-    python tests/mutation/run.py --seed 0 --again report.json --seconds 2000   # what got away from it, with more tests
+    python tests/mutation/run.py --again report.json --seconds 2000       # what got away, with more tests
 
 The first run records which test runs which function (`.mutation/`, as long as the whole suite takes), later ones what
 has been written since; `--map` does it again for all.
@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many are tried at once")
     parser.add_argument("--seconds", type=float, default=240.0, help="of tests, at most, for each mutant")
     parser.add_argument("--map", action="store_true", help="record anew which test runs which function")
-    parser.add_argument("--again", type=Path, help="try only those of the sample that this report lists as unnoticed")
+    parser.add_argument("--again", type=Path, help="only those that this report lists as unnoticed, without a sample")
     parser.add_argument("--report", type=Path, help="a JSON file for the result")
     arguments = parser.parse_args()
     if arguments.map or not list(STORE.glob("functions-*.json")):
@@ -324,7 +324,8 @@ def main() -> None:
     for name in HEAVY:
         importlib.import_module(name)
     changed = changed_lines(arguments.changed_since) if arguments.changed_since else None
-    chosen = draw([path.resolve() for path in arguments.paths], arguments.sample, arguments.seed, changed)
+    sample = sys.maxsize if arguments.again else arguments.sample
+    chosen = draw([path.resolve() for path in arguments.paths], sample, arguments.seed, changed)
     if arguments.again:
         unnoticed = json.loads(arguments.again.read_text())["unnoticed"]
         chosen = [mutant for mutant in chosen if any(line.startswith(f"{mutant} (") for line in unnoticed)]
