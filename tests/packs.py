@@ -45,7 +45,7 @@ def random_pack(
         return torch.randn(*shape, generator=generator).mul(scale).to(dtype)
 
     def width(encoder: str) -> int:
-        return components[encoder].get_input_embeddings().embedding_dim
+        return components[encoder].get_input_embeddings().weight.shape[1]
 
     concepts = tuple(
         each if isinstance(each, Concept) else Concept.from_name(each, "dog", kind="pet")

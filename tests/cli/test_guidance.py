@@ -6,7 +6,6 @@ import warnings
 from dataclasses import replace
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import packs
@@ -24,9 +23,7 @@ def components():
 def dog(components, tmp_path, monkeypatch):
     """A folder `dog` with an ED-LoRA of Toyland, in the folder that the command runs in."""
     monkeypatch.chdir(tmp_path)
-    pack = packs.random_pack(components, "dog")
-    wide = {token: torch.cat([rows] * 4, dim=1) for token, rows in pack.embeddings.items()}
-    replace(pack, embeddings=wide, base_model="toyland").save_pretrained("dog")
+    packs.random_pack(components, "dog", base_model="toyland").save_pretrained("dog")
     return EDLoRA.from_pretrained("dog")
 
 

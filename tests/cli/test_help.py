@@ -73,15 +73,17 @@ def test_options_of_train_stand_in_their_groups() -> None:
         ("center_crop", "(reference). (default: no)", " "),
         ("masked_loss", "(default: yes; toyland: no; off: --no-masked-loss)", " "),
         ("max_train_steps", "(default: 800; toyland: 200)", "<int>"),
-        ("snr_gamma", "counts alike (paper).", "<float>"),
+        ("snr_gamma", "None: equal weights (paper).", "<float>"),
         ("learning_rate", "(default: 0.0001; toyland: 0.0007)", "<float>"),
         ("output_dir", "", "<path>"),
         (
             "lr_scheduler",
-            "One of linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup. "
+            "linear decay to 0 (reference), cosine, cosine_with_restarts, polynomial, constant or "
+            "constant_with_warmup. "
             "(default: linear)",
             "<str>",
         ),
+        ("kind", "One of character, pet, object, scene. (default: object)", "<str>"),
         (
             "instance_prompt",
             "Several: repeat the option. (default: 'a photo of a <TOK>', 'a picture of a <TOK>', "

@@ -286,8 +286,8 @@ def test_the_page_tells_every_number_where_it_belongs(tmp_path: Path) -> None:
         return "\N{EN DASH}" if value is None else f"{round(100 * value)} %"
 
     kept, regions = measures.retention, measures.regions
-    shares = [kept["fused"]["attributes"], kept["average"]["attributes"],
-              regions["regional"]["regions"], regions["unguided"]["regions"]]  # fmt: skip
+    shares = [regions["regional"]["regions"], regions["unguided"]["regions"],
+              kept["fused"]["attributes"], kept["average"]["attributes"]]  # fmt: skip
     assert [tile.split(" %")[0] for tile in page.tiles] == [str(round(100 * share)) for share in shares]
     rows = {row[0].split()[0]: [cell.strip() for cell in row[1:]] for row in page.cells if row[0].strip()}
     for name in names:

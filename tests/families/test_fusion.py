@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -310,7 +311,8 @@ def test_statistics_of_another_width_are_told_and_nothing_is_written(
     family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path
 ) -> None:
     fuser = GradientFuser(pipe, sequential=False, statistics=tmp_path / "statistics", **SMALL)
-    dog, ink = _sources(files)
+    copies = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}  # without statistics beside
+    dog, ink = _sources(copies)
     for source, beside in ((dog, ink), (ink, dog)):
         fuser.record(source, alongside=[beside])
     for path in (tmp_path / "statistics").iterdir():
@@ -322,4 +324,4 @@ def test_statistics_of_another_width_are_told_and_nothing_is_written(
         }
         save_file(narrower, path, metadata=metadata)
     with pytest.raises(FusionError, match=r"Statistics of .* must be .* recorded on another model"):
-        GradientFuser(statistics=tmp_path / "statistics", sequential=False, ridge=RIDGE).fuse(_sources(files))
+        GradientFuser(statistics=tmp_path / "statistics", sequential=False, ridge=RIDGE).fuse([dog, ink])

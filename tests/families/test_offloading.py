@@ -339,7 +339,7 @@ def test_layers_of_no_known_kind_are_named_before_anything_is_changed(tmp_path: 
     pipe = tiny_pipeline("FLUX.1")
     torch.ao.quantization.quantize_dynamic(pipe.transformer, {nn.Linear}, dtype=torch.qint8, inplace=True)
     before = [(path, id(module)) for path, module in pipe.transformer.named_modules()]
-    with pytest.raises(ConfigurationError, match=r"beside the layers of this FluxTransformer2DModel.*torchao"):
+    with pytest.raises(ConfigurationError, match=r"to the layers of this FluxTransformer2DModel.*torchao"):
         GradientFuser(pipe, **SMALL).fuse([_source("FLUX.1", tmp_path, seed) for seed in (0, 1)])
     assert [(path, id(module)) for path, module in pipe.transformer.named_modules()] == before
     assert not hasattr(pipe.text_encoder, "peft_config")

@@ -129,7 +129,7 @@ def test_a_path_in_a_record_is_not_followed(pack, tmp_path, origin, monkeypatch)
     monkeypatch.chdir(tmp_path)
     record = {**RECORD, "sources": [{**SOURCE, "origin": origin}]}
     dataclasses.replace(pack, training={"fusion": record}).save_pretrained(tmp_path / "pack")
-    with pytest.raises(FusionError, match="is not there"):
+    with pytest.raises(FusionError, match="which cannot be found"):
         FusedPack.from_pretrained(tmp_path / "pack")
 
 

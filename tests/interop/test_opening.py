@@ -208,7 +208,10 @@ BROKEN: dict[str, tuple[Callable[[Path, EDLoRA], Any], str]] = {
     "nothing in it": (_empty, "holds no LoRA"),
     "nothing there": (lambda folder, pack: folder / "none.pth", "does not exist"),
     "of another base": (_of_sd, "does not fit the model"),
-    "of another family": (_of_flux, "has no transformer, whose layers it changes: 1"),
+    "of another family": (
+        _of_flux,
+        "has no transformer, whose layers it changes: 1|whose layers are others than those of flux for FLUX.1;",
+    ),
     "a name of 10,000 letters": (lambda folder, pack: "x" * 10_000, "does not exist"),
 }
 

@@ -453,7 +453,7 @@ def test_an_adapter_without_a_name_beside_another_is_told(tmp_path: Path):
         name = f"unet.{SITE}.{layer}"
         halves |= {f"{name}.lora_A{adapter}.weight": (4, 768), f"{name}.lora_B{adapter}.weight": (1280, 4)}
     _, problems = told(tmp_path, halves)
-    assert "several adapters in one file, of which one is to be taken out: 2 (without a name, thanos)" in problems
+    assert "several adapters in one file; save the one to use on its own: 2 (without a name, thanos)" in problems
 
 
 def test_adapters_of_two_models_may_have_two_names(tmp_path: Path):

@@ -51,7 +51,7 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         help="ED-LoRAs: Hub ids, folders or files, also of other programs. Plain LoRAs, with --prompts. Or a TOML "
-        "file with tables [[source]]: path, and optionally prompts, weight, scale, name, statistics."
+        "file with a table source for each: path, and optionally prompts, weight, scale, name, statistics."
     ),
 ]
 Prompts = Annotated[

@@ -193,7 +193,7 @@ def upload(
         return commit() if create_pr else _retry(commit)
 
 
-def read_text(repo_id: str, filename: str, commit: str, *, token: str | bool | None) -> str | None:
+def read_file(repo_id: str, filename: str, commit: str, *, token: str | bool | None) -> str | None:
     """Text of a small file of a repository at a commit; None if there is no such file."""
     try:
         path = HfApi(token=token).hf_hub_download(repo_id, filename, revision=commit)

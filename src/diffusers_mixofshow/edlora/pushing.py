@@ -49,7 +49,7 @@ def push(
 
     def renew_card(commit: str) -> None:
         if card_for is not None:
-            there = hub.read_text(repo_id, CARD_NAME, commit, token=token)
+            there = hub.read_file(repo_id, CARD_NAME, commit, token=token)
             write_whole(folder / CARD_NAME, refresh_text(there, card_for(repo_id)).encode())
 
     commit_url = hub.upload(

@@ -145,8 +145,8 @@ class TrainingConfig:
         text_kv_learning_rate: Learning rate of the LoRA on the U-Net's text keys and values; None: learning_rate
             (paper). Fusion keeps better what is learnt there, as prompts tell concepts apart better than pictures do;
             but at many times learning_rate a concept loses its class in pictures with others (ours).
-        lr_scheduler: ``linear`` decay to 0 (reference), ``cosine``, ``cosine_with_restarts``, ``polynomial``,
-            ``constant`` or ``constant_with_warmup``, in each phase.
+        lr_scheduler: Learning rate over the steps of each phase: ``linear`` decay to 0 (reference), ``cosine``,
+            ``cosine_with_restarts``, ``polynomial``, ``constant`` or ``constant_with_warmup``.
         lr_warmup_steps: Optimiser steps of linear warm-up in each phase (0, reference).
         adam_weight_decay: AdamW's decoupled weight decay of the LoRA (0.01, reference); embeddings have none.
         max_grad_norm: Gradients are scaled down to this norm (1.0, diffusers' scripts).
