@@ -220,6 +220,7 @@ class Reader(HTMLParser):
         self.tiles: list[str] = []
         self.marks: list[tuple[str, str]] = []
         self.titles: list[str] = []
+        self.captions: list[tuple[str, str]] = []  # title of the section, and what a column of it says
         self.pictures: list[str] = []
         self._inside: list[str] = []
         self.feed(page)
@@ -235,6 +236,8 @@ class Reader(HTMLParser):
             self.cells[-1].append("")
         elif tag == "div" and dict(attrs).get("class") == "tile":
             self.tiles.append("")
+        elif tag == "div" and dict(attrs).get("class") == "caption":
+            self.captions.append((self.titles[-1], ""))
         elif tag == "h3":
             self.titles.append("")
 
@@ -247,6 +250,9 @@ class Reader(HTMLParser):
             self.marks.append((self._inside[-1][5:], text.strip()))
         if "h3" in self._inside:
             self.titles[-1] += text
+        elif "div caption" in self._inside:
+            title, before = self.captions[-1]
+            self.captions[-1] = (title, f"{before}{text} ")
         elif "div tile" in self._inside:
             self.tiles[-1] += f"{text} "
         elif any(each.startswith(("td", "th")) for each in self._inside):
@@ -296,14 +302,15 @@ def test_the_page_tells_every_number_where_it_belongs(tmp_path: Path) -> None:
             f"nearest photos its own {told(one.nearest)}"
             for one in (each[method][name] for method in methods)
         ]
-        assert [" ".join(cell.split()) for cell in rows[f"<{name}>"]] == captions
+        said = [" ".join(text.split()) for title, text in page.captions if title.startswith(f"<{name}>, a ")]
+        assert said == captions
     for method, one in measures.mean.items():
         mine = kept.get(method, {"attributes": None, "alignment": None})
         assert rows[method.split()[0]] == [
             told(one.attributes), told(mine["attributes"]), f"{one.alignment:.3f}", told(mine["alignment"]),
             told(one.nearest),
         ]  # fmt: skip
-    for title, shares in zip(page.titles, regions.values(), strict=True):
+    for title, shares in zip(page.titles[:2], regions.values(), strict=True):
         assert title.endswith(
             f"right concept in {told(shares['regions'])} of the places, in all places of "
             f"{told(shares['whole_pictures'])} of the pictures; {told(shares['looks'])} of the looks read right in "
@@ -313,7 +320,9 @@ def test_the_page_tells_every_number_where_it_belongs(tmp_path: Path) -> None:
     assert page.marks[:2] == [("right", "ruby ✓"), ("wrong", "none of them ✗ (asked: azure)")]
     assert page.marks[-2:] == [("wrong", "azure ✗ (asked: ruby)"), ("right", "azure ✓")]
     assert len(page.marks) == 2 * 2 * 8
-    assert len(page.pictures) == 2 * (2 + 4 * len(METHODS)) + 1 + 2 * 8
+    assert [title.split(",")[0] for title in page.titles[2:]] == [f"<{name}>" for name in names]
+    on_top = len(names) + 1
+    assert len(page.pictures) == on_top + 2 * (2 + 4 * len(METHODS)) + 1 + 2 * 8
     assert "tr class='best'><th>fused</th>" in text
     assert text.count("class='best'") == 1
     assert "<code>demo</code>, seed 3, on Linux: torch 2.13.</p><p>tuning 12 s, fusion 3 s." in text
