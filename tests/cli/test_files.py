@@ -17,11 +17,13 @@ from typer.testing import CliRunner
 
 import packs
 import tiny
-from diffusers_mixofshow import EDLoRA, cli
+from cli.commands import VERBS
+from diffusers_mixofshow import EDLoRA, cli, toyland
 from diffusers_mixofshow.cli import diagnosis
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.exporting.shared import RANK_OF_A_CONCEPT
 from diffusers_mixofshow.interop import convert, read_lora
+from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.interop.summary import summary_of_pack
 from interop import foreign as files
 
@@ -161,7 +163,6 @@ def test_convert_with_the_base_puts_layer_wise_embeddings_into_the_lora(tmp_path
 
 
 def test_convert_takes_the_layers_of_a_base_on_this_disk(tmp_path: Path):
-    from diffusers_mixofshow import toyland
 
     pipe = toyland.load_pipeline()
     width = pipe.text_encoder.config.hidden_size
@@ -324,8 +325,26 @@ def test_help_shows_every_word_that_it_holds():
 def test_examples_in_help_stand_on_lines_of_their_own():
     result = RUNNER.invoke(cli.app, ["sample", "--help"], env={"COLUMNS": "100"})
     lines = [line.strip() for line in result.output.splitlines()]
-    assert "mixofshow sample --concepts mixofshow-demo/fused --refine --output both.png \\" in lines
-    assert '--prompt "a critter and a dog in a meadow" \\' in lines
+    assert "mixofshow sample --concepts mixofshow-demo/fused --output both.png \\" in lines
+    assert '--refine --prompt "a critter and a dog in a meadow" \\' in lines
+
+
+def test_fusing_files_that_name_no_base_suggests_the_one_that_their_layers_are_of(tmp_path: Path):
+    pack = packs.random_pack(toyland.load_pipeline().components, ranks=(1,))
+    for name in ("one", "two"):
+        write_lora(tmp_path / f"{name}.safetensors", pack.lora)
+    given = [str(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
+    asked = ["--prompts", "a dog", "--prompts", "a cat", "--output", str(tmp_path / "both"), "--dry-run"]
+    with pytest.raises(
+        ConfigurationError, match=r"got none\. Name it with --base toyland \(by their layers"
+    ):
+        run("fuse", *given, *asked)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_in_help_can_be_pasted_from_a_terminal_of_80_columns(verb: str):
+    shown = RUNNER.invoke(cli.app, [verb, "--help"], env={"COLUMNS": "80"}).output
+    assert not [line for line in shown.splitlines() if line.strip() == "\\"]
 
 
 def test_wrong_settings_end_with_2_and_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys):

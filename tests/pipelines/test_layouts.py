@@ -119,7 +119,11 @@ def test_strength_of_control_by_region(components, make_pack, kind):
 @pytest.mark.parametrize(
     ("prompt", "regions", "words"),
     [
-        ("x", [_region(), Region("a dog", box=RIGHT)], ["'a dog' without any of the loaded concepts (<potter>)"]),
+        (
+            "x",
+            [_region(), Region("a dog", box=RIGHT)],
+            ["'a dog' without any of the loaded concepts (<potter>): drawn by the base alone"],
+        ),
         ("a <potter>", [Region("a dog", box=LEFT)], ["only the global prompt names a concept"]),
         ("x", [_region(box=(0.5, 0, 0.501, 1))], ["smaller than a cell", "16 x 16"]),
         ("x", [_region(), _region(box=RIGHT)], ["cover the whole picture"]),

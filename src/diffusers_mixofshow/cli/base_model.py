@@ -43,8 +43,19 @@ def find_common_base(concepts: Sequence[EDLoRA]) -> str:
     }
     if len(bases) != 1:
         found = ", ".join(f"{base} ({placeholder})" for base, placeholder in bases.items()) or "none"
-        raise ConfigurationError(f"Expected ED-LoRAs of one base model, got {found}. Name the base with --base.")
+        hint = _suggest_base(concepts)
+        raise ConfigurationError(f"Expected files that name one base model, got {found}. Name it with --base{hint}.")
     return next(iter(bases))
+
+
+def _suggest_base(concepts: Sequence[EDLoRA]) -> str:
+    """The base model that the layers of all ED-LoRAs are those of, as the value of the option; empty if unknown."""
+    from diffusers_mixofshow.edlora.low_rank import input_widths
+    from diffusers_mixofshow.families.recognition import recognise
+
+    models = {recognise(input_widths(edlora.lora)) for edlora in concepts}
+    (model,) = models if len(models) == 1 else (None,)
+    return "" if model is None else f" {model.id} (by their layers they are for {model.name})"
 
 
 def read_layers(name: str) -> tuple[str, ...]:

@@ -233,7 +233,7 @@ def _choose_base(
     all_have = all(map(_has_statistics, gathered))
     if all_have and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
-    return base or find_common_base([source.edlora for source in gathered if source.edlora.base_model])
+    return base or find_common_base([source.edlora for source in gathered])
 
 
 def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:

@@ -70,8 +70,8 @@ def sample(
     \b
     Examples, the second with what 'mixofshow demo' leaves:
       mixofshow sample --base toyland --prompt "a dog in snow" --output dog.png
-      mixofshow sample --concepts mixofshow-demo/fused --refine --output both.png \\
-        --prompt "a critter and a dog in a meadow" \\
+      mixofshow sample --concepts mixofshow-demo/fused --output both.png \\
+        --refine --prompt "a critter and a dog in a meadow" \\
         --region "0,0.25,0.5,0.97:a <kiki>, in a meadow" \\
         --region "0.5,0.25,1,0.97:a <rex>, in a meadow"
     """

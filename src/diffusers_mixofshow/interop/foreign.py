@@ -118,7 +118,10 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
     found = _read_folder(path) if path.is_dir() else _read_with_companions(path)
     names = distinct_names(list_companions(found.metadata))
     if lacking := [word for word, name in names.items() if not {word, name} & found.vectors.keys()]:
-        told = f"its embeddings are missing in {EMBEDDINGS}/ beside it: {list_names(lacking)}"
+        told = (
+            f"it was trained with embeddings that are missing in {EMBEDDINGS}/ beside it: {list_names(lacking)}; "
+            "without them no prompt draws what it learnt"
+        )
         found = replace(found, missing=told)
     for remark in filter(None, (*found.remarks, found.missing)):
         warn(f"{path}: {remark}.")

@@ -75,7 +75,10 @@ def remark_on_texts(
     remarks = []
     without = [region for region in regions if not names_concept(region.prompt)]
     if without:
-        remarks.append(f"{_name_regions(without)} without any of the loaded concepts ({', '.join(loaded)})")
+        names = ", ".join(loaded)
+        remarks.append(
+            f"{_name_regions(without)} without any of the loaded concepts ({names}): drawn by the base alone"
+        )
     if len(without) == len(regions) and any(names_concept(prompt) for prompt in prompts):
         remarks.append("only the global prompt names a concept, and it does not hold inside the regions")
     return remarks

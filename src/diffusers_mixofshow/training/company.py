@@ -68,8 +68,9 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
         warn(
             "No photo has a mask, so no pictures of the concept at several places are composed. With masks "
             "(masks/NAME.png, white is the concept, or photos that are cut out) it would keep its looks better beside "
-            f"others: `mixofshow masks PHOTOS --class-word {shlex.quote(config.class_word)}` makes them, in Python "
-            "make_masks. company 0 says that none are wanted."
+            f"others: `mixofshow masks PHOTOS --class-word {shlex.quote(config.class_word)}` makes them (a model of "
+            "600 MB is downloaded once), in Python make_masks. Training works without them, too; company 0 asks for "
+            "none."
         )
         return []
     chance = random.Random(config.seed)
