@@ -204,6 +204,27 @@ def test_wishes_that_cannot_be_are_refused(changes: dict, message: str) -> None:
         Wishes(**QUICK | changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": None}, r"^Seed is empty; expected a whole number\.$"),
+        ({"steps": None}, r"^Steps is empty; expected a whole number\.$"),
+        ({"guidance": None}, r"^Guidance is empty; expected a number\.$"),
+        ({"seed": 1.5}, r"^Seed is 1\.5; expected a whole number\.$"),
+        ({"steps": float("inf")}, r"^Steps is inf; expected a whole number\.$"),
+        ({"guidance": "3"}, r"^Guidance is '3'; expected a number\.$"),
+        ({"seed": None, "steps": None}, r"^Seed is empty; .*\. Steps is empty; "),
+    ],
+)
+def test_a_number_field_without_its_number_is_named(changes: dict, message: str) -> None:
+    fields = {"prompt": "a dog", "seed": 1, "steps": 2.0, "guidance": 3}
+    wishes = Wishes.from_fields(**fields)
+    assert (wishes.seed, wishes.steps, wishes.guidance) == (1, 2, 3.0)
+    assert isinstance(wishes.steps, int)
+    with pytest.raises(ConfigurationError, match=message):
+        Wishes.from_fields(**fields | changes)
+
+
 def test_an_unknown_concept_is_told_and_the_base_stays(studio: Studio, packs: dict[str, Path]) -> None:
     session = actions.load(studio, Session(), packs["tom"])
     canvas = to_value(Layout((Region("a <rex>", box=(0, 0, 1, 1)),)), 64, 64)

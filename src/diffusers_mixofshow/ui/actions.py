@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,35 @@ class Wishes:
         defects += [] if 0 <= self.guidance <= 100 else [f"a guidance of {self.guidance!r}; expected 0 to 100"]
         if defects:
             raise ConfigurationError(f"Got {'; '.join(defects)}.")
+
+    @classmethod
+    def from_fields(cls, *, seed: Any, steps: Any, guidance: Any, **others: Any) -> Wishes:
+        """Make wishes of what stands in the page's number fields.
+
+        Args:
+            seed: Content of the field Seed; None where it is empty.
+            steps: Content of the field Steps.
+            guidance: Content of the field Guidance.
+            others: The other settings.
+
+        Raises:
+            ConfigurationError: If a field is empty or holds no such number; names every such field.
+        """
+        numbers = {"Seed": (seed, True), "Steps": (steps, True), "Guidance": (guidance, False)}
+        defects = [
+            f"{name} {'is empty' if value is None else f'is {value!r}'}; expected a {'whole ' if whole else ''}number"
+            for name, (value, whole) in numbers.items()
+            if not _is_number(value, whole)
+        ]
+        if defects:
+            raise ConfigurationError(f"{'. '.join(defects)}.")
+        return cls(seed=int(seed), steps=int(steps), guidance=float(guidance), **others)
+
+
+def _is_number(value: object, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not whole or (math.isfinite(value) and value == int(value))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,10 +192,8 @@ class _DrawTab:
                 visible=has_layout_condition(self.studio.base_name),
             )
         with gradio.Row():
-            self.seed = gradio.Number(usual.seed, label="Seed", precision=0, min_width=90)
-            self.steps = gradio.Number(
-                usual.steps, label="Steps", precision=0, min_width=90, minimum=1, maximum=actions.MOST_STEPS
-            )
+            self.seed = gradio.Number(usual.seed, label="Seed", min_width=90)
+            self.steps = gradio.Number(usual.steps, label="Steps", min_width=90, minimum=1, maximum=actions.MOST_STEPS)
             self.guidance = gradio.Number(
                 usual_guidance(self.studio.base_name), label="Guidance", min_width=90, minimum=0, maximum=100
             )
@@ -258,18 +256,18 @@ class _DrawTab:
         drawn: object,
         prompt: str,
         negative: str,
-        seed: float,
-        steps: float,
-        guidance: float,
+        seed: float | None,
+        steps: float | None,
+        guidance: float | None,
         *switches: bool,
     ) -> tuple[Any, ...]:
         draft, refine, isolation, condition = switches
-        wishes = actions.Wishes(
+        wishes = actions.Wishes.from_fields(
             prompt=prompt,
             negative_prompt=negative,
-            seed=int(seed),
-            steps=int(steps),
-            guidance=float(guidance),
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
             draft=draft,
             refine=refine,
             isolation=isolation,
