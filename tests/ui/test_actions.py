@@ -54,6 +54,42 @@ def test_a_session_holds_only_so_many_packs(studio: Studio, packs: dict[str, Pat
         session.with_pack("more", plain)
 
 
+def test_a_file_that_is_refused_does_not_keep_others_out(
+    studio: Studio, packs: dict[str, Path], tmp_path: Path
+) -> None:
+    refused = tmp_path / "bad.safetensors"
+    refused.write_bytes(b"not a file")
+    session, messages = actions.load_files(studio, Session(), [refused, packs["rex"]])
+    assert [concept.placeholder for concept in session.concepts] == ["<rex>"]
+    assert len(messages) == 1
+    assert "bad.safetensors" in messages[0]
+    with pytest.raises(ConfigurationError, match=r"bad\.safetensors"):
+        actions.load_files(studio, session, [refused])
+    assert actions.load_files(studio, session, []) == (session, [])
+
+
+def test_messages_name_uploaded_files_without_their_folders() -> None:
+    folder = Path("/tmp/gradio")
+    told = actions.word_for_page(f"{folder}/0a1b/my dog.bin cannot be read; '{folder}/2c/x.pt', /data/y.pt", [folder])
+    assert told == "my dog.bin cannot be read; 'x.pt', /data/y.pt"
+
+
+def test_messages_on_the_page_name_no_function_or_option(studio: Studio) -> None:
+    canvas = to_value(Layout((Region("a <rex>", box=(0, 0, 1, 1)),)), 64, 64)
+    with pytest.raises(ConceptError) as raised:
+        actions.draw_picture(studio, Session(), canvas, Wishes(**QUICK))
+    told = actions.word_for_page(raised.value, [])
+    assert "<rex>" in told
+    assert "load_edlora" not in told
+    assert "--" not in told
+
+
+def test_the_base_is_told_with_what_it_can_draw(studio: Studio) -> None:
+    assert (
+        actions.tell_base(studio) == "The base `toyland` is loaded; it can draw critter, dog, cat, vase, chair, table."
+    )
+
+
 def test_a_session_can_be_sent_to_another_process(studio: Studio, packs: dict[str, Path]) -> None:
     session = actions.load(studio, Session(), packs["rex"])
     assert pickle.loads(pickle.dumps(session)).concepts == session.concepts

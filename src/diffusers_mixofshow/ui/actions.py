@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow import Draft, GradientFuser, Isolation, Layout, Refinement
-from diffusers_mixofshow.errors import ConfigurationError, RegionError
+from diffusers_mixofshow.base_models import classes_of
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, RegionError
 from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.fusion import FusionSource, LoRASource
 from diffusers_mixofshow.fusion.report import MEANING
@@ -31,8 +33,22 @@ MOST_STEPS = 200
 MOST_SOURCES = 16
 METHODS = ("closed-form", "average", "sum", "ties", "svd")
 """Ways to fuse that the page offers, gradient fusion first."""
+_HINT_FOR_PROGRAMS = "Load it (load_edlora, --concepts)"
 _OVERLAY = 512
 """Least length in pixels of the shorter side of a picture with its layout over it."""
+
+
+def word_for_page(message: object, folders: Sequence[str | Path]) -> str:
+    """Word a message of the package for readers of the page, who know neither its functions nor its options.
+
+    Args:
+        message: The error or warning.
+        folders: Folders of this machine that hold uploads and results, of whose files only the names are kept.
+    """
+    text = str(message).replace(_HINT_FOR_PROGRAMS, "Load it above")
+    for folder in folders:
+        text = re.sub(rf"{re.escape(str(folder))}(?:[/\\][^/\\\s'\"]+)*[/\\]", "", text)
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +149,23 @@ def load(studio: Studio, session: Session, source: str | Path) -> Session:
     return loaded
 
 
+def load_files(studio: Studio, session: Session, files: Sequence[Path]) -> tuple[Session, list[str]]:
+    """Load each of several files that fits; returns the session, and a message for each file that was refused.
+
+    Raises:
+        ConfigurationError: If every file was refused; says why of each.
+    """
+    refused = []
+    for file in files:
+        try:
+            session = load(studio, session, file)
+        except MixOfShowError as error:
+            refused.append(str(error) if file.name in str(error) else f"{file.name}: {error}")
+    if refused and len(refused) == len(files):
+        raise ConfigurationError("\n".join(refused))
+    return session, refused
+
+
 def list_loaded(session: Session) -> list[list[str]]:
     """Rows of pack, concept, class word and base, for a table."""
     rows = []
@@ -140,6 +173,12 @@ def list_loaded(session: Session) -> list[list[str]]:
         concepts = [(concept.placeholder, concept.class_word) for concept in pack.concepts]
         rows += [[name, *words, pack.base_model] for words in concepts or [("(a plain LoRA)", "")]]
     return rows
+
+
+def tell_base(studio: Studio) -> str:
+    """Tell which base is loaded, and what it can draw where that is little."""
+    name, classes = studio.base_name, classes_of(studio.base_name)
+    return f"The base `{name}` is loaded" + (f"; it can draw {', '.join(classes)}." if classes else ".")
 
 
 def own_pixels(studio: Studio) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import os
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ _ONE_BY_ONE = "the base model"
 """Name of Gradio's queue in which calls of the base model wait for each other."""
 _HERE = "127.0.0.1"
 _HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
+_WHAT_TO_DO = "Draw boxes, say what is in each and what the whole picture shows, then press *Draw*."
 
 Borrow = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A decorator of functions that need a GPU, such as ``spaces.GPU``."""
@@ -70,7 +72,7 @@ def build_page(studio: Studio, borrow: Borrow = lambda function: function) -> An
     gradio = import_gradio()
     actions.own_pixels(studio)  # loads the base, so that errors show before anybody opens the page
     with gradio.Blocks(title="Mix-of-Show", analytics_enabled=False, delete_cache=_KEPT) as page:
-        gradio.Markdown(_HEADING)
+        gradio.Markdown(f"{_HEADING}\n\n{actions.tell_base(studio)} {_WHAT_TO_DO}")
         session = gradio.State(None)
         with gradio.Tab("Draw"):
             _DrawTab(gradio, studio, session, borrow)
@@ -133,8 +135,19 @@ def _tell_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_text(message: object) -> str:
-    """Escape a message: Gradio renders messages as HTML, and they may quote texts of strangers."""
-    return html.escape(str(message), quote=False)
+    """Word a message for the page and escape it: Gradio renders it as HTML, and it may quote texts of strangers."""
+    return html.escape(actions.word_for_page(message, _list_upload_folders()), quote=False)
+
+
+def _list_upload_folders() -> list[Path]:
+    """List the spellings of the folder in which Gradio keeps uploads."""
+    named = os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio"
+    return list(dict.fromkeys([Path(named), Path(named).resolve()]))
+
+
+def _clear(after: Callable[..., Any], files: Any) -> None:
+    """Empty a drop zone after an event, so that the next drop sends only what is dropped then."""
+    after(lambda: None, None, [files], api_visibility="private", show_progress="hidden")
 
 
 class _DrawTab:
@@ -179,7 +192,9 @@ class _DrawTab:
             self.draft = gradio.Checkbox(
                 usual.draft, label="Draft", info="Draw each region alone first", min_width=140
             )
-            self.refine = gradio.Checkbox(usual.refine, label="Refine", info="Draw each anew, larger", min_width=140)
+            self.refine = gradio.Checkbox(
+                True, label="Refine", info="Draw each anew, larger, so that none is lost", min_width=140
+            )
             self.isolation = gradio.Checkbox(
                 usual.isolation, label="Isolation", info="Keep regions apart", min_width=140
             )
@@ -218,7 +233,10 @@ class _DrawTab:
         typed, load = [self.session, self.source], _tell_errors(self._load)
         self.load.click(load, typed, shown, api_name="load", **one)
         self.source.submit(load, typed, shown, api_visibility="private", **one)
-        self.files.upload(load, [self.session, self.files], shown, api_name="load_files", **one)
+        dropped = self.files.upload(
+            _tell_errors(self._load_files), [self.session, self.files], shown, api_name="load_files", **one
+        )
+        _clear(dropped.then, self.files)
         self.unload.click(_tell_errors(self._unload), [self.session, self.which], shown, api_name="unload")
         wishes = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
         switches = [self.draft, self.refine, self.isolation, self.condition]
@@ -240,11 +258,14 @@ class _DrawTab:
         table = self.gradio.Dataframe(actions.list_loaded(session), visible=some)
         return session, table, self.gradio.Row(visible=some), choices, canvas.update_concepts(names)
 
-    def _load(self, session: Session | None, sent: str | Sequence[str] | None) -> tuple[Any, ...]:
-        sources = [sent.strip()] if isinstance(sent, str) else [Path(each) for each in sent or ()]
-        loaded = session or Session()
-        for source in sources:
-            loaded = actions.load(self.studio, loaded, source)
+    def _load(self, session: Session | None, typed: str) -> tuple[Any, ...]:
+        return self._show(actions.load(self.studio, session or Session(), typed.strip()))
+
+    def _load_files(self, session: Session | None, sent: Sequence[str] | None) -> tuple[Any, ...]:
+        files = [Path(each) for each in sent or ()]
+        loaded, refused = actions.load_files(self.studio, session or Session(), files)
+        for message in refused:
+            self.gradio.Warning(_as_text(message), duration=None)
         return self._show(loaded)
 
     def _unload(self, session: Session | None, name: str | None) -> tuple[Any, ...]:
@@ -347,5 +368,6 @@ def _add_file_tab(gradio: Any, studio: Studio) -> None:
         return found.facts, found.concepts, "\n".join(found.notes) or "none", found.card
 
     shown = [facts, concepts, notes, card]
-    file.upload(_tell_errors(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file")
+    dropped = file.upload(_tell_errors(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file")
+    _clear(dropped.failure, file)
     go.click(_tell_errors(lambda typed: look(typed.strip())), [named], shown, api_name="look")
