@@ -36,6 +36,18 @@ function add(shape) {
   return index;
 }
 
+const shared = (one, other) =>
+  Math.max(0, Math.min(one[2], other[2]) - Math.max(one[0], other[0])) * Math.max(0, Math.min(one[3], other[3]) - Math.max(one[1], other[1]));
+
+// The first box that covers least of the boxes that are there: the middle, beside it, then cells of a grid.
+function findRoom() {
+  const cells = [0, 0.33, 0.66].flatMap((top) => [0, 0.25, 0.5, 0.75].map((left) => [left + 0.01, top + 0.01, left + 0.24, top + 0.32]));
+  const rooms = [[0.25, 0.25, 0.75, 0.95], [0.76, 0.25, 0.99, 0.95], [0.01, 0.25, 0.24, 0.95], ...cells];
+  const taken = regions().filter((region) => region.box).map((region) => region.box);
+  const covered = rooms.map((room) => taken.reduce((sum, box) => sum + shared(room, box), 0));
+  return rooms[covered.indexOf(Math.min(...covered))].map(round);
+}
+
 function remove(index) {
   const name = title(index);
   props.value = { ...props.value, regions: regions().filter((_, at) => at !== index) };
@@ -181,13 +193,17 @@ function filled(box) {
   return pngOf(canvas);
 }
 
-function brush([x, y]) {
+// Paints from one point to another, as the pointer may have gone far between two events.
+function brush([x, y], [fromX, fromY] = [x, y]) {
   const canvas = masks[selected], pen = canvas.getContext("2d");
   pen.globalCompositeOperation = tool === "erase" ? "destination-out" : "source-over";
-  pen.fillStyle = regions()[selected].colour;
+  pen.strokeStyle = regions()[selected].colour;
+  pen.lineWidth = (find(".mos-brush").value / 100) * Math.max(canvas.width, canvas.height);
+  pen.lineCap = "round";
   pen.beginPath();
-  pen.arc(x * canvas.width, y * canvas.height, (find(".mos-brush").value / 200) * Math.max(canvas.width, canvas.height), 0, 7);
-  pen.fill();
+  pen.moveTo(fromX * canvas.width, fromY * canvas.height);
+  pen.lineTo(x * canvas.width, y * canvas.height);
+  pen.stroke();
   pen.globalCompositeOperation = "source-over";
 }
 
@@ -229,7 +245,7 @@ function begin(event) {
   const start = at(event), box = event.target.closest(".mos-box");
   if (tool !== "box") {
     if (!needMask()) return say("Select a painted region first");
-    drag = { kind: "brush" };
+    drag = { kind: "brush", last: start };
     brush(start);
   } else if (box) {
     select(+box.dataset.region);
@@ -243,7 +259,11 @@ function begin(event) {
 function go(event) {
   if (!drag) return;
   const [x, y] = at(event);
-  if (drag.kind === "brush") return brush([x, y]);
+  if (drag.kind === "brush") {
+    brush([x, y], drag.last);
+    drag.last = [x, y];
+    return;
+  }
   const [dx, dy] = [x - drag.start[0], y - drag.start[1]];
   if (drag.kind === "new") {
     if (Math.abs(dx) < LEAST || Math.abs(dy) < LEAST) return;
@@ -323,7 +343,7 @@ function clicked(event) {
   const row = button.closest(".mos-row"), index = row && +row.dataset.region;
   if (button.dataset.tool) choose(button.dataset.tool);
   else if (button.dataset.act === "add") {
-    const made = add({ box: [0.25, 0.25, 0.75, 0.95] });
+    const made = add({ box: findRoom() });
     find(`.mos-box[data-region="${made}"]`).focus();
   } else if (button.dataset.act === "remove") remove(index);
   else if (button.dataset.act === "to-mask") {
@@ -337,8 +357,10 @@ function clicked(event) {
 
 // Puts a concept's name where the caret is, in place of what was begun to be typed of it.
 function insert(field, name, index) {
-  const before = field.value.slice(0, field.selectionStart).replace(/<[^<>\s]*$/, "");
-  const after = field.value.slice(field.selectionEnd);
+  const begun = field.value.slice(0, field.selectionStart).replace(/<[^<>\s]*$/, "");
+  const rest = field.value.slice(field.selectionEnd);
+  const before = begun + (/[^\s(]$/.test(begun) ? " " : "");
+  const after = (/^[^\s,.;:!?)]/.test(rest) ? " " : "") + rest;
   field.value = before + name + after;
   field.focus();
   field.setSelectionRange(before.length + name.length, before.length + name.length);
