@@ -188,23 +188,13 @@ class _DrawTab:
         gradio, usual = self.gradio, actions.Wishes
         self.prompt = gradio.Textbox(label="Global prompt", placeholder="two dogs in a meadow", lines=2)
         self.negative = gradio.Textbox(label="What to avoid", lines=1)
-        with gradio.Row():
-            self.draft = gradio.Checkbox(
-                usual.draft, label="Draft", info="Draw each region alone first", min_width=140
-            )
-            self.refine = gradio.Checkbox(
-                True, label="Refine", info="Draw each anew, larger, so that none is lost", min_width=140
-            )
-            self.isolation = gradio.Checkbox(
-                usual.isolation, label="Isolation", info="Keep regions apart", min_width=140
-            )
-            self.condition = gradio.Checkbox(
-                False,
-                label="Layout condition",
-                info="Tell the base where things stand",
-                min_width=140,
-                elem_id="condition",
-                visible=has_layout_condition(self.studio.base_name),
+        with gradio.Row():  # of columns, since boxes in a row alone shrink instead of going to a second line
+            self.draft = self._add_switch(usual.draft, "Draft", "Draw each region alone first")
+            self.refine = self._add_switch(True, "Refine", "Draw each anew, larger, so that none is lost")
+            self.isolation = self._add_switch(usual.isolation, "Isolation", "Keep regions apart")
+            follows = has_layout_condition(self.studio.base_name)
+            self.condition = self._add_switch(
+                False, "Layout condition", "Tell the base where things stand", elem_id="condition", visible=follows
             )
         with gradio.Row():
             self.seed = gradio.Number(usual.seed, label="Seed", min_width=90)
@@ -213,6 +203,10 @@ class _DrawTab:
                 usual_guidance(self.studio.base_name), label="Guidance", min_width=90, minimum=0, maximum=100
             )
         self.draw = gradio.Button("Draw", variant="primary", elem_id="draw")
+
+    def _add_switch(self, on: bool, label: str, info: str, *, visible: bool = True, elem_id: str | None = None) -> Any:
+        with self.gradio.Column(min_width=140, visible=visible):
+            return self.gradio.Checkbox(on, label=label, info=info, elem_id=elem_id)
 
     def _add_results(self) -> None:
         gradio = self.gradio
@@ -236,7 +230,8 @@ class _DrawTab:
         dropped = self.files.upload(
             _tell_errors(self._load_files), [self.session, self.files], shown, api_name="load_files", **one
         )
-        _clear(dropped.then, self.files)
+        _clear(dropped.success, self.files)
+        _clear(dropped.failure, self.files)
         self.unload.click(_tell_errors(self._unload), [self.session, self.which], shown, api_name="unload")
         wishes = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
         switches = [self.draft, self.refine, self.isolation, self.condition]
