@@ -78,6 +78,8 @@ def test_every_canvas_that_python_sends_is_told_from_the_one_before() -> None:
         (canvas_of(BOX | {"prompt": "x" * 5_000_000}), "of 4 MB in all"),
         (canvas_of(BOX | {"prompt": "  "}), "region 1 has no prompt"),
         (canvas_of({"box": [0, 0, 1, 1]}), "region 1 has no prompt"),
+        (canvas_of(BOX | {"prompt": ""}), "region 'left'"),
+        (canvas_of({"name": "", "box": [0, 0, 1, 1]}), "region 'Region 1'"),
         (canvas_of(BOX | {"prompt": 3}), "its prompt is a int"),
         (canvas_of(BOX | {"box": [0, 0, 2, 1]}), "leaves"),
         (canvas_of(BOX | {"box": "all"}), "its box"),

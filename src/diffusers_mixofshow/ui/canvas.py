@@ -73,8 +73,8 @@ def to_layout(value: object, prompt: str, negative_prompt: str) -> Layout:
         if "mask" in entry and not str(entry["mask"]).startswith(_MASK)
     ]
     defects += [
-        f"region {number} has no prompt"
-        for number, entry in enumerate(described, 1)
+        f"region {number} has no prompt; write what region {name!r} shows"
+        for number, (entry, name) in enumerate(zip(described, read_names(value), strict=True), 1)
         if not str(entry.get("prompt", "")).strip()
     ]
     if defects:
