@@ -128,6 +128,26 @@ def test_a_dropped_concept_is_offered_and_the_drawing_stays(seen: Any, packs: di
     field.send_keys("a <r")
     one(seen, "[data-concept='<rex>']").click()
     assert field.get_property("value") == "a <rex>"
+    write(seen, "Prompt of region 1", "meadow")
+    one(seen, "[data-concept='<rex>']").click()
+    assert field.get_property("value") == "meadow <rex>"
+
+
+def test_after_a_file_is_refused_the_next_one_is_loaded(seen: Any, packs: dict[str, Path], tmp_path: Path) -> None:
+    refused = tmp_path / "bad.safetensors"
+    refused.write_bytes(b"not a file")
+    one(seen, "input[type='file'][multiple]").send_keys(str(refused))
+    until(seen, lambda: "bad.safetensors" in "".join(told(seen)))
+    until(seen, lambda: not seen.find_elements("css selector", ".file-preview"))
+    one(seen, "input[type='file'][multiple]").send_keys(str(packs["rex"]))
+    drag(seen, (0.1, 0.1), (0.6, 0.6))
+    until(seen, lambda: seen.find_elements("css selector", "[data-concept='<rex>']"))
+    assert "".join(told(seen)).count("bad.safetensors") == 1
+
+
+def told(driver: Any) -> list[str]:
+    """The messages that the page shows."""
+    return [each.text for each in driver.find_elements("css selector", ".toast-body")]
 
 
 def test_a_painted_mask_is_what_is_sent(seen: Any) -> None:
@@ -139,6 +159,24 @@ def test_a_painted_mask_is_what_is_sent(seen: Any) -> None:
     set_number(seen, "Steps", "2")
     draw(seen, "a meadow")
     assert problems(seen) == []
+
+
+def test_a_fast_stroke_is_painted_without_gaps(seen: Any) -> None:
+    one(seen, "[data-tool='paint']").click()
+    drag(seen, (0.05, 0.5), (0.95, 0.5))
+    gaps = """const mask = document.querySelector('.mos-mask'), middle = Math.round(mask.height / 2);
+        const from = Math.round(0.1 * mask.width), length = Math.round(0.8 * mask.width);
+        return [...mask.getContext('2d').getImageData(from, middle, length, 1).data].filter((_, at) => at % 4 === 3)"""
+    assert min(seen.execute_script(gaps)) == 255
+
+
+def test_regions_added_by_the_button_lie_beside_each_other(seen: Any) -> None:
+    for _ in range(3):
+        seen.execute_script("document.querySelector('[data-act=add]').click()")
+    added = boxes(seen)
+    for at, (left, top, right, bottom) in enumerate(added):
+        for other in added[:at]:
+            assert min(right, other[2]) <= max(left, other[0]) or min(bottom, other[3]) <= max(top, other[1])
 
 
 def test_nothing_is_asked_of_other_machines(seen: Any, server: str) -> None:

@@ -149,15 +149,17 @@ function choose(name) {
 
 function maskOf(region) {
   const { width, height } = props.value, scale = GRID / Math.max(width, height);
-  const canvas = node("canvas", { class: "mos-mask", width: Math.round(width * scale), height: Math.round(height * scale) });
+  const size = { width: Math.round(width * scale), height: Math.round(height * scale) };
+  const canvas = node("canvas", { class: "mos-mask", ...size }), read = node("canvas", size);
   const picture = new Image();
   picture.onload = () => {
-    const pen = canvas.getContext("2d");
-    pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
-    const pixels = pen.getImageData(0, 0, canvas.width, canvas.height);
+    const pen = read.getContext("2d");
+    pen.drawImage(picture, 0, 0, read.width, read.height);
+    const pixels = pen.getImageData(0, 0, read.width, read.height);
     for (let at = 0; at < pixels.data.length; at += 4) pixels.data[at + 3] = pixels.data[at] > 127 ? 255 : 0;
     pen.putImageData(pixels, 0, 0);
-    tint(canvas, region.colour);
+    tint(read, region.colour);
+    canvas.getContext("2d").drawImage(read, 0, 0); // keeps what was painted while the picture was read
   };
   picture.src = region.mask;
   return canvas;
