@@ -42,7 +42,7 @@ def user(server: str):
     return Client(server, verbose=False)
 
 
-def ask(client, canvas: dict, prompt: str, *, seed: int = 0, steps: int = 2) -> tuple:
+def ask(client, canvas: dict, prompt: str, *, seed: float | None = 0, steps: float | None = 2) -> tuple:
     return client.predict(canvas, prompt, "", seed, steps, 3.0, False, False, False, False, api_name="/draw")
 
 
@@ -72,6 +72,31 @@ def test_a_picture_is_drawn_with_its_settings(server: str) -> None:
     with Image.open(overlay) as drawn:
         assert min(drawn.size) >= 512
     assert json.loads(Path(layout).read_text())["regions"][0]["prompt"] == "a brown dog"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"seed": None}, "Seed is empty"), ({"steps": None}, "Steps is empty"), ({"seed": 1.5}, "Seed is 1.5")],
+)
+def test_a_number_field_without_its_number_is_named(server: str, changes: dict, message: str) -> None:
+    with pytest.raises(Exception, match=message.replace(".", r"\.")):
+        ask(user(server), canvas_of("a brown dog"), "a dog in the snow", **changes)
+
+
+def test_it_opens_with_draft_and_refine_on_and_tells_the_base(server: str, studio: Studio) -> None:
+    shown = [part["props"] for part in page.build_page(studio).get_config_file()["components"]]
+    on = {each["label"]: each["value"] for each in shown if each.get("label") in ("Draft", "Refine", "Isolation")}
+    assert on == {"Draft": True, "Refine": True, "Isolation": False}
+    assert any("it can draw critter, dog, cat" in str(each.get("value")) for each in shown)
+
+
+def test_a_refused_file_is_named_without_its_folder(server: str, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    (tmp_path / "bad.safetensors").write_bytes(b"not a file")
+    with pytest.raises(Exception, match=r"(?s)bad\.safetensors") as raised:
+        user(server).predict([handle_file(tmp_path / "bad.safetensors")], api_name="/load_files")
+    assert "gradio/" not in str(raised.value)
 
 
 def test_what_one_user_loads_another_does_not_see(server: str, packs: dict[str, Path]) -> None:
