@@ -335,9 +335,7 @@ def test_fusing_files_that_name_no_base_suggests_the_one_that_their_layers_are_o
         write_lora(tmp_path / f"{name}.safetensors", pack.lora)
     given = [str(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
     asked = ["--prompts", "a dog", "--prompts", "a cat", "--output", str(tmp_path / "both"), "--dry-run"]
-    with pytest.raises(
-        ConfigurationError, match=r"got none\. Name it with --base toyland \(by their layers"
-    ):
+    with pytest.raises(ConfigurationError, match=r"got none\. Name it with --base toyland \(by their layers"):
         run("fuse", *given, *asked)
 
 
