@@ -208,10 +208,7 @@ BROKEN: dict[str, tuple[Callable[[Path, EDLoRA], Any], str]] = {
     "nothing in it": (_empty, "holds no LoRA"),
     "nothing there": (lambda folder, pack: folder / "none.pth", "does not exist"),
     "of another base": (_of_sd, "does not fit the model"),
-    "of another family": (
-        _of_flux,
-        "has no transformer, whose layers it changes: 1|whose layers are others than those of flux for FLUX.1;",
-    ),
+    "of another family": (_of_flux, "has no transformer, whose layers it changes: 1"),
     "a name of 10,000 letters": (lambda folder, pack: "x" * 10_000, "does not exist"),
 }
 
@@ -227,6 +224,8 @@ def test_what_cannot_be_used_is_one_error_and_the_pipeline_stays(
     assert not pipe.get_list_adapters()
     plain = write is _of_flux
     given = LoRASource(place, prompts=["sks"]) if plain else place
+    if plain:
+        message = "whose layers are others than those of flux for FLUX.1; give a pipeline"
     with pytest.raises((EDLoRAFormatError, EDLoRANotFoundError, FusionError), match=message):
         GradientFuser(pipe).fuse([given], method="average")
 
