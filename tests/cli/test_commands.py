@@ -57,6 +57,23 @@ def test_libraries_keep_their_notes_to_themselves_unless_they_are_asked_for(monk
         assert [os.environ[name] for name in names] == [given or "error"] * 3
 
 
+def test_a_fault_of_ours_is_an_ordinary_traceback_without_the_values_of_variables() -> None:
+    """It can be pasted into a report: no frames drawn around it, no prompts or tokens of the user's in it."""
+    script = """
+from diffusers_mixofshow import cli
+
+@cli.app.command()
+def broken():
+    1 / 0
+
+cli.main()
+"""
+    result = subprocess.run((sys.executable, "-c", script, "broken"), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback (most recent call last):\n")
+    assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_help_imports_no_heavy_module() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom diffusers_mixofshow import cli\n"

@@ -56,6 +56,9 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     log = io.StringIO()
     page = run_demo(settings, console=Console(file=log))
     told = capsys.readouterr().err
+    assert re.search(
+        r"\n    tuning: 1/4 \[.*<bobo> \d/2, <kiki> \d/2\]\n", told
+    )  # one of the two has done no step yet
     assert re.search(r"\n    tuning: 4/4 \[.*<bobo> 2/2, <kiki> 2/2\]\n", told)
     assert re.search(r"\n    sampling: 10/10 \[", told)
     assert re.search(r"[\x00-\x09\x0b-\x1f]", log.getvalue() + told) is None

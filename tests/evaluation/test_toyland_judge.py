@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.judging import subject_of
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation.metrics import attribute_accuracy, cosine_matrix
+from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
+from diffusers_mixofshow.toyland.world import CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +55,27 @@ def test_texts_and_pictures_are_compared_in_one_space(judge: ToylandJudge) -> No
     likeness = cosine_matrix(judge.features(list(photos.values())), texts)
     assert likeness[0, 0] > likeness[0, 1]
     assert likeness[1, 1] > likeness[1, 0]
+
+
+def test_the_class_is_the_one_whose_texts_are_nearest_and_not_the_attribute_readers(judge: ToylandJudge) -> None:
+    """On pictures of nothing, which the attribute reader, trained on drawings, takes for other classes."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels) for pixels in noise]
+    nearest = []
+    for features in judge.features(images):
+        means = {
+            name: torch.stack(
+                [
+                    torch.nn.functional.cosine_similarity(
+                        features, judge.text_features([f"a {name} {place}"])[0], dim=0
+                    )
+                    for place in TOGETHER_PLACES
+                ]
+            ).mean()
+            for name in CLASSES
+        }
+        nearest.append(max(means, key=means.__getitem__))
+    assert [seen["class"] for seen in judge.read(images)] == nearest
+    reader = toyland.load_reader()
+    others = reader.read(images)["class"].argmax(dim=1)
+    assert [reader.vocabulary["class"][int(index)] for index in others] != nearest

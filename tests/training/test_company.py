@@ -153,6 +153,27 @@ def test_unknown_pixels_get_the_mean_of_the_known_ones_around() -> None:
     assert not fill_unknown(values, np.zeros_like(known)).any()
 
 
+def test_every_unknown_pixel_takes_its_smallest_square_with_known_ones() -> None:
+    """Beside a plain recursion over squares and their quarters, with another value in every pixel."""
+    draw = np.random.default_rng(5)
+    values, known = draw.normal(size=(7, 10, 2)), draw.random((7, 10, 1)) < 0.15
+
+    def mean_of(top: int, left: int, side: int) -> np.ndarray | None:
+        if top >= 7 or left >= 10:
+            return None
+        if side == 1:
+            return values[top, left] if known[top, left] else None
+        half = side // 2
+        quarters = [mean_of(top + down, left + right, half) for down in (0, half) for right in (0, half)]
+        seen = [quarter for quarter in quarters if quarter is not None]
+        return np.mean(seen, axis=0) if seen else None
+
+    filled = fill_unknown(values, known)
+    for row, column in np.argwhere(~known[..., 0]):
+        means = (mean_of(row // side * side, column // side * side, side) for side in (2, 4, 8, 16))
+        np.testing.assert_allclose(filled[row, column], next(mean for mean in means if mean is not None))
+
+
 def test_the_loss_leaves_out_what_no_photo_shows(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
     composed = compose_company([photo((13, 6, 51, 38), size=(64, 64))] * 12, quick(tmp_path))
     config = quick(tmp_path, masked_loss=False, resolution=64)

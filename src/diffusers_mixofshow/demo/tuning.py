@@ -55,7 +55,8 @@ def tune_all(concepts: Sequence[DemoConcept], settings: DemoSettings, on_step: O
     Args:
         concepts: The concepts.
         settings: The demo's settings.
-        on_step: Called after every optimiser step; for a finished concept once, with its last step.
+        on_step: Called when a concept begins, with step 0, and after every optimiser step; for a finished concept
+            once, with its last step.
 
     Returns:
         Concept name to the folder of its ED-LoRA.

@@ -287,7 +287,7 @@ def _read_safetensors(path: Path, component: str) -> Foreign:
 def _sort(path: Path, content: Any, metadata: Mapping[str, str], component: str) -> Foreign:
     tensors = {str(name): tensor for name, tensor in _items(content) if isinstance(tensor, torch.Tensor)}
     found = inversion_content(content, path.stem.removesuffix("_emb"))
-    if found is not None and not any(half_of(name) or is_part(name) for name in tensors):
+    if found is not None:
         return Foreign(
             kind=Kind.TEXTUAL_INVERSION,
             layout=found.layout,

@@ -121,6 +121,8 @@ def _remove_subject(photo: Photo) -> tuple[Image.Image, Image.Image]:
 def fill_unknown(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Give unknown pixels the mean of the smallest aligned square of 2, 4, 8, ... pixels that has known ones.
 
+    The mean of a square is that of its quarters with known pixels, however many each has.
+
     Args:
         values: Shape (height, width, channels), float.
         known: Booleans of shape (height, width, 1).
