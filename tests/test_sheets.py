@@ -89,3 +89,9 @@ def test_every_picture_stands_where_rows_and_columns_meet(title: str | None, top
     assert (np.asarray(sheet)[:4, -4:] == 255).all()
     if title is not None:
         assert np.nonzero(dark[:20].any(axis=1))[0].min() >= 2
+
+
+def test_without_a_scale_pictures_keep_their_size() -> None:
+    sheet = draw_labelled_sheet({"a": [picture("red", width=12)]})
+    rows, columns = coloured(sheet, (255, 0, 0))
+    assert (rows.stop - rows.start, columns.stop - columns.start) == (8, 12)

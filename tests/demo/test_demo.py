@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -129,6 +130,15 @@ def test_a_failing_worker_says_why(tmp_path: Path) -> None:
     next(concepts[0].folder.glob("*.png")).write_bytes(b"no picture")
     with pytest.raises(TrainingDataError, match=r"Tuning <bobo> failed: .* no readable picture"):
         tune_all(concepts, settings, lambda name, step, total, loss: None)
+
+
+def test_every_step_of_a_worker_is_told_with_its_loss(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    told: list[tuple[str, int, int, float]] = []
+    tune_all(prepare_photos(settings)[:1], settings, lambda *step: told.append(step))
+    assert [step[:3] for step in told] == [("bobo", 0, 2), ("bobo", 1, 2), ("bobo", 2, 2)]
+    assert math.isnan(told[0][3])
+    assert all(0 < step[3] < 2 for step in told[1:])  # the mean squared error of noise with unit variance
 
 
 def test_other_photos_or_settings_are_another_fingerprint(tmp_path: Path) -> None:

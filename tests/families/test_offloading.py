@@ -305,24 +305,29 @@ def test_updates_are_put_where_the_layer_computes(where: str, monkeypatch: pytes
     assert not [name for name, _ in pipe.transformer.named_parameters() if "lora" in name]
 
 
-def test_groups_of_blocks_that_streams_bring_know_the_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams are a GPU's, and those of the CPU do nothing; but diffusers keeps the same lists of weights for them."""
+def _in_groups_with_streams(model: nn.Module, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offload in groups that streams bring. Streams are a GPU's, and those of the CPU do nothing; but diffusers keeps
+    the same lists of weights for them."""
     _skip_without_groups()
     monkeypatch.setattr(torch.cpu.Stream, "synchronize", lambda self: None, raising=False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-    pipe, plain = tiny_pipeline("FLUX.1"), tiny_pipeline("FLUX.1")
     config = group_offloading.GroupOffloadingConfig(
         onload_device=CPU,
         offload_device=CPU,
-        offload_type=group_offloading.GroupOffloadingType.BLOCK_LEVEL,
+        offload_type=group_offloading.GroupOffloadingType(level),
         non_blocking=True,
         record_stream=False,
         low_cpu_mem_usage=False,
-        num_blocks_per_group=1,
+        num_blocks_per_group=1 if level == "block_level" else None,
         stream=torch.cpu.Stream(),
     )
-    group_offloading._apply_group_offloading(pipe.transformer, config)
+    group_offloading._apply_group_offloading(model, config)
+
+
+def test_groups_of_blocks_that_streams_bring_know_the_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plain = tiny_pipeline("FLUX.1"), tiny_pipeline("FLUX.1")
+    _in_groups_with_streams(pipe.transformer, "block_level", monkeypatch)
     lora = EDLoRA(concepts=(), embeddings={}, lora=_lora(plain, 0), layers=(), base_model="")
     pictures = {}
     for loaded in (True, False):
@@ -333,6 +338,24 @@ def test_groups_of_blocks_that_streams_bring_know_the_new_weights(monkeypatch: p
                 "sks", num_inference_steps=1, height=32, width=32, generator=noise, output_type="latent"
             ).images
         torch.testing.assert_close(pictures["streams"], pictures["plain"])
+
+
+def test_leaves_that_streams_bring_keep_their_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leaf is brought by itself, so that new layers beside it change nothing."""
+    pipe = tiny_pipeline("FLUX.1")
+    lora = EDLoRA(concepts=(), embeddings={}, lora=_lora(pipe, 0), layers=(), base_model="")
+    _in_groups_with_streams(pipe.transformer, "leaf_level", monkeypatch)
+    hooked = {id(module): module._diffusers_hook for module in pipe.transformer.modules() if _is_hooked(module)}
+    hooks = {key: dict(registry.hooks) for key, registry in hooked.items()}
+    assert len(hooks) > 10
+    inject(pipe.components, lora, "rex")
+    assert {key: registry.hooks for key, registry in hooked.items()} == hooks
+    eject(pipe.components, "rex")
+    assert {key: registry.hooks for key, registry in hooked.items()} == hooks
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return hasattr(module, "_diffusers_hook")
 
 
 def test_layers_of_no_known_kind_are_named_before_anything_is_changed(tmp_path: Path) -> None:

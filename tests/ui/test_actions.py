@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusers_mixofshow import Layout, MixOfShowPipeline, Region
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError, MixOfShowError, RegionError
+from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.sampling.provenance import read_options
 from diffusers_mixofshow.ui import actions
 from diffusers_mixofshow.ui.actions import Wishes
@@ -334,3 +335,30 @@ def test_old_results_go(studio: Studio) -> None:
     fresh = studio.new_folder()
     assert not old.exists()
     assert fresh.exists()
+
+
+def test_plain_loras_are_recorded_with_the_prompts_that_were_typed_for_each(
+    studio: Studio, packs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of prompts for each file whose metadata tells no trigger words, in their order."""
+    plain = [
+        write_lora(tmp_path / f"{name}.safetensors", studio.open(packs[pack]).edlora.lora)
+        for name, pack in (("first", "rex"), ("second", "tom"))
+    ]
+    with pytest.raises(ConfigurationError, match=r"second\.safetensors is a plain LoRA whose file tells no trigger"):
+        actions.fuse(studio, [packs["rex"], *plain], "closed-form", ["red dog"])
+    recorded: list[str] = []
+    with monkeypatch.context() as patch:
+        encode = studio.pipe.text_encoder.forward
+        read = studio.pipe.tokenizer.batch_decode
+        patch.setattr(
+            studio.pipe.text_encoder,
+            "forward",
+            lambda ids, *rest, **more: (
+                recorded.extend(read(ids, skip_special_tokens=True)),
+                encode(ids, *rest, **more),
+            )[1],
+        )
+        _, (_, rows), _ = actions.fuse(studio, plain, "closed-form", ["red dog |  red dog here", "tom"])
+    assert [row[0] for row in rows] == ["first", "second"]
+    assert {"red dog", "red dog here", "tom"} <= set(recorded)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -157,3 +158,39 @@ def test_a_file_that_is_too_large_is_not_taken(server: str, tmp_path: Path) -> N
         file.truncate(513 * 2**20)
     with pytest.raises(Exception, match=r"413|size|large"):
         user(server).predict(handle_file(large), api_name="/look_into_file")
+
+
+SHOWN = Path(__file__).with_name("page.txt")
+_TOLD = (
+    *("label", "placeholder", "info", "lines", "minimum", "maximum", "step", "file_types", "file_count", "headers"),
+    *("choices", "interactive", "visible", "variant", "elem_id", "open", "precision", "apply_default_css", "concepts"),
+)
+_OF_CALLS = ("api_name", "api_visibility", "show_progress", "trigger_mode")
+
+
+def _tell_page(blocks: Any) -> str:
+    """Every part of the page and every call that it makes, a line each, as Gradio sends it to the browser."""
+    lines = []
+    for part in blocks.config["components"]:
+        props = dict(part["props"])
+        told = {name: props[name] for name in _TOLD if props.get(name) not in (None, "")}
+        if part["type"] in ("markdown", "button", "textbox", "number", "checkbox", "dropdown"):
+            told["value"] = props.get("value")
+        lines.append(f"{part['type']} {json.dumps(told, sort_keys=True)}")
+    ids = {part["id"]: f"{number} {part['type']}" for number, part in enumerate(blocks.config["components"])}
+    for call in blocks.config["dependencies"]:
+        told = {name: call.get(name) for name in _OF_CALLS}
+        for side in ("inputs", "outputs"):
+            told[side] = [ids[one] for one in call[side]]
+        lines.append(f"call {json.dumps(told, sort_keys=True)}")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_shows_and_asks_what_it_did_on_an_earlier_day(studio: Studio) -> None:
+    """`python tests/ui/test_page.py` writes page.txt anew, after a change that is meant or with another Gradio."""
+    pytest.importorskip("gradio", reason="the extra ui is not installed")
+    assert _tell_page(page.build_page(studio)) == SHOWN.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    SHOWN.write_text(_tell_page(page.build_page(Studio("toyland", "cpu"))), encoding="utf-8")
