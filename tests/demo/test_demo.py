@@ -68,6 +68,8 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     assert [name for name in beside if not (tmp_path / name).is_file()] == []
     assert len(beside) == 5
     report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["seconds"]) == ["photos", "tuning", "fusion", "sampling", "measuring"]
+    assert [f"{number}/6" in log.getvalue() for number in range(1, 8)] == [True] * 6 + [False]
     assert set(report["identity_retention"]) == {"average", "fused"}
     assert set(report["right_concept_in_region"]) == {"regional", "unguided"}
     shares = report["right_concept_in_region"]

@@ -78,6 +78,22 @@ def test_whatever_a_pack_holds(change: str):
     shared.check_fits(pipe.components)
 
 
+def test_prompts_with_the_class_word_are_what_the_new_updates_spare(pipe, monkeypatch: pytest.MonkeyPatch):
+    """They are encoded beside those that name the concept, and captions of other things."""
+    pack = packs.random_pack(pipe.components, "rex")
+    encode, seen = pipe.text_encoder.forward, set()
+
+    def note(input_ids: torch.Tensor, *others, **more):
+        seen.update(tuple(row) for row in input_ids.tolist())
+        return encode(input_ids, *others, **more)
+
+    monkeypatch.setattr(pipe.text_encoder, "forward", note)
+    share_layers(pipe, pack, prompts=["a <TOK>, ink", "ink of a <TOK>"])
+    (concept,) = pack.concepts
+    for prompt in (f"a {concept.class_word}, ink", f"ink of a {concept.class_word}"):
+        assert tuple(pipe.tokenizer(prompt, padding="max_length").input_ids) in seen
+
+
 def test_equal_embeddings_are_returned_as_they_are(pipe):
     pack = packs.random_pack(pipe.components, "rex")
     equal = {token: rows[:1].expand_as(rows).contiguous() for token, rows in pack.embeddings.items()}
@@ -123,6 +139,10 @@ def test_adapters_of_others_are_refused_where_they_act(fused: bool, tmp_path: Pa
         with pytest.raises(ConfigurationError, match="theirs"):
             share_layers(pipe, pack)
     if fused:
+        plain.disable_lora()  # its updates stay in the weights
+        with pytest.raises(ConfigurationError, match="theirs"):
+            share_layers(plain, pack)
+        plain.enable_lora()
         plain.unfuse_lora()
     plain.disable_lora()
     found = share_layers(plain, pack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.sampling.provenance import read_options
 from diffusers_mixofshow.ui import actions
 from diffusers_mixofshow.ui.actions import Wishes
-from diffusers_mixofshow.ui.canvas import to_value
+from diffusers_mixofshow.ui.canvas import to_layout, to_value
 from diffusers_mixofshow.ui.session import MOST_PACKS, Session, Studio
 
 
@@ -223,6 +224,28 @@ def test_what_is_no_layout_is_refused(tmp_path: Path, name: str, content: bytes,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MixOfShowError, match=message):
         actions.read_layout_file(tmp_path / name, 8, 8)
+
+
+@pytest.mark.parametrize(("pixels", "fits"), [(2048, True), (2056, False)])
+def test_the_largest_size_of_layout_and_canvas(tmp_path: Path, pixels: int, fits: bool) -> None:
+    layout = {"format": "mixofshow-layout", "version": 1, "width": pixels, "height": 8, "regions": []}
+    (tmp_path / "x.json").write_text(json.dumps(layout))
+    value = CANVAS | {"width": 8, "height": pixels}
+    if fits:
+        assert actions.read_layout_file(tmp_path / "x.json", 8, 8).canvas["width"] == pixels
+        assert to_layout(value, "", "").height == pixels
+        return
+    with pytest.raises(RegionError, match=r"2056 x 8 pixels; expected at most 2048"):
+        actions.read_layout_file(tmp_path / "x.json", 8, 8)
+    with pytest.raises(RegionError, match="height of 2056 pixels; expected a multiple of 8 up to 2048"):
+        to_layout(value, "", "")
+
+
+def test_the_largest_wishes() -> None:
+    largest = Wishes(**QUICK | {"steps": 200, "seed": 2**63 - 1, "guidance": 100.0})
+    assert (largest.steps, largest.seed, largest.guidance) == (200, 2**63 - 1, 100.0)
+    with pytest.raises(ConfigurationError, match="201 steps; expected 1 to 200"):
+        Wishes(**QUICK | {"steps": 201})
 
 
 @pytest.mark.parametrize(

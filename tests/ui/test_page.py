@@ -75,6 +75,20 @@ def test_a_picture_is_drawn_with_its_settings(server: str) -> None:
     assert json.loads(Path(layout).read_text())["regions"][0]["prompt"] == "a brown dog"
 
 
+@pytest.mark.parametrize("switches", [(True, False, True, False), (False, True, False, True)])
+def test_every_setting_comes_back_from_a_picture_into_its_field(server: str, switches: tuple[bool, ...]) -> None:
+    from gradio_client import handle_file
+
+    client = user(server)
+    asked = (canvas_of("a brown dog"), "a dog in the snow", "a cat", 7, 2, 2.5, *switches)
+    _, _, png, _, followed = client.predict(*asked, api_name="/draw")
+    assert followed["visible"] is switches[3]  # the layout condition
+    canvas, *fields = client.predict(handle_file(png), api_name="/read_layout")
+    regions = canvas["value"]["regions"] if "value" in canvas else canvas["regions"]
+    assert regions[0]["prompt"] == "a brown dog"
+    assert fields == ["a dog in the snow", "a cat", 7, 2, 2.5, *switches]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"seed": None}, "Seed is empty"), ({"steps": None}, "Steps is empty"), ({"seed": 1.5}, "Seed is 1.5")],
