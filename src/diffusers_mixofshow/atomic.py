@@ -190,4 +190,4 @@ def _delete_leftovers(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):  # another process was faster, or the folder is not ours
             if time.time() - left.stat().st_mtime > _LONGEST_WRITE_S:
-                left.unlink(missing_ok=True)
+                left.unlink()
