@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import threading
 from pathlib import Path
 
@@ -147,10 +148,12 @@ def test_a_picture_is_drawn_that_tells_how(studio: Studio, packs: dict[str, Path
     before = weights_of(studio)
     session = actions.load(studio, Session(), packs["rex"])
     canvas = to_value(Layout((Region("a <rex> in the snow", box=(0.0, 0.25, 0.5, 1.0)),)), 64, 64)
+    canvas["regions"][0]["colour"] = "#12e456"
     result = actions.draw_picture(studio, session, canvas, Wishes(**QUICK | {"seed": 7, "isolation": True}))
     with Image.open(result.picture) as picture:
         assert picture.size == (64, 64)
     assert min(result.overlay.size) >= 512
+    assert (np.asarray(result.overlay.convert("RGB")) == (0x12, 0xE4, 0x56)).all(axis=2).sum() > 500
     assert Layout.load(result.layout).describe()["regions"] == [
         {"prompt": "a <rex> in the snow", "box": [0.0, 0.25, 0.5, 1.0]}
     ]
@@ -344,7 +347,7 @@ def test_a_file_is_told_as_inspect_tells_it(studio: Studio, packs: dict[str, Pat
     told = actions.describe(studio, packs["rex"])
     facts = dict(told.facts)
     assert (facts["kind"], facts["rank"]) == ("ED-LoRA", "2")
-    assert told.concepts[0][:2] == ["<rex>", "dog"]
+    assert told.concepts[0][:3] == ["<rex>", "dog", studio.open(packs["rex"]).edlora.concepts[0].kind]
     assert "## " in told.card
     assert "<img" not in told.card.replace("\\<", "")
 
@@ -382,6 +385,7 @@ def test_plain_loras_are_recorded_with_the_prompts_that_were_typed_for_each(
                 encode(ids, *rest, **more),
             )[1],
         )
-        _, (_, rows), _ = actions.fuse(studio, plain, "closed-form", ["red dog |  red dog here", "tom"])
+        _, (_, rows), meaning = actions.fuse(studio, plain, "closed-form", ["red dog |  red dog here", "tom"])
     assert [row[0] for row in rows] == ["first", "second"]
+    assert re.search(r" Largest overlaps \(0 to 1\): first and second [01]\.\d\d\.$", meaning)
     assert {"red dog", "red dog here", "tom"} <= set(recorded)
