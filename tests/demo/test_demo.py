@@ -17,6 +17,7 @@ from rich.console import Console
 
 from diffusers_mixofshow.demo import DemoSettings, run_demo
 from diffusers_mixofshow.demo.photos import prepare_photos, read_photo_images
+from diffusers_mixofshow.demo.stages import _fuse
 from diffusers_mixofshow.demo.tuning import fingerprint, tune_all, tuning_config
 from diffusers_mixofshow.errors import ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.notes import read_note
@@ -95,7 +96,13 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     steps: list[tuple[str, int, int]] = []
     tune_all(prepare_photos(settings), settings, lambda name, step, total, loss: steps.append((name, step, total)))
     assert steps == [("bobo", 2, 2), ("kiki", 2, 2)]
+    singles = [tmp_path / "concepts" / name for name in settings.concepts]
+    _fuse(None, singles, "average", tmp_path / "average", settings)
     assert {path: path.stat().st_mtime_ns for path in files} == before
+    _fuse(None, singles, "average", tmp_path / "average", replace(settings, steps=2))
+    assert [path for path in files if path.stat().st_mtime_ns != before[path]] == [
+        tmp_path / "average" / "edlora.safetensors"
+    ]
 
 
 def test_a_folder_of_something_else_is_refused_unless_it_may_be_replaced(
