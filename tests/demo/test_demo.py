@@ -99,7 +99,7 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     singles = [tmp_path / "concepts" / name for name in settings.concepts]
     _fuse(None, singles, "average", tmp_path / "average", settings)
     assert {path: path.stat().st_mtime_ns for path in files} == before
-    _fuse(None, singles, "average", tmp_path / "average", replace(settings, steps=2))
+    _fuse(None, singles, "average", tmp_path / "average", replace(settings, fusion={"steps": 2}))
     assert [path for path in files if path.stat().st_mtime_ns != before[path]] == [
         tmp_path / "average" / "edlora.safetensors"
     ]
