@@ -356,6 +356,8 @@ def study_method(
     result = summary(rows, tables["single"], tables["class_word"]) | {
         "drift": {name: round(value, 4) for name, value in away.items()},
         "of_each": {name: row["identity"] for name, row in rows.items()},
+        "of_each_single": {name: tables["single"][name]["identity"] for name in rows},
+        "of_each_class_word": {name: tables["class_word"][name]["identity"] for name in rows},
     }
     study.console.print(f"  {count} {method}: {result['retention']} drift {result['drift']}")
     return result
