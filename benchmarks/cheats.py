@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from judging import mean_with_interval, share_of_looks, subject_of
+from judging import is_colour, mean_with_interval, share_of_looks, subject_of
 from kept import markdown
 from PIL import Image
 
@@ -52,11 +52,6 @@ def exchanged(concept: ToyConcept, rng: random.Random, kept: str) -> Thing:
     looks = {name: value for name, value in other.attributes.items() if is_colour(name) != (kept == "colours")}
     looks |= {name: value for name, value in own.attributes.items() if is_colour(name) == (kept == "colours")}
     return replace(own, colour=own.colour if kept == "colours" else other.colour, attributes=looks)
-
-
-def is_colour(attribute: str) -> bool:
-    """Whether an attribute names a colour; others are shapes, numbers and patterns."""
-    return attribute == "colour" or attribute.endswith("_colour")
 
 
 WAYS: Mapping[str, Callable[[ToyConcept, str, random.Random], Image.Image]] = {

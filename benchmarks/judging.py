@@ -37,6 +37,11 @@ def regions_of(
     ]
 
 
+def is_colour(attribute: str) -> bool:
+    """Whether an attribute names a colour; others are shapes, numbers and patterns."""
+    return attribute == "colour" or attribute.endswith("_colour")
+
+
 def share_of_looks(read: Sequence[Mapping[str, str]], subject: Subject, counts: Callable[[str], bool]) -> float:
     """Share of those attributes read right that count, such as shapes alone."""
     wanted = {name: value for name, value in subject.attributes.items() if counts(name)}

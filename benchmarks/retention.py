@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import subject_of
+from judging import is_colour, share_of_looks, subject_of
 from kept import Kept
 from PIL import Image
 from rich.console import Console
@@ -255,12 +255,13 @@ def pictures_of(study: Study, subject: str) -> list[Image.Image]:
 
 
 def measured(study: Study, concept: ToyConcept, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-    """Identity of one concept in pictures, and their text-alignment."""
+    """Identity of one concept in pictures, that of its shapes alone, and their text-alignment."""
     subject = next(one for one in study.subjects if one.name == concept.name)
     identity = measure_identity(pictures, subject, study.subjects, study.judge)
     texts = study.judge.text_features(fill_templates(HELD_OUT_PROMPTS, concept.class_word, len(pictures)))
     alignment = metrics.clip_score(texts, study.judge.features(pictures))
-    return {"identity": asdict(identity), "text_alignment": alignment}
+    shapes = share_of_looks(study.judge.read(pictures), subject, lambda attribute: not is_colour(attribute))
+    return {"identity": asdict(identity), "text_alignment": alignment, "shapes": shapes}
 
 
 def measured_pack(study: Study, pack: EDLoRA | Path, concepts: Sequence[ToyConcept]) -> dict[str, Any]:
@@ -321,14 +322,12 @@ def summary(
         "single": means[1].as_record(),
         "class_word": means[2].as_record(),
         "retention": retention(*means),
-        "text_alignment": _mean_text(rows),
-        "text_alignment_of_single": _mean_text({name: single[name] for name in rows}),
-        "text_alignment_of_class_word": _mean_text({name: floor[name] for name in rows}),
+        **{
+            f"{measure}{label}": round(sum(table[name][measure] for name in rows) / len(rows), 4)
+            for measure in ("text_alignment", "shapes")
+            for label, table in (("", rows), ("_of_single", single), ("_of_class_word", floor))
+        },
     }
-
-
-def _mean_text(rows: Mapping[str, Any]) -> float:
-    return round(sum(row["text_alignment"] for row in rows.values()) / len(rows), 4)
 
 
 def study_method(
@@ -461,7 +460,7 @@ def study_of(options: argparse.Namespace, start: float, console: Console) -> Stu
     concepts = candidates[: max(options.counts)]
     return Study(
         plan=plan,
-        kept=Kept(options.work, asdict(plan)),
+        kept=Kept(options.work, asdict(plan) | {"prompts": HELD_OUT_PROMPTS, "measures": "shapes"}),
         work=options.work,
         pipe=toyland.load_pipeline(pipeline_class=MixOfShowPipeline),
         judge=judge,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.judging import subject_of
+from benchmarks.judging import is_colour, share_of_looks, subject_of
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation.metrics import attribute_accuracy, cosine_matrix
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
@@ -51,3 +51,13 @@ def test_texts_and_pictures_are_compared_in_one_space(judge: ToylandJudge) -> No
     likeness = cosine_matrix(judge.features(list(photos.values())), texts)
     assert likeness[0, 0] > likeness[0, 1]
     assert likeness[1, 1] > likeness[1, 0]
+
+
+def test_colours_and_shapes_are_read_apart(judge: ToylandJudge) -> None:
+    """Of a critter with one wrong colour and one wrong shape."""
+    subject = subject_of(toyland.CONCEPTS["bobo"], judge)
+    colours = [name for name in subject.attributes if is_colour(name)]
+    assert sorted(colours) == sorted(["colour", "ear_colour", "eye_colour", "pattern_colour", "belly_colour"])
+    seen = {**subject.attributes, "ear_colour": "green", "ear_shape": "long"}
+    assert share_of_looks([seen], subject, is_colour) == 0.8
+    assert share_of_looks([seen, dict(subject.attributes)], subject, lambda name: not is_colour(name)) == 0.9
