@@ -32,7 +32,7 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/codespell src tests docs benchmarks examples *.md
 
 # Not what hangs on no library, nor what runs in whole pages and benchmarks what other tests run piece by piece.
-ONCE := architecture.py documentation.py examples.py schemas.py
+ONCE := architecture.py documentation.py examples.py figures.py schemas.py
 OLDEST_WITHOUT := $(addprefix --ignore=tests/,laboratory mutation composlora $(addprefix test_,$(ONCE)))
 
 test-oldest:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from diffusers_mixofshow import Region, toyland
+from diffusers_mixofshow.evaluation import metrics
 from diffusers_mixofshow.evaluation.identity import InRegions, Subject
 from diffusers_mixofshow.evaluation.prompts import prompt_together
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
@@ -34,6 +35,17 @@ def regions_of(
         Region(prompt_together([subject] * len(boxes), place), box=box)
         for subject, box in zip(subjects, boxes, strict=True)
     ]
+
+
+def is_colour(attribute: str) -> bool:
+    """Whether an attribute names a colour; others are shapes, numbers and patterns."""
+    return attribute == "colour" or attribute.endswith("_colour")
+
+
+def share_of_looks(read: Sequence[Mapping[str, str]], subject: Subject, counts: Callable[[str], bool]) -> float:
+    """Share of those attributes read right that count, such as shapes alone."""
+    wanted = {name: value for name, value in subject.attributes.items() if counts(name)}
+    return metrics.attribute_accuracy(read, wanted)
 
 
 def mean_with_interval(values: Sequence[float], *, resamples: int = 2000) -> dict[str, float]:

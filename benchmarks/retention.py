@@ -17,8 +17,10 @@ changed. Prints Markdown tables and writes one record.
 A method may carry settings: ``closed-form:ridge=0.1``, ``closed-form:prior=0.1``, ``closed-form:sequential=false``,
 ``closed-form:dtype=float32``, ``closed-form:sequential=false,statistics_bytes=200000``; and of the recording, so
 that it can be found how little of it is enough: ``closed-form:prompts=3``, ``closed-form:steps=5``,
-``closed-form:seeds=[0,1]``. ``closed-form:own=text-kv`` shows where identity is lost: there, each concept is measured
-with its own layers in place of the fused ones (``text-encoder``, ``text-kv``, ``spatial``, or joined by ``+``).
+``closed-form:seeds=[0,1]``, ``closed-form:without=beach+snow`` (no prompts of these places). With
+``--held-out content`` pictures are of places by night, which no recorded prompt has. ``closed-form:own=text-kv``
+shows where identity is lost: there, each concept is measured with its own layers in place of the fused ones
+(``text-encoder``, ``text-kv``, ``spatial``, or joined by ``+``).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import subject_of
+from judging import is_colour, share_of_looks, subject_of
 from kept import Kept
 from PIL import Image
 from rich.console import Console
@@ -46,7 +48,7 @@ from diffusers_mixofshow.demo.tuning import tune_all
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import Identity, Subject, mean_identity, measure_identity, retention
-from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
+from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS, UNSEEN_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
@@ -85,6 +87,8 @@ LAYERS: Mapping[str, Callable[[str], bool]] = {
 """Groups of layers, as fusion records them one after another."""
 
 COUNTS = (8, 14, 30)
+HELD_OUT = {"wording": HELD_OUT_PROMPTS, "content": UNSEEN_PROMPTS}
+"""Prompts of the pictures, by how they differ from those that fusion records."""
 PRIOR_PROMPTS = (
     "",
     "a red vase in a meadow",
@@ -118,6 +122,8 @@ class Plan:
     guidance_scale: float
     seed: int
     tuning: Mapping[str, Any]
+    held_out: tuple[str, ...]
+    """Prompts of the pictures."""
 
 
 @dataclass
@@ -240,7 +246,9 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
             "statistics": study.work / f"statistics-{settings.get('statistics_bytes')}",
             "statistics_bytes": None,
         }
-        prompts = RECORDING_PROMPTS[: settings.pop("prompts", None)]
+        places = str(settings.pop("without", "")).split("+")
+        first = RECORDING_PROMPTS[: settings.pop("prompts", None)]
+        prompts = [prompt for prompt in first if not any(place and place in prompt for place in places)]
         fuser = GradientFuser(study.pipe, prompts=prompts, **recording | settings)
         start = time.perf_counter()
         sources = [str(study.packs[name]) for name in names]
@@ -250,17 +258,18 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
 
 
 def pictures_of(study: Study, subject: str) -> list[Image.Image]:
-    prompts = fill_templates(HELD_OUT_PROMPTS, subject, study.plan.pictures)
+    prompts = fill_templates(study.plan.held_out, subject, study.plan.pictures)
     return sample_pictures(study.pipe, prompts, study.sampling(10_000))
 
 
 def measured(study: Study, concept: ToyConcept, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-    """Identity of one concept in pictures, and their text-alignment."""
+    """Identity of one concept in pictures, that of its shapes alone, and their text-alignment."""
     subject = next(one for one in study.subjects if one.name == concept.name)
     identity = measure_identity(pictures, subject, study.subjects, study.judge)
-    texts = study.judge.text_features(fill_templates(HELD_OUT_PROMPTS, concept.class_word, len(pictures)))
+    texts = study.judge.text_features(fill_templates(study.plan.held_out, concept.class_word, len(pictures)))
     alignment = metrics.clip_score(texts, study.judge.features(pictures))
-    return {"identity": asdict(identity), "text_alignment": alignment}
+    shapes = share_of_looks(study.judge.read(pictures), subject, lambda attribute: not is_colour(attribute))
+    return {"identity": asdict(identity), "text_alignment": alignment, "shapes": shapes}
 
 
 def measured_pack(study: Study, pack: EDLoRA | Path, concepts: Sequence[ToyConcept]) -> dict[str, Any]:
@@ -321,14 +330,12 @@ def summary(
         "single": means[1].as_record(),
         "class_word": means[2].as_record(),
         "retention": retention(*means),
-        "text_alignment": _mean_text(rows),
-        "text_alignment_of_single": _mean_text({name: single[name] for name in rows}),
-        "text_alignment_of_class_word": _mean_text({name: floor[name] for name in rows}),
+        **{
+            f"{measure}{label}": round(sum(table[name][measure] for name in rows) / len(rows), 4)
+            for measure in ("text_alignment", "shapes")
+            for label, table in (("", rows), ("_of_single", single), ("_of_class_word", floor))
+        },
     }
-
-
-def _mean_text(rows: Mapping[str, Any]) -> float:
-    return round(sum(row["text_alignment"] for row in rows.values()) / len(rows), 4)
 
 
 def study_method(
@@ -356,6 +363,8 @@ def study_method(
     result = summary(rows, tables["single"], tables["class_word"]) | {
         "drift": {name: round(value, 4) for name, value in away.items()},
         "of_each": {name: row["identity"] for name, row in rows.items()},
+        "of_each_single": {name: tables["single"][name]["identity"] for name in rows},
+        "of_each_class_word": {name: tables["class_word"][name]["identity"] for name in rows},
     }
     study.console.print(f"  {count} {method}: {result['retention']} drift {result['drift']}")
     return result
@@ -440,6 +449,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--held-out", choices=tuple(HELD_OUT), default="wording", help="how the prompts differ from recorded ones"
+    )
     parser.add_argument("--tuning", default="{}", help="JSON of training settings to replace, for quick trials")
     parser.add_argument("--record", type=Path, help="where to write the record")
     return parser.parse_args()
@@ -454,12 +466,13 @@ def study_of(options: argparse.Namespace, start: float, console: Console) -> Stu
         guidance_scale=options.guidance,
         seed=options.seed,
         tuning=json.loads(options.tuning),
+        held_out=HELD_OUT[options.held_out],
     )
     candidates, judge = chosen_concepts(max(*COUNTS, *options.counts), plan.seed), ToylandJudge.load()
     concepts = candidates[: max(options.counts)]
     return Study(
         plan=plan,
-        kept=Kept(options.work, asdict(plan)),
+        kept=Kept(options.work, asdict(plan) | {"measures": "shapes"}),
         work=options.work,
         pipe=toyland.load_pipeline(pipeline_class=MixOfShowPipeline),
         judge=judge,
@@ -493,7 +506,6 @@ def main() -> None:
         | {
             "concepts": [concept.name for concept in study.concepts],
             "recorded": RECORDING_PROMPTS,
-            "held_out": HELD_OUT_PROMPTS,
             "concept_free": CONCEPT_FREE_PROMPTS,
         },
         "results": results,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import confusion, regions_of, subject_of, summarise_regions
+from judging import confusion, mean_with_interval, regions_of, subject_of, summarise_regions
 from PIL import Image, ImageDraw
 from rich.console import Console
 
@@ -283,13 +283,16 @@ def judge_together(
     of_all = [find_concepts_in_regions([picture], boxes, bench.subjects, bench.judge)[0] for picture in pictures]
     everyone = [replace(each, found=tuple(found)) for each, found in zip(judged, of_all, strict=True)]
     counts = confusion(everyone, names)
+    shares = [sum(map(str.__eq__, found, asked)) / len(asked) for found, asked in zip(of_all, names, strict=True)]
+    right = mean_with_interval(shares)
+    bench.console.print(f"  {'  of all fused':36}", told("right", right))
     others = [each for each, asked in zip(judged, names, strict=True) if UNDRAWN not in asked]
     without = summarise_regions(others) if others else {}
     bench.console.print(
         f"  {f'  without {UNDRAWN} ({len(others)})':36}", "  ".join(told(*each) for each in without.items())
     )
     write_picture(work / f"confusion-{way.replace(', ', '-').replace(' ', '-')}.png", draw_confusion(counts))
-    return summary | {"found_of_all_fused": counts, f"without_{UNDRAWN}": without}
+    return summary | {"right_of_all_fused": right, "found_of_all_fused": counts, f"without_{UNDRAWN}": without}
 
 
 def told(name: str, value: dict[str, float]) -> str:

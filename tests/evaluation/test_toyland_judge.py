@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.judging import subject_of
+from benchmarks.judging import is_colour, share_of_looks, subject_of
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation.metrics import attribute_accuracy, cosine_matrix
 from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES
@@ -79,3 +79,13 @@ def test_the_class_is_the_one_whose_texts_are_nearest_and_not_the_attribute_read
     reader = toyland.load_reader()
     others = reader.read(images)["class"].argmax(dim=1)
     assert [reader.vocabulary["class"][int(index)] for index in others] != nearest
+
+
+def test_colours_and_shapes_are_read_apart(judge: ToylandJudge) -> None:
+    """Of a critter with one wrong colour and one wrong shape."""
+    subject = subject_of(toyland.CONCEPTS["bobo"], judge)
+    colours = [name for name in subject.attributes if is_colour(name)]
+    assert sorted(colours) == sorted(["colour", "ear_colour", "eye_colour", "pattern_colour", "belly_colour"])
+    seen = {**subject.attributes, "ear_colour": "green", "ear_shape": "long"}
+    assert share_of_looks([seen], subject, is_colour) == 0.8
+    assert share_of_looks([seen, dict(subject.attributes)], subject, lambda name: not is_colour(name)) == 0.9

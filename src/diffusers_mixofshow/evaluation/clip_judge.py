@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.edlora.models import load_clip_model
@@ -87,8 +87,19 @@ def text_embeddings(model: CLIPModel, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _pixels(image: Image.Image, side: int) -> torch.Tensor:
-    """A picture's middle square, resized and normalised for CLIP, shape (3, side, side), float32."""
-    square = ImageOps.fit(read_image(image, called="a picture"), (side, side), Image.Resampling.BICUBIC)
+    """A picture as CLIP's own processor prepares it: resized to its shorter side, its middle, normalised.
+
+    To the pixel, so that scores are those that others get: whole pixels are cut off, after resizing.
+
+    Returns:
+        Shape (3, side, side), float32.
+    """
+    picture = read_image(image, called="a picture")
+    shorter = min(picture.size)
+    width, height = (int(side * length / shorter) for length in picture.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    square = resized.crop((left, top, left + side, top + side))
     values: Any = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     colours = values.view(side, side, 3).permute(2, 0, 1).float() / 255  # -> (3, side, side)
     return (colours - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_DEVIATION)[:, None, None]

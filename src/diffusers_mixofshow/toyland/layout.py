@@ -1,7 +1,8 @@
-"""Condition images for Toyland's T2I-Adapter (arXiv:2302.08453): where things stand and how large, not what they are.
+"""Condition images for Toyland's T2I-Adapter (arXiv:2302.08453): where things stand, how high and how wide.
 
 The Mix-of-Show paper samples several concepts with such an adapter (section 3.4); it takes keyposes of people, Toyland
-takes ellipses.
+takes ellipses. As every class has a width of its own, an ellipse tells a dog from a vase; it never tells one dog from
+another.
 """
 
 from __future__ import annotations

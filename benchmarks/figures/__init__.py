@@ -1,0 +1,1 @@
+"""The tables and sentences of README and docs whose figures are those of `benchmarks/records/`."""

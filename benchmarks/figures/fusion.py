@@ -1,0 +1,428 @@
+"""Figures of fusion: what is kept by which method, against the paper's solver, time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from figures.reading import (
+    Sentence,
+    decimals,
+    decimals_with_interval,
+    difference,
+    kept_apart,
+    percent,
+    percent_with_interval,
+    printed_record,
+    record,
+    table,
+)
+
+
+PAGE, METHOD_PAGE, TUNING_PAGE = "docs/benchmarks_fusion.md", "docs/gradient_fusion.md", "docs/ed_lora.md"
+HARD_CASE = "toyland-20261129"
+METHODS = {
+    "closed-form": "closed form",
+    "closed-form:ridge=0.0001": "closed form, ridge 1e-4",
+    "closed-form:prior=0.1": "closed form, `prior=0.1`",
+    "lbfgs": "LBFGS, 500 / 50 steps",
+    "average": "average",
+    "dare": "DARE",
+    "svd": "SVD",
+    "ties": "TIES",
+    "sum": "sum",
+}
+GROUPS = {
+    "text q k v": ("text q k v", "text out"),
+    "cross k v 320": ("cross k v 320",),
+    "cross k v 640": ("cross k v 640",),
+    "cross k v 1280": ("cross k v 1280",),
+    "self q k v 320": ("self q k v 320", "out, cross q 320"),
+    "self q k v 640": ("self q k v 640", "out, cross q 640"),
+    "self q k v 1280": ("self q k v 1280", "out, cross q 1280"),
+}
+"""Layers of SD 1.5 that see the same inputs or inputs of one width, as one row."""
+OWN_LAYERS = {
+    "closed-form": "nothing",
+    "closed-form:own=text-kv": "text keys and values",
+    "closed-form:own=text-encoder": "text encoder",
+    "closed-form:own=spatial": "queries, outputs, self-attention",
+}
+RIDGES: dict[str, tuple[str, str]] = {
+    "closed-form": ("the fused model, in stages", "1e-3"),
+    "closed-form:ridge=0.1": ("", "0.1"),
+    "closed-form:ridge=auto": ("", "`auto`"),
+    "closed-form:prior=0.1": ("", "1e-3, `prior=0.1`"),
+    "closed-form:text_tokens=concept": ("", '1e-3, `text_tokens="concept"`'),
+    "closed-form:dtype=float32": ("", "1e-3, pack in float32"),
+    "closed-form:sequential=false,ridge=0.001": ("each concept's own model", "1e-3"),
+    "closed-form:sequential=false": ("", "0.03"),
+    "closed-form:sequential=false,ridge=0.1": ("", "0.1"),
+    "closed-form:sequential=false,statistics_bytes=80000": ("", "0.03, statistics cut down to 7 %"),
+}
+START_TOKEN = {
+    "closed-form": "closed form in stages",
+    "closed-form:sequential=false": "each concept's own statistics, ridge 0.03",
+    "closed-form:sequential=false,ridge=0.001": "the same, ridge 1e-3",
+    "average": "average",
+}
+
+
+def tables() -> dict[str, str]:
+    """Every table by its name."""
+    return {
+        "hard case": hard_case(),
+        "methods, 8 concepts": methods("retention-8", "8"),
+        "methods, 14 concepts": methods("retention-14", "14"),
+        "methods, 30 concepts": methods("retention-30", "30"),
+        "own layers": own_layers(),
+        "cheats": cheats(),
+        "against LBFGS": against_lbfgs(),
+        "files": files(),
+        "scale": scale(),
+        "ridges": ridges(),
+        "recording": recording(),
+        "start token": start_token(),
+    }
+
+
+def hard_case() -> str:
+    identity = printed_record(HARD_CASE)["mean_identity"]
+    names = {
+        "single": "each concept's own ED-LoRA",
+        "average": "weight average",
+        "closed_form": "**gradient fusion**",
+        "class_word": "class word alone",
+    }
+    rows = []
+    for key, name in names.items():
+        cells = []
+        for measure, word in (("attributes", percent), ("alignment", lambda value: decimals(value, 3))):
+            cells += [
+                word(identity[key][measure]) + (" %" if word is percent else ""),
+                f"{percent(kept(identity, key, measure))} %",
+            ]
+        bold = [f"**{cell}**" for cell in cells] if key == "closed_form" else cells
+        rows.append([name, *bold])
+    return table(("", "looks read right", "kept", "like the photos", "kept"), rows)
+
+
+def kept(identity: Mapping[str, Mapping[str, float]], key: str, measure: str) -> float:
+    """What a method keeps of what tuning gains over the class word."""
+    floor = identity["class_word"][measure]
+    return (identity[key][measure] - floor) / (identity["single"][measure] - floor)
+
+
+def results_of(name: str, count: str = "8") -> Mapping[str, Any]:
+    """The rows of a record of `benchmarks/retention.py`."""
+    results: Mapping[str, Any] = record(name)["results"][count]
+    return results
+
+
+def methods(name: str, count: str) -> str:
+    """What each method keeps, also minus what the closed form keeps, text-alignment and drift."""
+    results = results_of(name, count)
+    first = results["closed-form"]
+    rows = [
+        ["each concept's own ED-LoRA", "1", "", "1", "", decimals(first["text_alignment_of_single"], 3), ""],
+        ["class word alone", "0", "", "0", "", decimals(first["text_alignment_of_class_word"], 3), "0"],
+    ]
+    for method, label in METHODS.items():
+        if method in results:
+            row = results[method]
+            cells = [label]
+            for measure in ("attributes", "alignment"):
+                apart = "" if row is first else difference(kept_apart(row, first, measure))
+                cells += [decimals(row["retention"][measure]), apart]
+            rows.append([*cells, decimals(row["text_alignment"], 3), decimals(row["drift"]["features"], 3)])
+    head = ("", "looks kept", "minus the closed form's", "alignment kept", "minus the closed form's")
+    return table((*head, "text-alignment", "drift"), rows)
+
+
+def own_layers() -> str:
+    results = results_of("retention-8")
+    first = results["closed-form"]
+    rows = []
+    for method, label in OWN_LAYERS.items():
+        cells = [label]
+        for measure in ("attributes", "alignment"):
+            apart = "" if method == "closed-form" else difference(kept_apart(results[method], first, measure))
+            cells += [decimals(results[method]["retention"][measure]), apart]
+        rows.append(cells)
+    return table(
+        (
+            "the concept's own in place of the fused",
+            "looks kept",
+            "minus the fused",
+            "alignment kept",
+            "minus the fused",
+        ),
+        rows,
+    )
+
+
+def cheats() -> str:
+    rows = []
+    for way, row in record("cheats")["results"].items():
+        shares = [percent_with_interval(row[each]) for each in ("looks", "colours", "shapes")]
+        texts = [decimals_with_interval(row["likeness"]), decimals_with_interval(row["text_alignment"])]
+        rows.append([way, *shares, *texts])
+    return table(("", "looks read right", "colours", "shapes", "like the photos", "text-alignment"), rows)
+
+
+def layers_of(group: str) -> Mapping[str, Any]:
+    results: Mapping[str, Any] = record(f"fusion-layers-{'text-' if group.startswith('text') else ''}cpu")["results"]
+    return results
+
+
+def against_lbfgs() -> str:
+    rows = []
+    for label, groups in GROUPS.items():
+        of_group = [layers_of(label)[group] for group in groups]
+        training, validation = of_group[0]["training"], of_group[0]["validation"]
+        times = " / ".join(decimals(each["time_ratio"], 0) for each in of_group)
+        fitted = f"{decimals(training['LBFGS'], 3)} / {decimals(training['ridge 0'], 3)}"
+        tried = ("LBFGS", "ridge 0", "ridge 1e-3", "ridge 1e-2", "ridge 1e-1", "ridge chosen")
+        rows.append([label, times, fitted, *(decimals(validation[each], 3) for each in tried)])
+    head = ("layers", "times faster (q k v / single)", "training: LBFGS / no ridge", "validation: LBFGS", "no ridge")
+    return table((*head, "ridge 1e-3", "ridge 1e-2", "ridge 0.1", "ridge chosen"), rows)
+
+
+def files() -> str:
+    rows = [
+        [
+            name.split()[0],
+            f"{decimals(row['processor_s'], 1)} s",
+            f"{row['peak_memory_mib']} MiB",
+            f"{decimals(row['pack_mb'], 1)} MB",
+        ]
+        for name, row in record("fusion-files-cpu")["results"].items()
+    ]
+    return table(("concepts", "processor time", "peak memory of the process", "pack"), rows)
+
+
+def scale() -> str:
+    results = record("fusion-scale-cpu")["results"]
+    rows = [
+        ["processor time", *(f"{decimals(row['cpu_s'], 1)} s" for row in results.values())],
+        ["for each concept", *(f"{decimals(row['cpu_s_a_concept'])} s" for row in results.values())],
+        ["peak memory", *(f"{decimals(row['peak_rss_mib'], 0)} MiB" for row in results.values())],
+    ]
+    return table(("concepts", *(name.split()[0] for name in results)), rows)
+
+
+def kept_and_drift(row: Mapping[str, Any] | None, digits: int) -> list[str]:
+    if row is None:
+        return [""] * 3
+    kept = [decimals(row["retention"][measure]) for measure in ("attributes", "alignment")]
+    return [*kept, decimals(row["drift"]["features"], digits)]
+
+
+def ridges() -> str:
+    usual, fast = results_of("retention-8"), dict(results_of("retention-8-settings"))
+    # In that record's time each concept's own model had another default.
+    fast["closed-form:sequential=false"] = fast["closed-form:sequential=false,ridge=0.03"]
+    rows = [
+        [*labels, *kept_and_drift(usual[method], 2), *kept_and_drift(fast.get(method), 2)]
+        for method, labels in RIDGES.items()
+    ]
+    head = ("recorded with", "ridge", "looks kept", "alignment kept", "drift")
+    return table((*head, "too fast: looks", "alignment", "drift"), rows)
+
+
+def recording() -> str:
+    results = record("recording-curve-toyland-cpu")["results"]
+    groups = ("text", "cross k v", "cross q out", "self", "all")
+    rows = [["average, nothing recorded", "0", *(shortened(results["average"][group]) for group in groups)]]
+    for row in results["closed_form"]:
+        label = f"{row['prompts']} x {row['steps']}"
+        rows.append([label, str(row["evaluations"]), *(shortened(row["residual"][group]) for group in groups)])
+    return table(("prompts x steps", "evaluations a concept", *groups), rows)
+
+
+def shortened(value: float) -> str:
+    """Three digits, without the 0 in front."""
+    return decimals(value, 3).removeprefix("0")
+
+
+def start_token() -> str:
+    kept, changed = results_of("retention-8"), results_of("retention-8-changed-start-token")
+    rows = []
+    for method, label in START_TOKEN.items():
+        apart = difference(kept_apart(kept[method], changed[method], "attributes"))
+        rows.append([label, *kept_and_drift(kept[method], 3), *kept_and_drift(changed[method], 3), apart])
+    head = ("fused by", "start token kept: looks kept", "alignment kept", "drift")
+    changed_head = ("changed: looks kept", "alignment kept", "drift", "looks: difference")
+    return table((*head, *changed_head), rows)
+
+
+def sentences() -> list[Sentence]:
+    """Every sentence."""
+    return [*of_the_page(), *of_methods(), *of_start_tokens(), *of_size(), *of_readme()]
+
+
+def kept_percent(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Looks and alignment kept, in per cent."""
+    return percent(row["retention"]["attributes"]), percent(row["retention"]["alignment"])
+
+
+def points(one: Mapping[str, Any], other: Mapping[str, Any], measure: str = "attributes") -> tuple[str, str, str]:
+    """A difference in per cent with its interval."""
+    apart = kept_apart(one, other, measure)
+    return percent(apart["mean"]), percent(apart["low"]), percent(apart["high"])
+
+
+def parts(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> tuple[str, str, str]:
+    """A difference as a number with its interval."""
+    apart = kept_apart(one, other, measure)
+    return decimals(apart["mean"]), decimals(apart["low"]), decimals(apart["high"])
+
+
+def of_the_page() -> list[Sentence]:
+    fourteen, eight = results_of("retention-14", "14"), results_of("retention-8")
+    small = eight["closed-form:ridge=0.0001"]["retention"]
+    totals = [record(f"fusion-layers-{part}cpu")["totals"] for part in ("", "text-")]
+    seconds = {way: sum(each[way] for each in totals) for way in ("LBFGS", "closed form", "closed form, ridge chosen")}
+    return [
+        Sentence(
+            page=PAGE,
+            words="gradient fusion keeps **{} %** of the looks and {} % of the likeness, the average {} % and {} %; "
+            "LBFGS, the paper's solver, {} % and {} %",
+            figures=(
+                *kept_percent(fourteen["closed-form"]),
+                *kept_percent(fourteen["average"]),
+                *kept_percent(fourteen["lbfgs"]),
+            ),
+        ),
+        Sentence(
+            page=PAGE,
+            words="a smaller ridge (1e-4: {}, {})",
+            figures=(decimals(small["attributes"]), decimals(small["alignment"])),
+        ),
+        Sentence(
+            page=PAGE,
+            words="the closed form takes {} s against {} s, {} times faster ({} times on the U-Net's); with a ridge "
+            "chosen for every layer, {} times",
+            figures=(
+                decimals(seconds["closed form"], 0),
+                decimals(seconds["LBFGS"], 0),
+                decimals(seconds["LBFGS"] / seconds["closed form"], 0),
+                decimals(totals[0]["time ratio"], 0),
+                decimals(seconds["LBFGS"] / seconds["closed form, ridge chosen"], 0),
+            ),
+        ),
+    ]
+
+
+def of_methods() -> list[Sentence]:
+    eight = results_of("retention-8")
+    whole, cut = (eight[f"closed-form:sequential=false{more}"] for more in ("", ",statistics_bytes=80000"))
+    return [
+        Sentence(
+            page=METHOD_PAGE,
+            words="costs {} ({} to {}) of the looks and {} ({} to {}) of the alignment, for a fourteenth",
+            figures=(*parts(whole, cut, "attributes"), *parts(whole, cut, "alignment")),
+        ),
+        Sentence(
+            page=METHOD_PAGE,
+            words="a share that costs {} of the looks on Toyland",
+            figures=(parts(whole, cut, "attributes")[0],),
+        ),
+    ]
+
+
+def of_start_tokens() -> list[Sentence]:
+    longer = results_of("retention-8-changed-start-token")["closed-form"]
+    shorter = results_of("retention-8-short-embedding-phase")["closed-form"]
+    alone = [row["single"]["attributes"] for row in (results_of("retention-8")["closed-form"], longer)]
+    if decimals(alone[0]) != decimals(alone[1]):
+        raise SystemExit(f"{TUNING_PAGE} says that concepts alone show as much either way, but records say {alone}.")
+    return [
+        Sentence(
+            page=TUNING_PAGE,
+            words="with 200 of 400 steps {} of the looks and {} of the alignment are kept and other prompts drift "
+            "by {}; with 100 of 350, {}, {} and {}.",
+            figures=(*kept_and_drift(longer, 2), *kept_and_drift(shorter, 2)),
+        ),
+        Sentence(
+            page=TUNING_PAGE,
+            words="The looks differ by {} ({} to {}), the alignment by {} ({} to {}).",
+            figures=(*parts(longer, shorter, "attributes"), *parts(longer, shorter, "alignment")),
+        ),
+        Sentence(
+            page=TUNING_PAGE,
+            words="Drawn alone, concepts show as much either way ({} of the looks).",
+            figures=(decimals(alone[0]),),
+        ),
+    ]
+
+
+def of_size() -> list[Sentence]:
+    wide, sums = record("fusion-wide-cpu"), record("statistics-wide-cpu")["results"]
+    flux, klein = sums["FLUX.1"], sums["FLUX.2 klein 4B"]
+    files = record("fusion-files-cpu")["results"]["14 concepts"]
+    return [
+        Sentence(
+            page=METHOD_PAGE,
+            words="need gigabytes of Gram matrices: {} GB for FLUX.1",
+            figures=(decimals(flux["as_matrices_gb"], 0),),
+        ),
+        Sentence(
+            page=METHOD_PAGE,
+            words="hold {} GB for FLUX.1 and {} GB for FLUX.2 klein 4B",
+            figures=(decimals(flux["its_sums_gb"]), decimals(klein["its_sums_gb"])),
+        ),
+        Sentence(
+            page=METHOD_PAGE,
+            words="by its shapes {} MB for FLUX.1 with all {} layers",
+            figures=(decimals(wide["default_statistics_bytes"] / 1e6, 0), str(wide["layers"])),
+        ),
+        Sentence(
+            page=METHOD_PAGE,
+            words="two cores: {} s and at most {} GB, in one run",
+            figures=(
+                decimals(wide["results"]["seconds"], 0),
+                # The page counts in thousands, the record in 1024.
+                decimals(wide["results"]["peak_memory_mib"] / 1000, 1),
+            ),
+        ),
+        Sentence(
+            page=METHOD_PAGE,
+            words="The result is {} GB, as its rank is 128",
+            figures=(decimals(wide["results"]["pack_mb"] / 1000, 1),),
+        ),
+        Sentence(
+            page="README.md",
+            words="layer sizes in {} s of one CPU thread and {} MiB",
+            figures=(decimals(files["processor_s"], 0), str(files["peak_memory_mib"])),
+        ),
+    ]
+
+
+def of_readme() -> list[Sentence]:
+    fourteen, eight = results_of("retention-14", "14"), results_of("retention-8")
+    return [
+        Sentence(
+            page="README.md",
+            words="closed form {} %, average {} %, which is {} points less ({} to {}); "
+            "LBFGS, the paper's solver, {} %, the same within noise",
+            figures=(
+                kept_percent(fourteen["closed-form"])[0],
+                kept_percent(fourteen["average"])[0],
+                *points(fourteen["closed-form"], fourteen["average"]),
+                kept_percent(fourteen["lbfgs"])[0],
+            ),
+        ),
+        Sentence(
+            page="README.md",
+            words="of the looks {} % kept, average {} %, which is {} points less ({} to {}); "
+            "of the likeness to the photos {} % and {} %, the same within noise",
+            figures=(
+                kept_percent(eight["closed-form"])[0],
+                kept_percent(eight["average"])[0],
+                *points(eight["closed-form"], eight["average"]),
+                kept_percent(eight["closed-form"])[1],
+                kept_percent(eight["average"])[1],
+            ),
+        ),
+    ]

@@ -1,0 +1,102 @@
+"""Records as numbers, numbers as words, and rows as tables."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from judging import mean_with_interval
+
+
+RECORDS = Path(__file__).resolve().parents[1] / "records"
+PLACES = ("right", "whole_pictures", "looks", "likeness")
+"""What is measured of pictures with several concepts, in the order of the tables."""
+
+
+class Sentence(NamedTuple):
+    """Words of a page with figures in them.
+
+    Args:
+        page: Path of the page from the root of the repository.
+        words: The words, with ``{}`` for each figure; on the page they may be broken into lines anywhere.
+        figures: What the record says.
+    """
+
+    page: str
+    words: str
+    figures: tuple[str, ...]
+
+
+@cache
+def record(name: str) -> Any:
+    """A record in JSON, by its name without the ending."""
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def printed_record(name: str) -> Any:
+    """What a run of `benchmarks/toyland.py` printed, in the form of the JSON that such a run writes."""
+    text = (RECORDS / f"{name}.txt").read_text(encoding="utf-8")
+    identity = {name: ast.literal_eval(row) for name, row in re.findall(r"^  (\w+): (\{.*\})$", text, re.MULTILINE)}
+    values = r"\s+".join(rf"{each}\s+(\S+)\s+\[(\S+),\s+(\S+)\]" for each in PLACES)
+    together = {}
+    for row in re.finditer(rf"^  (\d, .+?)\s+{values}", text, re.MULTILINE):
+        numbers = iter(map(float, row.groups()[1:]))
+        together[row[1]] = {each: {key: next(numbers) for key in ("mean", "low", "high")} for each in PLACES}
+    return {"mean_identity": identity, "together": together}
+
+
+def percent(share: float) -> str:
+    """A share as whole per cent, without the sign."""
+    return f"{100 * share:.0f}"
+
+
+def decimals(value: float, digits: int = 2) -> str:
+    """A number with a fixed count of digits; never minus zero."""
+    text = f"{value:.{digits}f}"
+    return text[1:] if float(text) == 0 and text.startswith("-") else text
+
+
+def percent_with_interval(value: Mapping[str, float]) -> str:
+    """For example 41 % (36 to 45)."""
+    return f"{percent(value['mean'])} % ({percent(value['low'])} to {percent(value['high'])})"
+
+
+def decimals_with_interval(value: Mapping[str, float]) -> str:
+    """For example 0.53 (0.52 to 0.54)."""
+    mean, low, high = (decimals(value[each]) for each in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def difference(value: Mapping[str, float]) -> str:
+    """A difference with its interval; where that has 0 in it, as it is printed, it is called noise."""
+    noise = round(value["low"], 2) <= 0 <= round(value["high"], 2)
+    return decimals_with_interval(value) + (", noise" if noise else "")
+
+
+def kept_apart(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> dict[str, float]:
+    """What one method keeps of the identity minus what another keeps, with the 95 % interval over the concepts.
+
+    Both are rows of `benchmarks/retention.py`. A concept's two values belong together, so that what is hard about a
+    concept for both does not count; what tuning gains is taken as known.
+    """
+    kept = [
+        [
+            (identity[measure] - row["class_word"][measure]) / (row["single"][measure] - row["class_word"][measure])
+            for identity in row["of_each"].values()
+        ]
+        for row in (one, other)
+    ]
+    return mean_with_interval([left - right for left, right in zip(*kept, strict=True)])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the head has a title for every column, that of names included."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return re.sub(r"\|  (?=\|)", "| ", "\n".join(lines))

@@ -1,0 +1,166 @@
+"""Figures of regions: who is found where, what a step costs, and isolation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from figures.reading import (
+    PLACES,
+    Sentence,
+    decimals,
+    decimals_with_interval,
+    percent,
+    percent_with_interval,
+    printed_record,
+    record,
+    table,
+)
+
+
+PAGE = "docs/benchmarks_regions.md"
+RUN, OTHER_TRIPLES, CONTACT = "toyland-20261129", "toyland-20261129-094422", "toyland-20261129-002832"
+HEAD = ("right concept in its region", "all right in a picture", "looks read right", "likeness")
+REFINED = "3, natural, drafts, refined"
+WAYS = {
+    "3, one prompt": "one prompt, no regions",
+    "3, natural": "regions",
+    "3, repeated": "regions whose prompts repeat their subject for every place",
+    "3, natural, drafts": "regions, drafts",
+    REFINED: "**regions, drafts, refined**",
+    "3, layout": "layout, no regions",
+    "3, layout, natural": "layout, regions",
+    "3, layout, repeated": "layout, regions whose prompts repeat their subject",
+    "3, layout, natural, drafts, refined": "layout, regions, drafts, refined",
+    "3, drawn": "drawn by the world, seen through the autoencoder",
+}
+FIVE = {"5, natural, drafts, refined": "five, drafts, refined", "5, drawn": "five, drawn by the world"}
+OTHERS = {
+    REFINED: "regions, drafts, refined",
+    "3, natural, each alone": "each drawn alone, pasted",
+    "3, drawn": "drawn by the world, seen through the autoencoder",
+}
+OVERLAPPING = {
+    "natural": "regions",
+    "natural, drafts, refined": "regions, drafts, refined",
+    "drawn": "drawn by the world",
+}
+ISOLATION = {
+    "no regions": "no regions",
+    "regions": "regions",
+    "isolation, all steps": "isolation, all steps",
+    "isolation, first half": "isolation, first half of the steps",
+    "isolation, largest maps": "isolation, largest feature maps",
+    "regions, half weight": "regions of weight 0.5",
+    "regions, half weight, others left out below": "the same, the other things left out below",
+    "regions, first half of the steps": "regions in the first half of the steps",
+    "regions, first half of the steps, others left out below": "the same, the other things left out below",
+}
+
+
+def tables() -> dict[str, str]:
+    """Every table by its name."""
+    run, others = printed_record(RUN)["together"], record(OTHER_TRIPLES)["together"]
+    return {
+        "three in a picture": table(("", *HEAD), [[label, *places(run[way])] for way, label in WAYS.items()]),
+        "five in a picture": table(("", *HEAD), [[label, *places(run[way])] for way, label in FIVE.items()]),
+        "other triples": other_triples(others),
+        "confusion": confusion(others[REFINED]["found_of_all_fused"]),
+        "overlaps": overlaps(),
+        "steps": steps(),
+        "isolation": isolation(),
+    }
+
+
+def places(row: Mapping[str, Any]) -> list[str]:
+    """Every measure of places with its interval."""
+    shares = [percent_with_interval(row[each]) for each in PLACES[:3]]
+    return [*shares, decimals_with_interval(row[PLACES[3]])]
+
+
+def right_of_all(counts: Mapping[str, Mapping[str, int]]) -> float:
+    """Share of all places whose concept is found there among all eight, not only among those asked for."""
+    return sum(row.get(name, 0) for name, row in counts.items()) / sum(sum(row.values()) for row in counts.values())
+
+
+def other_triples(together: Mapping[str, Any]) -> str:
+    rows = []
+    for way, label in OTHERS.items():
+        first, *rest = places(together[way])
+        rows.append([label, first, f"{percent(right_of_all(together[way]['found_of_all_fused']))} %", *rest])
+    for way, label in {
+        REFINED: "the {} pictures without `<nono>`: drafts, refined",
+        "3, natural, each alone": "the same, each drawn alone, pasted",
+    }.items():
+        without = together[way]["without_nono"]
+        first, *rest = places(without)
+        rows.append([label.format(without["right"]["count"]), first, "", *rest])
+    head = ("", "right of the three asked for", "right of all eight", "all right in a picture")
+    return table((*head, "looks read right", "likeness"), rows)
+
+
+def confusion(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Asked for, found and how often; the last column is no critter."""
+    names = sorted(counts)
+    rows = [[f"`<{name}>`", *(str(counts[name].get(found, "")) for found in (*names, ""))] for name in names]
+    return table(("asked for", *(f"`<{name}>`" for name in names), "no critter"), rows)
+
+
+def overlaps() -> str:
+    rows = []
+    for called, row in record(CONTACT)["contact"].items():
+        overlap, _, way = called.removeprefix("overlap ").partition(", ")
+        right, _, looks, likeness = places(row)
+        of_all = f"{percent(right_of_all(row['found_of_all_fused']))} %"
+        rows.append([f"{overlap.removesuffix('%')} %, {OVERLAPPING[way]}", right, of_all, looks, likeness])
+    return table(("overlap", "right of the two asked for", "right of all eight", "looks read right", "likeness"), rows)
+
+
+def steps() -> str:
+    results = record("attention-toyland-1-cpu")["results"]
+    rows = []
+    for name in ("no concept, no region", "one layer-wise concept", "4 disjoint regions", "8 overlapping masks"):
+        row, theirs = results[name], results.get(f"{name}, authors' way")
+        step = decimals(row["step_ratio"]) + (", bit-identical" if name == "no concept, no region" else "")
+        rows.append([name, step, decimals(row["call_ratio"]), decimals(theirs["step_ratio"]) if theirs else ""])
+    return table(("", "a step", "a whole call of 8 steps", "a step the authors' way"), rows)
+
+
+def isolation() -> str:
+    results = record("isolation-3-things")["results"]
+    measures = ("class", "colour", "leaked")
+    rows = [[label, *(f"{percent(results[way][each])} %" for each in measures)] for way, label in ISOLATION.items()]
+    return table(("", "right class", "right colour", "another region's colour"), rows)
+
+
+def sentences() -> list[Sentence]:
+    """Every sentence."""
+    run, others = printed_record(RUN), record(OTHER_TRIPLES)["together"]
+    one, refined = (run["together"][way]["right"] for way in ("3, one prompt", REFINED))
+    shown = [percent(run["mean_identity"][method]["attributes"]) for method in ("single", "closed_form")]
+    nono = record("training")["ablations"]["ED-LoRA"]["out"]["1"]["attributes"]
+    leaked = [
+        record("isolation-3-things")["results"][way]["leaked"]
+        for way in ("regions, half weight", "regions, first half of the steps")
+    ]
+    step = record("attention-toyland-1-cpu")["results"]["StableDiffusionPipeline, same LoRA"]["step_s"]
+    return [
+        Sentence(
+            page="README.md",
+            words="one prompt {} % ({} to {}), regions with drafts and refining {} % ({} to {}); by 60 other pictures "
+            "{} %, and {} % if chosen among all eight",
+            figures=(
+                *(percent(value[each]) for value in (one, refined) for each in ("mean", "low", "high")),
+                percent(others[REFINED]["right"]["mean"]),
+                percent(right_of_all(others[REFINED]["found_of_all_fused"])),
+            ),
+        ),
+        Sentence(page=PAGE, words="own ED-LoRA shows {} %, the pack {} %.", figures=tuple(shown)),
+        Sentence(page=PAGE, words="`<nono>` shows {} % of its looks", figures=(percent(nono),)),
+        Sentence(page=PAGE, words="A step is {} ms here", figures=(decimals(1000 * step, 0),)),
+        Sentence(
+            page="docs/regional_sampling.md",
+            words="({} and {} % of the regions in the",
+            figures=tuple(map(percent, leaked)),
+        ),
+    ]

@@ -1,0 +1,217 @@
+"""Figures of tuning: what embeddings and LoRA hold, seeds, one thing changed, company, exports and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from figures.reading import Sentence, decimals, percent, percent_with_interval, record, table
+
+
+PAGE = "docs/benchmarks_training.md"
+METHODS = {
+    "class word": "class word, nothing tuned",
+    "textual inversion": "textual inversion",
+    "P+": "P+",
+    "LoRA": "LoRA, all at once",
+    "LoRA, embeddings first": "LoRA, embeddings first",
+    "ED-LoRA": "ED-LoRA (embeddings first)",
+    "ED-LoRA, all at once": "ED-LoRA, all at once",
+    "Custom Diffusion": "Custom Diffusion",
+}
+ABLATIONS = (
+    "ED-LoRA",
+    "with updates at the start token",
+    "without noise offset",
+    "without layer-wise embeddings",
+    "without the class token",
+    "with masks",
+    "with the attention regulariser",
+    "with masks and the regulariser",
+)
+SEEDS = {"bobo": "bobo, in-domain", "nono": "nono, out-of-domain"}
+
+
+def tables() -> dict[str, str]:
+    """Every table by its name."""
+    results = record("training")
+    return {
+        "tuning": by_domain(results["methods"], METHODS, "in-domain", "out-of-domain"),
+        "one thing changed": by_domain(results["ablations"], {name: name for name in ABLATIONS}, "bobo", "nono"),
+        "seeds": seeds(results["seeds"]),
+        "company, photos": company("company-20261129-094055"),
+        "company, drawn": company("company-20261129-124249"),
+        "exports": exports(),
+    }
+
+
+def by_domain(lines: Mapping[str, Any], labels: Mapping[str, str], inside: str, outside: str) -> str:
+    """Image-alignment and looks at LoRA scale 0 and 1, in and out of domain."""
+    rows = []
+    for name, label in labels.items():
+        cells = [lines[name][domain][scale] for domain in ("in", "out") for scale in ("0", "1")]
+        rows.append([label, *(f"{decimals(each['alignment'], 3)}, {percent(each['attributes'])}%" for each in cells)])
+    return table(("", f"{inside}, 0", f"{inside}, 1", f"{outside}, 0", f"{outside}, 1"), rows)
+
+
+def seeds(results: Mapping[str, Any]) -> str:
+    rows = []
+    for name, label in SEEDS.items():
+        row = results[name]
+        values = (row["class_word"], row["mean"], row["deviation"], min(row["alignment"].values()))
+        rows.append([label, *(decimals(value, 3) for value in values)])
+    return table(("", "class word", "mean", "deviation", "least"), rows)
+
+
+def company(name: str) -> str:
+    looks = record(name)["looks"]
+    rows = [[variant, *map(percent_with_interval, row.values())] for variant, row in looks.items()]
+    titles = [
+        title.replace("twice, left", "twice: left").replace("twice, ", "") for title in next(iter(looks.values()))
+    ]
+    return table(("composed pictures show it beside", *titles), rows)
+
+
+def exports() -> str:
+    rows = []
+    for name, row in record("exports-toyland")["results"].items():
+        identity, kept = row["identity"], row["kept"]
+        cells = [decimals(identity[way]["alignment"], 3) for way in ("own", "class word", "mean", "with the base")]
+        mean, whole = kept["mean"], kept["with the base"]
+        cells.append(f"{percent(whole['alignment'])} % (mean: {percent(mean['alignment'])} %)")
+        cells.append(f"{percent(whole['attributes'])} % ({percent(mean['attributes'])} %)")
+        rows.append([f"`<{name}>`", *cells])
+    return table(
+        ("", "own", "class word", "export, mean alone", "export with the base", "kept", "in attributes"), rows
+    )
+
+
+def sentences() -> list[Sentence]:
+    """Every sentence."""
+    return [*of_observations(), *of_plain_lora(), *of_seeds(), *of_speed()]
+
+
+def cell(variant: str, domain: str, scale: str) -> tuple[str, str]:
+    """Image-alignment with two digits, and the looks in per cent, of all concepts in a domain."""
+    means = record("training")["methods"][variant][domain][scale]
+    return decimals(means["alignment"]), percent(means["attributes"])
+
+
+def alignment(variant: str, concept: str, scale: str) -> list[float]:
+    """Image-alignment of one concept by every seed."""
+    chosen = [run for run in record("training")["runs"] if (run["variant"], run["concept"]) == (variant, concept)]
+    return [run["scales"][scale]["alignment"] for run in sorted(chosen, key=lambda run: run["seed"])]
+
+
+def first(variant: str, concept: str, digits: int = 2, scale: str = "0") -> str:
+    """Image-alignment of one concept by the first seed."""
+    return decimals(alignment(variant, concept, scale)[0], digits)
+
+
+def span(concept: str, digits: int = 2, scale: str = "0") -> tuple[str, str]:
+    """The least and the largest image-alignment of ED-LoRA by all seeds."""
+    values = alignment("ED-LoRA", concept, scale)
+    return decimals(min(values), digits), decimals(max(values), digits)
+
+
+def of_observations() -> list[Sentence]:
+    outside, whole = cell("ED-LoRA", "out", "0"), cell("ED-LoRA", "out", "1")
+    inside, at_once = cell("ED-LoRA", "in", "0"), cell("ED-LoRA, all at once", "in", "0")
+    looks = [record("training")["methods"]["ED-LoRA"]["in"][scale]["attributes"] for scale in ("1", "0")]
+    plain = cell("LoRA", "out", "0")
+    together = "ED-LoRA", "ED-LoRA, all at once"
+    return [
+        Sentence(
+            page=PAGE,
+            words="the LoRA raises ED-LoRA from {} to {} and from {} % to {} % of the attributes; in-domain its "
+            "embeddings alone are as like the photos as with the LoRA ({}), but lack {} points of the attributes",
+            figures=(outside[0], whole[0], outside[1], whole[1], inside[0], percent(looks[0] - looks[1])),
+        ),
+        Sentence(
+            page=PAGE,
+            words="ED-LoRA's embeddings without the LoRA have {} of it ({} to {} by five seeds), those of LoRA {}, "
+            "and {} where they are trained first. Of rex it is {} against {},",
+            figures=(
+                first("ED-LoRA", "bobo"),
+                *span("bobo"),
+                first("LoRA", "bobo"),
+                first("LoRA, embeddings first", "bobo"),
+                first("ED-LoRA", "rex"),
+                first("LoRA", "rex"),
+            ),
+        ),
+        Sentence(
+            page=PAGE,
+            words="LoRA's are no worse ({} and {}, {} % and {} %)",
+            figures=(plain[0], outside[0], plain[1], outside[1]),
+        ),
+        Sentence(
+            page=PAGE,
+            words="at scale 0, ED-LoRA has {} and {} % in-domain with this phase, {} and {} % without (bobo {} and "
+            "{}, rex {} and {})",
+            figures=(*inside, *at_once, *(first(way, name) for name in ("bobo", "rex") for way in together)),
+        ),
+    ]
+
+
+def of_plain_lora() -> list[Sentence]:
+    methods = record("training")["methods"]
+    both = [methods[way]["in"]["1"] for way in ("LoRA", "ED-LoRA")]
+    outside = [decimals(methods[way]["out"]["1"]["alignment"], 3) for way in ("LoRA", "ED-LoRA")]
+    compared = tuple(text for row in both for text in (decimals(row["alignment"], 3), percent(row["attributes"])))
+    return [
+        Sentence(
+            page=PAGE,
+            words="beats ED-LoRA in-domain**: {} and {} % against {} and {} %. The likeness is bobo's ({}; ED-LoRA by "
+            "five seeds {} to {}); of rex ({} and {}), of the attributes and out-of-domain ({} and {}), the",
+            figures=(
+                *compared,
+                first("LoRA", "bobo", 3, "1"),
+                *span("bobo", 3, "1"),
+                first("LoRA", "rex", 3, "1"),
+                first("ED-LoRA", "rex", 3, "1"),
+                *outside,
+            ),
+        ),
+        Sentence(
+            page="README.md",
+            words="a plain LoRA does: {} like the photos and {} % of the looks against {} and {} %",
+            figures=compared,
+        ),
+    ]
+
+
+def of_seeds() -> list[Sentence]:
+    ablations = record("training")["ablations"]
+    usual, without = (ablations[name]["in"]["0"] for name in ("ED-LoRA", "without the class token"))
+    return [
+        Sentence(
+            page=PAGE,
+            words="which the base nearly knows ({} and {} points at scale 0)",
+            figures=(
+                decimals(usual["alignment"] - without["alignment"]),
+                percent(usual["attributes"] - without["attributes"]),
+            ),
+        ),
+        Sentence(
+            page=PAGE,
+            words="Five seeds of bobo lie between {} and {} at scale 0, of nono between {} and {}",
+            figures=(*span("bobo"), *span("nono")),
+        ),
+    ]
+
+
+def of_speed() -> list[Sentence]:
+    content = record("training-speed-toyland-cpu")["results"]
+    ratios = [content["ratio"], content["with our U-Net compiled"]["ratio"]]
+    return [
+        Sentence(
+            page="docs/ed_lora.md",
+            words="layer-wise texts included, {} times as fast, and with `torch_compile` {} times (medians of 147 "
+            "pairs of steps on one thread, quartiles {} and {}, {} and {};",
+            figures=(
+                *(decimals(ratio["median"]) for ratio in ratios),
+                *(decimals(ratio["quartiles"][place]) for ratio in ratios for place in (0, 2)),
+            ),
+        ),
+    ]
