@@ -66,8 +66,12 @@ class LayerwisePrompts(EDLoRALoader):
 
         Raises:
             ConceptError: If a prompt has a bracketed word that is not loaded.
+            ConfigurationError: If a text encoder is missing, or the pooled vector of given embeddings.
         """
+        self._refuse_missing_vectors(arguments)
         if not self._is_layerwise(arguments):
+            if arguments["prompt_embeds"] is None:
+                self._refuse_missing_encoders()
             return dict(arguments)
         clip_skip, device = arguments["clip_skip"], arguments["device"]
         with _scale_lora(self._encoders.values(), arguments["lora_scale"]):
@@ -181,8 +185,41 @@ class LayerwisePrompts(EDLoRALoader):
         own = region.negative_prompt
         return shared if own is None else (own,) * len(self._readings)
 
+    def _refuse_missing_vectors(self, arguments: Mapping[str, Any]) -> None:
+        """Raise if embeddings are given without their pooled vector, which not all parents check."""
+        if not any(reading.pooled for reading in self._readings.values()):
+            return
+        for kind in ("", "negative_") if arguments["do_classifier_free_guidance"] else ("",):
+            embeds, vector = (f"{kind}prompt_embeds", f"{kind}pooled_prompt_embeds")
+            if arguments.get(embeds) is not None and arguments.get(vector) is None:
+                raise ConfigurationError(
+                    f"`{embeds}` is given without `{vector}`; expected both, as encode_prompt() returns them."
+                )
+
+    def _refuse_missing_encoders(self) -> None:
+        """Raise if a text encoder or a tokenizer is missing for texts that the denoiser reads."""
+        components, readings = self.components, self._readings
+        tokenizers = [reading.tokenizer for reading in readings.values()]
+        missing = [name for name in (*readings, *tokenizers) if components.get(name) is None]
+        if not missing or self._reads_remaining_encoders():
+            return
+        given = "prompt_embeds and pooled_prompt_embeds" if len(readings) > 1 else "prompt_embeds"
+        raise ConfigurationError(
+            f"The pipeline has no {' and no '.join(missing)}, so that prompts cannot be encoded; expected all of "
+            f"{', '.join((*readings, *tokenizers))}. Load it with these, or call it with {given} and without regions."
+        )
+
+    def _reads_remaining_encoders(self) -> bool:
+        """Whether the denoiser reads no more than the encoders that there are, as SDXL's refiner reads the second."""
+        complete = [name for name in self._encoders if self.components.get(self._readings[name].tokenizer) is not None]
+        if self.unet is None:
+            return bool(complete)
+        width: Any = self.unet.config.get("cross_attention_dim")  # type: ignore[union-attr, operator]
+        return width == sum(self._encoders[name].config.hidden_size for name in complete)
+
     def _encode(self, texts: Sequence[Texts], clip_skip: int | None, device: torch.device) -> Encoded:
         """Encode texts, equal ones once; states of shape (texts, layers * tokens, dim)."""
+        self._refuse_missing_encoders()
         unique = list(dict.fromkeys(texts))
         of_encoders = [
             # None becomes zeros below, so that any text does for it here.
