@@ -140,6 +140,22 @@ def test_photos_in_half_precision_are_encoded_in_full(base: Any, monkeypatch: py
     assert seen == [(torch.float32, 3), (torch.float16, 3), (torch.float16, 2), (torch.float16, 1)]
 
 
+def test_latents_have_the_mean_and_deviation_that_the_autoencoder_names() -> None:
+    """As diffusers' image to image makes them; of SDXL's children, Playground 2.5 has such an autoencoder."""
+    vae = tiny_pipeline("Stable Diffusion XL").vae
+    pixels = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    crops = [Crop(pixels=pixels, mask=torch.ones(1), valid=torch.ones(1))]
+    mean, deviation = LatentEncoder(vae).encode(crops)
+    means, deviations = [-1.6, 1.2, 0.3, -2.0], [8.4, 5.9, 7.1, 4.6]
+    vae.register_to_config(latents_mean=means, latents_std=deviations)
+    found = LatentEncoder(vae).encode(crops)
+    for channel in range(4):
+        scale = vae.config.scaling_factor / deviations[channel]
+        own = mean[:, channel] / vae.config.scaling_factor
+        torch.testing.assert_close(found[0][:, channel], (own - means[channel]) * scale)
+        torch.testing.assert_close(found[1][:, channel], deviation[:, channel] / deviations[channel])
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_a_folder_is_loaded_as_sdxl_and_trained(
     base: Any, tuned: tuple[Path, EDLoRA], tmp_path: Path, precision: str, dtype: torch.dtype
