@@ -22,6 +22,7 @@ from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_pa
 from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.base import load_base, refuse_untrainable, warn_of_small_pictures
+from diffusers_mixofshow.training.failures import explain_memory_errors
 from diffusers_mixofshow.training.framing import Crop
 from diffusers_mixofshow.training.latents import LatentEncoder
 from diffusers_mixofshow.training.presets import PRESETS
@@ -154,6 +155,21 @@ def test_latents_have_the_mean_and_deviation_that_the_autoencoder_names() -> Non
         own = mean[:, channel] / vae.config.scaling_factor
         torch.testing.assert_close(found[0][:, channel], (own - means[channel]) * scale)
         torch.testing.assert_close(found[1][:, channel], deviation[:, channel] / deviations[channel])
+
+
+def test_the_memory_that_lacks_is_saved_by_sizes_that_the_base_can_draw(base: Any) -> None:
+    few = {"train_batch_size": 1, "gradient_checkpointing": True, "optimizer": "AdamW8bit", "mixed_precision": "bf16"}
+    for resolution, name, components, told in [
+        (1024, None, base.components, "resolution=768"),
+        (1024, XL_ID, {}, "resolution=768"),
+        (1024, "someone/unknown", {}, "resolution=512"),
+        (768, None, base.components, "a GPU with more memory"),
+        (512, None, {}, "a GPU with more memory"),
+    ]:
+        named = {} if name is None else {"pretrained_model_name_or_path": name}
+        config = config_of(resolution=resolution, **named, **few)
+        with pytest.raises(ConfigurationError, match=told), explain_memory_errors(config, lambda: components):  # noqa: B023
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
