@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import packs
@@ -31,6 +33,12 @@ def place(tmp_path_factory) -> Path:
     pack = packs.random_pack(base.components, "rex")
     dataclasses.replace(pack, base_model=str(folder / "base")).save_pretrained(folder / "rex")
     packs.random_pack(tiny.components(), "tom").save_pretrained(folder / "tom")
+    unet = "model.diffusion_model."
+    for name, keys in {
+        "xl": (f"{unet}input_blocks.0.0.weight", f"{unet}label_emb.0.0.weight"),
+        "flux": ("double_blocks.0.img_attn.qkv.weight",),
+    }.items():
+        save_file({key: torch.zeros(1) for key in keys}, folder / f"{name}.safetensors")
     slope = Image.linear_gradient("L").resize((32, 32))
     slope.convert("RGB").save(folder / "photo.png")
     mask = Image.new("L", (32, 32))
@@ -92,6 +100,8 @@ def test_regions_need_no_concept(sample):
     [
         (("--base", "base", "--concepts", "tom"), EDLoRAFormatError, "no embeddings for text_encoder_2"),
         (("--base", "photo.png"), ConfigurationError, "single file.*from_single_file"),
+        (("--base", "xl.safetensors"), ConfigurationError, r"single file.*: MixOfShowXLPipeline\.from_single_file"),
+        (("--base", "flux.safetensors"), ConfigurationError, "no checkpoint of .*those of FLUX"),
         (("--base", "flux"), ConfigurationError, "base model .*flux.* is of FLUX.1"),
     ],
 )

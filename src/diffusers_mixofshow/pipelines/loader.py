@@ -43,6 +43,7 @@ from diffusers_mixofshow.lora import (
 )
 from diffusers_mixofshow.pipelines.opening import LoadingRequest, read_own_concepts
 from diffusers_mixofshow.pipelines.publishing import join_packs
+from diffusers_mixofshow.pipelines.single_file import refuse_other_checkpoints
 from diffusers_mixofshow.sharing import changing
 
 
@@ -97,6 +98,22 @@ class EDLoRALoader:
             pipeline.load_edlora(own)
             pipeline._in_weights = own
         return pipeline
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a pipeline out of a checkpoint of one file, the form in which many tuned models are published.
+
+        Takes what `FromSingleFileMixin.from_single_file` of diffusers takes, and ``dtype=`` with every version of it.
+        Without a dtype all parts are float32, whatever the file holds. ``config=`` names a folder or Hub id of a
+        pipeline with the same configuration, which otherwise is downloaded from the family's own.
+
+        Raises:
+            ConfigurationError: If it is a file on this disk that is no checkpoint, is damaged, or of another family.
+        """
+        refuse_other_checkpoints(cls, pretrained_model_link_or_path)
+        if "torch_dtype" not in kwargs:
+            kwargs |= dtype_argument(kwargs.pop("dtype", torch.float32))
+        return super().from_single_file(os.fspath(pretrained_model_link_or_path), **kwargs)  # type: ignore[misc]
 
     @property
     def _edloras(self) -> dict[str, EDLoRA]:
