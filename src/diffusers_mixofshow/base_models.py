@@ -123,12 +123,18 @@ def base_model_of(base_model: str, components: Mapping[str, object]) -> BaseMode
     return known if known is not None and (known in family.models or not components) else family.models[0]
 
 
-def usual_guidance(base_model: str) -> float:
-    """The guidance scale that suits a base model: diffusers' default, or the best one measured on Toyland."""
+def usual_guidance(base_model: str, family: Family | None = None) -> float:
+    """The guidance scale that suits a base model: diffusers' default, or the best one measured on Toyland.
+
+    Args:
+        base_model: Its name.
+        family: Its family as far as it is known otherwise; counts if the name says nothing.
+    """
     known = embedded_base(base_model) or _find_known_base(base_model)
     if known is not None:
         return known.guidance
-    return guidance_of_unet(_read_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
+    configuration = _read_configuration(Path(base_model, "unet", "config.json")) if base_model else {}
+    return guidance_of_unet(configuration) if configuration or family is None else family.models[0].guidance
 
 
 def guidance_of(components: Mapping[str, object]) -> float:

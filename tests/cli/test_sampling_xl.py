@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import packs
 import tiny
-from diffusers_mixofshow import cli
+from diffusers_mixofshow import EDLoRA, cli
+from diffusers_mixofshow.cli.base_model import choose_guidance, read_layers
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from families.pipelines import tiny_pipeline
 
@@ -93,6 +94,13 @@ def test_regions_need_no_concept(sample):
     plain = drawn()
     assert not np.array_equal(drawn("--region", "0,0,0.5,1:a cat"), plain)
     assert not np.array_equal(drawn("--negative-prompt", "bad"), plain)
+
+
+def test_concepts_tell_the_guidance_of_a_base_that_is_not_known_and_a_folder_its_groups_of_layers(place):
+    rex, tom = (EDLoRA.from_pretrained(place / name) for name in ("rex", "tom"))
+    assert [choose_guidance("user/unknown", packs) for packs in ([rex], [tom], [])] == [5.0, 7.5, 7.5]
+    assert [choose_guidance(base, [tom]) for base in (str(place / "base"), "toyland")] == [5.0, 3.0]
+    assert read_layers(str(place / "base")) == rex.layers
 
 
 @pytest.mark.parametrize(
