@@ -16,7 +16,7 @@ from diffusers_mixofshow import (
 )
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
-from diffusers_mixofshow.pipelines.single_file import refuse_other_checkpoints
+from diffusers_mixofshow.pipelines.other_families import refuse_other_checkpoints
 from families.pipelines import tiny_pipeline
 from original_layout import write_original
 

@@ -42,8 +42,8 @@ from diffusers_mixofshow.lora import (
     subtract_fused,
 )
 from diffusers_mixofshow.pipelines.opening import LoadingRequest, read_own_concepts
+from diffusers_mixofshow.pipelines.other_families import refuse_other_checkpoints, refuse_other_families
 from diffusers_mixofshow.pipelines.publishing import join_packs
-from diffusers_mixofshow.pipelines.single_file import refuse_other_checkpoints
 from diffusers_mixofshow.sharing import changing
 
 
@@ -84,6 +84,9 @@ class EDLoRALoader:
         Takes what `DiffusionPipeline.from_pretrained` takes, ``dtype=`` with every version of diffusers, and
         ``"toyland"`` for the base that ships in the package. Without a dtype all parts are float32, whatever their
         files hold.
+
+        Raises:
+            ConfigurationError: If it is a pipeline of another family.
         """
         name = os.fspath(pretrained_model_name_or_path)
         source = location_of(name)
@@ -92,6 +95,7 @@ class EDLoRALoader:
             kwargs |= dtype_argument(kwargs.pop("dtype", torch.float32))
         with silence_if_embedded(name):
             pipeline: Self = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+        refuse_other_families(cls, name, pipeline.components)
         shared = ("revision", "token", "cache_dir", "local_files_only")
         own = read_own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
         if own is not None:
