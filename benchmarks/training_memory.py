@@ -65,6 +65,7 @@ VAE = {
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 TOKENS = ("<rex1>", "<rex2>")
+GIGABYTE = 1e9
 SCALE = 8
 """Pixels along a side of a cell of the latent."""
 
@@ -259,7 +260,7 @@ def main() -> None:
         "all while a sheet's picture is decoded": held + learnt + decoding,
     }
     for name, size in told.items():
-        print(f"{name:<45} {size / 1e9:6.2f} GB (estimated)")
+        print(f"{name:<45} {size / GIGABYTE:6.2f} GB (estimated)")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,14 @@ def test_one_switch_goes_to_other_bases(name: str) -> None:
     assert code.count('BASE == "toyland"') + code.count('BASE != "toyland"') >= 1
 
 
+@pytest.mark.parametrize("base", ["OnomaAIResearch/Illustrious-XL-v1.0", "someone/noobaiXL", BASES[2].split('"')[1]])
+def test_the_switch_knows_tuned_models_of_sdxl_by_their_names(base: str) -> None:
+    code = [cell.source for name in PICTURES for cell in read_notebook(name).cells if cell.cell_type == "code"]
+    asked = [found for source in code for found in re.findall(r"if (.*\bin BASE\S*) else", source)]
+    assert len(asked) >= 4
+    assert all(eval(each, {"BASE": base}) and not eval(each, {"BASE": BASES[1].split('"')[1]}) for each in asked)
+
+
 def shortened(source: str) -> str:
     """A cell's code for a tiny base: without IPython's own lines, and as small as it gets."""
     source = re.sub(r"^( *)%.*$", r"\1pass", source, flags=re.MULTILINE)

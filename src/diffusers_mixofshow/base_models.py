@@ -111,12 +111,30 @@ def known_family(base_model: str) -> Family | None:
     return family_of_index(index) if index else None
 
 
-def usual_guidance(base_model: str) -> float:
-    """The guidance scale that suits a base model: diffusers' default, or the best one measured on Toyland."""
+def base_model_of(base_model: str, components: Mapping[str, object]) -> BaseModel:
+    """What is known of a base model by its name and components; of an unknown one, what is known of its family.
+
+    Args:
+        base_model: Its name, which counts only if it is one of the components' family.
+        components: ``pipeline.components``; may be empty if it is not loaded.
+    """
+    known = embedded_base(base_model) or _find_known_base(base_model)
+    family = family_of(components) if components else known_family(base_model) or STABLE_DIFFUSION
+    return known if known is not None and (known in family.models or not components) else family.models[0]
+
+
+def usual_guidance(base_model: str, family: Family | None = None) -> float:
+    """The guidance scale that suits a base model: diffusers' default, or the best one measured on Toyland.
+
+    Args:
+        base_model: Its name.
+        family: Its family as far as it is known otherwise; counts if the name says nothing.
+    """
     known = embedded_base(base_model) or _find_known_base(base_model)
     if known is not None:
         return known.guidance
-    return guidance_of_unet(_read_configuration(Path(base_model, "unet", "config.json")) if base_model else {})
+    configuration = _read_configuration(Path(base_model, "unet", "config.json")) if base_model else {}
+    return guidance_of_unet(configuration) if configuration or family is None else family.models[0].guidance
 
 
 def guidance_of(components: Mapping[str, object]) -> float:

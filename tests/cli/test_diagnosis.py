@@ -16,10 +16,48 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from diffusers_mixofshow import base_models, cli
 from diffusers_mixofshow.cli import diagnosis
+from families.pipelines import tiny_pipeline
+
+
+SDXL_NAMES = ("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x")
+
+
+def test_it_tells_what_is_known_of_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, keys in (("xl", SDXL_NAMES), ("other", ("double_blocks.0.img_attn.qkv.weight",))):
+        save_file({key: torch.zeros(1) for key in keys}, f"{name}.safetensors")
+    for name, family in (("folder", "Stable Diffusion XL"), ("flux", "FLUX.1")):
+        tiny_pipeline(family).save_pretrained(name)
+    able = "concepts, regions and tuning"
+    for name, state, found, remedy in [
+        ("toyland", "ok", f"toyland: Stable Diffusion; {able}; guidance 3", ""),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "ok", f"Stable Diffusion XL; {able}; guidance 5", ""),
+        ("folder", "ok", f"folder: Stable Diffusion XL; {able}; guidance 5", ""),
+        ("flux", "ok", "flux: FLUX.1; plain LoRAs are fused for it, nothing else; guidance 3.5", ""),
+        (
+            "xl.safetensors",
+            "note",
+            "Stable Diffusion XL, a checkpoint of one",
+            "MixOfShowXLPipeline.from_single_file(",
+        ),
+        ("other.safetensors", "problem", "those of FLUX", "a Hub id or a folder"),
+        ("someone/unknown", "note", "neither an id that is known", "hf download someone/unknown"),
+    ]:
+        told = diagnosis.check_base_model(name)
+        assert (told.name, told.state) == ("base model", state), told
+        assert found in told.found
+        assert remedy in told.remedy
+        assert bool(remedy) == bool(told.remedy)
+    monkeypatch.setattr(diagnosis, "diagnose", list)
+    for name, code in (("xl.safetensors", 0), ("other.safetensors", 1)):
+        result = CliRunner().invoke(cli.app, ["doctor", name, "--json"])
+        assert (result.exit_code, len(json.loads(result.stdout))) == (code, 1)
+    assert CliRunner().invoke(cli.app, ["doctor", "--json"]).stdout == "[]\n"
 
 
 Patch = Callable[[pytest.MonkeyPatch, Path], None]

@@ -208,7 +208,7 @@ def test_options_of_the_demo_are_its_settings(tmp_path: Path, monkeypatch, optio
 def test_every_option_of_demo_inspect_and_doctor_is_in_one_of_these_tests() -> None:
     assert {"--output", "--seed", "--overwrite", "--photos", "--class-word", "--json"} == options_of("demo")
     assert options_of("inspect") == {"source", "--json"}
-    assert options_of("doctor") == {"--json"}
+    assert options_of("doctor") == {"base", "--json"}
 
 
 def test_inspect_tells_the_same_in_tables_and_as_json(tmp_path: Path, monkeypatch) -> None:
@@ -255,3 +255,6 @@ def test_doctor_tells_the_same_in_a_table_and_as_json(monkeypatch) -> None:
         assert finding["name"] == "memory" or finding["found"][:40] in row or "GB" in finding["found"]
     mended = [f"  {finding['name']}: {finding['remedy']}" for finding in told if finding["remedy"]]
     assert [line for line in lines if line in mended] == mended
+    based = run("doctor", "toyland").stdout
+    assert "base model" not in "".join(lines)
+    assert "toyland: Stable Diffusion; concepts, regions and tuning; guidance 3" in based

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import packs
 import tiny
-from diffusers_mixofshow import cli
+from diffusers_mixofshow import EDLoRA, cli
+from diffusers_mixofshow.cli.base_model import choose_guidance, read_layers
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from families.pipelines import tiny_pipeline
 
@@ -31,6 +34,12 @@ def place(tmp_path_factory) -> Path:
     pack = packs.random_pack(base.components, "rex")
     dataclasses.replace(pack, base_model=str(folder / "base")).save_pretrained(folder / "rex")
     packs.random_pack(tiny.components(), "tom").save_pretrained(folder / "tom")
+    unet = "model.diffusion_model."
+    for name, keys in {
+        "xl": (f"{unet}input_blocks.0.0.weight", f"{unet}label_emb.0.0.weight"),
+        "flux": ("double_blocks.0.img_attn.qkv.weight",),
+    }.items():
+        save_file({key: torch.zeros(1) for key in keys}, folder / f"{name}.safetensors")
     slope = Image.linear_gradient("L").resize((32, 32))
     slope.convert("RGB").save(folder / "photo.png")
     mask = Image.new("L", (32, 32))
@@ -87,11 +96,20 @@ def test_regions_need_no_concept(sample):
     assert not np.array_equal(drawn("--negative-prompt", "bad"), plain)
 
 
+def test_concepts_tell_the_guidance_of_a_base_that_is_not_known_and_a_folder_its_groups_of_layers(place):
+    rex, tom = (EDLoRA.from_pretrained(place / name) for name in ("rex", "tom"))
+    assert [choose_guidance("user/unknown", packs) for packs in ([rex], [tom], [])] == [5.0, 7.5, 7.5]
+    assert [choose_guidance(base, [tom]) for base in (str(place / "base"), "toyland")] == [5.0, 3.0]
+    assert read_layers(str(place / "base")) == rex.layers
+
+
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
         (("--base", "base", "--concepts", "tom"), EDLoRAFormatError, "no embeddings for text_encoder_2"),
         (("--base", "photo.png"), ConfigurationError, "single file.*from_single_file"),
+        (("--base", "xl.safetensors"), ConfigurationError, r"single file.*: MixOfShowXLPipeline\.from_single_file"),
+        (("--base", "flux.safetensors"), ConfigurationError, "no checkpoint of .*those of FLUX"),
         (("--base", "flux"), ConfigurationError, "base model .*flux.* is of FLUX.1"),
     ],
 )

@@ -10,31 +10,32 @@ from diffusers_mixofshow.families.recognition import BASE_MODELS, COMPONENTS
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
-# Published model: its family, its names in metadata and on the Hub, its licence, its guidance, and its sizes.
+# Published model: its family, its names in metadata and on the Hub, its licence, its guidance, and its sizes; the last
+# is the side of the smallest training pictures.
 MODELS = {
     "Stable Diffusion 1.x": (
         "Stable Diffusion", "sd_v1",
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
          "CompVis/stable-diffusion-v1-4"),
-        "creativeml-openrail-m", 7.5, 768, {"clip_l": 768}, 16,
+        "creativeml-openrail-m", 7.5, 768, {"clip_l": 768}, 16, 512,
     ),
-    "Stable Diffusion 2.x": ("Stable Diffusion", "sd_v2", ("",), "", 7.5, 1024, {"clip_l": 1024}, 16),
+    "Stable Diffusion 2.x": ("Stable Diffusion", "sd_v2", ("",), "", 7.5, 1024, {"clip_l": 1024}, 16, 512),
     "Toyland, the base in diffusers-mixofshow": (
-        "Stable Diffusion", "toyland", ("toyland",), "apache-2.0", 3.0, 128, {"clip_l": 128}, 7,
+        "Stable Diffusion", "toyland", ("toyland",), "apache-2.0", 3.0, 128, {"clip_l": 128}, 7, 64,
     ),
     "Stable Diffusion XL": (
         "Stable Diffusion XL", "sdxl_base_v1-0", ("", "stabilityai/stable-diffusion-xl-base-1.0"), "openrail++", 5.0,
-        2048, {"clip_l": 768, "clip_g": 1280}, 70,
+        2048, {"clip_l": 768, "clip_g": 1280}, 70, 768,
     ),
-    "FLUX.1": ("FLUX.1", "flux1", ("black-forest-labs/FLUX.1-dev",), "", 3.5, 0, {}, 0),
-    "FLUX.2 klein": ("FLUX.2 klein", "flux2", ("black-forest-labs/FLUX.2-klein-4B",), "", 1.0, 0, {}, 0),
+    "FLUX.1": ("FLUX.1", "flux1", ("black-forest-labs/FLUX.1-dev",), "", 3.5, 0, {}, 0, 512),
+    "FLUX.2 klein": ("FLUX.2 klein", "flux2", ("black-forest-labs/FLUX.2-klein-4B",), "", 1.0, 0, {}, 0, 512),
     "Stable Diffusion 3.5": (
-        "Stable Diffusion 3", "sd3", ("stabilityai/stable-diffusion-3.5-medium",), "", 7.0, 0, {}, 0,
+        "Stable Diffusion 3", "sd3", ("stabilityai/stable-diffusion-3.5-medium",), "", 7.0, 0, {}, 0, 512,
     ),
-    "Qwen-Image": ("Qwen-Image", "qwen_image", ("Qwen/Qwen-Image",), "", 4.0, 0, {}, 0),
-    "Z-Image": ("Z-Image", "zimage", ("Tongyi-MAI/Z-Image-Turbo",), "", 0.0, 0, {}, 0),
-    "Krea 2": ("Krea 2", "krea2", ("",), "", 4.5, 0, {}, 0),
-    "Anima": ("Anima", "anima", ("",), "", 4.0, 1024, {}, 0),
+    "Qwen-Image": ("Qwen-Image", "qwen_image", ("Qwen/Qwen-Image",), "", 4.0, 0, {}, 0, 512),
+    "Z-Image": ("Z-Image", "zimage", ("Tongyi-MAI/Z-Image-Turbo",), "", 0.0, 0, {}, 0, 512),
+    "Krea 2": ("Krea 2", "krea2", ("",), "", 4.5, 0, {}, 0, 512),
+    "Anima": ("Anima", "anima", ("",), "", 4.0, 1024, {}, 0, 512),
 }  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def test_published_models() -> None:
     written = {
         model.name: (
             family.name, model.kohya, (model.id, *model.other_ids), model.license, model.guidance,
-            model.text_width, dict(model.embeddings), len(model.layers),
+            model.text_width, dict(model.embeddings), len(model.layers), model.least_resolution,
         )
         for family in FAMILIES
         for model in family.models

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import torch
 
 import packs
 from diffusers_mixofshow import EDLoRA, GradientFuser, LoRASource, MixOfShowXLPipeline
+from diffusers_mixofshow.edlora.low_rank import low_rank_delta
+from diffusers_mixofshow.families.layers import linear_layers
+from diffusers_mixofshow.fusion.published import statistics_path
 from diffusers_mixofshow.interop import write_lora
 from families.pipelines import tiny_pipeline
 
@@ -83,6 +88,72 @@ def test_each_layer_loses_less_than_by_averaging(fuser: GradientFuser, two: list
     residuals = fuser.fuse(two).report.data["residuals"]["mean"]
     assert residuals.keys() == {"<rex>", "<kit>"}
     assert all(one["fused"] < 0.7 * one["average"] for one in residuals.values())
+
+
+RECORDED = {"steps": 2, "height": 32, "width": 32, "prompts": PROMPTS, "ridge": 3e-2, "dtype": torch.float32}
+ALONE = {"sequential": False, "statistics_bytes": None}
+HALF = 3e-3
+"""Statistics are kept in float16."""
+
+
+@contextmanager
+def features_of(pipe: Any, sites: Iterable[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """What layers read inside the block, as rows of float64, whatever is wrapped around them."""
+    found: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
+    layers = linear_layers(pipe.components)
+
+    def note(site: str) -> Any:
+        return lambda module, inputs: found[site].append(inputs[0].double().flatten(end_dim=-2))
+
+    hooks = [layers[site].register_forward_pre_hook(note(site)) for site in found]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def test_fused_layers_are_the_dense_solution(pipe: Any, two: list[EDLoRA]) -> None:
+    """D (sum_i G_i / 2 + ridge I) = sum_i D_i G_i / 2 with G_i the mean outer product of what layer and concept saw.
+
+    Keys and values see every group's own encodings, by both text encoders.
+    """
+    fuser, sites = GradientFuser(pipe, **ALONE, **RECORDED), list(two[0].lora)
+    grams = []
+    for pack in two:
+        with features_of(pipe, sites) as features:
+            fuser.record(pack)
+        rows = {site: torch.cat(parts) for site, parts in features.items()}
+        grams.append({site: one.T @ one / len(one) for site, one in rows.items()})
+    fused = fuser.fuse(two)
+    assert set(fused.lora) == set(sites)
+    for site in sites:
+        total = sum(gram[site] / 2 for gram in grams)
+        asked = sum(
+            low_rank_delta(pack.lora[site]).double() @ gram[site] / 2 for pack, gram in zip(two, grams, strict=True)
+        )
+        damped = total + RECORDED["ridge"] * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
+        expected = torch.linalg.solve(damped, asked.T).T
+        assert (low_rank_delta(fused.lora[site]).double() - expected).norm() < HALF * expected.norm(), site
+    keys = "unet.{}.transformer_blocks.{}.attn2.to_k"
+    first, second = (grams[0][keys.format("mid_block.attentions.0", number)] for number in (0, 1))
+    torch.testing.assert_close(first, second)  # layers of one group read the same
+    other = grams[0][keys.format("up_blocks.0.attentions.0", 0)]
+    assert (other - first).norm() > HALF * first.norm()
+
+
+def test_statistics_alone_fuse_what_the_pipeline_fuses(pipe: Any, two: list[EDLoRA], tmp_path: Path) -> None:
+    folders = [tmp_path / "rex", tmp_path / "kit"]
+    fuser = GradientFuser(pipe, **ALONE, **RECORDED)
+    for pack, folder in zip(two, folders, strict=True):
+        pack.save_pretrained(folder)
+        fuser.record(folder)
+        assert statistics_path(folder / "edlora.safetensors").is_file()
+    without = GradientFuser(sequential=False, ridge=RECORDED["ridge"], dtype=torch.float32).fuse(folders)
+    expected = fuser.fuse(two)
+    assert without.lora.keys() == expected.lora.keys()
+    for site, update in expected.lora.items():
+        whole = low_rank_delta(update)
+        assert (low_rank_delta(without.lora[site]) - whole).norm() < HALF * whole.norm(), site
+    assert all(torch.equal(rows, without.embeddings[name]) for name, rows in expected.embeddings.items())
 
 
 def test_a_concept_and_a_plain_lora_are_fused_together(

@@ -264,6 +264,64 @@ def test_a_draft_avoids_what_its_region_or_the_call_says(pipe, latents, negative
         assert torch.allclose(vectors[row], expected[3][0], atol=1e-5)
 
 
+def test_drafts_avoid_what_the_second_encoder_alone_is_told_to(pipe, latents):
+    """A region's own negative prompt is read by both encoders, the call's by the one that it is given for."""
+    seen = []
+
+    def note(_unet, inputs, named):
+        if inputs[0].shape[2:] != (16, 32):
+            seen.append((named["encoder_hidden_states"], named["added_cond_kwargs"]["text_embeds"]))
+
+    hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+    both = [Region("a cat", box=LEFT), Region("a dog", box=RIGHT, negative_prompt="beard")]
+    settings = {"num_inference_steps": 4, "height": 32, "width": 64, "regions": both, "draft": Draft()}
+    latents(pipe, ["x"], negative_prompt="bad", negative_prompt_2=["worse"], **settings)
+    hook.remove()
+    texts, vectors = seen[0]
+    for row, (first, second) in enumerate((("bad", "worse"), ("beard", "beard"))):
+        expected = pipe.encode_prompt("a cat", negative_prompt=first, negative_prompt_2=second)
+        assert torch.allclose(texts[row], expected[1][0], atol=1e-5)
+        assert torch.allclose(vectors[row], expected[3][0], atol=1e-5)
+
+
+def test_regions_drawn_anew_avoid_what_the_second_encoder_alone_is_told_to(pipe):
+    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    plain, own = (
+        Region("a cat", box=(0.1, 0.1, 0.3, 0.3)),
+        Region("a cat", box=(0.1, 0.1, 0.3, 0.3), negative_prompt="x"),
+    )
+
+    def drawn(region, **settings):
+        generator = torch.Generator().manual_seed(0)
+        given = {"generator": generator, "num_inference_steps": 4, **settings}
+        return list(refine_regions(pipe, [picture], [region], **given)[0].getdata())
+
+    both = drawn(plain, negative_prompt="y", negative_prompt_2="z")
+    assert both != drawn(plain, negative_prompt="y")
+    assert both == drawn(plain, negative_prompt=["y"], negative_prompt_2=["z"])
+    assert drawn(plain, negative_prompt="y", negative_prompt_2="y") == drawn(plain, negative_prompt="y")
+    assert drawn(own, negative_prompt="y", negative_prompt_2="z") == drawn(own)
+    assert drawn(plain, negative_prompt_2="z") == drawn(plain)  # as the parent, which takes zeros then
+
+
+def test_a_call_refines_with_what_each_encoder_is_told_to_avoid(pipe, monkeypatch):
+    given = {}
+
+    def note(_pipe, images, _regions, **settings):
+        given.update(settings)
+        return images
+
+    monkeypatch.setattr("diffusers_mixofshow.pipelines.refining.refine_regions", note)
+    settings = {"num_inference_steps": 1, "height": 32, "width": 32, "regions": [Region("a cat", box=LEFT)]}
+    for texts, wanted in [
+        ({"negative_prompt": "y", "negative_prompt_2": "z"}, (["y", "y"], ["z", "z"])),
+        ({"negative_prompt": ["y", "x"]}, (["y", "x"], ["y", "x"])),
+        ({"negative_prompt_2": "z"}, ([None, None], [None, None])),
+    ]:
+        pipe(["a", "b"], refine=Refinement(), **settings, **texts)
+        assert (given["negative_prompt"], given["negative_prompt_2"]) == wanted
+
+
 def test_everything_together_draws_a_picture(pipe):
     settings = {"num_inference_steps": 4, "height": 32, "width": 64, "generator": torch.Generator().manual_seed(0)}
     drawn = pipe("two", regions=regions(), draft=Draft(), refine=Refinement(), isolation=Isolation(), **settings)

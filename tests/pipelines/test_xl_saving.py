@@ -7,7 +7,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import packs
-from diffusers_mixofshow import EDLoRA, MixOfShowXLPipeline
+from diffusers_mixofshow import EDLoRA, MixOfShowPipeline, MixOfShowXLImg2ImgPipeline, MixOfShowXLPipeline
+from diffusers_mixofshow.errors import ConfigurationError
 from families.pipelines import tiny_pipeline
 
 
@@ -45,6 +46,19 @@ def test_a_whole_pipeline_draws_what_the_base_and_the_pack_do(base, pack, latent
     stock = quiet(StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole"))
     assert torch.equal(latents(stock, "a dog"), latents(whole, "a dog"))
     assert not torch.allclose(latents(stock, "a dog"), plain, atol=1e-2)
+
+
+def test_a_folder_of_another_family_is_refused_when_it_is_loaded(base, tmp_path):
+    """diffusers would load what both have; the call would fail in the U-Net."""
+    with pytest.raises(
+        ConfigurationError, match=r"is of Stable Diffusion XL; expected .* MixOfShowXLPipeline\.from_p"
+    ):
+        MixOfShowPipeline.from_pretrained(base)
+    tiny_pipeline("Stable Diffusion").save_pretrained(tmp_path)
+    for kind in (MixOfShowXLPipeline, MixOfShowXLImg2ImgPipeline):
+        with pytest.raises(ConfigurationError, match=r"is of Stable Diffusion; expected .* MixOfShowPipeline\.from_p"):
+            kind.from_pretrained(tmp_path)
+    assert MixOfShowXLImg2ImgPipeline.from_pretrained(base, unet=None).unet is None
 
 
 def test_saved_again_the_concepts_go_with_it(pack, latents, tmp_path):

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 import tiny
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.families.stable_diffusion import SD1
 from diffusers_mixofshow.training import StepReport, TrainingConfig
 from diffusers_mixofshow.training.base import borrow, load_base, refuse_untrainable
 from diffusers_mixofshow.training.batches import CachedPhoto
@@ -175,8 +176,8 @@ EIGHT = "optimizer='{}8bit' (bitsandbytes)"
 )
 def test_what_needs_less_memory_in_its_order(settings: dict[str, Any], less: list[str]) -> None:
     config = config_of(**settings)
-    assert list_memory_savings(config) == less
-    with pytest.raises(ConfigurationError) as caught, explain_memory_errors(config):
+    assert list_memory_savings(config, SD1) == less
+    with pytest.raises(ConfigurationError) as caught, explain_memory_errors(config, dict):
         raise torch.OutOfMemoryError("CUDA: 2 GiB\nand more")
     advice = "; ".join(less) or "train on a GPU with more memory, or on the CPU"
     assert str(caught.value) == (

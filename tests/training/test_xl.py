@@ -22,6 +22,7 @@ from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_pa
 from diffusers_mixofshow.lora import merged
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.base import load_base, refuse_untrainable, warn_of_small_pictures
+from diffusers_mixofshow.training.failures import explain_memory_errors
 from diffusers_mixofshow.training.framing import Crop
 from diffusers_mixofshow.training.latents import LatentEncoder
 from diffusers_mixofshow.training.presets import PRESETS
@@ -138,6 +139,37 @@ def test_photos_in_half_precision_are_encoded_in_full(base: Any, monkeypatch: py
     monkeypatch.setattr("diffusers_mixofshow.training.latents._PIXELS_AT_ONCE", 2 * 32 * 32)
     LatentEncoder(vae).encode(crops)
     assert seen == [(torch.float32, 3), (torch.float16, 3), (torch.float16, 2), (torch.float16, 1)]
+
+
+def test_latents_have_the_mean_and_deviation_that_the_autoencoder_names() -> None:
+    """As diffusers' image to image makes them; of SDXL's children, Playground 2.5 has such an autoencoder."""
+    vae = tiny_pipeline("Stable Diffusion XL").vae
+    pixels = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    crops = [Crop(pixels=pixels, mask=torch.ones(1), valid=torch.ones(1))]
+    mean, deviation = LatentEncoder(vae).encode(crops)
+    means, deviations = [-1.6, 1.2, 0.3, -2.0], [8.4, 5.9, 7.1, 4.6]
+    vae.register_to_config(latents_mean=means, latents_std=deviations)
+    found = LatentEncoder(vae).encode(crops)
+    for channel in range(4):
+        scale = vae.config.scaling_factor / deviations[channel]
+        own = mean[:, channel] / vae.config.scaling_factor
+        torch.testing.assert_close(found[0][:, channel], (own - means[channel]) * scale)
+        torch.testing.assert_close(found[1][:, channel], deviation[:, channel] / deviations[channel])
+
+
+def test_the_memory_that_lacks_is_saved_by_sizes_that_the_base_can_draw(base: Any) -> None:
+    few = {"train_batch_size": 1, "gradient_checkpointing": True, "optimizer": "AdamW8bit", "mixed_precision": "bf16"}
+    for resolution, name, components, told in [
+        (1024, None, base.components, "resolution=768"),
+        (1024, XL_ID, {}, "resolution=768"),
+        (1024, "someone/unknown", {}, "resolution=512"),
+        (768, None, base.components, "a GPU with more memory"),
+        (512, None, {}, "a GPU with more memory"),
+    ]:
+        named = {} if name is None else {"pretrained_model_name_or_path": name}
+        config = config_of(resolution=resolution, **named, **few)
+        with pytest.raises(ConfigurationError, match=told), explain_memory_errors(config, lambda: components):  # noqa: B023
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusers_mixofshow.base_models import canonical_name, location_of, normalise_name
+from diffusers_mixofshow.base_models import canonical_name, location_of, normalise_name, usual_guidance
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
@@ -58,8 +58,18 @@ def _suggest_base(concepts: Sequence[EDLoRA]) -> str:
     return "" if model is None else f" {model.id} (by their layers they are for {model.name})"
 
 
+def choose_guidance(base: str, packs: Iterable[EDLoRA]) -> float:
+    """Choose the guidance scale for a base model; of one that is not known, the packs tell the family."""
+    from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
+
+    names = [name for pack in packs for name in pack.embeddings]
+    return usual_guidance(base, family_of_embeddings(names) if names else None)
+
+
 def read_layers(name: str) -> tuple[str, ...]:
-    """Cross-attention layers of a base model on this disk; empty for any other, for which ED-LoRAs name the layers.
+    """The layers of a base model on this disk that have an embedding each, or groups of them as SDXL's.
+
+    Empty for any other base model; ED-LoRAs for it name the layers.
 
     Raises:
         ConfigurationError: If its U-Net cannot be read.
@@ -70,11 +80,12 @@ def read_layers(name: str) -> tuple[str, ...]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from diffusers_mixofshow.families.layers import cross_attention_layers
+    from diffusers_mixofshow.families.layers import embedding_layers
 
     try:
         with torch.device("meta"):
-            return cross_attention_layers(UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder)))
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+            return embedding_layers({"unet": unet})
     except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(
             f"The U-Net of the base model {name!r} cannot be read: {first_line(error)}."

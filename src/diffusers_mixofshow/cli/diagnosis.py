@@ -71,6 +71,32 @@ def diagnose() -> list[Finding]:
     ]
 
 
+def check_base_model(name: str) -> Finding:
+    """Tell what is known of a base model by its name, its folder or its file; nothing is loaded or downloaded."""
+    from diffusers_mixofshow.base_models import known_family, normalise_name, usual_guidance
+    from diffusers_mixofshow.errors import MixOfShowError
+    from diffusers_mixofshow.families import CONCEPT_FAMILIES
+    from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
+
+    what = "base model"
+    if is_checkpoint(name):
+        try:
+            family = family_of_checkpoint(Path(name).expanduser())
+        except MixOfShowError as error:
+            return Finding(what, "problem", str(error), "name a Hub id or a folder, or convert the file")
+        made = f"in Python: {family.concept_pipeline}.from_single_file({name!r}).save_pretrained(FOLDER)"
+        return Finding(what, "note", f"{name}: {family.name}, a checkpoint of one file", f"{made}; name that folder")
+    known = known_family(normalise_name(name))
+    if known is None:
+        remedy = f"its folder tells more: hf download {name} --local-dir FOLDER; mixofshow doctor FOLDER"
+        return Finding(what, "note", f"{name}: neither an id that is known here nor a folder of a pipeline", remedy)
+    able = (
+        "concepts, regions and tuning" if known in CONCEPT_FAMILIES else "plain LoRAs are fused for it, nothing else"
+    )
+    guidance = usual_guidance(normalise_name(name)) if known in CONCEPT_FAMILIES else known.models[0].guidance
+    return Finding(what, "ok", f"{name}: {known.name}; {able}; guidance {guidance:g}")
+
+
 def _check_versions() -> Iterator[Finding]:
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     if version := installed_version(PACKAGE):

@@ -12,21 +12,28 @@ _MARKS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 def doctor(
+    base: Annotated[
+        str | None,
+        typer.Argument(
+            help="Also tell what is known of this base model: a Hub id, a folder or a checkpoint of one file."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check versions, devices, memory, caches and extras, and say how to fix what does not work.
 
-    Exit code 1 if something that is needed does not work.
+    Exit code 1 if something that is needed does not work. Nothing is downloaded.
 
     \b
-    Example:
+    Examples:
       mixofshow doctor
+      mixofshow doctor toyland
     """
     from dataclasses import asdict
 
-    from diffusers_mixofshow.cli.diagnosis import diagnose
+    from diffusers_mixofshow.cli.diagnosis import check_base_model, diagnose
 
-    findings = diagnose()
+    findings = diagnose() if base is None else [*diagnose(), check_base_model(base)]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:

@@ -12,9 +12,9 @@ import typer
 
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
-from diffusers_mixofshow.base_models import TOYLAND, public_name, usual_guidance
+from diffusers_mixofshow.base_models import TOYLAND, public_name
 from diffusers_mixofshow.cli import plans
-from diffusers_mixofshow.cli.base_model import MOST_STEPS, find_common_base, normalise_base
+from diffusers_mixofshow.cli.base_model import MOST_STEPS, choose_guidance, find_common_base, normalise_base
 from diffusers_mixofshow.cli.sources import read_concepts
 from diffusers_mixofshow.cli.timing import estimate_time
 from diffusers_mixofshow.concepts import KINDS
@@ -67,7 +67,9 @@ MetricModel = Annotated[
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of pictures of each concept in each pack.")]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; SDXL: 5; toyland: 3)")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the next has the next seed, in every pack.")]
 Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]
 Record = Annotated[Path | None, typer.Option(help="JSON file for numbers, settings, versions and machine.")]
@@ -202,7 +204,7 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
         "class_words": {concept.placeholder: concept.class_word for concept in concepts},
         "pictures": asked.pictures,
         "steps": asked.steps,
-        "guidance": usual_guidance(base) if asked.guidance is None else asked.guidance,
+        "guidance": choose_guidance(base, packs.values()) if asked.guidance is None else asked.guidance,
         "seed": asked.seed,
     }
     photos = _find_photos(asked.photos, known)

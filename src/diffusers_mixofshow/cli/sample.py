@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs
-from diffusers_mixofshow.base_models import usual_guidance
 from diffusers_mixofshow.cli import sample_options as options
-from diffusers_mixofshow.cli.base_model import find_common_base
+from diffusers_mixofshow.cli.base_model import choose_guidance, find_common_base
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_replacing, plan_sampling, tell
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
@@ -121,7 +120,7 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
         plan=plan,
         seeds=range(asked["seed"], asked["seed"] + asked["count"]),
         steps=asked["steps"],
-        guidance=usual_guidance(base) if asked["guidance"] is None else asked["guidance"],
+        guidance=choose_guidance(base, packs.values()) if asked["guidance"] is None else asked["guidance"],
         isolation=parse_isolation(asked["isolation_steps"], asked["isolation_scales"]) if asked["isolation"] else None,
         draft=_choose_draft(plan, asked),
         refine=Refinement() if asked["refine"] else None,

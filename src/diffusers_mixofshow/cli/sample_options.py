@@ -120,7 +120,9 @@ Seed = Annotated[
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.", rich_help_panel=_SETTINGS)]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="Classifier-free guidance scale. (default: 7.5; toyland: 3)", rich_help_panel=_SETTINGS),
+    typer.Option(
+        help="Classifier-free guidance scale. (default: 7.5; SDXL: 5; toyland: 3)", rich_help_panel=_SETTINGS
+    ),
 ]
 LoraScale = Annotated[
     list[float] | None,

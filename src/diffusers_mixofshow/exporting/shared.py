@@ -11,14 +11,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from diffusers_mixofshow.conditioning.encode import encode_layerwise
+from diffusers_mixofshow.conditioning.encode import encode
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.embeddings import split_name
+from diffusers_mixofshow.edlora.embeddings import rows_for
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.exporting.absorption import Absorbed, Metric, absorb
-from diffusers_mixofshow.families.layers import linear_layers
+from diffusers_mixofshow.families import family_of
+from diffusers_mixofshow.families.layers import cross_attention_layers, linear_layers
 from diffusers_mixofshow.fusion.prompts import PromptSet, prior_prompts, recording_prompts
 from diffusers_mixofshow.interop.conversion import SHARED_KEPT
 from diffusers_mixofshow.interop.textual_inversion import is_layerwise, mean_over_layers
@@ -37,6 +38,7 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
     The embedding is the mean over layers; by itself it would lose most of the identity. The effect of each
     cross-attention layer's own embedding on its keys and values, in prompts that name the concept, is fitted by least
     squares as a low-rank update of their weights (see `absorption`). Any program that reads LoRAs can use the result.
+    With SDXL, the embeddings for the pooled vector of the whole text stay as they are; other programs have none.
 
     Args:
         pipe: The base model that the concepts were tuned on, a Stable Diffusion pipeline; it is unchanged afterwards.
@@ -50,19 +52,15 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
         unchanged.
 
     Raises:
-        EDLoRAFormatError: If it does not fit the model, or has embeddings for several text encoders.
+        EDLoRAFormatError: If it does not fit the model.
         FusionError: If a prompt does not name the concept.
         ConfigurationError: If other adapters are active in the model.
     """
     if not is_layerwise(edlora):
         return edlora
-    if any(split_name(name)[0] for name in edlora.embeddings):
-        raise EDLoRAFormatError(
-            "The effect of layer-wise embeddings can be put into the LoRA only for Stable Diffusion 1.x and 2.x, but "
-            f"{edlora!r} has embeddings for several text encoders. Convert it without a base model, which writes "
-            "their means over layers."
-        )
-    means = {token: mean_over_layers(rows) for token, rows in edlora.embeddings.items()}
+    edlora.check_fits(pipe.components)
+    # The embedding for the pooled vector, which has no layers, stays as it is.
+    means = {name: mean_over_layers(rows) for name, rows in edlora.embeddings.items()}
     asked, neutral = _list_prompts(edlora, prompts)
     steps = 2 * len(asked) + len(neutral) + len(edlora.layers)
     with (
@@ -71,13 +69,13 @@ def share_layers(pipe: Any, edlora: EDLoRA, prompts: PromptSet | None = None) ->
         progress("Sharing layers", steps, pipe=pipe) as bar,
     ):
         own = _encode_states(pipe, edlora, asked, edlora.embeddings, bar)
-        once = {token: mean[None] for token, mean in means.items()}
+        once = {name: mean[None] for name, mean in means.items()}
         shared, others = (_encode_states(pipe, edlora, texts, once, bar).flatten(0, 2) for texts in (asked, neutral))
         updates = _fit_updates(pipe.components, edlora, own, Metric.of(shared, others), bar)
     kept = sum(update.kept for update in updates.values()) / len(updates)
     return replace(
         edlora,
-        embeddings={token: mean.expand(len(edlora.layers), -1).clone() for token, mean in means.items()},
+        embeddings={name: means[name].expand_as(rows).clone() for name, rows in edlora.embeddings.items()},
         lora={**edlora.lora, **{site: _append_update(edlora, site, update) for site, update in updates.items()}},
         training={**edlora.training, SHARED_KEPT: round(kept, 4)},
     )
@@ -114,11 +112,16 @@ def _encode_states(
     pipe: Any, edlora: EDLoRA, prompts: Sequence[str], embeddings: Mapping[str, torch.Tensor], bar: Any
 ) -> torch.Tensor:
     """Encode prompts with every row of the embeddings; shape (prompts, rows, tokens, dim), float64 on the CPU."""
-    rows = len(next(iter(embeddings.values())))
+    components, family = pipe.components, family_of(pipe.components)
+    rows = max(len(each) for each in embeddings.values())  # the pooled vector has one alone
+    own = {name: rows_for(name, embeddings, family) for name in family.text_encoders}
     encoded = []
     for prompt in prompts:
-        tokens = tokenize([prompt], pipe.tokenizer, edlora.concepts)
-        encoded.append(encode_layerwise(pipe.text_encoder, tokens, embeddings, rows))
+        states = []
+        for name, reading in family.text_encoders.items():
+            tokens = tokenize([prompt], components[reading.tokenizer], edlora.concepts)
+            states.append(encode(components[name], tokens, own[name], rows, reading=reading).states)
+        encoded.append(torch.cat(states, dim=-1))
         bar.update()
     return torch.cat(encoded).cpu().double().unflatten(1, (rows, -1))
 
@@ -126,14 +129,18 @@ def _encode_states(
 def _fit_updates(
     components: Mapping[str, object], edlora: EDLoRA, own: torch.Tensor, metric: Metric, bar: Any
 ) -> dict[str, Absorbed]:
-    """Fit the update of each site: keys and values of every cross-attention layer."""
+    """Fit the update of each site: keys and values of every cross-attention layer, with its group's embedding."""
     modules, rank = linear_layers(components), RANK_OF_A_CONCEPT * len(edlora.concepts)
+    family = family_of(components)
+    denoiser: Any = components[family.denoiser]
+    paths = cross_attention_layers(denoiser)
     updates = {}
     for number, layer in enumerate(edlora.layers):
-        for half in ("to_k", "to_v"):
-            site = f"unet.{layer}.{half}"
-            weight = modules[site].get_parameter("weight").cpu()
-            updates[site] = absorb(weight, own[:, number].flatten(0, 1), metric, rank)
+        own_states = own[:, number].flatten(0, 1)
+        for path in (path for path in paths if family.embedding_layer_of(path) == layer):
+            for site in (f"{family.denoiser}.{path}.to_k", f"{family.denoiser}.{path}.to_v"):
+                weight = modules[site].get_parameter("weight").cpu()
+                updates[site] = absorb(weight, own_states, metric, rank)
         bar.update()
     return updates
 

@@ -36,6 +36,7 @@ EMBEDDED = BaseModel(
     id="toyland",
     license="apache-2.0",
     guidance=3.0,
+    least_resolution=64,
     standing=(0.25, 0.97),
     classes=("critter", "dog", "cat", "vase", "chair", "table"),
 )

@@ -263,15 +263,15 @@ def _layers_lost(edlora: EDLoRA) -> tuple[str, ...]:
     shares = {name: lost_in_mean(rows) for name, rows in of_layers.items()}
     kept = edlora.training.get(SHARED_KEPT)
     pooled = (_POOLED_LOST,) if has_own_vector(edlora) else ()
-    several = any(split_name(name)[0] for name in of_layers)
     if any(shares.values()):
         return (
-            _MOST_LOST.format(layers=len(edlora.layers)) + (_DRAW_IT if several else _INSTEAD),
+            _MOST_LOST.format(layers=len(edlora.layers)) + _INSTEAD,
             *(f"{token}: {share:.1%} of its embeddings, |E - mean| / |E|." for token, share in shares.items()),
             *pooled,
         )
     if isinstance(kept, int | float):
-        return (f"A part of the layer-wise embeddings: {kept:.1%} of what they do to keys and values is in the LoRA.",)
+        part = f"A part of the layer-wise embeddings: {kept:.1%} of what they do to keys and values is in the LoRA."
+        return (part, *pooled)
     return pooled
 
 
@@ -280,7 +280,6 @@ _MOST_LOST = (
     "Most of the identity. Layer-wise embeddings: every token has one for each of {layers} cross-attention layers; "
     "these files hold their mean, which gives other pictures where the layers differ. "
 )
-_DRAW_IT = "Instead, sample it with diffusers-mixofshow."
 _INSTEAD = (
     "Instead, name the base model, so that their effect moves into the LoRA (--base, or share_layers in Python, for "
     "'kohya' and 'diffusers'); or tune with the method ed-lora-shared-layers, which converts without loss; or sample "

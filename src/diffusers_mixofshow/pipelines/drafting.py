@@ -14,7 +14,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_mixofshow.conditioning.passes import detach_from_calls, hook_passes
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.families.layers import default_size
-from diffusers_mixofshow.pipelines.prompts import list_negatives
 from diffusers_mixofshow.regions import Draft, Region
 from diffusers_mixofshow.regions.draft import Window, find_window
 
@@ -188,15 +187,14 @@ class _Drafts:
     ) -> dict[str, Any]:
         """The U-Net's arguments for regions; with guidance the rows of the negative prompts come first."""
         pipe, given = self.pipe, self.arguments
-        negatives = list_negatives(given)
-        texts = [
-            negatives[picture] if region.negative_prompt is None else region.negative_prompt
-            for region, picture in zip(regions, pictures, strict=True)
+        shared = pipe._list_negatives(given)
+        negatives = [
+            pipe._choose_negative(region, shared[picture]) for region, picture in zip(regions, pictures, strict=True)
         ]
         height, width = (side * pipe.vae_scale_factor for side in cells)
         with pipe._hide_regions():
             conditions: dict[str, Any] = pipe._encode_conditions(
-                [region.prompt for region in regions], texts, (height, width), given
+                [region.prompt for region in regions], negatives, (height, width), given
             )
         return conditions
 

@@ -42,6 +42,7 @@ from diffusers_mixofshow.lora import (
     subtract_fused,
 )
 from diffusers_mixofshow.pipelines.opening import LoadingRequest, read_own_concepts
+from diffusers_mixofshow.pipelines.other_families import refuse_other_checkpoints, refuse_other_families
 from diffusers_mixofshow.pipelines.publishing import join_packs
 from diffusers_mixofshow.sharing import changing
 
@@ -83,6 +84,9 @@ class EDLoRALoader:
         Takes what `DiffusionPipeline.from_pretrained` takes, ``dtype=`` with every version of diffusers, and
         ``"toyland"`` for the base that ships in the package. Without a dtype all parts are float32, whatever their
         files hold.
+
+        Raises:
+            ConfigurationError: If it is a pipeline of another family.
         """
         name = os.fspath(pretrained_model_name_or_path)
         source = location_of(name)
@@ -91,12 +95,29 @@ class EDLoRALoader:
             kwargs |= dtype_argument(kwargs.pop("dtype", torch.float32))
         with silence_if_embedded(name):
             pipeline: Self = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+        refuse_other_families(cls, name, pipeline.components)
         shared = ("revision", "token", "cache_dir", "local_files_only")
         own = read_own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
         if own is not None:
             pipeline.load_edlora(own)
             pipeline._in_weights = own
         return pipeline
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a pipeline out of a checkpoint of one file, the form in which many tuned models are published.
+
+        Takes what `FromSingleFileMixin.from_single_file` of diffusers takes, and ``dtype=`` with every version of it.
+        Without a dtype all parts are float32, whatever the file holds. ``config=`` names a folder or Hub id of a
+        pipeline with the same configuration, which otherwise is downloaded from the family's own.
+
+        Raises:
+            ConfigurationError: If it is a file on this disk that is no checkpoint, is damaged, or of another family.
+        """
+        refuse_other_checkpoints(cls, pretrained_model_link_or_path)
+        if "torch_dtype" not in kwargs:
+            kwargs |= dtype_argument(kwargs.pop("dtype", torch.float32))
+        return super().from_single_file(os.fspath(pretrained_model_link_or_path), **kwargs)  # type: ignore[misc]
 
     @property
     def _edloras(self) -> dict[str, EDLoRA]:

@@ -29,7 +29,7 @@ _PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 _NO_ARGUMENTS = ("self", "__class__")
 """Names that `locals()` holds beside the arguments, in a method that calls `super()`."""
 
-_Text = tuple[str, ...] | None
+Texts = tuple[str, ...] | None
 """What each text encoder reads of one prompt; None where the pipeline takes zeros instead of an encoded text."""
 
 _Anything = TypeVar("_Anything")
@@ -66,8 +66,12 @@ class LayerwisePrompts(EDLoRALoader):
 
         Raises:
             ConceptError: If a prompt has a bracketed word that is not loaded.
+            ConfigurationError: If a text encoder is missing, or the pooled vector of given embeddings.
         """
+        self._refuse_missing_vectors(arguments)
         if not self._is_layerwise(arguments):
+            if arguments["prompt_embeds"] is None:
+                self._refuse_missing_encoders()
             return dict(arguments)
         clip_skip, device = arguments["clip_skip"], arguments["device"]
         with _scale_lora(self._encoders.values(), arguments["lora_scale"]):
@@ -155,23 +159,67 @@ class LayerwisePrompts(EDLoRALoader):
         encoded = self._encode(self._read_side(kind, arguments), clip_skip, device)
         return encoded if pooled is None else Encoded(encoded.states, pooled)
 
-    def _read_side(self, kind: str, arguments: Mapping[str, Any]) -> list[_Text]:
+    def _read_side(self, kind: str, arguments: Mapping[str, Any]) -> list[Texts]:
         """The texts of a call's prompts, or of its negative prompts, one entry for each prompt."""
         batch = count_prompts(arguments["prompt"], arguments["prompt_embeds"])
         first = arguments[f"{kind}prompt"]
-        if kind and first is None:
-            return [self._no_text] * batch
+        if kind and first is None and self._takes_zeros:
+            return [None] * batch
         names = [f"{kind}prompt", f"{kind}prompt_2"][: len(self._readings)]
         texts = [_repeat_text(arguments.get(name) or first, batch, called=name.replace("_", " ")) for name in names]
         return list(zip(*texts, strict=True))
 
     @property
-    def _no_text(self) -> _Text:
-        """What the parent reads without a negative prompt: zeros (None), or the empty text."""
-        return None if self.config.get("force_zeros_for_empty_prompt") else ("",) * len(self._readings)
+    def _takes_zeros(self) -> bool:
+        """Whether the parent takes zeros, not the encoded empty text, where there is no negative prompt."""
+        return bool(self.config.get("force_zeros_for_empty_prompt"))
 
-    def _encode(self, texts: Sequence[_Text], clip_skip: int | None, device: torch.device) -> Encoded:
+    def _list_negatives(self, arguments: Mapping[str, Any]) -> list[Texts]:
+        """List what the text encoders read as the negative prompt of every picture of a call."""
+        names = ("prompt", "prompt_embeds", "negative_prompt", "negative_prompt_2")
+        of_prompts = self._read_side("negative_", {name: arguments.get(name) for name in names})
+        return repeat_for_pictures(of_prompts, arguments)
+
+    def _choose_negative(self, region: Region, shared: Texts) -> Texts:
+        """Choose a region's own negative prompt, which all text encoders read, or the one of its picture."""
+        own = region.negative_prompt
+        return shared if own is None else (own,) * len(self._readings)
+
+    def _refuse_missing_vectors(self, arguments: Mapping[str, Any]) -> None:
+        """Raise if embeddings are given without their pooled vector, which not all parents check."""
+        if not any(reading.pooled for reading in self._readings.values()):
+            return
+        for kind in ("", "negative_") if arguments["do_classifier_free_guidance"] else ("",):
+            embeds, vector = (f"{kind}prompt_embeds", f"{kind}pooled_prompt_embeds")
+            if arguments.get(embeds) is not None and arguments.get(vector) is None:
+                raise ConfigurationError(
+                    f"`{embeds}` is given without `{vector}`; expected both, as encode_prompt() returns them."
+                )
+
+    def _refuse_missing_encoders(self) -> None:
+        """Raise if a text encoder or a tokenizer is missing for texts that the denoiser reads."""
+        components, readings = self.components, self._readings
+        tokenizers = [reading.tokenizer for reading in readings.values()]
+        missing = [name for name in (*readings, *tokenizers) if components.get(name) is None]
+        if not missing or self._reads_remaining_encoders():
+            return
+        given = "prompt_embeds and pooled_prompt_embeds" if len(readings) > 1 else "prompt_embeds"
+        raise ConfigurationError(
+            f"The pipeline has no {' and no '.join(missing)}, so that prompts cannot be encoded; expected all of "
+            f"{', '.join((*readings, *tokenizers))}. Load it with these, or call it with {given} and without regions."
+        )
+
+    def _reads_remaining_encoders(self) -> bool:
+        """Whether the denoiser reads no more than the encoders that there are, as SDXL's refiner reads the second."""
+        complete = [name for name in self._encoders if self.components.get(self._readings[name].tokenizer) is not None]
+        if self.unet is None:
+            return bool(complete)
+        width: Any = self.unet.config.get("cross_attention_dim")  # type: ignore[union-attr, operator]
+        return width == sum(self._encoders[name].config.hidden_size for name in complete)
+
+    def _encode(self, texts: Sequence[Texts], clip_skip: int | None, device: torch.device) -> Encoded:
         """Encode texts, equal ones once; states of shape (texts, layers * tokens, dim)."""
+        self._refuse_missing_encoders()
         unique = list(dict.fromkeys(texts))
         of_encoders = [
             # None becomes zeros below, so that any text does for it here.
@@ -273,13 +321,13 @@ class StableDiffusionPrompts(LayerwisePrompts):
         return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
 
     def _encode_conditions(
-        self, prompts: list[str], negatives: list[str | None], size: tuple[int, int], call: Mapping[str, Any]
+        self, prompts: list[str], negatives: list[Texts], size: tuple[int, int], call: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Encode texts that a call draws alone, as arguments of the U-Net; with guidance the negatives come first.
 
         Args:
             prompts: The texts.
-            negatives: The negative prompt of each; None without one.
+            negatives: The negative prompt of each, see `_list_negatives`.
             size: Height and width of the pictures in pixels.
             call: Arguments of the call.
         """
@@ -288,7 +336,7 @@ class StableDiffusionPrompts(LayerwisePrompts):
             self._execution_device,
             1,
             self._guidance_scale > 1,
-            negative_prompt=[negative or "" for negative in negatives],
+            negative_prompt=[negative[0] if negative else "" for negative in negatives],
             lora_scale=(self.cross_attention_kwargs or {}).get("scale"),
             clip_skip=call.get("clip_skip"),
         )
@@ -331,23 +379,22 @@ class XLPrompts(LayerwisePrompts):
         return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
 
     def _encode_conditions(
-        self, prompts: list[str], negatives: list[str | None], size: tuple[int, int], call: Mapping[str, Any]
+        self, prompts: list[str], negatives: list[Texts], size: tuple[int, int], call: Mapping[str, Any]
     ) -> dict[str, Any]:
         """See `StableDiffusionPrompts`; adds the pooled vectors and the sizes, which the U-Net of XL reads."""
+        first, second = ([negative[number] if negative else "" for negative in negatives] for number in (0, 1))
         text, avoided, pooled, avoided_pooled = self.encode_prompt(
             prompts,
             num_images_per_prompt=1,
             do_classifier_free_guidance=self._guidance_scale > 1,
-            negative_prompt=[negative or "" for negative in negatives],
+            negative_prompt=first,
+            negative_prompt_2=second,
             lora_scale=(self.cross_attention_kwargs or {}).get("scale"),
             clip_skip=call.get("clip_skip"),
         )
         sizes = self._make_size_ids("", size, call, pooled).repeat(len(prompts), 1)
         if avoided is not None and avoided_pooled is not None:
-            # Zeros where there is no negative prompt and the pipeline takes zeros for none.
-            given = torch.tensor(
-                [[self._no_text is not None or negative is not None] for negative in negatives], device=text.device
-            )
+            given = torch.tensor([[negative is not None] for negative in negatives], device=text.device)
             text = torch.cat([avoided * given[..., None], text])
             pooled = torch.cat([avoided_pooled * given, pooled])
             both = call.get("negative_original_size") is not None and call.get("negative_target_size") is not None
@@ -381,12 +428,6 @@ def repeat_for_pictures(shared: Sequence[_Anything], arguments: Mapping[str, Any
     prompts = count_prompts(arguments.get("prompt"), arguments.get("prompt_embeds"))
     of_prompts = list(shared) * prompts if len(shared) == 1 else shared[:prompts]
     return [each for each in of_prompts for _ in range(arguments.get("num_images_per_prompt") or 1)]
-
-
-def list_negatives(arguments: Mapping[str, Any]) -> list[str | None]:
-    """List the negative prompt of every picture of a call; None where there is none."""
-    negative = arguments.get("negative_prompt")
-    return repeat_for_pictures(negative if isinstance(negative, list) else [negative], arguments)
 
 
 def _as_list(prompt: str | list[str] | None) -> list[str]:

@@ -25,8 +25,8 @@ from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import (
     StableDiffusionPrompts,
+    Texts,
     XLPrompts,
-    list_negatives,
     repeat_for_pictures,
 )
 from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, warn_of_idle_arguments
@@ -40,6 +40,8 @@ _FACTOR = 8
 
 _ALSO_REFINED = ("guidance_scale", "clip_skip", "cross_attention_kwargs")
 """Arguments of a call that its refinement uses, too."""
+_NEGATIVES = ("negative_prompt", "negative_prompt_2")
+"""Arguments with the negative prompt of each text encoder."""
 
 
 class RefinedSampling(RegionalSampling):
@@ -79,16 +81,20 @@ class RefinedSampling(RegionalSampling):
         self, output: Any, refine: Refinement, regions: Sequence[Sequence[Region]], arguments: Mapping[str, Any]
     ) -> Any:
         """Redraw the regions in the pictures of a call's output."""
-        images = output[0]
+        images, texts = output[0], self._list_negatives(arguments)
+        negatives: dict[str, Any] = {
+            name: [None if text is None else text[number] for text in texts]
+            for number, name in enumerate(_NEGATIVES[: len(self._readings)])
+        }
         refined = refine_regions(
             self,
             images,
             regions,
             strength=refine.strength,
             num_inference_steps=refine.choose_steps(arguments.get("num_inference_steps", 50)),
-            negative_prompt=list_negatives(arguments),
             generator=arguments.get("generator"),
             batch_size=len(images),
+            **negatives,
             **{name: arguments[name] for name in _ALSO_REFINED if name in arguments},
         )
         if isinstance(output, tuple):
@@ -144,7 +150,7 @@ def refine_regions(
         batch_size: How many crops of one size are drawn at once.
         generator: Source of the noise, one for all pictures or one for each.
         settings: Passed to image to image, e.g. `negative_prompt` (for regions that have none of their own; a text,
-            or one for each picture), `num_inference_steps` and `guidance_scale`.
+            or one for each picture; with SDXL also `negative_prompt_2`), `num_inference_steps` and `guidance_scale`.
 
     Returns:
         New pictures, the same outside of the regions.
@@ -180,10 +186,9 @@ def _redraw(
 ) -> dict[_Patch, Image.Image]:
     """Enlarge and redraw every patch, in batches of one size that all have a negative prompt, or all have none."""
     drawn: dict[_Patch, Image.Image] = {}
-    shared, generators = call.pop("negative_prompt", None), call.pop("generator", None)
-    negatives = {patch: _choose_negative(patch, shared) for patch in patches}
-    if redraw._no_text is not None:  # this pipeline reads the empty text where no negative prompt is given
-        negatives = {patch: negative or "" for patch, negative in negatives.items()}
+    names = _NEGATIVES[: len(redraw._readings)]
+    shared, generators = [call.pop(name, None) for name in names], call.pop("generator", None)
+    negatives = {patch: _choose_negative(patch, shared, redraw._takes_zeros) for patch in patches}
     kinds = {patch: (patch.size, negatives[patch] is None) for patch in patches}
     for kind in dict.fromkeys(kinds.values()):
         alike = [patch for patch in patches if kinds[patch] == kind]
@@ -193,7 +198,10 @@ def _redraw(
             pictures = redraw(
                 [patch.region.prompt for patch in batch],
                 image=[_cut(images[patch.picture], patch.box).resize(size) for patch in batch],
-                negative_prompt=None if without_negative else [negatives[patch] for patch in batch],
+                **{
+                    name: None if without_negative else [own[number] for patch in batch if (own := negatives[patch])]
+                    for number, name in enumerate(names)
+                },
                 generator=[generators[patch.picture] for patch in batch]
                 if isinstance(generators, Sequence)
                 else generators,
@@ -215,11 +223,21 @@ def _check_entries(images: Sequence[object], regions: Sequence[Sequence[object]]
         raise RegionError("refine_regions: " + "; ".join(defects) + ".")
 
 
-def _choose_negative(patch: _Patch, shared: str | Sequence[str | None] | None) -> str | None:
+def _choose_negative(patch: _Patch, shared: Sequence[str | Sequence[str | None] | None], takes_zeros: bool) -> Texts:
+    """Choose what each text encoder reads as a patch's negative prompt; None for zeros instead of an encoded text.
+
+    Args:
+        patch: The patch; a negative prompt of its region's own is read by all text encoders.
+        shared: For each text encoder the negative prompt of all pictures, or one for each.
+        takes_zeros: Whether the pipeline takes zeros where there is no negative prompt.
+    """
     own = patch.region.negative_prompt
-    if own is not None:
-        return own
-    return shared if shared is None or isinstance(shared, str) else shared[patch.picture]
+    given = [each if each is None or isinstance(each, str) else each[patch.picture] for each in shared]
+    texts = given if own is None else [own] * len(shared)
+    if texts[0] is None and takes_zeros:
+        return None
+    first = texts[0] or ""
+    return tuple(first if text is None else text for text in texts)
 
 
 def _find_patch(number: int, image: Image.Image, region: Region, size: int, margin: float) -> _Patch | None:

@@ -10,6 +10,7 @@ from typing import Any
 from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, list_devices, location_of
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, family_of_index
+from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
 from diffusers_mixofshow.progress import bar_settings
 
 
@@ -71,9 +72,15 @@ def _choose_pipeline(place: str, options: Mapping[str, Any]) -> type[Any]:
     from diffusers_mixofshow import pipelines
 
     if Path(place).is_file():
+        known = is_checkpoint(place)
+        kinds = (
+            family_of_checkpoint(Path(place)).concept_pipeline
+            if known
+            else " or ".join(one.concept_pipeline for one in CONCEPT_FAMILIES)
+        )
         raise ConfigurationError(
             f"The base model {place!r} is a single file. Expected a Hub id or a folder. Make one of it in Python: "
-            "MixOfShowPipeline (of SDXL MixOfShowXLPipeline).from_single_file(FILE).save_pretrained(FOLDER)."
+            f"{kinds}.from_single_file(FILE).save_pretrained(FOLDER)."
         )
     family = family_of_index(DiffusionPipeline.load_config(place, **options))
     if family not in CONCEPT_FAMILIES:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
+from diffusers_mixofshow.base_models import base_model_of
 from diffusers_mixofshow.errors import ConfigurationError, first_line
+from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.training.config import TrainingConfig
 
 
-_SMALLER_RESOLUTION = 512
 _FEW_PICTURES = 1
 
 
@@ -37,12 +38,17 @@ def make_divergence_error(seen: str, config: TrainingConfig) -> ConfigurationErr
 
 
 @contextmanager
-def explain_memory_errors(config: TrainingConfig) -> Iterator[None]:
-    """Turn an out-of-memory error of the GPU inside the block into one that names settings which need less memory."""
+def explain_memory_errors(config: TrainingConfig, components: Callable[[], Mapping[str, object]]) -> Iterator[None]:
+    """Turn an out-of-memory error of the GPU inside the block into one that names settings which need less memory.
+
+    Args:
+        config: The settings.
+        components: Gives ``pipeline.components``, or nothing as long as the base model is not loaded.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        less = list_memory_savings(config)
+        less = list_memory_savings(config, base_model_of(config.pretrained_model_name_or_path, components()))
         advice = "; ".join(less) if less else "train on a GPU with more memory, or on the CPU"
         raise ConfigurationError(
             f"The GPU's memory does not suffice for these settings ({first_line(error)}). Try, in this order: "
@@ -50,8 +56,8 @@ def explain_memory_errors(config: TrainingConfig) -> Iterator[None]:
         ) from error
 
 
-def list_memory_savings(config: TrainingConfig) -> list[str]:
-    """List settings that would lower the memory a training needs, those that cost no quality first."""
+def list_memory_savings(config: TrainingConfig, base: BaseModel) -> list[str]:
+    """List settings that would lower the memory a training on a base model needs, those that cost no quality first."""
     found = []
     if config.mixed_precision == "no":
         found.append("mixed_precision='bf16' (or 'fp16' on older GPUs) halves the model")
@@ -64,6 +70,7 @@ def list_memory_savings(config: TrainingConfig) -> list[str]:
         found.append(f"train_batch_size=1 with gradient_accumulation_steps={accumulated}, the same gradients")
     if config.optimizer.lower() in ("adamw", "adam"):
         found.append(f"optimizer='{config.optimizer}8bit' (bitsandbytes)")
-    if config.resolution > _SMALLER_RESOLUTION:
-        found.append(f"resolution={_SMALLER_RESOLUTION}")
+    least = base.least_resolution
+    if config.resolution > least:
+        found.append(f"resolution={least}")
     return found

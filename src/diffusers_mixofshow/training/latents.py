@@ -108,9 +108,18 @@ def _encode(pixels: torch.Tensor, vae: AutoencoderKL) -> tuple[torch.Tensor, tor
             distribution = vae.encode(part.to(vae.device, vae.dtype)).latent_dist
             means.append(distribution.mean.float().cpu())
             deviations.append(distribution.std.float().cpu())
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scale = vae.config.scaling_factor
+    shift, scale = _find_scale(vae)
     return (torch.cat(means) - shift) * scale, torch.cat(deviations) * scale
+
+
+def _find_scale(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to subtract from latents, then to multiply them by, for the denoiser; shapes (1 or channels, 1, 1)."""
+    config = vae.config
+    mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or deviation is None:
+        mean, deviation = [getattr(config, "shift_factor", None) or 0.0], [1.0]
+    shift, divisor = (torch.tensor(values)[:, None, None] for values in (mean, deviation))
+    return shift, config.scaling_factor / divisor
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class EDLoRATrainer:
             check_writable(Path(config.output_dir))
         accelerator = self._make_accelerator()
         start = time.monotonic()
-        with explain_memory_errors(config):
+        with explain_memory_errors(config, lambda: self.pipeline.components if self.pipeline else {}):
             self.pipeline = self.pipeline or load_base(config).to(accelerator.device)
             refuse_untrainable(self.pipeline, config)
             drawn = classes_of(name_of(self.pipeline))

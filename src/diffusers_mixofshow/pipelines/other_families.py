@@ -1,0 +1,56 @@
+"""Refuse what a pipeline class cannot be made of: checkpoints, and folders or repositories, of another family."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of
+from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
+
+
+def refuse_other_checkpoints(pipeline_class: type, source: object) -> None:
+    """Raise if a safetensors file on this disk is no checkpoint that a pipeline class can be made of.
+
+    Links, Hub ids and pickles are left to diffusers.
+
+    Raises:
+        ConfigurationError: If it is of another family, or no checkpoint.
+    """
+    if not is_checkpoint(source):
+        return
+    path = Path(str(source)).expanduser()
+    found, wanted = family_of_checkpoint(path), _family_of_class(pipeline_class)
+    if found is not wanted:
+        raise ConfigurationError(
+            f"{path} is a checkpoint of {found.name}; expected one of {wanted.name}, which {pipeline_class.__name__} "
+            f"draws with. Use {found.concept_pipeline}.from_single_file()."
+        )
+
+
+def refuse_other_families(pipeline_class: type, name: str, components: Mapping[str, object]) -> None:
+    """Raise if a pipeline was loaded as a class for another family; diffusers leaves out what the class does not know.
+
+    Args:
+        pipeline_class: The class.
+        name: What was loaded.
+        components: ``pipeline.components``; without a denoiser, anything is let through.
+
+    Raises:
+        ConfigurationError: If they are of another family.
+    """
+    found, wanted = family_of(components), _family_of_class(pipeline_class)
+    if found is wanted or components.get(found.denoiser) is None:
+        return
+    instead = f" Use {found.concept_pipeline}.from_pretrained()." if found.concept_pipeline else ""
+    raise ConfigurationError(
+        f"{name!r} is of {found.name}; expected {wanted.name}, which {pipeline_class.__name__} draws with.{instead}"
+    )
+
+
+def _family_of_class(pipeline_class: type) -> Family:
+    """The family whose parts a pipeline class takes, of several the one with most of them."""
+    taken = set(inspect.signature(pipeline_class).parameters)
+    return max(CONCEPT_FAMILIES, key=lambda family: len(taken.intersection(family.parts)))
