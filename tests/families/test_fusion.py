@@ -281,7 +281,7 @@ def test_a_pipeline_of_another_family_is_one_error_that_names_both(
         (lambda: fuser.record(_sources(files)[0]), name),
     ):
         with pytest.raises(
-            FusionError, match=rf"^These ED-LoRAs cannot be fused: {told}{sources}; give a .*base"
+            FusionError, match=rf"^These LoRAs cannot be fused: {told}{sources}; give a .*base"
         ) as e:
             act()
         assert len(str(e.value)) < 300

@@ -202,7 +202,7 @@ def gather(
         *_model_defects(sources, components),
     ]
     if defects:
-        raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(defects))
+        raise FusionError("These LoRAs cannot be fused: " + "; ".join(defects))
     numbers = zip(sources, weights, scales, strict=True)
     return tuple(source.rescale(scale, weight=weight) for source, weight, scale in numbers)
 
@@ -280,7 +280,7 @@ def scale_updates(edlora: EDLoRA, scale: float) -> EDLoRA:
 def _number_defects(what: str, numbers: Sequence[float], count: int, *, positive: bool) -> list[str]:
     defects = []
     if len(numbers) != count:
-        defects.append(f"got {len(numbers)} {what} for {count} ED-LoRAs; give one for each")
+        defects.append(f"got {len(numbers)} {what} for {count} LoRAs; give one for each")
     wrong = [number for number in numbers if not math.isfinite(number) or (positive and number <= 0)]
     if wrong:
         defects.append(f"{what} must be finite{' and above 0' if positive else ''}, got {wrong}")
@@ -331,9 +331,10 @@ def _model_defects(sources: Sequence[Source], components: Mapping[str, object] |
     """Defects of each source by itself or, if there is a model, in combination with the model."""
     defects = []
     if components is None:
-        for edlora in (source.edlora for source in sources):
+        for source in sources:
+            edlora, called = source.edlora, f"the {'ED-LoRA' if source.edlora.concepts else 'LoRA'} of {source.name}"
             inner = content_defects(edlora.concepts, edlora.embeddings, edlora.lora, edlora.layers)
-            defects += [f"the ED-LoRA of {_list_concepts(edlora)} is defective: {defect}" for defect in inner]
+            defects += [f"{called} is defective: {defect}" for defect in inner]
         return defects
     family, strange = family_of(components), []
     for source in sources:
