@@ -21,7 +21,7 @@ from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
 from diffusers_mixofshow.families import Family, family_of, family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
-from diffusers_mixofshow.families.recognition import family_of_updates
+from diffusers_mixofshow.families.recognition import family_by_text_width, family_of_updates
 from diffusers_mixofshow.fusion.prompts import PromptSet, prompts_of_trigger, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors
@@ -157,6 +157,8 @@ class Source:
         return []
 
 
+_CANNOT_BE_FUSED = "These LoRAs cannot be fused: "
+
 FusionInput = EDLoRA | FusionSource | LoRASource | Source | str | os.PathLike[str]
 
 
@@ -202,7 +204,7 @@ def gather(
         *_model_defects(sources, components),
     ]
     if defects:
-        raise FusionError("These LoRAs cannot be fused: " + "; ".join(defects))
+        raise FusionError(_CANNOT_BE_FUSED + "; ".join(defects))
     numbers = zip(sources, weights, scales, strict=True)
     return tuple(source.rescale(scale, weight=weight) for source, weight, scale in numbers)
 
@@ -336,27 +338,40 @@ def _model_defects(sources: Sequence[Source], components: Mapping[str, object] |
             inner = content_defects(edlora.concepts, edlora.embeddings, edlora.lora, edlora.layers)
             defects += [f"{called} is defective: {defect}" for defect in inner]
         return defects
-    family, strange = family_of(components), []
+    family = family_of(components)
     for source in sources:
         if _is_of_another(source, family):
-            strange.append(source)
             continue
         try:
             source.edlora.check_fits(components)
         except EDLoRAFormatError as error:
             defects.append(str(error) if source.edlora.concepts else f"{source.name}: {error}")
-    if strange:
-        defects.append(
-            f"the pipeline is one of {family.name}, whose layers are others than those of {_list_families(strange)}; "
-            "give a pipeline of the base that they were tuned on"
-        )
-    return defects
+    return [*defects, *_family_defects(sources, family)]
+
+
+def refuse_other_family(sources: Sequence[Source], family: Family) -> None:
+    """Raise a `FusionError` if sources were made for another family than that of the base model."""
+    if defects := _family_defects(sources, family):
+        raise FusionError(_CANNOT_BE_FUSED + "; ".join(defects))
+
+
+def _family_defects(sources: Sequence[Source], family: Family) -> list[str]:
+    strange = [source for source in sources if _is_of_another(source, family)]
+    if not strange:
+        return []
+    return [
+        f"the base model is one of {family.name}, whose layers are others than those of {_list_families(strange)}; "
+        "give the base that they were tuned on"
+    ]
 
 
 def _is_of_another(source: Source, family: Family) -> bool:
     """Whether a source changes layers that only another family has."""
-    lora = source.edlora.lora
-    return not all(map(family.has_site, lora)) and family_of_updates(input_widths(lora)) is not family
+    widths = input_widths(source.edlora.lora)
+    if not all(map(family.has_site, widths)):
+        return family_of_updates(widths) is not family
+    told = family_by_text_width(widths)  # U-Nets of different families have layers of the same names
+    return told is not None and told is not family
 
 
 def _list_families(sources: Sequence[Source]) -> str:
