@@ -17,7 +17,7 @@ from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
-from diffusers_mixofshow.edlora.low_rank import input_widths
+from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
 from diffusers_mixofshow.families import Family, family_of, family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
@@ -205,8 +205,33 @@ def gather(
     ]
     if defects:
         raise FusionError(_CANNOT_BE_FUSED + "; ".join(defects))
+    if not all(isinstance(one, Source) for one in given):  # of those the user was told when they were read
+        warn_of_copies(sources)
     numbers = zip(sources, weights, scales, strict=True)
     return tuple(source.rescale(scale, weight=weight) for source, weight, scale in numbers)
+
+
+def warn_of_copies(sources: Sequence[Source]) -> None:
+    """Warn of sources that are the same LoRA under other names, which counts once for each of them."""
+    left = list(sources)
+    while left:
+        one, *others = left
+        alike = [_are_copies(one.edlora.lora, other.edlora.lora) for other in others]
+        left = [other for other, copy in zip(others, alike, strict=True) if not copy]
+        names = [one.name, *(other.name for other, copy in zip(others, alike, strict=True) if copy)]
+        if any(alike):
+            told = " and ".join(names)
+            warn(f"{told} are the same LoRA by their content, which so counts {len(names)} times; give it once.")
+
+
+def _are_copies(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> bool:
+    return bool(one) and one.keys() == other.keys() and all(_are_equal(one[site], other[site]) for site in one)
+
+
+def _are_equal(one: LowRank, other: LowRank) -> bool:
+    """Whether two updates are equal but for a factor."""
+    halves = ((one.down, other.down), (one.up, other.up))
+    return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in halves)
 
 
 def _read(
