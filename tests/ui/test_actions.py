@@ -194,10 +194,11 @@ def test_switches_wait_for_a_region(studio: Studio, switch: str) -> None:
 
 def test_a_picture_and_a_layout_are_read_again(studio: Studio) -> None:
     wishes = Wishes(**QUICK | {"seed": 3, "negative_prompt": "a cat"})
-    result = actions.draw_picture(studio, Session(), CANVAS, wishes)
+    canvas = CANVAS | {"regions": [CANVAS["regions"][0] | {"name": "the dog"}]}
+    result = actions.draw_picture(studio, Session(), canvas, wishes)
     for path in (result.picture, result.layout):
         read = actions.read_layout_file(path, 8, 8)
-        assert read.canvas["regions"] == CANVAS["regions"]
+        assert read.canvas["regions"] == canvas["regions"]
         assert (read.canvas["width"], read.prompt, read.negative_prompt) == (64, "a dog in the snow", "a cat")
     assert actions.read_layout_file(result.layout, 8, 8).settings == {}
     settings = actions.read_layout_file(result.picture, 8, 8).settings
