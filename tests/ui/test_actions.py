@@ -21,7 +21,7 @@ from diffusers_mixofshow.ui.session import MOST_PACKS, Session, Studio
 
 
 CANVAS = to_value(Layout((Region("a brown dog in the snow", box=(0.0, 0.25, 0.5, 1.0)),)), 64, 64)
-QUICK = {"prompt": "a dog in the snow", "steps": 2, "guidance": 3.0, "draft": False}
+QUICK = {"prompt": "a dog in the snow", "steps": 2, "guidance": 3.0, "draft": False, "refine": False}
 
 
 def weights_of(studio: Studio) -> dict[str, torch.Tensor]:
