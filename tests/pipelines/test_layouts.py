@@ -159,6 +159,19 @@ def test_a_loaded_concept_that_no_prompt_names_is_said(potter, latents, prompt, 
     assert _told_of_call(potter, latents, prompt) == told
 
 
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("a <ron>", []),
+        ("a <ron> and Potter", ["the prompt says Potter; did you mean <potter>?"]),
+        ("x", ["no prompt names <potter>, <ron>, so that only weight updates act; write 'a <potter>'."]),
+    ],
+)
+def test_of_several_loaded_concepts_one_is_enough(potter, make_pack, latents, prompt, told):
+    potter.load_edlora(make_pack("ron", seed=1))
+    assert _told_of_call(potter, latents, prompt) == told
+
+
 def test_it_is_said_before_the_picture_is_drawn(potter, latents):
     """What is wrong with the prompt is known at once, while a picture may take minutes."""
     seen = []

@@ -177,7 +177,8 @@ def _warn_of_unnamed(drawing: Drawing) -> None:
     """Warn of concepts that no prompt names, as the pipeline does before it draws."""
     from diffusers_mixofshow.pipelines.remarks import remark_on_names, warn_of
 
-    warn_of(remark_on_names(_list_prompts(drawing.plan), drawing.packs.values()))
+    concepts = [concept for pack in drawing.packs.values() for concept in pack.concepts]
+    warn_of(remark_on_names(_list_prompts(drawing.plan), concepts))
 
 
 def _list_prompts(plan: Layout) -> list[str]:

@@ -55,7 +55,7 @@ class RegionalSampling(LayerwisePrompts):
     num_timesteps: int
     # Whether a call begins with noise alone instead of a picture.
     _begins_with_noise = True
-    # Whether a call in which no prompt names a loaded concept is remarked upon.
+    # Whether a call is remarked upon in which no prompt names a loaded concept.
     _expects_names = True
     # The current call's regions on the U-Net's feature maps.
     _canvas: Canvas | None = None
@@ -194,7 +194,8 @@ class RegionalSampling(LayerwisePrompts):
         if not prompts or not self._expects_names:
             return []
         regions = [region.prompt for own in self._regions for region in own]
-        loaded = [pack for pack in self._edloras.values() if pack is not self._in_weights]
+        packs = [pack for pack in self._edloras.values() if pack is not self._in_weights]
+        loaded = [concept for pack in packs for concept in pack.concepts]
         return remark_on_names([*prompts, *regions], loaded)
 
     def _denoisers(self) -> list[Any]:

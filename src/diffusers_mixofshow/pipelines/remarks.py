@@ -20,7 +20,7 @@ from diffusers_mixofshow.regions.weights import resolves
 Regions = Sequence[Region] | Layout | Sequence[Sequence[Region] | Layout | None]
 
 _MOST_NAMED = 4
-"""How many concepts of a pack a remark names."""
+"""How many concepts a remark names."""
 
 
 def sort_regions(
@@ -88,24 +88,18 @@ def remark_on_texts(
     return remarks
 
 
-def remark_on_names(prompts: Sequence[str], packs: Iterable[EDLoRA]) -> list[str]:
-    """Remark on concepts whose name a prompt writes as a plain word, and on packs that no prompt names.
+def remark_on_names(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """Remark on concepts whose name a prompt writes as a plain word, and on prompts of which none names a concept.
 
     Args:
         prompts: All prompts of a call, those of its regions included; empty where it is given embeddings.
-        packs: The loaded packs.
+        concepts: The loaded concepts.
     """
-    remarks = []
-    for concepts in (pack.concepts for pack in packs if pack.concepts and prompts):
-        plain = [remark for concept in concepts if (remark := _remark_on_plain_word(prompts, concept))]
-        named = any(mentions_concept(prompt, concepts) for prompt in prompts)
-        remarks += plain or ([] if named else [_describe_unnamed(concepts)])
-    return remarks
-
-
-def _describe_unnamed(concepts: Sequence[Concept]) -> str:
+    plain = [remark for concept in concepts if (remark := _remark_on_plain_word(prompts, concept))]
+    if plain or not concepts or not prompts or any(mentions_concept(prompt, concepts) for prompt in prompts):
+        return plain
     names = [concept.placeholder for concept in concepts]
-    return f"no prompt names {list_first(names, _MOST_NAMED)}, so that only weight updates act; write 'a {names[0]}'"
+    return [f"no prompt names {list_first(names, _MOST_NAMED)}, so that only weight updates act; write 'a {names[0]}'"]
 
 
 def _remark_on_plain_word(prompts: Sequence[str], concept: Concept) -> str:
