@@ -59,6 +59,7 @@ def test_what_is_written_today_fits(pack: Any, tmp_path: Path) -> None:
     layout = layout.with_region("a dog", box=(0, 0, 32, 64), feather=0.1, order=1, start=0.5)
     layout = layout.with_region("a vase", box=(32, 0, 64, 64), rounding="inward", end=0.5, control_scale=0.5)
     layout = layout.with_region("a cat", mask=Image.new("L", (8, 8), 255), negative_prompt="dog", guidance_scale=2.0)
+    layout = layout.with_region("a tree", box=(0, 0, 8, 8), name="the tree")
     schema("layout").validate(json.loads(layout.save(tmp_path / "layout.json").read_text(encoding="utf-8")))
     schema("layout").validate(json.loads((FILES / "format-1" / "layout.json").read_text(encoding="utf-8")))
     schema("layout").validate({"format": FORMAT, "version": VERSION})

@@ -134,9 +134,7 @@ def _unknown_message(unknown: list[str], known: Mapping[str, tuple[str, ...]]) -
     for word in dict.fromkeys(unknown):
         nearest = difflib.get_close_matches(word, known, n=1)
         hints.append(f"{word} (did you mean {nearest[0]}?)" if nearest else word)
-    return (
-        f"Unknown in the prompt: {', '.join(hints)}. {loaded} Load it (load_edlora, --concepts) or check the spelling."
-    )
+    return f"Unknown in the prompt: {', '.join(hints)}. {loaded} Load its file first, or check the spelling."
 
 
 def replace_mention(text: str, concepts: Iterable[Concept], write: Callable[[str, Concept], str]) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -62,6 +63,37 @@ def test_inspect_tells_of_a_lora_and_its_norms(tmp_path: Path):
     assert norm == pytest.approx(0.25 * float((halves[0] @ halves[1]).norm()), abs=1e-3)
     table = run("inspect", tmp_path / "style.safetensors").stdout
     assert re.search(r"layout\W+kohya / A1111", table)
+
+
+def test_inspect_tells_trigger_words_or_that_there_are_none(tmp_path: Path):
+    files.kohya(tmp_path / "silent.safetensors")
+    with safe_open(tmp_path / "silent.safetensors", "pt") as silent:
+        metadata, tensors = silent.metadata(), {name: silent.get_tensor(name) for name in silent.keys()}
+    told = metadata | {"modelspec.trigger_phrase": "sks dog, sks"}
+    save_file(tensors, tmp_path / "told.safetensors", metadata=told)
+    packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path / "rex")
+    names = ("silent.safetensors", "told.safetensors", "rex")
+    tables = {name: run("inspect", tmp_path / name).stdout for name in names}
+    assert re.search(r"trigger words\W+none\b", tables["silent.safetensors"])
+    assert re.search(r"trigger words\W+sks dog, sks\b", tables["told.safetensors"])
+    assert "trigger words" not in tables["rex"]
+
+
+def test_inspect_tells_of_several_files_and_of_those_that_cannot_be_read(tmp_path: Path):
+    for name in ("rex", "tom"):
+        packs.random_pack(tiny.components(), name).save_pretrained(tmp_path / name)
+    both = run("inspect", tmp_path / "rex", tmp_path / "tom")
+    assert both.exit_code == 0
+    assert both.stdout.index("<rex>") < both.stdout.index("<tom>")
+    told = json.loads(run("inspect", tmp_path / "rex", tmp_path / "tom", "--json").stdout)
+    assert [summary["source"] for summary in told] == [str(tmp_path / "rex"), str(tmp_path / "tom")]
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    result = run("inspect", tmp_path / "x.safetensors", tmp_path / "tom")
+    assert result.exit_code == cli.FAILED
+    assert "<tom>" in result.stdout
+    assert f"Error: {tmp_path / 'x.safetensors'}" in result.stderr
+    nothing = run("inspect", tmp_path / "x.safetensors", tmp_path / "x.safetensors", "--json")
+    assert (nothing.exit_code, json.loads(nothing.stdout)) == (cli.FAILED, [])
 
 
 def test_inspect_names_problems_and_fails(tmp_path: Path):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from cli.commands import options_of
 from diffusers_mixofshow import EDLoRATrainer, cli
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
@@ -197,6 +200,60 @@ def test_a_plan_tells_where_the_training_begins(
     assert told in result.stdout.splitlines()
     vain = "latest" in wanted and "begun" not in wanted
     assert ("Warning: new has no checkpoint yet, so the training begins at its start." in result.stderr) == vain
+
+
+def test_what_to_do_next_can_be_pasted(trained: list[TrainingConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command is one of ours, with what it was trained on; OTHER is the one name to be put in."""
+    monkeypatch.setenv("COLUMNS", "100")
+    written = ["Wrote the ED-LoRA of <rex> to my dogs/rex"]
+    wanted = [
+        "Draw it, measure it, or fuse it with another one in place of OTHER:",
+        "  mixofshow sample --concepts 'my dogs/rex' --prompt \"a <rex>\" --output rex.png",
+        "  mixofshow evaluate 'my dogs/rex' --photos 'rex=my photos'",
+        "  mixofshow fuse 'my dogs/rex' OTHER --output fused",
+    ]
+    asked = ["my photos", "--concept", "rex", "--class-word", "dog", "--output", "my dogs/rex"]
+    assert run(*asked).splitlines() == written + wanted
+    for line in wanted[1:]:
+        program, verb, *given = shlex.split(line)
+        assert program == "mixofshow"
+        assert {each for each in given if each.startswith("--")} <= options_of(verb)
+    of_the_hub = ["--dataset-name", "user/photos", *asked[1:]]
+    assert "  mixofshow evaluate 'my dogs/rex'" in run(*of_the_hub).splitlines()
+    assert run(*asked, "--output", "none") == "Tuned <rex>; without --output nothing was saved.\n"
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
+    """What is told after Ctrl-C in a training of these arguments, with a checkpoint of step 2 if it has a folder."""
+
+    def stop(trainer: EDLoRATrainer) -> None:
+        for name in ("checkpoint-1", "checkpoint-2"):
+            if str(trainer.config.output_dir) != "empty":
+                (Path(trainer.config.output_dir) / name).mkdir(parents=True, exist_ok=True)
+                (Path(trainer.config.output_dir) / name / "state.pt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EDLoRATrainer, "train", stop)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/mixofshow", "train", *arguments])
+    result = CliRunner().invoke(cli.app, ["train", *arguments])
+    assert result.exit_code != 0
+    assert "Wrote" not in result.output
+    return result.stderr.splitlines()
+
+
+def test_after_an_interruption_the_command_that_goes_on_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["my photos", "--concept", "rex", "--class-word", "dog", "--output", "rex"]
+    command = (
+        "  mixofshow train 'my photos' --concept rex --class-word dog --output rex --resume-from-checkpoint latest"
+    )
+    told = [f"The checkpoint is {Path('rex/checkpoint-2')}. Go on from it:", command]
+    assert _interrupt(monkeypatch, *asked)[-2:] == told
+    assert _interrupt(monkeypatch, *asked, "--resume-from-checkpoint", "latest")[-2:] == told
+    nothing = _interrupt(monkeypatch, *asked[:-1], "empty")
+    assert nothing[-1:] == ["There is no checkpoint to go on from."]
 
 
 def test_errors_name_options_as_the_help_does_first() -> None:

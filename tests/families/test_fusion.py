@@ -274,17 +274,60 @@ def test_a_pipeline_of_another_family_is_one_error_that_names_both(
         lambda *_: pytest.fail("Something was recorded.")
     )
     fuser = GradientFuser(strange, **SMALL)
-    told = rf"the pipeline is one of {re.escape(other)}, whose layers are others than those of dog for "
+    told = rf"the base model is one of {re.escape(other)}, whose layers are others than those of dog for "
     name = re.escape(family.name)
     for act, sources in (
         (lambda: fuser.fuse(_sources(files)), rf"{name}, ink for {name}"),
         (lambda: fuser.record(_sources(files)[0]), name),
     ):
         with pytest.raises(
-            FusionError, match=rf"^These ED-LoRAs cannot be fused: {told}{sources}; give a .*base"
+            FusionError, match=rf"^These LoRAs cannot be fused: {told}{sources}; give the base that they were tuned on"
         ) as e:
             act()
         assert len(str(e.value)) < 300
+
+
+def _refuse_base(base: str, arguments: list[str]) -> str:
+    """The error of fusing with a base by name, which is the same in a dry run; the base is not loaded."""
+    told = []
+    for more in ([], ["--dry-run"]):
+        result = CliRunner().invoke(cli.app, ["fuse", *arguments, "--base", base, *more])
+        assert isinstance(result.exception, FusionError), result.exception
+        told.append(str(result.exception))
+    assert told[0] == told[1]
+    return told[0]
+
+
+def test_a_known_base_of_another_family_is_refused_before_it_is_loaded_and_in_a_dry_run(
+    family: Family, files: dict[str, Path], tmp_path: Path
+) -> None:
+    strange = "FLUX.1" if family.denoiser == "unet" else "Stable Diffusion"
+    other = next(one for one in FAMILIES if one.name == strange)
+    asked = [part for name in files for part in ("--prompts", " | ".join(PROMPTS[name]))]
+    told = _refuse_base(other.models[0].id, [*map(str, files.values()), *asked, "--output", str(tmp_path / "x")])
+    assert told == (
+        f"These LoRAs cannot be fused: the base model is one of {other.name}, whose layers are others than those of "
+        f"dog for {family.name}, ink for {family.name}; give the base that they were tuned on"
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "own", "base", "named"),
+    [
+        (768, "Stable Diffusion", "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL"),
+        (2048, "Stable Diffusion XL", "toyland", "Stable Diffusion"),
+        (2048, "Stable Diffusion XL", "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion"),
+    ],
+)
+def test_u_nets_whose_layers_have_the_same_names_are_told_apart_by_the_text_they_read(
+    width: int, own: str, base: str, named: str, tmp_path: Path
+) -> None:
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{site}.lora_A.weight": torch.ones(1, width), f"{site}.lora_B.weight": torch.ones(4, 1)}
+    save_file(tensors, tmp_path / "dog.safetensors")
+    asked = [str(tmp_path / "dog.safetensors"), "--prompts", "sks dog", "--output", str(tmp_path / "x")]
+    told = _refuse_base(base, asked)
+    assert f"the base model is one of {named}, whose layers are others than those of dog for {own};" in told
 
 
 def test_a_layer_that_the_model_lacks_and_one_of_another_width_are_told_with_the_source(

@@ -190,7 +190,7 @@ def test_statistics_of_another_model_are_refused(published: list[Path]) -> None:
     for name in statistics.concepts["<rex>"].inputs:
         other.add(name, torch.eye(7))
     wrong = replace(statistics, concepts={"<rex>": other})
-    with pytest.raises(FusionError, match=r"must be \(32, 32\) for these ED-LoRAs, got <rex> \(7, 7\)"):
+    with pytest.raises(FusionError, match=r"must be \(32, 32\) for these LoRAs, got <rex> \(7, 7\)"):
         GradientFuser().fuse([FusionSource(source, statistics=wrong)])
     wrong = replace(statistics, concepts={"<rex>": ConceptStatistics()})
     with pytest.raises(FusionError, match="Statistics lack inputs of layers that are to be fused: <rex> 24"):
@@ -396,9 +396,9 @@ def test_a_complete_pipeline_of_a_fused_pack_draws_all_of_it(pipe: MixOfShowPipe
         ("weights", [1.0, 0.0], r"weights must be finite and above 0, got \[0\.0\]"),
         ("weights", [1.0, float("inf")], r"weights must be finite and above 0, got \[inf\]"),
         ("weights", [-1, float("nan")], r"weights must be finite and above 0, got \[-1, nan\]"),
-        ("weights", [1.0], "got 1 weights for 2 ED-LoRAs; give one for each"),
+        ("weights", [1.0], "got 1 weights for 2 LoRAs; give one for each"),
         ("scales", [1.0, float("-inf")], r"scales must be finite, got \[-inf\]"),
-        ("scales", [1.0, 1.0, 1.0], "got 3 scales for 2 ED-LoRAs"),
+        ("scales", [1.0, 1.0, 1.0], "got 3 scales for 2 LoRAs"),
     ],
 )
 def test_shares_and_factors_that_make_no_sense_are_refused(what: str, numbers: list[float], told: str) -> None:

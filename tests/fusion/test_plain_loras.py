@@ -1,16 +1,21 @@
 """Plain LoRAs with trigger prompts are sources like ED-LoRAs."""
 
 import re
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from typer.testing import CliRunner
 
 import packs
 import tiny
+from diffusers_mixofshow import cli
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
 from diffusers_mixofshow.families.layers import linear_layers
@@ -98,6 +103,50 @@ def test_plain_loras_that_make_no_sense_are_refused(pipe: MixOfShowPipeline, tmp
         fused.save_pretrained(tmp_path / "out", merged=True)
     with pytest.raises(FusionError, match="give push_to_hub a repo_id"):
         fused.push_to_hub()
+
+
+def _told_of_fusion(act: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [str(one.message) for one in caught if "by their content" in str(one.message)]
+
+
+def test_a_lora_that_is_given_under_several_names_is_said_once(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    """Under any factor, as it is the same file; another LoRA of the same layers is none."""
+    lora = dict(packs.random_pack(pipe.components, "any", ranks=(2,)).lora)
+    other = dict(packs.random_pack(pipe.components, "any", ranks=(2,), seed=1).lora)
+    for name, content in {"dog": lora, "ink": other, "hound": lora, "pup": lora, "inks": other}.items():
+        write_lora(tmp_path / f"{name}.safetensors", content)
+
+    def source(name: str, **settings: float) -> LoRASource:
+        return LoRASource(tmp_path / f"{name}.safetensors", prompts=[name], **settings)
+
+    def fuse(*sources: LoRASource) -> list[str]:
+        return _told_of_fusion(lambda: GradientFuser().fuse(sources, method="average"))
+
+    told = "are the same LoRA by their content, which so counts"
+    assert fuse(source("dog"), source("ink")) == []
+    twice = [f"dog and hound {told} 2 times; give it once."]
+    assert fuse(source("dog"), source("ink"), source("hound", scale=0.5)) == twice
+    assert fuse(*map(source, ("dog", "ink", "hound", "pup", "inks"))) == [
+        f"dog and hound and pup {told} 3 times; give it once.",
+        f"ink and inks {told} 2 times; give it once.",
+    ]
+
+
+def test_a_copy_under_another_name_is_said_when_it_is_added_and_on_the_command_line(
+    pipe: MixOfShowPipeline, tmp_path: Path
+) -> None:
+    lora = dict(packs.random_pack(pipe.components, "any", ranks=(2,)).lora)
+    files = [write_lora(tmp_path / f"{name}.safetensors", lora) for name in ("dog", "hound")]
+    first, second = (LoRASource(file, prompts=["x"]) for file in files)
+    fused = GradientFuser().fuse([first], method="average")
+    assert len(_told_of_fusion(lambda: fused.add(second))) == 1
+    asked = ["fuse", *map(str, files), "--prompts", "x", "--prompts", "x", "--method", "average", "--output"]
+    for arguments in ([*asked, str(tmp_path / "both")], [*asked, str(tmp_path / "none"), "--dry-run"]):
+        invoke = partial(CliRunner().invoke, cli.app, arguments, catch_exceptions=False)
+        assert len(_told_of_fusion(invoke)) == 1
 
 
 def test_a_damaged_file_of_the_hub_is_said_to_be_damaged(pipe: MixOfShowPipeline, loopback_hub: Any) -> None:

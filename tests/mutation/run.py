@@ -22,6 +22,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -284,6 +285,15 @@ def _attempt(mutant: Mutant) -> tuple[Mutant, str, str]:
     return mutant, *_bench.verdict(mutant)
 
 
+def describe_command(arguments: argparse.Namespace) -> str:
+    """The command that tries the same mutants: those of an earlier report, or a sample."""
+    chosen = ["again"] if arguments.again else ["sample", "seed"]
+    options = {name: getattr(arguments, name) for name in (*chosen, "changed_since", "seconds")}
+    given = {f"--{name.replace('_', '-')}": str(value) for name, value in options.items() if value is not None}
+    paths = [str(path) for path in arguments.paths if path != PACKAGE]
+    return shlex.join(["run.py", *paths, *(part for pair in given.items() for part in pair)])
+
+
 def report(results: Sequence[tuple[Mutant, str, str]], arguments: argparse.Namespace) -> dict[str, object]:
     """How many of each folder are noticed, and which are not."""
     folders: dict[str, list[str]] = defaultdict(list)
@@ -292,9 +302,8 @@ def report(results: Sequence[tuple[Mutant, str, str]], arguments: argparse.Names
     table = {name: {"mutants": len(all_), "killed": all_.count("killed")} for name, all_ in sorted(folders.items())}
     killed = sum(row["killed"] for row in table.values())
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    settings = {name: getattr(arguments, name) for name in ("sample", "seed", "seconds")}
     return {
-        "command": " ".join(["run.py", *(f"--{name} {value}" for name, value in settings.items())]),
+        "command": describe_command(arguments),
         "commit": commit,
         "mutants": len(results),
         "killed": killed,
@@ -304,8 +313,8 @@ def report(results: Sequence[tuple[Mutant, str, str]], arguments: argparse.Names
     }
 
 
-def main() -> None:
-    """Draw, try, report."""
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path, default=[PACKAGE], help="files or folders of src/")
     parser.add_argument("--sample", type=int, default=100, help="how many mutants")
@@ -316,7 +325,12 @@ def main() -> None:
     parser.add_argument("--map", action="store_true", help="record anew which test runs which function")
     parser.add_argument("--again", type=Path, help="only those that this report lists as unnoticed, without a sample")
     parser.add_argument("--report", type=Path, help="a JSON file for the result")
-    arguments = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Draw, try, report."""
+    arguments = parse()
     if arguments.map or not list(STORE.glob("functions-*.json")):
         record_map(STORE)
     if new_files := TestMap(STORE).new_files:

@@ -1,10 +1,15 @@
 """The mistakes that `make mutants` makes."""
 
 import ast
+import importlib
+from pathlib import Path
 
 import pytest
 
 from mutation.mutants import mutants_of
+
+
+FOLDER = Path(__file__).parent  # whose scripts find each other as programs do
 
 
 def _mutated(tmp_path, code):
@@ -56,6 +61,24 @@ def test_mistakes(tmp_path, code, wrong):
     assert {mutant.path for mutant in found} <= {"module.py"}
     for each in mutated:
         ast.parse(each)
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ([], "run.py --sample 100 --seed 0 --seconds 240.0"),
+        (["--seed", "7", "--seconds", "9"], "run.py --sample 100 --seed 7 --seconds 9.0"),
+        (["--again", "old report.json", "--sample", "5"], "run.py --again 'old report.json' --seconds 240.0"),
+        (
+            ["src/diffusers_mixofshow/masks.py", "--changed-since", "main", "--processes", "3"],
+            "run.py src/diffusers_mixofshow/masks.py --sample 100 --seed 0 --changed-since main --seconds 240.0",
+        ),
+    ],
+)
+def test_a_report_has_the_command_that_was_run(monkeypatch, given, command):
+    monkeypatch.syspath_prepend(FOLDER)
+    run = importlib.import_module("mutation.run")
+    assert run.describe_command(run.parse(given)) == command
 
 
 def test_lines_are_those_of_the_mistakes(tmp_path):

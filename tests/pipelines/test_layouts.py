@@ -9,7 +9,7 @@ import torch
 import tiny
 from diffusers_mixofshow.conditioning.attention import _Projected
 from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
-from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowControlNetPipeline
+from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowControlNetPipeline, MixOfShowPipeline
 from diffusers_mixofshow.regions import Isolation, Layout, Region
 
 
@@ -136,6 +136,61 @@ def test_what_has_no_effect_is_said(potter, latents, prompt, regions, words):
         latents(potter, prompt, regions=regions)
     assert len(caught) == 1
     assert all(word in str(caught[0].message) for word in words)
+
+
+def _told_of_call(pipe, latents, prompt, **settings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        latents(pipe, prompt, **settings)
+    return [str(one.message) for one in caught if issubclass(one.category, MixOfShowWarning)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("x", ["no prompt names <potter>, so that only weight updates act; write 'a <potter>'."]),
+        (["x", "y"], ["no prompt names <potter>, so that only weight updates act; write 'a <potter>'."]),
+        (["x", "a <potter>"], []),
+        ("a <potter1>", []),
+        ("Potter at school", ["the prompt says Potter; did you mean <potter>?"]),
+    ],
+)
+def test_a_loaded_concept_that_no_prompt_names_is_said(potter, latents, prompt, told):
+    assert _told_of_call(potter, latents, prompt) == told
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("a <ron>", []),
+        ("a <ron> and Potter", ["the prompt says Potter; did you mean <potter>?"]),
+        ("x", ["no prompt names <potter>, <ron>, so that only weight updates act; write 'a <potter>'."]),
+    ],
+)
+def test_of_several_loaded_concepts_one_is_enough(potter, make_pack, latents, prompt, told):
+    potter.load_edlora(make_pack("ron", seed=1))
+    assert _told_of_call(potter, latents, prompt) == told
+
+
+def test_it_is_said_before_the_picture_is_drawn(potter, latents):
+    """What is wrong with the prompt is known at once, while a picture may take minutes."""
+    seen = []
+
+    def stop(*_):
+        seen.append([str(one.message) for one in caught])
+        raise KeyboardInterrupt
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MixOfShowWarning)
+        with pytest.raises(KeyboardInterrupt):
+            latents(potter, "x", callback_on_step_end=stop)
+    assert "no prompt names <potter>" in seen[0][0]
+
+
+def test_a_prompt_without_a_concept_is_not_remarked_upon_where_none_is_loaded(components, latents):
+    pipe = MixOfShowPipeline(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    assert _told_of_call(pipe, latents, "x") == []
 
 
 def test_a_global_prompt_without_a_place_is_said_with_isolation_in_some_steps(potter, latents):

@@ -24,7 +24,7 @@ from diffusers_mixofshow.ui.session import MOST_PACKS, Session, Studio
 
 
 CANVAS = to_value(Layout((Region("a brown dog in the snow", box=(0.0, 0.25, 0.5, 1.0)),)), 64, 64)
-QUICK = {"prompt": "a dog in the snow", "steps": 2, "guidance": 3.0, "draft": False}
+QUICK = {"prompt": "a dog in the snow", "steps": 2, "guidance": 3.0, "draft": False, "refine": False}
 
 
 def weights_of(studio: Studio) -> dict[str, torch.Tensor]:
@@ -199,10 +199,11 @@ def test_switches_wait_for_a_region(studio: Studio, switch: str) -> None:
 
 def test_a_picture_and_a_layout_are_read_again(studio: Studio) -> None:
     wishes = Wishes(**QUICK | {"seed": 3, "negative_prompt": "a cat"})
-    result = actions.draw_picture(studio, Session(), CANVAS, wishes)
+    canvas = CANVAS | {"regions": [CANVAS["regions"][0] | {"name": "the dog"}]}
+    result = actions.draw_picture(studio, Session(), canvas, wishes)
     for path in (result.picture, result.layout):
         read = actions.read_layout_file(path, 8, 8)
-        assert read.canvas["regions"] == CANVAS["regions"]
+        assert read.canvas["regions"] == canvas["regions"]
         assert (read.canvas["width"], read.prompt, read.negative_prompt) == (64, "a dog in the snow", "a cat")
     assert actions.read_layout_file(result.layout, 8, 8).settings == {}
     settings = actions.read_layout_file(result.picture, 8, 8).settings

@@ -56,6 +56,15 @@ def test_a_layout_comes_back_from_the_canvas_with_all_it_says() -> None:
     assert len({entry["colour"] for entry in value["regions"]}) == 2
 
 
+def test_names_of_regions_are_saved_and_come_back(tmp_path: Path) -> None:
+    value = canvas_of(BOX, {"name": "", "prompt": "a cat", "mask": png()})
+    file = to_layout(value, "two pets", "").save(tmp_path / "layout.json")
+    assert [region.get("name") for region in json.loads(file.read_text())["regions"]] == ["left", None]
+    again = to_value(Layout.load(file), 8, 8)
+    assert [region["name"] for region in again["regions"]] == ["left", ""]
+    assert read_names(again) == ["left", "Region 2"]
+
+
 def test_a_layout_without_a_size_has_the_one_of_the_page() -> None:
     value = to_value(Layout((Region("a", box=(0, 0, 1, 1)),)), 40, 48)
     assert (value["width"], value["height"]) == (40, 48)
@@ -81,6 +90,7 @@ def test_every_canvas_that_python_sends_is_told_from_the_one_before() -> None:
         (canvas_of(BOX | {"prompt": ""}), "region 'left'"),
         (canvas_of({"name": "", "box": [0, 0, 1, 1]}), "region 'Region 1'"),
         (canvas_of(BOX | {"prompt": 3}), "its prompt is a int"),
+        (canvas_of(BOX | {"name": ["left"]}), "its name is a list"),
         (canvas_of(BOX | {"box": [0, 0, 2, 1]}), "leaves"),
         (canvas_of(BOX | {"box": "all"}), "its box"),
         (canvas_of(BOX | {"box": None}), "either a box or a mask"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
+from diffusers_mixofshow.base_models import known_family
 from diffusers_mixofshow.cli.base_model import Base, find_common_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_fusion, plan_replacing, tell
@@ -134,6 +135,7 @@ def fuse(
     replaced = _find_replaced(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _choose_base(gathered, base, features, method, prior)
+    _refuse_strange_base(gathered, base_model)
     if writes:
         _warn_of_idle_sources(gathered, used=base_model is None or features is not Features.AUTO)
     found = [describe_source(source) for source in given]
@@ -234,6 +236,15 @@ def _choose_base(
     if all_have and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
     return base or find_common_base([source.edlora for source in gathered])
+
+
+def _refuse_strange_base(gathered: Sequence[Source], base: str | None) -> None:
+    """Refuse a base model that is known to be of another family than the sources, before it is loaded."""
+    from diffusers_mixofshow.fusion.sources import refuse_other_family
+
+    family = known_family(base) if base is not None else None
+    if family is not None:
+        refuse_other_family(gathered, family)
 
 
 def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:

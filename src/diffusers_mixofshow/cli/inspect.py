@@ -9,26 +9,49 @@ from typing import Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.cli.messages import tell
+from diffusers_mixofshow.errors import MixOfShowError
+
 
 def inspect(
-    source: Annotated[
-        str,
+    sources: Annotated[
+        list[str],
         typer.Argument(
-            help="An ED-LoRA or fused pack: file, folder or Hub id. Or another program's file: a LoRA, a textual "
+            help="ED-LoRAs or fused packs: files, folders or Hub ids. Or other programs' files: a LoRA, a textual "
             "inversion, the authors' .pth."
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables; of several sources a list.")
+    ] = False,
 ) -> None:
-    """Show kind, base, concepts, ranks, alphas, layers, norms and problems of a file.
+    """Show kind, base, concepts, ranks, alphas, layers, norms and problems of files.
 
-    Exit code 1 if it has problems.
+    Exit code 1 if one of them has problems.
 
     \b
     With what 'mixofshow demo' leaves, and with a file of another program:
       mixofshow inspect mixofshow-demo/fused
       mixofshow inspect downloads/some_lora.safetensors --json
     """
+    summaries, several = [], len(sources) > 1
+    for source in sources:
+        try:
+            summaries.append(_summarise(source))
+        except MixOfShowError as error:
+            if not several:
+                raise
+            tell(f"Error: {error}", "red")
+    if as_json:
+        typer.echo(json.dumps(summaries if several else summaries[0], indent=2))
+    else:
+        for summary in summaries:
+            _print_tables(summary)
+    if len(summaries) < len(sources) or any(summary["problems"] for summary in summaries):
+        raise typer.Exit(1)
+
+
+def _summarise(source: str) -> dict[str, Any]:
     from diffusers_mixofshow.cli.sources import read_source
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.interop.summary import summary_of_foreign, summary_of_pack
@@ -36,13 +59,7 @@ def inspect(
     found = read_source(source)
     summary = summary_of_pack(found) if isinstance(found, EDLoRA) else summary_of_foreign(found)
     files = _find_files(source) if isinstance(found, EDLoRA) else found.files
-    summary |= {"source": source, "bytes": sum(file.stat().st_size for file in files) if files else None}
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-    else:
-        _print_tables(summary)
-    if summary["problems"]:
-        raise typer.Exit(1)
+    return summary | {"source": source, "bytes": sum(file.stat().st_size for file in files) if files else None}
 
 
 def _find_files(source: str) -> Sequence[Path]:

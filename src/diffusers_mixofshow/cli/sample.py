@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_replacing, pla
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import check_distinct, split_prompt
-from diffusers_mixofshow.errors import ConfigurationError, warn
+from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS, parse_controls
 from diffusers_mixofshow.sampling.drawing import GRAIN, Drawing, Given, draw, fit_layout, refuse_inpainting
 from diffusers_mixofshow.sampling.loading import check_device
@@ -75,10 +74,10 @@ def sample(
         --region "0.5,0.25,1,0.97:a <rex>, in a meadow"
     """
     drawing = _read_drawing(dict(locals()))
-    _warn_of_bare_names(drawing.plan, drawing.packs.values())
     files = number_files(output, count)
     if dry_run:
         _refuse_unknown(drawing)
+        _warn_of_unnamed(drawing)
         tell(plan_sampling(drawing, files) | plan_replacing(*files, overwrite=overwrite), as_json=as_json)
         return
     check_device(device, dtype)
@@ -173,15 +172,12 @@ def _refuse_unknown(drawing: Drawing) -> None:
         split_prompt(text, known)
 
 
-def _warn_of_bare_names(plan: Layout, packs: Iterable[EDLoRA]) -> None:
-    """Warn of concepts that no prompt names by placeholder, while one has their name as a plain word."""
-    texts = _list_prompts(plan)
-    for concept in (concept for pack in packs for concept in pack.concepts):
-        asked_for = any(name in text for name in (concept.placeholder, *concept.tokens) for text in texts)
-        bare = re.compile(rf"(?<![\w<]){re.escape(concept.name)}(?![\w>])", re.IGNORECASE)
-        found = next((match[0] for text in texts if (match := bare.search(text))), None)
-        if found and not asked_for:
-            warn(f"the prompt says {found}; did you mean {concept.placeholder}?")
+def _warn_of_unnamed(drawing: Drawing) -> None:
+    """Warn of concepts that no prompt names, as the pipeline does before it draws."""
+    from diffusers_mixofshow.pipelines.remarks import remark_on_names, warn_of
+
+    concepts = [concept for pack in drawing.packs.values() for concept in pack.concepts]
+    warn_of(remark_on_names(_list_prompts(drawing.plan), concepts))
 
 
 def _list_prompts(plan: Layout) -> list[str]:

@@ -7,7 +7,9 @@ default and its documentation.
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from rich.markup import escape
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.cli.messages import show_warnings_as_sentences
 from diffusers_mixofshow.cli.plans import DryRun, plan_replacing, plan_training, tell
+from diffusers_mixofshow.cli.train_commands import describe_next, describe_resumption
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES
@@ -94,15 +97,28 @@ def train(**given: Any) -> None:
             tell(plan_training(checked) | replaced, as_json=as_json)
             return
 
-        from diffusers_mixofshow import EDLoRATrainer
-
-        EDLoRATrainer(checked).train()
+        _run(checked)
     concept = checked.concept_to_learn
     if as_json:
         made = {"output": str(checked.output_dir), "concept": concept.placeholder, "class_word": concept.class_word}
         tell(made | {"settings": checked.as_record()}, as_json=True)
+    elif checked.output_dir is None:
+        typer.echo(f"Tuned {concept.placeholder}; without --output nothing was saved.")
     else:
         typer.echo(f"Wrote the ED-LoRA of {concept.placeholder} to {checked.output_dir}")
+        typer.echo("\n".join(describe_next(checked)))
+
+
+def _run(config: TrainingConfig) -> None:
+    """Train; after Ctrl-C tell how to go on."""
+    from diffusers_mixofshow import EDLoRATrainer
+
+    try:
+        EDLoRATrainer(config).train()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+            typer.echo("\n".join(describe_resumption(config, sys.argv[1:])), err=True)
+        raise
 
 
 def make_config(settings: Mapping[str, Any]) -> TrainingConfig:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.progress import hide_bars
 from diffusers_mixofshow.regions import Region
 
@@ -56,6 +58,14 @@ def fill_templates(templates: Sequence[str], subject: str, count: int) -> list[s
     return [templates[index % len(templates)].replace(PLACEHOLDER, subject) for index in range(count)]
 
 
+@contextmanager
+def _allow_unnamed_concepts() -> Iterator[None]:
+    """Silence warnings of loaded concepts that no prompt names: what a pack does to other prompts is measured, too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(no prompt names|the prompt says) ", MixOfShowWarning)
+        yield
+
+
 def sample_pictures(
     pipe: Any,
     prompts: Sequence[str],
@@ -81,7 +91,7 @@ def sample_pictures(
     for start in range(0, len(prompts), sampling.batch_size):
         batch = list(prompts[start : start + sampling.batch_size])
         seeds = range(sampling.first_seed + first + start, sampling.first_seed + first + start + len(batch))
-        with hide_bars(pipe):
+        with hide_bars(pipe), _allow_unnamed_concepts():
             pictures += pipe(
                 prompt=batch,
                 negative_prompt=[""] * len(batch),

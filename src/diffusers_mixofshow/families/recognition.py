@@ -192,6 +192,17 @@ def family_of_updates(widths: Mapping[str, int]) -> Family:
     return family_of_sites(widths) if model is None else next(one for one in FAMILIES if model in one.models)
 
 
+def family_by_text_width(widths: Mapping[str, int]) -> Family | None:
+    """The family of a U-Net's LoRA, by the width of the text states that its layers read; None if it is unknown.
+
+    Args:
+        widths: Site name to the width of the layer's input.
+    """
+    reading = {width for site, width in widths.items() if site.startswith("unet.") and _READS_TEXT.fullmatch(site)}
+    families = (family for family in FAMILIES if family.denoiser == "unet")
+    return next((one for one in families if any(reading == {model.text_width} for model in one.models)), None)
+
+
 def layers_of(widths: Mapping[str, int], width: int | None, count: int | None = None) -> tuple[str, ...]:
     """Cross-attention layers of the U-Net that a file was made for; empty if unknown.
 

@@ -42,7 +42,7 @@ from diffusers_mixofshow.fusion.solving import (
     sites_of,
     solve,
 )
-from diffusers_mixofshow.fusion.sources import FusionInput, Source, gather, mutual_defects
+from diffusers_mixofshow.fusion.sources import FusionInput, Source, gather, mutual_defects, warn_of_copies
 from diffusers_mixofshow.fusion.store import StatisticsStore
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
@@ -198,6 +198,7 @@ class FusedPack(EDLoRA):
             FusionError: If statistics are missing, or the source does not fit.
         """
         (added,) = StatisticsStore().attach(gather([source], None, prompts=prompts), [source])
+        warn_of_copies((*self.sources, added))
         return fuse_again(self, (*self.sources, added))
 
     def remove(self, name: str) -> FusedPack:

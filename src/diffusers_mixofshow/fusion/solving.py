@@ -183,9 +183,9 @@ class SharedInput:
             gram = sum_grams((one.gram(self.name, part), 1.0) for one in concepts).to(self.device)
             if gram.width != self.width:
                 raise FusionError(
-                    f"Statistics of {self.name} must be {(self.width, self.width)} for these ED-LoRAs, got "
+                    f"Statistics of {self.name} must be {(self.width, self.width)} for these LoRAs, got "
                     f"{self.sources[place].name} {(gram.width, gram.width)}. They were recorded on another model; "
-                    "record them on the one that the ED-LoRAs were tuned on."
+                    "record them on the one that the LoRAs were tuned on."
                 )
             yield place, gram
 

@@ -17,11 +17,11 @@ from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
-from diffusers_mixofshow.edlora.low_rank import input_widths
+from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
 from diffusers_mixofshow.families import Family, family_of, family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
-from diffusers_mixofshow.families.recognition import family_of_updates
+from diffusers_mixofshow.families.recognition import family_by_text_width, family_of_updates
 from diffusers_mixofshow.fusion.prompts import PromptSet, prompts_of_trigger, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors
@@ -157,6 +157,8 @@ class Source:
         return []
 
 
+_CANNOT_BE_FUSED = "These LoRAs cannot be fused: "
+
 FusionInput = EDLoRA | FusionSource | LoRASource | Source | str | os.PathLike[str]
 
 
@@ -202,9 +204,34 @@ def gather(
         *_model_defects(sources, components),
     ]
     if defects:
-        raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(defects))
+        raise FusionError(_CANNOT_BE_FUSED + "; ".join(defects))
+    if not all(isinstance(one, Source) for one in given):  # of those the user was told when they were read
+        warn_of_copies(sources)
     numbers = zip(sources, weights, scales, strict=True)
     return tuple(source.rescale(scale, weight=weight) for source, weight, scale in numbers)
+
+
+def warn_of_copies(sources: Sequence[Source]) -> None:
+    """Warn of sources that are the same LoRA under other names, which counts once for each of them."""
+    left = list(sources)
+    while left:
+        one, *others = left
+        alike = [_are_copies(one.edlora.lora, other.edlora.lora) for other in others]
+        left = [other for other, copy in zip(others, alike, strict=True) if not copy]
+        names = [one.name, *(other.name for other, copy in zip(others, alike, strict=True) if copy)]
+        if any(alike):
+            told = " and ".join(names)
+            warn(f"{told} are the same LoRA by their content, which so counts {len(names)} times; give it once.")
+
+
+def _are_copies(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> bool:
+    return bool(one) and one.keys() == other.keys() and all(_are_equal(one[site], other[site]) for site in one)
+
+
+def _are_equal(one: LowRank, other: LowRank) -> bool:
+    """Whether two updates are equal but for a factor."""
+    halves = ((one.down, other.down), (one.up, other.up))
+    return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in halves)
 
 
 def _read(
@@ -280,7 +307,7 @@ def scale_updates(edlora: EDLoRA, scale: float) -> EDLoRA:
 def _number_defects(what: str, numbers: Sequence[float], count: int, *, positive: bool) -> list[str]:
     defects = []
     if len(numbers) != count:
-        defects.append(f"got {len(numbers)} {what} for {count} ED-LoRAs; give one for each")
+        defects.append(f"got {len(numbers)} {what} for {count} LoRAs; give one for each")
     wrong = [number for number in numbers if not math.isfinite(number) or (positive and number <= 0)]
     if wrong:
         defects.append(f"{what} must be finite{' and above 0' if positive else ''}, got {wrong}")
@@ -331,31 +358,45 @@ def _model_defects(sources: Sequence[Source], components: Mapping[str, object] |
     """Defects of each source by itself or, if there is a model, in combination with the model."""
     defects = []
     if components is None:
-        for edlora in (source.edlora for source in sources):
+        for source in sources:
+            edlora, called = source.edlora, f"the {'ED-LoRA' if source.edlora.concepts else 'LoRA'} of {source.name}"
             inner = content_defects(edlora.concepts, edlora.embeddings, edlora.lora, edlora.layers)
-            defects += [f"the ED-LoRA of {_list_concepts(edlora)} is defective: {defect}" for defect in inner]
+            defects += [f"{called} is defective: {defect}" for defect in inner]
         return defects
-    family, strange = family_of(components), []
+    family = family_of(components)
     for source in sources:
         if _is_of_another(source, family):
-            strange.append(source)
             continue
         try:
             source.edlora.check_fits(components)
         except EDLoRAFormatError as error:
             defects.append(str(error) if source.edlora.concepts else f"{source.name}: {error}")
-    if strange:
-        defects.append(
-            f"the pipeline is one of {family.name}, whose layers are others than those of {_list_families(strange)}; "
-            "give a pipeline of the base that they were tuned on"
-        )
-    return defects
+    return [*defects, *_family_defects(sources, family)]
+
+
+def refuse_other_family(sources: Sequence[Source], family: Family) -> None:
+    """Raise a `FusionError` if sources were made for another family than that of the base model."""
+    if defects := _family_defects(sources, family):
+        raise FusionError(_CANNOT_BE_FUSED + "; ".join(defects))
+
+
+def _family_defects(sources: Sequence[Source], family: Family) -> list[str]:
+    strange = [source for source in sources if _is_of_another(source, family)]
+    if not strange:
+        return []
+    return [
+        f"the base model is one of {family.name}, whose layers are others than those of {_list_families(strange)}; "
+        "give the base that they were tuned on"
+    ]
 
 
 def _is_of_another(source: Source, family: Family) -> bool:
     """Whether a source changes layers that only another family has."""
-    lora = source.edlora.lora
-    return not all(map(family.has_site, lora)) and family_of_updates(input_widths(lora)) is not family
+    widths = input_widths(source.edlora.lora)
+    if not all(map(family.has_site, widths)):
+        return family_of_updates(widths) is not family
+    told = family_by_text_width(widths)  # U-Nets of different families have layers of the same names
+    return told is not None and told is not family
 
 
 def _list_families(sources: Sequence[Source]) -> str:

@@ -133,7 +133,7 @@ class StatisticsStore:
             own = given.statistics
             statistics = own if isinstance(own, SourceStatistics) else SourceStatistics.load(own)
             if misfits := source.misfits(statistics):
-                raise FusionError("These ED-LoRAs cannot be fused: " + "; ".join(misfits))
+                raise FusionError("These LoRAs cannot be fused: " + "; ".join(misfits))
             return statistics
         if source.statistics is not None or source.file is None:
             return source.statistics

@@ -147,6 +147,7 @@ def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
         "kind": summary["kind"],
         "layout": summary["layout"],
         "base model": base,
+        "trigger words": "" if summary["concepts"] else ", ".join(summary.get("trigger_words", ())) or "none",
         "rank": ", ".join(map(str, summary["ranks"])),
         "alpha": ", ".join(f"{alpha:g}" for alpha in summary["alphas"]),
         "alpha from": summary["alpha_from"] if layers else "",

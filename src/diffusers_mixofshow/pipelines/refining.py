@@ -106,9 +106,13 @@ class RefinedSampling(RegionalSampling):
 class _ImageToImage(StableDiffusionPrompts, RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
     """Image to image with concepts, which redraws patches."""
 
+    _expects_names = False  # a patch shows one region, and not every region has a concept
+
 
 class _XLImageToImage(XLPrompts, RegionalSampling, EDLoRALoader, StableDiffusionXLImg2ImgPipeline):
     """`_ImageToImage` for Stable Diffusion XL."""
+
+    _expects_names = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,10 @@ from diffusers_mixofshow.pipelines.remarks import (
     remark_on_control,
     remark_on_idle_updates,
     remark_on_layout,
+    remark_on_names,
     remark_on_texts,
     sort_regions,
+    warn_of,
 )
 from diffusers_mixofshow.pipelines.wording import repeat_subjects
 from diffusers_mixofshow.regions import Draft, Isolation, Region
@@ -53,6 +55,8 @@ class RegionalSampling(LayerwisePrompts):
     num_timesteps: int
     # Whether a call begins with noise alone instead of a picture.
     _begins_with_noise = True
+    # Whether a call is remarked upon in which no prompt names a loaded concept.
+    _expects_names = True
     # The current call's regions on the U-Net's feature maps.
     _canvas: Canvas | None = None
     # Hooks on the U-Net's passes that a subclass has set for its next call.
@@ -125,6 +129,7 @@ class RegionalSampling(LayerwisePrompts):
             self._refuse_unknown_words(self._list_texts(arguments))
             self._regions, remarks = self._move_regions(self._regions, arguments)
             remarks += self._remark_on_call(arguments)
+            warn_of(self._remark_on_names(arguments))  # before the picture is drawn, which may take long
             drawn_alone = self._regions
             if draft is not None and draft.repeat_subject:
                 self._regions = tuple(tuple(repeat_subjects(own, self._nameable)) for own in drawn_alone)
@@ -146,8 +151,7 @@ class RegionalSampling(LayerwisePrompts):
                 remarks += remark_on_layout(self._canvas)
         finally:
             self._regions, self._canvas = outer, outer_canvas
-        if remarks:
-            warn("; ".join(remarks) + ".")
+        warn_of(remarks)
 
     def _install_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
         """Install regional attention until the stack is closed."""
@@ -182,6 +186,17 @@ class RegionalSampling(LayerwisePrompts):
             *remark_on_texts(regions, prompts, lambda text: mentions_concept(text, concepts), self.concepts),
             *remark_on_control(regions, scale, control),
         ]
+
+    def _remark_on_names(self, arguments: Mapping[str, Any]) -> list[str]:
+        """Remark on loaded concepts that no prompt names; on none where embeddings are given instead of prompts."""
+        given = [arguments.get(name) or [] for name in ("prompt", "prompt_2")]
+        prompts = [text for one in given for text in ([one] if isinstance(one, str) else one)]
+        if not prompts or not self._expects_names:
+            return []
+        regions = [region.prompt for own in self._regions for region in own]
+        packs = [pack for pack in self._edloras.values() if pack is not self._in_weights]
+        loaded = [concept for pack in packs for concept in pack.concepts]
+        return remark_on_names([*prompts, *regions], loaded)
 
     def _denoisers(self) -> list[Any]:
         """All models whose cross-attention sees the prompt, each once, the U-Net first."""

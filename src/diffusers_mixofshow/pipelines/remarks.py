@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from diffusers_mixofshow.concepts import mentions_concept
+from diffusers_mixofshow.concepts import Concept, mentions_concept
 from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import RegionError
+from diffusers_mixofshow.errors import RegionError, list_first, warn
 from diffusers_mixofshow.lora import find_inactive
 from diffusers_mixofshow.pipelines.prompts import count_prompts
 from diffusers_mixofshow.regions import Layout, Region
@@ -17,6 +18,9 @@ from diffusers_mixofshow.regions.weights import resolves
 
 # A call's argument `regions`: one list for all prompts, or a list with the regions of each prompt.
 Regions = Sequence[Region] | Layout | Sequence[Sequence[Region] | Layout | None]
+
+_MOST_NAMED = 4
+"""How many concepts a remark names."""
 
 
 def sort_regions(
@@ -84,6 +88,29 @@ def remark_on_texts(
     return remarks
 
 
+def remark_on_names(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """Remark on concepts whose name a prompt writes as a plain word, and on prompts of which none names a concept.
+
+    Args:
+        prompts: All prompts of a call, those of its regions included; empty where it is given embeddings.
+        concepts: The loaded concepts.
+    """
+    plain = [remark for concept in concepts if (remark := _remark_on_plain_word(prompts, concept))]
+    if plain or not concepts or not prompts or any(mentions_concept(prompt, concepts) for prompt in prompts):
+        return plain
+    names = [concept.placeholder for concept in concepts]
+    return [f"no prompt names {list_first(names, _MOST_NAMED)}, so that only weight updates act; write 'a {names[0]}'"]
+
+
+def _remark_on_plain_word(prompts: Sequence[str], concept: Concept) -> str:
+    """Remark on a concept that no prompt names, while one has its name without the brackets; else empty."""
+    if any(mentions_concept(prompt, [concept]) for prompt in prompts):
+        return ""
+    words = "|".join(re.escape(name.strip("<>")) for name in (concept.placeholder, *concept.tokens))
+    found = re.search(rf"(?<![\w<])(?:{words})(?![\w>])", "\n".join(prompts), re.IGNORECASE)
+    return f"the prompt says {found[0]}; did you mean {concept.placeholder}?" if found else ""
+
+
 def remark_on_idle_updates(
     components: Mapping[str, object], edloras: Mapping[str, EDLoRA], texts: Sequence[str]
 ) -> list[str]:
@@ -149,6 +176,13 @@ def remark_on_control(regions: Iterable[Region], scale: object, has_control: boo
     if any(value == 0 for value in scales):
         return ["a ControlNet or adapter with a strength of 0 has no effect"]
     return []
+
+
+def warn_of(remarks: Sequence[str]) -> None:
+    """Warn of all remarks in one warning; none if there are none."""
+    if remarks:
+        text = "; ".join(remarks)
+        warn(text if text.endswith("?") else f"{text}.")
 
 
 def _as_tuple(entry: object) -> tuple[Any, ...]:

@@ -45,6 +45,7 @@ class Region:
         control_scale: Factor on the strength of ControlNets and T2I-Adapters there.
         rounding: Which cells of a feature map are inside. ``"nearest"``: those whose centre is, and at least one.
             ``"inward"``: those that are wholly inside, as in the authors' code; a region may vanish on small maps.
+        name: What people call it where regions are shown; without any effect on the picture.
 
     Raises:
         RegionError: If box or mask cannot be used; names every defect at once.
@@ -62,12 +63,15 @@ class Region:
     end: float = 1.0
     control_scale: float = 1.0
     rounding: str = "nearest"
+    name: str = ""
 
     def __post_init__(self) -> None:
         """Check the texts, the box and the mask."""
         defects = [] if isinstance(self.prompt, str) else [f"its prompt is a {type(self.prompt).__name__}, not a text"]
         if not (self.negative_prompt is None or isinstance(self.negative_prompt, str)):
             defects.append(f"its negative prompt is a {type(self.negative_prompt).__name__}, not a text")
+        if not isinstance(self.name, str):
+            defects.append(f"its name is a {type(self.name).__name__}, not a text")
         if (self.box is None) == (self.mask is None):
             got = "neither" if self.box is None else "both"
             defects.append(f"it needs either a box or a mask, got {got}")

@@ -33,19 +33,18 @@ MOST_STEPS = 200
 MOST_SOURCES = 16
 METHODS = ("closed-form", "average", "sum", "ties", "svd")
 """Ways to fuse that the page offers, gradient fusion first."""
-_HINT_FOR_PROGRAMS = "Load it (load_edlora, --concepts)"
 _OVERLAY = 512
 """Least length in pixels of the shorter side of a picture with its layout over it."""
 
 
 def word_for_page(message: object, folders: Sequence[str | Path]) -> str:
-    """Word a message of the package for readers of the page, who know neither its functions nor its options.
+    """Word a message of the package for readers of the page, who know nothing of the machine's folders.
 
     Args:
         message: The error or warning.
         folders: Folders of this machine that hold uploads and results, of whose files only the names are kept.
     """
-    text = str(message).replace(_HINT_FOR_PROGRAMS, "Load it above")
+    text = str(message)
     for folder in folders:
         text = re.sub(rf"{re.escape(str(folder))}(?:[/\\][^/\\\s'\"]+)*[/\\]", "", text)
     return text
@@ -73,7 +72,7 @@ class Wishes:
     steps: int = 20
     guidance: float = 7.5
     draft: bool = True
-    refine: bool = False
+    refine: bool = True
     isolation: bool = False
     condition: bool = False
 

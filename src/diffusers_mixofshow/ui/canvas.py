@@ -1,7 +1,7 @@
 """The canvas on which regions are drawn: the page's component, and conversions between its value and a `Layout`.
 
 The value is JSON: ``width``, ``height``, ``revision`` and ``regions``. A region has the entries that it has in a
-layout's file, and a ``name`` and a ``colour`` to show.
+layout's file, and a ``colour`` to show.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_PIXELS = 2048
 """Longest side of a picture that the page draws."""
 _LARGEST = 4 * 2**20
 """Most characters of a value, masks included."""
-_ONLY_SHOWN = ("name", "colour")
+_ONLY_SHOWN = "colour"
 _MASK = "data:image/png;base64,"
 _COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
 _SIDES = ("width", "height")
@@ -66,7 +66,7 @@ def to_layout(value: object, prompt: str, negative_prompt: str) -> Layout:
         RegionError: If it is no canvas; names every defect at once.
     """
     regions, size = _read_regions(value), _read_size(value)
-    described = [_drop_empty({key: entry[key] for key in entry if key not in _ONLY_SHOWN}) for entry in regions]
+    described = [_drop_empty({key: entry[key] for key in entry if key != _ONLY_SHOWN}) for entry in regions]
     defects = [
         f"region {number} has a mask that is no PNG of its own"
         for number, entry in enumerate(described, 1)
@@ -96,9 +96,9 @@ def read_names(value: object) -> list[str]:
 
 
 def _drop_empty(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop a box or mask that is None, and an empty negative prompt, from a region."""
+    """Drop a box or mask that is None, and an empty negative prompt or name, from a region."""
     empty = [key for key in ("box", "mask") if entry.get(key, 0) is None]
-    empty += ["negative_prompt"] if not entry.get("negative_prompt", 1) else []
+    empty += [key for key in ("negative_prompt", "name") if not entry.get(key, 1)]
     return {key: value for key, value in entry.items() if key not in empty}
 
 

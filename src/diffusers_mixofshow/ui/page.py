@@ -190,7 +190,7 @@ class _DrawTab:
         self.negative = gradio.Textbox(label="What to avoid", lines=1)
         with gradio.Row():  # of columns, since boxes in a row alone shrink instead of going to a second line
             self.draft = self._add_switch(usual.draft, "Draft", "Draw each region alone first")
-            self.refine = self._add_switch(True, "Refine", "Draw each anew, larger, so that none is lost")
+            self.refine = self._add_switch(usual.refine, "Refine", "Draw each anew, larger, so that none is lost")
             self.isolation = self._add_switch(usual.isolation, "Isolation", "Keep regions apart")
             follows = has_layout_condition(self.studio.base_name)
             self.condition = self._add_switch(

@@ -1,0 +1,37 @@
+"""Commands to go on with after a training, ready to be pasted: what its result is for, and how it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import join, quote
+
+from diffusers_mixofshow.training import TrainingConfig
+
+
+def describe_next(config: TrainingConfig) -> list[str]:
+    """Lines with the commands that draw, measure and fuse what a training has written."""
+    folder, concept = quote(str(config.output_dir)), config.concept_to_learn
+    photos = "" if config.instance_data_dir is None else quote(f"{concept.name}={config.instance_data_dir}")
+    return [
+        "Draw it, measure it, or fuse it with another one in place of OTHER:",
+        f'  mixofshow sample --concepts {folder} --prompt "a {concept.placeholder}" --output {concept.name}.png',
+        f"  mixofshow evaluate {folder}{photos and f' --photos {photos}'}",
+        f"  mixofshow fuse {folder} OTHER --output fused",
+    ]
+
+
+def describe_resumption(config: TrainingConfig, arguments: Sequence[str]) -> list[str]:
+    """Lines that tell which checkpoint an interrupted training has, and the command that goes on from it.
+
+    Args:
+        config: Its settings.
+        arguments: What stood after ``mixofshow`` on the command line.
+    """
+    from diffusers_mixofshow.training.checkpoints import LATEST, list_checkpoints
+
+    checkpoints = [] if config.output_dir is None else list_checkpoints(Path(config.output_dir))
+    if not checkpoints:
+        return ["There is no checkpoint to go on from."]
+    more = [] if config.resume_from_checkpoint == LATEST else ["--resume-from-checkpoint", LATEST]
+    return [f"The checkpoint is {checkpoints[-1]}. Go on from it:", f"  {join(['mixofshow', *arguments, *more])}"]
