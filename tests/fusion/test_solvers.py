@@ -5,7 +5,7 @@ import torch
 
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.compression import Spectrum
-from diffusers_mixofshow.fusion.gram import DenseGram, Gram, sum_grams
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, multiply_by_transpose, sum_grams
 from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties, sum_updates
 from diffusers_mixofshow.fusion.ridge import CANDIDATES, choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
@@ -351,3 +351,11 @@ def test_svd_has_the_largest_rank_among_the_updates(rank: int) -> None:
     merged = merge_svd(updates, [0.5, 0.5])
     assert len(merged.down) == rank
     torch.testing.assert_close(merged.delta, 0.5 * updates[0].delta)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 128, 300])
+def test_products_with_the_transpose_are_those_of_a_plain_product(rows: int) -> None:
+    values = torch.randn(rows, 7, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+    found = multiply_by_transpose(values)
+    torch.testing.assert_close(found, values @ values.T)
+    assert torch.equal(found.triu(128), found.tril(-128).T)

@@ -17,6 +17,24 @@ Device = str | torch.device
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+_BLOCK = 128
+"""Rows that `multiply_by_transpose` multiplies at once: fewer do less work twice, but multiply more slowly."""
+
+
+def multiply_by_transpose(rows: torch.Tensor) -> torch.Tensor:
+    """``rows @ rows.T``, (n, n): the lower blocks are multiplied, the upper ones copied from them.
+
+    Args:
+        rows: Shape (n, features).
+    """
+    products = rows.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), _BLOCK):
+        stop = start + _BLOCK
+        products[start:stop, :stop] = rows[start:stop] @ rows[:stop].T
+        products[:start, start:stop] = products[start:stop, :start].T
+    return products
+
+
 class Inverse(ABC):
     """(G + lambda I)^-1 of one `Gram`; for lambda = 0 of a singular one, its pseudo-inverse."""
 
@@ -243,8 +261,7 @@ class GramFactor(Gram):
     @cached_property
     def _core(self) -> torch.Tensor:
         """F F^T, (kept, kept)."""
-        rows = self.rows.double()
-        return rows @ rows.T
+        return multiply_by_transpose(self.rows.double())
 
     @property
     def _mean(self) -> float:
@@ -307,8 +324,11 @@ def sum_grams(weighted: Iterable[tuple[Gram, float]], *, as_matrix: bool = False
         gram.add_to(total, weight)
     if total is not None:
         return DenseGram(total)
+    rows = torch.cat([factor.rows.double() for factor, _ in factors])
+    for block, (_, weight) in zip(rows.split([len(factor.rows) for factor, _ in factors]), factors, strict=True):
+        block.mul_(weight**0.5)
     return GramFactor(
-        rows=torch.cat([weight**0.5 * factor.rows.double() for factor, weight in factors]),
+        rows=rows,
         tail=sum(weight * factor.tail for factor, weight in factors),
         energy=min(factor.energy for factor, _ in factors),
     )
