@@ -10,12 +10,14 @@ from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties
 from diffusers_mixofshow.fusion.ridge import CANDIDATES, choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
+    Parts,
     cap_at_full_rank,
     closed_form,
     closed_form_in_span,
     lbfgs,
     overlaps,
     relative_residual,
+    relative_residuals,
     target_rows,
     truncate_rank,
     weighted_average,
@@ -132,6 +134,19 @@ def test_residual_is_the_relative_error_of_the_outputs() -> None:
     expected = ((updates[1].delta - updates[0].delta) @ x).norm() / (updates[0].delta @ x).norm()
     assert relative_residual(updates[1], updates[0], DenseGram(x @ x.T)) == pytest.approx(expected.item())
     assert relative_residual(updates[0], updates[0], DenseGram(x @ x.T)) == pytest.approx(0, abs=1e-6)
+
+
+def test_residuals_of_several_merges_at_once_are_those_of_each() -> None:
+    updates, features = _concepts(3)
+    grams, weights = _grams(features), [0.5, 0.3, 0.2]
+    fused, average = _fused(updates, grams, 1e-2), weighted_average(updates, weights)
+    parts = Parts.of([*updates, fused])
+    assert parts.owner.tolist() == [0] * RANK + [1] * RANK + [2] * RANK + [3] * 3 * RANK
+    merged = torch.stack([torch.tensor([*weights, 0.0], dtype=torch.float64)[parts.owner], parts.owner == 3])
+    for place, (own, gram, x) in enumerate(zip(updates, grams, features, strict=True)):
+        found = relative_residuals(parts, merged, parts.owner == place, gram)
+        dense = [((one.delta - own.delta) @ x).norm() / (own.delta @ x).norm() for one in (average, fused)]
+        assert found == pytest.approx([value.item() for value in dense], rel=1e-9)
 
 
 def test_residual_where_a_concept_changes_nothing() -> None:

@@ -14,8 +14,6 @@ from diffusers_mixofshow.errors import FusionError
 
 
 Device = str | torch.device
-Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 _BLOCK = 128
 """Rows that `multiply_by_transpose` multiplies at once: fewer do less work twice, but multiply more slowly."""
@@ -79,8 +77,8 @@ class Gram(ABC):
         """``rows @ matrix()``, shape (n, in_features), float64."""
 
     @abstractmethod
-    def inner_products(self, rows: torch.Tensor, others: torch.Tensor) -> Products:
-        """A C A^T, A C B^T and B C B^T with C = G - tail I, for ``rows`` A and ``others`` B, float64."""
+    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows @ (matrix() - tail I) @ rows.T``, shape (n, n), float64."""
 
     @abstractmethod
     def add_to(self, total: torch.Tensor, weight: float) -> None:
@@ -137,10 +135,9 @@ class DenseGram(Gram):
         """``rows @ G``."""
         return rows @ self.values
 
-    def inner_products(self, rows: torch.Tensor, others: torch.Tensor) -> Products:
+    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Gram.inner_products`."""
-        seen = rows @ self.values
-        return seen @ rows.T, seen @ others.T, others @ self.values @ others.T
+        return rows @ self.values @ rows.T
 
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """``total += weight * G``."""
@@ -227,11 +224,9 @@ class GramFactor(Gram):
         factor = self.rows.to(rows)
         return (rows @ factor.T) @ factor + self.tail * rows
 
-    def inner_products(self, rows: torch.Tensor, others: torch.Tensor) -> Products:
+    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Gram.inner_products`; the matrix is never formed."""
-        factor = self.rows.to(rows)
-        seen, others_seen = rows @ factor.T, others @ factor.T
-        return seen @ seen.T, seen @ others_seen.T, others_seen @ others_seen.T
+        return multiply_by_transpose(rows @ self.rows.to(rows).T)
 
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """``total += weight * G``."""
