@@ -5,17 +5,19 @@ import torch
 
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.compression import Spectrum
-from diffusers_mixofshow.fusion.gram import DenseGram, Gram, sum_grams
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, multiply_by_transpose, sum_grams
 from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties, sum_updates
 from diffusers_mixofshow.fusion.ridge import CANDIDATES, choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
+    Parts,
     cap_at_full_rank,
     closed_form,
     closed_form_in_span,
     lbfgs,
     overlaps,
     relative_residual,
+    relative_residuals,
     target_rows,
     truncate_rank,
     weighted_average,
@@ -132,6 +134,19 @@ def test_residual_is_the_relative_error_of_the_outputs() -> None:
     expected = ((updates[1].delta - updates[0].delta) @ x).norm() / (updates[0].delta @ x).norm()
     assert relative_residual(updates[1], updates[0], DenseGram(x @ x.T)) == pytest.approx(expected.item())
     assert relative_residual(updates[0], updates[0], DenseGram(x @ x.T)) == pytest.approx(0, abs=1e-6)
+
+
+def test_residuals_of_several_merges_at_once_are_those_of_each() -> None:
+    updates, features = _concepts(3)
+    grams, weights = _grams(features), [0.5, 0.3, 0.2]
+    fused, average = _fused(updates, grams, 1e-2), weighted_average(updates, weights)
+    parts = Parts.of([*updates, fused])
+    assert parts.owner.tolist() == [0] * RANK + [1] * RANK + [2] * RANK + [3] * 3 * RANK
+    merged = torch.stack([torch.tensor([*weights, 0.0], dtype=torch.float64)[parts.owner], parts.owner == 3])
+    for place, (own, gram, x) in enumerate(zip(updates, grams, features, strict=True)):
+        found = relative_residuals(parts, merged, parts.owner == place, gram)
+        dense = [((one.delta - own.delta) @ x).norm() / (own.delta @ x).norm() for one in (average, fused)]
+        assert found == pytest.approx([value.item() for value in dense], rel=1e-9)
 
 
 def test_residual_where_a_concept_changes_nothing() -> None:
@@ -351,3 +366,11 @@ def test_svd_has_the_largest_rank_among_the_updates(rank: int) -> None:
     merged = merge_svd(updates, [0.5, 0.5])
     assert len(merged.down) == rank
     torch.testing.assert_close(merged.delta, 0.5 * updates[0].delta)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 128, 300])
+def test_products_with_the_transpose_are_those_of_a_plain_product(rows: int) -> None:
+    values = torch.randn(rows, 7, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+    found = multiply_by_transpose(values)
+    torch.testing.assert_close(found, values @ values.T)
+    assert torch.equal(found.triu(128), found.tril(-128).T)

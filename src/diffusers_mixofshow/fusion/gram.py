@@ -14,7 +14,23 @@ from diffusers_mixofshow.errors import FusionError
 
 
 Device = str | torch.device
-Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_BLOCK = 128
+"""Rows that `multiply_by_transpose` multiplies at once: fewer do less work twice, but multiply more slowly."""
+
+
+def multiply_by_transpose(rows: torch.Tensor) -> torch.Tensor:
+    """``rows @ rows.T``, (n, n): the lower blocks are multiplied, the upper ones copied from them.
+
+    Args:
+        rows: Shape (n, features).
+    """
+    products = rows.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), _BLOCK):
+        stop = start + _BLOCK
+        products[start:stop, :stop] = rows[start:stop] @ rows[:stop].T
+        products[:start, start:stop] = products[start:stop, :start].T
+    return products
 
 
 class Inverse(ABC):
@@ -61,8 +77,8 @@ class Gram(ABC):
         """``rows @ matrix()``, shape (n, in_features), float64."""
 
     @abstractmethod
-    def inner_products(self, rows: torch.Tensor, others: torch.Tensor) -> Products:
-        """A C A^T, A C B^T and B C B^T with C = G - tail I, for ``rows`` A and ``others`` B, float64."""
+    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows @ (matrix() - tail I) @ rows.T``, shape (n, n), float64."""
 
     @abstractmethod
     def add_to(self, total: torch.Tensor, weight: float) -> None:
@@ -119,10 +135,9 @@ class DenseGram(Gram):
         """``rows @ G``."""
         return rows @ self.values
 
-    def inner_products(self, rows: torch.Tensor, others: torch.Tensor) -> Products:
+    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Gram.inner_products`."""
-        seen = rows @ self.values
-        return seen @ rows.T, seen @ others.T, others @ self.values @ others.T
+        return rows @ self.values @ rows.T
 
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """``total += weight * G``."""
@@ -209,11 +224,9 @@ class GramFactor(Gram):
         factor = self.rows.to(rows)
         return (rows @ factor.T) @ factor + self.tail * rows
 
-    def inner_products(self, rows: torch.Tensor, others: torch.Tensor) -> Products:
+    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Gram.inner_products`; the matrix is never formed."""
-        factor = self.rows.to(rows)
-        seen, others_seen = rows @ factor.T, others @ factor.T
-        return seen @ seen.T, seen @ others_seen.T, others_seen @ others_seen.T
+        return multiply_by_transpose(rows @ self.rows.to(rows).T)
 
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """``total += weight * G``."""
@@ -243,8 +256,7 @@ class GramFactor(Gram):
     @cached_property
     def _core(self) -> torch.Tensor:
         """F F^T, (kept, kept)."""
-        rows = self.rows.double()
-        return rows @ rows.T
+        return multiply_by_transpose(self.rows.double())
 
     @property
     def _mean(self) -> float:
@@ -307,8 +319,11 @@ def sum_grams(weighted: Iterable[tuple[Gram, float]], *, as_matrix: bool = False
         gram.add_to(total, weight)
     if total is not None:
         return DenseGram(total)
+    rows = torch.cat([factor.rows.double() for factor, _ in factors])
+    for block, (_, weight) in zip(rows.split([len(factor.rows) for factor, _ in factors]), factors, strict=True):
+        block.mul_(weight**0.5)
     return GramFactor(
-        rows=torch.cat([weight**0.5 * factor.rows.double() for factor, weight in factors]),
+        rows=rows,
         tail=sum(weight * factor.tail for factor, weight in factors),
         energy=min(factor.energy for factor, _ in factors),
     )

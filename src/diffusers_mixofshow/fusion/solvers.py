@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.fusion.gram import DenseGram, Gram, Inverse
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, Inverse, multiply_by_transpose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +42,10 @@ class Factors:
         """The dense update, shape (out_features, in_features)."""
         return self.up @ self.down
 
-    @cached_property
-    def outer(self) -> torch.Tensor:
-        """Inner products of the rows of `down`, shape (rank, rank), float64."""
-        return self.down.double() @ self.down.double().T
-
-    @cached_property
+    @property
     def inner(self) -> torch.Tensor:
         """Inner products of the columns of `up`, shape (rank, rank), float64."""
-        return self.up.double().T @ self.up.double()
+        return multiply_by_transpose(self.up.double().T)
 
 
 def target_rows(updates: Sequence[Factors], grams: Sequence[Gram]) -> torch.Tensor:
@@ -173,6 +167,31 @@ def cap_at_full_rank(update: Factors) -> Factors:
     return update if update.down.shape[0] <= full else truncate_rank(update, full)[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Parts b_k a_k of rank 1 of several updates of one layer, as far as the outputs' sizes depend on them.
+
+    Args:
+        down: The rows a_k, shape (parts, in_features), float64.
+        outer: Inner products of the a_k, shape (parts, parts).
+        inner: Inner products of the b_k, shape (parts, parts).
+        owner: Number of the update that each part belongs to, shape (parts,).
+    """
+
+    down: torch.Tensor
+    outer: torch.Tensor
+    inner: torch.Tensor
+    owner: torch.Tensor
+
+    @classmethod
+    def of(cls, updates: Sequence[Factors]) -> Parts:
+        """The parts of all updates, in their order."""
+        down = torch.cat([update.down.double() for update in updates])
+        inner = multiply_by_transpose(_concatenate_ups(updates).T)
+        owner = _number_rows([update.down for update in updates])
+        return cls(down=down, outer=multiply_by_transpose(down), inner=inner, owner=owner)
+
+
 def relative_residual(fused: Factors, own: Factors, gram: Gram) -> float:
     """Relative error that fusion makes in one concept's outputs of one layer.
 
@@ -187,19 +206,28 @@ def relative_residual(fused: Factors, own: Factors, gram: Gram) -> float:
     Returns:
         The ratio. If the concept does not change the outputs: 0 if fusion does not either, otherwise infinity.
     """
-    wide, narrow = fused.down.double(), own.down.double()
-    products = gram.inner_products(wide, narrow)
-    outers = (fused.outer, wide @ narrow.T, own.outer)
-    inners = (fused.inner, fused.up.double().T @ own.up.double(), own.inner)
-    # tr(D G D^T), tr(D G dW^T) and tr(dW G dW^T) from matrices of rank x rank
-    together, mixed, scale = (
-        (inner * (product + gram.tail * outer)).sum().item()
-        for inner, product, outer in zip(inners, products, outers, strict=True)
-    )
-    error = max(0.0, together - 2 * mixed + scale)
+    parts = Parts.of([fused, own])
+    return relative_residuals(parts, parts.owner == 0, parts.owner == 1, gram)[0]
+
+
+def relative_residuals(parts: Parts, merged: torch.Tensor, own: torch.Tensor, gram: Gram) -> list[float]:
+    """The `relative_residual` of several merged updates with one concept's own.
+
+    All are sums of weighted parts, and |sum_k c_k b_k a_k X|_F^2 = c^T Q c with Q_kl = (b_k^T b_l) (a_k G a_l^T).
+
+    Args:
+        parts: Parts of the merged and the own updates.
+        merged: Weight of each part in each merged update, (merged updates, parts) or (parts,).
+        own: Weight of each part in the concept's own update, (parts,).
+        gram: The concept's Gram matrix, (in_features, in_features).
+    """
+    products = parts.inner * (gram.inner_products(parts.down) + gram.tail * parts.outer)  # Q
+    weights = torch.vstack([own, merged]).to(products)
+    weights[1:] -= weights[0]
+    scale, *errors = ((weights @ products) * weights).sum(dim=1).clamp_min(0).sqrt().tolist()
     if scale == 0:
-        return 0.0 if error == 0 else float("inf")
-    return (error / scale) ** 0.5
+        return [0.0 if error == 0 else float("inf") for error in errors]
+    return [error / scale for error in errors]
 
 
 def overlaps(updates: Sequence[Factors], targets: torch.Tensor) -> torch.Tensor:
@@ -220,9 +248,8 @@ def overlaps(updates: Sequence[Factors], targets: torch.Tensor) -> torch.Tensor:
         torch.linalg.qr(update.up.double()).R @ block
         for update, block in zip(updates, targets.split(ranks), strict=True)
     ]
-    owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([len(one) for one in rows]))
-    member = torch.nn.functional.one_hot(owner, len(updates)).to(targets)  # (rows, concepts)
-    products = torch.cat(rows) @ torch.cat(rows).T
+    member = torch.nn.functional.one_hot(_number_rows(rows), len(updates)).to(targets)  # (rows, concepts)
+    products = multiply_by_transpose(torch.cat(rows))
     norms = (member.T @ products.square() @ member).sqrt()
     own = norms.diagonal()
     scale = (own[:, None] * own).sqrt()
@@ -231,3 +258,9 @@ def overlaps(updates: Sequence[Factors], targets: torch.Tensor) -> torch.Tensor:
 
 def _concatenate_ups(updates: Sequence[Factors]) -> torch.Tensor:
     return torch.cat([update.up.double() for update in updates], dim=1)
+
+
+def _number_rows(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Number of the block that each row of the stack of all blocks belongs to, (rows,)."""
+    sizes = torch.tensor([len(block) for block in blocks], device=blocks[0].device)
+    return torch.repeat_interleave(torch.arange(len(blocks), device=blocks[0].device), sizes)

@@ -16,18 +16,18 @@ from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import FusionError, first_line
 from diffusers_mixofshow.families import Family, family_of_sites
 from diffusers_mixofshow.families.recognition import family_of_updates
-from diffusers_mixofshow.fusion.gram import Device, Gram, Inverse, sum_grams
+from diffusers_mixofshow.fusion.gram import Device, Gram, GramFactor, Inverse, sum_grams
 from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties, sum_updates
 from diffusers_mixofshow.fusion.ridge import choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
+    Parts,
     cap_at_full_rank,
     closed_form,
     closed_form_in_span,
     lbfgs,
     overlaps,
-    relative_residual,
-    target_rows,
+    relative_residuals,
     truncate_rank,
     weighted_average,
 )
@@ -141,7 +141,7 @@ class Sums:
 class SharedInput:
     """Sums and inverses that all layers of one input share, computed once, on first use.
 
-    Gram matrices of the sources are read one at a time and summed, so that memory does not grow with their number.
+    Full Gram matrices of the sources are read one at a time and summed: memory does not grow with their number.
 
     Args:
         family: Family of the base model.
@@ -162,23 +162,31 @@ class SharedInput:
         prior: Gram | None = None,
         device: Device = "cpu",
     ) -> None:
-        """Collect the updates; no matrix is read yet."""
+        """Keep the arguments; no matrix is read yet."""
         self.family, self.name, self.device = family, family.input_of(sites[0]), device
         self.sources, self.weights = sources, shares(sources)
-        self.updates = {site: updates_of(sources, site, device) for site in sites}
-        self.width = next(iter(self.updates.values()))[0].down.shape[1]
+        self.sites, self.width = sites, updates_of(sources, sites[0])[0].down.shape[1]
         self._prior = None if prior is None else prior.to(device)
         self._statistics, self._team = statistics, Team.current()
         self._sums: dict[Part | None, Sums] = {}
         self._inverses: dict[float, Inverse] = {}
+        self._factors: dict[int, GramFactor] = {}
+
+    def updates(self, site: str) -> list[Factors]:
+        """Every source's update of a layer; not kept, as hundreds of layers can share an input."""
+        return updates_of(self.sources, site, self.device)
 
     def grams(self, part: Part | None = None) -> Iterator[tuple[int, Gram]]:
         """Index and Gram matrix of each source of this process, one at a time.
 
-        Concepts of one source share its updates and have equal weights.
+        Concepts of one source share its updates and have equal weights. Low-rank factors of all parts together are
+        kept for the next call, as they are small; full matrices are read again.
         """
         for place, concepts in enumerate(self._statistics):
             if not concepts:
+                continue
+            if part is None and place in self._factors:
+                yield place, self._factors[place]
                 continue
             gram = sum_grams((one.gram(self.name, part), 1.0) for one in concepts).to(self.device)
             if gram.width != self.width:
@@ -187,23 +195,21 @@ class SharedInput:
                     f"{self.sources[place].name} {(gram.width, gram.width)}. They were recorded on another model; "
                     "record them on the one that the LoRAs were tuned on."
                 )
+            if part is None and isinstance(gram, GramFactor):
+                self._factors[place] = gram
             yield place, gram
 
     def sums(self, part: Part | None = None) -> Sums:
         """The sums over all sources of all processes."""
         if part not in self._sums:
-            ranks = {site: [len(one.down) for one in updates] for site, updates in self.updates.items()}
-            targets = {
-                site: torch.zeros(sum(rank), self.width, dtype=torch.float64, device=self.device)
-                for site, rank in ranks.items()
-            }
-            blocks = {site: rows.split(ranks[site]) for site, rows in targets.items()}
+            downs = {site: [update.down for update in self.updates(site)] for site in self.sites}
+            targets = {site: torch.zeros_like(torch.cat(rows)) for site, rows in downs.items()}
+            blocks = {site: targets[site].split([len(one) for one in rows]) for site, rows in downs.items()}
 
             def weighted() -> Iterator[tuple[Gram, float]]:
                 for place, gram in self.grams(part):
-                    for site, updates in self.updates.items():
-                        rows = target_rows([updates[place]], [gram])
-                        blocks[site][place].copy_(self.weights[place] * rows)
+                    for site, rows in downs.items():
+                        blocks[site][place].copy_(self.weights[place] * gram.multiply(rows[place]))
                     yield gram, self.weights[place]
 
             gram = self._team.sum_gram(weighted(), self.width, self.device)
@@ -278,34 +284,38 @@ def solve(
 
 def _solve_input(shared: SharedInput, settings: Settings, *, measured: bool) -> Solution:
     """Fuse the layers of one input; residuals are of this process's sources only."""
-    solution = Solution()
-    for site in shared.updates:
-        fused, numbers = SOLVERS[settings.method](shared, site, settings)
+    solution, parts = Solution(), {}
+    for site in shared.sites:
+        updates = shared.updates(site)
+        fused, numbers = SOLVERS[settings.method](shared, site, updates, settings)
         low_rank, kept = _to_low_rank(fused, settings.max_rank)
         own = [source.edlora.lora[site] for source in shared.sources if site in source.edlora.lora]
         solution.lora[site] = replace(low_rank, convolution=any(update.convolution for update in own))
         solution.layers[site] = numbers | ({} if kept == 1 else {"energy_kept": kept})
-    if measured:
-        solution.residuals = _residuals(shared, solution.lora)
-        site, names = next(iter(shared.updates)), [source.name for source in shared.sources]
-        table = overlaps(shared.updates[site], shared.sums().targets[site]).tolist()
-        solution.overlaps, solution.inputs = _list_pairs(names, table), 1
+        if measured:
+            parts[site] = Parts.of([*updates, Factors.of(low_rank).to(shared.device)])
+            if site == shared.sites[0]:
+                names = [source.name for source in shared.sources]
+                table = overlaps(updates, shared.sums().targets[site]).tolist()
+                solution.overlaps, solution.inputs = _list_pairs(names, table), 1
+    solution.residuals = _residuals(shared, parts)
     return solution
 
 
-def _residuals(shared: SharedInput, lora: Mapping[str, LowRank]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Site to source to the relative residuals of the weighted average and of the fusion."""
-    fused = {site: Factors.of(lora[site]).to(shared.device) for site in shared.updates}
-    average = {site: weighted_average(updates, shared.weights) for site, updates in shared.updates.items()}
-    found: dict[str, dict[str, tuple[float, float]]] = {site: {} for site in shared.updates}
+def _residuals(shared: SharedInput, parts: Mapping[str, Parts]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Site to source to the relative residuals of the weighted average and of the fusion.
+
+    Args:
+        shared: The input that the sites share.
+        parts: Site to the parts of every source's update and, last, of the fused one.
+    """
+    shares_of_average = torch.tensor([*shared.weights, 0.0], dtype=torch.float64, device=shared.device)
+    found: dict[str, dict[str, tuple[float, float]]] = {site: {} for site in parts}
     for place, gram in shared.grams():
-        name = shared.sources[place].name
-        for site, updates in shared.updates.items():
-            own = updates[place]
-            found[site][name] = (
-                relative_residual(average[site], own, gram),
-                relative_residual(fused[site], own, gram),
-            )
+        for site, one in parts.items():
+            merged = torch.stack([shares_of_average[one.owner], one.owner == len(shared.sources)])
+            average, fused = relative_residuals(one, merged, one.owner == place, gram)
+            found[site][shared.sources[place].name] = (average, fused)
     return found
 
 
@@ -331,8 +341,8 @@ def updates_of(sources: Sequence[Source], site: str, device: Device = "cpu") -> 
 Solved = tuple[Factors, dict[str, float]]
 
 
-def _solve_closed_form(shared: SharedInput, site: str, settings: Settings) -> Solved:
-    ridge, numbers, updates = settings.ridge, {}, shared.updates[site]
+def _solve_closed_form(shared: SharedInput, site: str, updates: Sequence[Factors], settings: Settings) -> Solved:
+    ridge, numbers = settings.ridge, {}
     if ridge == "auto":
         if shared.parts != {"fit", "held_out"}:
             raise FusionError(
@@ -348,32 +358,30 @@ def _solve_closed_form(shared: SharedInput, site: str, settings: Settings) -> So
     return fused, {"ridge": ridge, "condition": inverse.condition} | numbers
 
 
-def _solve_lbfgs(shared: SharedInput, site: str, settings: Settings) -> Solved:
+def _solve_lbfgs(shared: SharedInput, site: str, updates: Sequence[Factors], settings: Settings) -> Solved:
     steps = LBFGS_STEPS["text" if shared.family.stage_of(site).text_alone else "spatial"]
-    return lbfgs(shared.updates[site], shared.sums().targets[site], shared.total, steps=steps), {"steps": steps}
+    return lbfgs(updates, shared.sums().targets[site], shared.total, steps=steps), {"steps": steps}
 
 
-def _solve_in_span(shared: SharedInput, site: str, settings: Settings) -> Solved:
+def _solve_in_span(shared: SharedInput, site: str, updates: Sequence[Factors], settings: Settings) -> Solved:
     ridge = float(settings.ridge)
-    return closed_form_in_span(shared.updates[site], shared.sums().targets[site], shared.total, ridge), {
-        "ridge": ridge
-    }
+    return closed_form_in_span(updates, shared.sums().targets[site], shared.total, ridge), {"ridge": ridge}
 
 
-SOLVERS: Mapping[str, Callable[[SharedInput, str, Settings], Solved]] = {
+SOLVERS: Mapping[str, Callable[[SharedInput, str, Sequence[Factors], Settings], Solved]] = {
     "closed-form": _solve_closed_form,
     "lbfgs": _solve_lbfgs,
     "ssr": _solve_in_span,
-    "average": lambda shared, site, settings: (weighted_average(shared.updates[site], shared.weights), {}),
-    "sum": lambda shared, site, settings: (sum_updates(shared.updates[site]), {}),
-    "ties": lambda shared, site, settings: (merge_ties(shared.updates[site], shared.weights), {}),
-    "dare": lambda shared, site, settings: (
-        merge_dare(shared.updates[site], shared.weights, seed=crc32(site.encode())),
+    "average": lambda shared, site, updates, settings: (weighted_average(updates, shared.weights), {}),
+    "sum": lambda shared, site, updates, settings: (sum_updates(updates), {}),
+    "ties": lambda shared, site, updates, settings: (merge_ties(updates, shared.weights), {}),
+    "dare": lambda shared, site, updates, settings: (
+        merge_dare(updates, shared.weights, seed=crc32(site.encode())),
         {},
     ),
-    "svd": lambda shared, site, settings: (merge_svd(shared.updates[site], shared.weights), {}),
+    "svd": lambda shared, site, updates, settings: (merge_svd(updates, shared.weights), {}),
 }
-"""Method to solver; all take the shared input, the layer's site and the settings."""
+"""Method to solver; all take the shared input, the layer's site, every source's update of it and the settings."""
 
 
 def _to_low_rank(update: Factors, max_rank: int | None) -> tuple[LowRank, float]:
