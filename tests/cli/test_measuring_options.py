@@ -7,13 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from cli.commands import named_in, options_of
@@ -40,12 +39,8 @@ class Looker:
     @torch.no_grad()
     def sees(self, picture: Image.Image) -> torch.Tensor:
         side = self.clip.config.vision_config.image_size
-        short = min(picture.size)
-        left, top = (picture.width - short) / 2, (picture.height - short) / 2
-        square = picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))
-        mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-        pixels = torch.from_numpy((np.asarray(square) / 255 - mean) / deviation).permute(2, 0, 1)[None].float()
-        return self._unit(self.clip.get_image_features(pixels))
+        prepare = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+        return self._unit(self.clip.get_image_features(prepare(picture, return_tensors="pt").pixel_values))
 
     @torch.no_grad()
     def reads(self, text: str) -> torch.Tensor:

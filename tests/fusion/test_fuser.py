@@ -323,7 +323,7 @@ def test_names_used_twice_are_told_as_everywhere(pipe: MixOfShowPipeline) -> Non
     [
         ({"sources": []}, "none was given"),
         ({"sources": "edlora-rex"}, "Expected a list of sources to fuse, got 'edlora-rex' alone"),
-        ({"weights": [1, 2]}, "got 2 weights for 1 ED-LoRAs"),
+        ({"weights": [1, 2]}, "got 2 weights for 1 LoRAs"),
         ({"weights": [-1]}, "weights must be finite and above 0"),
         ({"scales": [float("nan")]}, "scales must be finite"),
         ({"method": "magic"}, "unknown method 'magic', expected 'closed-form', 'lbfgs', 'ssr', 'average'"),

@@ -225,7 +225,7 @@ def test_what_cannot_be_used_is_one_error_and_the_pipeline_stays(
     plain = write is _of_flux
     given = LoRASource(place, prompts=["sks"]) if plain else place
     if plain:
-        message = "whose layers are others than those of flux for FLUX.1; give a pipeline"
+        message = "whose layers are others than those of flux for FLUX.1; give the base"
     with pytest.raises((EDLoRAFormatError, EDLoRANotFoundError, FusionError), match=message):
         GradientFuser(pipe).fuse([given], method="average")
 

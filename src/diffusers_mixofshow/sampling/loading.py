@@ -10,7 +10,6 @@ from typing import Any
 from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, list_devices, location_of
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, family_of_index
-from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
 from diffusers_mixofshow.progress import bar_settings
 
 
@@ -70,14 +69,11 @@ def _choose_pipeline(place: str, options: Mapping[str, Any]) -> type[Any]:
     from diffusers import DiffusionPipeline
 
     from diffusers_mixofshow import pipelines
+    from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
 
     if Path(place).is_file():
-        known = is_checkpoint(place)
-        kinds = (
-            family_of_checkpoint(Path(place)).concept_pipeline
-            if known
-            else " or ".join(one.concept_pipeline for one in CONCEPT_FAMILIES)
-        )
+        possible = [family_of_checkpoint(Path(place))] if is_checkpoint(place) else CONCEPT_FAMILIES
+        kinds = " or ".join(family.concept_pipeline for family in possible)
         raise ConfigurationError(
             f"The base model {place!r} is a single file. Expected a Hub id or a folder. Make one of it in Python: "
             f"{kinds}.from_single_file(FILE).save_pretrained(FOLDER)."
