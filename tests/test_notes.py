@@ -190,3 +190,17 @@ def test_what_is_read_is_what_was_noted(tmp_path, name) -> None:
     with Image.open(tmp_path / name) as picture:
         assert picture.format == KINDS[name]
     assert "größe".encode() in (tmp_path / name).read_bytes()
+
+
+def test_only_values_that_could_be_misread_are_quoted() -> None:
+    """Many programs read the usual values by themselves, and know no quotes around them."""
+    settings = {
+        "Steps": 20,
+        "Sampler": "DPM++ 2M",
+        "Size": "64x64",
+        "Model": "a, b",
+        "Note": 'x: "y"',
+        "Left out": None,
+    }
+    *_, last = format_infotext("a dog", "", settings).split("\n")
+    assert last == 'Steps: 20, Sampler: DPM++ 2M, Size: 64x64, Model: "a, b", Note: "x: \\"y\\""'

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.utils import logging as of_transformers
 import packs
 import tiny
 from diffusers_mixofshow import progress as module
+from diffusers_mixofshow.edlora.models import silence_libraries
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.progress import (
@@ -307,3 +309,23 @@ def test_a_notebook_gets_a_bar() -> None:
     text = "".join(str(output.get("text", output.get("data"))) for output in outputs)
     assert "Counting" in text
     assert "100%" in text or "FloatProgress" in text or "HBox" in text
+
+
+@pytest.mark.parametrize("shown", [(True, False), (False, True), (True, True), (False, False)])
+def test_libraries_that_were_silenced_are_as_loud_as_before(shown: tuple[bool, bool]) -> None:
+    libraries = (of_diffusers, of_transformers)
+    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in libraries]
+    try:
+        for each, bars, level in zip(libraries, shown, (10, 20), strict=True):
+            (each.enable_progress_bar if bars else each.disable_progress_bar)()
+            each.set_verbosity(level)
+        with suppress(KeyError), silence_libraries():
+            assert [each.is_progress_bar_enabled() for each in libraries] == [False, False]
+            assert [each.get_verbosity() for each in libraries] == [40, 40]
+            raise KeyError
+        assert [each.is_progress_bar_enabled() for each in libraries] == [*shown]
+        assert [each.get_verbosity() for each in libraries] == [10, 20]
+    finally:
+        for each, (level, bars) in zip(libraries, before, strict=True):
+            each.set_verbosity(level)
+            (each.enable_progress_bar if bars else each.disable_progress_bar)()

@@ -203,6 +203,8 @@ def test_prompts_name_every_concept() -> None:
     assert fill_templates(("a <TOK>", "<TOK> here"), "dog", 3) == ["a dog", "dog here", "a dog"]
     with pytest.raises(ConfigurationError, match="<TOK>"):
         fill_templates(("a dog",), "dog", 1)
+    with pytest.raises(ConfigurationError, match="none given"):
+        fill_templates((), "dog", 1)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,9 @@ def test_without_the_own_ed_loras_nothing_is_said_of_retention(pipe, packs):
     assert entries["pictures"] == 2
     assert set(entries["concepts"]) == {"<ruby>", "<azure>"}
     assert entries["concepts"]["<azure>"]["identity"] is None
+    of_the_pack = {row.concept: row.as_record() for row in evaluation.rows if row.pack == "both"}
+    assert entries["concepts"]["<ruby>"]["identity"] == of_the_pack["<ruby>"]["identity"]
+    assert entries["concepts"]["<ruby>"]["drift"] == of_the_pack["<ruby>"]["drift"] is not None
     assert noted_pack.digest == packs["both"].digest
 
 

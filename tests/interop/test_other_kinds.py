@@ -209,6 +209,7 @@ def test_a_lora_of_another_base_is_told_as_made_for_it(tmp_path: Path, name: str
         ("lora_unet_blocks_0_cross_attn_output_proj_0", "Cosmos or Anima"),
         ("diffusion_model.transformer_blocks.0.attn1.to_q", "LTX-Video"),
         ("double_stream_blocks.0.block.attn1.to_q", "HiDream"),
+        ("diffusion_model.blocks.0.img_mlp.w1", "Qwen-Image"),
         ("lora_prior_unet_down_blocks_0_1_attention_attn_to_q", "Stable Cascade"),
         ("base_model.model.model.layers.0.self_attn.q_proj", "a language model"),
     ],

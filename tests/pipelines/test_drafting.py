@@ -1,6 +1,7 @@
 """Drafts: every region alone for a few steps, then put into the picture, and what the call makes of it."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -547,10 +548,18 @@ def test_refining_takes_half_the_steps_by_default(settings, call, steps, runs):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"strength": 0}, {"strength": 1.1}, {"strength": "a"}, {"steps": 0}, {"strength": 0.4, "steps": 2}]
+    ("settings", "told"),
+    [
+        ({"strength": 0}, "strength is 0;"),
+        ({"strength": 1.1}, "strength is 1.1;"),
+        ({"strength": "a"}, "strength is 'a';"),
+        ({"steps": 0}, "steps are 0;"),
+        ({"steps": 2.5}, "steps are 2.5;"),
+        ({"strength": 0.4, "steps": 2}, "strength is 0.4 of 2 steps"),
+    ],
 )
-def test_impossible_refinements_are_refused(settings):
-    with pytest.raises(RegionError, match="Refinement: its "):
+def test_impossible_refinements_are_refused(settings, told):
+    with pytest.raises(RegionError, match=re.escape(f"Refinement: its {told}")):
         Refinement(**settings)
 
 
