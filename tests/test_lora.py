@@ -17,7 +17,7 @@ from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.families.layers import adapted_layers
-from diffusers_mixofshow.lora import eject, inject, merged, trainable
+from diffusers_mixofshow.lora import eject, find_holders, inject, merged, trainable
 
 
 @pytest.fixture(params=["flat", "nested"])
@@ -381,3 +381,15 @@ def test_an_injection_that_fails_half_way_leaves_no_trace(flat, monkeypatch, fai
     with pytest.raises(KeyboardInterrupt):
         inject(flat, packs.random_pack(flat), "rex")
     assert_unchanged(before, flat)
+
+
+@pytest.mark.parametrize(("moved", "same"), [(2**-9, True), (2**-7, False)])
+def test_an_adapter_is_the_packs_up_to_the_rounding_of_a_cast(flat, moved: float, same: bool):
+    """Values may differ by what bfloat16 rounds, relative to the largest one of the matrix."""
+    pack = packs.random_pack(flat, "rex", scale=1e-2)
+    inject(flat, pack, "rex")
+    assert set(find_holders(flat, pack, "rex")) == {"unet", "text_encoder"}
+    for model in (flat["unet"], flat["text_encoder"]):
+        for half in (value for name, value in model.named_parameters() if ".lora_" in name):
+            half.data.view(-1)[0] += moved * half.data.abs().max()
+    assert bool(find_holders(flat, pack, "rex")) is same

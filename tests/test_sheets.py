@@ -38,6 +38,8 @@ def test_every_row_has_its_label_in_front_and_the_title_above() -> None:
     dark = np.asarray(sheet.convert("L")) < 100
     start = red[1].start
     assert dark[: red[0].start].any()
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    assert int(dark.any(axis=1).argmax()) == pytest.approx(pen.textbbox((4, 2), "what it is")[1], abs=2)
     assert dark[red[0].start : lime[0].start, :start].any()
     assert dark[lime[0].stop :, :start].any() or dark[lime[0], :start].any()
     assert not dark[red[0].start :, start + 8 :].any()

@@ -99,7 +99,7 @@ def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("fuse", "--nonsense"), "--nonsense"),
+        (("fuse", "--nonsense"), "--nonsense. See 'mixofshow fuse --help'."),
         (("smaple",), "Did you mean 'sample'? See 'mixofshow --help'."),
         (("sample", "--steps", "many", "--prompt", "x"), "'--steps'"),
         (("sample", "--steps", "1001", "--prompt", "x"), "1000"),

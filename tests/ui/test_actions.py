@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_mixofshow import Layout, MixOfShowPipeline, Region
+from diffusers_mixofshow import Concept, Layout, MixOfShowPipeline, Region
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError, MixOfShowError, RegionError
 from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.sampling.provenance import read_options
 from diffusers_mixofshow.ui import actions
 from diffusers_mixofshow.ui.actions import Wishes
 from diffusers_mixofshow.ui.canvas import to_layout, to_value
+from diffusers_mixofshow.ui.conditions import draw_condition
 from diffusers_mixofshow.ui.session import MOST_PACKS, Session, Studio
 
 
@@ -390,3 +391,29 @@ def test_plain_loras_are_recorded_with_the_prompts_that_were_typed_for_each(
     assert [row[0] for row in rows] == ["first", "second"]
     assert re.search(r" Largest overlaps \(0 to 1\): first and second [01]\.\d\d\.$", meaning)
     assert {"red dog", "red dog here", "tom"} <= set(recorded)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thing"),
+    [
+        ("a Vase, in the snow", "vase"),
+        ("red chair", "chair"),
+        ("snow", "critter"),
+        ("a <tiny> on a chair", "table"),
+        ("a <big>", "critter"),
+    ],
+)
+def test_the_condition_shows_what_the_prompt_names(prompt: str, thing: str) -> None:
+    """A concept's class word comes before other words, and what is no thing of Toyland is drawn as a critter."""
+    classes = {"tiny": "table", "big": "house"}
+    concepts = [
+        Concept(placeholder=f"<{name}>", tokens=(f"<{name}1>", f"<{name}2>"), class_word=word)
+        for name, word in classes.items()
+    ]
+    drawn = [
+        draw_condition(Layout((Region(text, box=(0.1, 0.2, 0.9, 1.0)),), width=64, height=64), known)[1].digest
+        for text, known in ((prompt, concepts), (thing, []))
+    ]
+    assert drawn[0] == drawn[1]
+    other = draw_condition(Layout((Region("dog", box=(0.1, 0.2, 0.9, 1.0)),), width=64, height=64), [])[1].digest
+    assert other != drawn[0]
