@@ -82,3 +82,20 @@ def test_the_loss_leaves_out_what_is_no_photo(photos: Path, masked: bool) -> Non
     assert 0.2 < of_blue.mask.mean() < 0.55
     share = of_red.mask.mean() / of_blue.mask.mean()
     assert share < 0.8 if masked else share > 0.7
+
+
+@pytest.mark.parametrize("share", [0.99, 0.0])
+def test_a_share_of_the_captions_that_are_encoded_is_empty(photos: Path, share: float) -> None:
+    pipeline = StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False)
+    empty = pipeline.tokenizer("", padding="max_length").input_ids
+    seen: list[list[int]] = []
+
+    def note(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if given[0].shape[-1] == len(empty):  # a whole text, and not single words
+            seen.extend(given[0].reshape(-1, len(empty)).tolist())
+
+    pipeline.text_encoder.get_input_embeddings().register_forward_pre_hook(note)
+    settings = config(photos, proportion_empty_prompts=share, captions_per_step=2, save_statistics=False)
+    EDLoRATrainer(settings, pipeline).train()
+    assert (empty in seen) is (share > 0)
+    assert any(row != empty for row in seen)
