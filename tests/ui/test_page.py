@@ -119,7 +119,10 @@ def test_what_one_user_loads_another_does_not_see(server: str, packs: dict[str, 
 
     first, second = user(server), user(server)
     loaded = first.predict([handle_file(packs["rex"])], api_name="/load_files")
-    assert loaded[0]["value"]["data"][0][1] == "<rex>"
+    table, packs_to_unload, completions = loaded
+    assert table["value"]["data"][0][1] == "<rex>"
+    assert packs_to_unload["choices"] == [["edlora.safetensors", "edlora.safetensors"]]
+    assert completions["props"]["concepts"] == ["<rex>"]  # what the prompts of regions may name
     second.predict([handle_file(packs["tom"])], api_name="/load_files")
     ask(first, canvas_of("a <rex>"), "a <rex>")
     with pytest.raises(Exception, match="<rex>".replace("<", "&lt;").replace(">", "&gt;")):
@@ -130,7 +133,8 @@ def test_what_one_user_loads_another_does_not_see(server: str, packs: dict[str, 
             for client, name in ((first, "rex"), (second, "tom"))
         ]
         assert [Path(one.result()[0]).stat().st_size > 0 for one in both] == [True, True]
-    assert first.predict("edlora.safetensors", api_name="/unload")[0]["value"]["data"] == []
+    table, _, completions = first.predict("edlora.safetensors", api_name="/unload")
+    assert table["value"]["data"] == completions["props"]["concepts"] == []
 
 
 def test_files_are_fused_and_handed_out(server: str, packs: dict[str, Path]) -> None:
