@@ -82,6 +82,11 @@ def test_what_a_pack_keeps_is_held_against_the_own_ed_lora(pipe, packs):
     for concept in ("<ruby>", "<azure>", MEAN):
         assert rows[concept, "both"].retention == {"alignment": 1.0, "attributes": None}
         assert rows[concept, "both"].drift == pytest.approx(0, abs=1e-5)  # it has no weight updates
+    both = [rows[concept, "both"] for concept in ("<ruby>", "<azure>")]
+    assert min(row.text_alignment for row in both) > 0
+    assert rows[MEAN, "both"].text_alignment == pytest.approx(sum(row.text_alignment for row in both) / 2)
+    alignments = [row.identity.alignment for row in both]
+    assert rows[MEAN, "both"].identity.alignment == pytest.approx(sum(alignments) / 2)
     assert rows["<ruby>", "ruby"].retention is None
     assert rows["<ruby>", "ruby"].identity.alignment > rows["<ruby>", CLASS_WORD].identity.alignment
     assert rows["<ruby>", CLASS_WORD].drift is None

@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusers_mixofshow import Concept, Layout, MixOfShowPipeline, Region
-from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError, MixOfShowError, RegionError
+from diffusers_mixofshow.errors import (
+    ConceptError,
+    ConfigurationError,
+    EDLoRAFormatError,
+    MixOfShowError,
+    MixOfShowWarning,
+    RegionError,
+)
 from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.sampling.provenance import read_options
 from diffusers_mixofshow.ui import actions
@@ -417,3 +425,11 @@ def test_the_condition_shows_what_the_prompt_names(prompt: str, thing: str) -> N
     assert drawn[0] == drawn[1]
     other = draw_condition(Layout((Region("dog", box=(0.1, 0.2, 0.9, 1.0)),), width=64, height=64), [])[1].digest
     assert other != drawn[0]
+
+
+def test_what_is_assumed_of_another_programs_file_is_told_when_it_is_loaded(studio: Studio, tmp_path: Path) -> None:
+    vectors = torch.ones(2, studio.pipe.text_encoder.config.hidden_size)
+    save_file({"<rex>": vectors}, tmp_path / "learned_embeds.safetensors")
+    with pytest.warns(MixOfShowWarning, match="class word"):
+        session = actions.load(studio, Session(), tmp_path / "learned_embeds.safetensors")
+    assert [concept.placeholder for pack in session.packs.values() for concept in pack.concepts] == ["<rex>"]
