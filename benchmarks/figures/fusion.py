@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from figures.reading import (
@@ -17,6 +17,8 @@ from figures.reading import (
     record,
     table,
 )
+
+from diffusers_mixofshow.evaluation.metrics import identity_retention
 
 
 PAGE, METHOD_PAGE, TUNING_PAGE = "docs/benchmarks_fusion.md", "docs/gradient_fusion.md", "docs/ed_lora.md"
@@ -109,8 +111,7 @@ def hard_case() -> str:
 
 def kept(identity: Mapping[str, Mapping[str, float]], key: str, measure: str) -> float:
     """What a method keeps of what tuning gains over the class word."""
-    floor = identity["class_word"][measure]
-    return (identity[key][measure] - floor) / (identity["single"][measure] - floor)
+    return identity_retention(*(identity[each][measure] for each in (key, "single", "class_word")))
 
 
 def results_of(name: str, count: str = "8") -> Mapping[str, Any]:
@@ -130,25 +131,25 @@ def methods(name: str, count: str) -> str:
     for method, label in METHODS.items():
         if method in results:
             row = results[method]
-            cells = [label]
-            for measure in ("attributes", "alignment"):
-                apart = "" if row is first else difference(kept_apart(row, first, measure))
-                cells += [decimals(row["retention"][measure]), apart]
-            rows.append([*cells, decimals(row["text_alignment"], 3), decimals(row["drift"]["features"], 3)])
+            text, drift = decimals(row["text_alignment"], 3), decimals(row["drift"]["features"], 3)
+            rows.append([label, *kept_beside(row, first), text, drift])
     head = ("", "looks kept", "minus the closed form's", "alignment kept", "minus the closed form's")
     return table((*head, "text-alignment", "drift"), rows)
+
+
+def kept_beside(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
+    """Looks and alignment kept, behind each what it is apart from the first row's; nothing in that row itself."""
+    cells = []
+    for measure in ("attributes", "alignment"):
+        apart = "" if row is first else difference(kept_apart(row, first, measure))
+        cells += [decimals(row["retention"][measure]), apart]
+    return cells
 
 
 def own_layers() -> str:
     results = results_of("retention-8")
     first = results["closed-form"]
-    rows = []
-    for method, label in OWN_LAYERS.items():
-        cells = [label]
-        for measure in ("attributes", "alignment"):
-            apart = "" if method == "closed-form" else difference(kept_apart(results[method], first, measure))
-            cells += [decimals(results[method]["retention"][measure]), apart]
-        rows.append(cells)
+    rows = [[label, *kept_beside(results[method], first)] for method, label in OWN_LAYERS.items()]
     return table(
         (
             "the concept's own in place of the fused",
@@ -266,16 +267,12 @@ def kept_percent(row: Mapping[str, Any]) -> tuple[str, str]:
     return percent(row["retention"]["attributes"]), percent(row["retention"]["alignment"])
 
 
-def points(one: Mapping[str, Any], other: Mapping[str, Any], measure: str = "attributes") -> tuple[str, str, str]:
-    """A difference in per cent with its interval."""
+def parts(
+    one: Mapping[str, Any], other: Mapping[str, Any], measure: str, word: Callable[[float], str] = decimals
+) -> list[str]:
+    """A difference and the ends of its interval."""
     apart = kept_apart(one, other, measure)
-    return percent(apart["mean"]), percent(apart["low"]), percent(apart["high"])
-
-
-def parts(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> tuple[str, str, str]:
-    """A difference as a number with its interval."""
-    apart = kept_apart(one, other, measure)
-    return decimals(apart["mean"]), decimals(apart["low"]), decimals(apart["high"])
+    return [word(apart[each]) for each in ("mean", "low", "high")]
 
 
 def of_the_page() -> list[Sentence]:
@@ -382,8 +379,7 @@ def of_size() -> list[Sentence]:
             words="two cores: {} s and at most {} GB, in one run",
             figures=(
                 decimals(wide["results"]["seconds"], 0),
-                # The page counts in thousands, the record in 1024.
-                decimals(wide["results"]["peak_memory_mib"] / 1000, 1),
+                decimals(wide["results"]["peak_memory_mib"] * 2**20 / 1e9, 1),
             ),
         ),
         Sentence(
@@ -409,7 +405,7 @@ def of_readme() -> list[Sentence]:
             figures=(
                 kept_percent(fourteen["closed-form"])[0],
                 kept_percent(fourteen["average"])[0],
-                *points(fourteen["closed-form"], fourteen["average"]),
+                *parts(fourteen["closed-form"], fourteen["average"], "attributes", percent),
                 kept_percent(fourteen["lbfgs"])[0],
             ),
         ),
@@ -420,7 +416,7 @@ def of_readme() -> list[Sentence]:
             figures=(
                 kept_percent(eight["closed-form"])[0],
                 kept_percent(eight["average"])[0],
-                *points(eight["closed-form"], eight["average"]),
+                *parts(eight["closed-form"], eight["average"], "attributes", percent),
                 kept_percent(eight["closed-form"])[1],
                 kept_percent(eight["average"])[1],
             ),

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from judging import mean_with_interval
 
+from diffusers_mixofshow.evaluation.metrics import identity_retention
+
 
 RECORDS = Path(__file__).resolve().parents[1] / "records"
 PLACES = ("right", "whole_pictures", "looks", "likeness")
@@ -87,7 +89,7 @@ def kept_apart(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -
     """
     kept = [
         [
-            (identity[measure] - row["class_word"][measure]) / (row["single"][measure] - row["class_word"][measure])
+            identity_retention(identity[measure], row["single"][measure], row["class_word"][measure])
             for identity in row["of_each"].values()
         ]
         for row in (one, other)
