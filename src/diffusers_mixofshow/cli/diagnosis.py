@@ -86,15 +86,15 @@ def check_base_model(name: str) -> Finding:
             return Finding(what, "problem", str(error), "name a Hub id or a folder, or convert the file")
         made = f"in Python: {family.concept_pipeline}.from_single_file({name!r}).save_pretrained(FOLDER)"
         return Finding(what, "note", f"{name}: {family.name}, a checkpoint of one file", f"{made}; name that folder")
-    known = known_family(normalise_name(name))
+    base = normalise_name(name)
+    known = known_family(base)
     if known is None:
         remedy = f"its folder tells more: hf download {name} --local-dir FOLDER; mixofshow doctor FOLDER"
         return Finding(what, "note", f"{name}: neither an id that is known here nor a folder of a pipeline", remedy)
     able = (
         "concepts, regions and tuning" if known in CONCEPT_FAMILIES else "plain LoRAs are fused for it, nothing else"
     )
-    guidance = usual_guidance(normalise_name(name)) if known in CONCEPT_FAMILIES else known.models[0].guidance
-    return Finding(what, "ok", f"{name}: {known.name}; {able}; guidance {guidance:g}")
+    return Finding(what, "ok", f"{name}: {known.name}; {able}; guidance {usual_guidance(base, known):g}")
 
 
 def _check_versions() -> Iterator[Finding]:
