@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, T2IAdapter, UNet2DConditionModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPConfig,
@@ -14,6 +16,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
 )
+
+from diffusers_mixofshow.families.layers import cross_attention_layers
 
 
 _HIDDEN = 32
@@ -147,3 +151,15 @@ def adapter(*, seed: int = 0, in_channels: int = 3) -> T2IAdapter:
         downscale_factor=4,
         adapter_type="full_adapter",
     ).eval()
+
+
+def add_ip_adapter(unet: UNet2DConditionModel) -> None:
+    """Add a random IP-Adapter of four tokens, for image embeddings of 8 values."""
+    width = unet.config.cross_attention_dim
+    torch.manual_seed(0)
+    for path in cross_attention_layers(unet):
+        layer = unet.get_submodule(path)
+        layer.set_processor(IPAdapterAttnProcessor2_0(layer.inner_dim, width, num_tokens=(4,), scale=1.0))
+    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=width, num_image_text_embeds=4)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -29,6 +30,7 @@ from transformers import (
 
 import tiny
 from diffusers_mixofshow.families import Family
+from diffusers_mixofshow.families.layers import linear_layers
 
 
 _CHAT = (
@@ -359,3 +361,18 @@ def tiny_pipeline(family: str) -> Any:
     if hasattr(made, "set_progress_bar_config"):
         made.set_progress_bar_config(disable=True)
     return made
+
+
+@contextmanager
+def features_of(pipe: Any, sites: Iterable[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """What layers read inside the block, as rows of float64, whatever is wrapped around them."""
+    found: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
+    layers = linear_layers(pipe.components)
+
+    def note(site: str) -> Any:
+        return lambda module, inputs: found[site].append(inputs[0].double().flatten(end_dim=-2))
+
+    hooks = [layers[site].register_forward_pre_hook(note(site)) for site in found]
+    yield found
+    for hook in hooks:
+        hook.remove()

@@ -6,8 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from diffusers_mixofshow.errors import ConfigurationError, FusionError
 from diffusers_mixofshow.families import FAMILIES, Family
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.interop.lora_files import read_lora, write_lora
-from families.pipelines import tiny_pipeline
+from families.pipelines import features_of, tiny_pipeline
 
 
 RIDGE = 3e-2
@@ -89,21 +88,6 @@ def _sources(files: Mapping[str, Path]) -> list[LoRASource]:
     return [LoRASource(path, prompts=PROMPTS[name]) for name, path in files.items()]
 
 
-@contextmanager
-def _features(pipe: Any, sites: list[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """What layers read inside the block, whatever is wrapped around them; rows of float64."""
-    found: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
-    layers = linear_layers(pipe.components)
-
-    def note(site: str) -> Any:
-        return lambda module, inputs: found[site].append(inputs[0].double().flatten(end_dim=-2))
-
-    hooks = [layers[site].register_forward_pre_hook(note(site)) for site in sites]
-    yield found
-    for hook in hooks:
-        hook.remove()
-
-
 def test_fused_layers_are_the_dense_solution(
     family: Family, pipe: Any, files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -115,7 +99,7 @@ def test_fused_layers_are_the_dense_solution(
     before = {name: value.clone() for name, value in pipe.components[family.denoiser].state_dict().items()}
     grams, deltas = [], []
     for name, source in zip(files, _sources(files), strict=True):
-        with _features(pipe, sites) as features:
+        with features_of(pipe, sites) as features:
             fuser.record(source)
         rows = {site: torch.cat(parts) for site, parts in features.items()}
         grams.append({site: one.T @ one / len(one) for site, one in rows.items()})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,9 @@ import torch
 import packs
 from diffusers_mixofshow import EDLoRA, GradientFuser, LoRASource, MixOfShowXLPipeline
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
-from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion.published import statistics_path
 from diffusers_mixofshow.interop import write_lora
-from families.pipelines import tiny_pipeline
+from families.pipelines import features_of, tiny_pipeline
 
 
 PROMPTS = ["a <TOK>", "photo of a <TOK> at sea"]
@@ -94,21 +91,6 @@ RECORDED = {"steps": 2, "height": 32, "width": 32, "prompts": PROMPTS, "ridge": 
 ALONE = {"sequential": False, "statistics_bytes": None}
 HALF = 3e-3
 """Statistics are kept in float16."""
-
-
-@contextmanager
-def features_of(pipe: Any, sites: Iterable[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """What layers read inside the block, as rows of float64, whatever is wrapped around them."""
-    found: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
-    layers = linear_layers(pipe.components)
-
-    def note(site: str) -> Any:
-        return lambda module, inputs: found[site].append(inputs[0].double().flatten(end_dim=-2))
-
-    hooks = [layers[site].register_forward_pre_hook(note(site)) for site in found]
-    yield found
-    for hook in hooks:
-        hook.remove()
 
 
 def test_fused_layers_are_the_dense_solution(pipe: Any, two: list[EDLoRA]) -> None:

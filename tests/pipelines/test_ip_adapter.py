@@ -2,28 +2,17 @@
 
 import pytest
 import torch
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
+import tiny
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.regions import Region
-
-
-WIDTH = 32
 
 
 @pytest.fixture
 def with_image(pipe, make_pack):
     """The pipeline with one concept and a random IP-Adapter of four tokens."""
     pipe.load_edlora(make_pack("potter"))
-    unet = pipe.unet
-    torch.manual_seed(0)
-    for path in cross_attention_layers(unet):
-        layer = unet.get_submodule(path)
-        layer.set_processor(IPAdapterAttnProcessor2_0(layer.inner_dim, WIDTH, num_tokens=(4,), scale=1.0))
-    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=WIDTH, num_image_text_embeds=4)
-    unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
-    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    tiny.add_ip_adapter(pipe.unet)
     return pipe
 
 

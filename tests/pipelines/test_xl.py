@@ -243,9 +243,8 @@ def test_drafts_are_told_their_own_size(pipe, latents, extra):
     assert not torch.equal(drafted, latents(pipe, "x", regions=half, **settings))
 
 
-@pytest.mark.parametrize("negative", [None, "bad"])
-def test_a_draft_avoids_what_its_region_or_the_call_says(pipe, latents, negative):
-    """Without any negative prompt the text to avoid is zeros, as the parent's, and so is its vector."""
+def avoided_by_drafts(pipe, latents, **negatives):
+    """Texts and vectors that drafts of two regions avoid, the second one told to avoid a beard."""
     seen = []
 
     def note(_unet, inputs, named):
@@ -255,9 +254,15 @@ def test_a_draft_avoids_what_its_region_or_the_call_says(pipe, latents, negative
     hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
     both = [Region("a cat", box=LEFT), Region("a dog", box=RIGHT, negative_prompt="beard")]
     settings = {"num_inference_steps": 4, "height": 32, "width": 64, "regions": both, "draft": Draft()}
-    latents(pipe, ["x"], negative_prompt=negative, **settings)
+    latents(pipe, ["x"], **negatives, **settings)
     hook.remove()
-    texts, vectors = seen[0]
+    return seen[0]
+
+
+@pytest.mark.parametrize("negative", [None, "bad"])
+def test_a_draft_avoids_what_its_region_or_the_call_says(pipe, latents, negative):
+    """Without any negative prompt the text to avoid is zeros, as the parent's, and so is its vector."""
+    texts, vectors = avoided_by_drafts(pipe, latents, negative_prompt=negative)
     for row, text in enumerate((negative, "beard")):
         expected = pipe.encode_prompt("a cat", negative_prompt=text)
         assert torch.allclose(texts[row], expected[1][0], atol=1e-5)
@@ -266,18 +271,7 @@ def test_a_draft_avoids_what_its_region_or_the_call_says(pipe, latents, negative
 
 def test_drafts_avoid_what_the_second_encoder_alone_is_told_to(pipe, latents):
     """A region's own negative prompt is read by both encoders, the call's by the one that it is given for."""
-    seen = []
-
-    def note(_unet, inputs, named):
-        if inputs[0].shape[2:] != (16, 32):
-            seen.append((named["encoder_hidden_states"], named["added_cond_kwargs"]["text_embeds"]))
-
-    hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
-    both = [Region("a cat", box=LEFT), Region("a dog", box=RIGHT, negative_prompt="beard")]
-    settings = {"num_inference_steps": 4, "height": 32, "width": 64, "regions": both, "draft": Draft()}
-    latents(pipe, ["x"], negative_prompt="bad", negative_prompt_2=["worse"], **settings)
-    hook.remove()
-    texts, vectors = seen[0]
+    texts, vectors = avoided_by_drafts(pipe, latents, negative_prompt="bad", negative_prompt_2=["worse"])
     for row, (first, second) in enumerate((("bad", "worse"), ("beard", "beard"))):
         expected = pipe.encode_prompt("a cat", negative_prompt=first, negative_prompt_2=second)
         assert torch.allclose(texts[row], expected[1][0], atol=1e-5)

@@ -6,13 +6,10 @@ import inspect
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLAdapterPipeline, StableDiffusionXLPipeline
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 import tiny
 from diffusers_mixofshow import Draft, MixOfShowXLPipeline, Refinement, Region
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.families.layers import cross_attention_layers
 from families.pipelines import tiny_pipeline
 from pipelines import test_xl_siblings as siblings
 
@@ -197,14 +194,7 @@ def test_its_parts_are_offloaded_in_the_parents_order(kind):
 
 def test_pictures_of_an_ip_adapter_are_seen(extras, kind):
     parts = tiny_pipeline("Stable Diffusion XL").components
-    unet = parts["unet"]
-    torch.manual_seed(0)
-    for path in cross_attention_layers(unet):
-        layer = unet.get_submodule(path)
-        layer.set_processor(IPAdapterAttnProcessor2_0(layer.inner_dim, WIDTH, num_tokens=(4,), scale=1.0))
-    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=WIDTH, num_image_text_embeds=4)
-    unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
-    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    tiny.add_ip_adapter(parts["unet"])
     watermarker = [{"add_watermarker": False}, {} if kind == "Adapter" else {"add_watermarker": False}]
     ours, theirs = (
         quiet(cls(**parts, **extras.get(kind, {}), **mark))
