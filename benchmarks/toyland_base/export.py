@@ -28,14 +28,14 @@ def text_tower(model: CLIPModel) -> CLIPTextModel:
     return tower.eval()
 
 
-def _spell_text_keys(path: Path) -> None:
+def spell_text_keys(path: Path) -> None:
     """Rewrite a text encoder's file with the names that every transformers release reads."""
     state = load_file(path)
     named = {name if name.startswith(_TEXT_PREFIX) else _TEXT_PREFIX + name: value for name, value in state.items()}
     save_file(named, path, metadata={"format": "pt"})
 
 
-def _forget_origin(path: Path) -> None:
+def forget_origin(path: Path) -> None:
     """Take the folder of this machine that a model was loaded from out of its configuration."""
     configuration = json.loads(path.read_text(encoding="utf-8"))
     configuration.pop("_name_or_path", None)
@@ -64,9 +64,9 @@ def export_pipeline(
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
-    _spell_text_keys(temporary / "text_encoder" / "model.safetensors")
+    spell_text_keys(temporary / "text_encoder" / "model.safetensors")
     for part in ("unet", "vae"):
-        _forget_origin(temporary / part / "config.json")
+        forget_origin(temporary / part / "config.json")
     shutil.rmtree(temporary / "tokenizer")
     (temporary / "tokenizer").mkdir()
     for name in _TOKENIZER_FILES:

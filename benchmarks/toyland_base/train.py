@@ -70,6 +70,15 @@ from benchmarks.toyland_base.text import (
     tells_looks,
     write_tokenizer,
 )
+from benchmarks.toyland_base.transformer import (
+    TEXT_TOKENS,
+    FlowObjective,
+    add_projection,
+    build_pipeline,
+    build_small_text_encoder,
+    build_transformer,
+    export_transformer_pipeline,
+)
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.layout import Box, draw_places
@@ -227,6 +236,43 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
             objective.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
         ),
         checkpoint=output / "checkpoints" / "unet.pt",
+        resume=resume,
+        on_checkpoint=export,
+    )
+
+
+def train_transformer(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
+    """The second base; needs stages 1 and 2 and writes ``output/transformer_pipeline`` at every checkpoint."""
+    accelerator = joined_processes()
+    device = accelerator.device
+    vae, tower, tokenizer = _earlier_parts(output, device)
+    encoders = [add_projection(tower.cpu()).to(device), build_small_text_encoder(tokenizer).to(device)]
+    torch.manual_seed(config.seed)
+    text_width = sum(encoder.config.hidden_size for encoder in encoders)
+    objective = FlowObjective(build_transformer(text_width), encoders)
+    first = accelerator.process_index * pool_size
+    pool = LatentPool.encode(vae, range(first, first + pool_size), None, device)
+    accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        _, clean, noise, token_ids = pool.batch(batch_size, tokenizer, generator)
+        levels = torch.randn(batch_size, generator=generator).sigmoid()
+        return tuple(part.to(device) for part in (clean, noise, levels, token_ids[:, :TEXT_TOKENS]))
+
+    def export(average: FlowObjective) -> None:
+        parts = copy.deepcopy([average.model, vae, *encoders, tokenizer])
+        pipeline = build_pipeline(*parts).to("cpu")
+        export_transformer_pipeline(output / "transformer_pipeline", pipeline, output / "tokenizer")
+
+    train_stage(
+        objective,
+        batch,
+        config,
+        accelerator=accelerator,
+        optimiser=torch.optim.AdamW(
+            objective.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        ),
+        checkpoint=output / "checkpoints" / "transformer.pt",
         resume=resume,
         on_checkpoint=export,
     )
@@ -393,6 +439,19 @@ STAGES: dict[str, Stage] = {
             decay_from=0.65,
             average_decay=0.999,
             checkpoint_minutes=4,
+        ),
+        batch_size=16,
+        pool_size=18000,
+    ),
+    "transformer": Stage(
+        train=train_transformer,
+        config=LoopConfig(
+            minutes=75,
+            learning_rate=2e-3,
+            warm_up_steps=300,
+            decay_from=0.5,
+            average_decay=0.999,
+            checkpoint_minutes=6,
         ),
         batch_size=16,
         pool_size=18000,

@@ -1,0 +1,161 @@
+"""The second base: a flow-matching transformer of Stable Diffusion 3's class on the first base's latents and texts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from benchmarks.toyland_base.autoencoder import LATENT_CHANNELS
+from benchmarks.toyland_base.export import forget_origin, spell_text_keys
+
+
+TEXT_TOKENS = 32
+"""Positions of a prompt; the longest caption of the drawn world has 25."""
+_SMALL_WIDTH = 32
+"""Width of the second text encoder."""
+_SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0}
+
+
+def add_projection(tower: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """The first base's text tower with a pooled vector that is its own, projected by the identity."""
+    config = CLIPTextConfig(**tower.config.to_dict() | {"projection_dim": tower.config.hidden_size})
+    model = CLIPTextModelWithProjection(config)
+    missing, unexpected = model.load_state_dict(_spell_text(tower.state_dict(), model), strict=False)
+    if unexpected or list(missing) != ["text_projection.weight"]:
+        raise ValueError(f"The text tower does not fit: {missing} missing, {unexpected} unexpected.")
+    torch.nn.init.eye_(model.text_projection.weight)
+    return model.float().eval().requires_grad_(False)
+
+
+def _spell_text(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`state` with the names that this transformers release gives the tower's weights in `model`."""
+    prefix = "text_model."
+    bare = {name.removeprefix(prefix): value for name, value in state.items()}
+    wanted = {name.removeprefix(prefix): name for name in model.state_dict()}
+    return {wanted.get(name, name): value for name, value in bare.items()}
+
+
+def build_small_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModelWithProjection:
+    """The second text encoder, which the class demands: small, and random for ever.
+
+    Different words have different vectors in it, which is all that the transformer learns to use.
+    """
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_SMALL_WIDTH,
+        intermediate_size=2 * _SMALL_WIDTH,
+        projection_dim=_SMALL_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=10.0,
+    )
+    return CLIPTextModelWithProjection(config).eval().requires_grad_(False)
+
+
+def build_transformer(text_width: int, *, width: int = 160, blocks: int = 5) -> SD3Transformer2DModel:
+    """An untrained transformer for 16 x 16 latents in patches of 2 x 2.
+
+    Args:
+        text_width: Summed widths of both text encoders.
+        width: Of both streams.
+        blocks: Number of blocks.
+    """
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=blocks,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=text_width,
+        caption_projection_dim=width,
+        pooled_projection_dim=text_width,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+    )
+
+
+def build_pipeline(
+    transformer: SD3Transformer2DModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModelWithProjection,
+    small_text_encoder: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+) -> StableDiffusion3Pipeline:
+    """The pipeline of the parts; without T5, in whose place it puts as many zeros as a prompt has positions."""
+    tokenizer.model_max_length = TEXT_TOKENS
+    vae.register_to_config(shift_factor=0.0)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=small_text_encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+class FlowObjective(torch.nn.Module):
+    """Squared error of the predicted velocity from picture to noise, under frozen text encoders.
+
+    The noise level is drawn from a logit-normal distribution (arXiv:2403.03206, section 3.1).
+    """
+
+    def __init__(self, model: SD3Transformer2DModel, text_encoders: Sequence[CLIPTextModelWithProjection]) -> None:
+        super().__init__()
+        self.model = model
+        self._text_encoders = tuple(text_encoders)
+
+    @torch.no_grad()
+    def encode(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (n, 2 L, text width) and pooled vectors (n, text width) of token ids (n, L), as the pipeline makes."""
+        results = [encoder(token_ids, output_hidden_states=True) for encoder in self._text_encoders]
+        states = torch.cat([result.hidden_states[-2] for result in results], dim=-1)
+        pooled = torch.cat([result.text_embeds for result in results], dim=-1)
+        return torch.cat([states, torch.zeros_like(states)], dim=1), pooled
+
+    def forward(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Loss of latents (n, 8, 16, 16), noise of the same shape, noise levels (n,) in (0, 1), token ids (n, L)."""
+        latents, noise, levels, token_ids = batch
+        states, pooled = self.encode(token_ids)
+        weight = levels[:, None, None, None]
+        predicted = self.model(
+            (1 - weight) * latents + weight * noise,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            timestep=levels * _SCHEDULER["num_train_timesteps"],
+        ).sample
+        return (predicted - (noise - latents)).square().mean()
+
+
+def export_transformer_pipeline(folder: Path, pipeline: StableDiffusion3Pipeline, tokenizer_folder: Path) -> None:
+    """Write the pipeline to `folder` in half precision and diffusers' layout, replacing one that is there."""
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+    for part in ("text_encoder", "text_encoder_2"):
+        spell_text_keys(temporary / part / "model.safetensors")
+    for part in ("transformer", "vae"):
+        forget_origin(temporary / part / "config.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
