@@ -24,6 +24,7 @@ from diffusers_mixofshow.errors import ConfigurationError, FusionError
 from diffusers_mixofshow.families import FAMILIES, Family
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.interop.lora_files import read_lora, write_lora
+from diffusers_mixofshow.sampling.loading import load_base
 from families.pipelines import features_of, tiny_pipeline
 
 
@@ -207,6 +208,17 @@ def test_the_command_line_fuses_them_on_a_base_of_their_family(
     )
     assert "Wrote the fused pack of dog, ink to" in result.output
     assert read_lora(tmp_path / "both" / "pytorch_lora_weights.safetensors").keys() == set(_sites(family, pipe))
+
+
+def test_a_base_that_was_saved_without_a_part_is_loaded_without_it(tmp_path: Path) -> None:
+    """Stable Diffusion 3 without its T5, which is most of its memory: diffusers wants to be told once more."""
+    whole = tiny_pipeline("Stable Diffusion 3")
+    spared = type(whole)(**{**whole.components, "text_encoder_3": None, "tokenizer_3": None})
+    spared.save_pretrained(tmp_path)
+    loaded = load_base(str(tmp_path), concepts=False)
+    assert type(loaded) is type(whole)
+    assert loaded.text_encoder_3 is None
+    assert loaded.text_encoder_2 is not None
 
 
 def test_a_plan_counts_what_recording_keeps(

@@ -90,13 +90,15 @@ def _choose_pipeline(place: str, options: Mapping[str, Any]) -> type[Any]:
 
 
 def _load_unchanged(place: str, *, device: str, dtype: str | None, **options: Any) -> Any:
-    """Load a pipeline as the class of diffusers that its folder names."""
+    """Load a pipeline as the class of diffusers that its folder names, without the parts that it was saved without."""
     import diffusers
     import torch
 
-    weights = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    weights = dtype_argument(getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32")))
+    index = diffusers.DiffusionPipeline.load_config(place, **options)
+    absent = {name: None for name, value in index.items() if value == [None, None]}
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(place, **dtype_argument(weights), **options).to(device)
+        return diffusers.DiffusionPipeline.from_pretrained(place, **weights, **absent, **options).to(device)
     except AttributeError as error:
         raise ConfigurationError(
             f"The installed diffusers {diffusers.__version__} cannot load this pipeline: {first_line(error)}. Install "
