@@ -128,7 +128,7 @@ class FlowObjective(torch.nn.Module):
 
     @torch.no_grad()
     def encode(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States (n, 2 L, text width) and pooled vectors (n, text width) of token ids (n, L), as the pipeline makes."""
+        """States (n, 2 L, text width) and pooled vectors (n, text width) of token ids (n, L), as in the pipeline."""
         results = [encoder(token_ids, output_hidden_states=True) for encoder in self._text_encoders]
         states = torch.cat([result.hidden_states[-2] for result in results], dim=-1)
         pooled = torch.cat([result.text_embeds for result in results], dim=-1)

@@ -1,4 +1,4 @@
-"""Names of base models: Hub ids, folders and ``toyland``; what is known of a base by its name, and how to load it."""
+"""Names of base models: Hub ids, folders and those in the package; what is known of a base by its name, its loading."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
 from diffusers_mixofshow.families import FAMILIES, BaseModel, Family, family_of, family_of_index
 from diffusers_mixofshow.families.recognition import BASE_MODELS
+from diffusers_mixofshow.families.sd3 import EMBEDDED_SD3
 from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, STABLE_DIFFUSION
 from diffusers_mixofshow.versions import installed_version
@@ -24,20 +25,27 @@ if TYPE_CHECKING:
 TOYLAND = EMBEDDED.id
 """Name of the base model that ships in the package, used in place of a Hub id."""
 
+TOYLAND_SD3 = EMBEDDED_SD3.id
+"""Name of the second one, a transformer that plain LoRAs can be fused for."""
+
+_EMBEDDED = {TOYLAND: (EMBEDDED, "weights"), TOYLAND_SD3: (EMBEDDED_SD3, "sd3_weights")}
+"""The base models in the package, each with its folder in ``toyland``."""
+
 _IN_CACHE = re.compile(r"/models--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]{40}$")
 _LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
 """Start of a text that must be a path, as no Hub id begins like that."""
 
 
 def normalise_name(base_model: str) -> str:
-    """Spell the embedded base's name in lower case, unless a folder has that spelling; other names stay."""
-    embedded = base_model.lower() == TOYLAND and (base_model == TOYLAND or not Path(base_model).is_dir())
-    return TOYLAND if embedded else base_model
+    """Spell an embedded base's name in lower case, unless a folder has that spelling; other names stay."""
+    known = base_model.lower()
+    return known if known in _EMBEDDED and (base_model == known or not Path(base_model).is_dir()) else base_model
 
 
 def embedded_base(base_model: str) -> BaseModel | None:
-    """The embedded base if the name means it, else None."""
-    return EMBEDDED if normalise_name(base_model) == TOYLAND else None
+    """The embedded base that the name means; None for any other base."""
+    model, _ = _EMBEDDED.get(normalise_name(base_model), (None, ""))
+    return model
 
 
 def classes_of(base_model: str) -> tuple[str, ...]:
@@ -47,18 +55,19 @@ def classes_of(base_model: str) -> tuple[str, ...]:
 
 
 def location_of(base_model: str) -> str:
-    """What to pass to diffusers' `from_pretrained`: the name itself, or the folder of the embedded base."""
-    return str(Path(__file__).parent / "toyland" / "weights") if embedded_base(base_model) else base_model
+    """What to pass to diffusers' `from_pretrained`: the name itself, or the folder of an embedded base."""
+    _, folder = _EMBEDDED.get(normalise_name(base_model), (None, ""))
+    return str(Path(__file__).parent / "toyland" / folder) if folder else base_model
 
 
 def canonical_name(base_model: str) -> str:
     """One name for all spellings of a base model, so that names can be compared.
 
-    The embedded base's folder becomes ``toyland``, a folder of the Hub's cache becomes its Hub id, any other existing
+    An embedded base's folder becomes its name, a folder of the Hub's cache becomes its Hub id, any other existing
     folder its absolute path. What is no folder on this disk keeps its name.
     """
-    if embedded_base(base_model):
-        return TOYLAND
+    if embedded := embedded_base(base_model):
+        return embedded.id
     try:
         path = Path(base_model).expanduser().resolve()
         here = bool(base_model) and path.is_dir()
@@ -66,8 +75,9 @@ def canonical_name(base_model: str) -> str:
         return base_model
     if not here:
         return base_model
-    if path == Path(location_of(TOYLAND)).resolve():
-        return TOYLAND
+    for name in _EMBEDDED:
+        if path == Path(location_of(name)).resolve():
+            return name
     cached = _IN_CACHE.search(path.as_posix())
     return f"{cached['user']}/{cached['name']}" if cached else str(path)
 
@@ -137,11 +147,16 @@ def usual_guidance(base_model: str, family: Family | None = None) -> float:
     return guidance_of_unet(configuration) if configuration or family is None else family.models[0].guidance
 
 
-def guidance_of(components: Mapping[str, object]) -> float:
-    """The guidance scale that a loaded pipeline draws well with, by its components."""
+def guidance_of(components: Mapping[str, object], base_model: str = "") -> float:
+    """The guidance scale that a loaded pipeline draws well with, by its components.
+
+    Args:
+        components: ``pipeline.components``.
+        base_model: Its name, see `name_of`; tells models of one family apart whose components do not.
+    """
     family = family_of(components)
     if family is not STABLE_DIFFUSION:
-        return family.models[0].guidance
+        return base_model_of(base_model, components).guidance
     unet: Any = components[family.denoiser]
     return guidance_of_unet(unet.config)
 

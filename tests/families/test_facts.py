@@ -32,6 +32,9 @@ MODELS = {
     "Stable Diffusion 3.5": (
         "Stable Diffusion 3", "sd3", ("stabilityai/stable-diffusion-3.5-medium",), "", 7.0, 0, {}, 0, 512,
     ),
+    "Toyland's transformer, the second base in diffusers-mixofshow": (
+        "Stable Diffusion 3", "toyland-sd3", ("toyland-sd3",), "apache-2.0", 3.0, 0, {}, 0, 64,
+    ),
     "Qwen-Image": ("Qwen-Image", "qwen_image", ("Qwen/Qwen-Image",), "", 4.0, 0, {}, 0, 512),
     "Z-Image": ("Z-Image", "zimage", ("Tongyi-MAI/Z-Image-Turbo",), "", 0.0, 0, {}, 0, 512),
     "Krea 2": ("Krea 2", "krea2", ("",), "", 4.5, 0, {}, 0, 512),

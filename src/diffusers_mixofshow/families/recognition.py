@@ -164,7 +164,7 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
     """
     if any(site.startswith("transformer.") for site in widths):
         found = transformers_with(widths)
-        return found[0].models[0] if len(found) == 1 else None
+        return _model_of_width(found[0], widths) if len(found) == 1 else None
     reading = {width for site, width in widths.items() if _READS_TEXT.fullmatch(site)}
     for model in BASE_MODELS:
         # Other small models may have the embedded base's text width but have other layers.
@@ -180,6 +180,12 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
     encoder = {width for site, width in widths.items() if site.endswith("self_attn.q_proj")}
     told = encoder | {width for each in vectors for width in each.values()}
     return next((one for one in (SD1, SD2, EMBEDDED) if told == set(one.embeddings.values())), None)
+
+
+def _model_of_width(family: Family, widths: Mapping[str, int]) -> BaseModel:
+    """A transformer family's model of these layers' widths; its first one if none has them."""
+    streams = {width for site, width in widths.items() if _READS_STREAM.fullmatch(site)}
+    return next((one for one in family.models if streams & set(one.stream_widths)), family.models[0])
 
 
 def family_of_updates(widths: Mapping[str, int]) -> Family:

@@ -7,6 +7,7 @@ import re
 from diffusers_mixofshow.families.clip import SHARED_INPUT, clip_text_encoder
 from diffusers_mixofshow.families.family import BaseModel, Family
 from diffusers_mixofshow.families.original_code import in_block, one, stack
+from diffusers_mixofshow.families.stable_diffusion import EMBEDDED
 from diffusers_mixofshow.families.transformer import (
     ATTENTION,
     FEED_FORWARD,
@@ -38,6 +39,25 @@ _ORIGINAL = in_block(
     },
 )
 
+SD35 = BaseModel(
+    name="Stable Diffusion 3.5",
+    kohya="sd3",
+    id="stabilityai/stable-diffusion-3.5-medium",
+    guidance=7.0,
+    stream_widths=(1536, 2432),
+)
+EMBEDDED_SD3 = BaseModel(
+    name="Toyland's transformer, the second base in diffusers-mixofshow",
+    kohya="toyland-sd3",
+    id="toyland-sd3",
+    license=EMBEDDED.license,
+    guidance=EMBEDDED.guidance,
+    least_resolution=EMBEDDED.least_resolution,
+    standing=EMBEDDED.standing,
+    classes=EMBEDDED.classes,
+    stream_widths=(160,),
+)
+
 STABLE_DIFFUSION_3 = Family(
     name="Stable Diffusion 3",
     pipeline="StableDiffusion3Pipeline",
@@ -59,15 +79,7 @@ STABLE_DIFFUSION_3 = Family(
         modulation=r".*\.norm1.*",
         feed_forward=r".*\.ff.*",
     ),
-    models=(
-        BaseModel(
-            name="Stable Diffusion 3.5",
-            kohya="sd3",
-            id="stabilityai/stable-diffusion-3.5-medium",
-            guidance=7.0,
-            stream_widths=(1536, 2432),
-        ),
-    ),
+    models=(SD35, EMBEDDED_SD3),
     original=_ORIGINAL,
     shared_names="transformer.{path}",
 )

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import guidance_of
+from diffusers_mixofshow.base_models import guidance_of, name_of
 from diffusers_mixofshow.conditioning.encode import concept_positions
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import sanitise
@@ -95,7 +95,7 @@ class Recording:
             None if cells is None else cells * pipe.vae_scale_factor
             for cells in configured_size(pipe.components[family.denoiser]) or (None, None)
         )
-        usual = guidance_of(pipe.components)
+        usual = guidance_of(pipe.components, name_of(pipe))
         return replace(
             self,
             guidance_scale=float(usual if self.guidance_scale is None else self.guidance_scale),

@@ -22,13 +22,16 @@ BASE_MODEL_ID = TOYLAND
 """Base model named in files made for this base."""
 
 
-def path() -> Path:
-    """The folder of the weights in the package, in diffusers' layout.
+def path(base_model: str = TOYLAND) -> Path:
+    """The folder of a base's weights in the package, in diffusers' layout.
+
+    Args:
+        base_model: ``toyland``, or ``toyland-sd3`` for the transformer that plain LoRAs can be fused for.
 
     Raises:
         MixOfShowError: If the package was installed without its weights.
     """
-    folder = Path(location_of(TOYLAND))
+    folder = Path(location_of(base_model))
     if not (folder / "model_index.json").exists():
         raise MixOfShowError(
             f"{folder} holds no weights. Install the wheel, or train the base in a checkout with "
