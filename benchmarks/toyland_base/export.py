@@ -30,8 +30,9 @@ def text_tower(model: CLIPModel) -> CLIPTextModel:
 
 def spell_text_keys(path: Path) -> None:
     """Rewrite a text encoder's file with the names that every transformers release reads."""
+    own = (_TEXT_PREFIX, "text_projection.")
     state = load_file(path)
-    named = {name if name.startswith(_TEXT_PREFIX) else _TEXT_PREFIX + name: value for name, value in state.items()}
+    named = {name if name.startswith(own) else _TEXT_PREFIX + name: value for name, value in state.items()}
     save_file(named, path, metadata={"format": "pt"})
 
 

@@ -228,7 +228,7 @@ def save_sheet(images: Sequence[Image.Image], target: Path, columns: int = 18) -
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(target)
 
 
-def _training_lines(record_file: Path) -> list[str]:
+def list_training(record_file: Path) -> list[str]:
     """How every stage was trained, as a table; a stage that went on from earlier weights has a row for each part."""
     record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
     lines = [
@@ -263,7 +263,7 @@ def introduction(weights: Path) -> list[str]:
         "benchmarks.toyland_base.train --output DIR --weights WEIGHTS` (add `torchrun --nproc_per_node 2 -m` "
         "to average gradients over processes).",
         "",
-        *_training_lines(weights / "training.json"),
+        *list_training(weights / "training.json"),
     ]
 
 

@@ -1,8 +1,9 @@
-"""Train Toyland's base from nothing: ``python -m benchmarks.toyland_base.train --output DIR``.
+"""Train Toyland's bases from nothing: ``python -m benchmarks.toyland_base.train --output DIR``.
 
-The stages are the autoencoder, the text tower, the U-Net, the layout adapter, the attribute reader and the metric
-model. All of them checkpoint and continue with ``--resume``; ``torchrun --nproc_per_node 2 -m
-benchmarks.toyland_base.train ...`` with ``OMP_NUM_THREADS=1`` averages gradients over processes.
+The stages are the autoencoder, the text tower, the U-Net, the transformer (the second base, on the same autoencoder
+and texts), the layout adapter, the attribute reader and the metric model. All of them checkpoint and continue with
+``--resume``; ``torchrun --nproc_per_node 2 -m benchmarks.toyland_base.train ...`` with ``OMP_NUM_THREADS=1`` averages
+gradients over processes.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ from benchmarks.toyland_base.transformer import (
     build_pipeline,
     build_small_text_encoder,
     build_transformer,
+    copy_transformer_pipeline,
     export_transformer_pipeline,
 )
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
@@ -262,7 +264,7 @@ def train_transformer(output: Path, config: LoopConfig, *, batch_size: int, pool
     def export(average: FlowObjective) -> None:
         parts = copy.deepcopy([average.model, vae, *encoders, tokenizer])
         pipeline = build_pipeline(*parts).to("cpu")
-        export_transformer_pipeline(output / "transformer_pipeline", pipeline, output / "tokenizer")
+        export_transformer_pipeline(output / "transformer_pipeline", pipeline)
 
     train_stage(
         objective,
@@ -502,6 +504,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and trained parts")
     parser.add_argument("--stage", choices=("all", *STAGES, "none"), default="all")
     parser.add_argument("--weights", type=Path, help="afterwards, gather all parts here in diffusers' layout")
+    parser.add_argument("--transformer-weights", type=Path, help="afterwards, copy the second base here")
     parser.add_argument(
         "--start-from", type=Path, metavar="WEIGHTS", help="take all parts over from here first; the U-Net trains on"
     )
@@ -538,6 +541,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         accelerate.PartialState().wait_for_everyone()
     if options["weights"] is not None and main_process:
         assemble(options["output"], options["weights"])
+    if options["transformer_weights"] is not None and main_process:
+        copy_transformer_pipeline(options["output"], options["transformer_weights"])
 
 
 if __name__ == "__main__":

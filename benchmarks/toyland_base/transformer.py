@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,8 @@ from benchmarks.toyland_base.export import forget_origin, spell_text_keys
 
 TEXT_TOKENS = 32
 """Positions of a prompt; the longest caption of the drawn world has 25."""
+ABSENT_TOKENS = 256
+"""Positions of zeros that the pipeline puts after the prompt's where there is no T5 (its `max_sequence_length`)."""
 _SMALL_WIDTH = 32
 """Width of the second text encoder."""
 _SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0}
@@ -115,6 +119,43 @@ def build_pipeline(
     )
 
 
+class RepeatedTokenAttention:
+    """The joint attention of Stable Diffusion 3 in which the last token of the text stands for many equal ones.
+
+    Equal tokens stay equal in every block, as nothing tells their positions: a key that is seen n times counts as one
+    whose logit is larger by log n. So the zeros in place of T5's states cost one token instead of 256.
+    """
+
+    def __init__(self, times: int) -> None:
+        self._bias = math.log(times)
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend over tokens (n, pictures, width) and (n, texts, width); returns both, changed."""
+
+        def heads(project: Any, norm: Any, states: torch.Tensor) -> torch.Tensor:
+            projected = project(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return projected if norm is None else norm(projected)
+
+        pairs = (
+            (attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q),
+            (attn.to_k, attn.add_k_proj, attn.norm_k, attn.norm_added_k),
+            (attn.to_v, attn.add_v_proj, None, None),
+        )
+        query, key, value = (
+            torch.cat([heads(to, norm, hidden_states), heads(add, added_norm, encoder_hidden_states)], dim=2)
+            for to, add, norm, added_norm in pairs
+        )
+        bias = torch.zeros(key.shape[2]).to(key)
+        bias[-1] = self._bias
+        joined = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias[None, None, None])
+        pictures, texts = (
+            joined.transpose(1, 2).flatten(2).split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        )
+        return attn.to_out[0](pictures), texts if attn.context_pre_only else attn.to_add_out(texts)
+
+
 class FlowObjective(torch.nn.Module):
     """Squared error of the predicted velocity from picture to noise, under frozen text encoders.
 
@@ -124,15 +165,19 @@ class FlowObjective(torch.nn.Module):
     def __init__(self, model: SD3Transformer2DModel, text_encoders: Sequence[CLIPTextModelWithProjection]) -> None:
         super().__init__()
         self.model = model
+        self.model.set_attn_processor(RepeatedTokenAttention(ABSENT_TOKENS))
         self._text_encoders = tuple(text_encoders)
 
     @torch.no_grad()
     def encode(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States (n, 2 L, text width) and pooled vectors (n, text width) of token ids (n, L), as in the pipeline."""
+        """States (n, L + 1, text width) and pooled vectors (n, text width) of token ids (n, L).
+
+        They are the pipeline's, but for the zeros at the end: one position for all.
+        """
         results = [encoder(token_ids, output_hidden_states=True) for encoder in self._text_encoders]
         states = torch.cat([result.hidden_states[-2] for result in results], dim=-1)
         pooled = torch.cat([result.text_embeds for result in results], dim=-1)
-        return torch.cat([states, torch.zeros_like(states)], dim=1), pooled
+        return torch.nn.functional.pad(states, (0, 0, 0, 1)), pooled
 
     def forward(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Loss of latents (n, 8, 16, 16), noise of the same shape, noise levels (n,) in (0, 1), token ids (n, L)."""
@@ -148,7 +193,7 @@ class FlowObjective(torch.nn.Module):
         return (predicted - (noise - latents)).square().mean()
 
 
-def export_transformer_pipeline(folder: Path, pipeline: StableDiffusion3Pipeline, tokenizer_folder: Path) -> None:
+def export_transformer_pipeline(folder: Path, pipeline: StableDiffusion3Pipeline) -> None:
     """Write the pipeline to `folder` in half precision and diffusers' layout, replacing one that is there."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -159,3 +204,11 @@ def export_transformer_pipeline(folder: Path, pipeline: StableDiffusion3Pipeline
         forget_origin(temporary / part / "config.json")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def copy_transformer_pipeline(output: Path, weights: Path) -> None:
+    """Copy the transformer of a training folder, and how it was trained, to the folder that the package ships."""
+    shutil.copytree(output / "transformer_pipeline", weights, dirs_exist_ok=True)
+    stages = json.loads((output / "training.json").read_text(encoding="utf-8"))
+    told = json.dumps({"transformer": stages["transformer"]}, indent=1)
+    (weights / "training.json").write_text(told, encoding="utf-8")

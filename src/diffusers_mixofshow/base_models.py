@@ -1,4 +1,4 @@
-"""Names of base models: Hub ids, folders and those in the package; what is known of a base by its name, its loading."""
+"""Names of base models: Hub ids, folders and those in the package; what a name says of a base, and how to load it."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from diffusers_mixofshow.toyland import base
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {"benchmarks.toyland_base.train", "benchmarks.toyland_base.quality"}
+TRANSFORMER_COMMANDS = {"benchmarks.toyland_base.train", "benchmarks.toyland_base.transformer_quality"}
+WEIGHTS = "src/diffusers_mixofshow/toyland"
 
 
 def commands_in(text: str) -> list[str]:

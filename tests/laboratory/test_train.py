@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors.torch import load_file
 
 import processes
@@ -15,10 +16,16 @@ from benchmarks.toyland_base.denoiser import velocity_weight
 from benchmarks.toyland_base.loop import LoopConfig, learning_rate_factor
 from benchmarks.toyland_base.optimiser import orthogonalise
 from benchmarks.toyland_base.train import main
+from benchmarks.toyland_base.transformer import TEXT_TOKENS, FlowObjective
+from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.evaluation.record import commit
+from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.toyland.base import load_layout_adapter, load_metric_model, load_pipeline, load_reader
 from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.world import draw
+
+
+GATHERED = ("weights", "sd3_weights")
 
 
 def _run(folder: Path, stage: str, steps: int, *more: str) -> None:
@@ -34,9 +41,10 @@ def _state(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every stage trained for a few steps, and its weights gathered."""
     folder = tmp_path_factory.mktemp("training")
-    for stage in ("autoencoder", "text", "unet", "layout", "reader", "metric"):
+    for stage in ("autoencoder", "text", "unet", "transformer", "layout", "reader", "metric"):
         _run(folder, stage, 2)
-    main(["--output", str(folder), "--stage", "none", "--weights", str(folder / "weights")])
+    gathered = ["--weights", str(folder / "weights"), "--transformer-weights", str(folder / "sd3_weights")]
+    main(["--output", str(folder), "--stage", "none", *gathered])
     return folder
 
 
@@ -50,6 +58,39 @@ def test_what_training_writes_can_be_loaded_and_sampled(trained: Path) -> None:
     assert load_reader(trained / "weights").read(images)["class"].shape == (3, 6)
     features = load_layout_adapter(folder=trained / "weights")(torch.zeros(1, 1, 64, 96))
     assert [tuple(feature.shape[1:]) for feature in features] == [(32, 8, 12), (96, 8, 12), (128, 4, 6), (128, 4, 6)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_transformer_is_trained_on_what_its_pipeline_reads(trained: Path) -> None:
+    folder = trained / "sd3_weights"
+    pipeline = load_base(str(folder), concepts=False)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline).__name__ == "StableDiffusion3Pipeline"
+    assert pipeline("a critter", num_inference_steps=2).images[0].size == (64, 64)
+    prompts = ["a red critter in a meadow", ""]
+    states, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+    objective = FlowObjective(pipeline.transformer, (pipeline.text_encoder, pipeline.text_encoder_2))
+    mine, mine_pooled = objective.encode(tokenize_plain(prompts, pipeline.tokenizer)[:, :TEXT_TOKENS])
+    torch.testing.assert_close(mine, states[:, : TEXT_TOKENS + 1])
+    torch.testing.assert_close(mine_pooled, pooled)
+    assert (states[:, TEXT_TOKENS:] == 0).all()
+    seen = {"hidden_states": torch.randn(2, 8, 16, 16), "timestep": torch.tensor([300.0, 900.0])}
+    short = pipeline.transformer(**seen, encoder_hidden_states=mine, pooled_projections=pooled).sample
+    pipeline.transformer.set_attn_processor(JointAttnProcessor2_0())
+    whole = pipeline.transformer(**seen, encoder_hidden_states=states, pooled_projections=pooled).sample
+    torch.testing.assert_close(short, whole, atol=1e-5, rtol=1e-4)
+    told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    assert told["transformer"]["settings"]["steps"] == 2
+    assert told.keys() == {"transformer"}
+
+
+def test_the_second_base_has_the_text_encoder_of_the_first(trained: Path) -> None:
+    first, second = (load_file(trained / name / "text_encoder" / "model.safetensors") for name in GATHERED)
+    projection = second.pop("text_projection.weight")
+    assert (projection == torch.eye(len(projection))).all()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore")
