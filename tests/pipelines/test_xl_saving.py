@@ -61,6 +61,13 @@ def test_a_folder_of_another_family_is_refused_when_it_is_loaded(base, tmp_path)
     assert MixOfShowXLImg2ImgPipeline.from_pretrained(base, unet=None).unet is None
 
 
+def test_a_folder_of_another_family_is_refused_before_its_weights_are_read(base, tmp_path):
+    """Of a repository they would be downloaded first: gigabytes for one error."""
+    (tmp_path / "model_index.json").write_bytes((base / "model_index.json").read_bytes())
+    with pytest.raises(ConfigurationError, match=r"is of Stable Diffusion XL; expected Stable Diffusion, "):
+        MixOfShowPipeline.from_pretrained(tmp_path)
+
+
 def test_saved_again_the_concepts_go_with_it(pack, latents, tmp_path):
     pack.save_pretrained(tmp_path / "whole", merged=True)
     whole = quiet(MixOfShowXLPipeline.from_pretrained(tmp_path / "whole"))

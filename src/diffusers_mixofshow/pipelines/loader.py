@@ -42,9 +42,17 @@ from diffusers_mixofshow.lora import (
     subtract_fused,
 )
 from diffusers_mixofshow.pipelines.opening import LoadingRequest, read_own_concepts
-from diffusers_mixofshow.pipelines.other_families import refuse_other_checkpoints, refuse_other_families
+from diffusers_mixofshow.pipelines.other_families import (
+    refuse_other_checkpoints,
+    refuse_other_families,
+    refuse_other_index,
+)
 from diffusers_mixofshow.pipelines.publishing import join_packs
 from diffusers_mixofshow.sharing import changing
+
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+"""Arguments of `from_pretrained` that say where a file of the Hub is found."""
 
 
 @contextmanager
@@ -86,18 +94,19 @@ class EDLoRALoader:
         files hold.
 
         Raises:
-            ConfigurationError: If it is a pipeline of another family.
+            ConfigurationError: If it is a pipeline of another family; its index is read before its weights.
         """
         name = os.fspath(pretrained_model_name_or_path)
         source = location_of(name)
         if "torch_dtype" not in kwargs:
             # By default diffusers loads its models in float32, transformers 5 its models in the dtype of their files.
             kwargs |= dtype_argument(kwargs.pop("dtype", torch.float32))
+        hub = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
         with silence_if_embedded(name):
+            refuse_other_index(cls, name, source, hub)
             pipeline: Self = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         refuse_other_families(cls, name, pipeline.components)
-        shared = ("revision", "token", "cache_dir", "local_files_only")
-        own = read_own_concepts(source, pipeline.components, {name: kwargs[name] for name in shared if name in kwargs})
+        own = read_own_concepts(source, pipeline.components, hub)
         if own is not None:
             pipeline.load_edlora(own)
             pipeline._in_weights = own

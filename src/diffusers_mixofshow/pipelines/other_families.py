@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers_mixofshow.errors import ConfigurationError
-from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of
+from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of, family_of_index
 from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
 
 
@@ -30,6 +31,29 @@ def refuse_other_checkpoints(pipeline_class: type, source: object) -> None:
         )
 
 
+def refuse_other_index(pipeline_class: Any, name: str, source: str, hub: Mapping[str, Any]) -> None:
+    """Raise if the index of a pipeline names another family, before gigabytes of its weights are downloaded.
+
+    An index that cannot be read is left to diffusers' own error.
+
+    Args:
+        pipeline_class: The class, which reads its index.
+        name: What is to be loaded, for the error.
+        source: Its folder or Hub id.
+        hub: Arguments that say where a file of the Hub is found.
+
+    Raises:
+        ConfigurationError: If it is of another family.
+    """
+    try:
+        index = pipeline_class.load_config(source, **hub)
+    except OSError:
+        return
+    found = family_of_index(index)
+    if found.denoiser_class in index.get(found.denoiser, ()):
+        _refuse(pipeline_class, name, found)
+
+
 def refuse_other_families(pipeline_class: type, name: str, components: Mapping[str, object]) -> None:
     """Raise if a pipeline was loaded as a class for another family; diffusers leaves out what the class does not know.
 
@@ -41,8 +65,14 @@ def refuse_other_families(pipeline_class: type, name: str, components: Mapping[s
     Raises:
         ConfigurationError: If they are of another family.
     """
-    found, wanted = family_of(components), _family_of_class(pipeline_class)
-    if found is wanted or components.get(found.denoiser) is None:
+    found = family_of(components)
+    if components.get(found.denoiser) is not None:
+        _refuse(pipeline_class, name, found)
+
+
+def _refuse(pipeline_class: type, name: str, found: Family) -> None:
+    wanted = _family_of_class(pipeline_class)
+    if found is wanted:
         return
     instead = f" Use {found.concept_pipeline}.from_pretrained()." if found.concept_pipeline else ""
     raise ConfigurationError(
