@@ -72,6 +72,7 @@ KNOW_TOYLAND = (
     "evaluation.toyland_judge",
     "demo",
     "sampling.control",
+    "sampling.vocabulary",
     "ui.conditions",
     "cli",
     "benchmarks",

@@ -19,7 +19,15 @@ from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.concepts import check_distinct, split_prompt
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS, parse_controls
-from diffusers_mixofshow.sampling.drawing import GRAIN, Drawing, Given, draw, fit_layout, refuse_inpainting
+from diffusers_mixofshow.sampling.drawing import (
+    GRAIN,
+    Drawing,
+    Given,
+    draw,
+    fit_layout,
+    refuse_inpainting,
+    warn_of_strange_words,
+)
 from diffusers_mixofshow.sampling.loading import check_device
 from diffusers_mixofshow.sampling.provenance import FORMATS, warn_of_changes, write_drawn
 
@@ -77,7 +85,7 @@ def sample(
     files = number_files(output, count)
     if dry_run:
         _refuse_unknown(drawing)
-        _warn_of_unnamed(drawing)
+        _warn_of_prompts(drawing)
         tell(plan_sampling(drawing, files) | plan_replacing(*files, overwrite=overwrite), as_json=as_json)
         return
     check_device(device, dtype)
@@ -168,20 +176,17 @@ def _refuse_unknown(drawing: Drawing) -> None:
     if has_own_concepts(drawing.base):
         return
     known = [concept for pack in drawing.packs.values() for concept in pack.concepts]
-    for text in _list_prompts(drawing.plan):
+    for text in drawing.prompts:
         split_prompt(text, known)
 
 
-def _warn_of_unnamed(drawing: Drawing) -> None:
-    """Warn of concepts that no prompt names, as the pipeline does before it draws."""
+def _warn_of_prompts(drawing: Drawing) -> None:
+    """Warn of concepts that no prompt names and of words that the base does not know, as is done before drawing."""
     from diffusers_mixofshow.pipelines.remarks import remark_on_names, warn_of
 
     concepts = [concept for pack in drawing.packs.values() for concept in pack.concepts]
-    warn_of(remark_on_names(_list_prompts(drawing.plan), concepts))
-
-
-def _list_prompts(plan: Layout) -> list[str]:
-    return [plan.prompt or "", *(region.prompt for region in plan.regions)]
+    warn_of(remark_on_names(drawing.prompts, concepts))
+    warn_of_strange_words(drawing)
 
 
 def _refuse_contradictions(plan: Layout, asked: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.errors import ConfigurationError, PictureError, warn
 from diffusers_mixofshow.sampling.control import Control, add_adapters, add_controls, make_condition_image
 from diffusers_mixofshow.sampling.loading import load_base
+from diffusers_mixofshow.sampling.vocabulary import warn_of_unknown_words
 
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ class Drawing:
     dtype: str | None
 
     @property
+    def prompts(self) -> list[str]:
+        """The global prompt and those of the regions."""
+        return [self.plan.prompt or "", *(region.prompt for region in self.plan.regions)]
+
+    @property
     def way(self) -> str:
         """How the pictures are drawn, in words."""
         if self.image is not None and self.mask is not None:
@@ -148,9 +154,16 @@ def draw(drawing: Drawing, pipe: Any = None) -> Drawn:
         pipe: The base model, if it is loaded already; the packs are unloaded from it again. None loads the base.
     """
     views = _prepare_views(drawing)  # before the base is loaded, as it may fail
+    warn_of_strange_words(drawing)
     pipe = load_base(drawing.base, drawing.device, drawing.dtype) if pipe is None else pipe
     with _load_packs(pipe, drawing):
         return _draw(pipe, drawing, views)
+
+
+def warn_of_strange_words(drawing: Drawing) -> None:
+    """Warn of words that the base was never shown; not beside plain LoRAs, which bring words of their own."""
+    if all(pack.concepts for pack in drawing.packs.values()):
+        warn_of_unknown_words(drawing.base, drawing.prompts)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import re
 from collections.abc import Mapping, Sequence
 
 from diffusers_mixofshow.toyland.world import (
@@ -37,6 +38,24 @@ _PLACES = {
     "night": ("at night", "in the night"),
     "room": ("in a room", "in the room"),
 }
+
+_WORDINGS = {
+    1: ("{0} {p}", "{0} {p}", "a picture of {0} {p}", "a photo of {0} {p}", "{0}, {p}", "there is {0} {p}"),
+    2: (
+        "{0} on the left and {1} on the right {p}",
+        "{0} on the left, {1} on the right, {p}",
+        "{0} left of {1} {p}",
+        "{1} right of {0} {p}",
+        "{0} and {1} {p}",
+        "two things {p}: {0} and {1}",
+    ),
+    3: (
+        "{0}, {1} and {2} {p}",
+        "{0} on the left, {1} in the middle and {2} on the right {p}",
+        "three things {p}: {0}, {1} and {2}",
+    ),
+}
+"""Number of things in a scene to the wordings of its caption."""
 
 _CLASS_SHARES = {"critter": 0.34, "dog": 0.14, "cat": 0.12, "vase": 0.15, "chair": 0.13, "table": 0.12}
 
@@ -163,25 +182,7 @@ def word_caption(names: Sequence[str], place: str, rng: random.Random) -> str:
         place: The place's phrase, e.g. "on a beach".
         rng: Draws the wording.
     """
-    wordings: tuple[str, ...]
-    if len(names) == 1:
-        wordings = ("{0} {p}", "{0} {p}", "a picture of {0} {p}", "a photo of {0} {p}", "{0}, {p}", "there is {0} {p}")
-    elif len(names) == 2:
-        wordings = (
-            "{0} on the left and {1} on the right {p}",
-            "{0} on the left, {1} on the right, {p}",
-            "{0} left of {1} {p}",
-            "{1} right of {0} {p}",
-            "{0} and {1} {p}",
-            "two things {p}: {0} and {1}",
-        )
-    else:
-        wordings = (
-            "{0}, {1} and {2} {p}",
-            "{0} on the left, {1} in the middle and {2} on the right {p}",
-            "three things {p}: {0}, {1} and {2}",
-        )
-    return rng.choice(wordings).format(*names, p=place)
+    return rng.choice(_WORDINGS[len(names)]).format(*names, p=place)
 
 
 def _words_for(thing: Thing, coloured: bool, rng: random.Random) -> str:
@@ -200,3 +201,13 @@ def caption(scene: Scene, seed: int) -> str:
     coloured = rng.random() < 0.8
     names = [_words_for(thing, coloured, rng) for thing in scene.things]
     return word_caption(names, place_phrase(scene.background, rng), rng)
+
+
+@functools.cache
+def caption_words() -> frozenset[str]:
+    """Every word, in lower case, that a caption can have: the base was never shown another."""
+    phrases = [phrase for place in _PLACES.values() for phrase in place]
+    wordings = [wording for group in _WORDINGS.values() for wording in group]
+    colours = [colour for each in MAIN_COLOURS.values() for colour in each]
+    told = " ".join([*phrases, *wordings, *colours, *CLASSES, *residents(), "a an"])
+    return frozenset(re.findall(r"[a-z]+", told.replace("{p}", "")))
