@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 
 
 PACKAGE = PurePosixPath("diffusers_mixofshow")
-REQUIRED = ("py.typed", "__init__.py", "cli/__init__.py", "toyland/weights/README.md")
+BASES = ("toyland/weights", "toyland/sd3_weights")
+REQUIRED = ("py.typed", "__init__.py", "cli/__init__.py", *(f"{base}/README.md" for base in BASES))
 SOURCE_ALONE = ("benchmarks/toyland_base/train.py", "benchmarks/toyland_base/quality.py")
 SDIST_TOP_LEVEL = {
     *("src", "tests", "examples", "docs", "benchmarks", "constraints"),
@@ -21,12 +22,12 @@ JUNK = (".pyc", ".pt", ".pth", ".ckpt", ".log", ".orig", ".rej", ".swp")
 def problems_of(names: list[str], package: PurePosixPath) -> list[str]:
     """What is missing under `package` and what does not belong among `names`."""
     held = set(names)
-    weights = [name for name in names if PurePosixPath(name).is_relative_to(package / "toyland" / "weights")]
     missing = [f"missing: {package / name}" for name in REQUIRED if str(package / name) not in held]
     missing += [
-        f"missing: {package}/toyland/weights/**/*{end}"
+        f"missing: {package}/{base}/**/*{end}"
+        for base in BASES
         for end in (".safetensors", ".json")
-        if not any(name.endswith(end) for name in weights)
+        if not any(name.endswith(end) and PurePosixPath(name).is_relative_to(package / base) for name in names)
     ]
     junk = [f"junk: {name}" for name in names if (name.endswith(JUNK) and KEPT not in name) or "__pycache__" in name]
     return missing + junk

@@ -44,7 +44,7 @@ PROMPTS, HELD_OUT, UNSEEN = 8, 2, 4
 _MOVED = 0.3
 """How far a prompt moves the features of its tokens, relative to how far they are from each other."""
 
-RIDGES = {"ridge 0": 0.0, "ridge 1e-3": 1e-3, "ridge 1e-2": 1e-2, "ridge 1e-1": 1e-1}
+RIDGES = {"ridge 0": 0.0, "ridge 1e-3": 1e-3, "ridge 1e-2": 1e-2, "ridge 3e-2": 3e-2, "ridge 1e-1": 1e-1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from diffusers_mixofshow import GradientFuser, MixOfShowPipeline, TrainingConfig, base_models, cli, toyland
 from diffusers_mixofshow.base_models import (
     canonical_name,
+    classes_of,
     dtype_argument,
     guidance_of_unet,
+    known_family,
     list_devices,
     location_of,
     make_loading_error,
@@ -26,17 +28,30 @@ from diffusers_mixofshow.base_models import (
 )
 from diffusers_mixofshow.errors import ConfigurationError, FusionError, HubError, first_line, suggest
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
+from diffusers_mixofshow.families.recognition import recognise
+from diffusers_mixofshow.families.sd3 import STABLE_DIFFUSION_3
 
 
 ANY_CASE = ("toyland", "Toyland", "TOYLAND", "toyLand")
 
 
-@pytest.mark.parametrize("name", ANY_CASE)
-def test_the_embedded_base_is_known_in_any_case(name: str) -> None:
-    assert normalise_name(name) == canonical_name(name) == "toyland"
-    assert location_of(name) == location_of("toyland") != name
+@pytest.mark.parametrize("name", [*ANY_CASE, "toyland-sd3", "Toyland-SD3"])
+def test_the_embedded_bases_are_known_in_any_case(name: str) -> None:
+    known = name.lower()
+    assert normalise_name(name) == canonical_name(name) == known
+    assert location_of(name) == location_of(known) == str(toyland.path(known))
     assert usual_guidance(name) == 3.0
+    assert classes_of(name) == classes_of("toyland")
     assert evaluation_prompts(name, "pet") == evaluation_prompts("toyland", "pet")
+
+
+def test_the_second_base_is_a_stable_diffusion_3_and_loras_of_it_are_known_by_their_width() -> None:
+    assert known_family("toyland-sd3") is known_family(location_of("toyland-sd3")) is STABLE_DIFFUSION_3
+    site = "transformer.transformer_blocks.0.attn.add_q_proj"
+    for width, name in ((160, "toyland-sd3"), (1536, "stabilityai/stable-diffusion-3.5-medium")):
+        model = recognise({site: width})
+        assert model is not None
+        assert model.id == name
 
 
 @pytest.mark.parametrize("name", ["user/Toyland", "Toyland2", "./Toyland", "toy-land", "", "Toyland/"])
@@ -114,6 +129,7 @@ def test_names_by_which_we_and_strangers_know_a_place(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HOME", str(home))
     table = {
         location_of("toyland"): ("toyland", "toyland"),
+        location_of("toyland-sd3"): ("toyland-sd3", "toyland-sd3"),
         str(cached): ("user/name--x", "user/name--x"),
         "link": ("user/name--x", "user/name--x"),
         str(other): (str(other), "main"),

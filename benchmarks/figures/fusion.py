@@ -27,7 +27,9 @@ METHODS = {
     "closed-form": "closed form",
     "closed-form:ridge=0.0001": "closed form, ridge 1e-4",
     "closed-form:prior=0.1": "closed form, `prior=0.1`",
+    "closed-form:ridge=auto": "closed form, ridge chosen",
     "lbfgs": "LBFGS, 500 / 50 steps",
+    "ssr": "SSR-Merge's form",
     "average": "average",
     "dare": "DARE",
     "svd": "SVD",
@@ -77,6 +79,7 @@ def tables() -> dict[str, str]:
         "methods, 8 concepts": methods("retention-8", "8"),
         "methods, 14 concepts": methods("retention-14", "14"),
         "methods, 30 concepts": methods("retention-30", "30"),
+        "methods on a transformer": methods("transformer", "8", alone="each concept's own LoRA"),
         "own layers": own_layers(),
         "cheats": cheats(),
         "against LBFGS": against_lbfgs(),
@@ -120,12 +123,12 @@ def results_of(name: str, count: str = "8") -> Mapping[str, Any]:
     return results
 
 
-def methods(name: str, count: str) -> str:
+def methods(name: str, count: str, alone: str = "each concept's own ED-LoRA") -> str:
     """What each method keeps, also minus what the closed form keeps, text-alignment and drift."""
     results = results_of(name, count)
     first = results["closed-form"]
     rows = [
-        ["each concept's own ED-LoRA", "1", "", "1", "", decimals(first["text_alignment_of_single"], 3), ""],
+        [alone, "1", "", "1", "", decimals(first["text_alignment_of_single"], 3), ""],
         ["class word alone", "0", "", "0", "", decimals(first["text_alignment_of_class_word"], 3), "0"],
     ]
     for method, label in METHODS.items():

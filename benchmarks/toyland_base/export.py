@@ -43,6 +43,24 @@ def forget_origin(path: Path) -> None:
     path.write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def copy_tokenizer(source: Path, target: Path, max_length: int | None = None) -> None:
+    """Replace a tokenizer that was saved by one in the files that every transformers release reads.
+
+    Args:
+        source: Folder of these files.
+        target: Folder to replace.
+        max_length: Positions of a prompt, if other than in `source`.
+    """
+    shutil.rmtree(target)
+    target.mkdir()
+    for name in _TOKENIZER_FILES:
+        shutil.copy(source / name, target / name)
+    if max_length is not None:
+        file = target / "tokenizer_config.json"
+        told = json.loads(file.read_text(encoding="utf-8")) | {"model_max_length": max_length}
+        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
 def export_pipeline(
     folder: Path,
     *,
@@ -68,10 +86,7 @@ def export_pipeline(
     spell_text_keys(temporary / "text_encoder" / "model.safetensors")
     for part in ("unet", "vae"):
         forget_origin(temporary / part / "config.json")
-    shutil.rmtree(temporary / "tokenizer")
-    (temporary / "tokenizer").mkdir()
-    for name in _TOKENIZER_FILES:
-        shutil.copy(tokenizer_folder / name, temporary / "tokenizer" / name)
+    copy_tokenizer(tokenizer_folder, temporary / "tokenizer")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -264,7 +264,7 @@ def train_transformer(output: Path, config: LoopConfig, *, batch_size: int, pool
     def export(average: FlowObjective) -> None:
         parts = copy.deepcopy([average.model, vae, *encoders, tokenizer])
         pipeline = build_pipeline(*parts).to("cpu")
-        export_transformer_pipeline(output / "transformer_pipeline", pipeline)
+        export_transformer_pipeline(output / "transformer_pipeline", pipeline, output / "tokenizer")
 
     train_stage(
         objective,

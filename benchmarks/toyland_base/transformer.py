@@ -19,7 +19,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from benchmarks.toyland_base.autoencoder import LATENT_CHANNELS
-from benchmarks.toyland_base.export import forget_origin, spell_text_keys
+from benchmarks.toyland_base.export import copy_tokenizer, forget_origin, spell_text_keys
 
 
 TEXT_TOKENS = 32
@@ -193,7 +193,7 @@ class FlowObjective(torch.nn.Module):
         return (predicted - (noise - latents)).square().mean()
 
 
-def export_transformer_pipeline(folder: Path, pipeline: StableDiffusion3Pipeline) -> None:
+def export_transformer_pipeline(folder: Path, pipeline: StableDiffusion3Pipeline, tokenizer_folder: Path) -> None:
     """Write the pipeline to `folder` in half precision and diffusers' layout, replacing one that is there."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -202,6 +202,8 @@ def export_transformer_pipeline(folder: Path, pipeline: StableDiffusion3Pipeline
         spell_text_keys(temporary / part / "model.safetensors")
     for part in ("transformer", "vae"):
         forget_origin(temporary / part / "config.json")
+    for part in ("tokenizer", "tokenizer_2"):
+        copy_tokenizer(tokenizer_folder, temporary / part, max_length=TEXT_TOKENS)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
