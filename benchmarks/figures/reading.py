@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from judging import mean_with_interval
-
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.metrics import identity_retention
 
 
