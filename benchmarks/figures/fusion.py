@@ -27,7 +27,7 @@ METHODS = {
     "closed-form": "closed form",
     "closed-form:ridge=0.0001": "closed form, ridge 1e-4",
     "closed-form:prior=0.1": "closed form, `prior=0.1`",
-    "lbfgs": "LBFGS, 500 / 50 steps",
+    "lbfgs": "LBFGS, at most 500 / 50 steps",
     "average": "average",
     "dare": "DARE",
     "svd": "SVD",
