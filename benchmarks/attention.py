@@ -8,9 +8,9 @@ Every case is sampled in turn, round after round. A case's step is the median of
 which keys and values are made, left out. Its ratio is the median over rounds of its step beside the step of
 `StableDiffusionPipeline` with the same LoRA in the same round, and so holds on a machine that is busy now and then. On
 a CPU steps are processor time, which other work disturbs little; ratios of the clock on the wall stand beside it. The
-authors' way, as described in docs/regional_sampling.md, runs the global prompt's attention everywhere, then every
-region's, with its mask, keys, values and softmax made anew in each layer and step. Writes one JSON record to
-benchmarks/records/.
+authors' way, as docs/benchmarks_regions.md describes it, runs the global prompt's attention everywhere, then every
+region's on its slice of the same queries, with keys, values and softmax made anew in each layer and step. Writes one
+JSON record to benchmarks/records/.
 """
 
 from __future__ import annotations
@@ -48,14 +48,20 @@ from diffusers_mixofshow.toyland import path as toyland_path
 
 
 RECORDS = Path(__file__).parent / "records"
+Place = tuple[slice, slice] | tuple[torch.Tensor, torch.Tensor]
 COLUMNS = [(0.02 + 0.24 * i, 0.1, 0.02 + 0.24 * (i + 1), 0.9) for i in range(4)]
 
 
 class AuthorsProcessor:
-    """One cross-attention layer as the authors' sampler computes it."""
+    """One cross-attention layer as the authors' sampler computes it.
+
+    Queries are projected once, and a box is a slice of them. A mask, which the authors' sampler does not know, is the
+    indices of its cells. Where a region lies in a feature map is looked up once a call, as theirs is some roundings.
+    """
 
     def __init__(self, layer: int, layers: int, regions: Sequence[Region], size: tuple[int, int]) -> None:
         self.layer, self.layers, self.regions, self.size = layer, layers, regions, size
+        self.places: dict[tuple[int, int], list[Place]] = {}
 
     def __call__(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
@@ -63,21 +69,34 @@ class AuthorsProcessor:
         stacks = encoder_hidden_states.unflatten(1, (1 + len(self.regions), self.layers, -1))[:, :, self.layer]
         shrink = math.isqrt(math.prod(self.size) // hidden_states.shape[1])
         grid = (self.size[0] // shrink, self.size[1] // shrink)
-        output = self.attend(attn, hidden_states, stacks[:, 0])
-        rewritten = torch.zeros_like(output)
-        count = torch.zeros(math.prod(grid), device=output.device, dtype=output.dtype)
-        for number, region in enumerate(self.regions):
-            inside = RegionPlan([region]).weights(*grid)[1].to(output)
-            where = inside.nonzero()[:, 0]
-            rewritten[:, where] += self.attend(attn, hidden_states[:, where], stacks[:, 1 + number])
-            count += inside
-        blended = torch.where(count[None, :, None] > 0, rewritten / count.clamp(min=1)[None, :, None], output)
-        return attn.to_out[1](attn.to_out[0](blended))
+        if grid not in self.places:
+            self.places[grid] = [place_of(region, grid) for region in self.regions]
+        query = attn.to_q(hidden_states)
+        output = self.attend(attn, query, stacks[:, 0]).unflatten(1, grid)
+        count = torch.zeros(grid, device=output.device, dtype=output.dtype)
+        for place in self.places[grid]:
+            count[place] += 1
+        blended = output * (count == 0)[:, :, None]
+        for number, (rows, columns) in enumerate(self.places[grid], start=1):
+            asked = query.unflatten(1, grid)[:, rows, columns]
+            drawn = self.attend(attn, asked.flatten(1, -2), stacks[:, number]).view(asked.shape)
+            blended[:, rows, columns] += drawn / count[rows, columns][..., None]
+        return attn.to_out[1](attn.to_out[0](blended.flatten(1, 2)))
 
-    def attend(self, attn: Any, hidden_states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
-        split = [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value)]
+    def attend(self, attn: Any, query: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """What queries read of a text, whose keys and values are made anew, shape (batch, queries, channels)."""
+        split = [
+            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, attn.to_k(text), attn.to_v(text))
+        ]
         return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
+def place_of(region: Region, grid: tuple[int, int]) -> Place:
+    """Rows and columns of a region in a feature map: slices of a box, indices of a mask's cells."""
+    rows, columns = (RegionPlan([region]).weights(*grid)[1].view(grid) > 0).nonzero(as_tuple=True)
+    if region.box is None:
+        return rows, columns
+    return slice(int(rows.min()), int(rows.max()) + 1), slice(int(columns.min()), int(columns.max()) + 1)
 
 
 class AuthorsWay(MixOfShowPipeline):

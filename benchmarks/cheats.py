@@ -16,13 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from judging import is_colour, mean_with_interval, share_of_looks, subject_of
+from judging import is_colour, share_of_looks, subject_of
 from kept import markdown
 from PIL import Image
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import measure_identity
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import fill_templates
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge

@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from judging import mean_with_interval
 from PIL import Image
 
 from diffusers_mixofshow import EDLoRATrainer, MixOfShowPipeline, TrainingConfig, toyland
@@ -28,6 +27,7 @@ from diffusers_mixofshow.demo.photos import prepare_photos
 from diffusers_mixofshow.demo.settings import DemoSettings
 from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import crop_region
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES, column_boxes, name_with_class, prompt_together
 from diffusers_mixofshow.evaluation.sampling import sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
 from diffusers_mixofshow import Region, toyland
 from diffusers_mixofshow.evaluation import metrics
 from diffusers_mixofshow.evaluation.identity import InRegions, Subject
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import prompt_together
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge, hidden_attributes
 
@@ -46,24 +45,6 @@ def share_of_looks(read: Sequence[Mapping[str, str]], subject: Subject, counts: 
     """Share of those attributes read right that count, such as shapes alone."""
     wanted = {name: value for name, value in subject.attributes.items() if counts(name)}
     return metrics.attribute_accuracy(read, wanted)
-
-
-def mean_with_interval(values: Sequence[float], *, resamples: int = 2000) -> dict[str, float]:
-    """Mean, and the 95 % interval of means of as many values drawn from these (percentile bootstrap, one seed).
-
-    Args:
-        values: One for each independent picture.
-        resamples: How often values are drawn.
-
-    Returns:
-        ``mean``, ``low``, ``high``, rounded to four digits, and ``count``. Of values that are all the same the
-        interval is that value: no more can be said without a model of what was not seen.
-    """
-    numbers = torch.tensor(values, dtype=torch.float64)
-    chosen = torch.randint(len(numbers), (resamples, len(numbers)), generator=torch.Generator().manual_seed(0))
-    low, high = numbers[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    mean = numbers.mean().item()
-    return {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "count": len(values)}
 
 
 def summarise_regions(pictures: Sequence[InRegions]) -> dict[str, dict[str, float]]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import mean_with_interval, regions_of
+from judging import regions_of
 from kept import Kept, markdown
 from PIL import Image
 
@@ -44,6 +44,7 @@ from diffusers_mixofshow import (
 from diffusers_mixofshow.atomic import write_picture
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import Subject, crop_region, find_concepts_in_regions, measure_in_regions
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import (
     RECORDING_PROMPTS,
     TOGETHER_PLACES,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import confusion, mean_with_interval, regions_of, subject_of, summarise_regions
+from judging import confusion, regions_of, subject_of, summarise_regions
 from PIL import Image, ImageDraw
 from rich.console import Console
 
@@ -43,6 +43,7 @@ from diffusers_mixofshow.evaluation.identity import (
     measure_in_regions,
     retention,
 )
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import (
     HELD_OUT_PROMPTS,
     RECORDING_PROMPTS,

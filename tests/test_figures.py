@@ -144,3 +144,25 @@ def test_all_places_count_where_any_concept_may_be_found(writing: ModuleType) ->
         "| `<bobo>` | 3 | | 1 |",
         "| `<kiki>` | 2 | | |",
     ]
+
+
+def test_places_without_the_one_that_was_asked_for_are_counted(writing: ModuleType) -> None:
+    counts = {"bobo": {"bobo": 3, "": 1}, "kiki": {"bobo": 2}}
+    assert importlib.import_module("figures.regions").wrong_places(counts) == {"bobo": 1, "kiki": 2}
+
+
+def test_a_concept_of_the_demo_is_sought_where_its_picture_asked_for_it(writing: ModuleType) -> None:
+    """Concepts move on by one place from picture to picture, so that each stands everywhere."""
+    found = [["bobo", "kiki", "rex"], ["kiki", "", "bobo"], ["rex", "bobo", "kiki"], ["rex", "rex", "kiki"]]
+    content = {
+        "settings": {"concepts": ["bobo", "kiki", "rex", "ming"]},
+        "concepts_found_in_regions": {"regional": found},
+    }
+    demo = importlib.import_module("figures.demo")
+    assert demo.places_of(content, "rex") == (2, 4)
+    assert demo.places_of(content, "kiki") == (3, 4)
+
+
+def test_no_share_is_minus_nothing(writing: ModuleType) -> None:
+    reading = importlib.import_module("figures.reading")
+    assert [reading.percent(share) for share in (-0.004, 0.004, -0.006, 0.985)] == ["0", "0", "-1", "98"]

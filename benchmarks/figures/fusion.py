@@ -28,7 +28,7 @@ METHODS = {
     "closed-form:ridge=0.0001": "closed form, ridge 1e-4",
     "closed-form:prior=0.1": "closed form, `prior=0.1`",
     "closed-form:ridge=auto": "closed form, ridge chosen",
-    "lbfgs": "LBFGS, 500 / 50 steps",
+    "lbfgs": "LBFGS, at most 500 / 50 steps",
     "ssr": "SSR-Merge's form",
     "average": "average",
     "dare": "DARE",

@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from judging import mean_with_interval
-
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.metrics import identity_retention
 
 
@@ -54,8 +53,8 @@ def printed_record(name: str) -> Any:
 
 
 def percent(share: float) -> str:
-    """A share as whole per cent, without the sign."""
-    return f"{100 * share:.0f}"
+    """A share as whole per cent, without the sign; never minus zero."""
+    return decimals(100 * share, 0)
 
 
 def decimals(value: float, digits: int = 2) -> str:

@@ -73,6 +73,9 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     assert [f"{number}/6" in log.getvalue() for number in range(1, 8)] == [True] * 6 + [False]
     assert set(report["identity_retention"]) == {"average", "fused"}
     assert set(report["right_concept_in_region"]) == {"regional", "unguided"}
+    assert report.keys() >= {"command", "commit", "time", "machine", "versions", "settings"}
+    for method, found in report["right_concept_in_region"].items():
+        assert report["intervals"]["right_concept_in_region"][method]["regions"]["mean"] == found["regions"]
     shares = report["right_concept_in_region"]
     summary = " ".join(log.getvalue().split())
     regional, unguided = (shares[method]["regions"] for method in ("regional", "unguided"))

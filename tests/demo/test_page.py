@@ -19,6 +19,7 @@ from PIL import Image
 
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.demo import DemoSettings
+from diffusers_mixofshow.demo.intervals import FUSED_MINUS_AVERAGE, Intervals
 from diffusers_mixofshow.demo.measuring import Measures
 from diffusers_mixofshow.demo.page import write_page
 from diffusers_mixofshow.demo.sampling import METHODS, Pictures
@@ -37,6 +38,24 @@ def pixel_of(source: str) -> list[int]:
     return np.asarray(Image.open(io.BytesIO(content)))[0, 0].tolist()
 
 
+def interval(mean: float, low: float, high: float) -> dict[str, float]:
+    return {"mean": mean, "low": low, "high": high, "count": 2}
+
+
+def intervals(attributes: bool, more: dict[str, float]) -> Intervals:
+    """All alike, but for the difference between fused and average."""
+    looks = interval(0.5, 0.17, 0.83) if attributes else None
+    alike = interval(0.75, 0.701, 0.799)
+    return Intervals(
+        mean={key: {"alignment": alike, "attributes": looks, "nearest": alike} for key in ("photos", *METHODS)},
+        retention={
+            **{key: {"alignment": alike, "attributes": looks} for key in ("average", "fused")},
+            FUSED_MINUS_AVERAGE: {"alignment": more, "attributes": more if attributes else None},
+        },
+        regions={key: {"regions": alike, "whole_pictures": alike, "looks": looks} for key in ("regional", "unguided")},
+    )
+
+
 def page(
     tmp_path: Path,
     *,
@@ -45,6 +64,7 @@ def page(
     found: Sequence[Sequence[str]] = (("bobo", "kiki"),),
     orders: Sequence[tuple[str, ...]] = (("bobo", "kiki"),),
     drawn: Sequence[str] = ("blue",),
+    more: dict[str, float] | None = None,
 ) -> str:
     names = ("bobo", "kiki")
     identity = Identity(alignment=0.75, attributes=attributes, nearest=1.0)
@@ -67,6 +87,7 @@ def page(
             "regional": {"regions": 1.0, "whole_pictures": 1.0, "looks": None if attributes is None else 0.77},
             "unguided": {"regions": 0.5, "whole_pictures": 0.0, "looks": None if attributes is None else 0.33},
         },
+        intervals=intervals(attributes is not None, more or interval(0.51, 0.4, 0.6)),
     )
     report = {
         "command": command,
@@ -101,6 +122,31 @@ def test_without_attributes_the_page_falls_back_to_image_alignment(tmp_path: Pat
     text = page(tmp_path, attributes=None)
     assert "<b>93&nbsp;%</b>" in text
     assert "of the looks" not in text
+
+
+def test_the_page_says_how_sure_its_numbers_are(tmp_path: Path) -> None:
+    text = page(tmp_path)
+    assert text.count("<small>(70 to 80&nbsp;%)</small>") == 2 + len(METHODS) + 1 + 2  # tiles, nearest, alignment kept
+    assert text.count("<small>(17 to 83&nbsp;%)</small>") == 2 + len(METHODS) + 1 + 2  # tiles, looks, looks kept
+    assert text.count("<small>(0.701 to 0.799)</small>") == len(METHODS) + 1
+    assert "Likely ranges: 70 to 80&nbsp;% of the places, 70 to 80&nbsp;% of the pictures, 17 to 83&nbsp;% of" in text
+    assert "Fusing keeps 51 points more than averaging (40 to 60)." in text
+
+
+def test_a_difference_that_may_be_none_is_called_chance(tmp_path: Path) -> None:
+    text = " ".join(page(tmp_path, more=interval(0.05, -0.02, 0.11)).split())
+    assert "Fusing keeps 5 points more than averaging (-2 to 11: 0 lies in it, so this may be chance)." in text
+    for low in (0.002, -0.002):
+        near = " ".join(page(tmp_path, more=interval(0.05, low, 0.11)).split())
+        assert "(0 to 11: 0 lies in it, so this may be chance)" in near
+    assert "may be chance" not in page(tmp_path, more=interval(0.05, 0.01, 0.11))
+
+
+def test_without_attributes_the_ranges_are_those_of_image_alignment(tmp_path: Path) -> None:
+    text = page(tmp_path, attributes=None)
+    assert "17 to 83" not in text
+    assert "70 to 80&nbsp;% of the pictures.</p>" in text
+    assert "<small>(70 to 80&nbsp;%)</small></div>" in text
 
 
 def test_text_is_escaped_and_tags_are_closed(tmp_path: Path) -> None:

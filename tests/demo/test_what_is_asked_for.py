@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.demo import sampling
+from diffusers_mixofshow.demo.intervals import FUSED_MINUS_AVERAGE, Intervals
 from diffusers_mixofshow.demo.measuring import Measures, measure_all
 from diffusers_mixofshow.demo.page import write_page
 from diffusers_mixofshow.demo.photos import prepare_photos
@@ -21,6 +22,7 @@ from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.demo.tuning import tuning_config
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.identity import NOBODY, Identity
+from diffusers_mixofshow.evaluation.intervals import Interval
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement
 from diffusers_mixofshow.training import TrainingConfig
@@ -203,7 +205,31 @@ def test_shares_of_painted_pictures_are_those_that_one_counts(tmp_path: Path, at
     assert measures.regions["unguided"] == {
         "regions": 0.5, "whole_pictures": 0.0, "looks": 0.5 if attributes else None,
     }  # fmt: skip
+    sure = measures.intervals
+    for method, mean in measures.mean.items():
+        for measure, value in dataclasses.asdict(mean).items():
+            spread = sure.mean[method][measure]
+            assert value is None if spread is None else spread["mean"] == pytest.approx(value, abs=1e-4)
+    # One concept keeps a half and the other nothing: both may be drawn twice.
+    assert sure.retention["average"]["attributes"] == (
+        {"mean": 0.25, "low": 0.0, "high": 0.75, "count": 4} if attributes else None
+    )
+    for method, shares_kept in measures.retention.items():
+        for measure, value in shares_kept.items():
+            spread = sure.retention[method][measure]
+            assert value is None if spread is None else spread["mean"] == pytest.approx(value, abs=1e-3)
+    more = sure.retention[FUSED_MINUS_AVERAGE]["attributes"]
+    assert more == ({"mean": 0.5, "low": 0.0, "high": 1.0, "count": 4} if attributes else None)
+    assert sure.regions["regional"]["regions"] == {"mean": 0.5, "low": 0.0, "high": 1.0, "count": 2}
+    assert sure.regions["unguided"]["regions"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "count": 2}
+    looks = {"mean": 0.5, "low": 0.0, "high": 1.0, "count": 2} if attributes else None
+    assert sure.regions["regional"]["looks"] == looks
     record = measures.as_record()
+    assert record["intervals"] == {
+        "mean_identity": sure.mean,
+        "identity_retention": sure.retention,
+        "right_concept_in_region": sure.regions,
+    }
     assert record["identity"]["average"]["ruby"]["nearest"] == 0.5
     assert record["mean_identity"]["fused"] == measures.mean["fused"].as_record()
     assert record["identity_retention"] == measures.retention
@@ -259,6 +285,23 @@ class Reader(HTMLParser):
             self.cells[-1][-1] += f"{text} "
 
 
+def spread(methods: Sequence[str], count: Iterator[int]) -> Intervals:
+    """Intervals of which no two numbers are alike."""
+
+    def interval() -> Interval:
+        mean, low, high = (next(count) / 1000 for _ in range(3))
+        return {"mean": mean, "low": low, "high": high, "count": 2}
+
+    def of(*measures: str) -> dict[str, Interval | None]:
+        return {measure: interval() for measure in measures}
+
+    return Intervals(
+        mean={method: of("alignment", "attributes", "nearest") for method in methods},
+        retention={name: of("alignment", "attributes") for name in ("average", "fused", FUSED_MINUS_AVERAGE)},
+        regions={name: of("regions", "whole_pictures", "looks") for name in ("regional", "unguided")},
+    )
+
+
 def test_the_page_tells_every_number_where_it_belongs(tmp_path: Path) -> None:
     """No two numbers are alike."""
     count = iter(range(10, 99))
@@ -269,6 +312,7 @@ def test_the_page_tells_every_number_where_it_belongs(tmp_path: Path) -> None:
     methods, names = ("photos", *METHODS), ("ruby", "azure")
     each = {method: {name: identity() for name in names} for method in methods}
     measures = Measures(
+        intervals=spread(methods, iter(range(100, 999))),
         identity=each,
         mean={method: identity() for method in methods},
         retention={name: {"alignment": next(count) / 100, "attributes": next(count) / 100}
@@ -291,11 +335,20 @@ def test_the_page_tells_every_number_where_it_belongs(tmp_path: Path) -> None:
     def told(value: float | None) -> str:
         return "\N{EN DASH}" if value is None else f"{round(100 * value)} %"
 
-    kept, regions = measures.retention, measures.regions
+    def between(interval: Interval | None) -> str:
+        return "" if interval is None else f"{100 * interval['low']:.0f} to {100 * interval['high']:.0f} %"
+
+    def beside(value: float | None, interval: Interval | None) -> str:
+        return told(value) + (f" ({between(interval)})" if interval else "")
+
+    kept, regions, sure = measures.retention, measures.regions, measures.intervals
     shares = [regions["regional"]["regions"], regions["unguided"]["regions"],
               kept["fused"]["attributes"], kept["average"]["attributes"]]  # fmt: skip
     assert [tile.split(" %")[0] for tile in page.tiles] == [str(round(100 * share)) for share in shares]
-    rows = {row[0].split()[0]: [cell.strip() for cell in row[1:]] for row in page.cells if row[0].strip()}
+    ranges = [sure.regions["regional"]["regions"], sure.regions["unguided"]["regions"],
+              sure.retention["fused"]["attributes"], sure.retention["average"]["attributes"]]  # fmt: skip
+    assert [tile.split("(")[1].strip() for tile in page.tiles] == [f"{between(each)})" for each in ranges]
+    rows = {row[0].split()[0]: [" ".join(cell.split()) for cell in row[1:]] for row in page.cells if row[0].strip()}
     for name in names:
         captions = [
             f"looks read right {told(one.attributes)} like the photos {one.alignment:.3f} "
@@ -306,9 +359,12 @@ def test_the_page_tells_every_number_where_it_belongs(tmp_path: Path) -> None:
         assert said == captions
     for method, one in measures.mean.items():
         mine = kept.get(method, {"attributes": None, "alignment": None})
+        own, left = sure.mean[method], sure.retention.get(method, {})
+        low, high = (own["alignment"][end] for end in ("low", "high"))
         assert rows[method.split()[0]] == [
-            told(one.attributes), told(mine["attributes"]), f"{one.alignment:.3f}", told(mine["alignment"]),
-            told(one.nearest),
+            beside(one.attributes, own["attributes"]), beside(mine["attributes"], left.get("attributes")),
+            f"{one.alignment:.3f} ({low:.3f} to {high:.3f})", beside(mine["alignment"], left.get("alignment")),
+            beside(one.nearest, own["nearest"]),
         ]  # fmt: skip
     for title, shares in zip(page.titles[:2], regions.values(), strict=True):
         assert title.endswith(
@@ -316,6 +372,10 @@ def test_the_page_tells_every_number_where_it_belongs(tmp_path: Path) -> None:
             f"{told(shares['whole_pictures'])} of the pictures; {told(shares['looks'])} of the looks read right in "
             "their places"
         )
+    for shares in sure.regions.values():
+        places, whole, looks = (between(shares[name]) for name in ("regions", "whole_pictures", "looks"))
+        said = f"Likely ranges: {places} of the places, {whole} of the pictures, {looks} of the looks."
+        assert said in " ".join(text.replace("&nbsp;", " ").split())
     assert page.titles[1].startswith("The same layout")
     assert page.marks[:2] == [("right", "ruby ✓"), ("wrong", "none of them ✗ (asked: azure)")]
     assert page.marks[-2:] == [("wrong", "azure ✗ (asked: ruby)"), ("right", "azure ✓")]

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from benchmarks.judging import mean_with_interval
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation import metrics
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 
 
 X = torch.tensor([[1.0, 0.0]])

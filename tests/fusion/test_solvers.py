@@ -169,7 +169,10 @@ def _objective(delta: torch.Tensor, updates: list[Factors], features: list[torch
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
 def test_lbfgs_on_statistics_is_lbfgs_on_features(steps: int) -> None:
-    """The paper's solver on all of W: the same iterates. B lies along axes, as the first step is not turned."""
+    """The paper's solver on all of W, with the authors' tolerances: the same iterates.
+
+    B lies along axes, as the first step is not turned.
+    """
     updates, features = _concepts(3)
     places = torch.randperm(OUT, generator=torch.Generator().manual_seed(2)).split(RANK)
     updates = [
@@ -180,7 +183,13 @@ def test_lbfgs_on_statistics_is_lbfgs_on_features(steps: int) -> None:
     ]
     dense = torch.zeros(OUT, IN, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [dense], lr=1, max_iter=steps, history_size=25, line_search_fn="strong_wolfe", tolerance_grad=1e-12
+        [dense],
+        lr=1,
+        max_iter=steps,
+        history_size=25,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-16,
+        tolerance_change=1e-16,
     )
 
     def closure() -> torch.Tensor:

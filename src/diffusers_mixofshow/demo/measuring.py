@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffusers_mixofshow.demo.intervals import Intervals, spread_of_identity, spread_of_regions, spread_of_retention
 from diffusers_mixofshow.demo.photos import read_photo_images
 from diffusers_mixofshow.demo.sampling import Pictures
 from diffusers_mixofshow.demo.settings import DemoConcept
@@ -37,6 +38,7 @@ class Measures:
         found: Method (``regional``, ``unguided``) to the concept found in every region of every picture.
         regions: Method to the shares of ``regions`` and ``whole_pictures`` with the right concepts, and of ``looks``
             (attributes) read right in regions, None if these are not known.
+        intervals: How sure `mean`, `retention` and `regions` are.
     """
 
     identity: dict[str, dict[str, Identity]]
@@ -44,6 +46,7 @@ class Measures:
     retention: dict[str, dict[str, float | None]]
     found: dict[str, list[list[str]]]
     regions: dict[str, dict[str, float | None]]
+    intervals: Intervals
 
     def as_record(self) -> dict[str, Any]:
         """All numbers as JSON values."""
@@ -56,6 +59,11 @@ class Measures:
             "identity_retention": self.retention,
             "right_concept_in_region": self.regions,
             "concepts_found_in_regions": self.found,
+            "intervals": {
+                "mean_identity": self.intervals.mean,
+                "identity_retention": self.intervals.retention,
+                "right_concept_in_region": self.intervals.regions,
+            },
         }
 
 
@@ -64,17 +72,17 @@ def measure_all(concepts: Sequence[DemoConcept], pictures: Pictures, judge: Judg
     photos = {concept.name: read_photo_images(concept) for concept in concepts}
     subjects = [_make_subject(concept, photos[concept.name], judge) for concept in concepts]
     alone: Mapping[str, Mapping[str, Sequence[Image.Image]]] = {"photos": photos, **pictures.alone}
+    each = {method: _measure_each(of_method, subjects, judge) for method, of_method in alone.items()}
     identity = {
-        method: {
-            subject.name: measure_identity(of_method[subject.name], subject, subjects, judge) for subject in subjects
-        }
-        for method, of_method in alone.items()
+        method: {name: mean_identity(of_concept) for name, of_concept in of_method.items()}
+        for method, of_method in each.items()
     }
     mean = {method: mean_identity(list(of_method.values())) for method, of_method in identity.items()}
     meeting = [subject for subject in subjects if subject.name in pictures.order[0]]
     boxes = column_boxes(len(meeting))
     together = {"regional": pictures.regional, "unguided": pictures.unguided}
     found = {method: find_concepts_in_regions(images, boxes, meeting, judge) for method, images in together.items()}
+    looks = {method: _measure_looks(images, pictures, meeting, judge) for method, images in together.items()}
     return Measures(
         identity=identity,
         mean=mean,
@@ -83,27 +91,42 @@ def measure_all(concepts: Sequence[DemoConcept], pictures: Pictures, judge: Judg
         },
         found=found,
         regions={
-            method: {
-                **region_accuracy(found[method], pictures.order),
-                "looks": _measure_looks(images, pictures, meeting, judge),
-            }
-            for method, images in together.items()
+            method: {**region_accuracy(found[method], pictures.order), "looks": _mean_looks(looks[method])}
+            for method in together
         },
+        intervals=Intervals(
+            mean={method: spread_of_identity(of_method) for method, of_method in each.items()},
+            retention=spread_of_retention(each, mean["single"], mean["class word"]),
+            regions={method: spread_of_regions(found[method], pictures.order, looks[method]) for method in together},
+        ),
     )
+
+
+def _measure_each(
+    pictures: Mapping[str, Sequence[Image.Image]], subjects: Sequence[Subject], judge: Judge
+) -> dict[str, list[Identity]]:
+    """Concept name to the identity of each of its pictures."""
+    return {
+        subject.name: [measure_identity([picture], subject, subjects, judge) for picture in pictures[subject.name]]
+        for subject in subjects
+    }
 
 
 def _measure_looks(
     images: Sequence[Image.Image], pictures: Pictures, meeting: Sequence[Subject], judge: Judge
-) -> float | None:
-    """Share of the right concept's attributes read in regions; None if attributes are not known."""
+) -> list[float] | None:
+    """Share of the right concept's attributes read in regions, of each picture; None if attributes are not known."""
     if not all(subject.attributes for subject in meeting):
         return None
     by_name, boxes = {subject.name: subject for subject in meeting}, column_boxes(len(meeting))
-    judged = [
-        measure_in_regions(image, boxes, [by_name[name] for name in names], judge)
+    return [
+        measure_in_regions(image, boxes, [by_name[name] for name in names], judge).looks
         for image, names in zip(images, pictures.order, strict=True)
     ]
-    return round(sum(each.looks for each in judged) / len(judged), 4)
+
+
+def _mean_looks(looks: Sequence[float] | None) -> float | None:
+    return None if looks is None else round(sum(looks) / len(looks), 4)
 
 
 def _make_subject(concept: DemoConcept, photos: Sequence[Image.Image], judge: Judge) -> Subject:

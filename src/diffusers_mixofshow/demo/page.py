@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffusers_mixofshow.atomic import encode_picture, write_whole
+from diffusers_mixofshow.demo.intervals import FUSED_MINUS_AVERAGE
 from diffusers_mixofshow.demo.measuring import Measures
 from diffusers_mixofshow.demo.sampling import METHODS, Pictures
 from diffusers_mixofshow.demo.settings import DemoConcept
@@ -52,6 +53,7 @@ def write_page(
         measures=measures,
         report=report,
         methods=METHODS,
+        difference=FUSED_MINUS_AVERAGE,
         commands=_commands(path.parent, class_words, pictures.order[best], pictures.regional[best].size),
     )
     write_whole(path, text.encode())

@@ -226,11 +226,9 @@ def _make_record(measures: Measures, settings: DemoSettings, seconds: Mapping[st
     from diffusers_mixofshow.evaluation import record
 
     return {
-        "command": record.command(),
+        **record.run_info(Path(__file__).parent),
         "settings": {name: _as_json(value) for name, value in asdict(settings).items()},
         "seconds": dict(seconds),
-        "versions": record.versions(),
-        "machine": record.machine(),
         **measures.as_record(),
     }
 
@@ -255,4 +253,4 @@ def _print_summary(measures: Measures, stages: _Stages, console: Console) -> Non
     for name, measure in (("Right concept in its region", "regions"), ("Looks read right there", "looks")):
         shares = [percent(measures.regions[method][measure]) for method in ("regional", "unguided")]
         console.print(f"{name}: {shares[0]} with regions, {shares[1]} without")
-    console.print(f"[dim]{sum(stages.seconds.values()):.0f} s[/dim]")
+    console.print(f"[dim]How sure each number is stands on the page. {sum(stages.seconds.values()):.0f} s[/dim]")

@@ -16,6 +16,11 @@ from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.fusion.gram import DenseGram, Gram, Inverse, multiply_by_transpose
 
 
+LBFGS_TOLERANCE = 1e-16
+"""Change of the objective or of the weights, and size of the gradient, at which the paper's solver stops early (the
+authors' code). torch's own defaults, 1e-9 and 1e-7, end it long before its steps are done."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Factors:
     """A low-rank update ``up @ down`` of one layer's weight, all scaling included.
@@ -118,7 +123,7 @@ def lbfgs(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, *, step
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
         targets: See `target_rows`, (sum_i r_i, in_features).
         gram: G, (in_features, in_features).
-        steps: LBFGS iterations; the paper takes 500 for text layers and text keys and values, 50 for the rest.
+        steps: LBFGS iterations at most; the paper takes 500 for text layers and text keys and values, 50 for the rest.
         history: Number of past steps from which the curvature is estimated.
     """
     basis, mixing = torch.linalg.qr(_concatenate_ups(updates))  # (out, rank), (rank, sum r_i)
@@ -127,7 +132,13 @@ def lbfgs(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, *, step
     per_feature = 1 / max(1, basis.shape[0])
     moving = torch.zeros_like(target, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [moving], lr=1, max_iter=steps, history_size=history, line_search_fn="strong_wolfe", tolerance_grad=1e-12
+        [moving],
+        lr=1,
+        max_iter=steps,
+        history_size=history,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=LBFGS_TOLERANCE,
+        tolerance_change=LBFGS_TOLERANCE,
     )
 
     def closure() -> torch.Tensor:
