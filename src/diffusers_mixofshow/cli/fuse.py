@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusers_mixofshow.atomic import check_outputs, refuse_overwriting
+from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import known_family
 from diffusers_mixofshow.cli.base_model import Base, find_common_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
@@ -182,22 +182,14 @@ def _refuse_unwritable(output: Path, heat_map: Path | None) -> None:
     check_outputs(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]), overwrite=True)
 
 
-def _find_replaced(
-    output: Path, heat_map: Path | None, gathered: Sequence[Source], *, carried: bool, overwrite: bool
-) -> list[Path]:
+def _find_replaced(output: Path, heat_map: Path | None, gathered: Sequence[Source], **allowed: bool) -> list[Path]:
     """Find the files and folders that are written, or removed as outdated; raises if they may not be replaced."""
     from diffusers_mixofshow.edlora.file import FILE_NAME
-    from diffusers_mixofshow.fusion.pack_sources import check_carried, find_replaced, refuse_replacing
+    from diffusers_mixofshow.fusion.pack_sources import find_replaced
     from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 
-    if carried:
-        check_carried(gathered)
-    plain = not any(source.edlora.concepts for source in gathered)
-    replaced = find_replaced(output, PLAIN_NAME if plain else FILE_NAME, gathered)
-    replaced += [] if heat_map is None else [heat_map]
-    refuse_replacing(gathered, *replaced, carried=carried)
-    refuse_overwriting(*replaced, overwrite=overwrite)
-    return replaced
+    file_name = FILE_NAME if any(source.edlora.concepts for source in gathered) else PLAIN_NAME
+    return find_replaced(output, file_name, gathered, *([] if heat_map is None else [heat_map]), **allowed)
 
 
 def _make_fuser(
@@ -261,7 +253,7 @@ def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:
 
 
 def _has_statistics(source: Source) -> bool:
-    return source.statistics is not None and not source.misfits(source.statistics)
+    return not source.misfits
 
 
 def _plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,10 @@ from diffusers_mixofshow.sampling.control import ADAPTER_HELP, CONTROL_HELP
 from diffusers_mixofshow.sampling.drawing import GRAIN
 
 
-_REGIONS, _FOLLOWED, _SETTINGS, _RESULT = "Regions", "Pictures to start from and to follow", "Settings", "Result"
+_region_option = partial(typer.Option, rich_help_panel="Regions")
+_followed_option = partial(typer.Option, rich_help_panel="Pictures to start from and to follow")
+_setting_option = partial(typer.Option, rich_help_panel="Settings")
+_result_option = partial(typer.Option, rich_help_panel="Result")
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -34,139 +38,89 @@ NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid. (defaul
 
 Region = Annotated[
     list[str] | None,
-    typer.Option(
+    _region_option(
         help="'left,top,right,bottom:prompt' with fractions of the picture, or 'mask=FILE:prompt', white inside. "
         "Settings follow a comma before the colon: weight=, feather=, order=, guidance_scale=, start=, end=, "
-        "control_scale=, rounding=. May be repeated.",
-        rich_help_panel=_REGIONS,
+        "control_scale=, rounding=. May be repeated."
     ),
 ]
 LayoutFile = Annotated[
     Path | None,
-    typer.Option(
-        help="JSON file with prompt, size and regions, see docs/regional_sampling.md; or a picture from 'sample'.",
-        rich_help_panel=_REGIONS,
+    _region_option(
+        help="JSON file with prompt, size and regions, see docs/regional_sampling.md; or a picture from 'sample'."
     ),
 ]
 Isolate = Annotated[
-    bool,
-    typer.Option(
-        "--isolation",
-        help="Keep the regions apart in self-attention, too.",
-        rich_help_panel=_REGIONS,
-        show_default=False,
-    ),
+    bool, _region_option("--isolation", help="Keep the regions apart in self-attention, too.", show_default=False)
 ]
 IsolationSteps = Annotated[
-    str | None,
-    typer.Option(help="Part of the steps with isolation: '0,0.5'. (default: all)", rich_help_panel=_REGIONS),
+    str | None, _region_option(help="Part of the steps with isolation: '0,0.5'. (default: all)")
 ]
 IsolationScales = Annotated[
     str | None,
-    typer.Option(
-        help="Feature maps with isolation, by the width of their cells in latent cells: '2,4,8'. (default: all)",
-        rich_help_panel=_REGIONS,
+    _region_option(
+        help="Feature maps with isolation, by the width of their cells in latent cells: '2,4,8'. (default: all)"
     ),
 ]
 Drafted = Annotated[
     bool | None,
-    typer.Option(
+    _region_option(
         "--draft/--no-draft",
         help="Draw every region alone in a few steps, then put it into the picture, so that its prompt need not "
         "describe the others. (default: on, but not with --image, --control or --adapter)",
-        rich_help_panel=_REGIONS,
     ),
 ]
 Refine = Annotated[
     bool,
-    typer.Option(
-        "--refine",
-        help="Redraw every region at a higher resolution in the end, from its own prompt.",
-        rich_help_panel=_REGIONS,
-    ),
+    _region_option("--refine", help="Redraw every region at a higher resolution in the end, from its own prompt."),
 ]
 
-Image = Annotated[Path | None, typer.Option(help="Picture to start from: image to image.", rich_help_panel=_FOLLOWED)]
-Mask = Annotated[
-    Path | None,
-    typer.Option(help="White where --image is to be redrawn: inpainting.", rich_help_panel=_FOLLOWED),
-]
+Image = Annotated[Path | None, _followed_option(help="Picture to start from: image to image.")]
+Mask = Annotated[Path | None, _followed_option(help="White where --image is to be redrawn: inpainting.")]
 Strength = Annotated[
     float | None,
-    typer.Option(
-        help="How strongly --image is redrawn, above 0 and up to 1. (default: 0.8; with --mask: 1)",
-        rich_help_panel=_FOLLOWED,
-    ),
+    _followed_option(help="How strongly --image is redrawn, above 0 and up to 1. (default: 0.8; with --mask: 1)"),
 ]
-Control = Annotated[list[str] | None, typer.Option(help=CONTROL_HELP, rich_help_panel=_FOLLOWED)]
-Adapter = Annotated[list[str] | None, typer.Option(help=ADAPTER_HELP, rich_help_panel=_FOLLOWED)]
+Control = Annotated[list[str] | None, _followed_option(help=CONTROL_HELP)]
+Adapter = Annotated[list[str] | None, _followed_option(help=ADAPTER_HELP)]
 ControlScale = Annotated[
     list[float] | None,
-    typer.Option(
-        help="Strength of --control or --adapter: one for all, or one for each, in their order. (default: 1)",
-        rich_help_panel=_FOLLOWED,
+    _followed_option(
+        help="Strength of --control or --adapter: one for all, or one for each, in their order. (default: 1)"
     ),
 ]
 
 Seed = Annotated[
     int,
-    typer.Option(
-        min=-_LARGEST_SEED,
-        max=_LARGEST_SEED,
-        help="Seed of the first picture; the next has the next seed.",
-        rich_help_panel=_SETTINGS,
+    _setting_option(
+        min=-_LARGEST_SEED, max=_LARGEST_SEED, help="Seed of the first picture; the next has the next seed."
     ),
 ]
-Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.", rich_help_panel=_SETTINGS)]
+Steps = Annotated[int, _setting_option(min=1, max=MOST_STEPS, help="Denoising steps.")]
 Guidance = Annotated[
-    float | None,
-    typer.Option(
-        help="Classifier-free guidance scale. (default: 7.5; SDXL: 5; toyland: 3)", rich_help_panel=_SETTINGS
-    ),
+    float | None, _setting_option(help="Classifier-free guidance scale. (default: 7.5; SDXL: 5; toyland: 3)")
 ]
 LoraScale = Annotated[
     list[float] | None,
-    typer.Option(
-        help="Strength of the concepts' weight updates: one for all --concepts, or one for each. (default: 1)",
-        rich_help_panel=_SETTINGS,
+    _setting_option(
+        help="Strength of the concepts' weight updates: one for all --concepts, or one for each. (default: 1)"
     ),
 ]
 Width = Annotated[
-    int | None,
-    typer.Option(
-        min=GRAIN,
-        help="Width in pixels. (default: the layout's, the image's or the model's)",
-        rich_help_panel=_SETTINGS,
-    ),
+    int | None, _setting_option(min=GRAIN, help="Width in pixels. (default: the layout's, the image's or the model's)")
 ]
 Height = Annotated[
     int | None,
-    typer.Option(
-        min=GRAIN,
-        help="Height in pixels. (default: the layout's, the image's or the model's)",
-        rich_help_panel=_SETTINGS,
-    ),
+    _setting_option(min=GRAIN, help="Height in pixels. (default: the layout's, the image's or the model's)"),
 ]
 Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Where to draw, such as cuda or cpu. (default: cuda if there is one)", rich_help_panel=_SETTINGS
-    ),
+    str | None, _setting_option(help="Where to draw, such as cuda or cpu. (default: cuda if there is one)")
 ]
 WeightType = Annotated[
     Dtype | None,
-    typer.Option(
-        "--dtype",
-        help="Type of the weights. (default: float16 on cuda but for toyland, else float32)",
-        rich_help_panel=_SETTINGS,
-    ),
+    _setting_option("--dtype", help="Type of the weights. (default: float16 on cuda but for toyland, else float32)"),
 ]
 
-Output = Annotated[
-    Path,
-    typer.Option(help="PNG, JPEG or WebP file; several pictures get numbers.", rich_help_panel=_RESULT),
-]
-Count = Annotated[int, typer.Option(min=1, help="How many pictures.", rich_help_panel=_RESULT)]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print files, seeds and settings as JSON.", rich_help_panel=_RESULT)
-]
+Output = Annotated[Path, _result_option(help="PNG, JPEG or WebP file; several pictures get numbers.")]
+Count = Annotated[int, _result_option(min=1, help="How many pictures.")]
+AsJson = Annotated[bool, _result_option("--json", help="Print files, seeds and settings as JSON.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from diffusers_mixofshow.edlora import EDLoRA
@@ -25,10 +25,7 @@ def refuse_unfusable(pipe: Any) -> None:
     Raises:
         FusionError: Says what was given, and how to get a usable pipeline.
     """
-    if pipe is None:
-        return
-    defect = _defect(pipe)
-    if defect:
+    if pipe is not None and (defect := _defect(pipe)):
         raise FusionError(f"GradientFuser needs a loaded MixOfShowPipeline, got {defect}.")
 
 
@@ -103,20 +100,14 @@ def set_aside(pipe: Any) -> Iterator[None]:
 @contextmanager
 def load_source(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
     """Load an ED-LoRA or a plain LoRA, or nothing, inside the block."""
-    if edlora is None:
+    with ExitStack() as undo:
+        if edlora is not None and loads_concepts(pipe):
+            pipe.load_edlora(edlora)
+            undo.callback(pipe.unload_edlora)
+        elif edlora is not None:
+            inject(pipe.components, edlora, _ADAPTER)
+            undo.callback(eject, pipe.components, _ADAPTER)
         yield
-    elif loads_concepts(pipe):
-        pipe.load_edlora(edlora)
-        try:
-            yield
-        finally:
-            pipe.unload_edlora()
-    else:
-        inject(pipe.components, edlora, _ADAPTER)
-        try:
-            yield
-        finally:
-            eject(pipe.components, _ADAPTER)
 
 
 def _list_families() -> str:

@@ -47,20 +47,9 @@ class FusablePipeline(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """How concepts are sampled while their layer inputs are recorded.
+    """How concepts are sampled while their layer inputs are recorded; see `FusionConfig` for the other fields.
 
     Args:
-        steps: Denoising steps; of DPM-Solver for Stable Diffusion.
-        guidance_scale: Guidance; above 1 the conditional and the unconditional half are recorded. None is the model's
-            usual value.
-        negative_prompt: Prompt of the unconditional half; None is the empty prompt.
-        seeds: Every prompt is sampled once with each of them.
-        batch_size: Pictures sampled together.
-        text_tokens: Positions of a prompt that are recorded in the text encoder: ``all`` 77, the ``unpadded`` ones
-            up to the end token, or of these the ``concept`` tokens and the end token. For prompts without concepts,
-            as of plain LoRAs, ``concept`` is ``unpadded``.
-        height: Height of the pictures in pixels; the model's own by default.
-        width: Width of the pictures in pixels; the model's own by default.
         sampler: Class of the scheduler; the family's own when settings are resolved.
     """
 
@@ -191,7 +180,7 @@ def record_inputs(
         pipe: A pipeline with the LoRA already loaded.
         sites: Layers to record; layers that share an input are recorded once.
         statistics: What to add to.
-        text_tokens: See `Recording`.
+        text_tokens: See `FusionConfig`.
         part: Part of the statistics.
     """
     modules = linear_layers(pipe.components)

@@ -54,11 +54,7 @@ class Spectrum:
         return cls(torch.cat([values, rest.expand(width - known)]), vectors)
 
     def leading(self, kept: int) -> GramFactor:
-        """Approximate the matrix by its leading eigenvectors.
-
-        Args:
-            kept: How many; at most the number of known vectors.
-        """
+        """Approximate the matrix by its leading eigenvectors: so many, or all that are known."""
         kept = min(kept, self.vectors.shape[1])
         width, total = len(self.values), self.values.sum().item()
         left_out = self.values[kept:].sum().item()

@@ -53,8 +53,8 @@ class FusionConfig:
             users will prompt: contexts that no prompt shows are not protected. Default: see `prompts`.
         steps: Denoising steps; of DPM-Solver for Stable Diffusion.
         guidance_scale: Guidance while recording; above 1 the conditional and the unconditional half are recorded.
-            Default: 7.5, on Toyland 3.
-        negative_prompt: Prompt of the unconditional half.
+            None is the model's usual value: 7.5 for Stable Diffusion, 3 for Toyland.
+        negative_prompt: Prompt of the unconditional half; None is the empty prompt.
         seeds: Every prompt is sampled once with each of them.
         ridge: Ridge penalty, as a fraction of the mean squared feature. ``auto`` holds out every fourth prompt while
             recording and chooses each layer's ridge by the error on them. Default: the best values measured on
@@ -71,8 +71,9 @@ class FusionConfig:
         statistics: Folder in which statistics are kept, instead of beside the sources.
         statistics_bytes: Size of a concept's saved statistics; None keeps them in full, some 400 MB for SD 1.5.
             ``auto`` is 10 MB, and more for bases that are wider than SD 1.5.
-        text_tokens: Positions recorded in the text encoder: ``all``, the ``unpadded`` ones, or of these the
-            ``concept`` tokens and the end token.
+        text_tokens: Positions of a prompt that are recorded in the text encoder: ``all`` 77, the ``unpadded`` ones
+            up to the end token, or of these the ``concept`` tokens and the end token. For prompts without concepts,
+            as of plain LoRAs, ``concept`` is ``unpadded``.
         batch_size: Pictures sampled together.
         device: Where layers are solved, in float64, such as ``cuda``. The fused layers are returned on the CPU.
         dtype: Dtype of the fused layers in the pack's file.

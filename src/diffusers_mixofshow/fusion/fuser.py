@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 from diffusers_mixofshow.base_models import name_of
+from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
-from diffusers_mixofshow.families import Family
 from diffusers_mixofshow.families.layers import adapted_layers
 from diffusers_mixofshow.fusion.borrowing import refuse_concepts, refuse_unfusable, set_aside
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, collect
@@ -37,15 +38,8 @@ from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.progress import progress
 
 
-Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """Layers that are recorded and solved together, with the layers of earlier stages already fused."""
-
-    sites: tuple[str, ...]
-    recording: Recording
+Sample = Callable[[EDLoRA, Mapping[str, Sequence[str]]], dict[str, ConceptStatistics]]
+"""Samples concepts with a LoRA from prompts by placeholder; returns the statistics of their layer inputs."""
 
 
 class GradientFuser:
@@ -158,29 +152,34 @@ class GradientFuser:
         """Record all layers of each concept at once, with its own LoRA, and solve them."""
         start, sites = time.perf_counter(), sites_of(sources)
         recorded = self._record_missing(sources, sites)
-        prior = self._record_prior(recorded, _Stage(sites=sites, recording=self.recording))
+        prior = self._record_prior(recorded, sites, self.recording)
         record = self._describe_recording(since=start)
         return fuse_recorded(recorded, settings, record, prior, device=self.config.device, pipe=self.pipe)
 
     def _fuse_in_stages(self, sources: tuple[Source, ...], settings: Settings) -> FusedPack:
         """The paper's order: each stage is recorded on a model with the fused layers of the stages before."""
         start, solution, mine = time.perf_counter(), Solution(), Team.current().share(sources)
-        stages = _stages(family_of_sources(sources), sites_of(sources), self.recording)
+        stages, hold_out = _stages(sources, self.recording), settings.ridge == "auto"
         fusion = {**asdict(settings), "sources": [source.edlora.digest for source in sources]}
-        with set_aside(self._borrow()), StageShelf(fusion) as shelf:
-            for number, stage in enumerate(stages, 1):
+        with StageShelf(fusion) as shelf:
+            for number, (sites, recording) in enumerate(stages, 1):
                 of_all = f", stage {number} of {len(stages)}"
                 statistics: list[Sequence[GramStatistics]] = [() for _ in sources]
-                with self._progress(f"Recording{of_all}", mine.values(), stage.recording) as advance:
+                with self._sampling(f"Recording{of_all}", mine.values(), sites, recording, hold_out) as sample:
                     for place, source in mine.items():
-                        hold_out = settings.ridge == "auto"
-                        statistics[place] = self._record_stage(source, stage, solution, shelf, advance, hold_out)
+                        edlora = replace(source.edlora, lora={**source.edlora.lora, **solution.lora})
+                        told = {**recording.as_json(source.prompts), "sites": list(sites), "hold_out": hold_out}
+                        # In files: one source's statistics at most are in memory, and an interrupted fusion continues.
+                        shelved = shelf.load_or_record(
+                            self._store.writable_folder(source), edlora, told, partial(sample, edlora, source.prompts)
+                        )
+                        statistics[place] = [shelved.concepts[placeholder] for placeholder in source.prompts]
                 solved = solve(
                     sources,
                     statistics,
-                    stage.sites,
+                    sites,
                     settings,
-                    prior=self._record_prior(sources, stage),
+                    prior=self._record_prior(sources, sites, recording),
                     device=self.config.device,
                     description=f"Solving{of_all}",
                     pipe=self.pipe,
@@ -189,24 +188,6 @@ class GradientFuser:
             shelf.clear()
         fused = pack_solution(sources, settings, solution, self._describe_recording(since=start))
         return replace(fused, device=self.config.device)
-
-    def _record_stage(
-        self, source: Source, stage: _Stage, fused: Solution, shelf: StageShelf, advance: Advance, hold_out: bool
-    ) -> list[GramStatistics]:
-        """Statistics of each of the source's concepts: fused layers where there are any, its own LoRA elsewhere.
-
-        They stay in files until the fusion is done, so that one source's statistics at most are in memory, and an
-        interrupted fusion continues with what it had recorded.
-        """
-        edlora = replace(source.edlora, lora={**source.edlora.lora, **fused.lora})
-        told = {**stage.recording.as_json(source.prompts), "sites": list(stage.sites), "hold_out": hold_out}
-
-        def sample() -> Mapping[str, ConceptStatistics]:
-            own = replace(source, edlora=edlora)
-            return self._sample(own, stage.sites, stage.recording, advance, hold_out=hold_out)
-
-        shelved = shelf.load_or_record(self._store.writable_folder(source), edlora, told, sample)
-        return [shelved.concepts[placeholder] for placeholder in source.prompts]
 
     def _record_missing(
         self, sources: tuple[Source, ...], sites: Sequence[str], *, publishing: bool = False
@@ -218,60 +199,60 @@ class GradientFuser:
             {source.name: True for source in sources if not self._store.has_usable(source, sites)}
         )
         missing = [source for source in sources if source.name in lacking]
-        if missing and self.pipe is None:
-            raise FusionError(
-                f"Without a pipeline every source must bring statistics: {'; '.join(_list_missing(missing))}. Record "
-                "them with GradientFuser(pipe).record(source), or give GradientFuser a pipeline of the base model."
-            )
         if not missing:
             return sources
+        if self.pipe is None:
+            lacks = "; ".join(defect for source in missing for defect in source.misfits)
+            raise FusionError(
+                f"Without a pipeline every source must bring statistics: {lacks}. Record them with "
+                "GradientFuser(pipe).record(source), or give GradientFuser a pipeline of the base model."
+            )
         recorded = {}
         mine = [source for source in team.share(sources).values() if source.name in lacking]
-        with set_aside(self._borrow()), self._progress("Recording", mine, self.recording) as advance:
+        every = tuple(dict.fromkeys([*adapted_layers(self.pipe.components), *sites]))  # so that others can reuse them
+        with self._sampling("Recording", mine, every, self.recording, hold_out=True) as sample:
             for source in mine:
                 place = self._store.choose_place(source, sites, publishing=publishing)
-                statistics = self._record_own(source, sites, advance)
+                statistics = SourceStatistics(
+                    digest=source.edlora.digest,
+                    base_model=source.edlora.base_model,
+                    recording=self.recording.as_json(source.prompts),
+                    concepts=sample(source.edlora, source.prompts),
+                )
                 recorded[source.name] = self._store.put(source, statistics, place)
         team.all_gather(dict.fromkeys(recorded, True))  # the others' files are written now
         return tuple(recorded.get(source.name) or self._store.read_again(source, sites) for source in sources)
 
-    def _record_own(self, source: Source, wanted: Sequence[str], advance: Advance) -> SourceStatistics:
-        """Statistics, with the source's own LoRA, of all layers that an ED-LoRA may adapt and of the wanted ones."""
-        sites = tuple(dict.fromkeys([*adapted_layers(self._borrow().components), *wanted]))
-        return SourceStatistics(
-            digest=source.edlora.digest,
-            base_model=source.edlora.base_model,
-            recording=self.recording.as_json(source.prompts),
-            concepts=self._sample(source, sites, self.recording, advance, hold_out=True),
-        )
+    @contextmanager
+    def _sampling(
+        self, description: str, sources: Iterable[Source], sites: Sequence[str], recording: Recording, hold_out: bool
+    ) -> Iterator[Sample]:
+        """Yield a function that records concepts; progress of all sources is shown in steps of each picture."""
+        pipe, count = self._borrow(), sum(len(texts) for source in sources for texts in source.prompts.values())
+        with (
+            set_aside(pipe),
+            progress(description, count * recording.steps * len(recording.seeds), pipe=pipe) as bar,
+        ):
 
-    def _sample(
-        self, source: Source, sites: Sequence[str], recording: Recording, advance: Advance, *, hold_out: bool
-    ) -> dict[str, ConceptStatistics]:
-        """Statistics of each of the source's concepts, sampled with the source's LoRA."""
-        return {
-            placeholder: collect(self._borrow(), source.edlora, prompts, sites, recording, advance, hold_out=hold_out)
-            for placeholder, prompts in source.prompts.items()
-        }
+            def sample(edlora: EDLoRA, prompts: Mapping[str, Sequence[str]]) -> dict[str, ConceptStatistics]:
+                return {
+                    placeholder: collect(pipe, edlora, texts, sites, recording, bar.update, hold_out=hold_out)
+                    for placeholder, texts in prompts.items()
+                }
 
-    def _record_prior(self, sources: Sequence[Source], stage: _Stage) -> dict[str, Gram]:
+            yield sample
+
+    def _record_prior(self, sources: Sequence[Source], sites: Sequence[str], recording: Recording) -> dict[str, Gram]:
         """Input to the Gram matrix of the base on prompts without concepts, multiplied by the prior's weight."""
         weight = self.config.prior
         if weight == 0:
             return {}
         concepts = [concept for source in sources for concept in source.edlora.concepts]
         pipe, prompts = self._borrow(), prior_prompts(concepts, self.config.prior_prompts)
-        steps = len(prompts) * stage.recording.steps * len(stage.recording.seeds)
+        steps = len(prompts) * recording.steps * len(recording.seeds)
         with set_aside(pipe), progress("Recording the base", steps, pipe=pipe) as bar:
-            statistics = collect(pipe, None, prompts, stage.sites, stage.recording, bar.update)
+            statistics = collect(pipe, None, prompts, sites, recording, bar.update)
         return {name: sum_grams([(statistics.gram(name), weight)]) for name in statistics.inputs}
-
-    @contextmanager
-    def _progress(self, description: str, sources: Iterable[Source], recording: Recording) -> Iterator[Advance]:
-        """Show progress in denoising steps, counted for each picture, while sources are recorded."""
-        prompts = sum(len(texts) for source in sources for texts in source.prompts.values())
-        with progress(description, prompts * recording.steps * len(recording.seeds), pipe=self.pipe) as bar:
-            yield bar.update
 
     def _borrow(self) -> FusablePipeline:
         if self.pipe is None:
@@ -286,23 +267,12 @@ class GradientFuser:
         return told | {"recording_s": round(time.perf_counter() - since, 3)}
 
 
-def _list_missing(sources: Iterable[Source]) -> list[str]:
-    """For each source, why its statistics cannot be used: none, or those of another LoRA."""
-    return [
-        defect
-        for source in sources
-        for defect in ([f"{source.name} has none"] if source.statistics is None else source.misfits(source.statistics))
-    ]
+def _stages(sources: Sequence[Source], recording: Recording) -> list[tuple[tuple[str, ...], Recording]]:
+    """Layers that are recorded and solved together, and how; the layers of earlier stages are fused by then.
 
-
-def _stages(family: Family, sites: Sequence[str], recording: Recording) -> tuple[_Stage, ...]:
-    """The family's stages that have sites. Inputs that depend on the text alone need one denoising step."""
+    Inputs that depend on the text alone need one denoising step.
+    """
+    family, sites = family_of_sources(sources), sites_of(sources)
     one_step = replace(recording, steps=1, seeds=recording.seeds[:1])
-    members: dict[str, list[str]] = {stage.name: [] for stage in family.stages}
-    for site in sites:
-        members[family.stage_of(site).name].append(site)
-    return tuple(
-        _Stage(sites=tuple(members[stage.name]), recording=one_step if stage.text_alone else recording)
-        for stage in family.stages
-        if members[stage.name]
-    )
+    members = {stage: tuple(site for site in sites if family.stage_of(site) is stage) for stage in family.stages}
+    return [(own, one_step if stage.text_alone else recording) for stage, own in members.items() if own]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 
@@ -33,40 +34,48 @@ def multiply_by_transpose(rows: torch.Tensor) -> torch.Tensor:
     return products
 
 
-class Inverse(ABC):
-    """(G + lambda I)^-1 of one `Gram`; for lambda = 0 of a singular one, its pseudo-inverse."""
+@dataclass(frozen=True)
+class Inverse:
+    """(G + lambda I)^-1 of one `Gram`; for lambda = 0 of a singular one, its pseudo-inverse.
+
+    Args:
+        condition: Condition number of G + lambda I: the factor by which relative errors can grow in a solution.
+        multiply: Multiplies rows by the inverse, shape (n, in_features), float64.
+    """
 
     condition: float
-    """Condition number of G + lambda I: the factor by which relative errors can grow in a solution."""
-
-    @abstractmethod
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` times the inverse, shape (n, in_features), float64."""
+    multiply: Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
 class Gram(ABC):
     """G = X X^T / tokens of features X of one input, (in_features, in_features), float64.
 
     It is symmetric and positive semi-definite. A ridge is lambda as a fraction of the mean diagonal of G.
+
+    Args:
+        rows: What is stored, shape (n, in_features).
+        tail: t, where the matrix is stored as G = F^T F + t I; 0 for a dense matrix.
+        energy: Share of the recorded matrix's trace that the rows keep, 0 to 1.
     """
 
-    tail: float
-    """t, where the matrix is stored as G = F^T F + t I; 0 for a dense matrix."""
+    rows: torch.Tensor
+    tail: float = 0.0
+    energy: float = 1.0
 
     @property
-    @abstractmethod
     def width(self) -> int:
         """The number of features."""
+        return self.rows.shape[1]
 
     @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where it is."""
-
-    @property
-    @abstractmethod
     def is_finite(self) -> bool:
         """Whether it holds neither NaN nor Inf."""
+        return bool(self.rows.isfinite().all())
+
+    def to(self, device: Device) -> Self:
+        """The same on a device."""
+        return replace(self, rows=self.rows.to(device))
 
     @abstractmethod
     def matrix(self) -> torch.Tensor:
@@ -85,10 +94,6 @@ class Gram(ABC):
         """``total += weight * matrix()``, in place and without another matrix; ``total`` is float64."""
 
     @abstractmethod
-    def to(self, device: Device) -> Gram:
-        """The same on a device."""
-
-    @abstractmethod
     def inverse(self, ridge: float) -> Inverse:
         """(G + lambda I)^-1.
 
@@ -101,65 +106,42 @@ class Gram(ABC):
         """``rows (G + lambda I)^-1`` for each of many ridges, (n, in_features); G is decomposed only once."""
 
 
-@dataclass(frozen=True)
 class DenseGram(Gram):
-    """A Gram matrix stored in full.
-
-    Args:
-        values: Shape (in_features, in_features), float64.
-    """
-
-    values: torch.Tensor
-    tail = 0.0
-
-    @property
-    def width(self) -> int:
-        """The number of features."""
-        return len(self.values)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.values.device
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether it holds neither NaN nor Inf."""
-        return bool(self.values.isfinite().all())
+    """A Gram matrix stored in full: its rows are (in_features, in_features), float64."""
 
     def matrix(self) -> torch.Tensor:
         """The matrix itself."""
-        return self.values
+        return self.rows
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows @ G``."""
-        return rows @ self.values
+        return rows @ self.rows
 
     def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Gram.inner_products`."""
-        return rows @ self.values @ rows.T
+        return rows @ self.rows @ rows.T
 
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """``total += weight * G``."""
-        total.add_(self.values, alpha=weight)
-
-    def to(self, device: Device) -> DenseGram:
-        """The same on a device."""
-        return DenseGram(self.values.to(device))
+        total.add_(self.rows, alpha=weight)
 
     def inverse(self, ridge: float) -> Inverse:
         """By Cholesky's decomposition; a ridge of 0 gives the pseudo-inverse, hence the solution of minimum norm."""
-        damped = self.values.clone()
+        damped = self.rows.clone()
         if ridge == 0:
-            return _DenseInverse(damped, torch.linalg.pinv(damped, hermitian=True))
-        damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(torch.finfo(damped.dtype).tiny))
-        lower, failure = torch.linalg.cholesky_ex(damped)
-        if failure.item() or not lower.isfinite().all():
-            raise FusionError(
-                f"The features' Gram matrix ({self.width} x {self.width}) cannot be inverted with ridge={ridge:g}. "
-                "Expected finite features and a ridge of 1e-12 or more; check the concepts for NaN or raise the ridge."
-            )
-        return _DenseInverse(damped, torch.cholesky_inverse(lower))
+            inverse = torch.linalg.pinv(damped, hermitian=True)
+        else:
+            damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(torch.finfo(damped.dtype).tiny))
+            lower, failure = torch.linalg.cholesky_ex(damped)
+            if failure.item() or not lower.isfinite().all():
+                raise FusionError(
+                    f"The features' Gram matrix ({self.width} x {self.width}) cannot be inverted with ridge={ridge:g}."
+                    " Expected finite features and a ridge of 1e-12 or more; check the concepts for NaN or raise the "
+                    "ridge."
+                )
+            inverse = torch.cholesky_inverse(lower)
+        condition = torch.linalg.matrix_norm(damped, ord=1) * torch.linalg.matrix_norm(inverse, ord=1)
+        return Inverse(float(condition), lambda rows: rows @ inverse)
 
     def solve(self, rows: torch.Tensor, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
         """With G = V diag(s) V^T: rows V diag(1 / (s + lambda)) V^T."""
@@ -170,49 +152,17 @@ class DenseGram(Gram):
 
     @cached_property
     def _spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
-        values, vectors = torch.linalg.eigh(self.values)
+        values, vectors = torch.linalg.eigh(self.rows)
         return values.clamp_min(0), vectors
 
 
-class _DenseInverse(Inverse):
-    def __init__(self, matrix: torch.Tensor, inverse: torch.Tensor) -> None:
-        """Keep the inverse M^-1 and the condition number |M|_1 |M^-1|_1."""
-        self._inverse = inverse
-        self.condition = float(torch.linalg.matrix_norm(matrix, ord=1) * torch.linalg.matrix_norm(inverse, ord=1))
-
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows @ self._inverse
-
-
-@dataclass(frozen=True, kw_only=True)
 class GramFactor(Gram):
     """A Gram matrix approximated as F^T F + tail I, at a cost that is linear in the width.
 
-    Args:
-        rows: F, shape (kept, in_features): row k is eigenvector k times sqrt(eigenvalue k - tail), leading ones first.
-        tail: t, the mean of the eigenvalues that were left out: the trace is kept, and the directions left out count
-            equally instead of not at all.
-        energy: Share of the trace that the rows keep, 0 to 1.
+    Row k of F, shape (kept, in_features), is eigenvector k times sqrt(eigenvalue k - tail), leading ones first. The
+    tail is the mean of the eigenvalues that were left out: the trace is kept, and the directions left out count
+    equally instead of not at all.
     """
-
-    rows: torch.Tensor
-    tail: float
-    energy: float
-
-    @property
-    def width(self) -> int:
-        """The number of features."""
-        return self.rows.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.rows.device
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether it holds neither NaN nor Inf."""
-        return bool(self.rows.isfinite().all())
 
     def matrix(self) -> torch.Tensor:
         """The approximation."""
@@ -234,20 +184,21 @@ class GramFactor(Gram):
         total.addmm_(factor.T, factor, alpha=weight)
         total.diagonal().add_(weight * self.tail)
 
-    def to(self, device: Device) -> GramFactor:
-        """The same on a device."""
-        return GramFactor(rows=self.rows.to(device), tail=self.tail, energy=self.energy)
-
     def inverse(self, ridge: float) -> Inverse:
-        """By Woodbury's identity; no matrix of shape (in_features, in_features) is formed."""
-        rows, damping = self.rows.double(), self.tail + ridge * self._mean
+        """By Woodbury's identity, without any matrix of shape (in_features, in_features).
+
+        (F^T F + t I)^-1 = (I - F^T (F F^T + t I)^-1 F) / t; for t = 0 the pseudo-inverse is F^T ((F F^T)^+)^2 F.
+        """
+        factor, damping = self.rows.double(), self.tail + ridge * self._mean
         if damping == 0:
-            squared = torch.linalg.pinv(self._core, hermitian=True)
-            return _FactorInverse(rows, squared @ squared, damping, float("inf"))
+            inner = torch.linalg.pinv(self._core, hermitian=True)
+            inner = inner @ inner
+            return Inverse(float("inf"), lambda rows: ((rows @ factor.T) @ inner) @ factor)
         damped = self._core.clone()
         damped.diagonal().add_(damping)
         inner = -torch.cholesky_inverse(torch.linalg.cholesky(damped)) / damping
-        return _FactorInverse(rows, inner, damping, (_largest_eigenvalue(self._core) + damping) / damping)
+        condition = (_largest_eigenvalue(self._core) + damping) / damping
+        return Inverse(condition, lambda rows: rows / damping + ((rows @ factor.T) @ inner) @ factor)
 
     def solve(self, rows: torch.Tensor, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
         """By Woodbury's identity for each ridge; F F^T, nearly all of the work, is computed once."""
@@ -262,26 +213,6 @@ class GramFactor(Gram):
     def _mean(self) -> float:
         """Mean of the diagonal."""
         return float(self._core.trace() / self.width) + self.tail
-
-
-class _FactorInverse(Inverse):
-    """(F^T F + t I)^-1 = (I - F^T (F F^T + t I)^-1 F) / t."""
-
-    def __init__(self, rows: torch.Tensor, inner: torch.Tensor, damping: float, condition: float) -> None:
-        """Keep the factors.
-
-        Args:
-            rows: F, shape (rows, in_features), float64.
-            inner: The matrix between F^T and F, (rows, rows): -(F F^T + t I)^-1 / t; for t = 0 the square of the
-                pseudo-inverse of F F^T, which gives the pseudo-inverse of F^T F.
-            damping: t.
-            condition: Largest eigenvalue of the inverted matrix divided by its smallest.
-        """
-        self._rows, self._inner, self._damping, self.condition = rows, inner, damping, condition
-
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        changed = ((rows @ self._rows.T) @ self._inner) @ self._rows
-        return changed if self._damping == 0 else rows / self._damping + changed
 
 
 def _largest_eigenvalue(matrix: torch.Tensor, steps: int = 30) -> float:
@@ -313,7 +244,7 @@ def sum_grams(weighted: Iterable[tuple[Gram, float]], *, as_matrix: bool = False
             factors.append((gram, weight))
             continue
         if total is None:
-            total = torch.zeros(gram.width, gram.width, dtype=torch.float64, device=gram.device)
+            total = torch.zeros(gram.width, gram.width, dtype=torch.float64, device=gram.rows.device)
             for factor, share in factors:
                 factor.add_to(total, share)
         gram.add_to(total, weight)

@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import torch
 
-from diffusers_mixofshow.atomic import refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
@@ -23,12 +22,10 @@ from diffusers_mixofshow.fusion.gram import Device, Gram
 from diffusers_mixofshow.fusion.pack_sources import (
     carried_path,
     carry,
-    check_carried,
     find_replaced,
     find_source,
     leave_out_carried,
     read_record,
-    refuse_replacing,
 )
 from diffusers_mixofshow.fusion.precision import cast_updates
 from diffusers_mixofshow.fusion.prompts import PromptSet
@@ -101,11 +98,7 @@ class FusedPack(EDLoRA):
             OverwriteError: If a file exists already, or a source would be lost.
             FusionError: If two sources would be written to the same folder; nothing is written then.
         """
-        if sources:
-            check_carried(self.sources)
-        taken = find_replaced(Path(folder), self._file_name, self.sources, merged=merged)
-        refuse_replacing(self.sources, *taken, carried=sources)
-        refuse_overwriting(*taken, overwrite=overwrite)
+        find_replaced(Path(folder), self._file_name, self.sources, merged=merged, carried=sources, overwrite=overwrite)
         if not self.concepts and merged:
             raise FusionError(
                 "A pack without concepts is written as one plain LoRA; merged is for packs with concepts. Load it "
@@ -278,20 +271,16 @@ def fuse_recorded(
 
     Args:
         sources: What to fuse.
-        settings: How to solve.
+        settings: How to solve; for this, `prior`, `device` and `pipe` see `solve`.
         record: Further entries of the report.
-        prior: Input to the weighted Gram matrix of prompts without concepts, whose outputs are to be kept.
-        device: Where layers are solved.
-        pipe: The pipeline, whose setting shows or hides progress bars.
     """
-    prior = {} if prior is None else prior
     start, sites = time.perf_counter(), sites_of(sources)
-    statistics = _statistics_of(sources, Team.current())
+    statistics = _statistics_of(sources)
     if statistics:
         check_recorded(sources, statistics, sites)
     solution = solve(sources, statistics, sites, settings, prior=prior, device=device, pipe=pipe)
     fused = pack_solution(sources, settings, solution, {**record, "solving_s": round(time.perf_counter() - start, 3)})
-    return replace(fused, prior=prior, device=device)
+    return replace(fused, prior=prior or {}, device=device)
 
 
 def pack_solution(
@@ -329,8 +318,9 @@ def _plain_file(source: str | os.PathLike[str]) -> Path | None:
     return path if path.is_file() and _PLAIN_KEY in read_metadata(path) else None
 
 
-def _statistics_of(sources: Sequence[Source], team: Team) -> Statistics:
+def _statistics_of(sources: Sequence[Source]) -> Statistics:
     """Statistics of the concepts of this process's sources; empty unless all sources of all processes have some."""
+    team = Team.current()
     mine = {
         place: [source.statistics.concepts[placeholder] for placeholder in source.prompts]
         for place, source in team.share(sources).items()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers_mixofshow.atomic import refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.folder import SOURCES, find_places
 from diffusers_mixofshow.edlora.hub import is_repo_id
@@ -19,10 +20,9 @@ from diffusers_mixofshow.errors import (
     MixOfShowError,
     OverwriteError,
 )
-from diffusers_mixofshow.fusion.prompts import recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.solving import Settings
-from diffusers_mixofshow.fusion.sources import NAME, Source, scale_updates
+from diffusers_mixofshow.fusion.sources import NAME, Source, prompts_of_concepts, scale_updates
 from diffusers_mixofshow.fusion.store import statistics_beside
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.interop.opening import Opened, open_edlora
@@ -38,35 +38,52 @@ def carry(source: Source, folder: Path) -> None:
         source.statistics.copy(statistics_path(path))
 
 
-def refuse_replacing(sources: Sequence[Source], *places: Path, carried: bool) -> None:
-    """Refuse to overwrite or delete a source of the pack that is being written, even with ``overwrite=True``.
+def find_replaced(
+    folder: Path,
+    file_name: str,
+    sources: Sequence[Source],
+    *further: Path,
+    merged: bool = False,
+    carried: bool = False,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Find the files and folders that saving a pack replaces or makes stale, except sources that it carries anyway.
 
     Args:
+        folder: Where the pack is to be saved; may be missing.
+        file_name: The pack's file.
         sources: Sources of the pack.
-        places: Files and folders that the pack replaces or removes.
-        carried: Whether the pack carries its sources. A source of another scale is carried with scaled updates, so
-            that the original would be lost all the same.
+        further: Other files that are written with it.
+        merged: Whether a complete pipeline is to be saved.
+        carried: Whether the pack carries its sources.
+        overwrite: Whether existing files may be replaced; sources never are, unless the pack carries them.
 
     Raises:
-        OverwriteError: If a source would be lost; names all of them.
+        OverwriteError: If a source would be lost, or something exists that may not be replaced; names all of it.
+        FusionError: If two sources would be carried in the same folder.
+    """
+    if carried:
+        _check_carried(sources)
+    replaced = find_places(folder, file_name, merged=merged)
+    places = [*leave_out_carried(replaced, folder, sources), *further]
+    _refuse_replacing(sources, places, carried=carried)
+    refuse_overwriting(*places, overwrite=overwrite)
+    return places
+
+
+def _refuse_replacing(sources: Sequence[Source], places: Sequence[Path], *, carried: bool) -> None:
+    """Refuse to overwrite or delete a source of the pack that is being written, even with ``overwrite=True``.
+
+    A source of another scale is carried with scaled updates, so that the original would be lost all the same.
     """
     gone = [place.resolve() for place in places]
-    left = [source for source in sources if not (carried and source.folded == 1)]
+    left = [source for source in sources if not (carried and source.scale == 1)]
     homes = {source.origin: source.home.resolve() for source in left if source.home is not None}
     if lost := [origin for origin, home in homes.items() if any(home.is_relative_to(place) for place in gone)]:
         raise OverwriteError(
             f"The result would replace its own source: {', '.join(lost)}. Choose another place, or keep sources at "
             "scale 1 in the pack: sources=True, --keep-sources."
         )
-
-
-def is_carried(source: Source, folder: Path) -> bool:
-    """Whether a folder holds what `carry` writes of a source."""
-    try:
-        opened = _open_at(folder, "", None)
-    except MixOfShowError:
-        return False
-    return opened is not None and opened.edlora.digest == source.edlora.digest
 
 
 def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str]) -> Source:
@@ -87,20 +104,22 @@ def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str]) -> So
     changed = False
     for location, part, scale, revision in places:
         opened = _open_at(location, part, revision)
-        if opened is not None and scale_updates(opened.edlora, scale).digest == entry["digest"]:
+        if opened is None:
+            continue
+        edlora = scale_updates(opened.edlora, scale)
+        if edlora.digest == entry["digest"]:
             path = statistics_beside(location, subfolder=part, revision=revision, file_name=opened.file.name)
             statistics = None if path is None else SourceStatistics.load(path)
             return Source(
-                edlora=scale_updates(opened.edlora, scale),
+                edlora=edlora,
                 weight=entry["weight"],
                 scale=entry["scale"],
-                folded=entry["scale"],
-                prompts=_prompts_of(entry["concepts"], opened.edlora, statistics),
+                prompts=_prompts_of(entry["concepts"], edlora, statistics),
                 origin=origin,
                 file=opened.file if location == origin else None,
                 statistics=statistics,
             )
-        changed |= opened is not None
+        changed = True
     fate = "has changed since" if changed else "cannot be found"
     raise FusionError(
         f"The pack was fused from {'+'.join(entry['concepts'])}, which {fate} "
@@ -114,7 +133,7 @@ def _prompts_of(
 ) -> dict[str, tuple[str, ...]]:
     """Prompts of a source that was found again: those of its statistics, else the defaults."""
     recorded = {} if statistics is None else statistics.recording.get("prompts", {})
-    defaults = {concept.placeholder: recording_prompts(concept) for concept in edlora.concepts}
+    defaults = prompts_of_concepts(edlora)
     return {name: tuple(recorded.get(name, defaults.get(name, ()))) for name in defaults or names}
 
 
@@ -126,30 +145,23 @@ def _open_at(location: str | os.PathLike[str], subfolder: str, revision: str | N
         return None
 
 
-def find_replaced(folder: Path, file_name: str, sources: Sequence[Source], *, merged: bool = False) -> list[Path]:
-    """Files in a folder that saving a pack replaces or makes stale, except sources that it carries anyway.
-
-    Args:
-        folder: Where the pack is to be saved; may be missing.
-        file_name: The pack's file.
-        sources: Sources of the pack.
-        merged: Whether a complete pipeline is to be saved.
-    """
-    return leave_out_carried(find_places(folder, file_name, merged=merged), folder, sources)
-
-
 def leave_out_carried(found: Sequence[Path], folder: Path, sources: Sequence[Source]) -> list[Path]:
     """Paths without the sources that the folder already carries as a pack of these sources would."""
     own = {Path(folder, carried_path(source.prompts)): source for source in sources}
-    return [path for path in found if path not in own or not is_carried(own[path], path)]
+    return [path for path in found if path not in own or not _is_carried(own[path], path)]
 
 
-def check_carried(sources: Sequence[Source]) -> None:
-    """Refuse sources that a pack would carry in the same folder; case is ignored, as by some file systems.
+def _is_carried(source: Source, folder: Path) -> bool:
+    """Whether a folder holds what `carry` writes of a source."""
+    try:
+        opened = _open_at(folder, "", None)
+    except MixOfShowError:
+        return False
+    return opened is not None and opened.edlora.digest == source.edlora.digest
 
-    Raises:
-        FusionError: If there are any; names them.
-    """
+
+def _check_carried(sources: Sequence[Source]) -> None:
+    """Refuse sources that a pack would carry in the same folder; case is ignored, as by some file systems."""
     folders: dict[str, list[str]] = {}
     for source in sources:
         folders.setdefault(carried_path(source.prompts).casefold(), []).append(source.name)

@@ -11,12 +11,7 @@ from diffusers_mixofshow.edlora import LowRank
 
 
 def cast_updates(lora: Mapping[str, LowRank], dtype: torch.dtype) -> dict[str, LowRank]:
-    """Cast updates to another dtype after balancing the magnitudes of their factors.
-
-    Args:
-        lora: Site name to update.
-        dtype: Such as float16.
-    """
+    """Cast the updates of sites to another dtype after balancing the magnitudes of their factors."""
     return {site: _cast(update, dtype) for site, update in lora.items()}
 
 

@@ -71,22 +71,13 @@ PRIOR_PROMPTS = (
 
 
 def prior_prompts(concepts: Iterable[Concept], prompts: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Prompts to record the base with: the concepts' class words, and captions without any concept.
-
-    Args:
-        concepts: Whose class words are taken.
-        prompts: Captions; None takes `PRIOR_PROMPTS`.
-    """
+    """Prompts to record the base with: the concepts' class words, and captions, by default `PRIOR_PROMPTS`."""
     class_words = dict.fromkeys(f"a photo of a {concept.class_word}" for concept in concepts)
     return (*class_words, *(PRIOR_PROMPTS if prompts is None else prompts))
 
 
 def prompts_of_trigger(words: Iterable[str]) -> tuple[str, ...]:
-    """Default recording prompts of a plain LoRA, one set for each trigger word.
-
-    Args:
-        words: Its trigger words, such as ``sks dog``.
-    """
+    """Default recording prompts of a plain LoRA, one set for each of its trigger words, such as ``sks dog``."""
     return tuple(template.replace(PLACEHOLDER, word) for word in words for template in _ANYTHING)
 
 

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from diffusers_mixofshow.edlora.hub import create, upload
 from diffusers_mixofshow.edlora.reading import read_steadily
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError
 from diffusers_mixofshow.fusion.compression import Spectrum, allocate_ranks, most_rows
-from diffusers_mixofshow.fusion.gram import DenseGram, Gram, GramFactor, sum_grams
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, GramFactor
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
 
 
@@ -74,6 +75,7 @@ class SourceStatistics:
         recording: How they were sampled, JSON values only: prompts by placeholder, seeds, steps, sampler, guidance.
         concepts: Statistics by placeholder.
         file: Where they were read from; None if just recorded.
+        fingerprint: Hash of that file's header.
     """
 
     digest: str
@@ -81,6 +83,7 @@ class SourceStatistics:
     recording: Mapping[str, Any]
     concepts: Mapping[str, GramStatistics]
     file: Path | None = None
+    fingerprint: str = ""
 
     def save(self, path: str | os.PathLike[str], *, max_bytes: MaxBytes = "auto", overwrite: bool = False) -> Path:
         """Write the statistics; the file appears whole or not at all.
@@ -136,15 +139,16 @@ class SourceStatistics:
         """
         path = Path(path)
         header, shapes, fingerprint = _open_file(path)
-        names = shapes.keys()
-        entries = {placeholder: _check_entry(path, entry) for placeholder, entry in header["concepts"].items()}
-        concepts = {
-            placeholder: StoredStatistics(
-                path, fingerprint, placeholder, _find_full_inputs(header, placeholder, shapes), entry
-            )
-            for placeholder, entry in entries.items()
-        }
-        expected = {name for concept in concepts.values() for name in concept.tensor_names()}
+        concepts = {}
+        for placeholder, entry in header["concepts"].items():
+            numbers = _check_entry(path, entry)
+            in_full = {
+                (name, part)  # wide inputs always have a low-rank factor
+                for name, part in numbers
+                if header["form"] == "full" and _tensor_name(placeholder, part, name, "rows") not in shapes
+            }
+            concepts[placeholder] = StoredStatistics(path, fingerprint, placeholder, numbers, in_full)
+        names, expected = shapes.keys(), {name for concept in concepts.values() for name in concept.tensor_names()}
         if expected != names:
             raise DamagedStatisticsError(
                 f"{path}: its header and its tensors differ: {len(expected - names)} missing, "
@@ -158,6 +162,7 @@ class SourceStatistics:
             recording=header["recording"],
             concepts=concepts,
             file=path,
+            fingerprint=fingerprint,
         )
 
     def copy(self, path: Path) -> None:
@@ -169,13 +174,7 @@ class SourceStatistics:
         if self.file is None:
             self.save(path, overwrite=True)
         elif self.file.resolve() != path.resolve():
-            content, metadata = _read_bytes(self.file)
-            if any(_hash_of(metadata) != one.fingerprint for one in self._stored()):
-                raise _replaced_error(self.file)
-            write_whole(path, content)
-
-    def _stored(self) -> list[StoredStatistics]:
-        return [one for one in self.concepts.values() if isinstance(one, StoredStatistics)]
+            write_whole(path, _read_bytes(self.file, self.fingerprint))
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None) -> None:
         """Upload the statistics beside the ED-LoRA of a repository, created where it is missing.
@@ -194,7 +193,7 @@ class SourceStatistics:
             upload(Path(folder), repo_id, token=token, revision=revision, message="Fusion statistics")
 
 
-class StoredStatistics:
+class StoredStatistics(GramStatistics):
     """Statistics of one concept in a file: a matrix is read when it is used, and not kept.
 
     If the file is replaced by other statistics meanwhile, reading raises an error: otherwise some layers would be
@@ -206,97 +205,67 @@ class StoredStatistics:
         path: Path,
         fingerprint: str,
         placeholder: str,
-        full: Collection[str],
-        inputs: Mapping[str, Mapping[Part, Any]],
+        numbers: Mapping[tuple[str, Part], Mapping[str, Any]],
+        in_full: Collection[tuple[str, Part]],
     ) -> None:
-        """Keep the path, the header's entry, and which inputs are stored in full; see `SourceStatistics.load`."""
-        self._path, self.fingerprint, self._placeholder = path, fingerprint, placeholder
-        self._full, self._inputs = full, inputs
+        """Keep the path, the header's numbers of each matrix, and which matrices are stored in full."""
+        self._path, self._fingerprint, self._placeholder = path, fingerprint, placeholder
+        self._numbers, self._in_full = numbers, in_full
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs."""
-        return tuple(self._inputs)
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The parts that were recorded."""
-        return tuple(part for part in PARTS if any(part in entry for entry in self._inputs.values()))
-
-    def tokens(self, name: str, part: Part | None = None) -> int:
-        """Number of tokens seen at an input, in one part or in all; 0 for an unknown input."""
-        entry = self._inputs.get(name, {})
-        return sum(entry[one]["tokens"] for one in (PARTS if part is None else (part,)) if one in entry)
-
-    def gram(self, name: str, part: Part | None = None) -> Gram:
-        """Gram matrix per token, on the CPU; of one part or of all. A low-rank factor where the file holds one.
-
-        Raises:
-            FusionError: If the matrix holds NaN or Inf, or the file was replaced since its header was loaded.
-        """
-        entry, every = self._inputs[name], self.tokens(name, part)
-        wanted = [one for one in (PARTS if part is None else (part,)) if one in entry]
-        read = self._read(name, wanted)
-        return sum_grams((self._gram(read, name, one), entry[one]["tokens"] / every) for one in wanted)
+    @cached_property
+    def counts(self) -> Mapping[tuple[str, Part], int]:
+        """Number of tokens seen at each input in each part."""
+        return {key: numbers["tokens"] for key, numbers in self._numbers.items()}
 
     def tensor_names(self) -> list[str]:
         """Names of all tensors of this concept in the file."""
-        return [
-            _tensor_name(self._placeholder, part, name, kind)
-            for name, entry in self._inputs.items()
-            for part in entry
-            for kind in self._kinds(name)
-        ]
+        return [tensor for key in self._numbers for tensor in self._tensors_of(*key)]
 
-    def _kinds(self, name: str) -> tuple[str, ...]:
-        """Kinds of tensors that store an input."""
-        return ("gram",) if name in self._full else ("rows", "scale")
+    def _tensors_of(self, name: str, part: Part) -> list[str]:
+        """Names of the tensors that store a matrix."""
+        kinds = ("gram",) if (name, part) in self._in_full else ("rows", "scale")
+        return [_tensor_name(self._placeholder, part, name, kind) for kind in kinds]
 
     def find_shape_defects(self, shapes: Shapes) -> list[str]:
         """Tensors that are neither square matrices nor rows with a scale each, and inputs of unequal widths."""
-        wrong = []
-        for name, entry in self._inputs.items():
-            widths = set()
-            for part in entry:
-                kind, full = self._kinds(name)[0], name in self._full
-                tensor = _tensor_name(self._placeholder, part, name, kind)
-                shape = shapes[tensor]
-                scale = () if full else shapes[_tensor_name(self._placeholder, part, name, "scale")]
-                sound = len(shape) == 2 and (shape[0] == shape[1] if full else scale == shape[:1])
-                if not sound or shape[1] > WIDEST:
-                    wrong.append(tensor)
-                widths.add(shape[-1:])
-            wrong += [name] if len(widths) > 1 else []
-        return wrong
+        wrong: list[str] = []
+        widths: dict[str, set[tuple[int, ...]]] = {}
+        for name, part in self._numbers:
+            tensor, *scale = self._tensors_of(name, part)
+            shape = shapes[tensor]
+            rows = shapes[scale[0]] if scale else shape[1:]
+            if len(shape) != 2 or rows != shape[:1] or shape[1] > WIDEST:
+                wrong.append(tensor)
+            widths.setdefault(name, set()).add(shape[-1:])
+        return wrong + [name for name, found in widths.items() if len(found) > 1]
 
-    def _read(self, name: str, parts: Sequence[Part]) -> dict[tuple[Part, str], torch.Tensor]:
-        """Tensors of one input by part and kind, float64, of the file whose header was loaded."""
-        kinds = self._kinds(name)
+    def read(self, name: str, parts: Sequence[Part]) -> list[Gram]:
+        """Gram matrices per token of the parts of an input; a low-rank factor where the file holds one.
 
-        def take(opened: Any) -> tuple[str, dict[tuple[Part, str], torch.Tensor]]:
-            found = _hash_of(opened.metadata())
-            if found != self.fingerprint:
-                return found, {}
-            keys = [(part, kind) for part in parts for kind in kinds]
-            names = {key: _tensor_name(self._placeholder, key[0], name, key[1]) for key in keys}
-            return found, {key: opened.get_tensor(tensor).double() for key, tensor in names.items()}
+        Raises:
+            FusionError: If one holds NaN or Inf, or the file was replaced since its header was loaded.
+        """
+
+        def take(opened: Any) -> list[list[torch.Tensor]] | None:
+            if _hash_of(opened.metadata()) != self._fingerprint:
+                return None
+            return [[opened.get_tensor(one).double() for one in self._tensors_of(name, part)] for part in parts]
 
         try:
-            found, tensors = read_steadily(self._path, take)
+            found = read_steadily(self._path, take)
         except (EDLoRAFormatError, EDLoRANotFoundError) as error:
             raise _unreadable_error(self._path, error) from error
-        if found != self.fingerprint:
+        if found is None:
             raise _replaced_error(self._path)
-        if not all(values.isfinite().all() for values in tensors.values()):
+        if not all(values.isfinite().all() for stored in found for values in stored):
             raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
-        return tensors
+        return [self._gram(self._numbers[name, part], *stored) for part, stored in zip(parts, found, strict=True)]
 
-    def _gram(self, read: Mapping[tuple[Part, str], torch.Tensor], name: str, part: Part) -> Gram:
-        if name in self._full:
-            return DenseGram(read[part, "gram"])
-        entry = self._inputs[name][part]
-        rows = read[part, "rows"] * read[part, "scale"][:, None]
-        return GramFactor(rows=rows, tail=entry["tail"], energy=entry["energy"])
+    @staticmethod
+    def _gram(numbers: Mapping[str, Any], values: torch.Tensor, scale: torch.Tensor | None = None) -> Gram:
+        if scale is None:
+            return DenseGram(values)
+        return GramFactor(rows=values * scale[:, None], tail=numbers["tail"], energy=numbers["energy"])
 
 
 def _hash_of(metadata: Mapping[str, str] | None) -> str:
@@ -304,15 +273,17 @@ def _hash_of(metadata: Mapping[str, str] | None) -> str:
     return hashlib.sha256((metadata or {}).get(STATISTICS_KEY, "").encode()).hexdigest()
 
 
-def _read_bytes(path: Path) -> tuple[bytes, dict[str, str]]:
-    """Bytes of a file, and the metadata parsed from these bytes: a second read might find another file."""
+def _read_bytes(path: Path, fingerprint: str) -> bytes:
+    """Bytes of a file whose header has this hash, checked in these bytes: a second read might find another file."""
     try:
         content = path.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header["__metadata__"]
-        return content, {STATISTICS_KEY: str(metadata[STATISTICS_KEY])}
+        found = _hash_of({STATISTICS_KEY: str(header["__metadata__"][STATISTICS_KEY])})
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise _unreadable_error(path, error) from error
+    if found != fingerprint:
+        raise _replaced_error(path)
+    return content
 
 
 def _unreadable_error(path: Path, error: Exception) -> FusionError:
@@ -342,15 +313,14 @@ def _write_concept(
     entry: dict[str, Any] = {}
     for name, part in keys:
         gram = factors.get((name, part)) or statistics.gram(name, part)
-        numbers = {"tokens": statistics.tokens(name, part), "tail": gram.tail, "energy": 1.0}
         if isinstance(gram, GramFactor):
             scale = gram.rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny).float()
             rows = (gram.rows / scale[:, None]).to(dtype if max_bytes is None else torch.half)
             tensors[_tensor_name(placeholder, part, name, "rows")] = rows
             tensors[_tensor_name(placeholder, part, name, "scale")] = scale
-            numbers["energy"] = gram.energy
         else:
             tensors[_tensor_name(placeholder, part, name, "gram")] = gram.matrix().to(dtype).contiguous()
+        numbers = {"tokens": statistics.counts[name, part], "tail": gram.tail, "energy": gram.energy}
         entry.setdefault(name, {})[part] = numbers
     return tensors, entry
 
@@ -377,18 +347,9 @@ def _shrink(
     budget = max_bytes if isinstance(max_bytes, int) else usual
     known = most_rows(list(widths.values()), budget)
     spectra = {key: Spectrum.of(statistics.gram(*key), known) for key in widths}
-    shares = {key: statistics.tokens(*key) / statistics.tokens(key[0]) for key in widths}
+    shares = {key: statistics.counts[key] / statistics.tokens(key[0]) for key in widths}
     kept = allocate_ranks({key: spectrum.values for key, spectrum in spectra.items()}, budget, shares)
     return {key: spectrum.leading(kept[key]) for key, spectrum in spectra.items()}
-
-
-def _find_full_inputs(header: Mapping[str, Any], placeholder: str, shapes: Shapes) -> frozenset[str]:
-    """Inputs of a concept whose matrix is stored in full; wide inputs always have a low-rank factor."""
-    if header["form"] != "full":
-        return frozenset()
-    inputs = header["concepts"][placeholder]
-    names = {name: [_tensor_name(placeholder, part, name, "rows") for part in parts] for name, parts in inputs.items()}
-    return frozenset(name for name, rows in names.items() if not any(row in shapes for row in rows))
 
 
 def _tensor_name(placeholder: str, part: Part, name: str, kind: str) -> str:
@@ -422,19 +383,14 @@ def _open_file(path: Path) -> tuple[dict[str, Any], Shapes, str]:
     return header, shapes, fingerprint
 
 
-def _check_entry(path: Path, entry: object) -> Mapping[str, Mapping[Part, Any]]:
-    """Check a concept's entry of the header, and return it."""
-    inputs = entry.items() if isinstance(entry, dict) else [("", None)]
-    sound = all(
-        isinstance(parts, dict)
-        and parts
-        and set(parts) <= set(PARTS)
-        and all(_is_numbers(numbers) for numbers in parts.values())
-        for _, parts in inputs
-    )
-    if not sound:
-        raise DamagedStatisticsError(f"{path}: the inputs in its header do not follow this format version")
-    return dict(inputs)
+def _check_entry(path: Path, entry: object) -> dict[tuple[str, Part], Mapping[str, Any]]:
+    """Check a concept's entry of the header; returns the numbers of each input's parts."""
+    inputs: dict[str, Any] = entry if isinstance(entry, dict) else {"": None}
+    for parts in inputs.values():
+        known = isinstance(parts, dict) and parts and set(parts) <= set(PARTS)
+        if not known or not all(map(_is_numbers, parts.values())):
+            raise DamagedStatisticsError(f"{path}: the inputs in its header do not follow this format version")
+    return {(name, part): numbers for name, parts in inputs.items() for part, numbers in parts.items()}
 
 
 def _is_numbers(numbers: object) -> bool:

@@ -22,7 +22,7 @@ from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of_sites
 from diffusers_mixofshow.fusion.solving import Settings, Solution
-from diffusers_mixofshow.fusion.sources import Source
+from diffusers_mixofshow.fusion.sources import Source, shares
 
 
 POOR = 0.95
@@ -67,14 +67,7 @@ class FusionReport:
     def record(
         sources: Sequence[Source], settings: Settings, solution: Solution, further: Mapping[str, object]
     ) -> dict[str, object]:
-        """Convert a solution to a report of JSON values.
-
-        Args:
-            sources: The fused sources.
-            settings: How they were solved.
-            solution: Fused layers with residuals and overlaps.
-            further: Recording settings and times.
-        """
+        """Convert the solution of fused sources, with `further` settings and times, to a report of JSON values."""
         record: dict[str, object] = {**asdict(settings), **further, **_peak_memory()}
         record["sources"] = _provenance(sources)
         record["prompts"] = {name: list(prompts) for source in sources for name, prompts in source.prompts.items()}
@@ -203,12 +196,11 @@ def _peak_memory() -> dict[str, int]:
 
 
 def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
-    total = sum(source.weight for source in sources)
     return [
         {
             "concepts": list(source.prompts),
             "weight": source.weight,
-            "share": source.weight / total,
+            "share": share,
             "scale": source.scale,
             # Local paths are private, and a reader must not open paths named in a file.
             "origin": source.origin if is_repo_id(source.origin) else "",
@@ -216,7 +208,7 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
             "digest": source.edlora.digest,
             "training": {key: value for key, value in source.edlora.training.items() if key != "fusion"},
         }
-        for source in sources
+        for source, share in zip(sources, shares(sources), strict=True)
     ]
 
 

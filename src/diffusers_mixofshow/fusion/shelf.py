@@ -12,8 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -23,8 +22,11 @@ from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.statistics import GramStatistics
 
 
-class StageShelf:
-    """Files of statistics, each named by a hash of everything it depends on. A context manager.
+class StageShelf(ExitStack):
+    """Files of statistics, each named by a hash of everything it depends on.
+
+    At the end of the ``with`` block a temporary folder is deleted; other files stay for the next run, unless `clear`
+    was called.
 
     Args:
         fusion: Settings and sources of the fusion, JSON values only. They are part of the hash, so that two fusions
@@ -33,20 +35,10 @@ class StageShelf:
 
     def __init__(self, fusion: Mapping[str, Any]) -> None:
         """Keep the settings; nothing is written yet."""
+        super().__init__()
         self._fusion = dict(fusion)
         self._files: list[Path] = []
         self._temporary: Path | None = None
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        """Return the shelf itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Delete the temporary folder; other files stay for the next run, unless `clear` was called."""
-        self._stack.close()
 
     def load_or_record(
         self,
@@ -86,7 +78,7 @@ class StageShelf:
 
     def _own_folder(self) -> Path:
         if self._temporary is None:
-            self._temporary = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fusion-")))
+            self._temporary = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="fusion-")))
         return self._temporary
 
 

@@ -254,11 +254,8 @@ def overlaps(updates: Sequence[Factors], targets: torch.Tensor) -> torch.Tensor:
     Returns:
         Shape (concepts, concepts), symmetric.
     """
-    ranks = [len(update.down) for update in updates]
-    rows = [
-        torch.linalg.qr(update.up.double()).R @ block
-        for update, block in zip(updates, targets.split(ranks), strict=True)
-    ]
+    blocks = targets.split([len(update.down) for update in updates])
+    rows = [torch.linalg.qr(one.up.double()).R @ block for one, block in zip(updates, blocks, strict=True)]
     member = torch.nn.functional.one_hot(_number_rows(rows), len(updates)).to(targets)  # (rows, concepts)
     products = multiply_by_transpose(torch.cat(rows))
     norms = (member.T @ products.square() @ member).sqrt()

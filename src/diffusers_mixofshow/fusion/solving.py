@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -78,10 +79,6 @@ class Settings:
             raise FusionError("Fusion settings: " + "; ".join(defects))
 
 
-Overlaps = dict[tuple[str, str], float]
-"""Pair of sources to their overlap, see `solvers.overlaps`."""
-
-
 def check_device(device: Device) -> None:
     """Raise a `FusionError` if layers cannot be solved on a device."""
     try:
@@ -95,20 +92,20 @@ def check_device(device: Device) -> None:
 
 @dataclass
 class Solution:
-    """Fused layers and the numbers of their report.
+    """Fused layers and the numbers for their report.
 
     Args:
         lora: Site to fused update.
         residuals: Site to source to the relative residuals of the weighted average and of the fusion.
         layers: Site to further numbers: ridge, condition, energy kept.
-        overlaps: Pair of sources to their overlap, summed over inputs.
+        overlaps: Pair of sources to their overlap, see `solvers.overlaps`, summed over inputs.
         inputs: Number of inputs over which overlaps were summed.
     """
 
     lora: dict[str, LowRank] = field(default_factory=dict)
     residuals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
-    overlaps: Overlaps = field(default_factory=dict)
+    overlaps: dict[tuple[str, str], float] = field(default_factory=dict)
     inputs: int = 0
 
     def add(self, other: Solution) -> None:
@@ -203,17 +200,17 @@ class SharedInput:
         """The sums over all sources of all processes."""
         if part not in self._sums:
             downs = {site: [update.down for update in self.updates(site)] for site in self.sites}
-            targets = {site: torch.zeros_like(torch.cat(rows)) for site, rows in downs.items()}
-            blocks = {site: targets[site].split([len(one) for one in rows]) for site, rows in downs.items()}
+            targets = {site: [torch.zeros_like(down) for down in rows] for site, rows in downs.items()}
 
             def weighted() -> Iterator[tuple[Gram, float]]:
                 for place, gram in self.grams(part):
                     for site, rows in downs.items():
-                        blocks[site][place].copy_(self.weights[place] * gram.multiply(rows[place]))
+                        targets[site][place] = self.weights[place] * gram.multiply(rows[place])
                     yield gram, self.weights[place]
 
             gram = self._team.sum_gram(weighted(), self.width, self.device)
-            self._sums[part] = Sums(gram, {site: self._team.all_reduce(rows) for site, rows in targets.items()})
+            stacked = {site: self._team.all_reduce(torch.cat(rows)) for site, rows in targets.items()}
+            self._sums[part] = Sums(gram, stacked)
         return self._sums[part]
 
     @property
@@ -294,10 +291,11 @@ def _solve_input(shared: SharedInput, settings: Settings, *, measured: bool) -> 
         solution.layers[site] = numbers | ({} if kept == 1 else {"energy_kept": kept})
         if measured:
             parts[site] = Parts.of([*updates, Factors.of(low_rank).to(shared.device)])
-            if site == shared.sites[0]:
-                names = [source.name for source in shared.sources]
-                table = overlaps(updates, shared.sums().targets[site]).tolist()
-                solution.overlaps, solution.inputs = _list_pairs(names, table), 1
+    if measured:
+        first, names = shared.sites[0], [source.name for source in shared.sources]
+        table = overlaps(shared.updates(first), shared.sums().targets[first]).tolist()
+        pairs = itertools.combinations(range(len(names)), 2)
+        solution.overlaps, solution.inputs = {(names[i], names[j]): table[i][j] for i, j in pairs}, 1
     solution.residuals = _residuals(shared, parts)
     return solution
 
@@ -390,11 +388,6 @@ def _to_low_rank(update: Factors, max_rank: int | None) -> tuple[LowRank, float]
         update, kept = truncate_rank(update, max_rank)
     down, up = update.down.cpu().float().contiguous(), update.up.cpu().float().contiguous()
     return LowRank(down=down, up=up, alpha=float(len(down))), kept
-
-
-def _list_pairs(names: Sequence[str], table: Sequence[Sequence[float]]) -> Overlaps:
-    """Every pair of names once, from a symmetric table."""
-    return {(one, names[j]): table[i][j] for i, one in enumerate(names) for j in range(i + 1, len(names))}
 
 
 def check_recorded(sources: Sequence[Source], statistics: Statistics, sites: Sequence[str]) -> None:

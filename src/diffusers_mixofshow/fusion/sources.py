@@ -94,24 +94,22 @@ class Source:
     """One ED-LoRA to fuse: a single concept, or a pack of several that share their updates.
 
     Args:
-        edlora: The ED-LoRA, its updates already multiplied by `folded`.
+        edlora: The ED-LoRA, its updates already multiplied by `scale`.
+        prompts: Recording prompts by placeholder; for a plain LoRA, by its name.
         weight: Its share, relative to the other sources.
         scale: Factor on every update.
-        prompts: Recording prompts by placeholder; for a plain LoRA, by its name.
         origin: Path or Hub id that it was read from; empty for an `EDLoRA` object.
         file: The file that it was read from, on this disk or in the Hub's cache; None for an `EDLoRA` object.
         statistics: Statistics that were recorded with its own LoRA.
-        folded: The factor that `edlora` has been multiplied by so far.
     """
 
     edlora: EDLoRA
-    weight: float
-    scale: float
     prompts: Mapping[str, tuple[str, ...]]
+    weight: float = 1.0
+    scale: float = 1.0
     origin: str = ""
     file: Path | None = None
     statistics: SourceStatistics | None = None
-    folded: float = 1.0
 
     @property
     def revision(self) -> str:
@@ -129,12 +127,7 @@ class Source:
         return "+".join(self.prompts)
 
     def factors(self, site: str, shape: tuple[int, int]) -> Factors:
-        """Its update of one layer, float64, on the CPU; rank 0 if it does not change the layer.
-
-        Args:
-            site: The layer, see `families.family`.
-            shape: The layer's (out_features, in_features).
-        """
+        """Its update of a layer of (out_features, in_features), float64, on the CPU; rank 0 if it has none."""
         update = self.edlora.lora.get(site)
         if update is None:
             return Factors(down=torch.zeros(0, shape[1]).double(), up=torch.zeros(shape[0], 0).double())
@@ -142,22 +135,23 @@ class Source:
 
     def rescale(self, scale: float, *, weight: float) -> Source:
         """The source with this scale and weight, its updates multiplied accordingly."""
-        edlora = self.edlora if scale == self.folded else scale_updates(self.edlora, scale / self.folded)
-        return replace(self, edlora=edlora, weight=weight, scale=scale, folded=scale)
+        edlora = self.edlora if scale == self.scale else scale_updates(self.edlora, scale / self.scale)
+        return replace(self, edlora=edlora, weight=weight, scale=scale)
 
-    def misfits(self, statistics: SourceStatistics) -> list[str]:
-        """Why statistics do not belong to this source; empty if they do."""
-        if statistics.digest != self.edlora.digest:
+    @property
+    def misfits(self) -> list[str]:
+        """Why it has no statistics that belong to it; empty if it has."""
+        if self.statistics is None:
+            return [f"{self.name} has none"]
+        if self.statistics.digest != self.edlora.digest:
             return [
-                f"the statistics given with {self.name} are of another LoRA (SHA-256 {statistics.digest[:12]}, "
+                f"the statistics given with {self.name} are of another LoRA (SHA-256 {self.statistics.digest[:12]}, "
                 f"this one {self.edlora.digest[:12]}{'' if self.scale == 1 else f' at scale {self.scale:g}'})"
             ]
-        if missing := [placeholder for placeholder in self.prompts if placeholder not in statistics.concepts]:
+        if missing := [placeholder for placeholder in self.prompts if placeholder not in self.statistics.concepts]:
             return [f"the statistics given with {self.name} lack {', '.join(missing)}"]
         return []
 
-
-_CANNOT_BE_FUSED = "These LoRAs cannot be fused: "
 
 FusionInput = EDLoRA | FusionSource | LoRASource | Source | str | os.PathLike[str]
 
@@ -193,9 +187,10 @@ def gather(
         raise FusionError(f"Expected a list of sources to fuse, got {given!r} alone. Put it in brackets.")
     unet = (components or {}).get("unet")
     layers = cross_attention_layers(unet) if isinstance(unet, nn.Module) else ()
-    sources = [one if isinstance(one, Source) else _read(one, prompts, layers) for one in given]
-    weights = [source.weight for source in sources] if weights is None else weights
-    scales = [source.scale for source in sources] if scales is None else scales
+    entries = [FusionSource(one) if isinstance(one, EDLoRA | str | os.PathLike) else one for one in given]
+    sources = [entry if isinstance(entry, Source) else _read(entry, prompts, layers) for entry in entries]
+    weights = [entry.weight for entry in entries] if weights is None else weights
+    scales = [entry.scale for entry in entries] if scales is None else scales
     defects = [
         *_number_defects("weights", weights, len(sources), positive=True),
         *_number_defects("scales", scales, len(sources), positive=False),
@@ -203,25 +198,32 @@ def gather(
         *_label_defects(sources),
         *_model_defects(sources, components),
     ]
-    if defects:
-        raise FusionError(_CANNOT_BE_FUSED + "; ".join(defects))
+    refuse_defects(defects)
     if not all(isinstance(one, Source) for one in given):  # of those the user was told when they were read
         warn_of_copies(sources)
     numbers = zip(sources, weights, scales, strict=True)
     return tuple(source.rescale(scale, weight=weight) for source, weight, scale in numbers)
 
 
+def refuse_defects(defects: Sequence[str]) -> None:
+    """Raise one `FusionError` that lists why LoRAs cannot be fused, if there is any reason."""
+    if defects:
+        raise FusionError("These LoRAs cannot be fused: " + "; ".join(defects))
+
+
 def warn_of_copies(sources: Sequence[Source]) -> None:
     """Warn of sources that are the same LoRA under other names, which counts once for each of them."""
-    left = list(sources)
-    while left:
-        one, *others = left
-        alike = [_are_copies(one.edlora.lora, other.edlora.lora) for other in others]
-        left = [other for other, copy in zip(others, alike, strict=True) if not copy]
-        names = [one.name, *(other.name for other, copy in zip(others, alike, strict=True) if copy)]
-        if any(alike):
-            told = " and ".join(names)
-            warn(f"{told} are the same LoRA by their content, which so counts {len(names)} times; give it once.")
+    groups: list[list[Source]] = []
+    for source in sources:
+        alike = next((group for group in groups if _are_copies(group[0].edlora.lora, source.edlora.lora)), None)
+        if alike is None:
+            groups.append([source])
+        else:
+            alike.append(source)
+    for group in groups:
+        if len(group) > 1:
+            told = " and ".join(source.name for source in group)
+            warn(f"{told} are the same LoRA by their content, which so counts {len(group)} times; give it once.")
 
 
 def _are_copies(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> bool:
@@ -234,38 +236,30 @@ def _are_equal(one: LowRank, other: LowRank) -> bool:
     return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in halves)
 
 
-def _read(
-    given: EDLoRA | FusionSource | LoRASource | str | os.PathLike[str],
-    prompts: PromptSet | None,
-    layers: tuple[str, ...],
-) -> Source:
-    """Read one source; its scale is stored but not yet applied to the updates."""
-    entry = given if isinstance(given, FusionSource | LoRASource) else FusionSource(given)
+def _read(entry: FusionSource | LoRASource, prompts: PromptSet | None, layers: tuple[str, ...]) -> Source:
+    """Read one source; its weight and scale are not applied yet."""
     if isinstance(entry.source, EDLoRA):
-        return _source(entry, entry.source, _prompts_of_concepts(entry.source, prompts))
+        return Source(edlora=entry.source, prompts=prompts_of_concepts(entry.source, prompts))
     plain = isinstance(entry, LoRASource) and Path(entry.source, PLAIN_NAME).is_file()
     opened = entry.opened or open_edlora(entry.source, layers=layers, weight_name=PLAIN_NAME if plain else None)
     opened.tell()
     edlora, place = opened.edlora, os.fspath(entry.source)
-    if edlora.concepts and isinstance(entry, LoRASource):
+    if not edlora.concepts:
+        lora = entry if isinstance(entry, LoRASource) else LoRASource(place)
+        own = {lora.label: tuple(lora.prompts) or _prompts_of_file(lora, opened)}
+    elif isinstance(entry, LoRASource):
+        names = ", ".join(concept.placeholder for concept in edlora.concepts)
         raise FusionError(
-            f"{place} is not a plain LoRA: it holds embeddings of {_list_concepts(edlora)}. Give it by itself, or as "
+            f"{place} is not a plain LoRA: it holds embeddings of {names}. Give it by itself, or as "
             f"FusionSource({place!r}); its prompts come from the fuser."
         )
-    if edlora.concepts:
-        return _source(entry, edlora, _prompts_of_concepts(edlora, prompts), opened.file)
-    lora = entry if isinstance(entry, LoRASource) else LoRASource(place)
-    return _source(entry, edlora, {lora.label: tuple(lora.prompts) or _prompts_of_file(lora, opened)}, opened.file)
+    else:
+        own = prompts_of_concepts(edlora, prompts)
+    return Source(edlora=edlora, prompts=own, origin=place, file=opened.file)
 
 
-def _source(
-    entry: FusionSource | LoRASource, edlora: EDLoRA, prompts: Mapping[str, tuple[str, ...]], file: Path | None = None
-) -> Source:
-    origin = "" if isinstance(entry.source, EDLoRA) else os.fspath(entry.source)
-    return Source(edlora=edlora, weight=entry.weight, scale=entry.scale, prompts=prompts, origin=origin, file=file)
-
-
-def _prompts_of_concepts(edlora: EDLoRA, prompts: PromptSet | None) -> dict[str, tuple[str, ...]]:
+def prompts_of_concepts(edlora: EDLoRA, prompts: PromptSet | None = None) -> dict[str, tuple[str, ...]]:
+    """Placeholder to recording prompts, see `recording_prompts`, of every concept; empty for a plain LoRA."""
     return {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
 
 
@@ -376,8 +370,7 @@ def _model_defects(sources: Sequence[Source], components: Mapping[str, object] |
 
 def refuse_other_family(sources: Sequence[Source], family: Family) -> None:
     """Raise a `FusionError` if sources were made for another family than that of the base model."""
-    if defects := _family_defects(sources, family):
-        raise FusionError(_CANNOT_BE_FUSED + "; ".join(defects))
+    refuse_defects(_family_defects(sources, family))
 
 
 def _family_defects(sources: Sequence[Source], family: Family) -> list[str]:
@@ -402,7 +395,3 @@ def _is_of_another(source: Source, family: Family) -> bool:
 def _list_families(sources: Sequence[Source]) -> str:
     families = [family_of_updates(input_widths(source.edlora.lora)).name for source in sources]
     return ", ".join(f"{source.name} for {family}" for source, family in zip(sources, families, strict=True))
-
-
-def _list_concepts(edlora: EDLoRA) -> str:
-    return ", ".join(concept.placeholder for concept in edlora.concepts) or "a plain LoRA"

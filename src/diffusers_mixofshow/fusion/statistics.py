@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -21,25 +22,51 @@ The final solution uses both.
 PARTS: tuple[Part, ...] = ("fit", "held_out")
 
 
-class GramStatistics(Protocol):
+class GramStatistics(ABC):
     """Gram matrices of one concept's layer inputs, in memory or in a file."""
 
     @property
+    @abstractmethod
+    def counts(self) -> Mapping[tuple[str, Part], int]:
+        """Number of tokens seen at each input in each part; inputs are named as by `Family.input_of`."""
+
+    @abstractmethod
+    def read(self, name: str, parts: Sequence[Part]) -> Iterable[Gram]:
+        """Gram matrices per token of an input, on the CPU; one for each of these parts, which were all recorded."""
+
+    @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs, see `Family.input_of`."""
+        """Names of the inputs."""
+        return tuple(dict.fromkeys(name for name, _ in self.counts))
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The parts that were recorded."""
+        return tuple(part for part in PARTS if any(part == seen for _, seen in self.counts))
 
     def tokens(self, name: str, part: Part | None = None) -> int:
         """Number of tokens seen at an input, in one part or in all; 0 for an unknown input."""
+        return sum(self.counts.get((name, one), 0) for one in (PARTS if part is None else (part,)))
 
     def gram(self, name: str, part: Part | None = None) -> Gram:
-        """Gram matrix per token, on the CPU; of one part or of all."""
+        """Gram matrix per token, X X^T / tokens, so that weights of concepts do not depend on recording length.
+
+        Args:
+            name: The input's name, see `Family.input_of`.
+            part: Which part; all by default.
+
+        Raises:
+            KeyError: If the input was not recorded.
+            FusionError: If a file's matrix holds NaN or Inf, or the file was replaced since its header was loaded.
+        """
+        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self.counts]
+        if not wanted:
+            raise KeyError(name)
+        shares = [self.counts[name, one] / self.tokens(name, part) for one in wanted]
+        return sum_grams(zip(self.read(name, wanted), shares, strict=True))
 
 
-class ConceptStatistics:
+class ConceptStatistics(GramStatistics):
     """Streaming Gram matrices X X^T of one concept's layer inputs; wide ones are sketched, features are never kept.
 
     Products are taken in float64 on a CPU and in float32 elsewhere, and summed in float64 where the device has it.
@@ -71,35 +98,13 @@ class ConceptStatistics:
             one.offload()
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs seen so far."""
-        return tuple(dict.fromkeys(name for name, _ in self._tokens))
+    def counts(self) -> Mapping[tuple[str, Part], int]:
+        """Number of tokens seen so far at each input in each part."""
+        return self._tokens
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """Parts seen so far."""
-        return tuple(part for part in PARTS if any(part == seen for _, seen in self._tokens))
-
-    def tokens(self, name: str, part: Part | None = None) -> int:
-        """Number of tokens seen at an input, in one part or in all; 0 for an unknown input."""
-        return sum(self._tokens.get((name, one), 0) for one in (PARTS if part is None else (part,)))
-
-    def gram(self, name: str, part: Part | None = None) -> Gram:
-        """Gram matrix per token, X X^T / tokens, so that weights of concepts do not depend on recording length.
-
-        Args:
-            name: The input's name, see `Family.input_of`.
-            part: Which part; all by default.
-
-        Raises:
-            KeyError: If the input was not recorded.
-        """
-        wanted = [one for one in (PARTS if part is None else (part,)) if (name, one) in self._sums]
-        if not wanted:
-            raise KeyError(name)
-        every = self.tokens(name, part)
-        seen = {one: self._tokens[name, one] for one in wanted}
-        return sum_grams((self._sums[name, one].gram(tokens), tokens / every) for one, tokens in seen.items())
+    def read(self, name: str, parts: Sequence[Part]) -> Iterator[Gram]:
+        """Gram matrices per token of the parts of an input, one at a time."""
+        return (self._sums[name, part].gram(self._tokens[name, part]) for part in parts)
 
 
 class _DenseSum:

@@ -14,11 +14,11 @@ from diffusers_mixofshow.edlora.defects import list_names
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import download, is_repo_id
 from diffusers_mixofshow.edlora.reading import within
-from diffusers_mixofshow.errors import EDLoRANotFoundError, FusionError, warn
+from diffusers_mixofshow.errors import EDLoRANotFoundError, warn
 from diffusers_mixofshow.families import family_of_sites
 from diffusers_mixofshow.fusion.collection import Recording, find_differences
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, MaxBytes, SourceStatistics, statistics_path
-from diffusers_mixofshow.fusion.sources import FusionInput, FusionSource, LoRASource, Source
+from diffusers_mixofshow.fusion.sources import FusionInput, FusionSource, LoRASource, Source, refuse_defects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +38,21 @@ class StatisticsStore:
     usual: Recording | None = None
 
     def attach(self, sources: Sequence[Source], given: Sequence[FusionInput]) -> tuple[Source, ...]:
-        """Add the statistics that exist to their sources.
-
-        Args:
-            sources: What to fuse.
-            given: What the user gave for each of them.
+        """Add the statistics that exist to their sources; `given` is what the user gave for each of them.
 
         Raises:
             FusionError: If statistics given with a source do not fit it, or a newer release wrote a file.
         """
-        pairs = zip(sources, given, strict=True)
-        return tuple(self._from_folder(replace(one, statistics=self._given_or_beside(one, own))) for one, own in pairs)
+        return tuple(self._attach(source, own) for source, own in zip(sources, given, strict=True))
 
     def has_usable(self, source: Source, sites: Sequence[str]) -> bool:
         """Whether a source has statistics that can be used for these layers."""
-        return source.statistics is not None and not self.misfits(source, source.statistics, sites)
+        return not self._misfits(source, sites)
 
-    def misfits(self, source: Source, statistics: SourceStatistics, sites: Sequence[str]) -> list[str]:
-        """Why statistics cannot be used for a source; layers and settings only count if they can be recorded again."""
-        misfits = source.misfits(statistics)
-        if misfits or self.recording is None or self.usual is None:
+    def _misfits(self, source: Source, sites: Sequence[str]) -> list[str]:
+        """Why its statistics cannot be used; layers and settings only count if they can be recorded again."""
+        statistics, misfits = source.statistics, source.misfits
+        if misfits or statistics is None or self.recording is None or self.usual is None:
             return misfits
         inputs = family_of_sites(sites).by_input(sites).keys()
         lacking = sorted(set().union(*(inputs - set(concept.inputs) for concept in statistics.concepts.values())))
@@ -92,7 +87,7 @@ class StatisticsStore:
         found = source.statistics
         place = self._place(source) if publishing or self.folder is not None or found is None else None
         if found is not None:
-            why, fate = "; ".join(self.misfits(source, found, sites)), ""
+            why, fate = "; ".join(self._misfits(source, sites)), ""
             if place is None and found.file is not None:
                 fate = f" for this fusion alone ({found.file} stays; GradientFuser.record replaces it)"
             elif place is not None and place.exists():
@@ -120,36 +115,31 @@ class StatisticsStore:
             return self.folder / f"{source.edlora.digest[:16]}.statistics.safetensors"
         return None if source.home is None or self.writable_folder(source) is None else statistics_path(source.home)
 
-    def _from_folder(self, source: Source) -> Source:
-        """Add statistics from the folder, unless the source has some that can be used."""
-        place = None if self.folder is None else self._place(source)
-        if place is None or not place.exists() or self.has_usable(source, ()):
-            return source
-        return replace(source, statistics=self._load(place))
-
-    def _given_or_beside(self, source: Source, given: FusionInput) -> SourceStatistics | None:
-        """Statistics that the user gave with a source, which must fit it; else those beside its file."""
+    def _attach(self, source: Source, given: FusionInput) -> Source:
+        """Add statistics that the user gave, which must fit; else those beside its file; else those in the folder."""
         if isinstance(given, FusionSource | LoRASource) and given.statistics is not None:
             own = given.statistics
             statistics = own if isinstance(own, SourceStatistics) else SourceStatistics.load(own)
-            if misfits := source.misfits(statistics):
-                raise FusionError("These LoRAs cannot be fused: " + "; ".join(misfits))
-            return statistics
-        if source.statistics is not None or source.file is None:
-            return source.statistics
-        location = source.origin if is_repo_id(source.origin) else source.file.parent
-        beside = statistics_beside(location, file_name=source.file.name)
-        return None if beside is None else self._load(beside)
+            source = replace(source, statistics=statistics)
+            refuse_defects(source.misfits)
+        elif source.statistics is None and source.file is not None:
+            location = source.origin if is_repo_id(source.origin) else source.file.parent
+            source = self._load(source, statistics_beside(location, file_name=source.file.name))
+        if self.folder is not None and not self.has_usable(source, ()):
+            source = self._load(source, self._place(source))
+        return source
 
-    def _load(self, path: Path) -> SourceStatistics | None:
-        """Load statistics; None for a damaged file if they can be recorded again."""
+    def _load(self, source: Source, path: Path | None) -> Source:
+        """Add the statistics of a file, if there is one; a damaged file counts as none if it can be recorded again."""
+        if path is None or not path.exists():
+            return source
         try:
-            return SourceStatistics.load(path)
+            return replace(source, statistics=SourceStatistics.load(path))
         except DamagedStatisticsError as error:
             if self.recording is None:
                 raise
             warn(f"Statistics are recorded again: {error.args[0]}.")
-            return None
+            return replace(source, statistics=None)
 
 
 def statistics_beside(
@@ -165,9 +155,8 @@ def statistics_beside(
     """
     name = statistics_path(Path(file_name)).name
     if is_repo_id(location):
-        where = {"revision": revision, "subfolder": subfolder or None}
         try:
-            return download(str(location), name, token=None, cache_dir=None, local_files_only=False, **where)
+            return download(str(location), name, revision=revision, subfolder=subfolder or None)
         except EDLoRANotFoundError:
             return None
     path = Path(location, subfolder)

@@ -24,12 +24,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Team:
-    """Rank of this process, and the number of processes.
-
-    Args:
-        rank: Number of this process, from 0.
-        size: Number of processes.
-    """
+    """Rank of this process, from 0, and the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -55,13 +50,7 @@ class Team:
         return moved.to(tensor.device)
 
     def sum_gram(self, weighted: Iterable[tuple[Gram, float]], width: int, device: Device) -> Gram:
-        """Sum of the Gram matrices of all processes; this one may have none.
-
-        Args:
-            weighted: Matrices of this process and their weights.
-            width: Features of the input.
-            device: Device of the sum.
-        """
+        """Sum, on a device, of the weighted Gram matrices of all processes; this one may have none."""
         if self.size == 1:
             return sum_grams(weighted, as_matrix=width <= WIDEST_MATRIX)
         none = DenseGram(torch.zeros(width, width, dtype=torch.float64, device=device))

@@ -151,11 +151,10 @@ def _read_from_hub(
 
 def _fetch(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]) -> Path:
     """Download a file of a repository, and PEFT's settings if it is PEFT's."""
-    options = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False} | where
-    file = hub.download(repo_id, name, subfolder=subfolder, **options)
+    file = hub.download(repo_id, name, subfolder=subfolder, **where)
     if name.startswith(_OF_PEFT):
         try:
-            hub.download(repo_id, PEFT_CONFIG, subfolder=subfolder, **options)
+            hub.download(repo_id, PEFT_CONFIG, subfolder=subfolder, **where)
         except EDLoRANotFoundError:  # the reader reports the missing alpha
             return file
     return file

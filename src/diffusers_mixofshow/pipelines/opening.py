@@ -117,9 +117,8 @@ def _find_fused_concepts(pipeline: str | os.PathLike[str], tokenizer: Any, optio
         return file if file.is_file() else None
     if FIRST_WORD not in tokenizer.get_added_vocab():  # no such model: saves a request to the Hub
         return None
-    defaults = {"revision": None, "subfolder": None, "token": None, "cache_dir": None, "local_files_only": False}
     try:
-        return hub.download(str(pipeline), CONCEPTS_NAME, **defaults | dict(options))
+        return hub.download(str(pipeline), CONCEPTS_NAME, **options)
     except EDLoRANotFoundError:
         return None
 
