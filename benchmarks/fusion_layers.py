@@ -2,6 +2,7 @@
 
     python benchmarks/fusion_layers.py                       # 14 concepts, 1/16 of the rows that the reference stores
     python benchmarks/fusion_layers.py --rows 0.002 --steps 5 5 --concepts 3
+    python benchmarks/fusion_layers.py --rows 0.25 --steps 0 0 --record RECORD.json   # ridges alone, on more rows
 
 The baseline is the reference's method: LBFGS with strong Wolfe line search and a history of 25, in float32, on the
 stacked raw features of all concepts, from the base weight, 50 steps for spatial layers and 500 for text layers and
@@ -32,6 +33,7 @@ from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.fusion.gram import Gram, sum_grams
 from diffusers_mixofshow.fusion.ridge import choose_ridge
 from diffusers_mixofshow.fusion.solvers import Factors, closed_form, target_rows
+from diffusers_mixofshow.fusion.solving import Settings
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics, Part
 
 
@@ -45,6 +47,12 @@ _MOVED = 0.3
 """How far a prompt moves the features of its tokens, relative to how far they are from each other."""
 
 RIDGES = {"ridge 0": 0.0, "ridge 1e-3": 1e-3, "ridge 1e-2": 1e-2, "ridge 3e-2": 3e-2, "ridge 1e-1": 1e-1}
+
+
+def ridges_of(width: int) -> dict[str, float]:
+    """The ridges that a layer is solved with: fixed ones, and the defaults for its width."""
+    staged, own = (Settings(in_stages=in_stages).ridge_of(width) for in_stages in (True, False))
+    return RIDGES | {"usual in stages": staged, "usual of own features": own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +212,14 @@ def measure(group: Group, concepts: int, share: float, steps: tuple[int, int], s
     """One layer of a group under every solver."""
     problem = Problem(group, concepts, group.rows if group.text else int(group.rows * share), seed)
     deltas: dict[str, torch.Tensor] = {}
-    deltas["LBFGS"], lbfgs_s = solve_lbfgs(problem, steps[0] if group.text else steps[1])
+    lbfgs_s, most = 0.0, steps[0] if group.text else steps[1]
+    if most:
+        deltas["LBFGS"], lbfgs_s = solve_lbfgs(problem, most)
     gathered = gather(problem)
     updates, (grams, read_s) = problem.updates, timed(gathered.grams)
     inverse, inverting_s = timed(lambda: added_up(grams).inverse(RIDGES["ridge 1e-2"]))
     deltas["ridge 1e-2"], solving_s = timed(lambda: closed_form(updates, target_rows(updates, grams), inverse).delta)
-    for name, ridge in RIDGES.items():
+    for name, ridge in ridges_of(group.width).items():
         if name not in deltas:
             deltas[name] = closed_form(updates, target_rows(updates, grams), added_up(grams).inverse(ridge)).delta
     fitted = gathered.grams("fit")
@@ -284,7 +294,9 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=float, default=1 / 16, help="share of the spatial rows that the reference stores"
     )
-    parser.add_argument("--steps", type=int, nargs=2, default=(500, 50), help="of LBFGS, for text and spatial layers")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(500, 50), help="of LBFGS, for text and spatial layers; 0: none"
+    )
     parser.add_argument("--groups", nargs="+", default=[group.name for group in GROUPS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, default=Path(__file__).parent / "records" / "fusion-layers-cpu.json")

@@ -51,7 +51,7 @@ PROMISED = {
         "width": None,
     },
     collect: {"hold_out": False},
-    Settings: {"method": "closed-form", "ridge": 1e-3, "max_rank": None},
+    Settings: {"method": "closed-form", "ridge": None, "max_rank": None, "in_stages": False},
     FusionSource: {"weight": 1.0, "scale": 1.0, "statistics": None},
     LoRASource: {"weight": 1.0, "scale": 1.0, "name": "", "statistics": None},
     FusedPack.save_pretrained: {

@@ -288,12 +288,17 @@ def test_a_concept_that_is_hardly_kept_is_warned_of_and_no_other(published: list
         assert GradientFuser().fuse(published[:2]).report.poor == ()
 
 
-def test_the_usual_ridge_is_larger_where_each_concept_was_recorded_with_its_own_model(
+def test_the_usual_ridge_grows_with_the_layers_width_and_where_each_concept_was_recorded_with_its_own_model(
     pipe: MixOfShowPipeline, published: list[Path]
 ) -> None:
-    assert GradientFuser().fuse(published).report.data["ridge"] == 0.03
-    assert GradientFuser(ridge=1e-2).fuse(published).report.data["ridge"] == 1e-2
-    assert GradientFuser(pipe, steps=1).fuse(published[:1]).report.data["ridge"] == 1e-3
+    for fuser, usual in ((GradientFuser(), 2.5e-4), (GradientFuser(pipe, steps=1), 2.5e-5)):
+        pack = fuser.fuse(published[:2])
+        told = {site: numbers["ridge"] for site, numbers in pack.report.data["layers"].items()}
+        widths = {site: update.down.shape[1] for site, update in pack.lora.items()}
+        assert len(set(widths.values())) > 1
+        assert told == pytest.approx({site: usual * width for site, width in widths.items()})
+    given = GradientFuser(ridge=1e-2).fuse(published).report.data
+    assert {numbers["ridge"] for numbers in given["layers"].values()} == {given["ridge"]} == {1e-2}
 
 
 @pytest.mark.parametrize("method", METHODS)

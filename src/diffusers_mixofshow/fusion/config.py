@@ -17,10 +17,6 @@ from diffusers_mixofshow.fusion.published import MaxBytes
 from diffusers_mixofshow.fusion.solving import Ridge, Settings, check_device
 
 
-_RIDGE_IN_STAGES, _RIDGE_OF_OWN_FEATURES = 1e-3, 0.03
-"""Inputs recorded with each concept's own model differ from the fused model's; a larger ridge tolerates that."""
-
-
 class FusionKeywords(TypedDict, total=False):
     """The fields of `FusionConfig`, as keywords."""
 
@@ -57,8 +53,8 @@ class FusionConfig:
         negative_prompt: Prompt of the unconditional half; None is the empty prompt.
         seeds: Every prompt is sampled once with each of them.
         ridge: Ridge penalty, as a fraction of the mean squared feature. ``auto`` holds out every fourth prompt while
-            recording and chooses each layer's ridge by the error on them. Default: the best values measured on
-            Toyland, 1e-3 in stages and 0.03 with each concept's own model.
+            recording and chooses each layer's ridge by the error on them. Default: 2.5e-5 for each input feature of
+            the layer in stages, ten times that with each concept's own model.
         prior: Weight of keeping the base's outputs on prompts without any concept, relative to all concepts together;
             0 records none. A higher weight changes prompts without concepts less, and keeps concepts less.
         prior_prompts: Prompts without concepts for `prior`; the concepts' class words are added. Default: see
@@ -119,8 +115,7 @@ class FusionConfig:
     @property
     def settings(self) -> Settings:
         """How layers are solved."""
-        usual = _RIDGE_IN_STAGES if self.sequential else _RIDGE_OF_OWN_FEATURES
-        return Settings(ridge=usual if self.ridge is None else self.ridge, max_rank=self.max_rank)
+        return Settings(ridge=self.ridge, max_rank=self.max_rank, in_stages=bool(self.sequential))
 
     def resolve(self, pipe: FusablePipeline | None) -> FusionConfig:
         """Fill in the defaults that depend on whether there is a pipeline.

@@ -69,6 +69,7 @@ class FusionReport:
     ) -> dict[str, object]:
         """Convert the solution of fused sources, with `further` settings and times, to a report of JSON values."""
         record: dict[str, object] = {**asdict(settings), **further, **_peak_memory()}
+        del record["in_stages"]  # `further` says it as ``sequential``
         record["sources"] = _provenance(sources)
         record["prompts"] = {name: list(prompts) for source in sources for name, prompts in source.prompts.items()}
         record["layers"] = {
