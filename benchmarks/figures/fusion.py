@@ -83,6 +83,7 @@ def tables() -> dict[str, str]:
         "own layers": own_layers(),
         "cheats": cheats(),
         "against LBFGS": against_lbfgs(),
+        "ridges at true sizes": ridges_at_true_sizes(),
         "files": files(),
         "scale": scale(),
         "ridges": ridges(),
@@ -190,6 +191,25 @@ def against_lbfgs() -> str:
         rows.append([label, times, fitted, *(decimals(validation[each], 3) for each in tried)])
     head = ("layers", "times faster (q k v / single)", "training: LBFGS / no ridge", "validation: LBFGS", "no ridge")
     return table((*head, "ridge 1e-3", "ridge 1e-2", "ridge 0.1", "ridge chosen"), rows)
+
+
+def ridges_at_true_sizes() -> str:
+    results = record("fusion-layers-ridges-cpu")["results"]
+    names = {
+        "ridge 0": "no ridge",
+        "ridge 1e-3": "1e-3",
+        "ridge 1e-2": "1e-2",
+        "ridge 3e-2": "3e-2",
+        "ridge 1e-1": "0.1",
+        "usual in stages": "default in stages",
+        "usual of own features": "default, own model",
+        "ridge chosen": "chosen",
+    }
+    rows = [
+        [label, *(decimals(results[members[0]]["validation"][name], 3) for name in names)]
+        for label, members in GROUPS.items()
+    ]
+    return table(("layers", *names.values()), rows)
 
 
 def files() -> str:

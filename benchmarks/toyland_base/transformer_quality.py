@@ -52,6 +52,7 @@ def measure(weights: Path, count: int, guidance_scale: float, sheet: Path | None
 def readme(report: dict[str, Any], weights: Path) -> str:
     """The text of the README beside the weights: training, size and measured quality."""
     samples = report["samples"]
+    note = json.loads((weights / "training.json").read_text(encoding="utf-8"))["transformer"].get("note", "")
     by_class = ", ".join(
         f"{name} {100 * value:.0f} %, {100 * samples['colour_right_by_class'][name]:.0f} %, "
         f"{100 * report['residents'][name]:.0f} %"
@@ -70,6 +71,7 @@ def readme(report: dict[str, Any], weights: Path) -> str:
         "src/diffusers_mixofshow/toyland/sd3_weights`.",
         "",
         *list_training(weights / "training.json"),
+        *([note] if note else []),
         "",
         "## Measured quality",
         f"Commit {report['commit']}, on {report['hardware']}, {report['seconds']:.0f} s, seeds from {FRESH_SEED} on "

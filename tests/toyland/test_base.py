@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.toyland_base.quality import identity_of
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.errors import ConceptError
+from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
 from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.world import CLASSES, draw
@@ -32,6 +34,24 @@ def test_everything_together_is_at_most_16_megabytes() -> None:
     files = [file for file in toyland.path().rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 16e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt")]
+
+
+def test_the_second_base_is_small_and_draws_as_diffusers_loads_it() -> None:
+    files = [file for file in toyland.path("toyland-sd3").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 12.2e6
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt")]
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        toyland.path("toyland-sd3"), text_encoder_3=None, tokenizer_3=None
+    ).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        ["a red vase in a meadow", "a white cat in a room"],
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+    ).images
+    found = ToylandJudge.load().read(images)
+    assert [(one["class"], one["colour"]) for one in found] == [("vase", "red"), ("cat", "white")]
 
 
 def test_the_pipeline_loads_fast_and_samples_a_picture() -> None:

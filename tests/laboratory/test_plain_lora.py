@@ -1,0 +1,56 @@
+"""Plain LoRAs of the second base: files of diffusers, fused on the base whose guidance they are recorded with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.toyland_base.plain_lora import main
+from diffusers_mixofshow import GradientFuser, LoRASource
+from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora
+from diffusers_mixofshow.sampling.loading import load_base
+
+
+QUICK = ("--steps", "2", "--batch-size", "2", "--rank", "2")
+NAMES = ("rex", "ming")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_base("toyland-sd3", "cpu", "float32", concepts=False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loras")
+    main(["--output", str(folder), "--names", *NAMES, *QUICK])
+    return {name: folder / f"{name}.safetensors" for name in NAMES}
+
+
+def test_every_lora_adapts_the_attention_of_both_streams(files: dict[str, Path]) -> None:
+    sites = read_lora(files["rex"]).keys()
+    assert len(sites) == 5 * 8 - 1  # the last block does not put out its texts
+    assert all(site.startswith("transformer.transformer_blocks.") and ".attn." in site for site in sites)
+
+
+def test_a_file_that_is_there_is_kept(files: dict[str, Path]) -> None:
+    before = files["rex"].read_bytes()
+    main(["--output", str(files["rex"].parent), "--names", "rex", *QUICK, "--seed", "7"])
+    assert files["rex"].read_bytes() == before
+
+
+def test_they_are_fused_with_the_guidance_of_their_base(pipe: Any, files: dict[str, Path], tmp_path: Path) -> None:
+    sources = [LoRASource(path, prompts=[f"a {name} in snow"], name=name) for name, path in files.items()]
+    fused = GradientFuser(pipe, steps=1, height=32, width=32).fuse(sources)
+    assert fused.report.data["guidance_scale"] == 3.0
+    assert fused.report.data["sampler"] == "FlowMatchEulerDiscreteScheduler"
+    fused.save_pretrained(tmp_path)
+    assert read_lora(tmp_path / PLAIN_NAME).keys() == read_lora(files["rex"]).keys()
+    plain = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    pipe.load_lora_weights(tmp_path)
+    pipe.unload_lora_weights()
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(value, plain[name]), name
