@@ -266,19 +266,26 @@ def check(pictures: dict[str, torch.Tensor]) -> None:
             raise SystemExit(f"{name}: the two ways draw different pictures.")
 
 
-def with_ratios(found: dict[str, list[Timing]]) -> dict[str, dict[str, float]]:
-    """Each case's seconds, shortest of its rounds, and ratios to the plain pipeline, with the same LoRA or without."""
+def with_ratios(found: dict[str, list[Timing]]) -> dict[str, dict[str, Any]]:
+    """Each case's seconds, shortest of its rounds, and ratios to the plain pipeline, with the same LoRA or without.
+
+    A ratio is the median of those of all rounds; beside those of processor time stand their quartiles.
+    """
     results = {}
     for name, rounds in found.items():
         plain = name in ("StableDiffusionPipeline", "no concept, no region")
         beside = found["StableDiffusionPipeline" if plain else "StableDiffusionPipeline, same LoRA"]
 
-        def ratio(clock: str, own: list[Timing] = rounds, other: list[Timing] = beside) -> float:
-            return statistics.median(getattr(a, clock) / getattr(b, clock) for a, b in zip(own, other, strict=True))
-
+        ratios = {
+            clock: [getattr(a, clock) / getattr(b, clock) for a, b in zip(rounds, beside, strict=True)]
+            for clock in ("step", "step_wall", "call")
+        }
         row = {"call_s": min(one.call for one in rounds), "step_s": min(one.step for one in rounds)}
-        row |= {"step_ratio": ratio("step"), "step_wall_ratio": ratio("step_wall"), "call_ratio": ratio("call")}
-        results[name] = {key: round(value, 5) for key, value in row.items()}
+        row |= {f"{clock}_ratio": statistics.median(values) for clock, values in ratios.items()}
+        results[name] = {key: round(value, 5) for key, value in row.items()} | {
+            f"{clock}_quartiles": [round(value, 5) for value in statistics.quantiles(ratios[clock], n=4)]
+            for clock in ("step", "call")
+        }
     return results
 
 
@@ -289,7 +296,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels of a side; the model's own by default")
     parser.add_argument("--batch", type=int, default=1, help="pictures in one call")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="of every case, at least 2")
     parser.add_argument("--record", type=Path, help="where to write the record")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", MixOfShowWarning)
@@ -302,7 +309,7 @@ def main() -> None:
     settings |= {"cross_attention_layers": len(cross_attention_layers(unet))}
     run = {**record.run_info(Path(__file__).parent), "load": os.getloadavg()[0]}
     for name, row in results.items():
-        print(f"{name:36}", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+        print(f"{name:36}", "  ".join(f"{key} {row[key]:.4g}" for key in row if "quartiles" not in key))
     path = arguments.record or RECORDS / f"attention-{arguments.model}-{arguments.batch}-{arguments.device}.json"
     print(f"Record: {record.write(path, {'run': run, 'settings': settings, 'results': results})}")
 

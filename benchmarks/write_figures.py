@@ -12,13 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from figures import demo, fusion, regions, tuning
+from figures import demo, fusion, regions, saving, tuning
 from figures.reading import Sentence
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
-PARTS = (demo, fusion, regions, tuning)
+PARTS = (demo, fusion, regions, saving, tuning)
 BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n\n)(.*?)(\n\n<!-- end of figures -->)", re.DOTALL)
 NUMBER = r"(-?\d*\.?\d+)"
 

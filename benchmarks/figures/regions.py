@@ -126,9 +126,15 @@ def steps() -> str:
     rows = []
     for name in ("no concept, no region", "one layer-wise concept", "4 disjoint regions", "8 overlapping masks"):
         row, theirs = results[name], results.get(f"{name}, authors' way")
-        step = decimals(row["step_ratio"]) + (", bit-identical" if name == "no concept, no region" else "")
-        rows.append([name, step, decimals(row["call_ratio"]), decimals(theirs["step_ratio"]) if theirs else ""])
+        step = with_quartiles(row, "step") + (", bit-identical" if name == "no concept, no region" else "")
+        rows.append([name, step, with_quartiles(row, "call"), with_quartiles(theirs, "step") if theirs else ""])
     return table(("", "a step", "a whole call of 8 steps", "a step the authors' way"), rows)
+
+
+def with_quartiles(row: Mapping[str, Any], clock: str) -> str:
+    """A ratio of times, with the quartiles of all rounds."""
+    low, _, high = row[f"{clock}_quartiles"]
+    return f"{decimals(row[f'{clock}_ratio'])} ({decimals(low)} to {decimals(high)})"
 
 
 def isolation() -> str:

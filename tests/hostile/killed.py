@@ -18,6 +18,7 @@ import torch
 
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.evaluation import record
 
 
 WIDTH = 768
@@ -113,9 +114,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="file that gets the counts, with commit, machine and versions")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(kill(arguments.times, arguments.seed, Path(folder))))  # noqa: T201
+        counts = kill(arguments.times, arguments.seed, Path(folder))
+    print(json.dumps(counts))  # noqa: T201
+    if arguments.record is not None:
+        record.write(arguments.record, {"run": record.run_info(Path(__file__).parent), "results": counts})
 
 
 if __name__ == "__main__":
