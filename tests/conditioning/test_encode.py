@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_mixofshow.conditioning.encode import encode_layerwise
+from diffusers_mixofshow.conditioning.encode import encode
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.errors import ConceptError
 
@@ -31,7 +31,7 @@ def _by_hand(text_encoder, tokenized, embeddings, layer, clip_skip=None):
 def test_layer_k_is_encoded_with_embedding_k(text_encoder, tokenizer, concept, embeddings, layers, clip_skip):
     tokenized = tokenize(["a <potter> b", "plain", "<potter2>"], tokenizer, [concept])
     with torch.no_grad():
-        stack = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
+        stack = encode(text_encoder, tokenized, embeddings, layers, clip_skip).states
         assert stack.shape == (3, layers * 77, 32)
         for layer, encoding in enumerate(stack.chunk(layers, dim=1)):
             expected = _by_hand(text_encoder, tokenized, embeddings, layer, clip_skip)
@@ -42,7 +42,7 @@ def test_a_plain_prompt_is_encoded_once_and_repeated(text_encoder, tokenizer, co
     batches = []
     hook = text_encoder.register_forward_hook(lambda _module, inputs, _output: batches.append(len(inputs[0])))
     tokenized = tokenize(["a dog", "a cat"], tokenizer, [concept])
-    stack = encode_layerwise(text_encoder, tokenized, embeddings, layers)
+    stack = encode(text_encoder, tokenized, embeddings, layers).states
     hook.remove()
     assert batches == [2]
     assert torch.equal(stack, text_encoder(tokenized.ids)[0].repeat(1, layers, 1))
@@ -50,16 +50,16 @@ def test_a_plain_prompt_is_encoded_once_and_repeated(text_encoder, tokenizer, co
 
 def test_prompts_do_not_touch_each_other(text_encoder, tokenizer, concept, embeddings, layers):
     prompts = ["a <potter>", "a dog", "<potter> and <potter1>", ""]
-    together = encode_layerwise(text_encoder, tokenize(prompts, tokenizer, [concept]), embeddings, layers)
+    together = encode(text_encoder, tokenize(prompts, tokenizer, [concept]), embeddings, layers).states
     for row, prompt in enumerate(prompts):
-        alone = encode_layerwise(text_encoder, tokenize([prompt], tokenizer, [concept]), embeddings, layers)
+        alone = encode(text_encoder, tokenize([prompt], tokenizer, [concept]), embeddings, layers).states
         assert torch.allclose(together[row], alone[0], atol=1e-5)
 
 
 def test_gradients_reach_every_embedding_through_its_own_layer(text_encoder, tokenizer, concept, embeddings, layers):
     tokenized = tokenize(["a <potter> b"], tokenizer, [concept])
     rows = {name: row.requires_grad_() for name, row in embeddings.items()}
-    stack = encode_layerwise(text_encoder, tokenized, rows, layers)
+    stack = encode(text_encoder, tokenized, rows, layers).states
     stack.chunk(layers, dim=1)[2].square().sum().backward()
     for row in rows.values():
         moved = row.grad.abs().sum(dim=1) > 0
@@ -69,22 +69,22 @@ def test_gradients_reach_every_embedding_through_its_own_layer(text_encoder, tok
 def test_the_text_encoder_is_left_alone_also_on_errors(text_encoder, tokenizer, concept, embeddings, layers):
     tokenized = tokenize(["a <potter>"], tokenizer, [concept])
     table = text_encoder.get_input_embeddings()
-    encode_layerwise(text_encoder, tokenized, embeddings, layers)
+    encode(text_encoder, tokenized, embeddings, layers)
     assert not table._forward_hooks
     with pytest.raises(IndexError):
-        encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip=9)
+        encode(text_encoder, tokenized, embeddings, layers, clip_skip=9)
     assert not table._forward_hooks
 
 
 def test_bad_embeddings_are_all_named(text_encoder, tokenizer, concept, embeddings, layers):
     tokenized = tokenize(["a <potter>"], tokenizer, [concept])
     with pytest.raises(ConceptError, match=rf"<potter2> has no embedding; <potter1> .*\(3, 32\).*\({layers}, 32\)"):
-        encode_layerwise(text_encoder, tokenized, {"<potter1>": embeddings["<potter1>"][:3]}, layers)
+        encode(text_encoder, tokenized, {"<potter1>": embeddings["<potter1>"][:3]}, layers)
 
 
 def test_half_precision_encoder_takes_float_embeddings(text_encoder, tokenizer, concept, embeddings, layers):
     tokenized = tokenize(["a <potter>", "b"], tokenizer, [concept])
-    stack = encode_layerwise(text_encoder.to(torch.bfloat16), tokenized, embeddings, layers)
+    stack = encode(text_encoder.to(torch.bfloat16), tokenized, embeddings, layers).states
     assert stack.dtype == torch.bfloat16
 
 
@@ -105,8 +105,8 @@ def test_text_encoders_of_both_transformers_generations(
             return text_encoder(*args, **kwargs)
 
     tokenized = tokenize(["a <potter>", "b"], tokenizer, [concept])
-    expected = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
-    assert torch.equal(encode_layerwise(Other(), tokenized, embeddings, layers, clip_skip), expected)
+    expected = encode(text_encoder, tokenized, embeddings, layers, clip_skip).states
+    assert torch.equal(encode(Other(), tokenized, embeddings, layers, clip_skip).states, expected)
 
 
 @pytest.mark.parametrize("clip_skip", [None, 1])
@@ -115,9 +115,9 @@ def test_padding_is_masked_where_the_encoder_was_trained_so(
 ):
     """As diffusers does by the encoder's `use_attention_mask`; padding reads less then, the text itself the same."""
     tokenized = tokenize(["a <potter>", "b"], tokenizer, [concept])
-    plain = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
+    plain = encode(text_encoder, tokenized, embeddings, layers, clip_skip).states
     text_encoder.config.use_attention_mask = True
-    masked = encode_layerwise(text_encoder, tokenized, embeddings, layers, clip_skip)
+    masked = encode(text_encoder, tokenized, embeddings, layers, clip_skip).states
     for row, end in enumerate((tokenized.attention_mask.sum(dim=1) - 1).tolist()):
         one, other = (each[row].unflatten(0, (layers, 77)) for each in (plain, masked))
         assert torch.allclose(one[:, : end + 1], other[:, : end + 1], atol=1e-5)

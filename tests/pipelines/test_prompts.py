@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from diffusers_mixofshow.conditioning.encode import encode_layerwise
+from diffusers_mixofshow.conditioning.encode import encode
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 from diffusers_mixofshow.families.layers import cross_attention_layers
@@ -36,7 +36,7 @@ def test_a_concept_prompt_is_the_layerwise_encoding(potter):
     positive, negative = _encode(potter, "a <potter>", negative="bad")
     tokenized = tokenize(["a <potter>", "bad"], potter.tokenizer, potter.concepts.values())
     with torch.no_grad():
-        expected = encode_layerwise(potter.text_encoder, tokenized, potter._concept_embeddings, layers)
+        expected = encode(potter.text_encoder, tokenized, potter._concept_embeddings, layers).states
     assert positive.shape == negative.shape == (1, layers * 77, 32)
     assert torch.allclose(positive, expected[:1], atol=1e-5)
     assert torch.allclose(negative, expected[1:], atol=1e-5)

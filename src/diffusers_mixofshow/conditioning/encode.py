@@ -74,23 +74,6 @@ class Encoded:
         return Encoded(self.states[chosen], None if self.pooled is None else self.pooled[chosen])
 
 
-def encode_layerwise(
-    text_encoder: nn.Module,
-    tokenized: TokenizedPrompts,
-    embeddings: Mapping[str, torch.Tensor],
-    layers: int,
-    clip_skip: int | None = None,
-    *,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Encode every prompt once for each layer by the text encoder of Stable Diffusion; see `encode`.
-
-    Returns:
-        Shape (prompts, layers * tokens, dim).
-    """
-    return encode(text_encoder, tokenized, embeddings, layers, clip_skip, device=device).states
-
-
 def encode(
     text_encoder: nn.Module,
     tokenized: TokenizedPrompts,

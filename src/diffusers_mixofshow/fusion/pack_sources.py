@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -211,10 +210,5 @@ def _is_source(entry: object) -> bool:
         and all(isinstance(name, str) and NAME.fullmatch(name) for name in names)
         and all(isinstance(entry.get(key), str) for key in ("origin", "digest"))
         and isinstance(entry.get("revision", ""), str)
-        and _is_finite(weight)
-        and _is_finite(scale)
+        and all(isinstance(value, int | float) and abs(value) < 1e6 for value in (weight, scale))  # False for NaN
     )
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e6 and math.isfinite(value)
