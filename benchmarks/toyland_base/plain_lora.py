@@ -52,7 +52,7 @@ class Tuning:
     steps: int = 400
     batch_size: int = 8
     rank: int = 4
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-3
     seed: int = 0
 
 
