@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.toyland_base.plain_lora import main
+from benchmarks.toyland_base.plain_lora import draw_class, main
 from diffusers_mixofshow import GradientFuser, LoRASource
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora
 from diffusers_mixofshow.sampling.loading import load_base
+from diffusers_mixofshow.toyland.scenes import residents
 
 
-QUICK = ("--steps", "2", "--batch-size", "2", "--rank", "2")
+QUICK = ("--steps", "2", "--batch-size", "2", "--class-pictures", "1", "--rank", "2")
 NAMES = ("rex", "ming")
 
 
@@ -34,6 +36,14 @@ def test_every_lora_adapts_the_attention_of_both_streams(files: dict[str, Path])
     sites = read_lora(files["rex"]).keys()
     assert len(sites) == 5 * 8 - 1  # the last block does not put out its texts
     assert all(site.startswith("transformer.transformer_blocks.") and ".attn." in site for site in sites)
+
+
+def test_pictures_of_the_class_show_other_things_of_it() -> None:
+    pictures, captions = draw_class("dog", seed=0)
+    assert len(pictures) == len(captions) == 64
+    assert {picture.size for picture in pictures} == {(64, 64)}
+    named = {name for name, thing in residents().items() if thing.class_word == "dog"}
+    assert all({"dog", *named} & set(re.findall(r"\w+", one)) for one in captions)
 
 
 def test_a_file_that_is_there_is_kept(files: dict[str, Path]) -> None:
