@@ -19,13 +19,13 @@ from figures.reading import Sentence
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 PARTS = (demo, fusion, regions, saving, tuning)
-BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n\n)(.*?)(\n\n<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n\n)((?:(?!<!--).)*?)\n*(<!-- end of figures -->)", re.DOTALL)
 NUMBER = r"(-?\d*\.?\d+)"
 
 
 def write_tables(text: str, tables: Mapping[str, str]) -> str:
     """The text of a page with its tables as the records have them."""
-    return BLOCK.sub(lambda block: block[1] + tables[block[2]] + block[4], text)
+    return BLOCK.sub(lambda block: f"{block[1]}{tables[block[2]]}\n\n{block[4]}", text)
 
 
 def write_sentence(text: str, sentence: Sentence) -> str:

@@ -52,6 +52,13 @@ def test_a_wrong_figure_in_any_table_is_found(writing: ModuleType) -> None:
             assert writing.write_tables(changed, tables) == text_of(page), block[2]
 
 
+def test_a_new_table_takes_its_own_place_alone(writing: ModuleType) -> None:
+    """One with nothing in it yet, too: what follows it stays."""
+    empty = f"<!-- figures: new -->\n\n{END}\n\nWords.\n\n<!-- figures: old -->\n\n| 1 |\n\n{END}\n"
+    filled = empty.replace("new -->\n", "new -->\n\n| 2 |\n").replace("| 1 |", "| 3 |")
+    assert writing.write_tables(empty, {"new": "| 2 |", "old": "| 3 |"}) == filled
+
+
 def test_a_wrong_figure_in_any_sentence_is_found(writing: ModuleType) -> None:
     for sentence in writing.all_sentences():
         text = text_of(sentence.page)

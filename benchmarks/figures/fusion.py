@@ -79,7 +79,9 @@ def tables() -> dict[str, str]:
         "methods, 8 concepts": methods("retention-8", "8"),
         "methods, 14 concepts": methods("retention-14", "14"),
         "methods, 30 concepts": methods("retention-30", "30"),
-        "methods on a transformer": methods("transformer", "8", alone="each concept's own LoRA"),
+        "methods on a transformer, names not learnt": methods(
+            "transformer-names-not-learnt", "8", alone="each concept's own LoRA"
+        ),
         "own layers": own_layers(),
         "cheats": cheats(),
         "against LBFGS": against_lbfgs(),
