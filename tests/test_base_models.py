@@ -196,11 +196,14 @@ def test_a_base_that_cannot_be_loaded_says_why_and_what_may_be_meant(tmp_path: P
     (tmp_path / "bases" / "sd15").mkdir(parents=True)
     (tmp_path / "sd14").touch()
     ends = (
-        "Expected a Hub id, a folder of a Stable Diffusion pipeline, or 'toyland', the base in the package. "
-        "(first line.)"
+        "Expected a Hub id, a folder of a Stable Diffusion pipeline, or one of the package's own: 'toyland', "
+        "'toyland-sd3'. (first line.)"
     )
     error = OSError("\n first line.\nand more")
-    for name, guess in (("toylnd", "toyland"), ("bases/sd16", "bases/sd15"), ("bases/sd15", ""), ("sd13", "")):
+    for name, guess in (
+        *(("toylnd", "toyland"), ("toyland-sd", "toyland-sd3")),
+        *(("bases/sd16", "bases/sd15"), ("bases/sd15", ""), ("sd13", "")),
+    ):
         told = make_loading_error(name, error)
         assert type(told) is ConfigurationError
         hint = f" Did you mean {guess!r}?" if guess else ""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 TOYLAND = EMBEDDED.id
-"""Name of the base model that ships in the package, used in place of a Hub id."""
+"""Name of the base model in the package that draws concepts, used in place of a Hub id."""
 
 TOYLAND_SD3 = EMBEDDED_SD3.id
 """Name of the second one, a transformer that plain LoRAs can be fused for."""
@@ -196,7 +196,8 @@ def make_loading_error(base_model: str, error: Exception) -> ConfigurationError 
     kind = HubError if isinstance(error, HubError) else ConfigurationError
     return kind(
         f"The base model {base_model!r} cannot be loaded.{_suggest_name(base_model)} Expected a Hub id, a folder of a "
-        f"Stable Diffusion pipeline, or {TOYLAND!r}, the base in the package. ({first_line(error)}.)"
+        f"Stable Diffusion pipeline, or one of the package's own: {', '.join(map(repr, _EMBEDDED))}. "
+        f"({first_line(error)}.)"
     )
 
 
@@ -220,9 +221,9 @@ def _tuple_to_list(value: Any) -> Any:
 
 
 def _suggest_name(base_model: str) -> str:
-    """Ask whether a similar name was meant, the embedded base or a folder beside; empty if none is similar."""
+    """Ask whether a similar name was meant, an embedded base or a folder beside; empty if none is similar."""
     path = Path(base_model).expanduser()
     folders = [entry for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    places = {folder.name: str(folder) for folder in folders} | {TOYLAND: TOYLAND}
+    places = {folder.name: str(folder) for folder in folders} | {name: name for name in _EMBEDDED}
     near = [] if path.exists() else difflib.get_close_matches(path.name, places, n=1)
     return f" Did you mean {places[near[0]]!r}?" if near else ""

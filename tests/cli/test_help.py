@@ -8,6 +8,7 @@ from typer.main import get_command
 
 from cli.commands import VERBS
 from diffusers_mixofshow import MixOfShowPipeline, cli, toyland
+from diffusers_mixofshow.fusion.solving import Settings
 from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS
 from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.training.renamed import RENAMED
@@ -27,6 +28,14 @@ def test_every_option_has_a_sentence(verb: str) -> None:
     assert hidden == switches_off | (RENAMED.keys() if verb == "train" else set())
     silent = [each.name for each in COMMANDS[verb].params if each.name not in switches_off and not each.help]
     assert silent == []
+
+
+def test_fuse_tells_the_default_ridge() -> None:
+    (told,) = (each.help for each in COMMANDS["fuse"].params if each.name == "ridge")
+    own, in_stages = (Settings(in_stages=staged).ridge_of(1) for staged in (False, True))
+    assert told.endswith(
+        f"(default: for each input feature of a layer {own:.1e}, sequential {in_stages:.1e}).".replace("e-0", "e-")
+    )
 
 
 def panels(verb: str) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """Fusing from files without a model, and changing a pack afterwards."""
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -410,6 +411,13 @@ def test_shares_and_factors_that_make_no_sense_are_refused(what: str, numbers: l
     sources = [concept("rex", 1), concept("kit", 2)]
     with pytest.raises(FusionError, match=told):
         GradientFuser().fuse(sources, method="average", **{what: numbers})
+
+
+@pytest.mark.parametrize("odd", [5, None, ["rex"], ("rex", 1.0)])
+def test_what_is_no_source_is_refused_by_its_place(odd: object) -> None:
+    told = re.escape(f"source 2 is {odd!r}; expected an EDLoRA, a path or Hub id, a FusionSource or a LoRASource")
+    with pytest.raises(FusionError, match=told):
+        GradientFuser().fuse([concept("rex", 1), odd], method="average")
 
 
 def test_a_source_may_be_left_out_or_turned_round_by_its_factor() -> None:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 1000
 """Most denoising steps: the number of timesteps in training. Schedulers fail with more."""
-BASE_HELP = "Base model: a Hub id, a folder, or 'toyland' for the one that ships in the package."
+BASE_HELP = "Base model: a Hub id, a folder, or 'toyland', which ships in the package."
 
 
 def normalise_base(name: str | None) -> str | None:
-    """Normalise the spellings of the embedded base's name; typer's callback for options that name a base."""
+    """Normalise the spellings of an embedded base's name; typer's callback for options that name a base."""
     return name and normalise_name(name)
 
 

@@ -75,7 +75,10 @@ Solver = Annotated[
 ]
 RidgeText = Annotated[
     str | None,
-    typer.Option(help="Weight of small updates against an exact fit, or 'auto' (default: 0.03, sequential 1e-3)."),
+    typer.Option(
+        help="Weight of small updates against an exact fit, or 'auto' (default: for each input feature of a layer "
+        "2.5e-4, sequential 2.5e-5)."
+    ),
 ]
 Prior = Annotated[
     float,

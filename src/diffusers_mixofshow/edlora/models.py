@@ -98,7 +98,7 @@ def load_clip_model(name: str, kind: type, *, called: str, expected: str) -> tup
 
 
 def silence_if_embedded(name: str) -> AbstractContextManager[None]:
-    """`silence_libraries` for the embedded base, whose messages are of no use to users; nothing for other models."""
+    """`silence_libraries` for an embedded base, whose messages are of no use to users; nothing for other models."""
     return nullcontext() if location_of(name) == name else silence_libraries()
 
 

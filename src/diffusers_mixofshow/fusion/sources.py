@@ -187,7 +187,7 @@ def gather(
         raise FusionError(f"Expected a list of sources to fuse, got {given!r} alone. Put it in brackets.")
     unet = (components or {}).get("unet")
     layers = cross_attention_layers(unet) if isinstance(unet, nn.Module) else ()
-    entries = [FusionSource(one) if isinstance(one, EDLoRA | str | os.PathLike) else one for one in given]
+    entries = [_enter(one, place) for place, one in enumerate(given, 1)]
     sources = [entry if isinstance(entry, Source) else _read(entry, prompts, layers) for entry in entries]
     weights = [entry.weight for entry in entries] if weights is None else weights
     scales = [entry.scale for entry in entries] if scales is None else scales
@@ -203,6 +203,17 @@ def gather(
         warn_of_copies(sources)
     numbers = zip(sources, weights, scales, strict=True)
     return tuple(source.rescale(scale, weight=weight) for source, weight, scale in numbers)
+
+
+def _enter(given: FusionInput, place: int) -> FusionSource | LoRASource | Source:
+    """What was given as the source at a place, as one that has a weight and a scale."""
+    if isinstance(given, FusionSource | LoRASource | Source):
+        return given
+    if isinstance(given, EDLoRA | str | os.PathLike):
+        return FusionSource(given)
+    raise FusionError(
+        f"source {place} is {given!r}; expected an EDLoRA, a path or Hub id, a FusionSource or a LoRASource."
+    )
 
 
 def refuse_defects(defects: Sequence[str]) -> None:

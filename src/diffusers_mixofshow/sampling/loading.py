@@ -17,7 +17,7 @@ def load_base(name: str, device: str | None = None, dtype: str | None = None, *,
     """Load a base model as a Mix-of-Show pipeline, on the GPU in half precision where there is one.
 
     Args:
-        name: Hub id, folder, or ``toyland``.
+        name: Hub id, folder, or the name of an embedded base.
         device: Device to load to, such as ``cuda:1``.
         dtype: Name of the weights' type, such as ``float16``.
         concepts: Whether it has to draw concepts; otherwise it is loaded as the class of diffusers that its folder
