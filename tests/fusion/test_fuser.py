@@ -392,6 +392,8 @@ def test_the_usual_ridge_depends_on_whose_features_are_recorded(
 ) -> None:
     for fuser in (GradientFuser(pipe if pipe_given else None), GradientFuser(pipe, sequential=pipe_given)):
         assert fuser.config.settings.ridge_of(1280) == pytest.approx(ridge)
+        assert fuser.config.settings.ridge_of(640) == pytest.approx(ridge / 2)
+        assert fuser.config.settings.ridge_of(15360) == pytest.approx(ridge)
 
 
 def test_ssr_takes_no_automatic_ridge(pipe: MixOfShowPipeline) -> None:

@@ -47,6 +47,8 @@ Ridge = float | Literal["auto"]
 
 _RIDGE_IN_STAGES, _RIDGE_OF_OWN_FEATURES = 2.5e-5, 2.5e-4
 """Default ridge for each input feature: 0.003 and 0.03 on Toyland, 0.03 and 0.3 at a width of 1280."""
+_WIDEST_MEASURED = 1280
+"""Width up to which the default ridge grows; nothing was measured beyond."""
 
 LBFGS_STEPS = {"text": 500, "spatial": 50}
 """The paper's iterations (section 6.1) for layers whose input is the text alone, and for the others."""
@@ -76,7 +78,7 @@ class Settings:
         them, they also differ from those of the fused model, and a larger ridge tolerates that.
         """
         usual = _RIDGE_IN_STAGES if self.in_stages else _RIDGE_OF_OWN_FEATURES
-        return usual * width if self.ridge is None else float(self.ridge)
+        return usual * min(width, _WIDEST_MEASURED) if self.ridge is None else float(self.ridge)
 
     def __post_init__(self) -> None:
         """Check the settings; one error lists every defect."""

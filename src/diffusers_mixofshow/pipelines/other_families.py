@@ -50,7 +50,7 @@ def refuse_other_index(pipeline_class: Any, name: str, source: str, hub: Mapping
     except OSError:
         return
     found = family_of_index(index)
-    if found.denoiser_class in index.get(found.denoiser, ()):
+    if found.denoiser_class in (index.get(found.denoiser) or ()):
         _refuse(pipeline_class, name, found)
 
 
