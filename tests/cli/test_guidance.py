@@ -58,21 +58,25 @@ def test_a_dry_run_tells_sizes_and_photos_as_they_will_be(dog, tmp_path):
     assert "photos: drawn of <rex>\n" in run("compare", "dog", "rex", "--dry-run").stdout
 
 
+STRANGE = (
+    "toyland was never shown 'hotdog', 'house', which it cannot draw. It knows critter, dog, cat, vase, chair, table, "
+    "their colours, and these places: meadow, beach, desert, snow, night, room."
+)
 UNNAMED = "no prompt names <dog>, so that only weight updates act; write 'a <dog>'."
 
 
 @pytest.mark.parametrize(
     ("prompt", "region", "told"),
     [
-        ("a Dog in the park", None, ["the prompt says Dog; did you mean <dog>?"]),
-        ("dog1 dog2 in the park", None, ["the prompt says dog1; did you mean <dog>?"]),
-        ("a park", "0,0,0.5,1:a dog", ["the prompt says dog; did you mean <dog>?"]),
-        ("a <dog> beside a dog", None, []),
-        ("a <dog1> <dog2> in the park", None, []),
-        ("a hotdog, a dog_house", None, [UNNAMED]),
-        ("a park", "0,0,0.5,1:a vase", [UNNAMED]),
+        ("a Dog in the meadow", None, ["the prompt says Dog; did you mean <dog>?"]),
+        ("dog1 dog2 in the meadow", None, ["the prompt says dog1; did you mean <dog>?"]),
+        ("a meadow", "0,0,0.5,1:a dog", ["the prompt says dog; did you mean <dog>?"]),
+        ("a <dog> and a dog", None, []),
+        ("a <dog1> <dog2> in the meadow", None, []),
+        ("a hotdog, a dog_house", None, [UNNAMED, STRANGE]),
+        ("a meadow", "0,0,0.5,1:a vase", [UNNAMED]),
         ("a dog", "0,0,0.5,1:a <dog>", []),
-        ("a park", "0,0,0.5,1:a <dog>", []),
+        ("a meadow", "0,0,0.5,1:a <dog>", []),
     ],
 )
 def test_a_concept_that_no_prompt_names_or_that_is_written_as_a_plain_word_is_warned_of(dog, prompt, region, told):

@@ -66,6 +66,9 @@ def test_a_folder_of_another_family_is_refused_before_its_weights_are_read(base,
     (tmp_path / "model_index.json").write_bytes((base / "model_index.json").read_bytes())
     with pytest.raises(ConfigurationError, match=r"is of Stable Diffusion XL; expected Stable Diffusion, "):
         MixOfShowPipeline.from_pretrained(tmp_path)
+    for kind in (MixOfShowPipeline, MixOfShowXLPipeline):
+        with pytest.raises(ConfigurationError, match=r"'toyland-sd3' is of Stable Diffusion 3; expected Stable Diff"):
+            kind.from_pretrained("toyland-sd3")
 
 
 def test_saved_again_the_concepts_go_with_it(pack, latents, tmp_path):

@@ -49,8 +49,11 @@ def refuse_other_index(pipeline_class: Any, name: str, source: str, hub: Mapping
         index = pipeline_class.load_config(source, **hub)
     except OSError:
         return
-    found = family_of_index(index)
-    if found.denoiser_class in (index.get(found.denoiser) or ()):
+    found, wanted = family_of_index(index), _family_of_class(pipeline_class)
+    # Parts may be null, so that a family with more of them looks like one with fewer: only what is said counts.
+    has_all_parts = {wanted.denoiser, *wanted.text_encoders} <= index.keys()
+    has_others = found.text_encoders.keys() - wanted.text_encoders.keys()
+    if found.denoiser_class in (index.get(found.denoiser) or ()) and (has_others or not has_all_parts):
         _refuse(pipeline_class, name, found)
 
 
