@@ -79,6 +79,7 @@ def tables() -> dict[str, str]:
         "methods, 8 concepts": methods("retention-8", "8"),
         "methods, 14 concepts": methods("retention-14", "14"),
         "methods, 30 concepts": methods("retention-30", "30"),
+        "methods on a transformer": methods("transformer", "8", alone="each concept's own LoRA"),
         "methods on a transformer, names not learnt": methods(
             "transformer-names-not-learnt", "8", alone="each concept's own LoRA"
         ),
@@ -422,7 +423,15 @@ def of_size() -> list[Sentence]:
 
 def of_readme() -> list[Sentence]:
     fourteen, eight = results_of("retention-14", "14"), results_of("retention-8")
+    of_transformer = results_of("transformer")
     return [
+        Sentence(
+            page="README.md",
+            words="closed form {} %, SSR-Merge's form {} %, TIES {} %, average {} %: with nothing but the words",
+            figures=tuple(
+                kept_percent(of_transformer[method])[0] for method in ("closed-form", "ssr", "ties", "average")
+            ),
+        ),
         Sentence(
             page="README.md",
             words="closed form {} %, average {} %, which is {} points less ({} to {}); "
