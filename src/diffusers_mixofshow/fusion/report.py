@@ -35,7 +35,7 @@ looks, because much of the residual is on features that all of them share.
 TITLE = "Residual of features (0: its own model, 1: the base)"
 MEANING = (
     "A residual is about features, not identity: compare 'fused' with 'averaged', what a weighted average leaves. "
-    "In 'mixofshow demo' 0.55 to 0.62 go with 99 % of the looks kept; 'mixofshow evaluate' measures it for concepts."
+    "Around 0.6, concepts of 'mixofshow demo' keep nearly all of their looks; 'mixofshow evaluate' measures yours."
 )
 _PAIRS_SHOWN = 3
 _CELL, _MARGIN = 14, 8
