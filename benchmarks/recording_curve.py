@@ -22,11 +22,10 @@ from typing import Any
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
-from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion.collection import Recording, collect
 from diffusers_mixofshow.fusion.gram import Gram, sum_grams
 from diffusers_mixofshow.fusion.solvers import Factors, relative_residual
-from diffusers_mixofshow.fusion.solving import Method, Settings, sites_of, solve, updates_of
+from diffusers_mixofshow.fusion.solving import Method, Settings, family_of_sources, sites_of, solve, updates_of
 from diffusers_mixofshow.fusion.sources import Source, gather
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics, Part
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
@@ -72,16 +71,16 @@ class Recorder:
 
 
 def residuals(
-    sources: Sequence[Source], lora: Any, sites: Sequence[str], held_out: Sequence[Added]
+    sources: Sequence[Source], lora: Any, sites: Sequence[str], held_out: Sequence[Added | ConceptStatistics]
 ) -> dict[str, float]:
     """Mean relative residual over layers and concepts, by group of layers."""
-    found: dict[str, list[float]] = {}
-    for name, group in STABLE_DIFFUSION.by_input(sites).items():
+    family, found = family_of_sources(sources), dict[str, list[float]]()
+    for name, group in family.by_input(sites).items():
         grams = [one.gram(name) for one in held_out]
         for site in group:
             fused = Factors.of(lora[site])
             for own, gram in zip(updates_of(sources, site), grams, strict=True):
-                found.setdefault(STABLE_DIFFUSION.group_of(site), []).append(relative_residual(fused, own, gram))
+                found.setdefault(family.group_of(site), []).append(relative_residual(fused, own, gram))
     means = {group: sum(values) / len(values) for group, values in found.items()}
     every = [value for values in found.values() for value in values]
     return {group: round(value, 4) for group, value in (means | {"all": sum(every) / len(every)}).items()}

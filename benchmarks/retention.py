@@ -263,12 +263,22 @@ def pictures_of(study: Study, subject: str) -> list[Image.Image]:
 
 
 def measured(study: Study, concept: ToyConcept, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    return judge_pictures(pictures, concept, study.subjects, study.judge, study.plan.held_out)
+
+
+def judge_pictures(
+    pictures: Sequence[Image.Image],
+    concept: ToyConcept,
+    subjects: Sequence[Subject],
+    judge: ToylandJudge,
+    templates: Sequence[str],
+) -> dict[str, Any]:
     """Identity of one concept in pictures, that of its shapes alone, and their text-alignment."""
-    subject = next(one for one in study.subjects if one.name == concept.name)
-    identity = measure_identity(pictures, subject, study.subjects, study.judge)
-    texts = study.judge.text_features(fill_templates(study.plan.held_out, concept.class_word, len(pictures)))
-    alignment = metrics.clip_score(texts, study.judge.features(pictures))
-    shapes = share_of_looks(study.judge.read(pictures), subject, lambda attribute: not is_colour(attribute))
+    subject = next(one for one in subjects if one.name == concept.name)
+    identity = measure_identity(pictures, subject, subjects, judge)
+    texts = judge.text_features(fill_templates(templates, concept.class_word, len(pictures)))
+    alignment = metrics.clip_score(texts, judge.features(pictures))
+    shapes = share_of_looks(judge.read(pictures), subject, lambda attribute: not is_colour(attribute))
     return {"identity": asdict(identity), "text_alignment": alignment, "shapes": shapes}
 
 
@@ -293,21 +303,23 @@ def measured_with_own_layers(
     return rows
 
 
+def concept_free_prompts(count: int) -> list[str]:
+    return [CONCEPT_FREE_PROMPTS[index % len(CONCEPT_FREE_PROMPTS)] for index in range(count)]
+
+
 def concept_free(study: Study, pack: EDLoRA | None) -> list[Image.Image]:
     if pack is not None:
         study.pipe.load_edlora(pack)
     try:
-        count = study.plan.drift_pictures
-        prompts = [CONCEPT_FREE_PROMPTS[index % len(CONCEPT_FREE_PROMPTS)] for index in range(count)]
+        prompts = concept_free_prompts(study.plan.drift_pictures)
         return sample_pictures(study.pipe, prompts, study.sampling(70_000))
     finally:
         study.pipe.unload_edlora()
 
 
-def drift(study: Study, base: Sequence[Image.Image], pack: EDLoRA) -> dict[str, float]:
-    """Distance of the base's and a pack's pictures of the same prompts and seeds."""
-    other = concept_free(study, pack)
-    cosines = metrics.cosine_matrix(study.judge.features(base), study.judge.features(other)).diagonal()
+def drift(judge: ToylandJudge, base: Sequence[Image.Image], other: Sequence[Image.Image]) -> dict[str, float]:
+    """Distance of two models' pictures of the same prompts and seeds."""
+    cosines = metrics.cosine_matrix(judge.features(base), judge.features(other)).diagonal()
     pixels = [pixels_apart(one, two) for one, two in zip(base, other, strict=True)]
     return {"features": float((1 - cosines).mean()), "pixels": sum(pixels) / len(pixels)}
 
@@ -351,7 +363,9 @@ def study_method(
 
     concepts = study.concepts[:count]
     key = study.key(method, count)
-    away = study.kept.result(f"{study.key(of_pack, count)}-drift", lambda: drift(study, base, the_pack()))
+    away = study.kept.result(
+        f"{study.key(of_pack, count)}-drift", lambda: drift(study.judge, base, concept_free(study, the_pack()))
+    )
     rows = study.kept.result(
         f"{key}-alone",
         lambda: (

@@ -17,28 +17,26 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from judging import is_colour, share_of_looks, subject_of
+from judging import subject_of
 from kept import Kept
 from PIL import Image
-from retention import CONCEPT_FREE_PROMPTS, HELD_OUT, METHODS, as_markdown, parsed, pixels_apart, summary
+from recording_curve import residuals
+from retention import HELD_OUT, METHODS, as_markdown, concept_free_prompts, drift, judge_pictures, parsed, summary
 from rich.console import Console
 
 from diffusers_mixofshow import GradientFuser, LoRASource, toyland
 from diffusers_mixofshow.base_models import TOYLAND_SD3
-from diffusers_mixofshow.evaluation import metrics, record
-from diffusers_mixofshow.evaluation.identity import measure_identity
+from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import PLACEHOLDER, fill_templates
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion.collection import Recording, collect
-from diffusers_mixofshow.fusion.solvers import Factors, relative_residual
-from diffusers_mixofshow.fusion.solving import family_of_sources, sites_of, updates_of
+from diffusers_mixofshow.fusion.solving import sites_of
 from diffusers_mixofshow.fusion.sources import Source, gather
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora
@@ -60,7 +58,7 @@ class Study:
         self.pipe = load_base(options.base, "cpu", "float32", concepts=False)
         self.concepts = [toyland.CONCEPTS[name] for name in NAMES[: options.count]]
         self.files = {concept.name: options.loras / f"{concept.name}.safetensors" for concept in self.concepts}
-        self.subjects = {name: subject_of(toyland.CONCEPTS[name], self.judge) for name in NAMES}
+        self.subjects = [subject_of(toyland.CONCEPTS[name], self.judge) for name in NAMES]
         plan = {name: str(getattr(options, name)) for name in ("count", "pictures", "guidance", "held_out")}
         self.kept = Kept(options.work, plan, [*self.files.values(), *sorted(weights_of(options.base))])
         self._of_base: list[Image.Image] = []
@@ -87,15 +85,9 @@ class Study:
 
     def measure(self, concept: toyland.ToyConcept, name: str, file: Path | None) -> dict[str, Any]:
         """Identity of one concept in pictures that call it by a name, and their text-alignment with its class word."""
-        templates, subject = HELD_OUT[self.options.held_out], self.subjects[concept.name]
-        prompts = fill_templates(templates, name, self.options.pictures)
-        pictures = self.draw_with(file, prompts, MEASURED_SEED)
-        texts = self.judge.text_features(fill_templates(templates, concept.class_word, len(pictures)))
-        return {
-            "identity": asdict(measure_identity(pictures, subject, list(self.subjects.values()), self.judge)),
-            "text_alignment": metrics.clip_score(texts, self.judge.features(pictures)),
-            "shapes": share_of_looks(self.judge.read(pictures), subject, lambda attribute: not is_colour(attribute)),
-        }
+        templates = HELD_OUT[self.options.held_out]
+        pictures = self.draw_with(file, fill_templates(templates, name, self.options.pictures), MEASURED_SEED)
+        return judge_pictures(pictures, concept, self.subjects, self.judge, templates)
 
     def measure_all(self, kind: str, call: Callable[[toyland.ToyConcept], str], find: Any) -> dict[str, Any]:
         """Every concept called by the words that `call` gives, with the LoRA that `find` gives for its name."""
@@ -106,12 +98,9 @@ class Study:
 
     def measure_drift(self, file: Path) -> dict[str, float]:
         """Distance of the base's and a fused file's pictures of prompts without concepts, at equal seeds."""
-        prompts = [CONCEPT_FREE_PROMPTS[number % len(CONCEPT_FREE_PROMPTS)] for number in range(16)]
+        prompts = concept_free_prompts(16)
         self._of_base = self._of_base or self.draw(prompts, DRIFT_SEED)
-        other = self.draw_with(file, prompts, DRIFT_SEED)
-        cosines = metrics.cosine_matrix(self.judge.features(self._of_base), self.judge.features(other)).diagonal()
-        pixels = [pixels_apart(one, two) for one, two in zip(self._of_base, other, strict=True)]
-        return {"features": float((1 - cosines).mean()), "pixels": sum(pixels) / len(pixels)}
+        return drift(self.judge, self._of_base, self.draw_with(file, prompts, DRIFT_SEED))
 
     def fuse(self, method: str, folder: Path) -> float:
         """Fuse all LoRAs into one folder for diffusers, by a method and its settings; return the seconds it took."""
@@ -145,16 +134,8 @@ class Study:
 
     def measure_residuals(self, folder: Path) -> dict[str, float]:
         """Mean relative residual of a fused file over layers and concepts, by group of layers."""
-        fused, family = read_lora(folder / PLAIN_NAME), family_of_sources(self.gathered)
-        found: dict[str, list[float]] = {}
-        for name, group in family.by_input(sites_of(self.gathered)).items():
-            grams = [one.gram(name) for one in self.held_out]
-            for site in group:
-                for own, gram in zip(updates_of(self.gathered, site), grams, strict=True):
-                    residual = relative_residual(Factors.of(fused[site]), own, gram)
-                    found.setdefault(family.group_of(site), []).append(residual)
-        every = [value for values in found.values() for value in values]
-        return {group: round(sum(each) / len(each), 4) for group, each in (found | {"all": every}).items()}
+        sites = sites_of(self.gathered)
+        return residuals(self.gathered, read_lora(folder / PLAIN_NAME), sites, self.held_out)
 
 
 def name_with_class(concept: toyland.ToyConcept) -> str:
