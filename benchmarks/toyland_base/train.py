@@ -199,6 +199,11 @@ def _earlier_parts(output: Path, device: torch.device) -> tuple[AutoencoderKL, C
     return vae, text_encoder, CLIPTokenizer.from_pretrained(output / "tokenizer")
 
 
+def _adam(objective: torch.nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
+    """The optimiser of both denoisers."""
+    return torch.optim.AdamW(objective.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+
+
 def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
     """Stage 3; needs stages 1 and 2 and writes ``output/pipeline`` at every checkpoint."""
     accelerator = joined_processes()
@@ -234,9 +239,7 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         batch,
         config,
         accelerator=accelerator,
-        optimiser=torch.optim.AdamW(
-            objective.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
-        ),
+        optimiser=_adam(objective, config),
         checkpoint=output / "checkpoints" / "unet.pt",
         resume=resume,
         on_checkpoint=export,
@@ -271,9 +274,7 @@ def train_transformer(output: Path, config: LoopConfig, *, batch_size: int, pool
         batch,
         config,
         accelerator=accelerator,
-        optimiser=torch.optim.AdamW(
-            objective.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
-        ),
+        optimiser=_adam(objective, config),
         checkpoint=output / "checkpoints" / "transformer.pt",
         resume=resume,
         on_checkpoint=export,

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -118,7 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = kill(arguments.times, arguments.seed, Path(folder))
-    print(json.dumps(counts))  # noqa: T201
+    sys.stdout.write(json.dumps(counts) + "\n")
     if arguments.record is not None:
         record.write(arguments.record, {"run": record.run_info(Path(__file__).parent), "results": counts})
 
