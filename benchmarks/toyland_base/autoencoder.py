@@ -7,18 +7,31 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from diffusers_mixofshow.toyland.scenes import random_scene
-from diffusers_mixofshow.toyland.world import draw
+from diffusers_mixofshow.toyland.world import HEIGHT, draw
 
 
+BICUBIC = Image.Resampling.BICUBIC
 LATENT_CHANNELS = 8
 
 
-def render_pixels(seeds: Sequence[int], things: int | None = None) -> torch.Tensor:
-    """Random scenes as uint8 (n, 3, 64, width)."""
-    arrays = np.stack([np.asarray(draw(random_scene(seed, things=things)).image) for seed in seeds])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
+def render_pixels(
+    seeds: Sequence[int], things: int | None = None, height: int = HEIGHT, enlarged_to: int | None = None
+) -> torch.Tensor:
+    """Random scenes as uint8 (n, 3, height, width).
+
+    Args:
+        seeds: Of the scenes.
+        things: That of `random_scene`.
+        height: Pictures are drawn so high, in pixels.
+        enlarged_to: Height to which the drawn pictures are enlarged.
+    """
+    images = [draw(random_scene(seed, things=things), height).image for seed in seeds]
+    if enlarged_to is not None:
+        images = [image.resize((image.width * enlarged_to // height, enlarged_to), BICUBIC) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
 def build_autoencoder(widths: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:

@@ -12,24 +12,33 @@ from transformers import CLIPTokenizer
 from benchmarks.toyland_base.autoencoder import render_pixels
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
-from diffusers_mixofshow.toyland.world import Scene
+from diffusers_mixofshow.toyland.world import HEIGHT, Scene
 
 
 @dataclass(frozen=True)
 class LatentPool:
-    """Latents (n, 8, 16, width / 4) of scenes, in half precision on the CPU."""
+    """Latents (n, 8, height / 4, width / 4) of scenes, in half precision on the CPU."""
 
     latents: torch.Tensor
     scenes: list[Scene]
 
     @classmethod
     @torch.no_grad()
-    def encode(cls, vae: AutoencoderKL, seeds: Sequence[int], things: int | None, device: torch.device) -> LatentPool:
-        """Draw and encode the scenes of these seeds; `things` is that of `random_scene`."""
+    def encode(
+        cls,
+        vae: AutoencoderKL,
+        seeds: Sequence[int],
+        things: int | None,
+        device: torch.device,
+        height: int = HEIGHT,
+        enlarged_to: int | None = None,
+    ) -> LatentPool:
+        """Draw and encode the scenes of these seeds; the other arguments are those of `render_pixels`."""
         parts = []
         for start in range(0, len(seeds), 256):
-            pixels = render_pixels(seeds[start : start + 256], things=things).to(device).float() / 127.5 - 1
-            parts.append(vae.encode(pixels).latent_dist.sample().half().cpu())
+            pixels = render_pixels(seeds[start : start + 256], things, height, enlarged_to)
+            latents = vae.encode(pixels.to(device).float() / 127.5 - 1).latent_dist
+            parts.append(latents.sample().half().cpu())
         return cls(torch.cat(parts), [random_scene(seed, things=things) for seed in seeds])
 
     def batch(

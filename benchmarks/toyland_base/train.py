@@ -81,12 +81,23 @@ from benchmarks.toyland_base.transformer import (
     copy_transformer_pipeline,
     export_transformer_pipeline,
 )
+from benchmarks.toyland_base.xl import (
+    SIDE,
+    XLObjective,
+    build_small_tower,
+    build_xl_pipeline,
+    copy_xl_pipeline,
+    export_xl_pipeline,
+    fit_final_states,
+    grow_unet,
+    list_time_ids,
+)
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.layout import Box, draw_places
 from diffusers_mixofshow.toyland.reader import ReaderNetwork, to_pixels
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
-from diffusers_mixofshow.toyland.world import draw
+from diffusers_mixofshow.toyland.world import HEIGHT, draw
 
 
 HELD_OUT_SEED = 900_000_000
@@ -94,6 +105,11 @@ HELD_OUT_SEED = 900_000_000
 
 _WIDE_SHARE = 1 / 4
 """Share of pictures of three things in the U-Net's training."""
+XL_SHARES = {"square": 0.65, "wide": 0.25, "enlarged": 0.1}
+"""Shares of pictures in the third base's training: of one or two things, of three, and enlarged from the first's size,
+which the time ids tell."""
+_UNTOLD_SHARE = 0.06
+"""Share of pictures in the third base's training whose text is zeros."""
 _THINGS_SHARES = torch.tensor([0.25, 0.25, 0.5])
 """Shares of pictures of one, two and three things in the layout adapter's training."""
 
@@ -281,6 +297,57 @@ def train_transformer(output: Path, config: LoopConfig, *, batch_size: int, pool
     )
 
 
+def train_xl(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
+    """The third base; needs stages 1 to 3 and writes ``output/xl_pipeline`` at every checkpoint."""
+    accelerator = joined_processes()
+    torch.manual_seed(config.seed)
+    device = accelerator.device
+    vae, tower, tokenizer = _earlier_parts(output, torch.device("cpu"))
+    second = add_projection(tower)
+    final_states = fit_final_states(second, tokenizer)
+    unet = grow_unet(UNet2DConditionModel.from_pretrained(trained_unet(output)).float(), final_states)
+    objective = XLObjective(unet, build_small_tower(tokenizer), second.requires_grad_(True).train())
+    pools = _encode_xl_pools(vae.to(device), accelerator.process_index * pool_size, pool_size, device)
+    accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
+    names, shares = list(XL_SHARES), torch.tensor(list(XL_SHARES.values()))
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        name = names[int(torch.multinomial(shares, 1, generator=generator))]
+        count = max(1, batch_size * 2 // 3) if name == "wide" else batch_size
+        _, clean, noise, token_ids = pools[name].batch(count, tokenizer, generator, uncaptioned=0.06)
+        timesteps = torch.randint(SCHEDULE["num_train_timesteps"], (count,), generator=generator)
+        ids = list_time_ids(HEIGHT if name == "enlarged" else SIDE, clean.shape[-1] * 4)
+        told = (torch.rand(count, generator=generator) > _UNTOLD_SHARE).float()
+        parts = (clean, noise, timesteps, token_ids, torch.tensor([ids] * count), told)
+        return tuple(part.to(device) for part in parts)
+
+    def export(average: XLObjective) -> None:
+        pipeline = build_xl_pipeline(*copy.deepcopy((average, vae, tokenizer))).to("cpu")
+        export_xl_pipeline(output / "xl_pipeline", pipeline, output / "tokenizer")
+
+    train_stage(
+        objective,
+        batch,
+        config,
+        accelerator=accelerator,
+        optimiser=_adam(objective, config),
+        checkpoint=output / "checkpoints" / "xl.pt",
+        resume=resume,
+        on_checkpoint=export,
+    )
+
+
+def _encode_xl_pools(vae: AutoencoderKL, first: int, size: int, device: torch.device) -> dict[str, LatentPool]:
+    """Pictures of each kind of `XL_SHARES`, together `size`, from the seed `first` on."""
+    pools: dict[str, LatentPool] = {}
+    for name, share in XL_SHARES.items():
+        seeds = range(first, first + int(size * share))
+        first = seeds.stop
+        height, enlarged_to = (HEIGHT, SIDE) if name == "enlarged" else (SIDE, None)
+        pools[name] = LatentPool.encode(vae, seeds, 3 if name == "wide" else None, device, height, enlarged_to)
+    return pools
+
+
 def _jittered(boxes: Sequence[Box], generator: torch.Generator) -> list[Box]:
     """Boxes whose sides moved by up to a tenth of their size: a layout need not be exact."""
     moved: list[Box] = []
@@ -459,6 +526,19 @@ STAGES: dict[str, Stage] = {
         batch_size=16,
         pool_size=18000,
     ),
+    "xl": Stage(
+        train=train_xl,
+        config=LoopConfig(
+            minutes=90,
+            learning_rate=1e-3,
+            warm_up_steps=300,
+            decay_from=0.5,
+            average_decay=0.999,
+            checkpoint_minutes=6,
+        ),
+        batch_size=16,
+        pool_size=18000,
+    ),
     "layout": Stage(
         train=train_layout,
         config=LoopConfig(minutes=20, learning_rate=1e-3, decay_from=0.5),
@@ -506,6 +586,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=("all", *STAGES, "none"), default="all")
     parser.add_argument("--weights", type=Path, help="afterwards, gather all parts here in diffusers' layout")
     parser.add_argument("--transformer-weights", type=Path, help="afterwards, copy the second base here")
+    parser.add_argument("--xl-weights", type=Path, help="afterwards, copy the third base here")
     parser.add_argument(
         "--start-from", type=Path, metavar="WEIGHTS", help="take all parts over from here first; the U-Net trains on"
     )
@@ -544,6 +625,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         assemble(options["output"], options["weights"])
     if options["transformer_weights"] is not None and main_process:
         copy_transformer_pipeline(options["output"], options["transformer_weights"])
+    if options["xl_weights"] is not None and main_process:
+        copy_xl_pipeline(options["output"], options["xl_weights"])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ WIDE = 96
 """Width of pictures of three things in pixels."""
 
 _SUPERSAMPLING = 4
+_OUTLINE = 3 / 256
+"""Width of outlines, as a fraction of the picture's height."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -151,7 +153,7 @@ class Scene:
         things: One to three things.
         mirrored: Whether the background is mirrored.
         colours: ``sky``, ``ground`` or ``detail`` to a key of `COLOURS`, which replaces the background's own colour.
-        width: Width of the picture in pixels.
+        width: Width of the picture in pixels, where it is 64 pixels high.
     """
 
     background: str
@@ -186,7 +188,7 @@ class _Brush:
         self._size = thing.size * image.height
         self._x = thing.centre * image.width
         self._y = thing.ground * image.height
-        self._outline = 3
+        self._outline = round(_OUTLINE * image.height)
 
     def _place(self, point: Point) -> Point:
         return self._x + point[0] * self._size, self._y - point[1] * self._size
@@ -481,14 +483,18 @@ def _find_box(mask: Image.Image) -> tuple[float, float, float, float]:
     return left / mask.width, top / mask.height, right / mask.width, bottom / mask.height
 
 
-def draw(scene: Scene) -> Drawing:
+def draw(scene: Scene, height: int = HEIGHT) -> Drawing:
     """Draw a scene: the same scene always gives the same picture.
 
+    Args:
+        scene: What to draw.
+        height: Of the picture, in pixels; its width is ``scene.width``, enlarged alike.
+
     Returns:
-        The RGB picture of ``scene.width`` x 64 pixels, with a mask and a box for every thing. A thing's mask covers
-        its whole shape, also where a later thing hides it.
+        The RGB picture, with a mask and a box for every thing. A thing's mask covers its whole shape, also where a
+        later thing hides it.
     """
-    large = (scene.width * _SUPERSAMPLING, HEIGHT * _SUPERSAMPLING)
+    large = (scene.width * height * _SUPERSAMPLING // HEIGHT, height * _SUPERSAMPLING)
     image = Image.new("RGB", large)
     _draw_background(image, scene)
     masks: list[Image.Image] = []
