@@ -6,10 +6,10 @@ VENV ?= .venv
 .PHONY: demo test test-oldest test-ui lint mutants constraints clean
 
 # torch comes first and pinned, so that no other package picks a build with gigabytes of CUDA.
-$(VENV)/.ready-%: pyproject.toml $(PINS)
+$(VENV)/.ready-%: pyproject.toml bases/pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable ".$(EXTRA_$*)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable ".$(EXTRA_$*)" $(BASES_$*)
 	touch $@
 
 # One process for each core; the tests of a file, which share models, stay together.
@@ -18,6 +18,10 @@ PYTEST := python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 EXTRA_dev := [dev]
 EXTRA_ui := [dev,ui]
 EXTRA_run :=
+
+# The tests read all bases, the demo the one of the package.
+BASES_dev := --editable ./bases
+BASES_ui := $(BASES_dev)
 
 demo: $(VENV)/.ready-run
 	$(VENV)/bin/mixofshow demo

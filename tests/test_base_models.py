@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,14 @@ from diffusers_mixofshow.base_models import (
     public_name,
     usual_guidance,
 )
-from diffusers_mixofshow.errors import ConfigurationError, FusionError, HubError, first_line, suggest
+from diffusers_mixofshow.errors import (
+    ConfigurationError,
+    FusionError,
+    HubError,
+    MissingExtraError,
+    first_line,
+    suggest,
+)
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 from diffusers_mixofshow.families.recognition import recognise
 from diffusers_mixofshow.families.sd3 import STABLE_DIFFUSION_3
@@ -52,6 +60,19 @@ def test_the_second_base_is_a_stable_diffusion_3_and_loras_of_it_are_known_by_th
         model = recognise({site: width})
         assert model is not None
         assert model.id == name
+
+
+def test_a_base_of_a_package_that_is_not_installed_is_known_but_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = location_of("toyland-sd3")
+    monkeypatch.setitem(sys.modules, "diffusers_mixofshow_bases", None)
+    assert known_family("toyland-sd3") is STABLE_DIFFUSION_3
+    assert usual_guidance("toyland-sd3") == 3.0
+    assert canonical_name(folder) == folder
+    for load in (location_of, toyland.path):
+        with pytest.raises(
+            MissingExtraError, match=r"'toyland-sd3' lies in a package .* 'diffusers-mixofshow\[bases\]'"
+        ):
+            load("toyland-sd3")
 
 
 @pytest.mark.parametrize("name", ["user/Toyland", "Toyland2", "./Toyland", "toy-land", "", "Toyland/"])

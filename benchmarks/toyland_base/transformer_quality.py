@@ -68,7 +68,7 @@ def readme(report: dict[str, Any], weights: Path) -> str:
         "small and random, as the class demands one, and there is no T5. Trained from nothing by `torchrun "
         "--nproc_per_node 2 -m benchmarks.toyland_base.train --output DIR --start-from "
         "src/diffusers_mixofshow/toyland/weights --stage transformer --transformer-weights "
-        "src/diffusers_mixofshow/toyland/sd3_weights`.",
+        "bases/src/diffusers_mixofshow_bases/toyland_sd3`.",
         "",
         *list_training(weights / "training.json"),
         *([note] if note else []),

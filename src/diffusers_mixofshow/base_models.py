@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from diffusers_mixofshow.errors import ConfigurationError, HubError, first_line
+from diffusers_mixofshow.errors import ConfigurationError, HubError, MissingExtraError, first_line
 from diffusers_mixofshow.families import FAMILIES, BaseModel, Family, family_of, family_of_index
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.families.sd3 import EMBEDDED_SD3
@@ -28,8 +30,32 @@ TOYLAND = EMBEDDED.id
 TOYLAND_SD3 = EMBEDDED_SD3.id
 """Name of the second one, a transformer that plain LoRAs can be fused for."""
 
-_EMBEDDED = {TOYLAND: (EMBEDDED, "weights"), TOYLAND_SD3: (EMBEDDED_SD3, "sd3_weights")}
-"""The base models in the package, each with its folder in ``toyland``."""
+
+@dataclass(frozen=True)
+class _Embedded:
+    """A base model that needs no download, and where its files lie."""
+
+    model: BaseModel
+    folder: str
+    package: str = ""
+    """The package that has the folder, if not this one."""
+
+    def find_folder(self) -> Path | None:
+        """The folder, in diffusers' layout; None if its package is not installed."""
+        if not self.package:
+            return Path(__file__).parent / self.folder
+        package = importlib.util.find_spec(self.package)
+        return Path(*package.submodule_search_locations or (), self.folder) if package else None
+
+
+_EMBEDDED = {
+    one.model.id: one
+    for one in (
+        _Embedded(EMBEDDED, "toyland/weights"),
+        _Embedded(EMBEDDED_SD3, "toyland_sd3", package="diffusers_mixofshow_bases"),
+    )
+}
+"""The base models that need no download, by name."""
 
 _IN_CACHE = re.compile(r"/models--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]{40}$")
 _LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
@@ -44,8 +70,8 @@ def normalise_name(base_model: str) -> str:
 
 def embedded_base(base_model: str) -> BaseModel | None:
     """The embedded base that the name means; None for any other base."""
-    model, _ = _EMBEDDED.get(normalise_name(base_model), (None, ""))
-    return model
+    embedded = _EMBEDDED.get(normalise_name(base_model))
+    return None if embedded is None else embedded.model
 
 
 def classes_of(base_model: str) -> tuple[str, ...]:
@@ -55,9 +81,21 @@ def classes_of(base_model: str) -> tuple[str, ...]:
 
 
 def location_of(base_model: str) -> str:
-    """What to pass to diffusers' `from_pretrained`: the name itself, or the folder of an embedded base."""
-    _, folder = _EMBEDDED.get(normalise_name(base_model), (None, ""))
-    return str(Path(__file__).parent / "toyland" / folder) if folder else base_model
+    """What to pass to diffusers' `from_pretrained`: the name itself, or the folder of an embedded base.
+
+    Raises:
+        MissingExtraError: If it is an embedded base of a package that is not installed.
+    """
+    embedded = _EMBEDDED.get(normalise_name(base_model))
+    if embedded is None:
+        return base_model
+    folder = embedded.find_folder()
+    if folder is None:
+        raise MissingExtraError(
+            f"The base model {embedded.model.id!r} lies in a package of its own, which is not installed: pip install "
+            "'diffusers-mixofshow[bases]', or in a checkout pip install ./bases."
+        )
+    return str(folder)
 
 
 def canonical_name(base_model: str) -> str:
@@ -75,8 +113,9 @@ def canonical_name(base_model: str) -> str:
         return base_model
     if not here:
         return base_model
-    for name in _EMBEDDED:
-        if path == Path(location_of(name)).resolve():
+    for name, one in _EMBEDDED.items():
+        folder = one.find_folder()
+        if folder is not None and path == folder.resolve():
             return name
     cached = _IN_CACHE.search(path.as_posix())
     return f"{cached['user']}/{cached['name']}" if cached else str(path)

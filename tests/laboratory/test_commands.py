@@ -23,7 +23,7 @@ TRAIN, GRADE, GRADE_TRANSFORMER = (
 COMMANDS = {TRAIN, GRADE, GRADE_TRANSFORMER}
 PAGES = {
     "src/diffusers_mixofshow/toyland/weights/README.md": {TRAIN, GRADE},
-    "src/diffusers_mixofshow/toyland/sd3_weights/README.md": {TRAIN, GRADE_TRANSFORMER},
+    "bases/src/diffusers_mixofshow_bases/toyland_sd3/README.md": {TRAIN, GRADE_TRANSFORMER},
     "CONTRIBUTING.md": COMMANDS,
 }
 

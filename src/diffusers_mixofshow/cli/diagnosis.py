@@ -26,6 +26,7 @@ _LEAST_PEFT = {"transformers": "transformers.integrations.peft", "diffusers": "d
 
 _SERVES = {
     "8bit": "AdamW8bit, an optimizer that needs less memory of a GPU",
+    "bases": "small bases of other architectures, to try the methods on (toyland-sd3)",
     "controlnet": "condition images for ControlNets, made from photographs (--control openpose=photo.jpg)",
     "heic": "photos of iPhones (HEIC)",
     "prodigy": "Prodigy, an optimizer that finds its own rates",

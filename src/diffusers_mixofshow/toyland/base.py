@@ -23,12 +23,13 @@ BASE_MODEL_ID = TOYLAND
 
 
 def path(base_model: str = TOYLAND) -> Path:
-    """The folder of a base's weights in the package, in diffusers' layout.
+    """The folder of an embedded base's weights, in diffusers' layout.
 
     Args:
         base_model: ``toyland``, or ``toyland-sd3`` for the transformer that plain LoRAs can be fused for.
 
     Raises:
+        MissingExtraError: If the base lies in a package that is not installed.
         MixOfShowError: If the package was installed without its weights.
     """
     folder = Path(location_of(base_model))
