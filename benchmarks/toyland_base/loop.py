@@ -130,6 +130,7 @@ def train_stage(
 
     Args:
         batch: Makes one batch from a generator that is seeded by the config's seed, the process and the step.
+        optimiser: Steps at the config's rate, groups of its parameters with a ``share`` at that share of it.
         checkpoint: Where checkpoints are written, and read from with `resume`.
         on_checkpoint: Called on the main process with the averaged copy at every checkpoint.
     """
@@ -156,7 +157,7 @@ def train_stage(
         if progress >= 1:
             break
         for group in stepper.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(step, progress, config)
+            group["lr"] = config.learning_rate * group.get("share", 1.0) * learning_rate_factor(step, progress, config)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 64 + accelerator.process_index)
         torch.manual_seed(generator.initial_seed())  # What the objective draws is the same after a resume, too.
         loss = prepared(batch(generator))

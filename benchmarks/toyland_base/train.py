@@ -16,9 +16,10 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import numpy as np
@@ -89,6 +90,7 @@ from benchmarks.toyland_base.xl import (
     copy_xl_pipeline,
     export_xl_pipeline,
     fit_final_states,
+    grow_tower,
     grow_unet,
     list_time_ids,
 )
@@ -108,6 +110,8 @@ _WIDE_SHARE = 1 / 4
 XL_SHARES = {"square": 0.65, "wide": 0.25, "enlarged": 0.1}
 """Shares of pictures in the third base's training: of one or two things, of three, and enlarged from the first's size,
 which the time ids tell."""
+_TEXT_RATE = 0.2
+"""Learning rate of the third base's text encoders, as a share of its U-Net's; at equal rates names are forgotten."""
 _UNTOLD_SHARE = 0.06
 """Share of pictures in the third base's training whose text is zeros."""
 _THINGS_SHARES = torch.tensor([0.25, 0.25, 0.5])
@@ -215,9 +219,9 @@ def _earlier_parts(output: Path, device: torch.device) -> tuple[AutoencoderKL, C
     return vae, text_encoder, CLIPTokenizer.from_pretrained(output / "tokenizer")
 
 
-def _adam(objective: torch.nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    """The optimiser of both denoisers."""
-    return torch.optim.AdamW(objective.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+def _adam(parameters: Iterable[Any], config: LoopConfig) -> torch.optim.Optimizer:
+    """The optimiser of all denoisers, of parameters or groups of them."""
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
 
 
 def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
@@ -255,7 +259,7 @@ def train_unet(output: Path, config: LoopConfig, *, batch_size: int, pool_size: 
         batch,
         config,
         accelerator=accelerator,
-        optimiser=_adam(objective, config),
+        optimiser=_adam(objective.parameters(), config),
         checkpoint=output / "checkpoints" / "unet.pt",
         resume=resume,
         on_checkpoint=export,
@@ -290,7 +294,7 @@ def train_transformer(output: Path, config: LoopConfig, *, batch_size: int, pool
         batch,
         config,
         accelerator=accelerator,
-        optimiser=_adam(objective, config),
+        optimiser=_adam(objective.parameters(), config),
         checkpoint=output / "checkpoints" / "transformer.pt",
         resume=resume,
         on_checkpoint=export,
@@ -303,10 +307,12 @@ def train_xl(output: Path, config: LoopConfig, *, batch_size: int, pool_size: in
     torch.manual_seed(config.seed)
     device = accelerator.device
     vae, tower, tokenizer = _earlier_parts(output, torch.device("cpu"))
-    second = add_projection(tower)
+    second = grow_tower(add_projection(tower))
     final_states = fit_final_states(second, tokenizer)
     unet = grow_unet(UNet2DConditionModel.from_pretrained(trained_unet(output)).float(), final_states)
     objective = XLObjective(unet, build_small_tower(tokenizer), second.requires_grad_(True).train())
+    texts = [*objective.text_encoder.parameters(), *objective.text_encoder_2.parameters()]
+    groups = [{"params": objective.model.parameters()}, {"params": texts, "share": _TEXT_RATE}]
     pools = _encode_xl_pools(vae.to(device), accelerator.process_index * pool_size, pool_size, device)
     accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
     names, shares = list(XL_SHARES), torch.tensor(list(XL_SHARES.values()))
@@ -330,7 +336,7 @@ def train_xl(output: Path, config: LoopConfig, *, batch_size: int, pool_size: in
         batch,
         config,
         accelerator=accelerator,
-        optimiser=_adam(objective, config),
+        optimiser=_adam(groups, config),
         checkpoint=output / "checkpoints" / "xl.pt",
         resume=resume,
         on_checkpoint=export,

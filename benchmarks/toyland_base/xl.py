@@ -1,7 +1,7 @@
 """The third base: a Stable Diffusion XL for pictures of 96 x 96, grown from the first base.
 
-Its second text encoder starts as the first base's text tower and its U-Net as the first base's U-Net: what is new adds
-nothing at first. So training begins with a model that draws, and has to learn the larger size, the second encoder, the
+Its second text encoder starts as the first base's text tower, with one more layer, and its U-Net as the first base's
+U-Net: what is new adds nothing at first. So training begins with a model that draws, and has to learn the larger size, the second encoder, the
 pooled vector and the time ids.
 """
 
@@ -30,7 +30,7 @@ from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 
 SIDE = 96
 """Pixels of the side of a square picture."""
-_SMALL_WIDTH = 64
+_SMALL_WIDTH = 32
 """Width of the first text encoder."""
 _TIME_ID_WIDTH = 16
 """Channels of each of the six time ids."""
@@ -60,12 +60,25 @@ def build_small_tower(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 @torch.no_grad()
+def grow_tower(tower: CLIPTextModelWithProjection) -> CLIPTextModelWithProjection:
+    """`tower` with one more layer, which changes nothing yet: so the last layer becomes the penultimate one."""
+    layers = tower.config.num_hidden_layers
+    grown = CLIPTextModelWithProjection(CLIPTextConfig(**tower.config.to_dict() | {"num_hidden_layers": layers + 1}))
+    grown.load_state_dict(tower.state_dict(), strict=False)
+    for name, weight in grown.named_parameters():
+        if f"layers.{layers}." in name and any(part in name for part in ("out_proj", "fc2")):
+            weight.zero_()
+    return grown.float()
+
+
+@torch.no_grad()
 def fit_final_states(
     tower: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, captions: int = 2000
 ) -> torch.Tensor:
     """The matrix M (width, width) for which ``M @ penultimate`` is nearest to the tower's final states of captions.
 
-    The first base's U-Net reads final states, Stable Diffusion XL the penultimate layer's.
+    The first base's U-Net reads final states, Stable Diffusion XL those of the penultimate layer, without the last
+    norm.
     """
     token_ids = tokenize_plain(sample_captions(captions, seed=1)[:captions], tokenizer)
     states = tower(token_ids, output_hidden_states=True)

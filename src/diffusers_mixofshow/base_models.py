@@ -15,7 +15,7 @@ from diffusers_mixofshow.errors import ConfigurationError, HubError, MissingExtr
 from diffusers_mixofshow.families import FAMILIES, BaseModel, Family, family_of, family_of_index
 from diffusers_mixofshow.families.recognition import BASE_MODELS
 from diffusers_mixofshow.families.sd3 import EMBEDDED_SD3
-from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
+from diffusers_mixofshow.families.sdxl import EMBEDDED_XL, SDXL, STABLE_DIFFUSION_XL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, STABLE_DIFFUSION
 from diffusers_mixofshow.versions import installed_version
 
@@ -29,6 +29,9 @@ TOYLAND = EMBEDDED.id
 
 TOYLAND_SD3 = EMBEDDED_SD3.id
 """Name of the second one, a transformer that plain LoRAs can be fused for."""
+
+TOYLAND_XL = EMBEDDED_XL.id
+"""Name of the third one, a Stable Diffusion XL."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ _EMBEDDED = {
     for one in (
         _Embedded(EMBEDDED, "toyland/weights"),
         _Embedded(EMBEDDED_SD3, "toyland_sd3", package="diffusers_mixofshow_bases"),
+        _Embedded(EMBEDDED_XL, "toyland_xl", package="diffusers_mixofshow_bases"),
     )
 }
 """The base models that need no download, by name."""

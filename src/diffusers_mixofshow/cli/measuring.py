@@ -12,7 +12,7 @@ import typer
 
 from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
-from diffusers_mixofshow.base_models import TOYLAND, public_name
+from diffusers_mixofshow.base_models import TOYLAND, embedded_base, public_name
 from diffusers_mixofshow.cli import plans
 from diffusers_mixofshow.cli.base_model import MOST_STEPS, choose_guidance, find_common_base, normalise_base
 from diffusers_mixofshow.cli.sources import read_concepts
@@ -124,7 +124,7 @@ class Measurement:
 
         pictures, steps = picture_count(self.packs, self.asked.pictures), self.asked.steps
         references = [f"{len(files)} of {name}" for name, files in self.photos.items()]
-        if drawn := list(_find_toyland_concepts(self.packs, self.photos)) if self.base == TOYLAND else []:
+        if drawn := list(_find_toyland_concepts(self.packs, self.photos)) if embedded_base(self.base) else []:
             references.append(f"drawn of {', '.join(drawn)}")
         places = [*([] if noted_in is None else [noted_in]), *writes]
         return {
@@ -172,7 +172,9 @@ class Measurement:
         from diffusers_mixofshow.pictures import read_image
 
         has_reader = self.settings["metric_model"] == TOYLAND
-        drawn = _draw_references(self.packs, self.photos, with_attributes=has_reader) if self.base == TOYLAND else {}
+        drawn = (
+            _draw_references(self.packs, self.photos, with_attributes=has_reader) if embedded_base(self.base) else {}
+        )
         given = {
             name: Reference(photos=[read_image(file, called=str(file)) for file in files])
             for name, files in self.photos.items()
@@ -199,7 +201,7 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     concepts = [concept for pack in packs.values() for concept in pack.concepts]
     settings = {
         "base_model": base,
-        "metric_model": asked.metric_model or (TOYLAND if base == TOYLAND else DEFAULT_CLIP),
+        "metric_model": asked.metric_model or (TOYLAND if embedded_base(base) else DEFAULT_CLIP),
         "prompts": list(dict.fromkeys(text for one in concepts for text in _choose_templates(asked, base, one))),
         "class_words": {concept.placeholder: concept.class_word for concept in concepts},
         "pictures": asked.pictures,
@@ -208,7 +210,7 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
         "seed": asked.seed,
     }
     photos = _find_photos(asked.photos, known)
-    if base == TOYLAND == settings["metric_model"]:
+    if embedded_base(base) and settings["metric_model"] == TOYLAND:
         _warn_of_unread_looks(packs, photos)
     return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers_mixofshow.families.anima import ANIMA
@@ -155,7 +155,7 @@ def is_only_original(site: str) -> bool:
     return called and not is_linear_site(site)
 
 
-def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = ()) -> BaseModel | None:
+def recognise(widths: Mapping[str, int], vectors: Sequence[Mapping[str, int]] = ()) -> BaseModel | None:
     """Recognise the base model of a LoRA by its layers and widths and by the widths of embeddings; None if unknown.
 
     Args:
@@ -167,18 +167,20 @@ def recognise(widths: Mapping[str, int], vectors: Iterable[Mapping[str, int]] = 
         return _model_of_width(found[0], widths) if len(found) == 1 else None
     reading = {width for site, width in widths.items() if _READS_TEXT.fullmatch(site)}
     for model in BASE_MODELS:
-        # Other small models may have the embedded base's text width but have other layers.
-        if reading == {model.text_width} and not (model is EMBEDDED and foreign_layers(widths, EMBEDDED)):
+        # Other small models may have an embedded base's text width but have other layers.
+        if reading == {model.text_width} and not (model.classes and foreign_layers(widths, model)):
             return model
     if reading:
         return None
+    encoders = {site: width for site, width in widths.items() if site.endswith("self_attn.q_proj")}
     if any(site.startswith("text_encoder_2.") for site in widths) or any(CLIP_G in each for each in vectors):
-        return SDXL
+        told = {width for site, width in encoders.items() if site.startswith("text_encoder_2.")}
+        told |= {each[CLIP_G] for each in vectors if CLIP_G in each}
+        return next((one for one in STABLE_DIFFUSION_XL.models if told == {one.embeddings[CLIP_G]}), SDXL)
     named = set(_find_cross_attention(widths))
     if named:
         return next((one for one in (SD1, SDXL) if named <= set(one.layers)), None)
-    encoder = {width for site, width in widths.items() if site.endswith("self_attn.q_proj")}
-    told = encoder | {width for each in vectors for width in each.values()}
+    told = {*encoders.values(), *(width for each in vectors for width in each.values())}
     return next((one for one in (SD1, SD2, EMBEDDED) if told == set(one.embeddings.values())), None)
 
 

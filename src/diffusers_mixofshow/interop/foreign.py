@@ -182,7 +182,8 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
     of_xl = any(CLIP_G in vectors for vectors in foreign.vectors.values())
     if of_xl:
         _refuse_half_of_xl(foreign, subject)
-        layers = layers or tuple(dict.fromkeys(map(STABLE_DIFFUSION_XL.embedding_layer_of, SDXL.layers)))
+        model = foreign.made_for or SDXL
+        layers = layers or tuple(dict.fromkeys(map(STABLE_DIFFUSION_XL.embedding_layer_of, model.layers)))
     words = {word: by_encoder[CLIP_L] for word, by_encoder in foreign.vectors.items()}
     found = group_tokens(foreign.tokens, naming) | name_words(
         {word: len(rows) for word, rows in words.items()}, naming

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, list_devices, location_of
+from diffusers_mixofshow.base_models import canonical_name, dtype_argument, embedded_base, list_devices
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, family_of_index
 from diffusers_mixofshow.progress import bar_settings
@@ -55,7 +55,7 @@ def _load_for_concepts(place: str, *, device: str, dtype: str | None, **options:
     """Load a base as this package's pipeline for it."""
     import torch
 
-    half = device.startswith("cuda") and place != location_of(TOYLAND)
+    half = device.startswith("cuda") and embedded_base(canonical_name(place)) is None
     weights = getattr(torch, dtype or ("float16" if half else "float32"))
     return _choose_pipeline(place, options).from_pretrained(place, dtype=weights, **options).to(device)
 

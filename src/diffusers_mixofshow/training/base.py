@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import TOYLAND, dtype_argument
+from diffusers_mixofshow.base_models import dtype_argument, embedded_base
 from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of, family_of_index
@@ -29,10 +29,10 @@ _KEPT = ("force_zeros_for_empty_prompt",)
 
 
 def load_base(config: TrainingConfig) -> TrainablePipeline:
-    """Load the base model that the config names, in the config's precision (Toyland always in float32)."""
+    """Load the base model that the config names, in the config's precision (an embedded base always in float32)."""
     name = config.pretrained_model_name_or_path
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = torch.float32 if name == TOYLAND else dtypes[config.mixed_precision]
+    dtype = torch.float32 if embedded_base(name) else dtypes[config.mixed_precision]
     return models.load_base(name, partial(_load, dtype=dtype))
 
 

@@ -86,7 +86,8 @@ _NOT_NEGATIVE = (
     "prior_loss_weight",
     "num_validation_images",
 )
-_LARGEST_IN_TOYLAND = 128
+_LARGEST_ON_EMBEDDED = 2
+"""Largest resolution on an embedded base, as a multiple of its own."""
 _POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma", "embedding_norm_threshold", "lr_power")
 
 
@@ -402,11 +403,12 @@ class TrainingConfig:
         return defects + self._contradictions_of_base() + self._contradictions_of_method() + self._missing_output()
 
     def _contradictions_of_base(self) -> list[str]:
-        if not embedded_base(self.pretrained_model_name_or_path) or self.resolution <= _LARGEST_IN_TOYLAND:
+        embedded = embedded_base(self.pretrained_model_name_or_path)
+        if embedded is None or self.resolution <= _LARGEST_ON_EMBEDDED * embedded.least_resolution:
             return []
         return [
-            f"resolution is {self.resolution}, but the embedded base draws pictures of 64 pixels; "
-            "TrainingConfig.toyland(...) has the settings it needs"
+            f"resolution is {self.resolution}, but the embedded base draws pictures of {embedded.least_resolution} "
+            "pixels; TrainingConfig.toyland(...) has the settings it needs"
         ]
 
     def _contradictions_of_method(self) -> list[str]:

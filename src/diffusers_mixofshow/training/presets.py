@@ -115,8 +115,8 @@ def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         defects.append(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
     chosen = PRESETS.get(str(preset), {})
     base = str((chosen | given).get("pretrained_model_name_or_path"))
-    on_toyland, on_sdxl = embedded_base(base) is not None, known_family(base) is STABLE_DIFFUSION_XL
-    if on_toyland and preset in PRESETS and preset not in _ON_TOYLAND:
+    embedded, on_sdxl = embedded_base(base), known_family(base) is STABLE_DIFFUSION_XL
+    if embedded and preset in PRESETS and preset not in _ON_TOYLAND:
         defects.append(
             f"preset is {preset!r}, which has Stable Diffusion's rates and sizes; the embedded base brings its own, "
             "leave the preset out"
@@ -128,8 +128,11 @@ def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         )
     if "rank" in given and "lora_alpha" not in given and _is_count(given["rank"]):
         given["lora_alpha"] = float(given["rank"])
-    own = PRESETS[TOYLAND] if on_toyland else OF_SDXL if on_sdxl else {}
-    return own | chosen | given, defects
+    if embedded:
+        own = PRESETS[TOYLAND] | ({} if preset == TOYLAND else chosen) | {"resolution": embedded.least_resolution}
+    else:
+        own = (OF_SDXL if on_sdxl else {}) | chosen
+    return own | given, defects
 
 
 def _is_count(value: object) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffusers_mixofshow import toyland
-from diffusers_mixofshow.base_models import TOYLAND, embedded_base
+from diffusers_mixofshow.base_models import TOYLAND, canonical_name
 from diffusers_mixofshow.regions.weights import coverage
 from diffusers_mixofshow.sampling.control import IMAGE, Control
 from diffusers_mixofshow.sampling.drawing import Given
@@ -29,7 +29,7 @@ _DEFAULT_WORD = "critter"
 
 def has_layout_condition(base: str) -> bool:
     """Whether a base has an adapter that follows layout conditions."""
-    return embedded_base(base) is not None
+    return canonical_name(base) == TOYLAND
 
 
 def draw_condition(layout: Layout, concepts: Sequence[Concept]) -> tuple[Control, Given]:
