@@ -28,6 +28,7 @@ METHODS = {
     "closed-form:ridge=0.0001": "closed form, ridge 1e-4",
     "closed-form:prior=0.1": "closed form, `prior=0.1`",
     "closed-form:ridge=auto": "closed form, ridge chosen",
+    "closed-form:without=night": "closed form, no night recorded",
     "lbfgs": "LBFGS, at most 500 / 50 steps",
     "ssr": "SSR-Merge's form",
     "average": "average",
@@ -79,6 +80,8 @@ def tables() -> dict[str, str]:
         "methods, 8 concepts": methods("retention-8", "8"),
         "methods, 14 concepts": methods("retention-14", "14"),
         "methods, 30 concepts": methods("retention-30", "30"),
+        "other content, 8 concepts": methods("retention-content", "8"),
+        "other content, 14 concepts": methods("retention-content", "14"),
         "methods on a transformer": methods("transformer", "8", alone="each concept's own LoRA"),
         "methods on a transformer, names not learnt": methods(
             "transformer-names-not-learnt", "8", alone="each concept's own LoRA"

@@ -1,8 +1,8 @@
 """The third base: a Stable Diffusion XL for pictures of 96 x 96, grown from the first base.
 
 Its second text encoder starts as the first base's text tower, with one more layer, and its U-Net as the first base's
-U-Net: what is new adds nothing at first. So training begins with a model that draws, and has to learn the larger size, the second encoder, the
-pooled vector and the time ids.
+U-Net: what is new adds nothing at first. So training begins with a model that draws, and has to learn the larger size,
+the first encoder, the pooled vector and the time ids.
 """
 
 from __future__ import annotations
