@@ -90,6 +90,7 @@ def tables() -> dict[str, str]:
         "cheats": cheats(),
         "against LBFGS": against_lbfgs(),
         "ridges at true sizes": ridges_at_true_sizes(),
+        "ridges on Toyland": ridges_on_toyland(),
         "files": files(),
         "scale": scale(),
         "ridges": ridges(),
@@ -216,6 +217,28 @@ def ridges_at_true_sizes() -> str:
         for label, members in GROUPS.items()
     ]
     return table(("layers", *names.values()), rows)
+
+
+def ridges_on_toyland() -> str:
+    names = {
+        "closed-form": "default in stages (.0008 to .003)",
+        "closed-form:ridge=0.0001": "1e-4",
+        "closed-form:ridge=0.01": "1e-2",
+        "closed-form:ridge=0.1": "0.1",
+        "closed-form:sequential=false": "default, own model (.008 to .03)",
+        "closed-form:sequential=false,ridge=0.1": "0.1, own model",
+        "average": "average",
+    }
+    counts = ("4", "8", "14")
+    firsts = {count: results_of("retention-ridges", count)["closed-form"] for count in counts}
+    rows = []
+    for method, label in names.items():
+        cells: list[str] = []
+        for count, first in firsts.items():
+            cells += kept_beside(results_of("retention-ridges", count)[method], first)[:2]
+        rows.append([label, *cells])
+    heads = [head for count in counts for head in (f"{count} concepts: looks kept", "minus the default's")]
+    return table(("ridge", *heads), rows)
 
 
 def files() -> str:
