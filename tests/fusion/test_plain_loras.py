@@ -1,5 +1,6 @@
 """Plain LoRAs with trigger prompts are sources like ED-LoRAs."""
 
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from typer.testing import CliRunner
 
 import packs
@@ -257,3 +259,50 @@ def test_sources_are_not_carried_in_one_folder(
 )
 def test_a_plain_lora_is_called_by_its_name_or_its_files(source: str | Path, name: str, label: str) -> None:
     assert LoRASource(source, ["sks"], name=name).label == label
+
+
+def test_a_plain_pack_has_a_card_that_says_how_to_call_what_is_in_it(
+    loopback_hub: Any, pipe: MixOfShowPipeline, tmp_path: Path
+) -> None:
+    paths = [_write(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("one", "two"))]
+    prompts = [["sks dog", "a sks dog on grass", "sks <!-- dog", "four"], ["ink `style`"]]
+    sources = [LoRASource(path, texts) for path, texts in zip(paths, prompts, strict=True)]
+    fused = _fuser(pipe).fuse(sources)
+    out = tmp_path / "out"
+    picture = Image.new("RGB", (8, 8), "red")
+    fused.save_pretrained(out, samples={"a sks dog": picture}, license="mit")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for part in (
+        "# LoRA fused from `one`, `two`\n",
+        "license: mit",
+        "instance_prompt: sks dog",
+        "| `one` | `sks dog`, `a sks dog on grass`, `sks <! -- dog`, ... |",
+        "| `two` | `ink 'style'` |",
+        "residual, fused",
+        "pipe.load_lora_weights('out', weight_name=",
+        "pipe('sks dog')",
+        "a private file",
+        "samples/0.png",
+    ):
+        assert part in card, card
+    assert str(tmp_path) not in card
+    assert "edlora" not in card
+    assert (out / "samples" / "0.png").is_file()
+    mine = card + "\nMy own words.\n"
+    (out / "README.md").write_text(mine, encoding="utf-8")
+    fused.save_pretrained(out, overwrite=True)
+    assert "My own words." in (out / "README.md").read_text(encoding="utf-8")
+    run = partial(CliRunner().invoke, cli.app)
+    assert "there is no concept to name its repository after" in str(run(["push", str(out), "--dry-run"]).exception)
+    told = run(["push", str(out), "me/both", "--dry-run", "--json"])
+    assert json.loads(told.stdout)["concepts"] == ["one", "two"], told.output
+
+
+def test_the_code_on_the_card_of_a_plain_pack_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = MixOfShowPipeline.from_pretrained("toyland")
+    path = _write(pipe, tmp_path / "one.safetensors", 1)
+    GradientFuser(pipe).fuse([LoRASource(path, ["a dog"])], method="sum").save_pretrained(tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("guidance_scale", "num_inference_steps=2, guidance_scale"), {})
+    assert (tmp_path / "picture.png").is_file()

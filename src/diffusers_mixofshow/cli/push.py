@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffusers_mixofshow.cli.messages import tell
+from diffusers_mixofshow.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from diffusers_mixofshow.edlora import EDLoRA
 
 
 def push(
@@ -35,6 +40,8 @@ def push(
 ) -> None:
     """Send an ED-LoRA or a fused pack with its model card to the Hugging Face Hub, in one commit.
 
+    Of a pack fused from plain LoRAs, give the repository's name, too.
+
     Log in once with `hf auth login`.
 
     \b
@@ -44,13 +51,12 @@ def push(
     """
     from huggingface_hub import get_token
 
-    from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.edlora.hub import repo_name
 
-    pack = EDLoRA.from_pretrained(source)
+    pack = _read_pack(source, repo_id)
     if dry_run:
         target = repo_id or repo_name(pack.concepts)
-        names = [concept.placeholder for concept in pack.concepts]
+        names = [concept.placeholder for concept in pack.concepts] or _names_of_plain(pack)
         told = {"repo_id": target, "concepts": names, "private": private, "logged_in": get_token() is not None}
         typer.echo(json.dumps(told) if as_json else f"Would push {', '.join(names)} to {target}")
         if get_token() is None:
@@ -68,3 +74,28 @@ def push(
     if create_pr and "/discussions/" not in url:
         tell("Warning: nothing has changed, so that no pull request was opened.", "yellow")
     typer.echo(json.dumps({"url": url}) if as_json else f"Pushed to {url}")
+
+
+def _read_pack(source: str, repo_id: str | None) -> EDLoRA:
+    """Read what is to be pushed.
+
+    Raises:
+        ConfigurationError: If it was fused from plain LoRAs and its repository is not named.
+    """
+    from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.fusion.pack import read_plain_pack
+
+    plain = read_plain_pack(source)
+    if plain is not None and repo_id is None:
+        raise ConfigurationError(
+            f"{source} was fused from plain LoRAs, so that there is no concept to name its repository after. Name it: "
+            f"mixofshow push {source} user/name."
+        )
+    return plain or EDLoRA.from_pretrained(source)
+
+
+def _names_of_plain(pack: EDLoRA) -> list[str]:
+    """Names of the plain LoRAs that a pack without concepts was fused from."""
+    from diffusers_mixofshow.edlora.card import list_plain_names
+
+    return list_plain_names(pack.training)

@@ -25,8 +25,10 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
 from diffusers_mixofshow.edlora.file import Contents
 from diffusers_mixofshow.edlora.hub import REPO_ID
+from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
 from diffusers_mixofshow.families import BaseModel
+from diffusers_mixofshow.families.recognition import family_of_updates, recognise
 from diffusers_mixofshow.pictures import read_image
 
 
@@ -36,6 +38,7 @@ Samples = Mapping[str, "Image.Image | str | os.PathLike[str]"]
 """Prompt to the picture it produced."""
 
 _TAGS = ("mix-of-show", "edlora", "lora", "diffusers", "text-to-image", "stable-diffusion")
+_PLAIN_TAGS = ("mix-of-show", "lora", "diffusers", "text-to-image")
 _BEGIN = (
     "<!-- diffusers-mixofshow: begin. The text between these marks is replaced whenever the pack is saved; write your "
     "own text outside of them. -->"
@@ -48,6 +51,8 @@ _SPECIAL = re.compile(r"[\\*_{}\[\]<>()#!|~]")
 _GALLERY = "<Gallery />"
 """Tag that the Hub replaces by the widget's pictures."""
 _MOST_REGIONS = 3
+_MOST_PROMPTS = 3
+"""Prompts of a plain LoRA that its card shows."""
 _PLACE = " in a meadow"
 """Background in examples for the embedded base, if no concept is a scene."""
 _BASE_SETTING = "pretrained_model_name_or_path"
@@ -63,7 +68,7 @@ def model_card(
     samples: Mapping[str, str] | None = None,
     license_id: str | None = None,
 ) -> ModelCard:
-    """Write the card of a pack.
+    """Write the card of a pack; of one without concepts, that of a plain LoRA.
 
     Args:
         contents: Fields of the pack. Its base model becomes a link if it has the form of a Hub id; of a local path
@@ -73,18 +78,29 @@ def model_card(
         samples: Path of a picture beside the card to the prompt that it shows.
         license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a known base model.
     """
-    concepts, training = contents["concepts"], contents["training"]
     samples = {} if samples is None else samples
+    if contents["concepts"]:
+        text = _describe_concepts(contents, location, samples, merged=merged)
+    else:
+        text = _describe_plain(contents, location, samples)
+    text = text.replace("<!--", "<! --")  # so that text from a file cannot end the section
+    data = _metadata(contents, merged=merged, samples=samples, license_id=license_id)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{text}\n{_END}\n")
+
+
+def _describe_concepts(contents: Contents, location: str, samples: Mapping[str, str], *, merged: bool) -> str:
+    """Write the generated section of a pack with concepts."""
+    concepts, training = contents["concepts"], contents["training"]
     family = family_of_embeddings(contents["embeddings"])
     table, notes = _concept_table(concepts, training)
-    text = _fill_in(
+    return _fill_in(
         "card.md.jinja",
         concepts=concepts,
         gallery=_GALLERY,
         samples=samples,
         merged=merged,
         base_model=public_name(contents["base_model"]),
-        rank=max((update.rank for update in contents["lora"].values()), default=0),
+        rank=_rank(contents),
         concept_table=table,
         notes=notes,
         example=example(concepts, contents["base_model"], location, merged=merged, pipeline=family.concept_pipeline),
@@ -92,9 +108,33 @@ def model_card(
         record=_training_record(training),
         source_table=_source_table(training),
         method=str(_fusion(training).get("method", "")),
-    ).replace("<!--", "<! --")  # so that text from a file cannot end the section
-    data = _metadata(contents, merged=merged, samples=samples, license_id=license_id)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_BEGIN}\n\n{text}\n{_END}\n")
+    )
+
+
+def _describe_plain(contents: Contents, location: str, samples: Mapping[str, str]) -> str:
+    """Write the generated section of a plain LoRA that was fused from others."""
+    training, widths = contents["training"], input_widths(contents["lora"])
+    prompts, model = _plain_prompts(training), recognise(widths)
+    columns, note = _residual_columns(list(prompts), training)
+    rows: list[tuple[str, ...]] = [("LoRA", "prompts that it was fused with")]
+    rows += [(f"`{_code(name)}`", _list_prompts(texts)) for name, texts in prompts.items()]
+    return _fill_in(
+        "card_plain.md.jinja",
+        names=list(prompts),
+        gallery=_GALLERY,
+        samples=samples,
+        base=family_of_updates(widths).name if model is None else model.name,
+        base_id="" if model is None else model.id,
+        is_embedded=model is not None and embedded_base(model.id) is not None,
+        guidance=None if model is None else model.guidance,
+        rank=_rank(contents),
+        table=_table([(*row, *more) for row, more in zip(rows, columns, strict=True)] if columns else rows),
+        note=note,
+        prompt=_first_prompt(contents),
+        location=location,
+        source_table=_source_table(training),
+        method=str(_fusion(training).get("method", "")),
+    )
 
 
 def refresh_text(existing: str | None, card: ModelCard, *, anew: bool = False) -> str:
@@ -223,8 +263,8 @@ def _metadata(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         license=license_id or license_of(base_model) or None,
-        tags=list(_TAGS),
-        instance_prompt=_prompt(contents["concepts"][0]),
+        tags=list(_TAGS if contents["concepts"] else _PLAIN_TAGS),
+        instance_prompt=_first_prompt(contents) or None,
         widget=[{"text": prompt, "output": {"url": path}} for path, prompt in samples.items()] or None,
     )
 
@@ -244,20 +284,24 @@ def _concept_table(concepts: Collection[Concept], training: Mapping[str, object]
         (f"`{_code(c.placeholder)}`", _text(c.class_word), _text(c.kind), f"`{_code(_prompt(c))}`") for c in concepts
     ]
     notes = []
-    for columns, note in (_measured_columns(concepts, training), _residual_columns(concepts, training)):
+    names = [concept.placeholder for concept in concepts]
+    for columns, note in (_measured_columns(concepts, training), _residual_columns(names, training)):
         if columns:
             rows = [(*row, *more) for row, more in zip(rows, columns, strict=True)]
             notes.append(note)
     return _table(rows), notes
 
 
-def _residual_columns(
-    concepts: Collection[Concept], training: Mapping[str, object]
-) -> tuple[list[tuple[str, ...]], str]:
-    """Columns of fusion residuals with headings, and their note; concepts of one source share a value."""
+def _residual_columns(names: Iterable[str], training: Mapping[str, object]) -> tuple[list[tuple[str, ...]], str]:
+    """Columns of fusion residuals with headings, and their note; concepts of one source share a value.
+
+    Args:
+        names: Placeholders of concepts, or names of plain LoRAs.
+        training: The pack's record.
+    """
     residuals = _residuals(training)
     measured = {place: pair for name, pair in residuals.items() for place in name.split("+")}
-    pairs = [measured.get(concept.placeholder) for concept in concepts]
+    pairs = [measured.get(name) for name in names]
     if not any(pairs):
         return [], ""
     lines = [("-", "-") if pair is None else (f"{pair[1]:.3f}", f"{pair[0]:.3f}") for pair in pairs]
@@ -381,6 +425,37 @@ def _training_record(training: Mapping[str, object]) -> str:
         tuning["settings"] = {**settings, _BASE_SETTING: public_name(base)}
     record = json.dumps(tuning, indent=1, sort_keys=True).replace("`", "'")
     return record if len(record) <= _LONGEST_RECORD else ""
+
+
+def list_plain_names(training: Mapping[str, object]) -> list[str]:
+    """Names of the plain LoRAs that a pack was fused from, by its record."""
+    return list(_plain_prompts(training))
+
+
+def _plain_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:
+    """Name of each fused plain LoRA to its recording prompts, from an untrusted record; empty if it has none."""
+    recorded = _mapping(_fusion(training).get("prompts"))
+    return {
+        str(name): [text for text in texts if isinstance(text, str)]
+        for name, texts in recorded.items()
+        if isinstance(texts, list)
+    }
+
+
+def _list_prompts(prompts: Sequence[str]) -> str:
+    shown = [f"`{_code(prompt)}`" for prompt in prompts[:_MOST_PROMPTS]]
+    return ", ".join([*shown, "..."] if len(prompts) > _MOST_PROMPTS else shown) or "-"
+
+
+def _first_prompt(contents: Contents) -> str:
+    """A prompt that shows the first concept or plain LoRA; empty if none is known."""
+    if contents["concepts"]:
+        return _prompt(contents["concepts"][0])
+    return next((prompt for prompts in _plain_prompts(contents["training"]).values() for prompt in prompts), "")
+
+
+def _rank(contents: Contents) -> int:
+    return max((update.rank for update in contents["lora"].values()), default=0)
 
 
 def _prompt(concept: Concept) -> str:

@@ -273,7 +273,7 @@ class EDLoRA:
         return push(
             folder,
             repo_id or hub.repo_name(self.concepts),
-            (lambda location: self._card(location, merged, shown, license)) if self.concepts else None,
+            lambda location: self._card(location, merged, shown, license),
             token=token,
             private=private,
             revision=revision,

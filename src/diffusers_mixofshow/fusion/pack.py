@@ -12,8 +12,9 @@ from typing import Any, Self
 
 import torch
 
+from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.card import Samples
+from diffusers_mixofshow.edlora.card import Samples, write_card, write_samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
 from diffusers_mixofshow.edlora.folder import remove
 from diffusers_mixofshow.edlora.reading import read_metadata
@@ -78,7 +79,7 @@ class FusedPack(EDLoRA):
         sources: bool = False,
         overwrite: bool = False,
     ) -> Path:
-        """Write the pack, see `EDLoRA.save_pretrained`; without any concept, a plain LoRA file.
+        """Write the pack, see `EDLoRA.save_pretrained`; without any concept, a plain LoRA file and its card.
 
         Args:
             folder: Created where it is missing.
@@ -107,7 +108,7 @@ class FusedPack(EDLoRA):
         for source in self.sources if sources else ():
             carry(source, Path(folder, carried_path(source.prompts)))
         if not self.concepts:
-            return self._save_plain(Path(folder))
+            return self._save_plain(Path(folder), samples or {}, license)
         # overwrite=True: the folder now holds the carried sources
         return super().save_pretrained(folder, merged=merged, samples=samples, license=license, overwrite=True)
 
@@ -119,11 +120,15 @@ class FusedPack(EDLoRA):
         """Files of an earlier pack in a folder, except sources that this pack is fused from as well."""
         return leave_out_carried(super()._stale(folder, merged=merged), folder, self.sources)
 
-    def _save_plain(self, folder: Path) -> Path:
-        """Write a pack of plain LoRAs alone as one plain LoRA, under the name that diffusers looks for."""
-        remove(self._stale(folder))
+    def _save_plain(self, folder: Path, samples: Samples, license_id: str | None) -> Path:
+        """Write a pack of plain LoRAs alone as one plain LoRA, named as diffusers expects it, and its card."""
+        stale = self._stale(folder)
+        remove(stale)
         record = {_PLAIN_KEY: json.dumps(dict(self.training))}
-        return write_lora(folder / PLAIN_NAME, cast_updates(self.lora, self.dtype), record)
+        path = write_lora(folder / PLAIN_NAME, cast_updates(self.lora, self.dtype), record)
+        shown = write_samples(folder, samples)
+        write_card(folder, self._card(public_name(os.fspath(folder)), False, shown, license_id), anew=bool(stale))
+        return path
 
     def push_to_hub(self, repo_id: str | None = None, **options: Any) -> str:
         """Upload the pack, see `EDLoRA.push_to_hub`; without any concept, a plain LoRA.
@@ -231,6 +236,19 @@ class FusedPack(EDLoRA):
         placeholders = [placeholder for source in self.sources for placeholder in source.prompts]
         guess = suggest("<" + name.strip("<>") + ">", placeholders)
         raise FusionError(f"{name} is not a source of this pack; its sources are {known}.{guess}")
+
+
+def read_plain_pack(source: str | os.PathLike[str]) -> FusedPack | None:
+    """Read a pack that was fused from plain LoRAs alone, without its sources; None for anything else.
+
+    Args:
+        source: Its folder or file.
+    """
+    path = _plain_file(source)
+    if path is None:
+        return None
+    pack = FusedPack._of_plain(path)
+    return replace(pack, dtype=next((update.down.dtype for update in pack.lora.values()), pack.dtype))
 
 
 def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
