@@ -12,7 +12,7 @@ REQUIRED = {
 }
 BASES = {
     "diffusers_mixofshow": ("toyland/weights",),
-    "diffusers_mixofshow_bases": ("toyland_sd3",),
+    "diffusers_mixofshow_bases": ("toyland_sd3", "toyland_xl"),
 }
 """Folders with weights in each package."""
 SOURCE_ALONE = {

@@ -16,11 +16,13 @@ from diffusers_mixofshow.atomic import write_picture, write_whole
 
 
 class Kept:
-    """Files under the hash of all that they depend on: a plan, Toyland's weights, and other files."""
+    """Files under the hash of all that they depend on: a plan, an embedded base's weights, and other files."""
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any], files: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, folder: Path, plan: Mapping[str, Any], files: Sequence[Path] = (), base: str = "toyland"
+    ) -> None:
         digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
-        for file in (*sorted(toyland.path().rglob("*.safetensors")), *files):
+        for file in (*sorted(toyland.path(base).rglob("*.safetensors")), *files):
             digest.update(file.read_bytes())
         self.folder = folder / f"kept-{digest.hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ from rich.console import Console
 from toyland_base.instances import random_instances
 
 from diffusers_mixofshow import toyland
+from diffusers_mixofshow.base_models import TOYLAND, embedded_base
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.demo.tuning import tune_all
 from diffusers_mixofshow.edlora import EDLoRA
@@ -51,9 +52,10 @@ from diffusers_mixofshow.evaluation.identity import Identity, Subject, mean_iden
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS, UNSEEN_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
+from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import GradientFuser
-from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
 
 
@@ -122,6 +124,7 @@ class Plan:
     guidance_scale: float
     seed: int
     tuning: Mapping[str, Any]
+    """Training settings, the base model among them."""
     held_out: tuple[str, ...]
     """Prompts of the pictures."""
 
@@ -169,6 +172,14 @@ class Study:
         return all(kept) or time.monotonic() < self.ends
 
 
+def base_of(plan: Plan) -> BaseModel:
+    """The embedded base that concepts are tuned on."""
+    base = embedded_base(plan.tuning.get("pretrained_model_name_or_path", TOYLAND))
+    if base is None:
+        raise SystemExit(f"The base is {plan.tuning['pretrained_model_name_or_path']}, expected an embedded one.")
+    return base
+
+
 def chosen_concepts(count: int, seed: int) -> list[ToyConcept]:
     """The first concepts of the study; fewer are the first of more."""
     things = [concept for concept in CONCEPTS.values() if concept.kind != "scene"]
@@ -190,7 +201,9 @@ def tuned(
             name=concept.name,
             kind=concept.kind,
             class_word=concept.class_word,
-            folder=toyland.write_photos(concept, work / "photos" / concept.name, seed=plan.seed),
+            folder=toyland.write_photos(
+                concept, work / "photos" / concept.name, seed=plan.seed, height=base_of(plan).least_resolution
+            ),
         )
         for concept in concepts
         if concept.name not in packs
@@ -456,6 +469,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--concepts", type=Path, help="folder with tuned ED-LoRAs, one subfolder a name")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of concepts to fuse")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD[:SETTING=VALUE,...]")
+    parser.add_argument("--base", default=TOYLAND, help="the embedded base: toyland or toyland-xl")
     parser.add_argument("--settings", action="store_true", help="also the closed form with other settings")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no method after so long")
     parser.add_argument("--pictures", type=int, default=6, help="of every concept and method")
@@ -479,16 +493,17 @@ def study_of(options: argparse.Namespace, start: float, console: Console) -> Stu
         steps=options.steps,
         guidance_scale=options.guidance,
         seed=options.seed,
-        tuning=json.loads(options.tuning),
+        tuning=json.loads(options.tuning)
+        | ({} if options.base == TOYLAND else {"pretrained_model_name_or_path": options.base}),
         held_out=HELD_OUT[options.held_out],
     )
     candidates, judge = chosen_concepts(max(*COUNTS, *options.counts), plan.seed), ToylandJudge.load()
     concepts = candidates[: max(options.counts)]
     return Study(
         plan=plan,
-        kept=Kept(options.work, asdict(plan) | {"measures": "shapes"}),
+        kept=Kept(options.work, asdict(plan) | {"measures": "shapes"}, base=options.base),
         work=options.work,
-        pipe=toyland.load_pipeline(pipeline_class=MixOfShowPipeline),
+        pipe=load_base(options.base, "cpu", "float32", concepts=True),
         judge=judge,
         concepts=concepts,
         subjects=[subject_of(concept, judge) for concept in candidates],

@@ -43,7 +43,7 @@ from diffusers_mixofshow.families.sd3 import STABLE_DIFFUSION_3
 ANY_CASE = ("toyland", "Toyland", "TOYLAND", "toyLand")
 
 
-@pytest.mark.parametrize("name", [*ANY_CASE, "toyland-sd3", "Toyland-SD3"])
+@pytest.mark.parametrize("name", [*ANY_CASE, "toyland-sd3", "Toyland-SD3", "toyland-xl"])
 def test_the_embedded_bases_are_known_in_any_case(name: str) -> None:
     known = name.lower()
     assert normalise_name(name) == canonical_name(name) == known
@@ -218,11 +218,11 @@ def test_a_base_that_cannot_be_loaded_says_why_and_what_may_be_meant(tmp_path: P
     (tmp_path / "sd14").touch()
     ends = (
         "Expected a Hub id, a folder of a Stable Diffusion pipeline, or one of the package's own: 'toyland', "
-        "'toyland-sd3'. (first line.)"
+        "'toyland-sd3', 'toyland-xl'. (first line.)"
     )
     error = OSError("\n first line.\nand more")
     for name, guess in (
-        *(("toylnd", "toyland"), ("toyland-sd", "toyland-sd3")),
+        *(("toylnd", "toyland"), ("toyland-sd", "toyland-sd3"), ("toyland-x", "toyland-xl")),
         *(("bases/sd16", "bases/sd15"), ("bases/sd15", ""), ("sd13", "")),
     ):
         told = make_loading_error(name, error)

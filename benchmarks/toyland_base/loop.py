@@ -102,6 +102,12 @@ class _ProgressLines:
             self._accelerator.print(f"step {step} loss {self._smooth:.4f} {pace}", flush=True)
 
 
+def _set_rates(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group of parameters; one with a ``share`` gets that share of it."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group.get("share", 1.0)
+
+
 def _restore(
     checkpoint: Path, objective: torch.nn.Module, average: torch.nn.Module, optimiser: torch.optim.Optimizer
 ) -> tuple[int, float]:
@@ -129,8 +135,7 @@ def train_stage(
     """Train `objective`, a module that maps a batch to a scalar loss, and return its averaged copy.
 
     Args:
-        batch: Makes one batch from a generator that is seeded by the config's seed, the process and the step.
-        optimiser: Steps at the config's rate, groups of its parameters with a ``share`` at that share of it.
+        batch: Makes one batch from a generator, seeded by the config's seed, the process and the step.
         checkpoint: Where checkpoints are written, and read from with `resume`.
         on_checkpoint: Called on the main process with the averaged copy at every checkpoint.
     """
@@ -156,8 +161,7 @@ def train_stage(
         progress = elapsed / (60 * config.minutes) if config.steps is None else step / config.steps
         if progress >= 1:
             break
-        for group in stepper.param_groups:
-            group["lr"] = config.learning_rate * group.get("share", 1.0) * learning_rate_factor(step, progress, config)
+        _set_rates(stepper, config.learning_rate * learning_rate_factor(step, progress, config))
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 64 + accelerator.process_index)
         torch.manual_seed(generator.initial_seed())  # What the objective draws is the same after a resume, too.
         loss = prepared(batch(generator))

@@ -220,11 +220,12 @@ def _third_of(image: Image.Image, index: int) -> Image.Image:
 
 
 def save_sheet(images: Sequence[Image.Image], target: Path, columns: int = 18) -> None:
-    """Write pictures side by side at twice their size."""
+    """Write pictures of one size side by side at twice their size."""
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * 64, rows * 64))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, rows * height))
     for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * 64, index // columns * 64))
+        sheet.paste(image, (index % columns * width, index // columns * height))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(target)
 
 

@@ -84,6 +84,12 @@ def classes_of(base_model: str) -> tuple[str, ...]:
     return () if known is None else known.classes
 
 
+def find_embedded() -> dict[str, Path]:
+    """The folder of every embedded base by its name, of those whose package is installed."""
+    folders = {name: one.find_folder() for name, one in _EMBEDDED.items()}
+    return {name: folder for name, folder in folders.items() if folder is not None}
+
+
 def location_of(base_model: str) -> str:
     """What to pass to diffusers' `from_pretrained`: the name itself, or the folder of an embedded base.
 
@@ -117,9 +123,8 @@ def canonical_name(base_model: str) -> str:
         return base_model
     if not here:
         return base_model
-    for name, one in _EMBEDDED.items():
-        folder = one.find_folder()
-        if folder is not None and path == folder.resolve():
+    for name, folder in find_embedded().items():
+        if path == folder.resolve():
             return name
     cached = _IN_CACHE.search(path.as_posix())
     return f"{cached['user']}/{cached['name']}" if cached else str(path)
@@ -171,7 +176,7 @@ def base_model_of(base_model: str, components: Mapping[str, object]) -> BaseMode
         base_model: Its name, which counts only if it is one of the components' family.
         components: ``pipeline.components``; may be empty if it is not loaded.
     """
-    known = embedded_base(base_model) or _find_known_base(base_model)
+    known = _find_any_base(base_model)
     family = family_of(components) if components else known_family(base_model) or STABLE_DIFFUSION
     return known if known is not None and (known in family.models or not components) else family.models[0]
 
@@ -183,7 +188,7 @@ def usual_guidance(base_model: str, family: Family | None = None) -> float:
         base_model: Its name.
         family: Its family as far as it is known otherwise; counts if the name says nothing.
     """
-    known = embedded_base(base_model) or _find_known_base(base_model)
+    known = _find_any_base(base_model)
     if known is not None:
         return known.guidance
     configuration = _read_configuration(Path(base_model, "unet", "config.json")) if base_model else {}
@@ -242,6 +247,11 @@ def make_loading_error(base_model: str, error: Exception) -> ConfigurationError 
         f"Stable Diffusion pipeline, or one of the package's own: {', '.join(map(repr, _EMBEDDED))}. "
         f"({first_line(error)}.)"
     )
+
+
+def _find_any_base(base_model: str) -> BaseModel | None:
+    """The embedded base that a name means in any spelling, or else the published one of this id; None if unknown."""
+    return embedded_base(base_model) or _find_known_base(base_model)
 
 
 def _find_known_base(base_model: str) -> BaseModel | None:

@@ -120,7 +120,8 @@ def apple() -> Patch:
 
 
 def unweighted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(base_models, "location_of", lambda name: f"/nowhere/{name}")
+    bases = ("toyland", "toyland-sd3")
+    monkeypatch.setattr(base_models, "find_embedded", lambda: {name: Path("/nowhere", name) for name in bases})
 
 
 def no_torch(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -189,6 +190,12 @@ FOUND: list[tuple[str, Patch, tuple[str, str, str]]] = [
         "embedded base",
         unweighted,
         ("problem", "no weights in /nowhere/toyland", "pip install --force-reinstall diffusers-mixofshow"),
+    ),
+    ("base toyland-sd3", patched(), ("ok", "needs no download", "")),
+    (
+        "base toyland-sd3",
+        unweighted,
+        ("problem", "no weights in /nowhere/toyland-sd3", "pip install --force-reinstall diffusers-mixofshow-bases"),
     ),
     (
         "diffusers-mixofshow",

@@ -27,12 +27,16 @@ MODELS = {
         "Stable Diffusion XL", "sdxl_base_v1-0", ("", "stabilityai/stable-diffusion-xl-base-1.0"), "openrail++", 5.0,
         2048, {"clip_l": 768, "clip_g": 1280}, 70, 768,
     ),
+    "Toyland's Stable Diffusion XL, a base in diffusers-mixofshow-bases": (
+        "Stable Diffusion XL", "toyland-xl", ("toyland-xl",), "apache-2.0", 3.0,
+        160, {"clip_l": 32, "clip_g": 128}, 10, 96,
+    ),
     "FLUX.1": ("FLUX.1", "flux1", ("black-forest-labs/FLUX.1-dev",), "", 3.5, 0, {}, 0, 512),
     "FLUX.2 klein": ("FLUX.2 klein", "flux2", ("black-forest-labs/FLUX.2-klein-4B",), "", 1.0, 0, {}, 0, 512),
     "Stable Diffusion 3.5": (
         "Stable Diffusion 3", "sd3", ("stabilityai/stable-diffusion-3.5-medium",), "", 7.0, 0, {}, 0, 512,
     ),
-    "Toyland's transformer, the second base in diffusers-mixofshow": (
+    "Toyland's transformer, a base in diffusers-mixofshow-bases": (
         "Stable Diffusion 3", "toyland-sd3", ("toyland-sd3",), "apache-2.0", 3.0, 0, {}, 0, 64,
     ),
     "Qwen-Image": ("Qwen-Image", "qwen_image", ("Qwen/Qwen-Image",), "", 4.0, 0, {}, 0, 512),

@@ -21,7 +21,7 @@ from diffusers_mixofshow.families.recognition import (
     recognise,
     transformers_with,
 )
-from diffusers_mixofshow.families.sdxl import SDXL
+from diffusers_mixofshow.families.sdxl import EMBEDDED_XL, SDXL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, SD2
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.summary import summary_of_foreign
@@ -48,6 +48,10 @@ OF_XL = f"unet.down_blocks.2.{BLOCK[:-1]}9.attn1.to_q"
         (lora(KEY, width=768) | lora(KEY.replace("to_k", "to_v"), width=1024), [], None),
         (lora("text_encoder_2.x.self_attn.q_proj", width=768), [], SDXL),
         ({}, [{CLIP_L: 768}, {CLIP_L: 768, CLIP_G: 1280}], SDXL),
+        ({}, [{CLIP_L: 32}, {CLIP_L: 32, CLIP_G: 128}], EMBEDDED_XL),
+        (lora("text_encoder_2.x.self_attn.q_proj", width=128), [], EMBEDDED_XL),
+        (lora("unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k", width=160), [], EMBEDDED_XL),
+        (lora("unet.down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k", width=160), [], None),
         (lora(KEY, width=768), [{CLIP_G: 1280}], SD1),  # what cross-attention reads comes first
         (lora(f"unet.mid_block.{BLOCK}.attn1.to_q"), [], SD1),
         (lora(f"unet.mid_block.{BLOCK}.attn2.to_q"), [], SD1),  # which reads the picture, not the text
@@ -85,7 +89,7 @@ def test_the_layers_of_the_families_are_those_of_their_models() -> None:
             assert cross_attention_layers(UNet2DConditionModel(**given)) == family.layers
     assert EMBEDDED.layers == cross_attention_layers(toyland.load_pipeline().unet)
     assert SD2.layers == SD1.layers
-    assert [one for one in BASE_MODELS if one.has_two_text_encoders] == [SDXL]
+    assert [one for one in BASE_MODELS if one.has_two_text_encoders] == [SDXL, EMBEDDED_XL]
     assert [(one.kohya, one.id) for one in (SD1, SD2, EMBEDDED, SDXL)] == [
         ("sd_v1", "stable-diffusion-v1-5/stable-diffusion-v1-5"), ("sd_v2", ""), ("toyland", "toyland"),
         ("sdxl_base_v1-0", ""),

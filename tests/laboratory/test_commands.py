@@ -17,13 +17,12 @@ from diffusers_mixofshow.toyland import base
 
 
 ROOT = Path(__file__).parents[2]
-TRAIN, GRADE, GRADE_TRANSFORMER = (
-    f"benchmarks.toyland_base.{name}" for name in ("train", "quality", "transformer_quality")
-)
-COMMANDS = {TRAIN, GRADE, GRADE_TRANSFORMER}
+TRAIN, GRADE, GRADE_BASES = (f"benchmarks.toyland_base.{name}" for name in ("train", "quality", "bases_quality"))
+COMMANDS = {TRAIN, GRADE, GRADE_BASES}
 PAGES = {
     "src/diffusers_mixofshow/toyland/weights/README.md": {TRAIN, GRADE},
-    "bases/src/diffusers_mixofshow_bases/toyland_sd3/README.md": {TRAIN, GRADE_TRANSFORMER},
+    "bases/src/diffusers_mixofshow_bases/toyland_sd3/README.md": {TRAIN, GRADE_BASES},
+    "bases/src/diffusers_mixofshow_bases/toyland_xl/README.md": {TRAIN, GRADE_BASES},
     "CONTRIBUTING.md": COMMANDS,
 }
 

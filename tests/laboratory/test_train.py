@@ -16,7 +16,15 @@ from benchmarks.toyland_base.denoiser import velocity_weight
 from benchmarks.toyland_base.loop import LoopConfig, learning_rate_factor
 from benchmarks.toyland_base.optimiser import orthogonalise
 from benchmarks.toyland_base.train import main
-from benchmarks.toyland_base.transformer import TEXT_TOKENS, FlowObjective
+from benchmarks.toyland_base.transformer import TEXT_TOKENS, FlowObjective, add_projection
+from benchmarks.toyland_base.xl import (
+    XLObjective,
+    build_small_tower,
+    fit_final_states,
+    grow_tower,
+    grow_unet,
+    list_time_ids,
+)
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.sampling.loading import load_base
@@ -25,7 +33,7 @@ from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.world import draw
 
 
-GATHERED = ("weights", "sd3_weights")
+FIRST, SECOND, THIRD = GATHERED = ("weights", "sd3_weights", "xl_weights")
 
 
 def _run(folder: Path, stage: str, steps: int, *more: str) -> None:
@@ -41,9 +49,10 @@ def _state(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every stage trained for a few steps, and its weights gathered."""
     folder = tmp_path_factory.mktemp("training")
-    for stage in ("autoencoder", "text", "unet", "transformer", "layout", "reader", "metric"):
+    for stage in ("autoencoder", "text", "unet", "transformer", "xl", "layout", "reader", "metric"):
         _run(folder, stage, 2)
-    gathered = ["--weights", str(folder / "weights"), "--transformer-weights", str(folder / "sd3_weights")]
+    options = ("--weights", "--transformer-weights", "--xl-weights")
+    gathered = [part for pair in zip(options, GATHERED, strict=True) for part in (pair[0], str(folder / pair[1]))]
     main(["--output", str(folder), "--stage", "none", *gathered])
     return folder
 
@@ -85,12 +94,47 @@ def test_the_transformer_is_trained_on_what_its_pipeline_reads(trained: Path) ->
 
 
 def test_the_second_base_has_the_text_encoder_of_the_first(trained: Path) -> None:
-    first, second = (load_file(trained / name / "text_encoder" / "model.safetensors") for name in GATHERED)
+    first, second = (load_file(trained / name / "text_encoder" / "model.safetensors") for name in (FIRST, SECOND))
     projection = second.pop("text_projection.weight")
     assert (projection == torch.eye(len(projection))).all()
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_stable_diffusion_xl_is_trained_on_what_its_pipeline_reads(trained: Path) -> None:
+    folder = trained / THIRD
+    pipeline = load_base(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline).__name__ == "MixOfShowXLPipeline"
+    assert pipeline("a critter", num_inference_steps=2).images[0].size == (96, 96)
+    prompts = ["a red critter in a meadow", ""]
+    states, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    objective = XLObjective(pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    mine, mine_pooled = objective.encode(tokenize_plain(prompts, pipeline.tokenizer))
+    torch.testing.assert_close(mine, states)
+    torch.testing.assert_close(mine_pooled, pooled)
+    ids = pipeline._get_add_time_ids((64, 96), (0, 0), (96, 144), torch.float32, len(pooled[0]))
+    assert ids.tolist() == [list_time_ids(64, 144)]
+    told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    assert told["xl"]["settings"]["steps"] == 2
+    assert told.keys() == {"xl"}
+
+
+def test_a_grown_unet_predicts_what_the_first_bases_does() -> None:
+    first = load_pipeline()
+    second = grow_tower(add_projection(first.text_encoder))
+    final_states = fit_final_states(second, first.tokenizer, captions=200)
+    grown = XLObjective(grow_unet(first.unet, final_states), build_small_tower(first.tokenizer), second)
+    token_ids = tokenize_plain(["a red critter in a meadow", "a white cat in the snow"], first.tokenizer)
+    noisy, timesteps = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 800])
+    with torch.no_grad():
+        states, pooled = grown.encode(token_ids)
+        conditions = {"text_embeds": pooled, "time_ids": torch.tensor([list_time_ids(64, 64, 64)] * 2)}
+        mine = grown.model(noisy, timesteps, states, added_cond_kwargs=conditions).sample
+        wanted = first.unet(noisy, timesteps, first.text_encoder(token_ids).last_hidden_state).sample
+    assert (mine - wanted).norm() < 0.05 * wanted.norm()
 
 
 @pytest.mark.filterwarnings("ignore")

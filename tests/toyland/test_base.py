@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.toyland_base.quality import identity_of
-from diffusers_mixofshow import toyland
+from diffusers_mixofshow import Region, toyland
 from diffusers_mixofshow.errors import ConceptError
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
+from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.toyland.scenes import random_scene
 from diffusers_mixofshow.toyland.world import CLASSES, draw
 
@@ -36,13 +36,18 @@ def test_everything_together_is_at_most_16_megabytes() -> None:
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt")]
 
 
-def test_the_second_base_is_small_and_draws_as_diffusers_loads_it() -> None:
-    files = [file for file in toyland.path("toyland-sd3").rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 12.2e6
+@pytest.mark.parametrize(
+    ("name", "kind", "megabytes", "side"),
+    [("toyland-sd3", "StableDiffusion3Pipeline", 12.2, 64), ("toyland-xl", "StableDiffusionXLPipeline", 15, 96)],
+)
+def test_another_base_is_small_and_draws_as_diffusers_loads_it(
+    name: str, kind: str, megabytes: float, side: int
+) -> None:
+    files = [file for file in toyland.path(name).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= megabytes * 1e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt")]
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        toyland.path("toyland-sd3"), text_encoder_3=None, tokenizer_3=None
-    ).to(torch.float32)
+    pipeline = load_base(name, "cpu", "float32", concepts=False)
+    assert type(pipeline).__name__ == kind
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         ["a red vase in a meadow", "a white cat in a room"],
@@ -50,7 +55,26 @@ def test_the_second_base_is_small_and_draws_as_diffusers_loads_it() -> None:
         guidance_scale=3.0,
         generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
     ).images
+    assert [image.size for image in images] == [(side, side)] * 2
     found = ToylandJudge.load().read(images)
+    assert [(one["class"], one["colour"]) for one in found] == [("vase", "red"), ("cat", "white")]
+
+
+def test_regions_of_stable_diffusion_xl_draw_what_they_ask_for_in_their_place() -> None:
+    pipeline = load_base("toyland-xl", "cpu", "float32")
+    pipeline.set_progress_bar_config(disable=True)
+    asked = ["a red vase", "a white cat"]
+    halves = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+    picture = pipeline(
+        "two things in the meadow",
+        regions=[Region(f"{thing} in the meadow", box=box) for thing, box in zip(asked, halves, strict=True)],
+        width=192,
+        height=96,
+        num_inference_steps=12,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    found = ToylandJudge.load().read([picture.crop((96 * side, 0, 96 * side + 96, 96)) for side in (0, 1)])
     assert [(one["class"], one["colour"]) for one in found] == [("vase", "red"), ("cat", "white")]
 
 
@@ -67,7 +91,7 @@ def test_the_pipeline_loads_fast_and_samples_a_picture() -> None:
 
 def test_loading_prints_nothing_and_leaves_logging_as_it_was() -> None:
     code = """
-from diffusers_mixofshow import toyland
+from diffusers_mixofshow import Region, toyland
 toyland.load_pipeline()
 toyland.load_metric_model()
 from diffusers.utils import logging as ours

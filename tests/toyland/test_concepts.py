@@ -72,6 +72,20 @@ def test_written_photos_can_be_read_back(tmp_path: Path) -> None:
         assert (tmp_path / "ming" / f"{index:04d}.txt").read_text(encoding="utf-8").strip() == photo.caption
 
 
+@pytest.mark.parametrize("name", ["ming", "neon"])
+def test_higher_photos_show_the_same_in_more_pixels(tmp_path: Path, name: str) -> None:
+    usual, high = photos(CONCEPTS[name], 2), photos(CONCEPTS[name], 2, height=192)
+    for one, other in zip(usual, high, strict=True):
+        assert other.image.size == other.mask.size == (192, 192)
+        assert other.caption == one.caption
+        for mine, theirs in ((one.image, other.image.reduce(3)), (one.mask, other.mask.reduce(3))):
+            apart = np.abs(np.asarray(mine, dtype=float) - np.asarray(theirs, dtype=float))
+            assert apart.mean() < 4
+    write_photos(CONCEPTS[name], tmp_path, count=1, height=192)
+    with Image.open(tmp_path / "0000.png") as written:
+        assert written.tobytes() == high[0].image.tobytes()
+
+
 def test_unknown_names_and_counts_are_explained() -> None:
     with pytest.raises(ConceptError, match="bobo"):
         find_concept("nobody")

@@ -26,7 +26,7 @@ _LEAST_PEFT = {"transformers": "transformers.integrations.peft", "diffusers": "d
 
 _SERVES = {
     "8bit": "AdamW8bit, an optimizer that needs less memory of a GPU",
-    "bases": "small bases of other architectures, to try the methods on (toyland-sd3)",
+    "bases": "small bases of other architectures, to try the methods on (toyland-xl, toyland-sd3)",
     "controlnet": "condition images for ControlNets, made from photographs (--control openpose=photo.jpg)",
     "heic": "photos of iPhones (HEIC)",
     "prodigy": "Prodigy, an optimizer that finds its own rates",
@@ -66,7 +66,7 @@ def diagnose() -> list[Finding]:
         _check_memory(),
         *_check_caches(),
         _check_hub(),
-        _check_embedded_base(),
+        *_check_embedded_bases(),
         *_check_extras(),
         _check_completion(),
     ]
@@ -227,13 +227,19 @@ def _check_hub() -> Finding:
     return Finding("Hub", "ok" if get_token() else "note", f"{constants.ENDPOINT}, {login}", remedy)
 
 
-def _check_embedded_base() -> Finding:
-    from diffusers_mixofshow.base_models import TOYLAND, location_of
+def _check_embedded_bases() -> Iterator[Finding]:
+    """Check the weights of each base that needs no download, if its package is installed."""
+    from diffusers_mixofshow.base_models import TOYLAND, find_embedded
 
-    folder = Path(location_of(TOYLAND))
-    if (folder / "model_index.json").is_file():
-        return Finding("embedded base", "ok", "toyland; `mixofshow demo` runs on it")
-    return Finding("embedded base", "problem", f"no weights in {folder}", f"pip install --force-reinstall {PACKAGE}")
+    for name, folder in find_embedded().items():
+        called, package, found = f"base {name}", f"{PACKAGE}-bases", "needs no download"
+        if name == TOYLAND:
+            called, package, found = "embedded base", PACKAGE, "toyland; `mixofshow demo` runs on it"
+        if (folder / "model_index.json").is_file():
+            yield Finding(called, "ok", found)
+        else:
+            remedy = f"pip install --force-reinstall {package}"
+            yield Finding(called, "problem", f"no weights in {folder}", remedy)
 
 
 def _check_extras() -> Iterator[Finding]:

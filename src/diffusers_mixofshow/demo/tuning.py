@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow import toyland
+from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.errors import TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
@@ -23,7 +23,7 @@ ON_STEP = Callable[[str, int, int, float], None]
 """Called with the concept's name, the steps done, the total of steps, and the loss."""
 
 _FINISHED = "finished.json"
-_BASE_PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+_BASE_PARTS = ("tokenizer", "text_encoder", "text_encoder_2", "vae", "unet", "scheduler")
 
 
 def tuning_config(concept: DemoConcept, settings: DemoSettings) -> TrainingConfig:
@@ -41,7 +41,7 @@ def tuning_config(concept: DemoConcept, settings: DemoSettings) -> TrainingConfi
 def fingerprint(config: TrainingConfig) -> str:
     """Digest of everything that an ED-LoRA depends on: settings, photos and the base model's files."""
     digest = hashlib.sha256(json.dumps(config.as_record(), sort_keys=True).encode())
-    base = toyland.path()
+    base = Path(location_of(config.pretrained_model_name_or_path))
     for folder in (Path(str(config.instance_data_dir)), *(base / part for part in _BASE_PARTS)):
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(file.relative_to(folder).as_posix().encode())

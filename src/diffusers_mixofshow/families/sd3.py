@@ -47,7 +47,7 @@ SD35 = BaseModel(
     stream_widths=(1536, 2432),
 )
 EMBEDDED_SD3 = BaseModel(
-    name="Toyland's transformer, the second base in diffusers-mixofshow",
+    name="Toyland's transformer, a base in diffusers-mixofshow-bases",
     kohya="toyland-sd3",
     id="toyland-sd3",
     license=EMBEDDED.license,

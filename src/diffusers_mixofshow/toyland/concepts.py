@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, place_thing, random_scene, word_caption
-from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, Scene, Thing, draw
+from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, HEIGHT, Scene, Thing, draw
 
 
 PLACEHOLDER = "<TOK>"
@@ -137,15 +137,15 @@ def as_thing(concept: ToyConcept) -> Thing:
     return Thing(class_word=concept.class_word, colour=concept.colour, attributes=concept.attributes)
 
 
-def _draw_photo_of_thing(concept: ToyConcept, background: str, rng: random.Random) -> Photo:
+def _draw_photo_of_thing(concept: ToyConcept, background: str, rng: random.Random, height: int) -> Photo:
     thing = place_thing(as_thing(concept), rng)
     thing = dataclasses.replace(thing, size=thing.size * rng.uniform(0.8, 1.0))
-    drawing = draw(Scene(background=background, things=(thing,), mirrored=rng.random() < 0.5))
+    drawing = draw(Scene(background=background, things=(thing,), mirrored=rng.random() < 0.5), height)
     words = word_caption([add_article(PLACEHOLDER)], place_phrase(background, rng), rng)
     return Photo(image=drawing.image, caption=words, mask=drawing.masks[0])
 
 
-def _draw_photo_of_scene(concept: ToyConcept, rng: random.Random) -> Photo:
+def _draw_photo_of_scene(concept: ToyConcept, rng: random.Random, height: int) -> Photo:
     other = random_scene(rng.randrange(2**31), things=1)
     thing = other.things[0]
     drawing = draw(
@@ -154,7 +154,8 @@ def _draw_photo_of_scene(concept: ToyConcept, rng: random.Random) -> Photo:
             things=other.things,
             mirrored=rng.random() < 0.5,
             colours=concept.attributes,
-        )
+        ),
+        height,
     )
     name = add_article(f"{thing.colour} {thing.class_word}")
     words = word_caption([name], f"in {add_article(PLACEHOLDER)}", rng)
@@ -162,7 +163,7 @@ def _draw_photo_of_scene(concept: ToyConcept, rng: random.Random) -> Photo:
     return Photo(image=drawing.image, caption=words, mask=mask)
 
 
-def photos(concept: ToyConcept, count: int = 12, seed: int = 0) -> list[Photo]:
+def photos(concept: ToyConcept, count: int = 12, seed: int = 0, height: int = HEIGHT) -> list[Photo]:
     """Draw photos of a concept with varied backgrounds, places and sizes.
 
     Captions name the concept as `PLACEHOLDER`, never its colour or looks. Photos of a scene show random things in
@@ -172,6 +173,7 @@ def photos(concept: ToyConcept, count: int = 12, seed: int = 0) -> list[Photo]:
         concept: One of `CONCEPTS`, or one of your own.
         count: Number of photos.
         seed: Another seed gives other photos.
+        height: Height and width of each photo in pixels.
 
     Raises:
         ConfigurationError: If `count` is less than one.
@@ -182,15 +184,17 @@ def photos(concept: ToyConcept, count: int = 12, seed: int = 0) -> list[Photo]:
     order = list(BACKGROUNDS)
     rng.shuffle(order)
     if concept.kind == "scene":
-        return [_draw_photo_of_scene(concept, rng) for _ in range(count)]
-    return [_draw_photo_of_thing(concept, order[index % len(order)], rng) for index in range(count)]
+        return [_draw_photo_of_scene(concept, rng, height) for _ in range(count)]
+    return [_draw_photo_of_thing(concept, order[index % len(order)], rng, height) for index in range(count)]
 
 
-def write_photos(concept: ToyConcept, folder: Path | str, count: int = 12, seed: int = 0) -> Path:
+def write_photos(
+    concept: ToyConcept, folder: Path | str, count: int = 12, seed: int = 0, height: int = HEIGHT
+) -> Path:
     """Write `photos` as ``0000.png``, ``0000.txt`` and ``masks/0000.png``, ... and return the folder."""
     target = Path(folder)
     (target / "masks").mkdir(parents=True, exist_ok=True)
-    for index, photo in enumerate(photos(concept, count, seed)):
+    for index, photo in enumerate(photos(concept, count, seed, height)):
         photo.image.save(target / f"{index:04d}.png")
         photo.mask.save(target / "masks" / f"{index:04d}.png")
         (target / f"{index:04d}.txt").write_text(photo.caption + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Measure the second base on fresh seeds: ``python -m benchmarks.toyland_base.transformer_quality``."""
+"""Measure a base of the extra ``bases`` on fresh seeds: ``python -m benchmarks.toyland_base.bases_quality``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 
 from benchmarks.toyland_base.quality import (
     FRESH_SEED,
@@ -24,22 +23,38 @@ from benchmarks.toyland_base.quality import (
     measure_samples,
     save_sheet,
 )
-from diffusers_mixofshow.base_models import TOYLAND_SD3
+from diffusers_mixofshow.base_models import TOYLAND_SD3, TOYLAND_XL
 from diffusers_mixofshow.evaluation.record import commit
+from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.toyland.base import load_reader, path
 
 
-def measure(weights: Path, count: int, guidance_scale: float, sheet: Path | None = None) -> dict[str, Any]:
+FOLDER = "bases/src/diffusers_mixofshow_bases"
+TITLES = {TOYLAND_SD3: "Toyland's transformer", TOYLAND_XL: "Toyland's Stable Diffusion XL"}
+STAGES = {TOYLAND_SD3: "transformer", TOYLAND_XL: "xl"}
+"""Base to the stage of training that makes it."""
+DESCRIPTIONS = {
+    TOYLAND_SD3: "A Stable Diffusion 3 in diffusers' layout for 64x64 pictures of a drawn world, to fuse plain LoRAs "
+    "of a transformer on. Autoencoder and first text encoder are those of Toyland's base; the second text encoder is "
+    "small and random, as the class demands one, and there is no T5. Trained from nothing by",
+    TOYLAND_XL: "A Stable Diffusion XL in diffusers' layout for 96x96 pictures of a drawn world, to tune, fuse and "
+    "draw concepts of that architecture on. The autoencoder is that of Toyland's base; its U-Net and second text "
+    "encoder grew from that base's U-Net and text encoder, the first text encoder is small and new. Trained by",
+}
+
+
+def measure(base: str, weights: Path, count: int, guidance_scale: float, sheet: Path | None = None) -> dict[str, Any]:
     """Everything that the README states."""
     started = time.monotonic()
-    pipeline = StableDiffusion3Pipeline.from_pretrained(weights, text_encoder_3=None, tokenizer_3=None)
-    pipeline.to(torch.float32).set_progress_bar_config(disable=True)
+    pipeline = load_base(str(weights), "cpu", "float32", concepts=False)
+    pipeline.set_progress_bar_config(disable=True)
     reader = load_reader()
     samples, images = measure_samples(pipeline, reader, count, guidance_scale)
     if sheet is not None:
         save_sheet(images, sheet)
     files = [file for file in weights.rglob("*") if file.is_file() and file.suffix != ".md"]
     return {
+        "base": base,
         "commit": commit(Path(__file__).parent) or "unknown",
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "samples": asdict(samples),
@@ -51,24 +66,21 @@ def measure(weights: Path, count: int, guidance_scale: float, sheet: Path | None
 
 def readme(report: dict[str, Any], weights: Path) -> str:
     """The text of the README beside the weights: training, size and measured quality."""
-    samples = report["samples"]
-    note = json.loads((weights / "training.json").read_text(encoding="utf-8"))["transformer"].get("note", "")
+    base, samples = report["base"], report["samples"]
+    stage, folder = STAGES[base], f"{FOLDER}/{base.replace('-', '_')}"
+    note = json.loads((weights / "training.json").read_text(encoding="utf-8"))[stage].get("note", "")
     by_class = ", ".join(
         f"{name} {100 * value:.0f} %, {100 * samples['colour_right_by_class'][name]:.0f} %, "
         f"{100 * report['residents'][name]:.0f} %"
         for name, value in samples["class_right_by_class"].items()
     )
     lines = [
-        "# Toyland's transformer",
+        f"# {TITLES[base]}",
         "",
-        "Written by `python -m benchmarks.toyland_base.transformer_quality --write-readme` in a checkout; do not "
-        "edit.",
-        "A Stable Diffusion 3 in diffusers' layout for 64x64 pictures of a drawn world, to fuse plain LoRAs of a "
-        "transformer on. Autoencoder and first text encoder are those of Toyland's base; the second text encoder is "
-        "small and random, as the class demands one, and there is no T5. Trained from nothing by `torchrun "
-        "--nproc_per_node 2 -m benchmarks.toyland_base.train --output DIR --start-from "
-        "src/diffusers_mixofshow/toyland/weights --stage transformer --transformer-weights "
-        "bases/src/diffusers_mixofshow_bases/toyland_sd3`.",
+        f"Written by `python -m benchmarks.toyland_base.bases_quality --base {base} --write-readme` in a checkout; do "
+        "not edit.",
+        f"{DESCRIPTIONS[base]} `torchrun --nproc_per_node 2 -m benchmarks.toyland_base.train --output DIR "
+        f"--start-from src/diffusers_mixofshow/toyland/weights --stage {stage} --{stage}-weights {folder}`.",
         "",
         *list_training(weights / "training.json"),
         *([note] if note else []),
@@ -83,24 +95,24 @@ def readme(report: dict[str, Any], weights: Path) -> str:
         f"| background | {100 * samples['background_right']:.1f} % |",
         f"| main colour | {100 * samples['colour_right']:.1f} % |",
         "",
-        f"{samples['samples']} samples, {STEPS} Euler steps, guidance {samples['guidance_scale']:g}, read by the "
-        f"attribute reader. By class (class right, colour right, attributes right of residents called by name): "
-        f"{by_class}.",
+        f"{samples['samples']} samples, {STEPS} steps, guidance {samples['guidance_scale']:g}, read by the attribute "
+        f"reader. By class (class right, colour right, attributes right of residents called by name): {by_class}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the report as JSON and, if asked to, write the README."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.toyland_base.transformer_quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.toyland_base.bases_quality", description=__doc__)
+    parser.add_argument("--base", choices=tuple(STAGES), default=TOYLAND_XL)
     parser.add_argument("--samples", type=int, default=360)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--weights", type=Path, help="other weights than the shipped ones")
     parser.add_argument("--sheet", type=Path, help="write the samples as one PNG")
     parser.add_argument("--write-readme", action="store_true", help="write README.md beside the weights")
     options = parser.parse_args(arguments)
-    weights: Path = options.weights or path(TOYLAND_SD3)
-    report = measure(weights, options.samples, options.guidance, options.sheet)
+    weights: Path = options.weights or path(options.base)
+    report = measure(options.base, weights, options.samples, options.guidance, options.sheet)
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
     if options.write_readme:
         (weights / "README.md").write_text(readme(report, weights), encoding="utf-8")
