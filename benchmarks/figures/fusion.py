@@ -82,6 +82,7 @@ def tables() -> dict[str, str]:
         "methods, 30 concepts": methods("retention-30", "30"),
         "other content, 8 concepts": methods("retention-content", "8"),
         "other content, 14 concepts": methods("retention-content", "14"),
+        "methods on Stable Diffusion XL": methods("retention-xl", "4"),
         "methods on a transformer": methods("transformer", "8", alone="each concept's own LoRA"),
         "methods on a transformer, names not learnt": methods(
             "transformer-names-not-learnt", "8", alone="each concept's own LoRA"
@@ -329,7 +330,7 @@ def parts(
 
 def of_the_page() -> list[Sentence]:
     fourteen, eight = results_of("retention-14", "14"), results_of("retention-8")
-    small = eight["closed-form:ridge=0.0001"]["retention"]
+    small, of_xl = eight["closed-form:ridge=0.0001"]["retention"], results_of("retention-xl", "4")["closed-form"]
     totals = [record(f"fusion-layers-{part}cpu")["totals"] for part in ("", "text-")]
     seconds = {way: sum(each[way] for each in totals) for way in ("LBFGS", "closed form", "closed form, ridge chosen")}
     return [
@@ -342,6 +343,11 @@ def of_the_page() -> list[Sentence]:
                 *kept_percent(fourteen["average"]),
                 *kept_percent(fourteen["lbfgs"]),
             ),
+        ),
+        Sentence(
+            page=PAGE,
+            words="With their own ED-LoRA the four show {} % of their looks",
+            figures=(percent(of_xl["single"]["attributes"]),),
         ),
         Sentence(
             page=PAGE,

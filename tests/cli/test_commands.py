@@ -304,7 +304,10 @@ def test_fuse_takes_plain_loras_with_prompts_and_lists_of_sources(tmp_path: Path
     assert "concepts: dog, ink\n" in runner.invoke(cli.app, [*fused, "--dry-run"], catch_exceptions=False).stdout
     result = runner.invoke(cli.app, fused, catch_exceptions=False)
     assert "Wrote the fused pack of dog, ink to" in result.output
-    assert [path.name for path in (tmp_path / "both").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == [
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+    ]
     listed = tmp_path / "sources.toml"
     tables = ['[[source]]\npath = "potter"\nweight = 2\n']
     tables.append('[[source]]\npath = "dog.safetensors"\nprompts = ["sks dog"]\nname = "rex"\nscale = 0.5\n')
