@@ -100,6 +100,15 @@ def test_large_pictures_on_the_embedded_base_are_refused() -> None:
     assert TrainingConfig(**NEEDED, pretrained_model_name_or_path="toyland", resolution=128).resolution == 128
 
 
+@pytest.mark.parametrize("more", [{}, {"preset": "toyland"}, {"preset": "character"}])
+def test_another_embedded_base_has_toylands_settings_at_its_own_size(more: dict[str, str]) -> None:
+    config = TrainingConfig.from_mapping({**NEEDED, "pretrained_model_name_or_path": "toyland-xl", **more})
+    assert (config.resolution, config.max_train_steps) == (96, PRESETS["toyland"]["max_train_steps"])
+    assert TrainingConfig.toyland(**NEEDED, pretrained_model_name_or_path="Toyland-XL", resolution=64).resolution == 64
+    with pytest.raises(ConfigurationError, match=r"resolution is 200.*draws pictures of 96 pixels"):
+        TrainingConfig.toyland(**NEEDED, pretrained_model_name_or_path="toyland-xl", resolution=200)
+
+
 def test_every_setting_is_documented() -> None:
     documentation = TrainingConfig.__doc__ or ""
     assert [f.name for f in dataclasses.fields(TrainingConfig) if f"\n        {f.name}: " not in documentation] == []
