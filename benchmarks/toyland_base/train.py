@@ -2,8 +2,8 @@
 
 The stages are the autoencoder, the text tower, the U-Net, the transformer (the second base, on the same autoencoder
 and texts), the Stable Diffusion XL (the third, grown from the first), the layout adapter, the attribute reader and the
-metric model. All of them checkpoint and continue with ``--resume``; ``torchrun --nproc_per_node 2 -m benchmarks.toyland_base.train ...`` with ``OMP_NUM_THREADS=1`` averages
-gradients over processes.
+metric model. All of them checkpoint and continue with ``--resume``; ``torchrun --nproc_per_node 2 -m
+benchmarks.toyland_base.train ...`` with ``OMP_NUM_THREADS=1`` averages gradients over processes.
 """
 
 from __future__ import annotations
