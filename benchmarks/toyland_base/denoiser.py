@@ -24,11 +24,13 @@ SCHEDULE: dict[str, Any] = {
 """Noise schedule of training and sampling; its last step keeps 1.5 % of the signal's amplitude."""
 
 
-def build_unet(widths: tuple[int, ...] = (32, 96, 128), text_width: int = 128) -> UNet2DConditionModel:
-    """An untrained U-Net with cross-attention everywhere but at full resolution."""
+def build_unet(
+    widths: tuple[int, ...] = (32, 96, 128), text_width: int = 128, sample_size: int = 16, **fields: Any
+) -> UNet2DConditionModel:
+    """An untrained U-Net with cross-attention everywhere but at full resolution; `fields` are further ones of it."""
     attended = len(widths) - 1
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=sample_size,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=widths,
@@ -38,6 +40,7 @@ def build_unet(widths: tuple[int, ...] = (32, 96, 128), text_width: int = 128) -
         cross_attention_dim=text_width,
         attention_head_dim=4,
         norm_num_groups=16,
+        **fields,
     )
 
 

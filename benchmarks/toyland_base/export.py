@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -80,15 +86,39 @@ def export_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    write_pipeline(folder, pipeline, tokenizer_folder)
+
+
+def write_pipeline(
+    folder: Path, pipeline: DiffusionPipeline, tokenizer_folder: Path, max_length: int | None = None
+) -> None:
+    """Write a pipeline to `folder` in half precision and diffusers' layout, replacing one that is there.
+
+    Args:
+        folder: Where to.
+        pipeline: Its text encoders are CLIP's.
+        tokenizer_folder: Files of every tokenizer.
+        max_length: See `copy_tokenizer`.
+    """
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
-    spell_text_keys(temporary / "text_encoder" / "model.safetensors")
-    for part in ("unet", "vae"):
-        forget_origin(temporary / part / "config.json")
-    copy_tokenizer(tokenizer_folder, temporary / "tokenizer")
+    for part in sorted(temporary.iterdir()):
+        if part.name.startswith("text_encoder"):
+            spell_text_keys(part / "model.safetensors")
+        elif part.name.startswith("tokenizer"):
+            copy_tokenizer(tokenizer_folder, part, max_length)
+        elif part.name in ("unet", "transformer", "vae"):
+            forget_origin(part / "config.json")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def copy_pipeline(output: Path, stage: str, weights: Path) -> None:
+    """Copy what a stage of a training folder wrote, and how it was trained, to the folder that is shipped."""
+    shutil.copytree(output / f"{stage}_pipeline", weights, dirs_exist_ok=True)
+    stages = json.loads((output / "training.json").read_text(encoding="utf-8"))
+    (weights / "training.json").write_text(json.dumps({stage: stages[stage]}, indent=1), encoding="utf-8")
 
 
 def export_metric_model(folder: Path, towers: torch.nn.Module) -> None:

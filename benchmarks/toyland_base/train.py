@@ -46,12 +46,14 @@ from benchmarks.toyland_base.denoiser import (
 )
 from benchmarks.toyland_base.export import (
     assemble,
+    copy_pipeline,
     export_metric_model,
     export_pipeline,
     export_reader,
     take_over,
     text_tower,
     trained_unet,
+    write_pipeline,
 )
 from benchmarks.toyland_base.latent_pool import LatentPool
 from benchmarks.toyland_base.loop import LoopConfig, train_stage
@@ -79,16 +81,12 @@ from benchmarks.toyland_base.transformer import (
     build_pipeline,
     build_small_text_encoder,
     build_transformer,
-    copy_transformer_pipeline,
-    export_transformer_pipeline,
 )
 from benchmarks.toyland_base.xl import (
     SIDE,
     XLObjective,
     build_small_tower,
     build_xl_pipeline,
-    copy_xl_pipeline,
-    export_xl_pipeline,
     fit_final_states,
     grow_tower,
     grow_unet,
@@ -287,7 +285,7 @@ def train_transformer(output: Path, config: LoopConfig, *, batch_size: int, pool
     def export(average: FlowObjective) -> None:
         parts = copy.deepcopy([average.model, vae, *encoders, tokenizer])
         pipeline = build_pipeline(*parts).to("cpu")
-        export_transformer_pipeline(output / "transformer_pipeline", pipeline, output / "tokenizer")
+        write_pipeline(output / "transformer_pipeline", pipeline, output / "tokenizer", TEXT_TOKENS)
 
     train_stage(
         objective,
@@ -329,7 +327,7 @@ def train_xl(output: Path, config: LoopConfig, *, batch_size: int, pool_size: in
 
     def export(average: XLObjective) -> None:
         pipeline = build_xl_pipeline(*copy.deepcopy((average, vae, tokenizer))).to("cpu")
-        export_xl_pipeline(output / "xl_pipeline", pipeline, output / "tokenizer")
+        write_pipeline(output / "xl_pipeline", pipeline, output / "tokenizer")
 
     train_stage(
         objective,
@@ -630,9 +628,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options["weights"] is not None and main_process:
         assemble(options["output"], options["weights"])
     if options["transformer_weights"] is not None and main_process:
-        copy_transformer_pipeline(options["output"], options["transformer_weights"])
+        copy_pipeline(options["output"], "transformer", options["transformer_weights"])
     if options["xl_weights"] is not None and main_process:
-        copy_xl_pipeline(options["output"], options["xl_weights"])
+        copy_pipeline(options["output"], "xl", options["xl_weights"])
 
 
 if __name__ == "__main__":

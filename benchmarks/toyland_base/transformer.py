@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,6 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from benchmarks.toyland_base.autoencoder import LATENT_CHANNELS
-from benchmarks.toyland_base.export import copy_tokenizer, forget_origin, spell_text_keys
 
 
 TEXT_TOKENS = 32
@@ -191,26 +187,3 @@ class FlowObjective(torch.nn.Module):
             timestep=levels * _SCHEDULER["num_train_timesteps"],
         ).sample
         return (predicted - (noise - latents)).square().mean()
-
-
-def export_transformer_pipeline(folder: Path, pipeline: StableDiffusion3Pipeline, tokenizer_folder: Path) -> None:
-    """Write the pipeline to `folder` in half precision and diffusers' layout, replacing one that is there."""
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
-    for part in ("text_encoder", "text_encoder_2"):
-        spell_text_keys(temporary / part / "model.safetensors")
-    for part in ("transformer", "vae"):
-        forget_origin(temporary / part / "config.json")
-    for part in ("tokenizer", "tokenizer_2"):
-        copy_tokenizer(tokenizer_folder, temporary / part, max_length=TEXT_TOKENS)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def copy_transformer_pipeline(output: Path, weights: Path) -> None:
-    """Copy the transformer of a training folder, and how it was trained, to the folder that the package ships."""
-    shutil.copytree(output / "transformer_pipeline", weights, dirs_exist_ok=True)
-    stages = json.loads((output / "training.json").read_text(encoding="utf-8"))
-    told = json.dumps({"transformer": stages["transformer"]}, indent=1)
-    (weights / "training.json").write_text(told, encoding="utf-8")

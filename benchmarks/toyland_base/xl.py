@@ -7,10 +7,6 @@ the first encoder, the pooled vector and the time ids.
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -21,9 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from benchmarks.toyland_base.autoencoder import LATENT_CHANNELS
-from benchmarks.toyland_base.denoiser import SCHEDULE, velocity_weight
-from benchmarks.toyland_base.export import copy_tokenizer, forget_origin, spell_text_keys
+from benchmarks.toyland_base.denoiser import SCHEDULE, build_unet, velocity_weight
 from benchmarks.toyland_base.text import sample_captions
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 
@@ -94,19 +88,11 @@ def build_xl_unet(text_width: int, pooled_width: int, widths: tuple[int, ...] = 
         pooled_width: Of the second one's pooled vector.
         widths: Channels of its blocks.
     """
-    attended = len(widths) - 1
-    return UNet2DConditionModel(
+    return build_unet(
+        widths,
+        text_width,
         sample_size=SIDE // 4,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=widths,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * attended,
-        up_block_types=("CrossAttnUpBlock2D",) * attended + ("UpBlock2D",),
-        layers_per_block=1,
         transformer_layers_per_block=_LAYERS,
-        cross_attention_dim=text_width,
-        attention_head_dim=4,
-        norm_num_groups=16,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=_TIME_ID_WIDTH,
@@ -200,21 +186,6 @@ def build_xl_pipeline(
     )
 
 
-def export_xl_pipeline(folder: Path, pipeline: StableDiffusionXLPipeline, tokenizer_folder: Path) -> None:
-    """Write the pipeline to `folder` in half precision and diffusers' layout, replacing one that is there."""
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
-    for part in ("text_encoder", "text_encoder_2"):
-        spell_text_keys(temporary / part / "model.safetensors")
-    for part in ("unet", "vae"):
-        forget_origin(temporary / part / "config.json")
-    for part in ("tokenizer", "tokenizer_2"):
-        copy_tokenizer(tokenizer_folder, temporary / part)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 def list_time_ids(original: int, width: int, height: int = SIDE) -> list[int]:
     """Time ids of a whole picture: height and width before it was enlarged, top and left of its crop, its size now.
 
@@ -224,10 +195,3 @@ def list_time_ids(original: int, width: int, height: int = SIDE) -> list[int]:
         height: Of the picture.
     """
     return [original, original * width // height, 0, 0, height, width]
-
-
-def copy_xl_pipeline(output: Path, weights: Path) -> None:
-    """Copy the Stable Diffusion XL of a training folder, and how it was trained, to the folder that is shipped."""
-    shutil.copytree(output / "xl_pipeline", weights, dirs_exist_ok=True)
-    stages = json.loads((output / "training.json").read_text(encoding="utf-8"))
-    (weights / "training.json").write_text(json.dumps({"xl": stages["xl"]}, indent=1), encoding="utf-8")
