@@ -2,6 +2,7 @@
 
     python benchmarks/fusion_files.py --work DIR                     # 14 concepts; writes 170 MB of files first, once
     python benchmarks/fusion_files.py --work DIR --concepts 2 4 8 16 32 64
+    python benchmarks/fusion_files.py --work DIR --concepts 8 --methods ssr average ties dare svd sum
 
 Layers and shapes are those of the real classes with SD 1.5's configuration, built without weights. ED-LoRAs are
 random, of rank 4 with 16 layers' embeddings; every concept's statistics file holds low-rank factors of the default
@@ -33,6 +34,7 @@ from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics
+from diffusers_mixofshow.fusion.solving import METHODS
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
@@ -123,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where the files are written")
     parser.add_argument("--concepts", type=int, nargs="+", default=[14])
+    parser.add_argument("--methods", nargs="+", default=["closed-form"], choices=METHODS)
     parser.add_argument("--blocks", type=int, help="only the first so many sites, for a quick trial")
     parser.add_argument("--record", type=Path, default=Path(__file__).parent / "records" / "fusion-files-cpu.json")
     options = parser.parse_args()
@@ -138,21 +141,23 @@ def main() -> None:
             publish(random_concept(number, shapes, layers), shared, options.work / f"c{number:02}{part}")
             for number in range(count)
         ]
-        output = options.work / f"pack{part}-{count}"
-        results[f"{count} concepts"] = fuse(
-            [*map(str, folders), "--output", str(output)], output / "edlora.safetensors"
-        )
-        print(count, results[f"{count} concepts"])
-        content = {
-            "run_info": {
-                **record.run_info(Path(__file__).parent),
-                "threads": torch.get_num_threads(),
-                "load_average": round(os.getloadavg()[0], 1),
-            },
-            "settings": {"rank": RANK, "layers": len(shapes), "statistics_bytes": DEFAULT_BYTES},
-            "results": results,
-        }
-        record.write(options.record, content)
+        for method in options.methods:
+            output = options.work / f"pack{part}-{count}-{method}"
+            label = f"{count} concepts" if method == "closed-form" else f"{count} concepts, {method}"
+            results[label] = fuse(
+                [*map(str, folders), "--method", method, "--output", str(output)], output / "edlora.safetensors"
+            )
+            print(label, results[label], flush=True)
+    content = {
+        "run_info": {
+            **record.run_info(Path(__file__).parent),
+            "threads": torch.get_num_threads(),
+            "load_average": round(os.getloadavg()[0], 1),
+        },
+        "settings": {"rank": RANK, "layers": len(shapes), "statistics_bytes": DEFAULT_BYTES},
+        "results": results,
+    }
+    record.write(options.record, content)
     print(f"Record: {options.record}")
 
 
