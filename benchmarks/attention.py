@@ -1,16 +1,17 @@
 """What a step of regional sampling costs, beside the plain pipeline and the authors' way, all in one run.
 
     python benchmarks/attention.py                                  # Toyland on a CPU, under a minute
+    python benchmarks/attention.py --model toyland-xl               # a small SDXL, without the authors' way
     python benchmarks/attention.py --model sd15 --device cuda       # SD 1.5's true sizes, random weights, 512 x 512
     python benchmarks/attention.py --model sd15 --device cuda --batch 4
 
 Every case is sampled in turn, round after round. A case's step is the median of a call's steps, the first one, in
-which keys and values are made, left out. Its ratio is the median over rounds of its step beside the step of
-`StableDiffusionPipeline` with the same LoRA in the same round, and so holds on a machine that is busy now and then. On
-a CPU steps are processor time, which other work disturbs little; ratios of the clock on the wall stand beside it. The
-authors' way, as docs/benchmarks_regions.md describes it, runs the global prompt's attention everywhere, then every
-region's on its slice of the same queries, with keys, values and softmax made anew in each layer and step. Writes one
-JSON record to benchmarks/records/.
+which keys and values are made, left out. Its ratio is the median over rounds of its step beside the step of diffusers'
+pipeline with the same LoRA in the same round, and so holds on a machine that is busy now and then. On a CPU steps are
+processor time, which other work disturbs little; ratios of the clock on the wall stand beside it. The authors' way, as
+docs/benchmarks_regions.md describes it, runs the global prompt's attention everywhere, then every region's on its slice
+of the same queries, with keys, values and softmax made anew in each layer and step. Writes one JSON record to
+benchmarks/records/.
 """
 
 from __future__ import annotations
@@ -34,22 +35,42 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_mixofshow import Concept, EDLoRA, MixOfShowPipeline, MixOfShowWarning, Region
+from diffusers_mixofshow import (
+    Concept,
+    EDLoRA,
+    MixOfShowPipeline,
+    MixOfShowWarning,
+    MixOfShowXLPipeline,
+    Region,
+)
+from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL
 from diffusers_mixofshow.conditioning.attention import RegionPlan
 from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.evaluation import record
-from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families import family_of
+from diffusers_mixofshow.families.family import POOLED
+from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers, embedding_layers
 from diffusers_mixofshow.toyland import path as toyland_path
 
 
 RECORDS = Path(__file__).parent / "records"
 Place = tuple[slice, slice] | tuple[torch.Tensor, torch.Tensor]
 COLUMNS = [(0.02 + 0.24 * i, 0.1, 0.02 + 0.24 * (i + 1), 0.9) for i in range(4)]
+
+PLAIN, PLAIN_WITH_LORA = "diffusers' pipeline", "diffusers' pipeline, same LoRA"
+CLASSES: dict[str, tuple[Any, Any]] = {
+    TOYLAND: (StableDiffusionPipeline, MixOfShowPipeline),
+    TOYLAND_XL: (StableDiffusionXLPipeline, MixOfShowXLPipeline),
+    "sd15": (StableDiffusionPipeline, MixOfShowPipeline),
+}
+"""Diffusers' class of pipeline and ours, by model."""
 
 
 class AuthorsProcessor:
@@ -145,8 +166,7 @@ def sd15_components(*, vae_channels: Sequence[int] = (32,) * 4, vae_layers: int 
 def random_concept(components: dict[str, Any]) -> EDLoRA:
     """A concept of rank 4 on every site; it need not look like anything."""
     random = torch.Generator().manual_seed(0)
-    layers = cross_attention_layers(components["unet"])
-    width = components["text_encoder"].get_input_embeddings().embedding_dim
+    layers = embedding_layers(components)
     concept = Concept.from_name("benchmark", "man")
     lora = {
         site: LowRank(
@@ -156,7 +176,10 @@ def random_concept(components: dict[str, Any]) -> EDLoRA:
         )
         for site, layer in adapted_layers(components).items()
     }
-    rows = {token: 0.02 * torch.randn(len(layers), width, generator=random) for token in concept.tokens}
+    rows = {}
+    for part, encoder in family_of(components).embedding_parts.items():
+        shape = (1 if part == POOLED else len(layers), components[encoder].get_input_embeddings().embedding_dim)
+        rows |= {join_name(token, part): 0.02 * torch.randn(shape, generator=random) for token in concept.tokens}
     return EDLoRA(concepts=(concept,), embeddings=rows, lora=lora, base_model="random", layers=layers)
 
 
@@ -169,19 +192,19 @@ def circles(count: int) -> list[np.ndarray]:
 
 def cases(pipes: dict[str, DiffusionPipeline]) -> dict[str, tuple[DiffusionPipeline, dict[str, Any]]]:
     """What is sampled: name to pipeline and arguments."""
-    ours, authors = pipes["ours"], pipes["authors"]
-    four = [Region("a <benchmark>", box=box) for box in COLUMNS]
-    eight = [Region("a <benchmark>", mask=mask) for mask in circles(8)]
-    return {
-        "StableDiffusionPipeline": (pipes["parent"], {"prompt": "a dog"}),
-        "no concept, no region": (ours, {"prompt": "a dog"}),
-        "StableDiffusionPipeline, same LoRA": (pipes["parent"], {"prompt": "a man", "lora": True}),
-        "one layer-wise concept": (ours, {"prompt": "a <benchmark>", "lora": True}),
-        "4 disjoint regions": (ours, {"prompt": "four", "regions": four, "lora": True}),
-        "4 disjoint regions, authors' way": (authors, {"prompt": "four", "regions": four, "lora": True}),
-        "8 overlapping masks": (ours, {"prompt": "eight", "regions": eight, "lora": True}),
-        "8 overlapping masks, authors' way": (authors, {"prompt": "eight", "regions": eight, "lora": True}),
+    four = {"prompt": "four", "regions": [Region("a <benchmark>", box=box) for box in COLUMNS]}
+    eight = {"prompt": "eight", "regions": [Region("a <benchmark>", mask=mask) for mask in circles(8)]}
+    found: dict[str, tuple[DiffusionPipeline, dict[str, Any]]] = {
+        PLAIN: (pipes["parent"], {"prompt": "a dog"}),
+        "no concept, no region": (pipes["ours"], {"prompt": "a dog"}),
+        PLAIN_WITH_LORA: (pipes["parent"], {"prompt": "a man", "lora": True}),
+        "one layer-wise concept": (pipes["ours"], {"prompt": "a <benchmark>", "lora": True}),
     }
+    for name, asked in {"4 disjoint regions": four, "8 overlapping masks": eight}.items():
+        found[name] = (pipes["ours"], asked | {"lora": True})
+        if "authors" in pipes:
+            found[f"{name}, authors' way"] = (pipes["authors"], asked | {"lora": True})
+    return found
 
 
 @dataclass(frozen=True)
@@ -217,21 +240,22 @@ def now(device: str) -> tuple[float, float]:
 
 
 def build(arguments: argparse.Namespace) -> dict[str, DiffusionPipeline]:
-    """The three pipelines, which share their components."""
+    """The pipelines, which share their components."""
     torch.manual_seed(0)
-    if arguments.model == "toyland":
-        components = dict(StableDiffusionPipeline.from_pretrained(toyland_path()).components)
+    if arguments.model == "sd15":
+        components, keywords = sd15_components(), {"requires_safety_checker": False}
     else:
-        components = sd15_components()
+        pipe = DiffusionPipeline.from_pretrained(toyland_path(arguments.model))
+        components, keywords = dict(pipe.components), {}
+    plain, own = CLASSES[arguments.model]
     dtype = torch.float16 if arguments.device == "cuda" else torch.float32
-    ours = MixOfShowPipeline(**components, requires_safety_checker=False).to(arguments.device, dtype)
-    shared = {
-        "parent": StableDiffusionPipeline(**components, requires_safety_checker=False),
-        "authors": AuthorsWay(**components, requires_safety_checker=False),
-    }
-    for pipe in (ours, *shared.values()):
+    pipes = {"ours": own(**components, **keywords).to(arguments.device, dtype)}
+    pipes["parent"] = plain(**components, **keywords)
+    if own is MixOfShowPipeline:
+        pipes["authors"] = AuthorsWay(**components, **keywords)
+    for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    return {"ours": ours, **shared}
+    return pipes
 
 
 def measure(pipes: dict[str, DiffusionPipeline], arguments: argparse.Namespace) -> dict[str, list[Timing]]:
@@ -244,7 +268,8 @@ def measure(pipes: dict[str, DiffusionPipeline], arguments: argparse.Namespace) 
         if with_lora:
             pack = random_concept(pipes["ours"].components)
             pipes["ours"].load_edlora(pack)
-            pipes["authors"]._edloras = pipes["ours"]._edloras
+            if "authors" in pipes:
+                pipes["authors"]._edloras = pipes["ours"]._edloras
         chosen = {name: case for name, case in cases(pipes).items() if case[1].get("lora", False) is with_lora}
         for number in range(-1, arguments.rounds):
             for name, (pipe, settings) in chosen.items():
@@ -258,9 +283,9 @@ def measure(pipes: dict[str, DiffusionPipeline], arguments: argparse.Namespace) 
 
 def check(pictures: dict[str, torch.Tensor]) -> None:
     """The comparison is one only if both ways draw the same."""
-    if not torch.equal(pictures["no concept, no region"], pictures["StableDiffusionPipeline"]):
+    if not torch.equal(pictures["no concept, no region"], pictures[PLAIN]):
         raise SystemExit("Without concept and region the result is not bit-identical.")
-    for name in ("4 disjoint regions", "8 overlapping masks"):
+    for name in (name for name in pictures if f"{name}, authors' way" in pictures):
         one, other = pictures[name].double().flatten(), pictures[f"{name}, authors' way"].double().flatten()
         if functional.cosine_similarity(one, other, dim=0) < 0.999:
             raise SystemExit(f"{name}: the two ways draw different pictures.")
@@ -273,8 +298,7 @@ def with_ratios(found: dict[str, list[Timing]]) -> dict[str, dict[str, Any]]:
     """
     results = {}
     for name, rounds in found.items():
-        plain = name in ("StableDiffusionPipeline", "no concept, no region")
-        beside = found["StableDiffusionPipeline" if plain else "StableDiffusionPipeline, same LoRA"]
+        beside = found[PLAIN if name in (PLAIN, "no concept, no region") else PLAIN_WITH_LORA]
 
         ratios = {
             clock: [getattr(a, clock) / getattr(b, clock) for a, b in zip(rounds, beside, strict=True)]
@@ -291,7 +315,7 @@ def with_ratios(found: dict[str, list[Timing]]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("toyland", "sd15"), default="toyland")
+    parser.add_argument("--model", choices=tuple(CLASSES), default=TOYLAND)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", type=int, help="pixels of a side; the model's own by default")
     parser.add_argument("--batch", type=int, default=1, help="pictures in one call")
