@@ -9,8 +9,8 @@ Every case is sampled in turn, round after round. A case's step is the median of
 which keys and values are made, left out. Its ratio is the median over rounds of its step beside the step of diffusers'
 pipeline with the same LoRA in the same round, and so holds on a machine that is busy now and then. On a CPU steps are
 processor time, which other work disturbs little; ratios of the clock on the wall stand beside it. The authors' way, as
-docs/benchmarks_regions.md describes it, runs the global prompt's attention everywhere, then every region's on its slice
-of the same queries, with keys, values and softmax made anew in each layer and step. Writes one JSON record to
+docs/benchmarks_regions.md describes it, runs the global prompt's attention everywhere, then every region's on its
+slice of the same queries, with keys, values and softmax made anew in each layer and step. Writes one JSON record to
 benchmarks/records/.
 """
 
