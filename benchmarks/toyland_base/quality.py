@@ -31,7 +31,7 @@ from diffusers_mixofshow.toyland.base import (
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, photos
 from diffusers_mixofshow.toyland.layout import draw_places, stand_in
 from diffusers_mixofshow.toyland.reader import AttributeReader, to_pixels
-from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, random_scene, residents
+from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, random_scene, residents, word_caption
 from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, HEIGHT, MAIN_COLOURS, WIDE, Thing, draw
 
 
@@ -118,13 +118,14 @@ def balanced_prompts(count: int, seed: int) -> list[dict[str, str]]:
     return wanted
 
 
-def sample(pipeline: Any, prompts: Sequence[str], guidance_scale: float, seed: int) -> list[Image.Image]:
-    """One picture for every prompt, picture i from seed + i."""
+def sample(pipeline: Any, prompts: Sequence[str], guidance_scale: float, seed: int, **size: int) -> list[Image.Image]:
+    """One picture for every prompt, picture i from seed + i, by default of the base's own size."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), 36):
         part = list(prompts[start : start + 36])
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(part))]
-        images += pipeline(part, num_inference_steps=STEPS, guidance_scale=guidance_scale, generator=generators).images
+        settings = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale, "generator": generators}
+        images += pipeline(part, **settings, **size).images
     return images
 
 
@@ -178,6 +179,39 @@ def measure_residents(
         looks = {"colour": thing.colour, **thing.attributes}
         rows[thing.class_word].append(float(reader.agreement([image], looks)[0]))
     return {word: round(sum(values) / len(values), 3) for word, values in rows.items() if values}
+
+
+def measure_threes(
+    pipeline: Any, reader: AttributeReader, count: int, guidance_scale: float, height: int, seed: int = FRESH_SEED
+) -> dict[str, float]:
+    """How often each of three things that one prompt asks for, from left to right, has its class and main colour.
+
+    Args:
+        pipeline: The base.
+        reader: Reads class and colour off each third of a picture.
+        count: Number of pictures.
+        guidance_scale: Guidance scale.
+        height: Of the pictures in pixels; they are half as wide again.
+        seed: Of the first picture.
+
+    Returns:
+        Fractions of things and of whole pictures.
+    """
+    prompts, wanted = [], []
+    for index in range(count):
+        rng = random.Random(seed + index)
+        things = [(rng.choice(MAIN_COLOURS[word]), word) for word in rng.choices(CLASSES, k=3)]
+        names = [add_article(" ".join(thing)) for thing in things]
+        prompts.append(word_caption(names, place_phrase(rng.choice(BACKGROUNDS), rng), rng))
+        wanted.append(things)
+    images = sample(pipeline, prompts, guidance_scale, seed, height=height, width=height * WIDE // HEIGHT)
+    thirds = [_third_of(image.resize((WIDE, HEIGHT)), index) for image in images for index in range(3)]
+    found = {name: values.argmax(dim=1).tolist() for name, values in reader.read(thirds).items()}
+    colours, classes = ([reader.vocabulary[name][index] for index in found[name]] for name in ("colour", "class"))
+    asked = [thing for things in wanted for thing in things]
+    right = [read == thing for read, thing in zip(zip(colours, classes, strict=True), asked, strict=True)]
+    whole = [all(right[3 * index : 3 * index + 3]) for index in range(count)]
+    return {"things": sum(right) / len(right), "pictures": sum(whole) / count}
 
 
 def measure_layout(
