@@ -28,6 +28,7 @@ from rich.console import Console
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.atomic import write_picture
+from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL, embedded_base
 from diffusers_mixofshow.demo.photos import prepare_photos
 from diffusers_mixofshow.demo.settings import DemoSettings
 from diffusers_mixofshow.demo.tuning import tune_all
@@ -55,8 +56,9 @@ from diffusers_mixofshow.evaluation.prompts import (
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
-from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline, MixOfShowPipeline
+from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
+from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.sheets import draw_labelled_sheet
 from diffusers_mixofshow.toyland.concepts import as_thing
 from diffusers_mixofshow.toyland.scenes import place_thing
@@ -87,8 +89,8 @@ UNDRAWN = "nono"
 """The critter whose lime the base was never shown; places are summed up without it as well."""
 LAYOUT_STRENGTH = 0.8
 FRESH_PHOTOS = 99
-COLUMN = 32
-"""Pixels of width a thing."""
+COLUMN = 0.5
+"""Width a thing, in heights of the picture."""
 OVERLAPS = (0.1, 0.2, 0.3, 0.4)
 """Of two regions, as fractions of the width of one."""
 
@@ -104,8 +106,9 @@ class Plan:
     contact: int
     steps: int
     guidance_scale: float
-    ridge: float
+    ridge: float | None
     seed: int
+    base: str
 
 
 @dataclass
@@ -117,6 +120,16 @@ class Bench:
     judge: ToylandJudge
     subjects: list[Subject]
     console: Console = field(default_factory=Console)
+
+    @property
+    def height(self) -> int:
+        """Pixels of the base's pictures."""
+        base = embedded_base(self.plan.base)
+        return HEIGHT if base is None else base.least_resolution
+
+    def width(self, things: int) -> int:
+        """Pixels of a picture of so many things."""
+        return round(COLUMN * self.height * things)
 
     def sampling(self, first_seed: int, size: tuple[int | None, int | None] = (None, None)) -> Sampling:
         plan = self.plan
@@ -130,11 +143,17 @@ class Bench:
         )
 
 
-def single_packs(wanted: Sequence[str], seed: int, concepts: Path | None, work: Path) -> dict[str, Path]:
+def single_packs(plan: Plan, concepts: Path | None, work: Path) -> dict[str, Path]:
     """ED-LoRAs by name: from the given folder where they are there, else tuned in the work folder."""
+    wanted, seed = plan.critters, plan.seed
     given = {} if concepts is None else {name: concepts / name for name in wanted}
     found = {name: folder for name, folder in given.items() if (folder / "edlora.safetensors").exists()}
     missing = tuple(name for name in wanted if name not in found)
+    if missing and plan.base != TOYLAND:
+        raise SystemExit(
+            f"No ED-LoRAs of {plan.base} for {', '.join(missing)}. Tune them by benchmarks/retention.py --base "
+            f"{plan.base} --work WORK, and give --concepts WORK/concepts."
+        )
     if missing:
         # DemoSettings asks for two concepts at least.
         names = missing if len(missing) > 1 else (*missing, next(name for name in CRITTERS if name not in missing))
@@ -176,7 +195,7 @@ def sample_alone(bench: Bench, subject: str, pack: Any) -> list[Image.Image]:
 
 def measure_alone(bench: Bench, packs: dict[str, Path], fused: dict[str, Any]) -> dict[str, Any]:
     """Identity of every critter under every method, and its text-alignment."""
-    fresh = {name: fresh_photos(name, bench.plan.pictures) for name in packs}
+    fresh = {name: fresh_photos(bench, name) for name in packs}
     floor = sample_alone(bench, CLASS_WORD, None)
     pictures = {
         "photos": fresh,
@@ -329,7 +348,7 @@ def sample_together(
     """One picture for each group of concepts, in columns from left to right or in other boxes, the last in front."""
     pipe, settings = bench.pipe, dict(settings)
     boxes = boxes or column_boxes(len(groups[0]))
-    height, width = HEIGHT, COLUMN * len(boxes)
+    height, width = bench.height, bench.width(len(boxes))
     wording = settings.pop("wording", None)
     if settings.pop("layout", False):
         pipe = MixOfShowAdapterPipeline.from_pipe(pipe, adapter=toyland.load_layout_adapter())
@@ -355,7 +374,7 @@ def sample_together(
 
 def drawn_together(bench: Bench, names: Sequence[str], seed: int, boxes: Sequence[Box] | None = None) -> Image.Image:
     """The concepts side by side as the world draws them, seen through the autoencoder: no sample can be better."""
-    rng, width = random.Random(seed), COLUMN * len(names)
+    rng, width = random.Random(seed), round(COLUMN * HEIGHT * len(names))
     things = [
         place_thing(as_thing(toyland.CONCEPTS[name]), rng, slot=slot, slots=len(names), width=width)
         for slot, name in enumerate(names)
@@ -365,12 +384,13 @@ def drawn_together(bench: Bench, names: Sequence[str], seed: int, boxes: Sequenc
             replace(thing, centre=(left + right) / 2) for thing, (left, _, right, _) in zip(things, boxes, strict=True)
         ]
     scene = Scene(background=rng.choice(BACKGROUNDS), things=tuple(things), width=width)
-    return round_trip(bench.pipe, [draw(scene).image])[0]
+    return round_trip(bench.pipe, [draw(scene, bench.height).image])[0]
 
 
-def fresh_photos(name: str, count: int) -> list[Image.Image]:
+def fresh_photos(bench: Bench, name: str) -> list[Image.Image]:
     """Photos that nobody was tuned on."""
-    return [photo.image for photo in toyland.photos(toyland.CONCEPTS[name], count=count, seed=FRESH_PHOTOS)]
+    concept, count = toyland.CONCEPTS[name], bench.plan.pictures
+    return [photo.image for photo in toyland.photos(concept, count=count, seed=FRESH_PHOTOS, height=bench.height)]
 
 
 @torch.no_grad()
@@ -398,12 +418,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--contact", type=int, help="pictures of each overlap (default 20, short 6)")
     parser.add_argument("--only", choices=("alone", "together", "contact"), nargs="+", help="leave out the rest")
     parser.add_argument(
-        "--ways", choices=tuple(TOGETHER), default=tuple(TOGETHER), nargs="+", help="of several critters"
+        "--ways", choices=tuple(TOGETHER), nargs="+", help="of several critters (default all that the base can do)"
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
-    parser.add_argument("--ridge", type=float, default=1e-3)
+    parser.add_argument("--ridge", type=float, help="the package's default by default")
     parser.add_argument("--critters", nargs="+", default=CRITTERS, choices=CRITTERS)
+    parser.add_argument("--base", choices=(TOYLAND, TOYLAND_XL), default=TOYLAND)
     return parser.parse_args()
 
 
@@ -419,12 +440,16 @@ def main() -> None:
         guidance_scale=options.guidance,
         ridge=options.ridge,
         seed=options.seed,
+        base=options.base,
     )
+    ways = options.ways or [way for way in TOGETHER if plan.base == TOYLAND or "layout" not in TOGETHER[way]]
+    if plan.base != TOYLAND and any("layout" in TOGETHER[way] for way in ways):
+        raise SystemExit(f"There is no layout adapter for {plan.base}: choose --ways without a layout.")
     start = time.monotonic()
     judge = ToylandJudge.load()
-    pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+    pipe = load_base(plan.base, "cpu", "float32", concepts=True)
     bench = Bench(plan=plan, pipe=pipe, judge=judge, subjects=subjects_of(plan.critters, judge))
-    packs = single_packs(plan.critters, plan.seed, options.concepts, options.work)
+    packs = single_packs(plan, options.concepts, options.work)
     tuned = time.monotonic()
     fused = fuse_all(bench, packs)
     solved = time.monotonic()
@@ -432,7 +457,7 @@ def main() -> None:
     if "alone" in wanted:
         results |= measure_alone(bench, packs, fused)
     if "together" in wanted:
-        results["together"] = measure_together(bench, fused["closed_form"], options.work, options.ways)
+        results["together"] = measure_together(bench, fused["closed_form"], options.work, ways)
     if "contact" in wanted:
         results["contact"] = measure_contact(bench, fused["closed_form"], options.work)
     written = write_record(
