@@ -6,10 +6,11 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 
 from benchmarks.toyland_base.reader import attribute_loss
 from diffusers_mixofshow.evaluation.clip_judge import image_embeddings, text_embeddings
@@ -19,6 +20,8 @@ from diffusers_mixofshow.toyland.world import Scene
 
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
+SMALL_WIDTH = 32
+"""Channels of the text encoder that the second base and the third have beside the first one's."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"-_()<>|/*+=#&%$@~^[]{}\\`"
 
 
@@ -76,16 +79,27 @@ def build_clip(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 3) -> 
         "num_hidden_layers": layers,
         "projection_dim": 96,
     }
-    text = {
-        **tower,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": POSITIONS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-    }
+    text = {**tower, **_describe_vocabulary(tokenizer), "max_position_embeddings": POSITIONS}
     vision = {**tower, "image_size": 64, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+
+
+def configure_small_encoder(tokenizer: CLIPTokenizer, *, heads: int, ratio: int, **more: Any) -> CLIPTextConfig:
+    """The configuration of a text encoder of two layers, whose feed-forward parts are `ratio` times wider inside."""
+    return CLIPTextConfig(
+        hidden_size=SMALL_WIDTH,
+        intermediate_size=ratio * SMALL_WIDTH,
+        projection_dim=SMALL_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        **_describe_vocabulary(tokenizer),
+        **more,
+    )
+
+
+def _describe_vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    special = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), **special}
 
 
 def tells_looks(words: str, scene: Scene) -> bool:

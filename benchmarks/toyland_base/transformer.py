@@ -16,14 +16,13 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from benchmarks.toyland_base.autoencoder import LATENT_CHANNELS
+from benchmarks.toyland_base.text import configure_small_encoder
 
 
 TEXT_TOKENS = 32
 """Positions of a prompt; the longest caption of the drawn world has 25."""
 ABSENT_TOKENS = 256
 """Positions of zeros that the pipeline puts after the prompt's where there is no T5 (its `max_sequence_length`)."""
-_SMALL_WIDTH = 32
-"""Width of the second text encoder."""
 _SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0}
 
 
@@ -46,25 +45,14 @@ def _spell_text(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[
     return {wanted.get(name, name): value for name, value in bare.items()}
 
 
-def build_small_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModelWithProjection:
+def build_small_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     """The second text encoder, which the class demands: small, and random for ever.
 
     Different words have different vectors in it, which is all that the transformer learns to use.
     """
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=_SMALL_WIDTH,
-        intermediate_size=2 * _SMALL_WIDTH,
-        projection_dim=_SMALL_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_factor=10.0,
-    )
+    torch.manual_seed(0)
+    more = {"max_position_embeddings": TEXT_TOKENS, "initializer_factor": 10.0}
+    config = configure_small_encoder(tokenizer, heads=2, ratio=2, **more)
     return CLIPTextModelWithProjection(config).eval().requires_grad_(False)
 
 

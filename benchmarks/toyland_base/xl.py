@@ -18,14 +18,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from benchmarks.toyland_base.denoiser import SCHEDULE, build_unet, velocity_weight
-from benchmarks.toyland_base.text import sample_captions
+from benchmarks.toyland_base.text import SMALL_WIDTH, configure_small_encoder, sample_captions
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 
 
 SIDE = 96
 """Pixels of the side of a square picture."""
-_SMALL_WIDTH = 32
-"""Width of the first text encoder."""
 _TIME_ID_WIDTH = 16
 """Channels of each of the six time ids."""
 _LAYERS = (1, 2, 1)
@@ -34,19 +32,7 @@ _LAYERS = (1, 2, 1)
 
 def build_small_tower(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """An untrained first text encoder of two layers, of which the U-Net reads the first one's output."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=_SMALL_WIDTH,
-        intermediate_size=4 * _SMALL_WIDTH,
-        projection_dim=_SMALL_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = CLIPTextModel(config)
+    model = CLIPTextModel(configure_small_encoder(tokenizer, heads=4, ratio=4))
     text_model = getattr(model, "text_model", model)
     for unread in (text_model.encoder.layers[-1], text_model.final_layer_norm):
         unread.requires_grad_(False)
@@ -109,7 +95,7 @@ def grow_unet(small: UNet2DConditionModel, final_states: torch.Tensor) -> UNet2D
         final_states: What `fit_final_states` returns.
     """
     pooled_width = len(final_states)
-    grown = build_xl_unet(_SMALL_WIDTH + pooled_width, pooled_width)
+    grown = build_xl_unet(SMALL_WIDTH + pooled_width, pooled_width)
     known = small.state_dict()
     for name, weight in grown.named_parameters():
         if name in known:
@@ -127,7 +113,7 @@ def _fit_text_width(weight: torch.Tensor, final_states: torch.Tensor, wanted: to
     """Keys and values of the text read the second encoder, which comes last; all other weights stay."""
     if weight.numel() == wanted.numel():
         return weight
-    return torch.nn.functional.pad(weight @ final_states, (_SMALL_WIDTH, 0))
+    return torch.nn.functional.pad(weight @ final_states, (SMALL_WIDTH, 0))
 
 
 class XLObjective(torch.nn.Module):
