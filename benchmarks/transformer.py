@@ -28,6 +28,7 @@ from PIL import Image
 from recording_curve import residuals
 from retention import HELD_OUT, METHODS, as_markdown, concept_free_prompts, drift, judge_pictures, parsed, summary
 from rich.console import Console
+from toyland_base.instances import PLAIN_LORAS, name_before_class
 
 from diffusers_mixofshow import GradientFuser, LoRASource, toyland
 from diffusers_mixofshow.base_models import TOYLAND_SD3
@@ -44,7 +45,6 @@ from diffusers_mixofshow.progress import hide_bars
 from diffusers_mixofshow.sampling.loading import load_base
 
 
-NAMES = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "rex", "ming")
 STEPS, BATCH = 20, 16
 MEASURED_SEED, DRIFT_SEED = 10_000, 70_000
 
@@ -56,9 +56,9 @@ class Study:
         """Load the base and the judge."""
         self.options, self.judge = options, ToylandJudge.load()
         self.pipe = load_base(options.base, "cpu", "float32", concepts=False)
-        self.concepts = [toyland.CONCEPTS[name] for name in NAMES[: options.count]]
+        self.concepts = [toyland.CONCEPTS[name] for name in PLAIN_LORAS[: options.count]]
         self.files = {concept.name: options.loras / f"{concept.name}.safetensors" for concept in self.concepts}
-        self.subjects = [subject_of(toyland.CONCEPTS[name], self.judge) for name in NAMES]
+        self.subjects = [subject_of(toyland.CONCEPTS[name], self.judge) for name in PLAIN_LORAS]
         plan = {name: str(getattr(options, name)) for name in ("count", "pictures", "guidance", "held_out")}
         self.kept = Kept(options.work, plan, [*self.files.values(), *sorted(weights_of(options.base))])
         self._of_base: list[Image.Image] = []
@@ -138,14 +138,9 @@ class Study:
         return residuals(self.gathered, read_lora(folder / PLAIN_NAME), sites, self.held_out)
 
 
-def name_with_class(concept: toyland.ToyConcept) -> str:
-    """The words that a concept's LoRA answers to."""
-    return f"{concept.name} {concept.class_word}"
-
-
 def prompts_about(concept: toyland.ToyConcept, templates: Sequence[str]) -> list[str]:
     """Prompts that call a concept's LoRA by its words."""
-    return [template.replace(PLACEHOLDER, name_with_class(concept)) for template in templates]
+    return [template.replace(PLACEHOLDER, name_before_class(concept)) for template in templates]
 
 
 def weights_of(base: str) -> list[Path]:
@@ -157,12 +152,12 @@ def weights_of(base: str) -> list[Path]:
 def run(study: Study, console: Console) -> dict[str, Any]:
     """Every method's row, in the form of the records of `benchmarks/retention.py`."""
     floor = study.measure_all("class", lambda one: one.class_word, lambda name: None)
-    single = study.measure_all("single", name_with_class, study.files.get)
+    single = study.measure_all("single", name_before_class, study.files.get)
     results: dict[str, Any] = {}
     for method in study.options.methods:
         folder = study.kept.folder / "packs" / method.replace(":", "@")
         seconds = study.kept.result(f"{method}-seconds", partial(study.fuse, method, folder))
-        rows = study.measure_all(method, name_with_class, lambda name, folder=folder: folder)
+        rows = study.measure_all(method, name_before_class, lambda name, folder=folder: folder)
         away = study.kept.result(f"{method}-drift", partial(study.measure_drift, folder))
         results[method] = summary(rows, single, floor) | {
             "drift": {name: round(value, 4) for name, value in away.items()},
@@ -181,7 +176,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for fused files and finished results")
     parser.add_argument("--loras", type=Path, required=True, help="folder with NAME.safetensors of the eight")
     parser.add_argument("--base", default=TOYLAND_SD3, help="folder of another base of the class")
-    parser.add_argument("--count", type=int, default=len(NAMES), help="fuse the first so many")
+    parser.add_argument("--count", type=int, default=len(PLAIN_LORAS), help="fuse the first so many")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD[:ridge=VALUE]")
     parser.add_argument("--pictures", type=int, default=16, help="of every concept and method")
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -201,7 +196,8 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "seconds_of_last_run": round(time.monotonic() - start, 1),
         },
-        "plan": {name: getattr(options, name) for name in names} | {"recorded": RECORDING_PROMPTS, "names": NAMES},
+        "plan": {name: getattr(options, name) for name in names}
+        | {"recorded": RECORDING_PROMPTS, "names": PLAIN_LORAS},
         "results": results,
     }
     console.print(f"Record: {record.write(options.record, content)}")

@@ -1,4 +1,4 @@
-"""Further instances of the drawn world, for studies that need more concepts than `concepts.CONCEPTS` has."""
+"""Concepts of studies: those of which plain LoRAs are tuned, and more instances than `concepts.CONCEPTS` has."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from diffusers_mixofshow.toyland.scenes import random_scene, residents
 from diffusers_mixofshow.toyland.world import CLASSES, Thing
 
 
+PLAIN_LORAS = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "rex", "ming")
+"""Names of six critters, a dog and a vase, whose looks the second base was trained on."""
+
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _LEAST_DIFFERENCES = {"critter": 4, "dog": 2, "cat": 2, "vase": 2, "chair": 1, "table": 1}
 _MOST_TRIES = 10_000
+
+
+def name_before_class(concept: ToyConcept) -> str:
+    """The words that a concept's plain LoRA answers to, such as ``bobo critter``."""
+    return f"{concept.name} {concept.class_word}"
 
 
 def random_instances(count: int, seed: int = 0, *, class_word: str | None = None) -> list[ToyConcept]:

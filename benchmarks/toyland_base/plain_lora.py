@@ -22,6 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from rich.progress import track
 
+from benchmarks.toyland_base.instances import PLAIN_LORAS, name_before_class
 from benchmarks.toyland_base.transformer import TEXT_TOKENS, FlowObjective
 from diffusers_mixofshow.base_models import TOYLAND_SD3
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
@@ -31,9 +32,6 @@ from diffusers_mixofshow.toyland.reader import to_pixels
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.world import draw
 
-
-NAMES = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "rex", "ming")
-"""Six critters, a dog and a vase, of looks that the base was trained on."""
 
 ADAPTED = tuple(
     f"attn.{name}"
@@ -66,11 +64,6 @@ class Tuning:
     seed: int = 0
 
 
-def name_with_class(concept: ToyConcept) -> str:
-    """The words that a concept's LoRA answers to."""
-    return f"{concept.name} {concept.class_word}"
-
-
 def encode_pictures(
     pipeline: StableDiffusion3Pipeline, pictures: Sequence[Image.Image], captions: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +85,7 @@ def tune(pipeline: StableDiffusion3Pipeline, concept: ToyConcept, file: Path, tu
     """Tune one LoRA and write it by the pipeline's own `save_lora_weights`; the pipeline is left as it is."""
     torch.manual_seed(tuning.seed)
     taken = photos(concept, seed=tuning.seed)
-    captions = [photo.caption.replace(PLACEHOLDER, name_with_class(concept)) for photo in taken]
+    captions = [photo.caption.replace(PLACEHOLDER, name_before_class(concept)) for photo in taken]
     pools = [
         (tuning.batch_size, *encode_pictures(pipeline, [photo.image for photo in taken], captions)),
         (tuning.class_pictures, *encode_pictures(pipeline, *draw_class(concept.class_word, tuning.seed))),
@@ -122,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Tune the LoRAs that the output folder does not hold yet."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.toyland_base.plain_lora", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for NAME.safetensors")
-    parser.add_argument("--names", nargs="+", choices=tuple(CONCEPTS), default=NAMES, metavar="NAME")
+    parser.add_argument("--names", nargs="+", choices=tuple(CONCEPTS), default=PLAIN_LORAS, metavar="NAME")
     parser.add_argument("--base", default=TOYLAND_SD3, help="folder of another base of the class")
     for setting, usual in vars(Tuning()).items():
         parser.add_argument("--" + setting.replace("_", "-"), type=type(usual), default=usual, help="see Tuning")
