@@ -108,6 +108,7 @@ class Measurement:
         packs: Name to pack.
         base: The base model.
         photos: Placeholder to files of photos that the user gave.
+        toys: Placeholder to Toyland's own concepts in the packs; empty on a base that does not draw them.
         settings: The settings as JSON values, for records.
         asked: The options.
     """
@@ -115,6 +116,7 @@ class Measurement:
     packs: Mapping[str, EDLoRA]
     base: str
     photos: Mapping[str, Sequence[Path]]
+    toys: Mapping[str, ToyConcept]
     settings: Mapping[str, Any]
     asked: Asked
 
@@ -124,7 +126,7 @@ class Measurement:
 
         pictures, steps = picture_count(self.packs, self.asked.pictures), self.asked.steps
         references = [f"{len(files)} of {name}" for name, files in self.photos.items()]
-        if drawn := list(_find_toyland_concepts(self.packs, self.photos)) if embedded_base(self.base) else []:
+        if drawn := [name for name in self.toys if name not in self.photos]:
             references.append(f"drawn of {', '.join(drawn)}")
         places = [*([] if noted_in is None else [noted_in]), *writes]
         return {
@@ -172,9 +174,11 @@ class Measurement:
         from diffusers_mixofshow.pictures import read_image
 
         has_reader = self.settings["metric_model"] == TOYLAND
-        drawn = (
-            _draw_references(self.packs, self.photos, with_attributes=has_reader) if embedded_base(self.base) else {}
-        )
+        drawn = {
+            name: _draw_reference(toy, with_attributes=has_reader)
+            for name, toy in self.toys.items()
+            if name not in self.photos
+        }
         given = {
             name: Reference(photos=[read_image(file, called=str(file)) for file in files])
             for name, files in self.photos.items()
@@ -199,9 +203,10 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
     warn_of_concepts_spelt_alike(packs)
     packs = unify_concepts(packs, **_read_words_and_kinds(asked, known))
     concepts = [concept for pack in packs.values() for concept in pack.concepts]
+    is_embedded = embedded_base(base) is not None
     settings = {
         "base_model": base,
-        "metric_model": asked.metric_model or (TOYLAND if embedded_base(base) else DEFAULT_CLIP),
+        "metric_model": asked.metric_model or (TOYLAND if is_embedded else DEFAULT_CLIP),
         "prompts": list(dict.fromkeys(text for one in concepts for text in _choose_templates(asked, base, one))),
         "class_words": {concept.placeholder: concept.class_word for concept in concepts},
         "pictures": asked.pictures,
@@ -210,9 +215,10 @@ def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
         "seed": asked.seed,
     }
     photos = _find_photos(asked.photos, known)
-    if embedded_base(base) and settings["metric_model"] == TOYLAND:
-        _warn_of_unread_looks(packs, photos)
-    return Measurement(packs=packs, base=base, photos=photos, settings=settings, asked=asked)
+    toys = _find_toyland_concepts(concepts) if is_embedded else {}
+    if settings["metric_model"] == TOYLAND:
+        _warn_of_unread_looks(toys, photos)
+    return Measurement(packs=packs, base=base, photos=photos, toys=toys, settings=settings, asked=asked)
 
 
 def read_packs(sources: Sequence[str], base: str | None = None) -> dict[str, EDLoRA]:
@@ -360,39 +366,30 @@ def _parse_by_concept(
     return found
 
 
-def _draw_references(
-    packs: Mapping[str, EDLoRA], given: Mapping[str, object], *, with_attributes: bool
-) -> dict[str, Reference]:
-    """Draw references of Toyland's own concepts in the packs, except those of which the user gave photos."""
+def _draw_reference(toy: ToyConcept, *, with_attributes: bool) -> Reference:
     from diffusers_mixofshow import toyland
     from diffusers_mixofshow.evaluation.packs import Reference
     from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
 
-    references = {}
-    for placeholder, toy in _find_toyland_concepts(packs, given).items():
-        attributes = hidden_attributes(toy) if with_attributes and toy.kind != "scene" else {}
-        photos: list[Image.Image] = [photo.image for photo in toyland.photos(toy)]
-        references[placeholder] = Reference(photos=photos, attributes=attributes)
-    return references
+    attributes = hidden_attributes(toy) if with_attributes and toy.kind != "scene" else {}
+    return Reference(photos=[photo.image for photo in toyland.photos(toy)], attributes=attributes)
 
 
-def _warn_of_unread_looks(packs: Mapping[str, EDLoRA], photos: Collection[str]) -> None:
+def _warn_of_unread_looks(toys: Mapping[str, ToyConcept], photos: Collection[str]) -> None:
     """Warn that attributes are not measured where the user's photos replace Toyland's own pictures."""
-    own = _find_toyland_concepts(packs, {})
-    if unread := [name for name in photos if name in own and own[name].kind != "scene"]:
+    if unread := [name for name in photos if name in toys and toys[name].kind != "scene"]:
         warn(
             f"the looks of {', '.join(unread)} are not read: what they should be is known only of the pictures that "
             "Toyland draws, and --photos gives others; without --photos they are read."
         )
 
 
-def _find_toyland_concepts(packs: Mapping[str, EDLoRA], given: Mapping[str, object]) -> dict[str, ToyConcept]:
-    """Find Toyland's own concepts in the packs, except those of which the user gave photos."""
+def _find_toyland_concepts(concepts: Sequence[Concept]) -> dict[str, ToyConcept]:
+    """Toyland's own concepts among those given, by placeholder."""
     from diffusers_mixofshow import toyland
 
-    concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
-    own = {name: toyland.CONCEPTS.get(concept.name) for name, concept in concepts.items() if name not in given}
-    return {name: toy for name, toy in own.items() if toy is not None and toy.class_word == concepts[name].class_word}
+    own = {one.placeholder: (one, toyland.CONCEPTS.get(one.name)) for one in concepts}
+    return {name: toy for name, (one, toy) in own.items() if toy is not None and toy.class_word == one.class_word}
 
 
 def _make_sheet(evaluation: Evaluation) -> Image.Image:
