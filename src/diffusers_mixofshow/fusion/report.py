@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,8 @@ class FusionReport:
         sources: Sequence[Source], settings: Settings, solution: Solution, further: Mapping[str, object]
     ) -> dict[str, object]:
         """Convert the solution of fused sources, with `further` settings and times, to a report of JSON values."""
-        record: dict[str, object] = {**asdict(settings), **further, **_peak_memory()}
-        del record["in_stages"]  # `further` says it as ``sequential``
-        record["sources"] = _provenance(sources)
+        solved: dict[str, object] = {name: getattr(settings, name) for name in ("method", "ridge", "max_rank")}
+        record = {**solved, **further, **_peak_memory(), "sources": _provenance(sources)}
         record["prompts"] = {name: list(prompts) for source in sources for name, prompts in source.prompts.items()}
         record["layers"] = {
             site: {key: float(f"{value:.4g}") for key, value in numbers.items()}
