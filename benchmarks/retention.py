@@ -251,13 +251,13 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
     folder = study.kept.folder / "packs" / study.key(method, count).replace(":", "@")
     if not (folder / "edlora.safetensors").exists():
         name, settings = parsed(method)
+        size = settings.setdefault("statistics_bytes", None)
         recording: dict[str, Any] = {
             "steps": study.plan.steps,
             "guidance_scale": study.plan.guidance_scale,
             "batch_size": 8,
             "prior_prompts": PRIOR_PROMPTS,
-            "statistics": study.work / f"statistics-{settings.get('statistics_bytes')}",
-            "statistics_bytes": None,
+            "statistics": study.work / (f"statistics-{size}" if size else "statistics"),
         }
         places = str(settings.pop("without", "")).split("+")
         first = RECORDING_PROMPTS[: settings.pop("prompts", None)]
