@@ -496,6 +496,11 @@ class Stage:
     pool_size: int
 
 
+_LATER_BASE = LoopConfig(
+    minutes=90, learning_rate=1e-3, warm_up_steps=300, decay_from=0.5, average_decay=0.999, checkpoint_minutes=6
+)
+"""How the third base is trained, and but for rate and time the second."""
+
 STAGES: dict[str, Stage] = {
     "autoencoder": Stage(
         train=train_autoencoder,
@@ -519,30 +524,11 @@ STAGES: dict[str, Stage] = {
     ),
     "transformer": Stage(
         train=train_transformer,
-        config=LoopConfig(
-            minutes=75,
-            learning_rate=2e-3,
-            warm_up_steps=300,
-            decay_from=0.5,
-            average_decay=0.999,
-            checkpoint_minutes=6,
-        ),
+        config=dataclasses.replace(_LATER_BASE, minutes=75, learning_rate=2e-3),
         batch_size=16,
         pool_size=18000,
     ),
-    "xl": Stage(
-        train=train_xl,
-        config=LoopConfig(
-            minutes=90,
-            learning_rate=1e-3,
-            warm_up_steps=300,
-            decay_from=0.5,
-            average_decay=0.999,
-            checkpoint_minutes=6,
-        ),
-        batch_size=16,
-        pool_size=18000,
-    ),
+    "xl": Stage(train=train_xl, config=_LATER_BASE, batch_size=16, pool_size=18000),
     "layout": Stage(
         train=train_layout,
         config=LoopConfig(minutes=20, learning_rate=1e-3, decay_from=0.5),
@@ -614,23 +600,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         take_over(options["start_from"], options["output"])
     joined_processes().wait_for_everyone()
     for name in chosen:
-        stage = STAGES[name]
-        config = dataclasses.replace(stage.config, **given)
-        sizes = {
-            "batch_size": options["batch_size"] or stage.batch_size,
-            "pool_size": options["pool_size"] or stage.pool_size,
-        }
+        config = dataclasses.replace(STAGES[name].config, **given)
+        sizes = {size: options[size] or getattr(STAGES[name], size) for size in ("batch_size", "pool_size")}
         started = time.monotonic()
-        stage.train(options["output"], config, **sizes, resume=options["resume"])
+        STAGES[name].train(options["output"], config, **sizes, resume=options["resume"])
         if main_process:
             _record(options["output"], name, config, (time.monotonic() - started) / 60, **sizes)
         accelerate.PartialState().wait_for_everyone()
     if options["weights"] is not None and main_process:
         assemble(options["output"], options["weights"])
-    if options["transformer_weights"] is not None and main_process:
-        copy_pipeline(options["output"], "transformer", options["transformer_weights"])
-    if options["xl_weights"] is not None and main_process:
-        copy_pipeline(options["output"], "xl", options["xl_weights"])
+    for stage in ("transformer", "xl"):
+        if options[f"{stage}_weights"] is not None and main_process:
+            copy_pipeline(options["output"], stage, options[f"{stage}_weights"])
 
 
 if __name__ == "__main__":
