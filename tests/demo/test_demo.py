@@ -16,11 +16,13 @@ from PIL import Image
 from rich.console import Console
 
 from diffusers_mixofshow.demo import DemoSettings, run_demo
+from diffusers_mixofshow.demo.fusing import fuse_all
 from diffusers_mixofshow.demo.photos import prepare_photos, read_photo_images
-from diffusers_mixofshow.demo.stages import _fuse
 from diffusers_mixofshow.demo.tuning import fingerprint, tune_all, tuning_config
 from diffusers_mixofshow.errors import ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.notes import read_note
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.toyland.base import load_pipeline
 
 
 TINY = {"max_train_steps": 1, "embedding_phase_steps": 1, "train_batch_size": 2, "captions_per_step": 1}
@@ -100,12 +102,15 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     tune_all(prepare_photos(settings), settings, lambda name, step, total, loss: steps.append((name, step, total)))
     assert steps == [("bobo", 2, 2), ("kiki", 2, 2)]
     singles = [tmp_path / "concepts" / name for name in settings.concepts]
-    _fuse(None, singles, "average", tmp_path / "average", settings)
+    pipe, fused = load_pipeline(pipeline_class=MixOfShowPipeline), []
+    packs = fuse_all(pipe, singles, settings, lambda: fused.append(1))
+    assert packs == {name: tmp_path / name for name in ("average", "fused")}
     assert {path: path.stat().st_mtime_ns for path in files} == before
-    _fuse(None, singles, "average", tmp_path / "average", replace(settings, fusion={"steps": 2}))
-    assert [path for path in files if path.stat().st_mtime_ns != before[path]] == [
-        tmp_path / "average" / "edlora.safetensors"
-    ]
+    fuse_all(pipe, singles, replace(settings, fusion=settings.fusion | {"steps": 2}), lambda: fused.append(1))
+    assert len(fused) == 4
+    assert {path for path in files if path.stat().st_mtime_ns != before[path]} == {
+        folder / "edlora.safetensors" for folder in packs.values()
+    }
 
 
 def test_a_folder_of_something_else_is_refused_unless_it_may_be_replaced(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
@@ -27,9 +26,7 @@ from diffusers_mixofshow.progress import progress
 if TYPE_CHECKING:
     from diffusers_mixofshow.demo.measuring import Measures
     from diffusers_mixofshow.demo.sampling import Pictures
-    from diffusers_mixofshow.fusion.fuser import Method
 
-_FUSION_BATCH = 8
 _MARK = "demo.json"
 """File that holds the settings of the demo in its folder."""
 _NO_MATTER = ("folder", "workers", "overwrite")
@@ -129,16 +126,14 @@ def _fuse_and_sample(
     concepts: Sequence[DemoConcept], singles: Mapping[str, Path], settings: DemoSettings, stages: _Stages
 ) -> Pictures:
     from diffusers_mixofshow import toyland
+    from diffusers_mixofshow.demo.fusing import METHODS, fuse_all
     from diffusers_mixofshow.demo.sampling import picture_count, sample_all
     from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
     pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
-    with stages("fusion", "Fusing all ED-LoRAs into one, without any photo", 2) as bar:
+    with stages("fusion", "Fusing all ED-LoRAs into one, without any photo", len(METHODS)) as bar:
         packs = {f"single/{name}": folder for name, folder in singles.items()}
-        methods: tuple[tuple[Method, str], ...] = (("average", "average"), ("closed-form", "fused"))
-        for method, name in methods:
-            packs[name] = _fuse(pipe, list(singles.values()), method, settings.folder / name, settings)
-            bar.update()
+        packs |= fuse_all(pipe, list(singles.values()), settings, bar.update)
     with stages("sampling", "Every concept alone, and three together", picture_count(settings)) as bar:
         pictures = sample_all(pipe, concepts, packs, settings, bar.update)
         _write_sheets(concepts, pictures, settings)
@@ -170,30 +165,6 @@ def _write_sheets(concepts: Sequence[DemoConcept], pictures: Pictures, settings:
 def _number_prompts(prompts: Sequence[str], first_seed: int) -> list[tuple[str, int]]:
     """Pair prompts with their seeds, each one higher than the last."""
     return [(prompt, first_seed + number) for number, prompt in enumerate(prompts)]
-
-
-def _fuse(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, settings: DemoSettings) -> Path:
-    """Fuse to a folder, unless it holds the result of the same ED-LoRAs and settings, and return the folder."""
-    from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
-    from diffusers_mixofshow.fusion import GradientFuser
-
-    arguments: dict[str, Any] = {
-        "prompts": RECORDING_PROMPTS,
-        "steps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
-        "batch_size": _FUSION_BATCH,
-    } | dict(settings.fusion)
-    digest = hashlib.sha256(json.dumps([method, arguments], sort_keys=True).encode())
-    for single in singles:
-        digest.update((single / "edlora.safetensors").read_bytes())
-    marker = folder / "finished.json"
-    if marker.exists() and marker.read_text(encoding="utf-8") == digest.hexdigest():
-        return folder
-    marker.unlink(missing_ok=True)
-    fused = GradientFuser(pipe, **arguments).fuse([str(single) for single in singles], method=method)
-    fused.save_pretrained(folder, overwrite=True)
-    marker.write_text(digest.hexdigest(), encoding="utf-8")
-    return folder
 
 
 def _measure(concepts: Sequence[DemoConcept], pictures: Pictures, stages: _Stages) -> Measures:
