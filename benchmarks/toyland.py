@@ -319,9 +319,9 @@ def told(name: str, value: dict[str, float]) -> str:
     return f"{name} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
-def draw_confusion(counts: dict[str, dict[str, int]], cell: int = 44) -> Image.Image:
+def draw_confusion(counts: dict[str, dict[str, int]]) -> Image.Image:
     """Rows: asked for; columns: found; the darker, the more often; the last column is no concept's class."""
-    names = sorted(counts)
+    names, cell = sorted(counts), 44
     columns = [*names, NOBODY]
     image = Image.new("RGB", (cell * (len(columns) + 2), cell * (len(names) + 1)), "white")
     pen = ImageDraw.Draw(image)

@@ -34,14 +34,14 @@ def render_pixels(
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
-def build_autoencoder(widths: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
+def build_autoencoder() -> AutoencoderKL:
     """An untrained autoencoder of factor 4 whose latents start almost without noise."""
     model = AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,

@@ -23,19 +23,19 @@ SCHEDULE: dict[str, Any] = {
 }
 """Noise schedule of training and sampling; its last step keeps 1.5 % of the signal's amplitude."""
 
+_WIDTHS = (32, 96, 128)
+"""Channels of the U-Net's blocks."""
 
-def build_unet(
-    widths: tuple[int, ...] = (32, 96, 128), text_width: int = 128, sample_size: int = 16, **fields: Any
-) -> UNet2DConditionModel:
+
+def build_unet(text_width: int = 128, sample_size: int = 16, **fields: Any) -> UNet2DConditionModel:
     """An untrained U-Net with cross-attention everywhere but at full resolution; `fields` are further ones of it."""
-    attended = len(widths) - 1
     return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=widths,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * attended,
-        up_block_types=("CrossAttnUpBlock2D",) * attended + ("UpBlock2D",),
+        block_out_channels=_WIDTHS,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
         layers_per_block=1,
         cross_attention_dim=text_width,
         attention_head_dim=4,
@@ -44,29 +44,29 @@ def build_unet(
     )
 
 
-def build_layout_adapter(widths: tuple[int, ...] = (32, 96, 128)) -> T2IAdapter:
-    """An untrained adapter for `build_unet` of the same widths.
+def build_layout_adapter() -> T2IAdapter:
+    """An untrained adapter for `build_unet`.
 
     The U-Net's first block has halved its feature map when the adapter's first features are added, and the middle
     block takes the fourth: so diffusers' layout of SDXL's adapters fits.
     """
     return T2IAdapter(
         in_channels=1,
-        channels=[*widths, widths[-1]],
+        channels=[*_WIDTHS, _WIDTHS[-1]],
         num_res_blocks=1,
         downscale_factor=8,
         adapter_type="full_adapter_xl",
     )
 
 
-def velocity_weight(alphas_cumprod: torch.Tensor, limit: float = 5.0) -> torch.Tensor:
-    """Weight of the squared error of v: min(SNR + 1, limit) / (SNR + 1).
+def velocity_weight(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Weight of the squared error of v: min(SNR + 1, 5) / (SNR + 1).
 
     Min-SNR for v-prediction (arXiv:2303.09556), but even where noise dominates: the class, the background and the
     layout are decided there.
     """
     signal_plus_noise = 1 / (1 - alphas_cumprod)
-    return signal_plus_noise.clamp(max=limit) / signal_plus_noise
+    return signal_plus_noise.clamp(max=5.0) / signal_plus_noise
 
 
 def velocity_loss(

@@ -8,18 +8,13 @@ from typing import Any
 import torch
 
 
-def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix, roughly, by the quintic Newton-Schulz iteration of Muon.
-
-    Args:
-        matrix: (rows, columns).
-        steps: Number of iterations; five bring all singular values near one.
-    """
+def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
+    """Nearest semi-orthogonal (rows, columns), roughly, by the quintic Newton-Schulz iteration of Muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
     result = matrix.T if tall else matrix
     result = result / (result.norm() + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):  # which bring all singular values near one
         gram = result @ result.T
         result = a * result + (b * gram + c * gram @ gram) @ result
     return result.T if tall else result
@@ -33,19 +28,13 @@ class Muon(torch.optim.Optimizer):
     Args:
         parameters: What to train.
         learning_rate: The rate of every group; schedules set ``group["lr"]``.
-        momentum: Momentum of the matrices.
         weight_decay: Decoupled decay of the matrices.
     """
 
     def __init__(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        *,
-        learning_rate: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
+        self, parameters: Iterable[torch.nn.Parameter], *, learning_rate: float, weight_decay: float = 0.0
     ) -> None:
-        super().__init__(parameters, {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(parameters, {"lr": learning_rate, "momentum": 0.95, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

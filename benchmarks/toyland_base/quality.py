@@ -70,9 +70,9 @@ def from_pixels(pixels: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(level) for level in levels]
 
 
-def measure_autoencoder(vae: Any, count: int = 512) -> float:
-    """Mean PSNR in dB over fresh scenes of one or two things."""
-    pixels = to_pixels([draw(random_scene(FRESH_SEED + index)).image for index in range(count)])
+def measure_autoencoder(vae: Any) -> float:
+    """Mean PSNR in dB over 512 fresh scenes of one or two things."""
+    pixels = to_pixels([draw(random_scene(FRESH_SEED + index)).image for index in range(512)])
     return peak_signal_to_noise(reconstruct(vae, pixels), pixels)
 
 
@@ -95,14 +95,14 @@ def measure_identity(vae: Any, reader: AttributeReader, count: int = 48) -> dict
     return results
 
 
-def measure_zero_shot(metric: MetricModel, count: int = 600) -> float:
-    """Fraction of fresh renders of one thing whose class the metric model names right."""
-    scenes = [random_scene(FRESH_SEED + index, things=1) for index in range(count)]
+def measure_zero_shot(metric: MetricModel) -> float:
+    """Fraction of 600 fresh renders of one thing whose class the metric model names right."""
+    scenes = [random_scene(FRESH_SEED + index, things=1) for index in range(600)]
     images = metric.image_features([draw(scene).image for scene in scenes])
     texts = metric.text_features([f"a photo of {add_article(name)}" for name in CLASSES])
     found = (images @ texts.T).argmax(dim=1).tolist()
     right = [CLASSES[index] == scene.things[0].class_word for index, scene in zip(found, scenes, strict=True)]
-    return sum(right) / count
+    return sum(right) / len(right)
 
 
 def balanced_prompts(count: int, seed: int) -> list[dict[str, str]]:
@@ -168,12 +168,10 @@ def resident_prompts(count: int, seed: int) -> list[tuple[str, Thing]]:
     return [(f"a {thing.name} {thing.class_word} {place}", thing) for thing, place in zip(chosen, places, strict=True)]
 
 
-def measure_residents(
-    pipeline: Any, reader: AttributeReader, count: int, guidance_scale: float, seed: int = FRESH_SEED
-) -> dict[str, float]:
+def measure_residents(pipeline: Any, reader: AttributeReader, count: int, guidance_scale: float) -> dict[str, float]:
     """Mean fraction of a resident's attributes, main colour included, found in samples of its name; by class."""
-    wanted = resident_prompts(count, seed)
-    images = sample(pipeline, [prompt for prompt, _ in wanted], guidance_scale, seed)
+    wanted = resident_prompts(count, FRESH_SEED)
+    images = sample(pipeline, [prompt for prompt, _ in wanted], guidance_scale, FRESH_SEED)
     rows: dict[str, list[float]] = {word: [] for word in CLASSES}
     for image, (_, thing) in zip(images, wanted, strict=True):
         looks = {"colour": thing.colour, **thing.attributes}
@@ -253,8 +251,9 @@ def _third_of(image: Image.Image, index: int) -> Image.Image:
     return image.resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC, box=(left, box[1], left + 2 * half, box[3]))
 
 
-def save_sheet(images: Sequence[Image.Image], target: Path, columns: int = 18) -> None:
-    """Write pictures of one size side by side at twice their size."""
+def save_sheet(images: Sequence[Image.Image], target: Path) -> None:
+    """Write pictures of one size side by side, 18 in a row, at twice their size."""
+    columns = 18
     rows = -(-len(images) // columns)
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, rows * height))

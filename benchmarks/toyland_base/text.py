@@ -25,18 +25,17 @@ SMALL_WIDTH = 32
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"-_()<>|/*+=#&%$@~^[]{}\\`"
 
 
-def write_tokenizer(folder: Path, captions: Iterable[str], size: int = 2400) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary from captions and write it as a CLIPTokenizer.
+def write_tokenizer(folder: Path, captions: Iterable[str]) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary from captions and write it as a CLIPTokenizer, with at most 2400 entries learnt.
 
     Args:
         folder: Gets ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``.
-        size: Upper bound of the number of entries.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=_END, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=list(_LETTERS), end_of_word_suffix="</w>", show_progress=False
+        vocab_size=2400, initial_alphabet=list(_LETTERS), end_of_word_suffix="</w>", show_progress=False
     )
     tokenizer.train_from_iterator(captions, trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
@@ -70,13 +69,13 @@ def sample_captions(count: int, seed: int) -> list[str]:
     return captions + [f"{name} the {thing.class_word}" for name, thing in residents().items()]
 
 
-def build_clip(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 3) -> CLIPModel:
-    """An untrained CLIPModel whose text tower has `hidden` channels and `layers` layers."""
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """An untrained CLIPModel whose towers have 128 channels and three layers."""
     tower = {
-        "hidden_size": hidden,
-        "intermediate_size": 4 * hidden,
+        "hidden_size": 128,
+        "intermediate_size": 512,
         "num_attention_heads": 4,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 3,
         "projection_dim": 96,
     }
     text = {**tower, **_describe_vocabulary(tokenizer), "max_position_embeddings": POSITIONS}

@@ -56,24 +56,22 @@ def build_small_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProje
     return CLIPTextModelWithProjection(config).eval().requires_grad_(False)
 
 
-def build_transformer(text_width: int, *, width: int = 160, blocks: int = 5) -> SD3Transformer2DModel:
+def build_transformer(text_width: int) -> SD3Transformer2DModel:
     """An untrained transformer for 16 x 16 latents in patches of 2 x 2.
 
     Args:
         text_width: Summed widths of both text encoders.
-        width: Of both streams.
-        blocks: Number of blocks.
     """
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        num_layers=blocks,
+        num_layers=5,
         attention_head_dim=32,
-        num_attention_heads=width // 32,
+        num_attention_heads=5,
         joint_attention_dim=text_width,
-        caption_projection_dim=width,
+        caption_projection_dim=160,
         pooled_projection_dim=text_width,
         pos_embed_max_size=16,
         qk_norm="rms_norm",

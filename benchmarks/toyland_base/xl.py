@@ -66,16 +66,14 @@ def fit_final_states(
     return torch.linalg.lstsq(before, after).solution.T.float()
 
 
-def build_xl_unet(text_width: int, pooled_width: int, widths: tuple[int, ...] = (32, 96, 128)) -> UNet2DConditionModel:
+def build_xl_unet(text_width: int, pooled_width: int) -> UNet2DConditionModel:
     """An untrained U-Net of Stable Diffusion XL's class.
 
     Args:
         text_width: Summed widths of both text encoders.
         pooled_width: Of the second one's pooled vector.
-        widths: Channels of its blocks.
     """
     return build_unet(
-        widths,
         text_width,
         sample_size=SIDE // 4,
         transformer_layers_per_block=_LAYERS,
