@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +28,7 @@ from diffusers_mixofshow.sharing import changing
 
 
 _TRAINING_ADAPTER = "edlora_training"
+_LOADED_ADAPTER = "mixofshow_loaded"
 # Rounding of a cast to bfloat16, relative to the largest value.
 _CAST = 2**-8
 # Model to adapters that diffusers removed while they were fused, to their strength by layer.
@@ -552,3 +554,27 @@ def keep_gradient_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def loads_concepts(pipe: Any) -> bool:
+    """Whether a pipeline loads ED-LoRAs; diffusers' own pipelines load only plain LoRAs."""
+    return all(hasattr(pipe, method) for method in ("load_edlora", "unload_edlora", "set_concepts_aside"))
+
+
+@contextmanager
+def loaded(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
+    """Load an ED-LoRA or a plain LoRA, or nothing, into a pipeline inside the block.
+
+    Raises:
+        ConfigurationError: If it has concepts, and the pipeline loads plain LoRAs alone.
+    """
+    if edlora is not None and edlora.concepts and not loads_concepts(pipe):
+        raise ConfigurationError(f"A {type(pipe).__name__} cannot load concepts; expected a pipeline of this package.")
+    with ExitStack() as undo:
+        if edlora is not None and loads_concepts(pipe):
+            pipe.load_edlora(edlora)
+            undo.callback(pipe.unload_edlora)
+        elif edlora is not None:
+            inject(pipe.components, edlora, _LOADED_ADAPTER)
+            undo.callback(eject, pipe.components, _LOADED_ADAPTER)
+        yield

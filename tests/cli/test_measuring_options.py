@@ -237,4 +237,5 @@ def test_evaluate_saves_only_when_asked_and_needs_no_leave_for_it(place, monkeyp
 def test_every_option_of_both_verbs_is_in_one_of_these_tests(verb: str) -> None:
     alone = {"--sheet", "--record", "--overwrite", "--dry-run", "--json"}
     alone |= {"--own", "--save", "source"} if verb == "evaluate" else {"sources"}
+    alone |= {"--trigger"}  # of plain LoRAs, see test_measuring_plain.py
     assert named_in(GIVEN, PROMPTS, KINDS) | alone == options_of(verb)

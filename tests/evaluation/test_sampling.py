@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from diffusers_mixofshow.regions import Region
 
 class Pipe:
     """Notes what it is asked for; a picture's colour is its seed."""
+
+    components: Mapping[str, object] = MappingProxyType({})  # without any, it is taken for a Stable Diffusion
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []

@@ -61,9 +61,14 @@ def _suggest_base(concepts: Sequence[EDLoRA]) -> str:
 def choose_guidance(base: str, packs: Iterable[EDLoRA]) -> float:
     """Choose the guidance scale for a base model; of one that is not known, the packs tell the family."""
     from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
+    from diffusers_mixofshow.edlora.low_rank import input_widths
+    from diffusers_mixofshow.families.recognition import family_of_updates
 
+    packs = list(packs)
     names = [name for pack in packs for name in pack.embeddings]
-    return usual_guidance(base, family_of_embeddings(names) if names else None)
+    if names:
+        return usual_guidance(base, family_of_embeddings(names))
+    return usual_guidance(base, family_of_updates(input_widths(packs[0].lora)) if packs else None)
 
 
 def read_layers(name: str) -> tuple[str, ...]:

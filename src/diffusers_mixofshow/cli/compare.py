@@ -14,14 +14,15 @@ def compare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="ED-LoRAs and fused packs: Hub ids, folders or files. For each concept, the first that holds it "
-            "alone is the one to which the others are compared."
+            help="ED-LoRAs, plain LoRAs and fused packs: Hub ids, folders or files. For each concept, the first that "
+            "holds it alone is the one to which the others are compared."
         ),
     ],
     photos: measuring.Photos = None,
     prompt: measuring.Prompt = None,
     class_word: measuring.ClassWord = None,
     kind: measuring.Kind = None,
+    trigger: measuring.TriggerWords = None,
     base: Base = None,
     metric_model: measuring.MetricModel = None,
     pictures: measuring.Count = 12,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, embedded_base, public_name
 from diffusers_mixofshow.cli import plans
 from diffusers_mixofshow.cli.base_model import MOST_STEPS, choose_guidance, find_common_base, normalise_base
-from diffusers_mixofshow.cli.sources import read_concepts
+from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.cli.timing import estimate_time
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, suggest, warn
@@ -26,10 +26,9 @@ from diffusers_mixofshow.sampling.loading import load_base
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffusers_mixofshow.concepts import Concept
-    from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.evaluation.identity import Judge
     from diffusers_mixofshow.evaluation.packs import Evaluation, Reference, Row
+    from diffusers_mixofshow.evaluation.plain import Measurable, MeasuredPack
     from diffusers_mixofshow.toyland import ToyConcept
 
 Photos = Annotated[
@@ -55,6 +54,14 @@ Kind = Annotated[
     typer.Option(
         help=f"'potter=character': kind of a concept ({', '.join(KINDS)}), which determines the prompts. May be "
         "repeated. (default: its own ED-LoRA's)"
+    ),
+]
+TriggerWords = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trigger",
+        help="'dog=sks dog': what prompts say to get a plain LoRA. May be repeated. (default: what its file tells, or "
+        "what the prompts share that it was fused with)",
     ),
 ]
 MetricModel = Annotated[
@@ -87,6 +94,7 @@ class Asked:
     prompt: Sequence[str] | None
     class_word: Sequence[str] | None
     kind: Sequence[str] | None
+    trigger: Sequence[str] | None
     base: str | None
     metric_model: str | None
     pictures: int
@@ -107,14 +115,16 @@ class Measurement:
     Args:
         packs: Name to pack.
         base: The base model.
+        draws_concepts: Whether the base is loaded as a pipeline of this package; else as that of diffusers.
         photos: Placeholder to files of photos that the user gave.
         toys: Placeholder to Toyland's own concepts in the packs; empty on a base that does not draw them.
         settings: The settings as JSON values, for records.
         asked: The options.
     """
 
-    packs: Mapping[str, EDLoRA]
+    packs: Mapping[str, MeasuredPack]
     base: str
+    draws_concepts: bool
     photos: Mapping[str, Sequence[Path]]
     toys: Mapping[str, ToyConcept]
     settings: Mapping[str, Any]
@@ -131,7 +141,7 @@ class Measurement:
         places = [*([] if noted_in is None else [noted_in]), *writes]
         return {
             "base model": plans.describe_base(self.base),
-            "packs": "; ".join(f"{name}: {plans.name_concepts([pack])}" for name, pack in self.packs.items()),
+            "packs": "; ".join(f"{name}: {', '.join(_names_in([pack]))}" for name, pack in self.packs.items()),
             "metric model": plans.describe_model(self.settings["metric_model"]),
             "photos": ", ".join(references) or "none given",
             "pictures": pictures,
@@ -153,7 +163,7 @@ class Measurement:
 
         references = self._make_references()
         judge = _load_judge(self.settings["metric_model"])
-        pipe = load_base(self.base)
+        pipe = load_base(self.base, concepts=self.draws_concepts)
         sampling = Sampling(
             steps=self.asked.steps, guidance_scale=self.settings["guidance"], first_seed=self.asked.seed
         )
@@ -186,42 +196,100 @@ class Measurement:
         return drawn | given
 
 
-def plan_measurement(packs: Mapping[str, EDLoRA], asked: Asked) -> Measurement:
+def plan_measurement(packs: Mapping[str, MeasuredPack], asked: Asked) -> Measurement:
     """Check packs and options.
 
     Raises:
-        ConfigurationError: If bases differ, no class word is known, or a prompt or a folder cannot be used.
+        ConfigurationError: If bases differ or cannot be sampled, no class word or trigger words are known, or a prompt
+            or a folder cannot be used.
     """
     from diffusers_mixofshow.evaluation.agreement import unify_concepts, warn_of_concepts_spelt_alike
-    from diffusers_mixofshow.evaluation.clip_judge import DEFAULT_CLIP
+    from diffusers_mixofshow.evaluation.plain import settle_words
     from diffusers_mixofshow.evaluation.sampling import fill_templates
 
-    base = asked.base or find_common_base(list(packs.values()))
+    draws_concepts = _find_way_to_draw(packs)
+    base = asked.base or find_common_base([each.pack for each in packs.values()])
     if asked.prompt:
         fill_templates(asked.prompt, "x", 1)
-    known = [concept.placeholder for pack in packs.values() for concept in pack.concepts]
+    known = _names_in(packs.values())
     warn_of_concepts_spelt_alike(packs)
+    packs = settle_words(packs, _read_trigger_words(asked, known))
     packs = unify_concepts(packs, **_read_words_and_kinds(asked, known))
-    concepts = [concept for pack in packs.values() for concept in pack.concepts]
-    is_embedded = embedded_base(base) is not None
-    settings = {
-        "base_model": base,
-        "metric_model": asked.metric_model or (TOYLAND if is_embedded else DEFAULT_CLIP),
-        "prompts": list(dict.fromkeys(text for one in concepts for text in _choose_templates(asked, base, one))),
-        "class_words": {concept.placeholder: concept.class_word for concept in concepts},
-        "pictures": asked.pictures,
-        "steps": asked.steps,
-        "guidance": choose_guidance(base, packs.values()) if asked.guidance is None else asked.guidance,
-        "seed": asked.seed,
-    }
+    _warn_of_missing_class_words(packs)
+    settings = _list_settings(packs, asked, base)
     photos = _find_photos(asked.photos, known)
-    toys = _find_toyland_concepts(concepts) if is_embedded else {}
+    toys = _find_toyland_concepts(packs.values()) if embedded_base(base) else {}
     if settings["metric_model"] == TOYLAND:
         _warn_of_unread_looks(toys, photos)
-    return Measurement(packs=packs, base=base, photos=photos, toys=toys, settings=settings, asked=asked)
+    return Measurement(
+        packs=packs,
+        base=base,
+        draws_concepts=draws_concepts,
+        photos=photos,
+        toys=toys,
+        settings=settings,
+        asked=asked,
+    )
 
 
-def read_packs(sources: Sequence[str], base: str | None = None) -> dict[str, EDLoRA]:
+def _list_settings(packs: Mapping[str, MeasuredPack], asked: Asked, base: str) -> dict[str, Any]:
+    """All settings as JSON values."""
+    from diffusers_mixofshow.evaluation.clip_judge import DEFAULT_CLIP
+    from diffusers_mixofshow.evaluation.plain import Trigger, has_class_word
+
+    concepts = [concept for pack in packs.values() for concept in pack.concepts]
+    words = {concept.placeholder: concept.words for concept in concepts if isinstance(concept, Trigger)}
+    loras = [each.pack for each in packs.values()]
+    return {
+        "base_model": base,
+        "metric_model": asked.metric_model or (TOYLAND if embedded_base(base) else DEFAULT_CLIP),
+        "prompts": list(dict.fromkeys(text for one in concepts for text in _choose_templates(asked, base, one))),
+        "class_words": {one.placeholder: one.class_word for one in concepts if has_class_word(one)},
+        **({"trigger_words": words} if words else {}),
+        "pictures": asked.pictures,
+        "steps": asked.steps,
+        "guidance": choose_guidance(base, loras) if asked.guidance is None else asked.guidance,
+        "seed": asked.seed,
+    }
+
+
+def _find_way_to_draw(packs: Mapping[str, MeasuredPack]) -> bool:
+    """Find out whether the packs are loaded into a pipeline of this package, or into that of diffusers.
+
+    Raises:
+        ConfigurationError: If one is for a family that has no pipeline at all.
+    """
+    from diffusers_mixofshow.edlora.low_rank import input_widths
+    from diffusers_mixofshow.families.recognition import family_of_updates
+
+    families = {name: family_of_updates(input_widths(each.pack.lora)) for name, each in packs.items()}
+    for name, family in families.items():
+        if not packs[name].pack.concepts and not family.pipeline:
+            raise ConfigurationError(
+                f"{name} is for {family.name}, of which diffusers has no pipeline that draws from a prompt alone, so "
+                "that it cannot be measured here. Expected a LoRA of another base."
+            )
+    return any(each.pack.concepts or families[name].concept_pipeline for name, each in packs.items())
+
+
+def _warn_of_missing_class_words(packs: Mapping[str, MeasuredPack]) -> None:
+    """Warn of plain LoRAs of which less is measured, as nobody has told what they draw."""
+    from diffusers_mixofshow.evaluation.plain import has_class_word
+
+    concepts = [concept for pack in packs.values() for concept in pack.concepts]
+    if lacking := list(dict.fromkeys(one.placeholder for one in concepts if not has_class_word(one))):
+        warn(
+            f"{', '.join(lacking)}: without a class word neither drift nor what is kept is measured; "
+            f"--class-word {lacking[0]}=WORD tells what it draws."
+        )
+
+
+def _names_in(packs: Iterable[MeasuredPack]) -> list[str]:
+    """Placeholders of concepts and names of plain LoRAs, of each pack in turn."""
+    return [concept.placeholder for pack in packs for concept in pack.concepts]
+
+
+def read_packs(sources: Sequence[str], base: str | None = None) -> dict[str, MeasuredPack]:
     """Read ED-LoRAs and packs, each under the last part of its name, or the whole name if several share that part.
 
     Args:
@@ -231,13 +299,20 @@ def read_packs(sources: Sequence[str], base: str | None = None) -> dict[str, EDL
     Raises:
         ConfigurationError: If one is given twice.
     """
+    from diffusers_mixofshow.evaluation.plain import MeasuredPack, name_by_records
+    from diffusers_mixofshow.fusion import LoRASource
+
     places = [Path(source).resolve() if Path(source).exists() else source for source in sources]
     twice = sorted({source for source, place in zip(sources, places, strict=True) if places.count(place) > 1})
     if twice:
         raise ConfigurationError(f"Given twice: {', '.join(twice)}. Name each ED-LoRA or pack once.")
     last = [Path(source).name or source for source in sources]
     names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
-    return {name: read_concepts(source, base) for name, source in zip(names, sources, strict=True)}
+    packs = {
+        name: MeasuredPack.of(read_pack(source, base), LoRASource(source).label)
+        for name, source in zip(names, sources, strict=True)
+    }
+    return name_by_records(packs)
 
 
 def check_writable(*paths: Path | None, overwrite: bool) -> list[Path]:
@@ -275,7 +350,7 @@ def tell_results(
             typer.echo(f"Wrote {path}")
 
 
-def _choose_templates(asked: Asked, base: str, concept: Concept) -> Sequence[str]:
+def _choose_templates(asked: Asked, base: str, concept: Measurable) -> Sequence[str]:
     from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 
     return asked.prompt or evaluation_prompts(base, concept.kind)
@@ -289,6 +364,17 @@ def _load_judge(metric_model: str) -> Judge:
     from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
 
     return ClipJudge.load(metric_model)
+
+
+def _read_trigger_words(asked: Asked, known: Sequence[str]) -> dict[str, str]:
+    """Read the trigger words that the user gives; an error names all defects."""
+    words = _parse_by_concept("trigger", asked.trigger, known, example="dog=sks dog", form="WORDS")
+    if concepts := [name for name in words if name.startswith("<")]:
+        raise ConfigurationError(
+            f"--trigger: {concepts[0]} is a concept, which prompts call {concepts[0]}. Trigger words are for plain "
+            "LoRAs."
+        )
+    return words
 
 
 def _read_words_and_kinds(asked: Asked, known: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -349,7 +435,7 @@ def _parse_by_concept(
     defects, hints, found = [], [], {}
     for text in given or ():
         name, _, value = text.partition("=")
-        placeholder, value = f"<{name.strip().strip('<>')}>", value.strip()
+        placeholder, value = _find_name(name.strip(), known), value.strip()
         if not value:
             defects.append(f"{text!r} is not of the form 'concept={form}', e.g. {example!r}")
         elif placeholder not in known:
@@ -364,6 +450,12 @@ def _parse_by_concept(
     if defects:
         raise ConfigurationError(f"--{option}: " + "; ".join(defects) + "." + "".join(hints))
     return found
+
+
+def _find_name(text: str, known: Sequence[str]) -> str:
+    """The concept or plain LoRA that a text means, with or without angle brackets; else a placeholder of that name."""
+    bare = text.strip("<>")
+    return next((name for name in known if name.strip("<>") == bare), f"<{bare}>")
 
 
 def _draw_reference(toy: ToyConcept, *, with_attributes: bool) -> Reference:
@@ -384,10 +476,11 @@ def _warn_of_unread_looks(toys: Mapping[str, ToyConcept], photos: Collection[str
         )
 
 
-def _find_toyland_concepts(concepts: Sequence[Concept]) -> dict[str, ToyConcept]:
-    """Toyland's own concepts among those given, by placeholder."""
+def _find_toyland_concepts(packs: Iterable[MeasuredPack]) -> dict[str, ToyConcept]:
+    """Toyland's own concepts in the packs, by placeholder."""
     from diffusers_mixofshow import toyland
 
+    concepts = [concept for pack in packs for concept in pack.concepts]
     own = {one.placeholder: (one, toyland.CONCEPTS.get(one.name)) for one in concepts}
     return {name: toy for name, (one, toy) in own.items() if toy is not None and toy.class_word == one.class_word}
 
@@ -408,6 +501,7 @@ def _list_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
 def _make_note(measurement: Measurement, evaluation: Evaluation) -> dict[str, Any]:
     """List prompt and seed of every picture on the sheet."""
     from diffusers_mixofshow.evaluation.packs import CLASS_WORD
+    from diffusers_mixofshow.evaluation.plain import mention_of
     from diffusers_mixofshow.evaluation.sampling import fill_templates
 
     asked, settings = measurement.asked, measurement.settings
@@ -415,7 +509,7 @@ def _make_note(measurement: Measurement, evaluation: Evaluation) -> dict[str, An
     rows = {}
     for name, pack in _list_rows(evaluation):
         concept = concepts[name]
-        subject = concept.class_word if pack == CLASS_WORD else name
+        subject = concept.class_word if pack == CLASS_WORD else mention_of(concept)
         prompts = fill_templates(_choose_templates(asked, measurement.base, concept), subject, asked.pictures)
         rows[f"{name} {pack}"] = [(prompt, asked.seed + number) for number, prompt in enumerate(prompts)]
     return notes.make_sheet_note(rows, base_model=measurement.base, steps=asked.steps, guidance=settings["guidance"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
+from diffusers_mixofshow.errors import EDLoRANotFoundError, warn
 
 
 if TYPE_CHECKING:
@@ -55,19 +55,6 @@ def read_pack(source: str, base: str | None = None) -> EDLoRA:
         return opened.edlora
     warn(f"{source} does not tell its base model; {guess} is taken; --base names another.")
     return replace(opened.edlora, base_model=guess)
-
-
-def read_concepts(source: str, base: str | None = None) -> EDLoRA:
-    """Read an ED-LoRA or pack that has concepts, see `read_pack`.
-
-    Raises:
-        ConfigurationError: If it is a plain LoRA, which has none.
-        MixOfShowError: See `read_pack`.
-    """
-    pack = read_pack(source, base)
-    if not pack.concepts:
-        raise ConfigurationError(f"{source} is a plain LoRA: it has no concept that could be measured.")
-    return pack
 
 
 def refuse_missing_file(source: str) -> None:

@@ -24,6 +24,7 @@ from diffusers_mixofshow.base_models import embedded_base, license_of, public_na
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
 from diffusers_mixofshow.edlora.file import Contents
+from diffusers_mixofshow.edlora.fusion_record import as_mapping, find_prompts, list_entries, record_of
 from diffusers_mixofshow.edlora.hub import REPO_ID
 from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
@@ -107,17 +108,17 @@ def _describe_concepts(contents: Contents, location: str, samples: Mapping[str, 
         pipeline=family.pipeline,
         record=_training_record(training),
         source_table=_source_table(training),
-        method=str(_fusion(training).get("method", "")),
+        method=str(record_of(training).get("method", "")),
     )
 
 
 def _describe_plain(contents: Contents, location: str, samples: Mapping[str, str]) -> str:
     """Write the generated section of a plain LoRA that was fused from others."""
     training, widths = contents["training"], input_widths(contents["lora"])
-    prompts, model = _plain_prompts(training), recognise(widths)
-    columns, note = _residual_columns(list(prompts), training)
+    prompts, model = find_prompts(training), recognise(widths)
     rows: list[tuple[str, ...]] = [("LoRA", "prompts that it was fused with")]
     rows += [(f"`{_code(name)}`", _list_prompts(texts)) for name, texts in prompts.items()]
+    table, notes = _add_columns(rows, list(prompts), training)
     return _fill_in(
         "card_plain.md.jinja",
         names=list(prompts),
@@ -128,12 +129,12 @@ def _describe_plain(contents: Contents, location: str, samples: Mapping[str, str
         is_embedded=model is not None and embedded_base(model.id) is not None,
         guidance=None if model is None else model.guidance,
         rank=_rank(contents),
-        table=_table([(*row, *more) for row, more in zip(rows, columns, strict=True)] if columns else rows),
-        note=note,
+        table=table,
+        notes=notes,
         prompt=_first_prompt(contents),
         location=location,
         source_table=_source_table(training),
-        method=str(_fusion(training).get("method", "")),
+        method=str(record_of(training).get("method", "")),
     )
 
 
@@ -283,9 +284,15 @@ def _concept_table(concepts: Collection[Concept], training: Mapping[str, object]
     rows += [
         (f"`{_code(c.placeholder)}`", _text(c.class_word), _text(c.kind), f"`{_code(_prompt(c))}`") for c in concepts
     ]
+    return _add_columns(rows, [concept.placeholder for concept in concepts], training)
+
+
+def _add_columns(
+    rows: list[tuple[str, ...]], names: Sequence[str], training: Mapping[str, object]
+) -> tuple[str, list[str]]:
+    """Add what was measured of concepts or plain LoRAs to a table with a row for each; returns it and its notes."""
     notes = []
-    names = [concept.placeholder for concept in concepts]
-    for columns, note in (_measured_columns(concepts, training), _residual_columns(names, training)):
+    for columns, note in (_measured_columns(names, training), _residual_columns(names, training)):
         if columns:
             rows = [(*row, *more) for row, more in zip(rows, columns, strict=True)]
             notes.append(note)
@@ -322,16 +329,11 @@ _MEASURES = {
 """Column heading to the keys under which `mixofshow evaluate --save` stores the value for each concept."""
 
 
-def _measured_columns(
-    concepts: Collection[Concept], training: Mapping[str, object]
-) -> tuple[list[tuple[str, ...]], str]:
+def _measured_columns(names: Sequence[str], training: Mapping[str, object]) -> tuple[list[tuple[str, ...]], str]:
     """Columns of `mixofshow evaluate --save` with headings, and their note; columns without values are left out."""
-    evaluation = _mapping(training.get("evaluation"))
-    entries = _mapping(evaluation.get("concepts"))
-    numbers = {
-        heading: [_look_up(entries.get(concept.placeholder), path) for concept in concepts]
-        for heading, path in _MEASURES.items()
-    }
+    evaluation = as_mapping(training.get("evaluation"))
+    entries = as_mapping(evaluation.get("concepts"))
+    numbers = {heading: [_look_up(entries.get(name), path) for name in names] for heading, path in _MEASURES.items()}
     filled = {heading: values for heading, values in numbers.items() if any(one is not None for one in values)}
     if not filled:
         return [], ""
@@ -349,7 +351,7 @@ def _measured_columns(
 def _look_up(entry: object, path: Sequence[str]) -> float | None:
     """Number under nested keys of an untrusted record; None if there is none."""
     for key in path:
-        entry = _mapping(entry).get(key)
+        entry = as_mapping(entry).get(key)
     return _number(entry)
 
 
@@ -358,14 +360,10 @@ def _count(value: object) -> str:
     return "some" if number is None else f"{number:g}"
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
 def _source_table(training: Mapping[str, object]) -> str:
     """Table of the fused sources with origin, revision, weight and digest; empty if the pack was not fused."""
     rows = [("concepts", "from", "revision", "weight", "SHA-256")]
-    for entry in _entries(training):
+    for entry in list_entries(training):
         origin, commit = str(entry.get("origin", "")), str(entry.get("revision", ""))
         on_hub = REPO_ID.fullmatch(origin) is not None
         pinned = _COMMIT.fullmatch(commit) is not None
@@ -383,19 +381,9 @@ def _source_table(training: Mapping[str, object]) -> str:
     return _table(rows) if len(rows) > 1 else ""
 
 
-def _fusion(training: Mapping[str, object]) -> Mapping[str, Any]:
-    """The fusion report in an untrusted training record; empty if missing."""
-    return _mapping(training.get("fusion"))
-
-
-def _entries(training: Mapping[str, object]) -> list[Mapping[str, Any]]:
-    entries = _fusion(training).get("sources")
-    return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
-
-
 def _residuals(training: Mapping[str, object]) -> dict[str, tuple[float, float]]:
     """Source to its mean relative residuals: weighted average, fused."""
-    residuals = _fusion(training).get("residuals")
+    residuals = record_of(training).get("residuals")
     mean = residuals.get("mean") if isinstance(residuals, Mapping) else None
     pairs = {}
     for name, entry in mean.items() if isinstance(mean, Mapping) else ():
@@ -420,26 +408,11 @@ def _training_record(training: Mapping[str, object]) -> str:
     if not isinstance(training.get("settings"), Mapping) or "fusion" in training:
         return ""
     tuning = {key: value for key, value in training.items() if key != "evaluation"}
-    settings = _mapping(training["settings"])
+    settings = as_mapping(training["settings"])
     if isinstance(base := settings.get(_BASE_SETTING), str):
         tuning["settings"] = {**settings, _BASE_SETTING: public_name(base)}
     record = json.dumps(tuning, indent=1, sort_keys=True).replace("`", "'")
     return record if len(record) <= _LONGEST_RECORD else ""
-
-
-def list_plain_names(training: Mapping[str, object]) -> list[str]:
-    """Names of the plain LoRAs that a pack was fused from, by its record."""
-    return list(_plain_prompts(training))
-
-
-def _plain_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:
-    """Name of each fused plain LoRA to its recording prompts, from an untrusted record; empty if it has none."""
-    recorded = _mapping(_fusion(training).get("prompts"))
-    return {
-        str(name): [text for text in texts if isinstance(text, str)]
-        for name, texts in recorded.items()
-        if isinstance(texts, list)
-    }
 
 
 def _list_prompts(prompts: Sequence[str]) -> str:
@@ -451,7 +424,7 @@ def _first_prompt(contents: Contents) -> str:
     """A prompt that shows the first concept or plain LoRA; empty if none is known."""
     if contents["concepts"]:
         return _prompt(contents["concepts"][0])
-    return next((prompt for prompts in _plain_prompts(contents["training"]).values() for prompt in prompts), "")
+    return next((prompt for prompts in find_prompts(contents["training"]).values() for prompt in prompts), "")
 
 
 def _rank(contents: Contents) -> int:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
-from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, warn
-from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
+from diffusers_mixofshow.evaluation.plain import Measurable, MeasuredPack, Trigger, has_class_word
 
 
-def find_own_packs(packs: Mapping[str, EDLoRA]) -> dict[str, str]:
+Packs = Mapping[str, EDLoRA] | Mapping[str, MeasuredPack]
+"""Name to pack."""
+_Pack = TypeVar("_Pack", EDLoRA, MeasuredPack)
+
+
+def find_own_packs(packs: Packs) -> dict[str, str]:
     """Placeholder to the name of the concept's own ED-LoRA: the first pack that holds this concept alone."""
     own: dict[str, str] = {}
     for name, pack in packs.items():
@@ -20,7 +25,7 @@ def find_own_packs(packs: Mapping[str, EDLoRA]) -> dict[str, str]:
     return own
 
 
-def warn_of_concepts_spelt_alike(packs: Mapping[str, EDLoRA]) -> None:
+def warn_of_concepts_spelt_alike(packs: Packs) -> None:
     """Warn of concepts whose names differ only in case, as they are not compared with each other."""
     spelt: dict[str, dict[str, None]] = {}
     for pack in packs.values():
@@ -31,10 +36,10 @@ def warn_of_concepts_spelt_alike(packs: Mapping[str, EDLoRA]) -> None:
 
 
 def unify_concepts(
-    packs: Mapping[str, EDLoRA],
+    packs: Mapping[str, _Pack],
     class_words: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
-) -> dict[str, EDLoRA]:
+) -> dict[str, _Pack]:
     """Give every concept the same class word and kind in all packs, so that they are measured with the same prompts.
 
     Both are taken from the concept's own ED-LoRA; if that does not have a class word, or is missing, from the first
@@ -49,19 +54,20 @@ def unify_concepts(
         Name to pack; the given packs are not changed.
 
     Raises:
-        ConfigurationError: If no pack knows the class word of a concept; names all of them.
+        ConfigurationError: If no pack knows the class word of a concept; names all of them. Plain LoRAs may have
+            none.
     """
     class_words, kinds = class_words or {}, kinds or {}
-    chosen: dict[str, Concept] = {}
+    chosen: dict[str, Measurable] = {}
     unknown, remarks = [], []
     for placeholder, told in _collect_concepts(packs).items():
-        known = {name: concept for name, concept in told.items() if concept.class_word != UNKNOWN_CLASS}
+        known = {name: concept for name, concept in told.items() if has_class_word(concept)}
         source = next(iter(known or told))
         word, kind = class_words.get(placeholder), kinds.get(placeholder)
-        if word is None and not known:
+        own = told[source]
+        if word is None and not known and not isinstance(own, Trigger):
             unknown.append(f"{placeholder} ({', '.join(told)})")
         remarks += _list_differences(placeholder, told, source, word=word is None, kind=kind is None)
-        own = told[source]
         chosen[placeholder] = replace(own, class_word=word or own.class_word, kind=kind or own.kind)
     if unknown:
         raise ConfigurationError(
@@ -73,10 +79,10 @@ def unify_concepts(
     return {name: _replace_concepts(pack, chosen) for name, pack in packs.items()}
 
 
-def _collect_concepts(packs: Mapping[str, EDLoRA]) -> dict[str, dict[str, Concept]]:
+def _collect_concepts(packs: Packs) -> dict[str, dict[str, Measurable]]:
     """Placeholder to each pack's name and concept, the concept's own ED-LoRA first."""
     own = find_own_packs(packs)
-    told: dict[str, dict[str, Concept]] = {}
+    told: dict[str, dict[str, Measurable]] = {}
     for name, pack in packs.items():
         for concept in pack.concepts:
             told.setdefault(concept.placeholder, {})[name] = concept
@@ -87,7 +93,7 @@ def _collect_concepts(packs: Mapping[str, EDLoRA]) -> dict[str, dict[str, Concep
 
 
 def _list_differences(
-    placeholder: str, told: Mapping[str, Concept], source: str, *, word: bool, kind: bool
+    placeholder: str, told: Mapping[str, Measurable], source: str, *, word: bool, kind: bool
 ) -> list[str]:
     """Write a remark on packs whose class word or kind differs from the chosen one; an empty list if none does."""
     said = {name: _describe(concept, word=word, kind=kind) for name, concept in told.items()}
@@ -96,14 +102,14 @@ def _list_differences(
     return [f"{placeholder} is measured as {used}, as in {source}; {', '.join(others)}"] if others else []
 
 
-def _describe(concept: Concept, *, word: bool, kind: bool) -> str:
+def _describe(concept: Measurable, *, word: bool, kind: bool) -> str:
     """A pack's class word, kind or both, as text; empty for the kind of a file without a class word."""
-    if concept.class_word == UNKNOWN_CLASS:
+    if not has_class_word(concept):
         return "no class word" if word else ""
     return ", ".join([repr(concept.class_word)] * word + [f"kind {concept.kind}"] * kind)
 
 
-def _replace_concepts(pack: EDLoRA, chosen: Mapping[str, Concept]) -> EDLoRA:
+def _replace_concepts(pack: _Pack, chosen: Mapping[str, Measurable]) -> _Pack:
     """The pack with the chosen class word and kind of each of its concepts."""
     known = [(concept, chosen[concept.placeholder]) for concept in pack.concepts]
     concepts = tuple(replace(own, class_word=other.class_word, kind=other.kind) for own, other in known)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
 
-from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.evaluation import metrics
-from diffusers_mixofshow.evaluation.agreement import find_own_packs, unify_concepts
+from diffusers_mixofshow.evaluation.agreement import Packs, find_own_packs, unify_concepts
 from diffusers_mixofshow.evaluation.identity import (
     Identity,
     Judge,
@@ -21,7 +19,9 @@ from diffusers_mixofshow.evaluation.identity import (
     measure_identity,
     retention,
 )
+from diffusers_mixofshow.evaluation.plain import Measurable, MeasuredPack, has_class_word, mention_of, settle_words
 from diffusers_mixofshow.evaluation.sampling import ON_PICTURES, Sampling, fill_templates, sample_pictures
+from diffusers_mixofshow.lora import loaded
 
 
 CLASS_WORD = "class word"
@@ -30,8 +30,8 @@ CLASS_WORD = "class word"
 MEAN = "mean"
 """In place of a concept's name in rows of means over a pack's concepts."""
 
-TEMPLATES = Callable[[Concept], Sequence[str]]
-"""Concept to its prompt templates with ``<TOK>``."""
+TEMPLATES = Callable[[Measurable], Sequence[str]]
+"""Concept, or plain LoRA, to its prompt templates with ``<TOK>``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,15 @@ class Row:
     """Measures of one concept in one pack.
 
     Args:
-        concept: The concept's placeholder, or `MEAN`.
+        concept: The concept's placeholder, the plain LoRA's name, or `MEAN`.
         pack: The pack's name, or `CLASS_WORD`.
-        text_alignment: CLIPScore of the pictures and their prompts, which name the class word in the concept's place.
+        text_alignment: CLIPScore of the pictures and their prompts, which name the class word in the concept's place;
+            those of a plain LoRA whose class word is not known name its trigger words.
         identity: How well the pictures show the concept; None without photos.
         retention: Share of the gain of the concept's own ED-LoRA over the class word that this pack keeps, for every
             measure; None if its own ED-LoRA is not among the packs, or is this pack.
-        drift: 1 - cosine of pictures of the class word with the pack loaded and without, of equal seeds.
+        drift: 1 - cosine of pictures of the class word with the pack loaded and without, of equal seeds; None if the
+            class word is not known.
     """
 
     concept: str
@@ -95,7 +97,7 @@ class Evaluation:
 
 def evaluate_packs(
     pipe: Any,
-    packs: Mapping[str, EDLoRA],
+    packs: Mapping[str, EDLoRA | MeasuredPack],
     judge: Judge,
     references: Mapping[str, Reference],
     *,
@@ -107,11 +109,13 @@ def evaluate_packs(
     """Measure every concept of every pack.
 
     The first pack that holds a concept alone is the concept's own ED-LoRA. Retention in other packs refers to it, and
-    its class word and kind are used if packs differ, see `unify_concepts`.
+    its class word and kind are used if packs differ, see `unify_concepts`. Plain LoRAs, alone or fused, are measured
+    by their trigger words; those whose class word is not known without its row, retention and drift.
 
     Args:
-        pipe: The base as a Mix-of-Show pipeline without a loaded concept; afterwards none is loaded either.
-        packs: Name to pack.
+        pipe: The base as a Mix-of-Show pipeline without a loaded concept; afterwards none is loaded either. For plain
+            LoRAs, a pipeline of diffusers will do.
+        packs: Name to pack; a `MeasuredPack` tells what a file of a plain LoRA does not.
         judge: Computes features and reads attributes.
         references: Placeholder to photos; without, only the text-alignment of a concept is measured.
         templates: Prompts of a concept.
@@ -119,17 +123,17 @@ def evaluate_packs(
         count: Pictures of each concept in each pack.
         advance: Called with the number of newly finished pictures, of `picture_count`.
     """
-    samples, packs = _Samples(judge), unify_concepts(packs)
+    samples, packs = _Samples(judge), unify_concepts(settle_words(_as_measured(packs)))
 
-    def sample(concept: Concept, subject: str) -> list[Image.Image]:
+    def sample(concept: Measurable, subject: str) -> list[Image.Image]:
         return sample_pictures(pipe, fill_templates(templates(concept), subject, count), sampling, advance=advance)
 
     for concept in _by_class_word(packs.values()).values():
         samples.floors[_class_key(concept)] = sample(concept, concept.class_word)
     for name, pack in packs.items():
-        with _load_pack(pipe, pack):
+        with loaded(pipe, pack.pack):
             for concept in pack.concepts:
-                samples.alone[concept.placeholder, name] = sample(concept, concept.placeholder)
+                samples.alone[concept.placeholder, name] = sample(concept, mention_of(concept))
             for concept in _by_class_word([pack]).values():
                 samples.note_drift(name, concept, sample(concept, concept.class_word))
     subjects = {
@@ -137,20 +141,21 @@ def evaluate_packs(
         for placeholder, one in references.items()
     }
 
-    def row(concept: Concept, name: str) -> Row:
-        texts = fill_templates(templates(concept), concept.class_word, count)
+    def row(concept: Measurable, name: str) -> Row:
+        subject = concept.class_word if has_class_word(concept) else mention_of(concept)
+        texts = fill_templates(templates(concept), subject, count)
         return samples.measure(concept, name, texts, subjects)
 
     rows = [row(concept, name) for name, pack in packs.items() for concept in pack.concepts]
     concepts = {concept.placeholder: concept for pack in packs.values() for concept in pack.concepts}
-    bare = {placeholder: row(concept, CLASS_WORD) for placeholder, concept in concepts.items()}
+    bare = {name: row(concept, CLASS_WORD) for name, concept in concepts.items() if has_class_word(concept)}
     pictures = {
         (each.concept, each.pack): samples.find(concepts[each.concept], each.pack) for each in (*bare.values(), *rows)
     }
     return Evaluation(rows=_order_rows(packs, bare, rows), pictures=pictures)
 
 
-def picture_count(packs: Mapping[str, EDLoRA], count: int) -> int:
+def picture_count(packs: Packs, count: int) -> int:
     """Number of pictures that `evaluate_packs` samples; class words and kinds of the packs must be unified."""
     loaded = sum(len(pack.concepts) + len(_by_class_word([pack])) for pack in packs.values())
     return count * (len(_by_class_word(packs.values())) + loaded)
@@ -173,14 +178,21 @@ def record_rows(pack: EDLoRA, name: str, evaluation: Evaluation, settings: Mappi
     return replace(pack, training={**pack.training, "evaluation": {**settings, "concepts": concepts}})
 
 
-def _class_key(concept: Concept) -> tuple[str, str]:
+def _as_measured(packs: Mapping[str, EDLoRA | MeasuredPack]) -> dict[str, MeasuredPack]:
+    """The packs, each with what of it is measured."""
+    return {
+        name: pack if isinstance(pack, MeasuredPack) else MeasuredPack.of(pack, name) for name, pack in packs.items()
+    }
+
+
+def _class_key(concept: Measurable) -> tuple[str, str]:
     """Class word and kind: concepts equal in both have the same prompts with the class word."""
     return concept.class_word, concept.kind
 
 
-def _by_class_word(packs: Iterable[EDLoRA]) -> dict[tuple[str, str], Concept]:
-    """One concept for each class word and kind."""
-    return {_class_key(concept): concept for pack in packs for concept in pack.concepts}
+def _by_class_word(packs: Iterable[EDLoRA | MeasuredPack]) -> dict[tuple[str, str], Measurable]:
+    """One concept for each known class word and kind."""
+    return {_class_key(concept): concept for pack in packs for concept in pack.concepts if has_class_word(concept)}
 
 
 class _Samples:
@@ -195,17 +207,17 @@ class _Samples:
         self.alone: dict[tuple[str, str], list[Image.Image]] = {}
         self._drifts: dict[tuple[str, tuple[str, str]], float] = {}
 
-    def note_drift(self, pack: str, concept: Concept, pictures: Sequence[Image.Image]) -> None:
+    def note_drift(self, pack: str, concept: Measurable, pictures: Sequence[Image.Image]) -> None:
         """Record how far a pack's pictures of a class word are from the base's."""
         base = self.judge.features(self.floors[_class_key(concept)])
         cosines = metrics.cosine_matrix(base, self.judge.features(pictures)).diagonal()
         self._drifts[pack, _class_key(concept)] = float((1 - cosines).mean())
 
-    def find(self, concept: Concept, pack: str) -> list[Image.Image]:
+    def find(self, concept: Measurable, pack: str) -> list[Image.Image]:
         """Find the pictures of a concept in a pack, or of its class word on the base."""
         return self.floors[_class_key(concept)] if pack == CLASS_WORD else self.alone[concept.placeholder, pack]
 
-    def measure(self, concept: Concept, pack: str, texts: Sequence[str], subjects: Mapping[str, Subject]) -> Row:
+    def measure(self, concept: Measurable, pack: str, texts: Sequence[str], subjects: Mapping[str, Subject]) -> Row:
         """Measure the pictures of one concept in one pack."""
         pictures, subject = self.find(concept, pack), subjects.get(concept.placeholder)
         features = self.judge.features(pictures)
@@ -219,36 +231,30 @@ class _Samples:
         )
 
 
-@contextmanager
-def _load_pack(pipe: Any, pack: EDLoRA) -> Iterator[None]:
-    pipe.load_edlora(pack)
-    try:
-        yield
-    finally:
-        pipe.unload_edlora()
-
-
-def _order_rows(packs: Mapping[str, EDLoRA], bare: Mapping[str, Row], rows: Sequence[Row]) -> tuple[Row, ...]:
+def _order_rows(packs: Mapping[str, MeasuredPack], bare: Mapping[str, Row], rows: Sequence[Row]) -> tuple[Row, ...]:
     """Add retention to all rows and put them in order, with means of packs of several concepts last."""
     alone = find_own_packs(packs)
     own = {row.concept: row for row in rows if row.pack == alone.get(row.concept)}
     ordered: list[Row] = []
-    for concept, floor in bare.items():
-        of_concept = [row for row in rows if row.concept == concept]
-        ordered += [floor, *(_add_retention(row, own.get(concept), floor) for row in of_concept)]
+    for concept in dict.fromkeys(row.concept for row in rows):
+        of_concept, floor = [row for row in rows if row.concept == concept], bare.get(concept)
+        ordered += [floor] if floor is not None else []
+        ordered += [_add_retention(row, own.get(concept), floor) for row in of_concept]
     means = []
     for name, pack in packs.items():
         names = [concept.placeholder for concept in pack.concepts]
         if len(names) > 1:
             own_mean = _average_rows([own[concept] for concept in names]) if own.keys() >= set(names) else None
-            floor = _average_rows([bare[concept] for concept in names])
+            floor = _average_rows([bare[concept] for concept in names]) if bare.keys() >= set(names) else None
             means.append(_add_retention(_average_rows([row for row in rows if row.pack == name]), own_mean, floor))
     return (*ordered, *means)
 
 
-def _add_retention(row: Row, own: Row | None, floor: Row) -> Row:
+def _add_retention(row: Row, own: Row | None, floor: Row | None) -> Row:
     """Add retention to a row, if the identities that it needs are known."""
-    if own is None or own is row or row.identity is None or own.identity is None or floor.identity is None:
+    if own is None or own is row or floor is None:
+        return row
+    if row.identity is None or own.identity is None or floor.identity is None:
         return row
     return replace(row, retention=retention(row.identity, own.identity, floor.identity))
 

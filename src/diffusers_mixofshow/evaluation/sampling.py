@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.progress import hide_bars
 from diffusers_mixofshow.regions import Region
 
@@ -79,7 +80,7 @@ def sample_pictures(
     """Sample one picture per prompt; picture k has the seed ``first_seed + first + k`` for any batch size.
 
     Args:
-        pipe: A Mix-of-Show pipeline with the concepts loaded.
+        pipe: A Mix-of-Show pipeline with the concepts loaded; of a family that has none, the pipeline of diffusers.
         prompts: One prompt per picture.
         sampling: Steps, guidance, size, batch size and first seed.
         regions: Regions of every picture.
@@ -94,14 +95,22 @@ def sample_pictures(
         with hide_bars(pipe), _allow_unnamed_concepts():
             pictures += pipe(
                 prompt=batch,
-                negative_prompt=[""] * len(batch),
-                regions=list(regions) if regions else None,
                 num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 height=sampling.height,
                 width=sampling.width,
+                **_arguments_of_family(pipe, len(batch), sampling.guidance_scale, regions),
                 **arguments,
             ).images
         advance(len(batch))
     return pictures
+
+
+def _arguments_of_family(
+    pipe: Any, count: int, guidance_scale: float, regions: Sequence[Region] | None
+) -> dict[str, object]:
+    """Arguments that not every family's pipeline takes, or takes under this name."""
+    family = family_of(pipe.components)
+    negative = {"negative_prompt": [""] * count} if family.takes_negative_prompt else {}
+    own = {"regions": list(regions) if regions else None} if family.concept_pipeline else {}
+    return {family.guidance_argument: guidance_scale, **negative, **own}

@@ -1,22 +1,18 @@
-"""Check that a pipeline can be used for fusion, that is samples from a prompt alone, and load sources into it."""
+"""Check that a pipeline can be used for fusion, that is samples from a prompt alone, and set aside what it has."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import FAMILIES, family_of
 from diffusers_mixofshow.families.recognition import is_denoiser_of
-from diffusers_mixofshow.lora import adapter_names, eject, inject
-
-
-_METHODS = ("load_edlora", "unload_edlora", "set_concepts_aside")
-_ADAPTER = "mixofshow_recording"
+from diffusers_mixofshow.lora import adapter_names, loads_concepts
 
 
 def refuse_unfusable(pipe: Any) -> None:
@@ -52,11 +48,6 @@ def _defect(pipe: Any) -> str:
         ours = family.concept_pipeline or family.pipeline
         return f"a {name}, which needs an input image. Give {ours}.from_pipe(pipe), which shares its models"
     return ""
-
-
-def loads_concepts(pipe: Any) -> bool:
-    """Whether a pipeline loads ED-LoRAs; diffusers' own pipelines load only plain LoRAs."""
-    return all(hasattr(pipe, method) for method in _METHODS)
 
 
 def refuse_concepts(pipe: Any, edloras: Iterable[EDLoRA]) -> None:
@@ -95,19 +86,6 @@ def set_aside(pipe: Any) -> Iterator[None]:
             "base. Call pipe.unload_lora_weights() first."
         )
     yield
-
-
-@contextmanager
-def load_source(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
-    """Load an ED-LoRA or a plain LoRA, or nothing, inside the block."""
-    with ExitStack() as undo:
-        if edlora is not None and loads_concepts(pipe):
-            pipe.load_edlora(edlora)
-            undo.callback(pipe.unload_edlora)
-        elif edlora is not None:
-            inject(pipe.components, edlora, _ADAPTER)
-            undo.callback(eject, pipe.components, _ADAPTER)
-        yield
 
 
 def _list_families() -> str:

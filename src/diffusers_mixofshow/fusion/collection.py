@@ -20,9 +20,8 @@ from diffusers_mixofshow.edlora.defects import sanitise
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites, configured_size, linear_layers
-from diffusers_mixofshow.fusion.borrowing import load_source
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
-from diffusers_mixofshow.lora import refuse_copied
+from diffusers_mixofshow.lora import loaded, refuse_copied
 from diffusers_mixofshow.progress import hide_bars
 
 
@@ -154,7 +153,7 @@ def collect(
     """
     refuse_copied(pipe.components)
     statistics = ConceptStatistics()
-    with load_source(pipe, edlora), _set_up_sampling(pipe):
+    with loaded(pipe, edlora), _set_up_sampling(pipe):
         for part in PARTS:
             with record_inputs(pipe, sites, statistics, recording.text_tokens, part):
                 for batch in _batches(_pictures(prompts, recording, part, hold_out=hold_out), recording.batch_size):

@@ -17,6 +17,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples, write_card, write_samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
 from diffusers_mixofshow.edlora.folder import remove
+from diffusers_mixofshow.edlora.fusion_record import PLAIN_KEY
 from diffusers_mixofshow.edlora.reading import read_metadata
 from diffusers_mixofshow.errors import FusionError, suggest, warn
 from diffusers_mixofshow.fusion.gram import Device, Gram
@@ -44,10 +45,6 @@ from diffusers_mixofshow.fusion.sources import FusionInput, Source, gather, mutu
 from diffusers_mixofshow.fusion.store import StatisticsStore
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
-
-
-_PLAIN_KEY = "mixofshow_fusion"
-"""Metadata key of a fused plain LoRA: the record of its fusion, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -120,11 +117,18 @@ class FusedPack(EDLoRA):
         """Files of an earlier pack in a folder, except sources that this pack is fused from as well."""
         return leave_out_carried(super()._stale(folder, merged=merged), folder, self.sources)
 
+    def _is_in(self, folder: Path, *, merged: bool) -> bool:
+        """Whether a folder holds this pack; one without concepts is there as a plain LoRA."""
+        if self.concepts:
+            return super()._is_in(folder, merged=merged)
+        there = read_plain_pack(folder)
+        return there is not None and there.digest == replace(self, **self._contents()).digest
+
     def _save_plain(self, folder: Path, samples: Samples, license_id: str | None) -> Path:
         """Write a pack of plain LoRAs alone as one plain LoRA, named as diffusers expects it, and its card."""
         stale = self._stale(folder)
         remove(stale)
-        record = {_PLAIN_KEY: json.dumps(dict(self.training))}
+        record = {PLAIN_KEY: json.dumps(dict(self.training))}
         path = write_lora(folder / PLAIN_NAME, cast_updates(self.lora, self.dtype), record)
         shown = write_samples(folder, samples)
         write_card(folder, self._card(public_name(os.fspath(folder)), False, shown, license_id), anew=bool(stale))
@@ -176,7 +180,7 @@ class FusedPack(EDLoRA):
 
     @classmethod
     def _of_plain(cls, path: Path) -> Self:
-        training = json.loads(read_metadata(path).get(_PLAIN_KEY, "{}"))
+        training = json.loads(read_metadata(path).get(PLAIN_KEY, "{}"))
         return cls(concepts=(), embeddings={}, lora=read_lora(path), base_model="", layers=(), training=training)
 
     @property
@@ -333,7 +337,7 @@ def _plain_file(source: str | os.PathLike[str]) -> Path | None:
     path = Path(source)
     if path.is_dir() and not (path / FILE_NAME).exists():
         path = path / PLAIN_NAME
-    return path if path.is_file() and _PLAIN_KEY in read_metadata(path) else None
+    return path if path.is_file() and PLAIN_KEY in read_metadata(path) else None
 
 
 def _statistics_of(sources: Sequence[Source]) -> Statistics:

@@ -15,6 +15,8 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
 from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
+from diffusers_mixofshow.edlora.fusion_record import PLAIN_KEY, as_mapping
+from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import open_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
@@ -31,6 +33,7 @@ from diffusers_mixofshow.interop.names import half_of
 from diffusers_mixofshow.interop.original import is_original, original_content
 from diffusers_mixofshow.interop.tensors import PICKLES, load_pickle, load_safetensors
 from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_content
+from diffusers_mixofshow.interop.trigger_words import TOLD, find_trigger_words
 
 
 _MOST_WORDS = 64
@@ -210,8 +213,15 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
         lora=foreign.lora,
         base_model=naming.base_model,
         layers=layers if rows else (),
-        training={"converted_from": f"{foreign.kind} ({foreign.layout})"},
+        training={"converted_from": f"{foreign.kind} ({foreign.layout})", **_read_training(foreign.metadata)},
     )
+
+
+def _read_training(metadata: Mapping[str, str]) -> dict[str, object]:
+    """What the metadata of a plain LoRA tells of how it was made: the record of its fusion, and its trigger words."""
+    record = as_mapping(as_mapping(decode(metadata.get(PLAIN_KEY, ""))).get("fusion"))
+    words = find_trigger_words(metadata)
+    return ({"fusion": record} if record else {}) | ({TOLD: list(words)} if words else {})
 
 
 def _refuse_half_of_xl(foreign: Foreign, subject: str) -> None:

@@ -1,12 +1,16 @@
-"""Find the trigger words of a plain LoRA in the metadata of its file."""
+"""Find the trigger words of a plain LoRA: in the metadata of its file, or in the record of a pack fused from it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from diffusers_mixofshow.edlora.fusion_record import as_mapping, find_prompts, list_entries, list_plain_names
 from diffusers_mixofshow.edlora.header import decode
 
+
+TOLD = "trigger_words"
+"""Key of the entry `training` of a plain LoRA that was read: the trigger words that its file told."""
 
 _PHRASE = "modelspec.trigger_phrase"
 _BY_FOLDER = ("ss_dataset_dirs", "ss_tag_frequency")
@@ -16,6 +20,11 @@ ai-toolkit writes its trigger word in the same way.
 """
 _REPEATED = re.compile(r"\d+_(.+)")
 _LONGEST = 100
+_MOST_PROMPTS, _MOST_WORDS = 64, 100
+"""How many prompts are read, and how many words of each."""
+_PUNCTUATION = ',.;:!?"()'
+_FILLERS = frozenset("a an the of in on at with by and photo photograph picture image".split())
+"""Words of many prompts that no trigger words begin or end with."""
 
 
 def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -32,5 +41,65 @@ def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         folders = decode(metadata.get(key, ""))
         names = folders if isinstance(folders, dict) else {}
         phrases += [match[1] for name in names if (match := _REPEATED.fullmatch(name))]
+    return _keep_plain(phrases)
+
+
+def trigger_words_of_sources(training: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    """Find the trigger words of every plain LoRA that a pack was fused from, in the pack's untrusted record.
+
+    These are the words that the LoRA's file told, if the prompts that it was fused with say them; else the words that
+    all of these prompts share.
+
+    Returns:
+        Name of the LoRA to its trigger words; to none if its prompts share no word.
+    """
+    told = {
+        name: words_in_training(as_mapping(entry.get("training")))
+        for entry in list_entries(training)
+        if isinstance(entry.get("concepts"), list)
+        for name in entry["concepts"]
+        if isinstance(name, str)
+    }
+    prompts = find_prompts(training)
+    found = {}
+    for name in list_plain_names(training):
+        said = [words for words in told.get(name, ()) if any(words in prompt for prompt in prompts[name])]
+        found[name] = tuple(said) or _keep_plain([find_shared_words(prompts[name])])
+    return found
+
+
+def words_in_training(training: Mapping[str, object]) -> tuple[str, ...]:
+    """The trigger words that a plain LoRA's file told, in the untrusted entry `training` of what was read from it."""
+    words = training.get(TOLD)
+    return _keep_plain(word for word in words if isinstance(word, str)) if isinstance(words, list) else ()
+
+
+def find_shared_words(prompts: Sequence[str]) -> str:
+    """The longest run of words that all prompts share, in any case; it neither begins nor ends with a filler word.
+
+    Args:
+        prompts: Of many and of long ones only the beginning is read.
+
+    Returns:
+        The run as the first prompt spells it; of equally long ones the first. Empty if there is none.
+    """
+    first, *others = [prompt.split()[:_MOST_WORDS] for prompt in prompts[:_MOST_PROMPTS]] or [[]]
+    texts = [_join(other) for other in others]
+    for length in range(len(first), 0, -1):
+        for start in range(len(first) - length + 1):
+            run = first[start : start + length]
+            ends = {_join(run[:1]).strip(), _join(run[-1:]).strip()}
+            if not ends & _FILLERS and all(_join(run) in text for text in texts):
+                return " ".join(run).strip(_PUNCTUATION)
+    return ""
+
+
+def _join(words: Iterable[str]) -> str:
+    """Words in lower case without their punctuation, with a space before and behind each."""
+    return f" {' '.join(word.strip(_PUNCTUATION) for word in words)} ".casefold()
+
+
+def _keep_plain(phrases: Iterable[str]) -> tuple[str, ...]:
+    """Each phrase once, in one line, without those that are empty, too long or hold control characters."""
     plain = (" ".join(phrase.split()) for phrase in phrases)
     return tuple(dict.fromkeys(phrase for phrase in plain if 0 < len(phrase) <= _LONGEST and phrase.isprintable()))

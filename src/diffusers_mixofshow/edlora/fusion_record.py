@@ -1,0 +1,41 @@
+"""Read the record of a fusion in a pack's entry `training`, which is untrusted: what has a wrong form is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+PLAIN_KEY = "mixofshow_fusion"
+"""Metadata key of a LoRA that was fused from plain LoRAs: its entry `training`, as JSON."""
+
+
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def record_of(training: Mapping[str, object]) -> Mapping[str, Any]:
+    """The record of a pack's fusion; empty if it was not fused."""
+    return as_mapping(training.get("fusion"))
+
+
+def list_entries(training: Mapping[str, object]) -> list[Mapping[str, Any]]:
+    """The record's entries of the sources, in their order."""
+    entries = record_of(training).get("sources")
+    return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+
+
+def find_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:
+    """Placeholder of each concept, or name of each plain LoRA, to the prompts that it was fused with."""
+    recorded = as_mapping(record_of(training).get("prompts"))
+    return {
+        str(name): [text for text in texts if isinstance(text, str)]
+        for name, texts in recorded.items()
+        if isinstance(texts, list)
+    }
+
+
+def list_plain_names(training: Mapping[str, object]) -> list[str]:
+    """Names of the plain LoRAs that a pack was fused from; concepts' names have angle brackets."""
+    return [name for name in find_prompts(training) if not name.startswith("<")]

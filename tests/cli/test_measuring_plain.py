@@ -1,0 +1,245 @@
+"""evaluate and compare of plain LoRAs and of what was fused from them: they have no concepts, but trigger words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from typer.testing import CliRunner
+
+import packs
+import tiny
+from cli.test_measuring import QUICK, place  # noqa: F401
+from diffusers_mixofshow import FusedPack, FusionSource, GradientFuser, LoRASource, MixOfShowPipeline, cli
+from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
+from diffusers_mixofshow.evaluation.packs import Reference, evaluate_packs
+from diffusers_mixofshow.evaluation.sampling import Sampling
+from diffusers_mixofshow.families.anima import ANIMA
+from diffusers_mixofshow.families.layers import linear_layers
+from diffusers_mixofshow.fusion.pack import read_plain_pack
+from diffusers_mixofshow.interop.lora_files import write_lora
+from diffusers_mixofshow.interop.opening import open_edlora
+from diffusers_mixofshow.interop.trigger_words import find_shared_words, trigger_words_of_sources
+from diffusers_mixofshow.notes import read_note
+from diffusers_mixofshow.sampling.loading import load_base
+
+
+PROMPTS = {"dog": ["photo of sks dog", "a sks dog in the snow"], "ink": ["a house, inkwash style"]}
+
+
+def write(path: Path, seed: int, **metadata: str) -> Path:
+    return write_lora(path, dict(packs.random_pack(tiny.components(), seed=seed).lora), metadata)
+
+
+@pytest.fixture
+def asked(place, tmp_path, monkeypatch) -> tuple[str, ...]:  # noqa: F811
+    """Two LoRAs fused into a pack that carries them, and the options of a quick measurement."""
+    monkeypatch.chdir(tmp_path)
+    files = {"dog": write(tmp_path / "dog.safetensors", 1), "ink": write(tmp_path / "ink.safetensors", 2)}
+    fused = GradientFuser().fuse([LoRASource(files[name], PROMPTS[name]) for name in files], method="average")
+    fused.save_pretrained(tmp_path / "both", sources=True)
+    (tmp_path / "photos").symlink_to(place / "photos")
+    return ("--base", str(place / "base"), "--metric-model", str(place / "clip"), *QUICK)
+
+
+def run(*arguments: object) -> str:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False).stdout
+
+
+def test_a_pack_of_plain_loras_is_measured_by_its_trigger_words_alone(asked) -> None:
+    with pytest.warns(MixOfShowWarning, match="dog, ink: without a class word .*--class-word dog=WORD"):
+        told = json.loads(run("evaluate", "both", *asked, "--sheet", "x.png", "--json"))
+    assert [(row["concept"], row["pack"]) for row in told["rows"]] == [
+        ("dog", "sources/lora-dog"), ("dog", "both"), ("ink", "sources/lora-ink"), ("ink", "both"), ("mean", "both"),
+    ]  # fmt: skip
+    assert all(row["text_alignment"] > 0 for row in told["rows"])
+    assert {row[name] for row in told["rows"] for name in ("identity", "retention", "drift")} == {None}
+    assert told["settings"]["trigger_words"] == {"dog": "sks dog", "ink": "house, inkwash style"}
+    assert told["settings"]["class_words"] == {}
+    prompts = [each["prompt"] for each in read_note(Path("x.png"))["rows"]["dog both"]]
+    assert prompts == ["a sks dog on a beach at noon", "a sks dog in front of a waterfall"]
+
+
+def test_class_words_photos_and_own_files_add_what_they_allow(asked) -> None:
+    words = ("--class-word", "dog=dog", "--kind", "dog=pet", "--photos", "dog=photos", "--trigger", "ink=inkwash")
+    with pytest.warns(MixOfShowWarning, match="ink: without a class word"):
+        told = json.loads(run("evaluate", "both", *asked, *words, "--own", "dog.safetensors", "--json"))
+    rows = {(row["concept"], row["pack"]): row for row in told["rows"]}
+    assert list(rows) == [
+        ("dog", "class word"), ("dog", "dog.safetensors"), ("dog", "both"), ("ink", "both"), ("mean", "both")
+    ]  # fmt: skip
+    assert rows["dog", "both"]["identity"]["alignment"] is not None
+    assert set(rows["dog", "both"]["retention"]) == {"alignment", "attributes"}
+    assert rows["dog", "both"]["drift"] is not None
+    assert rows["ink", "both"]["drift"] is rows["ink", "both"]["identity"] is None
+    assert told["settings"]["class_words"] == {"dog": "dog"}
+    assert told["settings"]["trigger_words"] == {"dog": "sks dog", "ink": "inkwash"}
+
+
+def test_an_own_file_of_another_name_is_known_by_its_content(asked) -> None:
+    Path("dog.safetensors").rename("pytorch_lora_weights.safetensors")
+    own = ("--own", "pytorch_lora_weights.safetensors", "--class-word", "dog=dog", "--class-word", "ink=drawing")
+    rows = json.loads(run("evaluate", "both", *asked, *own, "--json"))["rows"]
+    assert ("dog", "pytorch_lora_weights.safetensors") in [(row["concept"], row["pack"]) for row in rows]
+    write(Path("cat.safetensors"), 3)
+    with pytest.raises(ConfigurationError, match=r"cat\.safetensors holds cat, but the pack holds dog, ink"):
+        run("evaluate", "both", *asked, "--own", "cat.safetensors")
+
+
+def test_numbers_of_a_pack_of_plain_loras_are_saved_beside_its_sources(asked) -> None:
+    before = FusedPack.from_pretrained("both")
+    words = ("--class-word", "dog=dog", "--class-word", "ink=drawing")
+    told = json.loads(run("evaluate", "both", *asked, *words, "--save", "--json"))
+    saved = read_plain_pack("both")
+    assert saved is not None
+    entries = saved.training["evaluation"]["concepts"]
+    assert entries["dog"]["text_alignment"] == next(
+        row["text_alignment"] for row in told["rows"] if (row["concept"], row["pack"]) == ("dog", "both")
+    )
+    after = FusedPack.from_pretrained("both")  # with the sources that it carries
+    assert after.digest == before.digest
+    assert [one.name for one in after.sources] == ["dog", "ink"]
+    assert "| text-alignment |" in ModelCard.load("both/README.md").text
+    write(Path("dog2.safetensors"), 1)
+    with pytest.raises(ConfigurationError, match="--save writes the numbers"):
+        run("evaluate", "dog2.safetensors", *asked, "--trigger", "dog2=x", "--save")
+
+
+def test_a_single_plain_lora_is_compared_with_the_pack(asked) -> None:
+    write(Path("dog.safetensors"), 1, **{"modelspec.trigger_phrase": "sks dog"})
+    words = ("--class-word", "dog=dog", "--class-word", "ink=drawing")
+    told = json.loads(run("compare", "dog.safetensors", "both", *asked, *words, "--json"))
+    assert ("dog", "dog.safetensors") in [(row["concept"], row["pack"]) for row in told["rows"]]
+    plan = json.loads(run("compare", "dog.safetensors", *asked, "--class-word", "dog=dog", "--dry-run", "--json"))
+    assert plan["pictures"] == 2 * 3
+
+
+def test_what_nobody_knows_is_asked_for_in_one_error(asked) -> None:
+    write(Path("x.safetensors"), 3)
+    with pytest.raises(ConfigurationError, match=r"trigger words of x are not known.*--trigger x=WORDS"):
+        run("evaluate", "x.safetensors", *asked)
+    with pytest.raises(ConfigurationError, match=r"--trigger: no pack holds <y> \(they hold dog, ink\)"):
+        run("evaluate", "both", *asked, "--trigger", "y=sks")
+    packs.random_pack(tiny.components(), "rex").save_pretrained("rex")
+    with pytest.raises(ConfigurationError, match="--trigger: <rex> is a concept, which prompts call <rex>"):
+        run("evaluate", "rex", *asked, "--trigger", "rex=sks")
+
+
+def test_a_plain_lora_beside_concepts_is_measured_too_if_its_words_are_known(asked) -> None:
+    rex = FusionSource(packs.random_pack(tiny.components(), "rex"))
+    for prompts in (["sks dog", "a sks dog"], ["one", "two"]):
+        fused = GradientFuser().fuse([rex, LoRASource("dog.safetensors", prompts)], method="average")
+        fused.save_pretrained("mixed", overwrite=True)
+        with pytest.warns(MixOfShowWarning, match="dog"):
+            rows = json.loads(run("evaluate", "mixed", *asked, "--json"))["rows"]
+        expected = ["<rex>", "dog"] if "sks dog" in prompts else ["<rex>"]
+        assert [row["concept"] for row in rows if row["pack"] == "mixed" and row["concept"] != "mean"] == expected
+
+
+def test_packs_of_plain_loras_are_measured_in_python(asked, place) -> None:  # noqa: F811
+    pipe = MixOfShowPipeline.from_pretrained(place / "base", safety_checker=None)
+    told = evaluate_packs(
+        pipe,
+        {"both": read_plain_pack("both")},
+        ClipJudge.load(str(place / "clip")),
+        {"dog": reference(place / "photos")},
+        templates=lambda concept: ["a <TOK>"],
+        sampling=Sampling(steps=1, guidance_scale=1.0),
+        count=1,
+    )
+    assert [(row.concept, row.identity is None) for row in told.rows] == [
+        ("dog", False), ("ink", True), ("mean", True)
+    ]  # fmt: skip
+    plain = pipe("a sks dog", num_inference_steps=1, guidance_scale=1.0, generator=torch.manual_seed(1)).images[0]
+    pipe.load_edlora("both")
+    loaded = pipe("a sks dog", num_inference_steps=1, guidance_scale=1.0, generator=torch.manual_seed(1)).images[0]
+    measured = told.pictures["dog", "both"][0]
+    assert measured.tobytes() == loaded.tobytes() != plain.tobytes()
+
+
+def reference(folder: Path) -> Reference:
+    photos = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    return Reference(photos=photos)
+
+
+def test_plain_loras_of_a_base_that_draws_no_concepts_are_measured_with_its_own_pipeline(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = load_base("toyland-sd3", "cpu", "float32", concepts=False)
+    sites = [site for site in linear_layers(pipe.components) if "attn.to_q" in site]
+    generator = torch.Generator().manual_seed(0)
+    files = []
+    for name in ("bobo", "rex"):
+        lora = {
+            site: packs.LowRank(
+                down=torch.randn(2, 160, generator=generator), up=torch.randn(160, 2, generator=generator), alpha=2.0
+            )
+            for site in sites
+        }
+        files.append(write_lora(tmp_path / f"{name}.safetensors", lora))
+    words = {"bobo": "bobo critter", "rex": "rex dog"}
+    sources = [LoRASource(file, [words[file.stem], f"a {words[file.stem]}"]) for file in files]
+    GradientFuser().fuse(sources, method="average").save_pretrained("both")
+    told = run("evaluate", "both", *QUICK, "--class-word", "bobo=critter", "--class-word", "rex=dog", "--json")
+    rows = {(row["concept"], row["pack"]): row for row in json.loads(told)["rows"]}
+    assert rows["bobo", "both"]["identity"]["attributes"] is not None
+    assert rows["bobo", "both"]["drift"] > 0
+    assert json.loads(told)["settings"]["base_model"] == "toyland-sd3"
+
+
+def test_a_base_without_any_pipeline_is_one_clear_error(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    site = "transformer.transformer_blocks.0.attn2.to_k"
+    assert ANIMA.has_site(site)
+    assert not ANIMA.pipeline
+    lora = {site: packs.LowRank(down=torch.randn(2, 1024), up=torch.randn(2048, 2), alpha=2.0)}
+    path = write_lora(tmp_path / "x.safetensors", lora)
+    with pytest.raises(ConfigurationError, match=r"x\.safetensors is for Anima.*no pipeline.*cannot be measured"):
+        run("evaluate", path, "--base", "user/anima", "--trigger", "x=sks", *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        (["photo of sks dog", "sks dog on the beach"], "sks dog"),
+        (["a photo of sks dog", "a drawing of sks dog"], "sks dog"),
+        (["a photo of a Sks dog, smiling", "SKS dog"], "Sks dog"),
+        (["sks"], "sks"),
+        (["a dog", "a cat"], ""),
+        (["a photo of"], ""),
+        ([], ""),
+        (["", "sks dog"], ""),
+        ([" ".join(map(str, range(5000)))] * 50, " ".join(map(str, range(100)))),
+    ],
+)
+def test_trigger_words_are_what_the_prompts_of_a_source_share(prompts: list[str], shared: str) -> None:
+    assert find_shared_words(prompts) == shared
+
+
+def test_trigger_words_of_the_files_count_before_what_prompts_share(tmp_path: Path) -> None:
+    told = {"modelspec.trigger_phrase": "sks dog"}
+    file = write(tmp_path / "dog.safetensors", 1, **told)
+    for prompts, words in (([], "sks dog"), (["my sks dog", "a sks dog here"], "sks dog"), (["abc x", "abc"], "abc")):
+        with pytest.warns(MixOfShowWarning) if not prompts else torch.no_grad():
+            fused = GradientFuser().fuse([LoRASource(file, prompts)], method="average")
+        assert trigger_words_of_sources(fused.training) == {"dog": (words,)}
+        fused.save_pretrained(tmp_path / "out", overwrite=True)
+        assert trigger_words_of_sources(open_edlora(tmp_path / "out").edlora.training) == {"dog": (words,)}
+    odd: Any = {
+        "fusion": {"prompts": {"x": ["a\x1b[31m"], "y": 3, "<rex>": ["a <rex>"]}, "sources": [3, {"concepts": 1}]}
+    }
+    assert trigger_words_of_sources(odd) == {"x": ()}
+    assert trigger_words_of_sources({}) == {}
+
+
+def test_an_ed_lora_is_measured_as_before(asked) -> None:
+    packs.random_pack(tiny.components(), "rex").save_pretrained("rex")
+    told = json.loads(run("evaluate", "rex", *asked, "--json"))
+    assert "trigger_words" not in told["settings"]
