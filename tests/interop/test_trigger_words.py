@@ -125,3 +125,24 @@ def test_inspect_tells_them(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "dog.safetensors", metadata=STANDARD)
     result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "dog.safetensors"), "--json"])
     assert json.loads(result.stdout)["trigger_words"] == ["sks dog"]
+
+
+def test_inspect_tells_the_trigger_words_of_every_source_of_a_pack(tmp_path: Path) -> None:
+    """Of packs of plain LoRAs alone, and of such with concepts; where nobody knows them, that is said."""
+    lora = dict(packs.random_pack(tiny.components()).lora)
+    told = write_lora(tmp_path / "dog.safetensors", lora, STANDARD)
+    other = write_lora(tmp_path / "ink.safetensors", dict(packs.random_pack(tiny.components(), seed=1).lora))
+    plain = [LoRASource(told, ["a sks dog"]), LoRASource(other, ["a house in inkwash", "inkwash, a tree"])]
+    odd = LoRASource(other, ["one", "two"], name="odd")
+    rex = packs.random_pack(tiny.components(), "rex", seed=2)
+    for name, sources in {"both": plain, "mixed": [*plain, rex], "odd": [plain[0], odd]}.items():
+        GradientFuser().fuse(sources, method="average").save_pretrained(tmp_path / name)
+    run = CliRunner(env={"COLUMNS": "200"})
+    for name in ("both", "mixed"):
+        shown = json.loads(run.invoke(cli.app, ["inspect", str(tmp_path / name), "--json"]).stdout)
+        assert shown["trigger_words_of_sources"] == {"dog": ["sks dog"], "ink": ["inkwash"]}
+        assert "dog: sks dog; ink: inkwash" in run.invoke(cli.app, ["inspect", str(tmp_path / name)]).stdout
+    assert "dog: sks dog; odd: not known" in run.invoke(cli.app, ["inspect", str(tmp_path / "odd")]).stdout
+    shown = run.invoke(cli.app, ["inspect", str(told)]).stdout
+    assert "sks dog" in shown
+    assert "not known" not in shown

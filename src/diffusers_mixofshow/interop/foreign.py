@@ -213,11 +213,11 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) ->
         lora=foreign.lora,
         base_model=naming.base_model,
         layers=layers if rows else (),
-        training={"converted_from": f"{foreign.kind} ({foreign.layout})", **_read_training(foreign.metadata)},
+        training={"converted_from": f"{foreign.kind} ({foreign.layout})", **read_training(foreign.metadata)},
     )
 
 
-def _read_training(metadata: Mapping[str, str]) -> dict[str, object]:
+def read_training(metadata: Mapping[str, str]) -> dict[str, object]:
     """What the metadata of a plain LoRA tells of how it was made: the record of its fusion, and its trigger words."""
     record = as_mapping(as_mapping(decode(metadata.get(PLAIN_KEY, ""))).get("fusion"))
     words = find_trigger_words(metadata)

@@ -17,9 +17,9 @@ from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.recognition import foreign_layers, recognise, transformers_with
 from diffusers_mixofshow.interop.concept_names import Naming, group_tokens
-from diffusers_mixofshow.interop.foreign import Foreign
+from diffusers_mixofshow.interop.foreign import Foreign, read_training
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
-from diffusers_mixofshow.interop.trigger_words import find_trigger_words
+from diffusers_mixofshow.interop.trigger_words import find_trigger_words, trigger_words_of_sources
 
 
 _LARGEST = 5
@@ -57,6 +57,7 @@ def summary_of_pack(pack: EDLoRA) -> dict[str, Any]:
         **_of_lora(pack.lora),
         "alpha_from": "its header",
         **_of_tensors([*pack.embeddings.values(), *_halves(pack.lora)]),
+        **_words_of_sources(pack.training),
         "training": dict(pack.training),
         "notes": [],
         "problems": [],
@@ -92,6 +93,7 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         "alpha_from": foreign.alpha_from,
         **_of_tensors([*foreign.tokens.values(), *vectors, *_halves(foreign.lora)]),
         "trigger_words": list(find_trigger_words(foreign.metadata)),
+        **_words_of_sources(read_training(foreign.metadata)),
         "training": {key: foreign.metadata[key] for key in _TOLD if key in foreign.metadata},
         "notes": list(foreign.remarks),
         "problems": problems,
@@ -147,7 +149,7 @@ def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
         "kind": summary["kind"],
         "layout": summary["layout"],
         "base model": base,
-        "trigger words": "" if summary["concepts"] else ", ".join(summary.get("trigger_words", ())) or "none",
+        "trigger words": _describe_trigger_words(summary),
         "rank": ", ".join(map(str, summary["ranks"])),
         "alpha": ", ".join(f"{alpha:g}" for alpha in summary["alphas"]),
         "alpha from": summary["alpha_from"] if layers else "",
@@ -157,6 +159,19 @@ def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
         "size": "on the Hub" if summary["bytes"] is None else f"{summary['bytes'] / 1e6:.2f} MB",
     }
     return {name: value for name, value in facts.items() if value != ""}
+
+
+def _words_of_sources(training: Mapping[str, object]) -> dict[str, dict[str, list[str]]]:
+    """Trigger words of each plain LoRA that a pack was fused from; an empty summary if there is none."""
+    found = {name: list(words) for name, words in trigger_words_of_sources(training).items()}
+    return {"trigger_words_of_sources": found} if found else {}
+
+
+def _describe_trigger_words(summary: Mapping[str, Any]) -> str:
+    """Trigger words of a plain LoRA, or by source those of a pack; empty where concepts are all that there is."""
+    if of_sources := summary.get("trigger_words_of_sources"):
+        return "; ".join(f"{name}: {', '.join(words) or 'not known'}" for name, words in of_sources.items())
+    return "" if summary["concepts"] else ", ".join(summary.get("trigger_words", ())) or "none"
 
 
 def _architecture(base: BaseModel | None, lora: Mapping[str, LowRank]) -> str | None:
