@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusers_mixofshow.regions import Layout, Region
+from diffusers_mixofshow.regions.drawing import draw_regions
 
 
 RED, GREEN, BLUE = (230, 25, 75), (60, 180, 75), (67, 99, 216)  # the first three colours
@@ -51,6 +52,26 @@ def test_regions_have_colours_of_their_own_that_begin_anew_after_eight() -> None
     assert edges[:3] == [RED, GREEN, BLUE]
     assert len(set(edges[:8])) == 8
     assert edges[8] == edges[0]
+
+
+def test_without_a_tint_the_picture_keeps_its_colours_inside_an_outline() -> None:
+    """Of three pixels of a picture of 600; whole regions lie on the picture's border too."""
+    ground = Image.linear_gradient("L").resize((600, 600)).convert("RGB")
+    regions = [Region("x", box=(0.25, 0.25, 0.75, 0.75)), Region("y", box=(0, 0.9, 1, 1))]
+    drawn = draw_regions(regions, ground, tinted=False, labels=["", ""], colours=["#ff0000", "#0000ff"])
+    pixels, before = np.asarray(drawn).astype(int), np.asarray(ground).astype(int)
+    red, blue = ((pixels == colour).all(axis=2) for colour in ((255, 0, 0), (0, 0, 255)))
+    outline = np.zeros((600, 600), bool)
+    outline[150:450, 150:450] = True
+    outline[153:447, 153:447] = False
+    assert (red & ~outline).sum() == 0
+    assert red[outline].mean() > 0.98  # an empty label leaves a dot
+    assert blue[540:543].all()
+    assert blue[597:].all()
+    assert blue[540:, :3].all()
+    rest = ~red & ~blue
+    rest[140:170, 140:170] = rest[530:570, :30] = False
+    assert (pixels[rest] == before[rest]).all()
 
 
 def test_a_soft_edge_is_tinted_by_its_share() -> None:

@@ -163,6 +163,11 @@ def test_a_picture_is_drawn_that_tells_how(studio: Studio, packs: dict[str, Path
         assert picture.size == (64, 64)
     assert min(result.overlay.size) >= 512
     assert (np.asarray(result.overlay.convert("RGB")) == (0x12, 0xE4, 0x56)).all(axis=2).sum() > 500
+    with Image.open(result.picture) as picture:  # between outline and label, the overlay has its colours and pixels
+        large = np.asarray(picture.convert("RGB").resize(result.overlay.size, Image.Resampling.NEAREST))
+    seen = np.asarray(result.overlay.convert("RGB"))
+    assert (seen[200:500, 10:240] == large[200:500, 10:240]).all()
+    assert (seen[:, 300:] == large[:, 300:]).all()
     assert Layout.load(result.layout).describe()["regions"] == [
         {"prompt": "a <rex> in the snow", "box": [0.0, 0.25, 0.5, 1.0]}
     ]

@@ -68,6 +68,23 @@ def test_two_boxes_are_drawn_with_the_mouse_and_the_picture_changes_in_them(seen
     assert problems(seen) == []
 
 
+def test_a_small_picture_is_shown_large_with_crisp_pixels(seen: Any) -> None:
+    set_number(seen, "Steps", "2")
+    draw(seen, "a meadow")
+    picture = one(seen, "#picture img")
+    assert picture.get_property("naturalWidth") == 64
+    assert picture.value_of_css_property("image-rendering") == "pixelated"
+    assert 200 < picture.size["width"] == picture.size["height"]
+
+
+def test_an_error_is_told_at_the_top_and_marks_no_innocent_field(seen: Any) -> None:
+    one(seen, "#draw").click()  # without a prompt
+    until(seen, lambda: "no prompt" in one(seen, "body").text)
+    marked = seen.find_elements("css selector", "span.error:not(.toast-title)")
+    picture = seen.find_elements("css selector", "#picture span.error")
+    assert len(marked) == len(picture) == 1
+
+
 def test_a_box_is_moved_resized_and_removed_with_the_mouse(seen: Any) -> None:
     drag(seen, (0.1, 0.1), (0.4, 0.4))
     drag(seen, (0.25, 0.25), (0.55, 0.35))

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.fusion.report import TITLE
 from diffusers_mixofshow.sampling.provenance import read_options
 from diffusers_mixofshow.ui import page
 from diffusers_mixofshow.ui.session import Studio
@@ -176,6 +177,28 @@ def test_a_file_that_is_too_large_is_not_taken(server: str, tmp_path: Path) -> N
         file.truncate(513 * 2**20)
     with pytest.raises(Exception, match=r"413|size|large"):
         user(server).predict(handle_file(large), api_name="/look_into_file")
+
+
+def test_an_error_marks_at_most_the_field_that_it_is_about(studio: Studio) -> None:
+    """Gradio marks every result of a call that failed, unless it is told where to show how the call goes."""
+    pytest.importorskip("gradio", reason="the extra ui is not installed")
+    config = page.build_page(studio).config
+    labels = {part["id"]: part["props"].get("label") or part["props"].get("value") for part in config["components"]}
+    marked = {
+        call["api_name"]: [labels[one] for one in call["show_progress_on"] or call["outputs"]]
+        for call in config["dependencies"]
+        if call["api_visibility"] == "public"
+    }
+    assert marked == {
+        "load": ["Hub id, folder or file"],
+        "load_files": ["Or drop files"],
+        "unload": ["Unload"],
+        "draw": ["Picture"],
+        "read_layout": ["Load a layout (JSON) or a picture with its settings (PNG)"],
+        "fuse": [TITLE],
+        "look_into_file": ["Drop a file"],
+        "look": ["Or a Hub id, folder or file"],
+    }
 
 
 SHOWN = Path(__file__).with_name("page.txt")

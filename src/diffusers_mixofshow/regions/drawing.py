@@ -14,6 +14,8 @@ from diffusers_mixofshow.regions.weights import coverage
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 _OPACITY = 70
+_LARGE = 256
+"""A pixel more of an untinted region's outline, for so many of the picture's shorter side."""
 
 
 def draw_regions(
@@ -23,6 +25,7 @@ def draw_regions(
     colours: Sequence[str] = COLOURS,
     labels: Sequence[str] | None = None,
     label_size: float | None = None,
+    tinted: bool = True,
 ) -> Image.Image:
     """Draw every region over a copy of a picture: a tint, an outline, and its prompt.
 
@@ -32,6 +35,8 @@ def draw_regions(
         colours: Colours of the regions in their order, used again from the start if there are more regions.
         labels: Texts to write into the regions, in place of their prompts.
         label_size: Height of the texts, in pixels; by default Pillow's.
+        tinted: Whether regions have a tint, which changes the picture's colours. Without it, the outline is wider on a
+            large picture.
 
     Returns:
         An RGB picture of the same size.
@@ -40,10 +45,9 @@ def draw_regions(
     for number, region in enumerate(regions):
         share = coverage(region, picture.height, picture.width).numpy()
         tint = Image.new("RGBA", picture.size, colours[number % len(colours)])
-        inside = Image.fromarray((share >= 0.5).astype(np.uint8) * 255)
-        edge = np.asarray(inside) - np.asarray(inside.filter(ImageFilter.MinFilter(3)))
-        edge |= _find_border(np.asarray(inside))
-        alpha = np.maximum((share * _OPACITY).astype(np.uint8), edge)
+        width = 1 if tinted else 1 + min(picture.size) // _LARGE
+        edge = _find_outline((share >= 0.5).astype(np.uint8) * 255, width)
+        alpha = np.maximum((share * _OPACITY * tinted).astype(np.uint8), edge)
         tint.putalpha(Image.fromarray(alpha))
         picture = Image.alpha_composite(picture, tint)
     _write_labels(
@@ -52,12 +56,11 @@ def draw_regions(
     return picture.convert("RGB")
 
 
-def _find_border(inside: np.ndarray) -> np.ndarray:
-    """The region's pixels on the picture's border, which `MinFilter` leaves out; 0 and 255."""
-    border = np.zeros_like(inside)
-    for line in (np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]):
-        border[line] = inside[line]
-    return border
+def _find_outline(inside: np.ndarray, width: int) -> np.ndarray:
+    """The outermost pixels of a region, of 0 and 255, so many deep; the picture's border counts as the region's."""
+    padded = Image.fromarray(np.pad(inside, width))
+    core = np.asarray(padded.filter(ImageFilter.MinFilter(2 * width + 1)))[width:-width, width:-width]
+    return inside - core
 
 
 def _write_labels(

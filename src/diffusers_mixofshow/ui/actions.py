@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from diffusers_mixofshow import Draft, GradientFuser, Isolation, Layout, Refinement
 from diffusers_mixofshow.base_models import classes_of
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, RegionError
@@ -25,8 +27,6 @@ from diffusers_mixofshow.ui.session import Session, Studio
 
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from diffusers_mixofshow.interop.opening import Opened
 
 MOST_STEPS = 200
@@ -239,15 +239,19 @@ def _make_drawing(studio: Studio, session: Session, layout: Layout, wishes: Wish
 
 
 def _draw_overlay(layout: Layout, picture: Image.Image, canvas: object) -> Image.Image:
-    """Draw the regions with their colours and names over the picture, enlarged so that names can be read."""
+    """Draw the regions with their colours and names over the picture, enlarged so that names can be read.
+
+    The picture keeps its colours and pixels, since people look for both here.
+    """
     scale = max(1, -(-_OVERLAY // min(picture.size)))
-    large = picture.resize((picture.width * scale, picture.height * scale))
+    large = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     return draw_regions(
         layout.regions,
         large,
         colours=read_colours(canvas) or ("#000000",),
         labels=read_names(canvas),
         label_size=large.height / 26,
+        tinted=False,
     )
 
 

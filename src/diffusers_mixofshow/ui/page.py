@@ -37,6 +37,14 @@ _HERE = "127.0.0.1"
 _HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
 _WHAT_TO_DO = "Draw boxes, say what is in each and what the whole picture shows, then press *Draw*."
 
+_SMALL = 256
+"""Pictures of a base whose shorter side has fewer pixels are shown enlarged."""
+_CSS = """
+.small .image-frame { width: 100% !important; }
+.small img { width: 100% !important; height: auto !important; object-fit: contain; image-rendering: pixelated; }
+"""
+"""Gradio shows a picture no larger than it is, and smooths it where it has to."""
+
 Borrow = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A decorator of functions that need a GPU, such as ``spaces.GPU``."""
 
@@ -105,7 +113,7 @@ def get_launch_settings() -> dict[str, Any]:
     """Arguments of `launch` that hold on every host: a limit on uploads, and no fonts or links from other servers."""
     gradio = import_gradio()
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return {"max_file_size": LARGEST_UPLOAD, "theme": theme, "footer_links": [], "ssr_mode": False}
+    return {"max_file_size": LARGEST_UPLOAD, "theme": theme, "css": _CSS, "footer_links": [], "ssr_mode": False}
 
 
 _warnings_are_caught = threading.Lock()
@@ -210,8 +218,9 @@ class _DrawTab:
 
     def _add_results(self) -> None:
         gradio = self.gradio
+        small = ["small"] if min(self.width, self.height) < _SMALL else []
         looks = {"interactive": False, "buttons": ["download", "fullscreen"]}
-        self.picture = gradio.Image(label="Picture", type="filepath", elem_id="picture", **looks)
+        self.picture = gradio.Image(label="Picture", type="filepath", elem_id="picture", elem_classes=small, **looks)
         self.overlay = gradio.Image(label="With its layout", format="png", elem_id="overlay", **looks)
         with gradio.Row():
             self.png = gradio.DownloadButton("Picture with its settings (PNG)")
@@ -222,17 +231,32 @@ class _DrawTab:
         )
 
     def _connect(self, borrow: Borrow) -> None:
+        """Connect buttons and fields with actions.
+
+        Without ``show_progress_on``, Gradio would mark every result of a call that fails as wrong, also the canvas.
+        """
         shown = [self.session, self.loaded, self.unloading, self.which, self.canvas]
         one = {"concurrency_id": _ONE_BY_ONE, "concurrency_limit": 1}
         typed, load = [self.session, self.source], _tell_errors(self._load)
-        self.load.click(load, typed, shown, api_name="load", **one)
-        self.source.submit(load, typed, shown, api_visibility="private", **one)
+        self.load.click(load, typed, shown, api_name="load", show_progress_on=self.source, **one)
+        self.source.submit(load, typed, shown, api_visibility="private", show_progress_on=self.source, **one)
         dropped = self.files.upload(
-            _tell_errors(self._load_files), [self.session, self.files], shown, api_name="load_files", **one
+            _tell_errors(self._load_files),
+            [self.session, self.files],
+            shown,
+            api_name="load_files",
+            show_progress_on=self.files,
+            **one,
         )
         _clear(dropped.success, self.files)
         _clear(dropped.failure, self.files)
-        self.unload.click(_tell_errors(self._unload), [self.session, self.which], shown, api_name="unload")
+        self.unload.click(
+            _tell_errors(self._unload),
+            [self.session, self.which],
+            shown,
+            api_name="unload",
+            show_progress_on=self.which,
+        )
         wishes = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
         switches = [self.draft, self.refine, self.isolation, self.condition]
         self.draw.click(
@@ -240,10 +264,15 @@ class _DrawTab:
             [self.session, self.canvas, *wishes, *switches],
             [self.picture, self.overlay, self.png, self.json, self.followed],
             api_name="draw",
+            show_progress_on=self.picture,
             **one,
         )
         self.saved.upload(
-            _tell_errors(self._read), [self.saved], [self.canvas, *wishes, *switches], api_name="read_layout"
+            _tell_errors(self._read),
+            [self.saved],
+            [self.canvas, *wishes, *switches],
+            api_name="read_layout",
+            show_progress_on=self.saved,
         )
 
     def _show(self, session: Session) -> tuple[Any, ...]:
@@ -337,6 +366,7 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
         [files, named, method, prompts],
         [table, meaning, result],
         api_name="fuse",
+        show_progress_on=table,
         concurrency_id=_ONE_BY_ONE,
         concurrency_limit=1,
     )
@@ -363,6 +393,8 @@ def _add_file_tab(gradio: Any, studio: Studio) -> None:
         return found.facts, found.concepts, "\n".join(found.notes) or "none", found.card
 
     shown = [facts, concepts, notes, card]
-    dropped = file.upload(_tell_errors(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file")
+    dropped = file.upload(
+        _tell_errors(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file", show_progress_on=file
+    )
     _clear(dropped.failure, file)
-    go.click(_tell_errors(lambda typed: look(typed.strip())), [named], shown, api_name="look")
+    go.click(_tell_errors(lambda typed: look(typed.strip())), [named], shown, api_name="look", show_progress_on=named)
