@@ -14,6 +14,7 @@ from diffusers_mixofshow import atomic
 from diffusers_mixofshow.atomic import (
     check_outputs,
     find_existing,
+    portable_name,
     refuse_overwriting,
     write_picture,
     write_probe,
@@ -216,3 +217,26 @@ def test_pictures_are_written_in_their_format_with_what_it_takes(tmp_path: Path)
     with Image.open(tmp_path / "x") as read:
         assert (read.format, read.tobytes()) == ("PNG", picture.tobytes())
     assert (tmp_path / "fine.jpg").stat().st_size > 2 * (tmp_path / "coarse.jpg").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "spelt"),
+    [
+        ("con", "con_"),
+        ("CON.safetensors", "CON_.safetensors"),
+        ("nul.tar.gz", "nul_.tar.gz"),
+        ("Com1", "Com1_"),
+        ("lpt\N{SUPERSCRIPT TWO}.png", "lpt\N{SUPERSCRIPT TWO}_.png"),
+        ("con .png", "con _.png"),
+        ("conin$", "conin$_"),
+        ("rex.", "rex_"),
+        ("rex. .", "rex___"),
+        ('a<b>:"/\\|?*c\x07', "a_b________c_"),
+        ("", ""),
+        *((name, name) for name in ("rex", "concert", "com", "com10", "my.con", "con-2", "auxiliary.png", ".hidden")),
+    ],
+)
+def test_a_portable_name_is_taken_by_every_system(name: str, spelt: str) -> None:
+    """As Windows documents what it reserves; a portable name stays, so that spelling it twice is of no effect."""
+    assert portable_name(name) == spelt
+    assert portable_name(spelt) == spelt

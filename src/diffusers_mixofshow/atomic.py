@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all, and replace others only where that was asked for."""
+"""Files that appear whole or not at all, replace others only where that was asked for, and have portable names."""
 
 from __future__ import annotations
 
 import glob
 import io
 import os
+import re
 import tempfile
 import time
 import unicodedata
@@ -25,6 +26,20 @@ _LONGEST_WRITE_S = 3600.0
 """A temporary file older than this was left by a process that was killed."""
 _NAMED = 4
 """How many paths an error lists before it says "and N more"."""
+_REFUSED = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+_RESERVED = re.compile(r"((?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9\xb9\xb2\xb3]) *)(\..*)?", re.IGNORECASE)
+"""Names of Windows' devices, which no file or folder can have there, with any ending."""
+
+
+def portable_name(name: str) -> str:
+    """Spell a name so that every system takes it for a file or folder; most names stay as they are.
+
+    What Windows refuses becomes ``_``: some characters, and dots and spaces at the end. A name that it reserves for a
+    device gets a ``_`` before its ending: ``con`` becomes ``con_``, and ``con.png`` ``con_.png``.
+    """
+    spelt = re.sub(r"[. ]+$", lambda end: "_" * len(end[0]), _REFUSED.sub("_", name))
+    reserved = _RESERVED.fullmatch(spelt)
+    return f"{reserved[1]}_{reserved[2] or ''}" if reserved else spelt
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -51,6 +51,19 @@ def test_every_setting_is_an_option_with_help() -> None:
     assert "white is the concept" in text
 
 
+@pytest.mark.parametrize(
+    ("concept", "folder", "picture"),
+    [("<con>", "con_", "con_.png"), ("rex.", "rex_", "rex..png"), ("rex", "rex", "rex.png")],
+)
+def test_the_folder_named_after_the_concept_is_one_that_windows_takes(
+    trained: list[TrainingConfig], concept: str, folder: str, picture: str
+) -> None:
+    output = run("photos", "--concept", concept, "--class-word", "dog")
+    (config,) = trained
+    assert (config.output_dir, config.concept_to_learn.name) == (Path(folder), concept.strip("<>"))
+    assert f"--output {picture}" in output
+
+
 def test_switches_of_the_file_of_all_verbs_are_heard_and_the_command_line_wins(
     tmp_path: Path, trained: list[TrainingConfig]
 ) -> None:

@@ -215,6 +215,13 @@ def test_a_pack_never_leads_out_of_its_folder() -> None:
     assert carried_path(["<..>"]) == "sources/"
 
 
+def test_a_pack_carries_its_sources_in_folders_that_windows_takes() -> None:
+    assert carried_path(["<con>"]) == "sources/con_"
+    assert carried_path(["<aux.v2>"]) == "sources/aux_.v2"
+    assert carried_path(["ink."]) == "sources/lora-ink_"
+    assert carried_path(["<con>", "<rex>"]) == "sources/con+rex"
+
+
 @pytest.mark.parametrize(
     ("names", "concepts", "told"),
     [

@@ -75,6 +75,16 @@ def test_embeddings_beside_a_lora_stay_apart_and_come_back(tmp_path: Path, to: s
     assert [concept.placeholder for concept in back.concepts] == ["<Rex>", "<rex>"]
 
 
+def test_a_concept_keeps_the_name_that_windows_takes_for_no_file(tmp_path: Path):
+    pack = packs.random_pack(tiny.components(), "con", "nul.x")
+    assert distinct_names(["<con>", "con", "<aux>"]) == {"<con>": "con_", "con": "con_-2", "<aux>": "aux_"}
+    assert plain_name("<con>") == "con"
+    done = convert(pack, tmp_path / "out", "kohya")
+    assert [file.name for file in done.files[1:-1]] == ["con_.safetensors", "nul_.x.safetensors"]
+    back = read_as_edlora(done.files[0], layers=pack.layers)
+    assert [concept.placeholder for concept in back.concepts] == ["<con>", "<nul.x>"]
+
+
 def test_one_missing_of_two_alike_is_told(tmp_path: Path):
     pack = packs.random_pack(tiny.components(), "Rex", "rex")
     done = convert(pack, tmp_path / "out", "kohya")

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from diffusers_mixofshow.atomic import portable_name
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.cli.messages import show_warnings_as_sentences
 from diffusers_mixofshow.cli.plans import DryRun, plan_replacing, plan_training, tell
@@ -125,7 +126,7 @@ def make_config(settings: Mapping[str, Any]) -> TrainingConfig:
     """Make the config; the output folder is named after the concept unless it is given."""
     settings = dict(settings)
     if "concept" in settings:
-        settings.setdefault("output_dir", Path(str(settings["concept"]).strip("<>")))
+        settings.setdefault("output_dir", Path(portable_name(str(settings["concept"]).strip("<>"))))
     return TrainingConfig.from_mapping(settings)
 
 

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import join, quote
 
+from diffusers_mixofshow.atomic import portable_name
 from diffusers_mixofshow.training import TrainingConfig
 
 
 def describe_next(config: TrainingConfig) -> list[str]:
     """Lines with the commands that draw, measure and fuse what a training has written."""
     folder, concept = quote(str(config.output_dir)), config.concept_to_learn
+    picture = portable_name(f"{concept.name}.png")
     photos = "" if config.instance_data_dir is None else quote(f"{concept.name}={config.instance_data_dir}")
     return [
         "Draw it, measure it, or fuse it with another one in place of OTHER:",
-        f'  mixofshow sample --concepts {folder} --prompt "a {concept.placeholder}" --output {concept.name}.png',
+        f'  mixofshow sample --concepts {folder} --prompt "a {concept.placeholder}" --output {picture}',
         f"  mixofshow evaluate {folder}{photos and f' --photos {photos}'}",
         f"  mixofshow fuse {folder} OTHER --output fused",
     ]

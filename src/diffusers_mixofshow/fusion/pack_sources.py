@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.atomic import refuse_overwriting
+from diffusers_mixofshow.atomic import portable_name, refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.folder import SOURCES, find_places
 from diffusers_mixofshow.edlora.hub import is_repo_id
@@ -174,7 +174,8 @@ def _check_carried(sources: Sequence[Source]) -> None:
 def carried_path(names: Iterable[str]) -> str:
     """Path of a source in its pack: ``sources/potter``, ``sources/rex+kit``, for a plain LoRA ``sources/lora-ink``."""
     spelt = [name[1:-1] if name.startswith("<") else f"lora-{name}" for name in names]
-    return f"{SOURCES}/" + re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never out of the folder
+    name = re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never out of the folder
+    return f"{SOURCES}/{portable_name(name)}"
 
 
 def read_record(record: Mapping[str, Any]) -> tuple[Settings, list[Mapping[str, Any]]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
+from diffusers_mixofshow.atomic import portable_name
 from diffusers_mixofshow.concepts import Concept
 
 
@@ -44,19 +45,19 @@ def plain_name(text: str) -> str:
     return name[:_LONGEST].strip("-_.") or "concept"
 
 
-def distinct_names(words: Iterable[str], *, ignoring_case: bool = True) -> dict[str, str]:
+def distinct_names(words: Iterable[str], *, of_files: bool = True) -> dict[str, str]:
     """Give every word a unique plain name; deterministic for the same words in the same order.
 
     Args:
         words: Each once.
-        ignoring_case: Whether names must differ in more than case, as some file systems require.
+        of_files: Whether files are named so: names then differ in more than case, and every system takes them.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
     for word in words:
-        plain = name = plain_name(word)
+        plain = name = portable_name(plain_name(word)) if of_files else plain_name(word)
         number = 1
-        while (same := name.lower() if ignoring_case else name) in taken:
+        while (same := name.lower() if of_files else name) in taken:
             number += 1
             name = f"{plain[: _LONGEST - len(str(number)) - 1]}-{number}"
         taken.add(same)
@@ -102,9 +103,7 @@ def name_words(words: Mapping[str, int], naming: Naming) -> dict[Hashable, tuple
     Returns:
         (Word, number of the vector) to (concept, name of the token in the concept).
     """
-    names = (
-        dict.fromkeys(words, plain_name(naming.name)) if naming.name else distinct_names(words, ignoring_case=False)
-    )
+    names = dict.fromkeys(words, plain_name(naming.name)) if naming.name else distinct_names(words, of_files=False)
     groups: dict[str, list[tuple[str, int]]] = {}
     for word, count in words.items():
         group = groups.setdefault(names[word], [])
