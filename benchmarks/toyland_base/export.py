@@ -49,7 +49,7 @@ def forget_origin(path: Path) -> None:
     path.write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, target: Path, max_length: int | None = None) -> None:
+def copy_tokenizer(source: Path, target: Path, max_length: int | None) -> None:
     """Replace a tokenizer that was saved by one in the files that every transformers release reads.
 
     Args:

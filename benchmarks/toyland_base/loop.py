@@ -129,7 +129,7 @@ def train_stage(
     accelerator: accelerate.Accelerator,
     optimiser: torch.optim.Optimizer,
     checkpoint: Path,
-    resume: bool = False,
+    resume: bool,
     on_checkpoint: Callable[[Objective], None] | None = None,
 ) -> Objective:
     """Train `objective`, a module that maps a batch to a scalar loss, and return its averaged copy.

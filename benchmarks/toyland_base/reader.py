@@ -103,13 +103,12 @@ def scene_labels(scenes: Sequence[Scene]) -> torch.Tensor:
     return labels
 
 
-def reader_pool(count: int, seed: int, vae: AutoencoderKL | None = None) -> ReaderPool:
-    """Random pictures of one thing each; with `vae`, half of them after a disturbed round trip."""
+def reader_pool(count: int, seed: int, vae: AutoencoderKL) -> ReaderPool:
+    """Random pictures of one thing each, half of them after a disturbed round trip through the autoencoder."""
     scenes = reader_scenes(count, seed)
     images = [draw(scene).image for scene in scenes]
     pixels = ((to_pixels(images) + 1) * 127.5).round().to(torch.uint8)
-    if vae is not None:
-        pixels[::2] = soft_round_trip(vae, pixels[::2], seed)
+    pixels[::2] = soft_round_trip(vae, pixels[::2], seed)
     return ReaderPool(pixels=pixels, labels=scene_labels(scenes))
 
 

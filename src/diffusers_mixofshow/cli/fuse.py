@@ -182,7 +182,9 @@ def _write(fused: FusedPack, output: Path, heat_map: Path | None, *, sources: bo
 
 def _refuse_unwritable(output: Path, heat_map: Path | None) -> None:
     """Check the places before anything is read; whether files are replaced is known only when sources are read."""
-    check_outputs(output / "edlora.safetensors", *([] if heat_map is None else [heat_map]), overwrite=True)
+    from diffusers_mixofshow.edlora.file import FILE_NAME
+
+    check_outputs(output / FILE_NAME, *([] if heat_map is None else [heat_map]), overwrite=True)
 
 
 def _find_replaced(output: Path, heat_map: Path | None, gathered: Sequence[Source], **allowed: bool) -> list[Path]:

@@ -14,7 +14,13 @@ from diffusers_mixofshow import notes
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import TOYLAND, embedded_base, public_name
 from diffusers_mixofshow.cli import plans
-from diffusers_mixofshow.cli.base_model import MOST_STEPS, choose_guidance, find_common_base, normalise_base
+from diffusers_mixofshow.cli.base_model import (
+    GUIDANCE_HELP,
+    MOST_STEPS,
+    choose_guidance,
+    find_common_base,
+    normalise_base,
+)
 from diffusers_mixofshow.cli.sources import read_pack
 from diffusers_mixofshow.cli.timing import estimate_time
 from diffusers_mixofshow.concepts import KINDS
@@ -74,9 +80,7 @@ MetricModel = Annotated[
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of pictures of each concept in each pack.")]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance scale. (default: 7.5; SDXL: 5; toyland: 3)")
-]
+Guidance = Annotated[float | None, typer.Option(help=GUIDANCE_HELP)]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the next has the next seed, in every pack.")]
 Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]
 Record = Annotated[Path | None, typer.Option(help="JSON file for numbers, settings, versions and machine.")]
@@ -289,7 +293,7 @@ def _names_in(packs: Iterable[MeasuredPack]) -> list[str]:
     return [concept.placeholder for pack in packs for concept in pack.concepts]
 
 
-def read_packs(sources: Sequence[str], base: str | None = None) -> dict[str, MeasuredPack]:
+def read_packs(sources: Sequence[str], base: str | None) -> dict[str, MeasuredPack]:
     """Read ED-LoRAs and packs, each under the last part of its name, or the whole name if several share that part.
 
     Args:

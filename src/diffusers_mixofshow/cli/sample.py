@@ -282,17 +282,14 @@ def _spell_option(name: str) -> str:
 def _build_layout(asked: Mapping[str, Any]) -> Layout:
     """The layout of the file; options replace its prompts and size, and add regions."""
     from diffusers_mixofshow.regions import Layout
+    from diffusers_mixofshow.regions.layout import OF_PICTURE
     from diffusers_mixofshow.sampling.provenance import read_layout
 
     plan = Layout() if asked["layout"] is None else read_layout(asked["layout"])
-    given = {name: getattr(plan, name) if asked[name] is None else asked[name] for name in _OF_LAYOUT}
+    given = {name: getattr(plan, name) if asked[name] is None else asked[name] for name in OF_PICTURE}
     if given["prompt"] is None:
         raise ConfigurationError("Got no prompt. Give --prompt, or --layout with a file that has one.")
     return Layout((*plan.regions, *parse_regions(asked["region"] or [])), **given)
-
-
-_OF_LAYOUT = ("prompt", "negative_prompt", "width", "height")
-"""Options that replace an entry of the layout."""
 
 
 def number_files(path: Path, count: int) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from diffusers_mixofshow.cli.base_model import BASE_HELP, MOST_STEPS, normalise_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, GUIDANCE_HELP, MOST_STEPS, normalise_base
 from diffusers_mixofshow.sampling.control import ADAPTER_HELP, CONTROL_HELP
 from diffusers_mixofshow.sampling.drawing import GRAIN
 
@@ -97,9 +97,7 @@ Seed = Annotated[
     ),
 ]
 Steps = Annotated[int, _setting_option(min=1, max=MOST_STEPS, help="Denoising steps.")]
-Guidance = Annotated[
-    float | None, _setting_option(help="Classifier-free guidance scale. (default: 7.5; SDXL: 5; toyland: 3)")
-]
+Guidance = Annotated[float | None, _setting_option(help=GUIDANCE_HELP)]
 LoraScale = Annotated[
     list[float] | None,
     _setting_option(

@@ -32,7 +32,7 @@ def read_source(source: str) -> EDLoRA | Foreign:
     return read_any(source)
 
 
-def read_pack(source: str, base: str | None = None) -> EDLoRA:
+def read_pack(source: str, base: str | None) -> EDLoRA:
     """Read an ED-LoRA, a fused pack or another program's file that is to be loaded into its base.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.demo.settings import DemoSettings
+from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.fusion.fuser import Method
@@ -50,7 +51,7 @@ def _fuse(pipe: Any, singles: Sequence[Path], method: Method, folder: Path, sett
     } | dict(settings.fusion)
     digest = hashlib.sha256(json.dumps([method, arguments], sort_keys=True).encode())
     for single in singles:
-        digest.update((single / "edlora.safetensors").read_bytes())
+        digest.update((single / FILE_NAME).read_bytes())
     marker = folder / "finished.json"
     if marker.exists() and marker.read_text(encoding="utf-8") == digest.hexdigest():
         return

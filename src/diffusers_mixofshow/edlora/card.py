@@ -66,8 +66,8 @@ def model_card(
     location: str,
     *,
     merged: bool,
-    samples: Mapping[str, str] | None = None,
-    license_id: str | None = None,
+    samples: Mapping[str, str],
+    license_id: str | None,
 ) -> ModelCard:
     """Write the card of a pack; of one without concepts, that of a plain LoRA.
 
@@ -77,9 +77,8 @@ def model_card(
         location: What the code example loads: the Hub id, or the folder's name.
         merged: Whether it is a complete pipeline with the updates in its weights.
         samples: Path of a picture beside the card to the prompt that it shows.
-        license_id: As the Hub spells it, e.g. ``apache-2.0``; by default that of a known base model.
+        license_id: As the Hub spells it, e.g. ``apache-2.0``; None for that of a known base model.
     """
-    samples = {} if samples is None else samples
     if contents["concepts"]:
         text = _describe_concepts(contents, location, samples, merged=merged)
     else:

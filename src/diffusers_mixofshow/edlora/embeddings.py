@@ -19,7 +19,7 @@ from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 _Rows = TypeVar("_Rows")
 
 
-def join_name(token: str, part: str = "") -> str:
+def join_name(token: str, part: str) -> str:
     """Name of a token's embeddings for a part; the reverse of `split_name`."""
     return f"{part}.{token}" if part else token
 

@@ -46,7 +46,7 @@ def find_places(folder: Path, file_name: str = FILE_NAME, *, merged: bool = Fals
     return list(dict.fromkeys([folder / file_name, *find_beside(folder, file_name), *parts]))
 
 
-def find_beside(folder: Path, file_name: str = FILE_NAME) -> list[Path]:
+def find_beside(folder: Path, file_name: str) -> list[Path]:
     """What belongs to a pack in its folder besides its file: statistics, sources, sample pictures, merged pipeline."""
     sources = [path for path in sorted(folder.glob(f"{SOURCES}/*")) if any(path.glob("*.safetensors"))]
     samples = sorted(path for path in folder.glob("samples/*.png") if path.stem.isdigit())

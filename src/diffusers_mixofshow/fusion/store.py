@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers_mixofshow.edlora.defects import list_names
-from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.hub import download, is_repo_id
 from diffusers_mixofshow.edlora.reading import within
 from diffusers_mixofshow.errors import EDLoRANotFoundError, warn
@@ -112,7 +111,7 @@ class StatisticsStore:
     def _place(self, source: Source) -> Path | None:
         """The file of a source's statistics; None if there is no writable folder for it."""
         if self.folder is not None:
-            return self.folder / f"{source.edlora.digest[:16]}.statistics.safetensors"
+            return statistics_path(self.folder / f"{source.edlora.digest[:16]}.safetensors")
         return None if source.home is None or self.writable_folder(source) is None else statistics_path(source.home)
 
     def _attach(self, source: Source, given: FusionInput) -> Source:
@@ -143,15 +142,15 @@ class StatisticsStore:
 
 
 def statistics_beside(
-    location: str | os.PathLike[str], *, subfolder: str = "", revision: str | None = None, file_name: str = FILE_NAME
+    location: str | os.PathLike[str], *, file_name: str, subfolder: str = "", revision: str | None = None
 ) -> Path | None:
     """The file of statistics beside a LoRA's file, if it exists; downloaded from the Hub if necessary.
 
     Args:
         location: Folder, file or Hub id.
+        file_name: Name of the LoRA's file.
         subfolder: Folder within `location`.
         revision: Branch, tag or commit of a Hub id.
-        file_name: Name of the LoRA's file.
     """
     name = statistics_path(Path(file_name)).name
     if is_repo_id(location):

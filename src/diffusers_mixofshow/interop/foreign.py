@@ -178,7 +178,7 @@ def read_as_edlora(
     return to_edlora(read_foreign(source), naming, layers)
 
 
-def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...] = ()) -> EDLoRA:
+def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLoRA:
     """Convert the content of a file to an `EDLoRA`, see `read_as_edlora`."""
     foreign.raise_if_defective()
     subject = ", ".join(map(str, foreign.files))

@@ -51,7 +51,7 @@ class Draft:
         if defects:
             raise RegionError("Draft: " + "; ".join(defects) + ".")
 
-    def first_step_after(self, steps: int, order: int = 1) -> int:
+    def first_step_after(self, steps: int, order: int) -> int:
         """The step, counted from 0, before which drafts are put in.
 
         Args:

@@ -26,7 +26,8 @@ from diffusers_mixofshow.texts import read_text
 
 FORMAT, VERSION = "mixofshow-layout", 1
 _PNG = "data:image/png;base64,"
-_TOP = ("prompt", "negative_prompt", "width", "height")
+OF_PICTURE = ("prompt", "negative_prompt", "width", "height")
+"""Fields of a `Layout` that are of the whole picture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ class Layout:
 
     def arguments(self) -> dict[str, Any]:
         """The layout as arguments of a pipeline: ``pipe(**layout.arguments())``."""
-        given = {name: getattr(self, name) for name in _TOP if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in OF_PICTURE if getattr(self, name) is not None}
         return {**given, "regions": list(self.regions)}
 
     def draw(self, image: Image.Image | None = None) -> Image.Image:
@@ -119,7 +120,7 @@ class Layout:
     def describe(self) -> dict[str, Any]:
         """The layout as JSON values, masks included; the format is described in docs/regional_sampling.md."""
         content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-        content |= {name: getattr(self, name) for name in _TOP if getattr(self, name) is not None}
+        content |= {name: getattr(self, name) for name in OF_PICTURE if getattr(self, name) is not None}
         return content | {"regions": [_describe(region) for region in self.regions]}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -170,7 +171,7 @@ class Layout:
             raise RegionError(
                 f'{path} is no layout: expected an object with "format": "{FORMAT}" and "version": {VERSION}.'
             )
-        defects = _list_unknown("the file", content, {"format", "version", "regions", *_TOP})
+        defects = _list_unknown("the file", content, {"format", "version", "regions", *OF_PICTURE})
         listed = content.get("regions", [])
         if not isinstance(listed, list):
             defects, listed = [*defects, "its regions are not a list"], []
@@ -181,7 +182,7 @@ class Layout:
             except RegionError as error:
                 defects.append(str(error).rstrip("."))
         try:
-            layout = cls(tuple(regions), **{name: content.get(name) for name in _TOP})
+            layout = cls(tuple(regions), **{name: content.get(name) for name in OF_PICTURE})
         except RegionError as error:
             defects.append(str(error).rstrip("."))
         if defects:

@@ -112,13 +112,7 @@ def make_masks(
 
 
 def plan_masks(
-    folder: str | Path,
-    class_word: str,
-    *,
-    model: str = DEFAULT_FINDER,
-    threshold: float = 0.5,
-    sheet: str | Path | None = None,
-    overwrite: bool = False,
+    folder: str | Path, class_word: str, *, model: str, threshold: float, sheet: str | Path | None, overwrite: bool
 ) -> MaskPlan:
     """Plan which photos get a mask, without loading a model; see `make_masks`."""
     _check_settings(class_word, threshold)
