@@ -11,10 +11,10 @@ from diffusers_mixofshow.fusion.ridge import CANDIDATES, choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
     Parts,
-    cap_at_full_rank,
     closed_form,
     closed_form_in_span,
     lbfgs,
+    limit_rank,
     overlaps,
     relative_residual,
     relative_residuals,
@@ -123,7 +123,7 @@ def test_average_is_equation_2() -> None:
 def test_recompression_loses_nothing(count: int) -> None:
     updates, _ = _concepts(count)
     summed = weighted_average(updates, [1.0] * count)
-    compact = cap_at_full_rank(summed)
+    compact = limit_rank(summed, None)[0]
     assert len(compact.down) == min(count * RANK, IN)
     torch.testing.assert_close(compact.delta, summed.delta)
 
@@ -323,6 +323,15 @@ def test_overlaps_are_those_of_row_spaces() -> None:
     )
     same = overlaps([updates[0]] * 2, target_rows([updates[0]] * 2, [grams[0]] * 2))
     torch.testing.assert_close(same, torch.ones(2, 2).double())
+
+
+def test_overlaps_are_those_of_the_dense_right_hand_sides() -> None:
+    updates, features = _concepts(3)
+    grams = _grams(features)
+    sides = [update.delta.double() @ gram.matrix() for update, gram in zip(updates, grams, strict=True)]
+    norms = torch.tensor([[float((one @ other.T).norm()) for other in sides] for one in sides], dtype=torch.float64)
+    own = norms.diagonal()
+    torch.testing.assert_close(overlaps(updates, target_rows(updates, grams)), norms / (own[:, None] * own).sqrt())
 
 
 def test_condition_number_of_a_diagonal() -> None:

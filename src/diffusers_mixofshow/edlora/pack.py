@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -287,7 +288,7 @@ class EDLoRA:
             f"{len(self.layers)} cross-attention layers, base model {self.base_model!r}>"
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of embeddings and updates, independent of the file they come from."""
         digest = hashlib.sha256()

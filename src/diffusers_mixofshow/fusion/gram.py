@@ -39,12 +39,18 @@ class Inverse:
     """(G + lambda I)^-1 of one `Gram`; for lambda = 0 of a singular one, its pseudo-inverse.
 
     Args:
+        gram: G.
         condition: Condition number of G + lambda I: the factor by which relative errors can grow in a solution.
-        multiply: Multiplies rows by the inverse, shape (n, in_features), float64.
+        apply: Multiplies rows, (n, in_features), whose `Gram.image` is given; returns the product and its image.
     """
 
+    gram: Gram
     condition: float
-    multiply: Callable[[torch.Tensor], torch.Tensor]
+    apply: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows @ (G + lambda I)^-1``, shape (n, in_features), float64."""
+        return self.apply(rows, self.gram.image(rows))[0]
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,15 @@ class Gram(ABC):
         """``rows @ matrix()``, shape (n, in_features), float64."""
 
     @abstractmethod
-    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows @ (matrix() - tail I) @ rows.T``, shape (n, n), float64."""
+    def image(self, rows: torch.Tensor) -> torch.Tensor:
+        """What products with rows need of them: ``rows @ F.T``, (n, kept), float64; for a dense matrix, the rows.
+
+        With a low-rank matrix it is most of the work, and taken once for all products.
+        """
+
+    @abstractmethod
+    def inner_products(self, image: torch.Tensor) -> torch.Tensor:
+        """``rows @ (matrix() - tail I) @ rows.T`` of the rows with this `image`, shape (n, n), float64."""
 
     @abstractmethod
     def add_to(self, total: torch.Tensor, weight: float) -> None:
@@ -117,9 +130,13 @@ class DenseGram(Gram):
         """``rows @ G``."""
         return rows @ self.rows
 
-    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
+    def image(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows."""
+        return rows
+
+    def inner_products(self, image: torch.Tensor) -> torch.Tensor:
         """See `Gram.inner_products`."""
-        return rows @ self.rows @ rows.T
+        return image @ self.rows @ image.T
 
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """``total += weight * G``."""
@@ -141,7 +158,7 @@ class DenseGram(Gram):
                 )
             inverse = torch.cholesky_inverse(lower)
         condition = torch.linalg.matrix_norm(damped, ord=1) * torch.linalg.matrix_norm(inverse, ord=1)
-        return Inverse(float(condition), lambda rows: rows @ inverse)
+        return Inverse(self, float(condition), lambda rows, image: (rows @ inverse,) * 2)
 
     def solve(self, rows: torch.Tensor, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
         """With G = V diag(s) V^T: rows V diag(1 / (s + lambda)) V^T."""
@@ -171,12 +188,15 @@ class GramFactor(Gram):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows @ G``; the matrix is never formed."""
-        factor = self.rows.to(rows)
-        return (rows @ factor.T) @ factor + self.tail * rows
+        return torch.addmm(rows, self.image(rows), self.rows.to(rows), beta=self.tail)
 
-    def inner_products(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `Gram.inner_products`; the matrix is never formed."""
-        return multiply_by_transpose(rows @ self.rows.to(rows).T)
+    def image(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows @ F.T``."""
+        return rows @ self.rows.to(rows).T
+
+    def inner_products(self, image: torch.Tensor) -> torch.Tensor:
+        """See `Gram.inner_products`."""
+        return multiply_by_transpose(image)
 
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """``total += weight * G``."""
@@ -187,32 +207,36 @@ class GramFactor(Gram):
     def inverse(self, ridge: float) -> Inverse:
         """By Woodbury's identity, without any matrix of shape (in_features, in_features).
 
-        (F^T F + t I)^-1 = (I - F^T (F F^T + t I)^-1 F) / t; for t = 0 the pseudo-inverse is F^T ((F F^T)^+)^2 F.
+        R (F^T F + t I)^-1 = (R - S F) / t, with the image S = R F^T (F F^T + t I)^-1; for t = 0 the pseudo-inverse is
+        F^T ((F F^T)^+)^2 F.
         """
         factor, damping = self.rows.double(), self.tail + ridge * self._mean
         if damping == 0:
-            inner = torch.linalg.pinv(self._core, hermitian=True)
-            inner = inner @ inner
-            return Inverse(float("inf"), lambda rows: ((rows @ factor.T) @ inner) @ factor)
-        damped = self._core.clone()
+            inner = torch.linalg.pinv(self.core, hermitian=True)
+            return Inverse(self, float("inf"), lambda rows, image: (image @ inner @ inner @ factor, image @ inner))
+        damped = self.core.clone()
         damped.diagonal().add_(damping)
-        inner = -torch.cholesky_inverse(torch.linalg.cholesky(damped)) / damping
-        condition = (_largest_eigenvalue(self._core) + damping) / damping
-        return Inverse(condition, lambda rows: rows / damping + ((rows @ factor.T) @ inner) @ factor)
+        lower = torch.linalg.cholesky(damped)
+
+        def apply(rows: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            solved = torch.cholesky_solve(image.T, lower).T
+            return torch.addmm(rows, solved, factor, beta=1 / damping, alpha=-1 / damping), solved
+
+        return Inverse(self, (_largest_eigenvalue(self.core) + damping) / damping, apply)
 
     def solve(self, rows: torch.Tensor, ridges: Sequence[float]) -> Iterator[torch.Tensor]:
         """By Woodbury's identity for each ridge; F F^T, nearly all of the work, is computed once."""
         return (self.inverse(ridge).multiply(rows) for ridge in ridges)
 
     @cached_property
-    def _core(self) -> torch.Tensor:
+    def core(self) -> torch.Tensor:
         """F F^T, (kept, kept)."""
         return multiply_by_transpose(self.rows.double())
 
     @property
     def _mean(self) -> float:
         """Mean of the diagonal."""
-        return float(self._core.trace() / self.width) + self.tail
+        return float(self.core.trace() / self.width) + self.tail
 
 
 def _largest_eigenvalue(matrix: torch.Tensor, steps: int = 30) -> float:
@@ -250,9 +274,10 @@ def sum_grams(weighted: Iterable[tuple[Gram, float]], *, as_matrix: bool = False
         gram.add_to(total, weight)
     if total is not None:
         return DenseGram(total)
-    rows = torch.cat([factor.rows.double() for factor, _ in factors])
-    for block, (_, weight) in zip(rows.split([len(factor.rows) for factor, _ in factors]), factors, strict=True):
-        block.mul_(weight**0.5)
+    sizes = [len(factor.rows) for factor, _ in factors]
+    rows = first[0].rows.new_empty(sum(sizes), first[0].width, dtype=torch.float64)
+    for block, (factor, weight) in zip(rows.split(sizes), factors, strict=True):
+        torch.mul(factor.rows.double(), weight**0.5, out=block)
     return GramFactor(
         rows=rows,
         tail=sum(weight * factor.tail for factor, weight in factors),

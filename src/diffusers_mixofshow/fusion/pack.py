@@ -15,7 +15,7 @@ import torch
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples, write_card, write_samples
-from diffusers_mixofshow.edlora.file import FILE_NAME, Contents
+from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.folder import remove
 from diffusers_mixofshow.edlora.fusion_record import PLAIN_KEY
 from diffusers_mixofshow.edlora.reading import read_metadata
@@ -104,10 +104,13 @@ class FusedPack(EDLoRA):
             )
         for source in self.sources if sources else ():
             carry(source, Path(folder, carried_path(source.prompts)))
+        written = self if merged else replace(self, lora=cast_updates(self.lora, self.dtype))
         if not self.concepts:
-            return self._save_plain(Path(folder), samples or {}, license)
+            return written._save_plain(Path(folder), samples or {}, license)
         # overwrite=True: the folder now holds the carried sources
-        return super().save_pretrained(folder, merged=merged, samples=samples, license=license, overwrite=True)
+        return super(FusedPack, written).save_pretrained(
+            folder, merged=merged, samples=samples, license=license, overwrite=True
+        )
 
     @property
     def _file_name(self) -> str:
@@ -129,7 +132,7 @@ class FusedPack(EDLoRA):
         stale = self._stale(folder)
         remove(stale)
         record = {PLAIN_KEY: json.dumps(dict(self.training))}
-        path = write_lora(folder / PLAIN_NAME, cast_updates(self.lora, self.dtype), record)
+        path = write_lora(folder / PLAIN_NAME, self.lora, record)
         shown = write_samples(folder, samples)
         write_card(folder, self._card(public_name(os.fspath(folder)), False, shown, license_id), anew=bool(stale))
         return path
@@ -156,10 +159,6 @@ class FusedPack(EDLoRA):
             names = ", ".join(one.name for one in self.sources)
             options["commit_message"] = options.get("commit_message") or f"LoRA fused from {names}"
         return super().push_to_hub(repo_id, **options)
-
-    def _contents(self) -> Contents:
-        """Contents of its file, with the updates in the file's dtype."""
-        return super()._contents() | {"lora": cast_updates(self.lora, self.dtype)}
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> Self:

@@ -257,7 +257,7 @@ class StoredStatistics(GramStatistics):
             raise _unreadable_error(self._path, error) from error
         if found is None:
             raise _replaced_error(self._path)
-        if not all(values.isfinite().all() for stored in found for values in stored):
+        if not all(values.sum().isfinite() for stored in found for values in stored):
             raise FusionError(f"{self._path}: {name} of {self._placeholder} holds NaN or Inf. {_REMEDY}")
         return [self._gram(self._numbers[name, part], *stored) for part, stored in zip(parts, found, strict=True)]
 

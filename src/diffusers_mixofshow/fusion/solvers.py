@@ -8,7 +8,7 @@ s_i, and gram_i = X_i X_i^T. An update D = W - W0 is always a pair of factors, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,15 +28,17 @@ class Factors:
     Args:
         down: The paper's s A, shape (rank, in_features); rank 0 changes nothing.
         up: The paper's B, shape (out_features, rank).
+        image: `Gram.image` of `down`, by the sum of the concepts' matrices, where it is known; (rank, kept).
     """
 
     down: torch.Tensor
     up: torch.Tensor
+    image: torch.Tensor | None = None
 
     @classmethod
     def of(cls, update: LowRank) -> Factors:
-        """The factors of a LoRA's update of one layer, float64."""
-        return cls(down=update.scaling * update.down.double(), up=update.up.double())
+        """The factors of a LoRA's update of one layer: `down` in float64, `up` as it is."""
+        return cls(down=update.scaling * update.down.double(), up=update.up)
 
     def to(self, device: str | torch.device) -> Factors:
         """The same update on a device."""
@@ -45,7 +47,7 @@ class Factors:
     @property
     def delta(self) -> torch.Tensor:
         """The dense update, shape (out_features, in_features)."""
-        return self.up @ self.down
+        return self.up.to(self.down) @ self.down
 
     @property
     def inner(self) -> torch.Tensor:
@@ -63,7 +65,9 @@ def target_rows(updates: Sequence[Factors], grams: Sequence[Gram]) -> torch.Tens
     return torch.cat([gram.multiply(update.down.double()) for update, gram in zip(updates, grams, strict=True)])
 
 
-def closed_form(updates: Sequence[Factors], targets: torch.Tensor, inverse: Inverse) -> Factors:
+def closed_form(
+    updates: Sequence[Factors], targets: torch.Tensor, inverse: Inverse, image: torch.Tensor | None = None
+) -> Factors:
     """The update that reproduces every concept's outputs on its own inputs, exactly as a LoRA of rank sum_i r_i.
 
     Minimises sum_i |dW_i X_i - D X_i|^2 + lambda |D|^2, the objective of section 3.3.2 plus a ridge. Its normal
@@ -74,8 +78,10 @@ def closed_form(updates: Sequence[Factors], targets: torch.Tensor, inverse: Inve
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
         targets: See `target_rows`, (sum_i r_i, in_features).
         inverse: (sum_j G_j + lambda I)^-1.
+        image: `Gram.image` of the targets by sum_j G_j, where it is known.
     """
-    return Factors(down=inverse.multiply(targets), up=_concatenate_ups(updates))
+    down, image = inverse.apply(targets, inverse.gram.image(targets) if image is None else image)
+    return Factors(down=down, up=_concatenate_ups(updates), image=image)
 
 
 def closed_form_in_span(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, ridge: float) -> Factors:
@@ -172,10 +178,10 @@ def truncate_rank(update: Factors, max_rank: int) -> tuple[Factors, float]:
     return small, energy[:kept].sum().item() / total if total > 0 else 1.0
 
 
-def cap_at_full_rank(update: Factors) -> Factors:
-    """Rewrite factors of more rows than the layer's full rank as factors of that rank; exact."""
-    full = min(update.up.shape[0], update.down.shape[1])
-    return update if update.down.shape[0] <= full else truncate_rank(update, full)[0]
+def limit_rank(update: Factors, max_rank: int | None) -> tuple[Factors, float]:
+    """See `truncate_rank`; factors of no more rows than `max_rank` and the layer's full rank are left as they are."""
+    limit = min(update.up.shape[0], update.down.shape[1], *([] if max_rank is None else [max_rank]))
+    return (update, 1.0) if len(update.down) <= limit else truncate_rank(update, limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,24 +189,33 @@ class Parts:
     """Parts b_k a_k of rank 1 of several updates of one layer, as far as the outputs' sizes depend on them.
 
     Args:
-        down: The rows a_k, shape (parts, in_features), float64.
+        image: `Gram.image` of the rows a_k, by the matrix that products are taken with; (parts, kept), float64.
         outer: Inner products of the a_k, shape (parts, parts).
         inner: Inner products of the b_k, shape (parts, parts).
         owner: Number of the update that each part belongs to, shape (parts,).
     """
 
-    down: torch.Tensor
+    image: torch.Tensor
     outer: torch.Tensor
     inner: torch.Tensor
     owner: torch.Tensor
 
     @classmethod
     def of(cls, updates: Sequence[Factors]) -> Parts:
-        """The parts of all updates, in their order."""
-        down = torch.cat([update.down.double() for update in updates])
-        inner = multiply_by_transpose(_concatenate_ups(updates).T)
-        owner = _number_rows([update.down for update in updates])
-        return cls(down=down, outer=multiply_by_transpose(down), inner=inner, owner=owner)
+        """The parts of all updates, in their order; updates without an image count as those of a dense matrix."""
+        up, last = _concatenate_ups(updates[:-1]), updates[-1].up.double()
+        if torch.equal(up, last):  # the closed form leaves all B as they are
+            inner = multiply_by_transpose(up.T).repeat(2, 2)
+        else:
+            inner = multiply_by_transpose(torch.cat([up, last], dim=1).T)
+        downs = [update.down.double() for update in updates]
+        images = [down if update.image is None else update.image for update, down in zip(updates, downs, strict=True)]
+        return cls(
+            image=torch.cat(images),
+            outer=multiply_by_transpose(torch.cat(downs)),
+            inner=inner,
+            owner=_number_rows([update.down for update in updates]),
+        )
 
 
 def relative_residual(fused: Factors, own: Factors, gram: Gram) -> float:
@@ -217,7 +232,7 @@ def relative_residual(fused: Factors, own: Factors, gram: Gram) -> float:
     Returns:
         The ratio. If the concept does not change the outputs: 0 if fusion does not either, otherwise infinity.
     """
-    parts = Parts.of([fused, own])
+    parts = Parts.of([replace(one, image=gram.image(one.down.double())) for one in (fused, own)])
     return relative_residuals(parts, parts.owner == 0, parts.owner == 1, gram)[0]
 
 
@@ -232,7 +247,7 @@ def relative_residuals(parts: Parts, merged: torch.Tensor, own: torch.Tensor, gr
         own: Weight of each part in the concept's own update, (parts,).
         gram: The concept's Gram matrix, (in_features, in_features).
     """
-    products = parts.inner * (gram.inner_products(parts.down) + gram.tail * parts.outer)  # Q
+    products = parts.inner * (gram.inner_products(parts.image) + gram.tail * parts.outer)  # Q
     weights = torch.vstack([own, merged]).to(products)
     weights[1:] -= weights[0]
     scale, *errors = ((weights @ products) * weights).sum(dim=1).clamp_min(0).sqrt().tolist()
@@ -245,7 +260,8 @@ def overlaps(updates: Sequence[Factors], targets: torch.Tensor) -> torch.Tensor:
     """How much the concepts' right-hand sides share directions of a layer's input space, pair by pair; 0 to 1.
 
     With R_i = dW_i G_i, concept i's right-hand side of the normal equations, the overlap of two row spaces, weighted
-    by the size of R there, is |R_i R_j^T|_F / sqrt(|R_i R_i^T|_F |R_j R_j^T|_F).
+    by the size of R there, is |R_i R_j^T|_F / sqrt(|R_i R_i^T|_F |R_j R_j^T|_F). With R_i = B_i T_i, such a norm's
+    square is the sum over (B_i^T B_i M) * (M B_j^T B_j), M = T_i T_j^T.
 
     Args:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
@@ -254,18 +270,18 @@ def overlaps(updates: Sequence[Factors], targets: torch.Tensor) -> torch.Tensor:
     Returns:
         Shape (concepts, concepts), symmetric.
     """
-    blocks = targets.split([len(update.down) for update in updates])
-    rows = [torch.linalg.qr(one.up.double()).R @ block for one, block in zip(updates, blocks, strict=True)]
-    member = torch.nn.functional.one_hot(_number_rows(rows), len(updates)).to(targets)  # (rows, concepts)
-    products = multiply_by_transpose(torch.cat(rows))
-    norms = (member.T @ products.square() @ member).sqrt()
+    owner = _number_rows([one.down for one in updates])
+    member = torch.nn.functional.one_hot(owner, len(updates)).to(targets)  # (rows, concepts)
+    inner = torch.block_diag(*(one.inner for one in updates))
+    products = multiply_by_transpose(targets)
+    norms = (member.T @ ((inner @ products) * (products @ inner)) @ member).clamp_min(0).sqrt()
     own = norms.diagonal()
     scale = (own[:, None] * own).sqrt()
     return torch.where(scale > 0, norms / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
 
 
 def _concatenate_ups(updates: Sequence[Factors]) -> torch.Tensor:
-    return torch.cat([update.up.double() for update in updates], dim=1)
+    return torch.cat([update.up for update in updates], dim=1).double()
 
 
 def _number_rows(blocks: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -23,13 +23,12 @@ from diffusers_mixofshow.fusion.ridge import choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
     Parts,
-    cap_at_full_rank,
     closed_form,
     closed_form_in_span,
     lbfgs,
+    limit_rank,
     overlaps,
     relative_residuals,
-    truncate_rank,
     weighted_average,
 )
 from diffusers_mixofshow.fusion.sources import Source, shares
@@ -218,7 +217,7 @@ class SharedInput:
         """The sums over all sources of all processes."""
         if part not in self._sums:
             downs = {site: [update.down for update in self.updates(site)] for site in self.sites}
-            targets = {site: [torch.zeros_like(down) for down in rows] for site, rows in downs.items()}
+            targets = {site: [down.new_zeros(()).expand_as(down) for down in rows] for site, rows in downs.items()}
 
             def weighted() -> Iterator[tuple[Gram, float]]:
                 for place, gram in self.grams(part):
@@ -246,6 +245,40 @@ class SharedInput:
     def fitted(self) -> Gram:
         """Sum of the Gram matrices of the ``fit`` part, plus the prior."""
         return self._with_prior(self.sums("fit").gram)
+
+    @cached_property
+    def columns(self) -> dict[int, slice]:
+        """Which columns of an image by `total` belong to each source; of use if `total` is a low-rank factor."""
+        ends = itertools.accumulate((len(factor.rows) for factor in self._factors.values()), initial=0)
+        return {place: slice(*own) for place, own in zip(self._factors, itertools.pairwise(ends), strict=True)}
+
+    def add_images(self, updates: Sequence[Factors]) -> list[Factors]:
+        """The same updates with their images by `total`."""
+        images = self.total.image(torch.cat([update.down for update in updates]))
+        parts = images.split([len(update.down) for update in updates])
+        return [replace(update, image=image) for update, image in zip(updates, parts, strict=True)]
+
+    def image_of_targets(self, updates: Sequence[Factors]) -> torch.Tensor | None:
+        """Image of the right-hand side by `total`, from those of all updates; None if `total` is a dense matrix.
+
+        With F_i the rows of concept i in F, G_i = F_i^T F_i + t_i I and C_i = A_i F^T, the image of A_i G_i is
+        (A_i G_i) F^T = (A_i F_i^T) (F_i F^T) + t_i C_i.
+        """
+        if not isinstance(self.total, GramFactor):
+            return None
+        images = [update.image for update in updates if update.image is not None]
+        return torch.cat(
+            [
+                torch.addmm(image, image[:, own], self.total.core[own], beta=weight * self._factors[place].tail)
+                for image, weight, (place, own) in zip(images, self.weights, self.columns.items(), strict=True)
+            ]
+        )
+
+    def image_by_own(self, place: int, gram: Gram, image: torch.Tensor) -> torch.Tensor:
+        """Image of rows by one source's Gram matrix, from that by `total`."""
+        if not isinstance(self.total, GramFactor):
+            return gram.image(image)
+        return image[:, self.columns[place]] / self.weights[place] ** 0.5
 
     def _with_prior(self, gram: Gram) -> Gram:
         return gram if self._prior is None else sum_grams([(gram, 1.0), (self._prior, 1.0)])
@@ -301,14 +334,19 @@ def _solve_input(shared: SharedInput, settings: Settings, *, measured: bool) -> 
     """Fuse the layers of one input; residuals are of this process's sources only."""
     solution, parts = Solution(), {}
     for site in shared.sites:
-        updates = shared.updates(site)
+        updates = shared.add_images(shared.updates(site)) if measured else shared.updates(site)
         fused, numbers = SOLVERS[settings.method](shared, site, updates, settings)
-        low_rank, kept = _to_low_rank(fused, settings.max_rank)
+        fused, kept = limit_rank(fused, settings.max_rank)
         own = [source.edlora.lora[site] for source in shared.sources if site in source.edlora.lora]
-        solution.lora[site] = replace(low_rank, convolution=any(update.convolution for update in own))
+        solution.lora[site] = LowRank(
+            down=fused.down.cpu().float().contiguous(),
+            up=fused.up.cpu().float().contiguous(),
+            alpha=float(len(fused.down)),
+            convolution=any(update.convolution for update in own),
+        )
         solution.layers[site] = numbers | ({} if kept == 1 else {"energy_kept": kept})
         if measured:
-            parts[site] = Parts.of([*updates, Factors.of(low_rank).to(shared.device)])
+            parts[site] = Parts.of([*updates, *(shared.add_images([fused]) if fused.image is None else [fused])])
     if measured:
         first, names = shared.sites[0], [source.name for source in shared.sources]
         table = overlaps(shared.updates(first), shared.sums().targets[first]).tolist()
@@ -330,7 +368,8 @@ def _residuals(shared: SharedInput, parts: Mapping[str, Parts]) -> dict[str, dic
     for place, gram in shared.grams():
         for site, one in parts.items():
             merged = torch.stack([shares_of_average[one.owner], one.owner == len(shared.sources)])
-            average, fused = relative_residuals(one, merged, one.owner == place, gram)
+            mine = replace(one, image=shared.image_by_own(place, gram, one.image))
+            average, fused = relative_residuals(mine, merged, one.owner == place, gram)
             found[site][shared.sources[place].name] = (average, fused)
     return found
 
@@ -372,7 +411,7 @@ def _solve_closed_form(shared: SharedInput, site: str, updates: Sequence[Factors
     else:
         ridge = settings.ridge_of(shared.width)
     inverse = shared.inverse(ridge)
-    fused = closed_form(updates, shared.sums().targets[site], inverse)
+    fused = closed_form(updates, shared.sums().targets[site], inverse, shared.image_of_targets(updates))
     return fused, {"ridge": ridge, "condition": inverse.condition} | numbers
 
 
@@ -400,14 +439,6 @@ SOLVERS: Mapping[str, Callable[[SharedInput, str, Sequence[Factors], Settings], 
     "svd": lambda shared, site, updates, settings: (merge_svd(updates, shared.weights), {}),
 }
 """Method to solver; all take the shared input, the layer's site, every source's update of it and the settings."""
-
-
-def _to_low_rank(update: Factors, max_rank: int | None) -> tuple[LowRank, float]:
-    update, kept = cap_at_full_rank(update), 1.0
-    if max_rank is not None and len(update.down) > max_rank:
-        update, kept = truncate_rank(update, max_rank)
-    down, up = update.down.cpu().float().contiguous(), update.up.cpu().float().contiguous()
-    return LowRank(down=down, up=up, alpha=float(len(down))), kept
 
 
 def check_recorded(sources: Sequence[Source], statistics: Statistics, sites: Sequence[str]) -> None:

@@ -127,7 +127,7 @@ class Source:
         return "+".join(self.prompts)
 
     def factors(self, site: str, shape: tuple[int, int]) -> Factors:
-        """Its update of a layer of (out_features, in_features), float64, on the CPU; rank 0 if it has none."""
+        """Its update of a layer of (out_features, in_features) on the CPU, see `Factors.of`; rank 0 if it has none."""
         update = self.edlora.lora.get(site)
         if update is None:
             return Factors(down=torch.zeros(0, shape[1]).double(), up=torch.zeros(shape[0], 0).double())
@@ -191,12 +191,13 @@ def gather(
     sources = [entry if isinstance(entry, Source) else _read(entry, prompts, layers) for entry in entries]
     weights = [entry.weight for entry in entries] if weights is None else weights
     scales = [entry.scale for entry in entries] if scales is None else scales
+    unchecked = [source for source, one in zip(sources, given, strict=True) if components or one is not source]
     defects = [
         *_number_defects("weights", weights, len(sources), positive=True),
         *_number_defects("scales", scales, len(sources), positive=False),
         *mutual_defects(sources),
         *_label_defects(sources),
-        *_model_defects(sources, components),
+        *_model_defects(unchecked, components),
     ]
     refuse_defects(defects)
     if not all(isinstance(one, Source) for one in given):  # of those the user was told when they were read
