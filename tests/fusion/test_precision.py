@@ -3,7 +3,6 @@
 import torch
 
 from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.fusion.precision import cast_updates
 
 
 def _delta(update: LowRank) -> torch.Tensor:
@@ -15,7 +14,7 @@ def test_halves_of_very_different_sizes_survive_half_precision() -> None:
     sizes = torch.tensor([1e-7, 1.0, 1e7])
     update = LowRank(down=sizes[:, None] * torch.randn(3, 8), up=torch.randn(6, 3) / sizes, alpha=3.0)
     naive = LowRank(down=update.down.half(), up=update.up.half(), alpha=3.0)
-    half = cast_updates({"site": update}, torch.float16)["site"]
+    half = update.cast(torch.float16)
     assert half.down.dtype == half.up.dtype == torch.float16
     assert (_delta(half) - _delta(update)).norm() < 1e-3 * _delta(update).norm()
     assert not _delta(naive).isfinite().all()
@@ -23,11 +22,11 @@ def test_halves_of_very_different_sizes_survive_half_precision() -> None:
 
 def test_balancing_rounds_nothing_and_empty_rows_stay_empty() -> None:
     update = LowRank(down=torch.tensor([[1e-3, 3e-3], [0.0, 0.0]]), up=torch.tensor([[7.0, 0.0]]), alpha=2.0)
-    double = cast_updates({"site": update}, torch.float64)["site"]
+    double = update.cast(torch.float64)
     assert torch.equal(_delta(double), _delta(update))
     assert torch.equal(double.down[1], torch.zeros(2).double())
 
 
 def test_updates_in_the_wanted_dtype_stay_as_they_are() -> None:
     update = LowRank(down=torch.ones(1, 2).half(), up=torch.ones(3, 1).half(), alpha=1.0)
-    assert cast_updates({"site": update}, torch.float16)["site"] is update
+    assert update.cast(torch.float16) is update

@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tiny
@@ -159,6 +160,35 @@ def test_what_we_write_diffusers_loads(tmp_path: Path) -> None:
     pipe.load_lora_weights(tmp_path / "a")
     loaded = pipe.unet.get_submodule(f"{ATTENTION}.to_q")
     torch.testing.assert_close(loaded.get_delta_weight(loaded.active_adapters[0]), low_rank_delta(update))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_written_one_update_at_a_time_is_what_safetensors_writes(
+    tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    shared, transposed = torch.randn(2, 6).double(), torch.randn(2, 8).half().T
+    lora = {
+        "unet.b": LowRank(down=shared, up=transposed.double(), alpha=2.0, convolution=True),
+        "unet.a": LowRank(down=shared, up=torch.randn(4, 2).double(), alpha=1.0),
+        "unet.c": LowRank(down=torch.randn(3, 5).bfloat16(), up=transposed.bfloat16()[:, [0, 1, 0]], alpha=3.0),
+        "unet.d": LowRank(down=1e6 * torch.ones(1, 3), up=1e-6 * torch.ones(5, 1), alpha=1.0),
+    }
+    write_lora(tmp_path / "ours.safetensors", lora, {"note": "of ours"}, dtype=dtype)
+    tensors = {}
+    for site, update in lora.items():
+        halves = (update if dtype is None else update.cast(dtype)).in_file
+        tensors |= {f"{site}.lora_{half}.weight": one.clone() for half, one in zip("AB", halves, strict=True)}
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+        assert set(opened.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            found = opened.get_tensor(name)
+            assert found.dtype == tensor.dtype
+            assert torch.equal(found, tensor)
+    assert metadata["note"] == "of ours"
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata=metadata)
+    sizes = [path.stat().st_size for path in (tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors")]
+    assert abs(sizes[0] - sizes[1]) < 200  # headers are spaced differently
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,19 @@ class LowRank:
         """The factor in front of ``up @ down``: alpha / rank."""
         return self.alpha / self.rank
 
+    def cast(self, dtype: torch.dtype) -> LowRank:
+        """The same update in another dtype, without overflow or underflow where its halves differ much in magnitude.
+
+        First row k of down and column k of up are scaled to similar magnitude, by powers of two, which is exact.
+        """
+        if self.down.dtype == self.up.dtype == dtype:
+            return self
+        rows, columns = self.down.abs().amax(dim=1), self.up.abs().amax(dim=0)  # (rank,) each
+        present = (rows > 0) & (columns > 0)
+        shift = torch.where(present, (columns.log2() - rows.log2()) / 2, 0.0).nan_to_num().round()
+        down, up = torch.ldexp(self.down, shift[:, None]), torch.ldexp(self.up, -shift)
+        return replace(self, down=down.to(dtype), up=up.to(dtype))
+
     @property
     def folded(self) -> LowRank:
         """The same update with the scaling multiplied into `up`, so that alpha is the rank.

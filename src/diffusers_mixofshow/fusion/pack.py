@@ -29,7 +29,6 @@ from diffusers_mixofshow.fusion.pack_sources import (
     leave_out_carried,
     read_record,
 )
-from diffusers_mixofshow.fusion.precision import cast_updates
 from diffusers_mixofshow.fusion.prompts import PromptSet
 from diffusers_mixofshow.fusion.report import FusionReport
 from diffusers_mixofshow.fusion.solving import (
@@ -104,9 +103,9 @@ class FusedPack(EDLoRA):
             )
         for source in self.sources if sources else ():
             carry(source, Path(folder, carried_path(source.prompts)))
-        written = self if merged else replace(self, lora=cast_updates(self.lora, self.dtype))
         if not self.concepts:
-            return written._save_plain(Path(folder), samples or {}, license)
+            return self._save_plain(Path(folder), samples or {}, license)
+        written = self if merged else replace(self, lora={k: one.cast(self.dtype) for k, one in self.lora.items()})
         # overwrite=True: the folder now holds the carried sources
         return super(FusedPack, written).save_pretrained(
             folder, merged=merged, samples=samples, license=license, overwrite=True
@@ -132,7 +131,7 @@ class FusedPack(EDLoRA):
         stale = self._stale(folder)
         remove(stale)
         record = {PLAIN_KEY: json.dumps(dict(self.training))}
-        path = write_lora(folder / PLAIN_NAME, self.lora, record)
+        path = write_lora(folder / PLAIN_NAME, self.lora, record, dtype=self.dtype)
         shown = write_samples(folder, samples)
         write_card(folder, self._card(public_name(os.fspath(folder)), False, shown, license_id), anew=bool(stale))
         return path

@@ -15,6 +15,7 @@ from diffusers_mixofshow.atomic import replacing
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
+from diffusers_mixofshow.edlora.reading import PREFIX
 from diffusers_mixofshow.errors import EDLoRAFormatError, warn
 from diffusers_mixofshow.families import Family
 from diffusers_mixofshow.families.recognition import recognise, transformers_with
@@ -33,6 +34,9 @@ EMBEDDINGS = "embeddings"
 _COMPANIONS = "mixofshow_embeddings"
 """Metadata key of a LoRA file: the words whose embeddings were written beside it."""
 _MOST_COMPANIONS = 1000
+
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of dtypes in the header of a safetensors file."""
 
 
 def read_lora(path: Path) -> dict[str, LowRank]:
@@ -90,18 +94,37 @@ def companions_metadata(words: Iterable[str]) -> dict[str, str]:
     return {_COMPANIONS: json.dumps({"words": listed_words})} if listed_words else {}
 
 
-def write_lora(path: Path, lora: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> Path:
+def write_lora(
+    path: Path,
+    lora: Mapping[str, LowRank],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Write a plain LoRA file in PEFT's names, which diffusers loads; it appears whole or not at all.
 
     Args:
         path: The file; its folder is created where it is missing.
         lora: Site name to update.
         metadata: Further entries of the file's header.
+        dtype: Dtype of the file, see `LowRank.cast`; by default that of each tensor. Updates are cast one at a time.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for site, update in lora.items():
-        tensors[f"{site}.lora_A.weight"], tensors[f"{site}.lora_B.weight"] = update.in_file
-    return _write(path, tensors, {**(metadata or {}), **stock.adapter_metadata(lora)})
+    entries: dict[str, object] = {"__metadata__": {**(metadata or {}), **stock.adapter_metadata(lora), "format": "pt"}}
+    sites, end = sorted(lora, key=lambda site: (-lora[site].down.dtype.itemsize, site)), 0  # so that all are aligned
+    for site in sites:
+        for half, tensor in zip("AB", lora[site].in_file, strict=True):
+            kind = tensor.dtype if dtype is None else dtype
+            start, end = end, end + kind.itemsize * tensor.numel()
+            entry = {"dtype": _KINDS[kind], "shape": tensor.shape, "data_offsets": (start, end)}
+            entries[f"{site}.lora_{half}.weight"] = entry
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % PREFIX)  # the data stays aligned
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(PREFIX, "little") + header)
+        for site in sites:
+            for tensor in (lora[site] if dtype is None else lora[site].cast(dtype)).in_file:
+                file.write(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return path
 
 
 def write_kohya(
