@@ -1,4 +1,4 @@
-"""What the tests of `mixofshow sample` draw with."""
+"""What the tests of `mixofshow sample` draw with, and those of `mixofshow train` look at."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 import packs
 import tiny
+from diffusers_mixofshow.training import EDLoRATrainer, TrainingConfig
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +35,11 @@ def place(tmp_path_factory) -> Path:
     content = {"format": "mixofshow-layout", "version": 1, "prompt": "a <rex> here", "regions": regions}
     (folder / "masked.json").write_text(json.dumps(content))
     return folder
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
+    """The configs that a training was started with; nothing is trained."""
+    configs: list[TrainingConfig] = []
+    monkeypatch.setattr(EDLoRATrainer, "train", lambda trainer: configs.append(trainer.config))
+    return configs

@@ -24,14 +24,6 @@ from families.pipelines import tiny_pipeline
 NEEDED = ["photos", "--concept", "potter", "--class-word", "man"]
 
 
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
-    """The configs that a training was started with; nothing is trained."""
-    configs: list[TrainingConfig] = []
-    monkeypatch.setattr(EDLoRATrainer, "train", lambda trainer: configs.append(trainer.config))
-    return configs
-
-
 def run(*arguments: str) -> str:
     result = CliRunner().invoke(cli.app, ["train", *arguments], env={"COLUMNS": "100"}, catch_exceptions=False)
     assert result.exit_code == 0, result.output

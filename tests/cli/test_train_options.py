@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli.commands import named_in, options_of
-from diffusers_mixofshow import EDLoRATrainer, cli
+from diffusers_mixofshow import cli
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.presets import PRESETS
 from diffusers_mixofshow.training.renamed import RENAMED
@@ -91,14 +91,6 @@ SET = {
     "--preset toyland": PRESETS["toyland"],
     "--preset character": PRESETS["character"],
 }
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingConfig]:
-    """The configs that a training was started with; nothing is trained."""
-    configs: list[TrainingConfig] = []
-    monkeypatch.setattr(EDLoRATrainer, "train", lambda trainer: configs.append(trainer.config))
-    return configs
 
 
 def run(*arguments: str) -> str:
