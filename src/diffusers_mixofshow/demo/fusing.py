@@ -23,16 +23,9 @@ _BATCH = 8
 def fuse_all(
     pipe: Any, singles: Sequence[Path], settings: DemoSettings, advance: Callable[[], object]
 ) -> dict[str, Path]:
-    """Fuse ED-LoRAs by every method, except where a folder holds the result of the same ones and the same settings.
+    """Fuse ED-LoRAs by each of `METHODS`, of which `advance` is told; return the name and the folder of each pack.
 
-    Args:
-        pipe: The base model's pipeline.
-        singles: Folders of the concepts' ED-LoRAs.
-        settings: The demo's settings.
-        advance: Called after each method.
-
-    Returns:
-        Name of each pack, see `METHODS`, to its folder.
+    A folder that holds the result of the same ED-LoRAs and the same settings stays as it is.
     """
     packs = {}
     for name, method in METHODS.items():
