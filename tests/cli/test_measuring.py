@@ -137,6 +137,17 @@ def test_toyland_needs_neither_photos_nor_a_metric_model(tmp_path, monkeypatch):
         run(*given[:-2])
 
 
+@pytest.mark.parametrize("base", ["toyland", "Toyland-XL", "toyland-sd3"])
+def test_every_embedded_base_is_measured_by_toylands_judge_unless_another_is_asked_for(options, place, base):
+    from diffusers_mixofshow.cli.measuring import _load_judge
+    from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
+
+    asked = ("evaluate", "rex", "--base", base, *QUICK, "--dry-run", "--json")
+    assert json.loads(run(*asked).stdout)["metric model"].startswith("toyland, ")
+    assert json.loads(run(*asked, "--metric-model", "clip").stdout)["metric model"].startswith("clip, ")
+    assert isinstance(_load_judge("toyland"), ToylandJudge)
+
+
 def test_a_dry_run_loads_and_writes_nothing(options, place, tmp_path):
     packs.random_pack(tiny.components(), "rex").save_pretrained(tmp_path / "rex")
     before = (tmp_path / "rex" / "edlora.safetensors").read_bytes()

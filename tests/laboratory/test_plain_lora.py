@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.toyland_base.plain_lora import draw_class, main
+from benchmarks.toyland_base import plain_lora
+from benchmarks.toyland_base.plain_lora import Tuning, draw_class, encode_pictures, main, tune
 from diffusers_mixofshow import GradientFuser, LoRASource
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora
 from diffusers_mixofshow.sampling.loading import load_base
+from diffusers_mixofshow.toyland.concepts import CONCEPTS
 from diffusers_mixofshow.toyland.scenes import residents
 
 
@@ -64,3 +66,32 @@ def test_they_are_fused_with_the_guidance_of_their_base(pipe: Any, files: dict[s
     pipe.unload_lora_weights()
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, plain[name]), name
+
+
+def test_pictures_of_the_class_stand_in_every_batch_behind_the_photos(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with its own caption, which does not call the concept."""
+    batches: list[tuple[torch.Tensor, ...]] = []
+
+    class Objective(plain_lora.FlowObjective):
+        def forward(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            batches.append(batch)
+            return super().forward(batch)
+
+    monkeypatch.setattr(plain_lora, "FlowObjective", Objective)
+    tune(pipe, CONCEPTS["rex"], tmp_path / "rex.safetensors", Tuning(steps=3, batch_size=2, class_pictures=4, rank=2))
+    latents, captions = encode_pictures(pipe, *draw_class("dog", seed=0))
+    assert [len(clean) for clean, *_ in batches] == [6, 6, 6]
+    for clean, _, _, token_ids in batches:
+        named = ["rex dog" in text for text in pipe.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+        known = [
+            any(
+                torch.equal(ids, own) and torch.equal(one, latent)
+                for own, latent in zip(captions, latents, strict=True)
+            )
+            for one, ids in zip(clean, token_ids, strict=True)
+        ]
+        assert named[:2] == known[2:4] == known[4:] == [True, True]
+        assert known[:2] == [False, False]
+    assert len({one for clean, *_ in batches for one in clean[2:].mean(dim=(1, 2, 3)).tolist()}) > 4

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors.torch import load_file
 
 import processes
+from benchmarks.toyland_base import train
 from benchmarks.toyland_base.autoencoder import build_autoencoder, reconstruct, render_pixels, whiten
 from benchmarks.toyland_base.denoiser import velocity_weight
-from benchmarks.toyland_base.loop import LoopConfig, learning_rate_factor
+from benchmarks.toyland_base.loop import LoopConfig, _set_rates, learning_rate_factor
 from benchmarks.toyland_base.optimiser import orthogonalise
 from benchmarks.toyland_base.train import main
 from benchmarks.toyland_base.transformer import TEXT_TOKENS, FlowObjective, add_projection
@@ -25,6 +28,7 @@ from benchmarks.toyland_base.xl import (
     grow_unet,
     list_time_ids,
 )
+from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.sampling.loading import load_base
@@ -202,3 +206,84 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
 def test_velocity_weights_are_one_in_noise_and_limited_in_clean_pictures() -> None:
     signal = torch.tensor([0.0, 0.5, 0.99])
     torch.testing.assert_close(velocity_weight(signal), torch.tensor([1.0, 1.0, 0.05]))
+
+
+def test_a_group_of_parameters_learns_at_its_share_of_the_rate() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimiser = torch.optim.Adam([{"params": weights[:1]}, {"params": weights[1:], "share": 0.2}], lr=1.0)
+    for rate in (0.5, 0.1):  # shares are of the rate, not of the one before
+        _set_rates(optimiser, rate)
+        assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([rate, 0.2 * rate])
+
+
+@pytest.fixture(scope="module")
+def xl_stage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the third base's training is given on top of the shipped first base: batches and optimiser; not begun."""
+    given: dict[str, Any] = {}
+    folder, shipped = tmp_path_factory.mktemp("xl"), Path(location_of("toyland"))
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (folder / part).symlink_to(shipped / part)
+    (folder / "initial_unet").symlink_to(shipped / "unet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit_final_states", lambda *parts: fit_final_states(*parts, captions=200))
+        patch.setattr(train, "train_stage", lambda objective, batch, config, **more: given.update(more, batch=batch))
+        patch.setattr(train, "LatentPool", _Pool)
+        train.train_xl(folder, LoopConfig(steps=1), batch_size=6, pool_size=1000, resume=False)
+    return given
+
+
+class _Pool(train.LatentPool):
+    """Pictures of the right shape that nobody draws."""
+
+    @classmethod
+    def encode(cls, vae: Any, seeds: Any, things: Any, device: Any, height: int = 64, enlarged_to: Any = None) -> Any:
+        side = enlarged_to or height
+        latents = torch.zeros(len(seeds), 8, side // 4, (side * 3 // 2 if things == 3 else side) // 4).half()
+        return cls(latents, [random_scene(0, things=1)] * len(seeds))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_third_bases_texts_learn_slower_and_its_pictures_come_in_their_shares(xl_stage: dict[str, Any]) -> None:
+    assert [group.get("share") for group in xl_stage["optimiser"].param_groups] == [None, 0.2]
+    kinds: Counter[str] = Counter()
+    left_out = pictures = 0
+    for seed in range(400):
+        clean, _, _, token_ids, ids, told = xl_stage["batch"](torch.Generator().manual_seed(seed))
+        kind = "wide" if clean.shape[-1] > 24 else "square" if ids.tolist() == [list_time_ids(96, 96)] * 6 else ""
+        kinds[kind or "enlarged"] += 1
+        assert ids[0].tolist() == list_time_ids(96 if kind else 64, clean.shape[-1] * 4)
+        assert len(clean) == len(token_ids) == len(told) == (4 if kind == "wide" else 6)
+        left_out, pictures = left_out + int((told == 0).sum()), pictures + len(told)
+    for kind, share in {"square": 0.65, "wide": 0.25, "enlarged": 0.1}.items():
+        assert kinds[kind] / 400 == pytest.approx(share, abs=0.06)
+    assert left_out / pictures == pytest.approx(0.06, abs=0.02)
+
+
+def test_pools_of_pictures_have_the_shares_that_batches_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "LatentPool", _Pool)
+    pools = train._encode_xl_pools(None, 5, 1000, torch.device("cpu"))  # type: ignore[arg-type]
+    assert {name: len(pool.latents) for name, pool in pools.items()} == {"square": 650, "wide": 250, "enlarged": 100}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_picture_whose_text_is_left_out_is_learnt_without_it() -> None:
+    """States and pooled vector both: the loss is the same for any text."""
+    pipeline = load_base("toyland-xl", "cpu", "float32")
+    objective = XLObjective(pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2).eval()
+    texts = tokenize_plain(["a red critter in a meadow", "a white cat at night"], pipeline.tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    clean, noise = torch.randn(2, 1, 8, 24, 24, generator=generator)
+    with torch.no_grad():
+        losses = [
+            [
+                float(
+                    objective(
+                        (clean, noise, torch.tensor([500]), text[None], torch.tensor([list_time_ids(96, 96)]), told)
+                    )
+                )
+                for text in texts
+            ]
+            for told in (torch.zeros(1), torch.ones(1))
+        ]
+    assert losses[0][0] == losses[0][1]
+    assert losses[1][0] != losses[1][1]
