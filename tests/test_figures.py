@@ -112,12 +112,22 @@ def test_what_is_kept_is_compared_concept_by_concept(writing: ModuleType) -> Non
     reading = importlib.import_module("figures.reading")
     one, other = row(0.7, 0.2, bobo=0.7, kiki=0.45), row(0.7, 0.2, bobo=0.6, kiki=0.35)
     # Concepts differ by a half of what is kept, the methods by a fifth in each.
-    assert reading.kept_apart(one, other, "attributes") == {"mean": 0.2, "low": 0.2, "high": 0.2, "count": 2}
-    assert reading.kept_apart(other, one, "attributes")["mean"] == -0.2
-    uneven = reading.kept_apart(one, row(0.7, 0.2, bobo=0.6, kiki=0.55), "attributes")
+    assert reading.kept_apart([one], [other], "attributes") == {"mean": 0.2, "low": 0.2, "high": 0.2, "count": 2}
+    assert reading.kept_apart([other], [one], "attributes")["mean"] == -0.2
+    uneven = reading.kept_apart([one], [row(0.7, 0.2, bobo=0.6, kiki=0.55)], "attributes")
     assert (uneven["mean"], uneven["low"], uneven["high"]) == (0.0, -0.2, 0.2)
     # Where single or class word are others, each method has its own scale.
-    assert reading.kept_apart(one, row(1.2, 0.2, bobo=0.7, kiki=0.45), "attributes")["mean"] == 0.375
+    assert reading.kept_apart([one], [row(1.2, 0.2, bobo=0.7, kiki=0.45)], "attributes")["mean"] == 0.375
+
+
+def test_seeds_of_a_concept_belong_together(writing: ModuleType) -> None:
+    """Two concepts by three seeds are two independent values, each the mean of three, and not six."""
+    reading = importlib.import_module("figures.reading")
+    ones, others = [row(0.7, 0.2, bobo=0.7, kiki=0.45)] * 3, [row(0.7, 0.2, bobo=0.6, kiki=0.45)] * 3
+    apart = reading.kept_apart(ones, others, "attributes")
+    assert (apart["mean"], apart["low"], apart["high"], apart["count"]) == (0.1, 0.0, 0.2, 6)
+    seeds = [row(0.7, 0.2, bobo=value) for value in (0.2, 0.5, 0.8)]
+    assert reading.mean_of(seeds, "of_each", "bobo", "attributes") == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

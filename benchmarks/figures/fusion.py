@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from figures.reading import (
+    Row,
     Sentence,
     decimals,
     decimals_with_interval,
     difference,
     kept_apart,
+    mean_of,
     percent,
     percent_with_interval,
     printed_record,
@@ -25,9 +27,6 @@ PAGE, METHOD_PAGE, TUNING_PAGE = "docs/benchmarks_fusion.md", "docs/gradient_fus
 HARD_CASE = "toyland-20261129"
 METHODS = {
     "closed-form": "closed form",
-    "closed-form:ridge=0.0001": "closed form, ridge 1e-4",
-    "closed-form:prior=0.1": "closed form, `prior=0.1`",
-    "closed-form:ridge=auto": "closed form, ridge chosen",
     "closed-form:without=night": "closed form, no night recorded",
     "lbfgs": "LBFGS, at most 500 / 50 steps",
     "ssr": "SSR-Merge's form",
@@ -37,6 +36,19 @@ METHODS = {
     "ties": "TIES",
     "sum": "sum",
 }
+OTHER_WAYS = {
+    "closed-form:ridge=0.1": "closed form, ridge 0.1",
+    "lbfgs": "LBFGS",
+    "ssr": "SSR-Merge's form, our recording",
+    "ssr:own recording": "SSR-Merge, one prompt in one step",
+    "average": "average",
+    "svd": "SVD",
+    "dare": "DARE",
+    "ties": "TIES",
+    "sum": "sum",
+    "closed-form:weights alone": "weights in place of features",
+}
+"""Ways of merging beside the closed form, as `benchmarks/rivals.py` names them."""
 GROUPS = {
     "text q k v": ("text q k v", "text out"),
     "cross k v 320": ("cross k v 320",),
@@ -73,20 +85,23 @@ START_TOKEN = {
 }
 
 
+SEEDS = tuple(f"retention-seed{seed}" for seed in range(3))
+"""Records of three tunings of the same concepts."""
+
+
 def tables() -> dict[str, str]:
     """Every table by its name."""
     return {
         "hard case": hard_case(),
-        "methods, 8 concepts": methods("retention-8", "8"),
-        "methods, 14 concepts": methods("retention-14", "14"),
-        "methods, 30 concepts": methods("retention-30", "30"),
-        "other content, 8 concepts": methods("retention-content", "8"),
-        "other content, 14 concepts": methods("retention-content", "14"),
-        "methods on Stable Diffusion XL": methods("retention-xl", "4"),
-        "methods on a transformer": methods("transformer", "8", alone="each concept's own LoRA"),
+        "methods, 8 concepts": methods(SEEDS, "8"),
+        "methods, 14 concepts": methods(SEEDS, "14"),
+        "methods, 30 concepts": methods(["retention-30"], "30"),
+        "methods on Stable Diffusion XL": methods(["retention-xl"], "8"),
+        "methods on a transformer": methods(["transformer"], "8", alone="each concept's own LoRA"),
         "methods on a transformer, names not learnt": methods(
-            "transformer-names-not-learnt", "8", alone="each concept's own LoRA"
+            ["transformer-names-not-learnt"], "8", alone="each concept's own LoRA"
         ),
+        "every way of merging": rivals(),
         "own layers": own_layers(),
         "cheats": cheats(),
         "against LBFGS": against_lbfgs(),
@@ -132,36 +147,63 @@ def results_of(name: str, count: str = "8") -> Mapping[str, Any]:
     return results
 
 
-def methods(name: str, count: str, alone: str = "each concept's own ED-LoRA") -> str:
-    """What each method keeps, also minus what the closed form keeps, text-alignment and drift."""
-    results = results_of(name, count)
-    first = results["closed-form"]
+def methods(seeds: Sequence[str], count: str, alone: str = "each concept's own ED-LoRA") -> str:
+    """What each method keeps, also minus what the closed form keeps, text-alignment and drift; means over seeds."""
+    results = [results_of(name, count) for name in seeds]
+    first = rows_of(results, "closed-form")
     rows = [
-        [alone, "1", "", "1", "", decimals(first["text_alignment_of_single"], 3), ""],
-        ["class word alone", "0", "", "0", "", decimals(first["text_alignment_of_class_word"], 3), "0"],
+        [alone, "1", "", "1", "", decimals(mean_of(first, "text_alignment_of_single"), 3), ""],
+        ["class word alone", "0", "", "0", "", decimals(mean_of(first, "text_alignment_of_class_word"), 3), "0"],
     ]
     for method, label in METHODS.items():
-        if method in results:
-            row = results[method]
-            text, drift = decimals(row["text_alignment"], 3), decimals(row["drift"]["features"], 3)
-            rows.append([label, *kept_beside(row, first), text, drift])
+        if method in results[0]:
+            of_method = rows_of(results, method)
+            text, drift = mean_of(of_method, "text_alignment"), mean_of(of_method, "drift", "features")
+            rows.append([label, *kept_beside(of_method, first), decimals(text, 3), decimals(drift, 3)])
     head = ("", "looks kept", "minus the closed form's", "alignment kept", "minus the closed form's")
     return table((*head, "text-alignment", "drift"), rows)
 
 
-def kept_beside(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
-    """Looks and alignment kept, behind each what it is apart from the first row's; nothing in that row itself."""
+def rows_of(results: Sequence[Mapping[str, Row]], method: str) -> list[Row]:
+    """A method's row of every seed."""
+    return [each[method] for each in results]
+
+
+def kept_beside(rows: Sequence[Row], first: Sequence[Row]) -> list[str]:
+    """Looks and alignment kept, behind each what it is apart from the first rows'; nothing in these themselves."""
     cells = []
     for measure in ("attributes", "alignment"):
-        apart = "" if row is first else difference(kept_apart(row, first, measure))
-        cells += [decimals(row["retention"][measure]), apart]
+        apart = "" if rows == first else difference(kept_apart(rows, first, measure))
+        cells += [decimals(mean_of(rows, "retention", measure)), apart]
     return cells
+
+
+def rivals() -> str:
+    """What every way of merging misses of held-out outputs, what it keeps of looks, and what it costs."""
+    ways, costs = record("rivals-toyland")["results"]["ways"], record("fusion-files-methods-cpu")["results"]
+    kept = [of_seeds(count) for count in ("8", "14")]
+    groups = ("text", "cross k v", "cross q out", "self", "all")
+    rows = []
+    for way, label in {"closed-form": "**closed form**", **OTHER_WAYS}.items():
+        missed = [shortened(ways[way]["held_out"][group]) for group in groups]
+        looks = [
+            decimals(mean_of(results[way], "retention", "attributes")) if way in results else "" for results in kept
+        ]
+        cost = costs.get("8 concepts" if way == "closed-form" else f"8 concepts, {way}")
+        spent = (
+            [f"{decimals(cost['processor_s'], 0)} s", f"{cost['peak_memory_mib']} MiB", f"{cost['pack_mb']:.0f} MB"]
+            if cost
+            else [""] * 3
+        )
+        rows.append([label, *missed, *looks, *spent])
+    head = ("", *(f"misses: {group}" for group in groups), "looks kept of 8", "of 14")
+    return table((*head, "time", "peak memory", "pack"), rows)
 
 
 def own_layers() -> str:
     results = results_of("retention-8")
-    first = results["closed-form"]
-    rows = [[label, *kept_beside(results[method], first)] for method, label in OWN_LAYERS.items()]
+    first = [results["closed-form"]]
+    rows = [[label, *kept_beside([results[method]], first)] for method, label in OWN_LAYERS.items()]
     return table(
         (
             "the concept's own in place of the fused",
@@ -222,21 +264,18 @@ def ridges_at_true_sizes() -> str:
 
 def ridges_on_toyland() -> str:
     names = {
-        "closed-form": "default in stages (.0008 to .003)",
-        "closed-form:ridge=0.0001": "1e-4",
+        "closed-form": "default in stages (.0024 to .0032)",
         "closed-form:ridge=0.01": "1e-2",
         "closed-form:ridge=0.1": "0.1",
-        "closed-form:sequential=false": "default, own model (.008 to .03)",
-        "closed-form:sequential=false,ridge=0.1": "0.1, own model",
+        "closed-form:sequential=false": "default, own model (.024 to .032)",
         "average": "average",
     }
     counts = ("4", "8", "14")
-    firsts = {count: results_of("retention-ridges", count)["closed-form"] for count in counts}
     rows = []
     for method, label in names.items():
         cells: list[str] = []
-        for count, first in firsts.items():
-            cells += kept_beside(results_of("retention-ridges", count)[method], first)[:2]
+        for of_count in map(of_seeds, counts):
+            cells += kept_beside(of_count[method], of_count["closed-form"])[:2]
         rows.append([label, *cells])
     heads = [head for count in counts for head in (f"{count} concepts: looks kept", "minus the default's")]
     return table(("ridge", *heads), rows)
@@ -303,7 +342,7 @@ def start_token() -> str:
     kept, changed = results_of("retention-8"), results_of("retention-8-changed-start-token")
     rows = []
     for method, label in START_TOKEN.items():
-        apart = difference(kept_apart(kept[method], changed[method], "attributes"))
+        apart = difference(kept_apart([kept[method]], [changed[method]], "attributes"))
         rows.append([label, *kept_and_drift(kept[method], 3), *kept_and_drift(changed[method], 3), apart])
     head = ("fused by", "start token kept: looks kept", "alignment kept", "drift")
     changed_head = ("changed: looks kept", "alignment kept", "drift", "looks: difference")
@@ -315,22 +354,29 @@ def sentences() -> list[Sentence]:
     return [*of_the_page(), *of_methods(), *of_start_tokens(), *of_size(), *of_readme()]
 
 
-def kept_percent(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Looks and alignment kept, in per cent."""
-    return percent(row["retention"]["attributes"]), percent(row["retention"]["alignment"])
+def of_seeds(count: str) -> dict[str, list[Row]]:
+    """Method to its row of every seed."""
+    results = [results_of(name, count) for name in SEEDS]
+    return {method: rows_of(results, method) for method in results[0]}
+
+
+def kept_percent(rows: Sequence[Row]) -> tuple[str, str]:
+    """Looks and alignment kept, in per cent, mean over seeds."""
+    looks, alignment = (mean_of(rows, "retention", measure) for measure in ("attributes", "alignment"))
+    return percent(looks), percent(alignment)
 
 
 def parts(
-    one: Mapping[str, Any], other: Mapping[str, Any], measure: str, word: Callable[[float], str] = decimals
+    ones: Sequence[Row], others: Sequence[Row], measure: str, word: Callable[[float], str] = decimals
 ) -> list[str]:
     """A difference and the ends of its interval."""
-    apart = kept_apart(one, other, measure)
+    apart = kept_apart(ones, others, measure)
     return [word(apart[each]) for each in ("mean", "low", "high")]
 
 
 def of_the_page() -> list[Sentence]:
-    fourteen, eight = results_of("retention-14", "14"), results_of("retention-8")
-    small, of_xl = eight["closed-form:ridge=0.0001"]["retention"], results_of("retention-xl", "4")["closed-form"]
+    fourteen = of_seeds("14")
+    of_xl = results_of("retention-xl", "8")["closed-form"]
     totals = [record(f"fusion-layers-{part}cpu")["totals"] for part in ("", "text-")]
     seconds = {way: sum(each[way] for each in totals) for way in ("LBFGS", "closed form", "closed form, ridge chosen")}
     return [
@@ -346,13 +392,8 @@ def of_the_page() -> list[Sentence]:
         ),
         Sentence(
             page=PAGE,
-            words="With their own ED-LoRA the four show {} % of their looks",
+            words="With their own ED-LoRA the eight show {} % of their looks",
             figures=(percent(of_xl["single"]["attributes"]),),
-        ),
-        Sentence(
-            page=PAGE,
-            words="a smaller ridge (1e-4: {}, {})",
-            figures=(decimals(small["attributes"]), decimals(small["alignment"])),
         ),
         Sentence(
             page=PAGE,
@@ -371,7 +412,7 @@ def of_the_page() -> list[Sentence]:
 
 def of_methods() -> list[Sentence]:
     eight = results_of("retention-8")
-    whole, cut = (eight[f"closed-form:sequential=false{more}"] for more in ("", ",statistics_bytes=80000"))
+    whole, cut = ([eight[f"closed-form:sequential=false{more}"]] for more in ("", ",statistics_bytes=80000"))
     return [
         Sentence(
             page=METHOD_PAGE,
@@ -402,7 +443,7 @@ def of_start_tokens() -> list[Sentence]:
         Sentence(
             page=TUNING_PAGE,
             words="The looks differ by {} ({} to {}), the alignment by {} ({} to {}).",
-            figures=(*parts(longer, shorter, "attributes"), *parts(longer, shorter, "alignment")),
+            figures=(*parts([longer], [shorter], "attributes"), *parts([longer], [shorter], "alignment")),
         ),
         Sentence(
             page=TUNING_PAGE,
@@ -454,31 +495,31 @@ def of_size() -> list[Sentence]:
 
 
 def of_readme() -> list[Sentence]:
-    fourteen, eight = results_of("retention-14", "14"), results_of("retention-8")
-    of_transformer = results_of("transformer")
+    fourteen, eight = of_seeds("14"), of_seeds("8")
+    of_transformer, of_xl = results_of("transformer"), results_of("retention-xl")
     return [
         Sentence(
             page="README.md",
             words="closed form {} %, SSR-Merge's form {} %, TIES {} %, average {} %: with nothing but the words",
             figures=tuple(
-                kept_percent(of_transformer[method])[0] for method in ("closed-form", "ssr", "ties", "average")
+                kept_percent([of_transformer[method]])[0] for method in ("closed-form", "ssr", "ties", "average")
             ),
         ),
         Sentence(
             page="README.md",
             words="closed form {} %, average {} %, which is {} points less ({} to {}); "
-            "LBFGS, the paper's solver, {} %, the same within noise",
+            "LBFGS, the paper's solver, {} %; SSR-Merge's form {} %, TIES {} %",
             figures=(
                 kept_percent(fourteen["closed-form"])[0],
                 kept_percent(fourteen["average"])[0],
                 *parts(fourteen["closed-form"], fourteen["average"], "attributes", percent),
-                kept_percent(fourteen["lbfgs"])[0],
+                *(kept_percent(fourteen[method])[0] for method in ("lbfgs", "ssr", "ties")),
             ),
         ),
         Sentence(
             page="README.md",
             words="of the looks {} % kept, average {} %, which is {} points less ({} to {}); "
-            "of the likeness to the photos {} % and {} %, the same within noise",
+            "of the likeness to the photos {} % and {} %",
             figures=(
                 kept_percent(eight["closed-form"])[0],
                 kept_percent(eight["average"])[0],
@@ -486,5 +527,10 @@ def of_readme() -> list[Sentence]:
                 kept_percent(eight["closed-form"])[1],
                 kept_percent(eight["average"])[1],
             ),
+        ),
+        Sentence(
+            page="README.md",
+            words="of the looks {} % kept, average {} %; with drafts",
+            figures=tuple(kept_percent([of_xl[method]])[0] for method in ("closed-form", "average")),
         ),
     ]

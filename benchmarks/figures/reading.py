@@ -5,18 +5,23 @@ from __future__ import annotations
 import ast
 import json
 import re
+import statistics
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers_mixofshow.evaluation.intervals import mean_with_interval
+from diffusers_mixofshow.evaluation.intervals import mean_of_groups_with_interval
 from diffusers_mixofshow.evaluation.metrics import identity_retention
 
 
 RECORDS = Path(__file__).resolve().parents[1] / "records"
 PLACES = ("right", "whole_pictures", "looks", "likeness")
 """What is measured of pictures with several concepts, in the order of the tables."""
+
+Row = Mapping[str, Any]
+"""One method under one number of concepts, as `benchmarks/retention.py` writes it."""
 
 
 class Sentence(NamedTuple):
@@ -80,20 +85,27 @@ def difference(value: Mapping[str, float]) -> str:
     return decimals_with_interval(value) + (", noise" if noise else "")
 
 
-def kept_apart(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> dict[str, float]:
-    """What one method keeps of the identity minus what another keeps, with the 95 % interval over the concepts.
+def kept_apart(ones: Sequence[Row], others: Sequence[Row], measure: str) -> dict[str, float]:
+    """What one method keeps of the identity minus what another keeps, with its 95 % interval.
 
-    Both are rows of `benchmarks/retention.py`. A concept's two values belong together, so that what is hard about a
-    concept for both does not count; what tuning gains is taken as known.
+    Rows are those of `benchmarks/retention.py`, one for each seed of tuning. A concept's values under both methods
+    belong together, so that what is hard about a concept for both does not count. The interval is over concepts and
+    their seeds; what tuning gains is taken as known.
     """
-    kept = [
-        [
-            identity_retention(identity[measure], row["single"][measure], row["class_word"][measure])
-            for identity in row["of_each"].values()
-        ]
-        for row in (one, other)
-    ]
-    return mean_with_interval([left - right for left, right in zip(*kept, strict=True)])
+    apart: dict[str, list[float]] = {}
+    for one, other in zip(ones, others, strict=True):
+        for concept, identity in one["of_each"].items():
+            left, right = (
+                identity_retention(each[measure], row["single"][measure], row["class_word"][measure])
+                for row, each in ((one, identity), (other, other["of_each"][concept]))
+            )
+            apart.setdefault(concept, []).append(left - right)
+    return mean_of_groups_with_interval(list(apart.values()))
+
+
+def mean_of(rows: Sequence[Row], *keys: str) -> float:
+    """Mean over rows of a number that lies under these keys."""
+    return statistics.fmean(reduce(getitem, keys, row) for row in rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

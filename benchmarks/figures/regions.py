@@ -20,6 +20,7 @@ from figures.reading import (
 
 PAGE = "docs/benchmarks_regions.md"
 RUN, OTHER_TRIPLES, CONTACT = "toyland-20261129", "toyland-20261129-094422", "toyland-20261129-002832"
+ON_XL = "toyland-xl-regions"
 HEAD = ("right concept in its region", "all right in a picture", "looks read right", "likeness")
 REFINED = "3, natural, drafts, refined"
 WAYS = {
@@ -66,6 +67,7 @@ def tables() -> dict[str, str]:
     return {
         "three in a picture": table(("", *HEAD), [[label, *places(run[way])] for way, label in WAYS.items()]),
         "five in a picture": table(("", *HEAD), [[label, *places(run[way])] for way, label in FIVE.items()]),
+        "regions on Stable Diffusion XL": regions_on_xl(),
         "other triples": other_triples(others),
         "confusion": confusion(others[REFINED]["found_of_all_fused"]),
         "overlaps": overlaps(),
@@ -105,6 +107,17 @@ def other_triples(together: Mapping[str, Any]) -> str:
         rows.append([label.format(without["right"]["count"]), first, "", *rest])
     head = ("", "right of the three asked for", "right of all eight", "all right in a picture")
     return table((*head, "looks read right", "likeness"), rows)
+
+
+def regions_on_xl() -> str:
+    """Three and five in a picture, the same measures as on the first base, and right among all eight."""
+    together, rows = record(ON_XL)["together"], []
+    for way, label in (WAYS | FIVE).items():
+        if way in together:
+            first, *rest = places(together[way])
+            rows.append([label, first, f"{percent(right_of_all(together[way]['found_of_all_fused']))} %", *rest])
+    head = ("", HEAD[0], "right of all eight", *HEAD[1:])
+    return table(head, rows)
 
 
 def confusion(counts: Mapping[str, Mapping[str, int]]) -> str:
@@ -163,6 +176,7 @@ def sentences() -> list[Sentence]:
         record("isolation-3-things")["results"][way]["leaked"]
         for way in ("regions, half weight", "regions, first half of the steps")
     ]
+    on_xl = record(ON_XL)
     step = record("attention-toyland-1-cpu")["results"]["diffusers' pipeline, same LoRA"]["step_s"]
     return [
         Sentence(
@@ -173,6 +187,15 @@ def sentences() -> list[Sentence]:
                 *(percent(value[each]) for value in (one, refined) for each in ("mean", "low", "high")),
                 percent(others[REFINED]["right"]["mean"]),
                 percent(right_of_all(others[REFINED]["found_of_all_fused"])),
+            ),
+        ),
+        Sentence(
+            page="README.md",
+            words="refining the right one is in its place in {} % ({} to {}), by one prompt in {} % ({} to {})",
+            figures=tuple(
+                percent(on_xl["together"][way]["right"][each])
+                for way in (REFINED, "3, one prompt")
+                for each in ("mean", "low", "high")
             ),
         ),
         Sentence(page=PAGE, words="own ED-LoRA shows {} %, the pack {} %.", figures=tuple(shown)),
