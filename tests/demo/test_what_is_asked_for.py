@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ CONCEPTS = [DemoConcept(name=name, kind="pet", class_word=word, folder=Path(name
 
 class Pipe:
     """Notes its calls with the pack that was loaded then."""
+
+    components: Mapping[str, object] = MappingProxyType({})  # without any, it is taken for a Stable Diffusion
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
