@@ -23,7 +23,7 @@ from diffusers_mixofshow.evaluation import record
 
 
 WIDTH = 768
-SAVES_IN_A_LIFE = 2.0
+SAVES_IN_A_LIFE = 3.0
 """How many saves a process gets through before it is killed at the latest."""
 
 
