@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +70,18 @@ def same_deltas(ours: EDLoRA, theirs: EDLoRA, tolerance: float = 1e-5) -> None:
 
 def _fail(*args: object, **kwargs: object) -> None:
     raise RuntimeError("failed on purpose")
+
+
+def test_fusing_from_files_loads_no_library_of_models(published: list[Path], tmp_path: Path) -> None:
+    """They take seconds to import, and only a pipeline needs them."""
+    code = (
+        "import sys\nfrom diffusers_mixofshow.fusion import GradientFuser\n"
+        "GradientFuser().fuse(sys.argv[2:]).save_pretrained(sys.argv[1])\n"
+        "print([name for name in ('diffusers', 'transformers', 'peft', 'accelerate') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "fused"), *map(str, published)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"
+    assert len(EDLoRA.from_pretrained(tmp_path / "fused").concepts) == 3
 
 
 def test_statistics_are_kept_and_serve_without_a_pipeline(

@@ -12,7 +12,6 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import FAMILIES, family_of
 from diffusers_mixofshow.families.recognition import is_denoiser_of
-from diffusers_mixofshow.lora import adapter_names, loads_concepts
 
 
 def refuse_unfusable(pipe: Any) -> None:
@@ -56,6 +55,8 @@ def refuse_concepts(pipe: Any, edloras: Iterable[EDLoRA]) -> None:
     Raises:
         FusionError: Says how to get a pipeline that can, if there is one.
     """
+    from diffusers_mixofshow.lora import loads_concepts
+
     if loads_concepts(pipe) or not any(edlora.concepts for edlora in edloras):
         return
     family = family_of(pipe.components)
@@ -76,6 +77,8 @@ def set_aside(pipe: Any) -> Iterator[None]:
     Raises:
         FusionError: If LoRAs are loaded that the pipeline cannot unload and restore.
     """
+    from diffusers_mixofshow.lora import adapter_names, loads_concepts
+
     if loads_concepts(pipe):
         with pipe.set_concepts_aside():
             yield

@@ -1,4 +1,8 @@
-"""Sample a concept and record statistics of its layer inputs. The only forward hooks of fusion are here."""
+"""Sample a concept and record statistics of its layer inputs. The only forward hooks of fusion are here.
+
+diffusers and PEFT are imported where a pipeline is sampled: fusing from files needs neither, and loading both takes
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
-import diffusers
 import torch
 from torch import nn
 
@@ -21,7 +24,6 @@ from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites, configured_size, linear_layers
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
-from diffusers_mixofshow.lora import loaded, refuse_copied
 from diffusers_mixofshow.progress import hide_bars
 
 
@@ -151,6 +153,8 @@ def collect(
         ConfigurationError: If attention uses fused copies of the weights, so that the layers are never called.
         FusionError: If sampling does not call all layers.
     """
+    from diffusers_mixofshow.lora import loaded, refuse_copied
+
     refuse_copied(pipe.components)
     statistics = ConceptStatistics()
     with loaded(pipe, edlora), _set_up_sampling(pipe):
@@ -242,6 +246,8 @@ def _make_hook(
 @contextmanager
 def _set_up_sampling(pipe: Any) -> Iterator[None]:
     """Use the family's sampler and hide the pipeline's progress bar inside the block."""
+    import diffusers
+
     scheduler, sampler = pipe.scheduler, family_of(pipe.components).sampler
     if sampler:
         pipe.scheduler = getattr(diffusers, sampler).from_config(scheduler.config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft.utils.merge_utils import prune, ties
 
 from diffusers_mixofshow.fusion.solvers import Factors, truncate_rank, weighted_average
 
@@ -37,6 +36,8 @@ def merge_ties(updates: Sequence[Factors], shares: Sequence[float]) -> Factors:
         updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
         shares: One per concept, summing to 1.
     """
+    from peft.utils.merge_utils import ties
+
     weights = len(shares) * torch.tensor(shares, dtype=torch.float64)  # ties() divides by how many updates agree
     return _factorise(ties([update.delta.double() for update in updates], weights, density=TIES_DENSITY))
 
@@ -49,6 +50,8 @@ def merge_dare(updates: Sequence[Factors], shares: Sequence[float], *, seed: int
         shares: One per concept, summing to 1.
         seed: Chooses the dropped values; the global random state is left unchanged.
     """
+    from peft.utils.merge_utils import prune
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Drawn on the CPU, so that every device drops the same values.
