@@ -117,6 +117,7 @@ def test_a_single_plain_lora_is_compared_with_the_pack(asked) -> None:
     told = json.loads(run("compare", "dog.safetensors", "both", *asked, *words, "--json"))
     assert ("dog", "dog.safetensors") in [(row["concept"], row["pack"]) for row in told["rows"]]
     plan = json.loads(run("compare", "dog.safetensors", *asked, "--class-word", "dog=dog", "--dry-run", "--json"))
+    assert plan["prompts say"] == "dog: sks dog (class word dog)"
     assert plan["pictures"] == 2 * 3
 
 

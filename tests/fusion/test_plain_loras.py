@@ -52,6 +52,12 @@ def _fuser(pipe: MixOfShowPipeline, **settings: object) -> GradientFuser:
     return GradientFuser(pipe, steps=1, prompts=["<TOK>", "a <TOK>"], **settings)
 
 
+def test_prompts_of_a_plain_lora_cannot_name_a_concept(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    path = _write(pipe, tmp_path / "one.safetensors", 0)
+    with pytest.raises(FusionError, match=r"prompt: <rex>, which is one of a plain LoRA.*trigger words as they are"):
+        _fuser(pipe).fuse([LoRASource(path, ["a <rex> in the snow"])])
+
+
 def test_plain_loras_become_one_ordinary_lora(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
     paths = [_write(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("one", "two"))]
     sources = [LoRASource(path, ["photo of sks dog", "sks dog"]) for path in paths]

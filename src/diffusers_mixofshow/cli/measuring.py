@@ -146,6 +146,7 @@ class Measurement:
         return {
             "base model": plans.describe_base(self.base),
             "packs": "; ".join(f"{name}: {', '.join(_names_in([pack]))}" for name, pack in self.packs.items()),
+            "prompts say": ", ".join(f"{name}: {words}" for name, words in self._list_words().items()),
             "metric model": plans.describe_model(self.settings["metric_model"]),
             "photos": ", ".join(references) or "none given",
             "pictures": pictures,
@@ -153,6 +154,16 @@ class Measurement:
             "time": estimate_time(self.base, pictures * steps, 2),
             "writes": ", ".join(map(str, places)) or "nothing",
             **plans.plan_replacing(*writes, overwrite=overwrite),
+        }
+
+    def _list_words(self) -> dict[str, str]:
+        """What prompts say for each concept or plain LoRA, and the class word that it is compared with."""
+        from diffusers_mixofshow.evaluation.plain import has_class_word, mention_of
+
+        concepts = {one.placeholder: one for pack in self.packs.values() for one in pack.concepts}
+        return {
+            name: mention_of(one) + (f" (class word {one.class_word})" if has_class_word(one) else "")
+            for name, one in concepts.items()
         }
 
     def public_settings(self) -> dict[str, Any]:

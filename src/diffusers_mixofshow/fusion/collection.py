@@ -20,7 +20,7 @@ from diffusers_mixofshow.base_models import guidance_of, name_of
 from diffusers_mixofshow.conditioning.encode import concept_positions
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import sanitise
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import ConceptError, FusionError, first_line
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.families.layers import components_with_sites, configured_size, linear_layers
 from diffusers_mixofshow.fusion.statistics import PARTS, ConceptStatistics, Part
@@ -157,7 +157,7 @@ def collect(
 
     refuse_copied(pipe.components)
     statistics = ConceptStatistics()
-    with loaded(pipe, edlora), _set_up_sampling(pipe):
+    with loaded(pipe, edlora), _set_up_sampling(pipe), _explain_unknown_words(edlora):
         for part in PARTS:
             with record_inputs(pipe, sites, statistics, recording.text_tokens, part):
                 for batch in _batches(_pictures(prompts, recording, part, hold_out=hold_out), recording.batch_size):
@@ -241,6 +241,24 @@ def _make_hook(
         statistics.add(name, features, part)
 
     return add
+
+
+@contextmanager
+def _explain_unknown_words(edlora: EDLoRA | None) -> Iterator[None]:
+    """Explain inside the block that prompts of a plain LoRA cannot name a concept.
+
+    Raises:
+        FusionError: If one does.
+    """
+    try:
+        yield
+    except ConceptError as error:
+        if edlora is None or edlora.concepts:
+            raise
+        raise FusionError(
+            f"{first_line(error).partition('.')[0]}, which is one of a plain LoRA. Its file has no embeddings, so "
+            "that no <name> can call it: write its trigger words as they are, such as 'a photo of sks dog'."
+        ) from error
 
 
 @contextmanager
