@@ -375,7 +375,7 @@ def parts(
 
 
 def of_the_page() -> list[Sentence]:
-    fourteen = of_seeds("14")
+    fourteen, small = of_seeds("14"), results_of("retention-8")["closed-form:ridge=0.0001"]["retention"]
     of_xl = results_of("retention-xl", "8")["closed-form"]
     totals = [record(f"fusion-layers-{part}cpu")["totals"] for part in ("", "text-")]
     seconds = {way: sum(each[way] for each in totals) for way in ("LBFGS", "closed form", "closed form, ridge chosen")}
@@ -394,6 +394,11 @@ def of_the_page() -> list[Sentence]:
             page=PAGE,
             words="With their own ED-LoRA the eight show {} % of their looks",
             figures=(percent(of_xl["single"]["attributes"]),),
+        ),
+        Sentence(
+            page=PAGE,
+            words="a smaller ridge (1e-4: {}, {})",
+            figures=(decimals(small["attributes"]), decimals(small["alignment"])),
         ),
         Sentence(
             page=PAGE,
