@@ -28,12 +28,10 @@ def run(*arguments: object):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with a base, a CLIP, two ED-LoRAs, a pack of both, and photos of one."""
+def fill(folder: Path) -> Path:
+    """Write a base, a CLIP, two ED-LoRAs, a pack of both, and photos of one."""
     from diffusers import StableDiffusionPipeline
 
-    folder = tmp_path_factory.mktemp("place")
     words = tiny.tokenizer()
     StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False).save_pretrained(folder / "base")
     tiny.clip().save_pretrained(folder / "clip")
@@ -45,6 +43,11 @@ def place(tmp_path_factory) -> Path:
         Image.new("RGB", (40, 30), colour).save(folder / "photos" / f"{index}.png")
     (folder / "photos" / "notes.txt").write_text("a <TOK>")
     return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return fill(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import packs
 import tiny
-from cli.test_measuring import QUICK, place  # noqa: F401
+from cli.test_measuring import QUICK, fill
 from diffusers_mixofshow import FusedPack, FusionSource, GradientFuser, LoRASource, MixOfShowPipeline, cli
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
@@ -37,8 +37,13 @@ def write(path: Path, seed: int, **metadata: str) -> Path:
     return write_lora(path, dict(packs.random_pack(tiny.components(), seed=seed).lora), metadata)
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return fill(tmp_path_factory.mktemp("place"))
+
+
 @pytest.fixture
-def asked(place, tmp_path, monkeypatch) -> tuple[str, ...]:  # noqa: F811
+def asked(place, tmp_path, monkeypatch) -> tuple[str, ...]:
     """Two LoRAs fused into a pack that carries them, and the options of a quick measurement."""
     monkeypatch.chdir(tmp_path)
     files = {"dog": write(tmp_path / "dog.safetensors", 1), "ink": write(tmp_path / "ink.safetensors", 2)}
@@ -143,7 +148,7 @@ def test_a_plain_lora_beside_concepts_is_measured_too_if_its_words_are_known(ask
         assert [row["concept"] for row in rows if row["pack"] == "mixed" and row["concept"] != "mean"] == expected
 
 
-def test_packs_of_plain_loras_are_measured_in_python(asked, place) -> None:  # noqa: F811
+def test_packs_of_plain_loras_are_measured_in_python(asked, place) -> None:
     pipe = MixOfShowPipeline.from_pretrained(place / "base", safety_checker=None)
     told = evaluate_packs(
         pipe,
