@@ -149,24 +149,24 @@ def results_of(name: str, count: str = "8") -> Mapping[str, Any]:
 
 def methods(seeds: Sequence[str], count: str, alone: str = "each concept's own ED-LoRA") -> str:
     """What each method keeps, also minus what the closed form keeps, text-alignment and drift; means over seeds."""
-    results = [results_of(name, count) for name in seeds]
-    first = rows_of(results, "closed-form")
+    results = rows_of(seeds, count)
+    first = results["closed-form"]
     rows = [
         [alone, "1", "", "1", "", decimals(mean_of(first, "text_alignment_of_single"), 3), ""],
         ["class word alone", "0", "", "0", "", decimals(mean_of(first, "text_alignment_of_class_word"), 3), "0"],
     ]
     for method, label in METHODS.items():
-        if method in results[0]:
-            of_method = rows_of(results, method)
+        if of_method := results.get(method):
             text, drift = mean_of(of_method, "text_alignment"), mean_of(of_method, "drift", "features")
             rows.append([label, *kept_beside(of_method, first), decimals(text, 3), decimals(drift, 3)])
     head = ("", "looks kept", "minus the closed form's", "alignment kept", "minus the closed form's")
     return table((*head, "text-alignment", "drift"), rows)
 
 
-def rows_of(results: Sequence[Mapping[str, Row]], method: str) -> list[Row]:
-    """A method's row of every seed."""
-    return [each[method] for each in results]
+def rows_of(seeds: Sequence[str], count: str) -> dict[str, list[Row]]:
+    """Method to its rows of the records of several seeds."""
+    results = [results_of(name, count) for name in seeds]
+    return {method: [each[method] for each in results] for method in results[0]}
 
 
 def kept_beside(rows: Sequence[Row], first: Sequence[Row]) -> list[str]:
@@ -181,7 +181,7 @@ def kept_beside(rows: Sequence[Row], first: Sequence[Row]) -> list[str]:
 def rivals() -> str:
     """What every way of merging misses of held-out outputs, what it keeps of looks, and what it costs."""
     ways, costs = record("rivals-toyland")["results"]["ways"], record("fusion-files-methods-cpu")["results"]
-    kept = [of_seeds(count) for count in ("8", "14")]
+    kept = [rows_of(SEEDS, count) for count in ("8", "14")]
     groups = ("text", "cross k v", "cross q out", "self", "all")
     rows = []
     for way, label in {"closed-form": "**closed form**", **OTHER_WAYS}.items():
@@ -274,7 +274,7 @@ def ridges_on_toyland() -> str:
     rows = []
     for method, label in names.items():
         cells: list[str] = []
-        for of_count in map(of_seeds, counts):
+        for of_count in (rows_of(SEEDS, count) for count in counts):
             cells += kept_beside(of_count[method], of_count["closed-form"])[:2]
         rows.append([label, *cells])
     heads = [head for count in counts for head in (f"{count} concepts: looks kept", "minus the default's")]
@@ -354,12 +354,6 @@ def sentences() -> list[Sentence]:
     return [*of_the_page(), *of_methods(), *of_start_tokens(), *of_size(), *of_readme()]
 
 
-def of_seeds(count: str) -> dict[str, list[Row]]:
-    """Method to its row of every seed."""
-    results = [results_of(name, count) for name in SEEDS]
-    return {method: rows_of(results, method) for method in results[0]}
-
-
 def kept_percent(rows: Sequence[Row]) -> tuple[str, str]:
     """Looks and alignment kept, in per cent, mean over seeds."""
     looks, alignment = (mean_of(rows, "retention", measure) for measure in ("attributes", "alignment"))
@@ -375,7 +369,7 @@ def parts(
 
 
 def of_the_page() -> list[Sentence]:
-    fourteen, small = of_seeds("14"), results_of("retention-8")["closed-form:ridge=0.0001"]["retention"]
+    fourteen, small = rows_of(SEEDS, "14"), results_of("retention-8")["closed-form:ridge=0.0001"]["retention"]
     of_xl = results_of("retention-xl", "8")["closed-form"]
     totals = [record(f"fusion-layers-{part}cpu")["totals"] for part in ("", "text-")]
     seconds = {way: sum(each[way] for each in totals) for way in ("LBFGS", "closed form", "closed form, ridge chosen")}
@@ -500,7 +494,7 @@ def of_size() -> list[Sentence]:
 
 
 def of_readme() -> list[Sentence]:
-    fourteen, eight = of_seeds("14"), of_seeds("8")
+    fourteen, eight = rows_of(SEEDS, "14"), rows_of(SEEDS, "8")
     of_transformer, of_xl = results_of("transformer"), results_of("retention-xl")
     return [
         Sentence(
