@@ -121,6 +121,20 @@ def fuse(arguments: list[str], file: Path) -> dict[str, Any]:
     }
 
 
+def write_record(path: Path, layers: int, results: dict[str, Any]) -> None:
+    """Write what is measured so far."""
+    content = {
+        "run_info": {
+            **record.run_info(Path(__file__).parent),
+            "threads": torch.get_num_threads(),
+            "load_average": round(os.getloadavg()[0], 1),
+        },
+        "settings": {"rank": RANK, "layers": layers, "statistics_bytes": DEFAULT_BYTES},
+        "results": results,
+    }
+    record.write(path, content)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where the files are written")
@@ -148,16 +162,7 @@ def main() -> None:
                 [*map(str, folders), "--method", method, "--output", str(output)], output / "edlora.safetensors"
             )
             print(label, results[label], flush=True)
-    content = {
-        "run_info": {
-            **record.run_info(Path(__file__).parent),
-            "threads": torch.get_num_threads(),
-            "load_average": round(os.getloadavg()[0], 1),
-        },
-        "settings": {"rank": RANK, "layers": len(shapes), "statistics_bytes": DEFAULT_BYTES},
-        "results": results,
-    }
-    record.write(options.record, content)
+            write_record(options.record, len(shapes), results)
     print(f"Record: {options.record}")
 
 
