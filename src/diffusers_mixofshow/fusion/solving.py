@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -48,6 +49,9 @@ _RIDGE_IN_STAGES, _RIDGE_OF_OWN_FEATURES = 2.5e-5, 2.5e-4
 """Default ridge for each input feature: 0.003 and 0.03 on Toyland, 0.03 and 0.3 at a width of 1280."""
 _WIDEST_MEASURED = 1280
 """Width up to which the default ridge grows; nothing was measured beyond."""
+
+_MOST_AT_ONCE = 4
+"""Inputs that a CPU solves at once: each needs memory of its own."""
 
 LBFGS_STEPS = {"text": 500, "spatial": 50}
 """The paper's iterations (section 6.1) for layers whose input is the text alone, and for the others."""
@@ -318,16 +322,38 @@ def solve(
     """
     family, solution = family_of_sources(sources), Solution()
     groups = family.by_input(sites)
+
+    def solve_input(name: str) -> Solution:
+        shared = SharedInput(family, sources, statistics, groups[name], (prior or {}).get(name), device)
+        return _solve_input(shared, settings, measured=bool(statistics))
+
     with progress(description, len(groups), pipe=pipe) as bar:
-        for name, group in groups.items():
-            shared = SharedInput(family, sources, statistics, group, (prior or {}).get(name), device)
-            solution.add(_solve_input(shared, settings, measured=bool(statistics)))
+        for solved in _solve_inputs(solve_input, groups, device):
+            solution.add(solved)
             bar.update()
     found = {(site, name): pair for site, layer in solution.residuals.items() for name, pair in layer.items()}
     solution.residuals = {site: {} for site in solution.residuals}
     for (site, name), pair in Team.current().all_gather(found).items():  # each process measures its own sources
         solution.residuals[site][name] = pair
     return solution
+
+
+def _solve_inputs(solve_input: Callable[[str], Solution], names: Iterable[str], device: Device) -> Iterator[Solution]:
+    """The solution of each input, in order; a CPU's threads solve several at once, as each has small matrices only.
+
+    Processes of a team take their common sums in one order, and a GPU is busy with one input.
+    """
+    threads = torch.get_num_threads()
+    at_once = min(threads, _MOST_AT_ONCE) if torch.device(device).type == "cpu" and Team.current().size == 1 else 1
+    if at_once == 1:
+        yield from map(solve_input, names)
+        return
+    torch.set_num_threads(threads // at_once)  # of each thread that starts from now on
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            yield from pool.map(solve_input, names)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _solve_input(shared: SharedInput, settings: Settings, *, measured: bool) -> Solution:
