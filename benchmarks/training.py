@@ -1,5 +1,8 @@
 """Measure on Toyland what tuning puts where: ``python benchmarks/training.py --work DIR [--short] [--minutes 35]``.
 
+    python benchmarks/training.py --work DIR --base toyland-xl --concepts bobo nono --only ED-LoRA \
+        "without layer-wise embeddings" "with embeddings of each layer"   # Stable Diffusion XL's groups of layers
+
 Concepts inside and outside of what the base has seen are tuned by textual inversion, P+, LoRA, ED-LoRA and Custom
 Diffusion, ED-LoRA by five seeds, and by ED-LoRA with one thing changed. Each is then sampled with its weight updates
 at scale 0 (the embeddings alone) and 1, with prompts and seeds that are the same for all. Identity is the metric
@@ -22,12 +25,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow import toyland
+from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL, embedded_base
 from diffusers_mixofshow.demo.settings import DemoSettings
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.training import TrainingConfig
@@ -50,6 +55,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "LoRA, embeddings first": PLAIN_LORA,
     "ED-LoRA, all at once": {ALL_AT_ONCE: True},
 }
+EACH_LAYER = "with embeddings of each layer"
+"""Every cross-attention layer has its own embeddings, where the family's layers share them in groups."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     "with updates at the start token": {"keep_start_token": False},
     "without noise offset": {"noise_offset": 0.0},
@@ -63,7 +70,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 LAST: dict[str, dict[str, Any]] = {
     "Custom Diffusion": {"method": "custom-diffusion", "text_kv_learning_rate": 1.5e-3, "keep_start_token": False}
 }
-VARIANTS = METHODS | SCHEDULES | ABLATIONS | LAST
+VARIANTS = METHODS | SCHEDULES | ABLATIONS | LAST | {EACH_LAYER: {}}
 IN_DOMAIN = ("bobo", "rex", "ming")
 OUT_OF_DOMAIN = ("nono", "pixel", "neon")
 DOMAINS = {"in": IN_DOMAIN, "out": OUT_OF_DOMAIN}
@@ -93,9 +100,17 @@ class Plan:
     embedding_steps: int
     joint_steps: int
     base: str
+    """Digest of the base's weights."""
+    base_model: str = TOYLAND
+    only: tuple[str, ...] = ()
+    """Variants that are measured; all by default."""
 
     def runs(self) -> Iterator[Run]:
         """What other numbers are compared with comes first."""
+        if self.only:
+            variants = (CLASS_WORD, *self.only)
+            yield from (Run(variant=variant, concept=concept) for concept in self.concepts for variant in variants)
+            return
         yield from (Run(variant=CLASS_WORD, concept=concept) for concept in self.concepts)
         yield from (
             Run(variant=variant, concept=concept) for variant in reversed(METHODS) for concept in self.concepts
@@ -113,11 +128,17 @@ class Plan:
         if changed.pop(ALL_AT_ONCE, False):
             steps = {"embedding_phase_steps": 0, "max_train_steps": self.embedding_steps + self.joint_steps}
         named = {"concept": run.concept, "class_word": concept.class_word, "kind": concept.kind}
-        return {**named, "seed": run.seed, "company": 0.0, **steps, **changed}  # photos alone, as the paper's study
+        base = {
+            "pretrained_model_name_or_path": self.base_model,
+            "resolution": resolution_of(self.base_model),
+        }
+        # Company 0 is photos alone, as the paper's study.
+        return {**named, **base, "seed": run.seed, "company": 0.0, **steps, **changed}
 
     def file_of(self, run: Run) -> str:
         """A name that is another one where the numbers may be others."""
-        shared = {name: value for name, value in asdict(self).items() if name not in ("concepts", "few", "seeds")}
+        choices = ("concepts", "few", "seeds", "only", "base_model")
+        shared = {name: value for name, value in asdict(self).items() if name not in choices}
         if run.variant == CLASS_WORD:
             settings: dict[str, Any] = {}
             shared = {name: value for name, value in shared.items() if not name.endswith("_steps")} | {
@@ -125,7 +146,7 @@ class Plan:
             }
         else:
             config = TrainingConfig.toyland(instance_data_dir="photos", **self.settings(run))
-            settings = config.as_identity()
+            settings = config.as_identity() | ({EACH_LAYER: True} if run.variant == EACH_LAYER else {})
         digest = hashlib.sha256(json.dumps([shared, settings], sort_keys=True).encode()).hexdigest()
         words = "-".join(run.variant.lower().replace(",", "").split())
         return f"{words}-{run.concept}-{run.seed}-{digest[:12]}.json"
@@ -138,29 +159,37 @@ class Bench:
         import torch
         from judging import subject_of
 
-        from diffusers_mixofshow import MixOfShowPipeline
         from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
+        from diffusers_mixofshow.sampling.loading import load_base
 
         torch.set_num_threads(1)
         self.plan = plan
-        self.pipe: Any = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)
+        self.pipe: Any = load_base(plan.base_model, "cpu", "float32", concepts=True)
         self.judge = ToylandJudge.load()
         # All of them, so that what is nearest does not depend on which are measured.
         self.subjects = {name: subject_of(toyland.CONCEPTS[name], self.judge) for name in (*IN_DOMAIN, *OUT_OF_DOMAIN)}
 
     def measured(self, run: Run) -> dict[str, Any]:
-        """Tune, sample at every scale, and judge."""
+        """A run's numbers."""
         if run.variant == CLASS_WORD:
             floor = self.judged(toyland.CONCEPTS[run.concept].class_word, run.concept)
             return {**asdict(run), "scales": dict.fromkeys(SCALES, floor)}
+        with embeddings_of_each_layer() if run.variant == EACH_LAYER else nullcontext():
+            return self.tuned(run)
+
+    def tuned(self, run: Run) -> dict[str, Any]:
+        """Tune a concept, sample it at every scale, and judge."""
         from diffusers_mixofshow import EDLoRATrainer
 
         with tempfile.TemporaryDirectory() as folder:
-            photos = toyland.write_photos(toyland.CONCEPTS[run.concept], folder)
+            concept, height = toyland.CONCEPTS[run.concept], resolution_of(self.plan.base_model)
+            photos = toyland.write_photos(concept, folder, height=height)
             config = TrainingConfig.toyland(instance_data_dir=photos, **self.plan.settings(run))
             start = time.process_time()
             edlora = EDLoRATrainer(config, self.pipe).train()
             seconds = round(time.process_time() - start, 1)
+            edlora.save_pretrained(Path(folder, "saved"))
+            size = Path(folder, "saved", "edlora.safetensors").stat().st_size
         scales = {}
         for scale in SCALES if edlora.lora else ("1",):
             self.pipe.load_edlora(edlora, scale=float(scale))
@@ -171,7 +200,7 @@ class Bench:
         # Without updates, scale 0 and 1 are the same pictures.
         scales = {"0": scales["1"]} | scales
         loss = round(edlora.training["final_loss"], 5)
-        return {**asdict(run), "scales": scales, "final_loss": loss, "tuning_cpu_seconds": seconds}
+        return {**asdict(run), "scales": scales, "final_loss": loss, "tuning_cpu_seconds": seconds, "bytes": size}
 
     def judged(self, subject: str, concept: str) -> dict[str, float | None]:
         """Identity of a concept in pictures of a subject, a placeholder or the class word."""
@@ -199,11 +228,32 @@ def measure(plan: Plan, run: Run) -> tuple[dict[str, Any], float]:
     return bench_of(plan).measured(run), time.monotonic() - start
 
 
-def base_digest() -> str:
+def resolution_of(base_model: str) -> int:
+    """Pixels of an embedded base's pictures."""
+    base = embedded_base(base_model)
+    if base is None:
+        raise SystemExit(f"The base is {base_model}, expected an embedded one: {TOYLAND} or {TOYLAND_XL}.")
+    return base.least_resolution
+
+
+@contextmanager
+def embeddings_of_each_layer() -> Iterator[None]:
+    """Stable Diffusion XL as if its cross-attention layers shared no embeddings; the frozen family is changed."""
+    from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
+
+    groups = STABLE_DIFFUSION_XL.embedding_groups
+    object.__setattr__(STABLE_DIFFUSION_XL, "embedding_groups", None)
+    try:
+        yield
+    finally:
+        object.__setattr__(STABLE_DIFFUSION_XL, "embedding_groups", groups)
+
+
+def base_digest(base_model: str) -> str:
     """What tells one embedded base from another."""
     digest = hashlib.sha256()
     for part in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
-        digest.update((toyland.path() / part).read_bytes())
+        digest.update((toyland.path(base_model) / part).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -335,6 +385,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=DemoSettings.guidance_scale)
     parser.add_argument("--embedding-steps", type=int, default=usual.embedding_phase_steps)
     parser.add_argument("--joint-steps", type=int, default=usual.max_train_steps)
+    parser.add_argument("--base", choices=(TOYLAND, TOYLAND_XL), default=TOYLAND, help="the embedded base")
+    parser.add_argument("--only", nargs="+", choices=tuple(VARIANTS), help="variants that are measured (default: all)")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--record", type=Path, help="default: benchmarks/records/training[-short].json")
     options = parser.parse_args()
@@ -355,14 +407,18 @@ def main() -> None:
         guidance_scale=options.guidance,
         embedding_steps=options.embedding_steps,
         joint_steps=options.joint_steps,
-        base=base_digest(),
+        base=base_digest(options.base),
+        base_model=options.base,
+        only=tuple(options.only or ()),
     )
     runs = measure_all(plan, options.work, options.workers, options.minutes)
-    tables = {
-        "methods": summary(runs, (CLASS_WORD, *METHODS, *SCHEDULES, *LAST), plan.concepts),
-        "ablations": summary(runs, (CLASS_WORD, "ED-LoRA", "ED-LoRA, all at once", *ABLATIONS), plan.few),
-        "seeds": seed_variance(runs, plan.few),
-    }
+    measured = plan.only or (*METHODS, *SCHEDULES, *LAST)
+    tables = {"methods": summary(runs, (CLASS_WORD, *measured), plan.concepts)}
+    if not plan.only:
+        tables |= {
+            "ablations": summary(runs, (CLASS_WORD, "ED-LoRA", "ED-LoRA, all at once", *ABLATIONS), plan.few),
+            "seeds": seed_variance(runs, plan.few),
+        }
     make: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "methods": identity_table,
         "ablations": identity_table,
