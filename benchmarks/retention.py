@@ -17,7 +17,8 @@ changed. Prints Markdown tables and writes one record.
 A method may carry settings: ``closed-form:ridge=0.1``, ``closed-form:prior=0.1``, ``closed-form:sequential=false``,
 ``closed-form:dtype=float32``, ``closed-form:sequential=false,statistics_bytes=200000``; and of the recording, so
 that it can be found how little of it is enough: ``closed-form:prompts=3``, ``closed-form:steps=5``,
-``closed-form:seeds=[0,1]``, ``closed-form:without=beach+snow`` (no prompts of these places). With
+``closed-form:seeds=[0,1]``, ``closed-form:without=beach+snow`` (no prompts of these places).
+``closed-form:features=none`` records nothing and takes each update's own rows in place of its inputs. With
 ``--held-out content`` pictures are of places by night, which no recorded prompt has. ``closed-form:own=text-kv``
 shows where identity is lost: there, each concept is measured with its own layers in place of the fused ones
 (``text-encoder``, ``text-kv``, ``spatial``, or joined by ``+``).
@@ -40,6 +41,7 @@ from judging import is_colour, share_of_looks, subject_of
 from kept import Kept
 from PIL import Image
 from rich.console import Console
+from rivals import WITH_RIDGE, weights_as_features
 from toyland_base.instances import random_instances
 
 from diffusers_mixofshow import toyland
@@ -55,6 +57,8 @@ from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import GradientFuser
+from diffusers_mixofshow.fusion.solving import Settings, sites_of, solve
+from diffusers_mixofshow.fusion.sources import gather
 from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
 
@@ -251,6 +255,10 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
     folder = study.kept.folder / "packs" / study.key(method, count).replace(":", "@")
     if not (folder / "edlora.safetensors").exists():
         name, settings = parsed(method)
+        sources = [str(study.packs[name]) for name in names]
+        if settings.pop("features", None) == "none":
+            fuse_without_features(study, sources).save_pretrained(folder)
+            return EDLoRA.from_pretrained(folder)
         size = settings.setdefault("statistics_bytes", None)
         recording: dict[str, Any] = {
             "steps": study.plan.steps,
@@ -264,10 +272,19 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
         prompts = [prompt for prompt in first if not any(place and place in prompt for place in places)]
         fuser = GradientFuser(study.pipe, prompts=prompts, **recording | settings)
         start = time.perf_counter()
-        sources = [str(study.packs[name]) for name in names]
         fuser.fuse(sources, method=name).save_pretrained(folder)  # type: ignore[arg-type]
         study.console.print(f"  fused {count} by {method} in {time.perf_counter() - start:.0f} s")
     return EDLoRA.from_pretrained(folder)
+
+
+def fuse_without_features(study: Study, sources: Sequence[str]) -> EDLoRA:
+    """The closed form with the rows of each update for its layer's inputs, as `benchmarks/rivals.py` measures it."""
+    read = gather(sources, study.pipe.components, prompts=None)
+    sites = sites_of(read)
+    statistics = [[weights_as_features(source, sites)] for source in read]
+    settings = Settings(method="closed-form", ridge=WITH_RIDGE["closed-form:weights alone"])
+    solved = solve(read, statistics, sites, settings).lora
+    return replace(GradientFuser(study.pipe).fuse(sources, method="average"), lora=solved)
 
 
 def pictures_of(study: Study, subject: str) -> list[Image.Image]:
