@@ -30,6 +30,7 @@ METHODS = {
     "closed-form:without=night": "closed form, no night recorded",
     "lbfgs": "LBFGS, at most 500 / 50 steps",
     "ssr": "SSR-Merge's form",
+    "ssr:prompts=1,steps=1,ridge=0.001,sequential=false": "SSR-Merge, one prompt in one step",
     "average": "average",
     "dare": "DARE",
     "svd": "SVD",
@@ -49,6 +50,11 @@ OTHER_WAYS = {
     "closed-form:weights alone": "weights in place of features",
 }
 """Ways of merging beside the closed form, as `benchmarks/rivals.py` names them."""
+IN_RETENTION = {
+    "ssr:own recording": "ssr:prompts=1,steps=1,ridge=0.001,sequential=false",
+    "closed-form:weights alone": "closed-form:features=none",
+}
+"""The same as `benchmarks/retention.py` names them, where that is not their name here."""
 GROUPS = {
     "text q k v": ("text q k v", "text out"),
     "cross k v 320": ("cross k v 320",),
@@ -96,7 +102,8 @@ def tables() -> dict[str, str]:
         "methods, 8 concepts": methods(SEEDS, "8"),
         "methods, 14 concepts": methods(SEEDS, "14"),
         "methods, 30 concepts": methods(["retention-30"], "30"),
-        "methods on Stable Diffusion XL": methods(["retention-xl"], "8"),
+        "methods on Stable Diffusion XL, 8 concepts": methods(["retention-xl"], "8"),
+        "methods on Stable Diffusion XL, 14 concepts": methods(["retention-xl"], "14"),
         "methods on a transformer": methods(["transformer"], "8", alone="each concept's own LoRA"),
         "methods on a transformer, names not learnt": methods(
             ["transformer-names-not-learnt"], "8", alone="each concept's own LoRA"
@@ -186,9 +193,7 @@ def rivals() -> str:
     rows = []
     for way, label in {"closed-form": "**closed form**", **OTHER_WAYS}.items():
         missed = [shortened(ways[way]["held_out"][group]) for group in groups]
-        looks = [
-            decimals(mean_of(results[way], "retention", "attributes")) if way in results else "" for results in kept
-        ]
+        looks = [decimals(mean_of(results[IN_RETENTION.get(way, way)], "retention", "attributes")) for results in kept]
         cost = costs.get("8 concepts" if way == "closed-form" else f"8 concepts, {way}")
         spent = (
             [f"{decimals(cost['processor_s'], 0)} s", f"{cost['peak_memory_mib']} MiB", f"{cost['pack_mb']:.0f} MB"]
@@ -495,7 +500,7 @@ def of_size() -> list[Sentence]:
 
 def of_readme() -> list[Sentence]:
     fourteen, eight = rows_of(SEEDS, "14"), rows_of(SEEDS, "8")
-    of_transformer, of_xl = results_of("transformer"), results_of("retention-xl")
+    of_transformer, of_xl = results_of("transformer"), [results_of("retention-xl", count) for count in ("8", "14")]
     return [
         Sentence(
             page="README.md",
@@ -507,12 +512,15 @@ def of_readme() -> list[Sentence]:
         Sentence(
             page="README.md",
             words="closed form {} %, average {} %, which is {} points less ({} to {}); "
-            "LBFGS, the paper's solver, {} %; SSR-Merge's form {} %, TIES {} %",
+            "LBFGS, the paper's solver, {} %; SSR-Merge {} %, TIES {} %",
             figures=(
                 kept_percent(fourteen["closed-form"])[0],
                 kept_percent(fourteen["average"])[0],
                 *parts(fourteen["closed-form"], fourteen["average"], "attributes", percent),
-                *(kept_percent(fourteen[method])[0] for method in ("lbfgs", "ssr", "ties")),
+                *(
+                    kept_percent(fourteen[method])[0]
+                    for method in ("lbfgs", IN_RETENTION["ssr:own recording"], "ties")
+                ),
             ),
         ),
         Sentence(
@@ -529,7 +537,9 @@ def of_readme() -> list[Sentence]:
         ),
         Sentence(
             page="README.md",
-            words="of the looks {} % kept, average {} %; with drafts",
-            figures=tuple(kept_percent([of_xl[method]])[0] for method in ("closed-form", "average")),
+            words="of the looks {} % of eight and {} % of fourteen kept, average {} % and {} %; with drafts",
+            figures=tuple(
+                kept_percent([results[method]])[0] for method in ("closed-form", "average") for results in of_xl
+            ),
         ),
     ]
