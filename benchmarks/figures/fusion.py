@@ -25,12 +25,13 @@ from diffusers_mixofshow.evaluation.metrics import identity_retention
 
 PAGE, METHOD_PAGE, TUNING_PAGE = "docs/benchmarks_fusion.md", "docs/gradient_fusion.md", "docs/ed_lora.md"
 HARD_CASE = "toyland-20261129"
+SSR_AS_PUBLISHED = "ssr:prompts=1,steps=1,ridge=0.001,sequential=false"
 METHODS = {
     "closed-form": "closed form",
     "closed-form:without=night": "closed form, no night recorded",
     "lbfgs": "LBFGS, at most 500 / 50 steps",
     "ssr": "SSR-Merge's form",
-    "ssr:prompts=1,steps=1,ridge=0.001,sequential=false": "SSR-Merge, one prompt in one step",
+    SSR_AS_PUBLISHED: "SSR-Merge, one prompt in one step",
     "average": "average",
     "dare": "DARE",
     "svd": "SVD",
@@ -51,7 +52,7 @@ OTHER_WAYS = {
 }
 """Ways of merging beside the closed form, as `benchmarks/rivals.py` names them."""
 IN_RETENTION = {
-    "ssr:own recording": "ssr:prompts=1,steps=1,ridge=0.001,sequential=false",
+    "ssr:own recording": SSR_AS_PUBLISHED,
     "closed-form:weights alone": "closed-form:features=none",
 }
 """The same as `benchmarks/retention.py` names them, where that is not their name here."""
@@ -517,10 +518,7 @@ def of_readme() -> list[Sentence]:
                 kept_percent(fourteen["closed-form"])[0],
                 kept_percent(fourteen["average"])[0],
                 *parts(fourteen["closed-form"], fourteen["average"], "attributes", percent),
-                *(
-                    kept_percent(fourteen[method])[0]
-                    for method in ("lbfgs", IN_RETENTION["ssr:own recording"], "ties")
-                ),
+                *(kept_percent(fourteen[method])[0] for method in ("lbfgs", SSR_AS_PUBLISHED, "ties")),
             ),
         ),
         Sentence(
