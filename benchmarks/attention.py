@@ -22,7 +22,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +44,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_mixofshow import (
     Concept,
     EDLoRA,
+    Isolation,
     MixOfShowPipeline,
     MixOfShowWarning,
     MixOfShowXLPipeline,
     Region,
 )
 from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL
-from diffusers_mixofshow.conditioning.attention import RegionPlan
+from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.evaluation import record
@@ -123,14 +124,16 @@ def place_of(region: Region, grid: tuple[int, int]) -> Place:
 class AuthorsWay(MixOfShowPipeline):
     """The same pipeline with the authors' attention in place of ours; the encoding is ours."""
 
-    def _install_regions(self, stack: ExitStack, isolation: None, arguments: Any) -> None:
+    def _install_regions(self, stack: ExitStack, isolation: Isolation | None, arguments: Mapping[str, Any]) -> Canvas:
         size = (arguments["height"] // self.vae_scale_factor, arguments["width"] // self.vae_scale_factor)
-        paths = cross_attention_layers(self.unet)
+        (unet,) = self._denoisers()
+        paths = cross_attention_layers(unet)
         for number, path in enumerate(paths):
-            layer = self.unet.get_submodule(path)
+            layer = unet.get_submodule(path)
             wrapper = layer.processor
             layer.processor = AuthorsProcessor(number, len(paths), self._regions[0], size)
             stack.callback(restore, layer, wrapper)
+        return Canvas([RegionPlan(self._regions[0])])  # no pass prepares it, so that it has no effect
 
 
 def restore(layer: Any, wrapper: Any) -> None:
@@ -167,6 +170,7 @@ def random_concept(components: dict[str, Any]) -> EDLoRA:
     """A concept of rank 4 on every site; it need not look like anything."""
     random = torch.Generator().manual_seed(0)
     layers = embedding_layers(components)
+    adapted: dict[str, Any] = adapted_layers(components)
     concept = Concept.from_name("benchmark", "man")
     lora = {
         site: LowRank(
@@ -174,9 +178,9 @@ def random_concept(components: dict[str, Any]) -> EDLoRA:
             up=0.01 * torch.randn(layer.out_features, 4, generator=random),
             alpha=4.0,
         )
-        for site, layer in adapted_layers(components).items()
+        for site, layer in adapted.items()
     }
-    rows = {}
+    rows: dict[str, torch.Tensor] = {}
     for part, encoder in family_of(components).embedding_parts.items():
         shape = (1 if part == POOLED else len(layers), components[encoder].get_input_embeddings().embedding_dim)
         rows |= {join_name(token, part): 0.02 * torch.randn(shape, generator=random) for token in concept.tokens}

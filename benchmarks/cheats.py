@@ -76,7 +76,7 @@ def measured(way: str, concepts: Sequence[ToyConcept], pictures: int, judge: Toy
         shown = [WAYS[way](concept, prompt, rng) for prompt in prompts]
         identity, read = measure_identity(shown, subject, subjects, judge), judge.read(shown)
         row = {
-            "looks": identity.attributes,
+            "looks": metrics.attribute_accuracy(read, subject.attributes),
             "colours": share_of_looks(read, subject, is_colour),
             "shapes": share_of_looks(read, subject, lambda name: not is_colour(name)),
             "likeness": identity.alignment,

@@ -22,24 +22,34 @@ from typing import Any
 from PIL import Image
 
 from diffusers_mixofshow import EDLoRATrainer, MixOfShowPipeline, TrainingConfig, toyland
+from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.concepts import replace_mention
 from diffusers_mixofshow.demo.photos import prepare_photos
 from diffusers_mixofshow.demo.settings import DemoSettings
 from diffusers_mixofshow.evaluation import metrics, record
-from diffusers_mixofshow.evaluation.identity import crop_region
+from diffusers_mixofshow.evaluation.identity import Box, crop_region
 from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES, column_boxes, name_with_class, prompt_together
 from diffusers_mixofshow.evaluation.sampling import sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
-from diffusers_mixofshow.regions import Draft, Refinement
 from diffusers_mixofshow.training import company, trainer
 from diffusers_mixofshow.training.data import read_photos
 from diffusers_mixofshow.training.pictures import Photo
-from toyland import CLASS_WORD, CRITTERS, Bench, Plan, fuse_all, sample_together, single_packs, subjects_of
+from toyland import (
+    CLASS_WORD,
+    CRITTERS,
+    TOGETHER,
+    Bench,
+    Plan,
+    fuse_all,
+    sample_together,
+    single_packs,
+    subjects_of,
+)
 
 
 ITSELF, ANOTHER, DRAWN = "itself", "itself, another's photos", "itself, the base's pictures"
-REGIONS = {"wording": "natural", "draft": Draft(), "refine": Refinement()}
+REGIONS = TOGETHER["natural, drafts, refined"]
 
 
 def beside_another(ground: Photo, masked: Sequence[Photo], others: Sequence[Photo], chance: random.Random) -> Any:
@@ -125,7 +135,7 @@ def tuned(bench: Bench, name: str, variant: str, work: Path) -> Path:
     return output
 
 
-def looks(bench: Bench, pictures: Sequence[Image.Image], name: str, box: Any = None) -> list[float]:
+def looks(bench: Bench, pictures: Sequence[Image.Image], name: str, box: Box | None = None) -> list[float]:
     """Share of the critter's attributes read right in every picture, or in one box of it."""
     (subject,) = (each for each in bench.subjects if each.name == name)
     seen = [picture if box is None else crop_region(picture, box) for picture in pictures]
@@ -139,17 +149,17 @@ def measure(bench: Bench, packs: dict[str, Path], names: Sequence[str]) -> dict[
     count, places = bench.plan.pictures, TOGETHER_PLACES
     for name in names:
         subject = name_with_class(name, CLASS_WORD)
-        for way, together in {
-            "alone": [subject],
-            "twice": [subject] * 2,
-            "stranger": ["a red critter", subject],
-        }.items():
+        asked: list[tuple[list[str], dict[str, Box | None]]] = [
+            ([subject], {"alone": None}),
+            ([subject] * 2, {"twice, left": left, "twice, right": right}),
+            (["a red critter", subject], {"behind a stranger": right}),
+        ]
+        for together, boxes in asked:
             prompts = [prompt_together(together, places[index % len(places)]) for index in range(count)]
             bench.pipe.load_edlora(str(packs[name]))
             pictures = sample_pictures(bench.pipe, prompts, bench.sampling(10_000))
             bench.pipe.unload_edlora()
-            boxes = {"alone": {"alone": None}, "twice": {"twice, left": left, "twice, right": right}}
-            for told, box in boxes.get(way, {"behind a stranger": right}).items():
+            for told, box in boxes.items():
                 found.setdefault(told, []).extend(looks(bench, pictures, name, box))
     if bench.plan.together:
         found["in regions, fused"] = looks_in_regions(bench, packs, names)
@@ -159,8 +169,10 @@ def measure(bench: Bench, packs: dict[str, Path], names: Sequence[str]) -> dict[
 def looks_in_regions(bench: Bench, packs: dict[str, Path], names: Sequence[str]) -> list[float]:
     """Looks of the critters, in the mean of each picture, where they stand among others of the pack that all make."""
     rng = random.Random(bench.plan.seed)
-    groups = [tuple(rng.sample(CRITTERS, 3)) for _ in range(4 * bench.plan.together)]
-    groups = [each for each in groups if set(each) & set(names)][: bench.plan.together]
+    groups: list[tuple[str, ...]] = []
+    while len(groups) < bench.plan.together:
+        group = tuple(rng.sample(CRITTERS, 3))
+        groups += [group] if set(group) & set(names) else []
     bench.pipe.load_edlora(fuse_all(bench, packs)["closed_form"])
     pictures = sample_together(bench, groups, REGIONS)
     bench.pipe.unload_edlora()
@@ -186,7 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = Plan(
         critters=CRITTERS, pictures=options.pictures, together=options.together, five=0, contact=0, steps=20,
-        guidance_scale=DemoSettings.guidance_scale, ridge=1e-3, seed=0,
+        guidance_scale=DemoSettings.guidance_scale, ridge=None, seed=0, base=TOYLAND,
     )  # fmt: skip
     judge = ToylandJudge.load()
     pipe = toyland.load_pipeline(pipeline_class=MixOfShowPipeline)

@@ -65,9 +65,10 @@ def stable_diffusion_xl() -> dict[str, torch.nn.Module]:
     }
 
 
-def numbers_of_a_concept(components: dict[str, torch.nn.Module]) -> tuple[int, int]:
+def numbers_of_a_concept(components: dict[str, Any]) -> tuple[int, int]:
     """How many numbers its updates have, and how many its embeddings."""
-    updates = sum(RANK * (layer.in_features + layer.out_features) for layer in adapted_layers(components).values())
+    adapted: dict[str, Any] = adapted_layers(components)
+    updates = sum(RANK * (layer.in_features + layer.out_features) for layer in adapted.values())
     layers = len(embedding_layers(components))
     rows = 0
     for part, encoder in family_of(components).embedding_parts.items():

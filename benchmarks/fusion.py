@@ -109,7 +109,7 @@ def solve_lbfgs(problem: Problem) -> tuple[torch.Tensor, dict[str, float]]:
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
         loss = (features @ delta.T - targets).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     _, seconds = timed(lambda: optimiser.step(closure), problem.device)

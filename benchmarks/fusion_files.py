@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=Path(__file__).parent / "records" / "fusion-files-cpu.json")
     options = parser.parse_args()
     models = without_weights()
-    sites = list(adapted_layers(models).items())[: options.blocks]
+    sites: list[tuple[str, Any]] = list(adapted_layers(models).items())[: options.blocks]
     shapes = {site: (layer.out_features, layer.in_features) for site, layer in sites}
     layers = cross_attention_layers(models["unet"])
     part = "" if options.blocks is None else f"-{options.blocks}"

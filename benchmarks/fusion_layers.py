@@ -170,7 +170,7 @@ def solve_lbfgs(problem: Problem, steps: int) -> tuple[torch.Tensor, float]:
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
         loss = F.mse_loss(features @ weight.T, outputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     start = time.process_time()

@@ -21,7 +21,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_mixofshow.evaluation import record
-from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers
+from diffusers_mixofshow.families.layers import adapted_layers, embedding_layers
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
@@ -66,9 +66,9 @@ def random_pipeline(*, tiny: bool) -> MixOfShowPipeline:
 
 def publish(pipe: MixOfShowPipeline, count: int, folder: Path) -> list[Path]:
     """Random ED-LoRAs for the pipeline."""
-    sites = adapted_layers(pipe.components)
+    sites: dict[str, Any] = adapted_layers(pipe.components)
     shapes = {site: (layer.out_features, layer.in_features) for site, layer in sites.items()}
-    layers = cross_attention_layers(pipe.unet)
+    layers = embedding_layers(pipe.components)
     folders = [folder / f"c{number:02}" for number in range(count)]
     for number, target in enumerate(folders):
         random_concept(number, shapes, layers).save_pretrained(target, overwrite=True)

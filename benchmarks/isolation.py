@@ -78,7 +78,7 @@ def sample_scene(pipe: Any, number: int, things: list[Thing], options: argparse.
 
 def partial_ways(names: list[str], boxes: list[Any], place: str) -> dict[str, dict[str, Any]]:
     """Regions that leave a part to the global prompt, alone and each with its own version of that prompt below."""
-    ways = {}
+    ways: dict[str, dict[str, Any]] = {}
     for what, (own, below) in PARTIAL.items():
         above = [Region(name, box=box, **own) for name, box in zip(names, boxes, strict=True)]
         under = [Region(f"{name} {place}", box=box, **below) for name, box in zip(names, boxes, strict=True)]

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from diffusers_mixofshow.fusion.gram import Gram, sum_grams
 from diffusers_mixofshow.fusion.solvers import Factors, relative_residual
 from diffusers_mixofshow.fusion.solving import Method, Settings, family_of_sources, sites_of, solve, updates_of
 from diffusers_mixofshow.fusion.sources import Source, gather
-from diffusers_mixofshow.fusion.statistics import ConceptStatistics, Part
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics, GramStatistics, Part
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 
@@ -35,22 +36,21 @@ HELD_OUT_SEED = 5000
 
 
 @dataclass(frozen=True)
-class Added:
-    """Statistics of several recordings of one concept as one; see `GramStatistics`."""
+class Added(GramStatistics):
+    """Statistics of several recordings of one concept as one."""
 
     recorded: tuple[ConceptStatistics, ...]
-    parts: tuple[Part, ...] = ("fit",)
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        return self.recorded[0].inputs
+    def counts(self) -> Counter[tuple[str, Part]]:
+        """Tokens seen at each input in each part, in all recordings."""
+        return sum((Counter(one.counts) for one in self.recorded), Counter())
 
-    def tokens(self, name: str, part: Part | None = None) -> int:
-        return sum(one.tokens(name, part) for one in self.recorded)
-
-    def gram(self, name: str, part: Part | None = None) -> Gram:
-        every = self.tokens(name, part)
-        return sum_grams((one.gram(name, part), one.tokens(name, part) / every) for one in self.recorded)
+    def read(self, name: str, parts: Sequence[Part]) -> Iterator[Gram]:
+        """Gram matrices per token of an input, each recording weighted by its tokens."""
+        for part in parts:
+            every = self.tokens(name, part)
+            yield sum_grams((one.gram(name, part), one.tokens(name, part) / every) for one in self.recorded)
 
 
 class Recorder:
@@ -71,7 +71,7 @@ class Recorder:
 
 
 def residuals(
-    sources: Sequence[Source], lora: Any, sites: Sequence[str], held_out: Sequence[Added | ConceptStatistics]
+    sources: Sequence[Source], lora: Any, sites: Sequence[str], held_out: Sequence[GramStatistics]
 ) -> dict[str, float]:
     """Mean relative residual over layers and concepts, by group of layers."""
     family, found = family_of_sources(sources), dict[str, list[float]]()

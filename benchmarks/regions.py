@@ -53,6 +53,7 @@ from diffusers_mixofshow.evaluation.prompts import (
 )
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
+from diffusers_mixofshow.fusion.solving import Method
 from diffusers_mixofshow.regions.drawing import draw_regions
 from diffusers_mixofshow.sheets import draw_labelled_sheet
 from diffusers_mixofshow.toyland import CONCEPTS, draw_places, load_layout_adapter, load_pipeline, stand_in
@@ -70,7 +71,7 @@ REPEATED = "repeated"
 """In place of a setting: a region's prompt names its subject for every place; else it says what a user would write."""
 
 _BEST: dict[str, Any] = {"isolation": Isolation(), "draft": Draft(), "refine": Refinement()}
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+WAYS: dict[str, tuple[Method, dict[str, Any]]] = {
     "plain prompt": ("closed-form", {"regions": None}),
     "regions": ("closed-form", {"isolation": Isolation()}),
     "regions, subjects repeated": ("closed-form", {"isolation": Isolation(), REPEATED: True}),
@@ -80,6 +81,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "layout": ("closed-form", {"regions": None, LAYOUT: True}),
     "layout, regions, drafts, refined": ("closed-form", {LAYOUT: True} | _BEST),
 }
+KINDS = ("all", "every class once", "two of one class", "2 concepts", "3 concepts", "4 concepts")
+"""Of layouts, each with means of its own."""
 Box = tuple[float, float, float, float]
 
 
@@ -92,9 +95,11 @@ class Scene:
     place: str
 
     @property
-    def one_class(self) -> bool:
-        """Whether two concepts are of one class."""
-        return len({CONCEPTS[name].class_word for name in self.names}) < len(self.names)
+    def kinds(self) -> tuple[str, ...]:
+        """Those of `KINDS` that it is of."""
+        count = len(self.names)
+        one_class = len({CONCEPTS[name].class_word for name in self.names}) < count
+        return "all", "two of one class" if one_class else "every class once", f"{count} concepts"
 
     @property
     def prompt(self) -> str:
@@ -186,12 +191,12 @@ def sample_scenes(
     ).images
 
 
-def fused_pack(fuser: GradientFuser, packs: Sequence[Path], method: str, kept: Kept) -> Path:
+def fused_pack(fuser: GradientFuser, packs: Sequence[Path], method: Method, kept: Kept) -> Path:
     """All concepts in one pack, which is kept."""
     folder = kept.folder / f"fused-{method}"
     if not (folder / "edlora.safetensors").exists():
         print(f"Fusing {len(packs)} concepts, {method}", flush=True)
-        fuser.fuse([str(pack) for pack in packs], method=method).save_pretrained(folder)  # type: ignore[arg-type]
+        fuser.fuse([str(pack) for pack in packs], method=method).save_pretrained(folder)
     return folder
 
 
@@ -228,17 +233,8 @@ def mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]
 
 def summarise(scenes: Sequence[Scene], rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
     """All pictures, and those with and without two concepts of one class, and by number of concepts."""
-    groups = {
-        "all": lambda scene: True,
-        "every class once": lambda scene: not scene.one_class,
-        "two of one class": lambda scene: scene.one_class,
-        **{f"{count} concepts": lambda scene, count=count: len(scene.names) == count for count in (2, 3, 4)},
-    }
-    chosen = {
-        name: [row for row, scene in zip(rows, scenes, strict=True) if accepts(scene)]
-        for name, accepts in groups.items()
-    }
-    return {name: mean_rows(of_group) for name, of_group in chosen.items() if of_group}
+    chosen = {kind: [row for row, scene in zip(rows, scenes, strict=True) if kind in scene.kinds] for kind in KINDS}
+    return {kind: mean_rows(of_kind) for kind, of_kind in chosen.items() if of_kind}
 
 
 def worst_sheet(

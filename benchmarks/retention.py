@@ -57,14 +57,14 @@ from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion import GradientFuser
-from diffusers_mixofshow.fusion.solving import Settings, sites_of, solve
+from diffusers_mixofshow.fusion.solving import Method, Settings, sites_of, solve
 from diffusers_mixofshow.fusion.sources import gather
 from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept
 
 
 FIRST = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "nono", "vivi")
-METHODS = ("closed-form", "average", "lbfgs", "ssr", "svd", "ties", "dare", "sum")
+METHODS: tuple[Method, ...] = ("closed-form", "average", "lbfgs", "ssr", "svd", "ties", "dare", "sum")
 """Every solver."""
 
 SETTINGS = (
@@ -221,9 +221,11 @@ def tuned(
     return packs | tune_all(described, settings, on_step)
 
 
-def parsed(method: str) -> tuple[str, dict[str, Any]]:
+def parsed(method: str) -> tuple[Method, dict[str, Any]]:
     """``closed-form:ridge=0.1,prior=0.1`` as a method and settings of `GradientFuser`."""
     name, _, rest = method.partition(":")
+    if name not in METHODS:
+        raise SystemExit(f"Unknown method {name!r} in {method!r}; expected {', '.join(METHODS)}.")
     settings: dict[str, Any] = {}
     for part in re.split(r",(?![^\[]*\])", rest) if rest else ():
         key, _, value = part.partition("=")
@@ -272,7 +274,7 @@ def fused(study: Study, method: str, count: int) -> EDLoRA:
         prompts = [prompt for prompt in first if not any(place and place in prompt for place in places)]
         fuser = GradientFuser(study.pipe, prompts=prompts, **recording | settings)
         start = time.perf_counter()
-        fuser.fuse(sources, method=name).save_pretrained(folder)  # type: ignore[arg-type]
+        fuser.fuse(sources, method=name).save_pretrained(folder)
         study.console.print(f"  fused {count} by {method} in {time.perf_counter() - start:.0f} s")
     return EDLoRA.from_pretrained(folder)
 
@@ -328,8 +330,8 @@ def measured_with_own_layers(
     rows: dict[str, Any] = {}
     for one in concepts:
         own = EDLoRA.from_pretrained(study.packs[one.name]).lora
-        exchanged = [site for site in pack.lora if any(LAYERS[group](site) for group in groups)]
-        rows |= measured_pack(study, replace(pack, lora=pack.lora | {site: own[site] for site in exchanged}), [one])
+        exchanged = {site: own[site] for site in pack.lora if any(LAYERS[group](site) for group in groups)}
+        rows |= measured_pack(study, replace(pack, lora={**pack.lora, **exchanged}), [one])
     return rows
 
 
@@ -470,9 +472,9 @@ def as_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for method, row in methods.items():
             identity, kept, away = row["identity"], row["retention"], row["drift"]
-            values = (identity["attributes"], kept["attributes"], identity["alignment"], kept["alignment"])
-            values += (identity["nearest"], row["text_alignment"], away["features"], away["pixels"])
-            rows.append((method, values))
+            likeness = (identity["attributes"], kept["attributes"], identity["alignment"], kept["alignment"])
+            others = (identity["nearest"], row["text_alignment"], away["features"], away["pixels"])
+            rows.append((method, (*likeness, *others)))
         for name, numbers in rows:
             cells = ("" if number is None else f"{number:.3f}" for number in numbers)
             lines.append(f"| {name} | {' | '.join(cells)} |")

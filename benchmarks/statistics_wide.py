@@ -88,7 +88,7 @@ def tensor_bytes() -> int:
 def widths_of(model: torch.nn.Module) -> list[int]:
     """Width of every input."""
     components = {"transformer": model}
-    layers = linear_layers(components)
+    layers: dict[str, Any] = linear_layers(components)
     return [layers[sites[0]].in_features for sites in family_of(components).by_input(layers).values()]
 
 

@@ -56,6 +56,7 @@ from diffusers_mixofshow.evaluation.prompts import (
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion import GradientFuser
+from diffusers_mixofshow.fusion.solving import Method
 from diffusers_mixofshow.pipelines import MixOfShowAdapterPipeline
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
 from diffusers_mixofshow.sampling.loading import load_base
@@ -67,7 +68,7 @@ from diffusers_mixofshow.toyland.world import BACKGROUNDS, HEIGHT, Scene, draw
 
 CRITTERS = ("bobo", "kiki", "momo", "zuzu", "lulu", "tiki", "nono", "vivi")
 CLASS_WORD = "critter"
-METHODS = {"average": "average", "closed_form": "closed-form"}
+METHODS: dict[str, Method] = {"average": "average", "closed_form": "closed-form"}
 REPEATED, NATURAL = "repeated", "natural"
 """What a region's prompt says: its subject once for every place, or what a user would write."""
 TOGETHER: dict[str, dict[str, Any]] = {
@@ -143,28 +144,29 @@ class Bench:
         )
 
 
-def single_packs(plan: Plan, concepts: Path | None, work: Path) -> dict[str, Path]:
+def single_packs(
+    names: Sequence[str], seed: int, concepts: Path | None, work: Path, base: str = TOYLAND
+) -> dict[str, Path]:
     """ED-LoRAs by name: from the given folder where they are there, else tuned in the work folder."""
-    wanted, seed = plan.critters, plan.seed
-    given = {} if concepts is None else {name: concepts / name for name in wanted}
+    given = {} if concepts is None else {name: concepts / name for name in names}
     found = {name: folder for name, folder in given.items() if (folder / "edlora.safetensors").exists()}
-    missing = tuple(name for name in wanted if name not in found)
-    if missing and plan.base != TOYLAND:
+    missing = tuple(name for name in names if name not in found)
+    if missing and base != TOYLAND:
         raise SystemExit(
-            f"No ED-LoRAs of {plan.base} for {', '.join(missing)}. Tune them by benchmarks/retention.py --base "
-            f"{plan.base} --work WORK, and give --concepts WORK/concepts."
+            f"No ED-LoRAs of {base} for {', '.join(missing)}. Tune them by benchmarks/retention.py --base "
+            f"{base} --work WORK, and give --concepts WORK/concepts."
         )
     if missing:
         # DemoSettings asks for two concepts at least.
-        names = missing if len(missing) > 1 else (*missing, next(name for name in CRITTERS if name not in missing))
-        settings = DemoSettings(folder=work, concepts=names, seed=seed)
+        tuned = missing if len(missing) > 1 else (*missing, next(name for name in CRITTERS if name not in missing))
+        settings = DemoSettings(folder=work, concepts=tuned, seed=seed)
 
         def on_step(name: str, step: int, total: int, loss: float) -> None:
             if step % 50 == 0 or step == total:
                 print(f"  {name} {step}/{total} loss {loss:.3f}", flush=True)
 
         found |= tune_all(prepare_photos(settings), settings, on_step)
-    return {name: found[name] for name in wanted}
+    return {name: found[name] for name in names}
 
 
 def fuse_all(bench: Bench, packs: dict[str, Path]) -> dict[str, Any]:
@@ -449,7 +451,7 @@ def main() -> None:
     judge = ToylandJudge.load()
     pipe = load_base(plan.base, "cpu", "float32", concepts=True)
     bench = Bench(plan=plan, pipe=pipe, judge=judge, subjects=subjects_of(plan.critters, judge))
-    packs = single_packs(plan, options.concepts, options.work)
+    packs = single_packs(plan.critters, plan.seed, options.concepts, options.work, plan.base)
     tuned = time.monotonic()
     fused = fuse_all(bench, packs)
     solved = time.monotonic()

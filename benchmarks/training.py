@@ -199,8 +199,9 @@ class Bench:
                 self.pipe.unload_edlora()
         # Without updates, scale 0 and 1 are the same pictures.
         scales = {"0": scales["1"]} | scales
-        loss = round(edlora.training["final_loss"], 5)
-        return {**asdict(run), "scales": scales, "final_loss": loss, "tuning_cpu_seconds": seconds, "bytes": size}
+        loss: Any = edlora.training["final_loss"]
+        numbers = {"final_loss": round(loss, 5), "tuning_cpu_seconds": seconds, "bytes": size}
+        return {**asdict(run), "scales": scales, **numbers}
 
     def judged(self, subject: str, concept: str) -> dict[str, float | None]:
         """Identity of a concept in pictures of a subject, a placeholder or the class word."""
@@ -333,7 +334,7 @@ def seed_variance(runs: Sequence[Mapping[str, Any]], concepts: Sequence[str]) ->
 
 
 def _means(identities: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    known = {name: [row[name] for row in identities if row[name] is not None] for name in MEASURES}
+    known = {name: [value for row in identities if (value := row[name]) is not None] for name in MEASURES}
     return {name: round(statistics.fmean(values), 4) for name, values in known.items() if values}
 
 

@@ -37,6 +37,10 @@ fused.report.print()  # 0: as the LoRA's own model, 1: as the base
 
 pipe.load_lora_weights("both")  # as every pipeline of diffusers does
 for trigger in ("dog", "vase"):
-    settings = {"num_inference_steps": 20, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(3)}
-    picture = pipe(f"a {trigger} in the snow", **settings).images[0]
+    picture = pipe(
+        f"a {trigger} in the snow",
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
     picture.resize((256, 256)).save(f"{trigger}.png")

@@ -16,10 +16,11 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from benchmarks.composlora.methods import FUSED, METHODS, Recording, loaded, record_all
-from benchmarks.composlora.testbed import COUNTS, SEED, SETTINGS, STYLES, Element, Style, Testbed, read_testbed
 from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
+
+from .methods import FUSED, METHODS, Recording, loaded, record_all
+from .testbed import COUNTS, SEED, SETTINGS, STYLES, Element, Style, Testbed, read_testbed
 
 
 REFERENCES = 4

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.composlora.testbed import LORA_SCALE, SWITCH_EVERY, Element, Testbed
 from diffusers_mixofshow import GradientFuser, LoRASource
+from diffusers_mixofshow.fusion.solving import Method
+
+from .testbed import LORA_SCALE, SWITCH_EVERY, Element, Testbed
 
 
-FUSED = ("closed-form", "ssr", "average")
+FUSED: tuple[Method, ...] = ("closed-form", "ssr", "average")
 """What `GradientFuser` does."""
 METHODS = (*FUSED, "merge", "switch", "composite")
 """And the paper's: the sum of all updates, one LoRA after another, and the mean of what each predicts alone."""
@@ -84,7 +86,7 @@ def loaded(
     try:
         if method in FUSED:
             fuser = fuser_of(pipe, recording, testbed.negative)
-            fused = fuser.fuse(sources(testbed, elements), method=method)  # type: ignore[arg-type]
+            fused = fuser.fuse(sources(testbed, elements), method=method)
             fused.save_pretrained(folder, overwrite=True)
             pipe.load_lora_weights(folder, adapter_name="fused")
             yield {}

@@ -107,7 +107,7 @@ def _prompts(path: Path, style: str) -> tuple[str, str]:
         raise SystemExit(f"{path} has no get_prompt() that tells styles apart; expected the authors' file.")
     anime = branches[0].body, branches[0].orelse
     found = {
-        name.id: one.value.value
+        name.id: str(one.value.value)
         for one in anime[0 if style == "anime" else 1]
         if isinstance(one, ast.Assign) and isinstance(one.value, ast.Constant)
         for name in one.targets

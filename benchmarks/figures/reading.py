@@ -105,7 +105,8 @@ def kept_apart(ones: Sequence[Row], others: Sequence[Row], measure: str) -> dict
 
 def mean_of(rows: Sequence[Row], *keys: str) -> float:
     """Mean over rows of a number that lies under these keys."""
-    return statistics.fmean(reduce(getitem, keys, row) for row in rows)
+    found: list[Any] = [reduce(getitem, keys, row) for row in rows]
+    return statistics.fmean(found)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from transformers import CLIPTextModel
 
-from benchmarks.toyland_base.reader import attribute_loss
 from diffusers_mixofshow.toyland.metric import MetricTowers
 from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, word_caption
 from diffusers_mixofshow.toyland.world import Scene
+
+from .reader import attribute_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.toyland_base.quality import (
+from diffusers_mixofshow.base_models import TOYLAND_SD3, TOYLAND_XL
+from diffusers_mixofshow.evaluation.record import commit
+from diffusers_mixofshow.sampling.loading import load_base
+from diffusers_mixofshow.toyland.base import load_reader, path
+
+from .quality import (
     FRESH_SEED,
     STEPS,
     list_training,
@@ -24,10 +29,6 @@ from benchmarks.toyland_base.quality import (
     measure_threes,
     save_sheet,
 )
-from diffusers_mixofshow.base_models import TOYLAND_SD3, TOYLAND_XL
-from diffusers_mixofshow.evaluation.record import commit
-from diffusers_mixofshow.sampling.loading import load_base
-from diffusers_mixofshow.toyland.base import load_reader, path
 
 
 FOLDER = "bases/src/diffusers_mixofshow_bases"

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, T2IAdapter, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from benchmarks.toyland_base.autoencoder import LATENT_CHANNELS
+from .autoencoder import LATENT_CHANNELS
 
 
 SCHEDULE: dict[str, Any] = {

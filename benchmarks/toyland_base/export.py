@@ -18,7 +18,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.toyland_base.denoiser import SCHEDULE
+from .denoiser import SCHEDULE
 
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")

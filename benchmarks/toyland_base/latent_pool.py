@@ -9,10 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from benchmarks.toyland_base.autoencoder import render_pixels
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.world import HEIGHT, Scene
+
+from .autoencoder import render_pixels
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from rich.progress import track
 
-from benchmarks.toyland_base.instances import PLAIN_LORAS, name_before_class
-from benchmarks.toyland_base.transformer import TEXT_TOKENS, FlowObjective
 from diffusers_mixofshow.base_models import TOYLAND_SD3
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.sampling.loading import load_base
@@ -31,6 +29,9 @@ from diffusers_mixofshow.toyland.concepts import CONCEPTS, PLACEHOLDER, ToyConce
 from diffusers_mixofshow.toyland.reader import to_pixels
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.world import draw
+
+from .instances import PLAIN_LORAS, name_before_class
+from .transformer import TEXT_TOKENS, FlowObjective
 
 
 ADAPTED = tuple(

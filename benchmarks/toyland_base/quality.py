@@ -18,7 +18,6 @@ import torch
 from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
 from PIL import Image
 
-from benchmarks.toyland_base.autoencoder import peak_signal_to_noise, reconstruct
 from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.toyland.base import (
     MetricModel,
@@ -33,6 +32,8 @@ from diffusers_mixofshow.toyland.layout import draw_places, stand_in
 from diffusers_mixofshow.toyland.reader import AttributeReader, to_pixels
 from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, random_scene, residents, word_caption
 from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, HEIGHT, MAIN_COLOURS, WIDE, Thing, draw
+
+from .autoencoder import peak_signal_to_noise, reconstruct
 
 
 FRESH_SEED = 950_000_000

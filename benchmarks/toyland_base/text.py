@@ -12,11 +12,12 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 
-from benchmarks.toyland_base.reader import attribute_loss
 from diffusers_mixofshow.evaluation.clip_judge import image_embeddings, text_embeddings
 from diffusers_mixofshow.families.clip import POSITIONS
 from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
 from diffusers_mixofshow.toyland.world import Scene
+
+from .reader import attribute_loss
 
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"

@@ -27,8 +27,15 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from benchmarks.toyland_base.alignment import AlignmentObjective, claim_about, holding
-from benchmarks.toyland_base.autoencoder import (
+from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
+from diffusers_mixofshow.evaluation.record import commit
+from diffusers_mixofshow.toyland.layout import Box, draw_places
+from diffusers_mixofshow.toyland.reader import ReaderNetwork, to_pixels
+from diffusers_mixofshow.toyland.scenes import caption, random_scene
+from diffusers_mixofshow.toyland.world import HEIGHT, draw
+
+from .alignment import AlignmentObjective, claim_about, holding
+from .autoencoder import (
     AutoencoderObjective,
     build_autoencoder,
     peak_signal_to_noise,
@@ -37,14 +44,14 @@ from benchmarks.toyland_base.autoencoder import (
     render_pixels,
     whiten,
 )
-from benchmarks.toyland_base.denoiser import (
+from .denoiser import (
     SCHEDULE,
     DenoisingObjective,
     LayoutObjective,
     build_layout_adapter,
     build_unet,
 )
-from benchmarks.toyland_base.export import (
+from .export import (
     assemble,
     copy_pipeline,
     export_metric_model,
@@ -55,10 +62,10 @@ from benchmarks.toyland_base.export import (
     trained_unet,
     write_pipeline,
 )
-from benchmarks.toyland_base.latent_pool import LatentPool
-from benchmarks.toyland_base.loop import LoopConfig, train_stage
-from benchmarks.toyland_base.optimiser import Muon
-from benchmarks.toyland_base.reader import (
+from .latent_pool import LatentPool
+from .loop import LoopConfig, train_stage
+from .optimiser import Muon
+from .reader import (
     UNKNOWN,
     ReaderObjective,
     attribute_vocabulary,
@@ -67,14 +74,14 @@ from benchmarks.toyland_base.reader import (
     scene_labels,
     soft_round_trip,
 )
-from benchmarks.toyland_base.text import (
+from .text import (
     ContrastiveObjective,
     build_clip,
     sample_captions,
     tells_looks,
     write_tokenizer,
 )
-from benchmarks.toyland_base.transformer import (
+from .transformer import (
     TEXT_TOKENS,
     FlowObjective,
     add_projection,
@@ -82,7 +89,7 @@ from benchmarks.toyland_base.transformer import (
     build_small_text_encoder,
     build_transformer,
 )
-from benchmarks.toyland_base.xl import (
+from .xl import (
     SIDE,
     XLObjective,
     build_small_tower,
@@ -92,12 +99,6 @@ from benchmarks.toyland_base.xl import (
     grow_unet,
     list_time_ids,
 )
-from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
-from diffusers_mixofshow.evaluation.record import commit
-from diffusers_mixofshow.toyland.layout import Box, draw_places
-from diffusers_mixofshow.toyland.reader import ReaderNetwork, to_pixels
-from diffusers_mixofshow.toyland.scenes import caption, random_scene
-from diffusers_mixofshow.toyland.world import HEIGHT, draw
 
 
 HELD_OUT_SEED = 900_000_000

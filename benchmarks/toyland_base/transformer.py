@@ -15,8 +15,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from benchmarks.toyland_base.autoencoder import LATENT_CHANNELS
-from benchmarks.toyland_base.text import configure_small_encoder
+from .autoencoder import LATENT_CHANNELS
+from .text import configure_small_encoder
 
 
 TEXT_TOKENS = 32

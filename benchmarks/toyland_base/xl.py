@@ -17,9 +17,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from benchmarks.toyland_base.denoiser import SCHEDULE, build_unet, velocity_weight
-from benchmarks.toyland_base.text import SMALL_WIDTH, configure_small_encoder, sample_captions
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
+
+from .denoiser import SCHEDULE, build_unet, velocity_weight
+from .text import SMALL_WIDTH, configure_small_encoder, sample_captions
 
 
 SIDE = 96

@@ -38,3 +38,9 @@ def test_concepts_are_tuned_drawn_and_kept_on_the_base_that_is_asked_for(
     retention.study_of(retention.parse_arguments(), 0.0, Console(quiet=True))
     told = {"pretrained_model_name_or_path": base} if given else {}
     assert seen == {"drawn": base, "kept": base, "tuned": {"steps": 1} | told}
+
+
+def test_a_method_is_told_with_its_settings(retention: ModuleType) -> None:
+    assert retention.parsed("closed-form:ridge=auto,prior=0.1") == ("closed-form", {"ridge": "auto", "prior": 0.1})
+    with pytest.raises(SystemExit, match="Unknown method 'median' in 'median:ridge=1'; expected closed-form, average"):
+        retention.parsed("median:ridge=1")
