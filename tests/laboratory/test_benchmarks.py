@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from diffusers_mixofshow import Concept, TrainingConfig, toyland
+from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
 from diffusers_mixofshow.sampling.loading import load_base
 from packs import random_pack
 
@@ -148,3 +149,11 @@ def test_recordings_are_added_up_by_their_tokens(monkeypatch: pytest.MonkeyPatch
     added = curve["Added"]((first, second))
     assert (added.inputs, added.parts, added.tokens("input")) == (("input",), ("fit",), 10)
     torch.testing.assert_close(added.gram("input").matrix(), whole.gram("input").matrix())
+
+
+def test_layers_share_embeddings_again_after_they_were_measured_apart() -> None:
+    training = runpy.run_path(str(BENCHMARKS / "training.py"))
+    layer = "mid_block.attentions.0.transformer_blocks.3.attn2"
+    with training["embeddings_of_each_layer"]():
+        assert STABLE_DIFFUSION_XL.embedding_layer_of(layer) == layer
+    assert STABLE_DIFFUSION_XL.embedding_layer_of(layer) == "mid_block.attentions.0"
