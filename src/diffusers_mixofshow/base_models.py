@@ -135,9 +135,13 @@ def name_of(pipeline: object) -> str:
 
     Empty for a pipeline that was assembled from components.
     """
-    name = str(getattr(pipeline, "config", {}).get("_name_or_path") or "")
-    known = canonical_name(name)
-    return name if Path(known).is_absolute() else known
+    return spell_name(str(getattr(pipeline, "config", {}).get("_name_or_path") or ""))
+
+
+def spell_name(base_model: str) -> str:
+    """A base model's name as files tell it: ``toyland``, a Hub id, or a path as it was given."""
+    known = canonical_name(base_model)
+    return base_model if Path(known).is_absolute() else known
 
 
 def public_name(source: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs
-from diffusers_mixofshow.base_models import known_family
+from diffusers_mixofshow.base_models import known_family, spell_name
 from diffusers_mixofshow.cli.base_model import Base, find_common_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_fusion, plan_replacing, tell
@@ -149,7 +149,7 @@ def fuse(
     if writes and not as_json:
         typer.echo("\n".join(found))
     fuser = _make_fuser(gathered, base_model, features, prior, **settings)
-    fused = fuser.fuse(gathered, method=method.value, weights=weight)
+    fused = fuser.fuse(gathered, method=method.value, weights=weight).name_base(spell_name(base or ""))
     if writes:
         _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
         _tell_result(fused, output, as_json=as_json)

@@ -109,9 +109,7 @@ class GradientFuser:
             fused = self._fuse_in_stages(gathered, settings)
         else:
             fused = self._fuse_with_own_statistics(gathered, settings)
-        unsaid = bool(fused.concepts) and not fused.base_model  # other programs' files do not name a base
-        base_model = name_of(self.pipe) if unsaid else fused.base_model
-        return replace(fused, dtype=self.config.dtype, base_model=base_model)
+        return replace(fused.name_base(name_of(self.pipe)), dtype=self.config.dtype)
 
     def record(self, source: FusionInput, *, alongside: Sequence[FusionInput] = ()) -> SourceStatistics:
         """Sample the concepts of one source with its own LoRA, and keep the statistics for later fusions.
@@ -215,7 +213,7 @@ class GradientFuser:
                 place = self._store.choose_place(source, sites, publishing=publishing)
                 statistics = SourceStatistics(
                     digest=source.edlora.digest,
-                    base_model=source.edlora.base_model,
+                    base_model=source.edlora.base_model or name_of(self.pipe),
                     recording=self.recording.as_json(source.prompts),
                     concepts=sample(source.edlora, source.prompts),
                 )

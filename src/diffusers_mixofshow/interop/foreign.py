@@ -15,8 +15,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
 from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
-from diffusers_mixofshow.edlora.fusion_record import PLAIN_KEY, as_mapping
-from diffusers_mixofshow.edlora.header import decode
+from diffusers_mixofshow.edlora.fusion_record import read_plain_record, record_of
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import open_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
@@ -83,6 +82,11 @@ class Foreign:
     remarks: tuple[str, ...] = ()
     missing: str = ""
     defects: tuple[str, ...] = ()
+
+    @property
+    def base_model(self) -> str:
+        """The base model that a LoRA which this package fused was fused for; empty for other files."""
+        return read_plain_record(self.metadata)[1]
 
     @property
     def made_for(self) -> BaseModel | None:
@@ -211,7 +215,7 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLo
         concepts=tuple(dict.fromkeys(concept for concept, _ in found.values())),
         embeddings=embeddings | (_for_second_encoder(foreign, tokens, len(layers)) if of_xl else {}),
         lora=foreign.lora,
-        base_model=naming.base_model,
+        base_model=naming.base_model or foreign.base_model,
         layers=layers if rows else (),
         training={"converted_from": f"{foreign.kind} ({foreign.layout})", **read_training(foreign.metadata)},
     )
@@ -219,7 +223,7 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLo
 
 def read_training(metadata: Mapping[str, str]) -> dict[str, object]:
     """What the metadata of a plain LoRA tells of how it was made: the record of its fusion, and its trigger words."""
-    record = as_mapping(as_mapping(decode(metadata.get(PLAIN_KEY, ""))).get("fusion"))
+    record = record_of(read_plain_record(metadata)[0])
     words = find_trigger_words(metadata)
     return ({"fusion": record} if record else {}) | ({TOLD: list(words)} if words else {})
 

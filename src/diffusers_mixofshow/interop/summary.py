@@ -69,7 +69,7 @@ def origin_of_foreign(foreign: Foreign) -> dict[str, Any]:
     return {
         "kind": foreign.kind.value,
         "layout": foreign.layout,
-        "base_model": foreign.metadata.get("ss_sd_model_name", ""),
+        "base_model": foreign.base_model or foreign.metadata.get("ss_sd_model_name", ""),
         "architecture": _architecture(foreign.made_for, foreign.lora),
     }
 
