@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import packs
 import tiny
-from diffusers_mixofshow import EDLoRA, cli
-from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow import EDLoRA, GradientFuser, cli
+from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL, find_embedded
 from diffusers_mixofshow.cli import timing
+from diffusers_mixofshow.errors import MixOfShowWarning
 
 
 def plan(*arguments: object) -> dict[str, Any]:
@@ -134,6 +135,34 @@ def test_a_plan_of_fusion(rex: EDLoRA) -> None:
     assert (merged["base model"], merged["U-Net runs"]) == ("none is needed", "none")
     assert merged["memory for statistics"] == "that of the files beside the sources"
     assert merged["time"] == f"that of solving {len(sizes)} layers; no model runs"
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_methods_that_leave_full_rank_are_planned_at_their_size_and_warned_of(rex, method, monkeypatch) -> None:
+    """Of the file before it is made; and by Python, too. Small files are not worth a warning."""
+    tom = EDLoRA.from_pretrained("tom")
+    rows = sum(each.numel() for pack in (rex, tom) for each in pack.embeddings.values())
+    sizes = {site: (update.up.shape[0], update.down.shape[1]) for site, update in rex.lora.items()}
+    most = max(update.rank + tom.lora[site].rank for site, update in rex.lora.items())
+    numbers = sum(min(size) * sum(size) for size in sizes.values())
+    asked = ("fuse", "rex", "tom", "--output", "both", "--method", method)
+    found = plan(*asked)
+    assert found["rank"] == f"at most {max(map(min, sizes.values()))}"
+    assert found["pack"].startswith(f"{numbers + rows:,} numbers")
+    monkeypatch.setattr("diffusers_mixofshow.fusion.size._LARGE", 0)
+    told = rf"'{method}' changes single values.*the file gets \d+ MB, .*max_rank={most} \(.*--max-rank {most}\)"
+    with pytest.warns(MixOfShowWarning, match=told):
+        CliRunner().invoke(cli.app, [*asked, "--dry-run"], catch_exceptions=False)
+    with pytest.warns(MixOfShowWarning, match=told):
+        GradientFuser().fuse([rex, tom], method=method)
+    assert plan(*asked, "--max-rank", str(most))["rank"] == f"at most {most}"  # without a warning
+    small = GradientFuser(max_rank=most).fuse([rex, tom], method=method)
+    assert max(update.rank for update in small.lora.values()) == most
+
+
+def test_the_rank_of_the_reduced_average_is_the_largest_of_the_sources(rex) -> None:
+    largest = max(update.rank for update in rex.lora.values())
+    assert plan("fuse", "rex", "tom", "--output", "both", "--method", "svd")["rank"] == f"at most {largest}"
 
 
 def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,8 +143,8 @@ def fuse(
         _warn_of_idle_sources(gathered, used=base_model is None or features is not Features.AUTO)
     found = [describe_source(source) for source in given]
     if dry_run:
-        plan = {"sources": "; ".join(found)} | _plan(gathered, base_model, features, max_rank, output)
-        tell(plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
+        plan = _plan(gathered, base_model, features, output, method=method.value, max_rank=max_rank)
+        tell({"sources": "; ".join(found)} | plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
         return
     if writes and not as_json:
         typer.echo("\n".join(found))
@@ -262,11 +262,13 @@ def _has_statistics(source: Source) -> bool:
 
 
 def _plan(
-    gathered: Sequence[Source], base: str | None, features: Features, max_rank: int | None, output: Path
+    gathered: Sequence[Source], base: str | None, features: Features, output: Path, **solving: Any
 ) -> dict[str, Any]:
+    from diffusers_mixofshow.fusion.solving import Settings
+
     packs = [source.edlora for source in gathered]
     names = [name for source in gathered for name in source.prompts]
-    return plan_fusion(packs, names, base, max_rank, output, runs=_count_runs(gathered, features))
+    return plan_fusion(packs, names, base, Settings(**solving), output, runs=_count_runs(gathered, features))
 
 
 def _count_runs(gathered: Sequence[Source], features: Features) -> int:

@@ -22,6 +22,7 @@ from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, pack_solut
 from diffusers_mixofshow.fusion.prompts import prior_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.shelf import StageShelf
+from diffusers_mixofshow.fusion.size import warn_of_full_rank
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
     Method,
@@ -103,6 +104,7 @@ class GradientFuser:
         """
         settings = replace(self.config.settings, method=method)
         gathered = self._gather(sources, weights, scales, with_statistics=not self.config.sequential)
+        warn_of_full_rank([source.edlora.lora for source in gathered], settings, self.config.dtype)
         if settings.method not in MEASURED:
             fused = fuse_recorded(gathered, settings, {}, device=self.config.device, pipe=self.pipe)
         elif self.config.sequential:
