@@ -121,8 +121,8 @@ def _word_concepts(foreign: Foreign) -> list[dict[str, Any]]:
     return [
         {
             "placeholder": word,
-            "class_word": None,
-            "kind": None,
+            "class_word": foreign.meanings[word].class_word if word in foreign.meanings else None,
+            "kind": foreign.meanings[word].kind if word in foreign.meanings else None,
             "tokens": {
                 f"{encoder}, {len(rows)} x {rows.shape[1]}": _mean_norm(rows) for encoder, rows in them.items()
             },
