@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import packs
@@ -168,15 +169,16 @@ def test_the_rank_of_the_reduced_average_is_the_largest_of_the_sources(rex) -> N
 def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def measured(batch: int, pixels: Any, *, backward: bool) -> float:
+    def measured(folder: Path, batch: int, pixels: Any, *, backward: bool) -> float:
+        assert folder == find_embedded()[TOYLAND]
         asked.append((batch, pixels, backward))
         return 0.25
 
     monkeypatch.setattr(timing, "_measure", measured)
     told = timing.estimate_time(TOYLAND, 40, 3, pixels=(64, 96), backward=True)
     assert told == (
-        "at least 10 s on this CPU: 40 U-Net passes there and back of 250 ms, measured just now; texts, pictures and "
-        "loading come on top"
+        "at least 10 s on this CPU: 40 U-Net passes there and back of 250 ms, measured just now as the quickest of "
+        "3; texts, pictures and loading come on top, and other work of this machine"
     )
     assert timing.estimate_time(TOYLAND, 1, 2).startswith("at least 1 s on this CPU: 1 U-Net passes of 250 ms")
     assert timing.estimate_time(TOYLAND, 476, 2).startswith("at least 119 s ")
@@ -204,5 +206,26 @@ def test_a_pass_is_measured_at_the_size_of_the_pictures(monkeypatch, pixels, bac
     clock = iter([0, 9, 9, 16, 16, 18, 18, 23])
     monkeypatch.setattr(UNet2DConditionModel, "forward", noted)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    assert timing._measure(2, pixels, backward=backward) == 2
+    assert timing._measure(find_embedded()[TOYLAND], 2, pixels, backward=backward) == 2
     assert seen == [(shape, (2, 77, 128), backward)] * 4
+
+
+def test_passes_of_the_embedded_base_with_two_encoders_are_measured_too(tmp_path: Path, monkeypatch) -> None:
+    """At the size of its pictures: it makes 4 x 4 pixels of a cell, as Toyland's own decoder does."""
+    from diffusers import UNet2DConditionModel
+
+    forward, shapes = UNet2DConditionModel.forward, []
+
+    def noted(self: Any, sample: Any, *given: Any, **more: Any) -> Any:
+        shapes.append(tuple(sample.shape))
+        return forward(self, sample, *given, **more)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", noted)
+    Image.new("RGB", (96, 96)).save(tmp_path / "photo.png")
+    trained = ("train", tmp_path, "--concept", "rex", "--class-word", "dog", "--base", TOYLAND_XL, "--steps", "9")
+    assert plan(*trained, "--output", tmp_path / "rex")["time"].startswith("at least ")
+    assert {shape[1:] for shape in shapes} == {(8, 24, 24)}
+    drawn = ("sample", "--base", TOYLAND_XL, "--prompt", "a dog", "--width", "64", "--height", "128")
+    assert "measured just now" in plan(*drawn)["time"]
+    assert shapes[-1] == (2, 8, 32, 16)
+    assert "not measured" in timing.estimate_time("toyland-sd3", 7, 2)
