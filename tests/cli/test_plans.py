@@ -53,6 +53,7 @@ def test_a_plan_of_sampling(rex: EDLoRA) -> None:
         "size": "the model's own",
         "pictures": 1,
         "seeds": "0",
+        "guidance": "7.5",
         "U-Net runs": "20, each on a batch of 2",
         "drafts": "none",
         "drawn anew": "none",
@@ -65,8 +66,8 @@ def test_a_plan_of_sampling(rex: EDLoRA) -> None:
     asked = ("sample", "--concepts", "rex", "--prompt", "a <rex>")
     assert plan(*asked) == expected
     changed = {
-        ("--guidance", "1"): {"U-Net runs": "20, each on a batch of 1"},
-        ("--guidance", "1.5"): {},
+        ("--guidance", "1"): {"U-Net runs": "20, each on a batch of 1", "guidance": "1"},
+        ("--guidance", "1.5"): {"guidance": "1.5"},
         ("--count", "2", "--seed", "7"): {
             "pictures": 2, "seeds": "7, 8", "U-Net runs": "20, each on a batch of 4",
             "writes": "sample-0.png, sample-1.png",

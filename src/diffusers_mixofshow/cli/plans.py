@@ -82,6 +82,7 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
         "size": size,
         "pictures": len(output),
         "seeds": ", ".join(map(str, drawing.seeds)),
+        "guidance": f"{drawing.guidance:g}",
         "U-Net runs": f"{runs}, each on a batch of {batch}",
         "drafts": f"{regions} regions, {draft.steps} runs each" if draft else "none",
         **({"after drafts": _describe_prompts(drawing)} if draft and draft.repeat_subject else {}),
