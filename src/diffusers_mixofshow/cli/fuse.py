@@ -226,7 +226,9 @@ def _choose_base(
 ) -> str | None:
     """Choose the model to record features with; None for baselines, and if all sources have statistics."""
     from diffusers_mixofshow.fusion.solving import MEASURED
+    from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 
+    refuse_single_file(base or "")
     if method.value not in MEASURED:
         return None
     all_have = all(map(_has_statistics, gathered))

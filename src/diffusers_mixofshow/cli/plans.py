@@ -232,9 +232,11 @@ def _check_words(config: TrainingConfig) -> None:
 
 
 def describe_base(base: str) -> str:
-    """Describe the base as `describe_model` does; raises if its name can only be that of a missing folder."""
+    """Describe the base as `describe_model` does; raises if it is a file, or only a missing folder has such a name."""
     from diffusers_mixofshow.edlora.models import refuse_missing_folder
+    from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 
+    refuse_single_file(base)
     try:
         refuse_missing_folder(location_of(base))
     except FileNotFoundError as error:
