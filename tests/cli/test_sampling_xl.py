@@ -19,6 +19,7 @@ import tiny
 from diffusers_mixofshow import EDLoRA, cli
 from diffusers_mixofshow.cli.base_model import choose_guidance, read_layers
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 from families.pipelines import tiny_pipeline
 
 
@@ -147,3 +148,9 @@ def test_a_checkpoint_of_one_file_is_one_error_that_says_how_to_make_a_folder(pl
     assert "'xl.safetensors' is a single file. Expected a Hub id or a folder." in told
     call = "MixOfShowXLPipeline.from_single_file('xl.safetensors', dtype=torch.float16).save_pretrained('xl')"
     assert f"{call}, after import torch and from diffusers_mixofshow import MixOfShowXLPipeline. Then name xl." in told
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "~nobody/x.safetensors", "user/base", "base"])
+def test_what_is_no_file_is_left_to_whatever_loads_it(place, monkeypatch, name):
+    monkeypatch.chdir(place)
+    refuse_single_file(name)

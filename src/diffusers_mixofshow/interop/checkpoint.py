@@ -26,9 +26,12 @@ _OF_LORAS = ("lora_", ".lora", "hada_", "lokr_")
 
 def is_checkpoint(source: object) -> bool:
     """Whether a base model's name is that of a safetensors file on this disk."""
+    return Path(str(source)).suffix == ".safetensors" and _is_file(source)
+
+
+def _is_file(source: object) -> bool:
     try:
-        path = Path(str(source)).expanduser()
-        return path.suffix == ".safetensors" and path.is_file()
+        return Path(str(source)).expanduser().is_file()
     except (OSError, RuntimeError, ValueError):
         return False
 
@@ -56,10 +59,10 @@ def refuse_single_file(base_model: str) -> None:
     Raises:
         ConfigurationError: Says how to make a folder of it.
     """
-    if not Path(base_model).is_file():
+    if not _is_file(base_model):
         return
     if is_checkpoint(base_model):
-        made = describe_making_folder(Path(base_model))
+        made = describe_making_folder(Path(base_model).expanduser())
     else:
         kinds = " or ".join(family.concept_pipeline for family in CONCEPT_FAMILIES)
         made = f"Make one of it in Python: {kinds}.from_single_file(FILE).save_pretrained(FOLDER)."
