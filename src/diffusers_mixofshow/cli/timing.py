@@ -49,7 +49,8 @@ def _measure(folder: Path, batch: int, pixels: tuple[int, int] | None, *, backwa
     from diffusers_mixofshow.families.layers import default_size
 
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **dtype_argument(torch.float32))
-    scale = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+    decoder = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    scale = 2 ** (len(decoder["block_out_channels"]) - 1)
     height, width = (side // scale for side in pixels) if pixels else default_size(unet)
     unet.requires_grad_(False)
     sample = torch.zeros(batch, unet.config.in_channels, height, width, requires_grad=backward)
