@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,13 @@ from typer.testing import CliRunner
 
 from diffusers_mixofshow import GradientFuser, MixOfShowPipeline, TrainingConfig, base_models, cli, toyland
 from diffusers_mixofshow.base_models import (
+    TOYLAND,
+    TOYLAND_SD3,
+    TOYLAND_XL,
     canonical_name,
     classes_of,
     dtype_argument,
+    guidance_of,
     guidance_of_unet,
     known_family,
     list_devices,
@@ -38,6 +43,7 @@ from diffusers_mixofshow.errors import (
 from diffusers_mixofshow.evaluation.prompts import evaluation_prompts
 from diffusers_mixofshow.families.recognition import recognise
 from diffusers_mixofshow.families.sd3 import STABLE_DIFFUSION_3
+from diffusers_mixofshow.sampling.loading import load_base
 
 
 ANY_CASE = ("toyland", "Toyland", "TOYLAND", "toyLand")
@@ -252,3 +258,18 @@ def test_devices_are_those_that_the_machine_has(monkeypatch, cards: int, apple: 
     assert list_devices() == expected
     with pytest.raises(FusionError, match=f"this machine has: {expected}.$"):
         GradientFuser(device="nowhere")
+
+
+@pytest.mark.parametrize("name", [TOYLAND, TOYLAND_XL, TOYLAND_SD3])
+def test_a_copy_of_an_embedded_base_is_drawn_with_the_same_guidance(tmp_path: Path, name: str) -> None:
+    """By its folder, and by its parts in memory, whatever they are called; other models have their family's."""
+    place = Path(location_of(name))
+    shutil.copytree(place, tmp_path / "copy")
+    assert usual_guidance(str(tmp_path / "copy")) == usual_guidance(name) == 3.0
+    pipe = load_base(name, "cpu", concepts=False)
+    assert guidance_of(pipe.components) == guidance_of(pipe.components, str(tmp_path / "copy")) == 3.0
+    part = "transformer" if name == TOYLAND_SD3 else "unet"
+    config = json.loads((place / part / "config.json").read_text())
+    (tmp_path / "copy" / part / "config.json").write_text(json.dumps(config | {"sample_size": 128}))
+    others = {TOYLAND: 7.5, TOYLAND_XL: 5.0, TOYLAND_SD3: 7.0}
+    assert usual_guidance(str(tmp_path / "copy")) == others[name]

@@ -135,9 +135,13 @@ def name_of(pipeline: object) -> str:
 
     Empty for a pipeline that was assembled from components.
     """
-    name = str(getattr(pipeline, "config", {}).get("_name_or_path") or "")
-    known = canonical_name(name)
-    return name if Path(known).is_absolute() else known
+    return spell_name(str(getattr(pipeline, "config", {}).get("_name_or_path") or ""))
+
+
+def spell_name(base_model: str) -> str:
+    """A base model's name as files tell it: ``toyland``, a Hub id, or a path as it was given."""
+    known = canonical_name(base_model)
+    return base_model if Path(known).is_absolute() else known
 
 
 def public_name(source: str) -> str:
@@ -186,13 +190,16 @@ def usual_guidance(base_model: str, family: Family | None = None) -> float:
 
     Args:
         base_model: Its name.
-        family: Its family as far as it is known otherwise; counts if the name says nothing.
+        family: Its family as far as it is known otherwise; counts if neither name nor folder says anything.
     """
     known = _find_any_base(base_model)
     if known is not None:
         return known.guidance
-    configuration = _read_configuration(Path(base_model, "unet", "config.json")) if base_model else {}
-    return guidance_of_unet(configuration) if configuration or family is None else family.models[0].guidance
+    family = known_family(base_model) or family or STABLE_DIFFUSION
+    configuration = _read_configuration(Path(base_model, family.denoiser, "config.json")) if base_model else {}
+    if family.denoiser == STABLE_DIFFUSION.denoiser and configuration:
+        return guidance_of_unet(configuration)
+    return (_find_embedded_by(configuration) or family.models[0]).guidance
 
 
 def guidance_of(components: Mapping[str, object], base_model: str = "") -> float:
@@ -203,23 +210,20 @@ def guidance_of(components: Mapping[str, object], base_model: str = "") -> float
         base_model: Its name, see `name_of`; tells models of one family apart whose components do not.
     """
     family = family_of(components)
-    if family is not STABLE_DIFFUSION:
-        return base_model_of(base_model, components).guidance
-    unet: Any = components[family.denoiser]
-    return guidance_of_unet(unet.config)
+    configuration = getattr(components[family.denoiser], "config", {})
+    if family is STABLE_DIFFUSION:
+        return guidance_of_unet(configuration)
+    return (_find_embedded_by(configuration) or base_model_of(base_model, components)).guidance
 
 
 def guidance_of_unet(configuration: Mapping[str, Any]) -> float:
-    """The guidance scale of a U-Net by its configuration, which recognises Toyland's U-Net in any folder.
+    """The guidance scale of a U-Net by its configuration, which recognises that of an embedded base in any folder.
 
     Args:
         configuration: ``unet.config``.
     """
-    shipped = _read_configuration(Path(location_of(TOYLAND), "unet", "config.json"))
-    told = {name: value for name, value in shipped.items() if not name.startswith("_")}
-    is_toyland = bool(told) and all(_tuple_to_list(configuration.get(name)) == value for name, value in told.items())
-    if is_toyland:
-        return EMBEDDED.guidance
+    if (embedded := _find_embedded_by(configuration)) is not None:
+        return embedded.guidance
     of_xl = all(configuration.get(name) == value for name, value in STABLE_DIFFUSION_XL.marks.items())
     return SDXL.guidance if of_xl else SD1.guidance
 
@@ -247,6 +251,17 @@ def make_loading_error(base_model: str, error: Exception) -> ConfigurationError 
         f"Stable Diffusion pipeline, or one of the package's own: {', '.join(map(repr, _EMBEDDED))}. "
         f"({first_line(error)}.)"
     )
+
+
+def _find_embedded_by(configuration: Mapping[str, Any]) -> BaseModel | None:
+    """The embedded base whose denoiser has this configuration, so that a copy under another name is recognised."""
+    for name, folder in find_embedded().items():
+        family = next(family for family in FAMILIES if _EMBEDDED[name].model in family.models)
+        shipped = _read_configuration(folder / family.denoiser / "config.json")
+        told = {key: value for key, value in shipped.items() if not key.startswith("_")}
+        if told and all(_tuple_to_list(configuration.get(key)) == value for key, value in told.items()):
+            return _EMBEDDED[name].model
+    return None
 
 
 def _find_any_base(base_model: str) -> BaseModel | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,50 @@ def test_convert_there_and_back(tmp_path: Path):
     back = torch.load(tmp_path / "back.pth", weights_only=True)["params"]
     for part, tensors in params.items():
         assert all(torch.equal(tensor, back[part][name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "textual-inversion"])
+def test_class_word_and_kind_survive_the_way_through_other_programs_files(tmp_path: Path, to: str):
+    concepts = {"rex": ("gray dog", "pet"), "town": ("street", "scene")}
+    pack = packs.random_pack(tiny.components(), *concepts)
+    named = tuple(
+        replace(one, class_word=word, kind=kind)
+        for one, (word, kind) in zip(pack.concepts, concepts.values(), strict=True)
+    )
+    replace(pack, concepts=named).save_pretrained(tmp_path / "both")
+    run("convert", tmp_path / "both", tmp_path / "out", "--to", to)
+    shown = json.loads(run("inspect", tmp_path / "out", "--json").stdout)["concepts"]
+    assert {one["placeholder"]: (one["class_word"], one["kind"]) for one in shown} == {
+        f"<{name}>": told for name, told in concepts.items()
+    }
+    layers = ("--base", str(tmp_path / "base"))
+    StableDiffusionPipeline(**tiny.components(), requires_safety_checker=False).save_pretrained(tmp_path / "base")
+    run("convert", tmp_path / "out", tmp_path / "back", "--to", "edlora", *layers)
+    back = EDLoRA.from_pretrained(tmp_path / "back")
+    assert {one.name: (one.class_word, one.kind) for one in back.concepts} == concepts
+    given = ("--class-word", "cat", "--kind", "object")  # goes before the file's own
+    run("convert", tmp_path / "out", tmp_path / "given", "--to", "edlora", *layers, *given)
+    told = EDLoRA.from_pretrained(tmp_path / "given").concepts
+    assert {(one.class_word, one.kind) for one in told} == {("cat", "object")}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "3",
+        '{"class_word": 3, "kind": "pet"}',
+        '{"class_word": "dog", "kind": "dragon"}',
+        '{"class_word": "dog", "kind": ["pet"]}',
+        '{"class_word": " ", "kind": "pet"}',
+        '{"class_word": "a\\u001b[31m", "kind": "pet"}',
+        json.dumps({"class_word": "x" * 101, "kind": "pet"}),
+        "[" * 100_000,
+    ],
+)
+def test_a_class_word_in_a_file_is_not_trusted(tmp_path: Path, told: str):
+    save_file({"<rex>": torch.ones(1, 768)}, tmp_path / "rex.safetensors", metadata={"mixofshow_concept": told})
+    (concept,) = json.loads(run("inspect", tmp_path / "rex.safetensors", "--json").stdout)["concepts"]
+    assert (concept["class_word"], concept["kind"]) == (None, None)
 
 
 def test_convert_prints_what_machines_read(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,48 @@ def test_an_ed_lora_is_measured_as_before(asked) -> None:
     packs.random_pack(tiny.components(), "rex").save_pretrained("rex")
     told = json.loads(run("evaluate", "rex", *asked, "--json"))
     assert "trigger_words" not in told["settings"]
+
+
+def test_a_pack_of_plain_loras_names_the_base_that_it_was_fused_for(asked, place) -> None:
+    """Methods that load no model know it from ``--base``, others from the pipeline; a pack's own word is kept."""
+    base, prompts = str(place / "base"), ("--prompts", "a sks dog", "--prompts", "a house, inkwash")
+    for method in ("average", "closed-form"):
+        files = ("dog.safetensors", "ink.safetensors")
+        run("fuse", *files, *prompts, "--base", base, "--method", method, "--output", method)
+        (told,) = [json.loads(run("inspect", method, "--json"))]
+        assert told["base_model"] == base
+        words = ("--class-word", "dog=dog", "--class-word", "ink=drawing", "--trigger", "ink=ink")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", MixOfShowWarning)
+            measured = json.loads(run("evaluate", method, *asked[2:], *words, "--dry-run", "--json"))
+            sampled = json.loads(run("sample", "--concepts", method, "--prompt", "a dog", "--dry-run", "--json"))
+        assert measured["base model"].startswith(f"{base},")
+        assert sampled["base model"].startswith(f"{base},")
+    assert FusedPack.from_pretrained("both").base_model == ""
+    run("fuse", "both", "closed-form", "--prompts", "a dog", "--prompts", "x", "--method", "sum", "--output", "again")
+    assert read_plain_pack("again").base_model == base
+
+
+def test_a_base_that_the_record_names_is_untrusted(tmp_path: Path) -> None:
+    for base in (3, "a\x1b[31m", "x" * 1000, None):
+        told = {"mixofshow_fusion": json.dumps({"base_model": base})}
+        path = write(tmp_path / "x.safetensors", 1, **told)
+        assert open_edlora(path).edlora.base_model == ""
+        assert json.loads(run("inspect", path, "--json"))["base_model"] == ""
+
+
+def test_a_fused_pack_is_fused_again_with_the_prompts_of_its_record(asked) -> None:
+    write(Path("cat.safetensors"), 3)
+    said = run("fuse", "both", "cat.safetensors", "--prompts", "ohwx cat", "--method", "average", "--output", "three")
+    assert "its record has the prompts of dog (2), ink (1)" in said
+    assert read_plain_pack("three").report.data["prompts"] == {
+        "both": [*PROMPTS["dog"], *PROMPTS["ink"]], "cat": ["ohwx cat"]
+    }  # fmt: skip
+    given = ("--prompts", "x", "--prompts", "ohwx cat")  # those of the command line go first
+    run("fuse", "both", "cat.safetensors", *given, "--method", "average", "--output", "given")
+    assert read_plain_pack("given").report.data["prompts"]["both"] == ["x"]
+    Path("list.toml").write_text("[[source]]\npath = 'both'\nname = 'pair'\n")
+    run("fuse", "list.toml", "--method", "average", "--output", "listed")
+    assert len(read_plain_pack("listed").report.data["prompts"]["pair"]) == 3
+    with pytest.raises(ConfigurationError, match=r"0 times for 1 plain LoRAs \(cat.safetensors\)"):
+        run("fuse", "both", "cat.safetensors", "--method", "average", "--output", "none")

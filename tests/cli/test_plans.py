@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import packs
 import tiny
-from diffusers_mixofshow import EDLoRA, cli
-from diffusers_mixofshow.base_models import TOYLAND
+from diffusers_mixofshow import EDLoRA, GradientFuser, cli
+from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL, find_embedded
 from diffusers_mixofshow.cli import timing
+from diffusers_mixofshow.errors import MixOfShowWarning
 
 
 def plan(*arguments: object) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def test_a_plan_of_sampling(rex: EDLoRA) -> None:
         "size": "the model's own",
         "pictures": 1,
         "seeds": "0",
+        "guidance": "7.5",
         "U-Net runs": "20, each on a batch of 2",
         "drafts": "none",
         "drawn anew": "none",
@@ -63,8 +66,8 @@ def test_a_plan_of_sampling(rex: EDLoRA) -> None:
     asked = ("sample", "--concepts", "rex", "--prompt", "a <rex>")
     assert plan(*asked) == expected
     changed = {
-        ("--guidance", "1"): {"U-Net runs": "20, each on a batch of 1"},
-        ("--guidance", "1.5"): {},
+        ("--guidance", "1"): {"U-Net runs": "20, each on a batch of 1", "guidance": "1"},
+        ("--guidance", "1.5"): {"guidance": "1.5"},
         ("--count", "2", "--seed", "7"): {
             "pictures": 2, "seeds": "7, 8", "U-Net runs": "20, each on a batch of 4",
             "writes": "sample-0.png, sample-1.png",
@@ -136,18 +139,47 @@ def test_a_plan_of_fusion(rex: EDLoRA) -> None:
     assert merged["time"] == f"that of solving {len(sizes)} layers; no model runs"
 
 
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_methods_that_leave_full_rank_are_planned_at_their_size_and_warned_of(rex, method, monkeypatch) -> None:
+    """Of the file before it is made; and by Python, too. Small files are not worth a warning."""
+    tom = EDLoRA.from_pretrained("tom")
+    rows = sum(each.numel() for pack in (rex, tom) for each in pack.embeddings.values())
+    sizes = {site: (update.up.shape[0], update.down.shape[1]) for site, update in rex.lora.items()}
+    most = max(update.rank + tom.lora[site].rank for site, update in rex.lora.items())
+    numbers = sum(min(size) * sum(size) for size in sizes.values())
+    asked = ("fuse", "rex", "tom", "--output", "both", "--method", method)
+    found = plan(*asked)
+    assert found["rank"] == f"at most {max(map(min, sizes.values()))}"
+    assert found["pack"].startswith(f"{numbers + rows:,} numbers")
+    monkeypatch.setattr("diffusers_mixofshow.fusion.size._LARGE", 0)
+    told = rf"'{method}' changes single values.*the file gets \d+ MB, .*max_rank={most} \(.*--max-rank {most}\)"
+    with pytest.warns(MixOfShowWarning, match=told):
+        CliRunner().invoke(cli.app, [*asked, "--dry-run"], catch_exceptions=False)
+    with pytest.warns(MixOfShowWarning, match=told):
+        GradientFuser().fuse([rex, tom], method=method)
+    assert plan(*asked, "--max-rank", str(most))["rank"] == f"at most {most}"  # without a warning
+    small = GradientFuser(max_rank=most).fuse([rex, tom], method=method)
+    assert max(update.rank for update in small.lora.values()) == most
+
+
+def test_the_rank_of_the_reduced_average_is_the_largest_of_the_sources(rex) -> None:
+    largest = max(update.rank for update in rex.lora.values())
+    assert plan("fuse", "rex", "tom", "--output", "both", "--method", "svd")["rank"] == f"at most {largest}"
+
+
 def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def measured(batch: int, pixels: Any, *, backward: bool) -> float:
+    def measured(folder: Path, batch: int, pixels: Any, *, backward: bool) -> float:
+        assert folder == find_embedded()[TOYLAND]
         asked.append((batch, pixels, backward))
         return 0.25
 
     monkeypatch.setattr(timing, "_measure", measured)
     told = timing.estimate_time(TOYLAND, 40, 3, pixels=(64, 96), backward=True)
     assert told == (
-        "at least 10 s on this CPU: 40 U-Net passes there and back of 250 ms, measured just now; texts, pictures and "
-        "loading come on top"
+        "at least 10 s on this CPU: 40 U-Net passes there and back of 250 ms, measured just now as the quickest of "
+        "3; texts, pictures and loading come on top, and other work of this machine"
     )
     assert timing.estimate_time(TOYLAND, 1, 2).startswith("at least 1 s on this CPU: 1 U-Net passes of 250 ms")
     assert timing.estimate_time(TOYLAND, 476, 2).startswith("at least 119 s ")
@@ -175,5 +207,26 @@ def test_a_pass_is_measured_at_the_size_of_the_pictures(monkeypatch, pixels, bac
     clock = iter([0, 9, 9, 16, 16, 18, 18, 23])
     monkeypatch.setattr(UNet2DConditionModel, "forward", noted)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    assert timing._measure(2, pixels, backward=backward) == 2
+    assert timing._measure(find_embedded()[TOYLAND], 2, pixels, backward=backward) == 2
     assert seen == [(shape, (2, 77, 128), backward)] * 4
+
+
+def test_passes_of_the_embedded_base_with_two_encoders_are_measured_too(tmp_path: Path, monkeypatch) -> None:
+    """At the size of its pictures: it makes 4 x 4 pixels of a cell, as Toyland's own decoder does."""
+    from diffusers import UNet2DConditionModel
+
+    forward, shapes = UNet2DConditionModel.forward, []
+
+    def noted(self: Any, sample: Any, *given: Any, **more: Any) -> Any:
+        shapes.append(tuple(sample.shape))
+        return forward(self, sample, *given, **more)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", noted)
+    Image.new("RGB", (96, 96)).save(tmp_path / "photo.png")
+    trained = ("train", tmp_path, "--concept", "rex", "--class-word", "dog", "--base", TOYLAND_XL, "--steps", "9")
+    assert plan(*trained, "--output", tmp_path / "rex")["time"].startswith("at least ")
+    assert {shape[1:] for shape in shapes} == {(8, 24, 24)}
+    drawn = ("sample", "--base", TOYLAND_XL, "--prompt", "a dog", "--width", "64", "--height", "128")
+    assert "measured just now" in plan(*drawn)["time"]
+    assert shapes[-1] == (2, 8, 32, 16)
+    assert "not measured" in timing.estimate_time("toyland-sd3", 7, 2)

@@ -19,6 +19,7 @@ import tiny
 from diffusers_mixofshow import EDLoRA, cli
 from diffusers_mixofshow.cli.base_model import choose_guidance, read_layers
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 from families.pipelines import tiny_pipeline
 
 
@@ -116,3 +117,40 @@ def test_concepts_tell_the_guidance_of_a_base_that_is_not_known_and_a_folder_its
 def test_what_does_not_go_together_is_told(sample, options, error, told):
     with pytest.raises(error, match=told):
         sample(*options, prompt="a dog")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("sample", "--prompt", "a dog"),
+        ("evaluate", "rex"),
+        ("compare", "rex"),
+        ("fuse", "rex", "kit", "--output", "both"),
+        ("fuse", "rex", "kit", "--output", "both", "--method", "average"),
+        ("train", "photos", "--concept", "tim", "--class-word", "cat"),
+    ],
+    ids=lambda verb: verb[0] + verb[-1],
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["done", "planned"])
+def test_a_checkpoint_of_one_file_is_one_error_that_says_how_to_make_a_folder(place, monkeypatch, verb, more):
+    """Before anything is loaded, by every verb that takes a base; what the error says can be pasted."""
+    monkeypatch.chdir(place)
+    (place / "photos").mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64)).save(place / "photos" / "one.png")
+    if not (place / "kit").exists():
+        kit = packs.random_pack(tiny_pipeline("Stable Diffusion XL").components, "kit", seed=1)
+        dataclasses.replace(kit, base_model=str(place / "base")).save_pretrained("kit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = CliRunner().invoke(cli.app, [*verb, *more, "--base", "xl.safetensors"])
+    assert isinstance(result.exception, ConfigurationError), result.output
+    told = str(result.exception)
+    assert "'xl.safetensors' is a single file. Expected a Hub id or a folder." in told
+    call = "MixOfShowXLPipeline.from_single_file('xl.safetensors', dtype=torch.float16).save_pretrained('xl')"
+    assert f"{call}, after import torch and from diffusers_mixofshow import MixOfShowXLPipeline. Then name xl." in told
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "~nobody/x.safetensors", "user/base", "base"])
+def test_what_is_no_file_is_left_to_whatever_loads_it(place, monkeypatch, name):
+    monkeypatch.chdir(place)
+    refuse_single_file(name)

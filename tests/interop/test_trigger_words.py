@@ -146,3 +146,37 @@ def test_inspect_tells_the_trigger_words_of_every_source_of_a_pack(tmp_path: Pat
     shown = run.invoke(cli.app, ["inspect", str(told)]).stdout
     assert "sks dog" in shown
     assert "not known" not in shown
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        (STANDARD, "stated by the file (modelspec.trigger_phrase)"),
+        (KOHYA, "guessed from the names of folders that it was tuned on (ss_dataset_dirs)"),
+        (STANDARD | KOHYA, "stated by the file (modelspec.trigger_phrase)"),
+        (
+            STANDARD | AI_TOOLKIT,
+            "sks dog: stated by the file (modelspec.trigger_phrase); ohwx man: guessed from the names of folders that "
+            "it was tuned on (ss_tag_frequency)",
+        ),
+        ({}, None),
+    ],
+)
+def test_inspect_tells_stated_trigger_words_from_guessed_ones(tmp_path: Path, metadata, told) -> None:
+    write_lora(tmp_path / "x.safetensors", dict(packs.random_pack(tiny.components()).lora), metadata)
+    run = CliRunner(env={"COLUMNS": "250"})
+    table = run.invoke(cli.app, ["inspect", str(tmp_path / "x.safetensors")]).stdout
+    assert told in table if told else "trigger words from" not in table
+    summary = json.loads(run.invoke(cli.app, ["inspect", str(tmp_path / "x.safetensors"), "--json"]).stdout)
+    assert list(summary["trigger_words_from"]) == summary["trigger_words"]
+
+
+def test_inspect_tells_where_the_trigger_words_of_a_packs_sources_are_from(tmp_path: Path) -> None:
+    lora = dict(packs.random_pack(tiny.components()).lora)
+    told = write_lora(tmp_path / "dog.safetensors", lora, STANDARD)
+    other = write_lora(tmp_path / "ink.safetensors", dict(packs.random_pack(tiny.components(), seed=1).lora))
+    sources = [LoRASource(told, ["a sks dog"]), LoRASource(other, ["a house in inkwash", "inkwash, a tree"])]
+    odd = LoRASource(other, ["one", "two"], name="odd")
+    GradientFuser().fuse([*sources, odd], method="average").save_pretrained(tmp_path / "both")
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, ["inspect", str(tmp_path / "both")])
+    assert "dog: told by its file; ink: guessed, the words that its prompts share" in result.stdout

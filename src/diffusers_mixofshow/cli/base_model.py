@@ -43,7 +43,10 @@ def find_common_base(concepts: Sequence[EDLoRA]) -> str:
         canonical_name(edlora.base_model): ", ".join(one.placeholder for one in edlora.concepts[:1]) for edlora in told
     }
     if len(bases) != 1:
-        found = ", ".join(f"{base} ({placeholder})" for base, placeholder in bases.items()) or "none"
+        found = (
+            ", ".join(f"{base} ({placeholder})" if placeholder else base for base, placeholder in bases.items())
+            or "none"
+        )
         hint = _suggest_base(concepts)
         raise ConfigurationError(f"Expected files that name one base model, got {found}. Name it with --base{hint}.")
     return next(iter(bases))

@@ -45,9 +45,11 @@ def convert(
     ],
     name: Annotated[str, typer.Option(help="Name of the concept in prompts. (default: the file's own word)")] = "",
     class_word: Annotated[
-        str, typer.Option(help="Plain word for what it is, e.g. man; other programs' files do not tell it.")
+        str, typer.Option(help="Plain word for what it is, e.g. man. (default: the file's own, if any)")
     ] = "",
-    kind: Annotated[str, typer.Option(help="character, pet, object or scene.")] = "object",
+    kind: Annotated[
+        str, typer.Option(help="character, pet, object, scene. (default: the file's own, or object)")
+    ] = "",
     base: Annotated[str, typer.Option(help=_BASE, callback=normalise_base)] = "",
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print files and losses as JSON.")] = False,

@@ -77,16 +77,16 @@ def check_base_model(name: str) -> Finding:
     from diffusers_mixofshow.base_models import known_family, normalise_name, usual_guidance
     from diffusers_mixofshow.errors import MixOfShowError
     from diffusers_mixofshow.families import CONCEPT_FAMILIES
-    from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
+    from diffusers_mixofshow.interop.checkpoint import describe_making_folder, family_of_checkpoint, is_checkpoint
 
     what = "base model"
     if is_checkpoint(name):
         try:
-            family = family_of_checkpoint(Path(name).expanduser())
+            path = Path(name).expanduser()
+            family, made = family_of_checkpoint(path), describe_making_folder(path)
         except MixOfShowError as error:
             return Finding(what, "problem", str(error), "name a Hub id or a folder, or convert the file")
-        made = f"in Python: {family.concept_pipeline}.from_single_file({name!r}).save_pretrained(FOLDER)"
-        return Finding(what, "note", f"{name}: {family.name}, a checkpoint of one file", f"{made}; name that folder")
+        return Finding(what, "note", f"{name}: {family.name}, a checkpoint of one file", made)
     base = normalise_name(name)
     known = known_family(base)
     if known is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs
-from diffusers_mixofshow.base_models import known_family
+from diffusers_mixofshow.base_models import known_family, spell_name
 from diffusers_mixofshow.cli.base_model import Base, find_common_base
 from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
 from diffusers_mixofshow.cli.plans import Overwrite, plan_fusion, plan_replacing, tell
@@ -143,13 +143,13 @@ def fuse(
         _warn_of_idle_sources(gathered, used=base_model is None or features is not Features.AUTO)
     found = [describe_source(source) for source in given]
     if dry_run:
-        plan = {"sources": "; ".join(found)} | _plan(gathered, base_model, features, max_rank, output)
-        tell(plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
+        plan = _plan(gathered, base_model, features, output, method=method.value, max_rank=max_rank)
+        tell({"sources": "; ".join(found)} | plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
         return
     if writes and not as_json:
         typer.echo("\n".join(found))
     fuser = _make_fuser(gathered, base_model, features, prior, **settings)
-    fused = fuser.fuse(gathered, method=method.value, weights=weight)
+    fused = fuser.fuse(gathered, method=method.value, weights=weight).name_base(spell_name(base or ""))
     if writes:
         _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
         _tell_result(fused, output, as_json=as_json)
@@ -226,7 +226,9 @@ def _choose_base(
 ) -> str | None:
     """Choose the model to record features with; None for baselines, and if all sources have statistics."""
     from diffusers_mixofshow.fusion.solving import MEASURED
+    from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 
+    refuse_single_file(base or "")
     if method.value not in MEASURED:
         return None
     all_have = all(map(_has_statistics, gathered))
@@ -262,11 +264,13 @@ def _has_statistics(source: Source) -> bool:
 
 
 def _plan(
-    gathered: Sequence[Source], base: str | None, features: Features, max_rank: int | None, output: Path
+    gathered: Sequence[Source], base: str | None, features: Features, output: Path, **solving: Any
 ) -> dict[str, Any]:
+    from diffusers_mixofshow.fusion.solving import Settings
+
     packs = [source.edlora for source in gathered]
     names = [name for source in gathered for name in source.prompts]
-    return plan_fusion(packs, names, base, max_rank, output, runs=_count_runs(gathered, features))
+    return plan_fusion(packs, names, base, Settings(**solving), output, runs=_count_runs(gathered, features))
 
 
 def _count_runs(gathered: Sequence[Source], features: Features) -> int:

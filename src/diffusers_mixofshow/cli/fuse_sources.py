@@ -31,7 +31,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     Args:
         given: Hub ids, folders and files of ED-LoRAs, other programs' concepts and plain LoRAs; TOML files of sources.
         prompts: Trigger prompts, separated by ``|``, one entry for each plain LoRA whose file does not name its
-            trigger words, or one for each plain LoRA, in their order.
+            trigger words or prompts, or one for each plain LoRA, in their order.
 
     Raises:
         ConfigurationError: If the number of prompts is another, or a TOML file cannot be read.
@@ -41,7 +41,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
 
     opened = {path: open_edlora(path) for path in given if not path.endswith(_LIST)}
     plain = [path for path in given if path in opened and not opened[path].edlora.concepts]
-    silent = [path for path in plain if not opened[path].trigger_words]
+    silent = [path for path in plain if not opened[path].tells_prompts]
     prompts_of = dict(zip(silent if len(prompts) == len(silent) else plain, prompts, strict=False))
     if len(prompts) not in (len(silent), len(plain)):
         raise ConfigurationError(
@@ -72,12 +72,14 @@ def describe_source(source: FusionSource | LoRASource) -> str:
     told = origin_of_pack(opened.edlora) if opened.foreign is None else origin_of_foreign(opened.foreign)
     lora = opened.edlora.lora
     ranks = sorted({update.rank for update in lora.values()})
+    recorded = ", ".join(f"{sanitise(name)} ({len(texts)})" for name, texts in opened.recorded_prompts.items())
     parts = [
         f"{told['kind']} of {told['architecture'] or 'an unknown base'}",
         f"names of {told['layout']}",
         f"rank {' and '.join(map(str, ranks))}, {len(lora)} layers" if lora else "no updates of layers",
         f"tuned on {sanitise(told['base_model'])}" if told["base_model"] else "",
         f"trigger words {', '.join(map(repr, opened.trigger_words))}" if opened.trigger_words else "",
+        f"its record has the prompts of {recorded}" if recorded else "",
     ]
     return f"{source.source}: {', '.join(filter(None, parts))}"
 
@@ -124,7 +126,7 @@ def _make_source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASour
     if "prompts" in values:
         return LoRASource(**values)
     opened = open_edlora(values["source"])
-    if not opened.edlora.concepts and opened.trigger_words:
+    if not opened.edlora.concepts and opened.tells_prompts:
         return LoRASource(**values, opened=opened)
     if not opened.edlora.concepts:
         raise ConfigurationError(

@@ -221,9 +221,11 @@ def plan_measurement(packs: Mapping[str, MeasuredPack], asked: Asked) -> Measure
     from diffusers_mixofshow.evaluation.agreement import unify_concepts, warn_of_concepts_spelt_alike
     from diffusers_mixofshow.evaluation.plain import settle_words
     from diffusers_mixofshow.evaluation.sampling import fill_templates
+    from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 
     draws_concepts = _find_way_to_draw(packs)
     base = asked.base or find_common_base([each.pack for each in packs.values()])
+    refuse_single_file(base)
     if asked.prompt:
         fill_templates(asked.prompt, "x", 1)
     known = _names_in(packs.values())

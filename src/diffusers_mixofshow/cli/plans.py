@@ -16,6 +16,7 @@ from diffusers_mixofshow.cli.timing import estimate_time
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.fusion.solving import Settings
     from diffusers_mixofshow.regions import Isolation
     from diffusers_mixofshow.sampling.drawing import Drawing
     from diffusers_mixofshow.training import TrainingConfig
@@ -81,6 +82,7 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
         "size": size,
         "pictures": len(output),
         "seeds": ", ".join(map(str, drawing.seeds)),
+        "guidance": f"{drawing.guidance:g}",
         "U-Net runs": f"{runs}, each on a batch of {batch}",
         "drafts": f"{regions} regions, {draft.steps} runs each" if draft else "none",
         **({"after drafts": _describe_prompts(drawing)} if draft and draft.repeat_subject else {}),
@@ -108,7 +110,7 @@ def _describe_isolation(isolation: Isolation | None) -> str:
 
 
 def plan_fusion(
-    packs: Sequence[EDLoRA], names: Sequence[str], base: str | None, max_rank: int | None, output: Path, *, runs: int
+    packs: Sequence[EDLoRA], names: Sequence[str], base: str | None, settings: Settings, output: Path, *, runs: int
 ) -> dict[str, Any]:
     """Describe what `mixofshow fuse` would do.
 
@@ -116,29 +118,30 @@ def plan_fusion(
         packs: The sources.
         names: Placeholders of their concepts, and names of plain LoRAs.
         base: The base model, if features must be recorded; None if no model is needed.
-        max_rank: Rank to which updates are reduced.
+        settings: How layers are solved.
         output: Folder of the pack.
         runs: Most runs of the U-Net on a batch while features are recorded.
+
+    Warns:
+        MixOfShowWarning: Of a method that makes the pack large, as the fusion itself does.
     """
     from diffusers_mixofshow.families import family_of_sites
+    from diffusers_mixofshow.fusion.size import count_values, find_ranks, find_sizes, warn_of_full_rank
     from diffusers_mixofshow.fusion.sketch import count_stored_values
 
-    ranks: dict[str, int] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for pack in packs:
-        for site, update in pack.lora.items():
-            ranks[site] = ranks.get(site, 0) + update.rank
-            sizes[site] = (update.up.shape[0], update.down.shape[1])
-    capped = {site: min(rank, *sizes[site], max_rank or rank) for site, rank in ranks.items()}
-    numbers = sum(capped[site] * sum(sizes[site]) for site in capped)
-    numbers += sum(rows.numel() for pack in packs for rows in pack.embeddings.values())
+    updates = [pack.lora for pack in packs]
+    warn_of_full_rank(updates, settings)
+    sizes, ranks = find_sizes(updates), find_ranks(updates, settings)
+    numbers = count_values(updates, settings) + sum(
+        rows.numel() for pack in packs for rows in pack.embeddings.values()
+    )
     inputs = {name: sizes[group[0]][1] for name, group in family_of_sites(sizes).by_input(sizes).items()}
     gram = sum(map(count_stored_values, inputs.values())) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
     return {
         "concepts": ", ".join(names),
         "base model": describe_base(base) if base else "none is needed",
         "layers": len(ranks),
-        "rank": f"at most {max(capped.values(), default=0)}",
+        "rank": f"at most {max(ranks.values(), default=0)}",
         "memory for statistics": f"{gram / 1e6:.0f} MB at most" if base else "that of the files beside the sources",
         "U-Net runs": f"{runs} at most, each on a batch of up to {_RECORDED}" if base else "none",
         "time": estimate_time(base, runs, _RECORDED)
@@ -229,9 +232,11 @@ def _check_words(config: TrainingConfig) -> None:
 
 
 def describe_base(base: str) -> str:
-    """Describe the base as `describe_model` does; raises if its name can only be that of a missing folder."""
+    """Describe the base as `describe_model` does; raises if it is a file, or only a missing folder has such a name."""
     from diffusers_mixofshow.edlora.models import refuse_missing_folder
+    from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 
+    refuse_single_file(base)
     try:
         refuse_missing_folder(location_of(base))
     except FileNotFoundError as error:

@@ -115,6 +115,7 @@ def _describe_plain(contents: Contents, location: str, samples: Mapping[str, str
     """Write the generated section of a plain LoRA that was fused from others."""
     training, widths = contents["training"], input_widths(contents["lora"])
     prompts, model = find_prompts(training), recognise(widths)
+    base_id = public_name(contents["base_model"]) or (model.id if model else "")
     rows: list[tuple[str, ...]] = [("LoRA", "prompts that it was fused with")]
     rows += [(f"`{_code(name)}`", _list_prompts(texts)) for name, texts in prompts.items()]
     table, notes = _add_columns(rows, list(prompts), training)
@@ -124,8 +125,8 @@ def _describe_plain(contents: Contents, location: str, samples: Mapping[str, str
         gallery=_GALLERY,
         samples=samples,
         base=family_of_updates(widths).name if model is None else model.name,
-        base_id="" if model is None else model.id,
-        is_embedded=model is not None and embedded_base(model.id) is not None,
+        base_id=base_id,
+        is_embedded=embedded_base(base_id) is not None,
         guidance=None if model is None else model.guidance,
         rank=_rank(contents),
         table=table,

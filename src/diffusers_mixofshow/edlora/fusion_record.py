@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers_mixofshow.edlora.header import decode, is_text
+
 
 PLAIN_KEY = "mixofshow_fusion"
-"""Metadata key of a LoRA that was fused from plain LoRAs: its entry `training`, as JSON."""
+"""Metadata key of a LoRA that was fused from plain LoRAs: its entry `training` and its base model, as JSON."""
+
+_BASE = "base_model"
+
+
+def write_plain_record(training: Mapping[str, object], base_model: str) -> dict[str, str]:
+    """Write the metadata of a LoRA that was fused from plain LoRAs; `base_model` is empty if it is not known."""
+    return {PLAIN_KEY: json.dumps({**training, **({_BASE: base_model} if base_model else {})})}
+
+
+def read_plain_record(metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Read what `write_plain_record` wrote: the entry `training` and the base model, both empty for other files."""
+    record = dict(as_mapping(decode(metadata.get(PLAIN_KEY, ""))))
+    base_model = record.pop(_BASE, "")
+    return record, base_model if is_text(base_model) else ""
 
 
 def as_mapping(value: object) -> Mapping[str, Any]:

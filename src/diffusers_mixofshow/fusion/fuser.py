@@ -22,6 +22,7 @@ from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, pack_solut
 from diffusers_mixofshow.fusion.prompts import prior_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.shelf import StageShelf
+from diffusers_mixofshow.fusion.size import warn_of_full_rank
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
     Method,
@@ -103,15 +104,14 @@ class GradientFuser:
         """
         settings = replace(self.config.settings, method=method)
         gathered = self._gather(sources, weights, scales, with_statistics=not self.config.sequential)
+        warn_of_full_rank([source.edlora.lora for source in gathered], settings, self.config.dtype)
         if settings.method not in MEASURED:
             fused = fuse_recorded(gathered, settings, {}, device=self.config.device, pipe=self.pipe)
         elif self.config.sequential:
             fused = self._fuse_in_stages(gathered, settings)
         else:
             fused = self._fuse_with_own_statistics(gathered, settings)
-        unsaid = bool(fused.concepts) and not fused.base_model  # other programs' files do not name a base
-        base_model = name_of(self.pipe) if unsaid else fused.base_model
-        return replace(fused, dtype=self.config.dtype, base_model=base_model)
+        return replace(fused.name_base(name_of(self.pipe)), dtype=self.config.dtype)
 
     def record(self, source: FusionInput, *, alongside: Sequence[FusionInput] = ()) -> SourceStatistics:
         """Sample the concepts of one source with its own LoRA, and keep the statistics for later fusions.
@@ -215,7 +215,7 @@ class GradientFuser:
                 place = self._store.choose_place(source, sites, publishing=publishing)
                 statistics = SourceStatistics(
                     digest=source.edlora.digest,
-                    base_model=source.edlora.base_model,
+                    base_model=source.edlora.base_model or name_of(self.pipe),
                     recording=self.recording.as_json(source.prompts),
                     concepts=sample(source.edlora, source.prompts),
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples, write_card, write_samples
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.folder import remove
-from diffusers_mixofshow.edlora.fusion_record import PLAIN_KEY
+from diffusers_mixofshow.edlora.fusion_record import PLAIN_KEY, read_plain_record, write_plain_record
 from diffusers_mixofshow.edlora.reading import read_metadata
 from diffusers_mixofshow.errors import FusionError, suggest, warn
 from diffusers_mixofshow.fusion.gram import Device, Gram
@@ -130,7 +129,7 @@ class FusedPack(EDLoRA):
         """Write a pack of plain LoRAs alone as one plain LoRA, named as diffusers expects it, and its card."""
         stale = self._stale(folder)
         remove(stale)
-        record = {PLAIN_KEY: json.dumps(dict(self.training))}
+        record = write_plain_record(self.training, self.base_model)
         path = write_lora(folder / PLAIN_NAME, self.lora, record, dtype=self.dtype)
         shown = write_samples(folder, samples)
         write_card(folder, self._card(public_name(os.fspath(folder)), False, shown, license_id), anew=bool(stale))
@@ -178,13 +177,19 @@ class FusedPack(EDLoRA):
 
     @classmethod
     def _of_plain(cls, path: Path) -> Self:
-        training = json.loads(read_metadata(path).get(PLAIN_KEY, "{}"))
-        return cls(concepts=(), embeddings={}, lora=read_lora(path), base_model="", layers=(), training=training)
+        training, base_model = read_plain_record(read_metadata(path))
+        lora = read_lora(path)
+        return cls(concepts=(), embeddings={}, lora=lora, base_model=base_model, layers=(), training=training)
 
     @property
     def report(self) -> FusionReport:
         """Settings and residuals of the fusion, layer by layer."""
         return FusionReport.of(self)
+
+    def name_base(self, base_model: str) -> Self:
+        """The pack with this base model, unless that is empty or the concepts name theirs."""
+        is_told = bool(self.concepts and self.base_model)
+        return self if is_told or not base_model else replace(self, base_model=base_model)
 
     def add(self, source: FusionInput, *, prompts: PromptSet | None = None) -> FusedPack:
         """Add a source; the result equals a new fusion of all sources.
@@ -275,7 +280,7 @@ def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
             "GradientFuser(pipe, sequential=False), or all sources anew."
         )
     changed = fuse_recorded(sources, pack.settings, {"sequential": False}, pack.prior, device=pack.device)
-    return replace(changed, dtype=pack.dtype)
+    return replace(changed.name_base(pack.base_model), dtype=pack.dtype)
 
 
 def fuse_recorded(
@@ -322,12 +327,23 @@ def pack_solution(
         concepts=tuple(concept for edlora in edloras for concept in edlora.concepts),
         embeddings=embeddings,
         lora=solution.lora,
-        base_model=next((edlora.base_model for edlora in edloras if edlora.base_model), ""),
+        base_model=_find_base(sources),
         layers=next((edlora.layers for edlora in edloras if edlora.layers), ()),
         training={"fusion": report},
         sources=sources,
         settings=settings,
     )
+
+
+def _find_base(sources: Sequence[Source]) -> str:
+    """The base model of fused sources: that of the concepts, else the one that plain LoRAs or their statistics name.
+
+    Empty if none is named, or plain LoRAs name several, which may well be fused.
+    """
+    if of_concepts := [one.edlora.base_model for one in sources if one.edlora.concepts and one.edlora.base_model]:
+        return of_concepts[0]
+    named = {source.base_model for source in sources} - {""}
+    return named.pop() if len(named) == 1 else ""
 
 
 def _plain_file(source: str | os.PathLike[str]) -> Path | None:

@@ -58,8 +58,8 @@ class LoRASource:
 
     Args:
         source: A file in the names of diffusers, PEFT or kohya / A1111, or a folder or Hub id with one.
-        prompts: Recording prompts with its trigger words, such as ``photo of sks dog``; by default made from the
-            trigger words in the file's metadata, if it has any.
+        prompts: Recording prompts with its trigger words, such as ``photo of sks dog``; by default those that it was
+            fused with, if it is a pack, else made from the trigger words in the file's metadata, if it has any.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
         name: Its name in reports; by default the file's name.
@@ -110,6 +110,11 @@ class Source:
     origin: str = ""
     file: Path | None = None
     statistics: SourceStatistics | None = None
+
+    @property
+    def base_model(self) -> str:
+        """The base model that its file names, or else its statistics; empty if neither does."""
+        return self.edlora.base_model or (self.statistics.base_model if self.statistics else "")
 
     @property
     def revision(self) -> str:
@@ -276,7 +281,9 @@ def prompts_of_concepts(edlora: EDLoRA, prompts: PromptSet | None = None) -> dic
 
 
 def _prompts_of_file(lora: LoRASource, opened: Opened) -> tuple[str, ...]:
-    """Recording prompts from the trigger words in a LoRA's file; other prompts are not covered."""
+    """Recording prompts of a LoRA by its file: those that it was fused with, else made of its trigger words."""
+    if opened.recorded_prompts:
+        return tuple(dict.fromkeys(text for texts in opened.recorded_prompts.values() for text in texts))
     words = opened.trigger_words
     if not words:
         raise FusionError(
@@ -331,7 +338,9 @@ def mutual_defects(sources: Sequence[Source]) -> list[str]:
     edloras = {source.name: source.edlora for source in sources}
     check_distinct(concept for source in sources for concept in source.edlora.concepts)
     defects = []
-    base_models = {name: edlora.base_model for name, edlora in edloras.items() if edlora.base_model}
+    # Plain LoRAs are not bound to the base that they were fused on: only concepts count.
+    of_concepts = {name: edlora for name, edlora in edloras.items() if edlora.concepts}
+    base_models = {name: edlora.base_model for name, edlora in of_concepts.items() if edlora.base_model}
     bases = {canonical_name(base): name for name, base in reversed(base_models.items())}
     if len(bases) > 1:
         tuned = ", ".join(f"{name} on {base!r}" for base, name in reversed(bases.items()))

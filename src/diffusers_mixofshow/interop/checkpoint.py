@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,9 +26,12 @@ _OF_LORAS = ("lora_", ".lora", "hada_", "lokr_")
 
 def is_checkpoint(source: object) -> bool:
     """Whether a base model's name is that of a safetensors file on this disk."""
+    return Path(str(source)).suffix == ".safetensors" and _is_file(source)
+
+
+def _is_file(source: object) -> bool:
     try:
-        path = Path(str(source)).expanduser()
-        return path.suffix == ".safetensors" and path.is_file()
+        return Path(str(source)).expanduser().is_file()
     except (OSError, RuntimeError, ValueError):
         return False
 
@@ -46,6 +50,36 @@ def family_of_checkpoint(path: Path) -> Family:
         f"{path} is no checkpoint of {' or '.join(family.name for family in CONCEPT_FAMILIES)}: {_describe(names)}. "
         f"Expected tensors named {_UNET}0.0.weight and so on, as the original code and programs such as ComfyUI name "
         "those of the whole model."
+    )
+
+
+def refuse_single_file(base_model: str) -> None:
+    """Raise if a base model's name is that of a file on this disk: bases are loaded from folders in diffusers' layout.
+
+    Raises:
+        ConfigurationError: Says how to make a folder of it.
+    """
+    if not _is_file(base_model):
+        return
+    if is_checkpoint(base_model):
+        made = describe_making_folder(Path(base_model).expanduser())
+    else:
+        kinds = " or ".join(family.concept_pipeline for family in CONCEPT_FAMILIES)
+        made = f"Make one of it in Python: {kinds}.from_single_file(FILE).save_pretrained(FOLDER)."
+    raise ConfigurationError(f"The base model {base_model!r} is a single file. Expected a Hub id or a folder. {made}")
+
+
+def describe_making_folder(path: Path) -> str:
+    """Say how to make a folder of a checkpoint of one file, in Python that can be pasted.
+
+    Raises:
+        ConfigurationError: If it is no checkpoint of a family with concepts.
+    """
+    pipeline, folder = family_of_checkpoint(path).concept_pipeline, os.fspath(path.with_suffix(""))
+    return (
+        f"Make one of it once in Python: {pipeline}.from_single_file({os.fspath(path)!r}, dtype=torch.float16)"
+        f".save_pretrained({folder!r}), after import torch and from diffusers_mixofshow import {pipeline}. Then name "
+        f"{folder}."
     )
 
 

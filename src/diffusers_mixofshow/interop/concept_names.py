@@ -17,6 +17,14 @@ _NUMBERED = re.compile(r"(?P<stem>.*?\D)(?P<number>\d+)")
 _LONGEST = 64
 
 
+@dataclass(frozen=True)
+class Meaning:
+    """What a file tells of a concept: the plain word for what it is, and its kind."""
+
+    class_word: str
+    kind: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Naming:
     """User's settings for the concepts in a file; empty ones are taken from the file.
@@ -24,19 +32,20 @@ class Naming:
     Args:
         name: If given, all tokens become one concept of this name.
         class_word: The plain word for what the concepts are.
-        kind: One of ``character``, ``pet``, ``object``, ``scene``.
+        kind: One of ``character``, ``pet``, ``object``, ``scene``; ``object`` if the file does not tell it either.
         base_model: Base model that they were tuned on.
     """
 
     name: str = ""
     class_word: str = ""
-    kind: str = "object"
+    kind: str = ""
     base_model: str = ""
 
-    def concept(self, name: str, tokens: Iterable[str]) -> Concept:
-        """Make a concept of this name and these tokens."""
-        class_word = self.class_word or UNKNOWN_CLASS
-        return Concept(placeholder=f"<{name}>", tokens=tuple(tokens), class_word=class_word, kind=self.kind)
+    def concept(self, name: str, tokens: Iterable[str], meaning: Meaning | None = None) -> Concept:
+        """Make a concept of this name and these tokens; `meaning` is what the file tells of it."""
+        told = meaning or Meaning(UNKNOWN_CLASS, "object")
+        class_word, kind = self.class_word or told.class_word, self.kind or told.kind
+        return Concept(placeholder=f"<{name}>", tokens=tuple(tokens), class_word=class_word, kind=kind)
 
 
 def plain_name(text: str) -> str:
@@ -93,12 +102,15 @@ def group_tokens(tokens: Iterable[str], naming: Naming) -> dict[Hashable, tuple[
     return found
 
 
-def name_words(words: Mapping[str, int], naming: Naming) -> dict[Hashable, tuple[Concept, str]]:
+def name_words(
+    words: Mapping[str, int], naming: Naming, meanings: Mapping[str, Meaning]
+) -> dict[Hashable, tuple[Concept, str]]:
     """Make a concept of every word with one token for each of its vectors: ``<potter1>``, ``<potter2>``, ...
 
     Args:
         words: Word as the file spells it to its number of vectors.
         naming: The user's settings.
+        meanings: Word to what the file tells of it.
 
     Returns:
         (Word, number of the vector) to (concept, name of the token in the concept).
@@ -111,6 +123,6 @@ def name_words(words: Mapping[str, int], naming: Naming) -> dict[Hashable, tuple
     found: dict[Hashable, tuple[Concept, str]] = {}
     for name, members in groups.items():
         spelt = [f"<{name}{number}>" for number in range(1, len(members) + 1)]
-        concept = naming.concept(name, spelt)
+        concept = naming.concept(name, spelt, meanings.get(members[0][0]))
         found |= {member: (concept, token) for member, token in zip(members, spelt, strict=True)}
     return found

@@ -16,7 +16,7 @@ from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.families.family import POOLED
-from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, plain_name
+from diffusers_mixofshow.interop.concept_names import Meaning, Naming, distinct_names, plain_name
 from diffusers_mixofshow.interop.foreign import Foreign, default_base, to_edlora
 from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.instructions import compose_instructions
@@ -32,6 +32,7 @@ from diffusers_mixofshow.interop.opening import read_any
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME, write_original
 from diffusers_mixofshow.interop.textual_inversion import (
     Vectors,
+    find_meanings,
     has_own_vector,
     lost_in_mean,
     mean_vectors,
@@ -64,7 +65,7 @@ def convert(
     *,
     name: str = "",
     class_word: str = "",
-    kind: str = "object",
+    kind: str = "",
     base_model: str = "",
     layers: tuple[str, ...] = (),
     overwrite: bool = False,
@@ -81,8 +82,8 @@ def convert(
         to: ``edlora``, this package's own; ``diffusers`` or ``kohya``, a plain LoRA with textual-inversion files
             beside it; ``textual-inversion``, only these; ``mix-of-show``, the authors' ``.pth``.
         name: Name of the concept in prompts; by default the file's own word for it.
-        class_word: The plain word for what it is.
-        kind: One of ``character``, ``pet``, ``object``, ``scene``.
+        class_word: The plain word for what it is; by default the file's own.
+        kind: One of ``character``, ``pet``, ``object``, ``scene``; by default the file's own, else ``object``.
         base_model: Base model it was tuned on; by default Stable Diffusion 1.5 for files of 1.x.
         layers: The base's cross-attention layers, if they cannot be recognised from the file.
         overwrite: Replace files that exist.
@@ -136,7 +137,7 @@ def plan_conversion(
 
 def _refuse_idle(content: EDLoRA | Foreign, target: Format, naming: Naming) -> None:
     """Refuse a name, class word or kind that would change nothing in what is written."""
-    given = {"name": naming.name, "class word": naming.class_word, "kind": naming.kind != Naming().kind}
+    given = {"name": naming.name, "class word": naming.class_word, "kind": naming.kind}
     idle = {what for what, is_given in given.items() if is_given}
     if isinstance(content, EDLoRA):
         why = "an ED-LoRA keeps those that it has"
@@ -157,12 +158,12 @@ def _plan_others(
     """Plan one of the formats of other programs, which hold one embedding for all layers."""
     if isinstance(content, Foreign) and content.tokens:
         content = to_edlora(content, naming, layers)
-    vectors = _collect_words(content, naming)
-    lost = (*(_layers_lost(content) if isinstance(content, EDLoRA) else ()), *_names_lost(vectors))
+    words = _collect_words(content, naming)
+    lost = (*(_layers_lost(content) if isinstance(content, EDLoRA) else ()), *_names_lost(words.vectors))
     if target is Format.TEXTUAL_INVERSION:
-        return Plan(_plan_words(path, vectors), (*lost, *_updates_lost(content.lora)))
-    base_model = naming.base_model or (content.base_model if isinstance(content, EDLoRA) else "")
-    return Plan(_plan_lora(path, content.lora, vectors, lost, target, base_model), lost)
+        return Plan(_plan_words(path, words), (*lost, *_updates_lost(content.lora)))
+    base_model = naming.base_model or content.base_model
+    return Plan(_plan_lora(path, content.lora, words, lost, target, base_model), lost)
 
 
 def _plan_concepts(
@@ -195,20 +196,31 @@ def _plan_concepts(
     return Plan({path / FILE_NAME: partial(content.save_pretrained, path, overwrite=overwrite)}, lost)
 
 
-def _collect_words(content: EDLoRA | Foreign, naming: Naming) -> dict[str, Vectors]:
-    """Every word to its vectors; for an ED-LoRA, their means over layers."""
+@dataclass(frozen=True)
+class _Words:
+    """Every word to its vectors, and to what is known of its concept."""
+
+    vectors: Mapping[str, Vectors]
+    meanings: Mapping[str, Meaning]
+
+
+def _collect_words(content: EDLoRA | Foreign, naming: Naming) -> _Words:
+    """Collect the words of a source; the vectors of an ED-LoRA are means over layers."""
     if isinstance(content, EDLoRA):
-        return mean_vectors(content)
+        return _Words(mean_vectors(content), find_meanings(content))
     if naming.name and len(content.vectors) > 1:
         raise EDLoRAFormatError(
             f"It holds embeddings of several words ({', '.join(content.vectors)}); one name cannot be given to all."
         )
     if naming.name:
-        return {f"<{plain_name(naming.name)}>": vectors for vectors in content.vectors.values()}
-    return dict(content.vectors)
+        new = {word: f"<{plain_name(naming.name)}>" for word in content.vectors}  # of one word, or none
+        meanings = {new[word]: meaning for word, meaning in content.meanings.items()}
+        return _Words({new[word]: vectors for word, vectors in content.vectors.items()}, meanings)
+    return _Words(content.vectors, content.meanings)
 
 
-def _plan_words(path: Path, vectors: Mapping[str, Vectors]) -> dict[Path, Callable[[], object]]:
+def _plan_words(path: Path, words: _Words) -> dict[Path, Callable[[], object]]:
+    vectors = words.vectors
     if not vectors:
         raise EDLoRAFormatError("It holds no embedding, so there is no textual inversion to write.")
     single = path.suffix == ".safetensors"
@@ -219,13 +231,17 @@ def _plan_words(path: Path, vectors: Mapping[str, Vectors]) -> dict[Path, Callab
         )
     names = distinct_names(vectors)
     files = {word: path if single else path / f"{name}.safetensors" for word, name in names.items()}
-    return {file: partial(write_textual_inversion, file, vectors[word], word=word) for word, file in files.items()}
+    write = write_textual_inversion
+    return {
+        file: partial(write, file, vectors[word], word=word, meaning=words.meanings.get(word))
+        for word, file in files.items()
+    }
 
 
 def _plan_lora(
     path: Path,
     lora: Mapping[str, LowRank],
-    vectors: Mapping[str, Vectors],
+    words: _Words,
     lost: Sequence[str],
     target: Format,
     base_model: str,
@@ -235,16 +251,16 @@ def _plan_lora(
         raise EDLoRAFormatError("It holds no LoRA. Convert it to 'textual-inversion'.")
     if target is Format.KOHYA:
         transformer_of(lora, base_model)  # refuses a LoRA of an ambiguous transformer
-    names = distinct_names(vectors)
+    names = distinct_names(words.vectors)
     of_kohya = target is Format.KOHYA
     writer = partial(write_kohya, base_model=base_model) if of_kohya else write_lora
     usual = f"{'-'.join(names.values())[:80] or path.name}.safetensors" if of_kohya else PLAIN_NAME
     file = path if path.suffix == ".safetensors" else path / usual
-    files: dict[Path, Callable[[], object]] = {file: partial(writer, file, lora, companions_metadata(vectors))}
-    if vectors:
+    files: dict[Path, Callable[[], object]] = {file: partial(writer, file, lora, companions_metadata(names))}
+    if names:
         text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
         told = compose_instructions(file.name, names, lost, target)
-        files |= _plan_words(file.parent / EMBEDDINGS, vectors)
+        files |= _plan_words(file.parent / EMBEDDINGS, words)
         files[text] = partial(write_whole, text, told.encode())
     return files
 

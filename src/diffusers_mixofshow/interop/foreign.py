@@ -15,8 +15,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
 from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
-from diffusers_mixofshow.edlora.fusion_record import PLAIN_KEY, as_mapping
-from diffusers_mixofshow.edlora.header import decode
+from diffusers_mixofshow.edlora.fusion_record import read_plain_record, record_of
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import open_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
@@ -25,14 +24,14 @@ from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.recognition import COMPONENTS, layers_of, recognise
 from diffusers_mixofshow.families.sdxl import SDXL, STABLE_DIFFUSION_XL
-from diffusers_mixofshow.interop.concept_names import Naming, distinct_names, group_tokens, name_words
+from diffusers_mixofshow.interop.concept_names import Meaning, Naming, distinct_names, group_tokens, name_words
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, list_companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.lycoris import is_part
 from diffusers_mixofshow.interop.names import half_of
 from diffusers_mixofshow.interop.original import is_original, original_content
 from diffusers_mixofshow.interop.tensors import PICKLES, load_pickle, load_safetensors
-from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_content
+from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_content, read_meaning
 from diffusers_mixofshow.interop.trigger_words import TOLD, find_trigger_words
 
 
@@ -65,6 +64,7 @@ class Foreign:
         lora: Site name to update.
         tokens: Token to its layer-wise embedding, shape (layers, dim), or (1, dim) if all layers share it.
         vectors: Word to the vectors of a textual inversion, by text encoder.
+        meanings: Word of a textual inversion to what its file tells of the concept.
         metadata: Metadata of the LoRA file.
         alpha_from: Where the alphas of the updates come from, in words.
         remarks: Assumptions that no program's convention decides, each as a sentence.
@@ -78,11 +78,17 @@ class Foreign:
     lora: Mapping[str, LowRank] = field(default_factory=dict)
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
     vectors: Mapping[str, Vectors] = field(default_factory=dict)
+    meanings: Mapping[str, Meaning] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     alpha_from: str = ""
     remarks: tuple[str, ...] = ()
     missing: str = ""
     defects: tuple[str, ...] = ()
+
+    @property
+    def base_model(self) -> str:
+        """The base model that a LoRA which this package fused was fused for; empty for other files."""
+        return read_plain_record(self.metadata)[1]
 
     @property
     def made_for(self) -> BaseModel | None:
@@ -149,7 +155,7 @@ def read_as_edlora(
     *,
     name: str = "",
     class_word: str = "",
-    kind: str = "object",
+    kind: str = "",
     base_model: str = "",
     layers: tuple[str, ...] = (),
 ) -> EDLoRA:
@@ -162,8 +168,8 @@ def read_as_edlora(
     Args:
         source: The file or folder.
         name: Name of the concept in prompts; by default the file's own word for it.
-        class_word: The plain word for what it is; files do not contain it.
-        kind: One of ``character``, ``pet``, ``object``, ``scene``.
+        class_word: The plain word for what it is; only files that this package wrote contain it.
+        kind: One of ``character``, ``pet``, ``object``, ``scene``; by default the file's own, else ``object``.
         base_model: Base model it was tuned on; files do not name it reliably.
         layers: The base's cross-attention layers (`families.layers.cross_attention_layers`), if it is not Stable
             Diffusion 1.x or 2.x and the LoRA does not contain them all.
@@ -189,7 +195,7 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLo
         layers = layers or tuple(dict.fromkeys(map(STABLE_DIFFUSION_XL.embedding_layer_of, model.layers)))
     words = {word: by_encoder[CLIP_L] for word, by_encoder in foreign.vectors.items()}
     found = group_tokens(foreign.tokens, naming) | name_words(
-        {word: len(rows) for word, rows in words.items()}, naming
+        {word: len(rows) for word, rows in words.items()}, naming, foreign.meanings
     )
     rows: dict[Hashable, torch.Tensor] = dict(foreign.tokens.items())
     rows |= {(word, number): row for word, them in words.items() for number, row in _number_vectors(them)}
@@ -211,7 +217,7 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLo
         concepts=tuple(dict.fromkeys(concept for concept, _ in found.values())),
         embeddings=embeddings | (_for_second_encoder(foreign, tokens, len(layers)) if of_xl else {}),
         lora=foreign.lora,
-        base_model=naming.base_model,
+        base_model=naming.base_model or foreign.base_model,
         layers=layers if rows else (),
         training={"converted_from": f"{foreign.kind} ({foreign.layout})", **read_training(foreign.metadata)},
     )
@@ -219,7 +225,7 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLo
 
 def read_training(metadata: Mapping[str, str]) -> dict[str, object]:
     """What the metadata of a plain LoRA tells of how it was made: the record of its fusion, and its trigger words."""
-    record = as_mapping(as_mapping(decode(metadata.get(PLAIN_KEY, ""))).get("fusion"))
+    record = record_of(read_plain_record(metadata)[0])
     words = find_trigger_words(metadata)
     return ({"fusion": record} if record else {}) | ({TOLD: list(words)} if words else {})
 
@@ -299,11 +305,13 @@ def _sort(path: Path, content: Any, metadata: Mapping[str, str], component: str)
     tensors = {str(name): tensor for name, tensor in _items(content) if isinstance(tensor, torch.Tensor)}
     found = inversion_content(content, path.stem.removesuffix("_emb"))
     if found is not None:
+        meaning = read_meaning(metadata)
         return Foreign(
             kind=Kind.TEXTUAL_INVERSION,
             layout=found.layout,
             files=(path,),
             vectors=found.vectors,
+            meanings=dict.fromkeys(found.vectors, meaning) if meaning else {},
             metadata=metadata,
             defects=_list_not_finite_vectors(found.vectors),
         )
@@ -383,6 +391,7 @@ def _join(parts: Sequence[Foreign]) -> Foreign:
         lora={site: update for part in parts for site, update in part.lora.items()},
         tokens=body.tokens,
         vectors=words,
+        meanings={word: told for part in parts for word, told in part.meanings.items()},
         metadata=body.metadata,
         alpha_from=", ".join(dict.fromkeys(part.alpha_from for part in parts if part.alpha_from)),
         remarks=tuple(dict.fromkeys(remark for part in parts for remark in part.remarks)),

@@ -19,7 +19,7 @@ from diffusers_mixofshow.families.recognition import foreign_layers, recognise, 
 from diffusers_mixofshow.interop.concept_names import Naming, group_tokens
 from diffusers_mixofshow.interop.foreign import Foreign, read_training
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
-from diffusers_mixofshow.interop.trigger_words import find_trigger_words, trigger_words_of_sources
+from diffusers_mixofshow.interop.trigger_words import find_origins, origins_of_sources, trigger_words_of_sources
 
 
 _LARGEST = 5
@@ -69,14 +69,14 @@ def origin_of_foreign(foreign: Foreign) -> dict[str, Any]:
     return {
         "kind": foreign.kind.value,
         "layout": foreign.layout,
-        "base_model": foreign.metadata.get("ss_sd_model_name", ""),
+        "base_model": foreign.base_model or foreign.metadata.get("ss_sd_model_name", ""),
         "architecture": _architecture(foreign.made_for, foreign.lora),
     }
 
 
 def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
     """Summarise another program's file; its defects are under ``problems``."""
-    base, origin = foreign.made_for, origin_of_foreign(foreign)
+    base, origin, words = foreign.made_for, origin_of_foreign(foreign), find_origins(foreign.metadata)
     vectors = [rows for by_encoder in foreign.vectors.values() for rows in by_encoder.values()]
     problems = list(foreign.defects)
     if base is not None and (strange := foreign_layers(foreign.lora, base)):
@@ -92,7 +92,8 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         **_of_lora(foreign.lora),
         "alpha_from": foreign.alpha_from,
         **_of_tensors([*foreign.tokens.values(), *vectors, *_halves(foreign.lora)]),
-        "trigger_words": list(find_trigger_words(foreign.metadata)),
+        "trigger_words": list(words),
+        "trigger_words_from": words,
         **_words_of_sources(read_training(foreign.metadata)),
         "training": {key: foreign.metadata[key] for key in _TOLD if key in foreign.metadata},
         "notes": list(foreign.remarks),
@@ -120,8 +121,8 @@ def _word_concepts(foreign: Foreign) -> list[dict[str, Any]]:
     return [
         {
             "placeholder": word,
-            "class_word": None,
-            "kind": None,
+            "class_word": foreign.meanings[word].class_word if word in foreign.meanings else None,
+            "kind": foreign.meanings[word].kind if word in foreign.meanings else None,
             "tokens": {
                 f"{encoder}, {len(rows)} x {rows.shape[1]}": _mean_norm(rows) for encoder, rows in them.items()
             },
@@ -150,6 +151,7 @@ def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
         "layout": summary["layout"],
         "base model": base,
         "trigger words": _describe_trigger_words(summary),
+        "trigger words from": _describe_origins(summary),
         "rank": ", ".join(map(str, summary["ranks"])),
         "alpha": ", ".join(f"{alpha:g}" for alpha in summary["alphas"]),
         "alpha from": summary["alpha_from"] if layers else "",
@@ -161,10 +163,10 @@ def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value != ""}
 
 
-def _words_of_sources(training: Mapping[str, object]) -> dict[str, dict[str, list[str]]]:
-    """Trigger words of each plain LoRA that a pack was fused from; an empty summary if there is none."""
+def _words_of_sources(training: Mapping[str, object]) -> dict[str, dict[str, Any]]:
+    """Trigger words of each plain LoRA that a pack was fused from, and their origin; empty if there is none."""
     found = {name: list(words) for name, words in trigger_words_of_sources(training).items()}
-    return {"trigger_words_of_sources": found} if found else {}
+    return {"trigger_words_of_sources": found, "trigger_words_from": origins_of_sources(training)} if found else {}
 
 
 def _describe_trigger_words(summary: Mapping[str, Any]) -> str:
@@ -172,6 +174,14 @@ def _describe_trigger_words(summary: Mapping[str, Any]) -> str:
     if of_sources := summary.get("trigger_words_of_sources"):
         return "; ".join(f"{name}: {', '.join(words) or 'not known'}" for name, words in of_sources.items())
     return "" if summary["concepts"] else ", ".join(summary.get("trigger_words", ())) or "none"
+
+
+def _describe_origins(summary: Mapping[str, Any]) -> str:
+    """Whether trigger words are stated or guessed: once, if that is the same for all of them."""
+    notes = summary.get("trigger_words_from", {})
+    if len(set(notes.values())) == 1:
+        return str(next(iter(notes.values())))
+    return "; ".join(f"{name}: {note}" for name, note in notes.items())
 
 
 def _architecture(base: BaseModel | None, lora: Mapping[str, LowRank]) -> str | None:

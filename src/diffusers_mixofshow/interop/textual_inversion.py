@@ -6,9 +6,10 @@ rows, without loss. The rows of an ED-LoRA differ, so that their mean is written
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import write_whole
+from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.defects import LONGEST_NAME, is_showable
 from diffusers_mixofshow.edlora.embeddings import join_name, rows_of, split_name
+from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.families.recognition import BASE_MODELS
-from diffusers_mixofshow.interop.concept_names import plain_name
+from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Meaning, plain_name
 from diffusers_mixofshow.interop.other_kinds import other_kind
 from diffusers_mixofshow.interop.tensors import to_working_dtype
 
@@ -37,6 +41,8 @@ _ENCODERS = {
     "text_encoders_0": CLIP_L,
     "text_encoders_1": CLIP_G,
 }
+_MEANING = "mixofshow_concept"
+"""Metadata key of a file that this package wrote: class word and kind of the concept, which other programs ignore."""
 _A1111 = "string_to_param"
 _MOST_VECTORS = 75
 """Vectors of one word; a prompt of CLIP has no room for more."""
@@ -90,7 +96,9 @@ def inversion_content(content: Any, name: str) -> InversionContent | None:
     return InversionContent(layout="diffusers", vectors={key: {CLIP_L: _rows(v)} for key, v in tensors.items()})
 
 
-def write_textual_inversion(path: Path, vectors: Mapping[str, torch.Tensor], *, word: str) -> Path:
+def write_textual_inversion(
+    path: Path, vectors: Mapping[str, torch.Tensor], *, word: str, meaning: Meaning | None = None
+) -> Path:
     """Write one word's vectors as safetensors; the file appears whole or not at all.
 
     Vectors of a single text encoder are named after the word, which diffusers, A1111 and ComfyUI read; those of SDXL's
@@ -100,11 +108,32 @@ def write_textual_inversion(path: Path, vectors: Mapping[str, torch.Tensor], *, 
         path: The file; its folder is created where it is missing.
         vectors: Text encoder to its vectors, shape (vectors, dim).
         word: The word in prompts of diffusers, e.g. ``<potter>``.
+        meaning: Goes into the metadata, from which `read_meaning` reads it.
     """
     named = {word: vectors[CLIP_L]} if list(vectors) == [CLIP_L] else dict(vectors)
     tensors = {name: rows.detach().cpu().contiguous().clone() for name, rows in named.items()}
-    write_whole(path, serialize(tensors, metadata={"format": "pt"}))
+    told = {} if meaning is None else {_MEANING: json.dumps(asdict(meaning))}
+    write_whole(path, serialize(tensors, metadata={"format": "pt", **told}))
     return path
+
+
+def read_meaning(metadata: Mapping[str, str]) -> Meaning | None:
+    """Read class word and kind from a file's untrusted metadata; None if it does not tell both."""
+    told = decode(metadata.get(_MEANING, ""))
+    class_word, kind = (told.get("class_word"), told.get("kind")) if isinstance(told, dict) else (None, None)
+    if not isinstance(class_word, str) or not isinstance(kind, str) or kind not in KINDS:
+        return None
+    is_word = bool(class_word.strip()) and len(class_word) <= LONGEST_NAME and is_showable(class_word)
+    return Meaning(class_word, kind) if is_word else None
+
+
+def find_meanings(edlora: EDLoRA) -> dict[str, Meaning]:
+    """Placeholder of every concept whose class word is known to what is told of it."""
+    return {
+        concept.placeholder: Meaning(concept.class_word, concept.kind)
+        for concept in edlora.concepts
+        if concept.class_word != UNKNOWN_CLASS
+    }
 
 
 def mean_over_layers(embedding: torch.Tensor) -> torch.Tensor:

@@ -36,12 +36,18 @@ def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     Returns:
         Each phrase once; empty if there is none.
     """
-    phrases = [metadata.get(_PHRASE, "")]
+    return tuple(find_origins(metadata))
+
+
+def find_origins(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Find the trigger words in a file's untrusted metadata, with notes whether they are stated there or guessed."""
+    found = dict.fromkeys(_keep_plain([metadata.get(_PHRASE, "")]), f"stated by the file ({_PHRASE})")
     for key in _BY_FOLDER:
         folders = decode(metadata.get(key, ""))
         names = folders if isinstance(folders, dict) else {}
-        phrases += [match[1] for name in names if (match := _REPEATED.fullmatch(name))]
-    return _keep_plain(phrases)
+        for phrase in _keep_plain(match[1] for name in names if (match := _REPEATED.fullmatch(name))):
+            found.setdefault(phrase, f"guessed from the names of folders that it was tuned on ({key})")
+    return found
 
 
 def trigger_words_of_sources(training: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
@@ -53,6 +59,22 @@ def trigger_words_of_sources(training: Mapping[str, object]) -> dict[str, tuple[
     Returns:
         Name of the LoRA to its trigger words; to none if its prompts share no word.
     """
+    prompts, said = find_prompts(training), _find_said_words(training)
+    return {name: words or _keep_plain([find_shared_words(prompts[name])]) for name, words in said.items()}
+
+
+def origins_of_sources(training: Mapping[str, object]) -> dict[str, str]:
+    """Note of every plain LoRA that a pack was fused from, if it has trigger words, where these were found."""
+    said = _find_said_words(training)
+    return {
+        name: "told by its file" if said[name] else "guessed, the words that its prompts share"
+        for name, words in trigger_words_of_sources(training).items()
+        if words
+    }
+
+
+def _find_said_words(training: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    """The words that the file of each of a pack's plain LoRAs told, as far as one of its prompts says them."""
     told = {
         name: words_in_training(as_mapping(entry.get("training")))
         for entry in list_entries(training)
@@ -61,11 +83,10 @@ def trigger_words_of_sources(training: Mapping[str, object]) -> dict[str, tuple[
         if isinstance(name, str)
     }
     prompts = find_prompts(training)
-    found = {}
-    for name in list_plain_names(training):
-        said = [words for words in told.get(name, ()) if any(words in prompt for prompt in prompts[name])]
-        found[name] = tuple(said) or _keep_plain([find_shared_words(prompts[name])])
-    return found
+    return {
+        name: tuple(words for words in told.get(name, ()) if any(words in prompt for prompt in prompts[name]))
+        for name in list_plain_names(training)
+    }
 
 
 def words_in_training(training: Mapping[str, object]) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.base_models import canonical_name, dtype_argument, embedded_base, list_devices
@@ -24,11 +23,13 @@ def load_base(name: str, device: str | None = None, dtype: str | None = None, *,
             names.
 
     Raises:
-        ConfigurationError: If it cannot be found or read, or this machine has no such device.
+        ConfigurationError: If it cannot be found or read, is a single file, or this machine has no such device.
         HubError: If it is only on the Hub, which cannot be reached.
     """
     from diffusers_mixofshow.edlora import models
+    from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 
+    refuse_single_file(name)
     device, dtype = check_device(device, dtype)
     load = _load_for_concepts if concepts else _load_unchanged
     pipe = models.load_base(name, partial(load, device=device, dtype=dtype))
@@ -64,20 +65,12 @@ def _choose_pipeline(place: str, options: Mapping[str, Any]) -> type[Any]:
     """Choose the pipeline of this package that draws concepts and regions with a base model.
 
     Raises:
-        ConfigurationError: If it is a single file, or of a family with which they are not drawn.
+        ConfigurationError: If it is of a family with which they are not drawn.
     """
     from diffusers import DiffusionPipeline
 
     from diffusers_mixofshow import pipelines
-    from diffusers_mixofshow.interop.checkpoint import family_of_checkpoint, is_checkpoint
 
-    if Path(place).is_file():
-        possible = [family_of_checkpoint(Path(place))] if is_checkpoint(place) else CONCEPT_FAMILIES
-        kinds = " or ".join(family.concept_pipeline for family in possible)
-        raise ConfigurationError(
-            f"The base model {place!r} is a single file. Expected a Hub id or a folder. Make one of it in Python: "
-            f"{kinds}.from_single_file(FILE).save_pretrained(FOLDER)."
-        )
     family = family_of_index(DiffusionPipeline.load_config(place, **options))
     if family not in CONCEPT_FAMILIES:
         able = ", ".join(one.name for one in CONCEPT_FAMILIES)

@@ -15,6 +15,7 @@ from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of, family_of_index
 from diffusers_mixofshow.families.layers import configured_size
+from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 from diffusers_mixofshow.lora import keep_gradient_flags
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -31,6 +32,7 @@ _KEPT = ("force_zeros_for_empty_prompt",)
 def load_base(config: TrainingConfig) -> TrainablePipeline:
     """Load the base model that the config names, in the config's precision (an embedded base always in float32)."""
     name = config.pretrained_model_name_or_path
+    refuse_single_file(name)
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = torch.float32 if embedded_base(name) else dtypes[config.mixed_precision]
     return models.load_base(name, partial(_load, dtype=dtype))

@@ -352,8 +352,8 @@ def fuse(
 def _make_source(source: str | Path, opened: Opened, prompts: Any) -> FusionSource | LoRASource:
     if opened.edlora.concepts:
         return FusionSource(source, opened=opened)
-    texts = [] if opened.trigger_words else [one.strip() for one in next(prompts, "").split("|") if one.strip()]
-    if not texts and not opened.trigger_words:
+    texts = [] if opened.tells_prompts else [one.strip() for one in next(prompts, "").split("|") if one.strip()]
+    if not texts and not opened.tells_prompts:
         raise ConfigurationError(
             f"{Path(source).name} is a plain LoRA whose file tells no trigger words. Give a line of prompts for it, "
             "such as: photo of sks dog | sks dog on the beach."
