@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from cli.commands import run
+from diffusers_mixofshow import Concept, toyland
 from diffusers_mixofshow.errors import MixOfShowWarning
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS, UNSEEN_PROMPTS
 from diffusers_mixofshow.sampling.vocabulary import warn_of_unknown_words
 from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
+from packs import random_pack
 
 
 def test_strange_words_are_named_with_what_is_known() -> None:
@@ -41,3 +43,11 @@ def test_sampling_says_so(dry_run: tuple[str, ...], tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
     assert "toyland was never shown 'beside', 'waterfall'" in " ".join(told.stderr.split())
     assert "never shown" not in run(*asked, "--prompt", "a dog in the snow", "--overwrite").stderr
+
+
+def test_a_concept_without_its_brackets_is_no_strange_word(tmp_path: Path) -> None:
+    pack = random_pack(toyland.load_pipeline().components, Concept.from_name("Waldi", "dog"), base_model="toyland")
+    pack.save_pretrained(tmp_path / "waldi")
+    asked = ("sample", "--concepts", str(tmp_path / "waldi"), "--output", str(tmp_path / "x.png"), "--dry-run")
+    told = run(*asked, "--prompt", "a waldi beside a dog").stderr
+    assert "toyland was never shown 'beside', which" in " ".join(told.split())

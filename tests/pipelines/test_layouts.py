@@ -121,8 +121,8 @@ def test_strength_of_control_by_region(components, make_pack, kind):
     [
         (
             "x",
-            [_region(), Region("a dog", box=RIGHT)],
-            ["'a dog' without any of the loaded concepts (<potter>): drawn by the base alone"],
+            [_region(), Region("an old Man", box=RIGHT)],
+            ["'an old Man' without <potter>, which is a man: drawn by the base alone"],
         ),
         ("a <potter>", [Region("a dog", box=LEFT)], ["only the global prompt names a concept"]),
         ("x", [_region(box=(0.5, 0, 0.501, 1))], ["smaller than a cell", "16 x 16"]),
@@ -136,6 +136,12 @@ def test_what_has_no_effect_is_said(potter, latents, prompt, regions, words):
         latents(potter, prompt, regions=regions)
     assert len(caught) == 1
     assert all(word in str(caught[0].message) for word in words)
+
+
+def test_a_region_of_something_else_is_nothing_to_remark_on(potter, latents):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        latents(potter, "x", regions=[_region(), Region("a dog and a manatee", box=(0.75, 0, 1, 1))])
 
 
 def _told_of_call(pipe, latents, prompt, **settings):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-from diffusers_mixofshow.concepts import mentions_concept
 from diffusers_mixofshow.conditioning.attention import layerwise_attention, regional_attention
 from diffusers_mixofshow.conditioning.canvas import Canvas, RegionPlan
 from diffusers_mixofshow.conditioning.control import regional_control
@@ -178,12 +177,11 @@ class RegionalSampling(LayerwisePrompts):
         regions = [region for own in self._regions for region in own]
         prompt = arguments.get("prompt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        concepts = tuple(self.concepts.values())
         control = any(self.components.get(name) is not None for name in ("controlnet", "adapter"))
         scale = arguments.get("controlnet_conditioning_scale", 1.0)
         return [
             *remark_on_idle_updates(self.components, self._given, self._list_texts(arguments)),
-            *remark_on_texts(regions, prompts, lambda text: mentions_concept(text, concepts), self.concepts),
+            *remark_on_texts(regions, prompts, tuple(self.concepts.values())),
             *remark_on_control(regions, scale, control),
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusers_mixofshow.concepts import Concept, mentions_concept
@@ -69,21 +69,27 @@ def sort_regions(
     return tuple(lists)
 
 
-def remark_on_texts(
-    regions: Iterable[Region], prompts: Iterable[str], names_concept: Callable[[str], bool], loaded: Iterable[str]
-) -> list[str]:
-    """Remark on regions without a concept, and on a concept that only the global prompt names."""
-    regions, loaded = list(regions), list(loaded)
-    if not regions or not loaded:
+def remark_on_texts(regions: Iterable[Region], prompts: Iterable[str], concepts: Sequence[Concept]) -> list[str]:
+    """Remark on regions that say what a loaded concept is, but not its name, and on a name that holds nowhere.
+
+    Args:
+        regions: The call's regions.
+        prompts: Its global prompts.
+        concepts: The loaded concepts.
+    """
+    regions = list(regions)
+    if not regions or not concepts:
         return []
     remarks = []
-    without = [region for region in regions if not names_concept(region.prompt)]
-    if without:
-        names = ", ".join(loaded)
-        remarks.append(
-            f"{_name_regions(without)} without any of the loaded concepts ({names}): drawn by the base alone"
-        )
-    if len(without) == len(regions) and any(names_concept(prompt) for prompt in prompts):
+    without = [region for region in regions if not mentions_concept(region.prompt, concepts)]
+    for concept in concepts:
+        word = re.compile(rf"\b{re.escape(concept.class_word)}\b", re.IGNORECASE)
+        if alike := [region for region in without if word.search(region.prompt)]:
+            remarks.append(
+                f"{_name_regions(alike)} without {concept.placeholder}, which is a {concept.class_word}: drawn by the "
+                "base alone"
+            )
+    if len(without) == len(regions) and any(mentions_concept(prompt, concepts) for prompt in prompts):
         remarks.append("only the global prompt names a concept, and it does not hold inside the regions")
     return remarks
 

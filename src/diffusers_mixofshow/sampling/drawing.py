@@ -163,7 +163,9 @@ def draw(drawing: Drawing, pipe: Any = None) -> Drawn:
 def warn_of_strange_words(drawing: Drawing) -> None:
     """Warn of words that the base was never shown; not beside plain LoRAs, which bring words of their own."""
     if all(pack.concepts for pack in drawing.packs.values()):
-        warn_of_unknown_words(drawing.base, drawing.prompts)
+        concepts = [concept for pack in drawing.packs.values() for concept in pack.concepts]
+        names = {concept.placeholder.strip("<>").lower() for concept in concepts}
+        warn_of_unknown_words(drawing.base, drawing.prompts, names)
 
 
 @contextmanager

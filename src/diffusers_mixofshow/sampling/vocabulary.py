@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from diffusers_mixofshow.base_models import embedded_base
 from diffusers_mixofshow.errors import list_first, warn
@@ -12,12 +12,14 @@ from diffusers_mixofshow.errors import list_first, warn
 _MOST_NAMED = 4
 
 
-def warn_of_unknown_words(base: str, prompts: Sequence[str]) -> None:
+def warn_of_unknown_words(base: str, prompts: Sequence[str], names: Collection[str] = ()) -> None:
     """Warn of words of prompts that no caption of an embedded base's pictures had; of no words for other bases.
 
     Args:
         base: Name of the base model.
         prompts: All prompts of a picture; words in angle brackets, which are concepts, do not count.
+        names: Further words that do not count, in lower case: names of concepts, of which the pipeline remarks that
+            they lack their brackets.
     """
     known = embedded_base(base)
     if known is None:
@@ -26,7 +28,7 @@ def warn_of_unknown_words(base: str, prompts: Sequence[str]) -> None:
     from diffusers_mixofshow.toyland.world import BACKGROUNDS
 
     words = re.findall(r"[^\W\d_]+", re.sub(r"<[^<>]*>", " ", " ".join(prompts)).lower())
-    strange = [f"'{word}'" for word in dict.fromkeys(words) if word not in caption_words()]
+    strange = [f"'{word}'" for word in dict.fromkeys(words) if word not in caption_words() and word not in names]
     if strange:
         warn(
             f"{known.id} was never shown {list_first(strange, _MOST_NAMED)}, which it cannot draw. It knows "
