@@ -292,5 +292,5 @@ def _make_redrawing_pipeline(pipe: Any) -> Any:
     given = {**pipe.config, **components, **own}
     redraw = kind(**{name: given[name] for name in inspect.signature(kind.__init__).parameters if name in given})
     redraw._edloras = pipe._edloras
-    redraw.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    redraw.set_progress_bar_config(**{**getattr(pipe, "_progress_bar_config", {}), "desc": "Refining"})
     return redraw

@@ -65,12 +65,12 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
     if not config.company or config.kind == "scene":
         return []
     if not masked:
+        photos = shlex.quote(str(config.instance_data_dir))
         warn(
-            "No photo has a mask, so no pictures of the concept at several places are composed. With masks "
-            "(masks/NAME.png, white is the concept, or photos that are cut out) it would keep its looks better beside "
-            f"others: `mixofshow masks PHOTOS --class-word {shlex.quote(config.class_word)}` makes them (a model of "
-            "600 MB is downloaded once), in Python make_masks. Training works without them, too; company 0 asks for "
-            "none."
+            "No photo has a mask. Training works without masks; with them (masks/NAME.png, white is the concept, or "
+            "photos that are cut out) pictures with the concept twice are composed, and it keeps its looks better "
+            f"beside others. `mixofshow masks {photos} --class-word {shlex.quote(config.class_word)}` makes them (it "
+            "downloads a model of 600 MB once), in Python make_masks; --company 0 (company=0) turns this off."
         )
         return []
     chance = random.Random(config.seed)
