@@ -145,14 +145,6 @@ def test_a_difference_whose_interval_has_0_in_it_is_noise(
     assert importlib.import_module("figures.reading").difference({"mean": 0.01, "low": low, "high": high}) == said
 
 
-def test_what_was_printed_is_read_as_the_record_that_such_a_run_writes(writing: ModuleType) -> None:
-    run = importlib.import_module("figures.reading").printed_record("toyland-20261129")
-    assert run["mean_identity"]["single"] == {"alignment": 0.7601, "attributes": 0.7652, "nearest": 1.0}
-    assert len(run["together"]) == 12
-    assert run["together"]["3, one prompt"]["right"] == {"mean": 0.406, "low": 0.361, "high": 0.45}
-    assert run["together"]["5, drawn"]["likeness"] == {"mean": 0.806, "low": 0.801, "high": 0.812}
-
-
 def test_all_places_count_where_any_concept_may_be_found(writing: ModuleType) -> None:
     regions = importlib.import_module("figures.regions")
     counts = {"bobo": {"bobo": 3, "": 1}, "kiki": {"bobo": 2}}

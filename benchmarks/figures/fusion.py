@@ -15,7 +15,6 @@ from figures.reading import (
     mean_of,
     percent,
     percent_with_interval,
-    printed_record,
     record,
     table,
 )
@@ -24,7 +23,7 @@ from diffusers_mixofshow.evaluation.metrics import identity_retention
 
 
 PAGE, METHOD_PAGE, TUNING_PAGE = "docs/benchmarks_fusion.md", "docs/gradient_fusion.md", "docs/ed_lora.md"
-HARD_CASE = "toyland-20261129"
+HARD_CASE = "toyland"
 SSR_AS_PUBLISHED = "ssr:prompts=1,steps=1,ridge=0.001,sequential=false"
 METHODS = {
     "closed-form": "closed form",
@@ -124,7 +123,7 @@ def tables() -> dict[str, str]:
 
 
 def hard_case() -> str:
-    identity = printed_record(HARD_CASE)["mean_identity"]
+    identity = record(HARD_CASE)["mean_identity"]
     names = {
         "single": "each concept's own ED-LoRA",
         "average": "weight average",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import statistics
@@ -42,19 +41,6 @@ class Sentence(NamedTuple):
 def record(name: str) -> Any:
     """A record in JSON, by its name without the ending."""
     return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-@cache
-def printed_record(name: str) -> Any:
-    """What a run of `benchmarks/toyland.py` printed, in the form of the JSON that such a run writes."""
-    text = (RECORDS / f"{name}.txt").read_text(encoding="utf-8")
-    identity = {name: ast.literal_eval(row) for name, row in re.findall(r"^  (\w+): (\{.*\})$", text, re.MULTILINE)}
-    values = r"\s+".join(rf"{each}\s+(\S+)\s+\[(\S+),\s+(\S+)\]" for each in PLACES)
-    together = {}
-    for row in re.finditer(rf"^  (\d, .+?)\s+{values}", text, re.MULTILINE):
-        numbers = iter(map(float, row.groups()[1:]))
-        together[row[1]] = {each: {key: next(numbers) for key in ("mean", "low", "high")} for each in PLACES}
-    return {"mean_identity": identity, "together": together}
 
 
 def percent(share: float) -> str:

@@ -12,14 +12,13 @@ from figures.reading import (
     decimals_with_interval,
     percent,
     percent_with_interval,
-    printed_record,
     record,
     table,
 )
 
 
 PAGE = "docs/benchmarks_regions.md"
-RUN, OTHER_TRIPLES, CONTACT = "toyland-20261129", "toyland-20261129-094422", "toyland-20261129-002832"
+RUN, OTHER_TRIPLES = "toyland", "toyland-20261129-094422"
 ON_XL = "toyland-xl-regions"
 HEAD = ("right concept in its region", "all right in a picture", "looks read right", "likeness")
 REFINED = "3, natural, drafts, refined"
@@ -63,11 +62,11 @@ AUTHORS_WAY = ", authors' way"
 
 def tables() -> dict[str, str]:
     """Every table by its name."""
-    run, others = printed_record(RUN)["together"], record(OTHER_TRIPLES)["together"]
+    run, others = record(RUN)["together"], record(OTHER_TRIPLES)["together"]
     return {
-        "three in a picture": table(("", *HEAD), [[label, *places(run[way])] for way, label in WAYS.items()]),
-        "five in a picture": table(("", *HEAD), [[label, *places(run[way])] for way, label in FIVE.items()]),
-        "regions on Stable Diffusion XL": regions_on_xl(),
+        "three in a picture": in_one_picture(run, WAYS),
+        "five in a picture": in_one_picture(run, FIVE),
+        "regions on Stable Diffusion XL": in_one_picture(record(ON_XL)["together"], WAYS | FIVE),
         "other triples": other_triples(others),
         "confusion": confusion(others[REFINED]["found_of_all_fused"]),
         "overlaps": overlaps(),
@@ -109,15 +108,14 @@ def other_triples(together: Mapping[str, Any]) -> str:
     return table((*head, "looks read right", "likeness"), rows)
 
 
-def regions_on_xl() -> str:
-    """Three and five in a picture, the same measures as on the first base, and right among all eight."""
-    together, rows = record(ON_XL)["together"], []
-    for way, label in (WAYS | FIVE).items():
+def in_one_picture(together: Mapping[str, Any], ways: Mapping[str, str]) -> str:
+    """Every measure of the ways that were run, and what is right among all eight, by their labels."""
+    rows = []
+    for way, label in ways.items():
         if way in together:
             first, *rest = places(together[way])
             rows.append([label, first, f"{percent(right_of_all(together[way]['found_of_all_fused']))} %", *rest])
-    head = ("", HEAD[0], "right of all eight", *HEAD[1:])
-    return table(head, rows)
+    return table(("", HEAD[0], "right of all eight", *HEAD[1:]), rows)
 
 
 def confusion(counts: Mapping[str, Mapping[str, int]]) -> str:
@@ -129,7 +127,7 @@ def confusion(counts: Mapping[str, Mapping[str, int]]) -> str:
 
 def overlaps() -> str:
     rows = []
-    for called, row in record(CONTACT)["contact"].items():
+    for called, row in record(RUN)["contact"].items():
         overlap, _, way = called.removeprefix("overlap ").partition(", ")
         right, _, looks, likeness = places(row)
         of_all = f"{percent(right_of_all(row['found_of_all_fused']))} %"
@@ -167,7 +165,7 @@ def isolation() -> str:
 
 def sentences() -> list[Sentence]:
     """Every sentence."""
-    run, others = printed_record(RUN), record(OTHER_TRIPLES)["together"]
+    run, others = record(RUN), record(OTHER_TRIPLES)["together"]
     one, refined = (run["together"][way]["right"] for way in ("3, one prompt", REFINED))
     shown = [percent(run["mean_identity"][method]["attributes"]) for method in ("single", "closed_form")]
     wrong = wrong_places(others[REFINED]["found_of_all_fused"])

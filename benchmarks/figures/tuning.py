@@ -29,15 +29,6 @@ ABLATIONS = (
     "with the attention regulariser",
     "with masks and the regulariser",
 )
-ON_XL = {
-    "class word": "class word, nothing tuned",
-    "textual inversion": "textual inversion",
-    "P+": "P+",
-    "LoRA": "LoRA, all at once",
-    "ED-LoRA": "**ED-LoRA, one for each group of layers** (7)",
-    "with embeddings of each layer": "ED-LoRA, one for each layer (10)",
-    "without layer-wise embeddings": "ED-LoRA, one for all layers",
-}
 SEEDS = {"bobo": "bobo, in-domain", "nono": "nono, out-of-domain"}
 
 
@@ -48,7 +39,6 @@ def tables() -> dict[str, str]:
         "tuning": by_domain(results["methods"], METHODS, "in-domain", "out-of-domain"),
         "one thing changed": by_domain(results["ablations"], {name: name for name in ABLATIONS}, "bobo", "nono"),
         "seeds": seeds(results["seeds"]),
-        "tuning on Stable Diffusion XL": on_xl(record("training-xl")),
         "company, photos": company("company-20261129-094055"),
         "company, drawn": company("company-20261129-124249"),
         "exports": exports(),
@@ -62,14 +52,6 @@ def by_domain(lines: Mapping[str, Any], labels: Mapping[str, str], inside: str, 
         cells = [lines[name][domain][scale] for domain in ("in", "out") for scale in ("0", "1")]
         rows.append([label, *(f"{decimals(each['alignment'], 3)}, {percent(each['attributes'])}%" for each in cells)])
     return table(("", f"{inside}, 0", f"{inside}, 1", f"{outside}, 0", f"{outside}, 1"), rows)
-
-
-def on_xl(content: Mapping[str, Any]) -> str:
-    """Image-alignment and looks at LoRA scale 0 and 1 by domain, and the size of a concept's file."""
-    sizes = {run["variant"]: f"{run['bytes'] / 1000:.0f} kB" for run in content["runs"] if "bytes" in run}
-    head, line, *rows = by_domain(content["methods"], ON_XL, "in-domain", "out-of-domain").splitlines()
-    files = ["file", "---", *(sizes.get(variant, "") for variant in ON_XL)]
-    return "\n".join(f"{row} {cell} |" for row, cell in zip([head, line, *rows], files, strict=True))
 
 
 def seeds(results: Mapping[str, Any]) -> str:
