@@ -39,8 +39,7 @@ def tables() -> dict[str, str]:
         "tuning": by_domain(results["methods"], METHODS, "in-domain", "out-of-domain"),
         "one thing changed": by_domain(results["ablations"], {name: name for name in ABLATIONS}, "bobo", "nono"),
         "seeds": seeds(results["seeds"]),
-        "company, photos": company("company-20261129-094055"),
-        "company, drawn": company("company-20261129-124249"),
+        "company": company(),
         "exports": exports(),
     }
 
@@ -63,8 +62,8 @@ def seeds(results: Mapping[str, Any]) -> str:
     return table(("", "class word", "mean", "deviation", "least"), rows)
 
 
-def company(name: str) -> str:
-    looks = record(name)["looks"]
+def company() -> str:
+    looks = record("company")["looks"]
     rows = [[variant, *map(percent_with_interval, row.values())] for variant, row in looks.items()]
     titles = [
         title.replace("twice, left", "twice: left").replace("twice, ", "") for title in next(iter(looks.values()))
