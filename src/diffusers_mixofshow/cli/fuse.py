@@ -59,7 +59,8 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option(
         help="Prompts with the trigger words of a plain LoRA, separated by '|'. Give it once for each plain LoRA "
-        "whose file does not name its trigger words, or for all plain LoRAs, in their order."
+        "whose file does not name its trigger words, or for all plain LoRAs, in their order. Methods that record no "
+        "features, such as average, need none."
     ),
 ]
 Recorded = Annotated[
@@ -132,9 +133,9 @@ def fuse(
         check_device(device)
     _refuse_unwritable(output, heat_map)
     writes = _join_processes()
-    own = method.value in MEASURED and features is not Features.SEQUENTIAL
-    given = read_sources(sources, prompts or [])
-    gathered = _gather(given, with_statistics=own)
+    recorded = method.value in MEASURED
+    given = read_sources(sources, prompts or [], recorded=recorded)
+    gathered = _gather(given, with_statistics=recorded and features is not Features.SEQUENTIAL, recorded=recorded)
     replaced = _find_replaced(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _choose_base(gathered, base, features, method, prior)
@@ -155,12 +156,14 @@ def fuse(
         _tell_result(fused, output, as_json=as_json)
 
 
-def _gather(given: Sequence[FusionSource | LoRASource], *, with_statistics: bool) -> tuple[Source, ...]:
+def _gather(
+    given: Sequence[FusionSource | LoRASource], *, with_statistics: bool, recorded: bool
+) -> tuple[Source, ...]:
     """Read and check the sources, and the statistics beside them where these are used."""
     from diffusers_mixofshow.fusion.sources import gather
     from diffusers_mixofshow.fusion.store import StatisticsStore
 
-    gathered = gather(given, None, prompts=None)
+    gathered = gather(given, None, prompts=None, recorded=recorded)
     return StatisticsStore().attach(gathered, given) if with_statistics else gathered
 
 

@@ -25,13 +25,16 @@ _KINDS = {
 }
 
 
-def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSource | LoRASource]:
+def read_sources(
+    given: Sequence[str], prompts: Sequence[str], *, recorded: bool = True
+) -> list[FusionSource | LoRASource]:
     """Read the sources that the command line names.
 
     Args:
         given: Hub ids, folders and files of ED-LoRAs, other programs' concepts and plain LoRAs; TOML files of sources.
         prompts: Trigger prompts, separated by ``|``, one entry for each plain LoRA whose file does not name its
             trigger words or prompts, or one for each plain LoRA, in their order.
+        recorded: Whether the method records features, so that every plain LoRA must have prompts.
 
     Raises:
         ConfigurationError: If the number of prompts is another, or a TOML file cannot be read.
@@ -43,7 +46,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     plain = [path for path in given if path in opened and not opened[path].edlora.concepts]
     silent = [path for path in plain if not opened[path].tells_prompts]
     prompts_of = dict(zip(silent if len(prompts) == len(silent) else plain, prompts, strict=False))
-    if len(prompts) not in (len(silent), len(plain)):
+    if len(prompts) not in (len(silent), len(plain)) and (prompts or recorded):
         raise ConfigurationError(
             f"Got --prompts {len(prompts)} times for {len(silent)} plain LoRAs ({', '.join(silent) or 'none'}) whose "
             f"files tell no trigger words, of {len(plain)} in all. Give it once for each in their order, as in "
@@ -52,7 +55,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     sources: list[FusionSource | LoRASource] = []
     for path in given:
         if path.endswith(_LIST):
-            sources += _read_list(Path(path))
+            sources += _read_list(Path(path), recorded=recorded)
         elif path in plain:
             texts = [one.strip() for one in prompts_of.get(path, "").split("|") if one.strip()]
             sources.append(LoRASource(path, texts, opened=opened[path]))
@@ -84,7 +87,7 @@ def describe_source(source: FusionSource | LoRASource) -> str:
     return f"{source.source}: {', '.join(filter(None, parts))}"
 
 
-def _read_list(path: Path) -> list[FusionSource | LoRASource]:
+def _read_list(path: Path, *, recorded: bool) -> list[FusionSource | LoRASource]:
     """Read a TOML file with a table ``[[source]]`` for each source; paths are relative to the file."""
     content = read_toml(path)
     tables = content.get(_TABLE)
@@ -97,7 +100,7 @@ def _read_list(path: Path) -> list[FusionSource | LoRASource]:
     ]
     if defects:
         raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
-    return [_make_source(table, path.parent) for table in tables]
+    return [_make_source(table, path.parent, recorded=recorded) for table in tables]
 
 
 def _find_defects(table: dict[str, Any]) -> list[str]:
@@ -115,7 +118,7 @@ def _find_defects(table: dict[str, Any]) -> list[str]:
     return defects
 
 
-def _make_source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
+def _make_source(table: dict[str, Any], folder: Path, *, recorded: bool) -> FusionSource | LoRASource:
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
     from diffusers_mixofshow.interop.opening import open_edlora
 
@@ -126,7 +129,7 @@ def _make_source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASour
     if "prompts" in values:
         return LoRASource(**values)
     opened = open_edlora(values["source"])
-    if not opened.edlora.concepts and opened.tells_prompts:
+    if not opened.edlora.concepts and (opened.tells_prompts or not recorded):
         return LoRASource(**values, opened=opened)
     if not opened.edlora.concepts:
         raise ConfigurationError(
