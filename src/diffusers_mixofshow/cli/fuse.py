@@ -63,6 +63,9 @@ Prompts = Annotated[
         "features, such as average, need none."
     ),
 ]
+Weights = Annotated[
+    list[float] | None, typer.Option(help="Weight of a source; give it once for each, in their order.")
+]
 Recorded = Annotated[
     Features,
     typer.Option(
@@ -101,15 +104,15 @@ def fuse(
     prompts: Prompts = None,
     base: Base = None,
     features: Recorded = Features.AUTO,
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Weight of a source; give it once for each, in their order.")
-    ] = None,
+    weight: Weights = None,
     ridge: RidgeText = None,
     prior: Prior = 0.0,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Reduce fused updates to this rank.")] = None,
     device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
     keep_sources: KeepSources = False,
-    heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
+    heat_map: Annotated[
+        Path | None, typer.Option(help="PNG of what is kept: a cell for each concept and layer.")
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -133,18 +136,17 @@ def fuse(
         check_device(device)
     _refuse_unwritable(output, heat_map)
     writes = _join_processes()
-    recorded = method.value in MEASURED
-    given = read_sources(sources, prompts or [], recorded=recorded)
-    gathered = _gather(given, with_statistics=recorded and features is not Features.SEQUENTIAL, recorded=recorded)
+    given = read_sources(sources, prompts or [], recorded=method.value in MEASURED)
+    gathered = _gather(given, method, features)
     replaced = _find_replaced(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _choose_base(gathered, base, features, method, prior)
-    _refuse_strange_base(gathered, base_model)
     if writes:
         _warn_of_idle_sources(gathered, used=base_model is None or features is not Features.AUTO)
     found = [describe_source(source) for source in given]
     if dry_run:
-        plan = _plan(gathered, base_model, features, output, method=method.value, max_rank=max_rank)
+        places = [output, *([] if heat_map is None else [heat_map])]
+        plan = _plan(gathered, base_model, features, places, method=method.value, max_rank=max_rank)
         tell({"sources": "; ".join(found)} | plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
         return
     if writes and not as_json:
@@ -153,21 +155,22 @@ def fuse(
     fused = fuser.fuse(gathered, method=method.value, weights=weight).name_base(spell_name(base or ""))
     if writes:
         _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
-        _tell_result(fused, output, as_json=as_json)
+        _tell_result(fused, output, heat_map, as_json=as_json)
 
 
-def _gather(
-    given: Sequence[FusionSource | LoRASource], *, with_statistics: bool, recorded: bool
-) -> tuple[Source, ...]:
+def _gather(given: Sequence[FusionSource | LoRASource], method: Method, features: Features) -> tuple[Source, ...]:
     """Read and check the sources, and the statistics beside them where these are used."""
+    from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
     from diffusers_mixofshow.fusion.store import StatisticsStore
 
+    recorded = method.value in MEASURED
     gathered = gather(given, None, prompts=None, recorded=recorded)
-    return StatisticsStore().attach(gathered, given) if with_statistics else gathered
+    is_own = recorded and features is not Features.SEQUENTIAL
+    return StatisticsStore().attach(gathered, given) if is_own else gathered
 
 
-def _tell_result(fused: FusedPack, output: Path, *, as_json: bool) -> None:
+def _tell_result(fused: FusedPack, output: Path, heat_map: Path | None, *, as_json: bool) -> None:
     names = [name for source in fused.sources for name in source.prompts]
     if as_json:
         typer.echo(json.dumps({"output": str(output), "concepts": names, **fused.report.data}))
@@ -175,6 +178,8 @@ def _tell_result(fused: FusedPack, output: Path, *, as_json: bool) -> None:
     if fused.report.residuals:
         fused.report.print()
     typer.echo(f"Wrote the fused pack of {', '.join(names)} to {output}")
+    if heat_map is not None:
+        typer.echo(f"Wrote {heat_map}")
 
 
 def _write(fused: FusedPack, output: Path, heat_map: Path | None, *, sources: bool, overwrite: bool) -> None:
@@ -237,15 +242,16 @@ def _choose_base(
     all_have = all(map(_has_statistics, gathered))
     if all_have and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
-    return base or find_common_base([source.edlora for source in gathered])
+    chosen = base or find_common_base([source.edlora for source in gathered])
+    _refuse_strange_base(gathered, chosen)
+    return chosen
 
 
-def _refuse_strange_base(gathered: Sequence[Source], base: str | None) -> None:
+def _refuse_strange_base(gathered: Sequence[Source], base: str) -> None:
     """Refuse a base model that is known to be of another family than the sources, before it is loaded."""
     from diffusers_mixofshow.fusion.sources import refuse_other_family
 
-    family = known_family(base) if base is not None else None
-    if family is not None:
+    if (family := known_family(base)) is not None:
         refuse_other_family(gathered, family)
 
 
@@ -267,13 +273,13 @@ def _has_statistics(source: Source) -> bool:
 
 
 def _plan(
-    gathered: Sequence[Source], base: str | None, features: Features, output: Path, **solving: Any
+    gathered: Sequence[Source], base: str | None, features: Features, places: Sequence[Path], **solving: Any
 ) -> dict[str, Any]:
     from diffusers_mixofshow.fusion.solving import Settings
 
     packs = [source.edlora for source in gathered]
     names = [name for source in gathered for name in source.prompts]
-    return plan_fusion(packs, names, base, Settings(**solving), output, runs=_count_runs(gathered, features))
+    return plan_fusion(packs, names, base, Settings(**solving), places, runs=_count_runs(gathered, features))
 
 
 def _count_runs(gathered: Sequence[Source], features: Features) -> int:

@@ -110,7 +110,13 @@ def _describe_isolation(isolation: Isolation | None) -> str:
 
 
 def plan_fusion(
-    packs: Sequence[EDLoRA], names: Sequence[str], base: str | None, settings: Settings, output: Path, *, runs: int
+    packs: Sequence[EDLoRA],
+    names: Sequence[str],
+    base: str | None,
+    settings: Settings,
+    places: Sequence[Path],
+    *,
+    runs: int,
 ) -> dict[str, Any]:
     """Describe what `mixofshow fuse` would do.
 
@@ -119,7 +125,7 @@ def plan_fusion(
         names: Placeholders of their concepts, and names of plain LoRAs.
         base: The base model, if features must be recorded; None if no model is needed.
         settings: How layers are solved.
-        output: Folder of the pack.
+        places: Folder of the pack, and other files that are written.
         runs: Most runs of the U-Net on a batch while features are recorded.
 
     Warns:
@@ -148,7 +154,7 @@ def plan_fusion(
         if base
         else f"that of solving {len(ranks)} layers; no model runs",
         "pack": f"{numbers:,} numbers, {2 * numbers / 1e6:.1f} MB in float16; embeddings come on top",
-        "writes": output,
+        "writes": ", ".join(map(str, places)),
     }
 
 

@@ -16,7 +16,6 @@ from diffusers_mixofshow.base_models import classes_of
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, RegionError
 from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.fusion import FusionSource, LoRASource
-from diffusers_mixofshow.fusion.report import MEANING
 from diffusers_mixofshow.fusion.solving import MEASURED
 from diffusers_mixofshow.interop.summary import facts_of, format_norm, summary_of_foreign, summary_of_pack
 from diffusers_mixofshow.regions.drawing import draw_regions
@@ -346,9 +345,8 @@ def fuse(
     if not report.residuals:
         names = [[name] for each in fused.sources for name in each.prompts]
         return files, (["concept"], names), "This method measures nothing."
-    nearest = [f"{one} and {other} {value:.2f}" for one, other, value in report.conflicts[:3]]
-    conflicts = f" Largest overlaps (0 to 1): {', '.join(nearest)}." if nearest else ""
-    return files, report.table(), MEANING + conflicts
+    conflicts = f"{' '.join(report.told_overlaps)}." if report.told_overlaps else ""
+    return files, report.table(), f"{report.meaning} {conflicts}".rstrip()
 
 
 def _make_source(
