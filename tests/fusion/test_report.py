@@ -105,6 +105,20 @@ def test_how_much_is_kept_is_said_only_where_it_was_measured(report: FusionRepor
         assert "about features, not identity" in other.meaning
 
 
+def test_what_a_smaller_rank_loses_is_one_line(report: FusionReport) -> None:
+    """Also where nothing was measured; of the layers that were reduced."""
+    layers = {"a": {"energy_kept": 0.9}, "b": {"energy_kept": 0.5, "ridge": 0.1}, "c": {"ridge": 0.1}}
+    told = (
+        "Reduced to rank 4, 2 layers keep 70.0% of the energy of their updates (sum of the squares) in the mean, "
+        "50.0% at least (b)."
+    )
+    for data in (DATA, {}):
+        lines = [row[0] for row in printed(FusionReport({**data, "max_rank": 4, "layers": layers}))]
+        assert "".join(lines[-2:]).replace("  ", " ").endswith(told)
+    for data in ({"max_rank": None, "layers": layers}, {"max_rank": 4, "layers": {"c": {}}}, {}):
+        assert printed(FusionReport(data)) == []
+
+
 def test_a_kind_of_layer_that_is_the_only_one_has_no_column() -> None:
     sites = ("transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_k")
     rows = printed(of_a_transformer(("bobo", "kiki"), sites))

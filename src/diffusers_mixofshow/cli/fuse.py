@@ -1,4 +1,4 @@
-"""``mixofshow fuse``: fuse several ED-LoRAs into one pack."""
+"""``mixofshow fuse``: fuse several ED-LoRAs or plain LoRAs into one pack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import known_family, spell_name
 from diffusers_mixofshow.cli.base_model import Base, find_common_base
-from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
+from diffusers_mixofshow.cli.fuse_sources import describe_sources, read_sources, warn_of_swapped_prompts
 from diffusers_mixofshow.cli.plans import Overwrite, plan_fusion, plan_replacing, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.sampling.loading import load_base
@@ -117,12 +117,12 @@ def fuse(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fuse several ED-LoRAs into one pack that holds all their concepts, without any photos.
+    """Fuse several ED-LoRAs, or plain LoRAs, into one file that holds all of them, without any photos.
 
     If all have statistics beside them (edlora.statistics.safetensors), no model is loaded. Started by
     `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
 
-    Plain LoRAs become one ordinary LoRA, which any program loads.
+    ED-LoRAs become one pack of their concepts; plain LoRAs alone one ordinary LoRA, which any program loads.
 
     \b
     Example, with what 'mixofshow demo' leaves:
@@ -143,11 +143,12 @@ def fuse(
     base_model = _choose_base(gathered, base, features, method, prior)
     if writes:
         _warn_of_idle_sources(gathered, used=base_model is None or features is not Features.AUTO)
-    found = [describe_source(source) for source in given]
+        _warn_of_stages(gathered, kept=keep_sources, staged=base_model is not None and features is not Features.OWN)
+    found = describe_sources(given, gathered, weight)
     if dry_run:
         places = [output, *([] if heat_map is None else [heat_map])]
         plan = _plan(gathered, base_model, features, places, method=method.value, max_rank=max_rank)
-        tell({"sources": "; ".join(found)} | plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
+        tell({"sources": found} | plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
         return
     if writes and not as_json:
         typer.echo("\n".join(found))
@@ -159,13 +160,14 @@ def fuse(
 
 
 def _gather(given: Sequence[FusionSource | LoRASource], method: Method, features: Features) -> tuple[Source, ...]:
-    """Read and check the sources, and the statistics beside them where these are used."""
+    """Read and check the sources and their prompts, and the statistics beside them where these are used."""
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
     from diffusers_mixofshow.fusion.store import StatisticsStore
 
     recorded = method.value in MEASURED
     gathered = gather(given, None, prompts=None, recorded=recorded)
+    warn_of_swapped_prompts(gathered, given)
     is_own = recorded and features is not Features.SEQUENTIAL
     return StatisticsStore().attach(gathered, given) if is_own else gathered
 
@@ -175,8 +177,7 @@ def _tell_result(fused: FusedPack, output: Path, heat_map: Path | None, *, as_js
     if as_json:
         typer.echo(json.dumps({"output": str(output), "concepts": names, **fused.report.data}))
         return
-    if fused.report.residuals:
-        fused.report.print()
+    fused.report.print()
     typer.echo(f"Wrote the fused pack of {', '.join(names)} to {output}")
     if heat_map is not None:
         typer.echo(f"Wrote {heat_map}")
@@ -262,10 +263,20 @@ def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:
     if len(gathered) == 1:
         warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
     if having and not used:
-        why = (
-            f"{', '.join(lacking)} without any that fit" if lacking else "--base or --prior asks for the paper's order"
+        why = f"for {', '.join(lacking)} there are none that fit" if lacking else "--base or --prior was given"
+        warn(
+            f"the statistics beside {', '.join(having)} are not used: as {why}, all sources are recorded in stages. "
+            "--features own uses them, and records only what is missing."
         )
-        warn(f"the statistics beside {', '.join(having)} are not used ({why}); --features own uses them.")
+
+
+def _warn_of_stages(gathered: Sequence[Source], *, kept: bool, staged: bool) -> None:
+    """Warn that sources which are kept have no statistics of their own after a fusion in stages."""
+    if kept and staged:
+        warn(
+            f"{', '.join(source.name for source in gathered)} will be fused in stages, whose statistics hold for "
+            "these sources together and are not kept: to add or remove concepts later, fuse with --features own."
+        )
 
 
 def _has_statistics(source: Source) -> bool:
@@ -279,19 +290,24 @@ def _plan(
 
     packs = [source.edlora for source in gathered]
     names = [name for source in gathered for name in source.prompts]
-    return plan_fusion(packs, names, base, Settings(**solving), places, runs=_count_runs(gathered, features))
+    return plan_fusion(packs, names, base, Settings(**solving), places, work=_count_work(gathered, features))
 
 
-def _count_runs(gathered: Sequence[Source], features: Features) -> int:
-    """Most runs of the U-Net while features are recorded; statistics that exist already save some."""
+def _count_work(gathered: Sequence[Source], features: Features) -> tuple[int, int]:
+    """Most runs of the denoiser while features are recorded, and steps of single pictures, which the bars count.
+
+    Statistics that exist already save some.
+    """
     from diffusers_mixofshow.fusion.collection import Recording
-    from diffusers_mixofshow.fusion.solving import family_of_sources
+    from diffusers_mixofshow.fusion.solving import family_of_sources, sites_of
 
-    recording, stages = Recording(), family_of_sources(gathered).stages
-    # In the sequential order, a stage of layers that see only the text takes a step of its own.
-    steps = recording.steps + (0 if features is Features.OWN else sum(stage.text_alone for stage in stages))
+    recording, family = Recording(), family_of_sources(gathered)
+    stages = {family.stage_of(site) for site in sites_of(gathered)}
+    steps = recording.steps
+    if features is not Features.OWN:  # a stage of layers that see only the text takes a step of its own
+        steps = sum(1 if stage.text_alone else recording.steps for stage in stages)
     prompts = [len(texts) for source in gathered for texts in source.prompts.values()]
-    return steps * sum(math.ceil(count / recording.batch_size) for count in prompts)
+    return steps * sum(math.ceil(count / recording.batch_size) for count in prompts), steps * sum(prompts)
 
 
 def _refuse_other_counts(weights: Sequence[float] | None, gathered: Sequence[Source]) -> None:

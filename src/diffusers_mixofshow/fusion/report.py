@@ -142,14 +142,35 @@ class FusionReport:
         return f"{_MEANING} {_MEASURED if is_measured else _NOT_MEASURED}"
 
     @property
+    def told_energy(self) -> str:
+        """How much of the updates is left where `max_rank` reduced them; empty if it reduced none."""
+        kept = {site: one["energy_kept"] for site, one in self.data.get("layers", {}).items() if "energy_kept" in one}
+        if self.data.get("max_rank") is None or not kept:
+            return ""
+        least, mean = min(kept, key=lambda site: kept[site]), sum(kept.values()) / len(kept)
+        return (
+            f"Reduced to rank {self.data['max_rank']}, {len(kept)} layers keep {mean:.1%} of "
+            f"the energy of their updates (sum of the squares) in the mean, {kept[least]:.1%} at least ({least})."
+        )
+
+    @property
     def told_overlaps(self) -> tuple[str, ...]:
         """What an overlap is, and the pairs with the largest; empty if there are none."""
         pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
         return (_OVERLAP, f"Largest overlaps (0 to 1): {', '.join(pairs)}") if pairs else ()
 
     def print(self, console: Console | None = None) -> None:
-        """Print the residuals of every concept by kind of layer, and the pairs with the largest overlap."""
+        """Print the residuals of every concept by kind of layer, the pairs with the largest overlap, and the energy.
+
+        Of a fusion that measured nothing, only the energy that `max_rank` left.
+        """
         console = console or Console()
+        if self.residuals:
+            self._print_residuals(console)
+        if told := self.told_energy:
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+    def _print_residuals(self, console: Console) -> None:
         columns, rows = self.table()
         table = Table(*columns, title=TITLE)
         for name, *numbers in rows:
