@@ -42,8 +42,8 @@ _MEASURED = (
 )
 _NOT_MEASURED = "By itself it says little: measure the result with 'mixofshow evaluate' or 'mixofshow compare'."
 _OVERLAP = (
-    "An overlap says how far two of them act on the same directions of the layers' inputs (1: on all of them), where "
-    "one output has to serve both: what is lost of one often goes to the other of a pair with a large one."
+    "An overlap says how far two of them act on the same directions of the layers' inputs, where one output has to "
+    "serve both: 0 on none, 1 on all of them. Compare the pairs with each other."
 )
 _PAIRS_SHOWN = 3
 
