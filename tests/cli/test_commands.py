@@ -364,6 +364,19 @@ def test_fuse_wants_prompts_for_each_plain_lora(tmp_path: Path) -> None:
     assert "Got --prompts 0 times for 1 plain LoRAs" in str(result.exception)
 
 
+def test_fuse_asks_for_no_prompts_where_nothing_is_recorded(tmp_path: Path) -> None:
+    files = [str(_plain_lora(tmp_path / f"{name}.safetensors")) for name in ("dog", "ink")]
+    (tmp_path / "list.toml").write_text("".join(f"[[source]]\npath = '{file}'\n" for file in files))
+    for number, given in enumerate((files, [str(tmp_path / "list.toml")])):
+        asked = ["fuse", *given, "--method", "average", "--output", str(tmp_path / f"both-{number}")]
+        with pytest.warns(MixOfShowWarning) as caught:
+            result = CliRunner().invoke(cli.app, asked, catch_exceptions=False)
+        assert "Wrote the fused pack of dog, ink to" in result.output
+        assert sum("what calls dog, ink: the fused file" in str(one.message) for one in caught) == 1
+    with pytest.raises(ConfigurationError, match="Got --prompts 1 times for 2 plain LoRAs"):
+        CliRunner().invoke(cli.app, ["fuse", *files, *asked[2:], "--prompts", "a dog"], catch_exceptions=False)
+
+
 def test_fuse_reads_every_file_once(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers_mixofshow.edlora import EDLoRA
 

@@ -186,8 +186,12 @@ def test_options_of_the_result(place, monkeypatch, tmp_path) -> None:
     before = (output / "edlora.safetensors").read_bytes()
     plan = json.loads(run(*asked, "--dry-run", "--json", "--weight", "3", "--weight", "1"))
     assert plan["replaces"].endswith("; asks for --overwrite")
+    assert plan["writes"] == str(output)
+    planned = json.loads(run(*asked, "--dry-run", "--json", "--heat-map", str(sheet)))
+    assert planned["writes"] == f"{output}, {sheet}"
     assert not sheet.exists()
-    run(*asked, "--overwrite", "--heat-map", str(sheet), "--weight", "3", "--weight", "1", "--keep-sources")
+    options = ("--heat-map", str(sheet), "--weight", "3", "--weight", "1", "--keep-sources")
+    assert run(*asked, "--overwrite", *options).endswith(f" to {output}\nWrote {sheet}\n")
     assert (output / "edlora.safetensors").read_bytes() != before
     assert sheet.read_bytes().startswith(b"\x89PNG")
     kept = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()} - files

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,7 +18,9 @@ import tiny
 from diffusers_mixofshow import EDLoRA, GradientFuser, cli
 from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL, find_embedded
 from diffusers_mixofshow.cli import timing
+from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.errors import MixOfShowWarning
+from diffusers_mixofshow.interop.lora_files import write_lora
 
 
 def plan(*arguments: object) -> dict[str, Any]:
@@ -110,16 +113,17 @@ def test_a_plan_of_fusion(rex: EDLoRA) -> None:
     inputs = {re.sub(r"attn2\.to_[kv]$", "attn2.kv", site): width for site, width in inputs.items()}
     own = sum(width**2 for width in inputs.values()) * 8 * 2 / 1e6
     expected = {
-        "sources": "; ".join(
+        "sources": [
             f"{name}: ED-LoRA of an unknown base, names of diffusers-mixofshow, rank 2 and 3, {len(sizes)} layers, "
             "tuned on someone/tiny"
             for name in ("rex", "tom")
-        ),
+        ],
         "concepts": "<rex>, <tom>",
         "base model": HUB,
         "layers": len(sizes),
         "rank": f"at most {max(min(ranks[site], *sizes[site]) for site in sizes)}",
-        "U-Net runs": "88 at most, each on a batch of up to 8",  # two steps more, four batches of prompts
+        # Two steps more, four batches of prompts.
+        "U-Net runs": "88 at most, each on a batch of up to 8; bars count single pictures: 352",
         "time": PASSES.format(88),
         "pack": told(99),
         "writes": "both",
@@ -132,7 +136,8 @@ def test_a_plan_of_fusion(rex: EDLoRA) -> None:
     assert found == expected
     cut = plan(*asked, "--max-rank", "3")
     assert (cut["rank"], cut["pack"]) == ("at most 3", told(3))
-    assert plan(*asked, "--features", "own")["U-Net runs"] == "80 at most, each on a batch of up to 8"
+    own_runs = "80 at most, each on a batch of up to 8; bars count single pictures: 320"
+    assert plan(*asked, "--features", "own")["U-Net runs"] == own_runs
     merged = plan(*asked, "--method", "average")
     assert (merged["base model"], merged["U-Net runs"]) == ("none is needed", "none")
     assert merged["memory for statistics"] == "that of the files beside the sources"
@@ -229,4 +234,43 @@ def test_passes_of_the_embedded_base_with_two_encoders_are_measured_too(tmp_path
     drawn = ("sample", "--base", TOYLAND_XL, "--prompt", "a dog", "--width", "64", "--height", "128")
     assert "measured just now" in plan(*drawn)["time"]
     assert shapes[-1] == (2, 8, 32, 16)
-    assert "not measured" in timing.estimate_time("toyland-sd3", 7, 2)
+
+
+def test_passes_of_the_embedded_transformer_are_measured_too(monkeypatch) -> None:
+    """With the texts of three encoders, of which the last is none: zeros."""
+    from diffusers import SD3Transformer2DModel
+
+    forward, seen = SD3Transformer2DModel.forward, []
+
+    def noted(self: Any, sample: Any, text: Any, pooled: Any, step: Any) -> Any:
+        seen.append((tuple(sample.shape), tuple(text.shape), tuple(pooled.shape), tuple(step.shape)))
+        return forward(self, sample, text, pooled, step)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", noted)
+    told = timing.estimate_time("toyland-sd3", 7, 2)
+    assert re.match(r"at least \d+ s on this CPU: 7 transformer passes of \d+ ms, measured just now", told)
+    assert seen == [((2, 8, 16, 16), (2, 333, 160), (2, 160), (2,))] * 4
+
+
+def test_a_plan_of_fusing_plain_loras_of_a_transformer(tmp_path: Path, monkeypatch) -> None:
+    """It speaks of no U-Net and no embeddings, counts only stages that have layers, and shows each one's prompts."""
+    monkeypatch.chdir(tmp_path)
+    sites = [f"transformer.transformer_blocks.{block}.attn.to_q" for block in range(2)]
+    for name in ("bobo", "rex"):
+        updates = {site: LowRank(down=torch.randn(2, 160), up=torch.randn(160, 2), alpha=2.0) for site in sites}
+        write_lora(tmp_path / f"{name}.safetensors", updates)
+    prompts = ("--prompts", "bobo critter | bobo critter in snow", "--prompts", "rex dog")
+    asked = ("fuse", "bobo.safetensors", "rex.safetensors", *prompts, "--base", "toyland-sd3", "--output", "both")
+    monkeypatch.setattr(timing, "_measure", lambda *given, **more: 0.5)
+    told = plan(*asked)
+    assert timing.estimate_time("x", 3, 2, model="transformer").startswith("3 times that of one transformer pass on")
+    assert told["transformer runs"] == "40 at most, each on a batch of up to 8; bars count single pictures: 60"
+    assert told["time"].startswith("at least 20 s on this CPU: 40 transformer passes of 500 ms")
+    assert told["pack"] == "2,560 numbers, 0.0 MB in float16"
+    assert "U-Net runs" not in told
+    assert [line.partition("layers, ")[2] for line in told["sources"]] == [
+        "prompts 'bobo critter'; ... (2)", "prompts 'rex dog' (1)"
+    ]  # fmt: skip
+    shown = CliRunner().invoke(cli.app, [*asked, "--dry-run"], catch_exceptions=False).stdout.splitlines()
+    assert shown[0] == "sources:"
+    assert [line.split(":")[0] for line in shown[1:4]] == ["  bobo.safetensors", "  rex.safetensors", "concepts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from dataclasses import replace
@@ -168,10 +169,20 @@ def test_a_pack_may_be_fused_anew_from_the_sources_that_it_carries(published: Pa
         (("rex", "bare", "--features", "own"), []),
         (("rex", "kit", "--features", "sequential"), []),
         (("rex", "bare", "--method", "average"), []),
-        (("rex", "bare"), ["the statistics beside <rex> are not used (<bare> without any that fit)"]),
-        (("kit", "bare", "rex"), ["the statistics beside <kit>, <rex> are not used (<bare> without any that fit)"]),
-        (("rex", "kit", "--base", "base"), ["the statistics beside <rex>, <kit> are not used (--base or --prior"]),
-        (("rex", "kit", "--prior", "0.1"), ["the statistics beside <rex>, <kit> are not used (--base or --prior"]),
+        (("rex", "bare"), ["the statistics beside <rex> are not used: as for <bare> there are none that fit, all"]),
+        (
+            ("kit", "bare", "rex"),
+            ["the statistics beside <kit>, <rex> are not used: as for <bare> there are none that fit"],
+        ),
+        (("rex", "kit", "--base", "base"), ["the statistics beside <rex>, <kit> are not used: as --base or --prior"]),
+        (("rex", "kit", "--prior", "0.1"), ["the statistics beside <rex>, <kit> are not used: as --base or --prior"]),
+        (("rex", "kit", "--keep-sources"), []),
+        (("rex", "bare", "--features", "own", "--keep-sources"), []),
+        (("rex", "bare", "--method", "average", "--keep-sources"), []),
+        (
+            ("rex", "kit", "--features", "sequential", "--keep-sources"),
+            ["<rex>, <kit> will be fused in stages, whose statistics hold for these sources together"],
+        ),
         (("rex",), ["<rex> is the only source"]),
         (("pack", "--method", "average"), ["<rex>+<kit> is the only source"]),
         (("bare",), ["<bare> is the only source"]),
@@ -188,6 +199,52 @@ def test_what_is_given_in_vain_is_told(
     ours = [str(one.message) for one in caught if issubclass(one.category, MixOfShowWarning)]
     assert len(ours) == len(told)
     assert all(text.startswith(start) for text, start in zip(ours, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        (("dog in snow", "ink style"), ""),
+        (("ink style", "dog in snow"), "dog is named by the prompts of ink, but not by its own; ink is named by the "),
+        (("a castle, INK", "a dog"), "dog is named by the prompts of ink, but not by its own; ink is named"),
+        (("a castle", "a hotdog stand, ink"), ""),
+        (("a castle", "a dog, ink"), "dog is named by the prompts of ink, but not by its own. --prompts go by the"),
+        (("a dog in ink", "ink"), ""),
+        (("a", "b"), ""),
+    ],
+)
+def test_prompts_in_another_order_than_the_files_are_told(
+    published: Path, tmp_path: Path, prompts: tuple[str, str], told: str
+) -> None:
+    for name, start in (("dog", 0), ("ink", 1)):
+        pack = packs.random_pack(tiny.components(), ranks=(1,), seed=start)
+        write_lora(tmp_path / f"{name}.safetensors", pack.lora)
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("dog", "ink")]
+    asked = [*files, *(part for text in prompts for part in ("--prompts", text)), "--base", str(published / "base")]
+    with warnings.catch_warnings(record=True) as caught:
+        run("fuse", *asked, "--output", str(tmp_path / "both"), "--dry-run")
+    ours = [str(one.message) for one in caught if issubclass(one.category, MixOfShowWarning)]
+    assert len(ours) == (1 if told else 0)
+    assert all(text.startswith(told) for text in ours)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_told"),
+    [
+        (("pack", "bare"), True),
+        (("pack", "bare", "--weight", "1", "--weight", "1"), False),
+        (("pack",), False),
+        (("rex", "bare"), False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_pack_of_several_is_said_to_count_as_one(published: Path, monkeypatch, arguments, is_told) -> None:
+    monkeypatch.chdir(published)
+    asked = ("fuse", *arguments, "--method", "average", "--output", "new", "--dry-run", "--json")
+    (line, *others) = json.loads(run(*asked))["sources"]
+    told = "; it counts as one of the sources: --weight 2 --weight 1 gives each of its 2 the weight of one"
+    assert line.endswith(told) == is_told
+    assert not any("counts as one" in other for other in others)
 
 
 def test_what_is_given_in_vain_is_told_once(published: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import packs
 import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
-from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError
+from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, MixOfShowWarning
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
 from diffusers_mixofshow.fusion.pack_sources import carried_path
@@ -155,6 +155,34 @@ def test_a_copy_under_another_name_is_said_when_it_is_added_and_on_the_command_l
     for arguments in ([*asked, str(tmp_path / "both")], [*asked, str(tmp_path / "none"), "--dry-run"]):
         invoke = partial(CliRunner().invoke, cli.app, arguments, catch_exceptions=False)
         assert len(_told_of_fusion(invoke)) == 1
+
+
+@pytest.mark.parametrize("method", ["average", "sum", "ties", "dare", "svd"])
+def test_methods_that_record_nothing_need_no_prompts(pipe: MixOfShowPipeline, tmp_path: Path, method: Any) -> None:
+    """One warning says that the file will not tell what calls them; prompts that are given are kept."""
+    files = []
+    for seed, name in enumerate(("dog", "ink", "cat")):
+        lora = dict(packs.random_pack(pipe.components, "any", ranks=(2,), seed=seed).lora)
+        files.append(write_lora(tmp_path / f"{name}.safetensors", lora))
+    sources = [LoRASource(files[0]), LoRASource(files[1], ["ink style"]), files[2]]
+    with pytest.warns(MixOfShowWarning, match="what calls dog, cat: the fused file will not name it") as caught:
+        fused = GradientFuser().fuse(sources, method=method)
+    assert len(caught) == 1
+    assert fused.report.data["prompts"] == {"dog": [], "ink": ["ink style"], "cat": []}
+    given = [LoRASource(file, ["x"]) for file in files]
+    _same(fused, GradientFuser().fuse(given, method=method))
+    fused.save_pretrained(tmp_path / "out")
+    assert "| `dog` | - |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(FusionError, match=r"dog\.safetensors is a plain LoRA.*its file names none"):
+        GradientFuser(pipe).fuse(sources)
+
+
+def test_a_lora_without_prompts_is_added_to_an_average(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    files = [_write(pipe, tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
+    average = GradientFuser().fuse([LoRASource(files[0], ["x"], name="one")], method="average")
+    with pytest.warns(MixOfShowWarning, match="what calls two"):
+        both = average.add(LoRASource(files[1], name="two"))
+    assert [source.name for source in both.sources] == ["one", "two"]
 
 
 def test_a_damaged_file_of_the_hub_is_said_to_be_damaged(pipe: MixOfShowPipeline, loopback_hub: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION as FAMILY
+from diffusers_mixofshow.fusion import heat_map
+from diffusers_mixofshow.fusion.heat_map import Column
 from diffusers_mixofshow.fusion.report import FusionReport, _peak_memory
 
 
@@ -77,27 +81,120 @@ def test_one_concept_has_no_pairs_to_print() -> None:
     assert not any("Largest overlaps" in row[0] for row in printed(FusionReport({**DATA, "overlaps": {}})))
 
 
+def of_a_transformer(names: tuple[str, ...], sites: tuple[str, ...]) -> FusionReport:
+    one = {"average": 0.75, "fused": 0.5}
+    residuals = {"mean": dict.fromkeys(names, one), "layers": {site: dict.fromkeys(names, one) for site in sites}}
+    return FusionReport({"residuals": residuals, "overlaps": {" ".join(names): 0.85}})
+
+
+def test_how_much_is_kept_is_said_only_where_it_was_measured(report: FusionReport) -> None:
+    """Of concepts on the U-Net of Stable Diffusion, not of plain LoRAs, nor of other families."""
+    measured, general = "Around 0.6, concepts of 'mixofshow demo' keep nearly all", "By itself it says little: measure"
+    assert measured in report.meaning
+    assert general not in report.meaning
+    unet = tuple(LAYERS)[1:]
+    transformer = ("transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_k")
+    for other in (
+        of_a_transformer(("bobo", "kiki"), transformer),
+        of_a_transformer(("bobo", "kiki"), unet),
+        of_a_transformer(("<bobo>", "kiki"), unet),
+        of_a_transformer(("<bobo>", "<kiki>"), ("text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj", *unet)),
+    ):
+        assert measured not in other.meaning
+        assert general in other.meaning
+        assert "about features, not identity" in other.meaning
+
+
+def test_what_a_smaller_rank_loses_is_one_line(report: FusionReport) -> None:
+    """Also where nothing was measured; of the layers that were reduced."""
+    layers = {"a": {"energy_kept": 0.9}, "b": {"energy_kept": 0.5, "ridge": 0.1}, "c": {"ridge": 0.1}}
+    told = (
+        "Reduced to rank 4, 2 layers keep 70.0% of the energy of their updates (sum of the squares) in the mean, "
+        "50.0% at least (b)."
+    )
+    for data in (DATA, {}):
+        lines = [row[0] for row in printed(FusionReport({**data, "max_rank": 4, "layers": layers}))]
+        assert "".join(lines[-2:]).replace("  ", " ").endswith(told)
+    for data in ({"max_rank": None, "layers": layers}, {"max_rank": 4, "layers": {"c": {}}}, {}):
+        assert printed(FusionReport(data)) == []
+
+
+def test_a_kind_of_layer_that_is_the_only_one_has_no_column() -> None:
+    sites = ("transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_k")
+    rows = printed(of_a_transformer(("bobo", "kiki"), sites))
+    assert ["concept", "averaged", "fused"] in rows
+    assert ["bobo", "0.750", "0.500"] in rows
+
+
+def test_what_an_overlap_is_stands_before_the_largest(report: FusionReport) -> None:
+    lines = [row[0] for row in printed(report)]
+    (place,) = (number for number, line in enumerate(lines) if line.startswith("Largest overlaps"))
+    assert "one output has to serve both" in lines[place - 1]
+
+
 def test_the_picture_has_a_cell_for_each_layer_and_source(report: FusionReport, tmp_path: Path) -> None:
-    """White is kept, red is lost, grey where a source leaves the layer alone; cells of 12 pixels, 14 apart."""
+    """White is kept, red is lost, grey where a source leaves the layer alone; cells of 23 pixels, 24 apart."""
     path = report.heat_map(tmp_path / "map.png")
     with Image.open(path) as opened:
         picture = opened.convert("RGB")
-    left, top = 8 + 7 * len("<rex>"), 8
-    assert (path, picture.size) == (tmp_path / "map.png", (left + 14 * len(LAYERS) + 8, top + 14 * len(NAMES) + 8))
-    for column, values in enumerate(LAYERS.values()):
-        for row, value in enumerate(values):
+    kinds = [FAMILY.group_of(site) for site in LAYERS]
+    cells = sorted(zip(kinds, LAYERS.items(), strict=True), key=lambda cell: cell[0])
+    columns = [Column(site, kind, values) for kind, (site, values) in cells]
+    left, top = heat_map.find_left(NAMES), heat_map.TOP
+    places = heat_map.place_columns(columns, left)
+    assert path == tmp_path / "map.png"
+    assert picture.width >= max(places) + 24
+    for column, place in zip(columns, places, strict=True):
+        for row, value in enumerate(column.values):
             shade = 200 if value is None else round(255 * (1 - min(1.0, value)))
             wanted = (200 if value is None else 255, shade, shade)
-            corner = (left + 14 * column, top + 14 * row)
-            assert {picture.getpixel((corner[0] + x, corner[1] + y)) for x in (0, 6, 12) for y in (0, 6, 12)} == {
+            corner = (place, top + 24 * row)
+            assert {picture.getpixel((corner[0] + x, corner[1] + y)) for x in (0, 6, 22) for y in (0, 6, 22)} == {
                 wanted
             }
-            between = {picture.getpixel((corner[0] + 13, corner[1])), picture.getpixel((corner[0], corner[1] + 13))}
-            assert between == {(255, 255, 255)}
+            between = {picture.getpixel((corner[0] + 23, corner[1])), picture.getpixel((corner[0], corner[1] + 23))}
+            assert between == {(225, 225, 225)}
     for row in range(len(NAMES)):  # a dark name beside each row
-        beside = [picture.getpixel((x, top + 14 * row + y)) for x in range(4, left - 1) for y in range(12)]
+        beside = [picture.getpixel((x, top + 24 * row + y)) for x in range(4, left - 1) for y in range(24)]
         assert min(map(sum, beside)) < 200
     assert picture.crop((0, 0, 4, picture.height)).getextrema() == ((255, 255),) * 3
+    below = top + 24 * len(NAMES) + 2
+    for place in places:  # the name of each layer
+        assert is_written_on(picture, (place, below, place + 23, picture.height))
+    for kind in set(kinds):  # the kind above its first layer
+        first = min(place for place, column in zip(places, columns, strict=True) if column.group == kind)
+        assert is_written_on(picture, (first, top - 20, first + 23, top - 2))
+    shown = {colour for _, colour in picture.crop((0, 24, picture.width, 50)).getcolors(9999)}
+    assert {(255, 255, 255), (255, 128, 128), (255, 0, 0), (200, 200, 200)} <= shown  # the legend
+
+
+def is_written_on(picture: Image.Image, box: tuple[int, int, int, int]) -> bool:
+    return picture.crop(box).convert("L").getextrema()[0] < 100
+
+
+@pytest.mark.parametrize(("columns", "width"), [(60, 24), (61, 14), (494, 14)])
+def test_many_layers_have_narrow_cells_and_no_label_runs_into_the_next(columns: int, width: int) -> None:
+    kinds = ["feed-forward" if number == 7 else f"kind {number // 20}" for number in range(columns)]
+    layers = [Column(f"layer.{number}", kind, [0.5]) for number, kind in enumerate(sorted(kinds))]
+    places = heat_map.place_columns(layers, 50)
+    starts = {layer.group: place for place, layer in reversed([*zip(places, layers, strict=True)])}
+    assert places[0] == 50
+    assert min(after - before for before, after in itertools.pairwise(places)) == width
+    assert starts["kind 0"] - starts["feed-forward"] > 60
+    picture = heat_map.draw_heat_map(["rex"], layers)
+    assert picture.width > max(places) - 50 + width
+
+
+def test_a_layer_that_no_source_changes_is_grey(tmp_path: Path) -> None:
+    """Such as one whose output the model does not use: nothing is lost there, but nothing kept either."""
+    sites = ("transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_k")
+    report = of_a_transformer(("bobo", "kiki"), sites)
+    nothing = {"average": 0.0, "fused": 0.0}
+    report.data["residuals"]["layers"][sites[1]] = dict.fromkeys(("bobo", "kiki"), nothing)
+    with Image.open(report.heat_map(tmp_path / "map.png")) as picture:
+        left = heat_map.find_left(("bobo", "kiki"))
+        row = [picture.getpixel((left + 24 * column + 9, heat_map.TOP + 9)) for column in range(2)]
+    assert row == [(255, 128, 128), (200, 200, 200)]
 
 
 @pytest.mark.parametrize(("system", "unit"), [("darwin", 1), ("freebsd14", 2**10)])

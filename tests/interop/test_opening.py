@@ -290,8 +290,9 @@ def test_the_command_line_takes_the_same(components: dict[str, object], rex: EDL
     given = ["fuse", str(checkpoint), str(style), "--prompts", "ink style"]
     result = runner.invoke(app, [*given, *common], catch_exceptions=False)
     assert "Wrote the fused pack of <rex>, style to" in result.output
+    recording = [*common, "--method", "closed-form"]
     with pytest.raises(ConfigurationError, match=r"Got --prompts 0 times for 1 plain LoRAs \(.*style\)"):
-        runner.invoke(app, ["fuse", str(checkpoint), str(style), *common], catch_exceptions=False)
+        runner.invoke(app, ["fuse", str(checkpoint), str(style), *recording], catch_exceptions=False)
     drawing = ["--base", str(tmp_path / "base"), "--steps", "1"]
     for concepts, prompt in ((checkpoint, "a <rex>"), (style, "ink")):
         picture = tmp_path / f"{concepts.stem}.png"

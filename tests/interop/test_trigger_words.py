@@ -86,8 +86,8 @@ def test_the_command_line_asks_for_those_that_are_not_told(
     (tmp_path / "list.toml").write_text("[[source]]\npath = 'dog.safetensors'\nname = 'mine'\n")
     monkeypatch.chdir(tmp_path)
 
-    def fuse(*arguments: str) -> str:
-        common = ["--method", "average", "--base", "base", "--output", "both", "--overwrite"]
+    def fuse(*arguments: str, method: str = "average") -> str:
+        common = ["--method", method, "--base", "base", "--output", "both", "--overwrite"]
         result = CliRunner().invoke(cli.app, ["fuse", *arguments, *common], catch_exceptions=False)
         assert result.exit_code == 0
         return result.output
@@ -104,7 +104,7 @@ def test_the_command_line_asks_for_those_that_are_not_told(
     with pytest.warns(MixOfShowWarning, match="mine is recorded with prompts made of"):
         assert "Wrote the fused pack of mine to both" in fuse("list.toml")
     with pytest.raises(ConfigurationError, match=r"Got --prompts 0 times for 1 plain LoRAs \(ink.safetensors\) whose"):
-        fuse("dog.safetensors", "ink.safetensors")
+        fuse("dog.safetensors", "ink.safetensors", method="closed-form")
     with pytest.raises(ConfigurationError, match=r"Got --prompts 3 times for 1 plain LoRAs .*, of 2 in all"):
         fuse("dog.safetensors", "ink.safetensors", *("--prompts", "x") * 3)
 

@@ -388,6 +388,9 @@ def test_plain_loras_are_recorded_with_the_prompts_that_were_typed_for_each(
     ]
     with pytest.raises(ConfigurationError, match=r"second\.safetensors is a plain LoRA whose file tells no trigger"):
         actions.fuse(studio, [packs["rex"], *plain], "closed-form", ["red dog"])
+    with pytest.warns(MixOfShowWarning, match="tell what calls second: the fused file will not name it"):
+        _, (_, rows), _ = actions.fuse(studio, [packs["rex"], *plain], "average", ["red dog"])
+    assert rows == [["<rex>"], ["first"], ["second"]]
     recorded: list[str] = []
     with monkeypatch.context() as patch:
         encode = studio.pipe.text_encoder.forward

@@ -1,4 +1,4 @@
-"""``mixofshow fuse``: fuse several ED-LoRAs into one pack."""
+"""``mixofshow fuse``: fuse several ED-LoRAs or plain LoRAs into one pack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import known_family, spell_name
 from diffusers_mixofshow.cli.base_model import Base, find_common_base
-from diffusers_mixofshow.cli.fuse_sources import describe_source, read_sources
+from diffusers_mixofshow.cli.fuse_sources import describe_sources, read_sources, warn_of_swapped_prompts
 from diffusers_mixofshow.cli.plans import Overwrite, plan_fusion, plan_replacing, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.sampling.loading import load_base
@@ -59,8 +59,12 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option(
         help="Prompts with the trigger words of a plain LoRA, separated by '|'. Give it once for each plain LoRA "
-        "whose file does not name its trigger words, or for all plain LoRAs, in their order."
+        "whose file does not name its trigger words, or for all plain LoRAs, in their order. Methods that record no "
+        "features, such as average, need none."
     ),
+]
+Weights = Annotated[
+    list[float] | None, typer.Option(help="Weight of a source; give it once for each, in their order.")
 ]
 Recorded = Annotated[
     Features,
@@ -100,25 +104,25 @@ def fuse(
     prompts: Prompts = None,
     base: Base = None,
     features: Recorded = Features.AUTO,
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Weight of a source; give it once for each, in their order.")
-    ] = None,
+    weight: Weights = None,
     ridge: RidgeText = None,
     prior: Prior = 0.0,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Reduce fused updates to this rank.")] = None,
     device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
     keep_sources: KeepSources = False,
-    heat_map: Annotated[Path | None, typer.Option(help="PNG of what is kept, layers by concepts.")] = None,
+    heat_map: Annotated[
+        Path | None, typer.Option(help="PNG of what is kept: a cell for each concept and layer.")
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fuse several ED-LoRAs into one pack that holds all their concepts, without any photos.
+    """Fuse several ED-LoRAs, or plain LoRAs, into one file that holds all of them, without any photos.
 
     If all have statistics beside them (edlora.statistics.safetensors), no model is loaded. Started by
     `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
 
-    Plain LoRAs become one ordinary LoRA, which any program loads.
+    ED-LoRAs become one pack of their concepts; plain LoRAs alone one ordinary LoRA, which any program loads.
 
     \b
     Example, with what 'mixofshow demo' leaves:
@@ -132,19 +136,19 @@ def fuse(
         check_device(device)
     _refuse_unwritable(output, heat_map)
     writes = _join_processes()
-    own = method.value in MEASURED and features is not Features.SEQUENTIAL
-    given = read_sources(sources, prompts or [])
-    gathered = _gather(given, with_statistics=own)
+    given = read_sources(sources, prompts or [], recorded=method.value in MEASURED)
+    gathered = _gather(given, method, features)
     replaced = _find_replaced(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
     _refuse_other_counts(weight, gathered)
     base_model = _choose_base(gathered, base, features, method, prior)
-    _refuse_strange_base(gathered, base_model)
     if writes:
         _warn_of_idle_sources(gathered, used=base_model is None or features is not Features.AUTO)
-    found = [describe_source(source) for source in given]
+        _warn_of_stages(gathered, kept=keep_sources, staged=base_model is not None and features is not Features.OWN)
+    found = describe_sources(given, gathered, weight)
     if dry_run:
-        plan = _plan(gathered, base_model, features, output, method=method.value, max_rank=max_rank)
-        tell({"sources": "; ".join(found)} | plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
+        places = [output, *([] if heat_map is None else [heat_map])]
+        plan = _plan(gathered, base_model, features, places, method=method.value, max_rank=max_rank)
+        tell({"sources": found} | plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
         return
     if writes and not as_json:
         typer.echo("\n".join(found))
@@ -152,26 +156,31 @@ def fuse(
     fused = fuser.fuse(gathered, method=method.value, weights=weight).name_base(spell_name(base or ""))
     if writes:
         _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
-        _tell_result(fused, output, as_json=as_json)
+        _tell_result(fused, output, heat_map, as_json=as_json)
 
 
-def _gather(given: Sequence[FusionSource | LoRASource], *, with_statistics: bool) -> tuple[Source, ...]:
-    """Read and check the sources, and the statistics beside them where these are used."""
+def _gather(given: Sequence[FusionSource | LoRASource], method: Method, features: Features) -> tuple[Source, ...]:
+    """Read and check the sources and their prompts, and the statistics beside them where these are used."""
+    from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
     from diffusers_mixofshow.fusion.store import StatisticsStore
 
-    gathered = gather(given, None, prompts=None)
-    return StatisticsStore().attach(gathered, given) if with_statistics else gathered
+    recorded = method.value in MEASURED
+    gathered = gather(given, None, prompts=None, recorded=recorded)
+    warn_of_swapped_prompts(gathered, given)
+    is_own = recorded and features is not Features.SEQUENTIAL
+    return StatisticsStore().attach(gathered, given) if is_own else gathered
 
 
-def _tell_result(fused: FusedPack, output: Path, *, as_json: bool) -> None:
+def _tell_result(fused: FusedPack, output: Path, heat_map: Path | None, *, as_json: bool) -> None:
     names = [name for source in fused.sources for name in source.prompts]
     if as_json:
         typer.echo(json.dumps({"output": str(output), "concepts": names, **fused.report.data}))
         return
-    if fused.report.residuals:
-        fused.report.print()
+    fused.report.print()
     typer.echo(f"Wrote the fused pack of {', '.join(names)} to {output}")
+    if heat_map is not None:
+        typer.echo(f"Wrote {heat_map}")
 
 
 def _write(fused: FusedPack, output: Path, heat_map: Path | None, *, sources: bool, overwrite: bool) -> None:
@@ -234,15 +243,16 @@ def _choose_base(
     all_have = all(map(_has_statistics, gathered))
     if all_have and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
-    return base or find_common_base([source.edlora for source in gathered])
+    chosen = base or find_common_base([source.edlora for source in gathered])
+    _refuse_strange_base(gathered, chosen)
+    return chosen
 
 
-def _refuse_strange_base(gathered: Sequence[Source], base: str | None) -> None:
+def _refuse_strange_base(gathered: Sequence[Source], base: str) -> None:
     """Refuse a base model that is known to be of another family than the sources, before it is loaded."""
     from diffusers_mixofshow.fusion.sources import refuse_other_family
 
-    family = known_family(base) if base is not None else None
-    if family is not None:
+    if (family := known_family(base)) is not None:
         refuse_other_family(gathered, family)
 
 
@@ -253,10 +263,20 @@ def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:
     if len(gathered) == 1:
         warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
     if having and not used:
-        why = (
-            f"{', '.join(lacking)} without any that fit" if lacking else "--base or --prior asks for the paper's order"
+        why = f"for {', '.join(lacking)} there are none that fit" if lacking else "--base or --prior was given"
+        warn(
+            f"the statistics beside {', '.join(having)} are not used: as {why}, all sources are recorded in stages. "
+            "--features own uses them, and records only what is missing."
         )
-        warn(f"the statistics beside {', '.join(having)} are not used ({why}); --features own uses them.")
+
+
+def _warn_of_stages(gathered: Sequence[Source], *, kept: bool, staged: bool) -> None:
+    """Warn that sources which are kept have no statistics of their own after a fusion in stages."""
+    if kept and staged:
+        warn(
+            f"{', '.join(source.name for source in gathered)} will be fused in stages, whose statistics hold for "
+            "these sources together and are not kept: to add or remove concepts later, fuse with --features own."
+        )
 
 
 def _has_statistics(source: Source) -> bool:
@@ -264,25 +284,30 @@ def _has_statistics(source: Source) -> bool:
 
 
 def _plan(
-    gathered: Sequence[Source], base: str | None, features: Features, output: Path, **solving: Any
+    gathered: Sequence[Source], base: str | None, features: Features, places: Sequence[Path], **solving: Any
 ) -> dict[str, Any]:
     from diffusers_mixofshow.fusion.solving import Settings
 
     packs = [source.edlora for source in gathered]
     names = [name for source in gathered for name in source.prompts]
-    return plan_fusion(packs, names, base, Settings(**solving), output, runs=_count_runs(gathered, features))
+    return plan_fusion(packs, names, base, Settings(**solving), places, work=_count_work(gathered, features))
 
 
-def _count_runs(gathered: Sequence[Source], features: Features) -> int:
-    """Most runs of the U-Net while features are recorded; statistics that exist already save some."""
+def _count_work(gathered: Sequence[Source], features: Features) -> tuple[int, int]:
+    """Most runs of the denoiser while features are recorded, and steps of single pictures, which the bars count.
+
+    Statistics that exist already save some.
+    """
     from diffusers_mixofshow.fusion.collection import Recording
-    from diffusers_mixofshow.fusion.solving import family_of_sources
+    from diffusers_mixofshow.fusion.solving import family_of_sources, sites_of
 
-    recording, stages = Recording(), family_of_sources(gathered).stages
-    # In the sequential order, a stage of layers that see only the text takes a step of its own.
-    steps = recording.steps + (0 if features is Features.OWN else sum(stage.text_alone for stage in stages))
+    recording, family = Recording(), family_of_sources(gathered)
+    stages = {family.stage_of(site) for site in sites_of(gathered)}
+    steps = recording.steps
+    if features is not Features.OWN:  # a stage of layers that see only the text takes a step of its own
+        steps = sum(1 if stage.text_alone else recording.steps for stage in stages)
     prompts = [len(texts) for source in gathered for texts in source.prompts.values()]
-    return steps * sum(math.ceil(count / recording.batch_size) for count in prompts)
+    return steps * sum(math.ceil(count / recording.batch_size) for count in prompts), steps * sum(prompts)
 
 
 def _refuse_other_counts(weights: Sequence[float] | None, gathered: Sequence[Source]) -> None:

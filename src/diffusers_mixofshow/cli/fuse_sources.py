@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.cli.settings import read_toml
-from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
+    from diffusers_mixofshow.fusion.sources import Source
 
 _TABLE = "source"
 _LIST = ".toml"
+_SHOWN = 80
+"""Characters of a prompt that a source's line shows."""
 _KINDS = {
     "path": (str,),
     "prompts": (list,),
@@ -25,13 +29,16 @@ _KINDS = {
 }
 
 
-def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSource | LoRASource]:
+def read_sources(
+    given: Sequence[str], prompts: Sequence[str], *, recorded: bool = True
+) -> list[FusionSource | LoRASource]:
     """Read the sources that the command line names.
 
     Args:
         given: Hub ids, folders and files of ED-LoRAs, other programs' concepts and plain LoRAs; TOML files of sources.
         prompts: Trigger prompts, separated by ``|``, one entry for each plain LoRA whose file does not name its
             trigger words or prompts, or one for each plain LoRA, in their order.
+        recorded: Whether the method records features, so that every plain LoRA must have prompts.
 
     Raises:
         ConfigurationError: If the number of prompts is another, or a TOML file cannot be read.
@@ -43,7 +50,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     plain = [path for path in given if path in opened and not opened[path].edlora.concepts]
     silent = [path for path in plain if not opened[path].tells_prompts]
     prompts_of = dict(zip(silent if len(prompts) == len(silent) else plain, prompts, strict=False))
-    if len(prompts) not in (len(silent), len(plain)):
+    if len(prompts) not in (len(silent), len(plain)) and (prompts or recorded):
         raise ConfigurationError(
             f"Got --prompts {len(prompts)} times for {len(silent)} plain LoRAs ({', '.join(silent) or 'none'}) whose "
             f"files tell no trigger words, of {len(plain)} in all. Give it once for each in their order, as in "
@@ -52,7 +59,7 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     sources: list[FusionSource | LoRASource] = []
     for path in given:
         if path.endswith(_LIST):
-            sources += _read_list(Path(path))
+            sources += _read_list(Path(path), recorded=recorded)
         elif path in plain:
             texts = [one.strip() for one in prompts_of.get(path, "").split("|") if one.strip()]
             sources.append(LoRASource(path, texts, opened=opened[path]))
@@ -61,14 +68,62 @@ def read_sources(given: Sequence[str], prompts: Sequence[str]) -> list[FusionSou
     return sources
 
 
-def describe_source(source: FusionSource | LoRASource) -> str:
+def describe_sources(
+    given: Sequence[FusionSource | LoRASource], gathered: Sequence[Source], weights: Sequence[float] | None
+) -> list[str]:
+    """Describe each source in one line.
+
+    Args:
+        given: The sources as they were given.
+        gathered: The same sources with their prompts.
+        weights: Weights on the command line.
+    """
+    counts = [_count_members(source) for source in given]
+    every = " ".join(f"--weight {count}" for count in counts)
+    is_weighted = weights or any(source.weight != 1 for source in gathered)
+    lines = []
+    for source, read, count in zip(given, gathered, counts, strict=True):
+        line = _describe_source(source, [] if read.edlora.concepts else read.prompts[read.name])
+        if count > 1 and len(given) > 1 and not is_weighted:
+            line += f"; it counts as one of the sources: {every} gives each of its {count} the weight of one"
+        lines.append(line)
+    return lines
+
+
+def _count_members(source: FusionSource | LoRASource) -> int:
+    """How many concepts or plain LoRAs are in a source, as far as its file tells."""
+    opened = source.opened
+    return 1 if opened is None else max(1, len(opened.edlora.concepts), len(opened.recorded_prompts))
+
+
+def warn_of_swapped_prompts(gathered: Sequence[Source], given: Sequence[FusionSource | LoRASource]) -> None:
+    """Warn of plain LoRAs whose name or trigger words are in the prompts of another, but not in their own."""
+    texts = {read.name: " | ".join(read.prompts[read.name]) for read in gathered if not read.edlora.concepts}
+    told = []
+    for read, source in zip(gathered, given, strict=True):
+        if not (own := texts.get(read.name)):
+            continue
+        words = [read.name, *(source.opened.trigger_words if source.opened else ())]
+        others = [name for name, text in texts.items() if name != read.name and _names_any(text, words)]
+        if others and not _names_any(own, words):
+            told.append(f"{read.name} is named by the prompts of {', '.join(others)}, but not by its own")
+    if told:
+        warn(f"{'; '.join(told)}. --prompts go by the order of the files: are they in that order?")
+
+
+def _names_any(text: str, words: Sequence[str]) -> bool:
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in words)
+
+
+def _describe_source(source: FusionSource | LoRASource, prompts: Sequence[str]) -> str:
     """Describe a source in one line, as far as its file tells."""
     from diffusers_mixofshow.edlora.defects import sanitise
     from diffusers_mixofshow.interop.summary import origin_of_foreign, origin_of_pack
 
+    shown = f"prompts {prompts[0][:_SHOWN]!r}{'; ...' if len(prompts) > 1 else ''} ({len(prompts)})" if prompts else ""
     opened = source.opened
     if opened is None:
-        return str(source.source)
+        return f"{source.source}: {shown}" if shown else str(source.source)
     told = origin_of_pack(opened.edlora) if opened.foreign is None else origin_of_foreign(opened.foreign)
     lora = opened.edlora.lora
     ranks = sorted({update.rank for update in lora.values()})
@@ -78,13 +133,14 @@ def describe_source(source: FusionSource | LoRASource) -> str:
         f"names of {told['layout']}",
         f"rank {' and '.join(map(str, ranks))}, {len(lora)} layers" if lora else "no updates of layers",
         f"tuned on {sanitise(told['base_model'])}" if told["base_model"] else "",
+        shown,
         f"trigger words {', '.join(map(repr, opened.trigger_words))}" if opened.trigger_words else "",
         f"its record has the prompts of {recorded}" if recorded else "",
     ]
     return f"{source.source}: {', '.join(filter(None, parts))}"
 
 
-def _read_list(path: Path) -> list[FusionSource | LoRASource]:
+def _read_list(path: Path, *, recorded: bool) -> list[FusionSource | LoRASource]:
     """Read a TOML file with a table ``[[source]]`` for each source; paths are relative to the file."""
     content = read_toml(path)
     tables = content.get(_TABLE)
@@ -97,7 +153,7 @@ def _read_list(path: Path) -> list[FusionSource | LoRASource]:
     ]
     if defects:
         raise ConfigurationError(f"{path}: " + "; ".join(defects) + ".")
-    return [_make_source(table, path.parent) for table in tables]
+    return [_make_source(table, path.parent, recorded=recorded) for table in tables]
 
 
 def _find_defects(table: dict[str, Any]) -> list[str]:
@@ -115,7 +171,7 @@ def _find_defects(table: dict[str, Any]) -> list[str]:
     return defects
 
 
-def _make_source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASource:
+def _make_source(table: dict[str, Any], folder: Path, *, recorded: bool) -> FusionSource | LoRASource:
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
     from diffusers_mixofshow.interop.opening import open_edlora
 
@@ -126,7 +182,7 @@ def _make_source(table: dict[str, Any], folder: Path) -> FusionSource | LoRASour
     if "prompts" in values:
         return LoRASource(**values)
     opened = open_edlora(values["source"])
-    if not opened.edlora.concepts and opened.tells_prompts:
+    if not opened.edlora.concepts and (opened.tells_prompts or not recorded):
         return LoRASource(**values, opened=opened)
     if not opened.edlora.concepts:
         raise ConfigurationError(

@@ -11,7 +11,7 @@ import typer
 
 from diffusers_mixofshow.atomic import find_existing
 from diffusers_mixofshow.base_models import classes_of, known_family, location_of, make_loading_error
-from diffusers_mixofshow.cli.timing import estimate_time
+from diffusers_mixofshow.cli.timing import MODELS, estimate_time
 
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ _RECORDED = 8
 
 
 def tell(plan: Mapping[str, object], *, as_json: bool = False) -> None:
-    """Print a plan: one line for each entry, or JSON."""
+    """Print a plan: one line for each entry, and for each item of a list; or JSON."""
     if as_json:
         typer.echo(json.dumps(plan, default=str))
         return
     for name, value in plan.items():
-        typer.echo(f"{name}: {value}")
+        lines = [f"{name}:", *(f"  {one}" for one in value)] if isinstance(value, list) else [f"{name}: {value}"]
+        typer.echo("\n".join(lines))
 
 
 def plan_replacing(*places: Path, overwrite: bool) -> dict[str, str]:
@@ -110,7 +111,13 @@ def _describe_isolation(isolation: Isolation | None) -> str:
 
 
 def plan_fusion(
-    packs: Sequence[EDLoRA], names: Sequence[str], base: str | None, settings: Settings, output: Path, *, runs: int
+    packs: Sequence[EDLoRA],
+    names: Sequence[str],
+    base: str | None,
+    settings: Settings,
+    places: Sequence[Path],
+    *,
+    work: tuple[int, int],
 ) -> dict[str, Any]:
     """Describe what `mixofshow fuse` would do.
 
@@ -119,8 +126,8 @@ def plan_fusion(
         names: Placeholders of their concepts, and names of plain LoRAs.
         base: The base model, if features must be recorded; None if no model is needed.
         settings: How layers are solved.
-        output: Folder of the pack.
-        runs: Most runs of the U-Net on a batch while features are recorded.
+        places: Folder of the pack, and other files that are written.
+        work: Most runs of the denoiser on a batch while features are recorded, and steps of single pictures.
 
     Warns:
         MixOfShowWarning: Of a method that makes the pack large, as the fusion itself does.
@@ -135,7 +142,9 @@ def plan_fusion(
     numbers = count_values(updates, settings) + sum(
         rows.numel() for pack in packs for rows in pack.embeddings.values()
     )
-    inputs = {name: sizes[group[0]][1] for name, group in family_of_sites(sizes).by_input(sizes).items()}
+    family, (runs, steps) = family_of_sites(sizes), work
+    model = MODELS.get(family.denoiser, family.denoiser)
+    inputs = {name: sizes[group[0]][1] for name, group in family.by_input(sizes).items()}
     gram = sum(map(count_stored_values, inputs.values())) * _BYTES_OF_FLOAT64 * (len(packs) if base else 0)
     return {
         "concepts": ", ".join(names),
@@ -143,12 +152,15 @@ def plan_fusion(
         "layers": len(ranks),
         "rank": f"at most {max(ranks.values(), default=0)}",
         "memory for statistics": f"{gram / 1e6:.0f} MB at most" if base else "that of the files beside the sources",
-        "U-Net runs": f"{runs} at most, each on a batch of up to {_RECORDED}" if base else "none",
-        "time": estimate_time(base, runs, _RECORDED)
+        f"{model} runs": f"{runs} at most, each on a batch of up to {_RECORDED}; bars count single pictures: {steps}"
+        if base
+        else "none",
+        "time": estimate_time(base, runs, _RECORDED, model=model)
         if base
         else f"that of solving {len(ranks)} layers; no model runs",
-        "pack": f"{numbers:,} numbers, {2 * numbers / 1e6:.1f} MB in float16; embeddings come on top",
-        "writes": output,
+        "pack": f"{numbers:,} numbers, {2 * numbers / 1e6:.1f} MB in float16"
+        + ("; embeddings come on top" if any(pack.embeddings for pack in packs) else ""),
+        "writes": ", ".join(map(str, places)),
     }
 
 

@@ -103,9 +103,12 @@ class GradientFuser:
             FusionError: If the sources do not fit each other or the model; lists every defect.
         """
         settings = replace(self.config.settings, method=method)
-        gathered = self._gather(sources, weights, scales, with_statistics=not self.config.sequential)
+        recorded = settings.method in MEASURED
+        gathered = self._gather(
+            sources, weights, scales, with_statistics=not self.config.sequential, recorded=recorded
+        )
         warn_of_full_rank([source.edlora.lora for source in gathered], settings, self.config.dtype)
-        if settings.method not in MEASURED:
+        if not recorded:
             fused = fuse_recorded(gathered, settings, {}, device=self.config.device, pipe=self.pipe)
         elif self.config.sequential:
             fused = self._fuse_in_stages(gathered, settings)
@@ -141,9 +144,11 @@ class GradientFuser:
         scales: Sequence[float] | None = None,
         *,
         with_statistics: bool,
+        recorded: bool = True,
     ) -> tuple[Source, ...]:
         components = None if self.pipe is None else self.pipe.components
-        sources = gather(given, components, prompts=self.config.prompts, weights=weights, scales=scales)
+        prompts = self.config.prompts
+        sources = gather(given, components, prompts=prompts, weights=weights, scales=scales, recorded=recorded)
         if self.pipe is not None:
             refuse_concepts(self.pipe, (source.edlora for source in sources))
         return self._store.attach(sources, given) if with_statistics else sources

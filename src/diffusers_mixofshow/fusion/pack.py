@@ -202,7 +202,8 @@ class FusedPack(EDLoRA):
             ConceptError: If its concept is in the pack already.
             FusionError: If statistics are missing, or the source does not fit.
         """
-        (added,) = StatisticsStore().attach(gather([source], None, prompts=prompts), [source])
+        gathered = gather([source], None, prompts=prompts, recorded=self.settings.method in MEASURED)
+        (added,) = StatisticsStore().attach(gathered, [source])
         warn_of_copies((*self.sources, added))
         return fuse_again(self, (*self.sources, added))
 

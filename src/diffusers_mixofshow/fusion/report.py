@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,6 +20,8 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of_sites
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_mixofshow.fusion.heat_map import Column, draw_heat_map
 from diffusers_mixofshow.fusion.solving import Settings, Solution
 from diffusers_mixofshow.fusion.sources import Source, shares
 
@@ -33,12 +34,18 @@ looks, because much of the residual is on features that all of them share.
 """
 
 TITLE = "Residual of features (0: its own model, 1: the base)"
-MEANING = (
-    "A residual is about features, not identity: compare 'fused' with 'averaged', what a weighted average leaves. "
+_MEANING = (
+    "A residual is about features, not identity: compare 'fused' with 'averaged', what a weighted average leaves."
+)
+_MEASURED = (
     "Around 0.6, concepts of 'mixofshow demo' keep nearly all of their looks; 'mixofshow evaluate' measures yours."
 )
+_NOT_MEASURED = "By itself it says little: measure the result with 'mixofshow evaluate' or 'mixofshow compare'."
+_OVERLAP = (
+    "An overlap says how far two of them act on the same directions of the layers' inputs, where one output has to "
+    "serve both: 0 on none, 1 on all of them. Compare the pairs with each other."
+)
 _PAIRS_SHOWN = 3
-_CELL, _MARGIN = 14, 8
 
 
 @dataclass(frozen=True)
@@ -111,38 +118,70 @@ class FusionReport:
         )
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """The table that `print` shows, as strings: the column names, and a row for each concept."""
-        family = family_of_sites(self._layers)
-        groups: dict[str, list[str]] = {}
-        for site in self._layers:
-            groups.setdefault(family.group_of(site), []).append(site)
+        """The table that `print` shows, as strings: the column names, and a row for each concept.
+
+        Kinds of layers have columns of their own if there are several.
+        """
+        groups = self._groups if len(self._groups) > 1 else {}
         rows = [
             [
                 name,
                 _number(mean["average"]),
                 _number(mean["fused"]),
-                *(self._mean(name, groups[group]) for group in sorted(groups)),
+                *(self._mean(name, sites) for sites in groups.values()),
             ]
             for name, mean in self.residuals.items()
         ]
-        return ["concept", "averaged", "fused", *sorted(groups)], rows
+        return ["concept", "averaged", "fused", *groups], rows
+
+    @property
+    def meaning(self) -> str:
+        """What the table's numbers say, in a few sentences; how much is kept only where that was measured."""
+        family = family_of_sites(self._layers)
+        is_measured = family is STABLE_DIFFUSION and all(name.startswith("<") for name in self.residuals)
+        return f"{_MEANING} {_MEASURED if is_measured else _NOT_MEASURED}"
+
+    @property
+    def told_energy(self) -> str:
+        """How much of the updates is left where `max_rank` reduced them; empty if it reduced none."""
+        kept = {site: one["energy_kept"] for site, one in self.data.get("layers", {}).items() if "energy_kept" in one}
+        if self.data.get("max_rank") is None or not kept:
+            return ""
+        least, mean = min(kept, key=lambda site: kept[site]), sum(kept.values()) / len(kept)
+        return (
+            f"Reduced to rank {self.data['max_rank']}, {len(kept)} layers keep {mean:.1%} of "
+            f"the energy of their updates (sum of the squares) in the mean, {kept[least]:.1%} at least ({least})."
+        )
+
+    @property
+    def told_overlaps(self) -> tuple[str, ...]:
+        """What an overlap is, and the pairs with the largest; empty if there are none."""
+        pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
+        return (_OVERLAP, f"Largest overlaps (0 to 1): {', '.join(pairs)}") if pairs else ()
 
     def print(self, console: Console | None = None) -> None:
-        """Print the residuals of every concept by kind of layer, and the pairs with the largest overlap."""
+        """Print the residuals of every concept by kind of layer, the pairs with the largest overlap, and the energy.
+
+        Of a fusion that measured nothing, only the energy that `max_rank` left.
+        """
         console = console or Console()
+        if self.residuals:
+            self._print_residuals(console)
+        if told := self.told_energy:
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+    def _print_residuals(self, console: Console) -> None:
         columns, rows = self.table()
         table = Table(*columns, title=TITLE)
         for name, *numbers in rows:
             table.add_row(escape(name), *numbers)
         console.print(table)
-        console.print(MEANING, highlight=False, markup=False, soft_wrap=True)
-        pairs = [f"{one} and {other} {value:.2f}" for one, other, value in self.conflicts[:_PAIRS_SHOWN]]
-        if pairs:
-            told = f"Largest overlaps (0 to 1): {', '.join(pairs)}"
-            console.print(told, markup=False, soft_wrap=True)
+        console.print(self.meaning, highlight=False, markup=False, soft_wrap=True)
+        for told in self.told_overlaps:
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
 
     def heat_map(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Draw layers (columns) by concepts (rows) as a PNG: white is kept, red is lost.
+        """Draw layers (columns) by concepts (rows) as a PNG with a legend: white is kept, red is lost.
 
         Args:
             path: The file.
@@ -156,19 +195,23 @@ class FusionReport:
         if not self._layers:
             raise FusionError("Nothing was measured when this pack was fused, so there is nothing to draw.")
         names = list(self.residuals)
-        left = _MARGIN + max(7 * len(name) for name in names)
-        size = (left + _CELL * len(self._layers) + _MARGIN, 2 * _MARGIN + _CELL * len(names))
-        picture = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(picture)
-        for row, name in enumerate(names):
-            top = _MARGIN + _CELL * row
-            draw.text((_MARGIN // 2, top + 1), name, fill="black")
-            for column, layer in enumerate(self._layers.values()):
-                place = left + _CELL * column
-                draw.rectangle((place, top, place + _CELL - 2, top + _CELL - 2), fill=_colour(layer[name]["fused"]))
+        columns = [
+            Column(site, group, [_lost(self._layers[site][name], alone=len(names) == 1) for name in names])
+            for group, sites in self._groups.items()
+            for site in sites
+        ]
         path = Path(path)
-        write_picture(path, picture)
+        write_picture(path, draw_heat_map(names, columns))
         return path
+
+    @property
+    def _groups(self) -> dict[str, list[str]]:
+        """Kind of layers to the layers, by name."""
+        family = family_of_sites(self._layers)
+        groups: dict[str, list[str]] = {}
+        for site in self._layers:
+            groups.setdefault(family.group_of(site), []).append(site)
+        return dict(sorted(groups.items()))
 
     @property
     def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
@@ -232,9 +275,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _colour(value: float | None) -> tuple[int, int, int]:
-    """White at 0, red at 1 and above, grey where the concept does not change the layer."""
-    if value is None:
-        return (200, 200, 200)
-    fade = round(255 * (1 - min(1.0, value)))
-    return (255, fade, fade)
+def _lost(residual: Mapping[str, float | None], *, alone: bool) -> float | None:
+    """The fused residual of a layer; None if the source does not change the layer's outputs.
+
+    Then the average is as good as its own update; that also holds of a source that is fused alone.
+    """
+    is_unchanged = residual["average"] == residual["fused"] == 0 and not alone
+    return None if is_unchanged else residual["fused"]

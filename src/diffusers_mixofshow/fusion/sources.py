@@ -174,6 +174,7 @@ def gather(
     prompts: PromptSet | None,
     weights: Sequence[float] | None = None,
     scales: Sequence[float] | None = None,
+    recorded: bool = True,
 ) -> tuple[Source, ...]:
     """Read the ED-LoRAs and check that they can be fused with each other and with the model.
 
@@ -183,6 +184,7 @@ def gather(
         prompts: See `recording_prompts`.
         weights: Share of each, any positive numbers; by default the sources' own.
         scales: Factor on all updates of each; by default the sources' own.
+        recorded: Whether the method needs statistics, so that a plain LoRA must have prompts to record.
 
     Raises:
         ConceptError: If concepts of several sources share names.
@@ -193,7 +195,7 @@ def gather(
     unet = (components or {}).get("unet")
     layers = cross_attention_layers(unet) if isinstance(unet, nn.Module) else ()
     entries = [_enter(one, place) for place, one in enumerate(given, 1)]
-    sources = [entry if isinstance(entry, Source) else _read(entry, prompts, layers) for entry in entries]
+    sources = [entry if isinstance(entry, Source) else _read(entry, prompts, layers, recorded) for entry in entries]
     weights = [entry.weight for entry in entries] if weights is None else weights
     scales = [entry.scale for entry in entries] if scales is None else scales
     unchecked = [source for source, one in zip(sources, given, strict=True) if components or one is not source]
@@ -207,6 +209,7 @@ def gather(
     refuse_defects(defects)
     if not all(isinstance(one, Source) for one in given):  # of those the user was told when they were read
         warn_of_copies(sources)
+        _warn_of_silent(sources)
     numbers = zip(sources, weights, scales, strict=True)
     return tuple(source.rescale(scale, weight=weight) for source, weight, scale in numbers)
 
@@ -243,6 +246,16 @@ def warn_of_copies(sources: Sequence[Source]) -> None:
             warn(f"{told} are the same LoRA by their content, which so counts {len(group)} times; give it once.")
 
 
+def _warn_of_silent(sources: Sequence[Source]) -> None:
+    """Warn of plain LoRAs without prompts, which only methods that record nothing take."""
+    silent = [name for source in sources for name, texts in source.prompts.items() if not texts]
+    if silent:
+        warn(
+            f"neither a file nor prompts tell what calls {', '.join(silent)}: the fused file will not name it. This "
+            "method needs no prompts; those that are given are kept in the file and on its card."
+        )
+
+
 def _are_copies(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> bool:
     return bool(one) and one.keys() == other.keys() and all(_are_equal(one[site], other[site]) for site in one)
 
@@ -253,7 +266,9 @@ def _are_equal(one: LowRank, other: LowRank) -> bool:
     return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in halves)
 
 
-def _read(entry: FusionSource | LoRASource, prompts: PromptSet | None, layers: tuple[str, ...]) -> Source:
+def _read(
+    entry: FusionSource | LoRASource, prompts: PromptSet | None, layers: tuple[str, ...], recorded: bool
+) -> Source:
     """Read one source; its weight and scale are not applied yet."""
     if isinstance(entry.source, EDLoRA):
         return Source(edlora=entry.source, prompts=prompts_of_concepts(entry.source, prompts))
@@ -263,7 +278,8 @@ def _read(entry: FusionSource | LoRASource, prompts: PromptSet | None, layers: t
     edlora, place = opened.edlora, os.fspath(entry.source)
     if not edlora.concepts:
         lora = entry if isinstance(entry, LoRASource) else LoRASource(place)
-        own = {lora.label: tuple(lora.prompts) or _prompts_of_file(lora, opened)}
+        is_silent = not (lora.prompts or opened.tells_prompts or recorded)
+        own = {lora.label: () if is_silent else tuple(lora.prompts) or _prompts_of_file(lora, opened)}
     elif isinstance(entry, LoRASource):
         names = ", ".join(concept.placeholder for concept in edlora.concepts)
         raise FusionError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from diffusers_mixofshow.base_models import classes_of
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, RegionError
 from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.fusion import FusionSource, LoRASource
-from diffusers_mixofshow.fusion.report import MEANING
+from diffusers_mixofshow.fusion.solving import MEASURED
 from diffusers_mixofshow.interop.summary import facts_of, format_norm, summary_of_foreign, summary_of_pack
 from diffusers_mixofshow.regions.drawing import draw_regions
 from diffusers_mixofshow.sampling.drawing import Drawing, draw
@@ -320,7 +320,7 @@ def fuse(
         sources: See `Studio.open`.
         method: One of `METHODS`.
         trigger_prompts: Prompts of each plain LoRA whose file does not name its trigger words, in the order of the
-            sources, separated by ``|``.
+            sources, separated by ``|``; methods that use the updates alone need none.
 
     Returns:
         The pack's files, the table of its report, and what the numbers mean.
@@ -334,7 +334,8 @@ def fuse(
         raise ConfigurationError(f"Got the method {method!r}, expected one of {', '.join(METHODS)}.")
     opened = [(source, studio.open(source)) for source in sources]
     prompts = iter(trigger_prompts)
-    to_fuse = [_make_source(source, each, prompts) for source, each in opened]
+    recorded = method in MEASURED
+    to_fuse = [_make_source(source, each, prompts, recorded=recorded) for source, each in opened]
     with studio.borrow() as pipe:
         fused = GradientFuser(pipe).fuse(to_fuse, method=method)  # type: ignore[arg-type]
     folder = studio.new_folder()
@@ -344,16 +345,17 @@ def fuse(
     if not report.residuals:
         names = [[name] for each in fused.sources for name in each.prompts]
         return files, (["concept"], names), "This method measures nothing."
-    nearest = [f"{one} and {other} {value:.2f}" for one, other, value in report.conflicts[:3]]
-    conflicts = f" Largest overlaps (0 to 1): {', '.join(nearest)}." if nearest else ""
-    return files, report.table(), MEANING + conflicts
+    conflicts = f"{' '.join(report.told_overlaps)}." if report.told_overlaps else ""
+    return files, report.table(), f"{report.meaning} {conflicts}".rstrip()
 
 
-def _make_source(source: str | Path, opened: Opened, prompts: Any) -> FusionSource | LoRASource:
+def _make_source(
+    source: str | Path, opened: Opened, prompts: Iterator[str], *, recorded: bool
+) -> FusionSource | LoRASource:
     if opened.edlora.concepts:
         return FusionSource(source, opened=opened)
     texts = [] if opened.tells_prompts else [one.strip() for one in next(prompts, "").split("|") if one.strip()]
-    if not texts and not opened.tells_prompts:
+    if recorded and not texts and not opened.tells_prompts:
         raise ConfigurationError(
             f"{Path(source).name} is a plain LoRA whose file tells no trigger words. Give a line of prompts for it, "
             "such as: photo of sks dog | sks dog on the beach."
