@@ -65,11 +65,11 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
     if not config.company or config.kind == "scene":
         return []
     if not masked:
-        photos = shlex.quote(str(config.instance_data_dir))
+        folder = shlex.quote(str(config.instance_data_dir))
         warn(
             "No photo has a mask. Training works without masks; with them (masks/NAME.png, white is the concept, or "
             "photos that are cut out) pictures with the concept twice are composed, and it keeps its looks better "
-            f"beside others. `mixofshow masks {photos} --class-word {shlex.quote(config.class_word)}` makes them (it "
+            f"beside others. `mixofshow masks {folder} --class-word {shlex.quote(config.class_word)}` makes them (it "
             "downloads a model of 600 MB once), in Python make_masks; --company 0 (company=0) turns this off."
         )
         return []
