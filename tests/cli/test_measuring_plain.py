@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,8 +18,8 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from cli.test_measuring import QUICK, fill
-from diffusers_mixofshow import FusedPack, FusionSource, GradientFuser, LoRASource, MixOfShowPipeline, cli
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow import FusedPack, FusionSource, GradientFuser, LoRASource, MixOfShowPipeline, cli, toyland
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
 from diffusers_mixofshow.evaluation.packs import Reference, evaluate_packs
 from diffusers_mixofshow.evaluation.sampling import Sampling
@@ -199,6 +201,73 @@ def test_plain_loras_of_a_base_that_draws_no_concepts_are_measured_with_its_own_
     assert rows["bobo", "both"]["identity"]["attributes"] is not None
     assert rows["bobo", "both"]["drift"] > 0
     assert json.loads(told)["settings"]["base_model"] == "toyland-sd3"
+
+
+@pytest.fixture
+def of_sd3(tmp_path, monkeypatch) -> Path:
+    """A pack fused of one plain LoRA for the base toyland-sd3, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    sites = [f"transformer.transformer_blocks.{number}.attn.to_q" for number in range(2)]
+    lora = {site: packs.LowRank(down=torch.randn(2, 160), up=torch.randn(160, 2), alpha=2.0) for site in sites}
+    source = LoRASource(write_lora(tmp_path / "rex.safetensors", lora), ["a rex dog", "rex dog in the snow"])
+    fused = GradientFuser().fuse([source], method="average")
+    replace(fused, base_model="toyland-sd3").save_pretrained("pack")
+    return tmp_path
+
+
+SD3_PROMPT = ("sample", "--prompt", "a dog in the snow", "--steps", "2")
+
+
+def test_a_base_that_draws_no_concepts_draws_prompts_with_plain_loras(of_sd3) -> None:
+    run(*SD3_PROMPT, "--concepts", "pack", "--count", "2", "--output", "x.png")
+    run(*SD3_PROMPT, "--base", "toyland-sd3", "--seed", "1", "--output", "bare.png")
+    run(*SD3_PROMPT, "--concepts", "pack", "--lora-scale", "0", "--seed", "1", "--output", "off.png")
+    run("--config", "x-1.png", "sample", "--output", "again.png")
+    pictures = {name: Image.open(f"{name}.png").tobytes() for name in ("x-0", "x-1", "again", "bare", "off")}
+    assert pictures["bare"] == pictures["off"]
+    assert len({pictures[name] for name in ("x-0", "x-1", "bare")}) == 3
+    pairs = zip(pictures["x-1"], pictures["again"], strict=True)  # of another batch size, so that rounding differs
+    assert max(abs(one - other) for one, other in pairs) <= 4
+    pipe = toyland.load_pipeline(base_model="toyland-sd3")
+    own = pipe("a dog in the snow", num_inference_steps=2, guidance_scale=3.0, generator=torch.manual_seed(1)).images
+    assert own[0].tobytes() == pictures["bare"]
+    run(*SD3_PROMPT, "--base", "toyland-sd3", "--width", "72", "--output", "wide.png")
+    assert Image.open("wide.png").size == (72, 64)
+
+
+def test_what_the_pipeline_of_diffusers_refuses_is_one_clear_error(of_sd3, monkeypatch) -> None:
+    def refuse(*_: object, **named: object) -> None:
+        raise ValueError("`width` has to be divisible by 16")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "check_inputs", refuse)
+    with pytest.raises(ConfigurationError, match=r"StableDiffusion3Pipeline .* cannot draw this: .*divisible by"):
+        run(*SD3_PROMPT, "--base", "toyland-sd3", "--output", "never.png")
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        (("--region", "0,0,1,1:a dog"), "regions"),
+        (("--image", "own.png"), r"pictures to start from \(--image\)"),
+        (("--concepts", "ed", "--base", "toyland-sd3"), "concepts"),
+    ],
+)
+@pytest.mark.parametrize("way", ["--dry-run", "--json"])
+def test_what_such_a_base_does_not_draw_is_refused_before_it_is_loaded(
+    of_sd3, monkeypatch, more, refused, way
+) -> None:
+    monkeypatch.setattr(
+        "diffusers_mixofshow.sampling.drawing.load_base", lambda *given, **named: pytest.fail("loaded")
+    )
+    Image.new("RGB", (64, 64)).save("own.png")
+    packs.random_pack(tiny.components(), "rex").save_pretrained("ed")
+    expected = (
+        f"'toyland-sd3' is of Stable Diffusion 3, with which no {refused} are drawn, only prompts.*Leave them out"
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        run(*SD3_PROMPT, "--concepts", "pack", *more, way)
+    with pytest.raises(ConceptError, match="<rex>"):
+        run("sample", "--prompt", "a <rex>", "--concepts", "pack", way)
 
 
 def test_a_base_without_any_pipeline_is_one_clear_error(tmp_path, monkeypatch) -> None:

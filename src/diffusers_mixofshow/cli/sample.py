@@ -26,6 +26,7 @@ from diffusers_mixofshow.sampling.drawing import (
     draw,
     fit_layout,
     refuse_inpainting,
+    refuse_other_settings,
     warn_of_strange_words,
 )
 from diffusers_mixofshow.sampling.loading import check_device
@@ -141,6 +142,7 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
         device=asked["device"],
         dtype=asked["dtype"],
     )
+    refuse_other_settings(drawing)
     if asked["layout"] is not None:
         warn_of_changes(asked["layout"], drawing)
     return drawing
