@@ -63,7 +63,9 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)  # safetensors makes files that only their owner may read
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)

@@ -215,6 +215,7 @@ def of_sd3(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+SD1 = packs.LowRank(down=torch.ones(1, 768), up=torch.ones(1280, 1), alpha=1.0)
 SD3_PROMPT = ("sample", "--prompt", "a dog in the snow", "--steps", "2")
 
 
@@ -268,6 +269,48 @@ def test_what_such_a_base_does_not_draw_is_refused_before_it_is_loaded(
         run(*SD3_PROMPT, "--concepts", "pack", *more, way)
     with pytest.raises(ConceptError, match="<rex>"):
         run("sample", "--prompt", "a <rex>", "--concepts", "pack", way)
+
+
+def test_files_that_do_not_tell_their_base_are_one_message_and_none_if_the_base_is_embedded(of_sd3) -> None:
+    files = ["rex.safetensors", str(Path("rex.safetensors").rename("ming.safetensors").absolute())]
+    Path(files[0]).write_bytes(Path("ming.safetensors").read_bytes())
+    words = ("--trigger", "rex=rex", "--trigger", "ming=ming", "--class-word", "rex=dog", "--class-word", "ming=vase")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        assert "base model: toyland-sd3," in run("compare", *files, *words, "--dry-run")
+    told = run("inspect", "rex.safetensors")
+    assert "(--base toyland-sd3)" in " ".join(told.replace("│", " ").split())
+    for name in ("dog", "ink"):
+        write_lora(Path(f"{name}.safetensors"), {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": SD1})
+    given = ("dog.safetensors", "ink.safetensors", "--trigger", "dog=sks", "--trigger", "ink=inkwash")
+    with pytest.warns(MixOfShowWarning) as caught:
+        run("compare", *given, "--dry-run")
+    told = [str(each.message) for each in caught if "base model" in str(each.message)]
+    assert len(told) == 1
+    assert told[0].startswith("dog.safetensors, ink.safetensors do not tell their base model; stable-diffusion-v1-5/")
+
+
+def test_a_plain_pack_keeps_words_and_record_in_other_formats_and_the_names_are_told(of_sd3) -> None:
+    other = Path("plain")
+    other.write_text("")
+    for place in ("k", "d"):
+        run("convert", "pack", place, "--to", {"k": "kohya", "d": "diffusers"}[place])
+    (kohya,) = Path("k").iterdir()
+    for file in (kohya, Path("d/pytorch_lora_weights.safetensors")):
+        assert file.stat().st_mode == other.stat().st_mode
+        told = json.loads(run("inspect", file, "--json"))
+        assert told["trigger_words_of_sources"] == {"rex": ["rex dog"]}
+        assert told["base_model"] == "toyland-sd3"
+    named = CliRunner().invoke(cli.app, ["convert", "pack", "k2", "--to", "kohya"])
+    assert "Note: Of Stable Diffusion 3, layers have diffusers' names, under which both ComfyUI" in named.stderr
+    asked = json.loads(run("convert", "pack", "k3", "--to", "kohya", "--json"))
+    assert len(asked["notes"]) == 1
+    assert json.loads(run("convert", "pack", "d2", "--to", "diffusers", "--json"))["notes"] == []
+    for program, wanted in (("comfyui", "kohya, which comfyui loads"), ("A1111", "kohya"), ("koya", "'kohya'")):
+        refused = CliRunner().invoke(cli.app, ["convert", "pack", "never", "--to", program])
+        assert refused.exit_code == 2
+        assert wanted in " ".join(refused.stderr.replace("│", " ").split())
+    assert not Path("never").exists()
 
 
 def test_a_base_without_any_pipeline_is_one_clear_error(tmp_path, monkeypatch) -> None:

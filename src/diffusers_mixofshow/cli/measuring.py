@@ -21,7 +21,7 @@ from diffusers_mixofshow.cli.base_model import (
     find_common_base,
     normalise_base,
 )
-from diffusers_mixofshow.cli.sources import read_pack
+from diffusers_mixofshow.cli.sources import open_packs
 from diffusers_mixofshow.cli.timing import estimate_time
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, suggest, warn
@@ -326,8 +326,8 @@ def read_packs(sources: Sequence[str], base: str | None) -> dict[str, MeasuredPa
     last = [Path(source).name or source for source in sources]
     names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
     packs = {
-        name: MeasuredPack.of(read_pack(source, base), LoRASource(source).label)
-        for name, source in zip(names, sources, strict=True)
+        name: MeasuredPack.of(pack, LoRASource(source).label)
+        for name, source, pack in zip(names, sources, open_packs(sources, base), strict=True)
     }
     return name_by_records(packs)
 
