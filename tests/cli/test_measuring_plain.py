@@ -19,9 +19,11 @@ import packs
 import tiny
 from cli.test_measuring import QUICK, fill
 from diffusers_mixofshow import FusedPack, FusionSource, GradientFuser, LoRASource, MixOfShowPipeline, cli, toyland
+from diffusers_mixofshow.cli.measuring import _print_table
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
-from diffusers_mixofshow.evaluation.packs import Reference, evaluate_packs
+from diffusers_mixofshow.evaluation.identity import Identity
+from diffusers_mixofshow.evaluation.packs import Reference, Row, evaluate_packs
 from diffusers_mixofshow.evaluation.sampling import Sampling
 from diffusers_mixofshow.families.anima import ANIMA
 from diffusers_mixofshow.families.layers import linear_layers
@@ -311,6 +313,30 @@ def test_a_plain_pack_keeps_words_and_record_in_other_formats_and_the_names_are_
         assert refused.exit_code == 2
         assert wanted in " ".join(refused.stderr.replace("│", " ").split())
     assert not Path("never").exists()
+
+
+def test_a_table_of_80_columns_holds_the_names_of_packs(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    identity = Identity(alignment=0.5, nearest=1.0, attributes=0.5)
+    names = ("class word", "bobo.safetensors", "average", "x.safetensors", "x")
+    rows = [
+        Row(
+            concept=concept,
+            pack=name,
+            text_alignment=1.5,
+            identity=identity,
+            drift=0.1,
+            retention={"alignment": -0.25, "attributes": 0.5},
+        )
+        for concept in ("bobo", "kiki")
+        for name in names
+    ]
+    _print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    told = [[cell.strip() for cell in line.split("│")[1:3]] for line in lines if line.startswith("│")]
+    shown = ["class word", "bobo", "average", "x.safetensors", "x"]
+    assert [name for _, name in told] == [*shown, *shown]
 
 
 def test_a_base_without_any_pipeline_is_one_clear_error(tmp_path, monkeypatch) -> None:

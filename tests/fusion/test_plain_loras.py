@@ -80,6 +80,14 @@ def test_plain_loras_become_one_ordinary_lora(pipe: MixOfShowPipeline, tmp_path:
     assert set(GradientFuser().fuse(sources).report.residuals) == {"one", "two"}  # the statistics beside them serve
 
 
+def test_a_plain_pack_calls_itself_by_its_sources(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    paths = [_write(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("one", "two"))]
+    fused = _fuser(pipe).fuse([LoRASource(path, ["sks"]) for path in paths], method="average")
+    fused.save_pretrained(tmp_path / "out", sources=True)
+    for pack in (fused, FusedPack.from_pretrained(tmp_path / "out")):
+        assert repr(pack).startswith("<FusedPack of the plain LoRAs one, two: "), repr(pack)
+
+
 def test_one_plain_lora_is_itself_on_what_was_recorded(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
     path = _write(pipe, tmp_path / "one.safetensors", 1)
     for sequential in (False, True):

@@ -557,9 +557,18 @@ def _print_table(rows: Sequence[Row]) -> None:
         "drift": [row.drift for row in rows],
     }
     filled = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    table = Table("concept", Column("pack", overflow="fold"), *filled)
+    names = _shorten_names({row.pack for row in rows})
+    heads = (name.replace(" ", "\n") for name in filled)  # so that the names of packs find room in 80 columns
+    table = Table("concept", Column("pack", overflow="fold"), *heads, collapse_padding=True)
     for index, row in enumerate(rows):
         numbers = ("-" if values[index] is None else f"{values[index]:.3f}" for values in filled.values())
         first = index == 0 or rows[index - 1].concept != row.concept
-        table.add_row(escape(row.concept) if first else "", escape(row.pack), *numbers)
+        table.add_row(escape(row.concept) if first else "", escape(names[row.pack]), *numbers)
     Console().print(table)
+
+
+def _shorten_names(names: Collection[str]) -> dict[str, str]:
+    """Names of packs without the ending of a file, which makes columns wide, unless another one has that name."""
+    short = {name: name.removesuffix(".safetensors") for name in names}
+    taken = list(short.values())
+    return {name: one if taken.count(one) == 1 else name for name, one in short.items()}
