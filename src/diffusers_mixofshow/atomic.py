@@ -63,7 +63,11 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
             yield temporary
+            if temporary.stat().st_mode != mode:  # safetensors makes files that only their owner may read
+                with suppress(OSError):  # some network folders do not let modes be set
+                    temporary.chmod(mode)
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)

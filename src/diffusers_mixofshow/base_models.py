@@ -234,6 +234,16 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {known_as: dtype}
 
 
+def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
+    """The arguments of `from_pretrained` for a pipeline that was saved without some parts, such as Stable Diffusion 3
+    without T5: diffusers refuses to load it unless each of them is given as None.
+
+    Args:
+        index: The pipeline's ``model_index.json``.
+    """
+    return {name: None for name, value in index.items() if value == [None, None]}
+
+
 def list_devices() -> str:
     """The devices that torch has on this machine, as it names them, separated by commas."""
     import torch

@@ -38,7 +38,7 @@ def test_it_tells_what_is_known_of_a_base_model(tmp_path: Path, monkeypatch: pyt
         ("toyland", "ok", f"toyland: Stable Diffusion; {able}; guidance 3", ""),
         ("stabilityai/stable-diffusion-xl-base-1.0", "ok", f"Stable Diffusion XL; {able}; guidance 5", ""),
         ("folder", "ok", f"folder: Stable Diffusion XL; {able}; guidance 5", ""),
-        ("flux", "ok", "flux: FLUX.1; plain LoRAs are fused for it, nothing else; guidance 3.5", ""),
+        ("flux", "ok", "flux: FLUX.1; plain LoRAs, no concepts; guidance 3.5", ""),
         (
             "xl.safetensors",
             "note",
@@ -57,7 +57,10 @@ def test_it_tells_what_is_known_of_a_base_model(tmp_path: Path, monkeypatch: pyt
     for name, code in (("xl.safetensors", 0), ("other.safetensors", 1)):
         result = CliRunner().invoke(cli.app, ["doctor", name, "--json"])
         assert (result.exit_code, len(json.loads(result.stdout))) == (code, 1)
+        assert CliRunner().invoke(cli.app, ["doctor", "--base", name, "--json"]).stdout == result.stdout
     assert CliRunner().invoke(cli.app, ["doctor", "--json"]).stdout == "[]\n"
+    twice = CliRunner().invoke(cli.app, ["doctor", "flux", "--base", "toyland"])
+    assert "Got two base models, flux and --base toyland" in str(twice.exception)
 
 
 Patch = Callable[[pytest.MonkeyPatch, Path], None]

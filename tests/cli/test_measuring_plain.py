@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,10 +18,12 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from cli.test_measuring import QUICK, fill
-from diffusers_mixofshow import FusedPack, FusionSource, GradientFuser, LoRASource, MixOfShowPipeline, cli
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow import FusedPack, FusionSource, GradientFuser, LoRASource, MixOfShowPipeline, cli, toyland
+from diffusers_mixofshow.cli.measuring import _print_table
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
-from diffusers_mixofshow.evaluation.packs import Reference, evaluate_packs
+from diffusers_mixofshow.evaluation.identity import Identity
+from diffusers_mixofshow.evaluation.packs import Reference, Row, evaluate_packs
 from diffusers_mixofshow.evaluation.sampling import Sampling
 from diffusers_mixofshow.families.anima import ANIMA
 from diffusers_mixofshow.families.layers import linear_layers
@@ -199,6 +203,140 @@ def test_plain_loras_of_a_base_that_draws_no_concepts_are_measured_with_its_own_
     assert rows["bobo", "both"]["identity"]["attributes"] is not None
     assert rows["bobo", "both"]["drift"] > 0
     assert json.loads(told)["settings"]["base_model"] == "toyland-sd3"
+
+
+@pytest.fixture
+def of_sd3(tmp_path, monkeypatch) -> Path:
+    """A pack fused of one plain LoRA for the base toyland-sd3, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    sites = [f"transformer.transformer_blocks.{number}.attn.to_q" for number in range(2)]
+    lora = {site: packs.LowRank(down=torch.randn(2, 160), up=torch.randn(160, 2), alpha=2.0) for site in sites}
+    source = LoRASource(write_lora(tmp_path / "rex.safetensors", lora), ["a rex dog", "rex dog in the snow"])
+    fused = GradientFuser().fuse([source], method="average")
+    replace(fused, base_model="toyland-sd3").save_pretrained("pack")
+    return tmp_path
+
+
+SD1 = packs.LowRank(down=torch.ones(1, 768), up=torch.ones(1280, 1), alpha=1.0)
+SD3_PROMPT = ("sample", "--prompt", "a dog in the snow", "--steps", "2")
+
+
+def test_a_base_that_draws_no_concepts_draws_prompts_with_plain_loras(of_sd3) -> None:
+    run(*SD3_PROMPT, "--concepts", "pack", "--count", "2", "--output", "x.png")
+    run(*SD3_PROMPT, "--base", "toyland-sd3", "--seed", "1", "--output", "bare.png")
+    run(*SD3_PROMPT, "--concepts", "pack", "--lora-scale", "0", "--seed", "1", "--output", "off.png")
+    run("--config", "x-1.png", "sample", "--output", "again.png")
+    pictures = {name: Image.open(f"{name}.png").tobytes() for name in ("x-0", "x-1", "again", "bare", "off")}
+    assert pictures["bare"] == pictures["off"]
+    assert len({pictures[name] for name in ("x-0", "x-1", "bare")}) == 3
+    pairs = zip(pictures["x-1"], pictures["again"], strict=True)  # of another batch size, so that rounding differs
+    assert max(abs(one - other) for one, other in pairs) <= 4
+    pipe = toyland.load_pipeline(base_model="toyland-sd3")
+    own = pipe("a dog in the snow", num_inference_steps=2, guidance_scale=3.0, generator=torch.manual_seed(1)).images
+    assert own[0].tobytes() == pictures["bare"]
+    run(*SD3_PROMPT, "--base", "toyland-sd3", "--width", "72", "--output", "wide.png")
+    assert Image.open("wide.png").size == (72, 64)
+
+
+def test_what_the_pipeline_of_diffusers_refuses_is_one_clear_error(of_sd3, monkeypatch) -> None:
+    def refuse(*_: object, **named: object) -> None:
+        raise ValueError("`width` has to be divisible by 16")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "check_inputs", refuse)
+    with pytest.raises(ConfigurationError, match=r"StableDiffusion3Pipeline .* cannot draw this: .*divisible by"):
+        run(*SD3_PROMPT, "--base", "toyland-sd3", "--output", "never.png")
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        (("--region", "0,0,1,1:a dog"), "regions"),
+        (("--image", "own.png"), r"pictures to start from \(--image\)"),
+        (("--concepts", "ed", "--base", "toyland-sd3"), "concepts"),
+    ],
+)
+@pytest.mark.parametrize("way", ["--dry-run", "--json"])
+def test_what_such_a_base_does_not_draw_is_refused_before_it_is_loaded(
+    of_sd3, monkeypatch, more, refused, way
+) -> None:
+    monkeypatch.setattr(
+        "diffusers_mixofshow.sampling.drawing.load_base", lambda *given, **named: pytest.fail("loaded")
+    )
+    Image.new("RGB", (64, 64)).save("own.png")
+    packs.random_pack(tiny.components(), "rex").save_pretrained("ed")
+    expected = (
+        f"'toyland-sd3' is of Stable Diffusion 3, with which no {refused} are drawn, only prompts.*Leave them out"
+    )
+    with pytest.raises(ConfigurationError, match=expected):
+        run(*SD3_PROMPT, "--concepts", "pack", *more, way)
+    with pytest.raises(ConceptError, match="<rex>"):
+        run("sample", "--prompt", "a <rex>", "--concepts", "pack", way)
+
+
+def test_files_that_do_not_tell_their_base_are_one_message_and_none_if_the_base_is_embedded(of_sd3) -> None:
+    files = ["rex.safetensors", str(Path("rex.safetensors").rename("ming.safetensors").absolute())]
+    Path(files[0]).write_bytes(Path("ming.safetensors").read_bytes())
+    words = ("--trigger", "rex=rex", "--trigger", "ming=ming", "--class-word", "rex=dog", "--class-word", "ming=vase")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        assert "base model: toyland-sd3," in run("compare", *files, *words, "--dry-run")
+    told = run("inspect", "rex.safetensors")
+    assert "(--base toyland-sd3)" in " ".join(told.replace("│", " ").split())
+    for name in ("dog", "ink"):
+        write_lora(Path(f"{name}.safetensors"), {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": SD1})
+    given = ("dog.safetensors", "ink.safetensors", "--trigger", "dog=sks", "--trigger", "ink=inkwash")
+    with pytest.warns(MixOfShowWarning) as caught:
+        run("compare", *given, "--dry-run")
+    told = [str(each.message) for each in caught if "base model" in str(each.message)]
+    assert len(told) == 1
+    assert told[0].startswith("dog.safetensors, ink.safetensors do not tell their base model; stable-diffusion-v1-5/")
+
+
+def test_a_plain_pack_keeps_words_and_record_in_other_formats_and_the_names_are_told(of_sd3) -> None:
+    other = Path("plain")
+    other.write_text("")
+    for place in ("k", "d"):
+        run("convert", "pack", place, "--to", {"k": "kohya", "d": "diffusers"}[place])
+    (kohya,) = Path("k").iterdir()
+    for file in (kohya, Path("d/pytorch_lora_weights.safetensors")):
+        assert file.stat().st_mode == other.stat().st_mode
+        told = json.loads(run("inspect", file, "--json"))
+        assert told["trigger_words_of_sources"] == {"rex": ["rex dog"]}
+        assert told["base_model"] == "toyland-sd3"
+    named = CliRunner().invoke(cli.app, ["convert", "pack", "k2", "--to", "kohya"])
+    assert "Note: Of Stable Diffusion 3, layers have diffusers' names, under which both ComfyUI" in named.stderr
+    asked = json.loads(run("convert", "pack", "k3", "--to", "kohya", "--json"))
+    assert len(asked["notes"]) == 1
+    assert json.loads(run("convert", "pack", "d2", "--to", "diffusers", "--json"))["notes"] == []
+    for program, wanted in (("comfyui", "kohya, which comfyui loads"), ("A1111", "kohya"), ("koya", "'kohya'")):
+        refused = CliRunner().invoke(cli.app, ["convert", "pack", "never", "--to", program])
+        assert refused.exit_code == 2
+        assert wanted in " ".join(refused.stderr.replace("│", " ").split())
+    assert not Path("never").exists()
+
+
+def test_a_table_of_80_columns_holds_the_names_of_packs(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    identity = Identity(alignment=0.5, nearest=1.0, attributes=0.5)
+    names = ("class word", "bobo.safetensors", "average", "x.safetensors", "x")
+    rows = [
+        Row(
+            concept=concept,
+            pack=name,
+            text_alignment=1.5,
+            identity=identity,
+            drift=0.1,
+            retention={"alignment": -0.25, "attributes": 0.5},
+        )
+        for concept in ("bobo", "kiki")
+        for name in names
+    ]
+    _print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    told = [[cell.strip() for cell in line.split("│")[1:3]] for line in lines if line.startswith("│")]
+    shown = ["class word", "bobo", "average", "x.safetensors", "x"]
+    assert [name for _, name in told] == [*shown, *shown]
 
 
 def test_a_base_without_any_pipeline_is_one_clear_error(tmp_path, monkeypatch) -> None:

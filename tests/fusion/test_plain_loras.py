@@ -25,6 +25,7 @@ from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, L
 from diffusers_mixofshow.fusion.pack_sources import carried_path
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.sampling.loading import load_base
 
 
 @pytest.fixture
@@ -77,6 +78,14 @@ def test_plain_loras_become_one_ordinary_lora(pipe: MixOfShowPipeline, tmp_path:
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert set(GradientFuser().fuse(sources).report.residuals) == {"one", "two"}  # the statistics beside them serve
+
+
+def test_a_plain_pack_calls_itself_by_its_sources(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    paths = [_write(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("one", "two"))]
+    fused = _fuser(pipe).fuse([LoRASource(path, ["sks"]) for path in paths], method="average")
+    fused.save_pretrained(tmp_path / "out", sources=True)
+    for pack in (fused, FusedPack.from_pretrained(tmp_path / "out")):
+        assert repr(pack).startswith("<FusedPack of the plain LoRAs one, two: "), repr(pack)
 
 
 def test_one_plain_lora_is_itself_on_what_was_recorded(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
@@ -339,11 +348,20 @@ def test_a_plain_pack_has_a_card_that_says_how_to_call_what_is_in_it(
     assert json.loads(told.stdout)["concepts"] == ["one", "two"], told.output
 
 
-def test_the_code_on_the_card_of_a_plain_pack_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = MixOfShowPipeline.from_pretrained("toyland")
+@pytest.mark.parametrize("base", ["toyland", "toyland-sd3", "toyland-xl"])
+def test_the_code_on_the_card_of_a_plain_pack_runs_and_says_nothing(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipe = load_base(base, "cpu", "float32", concepts=base != "toyland-sd3")
     path = _write(pipe, tmp_path / "one.safetensors", 1)
     GradientFuser(pipe).fuse([LoRASource(path, ["a dog"])], method="sum").save_pretrained(tmp_path / "out")
     code = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("guidance_scale", "num_inference_steps=2, guidance_scale"), {})
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        for kind in (FutureWarning, UserWarning):
+            warnings.simplefilter("error", kind)
+        exec(code.replace("guidance_scale", "num_inference_steps=2, guidance_scale"), {})
     assert (tmp_path / "picture.png").is_file()
+    said = re.split(r"[\r\n]+", "".join(capfd.readouterr()))
+    assert [line for line in said if line.strip() and not re.search(r"\[.*it/s.*\]|\[.*s/it\]", line)] == []

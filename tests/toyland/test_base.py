@@ -60,6 +60,21 @@ def test_another_base_is_small_and_draws_as_diffusers_loads_it(
     assert [(one["class"], one["colour"]) for one in found] == [("vase", "red"), ("cat", "white")]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("toyland", "StableDiffusionPipeline"),
+        ("toyland-sd3", "StableDiffusion3Pipeline"),
+        ("toyland-xl", "StableDiffusionXLPipeline"),
+    ],
+)
+def test_every_embedded_base_is_loaded_as_the_pipeline_of_diffusers_that_it_is(name: str, kind: str) -> None:
+    pipeline = toyland.load_pipeline(base_model=name)
+    assert type(pipeline).__name__ == kind
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert {part.dtype for part in parts} == {torch.float32}
+
+
 def test_regions_of_stable_diffusion_xl_draw_what_they_ask_for_in_their_place() -> None:
     pipeline = load_base("toyland-xl", "cpu", "float32")
     pipeline.set_progress_bar_config(disable=True)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 MOST_STEPS = 1000
 """Most denoising steps: the number of timesteps in training. Schedulers fail with more."""
 GUIDANCE_HELP = "Classifier-free guidance scale. (default: 7.5; SDXL: 5; toyland: 3)"
-BASE_HELP = "Base model: a Hub id, a folder, or 'toyland', which ships in the package."
+BASE_HELP = (
+    "Base model: a Hub id, a folder, or 'toyland', which ships in the package; with the extra 'bases' also "
+    "'toyland-xl' or 'toyland-sd3'."
+)
 
 
 def normalise_base(name: str | None) -> str | None:

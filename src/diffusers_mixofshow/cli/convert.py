@@ -12,6 +12,7 @@ import typer
 
 from diffusers_mixofshow.cli.base_model import normalise_base
 from diffusers_mixofshow.cli.plans import Overwrite
+from diffusers_mixofshow.errors import suggest
 from diffusers_mixofshow.interop.formats import Format
 
 
@@ -27,6 +28,37 @@ _BASE = (
 )
 
 
+_PROGRAMS = {
+    "comfyui": Format.KOHYA,
+    "a1111": Format.KOHYA,
+    "automatic1111": Format.KOHYA,
+    "forge": Format.KOHYA,
+    "peft": Format.DIFFUSERS,
+}
+"""Names of programs to the format that they load."""
+
+
+def _parse_format(text: str) -> Format:
+    """Read ``--to``; for a program's name, the error names the format that it loads."""
+    try:
+        return Format(text)
+    except ValueError as error:
+        program = _PROGRAMS.get(text.lower())
+        near = f"; did you mean {program.value}, which {text} loads?" if program else f".{suggest(text, Format)}"
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, map(str, Format)))}{near}") from error
+
+
+To = Annotated[
+    Format,
+    typer.Option(
+        parser=_parse_format,
+        metavar="|".join(Format),
+        help="edlora: this package's own. diffusers: LoRA in PEFT's names. kohya: LoRA for A1111 and ComfyUI. "
+        "textual-inversion: embeddings alone. mix-of-show: the authors' .pth.",
+    ),
+]
+
+
 def convert(
     source: Annotated[
         str,
@@ -36,13 +68,7 @@ def convert(
         ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder, or file where the format is one file.")],
-    to: Annotated[
-        Format,
-        typer.Option(
-            help="edlora: this package's own. diffusers: LoRA in PEFT's names. kohya: LoRA for A1111 and ComfyUI. "
-            "textual-inversion: embeddings alone. mix-of-show: the authors' .pth."
-        ),
-    ],
+    to: To,
     name: Annotated[str, typer.Option(help="Name of the concept in prompts. (default: the file's own word)")] = "",
     class_word: Annotated[
         str, typer.Option(help="Plain word for what it is, e.g. man. (default: the file's own, if any)")
@@ -90,8 +116,11 @@ def convert(
 
 
 def _show(converted: Conversion, as_json: bool) -> None:
+    for sentence in converted.notes:
+        typer.echo(f"Note: {sentence}", err=True)
     if as_json:
-        typer.echo(json.dumps({"files": [str(file) for file in converted.files], "lost": list(converted.lost)}))
+        told = {"files": [str(file) for file in converted.files], "lost": converted.lost, "notes": converted.notes}
+        typer.echo(json.dumps(told))
         return
     for file in converted.files:
         typer.echo(f"Wrote {file}")

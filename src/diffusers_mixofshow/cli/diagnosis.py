@@ -92,9 +92,7 @@ def check_base_model(name: str) -> Finding:
     if known is None:
         remedy = f"its folder tells more: hf download {name} --local-dir FOLDER; mixofshow doctor FOLDER"
         return Finding(what, "note", f"{name}: neither an id that is known here nor a folder of a pipeline", remedy)
-    able = (
-        "concepts, regions and tuning" if known in CONCEPT_FAMILIES else "plain LoRAs are fused for it, nothing else"
-    )
+    able = "concepts, regions and tuning" if known in CONCEPT_FAMILIES else "plain LoRAs, no concepts"
     return Finding(what, "ok", f"{name}: {known.name}; {able}; guidance {usual_guidance(base, known):g}")
 
 

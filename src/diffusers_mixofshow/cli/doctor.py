@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from diffusers_mixofshow.errors import ConfigurationError
+
 
 _MARKS = {"ok": "green", "note": "yellow", "problem": "red"}
 
@@ -18,6 +20,7 @@ def doctor(
             help="Also tell what is known of this base model: a Hub id, a folder or a checkpoint of one file."
         ),
     ] = None,
+    base_option: Annotated[str | None, typer.Option("--base", help="The same, as other verbs name it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check versions, devices, memory, caches and extras, and say how to fix what does not work.
@@ -27,12 +30,15 @@ def doctor(
     \b
     Examples:
       mixofshow doctor
-      mixofshow doctor toyland
+      mixofshow doctor --base toyland
     """
     from dataclasses import asdict
 
     from diffusers_mixofshow.cli.diagnosis import check_base_model, diagnose
 
+    if base is not None and base_option is not None:
+        raise ConfigurationError(f"Got two base models, {base} and --base {base_option}. Give one of them.")
+    base = base or base_option
     findings = diagnose() if base is None else [*diagnose(), check_base_model(base)]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))

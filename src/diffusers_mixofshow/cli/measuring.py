@@ -21,7 +21,7 @@ from diffusers_mixofshow.cli.base_model import (
     find_common_base,
     normalise_base,
 )
-from diffusers_mixofshow.cli.sources import read_pack
+from diffusers_mixofshow.cli.sources import open_packs
 from diffusers_mixofshow.cli.timing import estimate_time
 from diffusers_mixofshow.concepts import KINDS
 from diffusers_mixofshow.errors import ConfigurationError, suggest, warn
@@ -326,8 +326,8 @@ def read_packs(sources: Sequence[str], base: str | None) -> dict[str, MeasuredPa
     last = [Path(source).name or source for source in sources]
     names = [name if last.count(name) == 1 else source for name, source in zip(last, sources, strict=True)]
     packs = {
-        name: MeasuredPack.of(read_pack(source, base), LoRASource(source).label)
-        for name, source in zip(names, sources, strict=True)
+        name: MeasuredPack.of(pack, LoRASource(source).label)
+        for name, source, pack in zip(names, sources, open_packs(sources, base), strict=True)
     }
     return name_by_records(packs)
 
@@ -557,9 +557,18 @@ def _print_table(rows: Sequence[Row]) -> None:
         "drift": [row.drift for row in rows],
     }
     filled = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    table = Table("concept", Column("pack", overflow="fold"), *filled)
+    names = _shorten_names({row.pack for row in rows})
+    heads = (name.replace(" ", "\n") for name in filled)  # so that the names of packs find room in 80 columns
+    table = Table("concept", Column("pack", overflow="fold"), *heads, collapse_padding=True)
     for index, row in enumerate(rows):
         numbers = ("-" if values[index] is None else f"{values[index]:.3f}" for values in filled.values())
         first = index == 0 or rows[index - 1].concept != row.concept
-        table.add_row(escape(row.concept) if first else "", escape(row.pack), *numbers)
+        table.add_row(escape(row.concept) if first else "", escape(names[row.pack]), *numbers)
     Console().print(table)
+
+
+def _shorten_names(names: Collection[str]) -> dict[str, str]:
+    """Names of packs without the ending of a file, which makes columns wide, unless another one has that name."""
+    short = {name: name.removesuffix(".safetensors") for name in names}
+    taken = list(short.values())
+    return {name: one if taken.count(one) == 1 else name for name, one in short.items()}

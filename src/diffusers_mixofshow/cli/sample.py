@@ -15,7 +15,7 @@ from diffusers_mixofshow.cli import sample_options as options
 from diffusers_mixofshow.cli.base_model import choose_guidance, find_common_base
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_replacing, plan_sampling, tell
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
-from diffusers_mixofshow.cli.sources import read_pack
+from diffusers_mixofshow.cli.sources import open_packs
 from diffusers_mixofshow.concepts import check_distinct, split_prompt
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS, parse_controls
@@ -26,6 +26,7 @@ from diffusers_mixofshow.sampling.drawing import (
     draw,
     fit_layout,
     refuse_inpainting,
+    refuse_other_settings,
     warn_of_strange_words,
 )
 from diffusers_mixofshow.sampling.loading import check_device
@@ -112,7 +113,8 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
     controls = parse_controls(asked["control"] or [], CONTROLNETS, called="ControlNet")
     adapters = parse_controls(asked["adapter"] or [], ADAPTERS, called="T2I-Adapter")
     read = {path: Given.read(path) for path in dict.fromkeys(each.picture for each in (*controls, *adapters))}
-    packs = {source: read_pack(source, asked["base"]) for source in asked["concepts"] or []}
+    sources = asked["concepts"] or []
+    packs = dict(zip(sources, open_packs(sources, asked["base"]), strict=True))
     check_distinct(concept for pack in packs.values() for concept in pack.concepts)
     base = asked["base"] or _find_base(packs.values())
     if asked["mask"] is not None:
@@ -141,6 +143,7 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
         device=asked["device"],
         dtype=asked["dtype"],
     )
+    refuse_other_settings(drawing)
     if asked["layout"] is not None:
         warn_of_changes(asked["layout"], drawing)
     return drawing

@@ -31,7 +31,7 @@ class Dtype(StrEnum):
 
 Prompt = Annotated[str | None, typer.Option(help="What to draw; <name> stands for a concept. (default: the layout's)")]
 Concepts = Annotated[
-    list[str] | None, typer.Option(help="ED-LoRA or fused pack: Hub id, folder or file. May be repeated.")
+    list[str] | None, typer.Option(help="ED-LoRA, fused pack or plain LoRA: Hub id, folder or file. May be repeated.")
 ]
 Base = Annotated[str | None, typer.Option(help=f"{BASE_HELP} (default: the concepts' own)", callback=normalise_base)]
 NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid. (default: the layout's)")]
@@ -116,7 +116,11 @@ Device = Annotated[
 ]
 WeightType = Annotated[
     Dtype | None,
-    _setting_option("--dtype", help="Type of the weights. (default: float16 on cuda but for toyland, else float32)"),
+    _setting_option(
+        "--dtype",
+        help="Type of the weights. (default: on cuda float16, but float32 for toyland and bfloat16 for bases that "
+        "draw no concepts; else float32)",
+    ),
 ]
 
 Output = Annotated[Path, _result_option(help="PNG, JPEG or WebP file; several pictures get numbers.")]

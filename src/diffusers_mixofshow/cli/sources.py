@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusers_mixofshow.base_models import embedded_base
 from diffusers_mixofshow.errors import EDLoRANotFoundError, warn
 
 
@@ -32,29 +34,38 @@ def read_source(source: str) -> EDLoRA | Foreign:
     return read_any(source)
 
 
-def read_pack(source: str, base: str | None) -> EDLoRA:
-    """Read an ED-LoRA, a fused pack or another program's file that is to be loaded into its base.
+def open_packs(sources: Sequence[str], base: str | None) -> list[EDLoRA]:
+    """Read ED-LoRAs, fused packs and other programs' files that are to be loaded into their base.
 
     Args:
-        source: File, folder or Hub id.
+        sources: Files, folders or Hub ids.
         base: The base that the user named; without it, one is guessed for a file that does not name its own.
 
     Raises:
         MixOfShowError: See `open_edlora`.
 
     Warns:
-        MixOfShowWarning: Which base was guessed.
+        MixOfShowWarning: Which base was guessed, once for all files; not of an embedded base, which no other is like.
     """
+    read = {source: _read_pack(source) for source in sources}
+    guesses = {source: guess for source, (_, guess) in read.items() if guess and not base}
+    for guess in dict.fromkeys(guesses.values()):
+        named = [source for source, other in guesses.items() if other == guess]
+        if embedded_base(guess) is None:
+            verb = "does not tell its" if len(named) == 1 else "do not tell their"
+            warn(f"{', '.join(named)} {verb} base model; {guess} is taken; --base names another.")
+    return [replace(read[one][0], base_model=guesses[one]) if one in guesses else read[one][0] for one in sources]
+
+
+def _read_pack(source: str) -> tuple[EDLoRA, str]:
+    """Read a pack or file, and guess the base model of a file that does not name its own; empty for all others."""
     from diffusers_mixofshow.interop.foreign import default_base
     from diffusers_mixofshow.interop.opening import open_edlora
 
     refuse_missing_file(source)
     opened = open_edlora(source)
-    guess = default_base(opened.foreign) if opened.foreign is not None and not base else ""
-    if not guess or opened.edlora.base_model:
-        return opened.edlora
-    warn(f"{source} does not tell its base model; {guess} is taken; --base names another.")
-    return replace(opened.edlora, base_model=guess)
+    unnamed = opened.foreign is not None and not opened.edlora.base_model
+    return opened.edlora, default_base(opened.foreign) if opened.foreign is not None and unnamed else ""
 
 
 def refuse_missing_file(source: str) -> None:

@@ -38,6 +38,7 @@ from diffusers_mixofshow.interop.textual_inversion import (
     mean_vectors,
     write_textual_inversion,
 )
+from diffusers_mixofshow.interop.trigger_words import keep_words_and_record
 
 
 INSTRUCTIONS = "HOW_TO_USE.txt"
@@ -52,10 +53,12 @@ class Conversion:
     Args:
         files: All written files.
         lost: What the source holds and these files do not, each as a sentence; empty if nothing.
+        notes: What is unexpected in these files without being a loss, each as a sentence.
     """
 
     files: tuple[Path, ...]
     lost: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -102,15 +105,16 @@ def convert(
     before_writing(plan.lost)
     for write in plan.files.values():
         write()
-    return Conversion(files=tuple(plan.files), lost=plan.lost)
+    return Conversion(files=tuple(plan.files), lost=plan.lost, notes=plan.notes)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked conversion: every file to the function that writes it, and what is lost."""
+    """A checked conversion: every file to the function that writes it, what is lost, and what is unexpected."""
 
     files: Mapping[Path, Callable[[], object]]
     lost: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def plan_conversion(
@@ -163,7 +167,18 @@ def _plan_others(
     if target is Format.TEXTUAL_INVERSION:
         return Plan(_plan_words(path, words), (*lost, *_updates_lost(content.lora)))
     base_model = naming.base_model or content.base_model
-    return Plan(_plan_lora(path, content.lora, words, lost, target, base_model), lost)
+    kept = keep_words_and_record(content.metadata) if isinstance(content, Foreign) else {}
+    files = _plan_lora(path, content.lora, words, lost, target, base_model, kept)
+    return Plan(files, lost, _list_kept_names(content.lora, base_model) if target is Format.KOHYA else ())
+
+
+def _list_kept_names(lora: Mapping[str, LowRank], base_model: str) -> tuple[str, ...]:
+    """Tell that the layers of a transformer do not get kohya's names, as ComfyUI or diffusers would not load these."""
+    family = transformer_of(lora, base_model)
+    if family is None or family.shared_names.startswith("lora_"):
+        return ()
+    names = "the original code's names" if "{original}" in family.shared_names else "diffusers' names"
+    return (f"Of {family.name}, layers have {names}, under which both ComfyUI and diffusers load them, not kohya's.",)
 
 
 def _plan_concepts(
@@ -245,6 +260,7 @@ def _plan_lora(
     lost: Sequence[str],
     target: Format,
     base_model: str,
+    kept: Mapping[str, str],
 ) -> dict[Path, Callable[[], object]]:
     """Plan a LoRA file, its embeddings in a folder beside it, and instructions for their use."""
     if not lora:
@@ -256,7 +272,8 @@ def _plan_lora(
     writer = partial(write_kohya, base_model=base_model) if of_kohya else write_lora
     usual = f"{'-'.join(names.values())[:80] or path.name}.safetensors" if of_kohya else PLAIN_NAME
     file = path if path.suffix == ".safetensors" else path / usual
-    files: dict[Path, Callable[[], object]] = {file: partial(writer, file, lora, companions_metadata(names))}
+    metadata = {**kept, **companions_metadata(names)}
+    files: dict[Path, Callable[[], object]] = {file: partial(writer, file, lora, metadata)}
     if names:
         text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
         told = compose_instructions(file.name, names, lost, target)

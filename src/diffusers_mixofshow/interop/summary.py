@@ -17,7 +17,7 @@ from diffusers_mixofshow.families import BaseModel
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.recognition import foreign_layers, recognise, transformers_with
 from diffusers_mixofshow.interop.concept_names import Naming, group_tokens
-from diffusers_mixofshow.interop.foreign import Foreign, read_training
+from diffusers_mixofshow.interop.foreign import Foreign, default_base, read_training
 from diffusers_mixofshow.interop.textual_inversion import lost_in_mean
 from diffusers_mixofshow.interop.trigger_words import find_origins, origins_of_sources, trigger_words_of_sources
 
@@ -36,6 +36,7 @@ def origin_of_pack(pack: EDLoRA) -> dict[str, Any]:
         "layout": "diffusers-mixofshow",
         "base_model": pack.base_model,
         "architecture": _architecture(base, pack.lora),
+        "base_by_layers": base.id if base is not None else "",
     }
 
 
@@ -71,6 +72,7 @@ def origin_of_foreign(foreign: Foreign) -> dict[str, Any]:
         "layout": foreign.layout,
         "base_model": foreign.base_model or foreign.metadata.get("ss_sd_model_name", ""),
         "architecture": _architecture(foreign.made_for, foreign.lora),
+        "base_by_layers": default_base(foreign),
     }
 
 
@@ -146,6 +148,8 @@ def facts_of(summary: Mapping[str, Any]) -> dict[str, object]:
     base = summary["base_model"] or summary["architecture"] or "unknown"
     if summary["base_model"] and summary["architecture"]:
         base += f" ({summary['architecture']})"
+    elif not summary["base_model"] and summary["base_by_layers"]:
+        base += f" (--base {summary['base_by_layers']})"
     facts = {
         "kind": summary["kind"],
         "layout": summary["layout"],

@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from diffusers_mixofshow.edlora.fusion_record import as_mapping, find_prompts, list_entries, list_plain_names
+from diffusers_mixofshow.edlora.fusion_record import (
+    PLAIN_KEY,
+    as_mapping,
+    find_prompts,
+    list_entries,
+    list_plain_names,
+)
 from diffusers_mixofshow.edlora.header import decode
 
 
@@ -25,6 +31,11 @@ _MOST_PROMPTS, _MOST_WORDS = 64, 100
 _PUNCTUATION = ',.;:!?"()'
 _FILLERS = frozenset("a an the of in on at with by and photo photograph picture image".split())
 """Words of many prompts that no trigger words begin or end with."""
+
+
+def keep_words_and_record(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a plain LoRA's metadata that tell its trigger words, and the record of what it was fused from."""
+    return {key: metadata[key] for key in (PLAIN_KEY, _PHRASE, *_BY_FOLDER) if key in metadata}
 
 
 def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.base_models import location_of
-from diffusers_mixofshow.errors import ConfigurationError, PictureError, warn
+from diffusers_mixofshow.concepts import split_prompt
+from diffusers_mixofshow.errors import ConfigurationError, PictureError, first_line, warn
+from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.sampling.control import Control, add_adapters, add_controls, make_condition_image
 from diffusers_mixofshow.sampling.loading import load_base
+from diffusers_mixofshow.sampling.other_families import find_other_family, make_refusal
 from diffusers_mixofshow.sampling.vocabulary import warn_of_unknown_words
 
 
@@ -137,7 +140,7 @@ class Drawn:
         images: PIL pictures, one for each seed.
         scheduler: Class of the pipeline's scheduler.
         device: Type of the device on which it drew.
-        dtype: Name of the U-Net's type.
+        dtype: Name of the denoiser's type.
     """
 
     images: list[Image.Image]
@@ -155,9 +158,41 @@ def draw(drawing: Drawing, pipe: Any = None) -> Drawn:
     """
     views = _prepare_views(drawing)  # before the base is loaded, as it may fail
     warn_of_strange_words(drawing)
-    pipe = load_base(drawing.base, drawing.device, drawing.dtype) if pipe is None else pipe
+    if pipe is None:
+        other = find_other_family(drawing.base, drawing.packs.values())
+        pipe = load_base(drawing.base, drawing.device, drawing.dtype, concepts=other is None)
+        if other is not None:
+            with _load_plain_loras(pipe, drawing):
+                return _describe_drawn(pipe, _draw_prompt(pipe, drawing))
     with _load_packs(pipe, drawing):
         return _draw(pipe, drawing, views)
+
+
+def refuse_other_settings(drawing: Drawing) -> None:
+    """Refuse what a base model of another family cannot draw; bases of a family that draws concepts can all of it.
+
+    Raises:
+        ConfigurationError: If there is no pipeline for it, or anything but a prompt and plain LoRAs is given.
+        ConceptError: If the prompt names a concept.
+    """
+    family = find_other_family(drawing.base, drawing.packs.values())
+    if family is None:
+        return
+    if not family.pipeline:
+        raise ConfigurationError(
+            f"The base model {drawing.base!r} is of {family.name}, of which diffusers has no pipeline that draws from "
+            "a prompt alone. Expected another base."
+        )
+    given = {
+        "concepts": any(pack.concepts for pack in drawing.packs.values()),
+        "regions": drawing.plan.regions,
+        "pictures to start from (--image)": drawing.image,
+        "pictures to follow (--control, --adapter)": drawing.controls or drawing.adapters,
+        "negative prompts": drawing.plan.negative_prompt and not family.takes_negative_prompt,
+    }
+    if refused := [name for name, is_given in given.items() if is_given]:
+        raise make_refusal(drawing.base, family, ", ".join(refused))
+    split_prompt(drawing.plan.prompt or "", [])
 
 
 def warn_of_strange_words(drawing: Drawing) -> None:
@@ -182,6 +217,18 @@ def _load_packs(pipe: Any, drawing: Drawing) -> Iterator[None]:
         pipe.unload_edlora(names)
 
 
+@contextmanager
+def _load_plain_loras(pipe: Any, drawing: Drawing) -> Iterator[None]:
+    """Load the drawing's plain LoRAs into a pipeline of diffusers inside the block."""
+    from diffusers_mixofshow.lora import eject, inject
+
+    with ExitStack() as undo:
+        for number, (pack, scale) in enumerate(zip(drawing.packs.values(), drawing.lora_scales, strict=True)):
+            inject(pipe.components, pack, f"drawn_{number}", scale)
+            undo.callback(eject, pipe.components, f"drawn_{number}")
+        yield
+
+
 def _draw(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> Drawn:
     """Draw with a base into which the packs are loaded."""
     import torch
@@ -202,8 +249,40 @@ def _draw(pipe: Any, drawing: Drawing, views: list[Image.Image]) -> Drawn:
         generator=[torch.Generator().manual_seed(seed) for seed in drawing.seeds],
         **conditions,
     ).images
-    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    return _describe_drawn(pipe, images)
+
+
+def _describe_drawn(pipe: Any, images: list[Any]) -> Drawn:
+    """Put together the pictures and what the pipeline knows of them."""
+    denoiser = pipe.components[family_of(pipe.components).denoiser]
+    dtype = str(denoiser.dtype).removeprefix("torch.")
     return Drawn(images=images, scheduler=type(pipe.scheduler), device=pipe.device.type, dtype=dtype)
+
+
+def _draw_prompt(pipe: Any, drawing: Drawing) -> list[Any]:
+    """Draw one picture for each seed, in one batch.
+
+    Raises:
+        ConfigurationError: If the pipeline refuses the size or another setting.
+    """
+    import torch
+
+    family, plan, count = family_of(pipe.components), drawing.plan, len(drawing.seeds)
+    negative = {"negative_prompt": [plan.negative_prompt or ""] * count} if family.takes_negative_prompt else {}
+    try:
+        pictures: list[Any] = pipe(
+            prompt=[plan.prompt] * count,
+            height=plan.height,
+            width=plan.width,
+            num_inference_steps=drawing.steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in drawing.seeds],
+            **{family.guidance_argument: drawing.guidance},
+            **negative,
+        ).images
+    except ValueError as error:
+        refused = f"{type(pipe).__name__} of diffusers cannot draw this: {first_line(error)}"
+        raise ConfigurationError(refused) from error
+    return pictures
 
 
 def fit_layout(picture: Given, plan: Layout) -> Layout:

@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from diffusers_mixofshow.base_models import canonical_name, dtype_argument, embedded_base, list_devices
+from diffusers_mixofshow.base_models import (
+    absent_parts,
+    canonical_name,
+    dtype_argument,
+    embedded_base,
+    list_devices,
+    spell_name,
+)
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 from diffusers_mixofshow.families import CONCEPT_FAMILIES, family_of_index
 from diffusers_mixofshow.progress import bar_settings
+from diffusers_mixofshow.sampling.other_families import make_refusal
 
 
 def load_base(name: str, device: str | None = None, dtype: str | None = None, *, concepts: bool = True) -> Any:
@@ -73,11 +81,7 @@ def _choose_pipeline(place: str, options: Mapping[str, Any]) -> type[Any]:
 
     family = family_of_index(DiffusionPipeline.load_config(place, **options))
     if family not in CONCEPT_FAMILIES:
-        able = ", ".join(one.name for one in CONCEPT_FAMILIES)
-        raise ConfigurationError(
-            f"The base model {place!r} is of {family.name}, with which concepts and regions are not drawn. Expected "
-            f"one of {able}."
-        )
+        raise make_refusal(spell_name(place), family)
     kind: type[Any] = getattr(pipelines, family.concept_pipeline)
     return kind
 
@@ -89,9 +93,10 @@ def _load_unchanged(place: str, *, device: str, dtype: str | None, **options: An
 
     weights = dtype_argument(getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32")))
     index = diffusers.DiffusionPipeline.load_config(place, **options)
-    absent = {name: None for name, value in index.items() if value == [None, None]}
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(place, **weights, **absent, **options).to(device)
+        return diffusers.DiffusionPipeline.from_pretrained(place, **weights, **absent_parts(index), **options).to(
+            device
+        )
     except AttributeError as error:
         raise ConfigurationError(
             f"The installed diffusers {diffusers.__version__} cannot load this pipeline: {first_line(error)}. Install "

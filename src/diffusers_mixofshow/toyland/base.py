@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, location_of
+from diffusers_mixofshow.base_models import TOYLAND, absent_parts, dtype_argument, location_of
 from diffusers_mixofshow.edlora.models import silence_libraries
 from diffusers_mixofshow.errors import MixOfShowError
 from diffusers_mixofshow.toyland.metric import MetricModel, MetricTowers
@@ -42,23 +42,30 @@ def path(base_model: str = TOYLAND) -> Path:
 
 
 def load_pipeline(
-    pipeline_class: type[Any] | None = None, dtype: torch.dtype = torch.float32, folder: Path | str | None = None
+    pipeline_class: type[Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    folder: Path | str | None = None,
+    base_model: str = TOYLAND,
 ) -> Any:
-    """Load Toyland's base model as a pipeline.
+    """Load an embedded base as a pipeline.
 
     Args:
-        pipeline_class: `StableDiffusionPipeline` by default, or a class derived from it.
+        pipeline_class: By default the class of diffusers that its folder names, such as `StableDiffusionPipeline`; or
+            a class derived from it.
         dtype: Type of the weights; half precision is for GPUs.
         folder: Folder of other weights than the package's.
-    """
-    with silence_libraries():
-        if pipeline_class is None:
-            from diffusers import StableDiffusionPipeline
+        base_model: ``toyland``, or ``toyland-sd3`` or ``toyland-xl`` of the extra ``bases``.
 
-            pipeline_class = StableDiffusionPipeline
-        return pipeline_class.from_pretrained(
-            str(folder or path()), **dtype_argument(dtype), safety_checker=None, local_files_only=True
-        )
+    Raises:
+        MissingExtraError: If the base lies in a package that is not installed.
+    """
+    place = str(folder or path(base_model))
+    with silence_libraries():
+        from diffusers import DiffusionPipeline
+
+        kind = pipeline_class or DiffusionPipeline
+        absent = absent_parts(DiffusionPipeline.load_config(place))
+        return kind.from_pretrained(place, **dtype_argument(dtype), **absent, local_files_only=True)
 
 
 def load_layout_adapter(dtype: torch.dtype = torch.float32, folder: Path | str | None = None) -> T2IAdapter:
