@@ -29,6 +29,15 @@ ABLATIONS = (
     "with the attention regulariser",
     "with masks and the regulariser",
 )
+ON_XL = {
+    "class word": "class word, nothing tuned",
+    "textual inversion": "textual inversion",
+    "P+": "P+",
+    "LoRA": "LoRA, all at once",
+    "ED-LoRA": "**ED-LoRA, one for each group of layers** (7)",
+    "with embeddings of each layer": "ED-LoRA, one for each layer (10)",
+    "without layer-wise embeddings": "ED-LoRA, one for all layers",
+}
 SEEDS = {"bobo": "bobo, in-domain", "nono": "nono, out-of-domain"}
 
 
@@ -40,17 +49,32 @@ def tables() -> dict[str, str]:
         "one thing changed": by_domain(results["ablations"], {name: name for name in ABLATIONS}, "bobo", "nono"),
         "seeds": seeds(results["seeds"]),
         "company": company(),
+        "tuning on Stable Diffusion XL": on_xl(),
         "exports": exports(),
     }
 
 
 def by_domain(lines: Mapping[str, Any], labels: Mapping[str, str], inside: str, outside: str) -> str:
     """Image-alignment and looks at LoRA scale 0 and 1, in and out of domain."""
-    rows = []
-    for name, label in labels.items():
-        cells = [lines[name][domain][scale] for domain in ("in", "out") for scale in ("0", "1")]
-        rows.append([label, *(f"{decimals(each['alignment'], 3)}, {percent(each['attributes'])}%" for each in cells)])
+    rows = [[label, *cells_by_domain(lines[name])] for name, label in labels.items()]
     return table(("", f"{inside}, 0", f"{inside}, 1", f"{outside}, 0", f"{outside}, 1"), rows)
+
+
+def cells_by_domain(row: Mapping[str, Any]) -> list[str]:
+    """A cell for each domain and scale."""
+    cells = [row[domain][scale] for domain in ("in", "out") for scale in ("0", "1")]
+    return [f"{decimals(each['alignment'], 3)}, {percent(each['attributes'])}%" for each in cells]
+
+
+def on_xl() -> str:
+    """Image-alignment and looks of an in-domain and an out-of-domain concept, and the size of a concept's file."""
+    content = record("training-xl")
+    sizes = {run["variant"]: f"{run['bytes'] / 1000:.0f} kB" for run in content["runs"] if "bytes" in run}
+    rows = [
+        [label, *cells_by_domain(content["methods"][variant]), sizes.get(variant, "")]
+        for variant, label in ON_XL.items()
+    ]
+    return table(("", "bobo, 0", "bobo, 1", "nono, 0", "nono, 1", "file"), rows)
 
 
 def seeds(results: Mapping[str, Any]) -> str:
@@ -87,7 +111,7 @@ def exports() -> str:
 
 def sentences() -> list[Sentence]:
     """Every sentence."""
-    return [*of_observations(), *of_plain_lora(), *of_seeds(), *of_speed()]
+    return [*of_observations(), *of_plain_lora(), *of_xl(), *of_seeds(), *of_speed()]
 
 
 def cell(variant: str, domain: str, scale: str) -> tuple[str, str]:
@@ -176,6 +200,28 @@ def of_plain_lora() -> list[Sentence]:
             page="README.md",
             words="a plain LoRA does: {} like the photos and {} % of the looks against {} and {} %",
             figures=compared,
+        ),
+    ]
+
+
+def of_xl() -> list[Sentence]:
+    lines = record("training-xl")["methods"]
+
+    def looks(variant: str) -> str:
+        return percent(lines[variant]["in"]["0"]["attributes"])
+
+    variants = ("without layer-wise embeddings", "ED-LoRA", "with embeddings of each layer")
+    return [
+        Sentence(
+            page=PAGE,
+            words="ED-LoRA's embeddings show {} % of bobo's looks, a LoRA's {} %",
+            figures=(looks("ED-LoRA"), looks("LoRA")),
+        ),
+        Sentence(
+            page=PAGE,
+            words="one embedding for all layers shows {} % of bobo's looks, groups {} % and layers {} %; textual "
+            "inversion {} %, P+ {} %",
+            figures=tuple(map(looks, (*variants, "textual inversion", "P+"))),
         ),
     ]
 
