@@ -111,7 +111,8 @@ def test_concepts_tell_the_guidance_of_a_base_that_is_not_known_and_a_folder_its
         (("--base", "photo.png"), ConfigurationError, "single file.*from_single_file"),
         (("--base", "xl.safetensors"), ConfigurationError, r"single file.*: MixOfShowXLPipeline\.from_single_file"),
         (("--base", "flux.safetensors"), ConfigurationError, "no checkpoint of .*those of FLUX"),
-        (("--base", "flux"), ConfigurationError, "base model .*flux.* is of FLUX.1"),
+        (("--base", "flux", "--region", "0,0,0.5,1:a cat"), ConfigurationError, "flux' is of FLUX.1, .* no regions"),
+        (("--base", "flux", "--concepts", "tom"), ConfigurationError, "flux' is of FLUX.1, .* no concepts"),
     ],
 )
 def test_what_does_not_go_together_is_told(sample, options, error, told):

@@ -14,13 +14,14 @@ _MARKS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 def doctor(
-    base: Annotated[
+    named: Annotated[
         str | None,
         typer.Argument(
-            help="Also tell what is known of this base model: a Hub id, a folder or a checkpoint of one file."
+            metavar="BASE",
+            help="Also tell what is known of this base model: a Hub id, a folder or a checkpoint of one file.",
         ),
     ] = None,
-    base_option: Annotated[str | None, typer.Option("--base", help="The same, as other verbs name it.")] = None,
+    base: Annotated[str | None, typer.Option(help="The same, as other verbs name it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check versions, devices, memory, caches and extras, and say how to fix what does not work.
@@ -36,9 +37,9 @@ def doctor(
 
     from diffusers_mixofshow.cli.diagnosis import check_base_model, diagnose
 
-    if base is not None and base_option is not None:
-        raise ConfigurationError(f"Got two base models, {base} and --base {base_option}. Give one of them.")
-    base = base or base_option
+    if named is not None and base is not None:
+        raise ConfigurationError(f"Got two base models, {named} and --base {base}. Give one of them.")
+    base = named or base
     findings = diagnose() if base is None else [*diagnose(), check_base_model(base)]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
