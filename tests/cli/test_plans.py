@@ -183,7 +183,7 @@ def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr(timing, "_measure", measured)
     told = timing.estimate_time(TOYLAND, 40, 3, pixels=(64, 96), backward=True)
     assert told == (
-        "at least 10 s on this CPU: 40 U-Net passes there and back of 250 ms, measured just now as the quickest of "
+        "at least 10 s on this CPU: 40 U-Net passes forward and backward of 250 ms, measured just now as the quickest of "
         "3; texts, pictures and loading come on top, and other work of this machine"
     )
     assert timing.estimate_time(TOYLAND, 1, 2).startswith("at least 1 s on this CPU: 1 U-Net passes of 250 ms")
@@ -192,7 +192,7 @@ def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.Mon
     assert timing.estimate_time(TOYLAND, 2400, 2).startswith("at least 10 min ")
     assert asked[:2] == [(3, (64, 96), True), (2, None, False)]
     assert timing.estimate_time("x", 7, 2, backward=True).startswith(
-        "7 times that of one U-Net pass there and back on your"
+        "7 times that of one U-Net pass forward and backward on your"
     )
 
 

@@ -147,7 +147,7 @@ def test_a_plan_is_of_the_settings_asked_for_and_tells_what_it_would_replace(
     assert told["photos"] == "2 with 1 different captions, 1 with a mask"
     assert told["method"] == "ed-lora, rank 2"
     assert told["steps"] == "9 of 6 pictures at 64 pixels"
-    assert told["time"].startswith("18 times that of one U-Net pass there and back ")
+    assert told["time"].startswith("18 times that of one U-Net pass forward and backward ")
     assert told["writes"] == "potter"
     assert "edlora.safetensors; asks for --overwrite" in told["replaces"]
     allowed = json.loads(run(*asked, *sizes, *more, "--overwrite"))

@@ -39,7 +39,7 @@ def estimate_time(
         backward: Whether each pass has a backward pass, as in training.
         model: What the denoiser of a base that is not embedded is called, one of the values of `MODELS`.
     """
-    way = "there and back " if backward else ""
+    way = "forward and backward " if backward else ""
     folder = find_embedded().get(normalise_name(base))
     if folder is None:
         return f"{passes} times that of one {model} pass {way}on your device; not measured, as no model is loaded"
