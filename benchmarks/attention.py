@@ -327,6 +327,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of every case, at least 2")
     parser.add_argument("--record", type=Path, help="where to write the record")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds}: quartiles need at least 2")
     warnings.simplefilter("ignore", MixOfShowWarning)
     pipes = build(arguments)
     unet = pipes["ours"].unet

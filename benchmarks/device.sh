@@ -25,7 +25,7 @@ measure() { # seconds at most, name of the record, then the command
 
 if [ "${2:-}" = --dry ]; then
     measure 600 fusion-one-layer fusion.py --width 64 --concepts 2 --tokens 256
-    measure 600 attention-toyland attention.py --steps 2 --rounds 1
+    measure 600 attention-toyland attention.py --steps 2 --rounds 2
     measure 600 training-toyland training_speed.py --steps 8
     measure 600 fusion-recording fusion_recording.py --work "$work" --concepts 1 --prompts 1 --steps 1 --size 64 --tiny
     measure 600 statistics-wide statistics_wide.py --blocks 1 --tokens 16 8 --rounds 1

@@ -183,8 +183,8 @@ def test_time_is_counted_of_the_passes_that_are_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr(timing, "_measure", measured)
     told = timing.estimate_time(TOYLAND, 40, 3, pixels=(64, 96), backward=True)
     assert told == (
-        "at least 10 s on this CPU: 40 U-Net passes forward and backward of 250 ms, measured just now as the quickest of "
-        "3; texts, pictures and loading come on top, and other work of this machine"
+        "at least 10 s on this CPU: 40 U-Net passes forward and backward of 250 ms, measured just now as the quickest "
+        "of 3; texts, pictures and loading come on top, and other work of this machine"
     )
     assert timing.estimate_time(TOYLAND, 1, 2).startswith("at least 1 s on this CPU: 1 U-Net passes of 250 ms")
     assert timing.estimate_time(TOYLAND, 476, 2).startswith("at least 119 s ")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -136,6 +138,16 @@ def test_files_are_fused_by_every_method_that_is_asked_for(run: Run, tmp_path: P
     )
     assert list(told["results"]) == ["2 concepts", "2 concepts, ties"]
     assert all(row["peak_memory_mib"] > 0 for row in told["results"].values())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script of bash")
+def test_every_measurement_that_waits_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    command = ["bash", str(BENCHMARKS / "device.sh"), str(tmp_path), "--dry"]
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHON": sys.executable}
+    )
+    assert told.returncode == 0, told.stdout[-2000:]
+    assert len(list(tmp_path.glob("*.json"))) == 5
 
 
 def test_recordings_are_added_up_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
