@@ -6,6 +6,7 @@ pytest -m browser tests/ui
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,17 @@ def test_an_error_is_told_at_the_top_and_marks_no_innocent_field(seen: Any) -> N
     marked = seen.find_elements("css selector", "span.error:not(.toast-title)")
     picture = seen.find_elements("css selector", "#picture span.error")
     assert len(marked) == len(picture) == 1
+
+
+def test_a_name_that_cannot_be_loaded_can_be_corrected(seen: Any) -> None:
+    field = one(seen, "[placeholder='user/edlora-potter']")
+    field.send_keys("/nowhere/rex")
+    seen.find_element("xpath", "//button[normalize-space()='Load']").click()
+    until(seen, lambda: "/nowhere/rex does not exist" in one(seen, "body").text)
+    time.sleep(0.5)  # Gradio marks its part of the page a moment later than it tells the error
+    field.click()  # raises where a mark covers it
+    field.send_keys("-2")
+    assert field.get_property("value") == "/nowhere/rex-2"
 
 
 def test_a_box_is_moved_resized_and_removed_with_the_mouse(seen: Any) -> None:

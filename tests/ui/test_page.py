@@ -190,14 +190,14 @@ def test_an_error_marks_at_most_the_field_that_it_is_about(studio: Studio) -> No
         if call["api_visibility"] == "public"
     }
     assert marked == {
-        "load": ["Hub id, folder or file"],
+        "load": ["Loaded"],
         "load_files": ["Or drop files"],
         "unload": ["Unload"],
         "draw": ["Picture"],
         "read_layout": ["Load a layout (JSON) or a picture with its settings (PNG)"],
         "fuse": [TITLE],
         "look_into_file": ["Drop a file"],
-        "look": ["Or a Hub id, folder or file"],
+        "look": ["Facts"],
     }
 
 

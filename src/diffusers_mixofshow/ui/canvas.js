@@ -110,15 +110,15 @@ function rowOf(index) {
   const region = regions()[index], of = ` of region ${index + 1}`;
   const row = node("li", { class: "mos-row", "data-region": index });
   row.style.setProperty("--mos-colour", region.colour);
-  const field = (name, type, label, shown) => {
-    const made = node("input", { type, "data-field": name, "aria-label": label + of, placeholder: label });
+  const field = (name, type, label, shown, hint = label) => {
+    const made = node("input", { type, "data-field": name, "aria-label": label + of, placeholder: hint });
     made.value = shown || "";
     return made;
   };
   row.append(
     field("colour", "color", "Colour", region.colour),
     field("name", "text", "Name", region.name),
-    field("prompt", "text", "Prompt", region.prompt),
+    field("prompt", "text", "Prompt", region.prompt, "Prompt: what it is and where, like a red vase in a meadow"),
     field("negative_prompt", "text", "What to avoid", region.negative_prompt),
     node("button", { type: "button", "data-act": "remove", "aria-label": `Remove${of}` }, "Remove"),
   );

@@ -233,13 +233,14 @@ class _DrawTab:
     def _connect(self, borrow: Borrow) -> None:
         """Connect buttons and fields with actions.
 
-        Without ``show_progress_on``, Gradio would mark every result of a call that fails as wrong, also the canvas.
+        Without ``show_progress_on``, Gradio would mark every result of a call that fails as wrong, also the canvas. A
+        mark covers its part of the page: never a field in which the user corrects what was wrong.
         """
         shown = [self.session, self.loaded, self.unloading, self.which, self.canvas]
         one = {"concurrency_id": _ONE_BY_ONE, "concurrency_limit": 1}
         typed, load = [self.session, self.source], _tell_errors(self._load)
-        self.load.click(load, typed, shown, api_name="load", show_progress_on=self.source, **one)
-        self.source.submit(load, typed, shown, api_visibility="private", show_progress_on=self.source, **one)
+        self.load.click(load, typed, shown, api_name="load", show_progress_on=self.loaded, **one)
+        self.source.submit(load, typed, shown, api_visibility="private", show_progress_on=self.loaded, **one)
         dropped = self.files.upload(
             _tell_errors(self._load_files),
             [self.session, self.files],
@@ -397,4 +398,4 @@ def _add_file_tab(gradio: Any, studio: Studio) -> None:
         _tell_errors(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file", show_progress_on=file
     )
     _clear(dropped.failure, file)
-    go.click(_tell_errors(lambda typed: look(typed.strip())), [named], shown, api_name="look", show_progress_on=named)
+    go.click(_tell_errors(lambda typed: look(typed.strip())), [named], shown, api_name="look", show_progress_on=facts)
