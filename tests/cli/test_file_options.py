@@ -207,7 +207,7 @@ def test_options_of_the_demo_are_its_settings(tmp_path: Path, monkeypatch, optio
 
 def test_every_option_of_demo_inspect_and_doctor_is_in_one_of_these_tests() -> None:
     assert {"--output", "--seed", "--overwrite", "--photos", "--class-word", "--json"} == options_of("demo")
-    assert options_of("doctor") == {"base", "--base", "--json"}
+    assert options_of("doctor") == {"named", "--base", "--json"}
     assert options_of("inspect") == {"sources", "--json"}
 
 
