@@ -127,13 +127,21 @@ def test_inspect_tells_them(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["trigger_words"] == ["sks dog"]
 
 
+def write_sources(folder: Path) -> list[LoRASource]:
+    """A plain LoRA whose file states its words, one whose prompts share a word, and one whose words nobody knows."""
+    dog = write_lora(folder / "dog.safetensors", dict(packs.random_pack(tiny.components()).lora), STANDARD)
+    ink = write_lora(folder / "ink.safetensors", dict(packs.random_pack(tiny.components(), seed=1).lora))
+    return [
+        LoRASource(dog, ["a sks dog"]),
+        LoRASource(ink, ["a house in inkwash", "inkwash, a tree"]),
+        LoRASource(ink, ["one", "two"], name="odd"),
+    ]
+
+
 def test_inspect_tells_the_trigger_words_of_every_source_of_a_pack(tmp_path: Path) -> None:
     """Of packs of plain LoRAs alone, and of such with concepts; where nobody knows them, that is said."""
-    lora = dict(packs.random_pack(tiny.components()).lora)
-    told = write_lora(tmp_path / "dog.safetensors", lora, STANDARD)
-    other = write_lora(tmp_path / "ink.safetensors", dict(packs.random_pack(tiny.components(), seed=1).lora))
-    plain = [LoRASource(told, ["a sks dog"]), LoRASource(other, ["a house in inkwash", "inkwash, a tree"])]
-    odd = LoRASource(other, ["one", "two"], name="odd")
+    told, other, odd = write_sources(tmp_path)
+    plain = [told, other]
     rex = packs.random_pack(tiny.components(), "rex", seed=2)
     for name, sources in {"both": plain, "mixed": [*plain, rex], "odd": [plain[0], odd]}.items():
         GradientFuser().fuse(sources, method="average").save_pretrained(tmp_path / name)
@@ -143,7 +151,7 @@ def test_inspect_tells_the_trigger_words_of_every_source_of_a_pack(tmp_path: Pat
         assert shown["trigger_words_of_sources"] == {"dog": ["sks dog"], "ink": ["inkwash"]}
         assert "dog: sks dog; ink: inkwash" in run.invoke(cli.app, ["inspect", str(tmp_path / name)]).stdout
     assert "dog: sks dog; odd: not known" in run.invoke(cli.app, ["inspect", str(tmp_path / "odd")]).stdout
-    shown = run.invoke(cli.app, ["inspect", str(told)]).stdout
+    shown = run.invoke(cli.app, ["inspect", str(told.source)]).stdout
     assert "sks dog" in shown
     assert "not known" not in shown
 
@@ -172,11 +180,6 @@ def test_inspect_tells_stated_trigger_words_from_guessed_ones(tmp_path: Path, me
 
 
 def test_inspect_tells_where_the_trigger_words_of_a_packs_sources_are_from(tmp_path: Path) -> None:
-    lora = dict(packs.random_pack(tiny.components()).lora)
-    told = write_lora(tmp_path / "dog.safetensors", lora, STANDARD)
-    other = write_lora(tmp_path / "ink.safetensors", dict(packs.random_pack(tiny.components(), seed=1).lora))
-    sources = [LoRASource(told, ["a sks dog"]), LoRASource(other, ["a house in inkwash", "inkwash, a tree"])]
-    odd = LoRASource(other, ["one", "two"], name="odd")
-    GradientFuser().fuse([*sources, odd], method="average").save_pretrained(tmp_path / "both")
+    GradientFuser().fuse(write_sources(tmp_path), method="average").save_pretrained(tmp_path / "both")
     result = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, ["inspect", str(tmp_path / "both")])
     assert "dog: told by its file; ink: guessed, the words that its prompts share" in result.stdout
