@@ -364,4 +364,5 @@ def test_the_code_on_the_card_of_a_plain_pack_runs_and_says_nothing(
         exec(code.replace("guidance_scale", "num_inference_steps=2, guidance_scale"), {})
     assert (tmp_path / "picture.png").is_file()
     said = re.split(r"[\r\n]+", "".join(capfd.readouterr()))
-    assert [line for line in said if line.strip() and not re.search(r"\[.*it/s.*\]|\[.*s/it\]", line)] == []
+    bar = re.compile(r"\d+%\|.*\| \d+/\d+ \[")  # its end may be cut to the width of the terminal
+    assert [line for line in said if line.strip() and not bar.search(line)] == []
