@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from diffusers_mixofshow.exporting import share_layers
 from diffusers_mixofshow.interop import convert
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.toyland.concepts import find_concept
+from toyland import CRITTERS
 
 
 BATCH = 6
@@ -85,19 +85,20 @@ def measure(name: str, folder: Path, judge: ToylandJudge, pictures: int) -> dict
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tune what is not tuned, measure, print and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for concepts and records")
-    parser.add_argument("--concepts", nargs="+", default=["kiki", "rex", "vivi"])
+    parser.add_argument("--work", type=Path, required=True, help="folder with the concepts, or for them")
+    parser.add_argument("--concepts", nargs="+", default=CRITTERS)
     parser.add_argument("--pictures", type=int, default=12)
+    parser.add_argument("--record", type=Path, default=Path(__file__).parent / "records" / "exports-toyland.json")
     given = parser.parse_args(arguments)
-    settings = DemoSettings(folder=given.work, concepts=tuple(given.concepts))
-    packs = tune_all(prepare_photos(settings), settings, lambda *step: None)
+    tuning = DemoSettings(folder=given.work, concepts=tuple(given.concepts))
+    packs = tune_all(prepare_photos(tuning), tuning, lambda *step: None)
     judge, results = ToylandJudge.load(), {}
     for name, folder in packs.items():
         results[name] = measure(name, folder, judge, given.pictures)
         print(name, results[name], flush=True)
-    file = given.work / f"exports-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    plan = {"concepts": given.concepts, "pictures": given.pictures}
-    print(record.write(file, {**record.run_info(Path(__file__).parent), "plan": plan, "results": results}))
+    settings = {"concepts": given.concepts, "pictures": given.pictures}
+    content = {"run": record.run_info(Path(__file__).parent), "settings": settings, "results": results}
+    print(f"Record: {record.write(given.record, content)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Every layout has things of different classes and colours in columns, one region 
 reader looks at each region: is the class the right one, and the colour; and is the colour another region's, so that it
 has leaked. The same prompts and seeds are sampled each way. Finished layouts lie in the work folder, under the hash of
 the settings and the base's weights, and are not sampled again; after a change of the sampler, delete its kept-*
-folder. Prints a Markdown table and writes one JSON record to benchmarks/records/.
+folder. Shares of regions have their 95 % interval over layouts. Prints a Markdown table and writes one JSON record to
+benchmarks/records/.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rich.progress import track
 from diffusers_mixofshow import Isolation, MixOfShowPipeline, MixOfShowWarning, Region
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.identity import crop_region
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import TOGETHER_PLACES, column_boxes
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.toyland import load_pipeline
@@ -129,15 +131,14 @@ def main() -> None:
         )
         for number, things in enumerate(track(scenes, description="layouts"))
     ]
-    regions = options.layouts * options.things
     results = {
-        way: {name: round(sum(count[way][name] for count in counts) / regions, 4) for name in MEASURES}
+        way: {name: mean_with_interval([count[way][name] / options.things for count in counts]) for name in MEASURES}
         for way in counts[0]
     }
     print(
         markdown(
             ["right class", "right colour", "another region's colour"],
-            {way: [f"{100 * share:.0f} %" for share in row.values()] for way, row in results.items()},
+            {way: [f"{100 * share['mean']:.0f} %" for share in row.values()] for way, row in results.items()},
         )
     )
     settings["layouts"] = options.layouts

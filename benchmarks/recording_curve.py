@@ -6,7 +6,8 @@
 `benchmarks/retention.py --work WORK` leaves such a folder, WORK/concepts. Every concept is sampled with its own LoRA;
 statistics are kept a prompt, number of steps and seed, and added up, as they are additive. Each sum is solved by the
 closed form and judged by the relative residual |D X - dW X| / |dW X| on features X of held-out prompts, with other
-seeds and in 20 steps: 0 keeps the concept's output, 1 is the base's. Means over layers and concepts, by group.
+seeds and in 20 steps: 0 keeps the concept's output, 1 is the base's. Means over layers and concepts, by group, with
+their 95 % interval over concepts.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kept import markdown
+
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation import record
+from diffusers_mixofshow.evaluation.intervals import Interval, mean_with_interval
 from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
 from diffusers_mixofshow.fusion.collection import Recording, collect
 from diffusers_mixofshow.fusion.gram import Gram, sum_grams
@@ -72,18 +76,22 @@ class Recorder:
 
 def residuals(
     sources: Sequence[Source], lora: Any, sites: Sequence[str], held_out: Sequence[GramStatistics]
-) -> dict[str, float]:
-    """Mean relative residual over layers and concepts, by group of layers."""
-    family, found = family_of_sources(sources), dict[str, list[float]]()
+) -> dict[str, Interval]:
+    """Mean relative residual over layers and concepts, by group of layers, with its interval over concepts."""
+    family, found = family_of_sources(sources), dict[str, list[list[float]]]()
     for name, group in family.by_input(sites).items():
         grams = [one.gram(name) for one in held_out]
         for site in group:
             fused = Factors.of(lora[site])
-            for own, gram in zip(updates_of(sources, site), grams, strict=True):
-                found.setdefault(family.group_of(site), []).append(relative_residual(fused, own, gram))
-    means = {group: sum(values) / len(values) for group, values in found.items()}
-    every = [value for values in found.values() for value in values]
-    return {group: round(value, 4) for group, value in (means | {"all": sum(every) / len(every)}).items()}
+            pairs = zip(updates_of(sources, site), grams, strict=True)
+            found.setdefault(family.group_of(site), []).append([relative_residual(fused, *pair) for pair in pairs])
+    found["all"] = [of_site for of_group in found.values() for of_site in of_group]
+    return {group: mean_of_concepts(of_sites) for group, of_sites in found.items()}
+
+
+def mean_of_concepts(of_sites: Sequence[Sequence[float]]) -> Interval:
+    """Mean over layers of every concept's values, (layers, concepts), and its interval over concepts."""
+    return mean_with_interval([sum(of_concept) / len(of_concept) for of_concept in zip(*of_sites, strict=True)])
 
 
 def curve(options: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +113,7 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
             parts[place, prompt, steps, seed] = recorder(sources[place], RECORDING_PROMPTS[prompt], steps, number)
         print(f"  recorded in {steps} steps: {recorder.seconds - before:.0f} s", flush=True)
 
-    def solved(method: Method, statistics: Sequence[Sequence[Added]]) -> dict[str, float]:
+    def solved(method: Method, statistics: Sequence[Sequence[Added]]) -> dict[str, Interval]:
         solution = solve(sources, statistics, sites, Settings(method=method, ridge=options.ridge))
         return residuals(sources, solution.lora, sites, held_out)
 
@@ -125,21 +133,17 @@ def curve(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    groups = list(results["average"])
-    lines = [f"| prompts x steps x seeds | evaluations | {' | '.join(groups)} |", "|---" * (2 + len(groups)) + "|"]
-    told = [("average", 0, results["average"])] + [
-        (f"{row['prompts']} x {row['steps']} x {row['seeds']}", row["evaluations"], row["residual"])
-        for row in results["closed_form"]
-    ]
-    for name, evaluations, row in told:
-        lines.append(f"| {name} | {evaluations} | {' | '.join(f'{row[group]:.3f}' for group in groups)} |")
-    return "\n".join(lines)
+    told = {"average, nothing recorded": results["average"]}
+    for row in results["closed_form"]:
+        told[f"{row['prompts']} prompts x {row['steps']} steps x {row['seeds']} seeds"] = row["residual"]
+    rows = {name: [f"{value['mean']:.3f}" for value in residual.values()] for name, residual in told.items()}
+    return markdown(list(results["average"]), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", type=Path, required=True, help="folder of ED-LoRAs, one subfolder each")
-    parser.add_argument("--count", type=int, default=4, help="how many of them")
+    parser.add_argument("--count", type=int, default=8, help="how many of them")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 2, 4, 8], help=f"of {len(RECORDING_PROMPTS)}")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 5, 20])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])

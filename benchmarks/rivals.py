@@ -24,6 +24,7 @@ from recording_curve import HELD_OUT_SEED, Added, Recorder, residuals
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation import record
+from diffusers_mixofshow.evaluation.intervals import Interval
 from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS, UNSEEN_PROMPTS
 from diffusers_mixofshow.fusion.solving import (
     METHODS,
@@ -100,7 +101,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     recorder = Recorder(pipe, sites)
     recorded = record_sources(sources, sites, recorder, options.steps)
     print(f"  recorded: {recorder.seconds:.0f} s", flush=True)
-    measured: dict[str, Callable[[Any], dict[str, float]]] = {
+    measured: dict[str, Callable[[Any], dict[str, Interval]]] = {
         "recorded": lambda lora: residuals(sources, lora, sites, [one for (one,) in recorded.by_default]),
         "held_out": lambda lora: residuals(sources, lora, sites, recorded.held_out),
     }
@@ -125,7 +126,7 @@ def main() -> None:
     options = parser.parse_args()
     results = compare(options)
     groups = list(next(iter(results["ways"].values()))["held_out"])
-    told = {way: [f"{row['held_out'][group]:.3f}" for group in groups] for way, row in results["ways"].items()}
+    told = {way: [f"{row['held_out'][group]['mean']:.3f}" for group in groups] for way, row in results["ways"].items()}
     print(markdown(groups, told))
     settings = {"count": options.count, "steps": options.steps}
     content = {"run_info": record.run_info(Path(__file__).parent), "settings": settings, "results": results}

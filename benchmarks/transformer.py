@@ -135,7 +135,8 @@ class Study:
     def measure_residuals(self, folder: Path) -> dict[str, float]:
         """Mean relative residual of a fused file over layers and concepts, by group of layers."""
         sites = sites_of(self.gathered)
-        return residuals(self.gathered, read_lora(folder / PLAIN_NAME), sites, self.held_out)
+        found = residuals(self.gathered, read_lora(folder / PLAIN_NAME), sites, self.held_out)
+        return {group: value["mean"] for group, value in found.items()}
 
 
 def prompts_about(concept: toyland.ToyConcept, templates: Sequence[str]) -> list[str]:
