@@ -30,8 +30,9 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -367,18 +368,36 @@ def pixels_apart(one: Image.Image, other: Image.Image) -> float:
 def summary(
     rows: Mapping[str, Mapping[str, Any]], single: Mapping[str, Any], floor: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Means over concepts of one method, and what it keeps of what tuning gained."""
+    """Means over concepts of one method, what it keeps of what tuning gained, and the values of each concept."""
     means = [mean_identity([Identity(**table[name]["identity"]) for name in rows]) for table in (rows, single, floor)]
+    shapes = [mean_over(table, rows, "shapes") for table in (rows, single, floor)]
+    identity, of_single, of_class_word = (
+        mean.as_record() | {"shapes": share} for mean, share in zip(means, shapes, strict=True)
+    )
     return {
-        "identity": means[0].as_record(),
-        "single": means[1].as_record(),
-        "class_word": means[2].as_record(),
+        "identity": identity,
+        "single": of_single,
+        "class_word": of_class_word,
         "retention": retention(*means),
-        **{
-            f"{measure}{label}": round(sum(table[name][measure] for name in rows) / len(rows), 4)
-            for measure in ("text_alignment", "shapes")
-            for label, table in (("", rows), ("_of_single", single), ("_of_class_word", floor))
-        },
+        "text_alignment": mean_over(rows, rows, "text_alignment"),
+        "text_alignment_of_single": mean_over(single, rows, "text_alignment"),
+        "text_alignment_of_class_word": mean_over(floor, rows, "text_alignment"),
+        "of_each": of_each(rows, rows),
+        "of_each_single": of_each(single, rows),
+        "of_each_class_word": of_each(floor, rows),
+    }
+
+
+def mean_over(table: Mapping[str, Any], names: Iterable[str], measure: str) -> float:
+    """Mean of a measure over these concepts."""
+    return round(statistics.fmean(table[name][measure] for name in names), 4)
+
+
+def of_each(table: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """What is measured of these concepts, each apart."""
+    return {
+        name: table[name]["identity"] | {each: table[name][each] for each in ("shapes", "text_alignment")}
+        for name in names
     }
 
 
@@ -408,9 +427,6 @@ def study_method(
     )
     result = summary(rows, tables["single"], tables["class_word"]) | {
         "drift": {name: round(value, 4) for name, value in away.items()},
-        "of_each": {name: row["identity"] for name, row in rows.items()},
-        "of_each_single": {name: tables["single"][name]["identity"] for name in rows},
-        "of_each_class_word": {name: tables["class_word"][name]["identity"] for name in rows},
     }
     study.console.print(f"  {count} {method}: {result['retention']} drift {result['drift']}")
     return result

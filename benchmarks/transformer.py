@@ -164,9 +164,6 @@ def run(study: Study, console: Console) -> dict[str, Any]:
             "drift": {name: round(value, 4) for name, value in away.items()},
             "residual": study.kept.result(f"{method}-residual", partial(study.measure_residuals, folder)),
             "seconds": seconds,
-            "of_each": {name: row["identity"] for name, row in rows.items()},
-            "of_each_single": {name: single[name]["identity"] for name in rows},
-            "of_each_class_word": {name: floor[name]["identity"] for name in rows},
         }
         console.print(f"  {method}: {results[method]['retention']} residual {results[method]['residual']}")
     return {str(len(study.concepts)): results}

@@ -127,8 +127,9 @@ def test_rivals_solves_what_its_ways_need(run: Run, concepts: Path) -> None:
     ways = ("average", "closed-form", "closed-form:ridge=0.1", "closed-form:weights alone")
     told = run("rivals.py", "--concepts", concepts, "--count", 2, "--steps", 1, "--ways", *ways)
     assert list(told["results"]["ways"]) == list(ways)
-    row = told["results"]["ways"]["closed-form"]
-    assert 0 < row["recorded"]["all"] < told["results"]["ways"]["average"]["recorded"]["all"]
+    average, closed = (told["results"]["ways"][way]["recorded"]["all"] for way in ("average", "closed-form"))
+    assert 0 < closed["low"] <= closed["mean"] <= closed["high"] and closed["mean"] < average["mean"]
+    assert closed["count"] == 2, "one value a concept"
 
 
 def test_files_are_fused_by_every_method_that_is_asked_for(run: Run, tmp_path: Path) -> None:
