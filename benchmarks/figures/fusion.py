@@ -12,6 +12,7 @@ from figures.reading import (
     decimals_with_interval,
     difference,
     kept_apart,
+    mean_kept,
     mean_of,
     percent,
     percent_with_interval,
@@ -37,6 +38,8 @@ METHODS = {
     "ties": "TIES",
     "sum": "sum",
 }
+KEPT = {"attributes": "looks", "shapes": "shapes", "alignment": "alignment"}
+"""Measures of which a share is kept; records of before 29 November 2026 have no shapes apart from looks."""
 OTHER_WAYS = {
     "closed-form:ridge=0.1": "closed form, ridge 0.1",
     "lbfgs": "LBFGS",
@@ -158,16 +161,17 @@ def methods(seeds: Sequence[str], count: str, alone: str = "each concept's own E
     """What each method keeps, also minus what the closed form keeps, text-alignment and drift; means over seeds."""
     results = rows_of(seeds, count)
     first = results["closed-form"]
+    measures = [each for each in KEPT if each in first[0]["single"]]
     rows = [
-        [alone, "1", "", "1", "", decimals(mean_of(first, "text_alignment_of_single"), 3), ""],
-        ["class word alone", "0", "", "0", "", decimals(mean_of(first, "text_alignment_of_class_word"), 3), "0"],
+        [name, *[share, ""] * len(measures), decimals(mean_of(first, f"text_alignment_of_{which}"), 3), drift]
+        for name, share, which, drift in ((alone, "1", "single", ""), ("class word alone", "0", "class_word", "0"))
     ]
     for method, label in METHODS.items():
         if of_method := results.get(method):
             text, drift = mean_of(of_method, "text_alignment"), mean_of(of_method, "drift", "features")
-            rows.append([label, *kept_beside(of_method, first), decimals(text, 3), decimals(drift, 3)])
-    head = ("", "looks kept", "minus the closed form's", "alignment kept", "minus the closed form's")
-    return table((*head, "text-alignment", "drift"), rows)
+            rows.append([label, *kept_beside(of_method, first, measures), decimals(text, 3), decimals(drift, 3)])
+    head = [title for each in measures for title in (f"{KEPT[each]} kept", "minus the closed form's")]
+    return table(("", *head, "text-alignment", "drift"), rows)
 
 
 def rows_of(seeds: Sequence[str], count: str) -> dict[str, list[Row]]:
@@ -176,12 +180,14 @@ def rows_of(seeds: Sequence[str], count: str) -> dict[str, list[Row]]:
     return {method: [each[method] for each in results] for method in results[0]}
 
 
-def kept_beside(rows: Sequence[Row], first: Sequence[Row]) -> list[str]:
-    """Looks and alignment kept, behind each what it is apart from the first rows'; nothing in these themselves."""
+def kept_beside(
+    rows: Sequence[Row], first: Sequence[Row], measures: Sequence[str] = ("attributes", "alignment")
+) -> list[str]:
+    """What is kept by each measure, behind it what that is apart from the first rows'; nothing in these themselves."""
     cells = []
-    for measure in ("attributes", "alignment"):
+    for measure in measures:
         apart = "" if rows == first else difference(kept_apart(rows, first, measure))
-        cells += [decimals(mean_of(rows, "retention", measure)), apart]
+        cells += [decimals(mean_kept(rows, measure)), apart]
     return cells
 
 
@@ -193,7 +199,7 @@ def rivals() -> str:
     rows = []
     for way, label in {"closed-form": "**closed form**", **OTHER_WAYS}.items():
         missed = [shortened(ways[way]["held_out"][group]) for group in groups]
-        looks = [decimals(mean_of(results[IN_RETENTION.get(way, way)], "retention", "attributes")) for results in kept]
+        looks = [decimals(mean_kept(results[IN_RETENTION.get(way, way)], "attributes")) for results in kept]
         cost = costs.get("8 concepts" if way == "closed-form" else f"8 concepts, {way}")
         spent = (
             [f"{decimals(cost['processor_s'], 0)} s", f"{cost['peak_memory_mib']} MiB", f"{cost['pack_mb']:.0f} MB"]
@@ -361,7 +367,7 @@ def sentences() -> list[Sentence]:
 
 def kept_percent(rows: Sequence[Row]) -> tuple[str, str]:
     """Looks and alignment kept, in per cent, mean over seeds."""
-    looks, alignment = (mean_of(rows, "retention", measure) for measure in ("attributes", "alignment"))
+    looks, alignment = (mean_kept(rows, measure) for measure in ("attributes", "alignment"))
     return percent(looks), percent(alignment)
 
 

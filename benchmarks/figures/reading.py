@@ -89,6 +89,12 @@ def kept_apart(ones: Sequence[Row], others: Sequence[Row], measure: str) -> dict
     return mean_of_groups_with_interval(list(apart.values()))
 
 
+def mean_kept(rows: Sequence[Row], measure: str) -> float:
+    """What a method keeps of what tuning gains over the class word, mean over seeds."""
+    means = [[row[each][measure] for each in ("identity", "single", "class_word")] for row in rows]
+    return statistics.fmean(identity_retention(*each) for each in means)
+
+
 def mean_of(rows: Sequence[Row], *keys: str) -> float:
     """Mean over rows of a number that lies under these keys."""
     found: list[Any] = [reduce(getitem, keys, row) for row in rows]
