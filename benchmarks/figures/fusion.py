@@ -20,7 +20,7 @@ from figures.reading import (
     table,
 )
 
-from diffusers_mixofshow.evaluation.metrics import identity_retention
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
 
 
 PAGE, METHOD_PAGE, TUNING_PAGE = "docs/benchmarks_fusion.md", "docs/gradient_fusion.md", "docs/ed_lora.md"
@@ -126,29 +126,28 @@ def tables() -> dict[str, str]:
 
 
 def hard_case() -> str:
-    identity = record(HARD_CASE)["mean_identity"]
+    of_each, means = (record(HARD_CASE)[key] for key in ("identity", "mean_identity"))
+    measures = {"attributes": percent_with_interval, "alignment": decimals_with_interval}
     names = {
-        "single": "each concept's own ED-LoRA",
-        "average": "weight average",
-        "closed_form": "**gradient fusion**",
-        "class_word": "class word alone",
+        "single": ("each concept's own ED-LoRA", "100 %"),
+        "average": ("weight average", ""),
+        "closed_form": ("**gradient fusion**", ""),
+        "class_word": ("class word alone", "0 %"),
     }
     rows = []
-    for key, name in names.items():
+    for key, (name, by_definition) in names.items():
         cells = []
-        for measure, word in (("attributes", percent), ("alignment", lambda value: decimals(value, 3))):
+        for measure, word in measures.items():
+            shown, own = ([row[measure] for row in of_each[each].values()] for each in (key, "single"))
+            gained = means["single"][measure] - means["class_word"][measure]
+            # What a concept loses of its own file's, so that what is hard about it for both does not count.
+            kept = [1 + (one - other) / gained for one, other in zip(shown, own, strict=True)]
             cells += [
-                word(identity[key][measure]) + (" %" if word is percent else ""),
-                f"{percent(kept(identity, key, measure))} %",
+                word(mean_with_interval(shown)),
+                by_definition or percent_with_interval(mean_with_interval(kept)),
             ]
-        bold = [f"**{cell}**" for cell in cells] if key == "closed_form" else cells
-        rows.append([name, *bold])
+        rows.append([name, *cells])
     return table(("", "looks read right", "kept", "like the photos", "kept"), rows)
-
-
-def kept(identity: Mapping[str, Mapping[str, float]], key: str, measure: str) -> float:
-    """What a method keeps of what tuning gains over the class word."""
-    return identity_retention(*(identity[each][measure] for each in (key, "single", "class_word")))
 
 
 def results_of(name: str, count: str = "8") -> Mapping[str, Any]:

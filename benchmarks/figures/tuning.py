@@ -7,6 +7,8 @@ from typing import Any
 
 from figures.reading import Sentence, decimals, percent, percent_with_interval, record, table
 
+from diffusers_mixofshow.evaluation.intervals import mean_with_interval
+
 
 PAGE = "docs/benchmarks_training.md"
 METHODS = {
@@ -38,6 +40,13 @@ ON_XL = {
     "with embeddings of each layer": "ED-LoRA, one for each layer (10)",
     "without layer-wise embeddings": "ED-LoRA, one for all layers",
 }
+KEPT_OF_EXPORTS = {
+    ("mean", "alignment"): "mean alone: likeness kept",
+    ("mean", "attributes"): "looks kept",
+    ("with the base", "alignment"): "with the base: likeness kept",
+    ("with the base", "attributes"): "looks kept",
+}
+"""Ways to export a concept, and what is kept of its identity by which measure."""
 SEEDS = {"bobo": "bobo, in-domain", "nono": "nono, out-of-domain"}
 
 
@@ -96,17 +105,16 @@ def company() -> str:
 
 
 def exports() -> str:
-    rows = []
-    for name, row in record("exports-toyland")["results"].items():
-        identity, kept = row["identity"], row["kept"]
-        cells = [decimals(identity[way]["alignment"], 3) for way in ("own", "class word", "mean", "with the base")]
-        mean, whole = kept["mean"], kept["with the base"]
-        cells.append(f"{percent(whole['alignment'])} % (mean: {percent(mean['alignment'])} %)")
-        cells.append(f"{percent(whole['attributes'])} % ({percent(mean['attributes'])} %)")
-        rows.append([f"`<{name}>`", *cells])
-    return table(
-        ("", "own", "class word", "export, mean alone", "export with the base", "kept", "in attributes"), rows
+    results = record("exports-toyland")["results"]
+    rows = [
+        [f"`<{name}>`", *(f"{percent(row['kept'][way][measure])} %" for way, measure in KEPT_OF_EXPORTS)]
+        for name, row in results.items()
+    ]
+    means = (
+        mean_with_interval([row["kept"][way][measure] for row in results.values()]) for way, measure in KEPT_OF_EXPORTS
     )
+    rows.append([f"all {len(results)}", *map(percent_with_interval, means)])
+    return table(("", *KEPT_OF_EXPORTS.values()), rows)
 
 
 def sentences() -> list[Sentence]:
