@@ -255,13 +255,15 @@ def of_seeds() -> list[Sentence]:
 
 
 def of_speed() -> list[Sentence]:
-    content = record("training-speed-toyland-cpu")["results"]
-    ratio = content["ratio"]
+    results = record("training-speed-toyland-cpu")["results"]
+    plain, compiled = results["ratio"], results["both U-Nets compiled"]["ratio"]
+    figures = (decimals(value) for each in (plain, compiled) for value in (each["median"], *each["quartiles"][::2]))
     return [
         Sentence(
             page="docs/ed_lora.md",
             words="layer-wise texts included, {} times as fast (median of 147 pairs of steps on one thread, quartiles "
-            "{} and {};",
-            figures=(decimals(ratio["median"]), *(decimals(ratio["quartiles"][place]) for place in (0, 2))),
+            "{} and {}; record in `benchmarks/records/training-speed-toyland-cpu.json`), and with both U-Nets "
+            "compiled (`--compile`) {} times (quartiles {} and {}).",
+            figures=tuple(figures),
         ),
     ]
