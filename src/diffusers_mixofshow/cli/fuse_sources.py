@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.cli.settings import read_toml
+from diffusers_mixofshow.edlora.folder import SOURCES
 from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
@@ -84,8 +85,12 @@ def describe_sources(
     lines = []
     for source, read, count in zip(given, gathered, counts, strict=True):
         line = _describe_source(source, [] if read.edlora.concepts else _list_prompts(read))
-        if count > 1 and len(given) > 1 and not is_weighted:
-            line += f"; it counts as one of the sources: {every} gives each of its {count} the weight of one"
+        if count > 1 and len(given) > 1:
+            carried = Path(str(source.source), SOURCES)
+            if carried.is_dir():
+                line += f"; to add or leave out one, fuse its sources instead, {carried.as_posix()}/*"
+            if not is_weighted:
+                line += f"; it counts as one of the sources: {every} gives each of its {count} the weight of one"
         lines.append(line)
     return lines
 
