@@ -202,6 +202,21 @@ def usual_guidance(base_model: str, family: Family | None = None) -> float:
     return (_find_embedded_by(configuration) or family.models[0]).guidance
 
 
+def find_size(base_model: str) -> tuple[int, int] | None:
+    """Height and width in pixels that a base model draws by default, by its folder or its id; None if not known."""
+    folder = Path(location_of(base_model))
+    if (family := known_family(str(folder))) is None:
+        return None
+    size = _read_configuration(folder / family.denoiser / "config.json").get("sample_size")
+    channels = _read_configuration(folder / "vae" / "config.json").get("block_out_channels")
+    match [size, size] if isinstance(size, int) else size:
+        case [int(height), int(width)] if isinstance(channels, list):
+            scale = 2 ** (len(channels) - 1)
+            return height * scale, width * scale
+    known = _find_known_base(base_model)
+    return (known.resolution, known.resolution) if known is not None and known.resolution else None
+
+
 def guidance_of(components: Mapping[str, object], base_model: str = "") -> float:
     """The guidance scale that a loaded pipeline draws well with, by its components.
 

@@ -243,7 +243,7 @@ def test_nothing_is_said_of_what_is_not_there(monkeypatch) -> None:
 
 
 def test_a_problem_ends_with_1_and_a_note_does_not(monkeypatch) -> None:
-    for state, code in (("ok", 0), ("note", 0), ("problem", 1)):
+    for state, code in (("ok", 0), ("note", 0), ("optional", 0), ("problem", 1)):
         findings = [diagnosis.Finding("Python", "ok", "3"), diagnosis.Finding("x", state, "y", "z")]
         monkeypatch.setattr(diagnosis, "diagnose", lambda found=findings: found)
         for more in ((), ("--json",)):
@@ -260,6 +260,7 @@ def test_states_have_colours_on_a_terminal_and_remedies_stand_below(monkeypatch)
             diagnosis.Finding("a", "ok", "[3]"),
             diagnosis.Finding("b", "note", "4", "pip install [x]"),
             diagnosis.Finding("c", "problem", "5", "y " * 99 + "z"),
+            diagnosis.Finding("extra d", "optional", "d not installed", "for x: pip install [d]"),
         ],
     )
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -270,7 +271,30 @@ def test_states_have_colours_on_a_terminal_and_remedies_stand_below(monkeypatch)
         assert f"\x1b[{colour}m{state}\x1b[0m" in told
     plain = re.sub(r"\x1b\[[\d;]*m", "", told)
     assert "[3]" in plain
-    assert plain.endswith(f"How to fix it:\n  b: pip install [x]\n  c: {'y ' * 99}z\n")
+    assert "extra d" not in plain.partition("How to fix it:")[0]
+    assert plain.endswith(
+        f"How to fix it:\n  c: {'y ' * 99}z\nCould be better:\n  b: pip install [x]\n"
+        "Not installed, and not needed for anything else:\n  extra d: for x: pip install [d]\n"
+    )
+
+
+def test_where_nothing_has_to_be_fixed_that_is_said(monkeypatch) -> None:
+    for state, said in (("ok", True), ("note", True), ("optional", True), ("problem", False)):
+        findings = [diagnosis.Finding("a", "ok", "3"), diagnosis.Finding("b", state, "y", "z")]
+        monkeypatch.setattr(diagnosis, "diagnose", lambda found=findings: found)
+        assert ("Nothing has to be fixed." in CliRunner().invoke(cli.app, ["doctor"]).stdout) == said
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "found"),
+    [("", "optional", "pillow-heif not installed"), ("0.1", "note", "pillow-heif 0.1, needs >=0.16")],
+)
+def test_an_extra_that_is_not_installed_is_no_note_but_one_that_is_too_old_is(
+    monkeypatch, version: str, state: str, found: str
+) -> None:
+    installed(**{"pillow-heif": version})(monkeypatch, Path())
+    (told,) = (each for each in diagnosis.diagnose() if each.name == "extra heic")
+    assert (told.state, told.found) == (state, found)
 
 
 def test_every_extra_that_a_user_may_want_is_told_with_what_it_is_for_and_those_of_developers_are_not() -> None:
@@ -278,6 +302,6 @@ def test_every_extra_that_a_user_may_want_is_told_with_what_it_is_for_and_those_
     found = {each.name.removeprefix("extra "): each for each in diagnosis.diagnose() if each.name.startswith("extra ")}
     assert found.keys() == extras - {"browser", "dev", "docs"}
     for extra, finding in found.items():
-        if finding.state == "note":
+        if finding.state != "ok":
             assert finding.remedy.startswith("for ")
             assert finding.remedy.endswith(f": pip install 'diffusers-mixofshow[{extra}]'")

@@ -49,7 +49,8 @@ def test_a_dry_run_tells_the_u_nets_runs_and_their_time(dog, arguments):
 
 
 def test_a_dry_run_tells_sizes_and_photos_as_they_will_be(dog, tmp_path):
-    assert "size: the model's own\n" in run("sample", "--concepts", "dog", "--prompt", "a <dog>", "--dry-run").stdout
+    own = run("sample", "--concepts", "dog", "--prompt", "a <dog>", "--dry-run").stdout
+    assert "size: 64 x 64 pixels, the model's own\n" in own
     wide = run("sample", "--base", "user/base", "--prompt", "a dog", "--width", 64, "--dry-run").stdout
     assert "size: 64 x the model's own pixels\n" in wide
     rex = Concept.from_name("rex", "dog")

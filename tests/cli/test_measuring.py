@@ -56,7 +56,7 @@ def options(place, monkeypatch) -> tuple[str, ...]:
     return ("--base", "base", "--metric-model", "clip", *QUICK)
 
 
-def test_compare_shows_packs_side_by_side(options, place):
+def test_compare_shows_packs_side_by_side(options, place, tmp_path):
     arguments = ["compare", "rex", "tom", "rex-tom", *options, "--photos", "rex=photos"]
     result = run(*arguments, "--sheet", "out/sheet.png", "--record", "out/record.json")
     assert result.exit_code == 0
@@ -71,6 +71,19 @@ def test_compare_shows_packs_side_by_side(options, place):
         ("<tom>", "class word"), ("<tom>", "tom"), ("<tom>", "rex-tom"), ("mean", "rex-tom"),
     ]  # fmt: skip
     assert [row["identity"] is None for row in record["rows"]] == [False] * 3 + [True] * 4
+    assert record["photos"].keys() == {"<rex>"}
+    photos = f"photos {record['photos']['<rex>']['alignment']:.3f}"
+    cells = [" ".join(line.replace("│", " ").replace(" - ", " ").split()) for line in result.stdout.splitlines()]
+    rows = [cell for cell in cells if cell.startswith(("<rex>", "<tom>", "class word", "rex", "tom", "photos"))]
+    assert (rows[3], rows[4].split()[0]) == (photos, "<tom>")
+    for name in ("text", "image", "drift", "class word", "photos"):
+        assert f"\n  {name}: " in result.stdout
+    for name in ("nearest", "looks"):  # no such column
+        assert f"\n  {name}: " not in result.stdout
+    Image.new("RGB", (40, 30)).save(tmp_path / "alone.png")
+    result = run("evaluate", "rex", *options, "--photos", f"rex={tmp_path}", "--json")
+    assert json.loads(result.stdout)["photos"] == {"<rex>": {"alignment": None, "attributes": None}}
+    assert "photos" not in run("evaluate", "rex", *options, "--photos", f"rex={tmp_path}").stdout.partition("What")[0]
     with Image.open(place / "out" / "sheet.png") as sheet:
         assert sheet.height == 6 * 132 + 4
     note = read_note(place / "out" / "sheet.png")

@@ -20,7 +20,7 @@ import tiny
 from cli.test_measuring import QUICK, fill
 from diffusers_mixofshow import FusedPack, FusionSource, GradientFuser, LoRASource, MixOfShowPipeline, cli, toyland
 from diffusers_mixofshow.cli.measuring import _print_table
-from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, FusionError, MixOfShowWarning
 from diffusers_mixofshow.evaluation.clip_judge import ClipJudge
 from diffusers_mixofshow.evaluation.identity import Identity
 from diffusers_mixofshow.evaluation.packs import Reference, Row, evaluate_packs
@@ -418,13 +418,18 @@ def test_a_base_that_the_record_names_is_untrusted(tmp_path: Path) -> None:
         assert json.loads(run("inspect", path, "--json"))["base_model"] == ""
 
 
-def test_a_fused_pack_is_fused_again_with_the_prompts_of_its_record(asked) -> None:
+def test_a_fused_pack_is_fused_again_by_the_names_and_prompts_of_its_record(asked) -> None:
     write(Path("cat.safetensors"), 3)
     said = run("fuse", "both", "cat.safetensors", "--prompts", "ohwx cat", "--method", "average", "--output", "three")
-    assert "its record has the prompts of dog (2), ink (1)" in said
-    assert read_plain_pack("three").report.data["prompts"] == {
-        "both": [*PROMPTS["dog"], *PROMPTS["ink"]], "cat": ["ohwx cat"]
-    }  # fmt: skip
+    assert "fused from dog, ink (prompts in its record: 2, 1)" in said
+    assert "--weight 2 --weight 1 gives each of its 2 the weight of one" in said
+    assert "Wrote the fused pack of dog, ink, cat to three" in said
+    assert read_plain_pack("three").report.data["prompts"] == {**PROMPTS, "cat": ["ohwx cat"]}
+    (told,) = [json.loads(run("inspect", "three", "--json"))]
+    assert told["trigger_words_of_sources"].keys() == {"dog", "ink", "cat"}
+    card = Path("three", "README.md").read_text()
+    assert "# LoRA fused from `dog`, `ink`, `cat`\n\n3 LoRAs in one" in card
+    assert "| `dog`, `ink` | a private file |" in card
     given = ("--prompts", "x", "--prompts", "ohwx cat")  # those of the command line go first
     run("fuse", "both", "cat.safetensors", *given, "--method", "average", "--output", "given")
     assert read_plain_pack("given").report.data["prompts"]["both"] == ["x"]
@@ -433,3 +438,60 @@ def test_a_fused_pack_is_fused_again_with_the_prompts_of_its_record(asked) -> No
     assert len(read_plain_pack("listed").report.data["prompts"]["pair"]) == 3
     with pytest.raises(ConfigurationError, match=r"0 times for 1 plain LoRAs \(cat.safetensors\)"):
         run("fuse", "both", "cat.safetensors", "--method", "closed-form", "--output", "none")
+
+
+def test_members_of_a_pack_that_is_fused_again_are_measured_each(asked) -> None:
+    write(Path("cat.safetensors"), 3)
+    again = ("both/pytorch_lora_weights.safetensors", "cat.safetensors", "--method", "average", "--keep-sources")
+    run("fuse", *again, "--prompts", "ohwx cat", "--output", "three")
+    words = ("--class-word", "dog=dog", "--class-word", "ink=drawing", "--class-word", "cat=cat")
+    rows = json.loads(run("evaluate", "three", *asked, *words, "--json"))["rows"]
+    drawn = {(row["concept"], row["pack"]) for row in rows}
+    assert {("dog", "three"), ("ink", "three"), ("cat", "three"), ("cat", "sources/lora-cat")} <= drawn
+
+
+def test_a_pack_without_prompts_keeps_its_names_when_it_is_fused_again(asked) -> None:
+    for name, seed in (("cat", 3), ("fox", 4)):
+        write(Path(f"{name}.safetensors"), seed)
+    with pytest.warns(MixOfShowWarning, match="what calls dog, ink:"):
+        run("fuse", "dog.safetensors", "ink.safetensors", "--method", "average", "--output", "silent")
+    with pytest.warns(MixOfShowWarning, match="what calls dog, ink, cat:"):
+        said = run("fuse", "silent", "cat.safetensors", "--method", "average", "--output", "three")
+    assert "fused from dog, ink (prompts in its record: 0, 0)" in said
+    with pytest.warns(MixOfShowWarning, match="what calls dog, ink, cat, fox:"):
+        run("fuse", "three", "fox.safetensors", "--method", "average", "--output", "four")
+    assert read_plain_pack("four").report.data["prompts"] == {"dog": [], "ink": [], "cat": [], "fox": []}
+    with pytest.raises(ConfigurationError, match=r"0 times for 2 plain LoRAs \(four, both/\.\./cat"):
+        run("fuse", "four", "both/../cat.safetensors", "--output", "none")
+
+
+def test_members_of_packs_that_share_a_name_are_one_error(asked) -> None:
+    with pytest.raises(FusionError, match=r"LoRAs with the same name: dog; give each its own, name='\.\.\.'"):
+        run("fuse", "both", "dog.safetensors", "--prompts", "a sks dog", "--method", "average", "--output", "again")
+
+
+def test_what_the_files_of_members_told_is_known_after_fusing_twice(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("rex", "kit", "cat")):
+        write(Path(f"{name}.safetensors"), seed, **{"modelspec.trigger_phrase": f"sks {name}"})
+    run("fuse", "rex.safetensors", "kit.safetensors", "--method", "average", "--output", "two")
+    run("fuse", "two", "cat.safetensors", "--method", "average", "--output", "three")
+    told = json.loads(run("inspect", "three", "--json"))
+    assert told["trigger_words_of_sources"] == {name: [f"sks {name}"] for name in ("rex", "kit", "cat")}
+    assert set(told["trigger_words_from"].values()) == {"told by its file"}
+
+
+def test_names_in_a_record_are_untrusted(tmp_path: Path) -> None:
+    """A name that no fusion writes is not taken: the pack is called by its file then."""
+    for names in (["../x"], ["a b", "dog"], ["x\x1b[31m", "<rex>"]):
+        record = {"fusion": {"prompts": {name: ["sks"] for name in names}}}
+        path = write(tmp_path / "odd.safetensors", 1, mixofshow_fusion=json.dumps(record))
+        fused = GradientFuser().fuse([LoRASource(path)], method="average")
+        assert [list(source.prompts) for source in fused.sources] == [["odd"]]
+
+
+def test_a_file_of_diffusers_usual_name_is_called_by_its_folder(tmp_path: Path) -> None:
+    files = [write(tmp_path / name / "pytorch_lora_weights.safetensors", seed) for seed, name in enumerate(("a", "b"))]
+    fused = GradientFuser().fuse([LoRASource(file, ["sks"]) for file in files], method="average")
+    assert [source.name for source in fused.sources] == ["a", "b"]
+    assert LoRASource("pytorch_lora_weights.safetensors", ["sks"]).label == "pytorch_lora_weights"

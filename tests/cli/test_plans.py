@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from diffusers_mixofshow import EDLoRA, GradientFuser, cli
-from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL, find_embedded
+from diffusers_mixofshow.base_models import TOYLAND, TOYLAND_XL, find_embedded, find_size
 from diffusers_mixofshow.cli import timing
 from diffusers_mixofshow.edlora import LowRank
 from diffusers_mixofshow.errors import MixOfShowWarning
@@ -92,6 +92,42 @@ def test_a_plan_of_sampling(rex: EDLoRA) -> None:
     }  # fmt: skip
     for more, difference in changed.items():
         assert plan(*asked, *more) == expected | difference, more
+
+
+@pytest.mark.parametrize(
+    ("base", "size"),
+    [
+        ("toyland", "64 x 64"),
+        ("Toyland-SD3", "64 x 64"),
+        (TOYLAND_XL, "96 x 96"),
+        ("runwayml/stable-diffusion-v1-5", "512 x 512"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "1024 x 1024"),
+        ("folder", "48 x 96"),
+    ],
+)
+def test_a_plan_says_the_pixels_of_a_base_that_is_known(tmp_path: Path, monkeypatch, base: str, size: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "_measure", lambda *given, **more: 0.5)
+    for name, told in (("unet", {"sample_size": [24, 12]}), ("vae", {"block_out_channels": [8, 8, 8]})):
+        Path("folder", name).mkdir(parents=True)
+        Path("folder", name, "config.json").write_text(json.dumps(told))
+    Path("folder", "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    asked = ("sample", "--prompt", "a dog", "--base", base)
+    assert plan(*asked)["size"] == f"{size} pixels, the model's own"
+    assert plan(*asked, "--width", "128")["size"] == f"128 x {size.split()[-1]} pixels"
+    assert plan(*asked, "--width", "128", "--height", "64")["size"] == "128 x 64 pixels"
+
+
+@pytest.mark.parametrize(
+    "told", ["3", '{"sample_size": "x"}', '{"sample_size": [1, 2, 3]}', '{"sample_size": [1, "x"]}']
+)
+def test_a_size_that_cannot_be_read_is_not_told(tmp_path: Path, told: str) -> None:
+    for name in ("unet", "vae"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    (tmp_path / "unet" / "config.json").write_text(told)
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [8]}')
+    assert find_size(str(tmp_path)) is None
 
 
 def test_a_plan_of_fusion(rex: EDLoRA) -> None:

@@ -144,7 +144,7 @@ def test_options_of_the_result(place, monkeypatch, tmp_path) -> None:
     run(*QUICK)
     assert Path("sample.png").is_file()
     told = run(*QUICK, "--output", "out/x.webp", "--count", "2", "--seed", "-3")
-    assert told == "Wrote out/x-0.webp\nWrote out/x-1.webp\n"
+    assert told == "Wrote out/x-0.webp, 16 x 16 pixels\nWrote out/x-1.webp, 16 x 16 pixels\n"
     assert outputs() == {"x-0.webp", "x-1.webp"}
     with pytest.raises(OverwriteError, match=r"x-0\.webp"):
         run(*QUICK, "--output", "out/x.webp", "--count", "2")

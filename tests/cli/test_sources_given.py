@@ -247,6 +247,22 @@ def test_a_pack_of_several_is_said_to_count_as_one(published: Path, monkeypatch,
     assert not any("counts as one" in other for other in others)
 
 
+def test_a_pack_that_carries_its_sources_is_said_to_be_changed_by_them(published: Path, monkeypatch, tmp_path) -> None:
+    """Fused again from the sources that it carries, with another one or without one, from statistics alone."""
+    monkeypatch.chdir(tmp_path)
+    names = {name: str(published / name) for name in ("rex", "kit", "bare", "pack")}
+    run("fuse", names["rex"], names["kit"], "--features", "own", "--keep-sources", "--output", "pair")
+    average = ("--method", "average", "--output", "new", "--dry-run", "--json")
+    (pair, _) = json.loads(run("fuse", "pair", names["bare"], *average))["sources"]
+    assert "; to add or leave out one, fuse its sources instead, pair/sources/*; it counts" in pair
+    (alone,) = json.loads(run("fuse", "pair", *average))["sources"]
+    assert "pair/sources/*" not in alone
+    run("fuse", "pair/sources/rex", "pair/sources/kit", "--output", "again")
+    assert EDLoRA.from_pretrained("again").digest == EDLoRA.from_pretrained("pair").digest
+    plan = json.loads(run("fuse", "pair/sources/kit", "pair/sources/rex", "--output", "x", "--dry-run", "--json"))
+    assert plan["base model"] == "none is needed"
+
+
 def test_what_is_given_in_vain_is_told_once(published: Path, tmp_path: Path) -> None:
     with pytest.warns(MixOfShowWarning, match="<rex> is the only source") as caught:
         run("fuse", str(published / "rex"), "--output", str(tmp_path / "new"))

@@ -134,3 +134,9 @@ def test_accuracy_of_nothing_is_refused(found: tuple[int, int], missing: str) ->
 def test_nothing_is_kept_of_what_was_not_gained(single: float, floor: float) -> None:
     with pytest.raises(ConfigurationError, match="undefined"):
         metrics.identity_retention(0.6, single, floor)
+
+
+def test_photos_are_compared_with_the_others_of_them_alone() -> None:
+    photos = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    assert metrics.likeness_among(photos) == pytest.approx((0 + 2 * 0.5**0.5) / 3)
+    assert metrics.likeness_among(photos[:1]) is None

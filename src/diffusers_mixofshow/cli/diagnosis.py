@@ -36,6 +36,7 @@ _SERVES = {
 }
 """What each extra is for; extras for development of this package are left out."""
 
+_ABSENT = "not installed"
 _GIGABYTE = 1e9
 _SPARE_DISK = 10 * _GIGABYTE
 _SPARE_MEMORY = 4 * _GIGABYTE
@@ -47,13 +48,14 @@ class Finding:
 
     Args:
         name: What was checked.
-        state: ``problem`` if something that is needed does not work, ``note`` if something could be better.
+        state: ``problem`` if something that is needed does not work, ``note`` if something could be better,
+            ``optional`` for an extra that is not installed.
         found: What was found.
         remedy: What the user can do; empty if nothing is wrong.
     """
 
     name: str
-    state: Literal["ok", "note", "problem"]
+    state: Literal["ok", "note", "optional", "problem"]
     found: str
     remedy: str = ""
 
@@ -156,7 +158,7 @@ def _check_version(name: str, wanted: SpecifierSet) -> Finding:
     remedy = f"pip install '{name}{wanted}'"
     found = installed_version(name)
     if not found:
-        return Finding(name, "problem", "not installed", remedy)
+        return Finding(name, "problem", _ABSENT, remedy)
     if not wanted.contains(found, prereleases=True):
         return Finding(name, "problem", f"{found}, needs {wanted}", remedy)
     return Finding(name, "ok", found)
@@ -246,10 +248,12 @@ def _check_extras() -> Iterator[Finding]:
     for extra in _list_extras():
         only = [one for one in requirements if _applies(one, extra=extra) and not _applies(one, extra="")]
         found = {one.name: _check_version(one.name, one.specifier) for one in only}
-        missing = [f"{name} {finding.found}" for name, finding in found.items() if finding.state == "problem"]
+        missing = {name: finding.found for name, finding in found.items() if finding.state == "problem"}
         if missing:
             remedy = f"for {_SERVES[extra]}: pip install '{PACKAGE}[{extra}]'"
-            yield Finding(f"extra {extra}", "note", ", ".join(missing), remedy)
+            told = ", ".join(f"{name} {what}" for name, what in missing.items())
+            is_absent = set(missing.values()) == {_ABSENT}
+            yield Finding(f"extra {extra}", "optional" if is_absent else "note", told, remedy)
         elif found:
             there = ", ".join(f"{name} {finding.found}" for name, finding in found.items())
             yield Finding(f"extra {extra}", "ok", there)

@@ -11,6 +11,12 @@ from diffusers_mixofshow.errors import ConfigurationError
 
 
 _MARKS = {"ok": "green", "note": "yellow", "problem": "red"}
+_SECTIONS = {
+    "How to fix it": ("problem",),
+    "Could be better": ("ok", "note"),
+    "Not installed, and not needed for anything else": ("optional",),
+}
+"""Heading to the states of the findings whose remedies stand under it."""
 
 
 def doctor(
@@ -56,11 +62,16 @@ def _print_table(findings: list[dict[str, Any]]) -> None:
 
     columns = (Column(""), Column(""), Column("found", overflow="fold"))
     table = Table(*columns, title="mixofshow doctor", title_justify="left")
-    for finding in findings:
+    for finding in (each for each in findings if each["state"] in _MARKS):
         state = f"[{_MARKS[finding['state']]}]{finding['state']}[/]"
         table.add_row(state, escape(finding["name"]), escape(finding["found"]))
     console = Console()
     console.print(table)
-    remedies = [f"  {finding['name']}: {finding['remedy']}" for finding in findings if finding["remedy"]]
-    if remedies:  # outside of the table, which would break commands over lines
-        console.print("\n".join(["How to fix it:", *remedies]), markup=False, highlight=False, soft_wrap=True)
+    if all(finding["state"] != "problem" for finding in findings):
+        console.print("Nothing has to be fixed.")
+    for heading, states in _SECTIONS.items():  # outside of the table, which would break commands over lines
+        remedies = [
+            f"  {one['name']}: {one['remedy']}" for one in findings if one["state"] in states and one["remedy"]
+        ]
+        if remedies:
+            console.print("\n".join([f"{heading}:", *remedies]), markup=False, highlight=False, soft_wrap=True)

@@ -91,6 +91,7 @@ Prior = Annotated[
 KeepSources = Annotated[
     bool, typer.Option("--keep-sources", help="Put the sources and their statistics into the pack's folder.")
 ]
+HeatMap = Annotated[Path | None, typer.Option(help="PNG of what is kept: a cell for each concept and layer.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check the sources, show what would be done, load no model.")
 ]
@@ -110,9 +111,7 @@ def fuse(
     max_rank: Annotated[int | None, typer.Option(min=1, help="Reduce fused updates to this rank.")] = None,
     device: Annotated[str, typer.Option(help="Where layers are solved, such as cuda.")] = "cpu",
     keep_sources: KeepSources = False,
-    heat_map: Annotated[
-        Path | None, typer.Option(help="PNG of what is kept: a cell for each concept and layer.")
-    ] = None,
+    heat_map: HeatMap = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -125,9 +124,12 @@ def fuse(
     ED-LoRAs become one pack of their concepts; plain LoRAs alone one ordinary LoRA, which any program loads.
 
     \b
-    Example, with what 'mixofshow demo' leaves:
+    With what 'mixofshow demo' leaves; later one is added, then one left out:
       mixofshow fuse mixofshow-demo/concepts/kiki mixofshow-demo/concepts/rex \\
-        --output both
+        --features own --keep-sources --output both
+      mixofshow fuse both/sources/* mixofshow-demo/concepts/bobo \\
+        --features own --keep-sources --output trio
+      mixofshow fuse trio/sources/kiki trio/sources/bobo --output without-rex
     """
     from diffusers_mixofshow.fusion.solving import MEASURED, check_device
 
@@ -137,9 +139,8 @@ def fuse(
     _refuse_unwritable(output, heat_map)
     writes = _join_processes()
     given = read_sources(sources, prompts or [], recorded=method.value in MEASURED)
-    gathered = _gather(given, method, features)
+    gathered = _gather(given, method, features, weight)
     replaced = _find_replaced(output, heat_map, gathered, carried=keep_sources, overwrite=overwrite or dry_run)
-    _refuse_other_counts(weight, gathered)
     base_model = _choose_base(gathered, base, features, method, prior)
     if writes:
         _warn_of_idle_sources(gathered, used=base_model is None or features is not Features.AUTO)
@@ -159,14 +160,17 @@ def fuse(
         _tell_result(fused, output, heat_map, as_json=as_json)
 
 
-def _gather(given: Sequence[FusionSource | LoRASource], method: Method, features: Features) -> tuple[Source, ...]:
-    """Read and check the sources and their prompts, and the statistics beside them where these are used."""
+def _gather(
+    given: Sequence[FusionSource | LoRASource], method: Method, features: Features, weights: Sequence[float] | None
+) -> tuple[Source, ...]:
+    """Read and check the sources, their prompts and weights, and the statistics beside them where these are used."""
     from diffusers_mixofshow.fusion.solving import MEASURED
     from diffusers_mixofshow.fusion.sources import gather
     from diffusers_mixofshow.fusion.store import StatisticsStore
 
     recorded = method.value in MEASURED
     gathered = gather(given, None, prompts=None, recorded=recorded)
+    _refuse_other_counts(weights, gathered)
     warn_of_swapped_prompts(gathered, given)
     is_own = recorded and features is not Features.SEQUENTIAL
     return StatisticsStore().attach(gathered, given) if is_own else gathered

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.cli.settings import read_toml
+from diffusers_mixofshow.edlora.folder import SOURCES
 from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
@@ -83,9 +84,13 @@ def describe_sources(
     is_weighted = weights or any(source.weight != 1 for source in gathered)
     lines = []
     for source, read, count in zip(given, gathered, counts, strict=True):
-        line = _describe_source(source, [] if read.edlora.concepts else read.prompts[read.name])
-        if count > 1 and len(given) > 1 and not is_weighted:
-            line += f"; it counts as one of the sources: {every} gives each of its {count} the weight of one"
+        line = _describe_source(source, [] if read.edlora.concepts else _list_prompts(read))
+        if count > 1 and len(given) > 1:
+            carried = Path(str(source.source), SOURCES)
+            if carried.is_dir():
+                line += f"; to add or leave out one, fuse its sources instead, {carried.as_posix()}/*"
+            if not is_weighted:
+                line += f"; it counts as one of the sources: {every} gives each of its {count} the weight of one"
         lines.append(line)
     return lines
 
@@ -93,22 +98,26 @@ def describe_sources(
 def _count_members(source: FusionSource | LoRASource) -> int:
     """How many concepts or plain LoRAs are in a source, as far as its file tells."""
     opened = source.opened
-    return 1 if opened is None else max(1, len(opened.edlora.concepts), len(opened.recorded_prompts))
+    return 1 if opened is None else max(1, len(opened.edlora.concepts) + len(opened.members))
 
 
 def warn_of_swapped_prompts(gathered: Sequence[Source], given: Sequence[FusionSource | LoRASource]) -> None:
     """Warn of plain LoRAs whose name or trigger words are in the prompts of another, but not in their own."""
-    texts = {read.name: " | ".join(read.prompts[read.name]) for read in gathered if not read.edlora.concepts}
+    texts = {read.name: " | ".join(_list_prompts(read)) for read in gathered if not read.edlora.concepts}
     told = []
     for read, source in zip(gathered, given, strict=True):
         if not (own := texts.get(read.name)):
             continue
-        words = [read.name, *(source.opened.trigger_words if source.opened else ())]
+        words = [*read.prompts, *(source.opened.trigger_words if source.opened else ())]
         others = [name for name, text in texts.items() if name != read.name and _names_any(text, words)]
         if others and not _names_any(own, words):
             told.append(f"{read.name} is named by the prompts of {', '.join(others)}, but not by its own")
     if told:
         warn(f"{'; '.join(told)}. --prompts go by the order of the files: are they in that order?")
+
+
+def _list_prompts(source: Source) -> list[str]:
+    return [text for texts in source.prompts.values() for text in texts]
 
 
 def _names_any(text: str, words: Sequence[str]) -> bool:
@@ -127,7 +136,8 @@ def _describe_source(source: FusionSource | LoRASource, prompts: Sequence[str]) 
     told = origin_of_pack(opened.edlora) if opened.foreign is None else origin_of_foreign(opened.foreign)
     lora = opened.edlora.lora
     ranks = sorted({update.rank for update in lora.values()})
-    recorded = ", ".join(f"{sanitise(name)} ({len(texts)})" for name, texts in opened.recorded_prompts.items())
+    members = {} if opened.edlora.concepts else opened.members
+    counts = ", ".join(str(len(texts)) for texts in members.values())
     parts = [
         f"{told['kind']} of {told['architecture'] or 'an unknown base'}",
         f"names of {told['layout']}",
@@ -135,7 +145,7 @@ def _describe_source(source: FusionSource | LoRASource, prompts: Sequence[str]) 
         f"tuned on {sanitise(told['base_model'])}" if told["base_model"] else "",
         shown,
         f"trigger words {', '.join(map(repr, opened.trigger_words))}" if opened.trigger_words else "",
-        f"its record has the prompts of {recorded}" if recorded else "",
+        f"fused from {sanitise(', '.join(members))} (prompts in its record: {counts})" if members else "",
     ]
     return f"{source.source}: {', '.join(filter(None, parts))}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,6 +86,22 @@ Seed = Annotated[int, typer.Option(help="Seed of the first picture; the next has
 Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]
 Record = Annotated[Path | None, typer.Option(help="JSON file for numbers, settings, versions and machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print numbers and settings as JSON instead of a table.")]
+
+_PHOTOS = "photos"
+"""In place of a pack's name in rows of what photos score."""
+
+_MEANINGS = {
+    "text": "how well pictures follow their prompts; compare it with the row 'class word', not with 1",
+    "image": "how much pictures look like the photos; the nearer to the row 'photos' the better, 1 would be a copy",
+    "looks": "share of the concept's hidden looks that a network finds in pictures; 1 is all of them",
+    "nearest": "share of pictures more like the concept's photos than like any other concept's; 1 is all of them",
+    "kept": "share of what the own ED-LoRA gains over 'class word' in 'image' that this pack keeps; 1 is all of it",
+    "looks kept": "the same of 'looks'",
+    "drift": "how far pictures without the concept change; 0 is not at all, and less is better",
+    "class word": "a row of the base alone, prompted with the class word: what there is without the concept",
+    "photos": "a row of the photos, each compared with the others: what a perfect concept would reach",
+}
+"""Columns of the table in their order, then rows, and what they mean."""
 
 _THUMBNAIL = 128
 """Longest side of a picture on the sheet, in pixels."""
@@ -352,6 +369,10 @@ def tell_results(
     told: dict[str, Any] = {
         "settings": dict(measurement.settings),
         "rows": [row.as_record() for row in evaluation.rows],
+        "photos": {
+            name: {key: None if value is None else round(value, 4) for key, value in scores.items()}
+            for name, scores in evaluation.photos.items()
+        },
     }
     if record is not None:
         info = records.run_info(Path(__file__).parent)
@@ -361,7 +382,11 @@ def tell_results(
     if as_json:
         typer.echo(json.dumps(told))
         return
-    _print_table(evaluation.rows)
+    shown = _print_table(evaluation.rows, evaluation.photos)
+    typer.echo("What the numbers mean:")
+    for name, meaning in _MEANINGS.items():
+        if name in shown:
+            typer.echo(f"  {name}: {meaning}")
     for path in (record, sheet):
         if path is not None:
             typer.echo(f"Wrote {path}")
@@ -538,33 +563,44 @@ def _shrink(picture: Image.Image) -> Image.Image:
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
 
 
-def _print_table(rows: Sequence[Row]) -> None:
-    """Print the rows, without columns that are empty in all of them."""
+def _print_table(rows: Sequence[Row], photos: Mapping[str, Mapping[str, float | None]] | None = None) -> set[str]:
+    """Print the rows, and what photos score below those of their concept, without columns that are empty in all.
+
+    Returns:
+        The names of columns and rows that `_MEANINGS` explains.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
-    identities = [row.identity for row in rows]
-    kept = [row.retention or {} for row in rows]
     several = len({row.concept for row in rows if row.identity is not None}) > 1
-    columns: dict[str, list[float | None]] = {
-        "text": [row.text_alignment for row in rows],
-        "image": [None if one is None else one.alignment for one in identities],
-        "looks": [None if one is None else one.attributes for one in identities],
-        "nearest": [one.nearest if several and one is not None else None for one in identities],
-        "kept": [one.get("alignment") for one in kept],
-        "looks kept": [one.get("attributes") for one in kept],
-        "drift": [row.drift for row in rows],
-    }
-    filled = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     names = _shorten_names({row.pack for row in rows})
+    lines = []
+    for concept, own in groupby(rows, key=lambda row: row.concept):
+        lines += [(concept, names[row.pack], _list_measures(row, several=several)) for row in own]
+        scores = (photos or {}).get(concept, {})
+        if any(value is not None for value in scores.values()):
+            lines.append((concept, _PHOTOS, {"image": scores["alignment"], "looks": scores["attributes"]}))
+    filled = [name for name in _MEANINGS if any(numbers.get(name) is not None for *_, numbers in lines)]
     heads = (name.replace(" ", "\n") for name in filled)  # so that the names of packs find room in 80 columns
     table = Table("concept", Column("pack", overflow="fold"), *heads, collapse_padding=True)
-    for index, row in enumerate(rows):
-        numbers = ("-" if values[index] is None else f"{values[index]:.3f}" for values in filled.values())
-        first = index == 0 or rows[index - 1].concept != row.concept
-        table.add_row(escape(row.concept) if first else "", escape(names[row.pack]), *numbers)
+    last = None
+    for concept, pack, numbers in lines:
+        cells = ("-" if (value := numbers.get(name)) is None else f"{value:.3f}" for name in filled)
+        table.add_row("" if concept == last else escape(concept), escape(pack), *cells)
+        last = concept
     Console().print(table)
+    return {*filled, *(pack for _, pack, _ in lines)}
+
+
+def _list_measures(row: Row, *, several: bool) -> dict[str, float | None]:
+    """The numbers of a row by column; `several` says whether there are several concepts to be nearest to."""
+    numbers: dict[str, float | None] = {"text": row.text_alignment, "drift": row.drift}
+    if (identity := row.identity) is not None:
+        nearest = identity.nearest if several else None
+        numbers |= {"image": identity.alignment, "looks": identity.attributes, "nearest": nearest}
+    kept = row.retention or {}
+    return numbers | {"kept": kept.get("alignment"), "looks kept": kept.get("attributes")}
 
 
 def _shorten_names(names: Collection[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import find_existing
-from diffusers_mixofshow.base_models import classes_of, known_family, location_of, make_loading_error
+from diffusers_mixofshow.base_models import classes_of, find_size, known_family, location_of, make_loading_error
 from diffusers_mixofshow.cli.timing import MODELS, estimate_time
 
 
@@ -30,6 +30,7 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace files that exist already; without it that is an error.")
 ]
 
+_OWN = "the model's own"
 _BYTES_OF_FLOAT64 = 8
 _RECORDED = 8
 """Largest batch while features are recorded: four pictures, both halves of guidance."""
@@ -64,11 +65,12 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
         output: One file for each picture.
     """
     plan, packs, steps = drawing.plan, list(drawing.packs.values()), drawing.steps
-    own = "the model's own"
-    size = f"{plan.width or own} x {plan.height or own} pixels" if plan.width or plan.height else own
+    own, given = find_size(drawing.base) or (_OWN, _OWN), plan.height or plan.width
+    height, width = plan.height or own[0], plan.width or own[1]
+    size = f"{width} x {height} pixels{'' if given else f', {_OWN}'}" if given or own[0] != _OWN else _OWN
     batch = len(output) * (2 if drawing.guidance > 1 else 1)
     runs = steps if drawing.image is None else int(steps * drawing.strength)
-    pixels = (plan.height, plan.width) if plan.height and plan.width else None
+    pixels = (height, width) if isinstance(height, int) and isinstance(width, int) else None
     regions, draft, refine = len(plan.regions) * len(output), drawing.draft, drawing.refine
     more = [name for name, wanted in (("drafts", draft), ("what is drawn anew", refine)) if wanted]
     return {

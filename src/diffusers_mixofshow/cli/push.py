@@ -96,6 +96,6 @@ def _read_pack(source: str, repo_id: str | None) -> EDLoRA:
 
 def _names_of_plain(pack: EDLoRA) -> list[str]:
     """Names of the plain LoRAs that a pack without concepts was fused from."""
-    from diffusers_mixofshow.edlora.fusion_record import list_plain_names
+    from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 
-    return list_plain_names(pack.training)
+    return list(find_plain_prompts(pack.training))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs
+from diffusers_mixofshow.base_models import embedded_base
 from diffusers_mixofshow.cli import sample_options as options
 from diffusers_mixofshow.cli.base_model import choose_guidance, find_common_base
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_replacing, plan_sampling, tell
@@ -18,6 +19,7 @@ from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import open_packs
 from diffusers_mixofshow.concepts import check_distinct, split_prompt
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.stable_diffusion import SD1
 from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS, parse_controls
 from diffusers_mixofshow.sampling.drawing import (
     GRAIN,
@@ -36,6 +38,7 @@ from diffusers_mixofshow.sampling.provenance import FORMATS, warn_of_changes, wr
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.regions import Draft, Layout
+    from diffusers_mixofshow.sampling.drawing import Drawn
 
 
 def sample(
@@ -90,14 +93,23 @@ def sample(
         tell(plan_sampling(drawing, files) | plan_replacing(*files, overwrite=overwrite), as_json=as_json)
         return
     check_device(device, dtype)
-    write_drawn(files, drawing, draw(drawing))
+    drawn = draw(drawing)
+    write_drawn(files, drawing, drawn)
     if as_json:
         pictures = [{"file": str(file), "seed": each} for file, each in zip(files, drawing.seeds, strict=True)]
         told = {"base": drawing.base, "prompt": drawing.plan.prompt, "regions": len(drawing.plan.regions)}
         typer.echo(json.dumps({"pictures": pictures, **told, "steps": steps, "guidance": drawing.guidance}))
         return
-    for file in files:
-        typer.echo(f"Wrote {file}")
+    _tell_written(files, drawn, drawing.base)
+
+
+def _tell_written(files: Sequence[Path], drawn: Drawn, base: str) -> None:
+    """Say where the pictures are and how large; of those of an embedded base why they are small."""
+    for file, picture in zip(files, drawn.images, strict=True):
+        typer.echo(f"Wrote {file}, {picture.width} x {picture.height} pixels")
+    if embedded_base(base):
+        larger = f"For large ones, tune and draw with a base such as --base {SD1.id} (download of 5 GB)."
+        typer.echo(f"{base} is a small base, whose pictures are small: zoom in. {larger}")
 
 
 def _read_drawing(asked: Mapping[str, Any]) -> Drawing:

@@ -53,6 +53,6 @@ def find_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:
     }
 
 
-def list_plain_names(training: Mapping[str, object]) -> list[str]:
-    """Names of the plain LoRAs that a pack was fused from; concepts' names have angle brackets."""
-    return [name for name in find_prompts(training) if not name.startswith("<")]
+def find_plain_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:
+    """Name of each plain LoRA that a pack was fused from to its prompts; concepts' names have angle brackets."""
+    return {name: texts for name, texts in find_prompts(training).items() if not name.startswith("<")}

@@ -21,7 +21,7 @@ from diffusers_mixofshow.edlora import card, defects, file, hub, reading
 from diffusers_mixofshow.edlora import folder as pack_folder
 from diffusers_mixofshow.edlora import merged as merged_pipeline
 from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
-from diffusers_mixofshow.edlora.fusion_record import list_plain_names
+from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.edlora.pushing import push
 from diffusers_mixofshow.errors import MixOfShowError, OverwriteError
@@ -284,7 +284,7 @@ class EDLoRA:
         )
 
     def __repr__(self) -> str:
-        plain = ", ".join(list_plain_names(self.training))
+        plain = ", ".join(find_plain_prompts(self.training))
         names = self._names or (f"the plain LoRAs {plain}" if plain else "no concept")
         return (
             f"<{type(self).__name__} of {names}: {len(self.lora)} updated layers, "

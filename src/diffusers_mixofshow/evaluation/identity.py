@@ -92,6 +92,15 @@ def measure_identity(
     )
 
 
+def measure_photos(photos: Sequence[Image.Image], subject: Subject, judge: Judge) -> dict[str, float | None]:
+    """What photos of a concept score, each compared with the others, under the names of `retention`."""
+    read = judge.read(photos) if subject.attributes else []
+    return {
+        "alignment": metrics.likeness_among(subject.photos),
+        "attributes": metrics.attribute_accuracy(read, subject.attributes) if subject.attributes else None,
+    }
+
+
 def mean_identity(identities: Sequence[Identity]) -> Identity:
     """Mean over concepts; of attributes, over the concepts whose attributes are known."""
     known = [identity.attributes for identity in identities if identity.attributes is not None]

@@ -48,6 +48,12 @@ def image_alignment(samples: torch.Tensor, photos: torch.Tensor) -> float:
     return float(cosine_matrix(samples, photos).mean())
 
 
+def likeness_among(photos: torch.Tensor) -> float | None:
+    """Mean cosine of every photo of a concept with every other one, shape (m, d); None of a single photo."""
+    count = len(photos)
+    return float(cosine_matrix(photos, photos).sum() - count) / (count * (count - 1)) if count > 1 else None
+
+
 def cosine_matrix(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Cosine of every row of one matrix with every row of another.
 

@@ -17,6 +17,7 @@ from diffusers_mixofshow.evaluation.identity import (
     Subject,
     mean_identity,
     measure_identity,
+    measure_photos,
     retention,
 )
 from diffusers_mixofshow.evaluation.plain import Measurable, MeasuredPack, has_class_word, mention_of, settle_words
@@ -89,10 +90,12 @@ class Evaluation:
     Args:
         rows: The measures, concept by concept, with the means of packs last.
         pictures: (concept, pack) to pictures.
+        photos: Placeholder to what the concept's photos score themselves, see `measure_photos`.
     """
 
     rows: tuple[Row, ...]
     pictures: Mapping[tuple[str, str], Sequence[Image.Image]]
+    photos: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 def evaluate_packs(
@@ -152,7 +155,8 @@ def evaluate_packs(
     pictures = {
         (each.concept, each.pack): samples.find(concepts[each.concept], each.pack) for each in (*bare.values(), *rows)
     }
-    return Evaluation(rows=_order_rows(packs, bare, rows), pictures=pictures)
+    photos = {name: measure_photos(one.photos, subjects[name], judge) for name, one in references.items()}
+    return Evaluation(rows=_order_rows(packs, bare, rows), pictures=pictures, photos=photos)
 
 
 def picture_count(packs: Packs, count: int) -> int:

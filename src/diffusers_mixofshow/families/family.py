@@ -73,6 +73,7 @@ class BaseModel:
         other_ids: Other Hub ids of the same model.
         license: Its licence, as the Hub spells it, inherited by models tuned on it; empty if unknown.
         guidance: Recommended guidance scale.
+        resolution: Side in pixels of the pictures that it draws by default; 0 if only its configuration tells.
         least_resolution: Side in pixels of training pictures, below which too much of what it draws is lost.
         standing: Recommended top and bottom of a region for one object, as shares of the picture's height.
         classes: Class words of everything it can draw; empty for a model of open vocabulary.
@@ -88,6 +89,7 @@ class BaseModel:
     other_ids: tuple[str, ...] = ()
     license: str = ""
     guidance: float = 7.5
+    resolution: int = 0
     least_resolution: int = 512
     standing: tuple[float, float] = (0.1, 1.0)
     classes: tuple[str, ...] = ()

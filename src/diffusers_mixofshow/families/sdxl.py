@@ -19,6 +19,7 @@ SDXL = BaseModel(
     other_ids=("stabilityai/stable-diffusion-xl-base-1.0",),
     license="openrail++",
     guidance=5.0,
+    resolution=1024,
     least_resolution=768,
     layers=cross_attention_of(
         {"down_blocks.1": (2, 2), "down_blocks.2": (2, 10), "mid_block": (1, 10)}

@@ -22,6 +22,7 @@ SD1 = BaseModel(
     id="stable-diffusion-v1-5/stable-diffusion-v1-5",
     other_ids=("runwayml/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4"),
     license="creativeml-openrail-m",
+    resolution=512,
 )
 SD2 = BaseModel(name="Stable Diffusion 2.x", kohya="sd_v2", text_width=1024, embeddings={CLIP_L: 1024}, layers=_LAYERS)
 EMBEDDED = BaseModel(

@@ -154,7 +154,7 @@ class FusedPack(EDLoRA):
                 raise FusionError(
                     "A pack without concepts has no name; give push_to_hub a repo_id such as 'user/both'."
                 )
-            names = ", ".join(one.name for one in self.sources)
+            names = ", ".join(name for one in self.sources for name in one.prompts)
             options["commit_message"] = options.get("commit_message") or f"LoRA fused from {names}"
         return super().push_to_hub(repo_id, **options)
 

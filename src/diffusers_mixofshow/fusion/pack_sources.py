@@ -11,6 +11,7 @@ from typing import Any
 from diffusers_mixofshow.atomic import portable_name, refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.folder import SOURCES, find_places
+from diffusers_mixofshow.edlora.fusion_record import write_plain_record
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import (
     ConfigurationError,
@@ -32,7 +33,9 @@ def carry(source: Source, folder: Path) -> None:
     if source.edlora.concepts:
         path = source.edlora.save_pretrained(folder, overwrite=True)
     else:
-        path = write_lora(folder / PLAIN_NAME, source.edlora.lora)
+        training = source.edlora.training
+        record = write_plain_record(training, source.base_model) if "fusion" in training else {}
+        path = write_lora(folder / PLAIN_NAME, source.edlora.lora, record)
     if source.statistics is not None:
         source.statistics.copy(statistics_path(path))
 
@@ -132,8 +135,8 @@ def _prompts_of(
 ) -> dict[str, tuple[str, ...]]:
     """Prompts of a source that was found again: those of its statistics, else the defaults."""
     recorded = {} if statistics is None else statistics.recording.get("prompts", {})
-    defaults = prompts_of_concepts(edlora)
-    return {name: tuple(recorded.get(name, defaults.get(name, ()))) for name in defaults or names}
+    defaults = prompts_of_concepts(edlora) | {name: () for name in names if not name.startswith("<")}
+    return {name: tuple(recorded.get(name, texts)) for name, texts in defaults.items()}
 
 
 def _open_at(location: str | os.PathLike[str], subfolder: str, revision: str | None) -> Opened | None:

@@ -24,6 +24,7 @@ from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
 from diffusers_mixofshow.fusion.heat_map import Column, draw_heat_map
 from diffusers_mixofshow.fusion.solving import Settings, Solution
 from diffusers_mixofshow.fusion.sources import Source, shares
+from diffusers_mixofshow.interop.trigger_words import TOLD, find_said_words
 
 
 POOR = 0.95
@@ -249,10 +250,17 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
             "origin": source.origin if is_repo_id(source.origin) else "",
             "revision": source.revision,
             "digest": source.edlora.digest,
-            "training": {key: value for key, value in source.edlora.training.items() if key != "fusion"},
+            "training": _training_of(source.edlora),
         }
         for source, share in zip(sources, shares(sources), strict=True)
     ]
+
+
+def _training_of(edlora: EDLoRA) -> dict[str, object]:
+    """The entry `training` of a source; in place of a pack's record the trigger words that files of its LoRAs told."""
+    words = [each for told in find_said_words(edlora.training).values() for each in told]
+    rest = {key: value for key, value in edlora.training.items() if key != "fusion"}
+    return rest | ({TOLD: words} if words else {})
 
 
 def _residual_report(sources: Sequence[Source], solution: Solution) -> dict[str, object]:

@@ -16,6 +16,7 @@ from diffusers_mixofshow.base_models import canonical_name
 from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
+from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
@@ -62,7 +63,8 @@ class LoRASource:
             fused with, if it is a pack, else made from the trigger words in the file's metadata, if it has any.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
-        name: Its name in reports; by default the file's name.
+        name: Its name in reports; by default the file's name, or its folder's for a file called as diffusers does. A
+            pack that is given neither a name nor prompts keeps those of each LoRA that it was fused from.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
         opened: The file at `source` if it was read already; it is not read again.
     """
@@ -86,7 +88,9 @@ class LoRASource:
     @property
     def label(self) -> str:
         """Its name without spaces, and without the angle brackets that mark a concept."""
-        return "_".join(re.split(r"[\s<>]+", self.name or Path(self.source).stem)).strip("_")
+        path = Path(self.source)
+        named = (path.parent if path.name == PLAIN_NAME else path).stem or path.stem
+        return "_".join(re.split(r"[\s<>]+", self.name or named)).strip("_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ class Source:
 
     Args:
         edlora: The ED-LoRA, its updates already multiplied by `scale`.
-        prompts: Recording prompts by placeholder; for a plain LoRA, by its name.
+        prompts: Recording prompts by placeholder; for a plain LoRA by its name, or by those of what it was fused from.
         weight: Its share, relative to the other sources.
         scale: Factor on every update.
         origin: Path or Hub id that it was read from; empty for an `EDLoRA` object.
@@ -271,15 +275,13 @@ def _read(
 ) -> Source:
     """Read one source; its weight and scale are not applied yet."""
     if isinstance(entry.source, EDLoRA):
-        return Source(edlora=entry.source, prompts=prompts_of_concepts(entry.source, prompts))
+        return Source(edlora=entry.source, prompts=_prompts_of_pack(entry.source, prompts, recorded))
     plain = isinstance(entry, LoRASource) and Path(entry.source, PLAIN_NAME).is_file()
     opened = entry.opened or open_edlora(entry.source, layers=layers, weight_name=PLAIN_NAME if plain else None)
     opened.tell()
     edlora, place = opened.edlora, os.fspath(entry.source)
     if not edlora.concepts:
-        lora = entry if isinstance(entry, LoRASource) else LoRASource(place)
-        is_silent = not (lora.prompts or opened.tells_prompts or recorded)
-        own = {lora.label: () if is_silent else tuple(lora.prompts) or _prompts_of_file(lora, opened)}
+        own = _prompts_of_plain(entry if isinstance(entry, LoRASource) else LoRASource(place), opened, recorded)
     elif isinstance(entry, LoRASource):
         names = ", ".join(concept.placeholder for concept in edlora.concepts)
         raise FusionError(
@@ -287,7 +289,7 @@ def _read(
             f"FusionSource({place!r}); its prompts come from the fuser."
         )
     else:
-        own = prompts_of_concepts(edlora, prompts)
+        own = _prompts_of_pack(edlora, prompts, recorded)
     return Source(edlora=edlora, prompts=own, origin=place, file=opened.file)
 
 
@@ -296,11 +298,28 @@ def prompts_of_concepts(edlora: EDLoRA, prompts: PromptSet | None = None) -> dic
     return {concept.placeholder: recording_prompts(concept, prompts) for concept in edlora.concepts}
 
 
-def _prompts_of_file(lora: LoRASource, opened: Opened) -> tuple[str, ...]:
-    """Recording prompts of a LoRA by its file: those that it was fused with, else made of its trigger words."""
-    if opened.recorded_prompts:
-        return tuple(dict.fromkeys(text for texts in opened.recorded_prompts.values() for text in texts))
-    words = opened.trigger_words
+def _prompts_of_pack(edlora: EDLoRA, prompts: PromptSet | None, recorded: bool) -> dict[str, tuple[str, ...]]:
+    """Recording prompts of all concepts, and of the plain LoRAs that a pack was fused from by its untrusted record.
+
+    If features are recorded, plain LoRAs without prompts are left out.
+    """
+    members = find_plain_prompts(edlora.training)
+    known = {name: tuple(texts) for name, texts in members.items() if NAME.fullmatch(name) and (texts or not recorded)}
+    return prompts_of_concepts(edlora, prompts) | known
+
+
+def _prompts_of_plain(lora: LoRASource, opened: Opened, recorded: bool) -> dict[str, tuple[str, ...]]:
+    """Recording prompts of a plain LoRA by its name, or by those of the LoRAs that it was fused from."""
+    members = _prompts_of_pack(opened.edlora, None, recorded)
+    if members and len(members) == len(opened.members) and not (lora.name or lora.prompts):
+        return members
+    given = lora.prompts or [text for texts in opened.members.values() for text in texts]
+    needed = not given and (recorded or opened.tells_prompts)
+    return {lora.label: _prompts_of_words(lora, opened.trigger_words) if needed else tuple(dict.fromkeys(given))}
+
+
+def _prompts_of_words(lora: LoRASource, words: Sequence[str]) -> tuple[str, ...]:
+    """Recording prompts made of the trigger words in a LoRA's file."""
     if not words:
         raise FusionError(
             f"{os.fspath(lora.source)} is a plain LoRA, which acts by its trigger words, and its file names none; "
@@ -316,10 +335,11 @@ def _prompts_of_file(lora: LoRASource, opened: Opened) -> tuple[str, ...]:
 
 
 def _label_defects(sources: Sequence[Source]) -> list[str]:
-    labels = [source.name for source in sources if not source.edlora.concepts]
+    labels = [name for source in sources for name in source.prompts or [""] if not name.startswith("<")]
     defects = []
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        defects.append(f"LoRAs with the same name: {', '.join(twice)}; give each its own")
+        remedy = "give each its own, name='...' (on the command line in a TOML file of sources)"
+        defects.append(f"LoRAs with the same name: {', '.join(twice)}; {remedy}")
     if odd := [label for label in labels if label and not NAME.fullmatch(label)]:
         defects.append(f"LoRAs whose names cannot name a folder: {', '.join(map(repr, odd))}; give name='...'")
     return defects

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusers_mixofshow.edlora import EDLoRA, hub
 from diffusers_mixofshow.edlora.file import FILE_NAME
-from diffusers_mixofshow.edlora.fusion_record import find_prompts, read_plain_record
+from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
 from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
@@ -60,15 +60,14 @@ class Opened:
         return () if self.foreign is None else find_trigger_words(self.foreign.metadata)
 
     @cached_property
-    def recorded_prompts(self) -> dict[str, list[str]]:
-        """Prompts of each LoRA that a pack was fused from, by its name, in the pack's untrusted record; else empty."""
-        prompts = {} if self.foreign is None else find_prompts(read_plain_record(self.foreign.metadata)[0])
-        return {name: texts for name, texts in prompts.items() if texts}
+    def members(self) -> dict[str, list[str]]:
+        """Plain LoRAs that a pack was fused from, with their prompts, in the pack's untrusted record; else empty."""
+        return find_plain_prompts(self.edlora.training)
 
     @property
     def tells_prompts(self) -> bool:
-        """Whether the file of a plain LoRA tells what to record it with: its prompts, or its trigger words."""
-        return bool(self.recorded_prompts or self.trigger_words)
+        """Whether the file of a plain LoRA tells what to record it with: prompts of all members, or trigger words."""
+        return bool(self.trigger_words or (self.members and all(self.members.values())))
 
     def tell(self) -> None:
         """Issue the remarks as warnings."""

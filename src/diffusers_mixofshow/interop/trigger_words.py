@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from diffusers_mixofshow.edlora.fusion_record import (
     PLAIN_KEY,
     as_mapping,
-    find_prompts,
+    find_plain_prompts,
     list_entries,
-    list_plain_names,
 )
 from diffusers_mixofshow.edlora.header import decode
 
@@ -70,13 +69,13 @@ def trigger_words_of_sources(training: Mapping[str, object]) -> dict[str, tuple[
     Returns:
         Name of the LoRA to its trigger words; to none if its prompts share no word.
     """
-    prompts, said = find_prompts(training), _find_said_words(training)
+    prompts, said = find_plain_prompts(training), find_said_words(training)
     return {name: words or _keep_plain([find_shared_words(prompts[name])]) for name, words in said.items()}
 
 
 def origins_of_sources(training: Mapping[str, object]) -> dict[str, str]:
     """Note of every plain LoRA that a pack was fused from, if it has trigger words, where these were found."""
-    said = _find_said_words(training)
+    said = find_said_words(training)
     return {
         name: "told by its file" if said[name] else "guessed, the words that its prompts share"
         for name, words in trigger_words_of_sources(training).items()
@@ -84,7 +83,7 @@ def origins_of_sources(training: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def _find_said_words(training: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+def find_said_words(training: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
     """The words that the file of each of a pack's plain LoRAs told, as far as one of its prompts says them."""
     told = {
         name: words_in_training(as_mapping(entry.get("training")))
@@ -93,10 +92,9 @@ def _find_said_words(training: Mapping[str, object]) -> dict[str, tuple[str, ...
         for name in entry["concepts"]
         if isinstance(name, str)
     }
-    prompts = find_prompts(training)
     return {
-        name: tuple(words for words in told.get(name, ()) if any(words in prompt for prompt in prompts[name]))
-        for name in list_plain_names(training)
+        name: tuple(words for words in told.get(name, ()) if any(words in prompt for prompt in prompts))
+        for name, prompts in find_plain_prompts(training).items()
     }
 
 
