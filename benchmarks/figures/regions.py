@@ -194,8 +194,8 @@ def sentences() -> list[Sentence]:
     return [
         Sentence(
             page="README.md",
-            words="one prompt {} % ({} to {}), regions with drafts and refining {} % ({} to {}); with three other tunings "
-            "{} to {} %, and {} % if chosen among all eight",
+            words="one prompt {} % ({} to {}), regions with drafts and refining {} % ({} to {}); with three other "
+            "tunings {} to {} %, and {} % if chosen among all eight",
             figures=(
                 *(percent(value[each]) for value in (one, refined) for each in ("mean", "low", "high")),
                 *map(percent, (min(right_of_tunings), max(right_of_tunings))),
