@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from glob import glob
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +180,9 @@ def run_commands(text: str) -> None:
         if words[0] != "mixofshow" or {*words} & {*NOT_RUN}:
             continue
         verb = next(word for word in words[1:] if word in FEWER or word in ("convert", "inspect", "masks"))
-        result = CliRunner().invoke(cli.app, [*words[1:], *FEWER.get(verb, [])])
+        # As a shell does: a pattern becomes the files that it matches.
+        given = [found for word in words[1:] for found in sorted(glob(word)) or [word]]
+        result = CliRunner().invoke(cli.app, [*given, *FEWER.get(verb, [])])
         assert result.exit_code == 0, (words, result.output, result.exception)
 
 
