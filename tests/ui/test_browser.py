@@ -102,6 +102,8 @@ def test_screen_readers_hear_words(seen: Any) -> None:
         .observe(document.body, {subtree: true, childList: true, characterData: true})"""
     )
     draw(seen, "a meadow")
+    if not seen.find_elements("css selector", "[role=status].sr-only"):
+        pytest.skip("this Gradio tells screen readers nothing, as 6.6")
     heard = until(seen, lambda: (words := seen.execute_script("return window.heard")) and "Done" in words and words)
     assert not [each for each in heard if "common." in each]
 
