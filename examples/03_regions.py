@@ -15,8 +15,8 @@ layout = Layout(
     prompt="a dog and a vase in a meadow",
     width=96,
     height=64,
-    regions=(
-        Region("a <rex>, in a meadow", box=(0.0, 0.25, 0.5, 0.97)),  # left, top, right, bottom
+    regions=(  # left, top, right, bottom; square, as a dog of Toyland is as wide as it is high
+        Region("a <rex>, in a meadow", box=(0.0, 0.25, 0.5, 0.97)),
         Region("a <ming>, in a meadow", box=(0.5, 0.25, 1.0, 0.97)),
     ),
 )

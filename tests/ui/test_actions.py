@@ -44,12 +44,12 @@ def test_a_concept_is_loaded_for_one_user_and_not_into_the_base(studio: Studio, 
     before = weights_of(studio)
     session = actions.load(studio, Session(), packs["rex"])
     assert [concept.placeholder for concept in session.concepts] == ["<rex>"]
-    assert actions.list_loaded(session) == [["edlora.safetensors", "<rex>", "dog", "toyland"]]
+    assert actions.list_loaded(session) == [["rex", "<rex>", "dog", "toyland"]]
     assert Session().concepts == []
     assert studio.pipe.concepts == {}
     after = weights_of(studio)
     assert before.keys() == after.keys()
-    assert session.without_pack("edlora.safetensors").concepts == []
+    assert session.without_pack("rex").concepts == []
     assert session.without_pack("what is not there").concepts == session.concepts
 
 
@@ -57,6 +57,41 @@ def test_two_concepts_of_one_name_are_refused(studio: Studio, packs: dict[str, P
     session = actions.load(studio, Session(), str(packs["rex"].parent))
     with pytest.raises(ConceptError, match="<rex>"):
         actions.load(studio, session, packs["rex"])
+
+
+def test_uploads_of_one_file_name_are_told_apart(studio: Studio, packs: dict[str, Path], tmp_path: Path) -> None:
+    plain = []
+    for name, path in packs.items():
+        (tmp_path / name).mkdir()
+        plain.append(write_lora(tmp_path / name / "lora.safetensors", studio.open(path).edlora.lora))
+    session, _ = actions.load_files(studio, Session(), [*packs.values(), *plain])
+    assert [row[:2] for row in actions.list_loaded(session)] == [
+        ["rex", "<rex>"],
+        ["tom", "<tom>"],
+        ["lora.safetensors", "(a plain LoRA)"],
+        ["lora.safetensors (2)", "(a plain LoRA)"],
+    ]
+    again = actions.load(studio, session, packs["rex"])
+    assert len(again.packs) == 4
+
+
+def test_a_fused_pack_takes_the_place_of_what_it_was_fused_from(
+    studio: Studio, packs: dict[str, Path], tmp_path: Path
+) -> None:
+    files, _, _ = actions.fuse(studio, list(packs.values()), "sum", [])
+    lora = write_lora(tmp_path / "style.safetensors", studio.open(packs["rex"]).edlora.lora)
+    session, _ = actions.load_files(studio, Session(), [packs["rex"], lora])
+    session = actions.load_fused(studio, session, files)
+    assert list(session.packs) == ["style.safetensors", "rex, tom"]
+    canvas = to_value(Layout((Region("a <rex>", box=(0.0, 0.25, 0.5, 1.0)),)), 64, 64)
+    picture = actions.draw_picture(studio, session, canvas, Wishes(**QUICK)).picture
+    assert actions.read_layout_file(picture, 8, 8).needs == ("style.safetensors", "rex, tom")
+    fused_lora = write_lora(tmp_path / "again.safetensors", studio.open(packs["tom"]).edlora.lora)
+    for _ in range(2):
+        session = actions.load_fused(studio, session, [tmp_path / "README.md", fused_lora])
+    assert list(session.packs) == ["style.safetensors", "rex, tom", "again.safetensors"]
+    with pytest.raises(ConfigurationError, match="Nothing is fused yet"):
+        actions.load_fused(studio, session, [])
 
 
 def test_a_session_holds_only_so_many_packs(studio: Studio, packs: dict[str, Path]) -> None:
@@ -361,7 +396,7 @@ def test_what_cannot_be_fused_is_told(
 def test_a_file_is_told_as_inspect_tells_it(studio: Studio, packs: dict[str, Path]) -> None:
     told = actions.describe(studio, packs["rex"])
     facts = dict(told.facts)
-    assert (facts["kind"], facts["rank"]) == ("ED-LoRA", "2")
+    assert (facts["file"], facts["kind"], facts["rank"]) == ("edlora.safetensors", "ED-LoRA", "2")
     assert told.concepts[0][:3] == ["<rex>", "dog", studio.open(packs["rex"]).edlora.concepts[0].kind]
     assert "## " in told.card
     assert "<img" not in told.card.replace("\\<", "")

@@ -86,6 +86,28 @@ def test_an_error_is_told_at_the_top_and_marks_no_innocent_field(seen: Any) -> N
     assert len(marked) == len(picture) == 1
 
 
+def test_an_error_goes_when_the_user_tries_again(seen: Any) -> None:
+    set_number(seen, "Steps", "2")
+    one(seen, "#draw").click()
+    until(seen, lambda: told(seen))
+    draw(seen, "a meadow")
+    until(seen, lambda: not told(seen))
+
+
+def test_screen_readers_hear_words(seen: Any) -> None:
+    set_number(seen, "Steps", "2")
+    seen.execute_script(
+        """window.heard = []; new MutationObserver(() => window.heard.push(
+        ...[...document.querySelectorAll('[role=status].sr-only')].map((each) => each.textContent)))
+        .observe(document.body, {subtree: true, childList: true, characterData: true})"""
+    )
+    draw(seen, "a meadow")
+    if not seen.find_elements("css selector", "[role=status].sr-only"):
+        pytest.skip("this Gradio tells screen readers nothing, as 6.6")
+    heard = until(seen, lambda: (words := seen.execute_script("return window.heard")) and "Done" in words and words)
+    assert not [each for each in heard if "common." in each]
+
+
 def test_a_name_that_cannot_be_loaded_can_be_corrected(seen: Any) -> None:
     field = one(seen, "[placeholder='user/edlora-potter']")
     field.send_keys("/nowhere/rex")
@@ -167,11 +189,58 @@ def test_after_a_file_is_refused_the_next_one_is_loaded(seen: Any, packs: dict[s
     refused.write_bytes(b"not a file")
     one(seen, "input[type='file'][multiple]").send_keys(str(refused))
     until(seen, lambda: "bad.safetensors" in "".join(told(seen)))
+    assert "".join(told(seen)).count("bad.safetensors") == 1
     until(seen, lambda: not seen.find_elements("css selector", ".file-preview"))
+    time.sleep(0.5)  # Gradio marks its part of the page a moment later than it tells the error
+    assert seen.execute_script(
+        """const zone = document.querySelector("input[type='file'][multiple]").closest(".zone");
+        zone.scrollIntoView({block: "center"});
+        const {x, y, width, height} = zone.getBoundingClientRect();
+        return document.elementFromPoint(x + width / 2, y + height / 2).closest(".wrap").innerText"""
+    ).startswith("Drop File Here")
     one(seen, "input[type='file'][multiple]").send_keys(str(packs["rex"]))
     drag(seen, (0.1, 0.1), (0.6, 0.6))
     until(seen, lambda: seen.find_elements("css selector", "[data-concept='<rex>']"))
-    assert "".join(told(seen)).count("bad.safetensors") == 1
+    assert "bad.safetensors" not in "".join(told(seen))
+
+
+def open_tab(driver: Any, label: str) -> None:
+    (tab,) = [each for each in driver.find_elements("css selector", "[role='tab']") if each.text == label]
+    tab.click()
+
+
+def shown(driver: Any, selector: str) -> list[Any]:
+    return [each for each in driver.find_elements("css selector", selector) if each.is_displayed()]
+
+
+def test_the_fused_pack_is_drawn_with_by_one_button(seen: Any, packs: dict[str, Path]) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    open_tab(seen, "Fuse")
+    until(seen, lambda: shown(seen, "[aria-label='Method']"))
+    for path in packs.values():
+        inputs = "//*[@role='tabpanel'][.//button[normalize-space()='Fuse']]//input[@type='file'][@multiple]"
+        seen.find_element("xpath", inputs).send_keys(str(path))
+        time.sleep(1)
+    (method,) = shown(seen, "[aria-label='Method']")
+    method.send_keys(Keys.CONTROL, "a")
+    method.send_keys("sum", Keys.ENTER)
+    assert not shown(seen, "#draw-with-it")
+    (fuse,) = shown(seen, "button.primary")
+    fuse.click()
+    (button,) = until(seen, lambda: shown(seen, "#draw-with-it"))
+    seen.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+    button.click()
+    until(seen, lambda: shown(seen, "#draw") and "rex, tom" in one(seen, "body").text)
+
+
+def test_one_file_after_the_other_is_looked_into(seen: Any, packs: dict[str, Path]) -> None:
+    open_tab(seen, "Look into a file")
+    for name in packs:
+        (zone,) = until(seen, lambda: shown(seen, ".zone"))
+        zone.find_element("css selector", "input[type='file']").send_keys(str(packs[name]))
+        until(seen, lambda name=name: f"<{name}>" in one(seen, "body").text)
+        until(seen, lambda: not seen.find_elements("css selector", ".file-preview"))
 
 
 def told(driver: Any) -> list[str]:

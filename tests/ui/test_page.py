@@ -122,7 +122,7 @@ def test_what_one_user_loads_another_does_not_see(server: str, packs: dict[str, 
     loaded = first.predict([handle_file(packs["rex"])], api_name="/load_files")
     table, packs_to_unload, completions = loaded
     assert table["value"]["data"][0][1] == "<rex>"
-    assert packs_to_unload["choices"] == [["edlora.safetensors", "edlora.safetensors"]]
+    assert packs_to_unload["choices"] == [["rex", "rex"]]
     assert completions["props"]["concepts"] == ["<rex>"]  # what the prompts of regions may name
     second.predict([handle_file(packs["tom"])], api_name="/load_files")
     ask(first, canvas_of("a <rex>"), "a <rex>")
@@ -134,7 +134,7 @@ def test_what_one_user_loads_another_does_not_see(server: str, packs: dict[str, 
             for client, name in ((first, "rex"), (second, "tom"))
         ]
         assert [Path(one.result()[0]).stat().st_size > 0 for one in both] == [True, True]
-    table, _, completions = first.predict("edlora.safetensors", api_name="/unload")
+    table, _, completions = first.predict("rex", api_name="/unload")
     assert table["value"]["data"] == completions["props"]["concepts"] == []
 
 
@@ -147,6 +147,17 @@ def test_files_are_fused_and_handed_out(server: str, packs: dict[str, Path]) -> 
     assert [row[0] for row in table["data"]] == ["<rex>", "<tom>"]
     assert "edlora.safetensors" in [Path(path).name for path in handed]
     assert meaning
+
+
+def test_the_fused_pack_is_loaded_for_drawing(server: str, packs: dict[str, Path]) -> None:
+    from gradio_client import handle_file
+
+    client = user(server)
+    client.predict([handle_file(packs["rex"])], api_name="/load_files")
+    _, _, handed = client.predict([handle_file(path) for path in packs.values()], "", "sum", "", api_name="/fuse")
+    table, _, completions = client.predict([handle_file(path) for path in handed], api_name="/load_fused")
+    assert [row[:2] for row in table["value"]["data"]] == [["rex, tom", "<rex>"], ["rex, tom", "<tom>"]]
+    assert completions["props"]["concepts"] == ["<rex>", "<tom>"]
 
 
 def test_a_card_is_shown_with_what_strangers_wrote_escaped(server: str, packs: dict[str, Path]) -> None:
@@ -190,8 +201,9 @@ def test_an_error_marks_at_most_the_field_that_it_is_about(studio: Studio) -> No
         if call["api_visibility"] == "public"
     }
     assert marked == {
-        "load": ["Loaded"],
+        "load": ["Or drop files"],
         "load_files": ["Or drop files"],
+        "load_fused": ["The fused pack"],
         "unload": ["Unload"],
         "draw": ["Picture"],
         "read_layout": ["Load a layout (JSON) or a picture with its settings (PNG)"],
@@ -199,6 +211,23 @@ def test_an_error_marks_at_most_the_field_that_it_is_about(studio: Studio) -> No
         "look_into_file": ["Drop a file"],
         "look": ["Facts"],
     }
+
+
+def test_how_a_call_goes_is_shown_where_it_is_seen(studio: Studio) -> None:
+    pytest.importorskip("gradio", reason="the extra ui is not installed")
+    config = page.build_page(studio).config
+    seen = {part["id"] for part in config["components"] if part["props"].get("visible") is True}
+    calls = [call for call in config["dependencies"] if call["api_visibility"] == "public"]
+    assert len(calls) == 9
+    assert all(seen.issuperset(call["show_progress_on"]) for call in calls)
+
+
+def test_a_base_that_draws_no_concepts_is_refused_with_what_takes_it() -> None:
+    pytest.importorskip("gradio", reason="the extra ui is not installed")
+    studio = Studio("toyland-sd3", "cpu")
+    with pytest.raises(ConfigurationError, match=r"'toyland-sd3'.* cannot.*mixofshow fuse`.*mixofshow sample`"):
+        page.build_page(studio)
+    assert "pipe" not in vars(studio)  # it was not loaded first
 
 
 SHOWN = Path(__file__).with_name("page.txt")

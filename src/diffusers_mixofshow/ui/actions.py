@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from diffusers_mixofshow.ui.session import Session, Studio
 
 
 if TYPE_CHECKING:
+    from diffusers_mixofshow import EDLoRA
     from diffusers_mixofshow.interop.opening import Opened
 
 MOST_STEPS = 200
@@ -141,11 +143,41 @@ def load(studio: Studio, session: Session, source: str | Path) -> Session:
     """
     opened = studio.open(source)
     opened.tell()
-    loaded = session.with_pack(Path(source).name if isinstance(source, Path) else source, opened.edlora)
+    name = source if isinstance(source, str) else _name_upload(source, opened.edlora, session)
+    loaded = session.with_pack(name, opened.edlora)
     with studio.borrow() as pipe:
         pipe.load_edlora(opened.edlora, 1.0, "tried")
         pipe.unload_edlora("tried")
     return loaded
+
+
+def _name_upload(file: Path, pack: EDLoRA, session: Session) -> str:
+    """Name an uploaded pack by its concepts, as all packs' files are called the same; a plain LoRA by its file.
+
+    A pack takes the place of one with the same concepts; a plain LoRA is counted where its file's name is taken.
+    """
+    if pack.concepts:
+        return ", ".join(concept.name for concept in pack.concepts)
+    numbered = (f"{file.name} ({number})" for number in itertools.count(2))
+    return next(name for name in itertools.chain([file.name], numbered) if name not in session.packs)
+
+
+def load_fused(studio: Studio, session: Session, files: Sequence[Path]) -> Session:
+    """Load a pack that `fuse` wrote, in place of a file of the same name and of packs with one of its concepts.
+
+    Args:
+        studio: Its base model has to fit the pack.
+        session: What is loaded.
+        files: The pack's files.
+
+    Raises:
+        MixOfShowError: See `load`.
+    """
+    packs = [file for file in files if file.suffix == ".safetensors"]
+    if not packs:
+        raise ConfigurationError("Nothing is fused yet. Press Fuse first.")
+    concepts = studio.open(packs[0]).edlora.concepts
+    return load(studio, session.without_pack(packs[0].name).without_concepts(concepts), packs[0])
 
 
 def load_files(studio: Studio, session: Session, files: Sequence[Path]) -> tuple[Session, list[str]]:
@@ -389,7 +421,7 @@ def describe(studio: Studio, source: str | Path) -> Description:
     opened = studio.open(source)
     pack, foreign = opened.edlora, opened.foreign
     summary = summary_of_pack(pack) if foreign is None else summary_of_foreign(foreign)
-    summary |= {"source": Path(source).name, "bytes": opened.file.stat().st_size}
+    summary["bytes"] = opened.file.stat().st_size
     concepts = [
         [
             each["placeholder"],
@@ -400,7 +432,7 @@ def describe(studio: Studio, source: str | Path) -> Description:
         for each in summary["concepts"]
     ]
     return Description(
-        facts=[[name, str(value)] for name, value in facts_of(summary).items()],
+        facts=[["file", Path(source).name], *([name, str(value)] for name, value in facts_of(summary).items())],
         concepts=concepts,
         notes=[*summary["notes"], *summary["problems"]],
         card=pack.card(Path(source).stem) if foreign is None else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 import os
@@ -21,6 +22,7 @@ from diffusers_mixofshow.errors import (
     first_line,
 )
 from diffusers_mixofshow.fusion.report import TITLE
+from diffusers_mixofshow.sampling.other_families import find_other_family
 from diffusers_mixofshow.ui import actions, canvas
 from diffusers_mixofshow.ui.conditions import has_layout_condition
 from diffusers_mixofshow.ui.session import Session, Studio
@@ -31,9 +33,18 @@ LARGEST_UPLOAD = "512mb"
 _ENDINGS = [".safetensors", ".pth", ".pt", ".bin"]
 _KEPT = (600, 4 * 3600)
 """How often Gradio deletes old files, and the age at which a file is old, in seconds."""
-_ONE_BY_ONE = "the base model"
-"""Name of Gradio's queue in which calls of the base model wait for each other."""
+_ONE_BY_ONE = {"concurrency_id": "the base model", "concurrency_limit": 1}
+"""Gradio's settings of calls of the base model, which wait for each other."""
 _HERE = "127.0.0.1"
+_WISHES = tuple(field.name for field in dataclasses.fields(actions.Wishes))
+"""The fields beside the canvas, in the order in which the page sends them."""
+_DRAW = "draw"
+"""Name by which the tab for drawing is selected."""
+_CLOSE_MESSAGES = """(...fields) => {
+  document.querySelectorAll(".toast-close.error, .toast-close.warning").forEach((button) => button.click());
+  return fields;
+}"""
+"""Runs in the browser before an action, and passes the fields on to it."""
 _HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
 _WHAT_TO_DO = "Draw boxes, say what is in each and what the whole picture shows, then press *Draw*."
 
@@ -42,8 +53,13 @@ _SMALL = 256
 _CSS = """
 .small .image-frame { width: 100% !important; }
 .small img { width: 100% !important; height: auto !important; object-fit: contain; image-rendering: pixelated; }
+.zone [data-testid="status-tracker"]:has(.error) { display: none; }
 """
-"""Gradio shows a picture no larger than it is, and smooths it where it has to."""
+"""Gradio shows a picture no larger than it is, and smooths it where it has to. After an error it covers the drop zone
+where the user would drop another file."""
+
+_WORDS = {"common.complete": "Done"}
+"""What screen readers are told after a call; Gradio itself has no words under this key, and tells them the key."""
 
 Borrow = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A decorator of functions that need a GPU, such as ``spaces.GPU``."""
@@ -75,19 +91,25 @@ def build_page(studio: Studio, borrow: Borrow = lambda function: function) -> An
 
     Raises:
         MissingExtraError: If Gradio is not installed.
-        MixOfShowError: If the base model cannot be loaded.
+        MixOfShowError: If the base model cannot be loaded, or draws no concepts.
     """
     gradio = import_gradio()
+    if (family := find_other_family(studio.base, ())) is not None:
+        raise ConfigurationError(
+            f"The page draws concepts in regions, which {studio.base!r}, a base of {family.name}, cannot. Take one of "
+            "Stable Diffusion or Stable Diffusion XL, or leave out --base. Plain LoRAs for it are fused with "
+            "`mixofshow fuse`, and prompts are drawn with `mixofshow sample`."
+        )
     actions.own_pixels(studio)  # loads the base, so that errors show before anybody opens the page
     with gradio.Blocks(title="Mix-of-Show", analytics_enabled=False, delete_cache=_KEPT) as page:
         gradio.Markdown(f"{_HEADING}\n\n{actions.tell_base(studio)} {_WHAT_TO_DO}")
-        session = gradio.State(None)
-        with gradio.Tab("Draw"):
-            _DrawTab(gradio, studio, session, borrow)
-        with gradio.Tab("Fuse"):
-            _add_fuse_tab(gradio, studio, borrow)
-        with gradio.Tab("Look into a file"):
-            _add_file_tab(gradio, studio)
+        with gradio.Tabs() as tabs:
+            with gradio.Tab("Draw", id=_DRAW):
+                drawing = _DrawTab(gradio, studio, borrow)
+            with gradio.Tab("Fuse"):
+                drawing.offer(_add_fuse_tab(gradio, studio, borrow), tabs)
+            with gradio.Tab("Look into a file"):
+                _add_file_tab(gradio, studio)
     return page.queue()
 
 
@@ -113,7 +135,8 @@ def get_launch_settings() -> dict[str, Any]:
     """Arguments of `launch` that hold on every host: a limit on uploads, and no fonts or links from other servers."""
     gradio = import_gradio()
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return {"max_file_size": LARGEST_UPLOAD, "theme": theme, "css": _CSS, "footer_links": [], "ssr_mode": False}
+    looks = {"theme": theme, "css": _CSS, "i18n": gradio.I18n(en=_WORDS), "footer_links": []}
+    return {**looks, "max_file_size": LARGEST_UPLOAD, "ssr_mode": False}
 
 
 _warnings_are_caught = threading.Lock()
@@ -153,16 +176,23 @@ def _list_upload_folders() -> list[Path]:
     return list(dict.fromkeys([Path(named), Path(named).resolve()]))
 
 
-def _clear(after: Callable[..., Any], files: Any) -> None:
-    """Empty a drop zone after an event, so that the next drop sends only what is dropped then."""
-    after(lambda: None, None, [files], api_visibility="private", show_progress="hidden")
+def _connect(event: Callable[..., Any], act: Callable[..., Any], *fields: Any, **settings: Any) -> Any:
+    """Let an event call an action; its errors are told, and those of earlier attempts go."""
+    return event(_tell_errors(act), *fields, js=_CLOSE_MESSAGES, **settings)
+
+
+def _take_dropped(files: Any, act: Callable[..., Any], *fields: Any, **settings: Any) -> None:
+    """Let a drop zone call an action, and empty it afterwards: a zone that holds a file takes no other."""
+    dropped = _connect(files.upload, act, *fields, show_progress_on=files, **settings)
+    for after in (dropped.success, dropped.failure):
+        after(lambda: None, None, [files], api_visibility="private", show_progress="hidden")
 
 
 class _DrawTab:
     """The tab with concepts, canvas, settings and results."""
 
-    def __init__(self, gradio: Any, studio: Studio, session: Any, borrow: Borrow) -> None:
-        self.gradio, self.studio, self.session = gradio, studio, session
+    def __init__(self, gradio: Any, studio: Studio, borrow: Borrow) -> None:
+        self.gradio, self.studio, self.session = gradio, studio, gradio.State(None)
         self.width, self.height = actions.own_pixels(studio)
         with gradio.Row():
             with gradio.Column(scale=3):
@@ -171,6 +201,7 @@ class _DrawTab:
             with gradio.Column(scale=2):
                 self._add_wishes()
                 self._add_results()
+        self.shown = [self.session, self.loaded, self.unloading, self.which, self.canvas]
         self._connect(borrow)
 
     def _add_concepts(self) -> None:
@@ -180,7 +211,9 @@ class _DrawTab:
                 named = "Hub id, folder or file" if self.studio.local else "Hub id"
                 self.source = gradio.Textbox(label=named, placeholder="user/edlora-potter", scale=3)
                 self.load = gradio.Button("Load", scale=1)
-            self.files = gradio.File(label="Or drop files", file_count="multiple", file_types=_ENDINGS, height=110)
+            self.files = gradio.File(
+                label="Or drop files", file_count="multiple", file_types=_ENDINGS, height=110, elem_classes="zone"
+            )
             self.loaded = gradio.Dataframe(
                 headers=["pack", "concept", "class word", "base"],
                 datatype="str",
@@ -236,44 +269,59 @@ class _DrawTab:
         Without ``show_progress_on``, Gradio would mark every result of a call that fails as wrong, also the canvas. A
         mark covers its part of the page: never a field in which the user corrects what was wrong.
         """
-        shown = [self.session, self.loaded, self.unloading, self.which, self.canvas]
-        one = {"concurrency_id": _ONE_BY_ONE, "concurrency_limit": 1}
-        typed, load = [self.session, self.source], _tell_errors(self._load)
-        self.load.click(load, typed, shown, api_name="load", show_progress_on=self.loaded, **one)
-        self.source.submit(load, typed, shown, api_visibility="private", show_progress_on=self.loaded, **one)
-        dropped = self.files.upload(
-            _tell_errors(self._load_files),
-            [self.session, self.files],
-            shown,
-            api_name="load_files",
-            show_progress_on=self.files,
-            **one,
+        typed, dropped = [self.session, self.source], [self.session, self.files]
+        load = {"show_progress_on": self.files, **_ONE_BY_ONE}
+        _connect(self.load.click, self._load, typed, self.shown, api_name="load", **load)
+        _connect(self.source.submit, self._load, typed, self.shown, api_visibility="private", **load)
+        _take_dropped(self.files, self._load_files, dropped, self.shown, api_name="load_files", **_ONE_BY_ONE)
+        unload = [self.session, self.which]
+        _connect(self.unload.click, self._unload, unload, self.shown, api_name="unload", show_progress_on=self.which)
+        numbers, switches = (
+            [self.seed, self.steps, self.guidance],
+            [self.draft, self.refine, self.isolation, self.condition],
         )
-        _clear(dropped.success, self.files)
-        _clear(dropped.failure, self.files)
-        self.unload.click(
-            _tell_errors(self._unload),
-            [self.session, self.which],
-            shown,
-            api_name="unload",
-            show_progress_on=self.which,
-        )
-        wishes = [self.prompt, self.negative, self.seed, self.steps, self.guidance]
-        switches = [self.draft, self.refine, self.isolation, self.condition]
-        self.draw.click(
-            _tell_errors(borrow(self._draw)),
-            [self.session, self.canvas, *wishes, *switches],
+        wishes = [self.prompt, self.negative, *numbers, *switches]  # in the order of _WISHES
+        _connect(
+            self.draw.click,
+            borrow(self._draw),
+            [self.session, self.canvas, *wishes],
             [self.picture, self.overlay, self.png, self.json, self.followed],
             api_name="draw",
             show_progress_on=self.picture,
-            **one,
+            **_ONE_BY_ONE,
         )
-        self.saved.upload(
-            _tell_errors(self._read),
+        _connect(
+            self.saved.upload,
+            self._read,
             [self.saved],
-            [self.canvas, *wishes, *switches],
+            [self.canvas, *wishes],
             api_name="read_layout",
             show_progress_on=self.saved,
+        )
+
+    def offer(self, fused: Any, tabs: Any) -> None:
+        """Add a button that loads a fused pack into this tab and shows the tab.
+
+        Args:
+            fused: The component with the pack's files; the button appears when it has some.
+            tabs: All tabs of the page.
+        """
+        button = self.gradio.Button("Draw with it", visible=False, elem_id="draw-with-it")
+        fused.change(
+            lambda files: self.gradio.Button(visible=bool(files)),
+            [fused],
+            [button],
+            api_visibility="private",
+            show_progress="hidden",
+        )
+        _connect(
+            button.click,
+            self._load_fused,
+            [self.session, fused],
+            [*self.shown, tabs],
+            api_name="load_fused",
+            show_progress_on=fused,
+            **_ONE_BY_ONE,
         )
 
     def _show(self, session: Session) -> tuple[Any, ...]:
@@ -293,32 +341,15 @@ class _DrawTab:
             self.gradio.Warning(_as_text(message), duration=None)
         return self._show(loaded)
 
+    def _load_fused(self, session: Session | None, files: Sequence[str] | None) -> tuple[Any, ...]:
+        fused = actions.load_fused(self.studio, session or Session(), [Path(each) for each in files or ()])
+        return *self._show(fused), self.gradio.Tabs(selected=_DRAW)
+
     def _unload(self, session: Session | None, name: str | None) -> tuple[Any, ...]:
         return self._show((session or Session()).without_pack(name or ""))
 
-    def _draw(
-        self,
-        session: Session | None,
-        drawn: object,
-        prompt: str,
-        negative: str,
-        seed: float | None,
-        steps: float | None,
-        guidance: float | None,
-        *switches: bool,
-    ) -> tuple[Any, ...]:
-        draft, refine, isolation, condition = switches
-        wishes = actions.Wishes.from_fields(
-            prompt=prompt,
-            negative_prompt=negative,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            draft=draft,
-            refine=refine,
-            isolation=isolation,
-            condition=condition,
-        )
+    def _draw(self, session: Session | None, drawn: object, *fields: Any) -> tuple[Any, ...]:
+        wishes = actions.Wishes.from_fields(**dict(zip(_WISHES, fields, strict=True)))
         result = actions.draw_picture(self.studio, session or Session(), drawn, wishes)
         picture, seen = str(result.picture), result.condition
         followed = self.gradio.DownloadButton(value=seen and str(seen), visible=seen is not None)
@@ -329,13 +360,8 @@ class _DrawTab:
         if read.needs:
             self.gradio.Info(_as_text(f"Drawn with {', '.join(read.needs)}; load what is missing."))
         unchanged = self.gradio.skip()
-        names = ("seed", "steps", "guidance", "draft", "refine", "isolation", "condition")
-        return (
-            read.canvas,
-            read.prompt,
-            read.negative_prompt,
-            *(read.settings.get(name, unchanged) for name in names),
-        )
+        told = {"prompt": read.prompt, "negative_prompt": read.negative_prompt, **read.settings}
+        return read.canvas, *(told.get(name, unchanged) for name in _WISHES)
 
 
 def _list_sources(files: Sequence[str] | None, named: str) -> list[str | Path]:
@@ -343,7 +369,8 @@ def _list_sources(files: Sequence[str] | None, named: str) -> list[str | Path]:
     return [*(Path(each) for each in files or ()), *(line.strip() for line in named.splitlines() if line.strip())]
 
 
-def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
+def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
+    """Add the fields and results of fusing; returns the component with the fused pack's files."""
     gradio.Markdown("Several concepts, or plain LoRAs, become one file. No photos are needed.")
     files = gradio.File(label="Drop files", file_count="multiple", file_types=_ENDINGS)
     more = "Hub ids, folders or files, a line each" if studio.local else "Hub ids, a line each"
@@ -362,19 +389,20 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> None:
         paths, (headers, rows), meaning = actions.fuse(studio, _list_sources(sent, typed), method, lines)
         return {"headers": headers, "data": rows}, meaning, [str(path) for path in paths]
 
-    go.click(
-        _tell_errors(borrow(fuse)),
+    _connect(
+        go.click,
+        borrow(fuse),
         [files, named, method, prompts],
         [table, meaning, result],
         api_name="fuse",
         show_progress_on=table,
-        concurrency_id=_ONE_BY_ONE,
-        concurrency_limit=1,
+        **_ONE_BY_ONE,
     )
+    return result
 
 
 def _add_file_tab(gradio: Any, studio: Studio) -> None:
-    file = gradio.File(label="Drop a file", file_types=_ENDINGS)
+    file = gradio.File(label="Drop a file", file_types=_ENDINGS, elem_classes="zone")
     with gradio.Row():
         named = gradio.Textbox(label="Or a Hub id, folder or file" if studio.local else "Or a Hub id", scale=3)
         go = gradio.Button("Look", scale=1)
@@ -394,8 +422,5 @@ def _add_file_tab(gradio: Any, studio: Studio) -> None:
         return found.facts, found.concepts, "\n".join(found.notes) or "none", found.card
 
     shown = [facts, concepts, notes, card]
-    dropped = file.upload(
-        _tell_errors(lambda sent: look(Path(sent))), [file], shown, api_name="look_into_file", show_progress_on=file
-    )
-    _clear(dropped.failure, file)
-    go.click(_tell_errors(lambda typed: look(typed.strip())), [named], shown, api_name="look", show_progress_on=facts)
+    _take_dropped(file, lambda sent: look(Path(sent)), [file], shown, api_name="look_into_file")
+    _connect(go.click, lambda typed: look(typed.strip()), [named], shown, api_name="look", show_progress_on=facts)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -64,6 +64,12 @@ class Session:
         """Return the session without a pack, whether or not it was there."""
         return replace(self, packs=MappingProxyType({key: pack for key, pack in self.packs.items() if key != name}))
 
+    def without_concepts(self, concepts: Sequence[Concept]) -> Session:
+        """Return the session without the packs that hold a concept of one of these names."""
+        names = {concept.placeholder for concept in concepts}
+        held = [key for key, pack in self.packs.items() for concept in pack.concepts if concept.placeholder in names]
+        return functools.reduce(Session.without_pack, held, self)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the packs as a dict, since mapping proxies cannot be; Spaces run GPU calls in another process."""
         return _make_session, (dict(self.packs),)
@@ -93,7 +99,7 @@ class Studio:
         default_factory=lambda: TemporaryDirectory(prefix="mixofshow-"), init=False, repr=False
     )
 
-    @cached_property
+    @functools.cached_property
     def pipe(self) -> Any:
         """The base model, loaded at its first use."""
         return load_base(self.base, self.device, self.dtype)
