@@ -96,6 +96,8 @@ START_TOKEN = {
 
 SEEDS = tuple(f"retention-seed{seed}" for seed in range(3))
 """Records of three tunings of the same concepts."""
+FIVE_STEPS = tuple(f"retention-steps-seed{seed}" for seed in range(3))
+"""Records of the same tunings, recorded in five steps."""
 
 
 def tables() -> dict[str, str]:
@@ -446,8 +448,21 @@ def of_recording() -> list[Sentence]:
             words="Five steps of every prompt do as well as twenty ({} and {} of all layers with eight prompts) at a "
             "quarter of the time, and a second seed adds as little ({}).",
             figures=(missed[8, 5, 1], missed[8, 20, 1], missed[8, 20, 2]),
-        )
+        ),
+        Sentence(
+            page=METHOD_PAGE,
+            words="the looks that are kept differ by {} ({} to {}) of eight critters and by {} ({} to {}) of fourteen "
+            "concepts from those of twenty steps",
+            figures=tuple(figure for count in ("8", "14") for figure in lost_with_five_steps(count)),
+        ),
     ]
+
+
+def lost_with_five_steps(count: str) -> list[str]:
+    """How the looks kept by five steps of recording differ from those by twenty, and the ends of the interval."""
+    rows = rows_of(FIVE_STEPS, count)
+    apart = kept_apart(rows["closed-form:steps=5"], rows["closed-form"], "attributes")
+    return [decimals(apart[each], 3) for each in ("mean", "low", "high")]
 
 
 def of_start_tokens() -> list[Sentence]:
