@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.cli.settings import read_toml
-from diffusers_mixofshow.edlora.folder import SOURCES
 from diffusers_mixofshow.errors import ConfigurationError, warn
 
 
@@ -79,6 +78,8 @@ def describe_sources(
         gathered: The same sources with their prompts.
         weights: Weights on the command line.
     """
+    from diffusers_mixofshow.edlora.folder import SOURCES
+
     counts = [_count_members(source) for source in given]
     every = " ".join(f"--weight {count}" for count in counts)
     is_weighted = weights or any(source.weight != 1 for source in gathered)
