@@ -172,8 +172,10 @@ def with_quartiles(row: Mapping[str, Any], clock: str) -> str:
 
 def isolation() -> str:
     results = record("isolation-3-things")["results"]
-    measures = ("class", "colour", "leaked")
-    rows = [[label, *(f"{percent(results[way][each])} %" for each in measures)] for way, label in ISOLATION.items()]
+    rows = [
+        [label, *(percent_with_interval(results[way][each]) for each in ("class", "colour", "leaked"))]
+        for way, label in ISOLATION.items()
+    ]
     return table(("", "right class", "right colour", "another region's colour"), rows)
 
 
@@ -186,7 +188,7 @@ def sentences() -> list[Sentence]:
     wrong = wrong_places(others[REFINED]["found_of_all_fused"])
     nono = record("training")["ablations"]["ED-LoRA"]["out"]["1"]["attributes"]
     leaked = [
-        record("isolation-3-things")["results"][way]["leaked"]
+        record("isolation-3-things")["results"][way]["leaked"]["mean"]
         for way in ("regions, half weight", "regions, first half of the steps")
     ]
     on_xl = record(ON_XL)
