@@ -265,7 +265,10 @@ def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:
     having = [source.name for source in gathered if _has_statistics(source)]
     lacking = [source.name for source in gathered if not _has_statistics(source)]
     if len(gathered) == 1:
-        warn(f"{gathered[0].name} is the only source: there is nothing to reconcile. Name the others as well.")
+        warn(
+            f"{gathered[0].name} is the only source: there is nothing to reconcile, and the pack acts as it does. If "
+            "there are others, name them as well."
+        )
     if having and not used:
         why = f"for {', '.join(lacking)} there are none that fit" if lacking else "--base or --prior was given"
         warn(

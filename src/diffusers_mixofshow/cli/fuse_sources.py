@@ -46,6 +46,7 @@ def read_sources(
     from diffusers_mixofshow.fusion import FusionSource, LoRASource
     from diffusers_mixofshow.interop.opening import open_edlora
 
+    _refuse_missing_sources(given)
     opened = {path: open_edlora(path) for path in given if not path.endswith(_LIST)}
     plain = [path for path in given if path in opened and not opened[path].edlora.concepts]
     silent = [path for path in plain if not opened[path].tells_prompts]
@@ -68,6 +69,20 @@ def read_sources(
     return sources
 
 
+def _refuse_missing_sources(given: Sequence[str]) -> None:
+    """Refuse sources of a pack on this disk that keeps none."""
+    from diffusers_mixofshow.edlora.folder import SOURCES
+
+    for path in map(Path, given):
+        pack = path.parent.parent
+        if path.parent.name == SOURCES and not path.parent.exists() and any(pack.glob("*.safetensors")):
+            raise ConfigurationError(
+                f"Got {path.as_posix()!r}, but the pack {pack.as_posix()!r} keeps no sources. Expected one that was "
+                "fused with --features own --keep-sources: fuse it so once more, then concepts can be added and left "
+                "out."
+            )
+
+
 def describe_sources(
     given: Sequence[FusionSource | LoRASource], gathered: Sequence[Source], weights: Sequence[float] | None
 ) -> list[str]:
@@ -86,12 +101,11 @@ def describe_sources(
     lines = []
     for source, read, count in zip(given, gathered, counts, strict=True):
         line = _describe_source(source, [] if read.edlora.concepts else _list_prompts(read))
-        if count > 1 and len(given) > 1:
-            carried = Path(str(source.source), SOURCES)
-            if carried.is_dir():
-                line += f"; to add or leave out one, fuse its sources instead, {carried.as_posix()}/*"
-            if not is_weighted:
-                line += f"; it counts as one of the sources: {every} gives each of its {count} the weight of one"
+        carried = Path(str(source.source), SOURCES)
+        if count > 1 and carried.is_dir():
+            line += f"; to add or leave out one, fuse its sources instead, {carried.as_posix()}/*"
+        if count > 1 and len(given) > 1 and not is_weighted:
+            line += f"; it counts as one of the sources: {every} gives each of its {count} the weight of one"
         lines.append(line)
     return lines
 

@@ -91,7 +91,7 @@ _PHOTOS = "photos"
 """In place of a pack's name in rows of what photos score."""
 
 _MEANINGS = {
-    "text": "how well pictures follow their prompts; compare it with the row 'class word', not with 1",
+    "text": "how well pictures follow their prompts, 2.5 at most; compare it with the row 'class word'",
     "image": "how much pictures look like the photos; the nearer to the row 'photos' the better, 1 would be a copy",
     "looks": "share of the concept's hidden looks that a network finds in pictures; 1 is all of them",
     "nearest": "share of pictures more like the concept's photos than like any other concept's; 1 is all of them",
@@ -383,7 +383,7 @@ def tell_results(
         typer.echo(json.dumps(told))
         return
     shown = _print_table(evaluation.rows, evaluation.photos)
-    typer.echo("What the numbers mean:")
+    typer.echo("What the numbers mean, of pictures that show one concept each:")
     for name, meaning in _MEANINGS.items():
         if name in shown:
             typer.echo(f"  {name}: {meaning}")

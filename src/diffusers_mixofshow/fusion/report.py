@@ -39,7 +39,8 @@ _MEANING = (
     "A residual is about features, not identity: compare 'fused' with 'averaged', what a weighted average leaves."
 )
 _MEASURED = (
-    "Around 0.6, concepts of 'mixofshow demo' keep nearly all of their looks; 'mixofshow evaluate' measures yours."
+    "Around 0.6, concepts of 'mixofshow demo' keep nearly all of their looks, and eight of one class at 0.84 still "
+    "keep 90 %; what yours keep, 'mixofshow evaluate' measures."
 )
 _NOT_MEASURED = "By itself it says little: measure the result with 'mixofshow evaluate' or 'mixofshow compare'."
 _OVERLAP = (
