@@ -14,6 +14,7 @@ from figures.reading import (
     kept_apart,
     mean_kept,
     mean_of,
+    over_concepts,
     percent,
     percent_with_interval,
     record,
@@ -38,6 +39,15 @@ METHODS = {
     "ties": "TIES",
     "sum": "sum",
 }
+TUNED_BY = {
+    "LoRA": [f"table1-lora-seed{seed}" for seed in range(2)],
+    "P+": [f"table1-pplus-seed{seed}" for seed in range(2)],
+    "Custom Diffusion": [f"table1-custom-seed{seed}" for seed in range(1)],
+    "ED-LoRA": [f"retention-seed{seed}" for seed in range(3)],
+}
+"""How concepts were tuned, and the records of their tunings."""
+FUSED_BY = {"average": "averaged", "closed-form": "gradient fusion"}
+"""Methods for concepts of every way of tuning."""
 KEPT = {"attributes": "looks", "shapes": "shapes", "alignment": "alignment"}
 """Measures of which a share is kept; records of before 29 November 2026 have no shapes apart from looks."""
 OTHER_WAYS = {
@@ -106,6 +116,8 @@ def tables() -> dict[str, str]:
         "hard case": hard_case(),
         "methods, 8 concepts": methods(SEEDS, "8"),
         "methods, 14 concepts": methods(SEEDS, "14"),
+        "tuned in four ways, 8 concepts": tuned_in_four_ways("8"),
+        "tuned in four ways, 14 concepts": tuned_in_four_ways("14"),
         "methods, 30 concepts": methods(["retention-30"], "30"),
         "methods on Stable Diffusion XL, 8 concepts": methods(["retention-xl"], "8"),
         "methods on Stable Diffusion XL, 14 concepts": methods(["retention-xl"], "14"),
@@ -190,6 +202,34 @@ def kept_beside(
         apart = "" if rows == first else difference(kept_apart(rows, first, measure))
         cells += [decimals(mean_kept(rows, measure)), apart]
     return cells
+
+
+def tuned_in_four_ways(count: str) -> str:
+    """Concepts of four ways of tuning, alone, averaged and fused, with intervals over concepts and their tunings."""
+    rows = []
+    own = {method: found for method in FUSED_BY if (found := rows_of_tunings("ED-LoRA", count, method))}
+    for label in TUNED_BY:
+        alone = rows_of_tunings(label, count, "closed-form")
+        rows.append([f"{label}, alone", *measured_in_four_ways(alone, "of_each_single"), "", ""])
+        for method, way in FUSED_BY.items():
+            of_way = rows_of_tunings(label, count, method)
+            apart = kept_apart(of_way, own[method][: len(of_way)], "attributes")
+            cells = [decimals(mean_kept(of_way, "attributes")), "" if label == "ED-LoRA" else difference(apart)]
+            rows.append([f"{label}, {way}", *measured_in_four_ways(of_way, "of_each"), *cells])
+    head = ("", "looks read right", "shapes", "like the photos", "text-alignment", "looks kept", "minus ED-LoRA's")
+    return table(head, rows)
+
+
+def rows_of_tunings(label: str, count: str, method: str) -> list[Row]:
+    """Rows of the tunings by which so many concepts were fused."""
+    return [found[method] for name in TUNED_BY[label] if (found := record(name)["results"].get(count))]
+
+
+def measured_in_four_ways(rows: Sequence[Row], which: str) -> list[str]:
+    """Every measure with its interval over concepts and their tunings."""
+    shares = [percent_with_interval(over_concepts(rows, which, each)) for each in ("attributes", "shapes")]
+    others = [decimals_with_interval(over_concepts(rows, which, each)) for each in ("alignment", "text_alignment")]
+    return [*shares, *others]
 
 
 def rivals() -> str:
@@ -361,7 +401,15 @@ def start_token() -> str:
 
 def sentences() -> list[Sentence]:
     """Every sentence."""
-    return [*of_the_page(), *of_methods(), *of_recording(), *of_start_tokens(), *of_size(), *of_readme()]
+    return [
+        *of_the_page(),
+        *of_tunings(),
+        *of_methods(),
+        *of_recording(),
+        *of_start_tokens(),
+        *of_size(),
+        *of_readme(),
+    ]
 
 
 def kept_percent(rows: Sequence[Row]) -> tuple[str, str]:
@@ -417,6 +465,18 @@ def of_the_page() -> list[Sentence]:
                 )
             ),
         ),
+    ]
+
+
+def of_tunings() -> list[Sentence]:
+    starts = {"8": "Eight critters; tunings of each", "14": "Fourteen concepts; tunings"}
+    return [
+        Sentence(
+            page=PAGE,
+            words=start + ": " + ", ".join(f"{label} {{}}" for label in TUNED_BY) + ":",
+            figures=tuple(str(len(rows_of_tunings(label, count, "average"))) for label in TUNED_BY),
+        )
+        for count, start in starts.items()
     ]
 
 

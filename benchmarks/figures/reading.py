@@ -95,6 +95,17 @@ def mean_kept(rows: Sequence[Row], measure: str) -> float:
     return statistics.fmean(identity_retention(*each) for each in means)
 
 
+def over_concepts(rows: Sequence[Row], which: str, measure: str) -> dict[str, float]:
+    """Mean of a measure over concepts and their tunings, with its 95 % interval over both.
+
+    Args:
+        rows: One for each tuning.
+        which: ``"of_each"`` under the method, or ``"of_each_single"`` with each concept's own file.
+        measure: Of identity or beside it.
+    """
+    return mean_of_groups_with_interval([[row[which][one][measure] for row in rows] for one in rows[0][which]])
+
+
 def mean_of(rows: Sequence[Row], *keys: str) -> float:
     """Mean over rows of a number that lies under these keys."""
     found: list[Any] = [reduce(getitem, keys, row) for row in rows]
