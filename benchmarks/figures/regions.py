@@ -71,6 +71,7 @@ def tables() -> dict[str, str]:
         "three tunings": three_tunings(),
         "other triples": other_triples(others),
         "confusion": confusion(others[REFINED]["found_of_all_fused"]),
+        "random layouts": random_layouts(),
         "overlaps": overlaps(),
         "steps": steps("toyland"),
         "steps on Stable Diffusion XL": steps("toyland-xl"),
@@ -137,6 +138,17 @@ def confusion(counts: Mapping[str, Mapping[str, int]]) -> str:
     names = sorted(counts)
     rows = [[f"`<{name}>`", *(str(counts[name].get(found, "")) for found in (*names, ""))] for name in names]
     return table(("asked for", *(f"`<{name}>`" for name in names), "no critter"), rows)
+
+
+def random_layouts() -> str:
+    """Every way on layouts of two to four concepts; the last column is of those with two concepts of one class."""
+    rows = []
+    for way, row in record("regions")["results"].items():
+        shares = ("right", "whole_pictures", "missing", "attributes", "leaked")
+        cells = [percent_with_interval(row["all"][each]) for each in shares]
+        rows.append([way, *cells, percent_with_interval(row["two of one class"]["right"])])
+    head = ("right in its region", "all right in a picture", "missing", "looks read right", "another region's looks")
+    return table(("", *head, "right where two are of one class"), rows)
 
 
 def overlaps() -> str:
