@@ -253,6 +253,8 @@ def test_doctor_tells_the_same_in_a_table_and_as_json(monkeypatch) -> None:
     for finding in (each for each in told if each["state"] != "optional"):  # whose line below the table says all
         row = next(line for line in lines if f" {finding['name']} " in line and finding["state"] in line)
         assert finding["name"] == "memory" or finding["found"][:40] in row or "GB" in finding["found"]
+    urgency = {"problem": 0, "ok": 1, "note": 1, "optional": 2}
+    told.sort(key=lambda finding: urgency[finding["state"]])
     mended = [f"  {finding['name']}: {finding['remedy']}" for finding in told if finding["remedy"]]
     assert [line for line in lines if line in mended] == mended
     based = run("doctor", "toyland").stdout
