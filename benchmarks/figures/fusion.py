@@ -41,7 +41,7 @@ METHODS = {
 }
 TUNED_BY = {
     "LoRA": [f"table1-lora-seed{seed}" for seed in range(3)],
-    "P+": [f"table1-pplus-seed{seed}" for seed in range(2)],
+    "P+": [f"table1-pplus-seed{seed}" for seed in range(3)],
     "Custom Diffusion": [f"table1-custom-seed{seed}" for seed in range(3)],
     "ED-LoRA": [f"retention-seed{seed}" for seed in range(3)],
 }
