@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from figures.reading import (
@@ -532,8 +533,7 @@ def of_recording() -> list[Sentence]:
 def lost_with_five_steps(count: str) -> list[str]:
     """How the looks kept by five steps of recording differ from those by twenty, and the ends of the interval."""
     rows = rows_of(FIVE_STEPS, count)
-    apart = kept_apart(rows["closed-form:steps=5"], rows["closed-form"], "attributes")
-    return [decimals(apart[each], 3) for each in ("mean", "low", "high")]
+    return parts(rows["closed-form:steps=5"], rows["closed-form"], "attributes", partial(decimals, digits=3))
 
 
 def of_start_tokens() -> list[Sentence]:

@@ -21,7 +21,7 @@ PAGE = "docs/benchmarks_regions.md"
 RUN, OTHER_TRIPLES = "toyland", "toyland-20261129-094422"
 ON_XL = "toyland-xl-regions"
 TUNINGS = tuple(f"toyland-tuning{seed}" for seed in range(3))
-HEAD = ("right concept in its region", "all right in a picture", "looks read right", "likeness")
+HEAD = ("right concept in its region", "right of all eight", "all right in a picture", "looks read right", "likeness")
 REFINED = "3, natural, drafts, refined"
 WAYS = {
     "3, one prompt": "one prompt, no regions",
@@ -90,6 +90,12 @@ def right_of_all(counts: Mapping[str, Mapping[str, int]]) -> float:
     return sum(row.get(name, 0) for name, row in counts.items()) / sum(sum(row.values()) for row in counts.values())
 
 
+def places_and_all(row: Mapping[str, Any]) -> list[str]:
+    """Every measure of places with its interval, and behind the first what is right among all eight."""
+    first, *rest = places(row)
+    return [first, f"{percent(right_of_all(row['found_of_all_fused']))} %", *rest]
+
+
 def wrong_places(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     """In how many places something else was found than the concept that was asked for there, concept by concept."""
     return {name: sum(row.values()) - row.get(name, 0) for name, row in counts.items()}
@@ -98,8 +104,7 @@ def wrong_places(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
 def other_triples(together: Mapping[str, Any]) -> str:
     rows = []
     for way, label in OTHERS.items():
-        first, *rest = places(together[way])
-        rows.append([label, first, f"{percent(right_of_all(together[way]['found_of_all_fused']))} %", *rest])
+        rows.append([label, *places_and_all(together[way])])
     for way, label in {
         REFINED: "the {} pictures without `<nono>`: drafts, refined",
         "3, natural, each alone": "the same, each drawn alone, pasted",
@@ -116,9 +121,8 @@ def in_one_picture(together: Mapping[str, Any], ways: Mapping[str, str]) -> str:
     rows = []
     for way, label in ways.items():
         if way in together:
-            first, *rest = places(together[way])
-            rows.append([label, first, f"{percent(right_of_all(together[way]['found_of_all_fused']))} %", *rest])
-    return table(("", HEAD[0], "right of all eight", *HEAD[1:]), rows)
+            rows.append([label, *places_and_all(together[way])])
+    return table(("", *HEAD), rows)
 
 
 def three_tunings() -> str:
@@ -126,11 +130,8 @@ def three_tunings() -> str:
     rows = []
     for way in ("3, one prompt", "3, natural", REFINED):
         for number, name in enumerate(TUNINGS, 1):
-            row = record(name)["together"][way]
-            first, *rest = places(row)
-            of_all = f"{percent(right_of_all(row['found_of_all_fused']))} %"
-            rows.append([f"{WAYS[way].strip('*')}: tuning {number}", first, of_all, *rest])
-    return table(("", HEAD[0], "right of all eight", *HEAD[1:]), rows)
+            rows.append([f"{WAYS[way].strip('*')}: tuning {number}", *places_and_all(record(name)["together"][way])])
+    return table(("", *HEAD), rows)
 
 
 def confusion(counts: Mapping[str, Mapping[str, int]]) -> str:

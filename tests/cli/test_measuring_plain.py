@@ -331,7 +331,7 @@ def test_a_table_of_80_columns_holds_the_names_of_packs(monkeypatch, capsys) -> 
         for concept in ("bobo", "kiki")
         for name in names
     ]
-    _print_table(rows)
+    _print_table(rows, {})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     told = [[cell.strip() for cell in line.split("│")[1:3]] for line in lines if line.startswith("│")]

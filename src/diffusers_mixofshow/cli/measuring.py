@@ -563,7 +563,7 @@ def _shrink(picture: Image.Image) -> Image.Image:
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
 
 
-def _print_table(rows: Sequence[Row], photos: Mapping[str, Mapping[str, float | None]] | None = None) -> set[str]:
+def _print_table(rows: Sequence[Row], photos: Mapping[str, Mapping[str, float | None]]) -> set[str]:
     """Print the rows, and what photos score below those of their concept, without columns that are empty in all.
 
     Returns:
@@ -578,7 +578,7 @@ def _print_table(rows: Sequence[Row], photos: Mapping[str, Mapping[str, float | 
     lines = []
     for concept, own in groupby(rows, key=lambda row: row.concept):
         lines += [(concept, names[row.pack], _list_measures(row, several=several)) for row in own]
-        scores = (photos or {}).get(concept, {})
+        scores = photos.get(concept, {})
         if any(value is not None for value in scores.values()):
             lines.append((concept, _PHOTOS, {"image": scores["alignment"], "looks": scores["attributes"]}))
     filled = [name for name in _MEANINGS if any(numbers.get(name) is not None for *_, numbers in lines)]

@@ -65,12 +65,13 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
         output: One file for each picture.
     """
     plan, packs, steps = drawing.plan, list(drawing.packs.values()), drawing.steps
-    own, given = find_size(drawing.base) or (_OWN, _OWN), plan.height or plan.width
-    height, width = plan.height or own[0], plan.width or own[1]
-    size = f"{width} x {height} pixels{'' if given else f', {_OWN}'}" if given or own[0] != _OWN else _OWN
+    own_height, own_width = find_size(drawing.base) or (None, None)
+    height, width = plan.height or own_height, plan.width or own_width
+    size = f"{width or _OWN} x {height or _OWN} pixels" if width or height else _OWN
+    size += f", {_OWN}" if own_height and not (plan.height or plan.width) else ""
     batch = len(output) * (2 if drawing.guidance > 1 else 1)
     runs = steps if drawing.image is None else int(steps * drawing.strength)
-    pixels = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+    pixels = (height, width) if height and width else None
     regions, draft, refine = len(plan.regions) * len(output), drawing.draft, drawing.refine
     more = [name for name, wanted in (("drafts", draft), ("what is drawn anew", refine)) if wanted]
     return {
