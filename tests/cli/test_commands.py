@@ -104,6 +104,7 @@ def test_an_error_of_ours_is_one_line_on_standard_error() -> None:
         (("sample", "--steps", "many", "--prompt", "x"), "'--steps'"),
         (("sample", "--steps", "1001", "--prompt", "x"), "1000"),
         (("inspect",), "Missing argument"),
+        (("sample", "--concepts", "a", "b", "--prompt", "x"), "repeat the option: --concepts ONE --concepts OTHER."),
         (("sample", "--base", "toylnd", "--prompt", "x"), "Did you mean 'toyland'?"),
         (("sample", "--base", "toyland", "--prompt", "x", "--region", "3,2"), "left,top,right,bottom:prompt"),
         (("sample", "--base", "toyland", "--prompt", "a <rex>", "--dry-run"), "<rex>"),

@@ -127,5 +127,13 @@ def _tell_of_misuse(error: Any) -> None:
     """Tell of wrong options in one line, instead of click's box; nothing if click has shown the help instead."""
     if message := error.format_message():
         message += "" if message.endswith((".", "?")) else "."
+        message += _advise_to_repeat(error.ctx) if "extra argument" in message else ""
         help_of = f" See '{error.ctx.command_path} --help'." if error.ctx else ""
         tell(f"Error: {message}{help_of}", "red")
+
+
+def _advise_to_repeat(context: Any) -> str:
+    """Say how an option takes several values, if one was given after which a value too many may have stood."""
+    several = [option for each in context.command.params if getattr(each, "multiple", False) for option in each.opts]
+    given = [option for option in several if option in sys.argv]
+    return f" Several values repeat the option: {given[0]} ONE {given[0]} OTHER." if given else ""
