@@ -122,7 +122,7 @@ def tuned(bench: Bench, name: str, variant: str, work: Path) -> Path:
     folders = {each.name: each for each in prepare_photos(settings)}
     config = TrainingConfig.toyland(
         instance_data_dir=str(folders[name].folder), concept=name, class_word=CLASS_WORD, kind=folders[name].kind,
-        output_dir=str(output), seed=bench.plan.seed,
+        output_dir=str(output), seed=bench.plan.seed, num_validation_images=0,
     )  # fmt: skip
     others = read_photos(folders[other].folder, config.concept_to_learn, caption_column=None)
     prompts = [f"a {CLASS_WORD} {place}" for place in TOGETHER_PLACES]

@@ -207,9 +207,12 @@ def test_a_plan_tells_where_the_training_begins(
     assert ("Warning: new has no checkpoint yet, so the training begins at its start." in result.stderr) == vain
 
 
-def test_what_to_do_next_can_be_pasted(trained: list[TrainingConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_to_do_next_can_be_pasted(
+    trained: list[TrainingConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Each command is one of ours, with what it was trained on; OTHER is the one name to be put in."""
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
     written = ["Wrote the ED-LoRA of <rex> to my dogs/rex"]
     wanted = [
         "Draw it, measure it, or fuse it with another one in place of OTHER:",
@@ -223,6 +226,11 @@ def test_what_to_do_next_can_be_pasted(trained: list[TrainingConfig], monkeypatc
         program, verb, *given = shlex.split(line)
         assert program == "mixofshow"
         assert {each for each in given if each.startswith("--")} <= options_of(verb)
+    Path("my dogs/rex/validation").mkdir(parents=True)
+    for step in (9, 400):
+        Path(f"my dogs/rex/validation/step-{step:06d}.png").touch()
+    look = "Look at it, above without its LoRA, below with all of it: "
+    assert run(*asked).splitlines() == [*written, f"{look}{Path('my dogs/rex/validation/step-000400.png')}", *wanted]
     of_the_hub = ["--dataset-name", "user/photos", *asked[1:]]
     assert "  mixofshow evaluate 'my dogs/rex'" in run(*of_the_hub).splitlines()
     assert run(*asked, "--output", "none") == "Tuned <rex>; without --output nothing was saved.\n"

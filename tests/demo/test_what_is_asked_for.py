@@ -108,7 +108,7 @@ def test_the_seed_and_what_replaces_the_usual_settings_reach_the_tuning(tmp_path
     config = tuning_config(CONCEPTS[2], settings)
     usual = TrainingConfig.toyland(
         instance_data_dir="rex", concept="rex", class_word="dog", kind="pet",
-        output_dir=str(tmp_path / "concepts" / "rex"), seed=4, rank=2,
+        output_dir=str(tmp_path / "concepts" / "rex"), seed=4, rank=2, num_validation_images=0,
     )  # fmt: skip
     assert config == usual
     assert tuning_config(CONCEPTS[2], dataclasses.replace(settings, tuning={"seed": 9})).seed == 9

@@ -57,7 +57,7 @@ def test_a_smaller_batch_needs_no_other_number_of_captions() -> None:
 
 def test_sheets_without_pictures_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="num_validation_images is 0, so no sheet would be drawn"):
-        TrainingConfig.toyland(**NEEDED, output_dir="out", validation_steps=50)
+        TrainingConfig.toyland(**NEEDED, output_dir="out", validation_steps=50, num_validation_images=0)
 
 
 def test_wrong_types_are_named() -> None:

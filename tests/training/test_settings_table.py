@@ -130,7 +130,6 @@ OTHERS = {
         "masked_loss": False,
         "lr_warmup_steps": 10,
         "checkpointing_steps": None,
-        "num_validation_images": 0,
         "save_statistics": False,
     },
     "character": {"kind": "character", "framing": "place", "random_flip": False, "tag_shuffles": 8},

@@ -81,8 +81,10 @@ def test_every_row_of_a_sheet_is_drawn_at_its_own_scale(
     config = quick(photos, output_dir=tmp_path, num_validation_images=1, learning_rate=0.1)
     EDLoRATrainer(config, pipeline).train()
     with Image.open(tmp_path / "validation" / "step-000003.png") as sheet:
-        places = [(sheet.width - 36, top) for top in (20, 56, 92)]
-        rows = [sheet.crop((left, top, left + 32, top + 32)).tobytes() for left, top in places]
+        side = 192  # the pictures of 32 pixels, enlarged to be seen
+        places = [(sheet.width - side - 4, 20 + row * (side + 4)) for row in range(3)]
+        assert sheet.height == places[-1][1] + side + 4
+        rows = [sheet.crop((left, top, left + side, top + side)).tobytes() for left, top in places]
     assert len(set(rows)) == 3
 
 

@@ -11,11 +11,13 @@ from diffusers_mixofshow.training import TrainingConfig
 
 
 def describe_next(config: TrainingConfig) -> list[str]:
-    """Lines with the commands that draw, measure and fuse what a training has written."""
+    """Lines with where to look at what a training has written, and the commands that draw, measure and fuse it."""
     folder, concept = quote(str(config.output_dir)), config.concept_to_learn
     picture = portable_name(f"{concept.name}.png")
     photos = "" if config.instance_data_dir is None else quote(f"{concept.name}={config.instance_data_dir}")
+    sheets = sorted(Path(str(config.output_dir), "validation").glob("step-*.png"))
     return [
+        *(f"Look at it, above without its LoRA, below with all of it: {sheet}" for sheet in sheets[-1:]),
         "Draw it, measure it, or fuse it with another one in place of OTHER:",
         f'  mixofshow sample --concepts {folder} --prompt "a {concept.placeholder}" --output {picture}',
         f"  mixofshow evaluate {folder}{photos and f' --photos {photos}'}",

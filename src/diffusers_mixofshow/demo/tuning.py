@@ -34,7 +34,7 @@ def tuning_config(concept: DemoConcept, settings: DemoSettings) -> TrainingConfi
         class_word=concept.class_word,
         kind=concept.kind,
         output_dir=str(settings.folder / "concepts" / concept.name),
-        **({"seed": settings.seed} | dict(settings.tuning)),
+        **({"seed": settings.seed, "num_validation_images": 0} | dict(settings.tuning)),
     )
 
 

@@ -26,7 +26,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "masked_loss": False,
         "lr_warmup_steps": 10,
         "checkpointing_steps": None,
-        "num_validation_images": 0,
         "save_statistics": False,
     },
     # Section 6.1 of arXiv:2305.18292 and the authors' code; settings equal to our defaults are written out, too.

@@ -68,6 +68,10 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.training.base import TrainablePipeline
 
 
+_LEAST_SIDE = 192
+"""Pixels of a side below which pictures are enlarged on sheets, to be seen without zooming in."""
+
+
 class EDLoRATrainer:
     """Tunes one concept as an ED-LoRA (arXiv:2305.18292, section 3.3.1), or by another of `TrainingConfig.method`.
 
@@ -275,7 +279,8 @@ class _Tuning:
                 rows = draw_rows(self.pipeline, self.trained, config)
             step = self.loop.position.step
             prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
-            sheet = draw_labelled_sheet(rows, title=f"{prompt}, step {step}")
+            enlarged = max(1, _LEAST_SIDE // config.resolution)
+            sheet = draw_labelled_sheet(rows, title=f"{prompt}, step {step}", scale=enlarged)
             path = folder / "validation" / f"step-{step:06d}.png"
             write_with_note(path, sheet, "PNG", *describe_sheet(self.pipeline, config, prompt, list(rows)))
             scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
