@@ -74,10 +74,11 @@ cli.main()
     assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_help_imports_no_heavy_module() -> None:
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_help_imports_no_heavy_module(option: str) -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom diffusers_mixofshow import cli\n"
-        "result = CliRunner().invoke(cli.app, ['train', '--help'])\n"
+        f"result = CliRunner().invoke(cli.app, ['train', '{option}'])\n"
         "print(result.exit_code, [name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -140,16 +140,32 @@ def completing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("_MIXOFSHOW_COMPLETE", "complete_bash")
 
 
-def cores(count: int) -> Patch:
+def cores(count: int, load: float = 0) -> Patch:
     return patched(
-        (os, "sched_getaffinity", lambda process: set(range(count))), (torch, "get_num_threads", lambda: 2)
-    )  # fmt: skip
+        (os, "sched_getaffinity", lambda process: set(range(count))),
+        (os, "getloadavg", lambda: (load, 99, 99)),
+        (torch, "get_num_threads", lambda: 2),
+    )
+
+
+def unknown_load(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    cores(2)(monkeypatch, folder)
+    monkeypatch.delattr(os, "getloadavg")
+
+
+def refused_load(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def refuse() -> None:
+        raise OSError("Load averages are unobtainable")
+
+    cores(2)(monkeypatch, folder)
+    monkeypatch.setattr(os, "getloadavg", refuse)
 
 
 SMALL = "Stable Diffusion on the CPU needs some 8 GB; Toyland 1 GB"
 ROOM = "a Stable Diffusion 1.5 takes 5 GB; `hf cache prune` makes room"
 LOGIN = "`hf auth login`, for pushing and private repositories"
 ONLINE = "unset HF_HUB_OFFLINE to download"
+BUSY = "other programs keep it busy, so that everything may take {longer} times as long; wait or stop them"
 MEDIAPIPE = "pip install 'mediapipe<1', or uninstall mediapipe"
 VISION = "uninstall torchvision, which is not needed here, or install it from the index of torch"
 FOUND: list[tuple[str, Patch, tuple[str, str, str]]] = [
@@ -175,6 +191,19 @@ FOUND: list[tuple[str, Patch, tuple[str, str, str]]] = [
     ("Hub", hub("hf_x", offline=True), ("note", "offline by HF_HUB_OFFLINE, logged in", ONLINE)),
     ("CPU", cores(1), ("ok", "1 core, 2 threads for torch", "")),
     ("CPU", cores(3), ("ok", "3 cores, 2 threads for torch", "")),
+    ("CPU", cores(2, load=2), ("ok", "2 cores, 2 threads for torch", "")),
+    (
+        "CPU",
+        cores(2, load=8),
+        ("note", "2 cores, 2 threads for torch, a load of 8.0 in the last minute", BUSY.format(longer="5.0")),
+    ),
+    (
+        "CPU",
+        cores(1, load=1.2),
+        ("note", "1 core, 2 threads for torch, a load of 1.2 in the last minute", BUSY.format(longer="2.2")),
+    ),
+    ("CPU", unknown_load, ("ok", "2 cores, 2 threads for torch", "")),
+    ("CPU", refused_load, ("ok", "2 cores, 2 threads for torch", "")),
     ("GPU 0", gpus(70, 60), ("ok", "Card 0, 70.0 of 80.0 GB free, used in float16", "")),
     ("GPU 1", gpus(70, 60), ("ok", "Card 1, 60.0 of 80.0 GB free, used in float16", "")),
     ("GPU", apple(), ("note", "Apple GPU; commands run on the CPU", "in Python: pipe.to('mps')")),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from cli.commands import VERBS
 from diffusers_mixofshow import MixOfShowPipeline, cli, toyland
 from diffusers_mixofshow.fusion.solving import Settings
 from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS
 from diffusers_mixofshow.sampling.loading import load_base
+from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.renamed import RENAMED
 
 
@@ -60,7 +65,7 @@ def test_options_of_sample_stand_in_their_groups() -> None:
 
 def test_options_of_train_stand_in_their_groups() -> None:
     assert {panel: (names[0], names[-1]) for panel, names in panels("train").items()} == {
-        "": ("photos", "as_json"),
+        "": ("photos", "help_all"),
         "What to learn": ("instance_data_dir", "seed"),
         "Pictures and captions": ("resolution", "proportion_empty_prompts"),
         "Steps": ("train_batch_size", "embedding_phase_steps"),
@@ -72,6 +77,39 @@ def test_options_of_train_stand_in_their_groups() -> None:
         "Checkpoints": ("checkpointing_steps", "resume_from_checkpoint"),
         "What is seen and kept": ("report_to", "save_statistics"),
     }
+
+
+def options_shown(option: str, columns: int) -> list[str]:
+    """The first spelling of each option in a help of train, in its order."""
+    result = CliRunner().invoke(cli.app, ["train", option], env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0
+    return re.findall(r"^. (--[\w-]+)", result.output, re.MULTILINE)
+
+
+def test_the_help_of_train_shows_what_is_used_daily() -> None:
+    assert options_shown("--help", 80) == [
+        *("--preset", "--config", "--dry-run", "--json", "--help-all", "--help"),
+        *("--instance-data-dir", "--dataset-name", "--concept", "--class-word", "--kind", "--base"),
+        *("--output", "--overwrite", "--seed", "--resolution", "--instance-prompt", "--batch-size", "--steps"),
+        *("--masked-loss", "--mixed-precision", "--gradient-checkpointing", "--checkpointing-steps"),
+        *("--resume-from-checkpoint", "--validation-prompt"),
+    ]
+
+
+def test_the_whole_help_of_train_shows_every_option_and_the_short_one_tells_of_it() -> None:
+    advertised = [each.opts[0] for each in COMMANDS["train"].params if not getattr(each, "hidden", False)]
+    assert sorted(options_shown("--help-all", 80)) == sorted([*advertised[1:], "--help"])  # the first is PHOTOS
+    count = len(dataclasses.fields(TrainingConfig))
+    told = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "80"}).output.splitlines()
+    assert [f"Show all {count} settings and exit." in line for line in told if "--help-all" in line] == [True]
+
+
+@pytest.mark.parametrize("before", ["", "--help-all "])
+def test_shell_completion_offers_what_the_short_help_leaves_out(before: str) -> None:
+    words = f"mixofshow train {before}--lr"
+    asked = {"_MIXOFSHOW_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    offered = CliRunner().invoke(cli.app, [], prog_name="mixofshow", env=asked).output.split()
+    assert offered == ["--lr-scheduler", "--lr-warmup-steps", "--lr-num-cycles", "--lr-power"]
 
 
 @pytest.mark.parametrize(

@@ -430,6 +430,18 @@ def test_a_fused_pack_is_fused_again_by_the_names_and_prompts_of_its_record(aske
     card = Path("three", "README.md").read_text()
     assert "# LoRA fused from `dog`, `ink`, `cat`\n\n3 LoRAs in one" in card
     assert "| `dog`, `ink` | a private file |" in card
+    digests = {name: open_edlora(f"{name}.safetensors").edlora.digest[:12] for name in ("dog", "ink")}
+    assert all(
+        f"| in it: `{name}` | a private file | - | - | `{digest}` |" in card for name, digest in digests.items()
+    )
+    cat = "| in it: `cat` | a private file | - | - | "
+    assert cat not in card
+    write(Path("bird.safetensors"), 4)
+    run("fuse", "three", "bird.safetensors", "--prompts", "ohwx bird", "--method", "average", "--output", "four")
+    four = Path("four", "README.md").read_text()
+    assert "| `dog`, `ink`, `cat` | a private file |" in four
+    assert cat in four
+    assert four.count("| in it: ") == 3
     given = ("--prompts", "x", "--prompts", "ohwx cat")  # those of the command line go first
     run("fuse", "both", "cat.safetensors", *given, "--method", "average", "--output", "given")
     assert read_plain_pack("given").report.data["prompts"]["both"] == ["x"]

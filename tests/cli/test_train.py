@@ -37,7 +37,7 @@ def refusal(*arguments: str) -> str:
 
 
 def test_every_setting_is_an_option_with_help() -> None:
-    text = re.sub(r"[^\w<>/.,:;-]+", " ", run("--help"))
+    text = re.sub(r"[^\w<>/.,:;-]+", " ", run("--help-all"))
     for field in dataclasses.fields(TrainingConfig):
         assert f"--{field.name.replace('_', '-')}"[:20] in text
     assert "white is the concept" in text
@@ -69,14 +69,15 @@ def test_switches_of_the_file_of_all_verbs_are_heard_and_the_command_line_wins(
 
 
 def test_names_are_whole_on_a_narrow_terminal() -> None:
-    result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    result = CliRunner().invoke(cli.app, ["train", "--help-all"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     names = [f"--{field.name.replace('_', '-')} " for field in dataclasses.fields(TrainingConfig)]
     names.remove("--pretrained-model-name-or-path ")
     assert [name for name in [*names, "--base", "--no-masked-loss"] if name not in result.output] == []
 
 
-def test_examples_of_the_help_stay_on_their_lines() -> None:
-    result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_examples_of_the_help_stay_on_their_lines(option: str) -> None:
+    result = CliRunner().invoke(cli.app, ["train", option], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     lines = [line.strip() for line in result.output.splitlines()]
     assert "mixofshow train photos/potter --concept potter --class-word man" in lines
     assert "mixofshow train --config potter.toml --preset character --seed 1" in lines

@@ -163,6 +163,24 @@ def test_a_fused_pack_names_its_sources_and_what_it_kept(fused, tmp_path):
     assert "## Responsible use" in text
 
 
+def test_below_a_source_that_is_a_pack_stands_what_it_was_fused_from(pack, tmp_path):
+    members = [{key: entry[key] for key in entry if key != "weight"} for entry in FUSION["sources"]]
+    source = {"concepts": ["<rex>", "<tom>"], "weight": 1.0, "origin": "", "digest": "ef" * 32, "members": members}
+    odd = {**source, "members": [3, {"concepts": [[]], "origin": "../../etc", "digest": 7}]}
+    record = {**FUSION, "sources": [source, odd, {**source, "members": "none"}]}
+    text = saved_card(dataclasses.replace(pack, training={"fusion": record}), tmp_path).text
+    rows = text.partition("| concepts | from |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert rows == [
+        "| `<rex>`, `<tom>` | a private file | - | 1 | `efefefefefef` |",
+        "| in it: `<rex>` | [ann/edlora-rex](https://huggingface.co/ann/edlora-rex) | `c0ffeec0ffee` | - "
+        "| `abababababab` |",
+        "| in it: `<tom>` | a private file | - | - | `cdcdcdcdcdcd` |",
+        "| `<rex>`, `<tom>` | a private file | - | 1 | `efefefefefef` |",
+        "| in it: `[]` | a private file | - | - | `7` |",
+        "| `<rex>`, `<tom>` | a private file | - | 1 | `efefefefefef` |",
+    ]
+
+
 EVALUATION = {
     "metric_model": "a/`clip`",
     "pictures": 12,
@@ -316,7 +334,7 @@ HOSTILE = [
 def test_names_and_records_are_shown_and_do_nothing(fused, tmp_path, text):
     concepts = tuple(dataclasses.replace(concept, class_word=text) for concept in fused.concepts)
     source = {**FUSION["sources"][0], "concepts": [text], "origin": text, "digest": text, "revision": text}
-    record = {**FUSION, "method": text, "sources": [source]}
+    record = {**FUSION, "method": text, "sources": [{**source, "members": [source]}]}
     hostile = dataclasses.replace(fused, concepts=concepts, base_model=text, training={"fusion": record})
     card = hostile._card(text, False, {"samples/0.png": text}, text)
     again = ModelCard(str(card))

@@ -69,7 +69,8 @@ def test_the_command_line_reads_it_as_well_but_does_not_advertise_it(
     assert result.exit_code == 0
     assert f"Warning: {option} is called --{name.replace('_', '-')} now." in " ".join(result.stderr.split())
     assert getattr(configs[0], name) == 0.5
-    assert option not in CliRunner().invoke(cli.app, ["train", "--help"]).output
+    for help_option in ("--help", "--help-all"):
+        assert option not in CliRunner().invoke(cli.app, ["train", help_option]).output
 
 
 def test_a_checkpoint_of_former_names_is_of_the_same_training() -> None:

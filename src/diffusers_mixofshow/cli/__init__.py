@@ -21,7 +21,7 @@ from diffusers_mixofshow.cli.messages import name_switches, show_warnings_as_sen
 from diffusers_mixofshow.cli.push import push
 from diffusers_mixofshow.cli.sample import sample
 from diffusers_mixofshow.cli.settings import read_config
-from diffusers_mixofshow.cli.train import SPELLINGS, train
+from diffusers_mixofshow.cli.train import SPELLINGS, ShortHelpCommand, train
 from diffusers_mixofshow.cli.ui import ui
 from diffusers_mixofshow.errors import (
     ConceptError,
@@ -43,6 +43,8 @@ INTERRUPTED = 130
 
 _SLOW = ("masks", "train", "fuse", "sample", "evaluate", "compare", "ui")
 """Verbs that take seconds before they can show progress."""
+_QUICK = {"--help", "--help-all", "--dry-run"}
+"""Options with which they end soon."""
 _MISUSES = (ConceptError, ConfigurationError, EDLoRANotFoundError, OverwriteError, RegionError)
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
@@ -55,7 +57,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(masks)
-app.command(context_settings=SPELLINGS)(train)
+app.command(cls=ShortHelpCommand, context_settings=SPELLINGS)(train)
 for _verb in (fuse, sample, evaluate, compare, inspect, convert, push, ui, demo, doctor):
     app.command()(_verb)
 
@@ -82,7 +84,7 @@ def _apply_config(
             for verb, command in commands.items()
         }
         context.default_map = read_config(config, options)
-    if context.invoked_subcommand in _SLOW and sys.stderr.isatty() and not {"--help", "--dry-run"} & {*sys.argv}:
+    if context.invoked_subcommand in _SLOW and sys.stderr.isatty() and not _QUICK & {*sys.argv}:
         announce("Loading ...")
 
 

@@ -170,9 +170,7 @@ def _check_devices() -> Iterator[Finding]:
     except Exception as error:  # a broken installation raises anything, from OSError to RuntimeError
         yield Finding("devices", "problem", f"torch cannot be imported: {error}", "install torch anew: pytorch.org")
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    yield Finding("CPU", "ok", f"{_format_count(cores or 1, 'core')}, {_format_count(threads, 'thread')} for torch")
+    yield _check_processor(torch.get_num_threads())
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
@@ -184,6 +182,26 @@ def _check_devices() -> Iterator[Finding]:
     else:
         remedy = "Toyland needs none; for Stable Diffusion install torch for your GPU: pytorch.org"
         yield Finding("GPU", "note", f"none that torch {torch.__version__} can use", remedy)
+
+
+def _check_processor(threads: int) -> Finding:
+    """Tell the cores and the threads of torch, and whether other programs keep the cores busy."""
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
+    found = f"{_format_count(cores, 'core')}, {_format_count(threads, 'thread')} for torch"
+    load = _read_load()
+    if load <= cores:
+        return Finding("CPU", "ok", found)
+    longer = 1 + load / cores  # a thread of ours on each core takes turns with so many of others
+    remedy = f"other programs keep it busy, so that everything may take {longer:.1f} times as long; wait or stop them"
+    return Finding("CPU", "note", f"{found}, a load of {load:.1f} in the last minute", remedy)
+
+
+def _read_load() -> float:
+    """How many threads ran or waited for a core, as a mean over the last minute; 0 where that is not known."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has no such function, and a system may refuse
+        return 0.0
 
 
 def _format_count(number: int, what: str) -> str:

@@ -1,11 +1,12 @@
 """``mixofshow train``: tune an ED-LoRA on a folder of photos.
 
-Every option but ``--config``, ``--preset`` and ``--dry-run`` is made from a field of `TrainingConfig`: its name, its
-default and its documentation.
+Almost every option is made from a field of `TrainingConfig`: its name, its default and its documentation. ``--help``
+shows those that people use daily, ``--help-all`` shows all.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from diffusers_mixofshow.atomic import portable_name
 from diffusers_mixofshow.base_models import TOYLAND
@@ -43,8 +45,9 @@ _SHORT = {
     "max_train_steps": "--steps",
     "train_batch_size": "--batch-size",
 }
+_WHAT_TO_LEARN = "What to learn"
 _PANELS = {
-    "instance_data_dir": "What to learn",
+    "instance_data_dir": _WHAT_TO_LEARN,
     "resolution": "Pictures and captions",
     "train_batch_size": "Steps",
     "embedding_learning_rate": "Learning rates",
@@ -56,6 +59,40 @@ _PANELS = {
     "report_to": "What is seen and kept",
 }
 """First setting of every group in the help to the group's title; settings follow in the order of `TrainingConfig`."""
+_USED_DAILY = (
+    "resolution",
+    "instance_prompt",
+    "train_batch_size",
+    "max_train_steps",
+    "masked_loss",
+    "mixed_precision",
+    "gradient_checkpointing",
+    "checkpointing_steps",
+    "resume_from_checkpoint",
+    "validation_prompt",
+)
+"""Settings that ``--help`` shows beside those of what to learn."""
+
+
+class ShortHelpCommand(TyperCommand):
+    """A command whose ``--help`` shows what people use daily; shell completion and ``--help-all`` offer everything."""
+
+    def get_help(self, ctx: Any) -> str:
+        """Format the help of the options that are used daily; rich prints it itself, and the text is then empty."""
+        short = copy.copy(self)
+        short.params = [
+            each
+            for each in self.params
+            if each.name in _USED_DAILY or getattr(each, "rich_help_panel", None) in (None, _WHAT_TO_LEARN)
+        ]
+        return TyperCommand.get_help(short, ctx)
+
+
+def _show_all_help(context: typer.Context, asked: bool) -> None:
+    """Print the help of all options and end, if it was asked for."""
+    if asked and not context.resilient_parsing:  # which shell completion sets
+        typer.echo(TyperCommand.get_help(context.command, context))
+        raise typer.Exit
 
 
 def train(**given: Any) -> None:
@@ -175,6 +212,14 @@ def _list_parameters() -> Iterator[inspect.Parameter]:
         "--json", help="Print the folder, the concept and all settings as JSON; with --dry-run, the plan."
     )
     yield _make_parameter("as_json", Annotated[bool, as_json])
+    help_all = typer.Option(
+        "--help-all",
+        help=f"Show all {len(_SETTINGS)} settings and exit.",
+        callback=_show_all_help,
+        is_eager=True,
+        expose_value=False,
+    )
+    yield _make_parameter("help_all", Annotated[bool, help_all])
     for former, name in RENAMED.items():
         option = typer.Option(help=f"Former name of {_SETTINGS[name].option}.", hidden=True)
         yield _make_parameter(former, Annotated[str | None, option])

@@ -24,7 +24,7 @@ from diffusers_mixofshow.base_models import embedded_base, license_of, public_na
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
 from diffusers_mixofshow.edlora.file import Contents
-from diffusers_mixofshow.edlora.fusion_record import as_mapping, find_prompts, list_entries, record_of
+from diffusers_mixofshow.edlora.fusion_record import as_mapping, find_members, find_prompts, list_entries, record_of
 from diffusers_mixofshow.edlora.hub import REPO_ID
 from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
@@ -361,24 +361,31 @@ def _count(value: object) -> str:
 
 
 def _source_table(training: Mapping[str, object]) -> str:
-    """Table of the fused sources with origin, revision, weight and digest; empty if the pack was not fused."""
-    rows = [("concepts", "from", "revision", "weight", "SHA-256")]
+    """Table of the fused sources with origin, revision, weight and digest; empty if the pack was not fused.
+
+    Below a source that is a pack stands what that was fused from.
+    """
+    rows: list[tuple[str, ...]] = [("concepts", "from", "revision", "weight", "SHA-256")]
     for entry in list_entries(training):
-        origin, commit = str(entry.get("origin", "")), str(entry.get("revision", ""))
-        on_hub = REPO_ID.fullmatch(origin) is not None
-        pinned = _COMMIT.fullmatch(commit) is not None
-        weight = _number(entry.get("weight"))
-        names = entry.get("concepts")
-        rows.append(
-            (
-                ", ".join(f"`{_code(str(name))}`" for name in names) if isinstance(names, list) else "-",
-                f"[{_text(origin)}](https://huggingface.co/{origin})" if on_hub else "a private file",
-                f"`{commit[:12]}`" if pinned else "-",
-                "-" if weight is None else f"{weight:.3g}",
-                f"`{_code(str(entry.get('digest', ''))[:12])}`",
-            )
-        )
+        rows.append(_source_row(entry))
+        for name, *rest in map(_source_row, find_members(entry)):
+            rows.append((f"in it: {name}", *rest))
     return _table(rows) if len(rows) > 1 else ""
+
+
+def _source_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    origin, commit = str(entry.get("origin", "")), str(entry.get("revision", ""))
+    on_hub = REPO_ID.fullmatch(origin) is not None
+    pinned = _COMMIT.fullmatch(commit) is not None
+    weight = _number(entry.get("weight"))
+    names = entry.get("concepts")
+    return (
+        ", ".join(f"`{_code(str(name))}`" for name in names) if isinstance(names, list) else "-",
+        f"[{_text(origin)}](https://huggingface.co/{origin})" if on_hub else "a private file",
+        f"`{commit[:12]}`" if pinned else "-",
+        "-" if weight is None else f"{weight:.3g}",
+        f"`{_code(str(entry.get('digest', ''))[:12])}`",
+    )
 
 
 def _residuals(training: Mapping[str, object]) -> dict[str, tuple[float, float]]:

@@ -13,6 +13,7 @@ PLAIN_KEY = "mixofshow_fusion"
 """Metadata key of a LoRA that was fused from plain LoRAs: its entry `training` and its base model, as JSON."""
 
 _BASE = "base_model"
+_OF_MEMBER = ("concepts", "origin", "revision", "digest")
 
 
 def write_plain_record(training: Mapping[str, object], base_model: str) -> dict[str, str]:
@@ -39,8 +40,25 @@ def record_of(training: Mapping[str, object]) -> Mapping[str, Any]:
 
 def list_entries(training: Mapping[str, object]) -> list[Mapping[str, Any]]:
     """The record's entries of the sources, in their order."""
-    entries = record_of(training).get("sources")
-    return [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    return _keep_mappings(record_of(training).get("sources"))
+
+
+def list_members(training: Mapping[str, object]) -> list[dict[str, Any]]:
+    """What a pack was fused from, for the record of a pack that it is fused into; of packs in it, what is in those."""
+    return [
+        {key: member[key] for key in _OF_MEMBER if key in member}
+        for entry in list_entries(training)
+        for member in find_members(entry) or [entry]
+    ]
+
+
+def find_members(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a source was fused from, by its entry in the record; empty if it is no pack."""
+    return _keep_mappings(entry.get("members"))
+
+
+def _keep_mappings(values: object) -> list[Mapping[str, Any]]:
+    return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
 
 
 def find_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:

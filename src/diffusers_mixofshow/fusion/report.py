@@ -17,6 +17,7 @@ from rich.table import Table
 
 from diffusers_mixofshow.atomic import check_outputs, write_picture
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.fusion_record import list_members
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of_sites
@@ -241,6 +242,8 @@ def _peak_memory() -> dict[str, int]:
 
 
 def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
+    """Each source's share, and where it came from; of a pack also what that was fused from."""
+    members = [list_members(source.edlora.training) for source in sources]
     return [
         {
             "concepts": list(source.prompts),
@@ -252,8 +255,9 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
             "revision": source.revision,
             "digest": source.edlora.digest,
             "training": _training_of(source.edlora),
+            **({"members": inside} if inside else {}),
         }
-        for source, share in zip(sources, shares(sources), strict=True)
+        for source, share, inside in zip(sources, shares(sources), members, strict=True)
     ]
 
 
