@@ -9,6 +9,7 @@ from typing import Any
 from figures.reading import (
     Row,
     Sentence,
+    apart_alone,
     decimals,
     decimals_with_interval,
     difference,
@@ -481,6 +482,7 @@ def of_tunings() -> list[Sentence]:
             "fused, {} % and {} %",
             figures=(*kept_of_each[:2], *apart, *kept_of_each[2:]),
         ),
+        of_one_concept(),
         *(
             Sentence(
                 page=PAGE,
@@ -490,6 +492,25 @@ def of_tunings() -> list[Sentence]:
             for count, start in starts.items()
         ),
     ]
+
+
+def of_one_concept() -> Sentence:
+    plain, own = (rows_of_tunings(label, "14", "closed-form") for label in ("LoRA", "ED-LoRA"))
+    apart = apart_alone(plain, own, "attributes")
+    looks, likeness = (
+        [over_concepts(rows, "of_each_single", measure)["mean"] for rows in (own, plain)]
+        for measure in ("attributes", "alignment")
+    )
+    return Sentence(
+        page="README.md",
+        words="no: it shows {} % of the looks, a plain LoRA {} %, {} points more ({} to {}), which may be chance; "
+        "like the photos {} and {}",
+        figures=(
+            *map(percent, looks),
+            *(percent(apart[each]) for each in ("mean", "low", "high")),
+            *map(decimals, likeness),
+        ),
+    )
 
 
 def of_methods() -> list[Sentence]:

@@ -89,6 +89,20 @@ def kept_apart(ones: Sequence[Row], others: Sequence[Row], measure: str) -> dict
     return mean_of_groups_with_interval(list(apart.values()))
 
 
+def apart_alone(ones: Sequence[Row], others: Sequence[Row], measure: str) -> dict[str, float]:
+    """What concepts' own files show in one way of tuning minus in another, paired and with an interval as above."""
+    pairs = list(zip(ones, others, strict=True))
+    return mean_of_groups_with_interval(
+        [
+            [
+                one["of_each_single"][concept][measure] - other["of_each_single"][concept][measure]
+                for one, other in pairs
+            ]
+            for concept in ones[0]["of_each_single"]
+        ]
+    )
+
+
 def mean_kept(rows: Sequence[Row], measure: str) -> float:
     """What a method keeps of what tuning gains over the class word, mean over seeds."""
     means = [[row[each][measure] for each in ("identity", "single", "class_word")] for row in rows]

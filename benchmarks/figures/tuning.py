@@ -204,11 +204,6 @@ def of_plain_lora() -> list[Sentence]:
                 *outside,
             ),
         ),
-        Sentence(
-            page="README.md",
-            words="a plain LoRA does: {} like the photos and {} % of the looks against {} and {} %",
-            figures=compared,
-        ),
     ]
 
 
