@@ -91,16 +91,9 @@ def kept_apart(ones: Sequence[Row], others: Sequence[Row], measure: str) -> dict
 
 def apart_alone(ones: Sequence[Row], others: Sequence[Row], measure: str) -> dict[str, float]:
     """What concepts' own files show in one way of tuning minus in another, paired and with an interval as above."""
-    pairs = list(zip(ones, others, strict=True))
-    return mean_of_groups_with_interval(
-        [
-            [
-                one["of_each_single"][concept][measure] - other["of_each_single"][concept][measure]
-                for one, other in pairs
-            ]
-            for concept in ones[0]["of_each_single"]
-        ]
-    )
+    alone = [(one["of_each_single"], other["of_each_single"]) for one, other in zip(ones, others, strict=True)]
+    apart = [[one[name][measure] - other[name][measure] for one, other in alone] for name in alone[0][0]]
+    return mean_of_groups_with_interval(apart)
 
 
 def mean_kept(rows: Sequence[Row], measure: str) -> float:
