@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_mixofshow import Concept, Layout, MixOfShowPipeline, Region
+from diffusers_mixofshow import Concept, EDLoRA, Layout, MixOfShowPipeline, Region
 from diffusers_mixofshow.errors import (
     ConceptError,
     ConfigurationError,
@@ -368,6 +368,22 @@ def test_two_users_at_once_get_what_they_would_get_alone(studio: Studio, packs: 
 
 
 @pytest.mark.slow
+def test_dropped_files_of_one_name_are_told_by_their_concepts(
+    studio: Studio, packs: dict[str, Path], tmp_path: Path
+) -> None:
+    pack = EDLoRA.from_pretrained(packs["rex"])
+    write_lora(tmp_path / "dog.safetensors", pack.lora)
+    (tmp_path / "bad.safetensors").write_bytes(b"not a file")
+    files = [*packs.values(), tmp_path / "dog.safetensors", tmp_path / "bad.safetensors"]
+    assert actions.tell_contents(studio, files).splitlines() == [
+        "edlora.safetensors: <rex>",
+        "edlora.safetensors: <tom>",
+        "dog.safetensors: a plain LoRA",
+        "bad.safetensors: cannot be read",
+    ]
+    assert actions.tell_contents(studio, []) == ""
+
+
 def test_files_are_fused_with_the_report(studio: Studio, packs: dict[str, Path]) -> None:
     files, (headers, rows), meaning = actions.fuse(studio, list(packs.values()), "closed-form", [])
     assert [path.name for path in files] == ["README.md", "edlora.safetensors"]

@@ -149,6 +149,16 @@ def test_files_are_fused_and_handed_out(server: str, packs: dict[str, Path]) -> 
     assert meaning
 
 
+def test_files_to_fuse_are_told_by_their_concepts(server: str, packs: dict[str, Path]) -> None:
+    from gradio_client import handle_file
+
+    client = user(server)
+    told = client.predict([handle_file(path) for path in packs.values()], api_name="/tell_contents")
+    assert told["visible"]
+    assert told["value"].splitlines() == ["edlora.safetensors: <rex>", "edlora.safetensors: <tom>"]
+    assert not client.predict([], api_name="/tell_contents")["visible"]
+
+
 def test_the_fused_pack_is_loaded_for_drawing(server: str, packs: dict[str, Path]) -> None:
     from gradio_client import handle_file
 
@@ -207,6 +217,7 @@ def test_an_error_marks_at_most_the_field_that_it_is_about(studio: Studio) -> No
         "unload": ["Unload"],
         "draw": ["Picture"],
         "read_layout": ["Load a layout (JSON) or a picture with its settings (PNG)"],
+        "tell_contents": ["Drop files"],
         "fuse": [TITLE],
         "look_into_file": ["Drop a file"],
         "look": ["Facts"],
@@ -218,7 +229,7 @@ def test_how_a_call_goes_is_shown_where_it_is_seen(studio: Studio) -> None:
     config = page.build_page(studio).config
     seen = {part["id"] for part in config["components"] if part["props"].get("visible") is True}
     calls = [call for call in config["dependencies"] if call["api_visibility"] == "public"]
-    assert len(calls) == 9
+    assert len(calls) == 10
     assert all(seen.issuperset(call["show_progress_on"]) for call in calls)
 
 

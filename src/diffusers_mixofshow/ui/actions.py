@@ -206,6 +206,19 @@ def list_loaded(session: Session) -> list[list[str]]:
     return rows
 
 
+def tell_contents(studio: Studio, files: Sequence[Path]) -> str:
+    """Tell the concepts in each of the uploaded files, a line each, as the files of all packs are called the same."""
+    lines = []
+    for file in files:
+        try:
+            concepts = studio.open(file).edlora.concepts
+            held = ", ".join(concept.placeholder for concept in concepts) or "a plain LoRA"
+        except MixOfShowError:  # which is told in full when the file is used
+            held = "cannot be read"
+        lines.append(f"{file.name}: {held}")
+    return "\n".join(lines)
+
+
 def tell_base(studio: Studio) -> str:
     """Tell which base is loaded, and what it can draw where that is little."""
     name, classes = studio.base_name, classes_of(studio.base_name)

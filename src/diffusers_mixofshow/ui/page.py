@@ -373,6 +373,7 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
     """Add the fields and results of fusing; returns the component with the fused pack's files."""
     gradio.Markdown("Several concepts, or plain LoRAs, become one file. No photos are needed.")
     files = gradio.File(label="Drop files", file_count="multiple", file_types=_ENDINGS)
+    contents = gradio.Textbox(label="In these files", interactive=False, visible=False)
     more = "Hub ids, folders or files, a line each" if studio.local else "Hub ids, a line each"
     named = gradio.Textbox(label=more, lines=2)
     prompts = gradio.Textbox(
@@ -383,6 +384,13 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
     table = gradio.Dataframe(label=TITLE, interactive=False, datatype="str")
     meaning = gradio.Textbox(label="What the numbers mean", interactive=False, lines=2)
     result = gradio.File(label="The fused pack", file_count="multiple", interactive=False)
+
+    def tell_contents(sent: Sequence[str] | None) -> Any:
+        told = actions.tell_contents(studio, [Path(each) for each in sent or ()])
+        return gradio.Textbox(told, lines=len(sent or ()) or 1, visible=bool(sent))
+
+    shown = {"show_progress": "hidden", "show_progress_on": files}
+    _connect(files.change, tell_contents, [files], [contents], api_name="tell_contents", **shown)
 
     def fuse(sent: Sequence[str] | None, typed: str, method: str, triggers: str) -> tuple[Any, ...]:
         lines = [line.strip() for line in triggers.splitlines() if line.strip()]
