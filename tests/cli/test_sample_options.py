@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusers_mixofshow import Draft, Isolation, MixOfShowPipeline, Refinement, Region, cli
+from diffusers_mixofshow.cli.sample import _tell_written
 from diffusers_mixofshow.errors import OverwriteError
 from diffusers_mixofshow.pipelines import (
     MixOfShowAdapterPipeline,
@@ -22,6 +24,7 @@ from diffusers_mixofshow.pipelines import (
     MixOfShowImg2ImgPipeline,
     MixOfShowInpaintPipeline,
 )
+from diffusers_mixofshow.sampling.drawing import Drawn
 
 
 def run(*arguments: str) -> str:
@@ -135,6 +138,20 @@ QUICK = ("--base", "base", "--prompt", "a cat", "--steps", "1", "--width", "16",
 
 def outputs() -> set[str]:
     return {path.name for path in Path("out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("base", "terminal", "said"),
+    [("toyland", True, True), ("toyland", False, False), ("stable-diffusion-v1-5/stable-diffusion-v1-5", True, False)],
+)
+def test_why_pictures_are_small_is_said_once_and_only_on_a_terminal(monkeypatch, capsys, base, terminal, said) -> None:
+    """A script that draws many pictures, or reads the names of the files, would have it after every one."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    drawn = Drawn(images=[Image.new("RGB", (64, 64))] * 2, scheduler=object, device="cpu", dtype="float32")
+    _tell_written([Path("x-0.png"), Path("x-1.png")], drawn, base)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Wrote x-0.png, 64 x 64 pixels", "Wrote x-1.png, 64 x 64 pixels"]
+    assert ["zoom in" in line for line in lines[2:]] == [True] * said
 
 
 def test_options_of_the_result(place, monkeypatch, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,10 +105,10 @@ def sample(
 
 
 def _tell_written(files: Sequence[Path], drawn: Drawn, base: str) -> None:
-    """Say where the pictures are and how large; of those of an embedded base why they are small."""
+    """Say where the pictures are and how large; on a terminal also why those of an embedded base are small."""
     for file, picture in zip(files, drawn.images, strict=True):
         typer.echo(f"Wrote {file}, {picture.width} x {picture.height} pixels")
-    if embedded_base(base):
+    if embedded_base(base) and sys.stdout.isatty():
         larger = f"For large ones, tune and draw with a base such as --base {SD1.id} (download of 5 GB)."
         typer.echo(f"{base} is a small base, whose pictures are small: zoom in. {larger}")
 
