@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,10 @@ from diffusers_mixofshow.cli.fuse import Method
 from diffusers_mixofshow.errors import FusionError, OverwriteError
 from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.interop.lora_files import write_lora
+
+
+HALVES = {"0,0.2,0.5,1": "rex", "0.5,0.2,1,1": "tom"}
+"""Regions of two concepts side by side."""
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +183,15 @@ def test_options_of_the_result(place, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(place)
     output, sheet = tmp_path / "both", tmp_path / "map.png"
     asked = ("rex", "tom", "--output", str(output))
-    assert run(*asked).endswith(f"Wrote the fused pack of <rex>, <tom> to {output}\n")
+    told = run(*asked).partition(f"Wrote the fused pack of <rex>, <tom> to {output}\n")[2].splitlines()
+    assert told[0] == "Draw two of them, each in its half of the picture, and measure what the pack keeps of each:"
+    assert told[1].startswith(f"  mixofshow sample --concepts {output} --prompt ")
+    assert all(f'--region "{place}:a <{name}>"' in told[1] for place, name in HALVES.items())
+    assert told[2:] == [f"  mixofshow evaluate {output} --own rex --own tom"]
+    for line in told[1:]:
+        program, verb, *given = shlex.split(line)
+        assert program == "mixofshow"
+        assert {each for each in given if each.startswith("--")} <= options_of(verb)
     files = {path.name for path in output.iterdir()}
     assert files == {"edlora.safetensors", "README.md"}
     with pytest.raises(OverwriteError, match=r"edlora\.safetensors"):
@@ -191,7 +204,7 @@ def test_options_of_the_result(place, monkeypatch, tmp_path) -> None:
     assert planned["writes"] == f"{output}, {sheet}"
     assert not sheet.exists()
     options = ("--heat-map", str(sheet), "--weight", "3", "--weight", "1", "--keep-sources")
-    assert run(*asked, "--overwrite", *options).endswith(f" to {output}\nWrote {sheet}\n")
+    assert f" to {output}\nWrote {sheet}\n" in run(*asked, "--overwrite", *options)
     assert (output / "edlora.safetensors").read_bytes() != before
     assert sheet.read_bytes().startswith(b"\x89PNG")
     kept = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()} - files

@@ -230,7 +230,7 @@ def test_what_to_do_next_can_be_pasted(
     Path("my dogs/rex/validation").mkdir(parents=True)
     for step in (9, 400):
         Path(f"my dogs/rex/validation/step-{step:06d}.png").touch()
-    look = "Look at it, above without its LoRA, below with all of it: "
+    look = "Look at it, above by its words alone, below with all of its LoRA: "
     assert run(*asked).splitlines() == [*written, f"{look}{Path('my dogs/rex/validation/step-000400.png')}", *wanted]
     of_the_hub = ["--dataset-name", "user/photos", *asked[1:]]
     assert "  mixofshow evaluate 'my dogs/rex'" in run(*of_the_hub).splitlines()

@@ -16,6 +16,7 @@ from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import known_family, spell_name
 from diffusers_mixofshow.cli.base_model import Base, find_common_base
 from diffusers_mixofshow.cli.fuse_sources import describe_sources, read_sources, warn_of_swapped_prompts
+from diffusers_mixofshow.cli.next_commands import describe_next_of_pack
 from diffusers_mixofshow.cli.plans import Overwrite, plan_fusion, plan_replacing, tell
 from diffusers_mixofshow.errors import ConfigurationError, warn
 from diffusers_mixofshow.sampling.loading import load_base
@@ -157,7 +158,7 @@ def fuse(
     fused = fuser.fuse(gathered, method=method.value, weights=weight).name_base(spell_name(base or ""))
     if writes:
         _write(fused, output, heat_map, sources=keep_sources, overwrite=overwrite)
-        _tell_result(fused, output, heat_map, as_json=as_json)
+        _tell_result(fused, output, heat_map, sources, as_json=as_json)
 
 
 def _gather(
@@ -176,7 +177,9 @@ def _gather(
     return StatisticsStore().attach(gathered, given) if is_own else gathered
 
 
-def _tell_result(fused: FusedPack, output: Path, heat_map: Path | None, *, as_json: bool) -> None:
+def _tell_result(
+    fused: FusedPack, output: Path, heat_map: Path | None, sources: Sequence[str], *, as_json: bool
+) -> None:
     names = [name for source in fused.sources for name in source.prompts]
     if as_json:
         typer.echo(json.dumps({"output": str(output), "concepts": names, **fused.report.data}))
@@ -185,6 +188,9 @@ def _tell_result(fused: FusedPack, output: Path, heat_map: Path | None, *, as_js
     typer.echo(f"Wrote the fused pack of {', '.join(names)} to {output}")
     if heat_map is not None:
         typer.echo(f"Wrote {heat_map}")
+    single = len(sources) == len(fused.concepts) == len(names)
+    for line in describe_next_of_pack(fused.concepts, output, sources if single else ()):
+        typer.echo(line)
 
 
 def _write(fused: FusedPack, output: Path, heat_map: Path | None, *, sources: bool, overwrite: bool) -> None:

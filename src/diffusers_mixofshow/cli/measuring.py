@@ -92,7 +92,8 @@ _PHOTOS = "photos"
 
 _MEANINGS = {
     "text": "how well pictures follow their prompts, 2.5 at most; compare it with the row 'class word'",
-    "image": "how much pictures look like the photos; the nearer to the row 'photos' the better, 1 would be a copy",
+    "image": "how much pictures look like the photos; the nearer to the row 'photos' the better, 1 would be a copy; "
+    "it hardly sees small parts, so look at pictures as well (--sheet)",
     "looks": "share of the concept's hidden looks that a network finds in pictures; 1 is all of them",
     "nearest": "share of pictures more like the concept's photos than like any other concept's; 1 is all of them",
     "kept": "share of what the own ED-LoRA gains over 'class word' in 'image' that this pack keeps; 1 is all of it",

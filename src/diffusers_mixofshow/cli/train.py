@@ -23,8 +23,8 @@ from typer.core import TyperCommand
 from diffusers_mixofshow.atomic import portable_name
 from diffusers_mixofshow.base_models import TOYLAND
 from diffusers_mixofshow.cli.messages import show_warnings_as_sentences
+from diffusers_mixofshow.cli.next_commands import describe_next, describe_resumption
 from diffusers_mixofshow.cli.plans import DryRun, plan_replacing, plan_training, tell
-from diffusers_mixofshow.cli.train_commands import describe_next, describe_resumption
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
 from diffusers_mixofshow.training.config import CHOICES

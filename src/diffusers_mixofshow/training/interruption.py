@@ -1,4 +1,4 @@
-"""Let Ctrl-C stop a training between two steps instead of in the middle of one."""
+"""Let Ctrl-C, or a request to end, stop a training between two steps instead of in the middle of one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Interruption:
     """Whether the user wants the training to stop.
 
     Args:
-        requested: Whether this process got Ctrl-C.
+        requested: Whether this process got Ctrl-C, or SIGTERM, which schedulers of clusters and `timeout` send.
         everywhere: Whether any process got it, which all processes learn after the same step.
     """
 
@@ -24,24 +24,24 @@ class Interruption:
 
 @contextmanager
 def notice_interruption() -> Iterator[Interruption]:
-    """Record the first Ctrl-C inside the block; a second one raises `KeyboardInterrupt` at once.
+    """Record the first Ctrl-C or SIGTERM inside the block; a second one raises `KeyboardInterrupt` at once.
 
-    Afterwards the previous signal handler is restored. In a thread other than the main one, where Python cannot set
+    Afterwards the previous signal handlers are restored. In a thread other than the main one, where Python cannot set
     handlers, nothing is recorded.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
-    previous = signal.getsignal(signal.SIGINT)
 
     def note(_signal: int, _frame: object) -> None:
         if interruption.requested:
             raise KeyboardInterrupt
         interruption.requested = True
 
-    signal.signal(signal.SIGINT, note)
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interruption
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Commands to go on with after a training, ready to be pasted: what its result is for, and how it is resumed."""
+"""Commands to go on with after a training or a fusion, ready to be pasted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,28 @@ from pathlib import Path
 from shlex import join, quote
 
 from diffusers_mixofshow.atomic import portable_name
+from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.training import TrainingConfig
+
+
+def describe_next_of_pack(concepts: Sequence[Concept], output: Path, singles: Sequence[str]) -> list[str]:
+    """Lines with the commands that draw two concepts of a fused pack side by side, and measure what it keeps.
+
+    Args:
+        concepts: The pack's; without two of them there is nothing to draw side by side, and no line.
+        output: The pack's folder.
+        singles: The sources, if each is one concept.
+    """
+    if len(concepts) < 2:
+        return []
+    folder, (left, right, *_) = quote(str(output)), concepts
+    own = "".join(f" --own {quote(single)}" for single in singles)
+    return [
+        "Draw two of them, each in its half of the picture, and measure what the pack keeps of each:",
+        f'  mixofshow sample --concepts {folder} --prompt "a {left.class_word} and a {right.class_word}" --refine '
+        f'--region "0,0.2,0.5,1:a {left.placeholder}" --region "0.5,0.2,1,1:a {right.placeholder}" --output two.png',
+        f"  mixofshow evaluate {folder}{own}",
+    ]
 
 
 def describe_next(config: TrainingConfig) -> list[str]:
@@ -17,7 +38,7 @@ def describe_next(config: TrainingConfig) -> list[str]:
     photos = "" if config.instance_data_dir is None else quote(f"{concept.name}={config.instance_data_dir}")
     sheets = sorted(Path(str(config.output_dir), "validation").glob("step-*.png"))
     return [
-        *(f"Look at it, above without its LoRA, below with all of it: {sheet}" for sheet in sheets[-1:]),
+        *(f"Look at it, above by its words alone, below with all of its LoRA: {sheet}" for sheet in sheets[-1:]),
         "Draw it, measure it, or fuse it with another one in place of OTHER:",
         f'  mixofshow sample --concepts {folder} --prompt "a {concept.placeholder}" --output {picture}',
         f"  mixofshow evaluate {folder}{photos and f' --photos {photos}'}",
