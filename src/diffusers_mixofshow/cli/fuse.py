@@ -278,8 +278,9 @@ def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:
     if having and not used:
         why = f"for {', '.join(lacking)} there are none that fit" if lacking else "--base or --prior was given"
         warn(
-            f"the statistics beside {', '.join(having)} are not used: as {why}, all sources are recorded in stages. "
-            "--features own uses them, and records only what is missing."
+            f"the statistics beside {', '.join(having)} are not used: as {why}, all sources are recorded in stages, "
+            "which takes longer and keeps more. Nothing has to be done; --features own would use the statistics, and "
+            "record only what is missing."
         )
 
 
