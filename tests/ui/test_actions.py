@@ -203,7 +203,8 @@ def test_a_picture_is_drawn_that_tells_how(studio: Studio, packs: dict[str, Path
     seen = np.asarray(result.overlay.convert("RGB"))
     assert (seen[200:500, 10:240] == large[200:500, 10:240]).all()
     assert (seen[:, 300:] == large[:, 300:]).all()
-    assert Layout.load(result.layout).describe()["regions"] == [
+    saved = actions.save_layout(studio, canvas, QUICK["prompt"], "")
+    assert Layout.load(saved).describe()["regions"] == [
         {"prompt": "a <rex> in the snow", "box": [0.0, 0.25, 0.5, 1.0]}
     ]
     told = read_options(result.picture)
@@ -250,13 +251,21 @@ def test_a_picture_and_a_layout_are_read_again(studio: Studio) -> None:
     wishes = Wishes(**QUICK | {"seed": 3, "negative_prompt": "a cat"})
     canvas = CANVAS | {"regions": [CANVAS["regions"][0] | {"name": "the dog"}]}
     result = actions.draw_picture(studio, Session(), canvas, wishes)
-    for path in (result.picture, result.layout):
+    layout = actions.save_layout(studio, canvas, wishes.prompt, wishes.negative_prompt)
+    for path in (result.picture, layout):
         read = actions.read_layout_file(path, 8, 8)
         assert read.canvas["regions"] == canvas["regions"]
         assert (read.canvas["width"], read.prompt, read.negative_prompt) == (64, "a dog in the snow", "a cat")
-    assert actions.read_layout_file(result.layout, 8, 8).settings == {}
+    assert actions.read_layout_file(layout, 8, 8).settings == {}
     settings = actions.read_layout_file(result.picture, 8, 8).settings
     assert (settings["seed"], settings["steps"], settings["guidance"]) == (3, 2, 3.0)
+
+
+def test_a_layout_is_saved_before_anything_is_drawn(studio: Studio) -> None:
+    saved = actions.save_layout(studio, CANVAS, "", "")
+    read = actions.read_layout_file(saved, 8, 8)
+    assert (saved.name, read.canvas["regions"], read.prompt) == ("layout.json", CANVAS["regions"], "")
+    assert "prompt" not in json.loads(saved.read_text())  # so that `mixofshow sample --prompt` can give one
 
 
 @pytest.mark.parametrize(

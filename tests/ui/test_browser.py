@@ -162,6 +162,26 @@ def test_the_keyboard_alone_draws(seen: Any) -> None:
     assert boxes(seen) == []
 
 
+def test_the_layout_that_is_saved_is_the_one_on_the_canvas(seen: Any, tmp_path: Path) -> None:
+    seen.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    saved = tmp_path / "layout.json"
+    assert one(seen, "#png").get_attribute("disabled") is not None
+    one(seen, "#save-layout").click()  # before there is a picture
+    until(seen, saved.exists)
+    assert json.loads(saved.read_text())["regions"] == []
+    saved.unlink()
+    drag(seen, (0.1, 0.1), (0.6, 0.6))
+    write(seen, "Prompt of region 1", "a red vase")
+    set_number(seen, "Steps", "2")
+    draw(seen, "a meadow")
+    until(seen, lambda: one(seen, "#png").get_attribute("disabled") is None)
+    write(seen, "Prompt of region 1", "a brown dog")
+    one(seen, "#save-layout").click()
+    until(seen, saved.exists)
+    told = json.loads(saved.read_text())
+    assert (told["prompt"], [region["prompt"] for region in told["regions"]]) == ("a meadow", ["a brown dog"])
+
+
 def tab_to(driver: Any, there: Any) -> None:
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys

@@ -67,13 +67,27 @@ def test_it_listens_on_this_machine_alone_and_sends_nothing_home(server: str) ->
 
 def test_a_picture_is_drawn_with_its_settings(server: str) -> None:
     client = user(server)
-    picture, overlay, png, layout, _ = ask(client, canvas_of("a brown dog"), "a dog in the snow", seed=5)
-    told = read_options(Path(png))
+    picture, overlay, png, _ = ask(client, canvas_of("a brown dog"), "a dog in the snow", seed=5)
+    told = read_options(Path(png["value"]))
+    assert png["interactive"]
     assert (told["seed"], told["steps"], told["base"]) == (5, 2, "toyland")
     assert read_options(Path(picture))["seed"] == 5
     with Image.open(overlay) as drawn:
         assert min(drawn.size) >= 512
+    layout = client.predict(canvas_of("a brown dog"), "a dog in the snow", "", api_name="/save_layout")
     assert json.loads(Path(layout).read_text())["regions"][0]["prompt"] == "a brown dog"
+
+
+def test_before_there_is_a_picture_only_the_layout_can_be_saved(server: str, studio: Studio) -> None:
+    shown = [part["props"] for part in page.build_page(studio).get_config_file()["components"]]
+    usable = {each.get("label") or each.get("value"): each["interactive"] for each in shown if "interactive" in each}
+    assert not usable["Picture with its settings (PNG)"]
+    assert usable["Layout (JSON)"]
+    layout = user(server).predict(canvas_of("a red vase"), "", "a cat", api_name="/save_layout")
+    told = json.loads(Path(layout).read_text())
+    assert (told["regions"][0]["prompt"], told["negative_prompt"]) == ("a red vase", "a cat")
+    with pytest.raises(Exception, match="region 1 has no prompt"):
+        user(server).predict(canvas_of(""), "", "", api_name="/save_layout")
 
 
 @pytest.mark.parametrize("switches", [(True, False, True, False), (False, True, False, True)])
@@ -82,9 +96,9 @@ def test_every_setting_comes_back_from_a_picture_into_its_field(server: str, swi
 
     client = user(server)
     asked = (canvas_of("a brown dog"), "a dog in the snow", "a cat", 7, 2, 2.5, *switches)
-    _, _, png, _, followed = client.predict(*asked, api_name="/draw")
+    _, _, png, followed = client.predict(*asked, api_name="/draw")
     assert followed["visible"] is switches[3]  # the layout condition
-    canvas, *fields = client.predict(handle_file(png), api_name="/read_layout")
+    canvas, *fields = client.predict(handle_file(png["value"]), api_name="/read_layout")
     regions = canvas["value"]["regions"] if "value" in canvas else canvas["regions"]
     assert regions[0]["prompt"] == "a brown dog"
     assert fields == ["a dog in the snow", "a cat", 7, 2, 2.5, *switches]
@@ -216,6 +230,7 @@ def test_an_error_marks_at_most_the_field_that_it_is_about(studio: Studio) -> No
         "load_fused": ["The fused pack"],
         "unload": ["Unload"],
         "draw": ["Picture"],
+        "save_layout": ["Layout (JSON)"],
         "read_layout": ["Load a layout (JSON) or a picture with its settings (PNG)"],
         "tell_contents": ["Drop files"],
         "fuse": [TITLE],
@@ -229,7 +244,7 @@ def test_how_a_call_goes_is_shown_where_it_is_seen(studio: Studio) -> None:
     config = page.build_page(studio).config
     seen = {part["id"] for part in config["components"] if part["props"].get("visible") is True}
     calls = [call for call in config["dependencies"] if call["api_visibility"] == "public"]
-    assert len(calls) == 10
+    assert len(calls) == 11
     assert all(seen.issuperset(call["show_progress_on"]) for call in calls)
 
 

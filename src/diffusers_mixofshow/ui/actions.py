@@ -125,13 +125,11 @@ class Result:
     Args:
         picture: PNG that stores its settings.
         overlay: The picture with the layout over it.
-        layout: The layout as a JSON file.
         condition: The condition image that was followed, if any.
     """
 
     picture: Path
     overlay: Image.Image
-    layout: Path
     condition: Path | None
 
 
@@ -242,17 +240,30 @@ def draw_picture(studio: Studio, session: Session, canvas: object, wishes: Wishe
     with studio.borrow() as pipe:
         drawn = draw(drawing, pipe)
     folder = studio.new_folder()
-    picture, described = folder / f"mixofshow-{wishes.seed}.png", folder / "layout.json"
+    picture = folder / f"mixofshow-{wishes.seed}.png"
     write_drawn([picture], drawing, drawn)
-    layout.save(described)
     for given in drawing.followed:
         given.image.save(folder / given.path.name)
     return Result(
         picture=picture,
         overlay=_draw_overlay(layout, drawn.images[0], canvas),
-        layout=described,
         condition=folder / drawing.followed[0].path.name if drawing.followed else None,
     )
+
+
+def save_layout(studio: Studio, canvas: object, prompt: str, negative_prompt: str) -> Path:
+    """Write what is on the canvas as a layout file, whether or not it was drawn.
+
+    Args:
+        studio: Keeps the file.
+        canvas: The canvas's value.
+        prompt: The global prompt; may be empty.
+        negative_prompt: The global negative prompt; may be empty.
+
+    Raises:
+        RegionError: If a region has no prompt, or the value is no canvas.
+    """
+    return to_layout(canvas, prompt, negative_prompt).save(studio.new_folder() / "layout.json")
 
 
 def _make_drawing(studio: Studio, session: Session, layout: Layout, wishes: Wishes) -> Drawing:

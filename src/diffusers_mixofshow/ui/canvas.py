@@ -59,7 +59,7 @@ def to_layout(value: object, prompt: str, negative_prompt: str) -> Layout:
 
     Args:
         value: The canvas's value.
-        prompt: The global prompt.
+        prompt: The global prompt; may be empty.
         negative_prompt: The global negative prompt; may be empty.
 
     Raises:
@@ -81,7 +81,7 @@ def to_layout(value: object, prompt: str, negative_prompt: str) -> Layout:
         raise RegionError(f"{_CALLED}: {'; '.join(defects)}.")
     content = {"format": FORMAT, "version": VERSION, "regions": described}
     layout = Layout.from_description(content, _CALLED)
-    return Layout(layout.regions, prompt, negative_prompt or None, size["width"], size["height"])
+    return Layout(layout.regions, prompt or None, negative_prompt or None, size["width"], size["height"])
 
 
 def read_colours(value: object) -> list[str]:

@@ -45,6 +45,14 @@ _CLOSE_MESSAGES = """(...fields) => {
   return fields;
 }"""
 """Runs in the browser before an action, and passes the fields on to it."""
+_HAND_OUT = """(file) => {
+  const link = document.createElement("a");
+  [link.href, link.download] = [file.url, file.orig_name];
+  document.body.append(link);
+  link.click();
+  link.remove();
+}"""
+"""Runs in the browser after a file is written, and downloads it."""
 _HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
 _WHAT_TO_DO = "Draw boxes, say what is in each and what the whole picture shows, then press *Draw*."
 
@@ -256,8 +264,9 @@ class _DrawTab:
         self.picture = gradio.Image(label="Picture", type="filepath", elem_id="picture", elem_classes=small, **looks)
         self.overlay = gradio.Image(label="With its layout", format="png", elem_id="overlay", **looks)
         with gradio.Row():
-            self.png = gradio.DownloadButton("Picture with its settings (PNG)")
-            self.json = gradio.DownloadButton("Layout (JSON)")
+            self.png = gradio.DownloadButton("Picture with its settings (PNG)", interactive=False, elem_id="png")
+            self.save = gradio.Button("Layout (JSON)", elem_id="save-layout")
+            self.layout = gradio.DownloadButton(visible=False)  # holds the file that the button before it hands out
             self.followed = gradio.DownloadButton("Layout condition (PNG)", visible=False)
         self.saved = gradio.UploadButton(
             "Load a layout (JSON) or a picture with its settings (PNG)", file_types=[".json", ".png", ".jpg", ".webp"]
@@ -285,11 +294,20 @@ class _DrawTab:
             self.draw.click,
             borrow(self._draw),
             [self.session, self.canvas, *wishes],
-            [self.picture, self.overlay, self.png, self.json, self.followed],
+            [self.picture, self.overlay, self.png, self.followed],
             api_name="draw",
             show_progress_on=self.picture,
             **_ONE_BY_ONE,
         )
+        saved = _connect(
+            self.save.click,
+            self._save,
+            [self.canvas, self.prompt, self.negative],
+            [self.layout],
+            api_name="save_layout",
+            show_progress_on=self.save,
+        )
+        saved.success(None, [self.layout], None, js=_HAND_OUT, api_visibility="private")
         _connect(
             self.saved.upload,
             self._read,
@@ -352,8 +370,12 @@ class _DrawTab:
         wishes = actions.Wishes.from_fields(**dict(zip(_WISHES, fields, strict=True)))
         result = actions.draw_picture(self.studio, session or Session(), drawn, wishes)
         picture, seen = str(result.picture), result.condition
+        png = self.gradio.DownloadButton(value=picture, interactive=True)
         followed = self.gradio.DownloadButton(value=seen and str(seen), visible=seen is not None)
-        return picture, result.overlay, picture, str(result.layout), followed
+        return picture, result.overlay, png, followed
+
+    def _save(self, drawn: object, prompt: str | None, negative: str | None) -> str:
+        return str(actions.save_layout(self.studio, drawn, prompt or "", negative or ""))
 
     def _read(self, sent: str) -> tuple[Any, ...]:
         read = actions.read_layout_file(Path(sent), self.width, self.height)
