@@ -152,7 +152,7 @@ def test_the_keyboard_alone_draws(seen: Any) -> None:
     tab_to(seen, lambda at: at.get_attribute("aria-label") == "Left of region 1")
     press(Keys.ARROW_UP)
     assert boxes(seen)[0][0] == 21
-    tab_to(seen, lambda at: (at.get_attribute("placeholder") or "").startswith("two dogs"))
+    tab_to(seen, lambda at: (at.get_attribute("placeholder") or "").startswith("a dog and a vase"))
     press("a dog in the snow")
     tab_to(seen, lambda at: at.get_attribute("id") == "draw")
     press(Keys.ENTER)

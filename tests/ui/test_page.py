@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, MixOfShowWarning
 from diffusers_mixofshow.fusion.report import TITLE
 from diffusers_mixofshow.sampling.provenance import read_options
-from diffusers_mixofshow.ui import page
-from diffusers_mixofshow.ui.session import Studio
+from diffusers_mixofshow.ui import actions, page
+from diffusers_mixofshow.ui.session import Session, Studio
 
 
 def test_where_gradio_is_missing_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, studio: Studio) -> None:
@@ -118,6 +119,15 @@ def test_it_opens_with_draft_and_refine_on_and_tells_the_base(server: str, studi
     on = {each["label"]: each["value"] for each in shown if each.get("label") in ("Draft", "Refine", "Isolation")}
     assert on == {"Draft": True, "Refine": True, "Isolation": False}
     assert any("it can draw critter, dog, cat" in str(each.get("value")) for each in shown)
+
+
+def test_the_example_of_a_prompt_is_drawn_without_a_warning(studio: Studio) -> None:
+    shown = [part["props"] for part in page.build_page(studio).get_config_file()["components"]]
+    (example,) = [each["placeholder"] for each in shown if each.get("label") == "Global prompt"]
+    wishes = actions.Wishes(prompt=example, steps=2, draft=False, refine=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        actions.draw_picture(studio, Session(), {"width": 64, "height": 64, "regions": []}, wishes)
 
 
 def test_a_refused_file_is_named_without_its_folder(server: str, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ _HAND_OUT = """(file) => {
 }"""
 """Runs in the browser after a file is written, and downloads it."""
 _HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
+_EXAMPLE = "a dog and a vase in a meadow"
+"""Global prompt that the page shows as an example, of words that every base draws."""
 _WHAT_TO_DO = "Draw boxes, say what is in each and what the whole picture shows, then press *Draw*."
 
 _SMALL = 256
@@ -235,7 +237,7 @@ class _DrawTab:
 
     def _add_wishes(self) -> None:
         gradio, usual = self.gradio, actions.Wishes
-        self.prompt = gradio.Textbox(label="Global prompt", placeholder="two dogs in a meadow", lines=2)
+        self.prompt = gradio.Textbox(label="Global prompt", placeholder=_EXAMPLE, lines=2)
         self.negative = gradio.Textbox(label="What to avoid", lines=1)
         with gradio.Row():  # of columns, since boxes in a row alone shrink instead of going to a second line
             self.draft = self._add_switch(usual.draft, "Draft", "Draw each region alone first")
