@@ -6,6 +6,7 @@ pytest -m browser tests/ui
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,49 @@ def test_a_box_is_moved_resized_and_removed_with_the_mouse(seen: Any) -> None:
     assert np.abs(np.array(boxes(seen)) - [[40, 20, 90, 90]]).max() < 3
     one(seen, "[aria-label='Remove of region 1']").click()
     assert boxes(seen) == []
+
+
+def test_a_number_that_a_box_cannot_have_leaves_it_as_it_was(seen: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    def enter(selector: str, text: str) -> Any:
+        field = one(seen, selector)
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.BACKSPACE, text)
+        return field
+
+    said = lambda: one(seen, ".mos-live").text  # noqa: E731
+    width = lambda: one(seen, ".mos-box").get_attribute("aria-label")  # noqa: E731
+    drag(seen, (0.1, 0.1), (0.6, 0.6))
+    drawn, told_before = boxes(seen), width()
+    write(seen, "Name of region 1", "dog")
+    told_before = told_before.replace("Region 1", "dog")
+    field = enter("[aria-label='Left of region 1']", "150")
+    assert width() == told_before
+    assert re.fullmatch(r"dog stays as it was: got 150 for left, expected 0 to 5\d(\.\d)? %", said())
+    field.send_keys(Keys.TAB)
+    assert (boxes(seen), width()) == (drawn, told_before)
+    assert "got 150 for left" in said()
+    enter("[aria-label='Left of region 1']", "90").send_keys(Keys.TAB)
+    assert re.fullmatch(r"dog stays as it was: got 90 for left, expected 0 to 5\d(\.\d)? %", said())
+    enter("[aria-label='Bottom of region 1']", "").send_keys(Keys.TAB)
+    assert re.fullmatch(r"dog stays as it was: got no number for bottom, expected 1\d(\.\d)? to 100 %", said())
+    assert boxes(seen) == drawn
+    enter("[aria-label='Left of region 1']", "15").send_keys(Keys.TAB)
+    assert (said(), boxes(seen)) == ("", [[15.0, *drawn[0][1:]]])
+    enter("[data-size='width']", "5000").send_keys(Keys.TAB)
+    assert said() == "The width stays: got 5000, expected 8 to 2048"
+    assert one(seen, "[data-size='width']").get_property("value") == "64"
+
+
+def test_the_canvas_stays_where_it_is_after_a_box_is_drawn(seen: Any) -> None:
+    whole = {"width": seen.execute_script("return innerWidth"), "height": 1000, "deviceScaleFactor": 1}
+    seen.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", whole | {"height": 500, "mobile": False})
+    drag(seen, (0.1, 0.1), (0.6, 0.6))  # puts the canvas into the middle of the window first
+    top = seen.execute_script("return document.querySelector('.mos-stage').getBoundingClientRect().top")
+    seen.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", whole | {"mobile": False})
+    assert seen.switch_to.active_element.get_attribute("aria-label") == "Prompt of region 1"
+    assert abs(top - (500 - one(seen, ".mos-stage").size["height"]) / 2) < 5
 
 
 def test_the_keyboard_alone_draws(seen: Any) -> None:
