@@ -352,6 +352,13 @@ def test_an_unknown_concept_is_told_and_the_base_stays(studio: Studio, packs: di
     canvas = to_value(Layout((Region("a <rex>", box=(0, 0, 1, 1)),)), 64, 64)
     with pytest.raises(ConceptError, match="<rex>"):
         actions.draw_picture(studio, session, canvas, Wishes(**QUICK))
+    canvas = to_value(Layout([Region(f"a <{name}>", box=(0, 0, 1, 1)) for name in ("tom", "rex", "kit")]), 64, 64)
+    canvas["regions"][2]["name"] = "the cat"
+    with pytest.raises(ConceptError) as raised:
+        actions.draw_picture(studio, session, canvas, Wishes(**QUICK))
+    first, second = str(raised.value).splitlines()
+    assert first.startswith("Region 2: Unknown in the prompt: <rex>")
+    assert second.startswith("Region 3 ('the cat'): Unknown in the prompt: <kit>")
     assert studio.pipe.concepts == {}
     with pytest.raises(RegionError):
         actions.draw_picture(studio, session, {}, Wishes(**QUICK))
