@@ -45,8 +45,10 @@ def user(server: str):
     return Client(server, verbose=False)
 
 
-def ask(client, canvas: dict, prompt: str, *, seed: float | None = 0, steps: float | None = 2) -> tuple:
-    return client.predict(canvas, prompt, "", seed, steps, 3.0, False, False, False, False, api_name="/draw")
+def ask(
+    client, canvas: dict, prompt: str, *, seed: float | None = 0, steps: float | None = 2, guidance: float = 3.0
+) -> tuple:
+    return client.predict(canvas, prompt, "", seed, steps, guidance, False, False, False, False, api_name="/draw")
 
 
 def canvas_of(prompt: str) -> dict:
@@ -107,11 +109,21 @@ def test_every_setting_comes_back_from_a_picture_into_its_field(server: str, swi
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"seed": None}, "Seed is empty"), ({"steps": None}, "Steps is empty"), ({"seed": 1.5}, "Seed is 1.5")],
+    [
+        ({"seed": None}, "Seed is empty"),
+        ({"steps": None}, "Steps is empty"),
+        ({"seed": 1.5}, "Seed is 1.5"),
+        ({"steps": 0}, "Got 0 steps; expected 1 to 200."),
+        ({"steps": -3, "guidance": 101}, "Got -3 steps; expected 1 to 200; a guidance of 101.0; expected 0 to 100."),
+        ({"seed": 2**70}, "expected one of at most 63 bits"),
+    ],
 )
-def test_a_number_field_without_its_number_is_named(server: str, changes: dict, message: str) -> None:
+def test_a_number_field_without_its_number_is_named(
+    server: str, changes: dict, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Exception, match=message.replace(".", r"\.")):
         ask(user(server), canvas_of("a brown dog"), "a dog in the snow", **changes)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_it_opens_with_draft_and_refine_on_and_tells_the_base(server: str, studio: Studio) -> None:

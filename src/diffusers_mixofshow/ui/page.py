@@ -247,12 +247,10 @@ class _DrawTab:
             self.condition = self._add_switch(
                 False, "Layout condition", "Tell the base where things stand", elem_id="condition", visible=follows
             )
-        with gradio.Row():
+        with gradio.Row():  # without limits: the actions check them, and their errors name the field
             self.seed = gradio.Number(usual.seed, label="Seed", min_width=90)
-            self.steps = gradio.Number(usual.steps, label="Steps", min_width=90, minimum=1, maximum=actions.MOST_STEPS)
-            self.guidance = gradio.Number(
-                usual_guidance(self.studio.base_name), label="Guidance", min_width=90, minimum=0, maximum=100
-            )
+            self.steps = gradio.Number(usual.steps, label="Steps", min_width=90)
+            self.guidance = gradio.Number(usual_guidance(self.studio.base_name), label="Guidance", min_width=90)
         self.draw = gradio.Button("Draw", variant="primary", elem_id="draw")
 
     def _add_switch(self, on: bool, label: str, info: str, *, visible: bool = True, elem_id: str | None = None) -> Any:
