@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -183,6 +184,19 @@ def test_files_are_fused_and_handed_out(server: str, packs: dict[str, Path]) -> 
     assert [row[0] for row in table["data"]] == ["<rex>", "<tom>"]
     assert "edlora.safetensors" in [Path(path).name for path in handed]
     assert meaning
+
+
+def test_the_page_is_told_how_far_fusing_is(server: str, packs: dict[str, Path]) -> None:
+    from gradio_client import handle_file
+
+    files = [handle_file(path) for path in packs.values()]
+    job = user(server).submit(files, "", "closed-form", "", api_name="/fuse")
+    told = []
+    while not job.done():
+        told += job.status().progress_data or []
+        time.sleep(0.05)
+    assert len(job.result()) == 3
+    assert any(each.desc.startswith("Recording") and 0 < each.index <= each.length for each in told)
 
 
 def test_files_to_fuse_are_told_by_their_concepts(server: str, packs: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ import html
 import os
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffusers_mixofshow.errors import (
     first_line,
 )
 from diffusers_mixofshow.fusion.report import TITLE
+from diffusers_mixofshow.progress import Listener, listen
 from diffusers_mixofshow.sampling.other_families import find_other_family
 from diffusers_mixofshow.ui import actions, canvas
 from diffusers_mixofshow.ui.conditions import has_layout_condition
@@ -196,6 +198,23 @@ def _take_dropped(files: Any, act: Callable[..., Any], *fields: Any, **settings:
     dropped = _connect(files.upload, act, *fields, show_progress_on=files, **settings)
     for after in (dropped.success, dropped.failure):
         after(lambda: None, None, [files], api_visibility="private", show_progress="hidden")
+
+
+def _show_on(progress: Any) -> Listener:
+    """Make a listener that shows bars on the page, with the seconds that the rest of each will take.
+
+    Args:
+        progress: Gradio's progress of a call.
+    """
+    begun: dict[str, float] = {}
+
+    def tell(description: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        seconds = now - begun.setdefault(description, now)
+        left = f", about {seconds / done * (total - done):.0f} s left" if done and seconds > 1 else ""
+        progress((done, total), desc=f"{description}{left}")
+
+    return tell
 
 
 class _DrawTab:
@@ -414,9 +433,14 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
     shown = {"show_progress": "hidden", "show_progress_on": files}
     _connect(files.change, tell_contents, [files], [contents], api_name="tell_contents", **shown)
 
-    def fuse(sent: Sequence[str] | None, typed: str, method: str, triggers: str) -> tuple[Any, ...]:
+    progress = gradio.Progress()  # as a default, Gradio replaces it in each call by that call's own
+
+    def fuse(
+        sent: Sequence[str] | None, typed: str, method: str, triggers: str, shown: Any = progress
+    ) -> tuple[Any, ...]:
         lines = [line.strip() for line in triggers.splitlines() if line.strip()]
-        paths, (headers, rows), meaning = actions.fuse(studio, _list_sources(sent, typed), method, lines)
+        with listen(_show_on(shown)):
+            paths, (headers, rows), meaning = actions.fuse(studio, _list_sources(sent, typed), method, lines)
         return {"headers": headers, "data": rows}, meaning, [str(path) for path in paths]
 
     _connect(
