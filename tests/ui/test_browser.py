@@ -311,6 +311,28 @@ def test_one_file_after_the_other_is_looked_into(seen: Any, packs: dict[str, Pat
         until(seen, lambda: not seen.find_elements("css selector", ".file-preview"))
 
 
+def test_no_word_of_a_card_is_broken(seen: Any, packs: dict[str, Path]) -> None:
+    open_tab(seen, "Look into a file")
+    (zone,) = until(seen, lambda: shown(seen, ".zone"))
+    zone.find_element("css selector", "input[type='file']").send_keys(str(packs["rex"]))
+    until(seen, lambda: seen.find_elements("css selector", "#card td"))
+    broken = seen.execute_script(
+        """const broken = [], range = document.createRange();
+        const texts = document.createTreeWalker(document.querySelector("#card"), NodeFilter.SHOW_TEXT);
+        for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+          if (!text.parentElement.closest("td, th")) continue;
+          for (const word of text.data.matchAll(/\\w+/g)) {
+            range.setStart(text, word.index);
+            range.setEnd(text, word.index + word[0].length);
+            if (range.getClientRects().length > 1) broken.push(word[0]);
+          }
+        }
+        return broken"""
+    )
+    assert broken == []
+    assert seen.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
 def told(driver: Any) -> list[str]:
     """The messages that the page shows."""
     return [each.text for each in driver.find_elements("css selector", ".toast-body")]

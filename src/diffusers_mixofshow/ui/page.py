@@ -66,9 +66,11 @@ _CSS = """
 .small .image-frame { width: 100% !important; }
 .small img { width: 100% !important; height: auto !important; object-fit: contain; image-rendering: pixelated; }
 .zone [data-testid="status-tracker"]:has(.error) { display: none; }
+#card table { display: block; max-width: 100%; overflow-x: auto; }
+#card table :is(th, td) { word-break: normal; overflow-wrap: normal; }
 """
 """Gradio shows a picture no larger than it is, and smooths it where it has to. After an error it covers the drop zone
-where the user would drop another file."""
+where the user would drop another file. Tables of Markdown it breaks within words where the window is narrow."""
 
 _WORDS = {"common.complete": "Done"}
 """What screen readers are told after a call; Gradio itself has no words under this key, and tells them the key."""
