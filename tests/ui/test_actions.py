@@ -416,7 +416,8 @@ def test_a_merge_without_numbers_says_so(studio: Studio, packs: dict[str, Path])
 
 
 @pytest.mark.parametrize(
-    ("count", "method", "message"), [(0, "sum", "Got 0 sources"), (1, "sum", "Got 1 sources"), (2, "dare", "'dare'")]
+    ("count", "method", "message"),
+    [(0, "sum", "Got 0 sources"), (1, "sum", "Got 1 source to fuse, .* a line each"), (2, "dare", "'dare'")],
 )
 def test_what_cannot_be_fused_is_told(
     studio: Studio, packs: dict[str, Path], count: int, method: str, message: str

@@ -199,6 +199,12 @@ def test_the_page_is_told_how_far_fusing_is(server: str, packs: dict[str, Path])
     assert any(each.desc.startswith("Recording") and 0 < each.index <= each.length for each in told)
 
 
+def test_the_page_says_which_method_to_choose(studio: Studio) -> None:
+    shown = [part["props"] for part in page.build_page(studio).get_config_file()["components"]]
+    (method,) = [each for each in shown if each.get("label") == "Method"]
+    assert method["info"].startswith(f"{method['value']} keeps most")
+
+
 def test_files_to_fuse_are_told_by_their_concepts(server: str, packs: dict[str, Path]) -> None:
     from gradio_client import handle_file
 

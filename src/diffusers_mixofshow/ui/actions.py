@@ -403,7 +403,10 @@ def fuse(
         MixOfShowError: If a source cannot be read, or does not fit the base or the others.
     """
     if not 2 <= len(sources) <= MOST_SOURCES:
-        raise ConfigurationError(f"Got {len(sources)} sources to fuse, expected 2 to {MOST_SOURCES}.")
+        counted = f"{len(sources)} source{'' if len(sources) == 1 else 's'}"
+        raise ConfigurationError(
+            f"Got {counted} to fuse, expected 2 to {MOST_SOURCES}: files, and names that are typed on a line each."
+        )
     if method not in METHODS:
         raise ConfigurationError(f"Got the method {method!r}, expected one of {', '.join(METHODS)}.")
     opened = [(source, studio.open(source)) for source in sources]

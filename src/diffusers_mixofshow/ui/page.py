@@ -60,6 +60,11 @@ _EXAMPLE = "a dog and a vase in a meadow"
 """Global prompt that the page shows as an example, of words that every base draws."""
 _WHAT_TO_DO = "Draw boxes, say what is in each and what the whole picture shows, then press *Draw*."
 
+_WHICH_METHOD = (
+    "closed-form keeps most of each concept's looks. Take average where it takes too long, or where the trigger words "
+    "of a plain LoRA are not known; the others are for comparing."
+)
+
 _SMALL = 256
 """Pictures of a base whose shorter side has fewer pixels are shown enlarged."""
 _CSS = """
@@ -422,7 +427,7 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
     prompts = gradio.Textbox(
         label="Prompts with the trigger words of plain LoRAs whose files do not tell them, a line each", lines=2
     )
-    method = gradio.Dropdown(list(actions.METHODS), value=actions.METHODS[0], label="Method")
+    method = gradio.Dropdown(list(actions.METHODS), value=actions.METHODS[0], label="Method", info=_WHICH_METHOD)
     go = gradio.Button("Fuse", variant="primary")
     table = gradio.Dataframe(label=TITLE, interactive=False, datatype="str")
     meaning = gradio.Textbox(label="What the numbers mean", interactive=False, lines=2)
