@@ -108,7 +108,7 @@ def draw(driver: Any, prompt: str) -> np.ndarray:
     """Type the global prompt, press the button, wait for another picture, and look at it."""
     shown = lambda: [each.get_attribute("src") for each in driver.find_elements("css selector", "#picture img")]  # noqa: E731
     before = shown()
-    field = one(driver, "textarea[placeholder^='two dogs']")
+    field = one(driver, "textarea[placeholder^='a dog and a vase']")
     field.clear()
     field.send_keys(prompt)
     one(driver, "#draw").click()

@@ -32,6 +32,7 @@ from diffusers_mixofshow.progress import (
     disable_foreign_bars,
     hide_bars,
     is_off,
+    listen,
     progress,
     tell,
 )
@@ -52,6 +53,18 @@ def nobody_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def pipe() -> MixOfShowPipeline:
     return MixOfShowPipeline(**tiny.components(), requires_safety_checker=False)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_listener_is_told_of_every_step_also_where_bars_are_off(shown: bool) -> None:
+    told: list[tuple[str, int, int]] = []
+    with listen(lambda *step: told.append(step)), progress("Counting", 3, done=1, shown=shown) as bar:
+        bar.update()
+        bar.set_postfix_str("more")
+        bar.update()
+    with progress("Unheard", 1) as bar:
+        bar.update()
+    assert told == [("Counting", 1, 3), ("Counting", 2, 3), ("Counting", 3, 3)]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, TextIO
 
@@ -23,6 +24,9 @@ _TQDM_SWITCH, _BUT_OURS = "TQDM_DISABLE", "others"
 """tqdm takes any non-empty text for yes. We set "others" ourselves, which switches off all bars but this package's."""
 _SWITCHES = ("diffusers.utils.logging", "transformers.utils.logging")
 _IN_A_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+Listener = Callable[[str, int, int], None]
+"""Takes the text before a bar, the number of steps done, and that of all steps."""
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
@@ -42,7 +46,18 @@ def progress(description: str, total: int, *, done: int = 0, pipe: object = None
     from tqdm.auto import tqdm
 
     with tqdm(total=total, initial=done, desc=description, **bar_settings(pipe, shown=shown)) as bar:
-        yield bar
+        listener = _listener.get()
+        yield bar if listener is None else _Heard(bar, listener, description, done, total)
+
+
+@contextmanager
+def listen(listener: Listener) -> Iterator[None]:
+    """Tell a function of every step of the bars of `progress` inside the block, also where bars are switched off."""
+    before = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(before)
 
 
 def announce(text: str, *, pipe: object = None, shown: bool = True) -> None:
@@ -112,6 +127,23 @@ def _can_redraw() -> bool:
     """Whether standard error is a terminal or a notebook, where a bar can be drawn over itself."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return sys.stderr.isatty() or "IPKernelApp" in getattr(shell, "config", {})
+
+
+class _Heard:
+    """A bar of tqdm whose steps a listener is told of; a bar that is switched off counts none itself."""
+
+    def __init__(self, bar: Any, listener: Listener, description: str, done: int, total: int) -> None:
+        self._bar, self._listener, self._description, self._done, self._total = bar, listener, description, done, total
+        self.update(0)
+
+    def update(self, steps: int = 1) -> None:
+        """Count steps, and tell the listener."""
+        self._bar.update(steps)
+        self._done += steps
+        self._listener(self._description, self._done, self._total)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
 
 
 class _Lines:

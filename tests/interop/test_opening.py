@@ -230,6 +230,24 @@ def test_what_cannot_be_used_is_one_error_and_the_pipeline_stays(
         GradientFuser(pipe).fuse([given], method="average")
 
 
+def test_a_folder_of_folders_tells_which_of_them_hold_concepts(rex: EDLoRA, tmp_path: Path) -> None:
+    for name in ("rex", "another rex"):
+        rex.save_pretrained(tmp_path / name)
+    write_lora(tmp_path / "style" / "pytorch_lora_weights.safetensors", rex.lora)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(EDLoRANotFoundError, match=r"give one of them: 3 \(another rex, rex, style\)\.$"):
+        read_any(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["Hello, this is a text.\n", "x"])
+def test_a_text_that_is_called_safetensors_is_told_to_be_none(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "notes.safetensors"
+    file.write_text(text * 20)
+    with pytest.raises(EDLoRAFormatError, match="it is no safetensors file"):
+        read_any(file)
+
+
 @pytest.mark.parametrize(
     "write", [CONCEPTS["authors' checkpoint"], CONCEPTS["kohya with embeddings"], *WORDS.values()]
 )

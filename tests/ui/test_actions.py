@@ -203,7 +203,8 @@ def test_a_picture_is_drawn_that_tells_how(studio: Studio, packs: dict[str, Path
     seen = np.asarray(result.overlay.convert("RGB"))
     assert (seen[200:500, 10:240] == large[200:500, 10:240]).all()
     assert (seen[:, 300:] == large[:, 300:]).all()
-    assert Layout.load(result.layout).describe()["regions"] == [
+    saved = actions.save_layout(studio, canvas, QUICK["prompt"], "")
+    assert Layout.load(saved).describe()["regions"] == [
         {"prompt": "a <rex> in the snow", "box": [0.0, 0.25, 0.5, 1.0]}
     ]
     told = read_options(result.picture)
@@ -250,20 +251,28 @@ def test_a_picture_and_a_layout_are_read_again(studio: Studio) -> None:
     wishes = Wishes(**QUICK | {"seed": 3, "negative_prompt": "a cat"})
     canvas = CANVAS | {"regions": [CANVAS["regions"][0] | {"name": "the dog"}]}
     result = actions.draw_picture(studio, Session(), canvas, wishes)
-    for path in (result.picture, result.layout):
+    layout = actions.save_layout(studio, canvas, wishes.prompt, wishes.negative_prompt)
+    for path in (result.picture, layout):
         read = actions.read_layout_file(path, 8, 8)
         assert read.canvas["regions"] == canvas["regions"]
         assert (read.canvas["width"], read.prompt, read.negative_prompt) == (64, "a dog in the snow", "a cat")
-    assert actions.read_layout_file(result.layout, 8, 8).settings == {}
+    assert actions.read_layout_file(layout, 8, 8).settings == {}
     settings = actions.read_layout_file(result.picture, 8, 8).settings
     assert (settings["seed"], settings["steps"], settings["guidance"]) == (3, 2, 3.0)
+
+
+def test_a_layout_is_saved_before_anything_is_drawn(studio: Studio) -> None:
+    saved = actions.save_layout(studio, CANVAS, "", "")
+    read = actions.read_layout_file(saved, 8, 8)
+    assert (saved.name, read.canvas["regions"], read.prompt) == ("layout.json", CANVAS["regions"], "")
+    assert "prompt" not in json.loads(saved.read_text())  # so that `mixofshow sample --prompt` can give one
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.json", b"[]", "no layout"),
-        ("x.json", b"{", "cannot be read as a layout"),
+        ("x.json", b"{", r"cannot be read as a layout: it is no JSON \(.* line 1 column 2"),
         ("x.png", b"PNG", "cannot be read as a picture"),
         ("x.json", b'{"format": "mixofshow-layout", "version": 1, "width": 90000}', "90000"),
         (
@@ -343,6 +352,13 @@ def test_an_unknown_concept_is_told_and_the_base_stays(studio: Studio, packs: di
     canvas = to_value(Layout((Region("a <rex>", box=(0, 0, 1, 1)),)), 64, 64)
     with pytest.raises(ConceptError, match="<rex>"):
         actions.draw_picture(studio, session, canvas, Wishes(**QUICK))
+    canvas = to_value(Layout([Region(f"a <{name}>", box=(0, 0, 1, 1)) for name in ("tom", "rex", "kit")]), 64, 64)
+    canvas["regions"][2]["name"] = "the cat"
+    with pytest.raises(ConceptError) as raised:
+        actions.draw_picture(studio, session, canvas, Wishes(**QUICK))
+    first, second = str(raised.value).splitlines()
+    assert first.startswith("Region 2: Unknown in the prompt: <rex>")
+    assert second.startswith("Region 3 ('the cat'): Unknown in the prompt: <kit>")
     assert studio.pipe.concepts == {}
     with pytest.raises(RegionError):
         actions.draw_picture(studio, session, {}, Wishes(**QUICK))
@@ -400,7 +416,8 @@ def test_a_merge_without_numbers_says_so(studio: Studio, packs: dict[str, Path])
 
 
 @pytest.mark.parametrize(
-    ("count", "method", "message"), [(0, "sum", "Got 0 sources"), (1, "sum", "Got 1 sources"), (2, "dare", "'dare'")]
+    ("count", "method", "message"),
+    [(0, "sum", "Got 0 sources"), (1, "sum", "Got 1 source to fuse, .* a line each"), (2, "dare", "'dare'")],
 )
 def test_what_cannot_be_fused_is_told(
     studio: Studio, packs: dict[str, Path], count: int, method: str, message: str

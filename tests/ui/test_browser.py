@@ -6,6 +6,7 @@ pytest -m browser tests/ui
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,49 @@ def test_a_box_is_moved_resized_and_removed_with_the_mouse(seen: Any) -> None:
     assert boxes(seen) == []
 
 
+def test_a_number_that_a_box_cannot_have_leaves_it_as_it_was(seen: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    def enter(selector: str, text: str) -> Any:
+        field = one(seen, selector)
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.BACKSPACE, text)
+        return field
+
+    said = lambda: one(seen, ".mos-live").text  # noqa: E731
+    width = lambda: one(seen, ".mos-box").get_attribute("aria-label")  # noqa: E731
+    drag(seen, (0.1, 0.1), (0.6, 0.6))
+    drawn, told_before = boxes(seen), width()
+    write(seen, "Name of region 1", "dog")
+    told_before = told_before.replace("Region 1", "dog")
+    field = enter("[aria-label='Left of region 1']", "150")
+    assert width() == told_before
+    assert re.fullmatch(r"dog stays as it was: got 150 for left, expected 0 to 5\d(\.\d)? %", said())
+    field.send_keys(Keys.TAB)
+    assert (boxes(seen), width()) == (drawn, told_before)
+    assert "got 150 for left" in said()
+    enter("[aria-label='Left of region 1']", "90").send_keys(Keys.TAB)
+    assert re.fullmatch(r"dog stays as it was: got 90 for left, expected 0 to 5\d(\.\d)? %", said())
+    enter("[aria-label='Bottom of region 1']", "").send_keys(Keys.TAB)
+    assert re.fullmatch(r"dog stays as it was: got no number for bottom, expected 1\d(\.\d)? to 100 %", said())
+    assert boxes(seen) == drawn
+    enter("[aria-label='Left of region 1']", "15").send_keys(Keys.TAB)
+    assert (said(), boxes(seen)) == ("", [[15.0, *drawn[0][1:]]])
+    enter("[data-size='width']", "5000").send_keys(Keys.TAB)
+    assert said() == "The width stays: got 5000, expected 8 to 2048"
+    assert one(seen, "[data-size='width']").get_property("value") == "64"
+
+
+def test_the_canvas_stays_where_it_is_after_a_box_is_drawn(seen: Any) -> None:
+    whole = {"width": seen.execute_script("return innerWidth"), "height": 1000, "deviceScaleFactor": 1}
+    seen.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", whole | {"height": 500, "mobile": False})
+    drag(seen, (0.1, 0.1), (0.6, 0.6))  # puts the canvas into the middle of the window first
+    top = seen.execute_script("return document.querySelector('.mos-stage').getBoundingClientRect().top")
+    seen.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", whole | {"mobile": False})
+    assert seen.switch_to.active_element.get_attribute("aria-label") == "Prompt of region 1"
+    assert abs(top - (500 - one(seen, ".mos-stage").size["height"]) / 2) < 5
+
+
 def test_the_keyboard_alone_draws(seen: Any) -> None:
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys
@@ -152,7 +196,7 @@ def test_the_keyboard_alone_draws(seen: Any) -> None:
     tab_to(seen, lambda at: at.get_attribute("aria-label") == "Left of region 1")
     press(Keys.ARROW_UP)
     assert boxes(seen)[0][0] == 21
-    tab_to(seen, lambda at: (at.get_attribute("placeholder") or "").startswith("two dogs"))
+    tab_to(seen, lambda at: (at.get_attribute("placeholder") or "").startswith("a dog and a vase"))
     press("a dog in the snow")
     tab_to(seen, lambda at: at.get_attribute("id") == "draw")
     press(Keys.ENTER)
@@ -160,6 +204,26 @@ def test_the_keyboard_alone_draws(seen: Any) -> None:
     tab_to(seen, lambda at: (at.get_attribute("class") or "").startswith("mos-box"))
     press(Keys.DELETE)
     assert boxes(seen) == []
+
+
+def test_the_layout_that_is_saved_is_the_one_on_the_canvas(seen: Any, tmp_path: Path) -> None:
+    seen.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    saved = tmp_path / "layout.json"
+    assert one(seen, "#png").get_attribute("disabled") is not None
+    one(seen, "#save-layout").click()  # before there is a picture
+    until(seen, saved.exists)
+    assert json.loads(saved.read_text())["regions"] == []
+    saved.unlink()
+    drag(seen, (0.1, 0.1), (0.6, 0.6))
+    write(seen, "Prompt of region 1", "a red vase")
+    set_number(seen, "Steps", "2")
+    draw(seen, "a meadow")
+    until(seen, lambda: one(seen, "#png").get_attribute("disabled") is None)
+    write(seen, "Prompt of region 1", "a brown dog")
+    one(seen, "#save-layout").click()
+    until(seen, saved.exists)
+    told = json.loads(saved.read_text())
+    assert (told["prompt"], [region["prompt"] for region in told["regions"]]) == ("a meadow", ["a brown dog"])
 
 
 def tab_to(driver: Any, there: Any) -> None:
@@ -245,6 +309,28 @@ def test_one_file_after_the_other_is_looked_into(seen: Any, packs: dict[str, Pat
         zone.find_element("css selector", "input[type='file']").send_keys(str(packs[name]))
         until(seen, lambda name=name: f"<{name}>" in one(seen, "body").text)
         until(seen, lambda: not seen.find_elements("css selector", ".file-preview"))
+
+
+def test_no_word_of_a_card_is_broken(seen: Any, packs: dict[str, Path]) -> None:
+    open_tab(seen, "Look into a file")
+    (zone,) = until(seen, lambda: shown(seen, ".zone"))
+    zone.find_element("css selector", "input[type='file']").send_keys(str(packs["rex"]))
+    until(seen, lambda: seen.find_elements("css selector", "#card td"))
+    broken = seen.execute_script(
+        """const broken = [], range = document.createRange();
+        const texts = document.createTreeWalker(document.querySelector("#card"), NodeFilter.SHOW_TEXT);
+        for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+          if (!text.parentElement.closest("td, th")) continue;
+          for (const word of text.data.matchAll(/\\w+/g)) {
+            range.setStart(text, word.index);
+            range.setEnd(text, word.index + word[0].length);
+            if (range.getClientRects().length > 1) broken.push(word[0]);
+          }
+        }
+        return broken"""
+    )
+    assert broken == []
+    assert seen.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 def told(driver: Any) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError
+from diffusers_mixofshow.errors import ConfigurationError, MissingExtraError, MixOfShowWarning
 from diffusers_mixofshow.fusion.report import TITLE
 from diffusers_mixofshow.sampling.provenance import read_options
-from diffusers_mixofshow.ui import page
-from diffusers_mixofshow.ui.session import Studio
+from diffusers_mixofshow.ui import actions, page
+from diffusers_mixofshow.ui.session import Session, Studio
 
 
 def test_where_gradio_is_missing_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, studio: Studio) -> None:
@@ -44,8 +46,10 @@ def user(server: str):
     return Client(server, verbose=False)
 
 
-def ask(client, canvas: dict, prompt: str, *, seed: float | None = 0, steps: float | None = 2) -> tuple:
-    return client.predict(canvas, prompt, "", seed, steps, 3.0, False, False, False, False, api_name="/draw")
+def ask(
+    client, canvas: dict, prompt: str, *, seed: float | None = 0, steps: float | None = 2, guidance: float = 3.0
+) -> tuple:
+    return client.predict(canvas, prompt, "", seed, steps, guidance, False, False, False, False, api_name="/draw")
 
 
 def canvas_of(prompt: str) -> dict:
@@ -67,13 +71,27 @@ def test_it_listens_on_this_machine_alone_and_sends_nothing_home(server: str) ->
 
 def test_a_picture_is_drawn_with_its_settings(server: str) -> None:
     client = user(server)
-    picture, overlay, png, layout, _ = ask(client, canvas_of("a brown dog"), "a dog in the snow", seed=5)
-    told = read_options(Path(png))
+    picture, overlay, png, _ = ask(client, canvas_of("a brown dog"), "a dog in the snow", seed=5)
+    told = read_options(Path(png["value"]))
+    assert png["interactive"]
     assert (told["seed"], told["steps"], told["base"]) == (5, 2, "toyland")
     assert read_options(Path(picture))["seed"] == 5
     with Image.open(overlay) as drawn:
         assert min(drawn.size) >= 512
+    layout = client.predict(canvas_of("a brown dog"), "a dog in the snow", "", api_name="/save_layout")
     assert json.loads(Path(layout).read_text())["regions"][0]["prompt"] == "a brown dog"
+
+
+def test_before_there_is_a_picture_only_the_layout_can_be_saved(server: str, studio: Studio) -> None:
+    shown = [part["props"] for part in page.build_page(studio).get_config_file()["components"]]
+    usable = {each.get("label") or each.get("value"): each["interactive"] for each in shown if "interactive" in each}
+    assert not usable["Picture with its settings (PNG)"]
+    assert usable["Layout (JSON)"]
+    layout = user(server).predict(canvas_of("a red vase"), "", "a cat", api_name="/save_layout")
+    told = json.loads(Path(layout).read_text())
+    assert (told["regions"][0]["prompt"], told["negative_prompt"]) == ("a red vase", "a cat")
+    with pytest.raises(Exception, match="region 1 has no prompt"):
+        user(server).predict(canvas_of(""), "", "", api_name="/save_layout")
 
 
 @pytest.mark.parametrize("switches", [(True, False, True, False), (False, True, False, True)])
@@ -82,9 +100,9 @@ def test_every_setting_comes_back_from_a_picture_into_its_field(server: str, swi
 
     client = user(server)
     asked = (canvas_of("a brown dog"), "a dog in the snow", "a cat", 7, 2, 2.5, *switches)
-    _, _, png, _, followed = client.predict(*asked, api_name="/draw")
+    _, _, png, followed = client.predict(*asked, api_name="/draw")
     assert followed["visible"] is switches[3]  # the layout condition
-    canvas, *fields = client.predict(handle_file(png), api_name="/read_layout")
+    canvas, *fields = client.predict(handle_file(png["value"]), api_name="/read_layout")
     regions = canvas["value"]["regions"] if "value" in canvas else canvas["regions"]
     assert regions[0]["prompt"] == "a brown dog"
     assert fields == ["a dog in the snow", "a cat", 7, 2, 2.5, *switches]
@@ -92,11 +110,21 @@ def test_every_setting_comes_back_from_a_picture_into_its_field(server: str, swi
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"seed": None}, "Seed is empty"), ({"steps": None}, "Steps is empty"), ({"seed": 1.5}, "Seed is 1.5")],
+    [
+        ({"seed": None}, "Seed is empty"),
+        ({"steps": None}, "Steps is empty"),
+        ({"seed": 1.5}, "Seed is 1.5"),
+        ({"steps": 0}, "Got 0 steps; expected 1 to 200."),
+        ({"steps": -3, "guidance": 101}, "Got -3 steps; expected 1 to 200; a guidance of 101.0; expected 0 to 100."),
+        ({"seed": 2**70}, "expected one of at most 63 bits"),
+    ],
 )
-def test_a_number_field_without_its_number_is_named(server: str, changes: dict, message: str) -> None:
+def test_a_number_field_without_its_number_is_named(
+    server: str, changes: dict, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Exception, match=message.replace(".", r"\.")):
         ask(user(server), canvas_of("a brown dog"), "a dog in the snow", **changes)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_it_opens_with_draft_and_refine_on_and_tells_the_base(server: str, studio: Studio) -> None:
@@ -104,6 +132,15 @@ def test_it_opens_with_draft_and_refine_on_and_tells_the_base(server: str, studi
     on = {each["label"]: each["value"] for each in shown if each.get("label") in ("Draft", "Refine", "Isolation")}
     assert on == {"Draft": True, "Refine": True, "Isolation": False}
     assert any("it can draw critter, dog, cat" in str(each.get("value")) for each in shown)
+
+
+def test_the_example_of_a_prompt_is_drawn_without_a_warning(studio: Studio) -> None:
+    shown = [part["props"] for part in page.build_page(studio).get_config_file()["components"]]
+    (example,) = [each["placeholder"] for each in shown if each.get("label") == "Global prompt"]
+    wishes = actions.Wishes(prompt=example, steps=2, draft=False, refine=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        actions.draw_picture(studio, Session(), {"width": 64, "height": 64, "regions": []}, wishes)
 
 
 def test_a_refused_file_is_named_without_its_folder(server: str, tmp_path: Path) -> None:
@@ -147,6 +184,25 @@ def test_files_are_fused_and_handed_out(server: str, packs: dict[str, Path]) -> 
     assert [row[0] for row in table["data"]] == ["<rex>", "<tom>"]
     assert "edlora.safetensors" in [Path(path).name for path in handed]
     assert meaning
+
+
+def test_the_page_is_told_how_far_fusing_is(server: str, packs: dict[str, Path]) -> None:
+    from gradio_client import handle_file
+
+    files = [handle_file(path) for path in packs.values()]
+    job = user(server).submit(files, "", "closed-form", "", api_name="/fuse")
+    told = []
+    while not job.done():
+        told += job.status().progress_data or []
+        time.sleep(0.05)
+    assert len(job.result()) == 3
+    assert any(each.desc.startswith("Recording") and 0 < each.index <= each.length for each in told)
+
+
+def test_the_page_says_which_method_to_choose(studio: Studio) -> None:
+    shown = [part["props"] for part in page.build_page(studio).get_config_file()["components"]]
+    (method,) = [each for each in shown if each.get("label") == "Method"]
+    assert method["info"].startswith(f"{method['value']} keeps most")
 
 
 def test_files_to_fuse_are_told_by_their_concepts(server: str, packs: dict[str, Path]) -> None:
@@ -216,6 +272,7 @@ def test_an_error_marks_at_most_the_field_that_it_is_about(studio: Studio) -> No
         "load_fused": ["The fused pack"],
         "unload": ["Unload"],
         "draw": ["Picture"],
+        "save_layout": ["Layout (JSON)"],
         "read_layout": ["Load a layout (JSON) or a picture with its settings (PNG)"],
         "tell_contents": ["Drop files"],
         "fuse": [TITLE],
@@ -229,7 +286,7 @@ def test_how_a_call_goes_is_shown_where_it_is_seen(studio: Studio) -> None:
     config = page.build_page(studio).config
     seen = {part["id"] for part in config["components"] if part["props"].get("visible") is True}
     calls = [call for call in config["dependencies"] if call["api_visibility"] == "public"]
-    assert len(calls) == 10
+    assert len(calls) == 11
     assert all(seen.issuperset(call["show_progress_on"]) for call in calls)
 
 

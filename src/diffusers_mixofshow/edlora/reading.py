@@ -186,7 +186,7 @@ def _header_defect(path: Path, size: int) -> str:
     if length > min(LONGEST_HEADER, size - PREFIX) and (kind := guess_kind(path)):
         return f"it is {kind}"
     if length > LONGEST_HEADER:
-        return f"its header would have {length:,} bytes, more than {LONGEST_HEADER:,}"
+        return f"it is no safetensors file (its header would have {length:,} bytes, more than {LONGEST_HEADER:,})"
     if PREFIX + length > size:
         return f"its header would have {length:,} bytes, the whole file has {size:,}"
     return ""

@@ -89,7 +89,7 @@ def _read_names(path: Path) -> list[str]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(PREFIX), "little")
             if length > LONGEST_HEADER:
-                raise ValueError(f"its header would have {length:,} bytes, more than {LONGEST_HEADER:,}")
+                raise ValueError(f"it is no such file: its header would have {length:,} bytes")
             return [name for name in dict(json.loads(file.read(length))) if name != "__metadata__"]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigurationError(

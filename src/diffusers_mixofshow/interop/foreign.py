@@ -29,7 +29,7 @@ from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, list_companions
 from diffusers_mixofshow.interop.lora_tensors import LoRAContent, content_of
 from diffusers_mixofshow.interop.lycoris import is_part
 from diffusers_mixofshow.interop.names import half_of
-from diffusers_mixofshow.interop.original import is_original, original_content
+from diffusers_mixofshow.interop.original import ORIGINAL_NAME, is_original, original_content
 from diffusers_mixofshow.interop.tensors import PICKLES, load_pickle, load_safetensors
 from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_content, read_meaning
 from diffusers_mixofshow.interop.trigger_words import TOLD, find_trigger_words
@@ -41,6 +41,8 @@ _ADAPTERS = tuple(
     f"{stem}{end}" for stem in ("adapter_model", "pytorch_lora_weights") for end in (".safetensors", ".bin")
 )
 """File names of an adapter's weights in PEFT and diffusers."""
+_CONCEPT_FILES = (FILE_NAME, *_ADAPTERS, ORIGINAL_NAME, "learned_embeds.safetensors", "learned_embeds.bin")
+"""File names by which a folder is known to hold a concept or a LoRA."""
 
 
 class Kind(StrEnum):
@@ -356,7 +358,7 @@ def _read_folder(folder: Path) -> Foreign:
     paths = _files_in(folder, patterns)
     models = {model: _files_in(folder, [f"{model}/{name}" for name in _ADAPTERS]) for model in COMPONENTS}
     if not paths and not any(models.values()):
-        below = sorted({path.parent.name for name in _ADAPTERS for path in folder.glob(f"*/{name}")})
+        below = sorted({path.parent.name for name in _CONCEPT_FILES for path in folder.glob(f"*/{name}")})
         hint = f"Its subfolders do, give one of them: {list_names(below)}." if below else "Give the file itself."
         raise EDLoRANotFoundError(f"{folder} holds no LoRA, ED-LoRA or textual inversion. {hint}")
     parts = [_read_file(path) for path in paths]

@@ -152,6 +152,8 @@ class Layout:
         path = Path(path)
         try:
             content = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise RegionError(f"{path} cannot be read as a layout: it is no JSON ({error}).") from error
         except (ValueError, RecursionError) as error:
             raise RegionError(f"{path} cannot be read as a layout: {error}") from error
         return cls.from_description(content, path)

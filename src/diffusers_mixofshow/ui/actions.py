@@ -14,7 +14,9 @@ from PIL import Image
 
 from diffusers_mixofshow import Draft, GradientFuser, Isolation, Layout, Refinement
 from diffusers_mixofshow.base_models import classes_of
-from diffusers_mixofshow.errors import ConfigurationError, MixOfShowError, RegionError
+from diffusers_mixofshow.concepts import split_prompt
+from diffusers_mixofshow.conditioning.tokenize import list_bracketed_words
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowError, RegionError
 from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.fusion import FusionSource, LoRASource
 from diffusers_mixofshow.fusion.solving import MEASURED
@@ -22,7 +24,7 @@ from diffusers_mixofshow.interop.summary import facts_of, format_norm, summary_o
 from diffusers_mixofshow.regions.drawing import draw_regions
 from diffusers_mixofshow.sampling.drawing import Drawing, draw
 from diffusers_mixofshow.sampling.provenance import read_layout, read_options, write_drawn
-from diffusers_mixofshow.ui.canvas import MOST_PIXELS, read_colours, read_names, to_layout, to_value
+from diffusers_mixofshow.ui.canvas import MOST_PIXELS, call_regions, read_colours, read_names, to_layout, to_value
 from diffusers_mixofshow.ui.conditions import SCALE, draw_condition, has_layout_condition
 from diffusers_mixofshow.ui.session import Session, Studio
 
@@ -125,13 +127,11 @@ class Result:
     Args:
         picture: PNG that stores its settings.
         overlay: The picture with the layout over it.
-        layout: The layout as a JSON file.
         condition: The condition image that was followed, if any.
     """
 
     picture: Path
     overlay: Image.Image
-    layout: Path
     condition: Path | None
 
 
@@ -240,19 +240,48 @@ def draw_picture(studio: Studio, session: Session, canvas: object, wishes: Wishe
     layout = to_layout(canvas, wishes.prompt, wishes.negative_prompt)
     drawing = _make_drawing(studio, session, layout, wishes)
     with studio.borrow() as pipe:
+        _refuse_unknown_concepts(pipe, session, layout, call_regions(canvas))
         drawn = draw(drawing, pipe)
     folder = studio.new_folder()
-    picture, described = folder / f"mixofshow-{wishes.seed}.png", folder / "layout.json"
+    picture = folder / f"mixofshow-{wishes.seed}.png"
     write_drawn([picture], drawing, drawn)
-    layout.save(described)
     for given in drawing.followed:
         given.image.save(folder / given.path.name)
     return Result(
         picture=picture,
         overlay=_draw_overlay(layout, drawn.images[0], canvas),
-        layout=described,
         condition=folder / drawing.followed[0].path.name if drawing.followed else None,
     )
+
+
+def _refuse_unknown_concepts(pipe: Any, session: Session, layout: Layout, called: Sequence[str]) -> None:
+    """Refuse regions that name a concept which is not loaded, with what each of these regions is called."""
+    tokenizers = [words for name in ("tokenizer", "tokenizer_2") if (words := pipe.components.get(name)) is not None]
+    also_known = frozenset().union(*map(list_bracketed_words, tokenizers))
+    concepts = [*pipe.concepts.values(), *session.concepts]
+    defects = []
+    for region, name in zip(layout.regions, called, strict=True):
+        try:
+            split_prompt(f"{region.prompt} {region.negative_prompt or ''}", concepts, also_known=also_known)
+        except ConceptError as error:
+            defects.append(f"{name[0].upper()}{name[1:]}: {error}")
+    if defects:
+        raise ConceptError("\n".join(defects))
+
+
+def save_layout(studio: Studio, canvas: object, prompt: str, negative_prompt: str) -> Path:
+    """Write what is on the canvas as a layout file, whether or not it was drawn.
+
+    Args:
+        studio: Keeps the file.
+        canvas: The canvas's value.
+        prompt: The global prompt; may be empty.
+        negative_prompt: The global negative prompt; may be empty.
+
+    Raises:
+        RegionError: If a region has no prompt, or the value is no canvas.
+    """
+    return to_layout(canvas, prompt, negative_prompt).save(studio.new_folder() / "layout.json")
 
 
 def _make_drawing(studio: Studio, session: Session, layout: Layout, wishes: Wishes) -> Drawing:
@@ -374,7 +403,10 @@ def fuse(
         MixOfShowError: If a source cannot be read, or does not fit the base or the others.
     """
     if not 2 <= len(sources) <= MOST_SOURCES:
-        raise ConfigurationError(f"Got {len(sources)} sources to fuse, expected 2 to {MOST_SOURCES}.")
+        counted = f"{len(sources)} source{'' if len(sources) == 1 else 's'}"
+        raise ConfigurationError(
+            f"Got {counted} to fuse, expected 2 to {MOST_SOURCES}: files, and names that are typed on a line each."
+        )
     if method not in METHODS:
         raise ConfigurationError(f"Got the method {method!r}, expected one of {', '.join(METHODS)}.")
     opened = [(source, studio.open(source)) for source in sources]

@@ -3,7 +3,10 @@
 const COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000"];
 const FINE = 0.01, LEAST = 0.03, GRID = 256;
 const EDGES = ["lt", "t", "rt", "r", "rb", "b", "lb", "l"];
+const SIDES = ["Left", "Top", "Right", "Bottom"];
 let tool = "box", selected = -1, drag = null, cursor = [0.5, 0.5], masks = [];
+let complained = false; // whether what was said last is about a number that is not taken
+let before = null; // the box whose numbers are being typed, as it was before
 
 const find = (selector) => element.querySelector(selector);
 const all = (selector) => [...element.querySelectorAll(selector)];
@@ -11,7 +14,7 @@ const regions = () => props.value.regions;
 const clamp = (number, low = 0, high = 1) => Math.min(high, Math.max(low, number));
 const round = (number) => Math.round(number * 1000) / 1000;
 const title = (index) => regions()[index].name || `Region ${index + 1}`;
-const say = (text) => { find(".mos-live").textContent = text; };
+const say = (text, wrong = false) => { find(".mos-live").textContent = text; complained = wrong; };
 
 function node(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -24,6 +27,7 @@ function node(tag, attributes = {}, ...children) {
 function keep(index, change) {
   const changed = regions().map((region, at) => (at === index ? { ...region, ...change } : region));
   props.value = { ...props.value, regions: changed };
+  if (complained) say("");
 }
 
 function add(shape) {
@@ -127,7 +131,7 @@ function rowOf(index) {
   const shape = node("div", { class: "mos-wide" });
   if (region.mask) shape.append("a painted mask");
   else {
-    ["Left", "Top", "Right", "Bottom"].forEach((side, at) => {
+    SIDES.forEach((side, at) => {
       const edge = node("input", { type: "number", "data-edge": at, min: 0, max: 100, step: 1, "aria-label": side + of });
       edge.value = Math.round(region.box[at] * 1000) / 10;
       shape.append(node("label", {}, side, edge));
@@ -281,7 +285,7 @@ function go(event) {
 
 function end() {
   if (drag?.kind === "brush") keep(selected, { mask: pngOf(masks[selected]) });
-  else if (drag?.index !== undefined) find(`.mos-row[data-region="${drag.index}"] [data-field="prompt"]`).focus();
+  else if (drag?.index !== undefined) find(`.mos-row[data-region="${drag.index}"] [data-field="prompt"]`).focus({ preventScroll: true });
   drag = null;
 }
 
@@ -321,9 +325,11 @@ function showCursor() {
 function typed(event) {
   const field = event.target, row = field.closest(".mos-row"), index = row && +row.dataset.region;
   if (field.dataset.size) {
-    const pixels = Math.round(+field.value / 8) * 8;
-    if (event.type !== "change" || !(pixels >= 8)) return;
-    props.value = { ...props.value, [field.dataset.size]: pixels };
+    if (event.type !== "change") return;
+    const pixels = Math.round(+field.value / 8) * 8, fits = pixels >= 8 && pixels <= field.max;
+    if (fits) props.value = { ...props.value, [field.dataset.size]: pixels };
+    if (!fits) say(`The ${field.dataset.size} stays: got ${field.value || "no number"}, expected 8 to ${field.max}`, true);
+    else if (complained) say("");
     build();
   } else if (field.dataset.field) {
     keep(index, { [field.dataset.field]: field.value });
@@ -331,12 +337,31 @@ function typed(event) {
     if (regions()[index].box) place(index);
     else if (field.dataset.field === "colour") tint(masks[index], field.value);
   } else if (field.dataset.edge) {
-    const box = [...regions()[index].box], which = +field.dataset.edge;
-    box[which] = round(clamp(+field.value / 100));
-    if (box[0] + LEAST > box[2] + 1e-9 || box[1] + LEAST > box[3] + 1e-9) return say("Left has to be below right, and top below bottom");
-    keep(index, { box });
-    place(index);
+    typedEdge(field, index, event.type === "change");
   }
+}
+
+// A box takes a number that it can have, and stays as it was before the number was typed where it cannot. The field shows
+// what the box has once it is left.
+function typedEdge(field, index, left) {
+  before ||= regions()[index].box;
+  const which = +field.dataset.edge, box = [...before], number = field.value === "" ? NaN : +field.value;
+  box[which] = round(number / 100);
+  const wrong = defectOf(box, which, number);
+  keep(index, { box: wrong ? before : box });
+  place(index);
+  if (wrong && (left || field.value !== "")) say(`${title(index)} stays as it was: ${wrong}`, true);
+  if (!left) return;
+  field.value = Math.round(regions()[index].box[which] * 1000) / 10;
+  before = null;
+}
+
+function defectOf(box, which, number) {
+  const upper = which > 1, other = box[(which + 2) % 4], percent = (part) => Math.round(part * 1000) / 10;
+  const [least, most] = upper ? [other + LEAST, 1] : [0, other - LEAST];
+  if (box[which] >= least - 1e-9 && box[which] <= most + 1e-9) return "";
+  const got = Number.isNaN(number) ? "no number" : number;
+  return `got ${got} for ${SIDES[which].toLowerCase()}, expected ${percent(least)} to ${percent(most)} %`;
 }
 
 function clicked(event) {
@@ -388,6 +413,7 @@ element.addEventListener("change", typed);
 element.addEventListener("click", clicked);
 element.addEventListener("focusin", (event) => {
   const region = event.target.closest("[data-region]");
+  before = null;
   if (region) select(+region.dataset.region);
 });
 // Gradio renders the template anew when Python sends a layout or other concepts, and with it takes out what was built.

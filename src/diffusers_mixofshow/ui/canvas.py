@@ -59,7 +59,7 @@ def to_layout(value: object, prompt: str, negative_prompt: str) -> Layout:
 
     Args:
         value: The canvas's value.
-        prompt: The global prompt.
+        prompt: The global prompt; may be empty.
         negative_prompt: The global negative prompt; may be empty.
 
     Raises:
@@ -73,15 +73,15 @@ def to_layout(value: object, prompt: str, negative_prompt: str) -> Layout:
         if "mask" in entry and not str(entry["mask"]).startswith(_MASK)
     ]
     defects += [
-        f"region {number} has no prompt; write what region {name!r} shows"
-        for number, (entry, name) in enumerate(zip(described, read_names(value), strict=True), 1)
+        f"{called} has no prompt; write what it shows"
+        for entry, called in zip(described, call_regions(value), strict=True)
         if not str(entry.get("prompt", "")).strip()
     ]
     if defects:
         raise RegionError(f"{_CALLED}: {'; '.join(defects)}.")
     content = {"format": FORMAT, "version": VERSION, "regions": described}
     layout = Layout.from_description(content, _CALLED)
-    return Layout(layout.regions, prompt, negative_prompt or None, size["width"], size["height"])
+    return Layout(layout.regions, prompt or None, negative_prompt or None, size["width"], size["height"])
 
 
 def read_colours(value: object) -> list[str]:
@@ -93,6 +93,12 @@ def read_colours(value: object) -> list[str]:
 def read_names(value: object) -> list[str]:
     """Read the name of each region; "Region" and its number where it has none."""
     return [str(entry.get("name") or f"Region {at}")[:40] for at, entry in enumerate(_read_regions(value), 1)]
+
+
+def call_regions(value: object) -> list[str]:
+    """Call each region in a sentence: by its number, and its name where it has one."""
+    names = [str(entry.get("name") or "")[:40] for entry in _read_regions(value)]
+    return [f"region {number}" + (f" ({name!r})" if name else "") for number, name in enumerate(names, 1)]
 
 
 def _drop_empty(entry: Mapping[str, Any]) -> dict[str, Any]:

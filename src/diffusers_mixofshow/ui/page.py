@@ -8,6 +8,7 @@ import html
 import os
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffusers_mixofshow.errors import (
     first_line,
 )
 from diffusers_mixofshow.fusion.report import TITLE
+from diffusers_mixofshow.progress import Listener, listen
 from diffusers_mixofshow.sampling.other_families import find_other_family
 from diffusers_mixofshow.ui import actions, canvas
 from diffusers_mixofshow.ui.conditions import has_layout_condition
@@ -45,8 +47,23 @@ _CLOSE_MESSAGES = """(...fields) => {
   return fields;
 }"""
 """Runs in the browser before an action, and passes the fields on to it."""
+_HAND_OUT = """(file) => {
+  const link = document.createElement("a");
+  [link.href, link.download] = [file.url, file.orig_name];
+  document.body.append(link);
+  link.click();
+  link.remove();
+}"""
+"""Runs in the browser after a file is written, and downloads it."""
 _HEADING = "# Mix-of-Show\nSeveral of your own concepts in one picture, each in its place."
+_EXAMPLE = "a dog and a vase in a meadow"
+"""Global prompt that the page shows as an example, of words that every base draws."""
 _WHAT_TO_DO = "Draw boxes, say what is in each and what the whole picture shows, then press *Draw*."
+
+_WHICH_METHOD = (
+    "closed-form keeps most of each concept's looks. Take average where it takes too long, or where the trigger words "
+    "of a plain LoRA are not known; the others are for comparing."
+)
 
 _SMALL = 256
 """Pictures of a base whose shorter side has fewer pixels are shown enlarged."""
@@ -54,9 +71,11 @@ _CSS = """
 .small .image-frame { width: 100% !important; }
 .small img { width: 100% !important; height: auto !important; object-fit: contain; image-rendering: pixelated; }
 .zone [data-testid="status-tracker"]:has(.error) { display: none; }
+#card table { display: block; max-width: 100%; overflow-x: auto; }
+#card table :is(th, td) { word-break: normal; overflow-wrap: normal; }
 """
 """Gradio shows a picture no larger than it is, and smooths it where it has to. After an error it covers the drop zone
-where the user would drop another file."""
+where the user would drop another file. Tables of Markdown it breaks within words where the window is narrow."""
 
 _WORDS = {"common.complete": "Done"}
 """What screen readers are told after a call; Gradio itself has no words under this key, and tells them the key."""
@@ -188,6 +207,23 @@ def _take_dropped(files: Any, act: Callable[..., Any], *fields: Any, **settings:
         after(lambda: None, None, [files], api_visibility="private", show_progress="hidden")
 
 
+def _show_on(progress: Any) -> Listener:
+    """Make a listener that shows bars on the page, with the seconds that the rest of each will take.
+
+    Args:
+        progress: Gradio's progress of a call.
+    """
+    begun: dict[str, float] = {}
+
+    def tell(description: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        seconds = now - begun.setdefault(description, now)
+        left = f", about {seconds / done * (total - done):.0f} s left" if done and seconds > 1 else ""
+        progress((done, total), desc=f"{description}{left}")
+
+    return tell
+
+
 class _DrawTab:
     """The tab with concepts, canvas, settings and results."""
 
@@ -227,7 +263,7 @@ class _DrawTab:
 
     def _add_wishes(self) -> None:
         gradio, usual = self.gradio, actions.Wishes
-        self.prompt = gradio.Textbox(label="Global prompt", placeholder="two dogs in a meadow", lines=2)
+        self.prompt = gradio.Textbox(label="Global prompt", placeholder=_EXAMPLE, lines=2)
         self.negative = gradio.Textbox(label="What to avoid", lines=1)
         with gradio.Row():  # of columns, since boxes in a row alone shrink instead of going to a second line
             self.draft = self._add_switch(usual.draft, "Draft", "Draw each region alone first")
@@ -237,12 +273,10 @@ class _DrawTab:
             self.condition = self._add_switch(
                 False, "Layout condition", "Tell the base where things stand", elem_id="condition", visible=follows
             )
-        with gradio.Row():
+        with gradio.Row():  # without limits: the actions check them, and their errors name the field
             self.seed = gradio.Number(usual.seed, label="Seed", min_width=90)
-            self.steps = gradio.Number(usual.steps, label="Steps", min_width=90, minimum=1, maximum=actions.MOST_STEPS)
-            self.guidance = gradio.Number(
-                usual_guidance(self.studio.base_name), label="Guidance", min_width=90, minimum=0, maximum=100
-            )
+            self.steps = gradio.Number(usual.steps, label="Steps", min_width=90)
+            self.guidance = gradio.Number(usual_guidance(self.studio.base_name), label="Guidance", min_width=90)
         self.draw = gradio.Button("Draw", variant="primary", elem_id="draw")
 
     def _add_switch(self, on: bool, label: str, info: str, *, visible: bool = True, elem_id: str | None = None) -> Any:
@@ -256,8 +290,9 @@ class _DrawTab:
         self.picture = gradio.Image(label="Picture", type="filepath", elem_id="picture", elem_classes=small, **looks)
         self.overlay = gradio.Image(label="With its layout", format="png", elem_id="overlay", **looks)
         with gradio.Row():
-            self.png = gradio.DownloadButton("Picture with its settings (PNG)")
-            self.json = gradio.DownloadButton("Layout (JSON)")
+            self.png = gradio.DownloadButton("Picture with its settings (PNG)", interactive=False, elem_id="png")
+            self.save = gradio.Button("Layout (JSON)", elem_id="save-layout")
+            self.layout = gradio.DownloadButton(visible=False)  # holds the file that the button before it hands out
             self.followed = gradio.DownloadButton("Layout condition (PNG)", visible=False)
         self.saved = gradio.UploadButton(
             "Load a layout (JSON) or a picture with its settings (PNG)", file_types=[".json", ".png", ".jpg", ".webp"]
@@ -285,11 +320,20 @@ class _DrawTab:
             self.draw.click,
             borrow(self._draw),
             [self.session, self.canvas, *wishes],
-            [self.picture, self.overlay, self.png, self.json, self.followed],
+            [self.picture, self.overlay, self.png, self.followed],
             api_name="draw",
             show_progress_on=self.picture,
             **_ONE_BY_ONE,
         )
+        saved = _connect(
+            self.save.click,
+            self._save,
+            [self.canvas, self.prompt, self.negative],
+            [self.layout],
+            api_name="save_layout",
+            show_progress_on=self.save,
+        )
+        saved.success(None, [self.layout], None, js=_HAND_OUT, api_visibility="private")
         _connect(
             self.saved.upload,
             self._read,
@@ -352,8 +396,12 @@ class _DrawTab:
         wishes = actions.Wishes.from_fields(**dict(zip(_WISHES, fields, strict=True)))
         result = actions.draw_picture(self.studio, session or Session(), drawn, wishes)
         picture, seen = str(result.picture), result.condition
+        png = self.gradio.DownloadButton(value=picture, interactive=True)
         followed = self.gradio.DownloadButton(value=seen and str(seen), visible=seen is not None)
-        return picture, result.overlay, picture, str(result.layout), followed
+        return picture, result.overlay, png, followed
+
+    def _save(self, drawn: object, prompt: str | None, negative: str | None) -> str:
+        return str(actions.save_layout(self.studio, drawn, prompt or "", negative or ""))
 
     def _read(self, sent: str) -> tuple[Any, ...]:
         read = actions.read_layout_file(Path(sent), self.width, self.height)
@@ -379,7 +427,7 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
     prompts = gradio.Textbox(
         label="Prompts with the trigger words of plain LoRAs whose files do not tell them, a line each", lines=2
     )
-    method = gradio.Dropdown(list(actions.METHODS), value=actions.METHODS[0], label="Method")
+    method = gradio.Dropdown(list(actions.METHODS), value=actions.METHODS[0], label="Method", info=_WHICH_METHOD)
     go = gradio.Button("Fuse", variant="primary")
     table = gradio.Dataframe(label=TITLE, interactive=False, datatype="str")
     meaning = gradio.Textbox(label="What the numbers mean", interactive=False, lines=2)
@@ -392,9 +440,14 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
     shown = {"show_progress": "hidden", "show_progress_on": files}
     _connect(files.change, tell_contents, [files], [contents], api_name="tell_contents", **shown)
 
-    def fuse(sent: Sequence[str] | None, typed: str, method: str, triggers: str) -> tuple[Any, ...]:
+    progress = gradio.Progress()  # as a default, Gradio replaces it in each call by that call's own
+
+    def fuse(
+        sent: Sequence[str] | None, typed: str, method: str, triggers: str, shown: Any = progress
+    ) -> tuple[Any, ...]:
         lines = [line.strip() for line in triggers.splitlines() if line.strip()]
-        paths, (headers, rows), meaning = actions.fuse(studio, _list_sources(sent, typed), method, lines)
+        with listen(_show_on(shown)):
+            paths, (headers, rows), meaning = actions.fuse(studio, _list_sources(sent, typed), method, lines)
         return {"headers": headers, "data": rows}, meaning, [str(path) for path in paths]
 
     _connect(
