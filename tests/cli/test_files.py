@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ import tiny
 from cli.commands import VERBS
 from diffusers_mixofshow import EDLoRA, cli, toyland
 from diffusers_mixofshow.cli import diagnosis
+from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.exporting.shared import RANK_OF_A_CONCEPT
 from diffusers_mixofshow.interop import convert, read_lora
@@ -407,14 +410,26 @@ def test_examples_in_help_stand_on_lines_of_their_own():
     assert '--refine --prompt "a critter and a dog in a meadow" \\' in lines
 
 
+def plan_fusing(folder: Path, lora: Mapping[str, LowRank]) -> dict[str, Any]:
+    """The plan of fusing a LoRA with itself."""
+    given = [str(write_lora(folder / f"{name}.safetensors", lora)) for name in ("one", "two")]
+    asked = ["--prompts", "a dog", "--prompts", "a cat", "--output", str(folder / "both"), "--dry-run", "--json"]
+    return json.loads(run("fuse", *given, *asked).stdout)
+
+
 def test_fusing_files_that_name_no_base_suggests_the_one_that_their_layers_are_of(tmp_path: Path):
+    """It may be another one with the same layers, and would be downloaded."""
+    site = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    lora = {site: LowRank(down=torch.ones(1, 768), up=torch.ones(320, 1), alpha=1.0)}
+    told = r"got none\. Name it with --base stable-diffusion-v1-5/stable-diffusion-v1-5 \(by their layers"
+    with pytest.raises(ConfigurationError, match=told):
+        plan_fusing(tmp_path, lora)
+
+
+def test_fusing_files_with_the_layers_of_an_embedded_base_takes_it(tmp_path: Path):
+    """As sample, evaluate and compare do: no other base has these layers."""
     pack = packs.random_pack(toyland.load_pipeline().components, ranks=(1,))
-    for name in ("one", "two"):
-        write_lora(tmp_path / f"{name}.safetensors", pack.lora)
-    given = [str(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
-    asked = ["--prompts", "a dog", "--prompts", "a cat", "--output", str(tmp_path / "both"), "--dry-run"]
-    with pytest.raises(ConfigurationError, match=r"got none\. Name it with --base toyland \(by their layers"):
-        run("fuse", *given, *asked)
+    assert plan_fusing(tmp_path, pack.lora)["base model"].startswith("toyland, ")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -66,7 +66,7 @@ def test_a_pack_of_plain_loras_is_measured_by_its_trigger_words_alone(asked) -> 
     with pytest.warns(MixOfShowWarning, match="dog, ink: without a class word .*--class-word dog=WORD"):
         told = json.loads(run("evaluate", "both", *asked, "--sheet", "x.png", "--json"))
     assert [(row["concept"], row["pack"]) for row in told["rows"]] == [
-        ("dog", "sources/lora-dog"), ("dog", "both"), ("ink", "sources/lora-ink"), ("ink", "both"), ("mean", "both"),
+        ("dog", "sources/dog"), ("dog", "both"), ("ink", "sources/ink"), ("ink", "both"), ("mean", "both"),
     ]  # fmt: skip
     assert all(row["text_alignment"] > 0 for row in told["rows"])
     assert {row[name] for row in told["rows"] for name in ("identity", "retention", "drift")} == {None}
@@ -459,7 +459,7 @@ def test_members_of_a_pack_that_is_fused_again_are_measured_each(asked) -> None:
     words = ("--class-word", "dog=dog", "--class-word", "ink=drawing", "--class-word", "cat=cat")
     rows = json.loads(run("evaluate", "three", *asked, *words, "--json"))["rows"]
     drawn = {(row["concept"], row["pack"]) for row in rows}
-    assert {("dog", "three"), ("ink", "three"), ("cat", "three"), ("cat", "sources/lora-cat")} <= drawn
+    assert {("dog", "three"), ("ink", "three"), ("cat", "three"), ("cat", "sources/cat")} <= drawn
 
 
 def test_a_pack_without_prompts_keeps_its_names_when_it_is_fused_again(asked) -> None:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import packs
 import tiny
 from diffusers_mixofshow import EDLoRA, GradientFuser, MixOfShowPipeline, cli
-from diffusers_mixofshow.errors import ConceptError, FusionError, MixOfShowWarning, OverwriteError
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, FusionError, MixOfShowWarning, OverwriteError
+from diffusers_mixofshow.fusion.pack import read_plain_pack
 from diffusers_mixofshow.interop import write_lora
 
 
@@ -281,3 +282,41 @@ def test_what_is_given_in_vain_is_told_once(published: Path, tmp_path: Path) -> 
     with pytest.warns(MixOfShowWarning, match="<rex> is the only source") as caught:
         run("fuse", str(published / "rex"), "--output", str(tmp_path / "new"))
     assert len(caught) == 1
+
+
+def _write_plain(folder: Path, *names: str) -> list[str]:
+    """Plain LoRAs of the published base as files."""
+    loras = [packs.random_pack(tiny.components(), ranks=(1,), seed=seed).lora for seed in range(len(names))]
+    return [str(write_lora(folder / f"{name}.safetensors", lora)) for name, lora in zip(names, loras, strict=True)]
+
+
+def test_a_pack_of_plain_loras_is_changed_by_the_sources_that_it_carries(published, monkeypatch, tmp_path) -> None:
+    """As a pack of ED-LoRAs: what it carries knows its name, prompts, base and statistics, another is asked for."""
+    monkeypatch.chdir(tmp_path)
+    pair, base = _write_plain(tmp_path, "dog", "ink"), str(published / "base")
+    asked = ("--prompts", "sks dog | a sks dog", "--prompts", "ink style", "--base", base)
+    run("fuse", *pair, *asked, "--features", "own", "--keep-sources", "--output", "pair")
+    kept = sorted(str(path) for path in Path("pair/sources").iterdir())
+    assert [Path(path).name for path in kept] == ["dog", "ink"]
+    again = ("fuse", *kept, "--output", "again")
+    plan = json.loads(run(*again, "--dry-run", "--json"))
+    assert plan["base model"] == "none is needed"
+    assert plan["concepts"] == "dog, ink"
+    assert not any("fused from" in line for line in plan["sources"])
+    run(*again)
+    assert read_plain_pack("again").digest == read_plain_pack("pair").digest
+    (cat,) = _write_plain(tmp_path, "cat")
+    more = ("fuse", *kept, cat, "--features", "own", "--output", "more", "--dry-run", "--json")
+    plan = json.loads(run(*more, "--prompts", "ohwx cat"))
+    assert (plan["concepts"], plan["base model"].partition(",")[0]) == ("dog, ink, cat", base)
+    with pytest.raises(ConfigurationError, match=r"0 times for 1 plain LoRAs \(.*cat\.safetensors\)"):
+        run(*more)
+
+
+def test_plain_loras_that_are_fused_in_stages_are_carried_with_their_base(published, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = str(published / "base")
+    asked = ("--prompts", "sks dog", "--prompts", "ink style", "--base", base, "--keep-sources", "--output", "pair")
+    run("fuse", *_write_plain(tmp_path, "dog", "ink"), *asked)
+    plan = json.loads(run("fuse", "pair/sources/dog", "pair/sources/ink", "--output", "x", "--dry-run", "--json"))
+    assert (plan["concepts"], plan["base model"].partition(",")[0]) == ("dog, ink", base)

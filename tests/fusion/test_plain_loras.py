@@ -22,7 +22,8 @@ from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, MixOfShowWarning
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
-from diffusers_mixofshow.fusion.pack_sources import carried_path
+from diffusers_mixofshow.fusion.pack import read_plain_pack
+from diffusers_mixofshow.fusion.pack_sources import list_places
 from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sampling.loading import load_base
@@ -221,7 +222,8 @@ def test_a_pack_with_plain_loras_can_be_changed_after_reading_it(
     own = _fuser(pipe, sequential=False, statistics=tmp_path / "kept")
     pack = own.fuse(sources)
     pack.save_pretrained(tmp_path / "out", sources=True)
-    assert {path.name for path in (tmp_path / "out" / "sources").iterdir()} >= {"lora-one", "lora-my+two"}
+    of_first = "lora-one" if with_concept else "one"
+    assert {path.name for path in (tmp_path / "out" / "sources").iterdir()} >= {of_first, "my+two"}
     again = FusedPack.from_pretrained(tmp_path / "out")
     assert [one.prompts for one in again.sources] == [one.prompts for one in pack.sources]
     _same(again.remove("one"), pack.remove("one"))
@@ -253,16 +255,16 @@ def test_a_plain_pack_goes_to_the_hub_and_comes_from_there(
 
 
 def test_a_pack_never_leads_out_of_its_folder() -> None:
-    assert carried_path(["../../x"]) == "sources/lora-.._.._x"
-    assert carried_path(["<../x>", "<rex>"]) == "sources/_x+rex"
-    assert carried_path(["<..>"]) == "sources/"
+    assert list_places([["../../x"]]) == [("sources/_.._x", "sources/lora-.._.._x")]
+    assert list_places([["<../x>", "<rex>"]]) == [("sources/_x+rex",)]
+    assert list_places([["<..>"], [".."]]) == [("sources/",), ("sources/lora-__",)]
 
 
 def test_a_pack_carries_its_sources_in_folders_that_windows_takes() -> None:
-    assert carried_path(["<con>"]) == "sources/con_"
-    assert carried_path(["<aux.v2>"]) == "sources/aux_.v2"
-    assert carried_path(["ink."]) == "sources/lora-ink_"
-    assert carried_path(["<con>", "<rex>"]) == "sources/con+rex"
+    assert list_places([["<con>"], ["con"]]) == [("sources/con_",), ("sources/lora-con",)]
+    assert list_places([["<aux.v2>"]]) == [("sources/aux_.v2",)]
+    assert list_places([["ink."]]) == [("sources/ink_", "sources/lora-ink_")]
+    assert list_places([["<con>", "<rex>"]]) == [("sources/con+rex",)]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,8 @@ def test_a_pack_carries_its_sources_in_folders_that_windows_takes() -> None:
     [
         (("a&b", "a,b"), (), "a&b and a,b"),
         (("ink", "Ink"), (), "ink and Ink"),
-        (("ink",), ("lora-ink",), "<lora-ink> and ink"),
+        (("ink",), ("lora-ink", "ink"), "<lora-ink> and ink"),
+        (("ink",), ("lora-ink",), ""),
         (("x-y", "x.y", "ink"), (), ""),
         ((), ("Rex", "rex"), "<Rex> and <rex>"),
         (("ink", "a&b", "INK", "a'b"), (), "ink and INK; for a&b and a'b"),
@@ -295,6 +298,55 @@ def test_sources_are_not_carried_in_one_folder(
         fused.save_pretrained(tmp_path / "out", sources=True)
         assert len(list((tmp_path / "out" / "sources").iterdir())) == len(sources)
     fused.save_pretrained(tmp_path / "alone")
+
+
+def _keep_sources(pipe: MixOfShowPipeline, folder: Path) -> FusedPack:
+    """Fuse two plain LoRAs with statistics of their own into a pack in the folder that carries them."""
+    named = {name: _write(pipe, folder.with_name(f"{name}.safetensors"), seed) for seed, name in enumerate("ab")}
+    own = _fuser(pipe, sequential=False)
+    pack = own.fuse([LoRASource(file, [f"sks {name}", f"{name} in snow"]) for name, file in named.items()])
+    pack = pack.name_base("tiny/base")
+    pack.save_pretrained(folder, sources=True)
+    return pack
+
+
+def test_carried_plain_loras_are_fused_again_by_themselves(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    """They know their names, prompts and base, and the statistics beside them are used: no model runs."""
+    pack = _keep_sources(pipe, tmp_path / "pack")
+    places = [tmp_path / "pack" / "sources" / name for name in "ab"]
+    again = GradientFuser().fuse(places)
+    _same(again, pack)
+    assert again.base_model == "tiny/base"
+    assert [one.prompts for one in again.sources] == [one.prompts for one in pack.sources]
+    again.save_pretrained(tmp_path / "again", sources=True)
+    assert {path.name for path in (tmp_path / "again" / "sources").iterdir()} == {"a", "b"}
+    alone = GradientFuser().fuse([tmp_path / "again" / "sources" / "a"])
+    assert list(alone.report.data["prompts"]) == ["a"]
+    assert "carried_prompts" not in json.dumps(alone.report.data)
+    assert read_plain_pack(places[0]) is None, "one of them was not fused itself"
+
+
+def test_carried_plain_loras_keep_names_given_to_them(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    _keep_sources(pipe, tmp_path / "pack")
+    (tmp_path / "pack" / "sources" / "a").rename(tmp_path / "moved")
+    given = (LoRASource(tmp_path / "moved", ["sks other"]), LoRASource(tmp_path / "moved", name="called"))
+    names = [list(GradientFuser().fuse([one], method="average").report.data["prompts"]) for one in given]
+    assert names == [["a"], ["called"]]
+
+
+def test_packs_of_earlier_releases_are_read_and_keep_their_sources(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    """Those put plain LoRAs into sources/lora-NAME, without a record."""
+    pack = _keep_sources(pipe, tmp_path / "pack")
+    for name, source in zip("ab", pack.sources, strict=True):
+        (tmp_path / "pack" / "sources" / name).rename(tmp_path / "pack" / "sources" / f"lora-{name}")
+        write_lora(tmp_path / "pack" / "sources" / f"lora-{name}" / PLAIN_NAME, source.edlora.lora)
+    read = FusedPack.from_pretrained(tmp_path / "pack")
+    assert [one.prompts for one in read.sources] == [one.prompts for one in pack.sources]
+    _same(read.remove("a"), pack.remove("a"))
+    read.save_pretrained(tmp_path / "pack", overwrite=True)
+    assert {path.name for path in (tmp_path / "pack" / "sources").iterdir()} == {"lora-a", "lora-b"}
+    read.save_pretrained(tmp_path / "pack", sources=True, overwrite=True)
+    assert {path.name for path in (tmp_path / "pack" / "sources").iterdir()} == {"a", "b"}
 
 
 @pytest.mark.parametrize(

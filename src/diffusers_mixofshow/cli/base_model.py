@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusers_mixofshow.base_models import canonical_name, location_of, normalise_name, usual_guidance
+from diffusers_mixofshow.base_models import canonical_name, embedded_base, location_of, normalise_name, usual_guidance
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
+    from diffusers_mixofshow.families import BaseModel
 
 MOST_STEPS = 1000
 """Most denoising steps: the number of timesteps in training. Schedulers fail with more."""
@@ -36,12 +37,15 @@ Base = Annotated[
 
 
 def find_common_base(concepts: Sequence[EDLoRA]) -> str:
-    """Find the base model that all ED-LoRAs were tuned on.
+    """Find the base model that all ED-LoRAs were tuned on; if none names one, the embedded base that has their layers.
 
     Raises:
         ConfigurationError: If they differ, or there are none.
     """
     told = [edlora for edlora in concepts if edlora.base_model]
+    model = _recognise_base(concepts)
+    if not told and model is not None and embedded_base(model.id):  # no other base is like it
+        return model.id
     bases = {
         canonical_name(edlora.base_model): ", ".join(one.placeholder for one in edlora.concepts[:1]) for edlora in told
     }
@@ -50,19 +54,18 @@ def find_common_base(concepts: Sequence[EDLoRA]) -> str:
             ", ".join(f"{base} ({placeholder})" if placeholder else base for base, placeholder in bases.items())
             or "none"
         )
-        hint = _suggest_base(concepts)
+        hint = "" if model is None else f" {model.id} (by their layers they are for {model.name})"
         raise ConfigurationError(f"Expected files that name one base model, got {found}. Name it with --base{hint}.")
     return next(iter(bases))
 
 
-def _suggest_base(concepts: Sequence[EDLoRA]) -> str:
-    """The base model that the layers of all ED-LoRAs are those of, as the value of the option; empty if unknown."""
+def _recognise_base(concepts: Sequence[EDLoRA]) -> BaseModel | None:
+    """The base model that the layers of all ED-LoRAs are those of; None if it is unknown."""
     from diffusers_mixofshow.edlora.low_rank import input_widths
     from diffusers_mixofshow.families.recognition import recognise
 
     models = {recognise(input_widths(edlora.lora)) for edlora in concepts}
-    (model,) = models if len(models) == 1 else (None,)
-    return "" if model is None else f" {model.id} (by their layers they are for {model.name})"
+    return models.pop() if len(models) == 1 else None
 
 
 def choose_guidance(base: str, packs: Iterable[EDLoRA]) -> float:

@@ -142,6 +142,7 @@ def _names_any(text: str, words: Sequence[str]) -> bool:
 def _describe_source(source: FusionSource | LoRASource, prompts: Sequence[str]) -> str:
     """Describe a source in one line, as far as its file tells."""
     from diffusers_mixofshow.edlora.defects import sanitise
+    from diffusers_mixofshow.edlora.fusion_record import list_entries
     from diffusers_mixofshow.interop.summary import origin_of_foreign, origin_of_pack
 
     shown = f"prompts {prompts[0][:_SHOWN]!r}{'; ...' if len(prompts) > 1 else ''} ({len(prompts)})" if prompts else ""
@@ -151,7 +152,7 @@ def _describe_source(source: FusionSource | LoRASource, prompts: Sequence[str]) 
     told = origin_of_pack(opened.edlora) if opened.foreign is None else origin_of_foreign(opened.foreign)
     lora = opened.edlora.lora
     ranks = sorted({update.rank for update in lora.values()})
-    members = {} if opened.edlora.concepts else opened.members
+    members = opened.members if list_entries(opened.edlora.training) and not opened.edlora.concepts else {}
     counts = ", ".join(str(len(texts)) for texts in members.values())
     parts = [
         f"{told['kind']} of {told['architecture'] or 'an unknown base'}",

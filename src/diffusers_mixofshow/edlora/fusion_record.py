@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers_mixofshow.edlora.header import decode, is_text
@@ -11,6 +11,9 @@ from diffusers_mixofshow.edlora.header import decode, is_text
 
 PLAIN_KEY = "mixofshow_fusion"
 """Metadata key of a LoRA that was fused from plain LoRAs: its entry `training` and its base model, as JSON."""
+
+CARRIED = "carried_prompts"
+"""Key of the entry `training` of a plain LoRA that a pack carries: its name in the pack to its prompts."""
 
 _BASE = "base_model"
 _OF_MEMBER = ("concepts", "origin", "revision", "digest")
@@ -21,8 +24,23 @@ def write_plain_record(training: Mapping[str, object], base_model: str) -> dict[
     return {PLAIN_KEY: json.dumps({**training, **({_BASE: base_model} if base_model else {})})}
 
 
+def write_carried_record(
+    training: Mapping[str, object], prompts: Mapping[str, Sequence[str]], base_model: str
+) -> dict[str, str]:
+    """Write the metadata of a plain LoRA that a pack carries, so that it can be fused again as it was.
+
+    Args:
+        training: Its entry `training`, with the record of its fusion if it was itself fused from others.
+        prompts: Its name in the pack, or those of what it was fused from, to the prompts that it was fused with.
+        base_model: What it was fused for; empty if it is not known.
+    """
+    own = dict(training) if record_of(training) else {}
+    texts = {name: list(each) for name, each in prompts.items()}
+    return write_plain_record(own if find_plain_prompts(own) == texts else {**own, CARRIED: texts}, base_model)
+
+
 def read_plain_record(metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """Read what `write_plain_record` wrote: the entry `training` and the base model, both empty for other files."""
+    """Read what was written here into a LoRA's metadata: its entry `training` and base model; else empty."""
     record = dict(as_mapping(decode(metadata.get(PLAIN_KEY, ""))))
     base_model = record.pop(_BASE, "")
     return record, base_model if is_text(base_model) else ""
@@ -63,7 +81,7 @@ def _keep_mappings(values: object) -> list[Mapping[str, Any]]:
 
 def find_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:
     """Placeholder of each concept, or name of each plain LoRA, to the prompts that it was fused with."""
-    recorded = as_mapping(record_of(training).get("prompts"))
+    recorded = as_mapping(training.get(CARRIED)) or as_mapping(record_of(training).get("prompts"))
     return {
         str(name): [text for text in texts if isinstance(text, str)]
         for name, texts in recorded.items()
@@ -72,5 +90,8 @@ def find_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:
 
 
 def find_plain_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:
-    """Name of each plain LoRA that a pack was fused from to its prompts; concepts' names have angle brackets."""
+    """Name of each plain LoRA that a pack was fused from, or of one that a pack carries, to its prompts.
+
+    Concepts, whose names have angle brackets, are left out.
+    """
     return {name: texts for name, texts in find_prompts(training).items() if not name.startswith("<")}

@@ -16,16 +16,16 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples, write_card, write_samples
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.folder import remove
-from diffusers_mixofshow.edlora.fusion_record import PLAIN_KEY, read_plain_record, write_plain_record
+from diffusers_mixofshow.edlora.fusion_record import read_plain_record, record_of, write_plain_record
 from diffusers_mixofshow.edlora.reading import read_metadata
 from diffusers_mixofshow.errors import FusionError, suggest, warn
 from diffusers_mixofshow.fusion.gram import Device, Gram
 from diffusers_mixofshow.fusion.pack_sources import (
-    carried_path,
-    carry,
+    carry_all,
     find_replaced,
     find_source,
     leave_out_carried,
+    list_places,
     read_record,
 )
 from diffusers_mixofshow.fusion.prompts import PromptSet
@@ -100,8 +100,8 @@ class FusedPack(EDLoRA):
                 "A pack without concepts is written as one plain LoRA; merged is for packs with concepts. Load it "
                 "with load_lora_weights() and use fuse_lora() instead."
             )
-        for source in self.sources if sources else ():
-            carry(source, Path(folder, carried_path(source.prompts)))
+        if sources:
+            carry_all(self.sources, Path(folder), self.base_model)
         if not self.concepts:
             return self._save_plain(Path(folder), samples or {}, license)
         written = self if merged else replace(self, lora={k: one.cast(self.dtype) for k, one in self.lora.items()})
@@ -172,7 +172,8 @@ class FusedPack(EDLoRA):
         plain = _plain_file(source)
         pack = super().from_pretrained(source, **hub) if plain is None else cls._of_plain(plain)
         settings, entries = read_record(FusionReport.of(pack).data)
-        found = [find_source(entry, source) for entry in entries]
+        places = list_places([entry["concepts"] for entry in entries])
+        found = [find_source(entry, source, *inside) for entry, inside in zip(entries, places, strict=True)]
         return replace(pack, sources=tuple(found), settings=settings)
 
     @classmethod
@@ -352,7 +353,7 @@ def _plain_file(source: str | os.PathLike[str]) -> Path | None:
     path = Path(source)
     if path.is_dir() and not (path / FILE_NAME).exists():
         path = path / PLAIN_NAME
-    return path if path.is_file() and PLAIN_KEY in read_metadata(path) else None
+    return path if path.is_file() and record_of(read_plain_record(read_metadata(path))[0]) else None
 
 
 def _statistics_of(sources: Sequence[Source]) -> Statistics:
@@ -361,7 +362,7 @@ def _statistics_of(sources: Sequence[Source]) -> Statistics:
     mine = {
         place: [source.statistics.concepts[placeholder] for placeholder in source.prompts]
         for place, source in team.share(sources).items()
-        if source.statistics is not None
+        if source.statistics is not None and source.prompts.keys() <= source.statistics.concepts.keys()
     }
     recorded = team.all_gather(dict.fromkeys(mine, True))
     return [mine.get(place, []) for place in range(len(sources))] if len(recorded) == len(sources) else []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.atomic import portable_name, refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.folder import SOURCES, find_places
-from diffusers_mixofshow.edlora.fusion_record import write_plain_record
+from diffusers_mixofshow.edlora.folder import SOURCES, find_places, remove
+from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts, write_carried_record
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import (
     ConfigurationError,
@@ -28,16 +29,28 @@ from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
 from diffusers_mixofshow.interop.opening import Opened, open_edlora
 
 
-def carry(source: Source, folder: Path) -> None:
-    """Write a source and its statistics into a folder, where `find_source` looks for them."""
+def carry(source: Source, folder: Path, base_model: str = "") -> None:
+    """Write a source and its statistics into a folder, where `find_source` looks for them.
+
+    Args:
+        source: A plain LoRA keeps its name, its prompts and its base model, as an ED-LoRA does.
+        folder: The folder of this source alone.
+        base_model: What the pack was fused for, if neither the source nor its statistics name a base.
+    """
     if source.edlora.concepts:
         path = source.edlora.save_pretrained(folder, overwrite=True)
     else:
-        training = source.edlora.training
-        record = write_plain_record(training, source.base_model) if "fusion" in training else {}
+        record = write_carried_record(source.edlora.training, source.prompts, source.base_model or base_model)
         path = write_lora(folder / PLAIN_NAME, source.edlora.lora, record)
     if source.statistics is not None:
         source.statistics.copy(statistics_path(path))
+
+
+def carry_all(sources: Sequence[Source], folder: Path, base_model: str) -> None:
+    """Write the sources of a pack into its folder, in place of those that an earlier release put there."""
+    for source, (place, *earlier) in zip(sources, list_places([one.prompts for one in sources]), strict=True):
+        carry(source, folder / place, base_model)
+        remove(path for name in earlier if (path := folder / name).exists() and _is_carried(source, path))
 
 
 def find_replaced(
@@ -88,19 +101,20 @@ def _refuse_replacing(sources: Sequence[Source], places: Sequence[Path], *, carr
         )
 
 
-def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str]) -> Source:
+def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], *inside: str) -> Source:
     """Find a source of a pack again: in the pack's folder or repository, or at its origin on the Hub.
 
     Args:
         entry: Its entry in the pack's report.
         carrier: Folder or Hub id of the pack.
+        inside: Where it may be in there, see `list_places`.
 
     Raises:
         FusionError: If it is at neither place, or has changed.
     """
     origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # paths named in a file are never opened
     places = [
-        (carrier, carried_path(entry["concepts"]), 1.0, None),
+        *((carrier, place, 1.0, None) for place in inside),
         (origin, "", entry["scale"], entry.get("revision") or None),
     ]
     changed = False
@@ -133,8 +147,9 @@ def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str]) -> So
 def _prompts_of(
     names: Sequence[str], edlora: EDLoRA, statistics: SourceStatistics | None
 ) -> dict[str, tuple[str, ...]]:
-    """Prompts of a source that was found again: those of its statistics, else the defaults."""
-    recorded = {} if statistics is None else statistics.recording.get("prompts", {})
+    """Prompts of a source that was found again: those of its statistics, else of its file, else the defaults."""
+    recorded = find_plain_prompts(edlora.training)
+    recorded |= {} if statistics is None else statistics.recording.get("prompts", {})
     defaults = prompts_of_concepts(edlora) | {name: () for name in names if not name.startswith("<")}
     return {name: tuple(recorded.get(name, texts)) for name, texts in defaults.items()}
 
@@ -149,7 +164,10 @@ def _open_at(location: str | os.PathLike[str], subfolder: str, revision: str | N
 
 def leave_out_carried(found: Sequence[Path], folder: Path, sources: Sequence[Source]) -> list[Path]:
     """Paths without the sources that the folder already carries as a pack of these sources would."""
-    own = {Path(folder, carried_path(source.prompts)): source for source in sources}
+    own: dict[Path, Source] = {}
+    for source, places in zip(sources, list_places([one.prompts for one in sources]), strict=True):
+        there = [path for place in places if (path := Path(folder, place)).exists()]
+        own |= dict.fromkeys(there[:1], source)
     return [path for path in found if path not in own or not _is_carried(own[path], path)]
 
 
@@ -165,8 +183,8 @@ def _is_carried(source: Source, folder: Path) -> bool:
 def _check_carried(sources: Sequence[Source]) -> None:
     """Refuse sources that a pack would carry in the same folder; case is ignored, as by some file systems."""
     folders: dict[str, list[str]] = {}
-    for source in sources:
-        folders.setdefault(carried_path(source.prompts).casefold(), []).append(source.name)
+    for source, places in zip(sources, list_places([one.prompts for one in sources]), strict=True):
+        folders.setdefault(places[0].casefold(), []).append(source.name)
     if clashes := [" and ".join(names) for names in folders.values() if len(names) > 1]:
         raise FusionError(
             f"A pack that carries its sources would have one folder for {'; for '.join(clashes)}. Give plain LoRAs "
@@ -174,9 +192,27 @@ def _check_carried(sources: Sequence[Source]) -> None:
         )
 
 
-def carried_path(names: Iterable[str]) -> str:
-    """Path of a source in its pack: ``sources/potter``, ``sources/rex+kit``, for a plain LoRA ``sources/lora-ink``."""
-    spelt = [name[1:-1] if name.startswith("<") else f"lora-{name}" for name in names]
+def list_places(named: Sequence[Iterable[str]]) -> list[tuple[str, ...]]:
+    """Paths of the sources in a pack that carries all of them.
+
+    Args:
+        named: Of each source the placeholders of its concepts, and names of plain LoRAs.
+
+    Returns:
+        Of each source where it is written, such as ``sources/potter``, then where an earlier release wrote it. A plain
+        LoRA is at ``sources/ink``; at ``sources/lora-ink``, as in earlier releases, if another one were there too.
+    """
+    groups = [tuple(names) for names in named]
+    places = [(_name_folder(names), _name_folder(names, mark="lora-")) for names in groups]
+    taken = Counter(short.casefold() for short, _ in places)
+    return [
+        (marked,) if marked == short or taken[short.casefold()] > 1 else (short, marked) for short, marked in places
+    ]
+
+
+def _name_folder(names: Iterable[str], *, mark: str = "") -> str:
+    """Path of a source in its pack, with a mark before names of plain LoRAs."""
+    spelt = [name[1:-1] if name.startswith("<") else f"{mark}{name}" for name in names]
     name = re.sub(r"[^\w.+-]", "_", "+".join(spelt)).lstrip(".")  # never out of the folder
     return f"{SOURCES}/{portable_name(name)}"
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from diffusers_mixofshow.atomic import check_outputs, write_picture
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.fusion_record import list_members
+from diffusers_mixofshow.edlora.fusion_record import CARRIED, list_members
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of_sites
@@ -264,7 +264,7 @@ def _provenance(sources: Sequence[Source]) -> list[dict[str, object]]:
 def _training_of(edlora: EDLoRA) -> dict[str, object]:
     """The entry `training` of a source; in place of a pack's record the trigger words that files of its LoRAs told."""
     words = [each for told in find_said_words(edlora.training).values() for each in told]
-    rest = {key: value for key, value in edlora.training.items() if key != "fusion"}
+    rest = {key: value for key, value in edlora.training.items() if key not in ("fusion", CARRIED)}
     return rest | ({TOLD: words} if words else {})
 
 

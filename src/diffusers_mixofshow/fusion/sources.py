@@ -16,7 +16,7 @@ from diffusers_mixofshow.base_models import canonical_name
 from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
-from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
+from diffusers_mixofshow.edlora.fusion_record import CARRIED, find_plain_prompts
 from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
@@ -60,11 +60,13 @@ class LoRASource:
     Args:
         source: A file in the names of diffusers, PEFT or kohya / A1111, or a folder or Hub id with one.
         prompts: Recording prompts with its trigger words, such as ``photo of sks dog``; by default those that it was
-            fused with, if it is a pack, else made from the trigger words in the file's metadata, if it has any.
+            fused with, if it is a pack or a pack carries it, else made from the trigger words in the file's metadata,
+            if it has any.
         weight: Its share in the objective or the average, relative to the other sources.
         scale: Factor on all its updates.
-        name: Its name in reports; by default the file's name, or its folder's for a file called as diffusers does. A
-            pack that is given neither a name nor prompts keeps those of each LoRA that it was fused from.
+        name: Its name in reports; by default the one that it has in the pack that carries it, else the file's name, or
+            its folder's for a file called as diffusers does. A pack that is given neither a name nor prompts keeps
+            those of each LoRA that it was fused from.
         statistics: Its statistics, or a file of them; by default the file beside it, if there is one.
         opened: The file at `source` if it was read already; it is not read again.
     """
@@ -315,7 +317,14 @@ def _prompts_of_plain(lora: LoRASource, opened: Opened, recorded: bool) -> dict[
         return members
     given = lora.prompts or [text for texts in opened.members.values() for text in texts]
     needed = not given and (recorded or opened.tells_prompts)
-    return {lora.label: _prompts_of_words(lora, opened.trigger_words) if needed else tuple(dict.fromkeys(given))}
+    texts = _prompts_of_words(lora, opened.trigger_words) if needed else tuple(dict.fromkeys(given))
+    return {_find_name(lora, opened): texts}
+
+
+def _find_name(lora: LoRASource, opened: Opened) -> str:
+    """The name of a plain LoRA: the one given, else that of one that a pack carries, else that of its file."""
+    known = opened.members if CARRIED in opened.edlora.training else {}
+    return next(iter(known)) if len(known) == 1 and not lora.name else lora.label
 
 
 def _prompts_of_words(lora: LoRASource, words: Sequence[str]) -> tuple[str, ...]:

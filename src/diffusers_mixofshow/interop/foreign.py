@@ -15,7 +15,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
 from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
-from diffusers_mixofshow.edlora.fusion_record import read_plain_record, record_of
+from diffusers_mixofshow.edlora.fusion_record import CARRIED, as_mapping, read_plain_record, record_of
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import open_tensors, read_metadata, within
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, warn
@@ -226,10 +226,11 @@ def to_edlora(foreign: Foreign, naming: Naming, layers: tuple[str, ...]) -> EDLo
 
 
 def read_training(metadata: Mapping[str, str]) -> dict[str, object]:
-    """What the metadata of a plain LoRA tells of how it was made: the record of its fusion, and its trigger words."""
-    record = record_of(read_plain_record(metadata)[0])
+    """What a plain LoRA's metadata tell: the record of its fusion, prompts if a pack carries it, and trigger words."""
+    training = read_plain_record(metadata)[0]
+    told = {"fusion": record_of(training), CARRIED: as_mapping(training.get(CARRIED))}
     words = find_trigger_words(metadata)
-    return ({"fusion": record} if record else {}) | ({TOLD: list(words)} if words else {})
+    return {key: value for key, value in told.items() if value} | ({TOLD: list(words)} if words else {})
 
 
 def _refuse_half_of_xl(foreign: Foreign, subject: str) -> None:
