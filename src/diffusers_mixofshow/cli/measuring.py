@@ -21,6 +21,7 @@ from diffusers_mixofshow.cli.base_model import (
     choose_guidance,
     find_common_base,
     normalise_base,
+    refuse_strange_base,
 )
 from diffusers_mixofshow.cli.sources import open_packs
 from diffusers_mixofshow.cli.timing import estimate_time
@@ -244,6 +245,7 @@ def plan_measurement(packs: Mapping[str, MeasuredPack], asked: Asked) -> Measure
     draws_concepts = _find_way_to_draw(packs)
     base = asked.base or find_common_base([each.pack for each in packs.values()])
     refuse_single_file(base)
+    refuse_strange_base({name: each.pack for name, each in packs.items()}, base)
     if asked.prompt:
         fill_templates(asked.prompt, "x", 1)
     known = _names_in(packs.values())
