@@ -161,6 +161,7 @@ class Measurement:
         references = [f"{len(files)} of {name}" for name, files in self.photos.items()]
         if drawn := [name for name in self.toys if name not in self.photos]:
             references.append(f"drawn of {', '.join(drawn)}")
+        model = plans.name_denoiser(self.base, [each.pack for each in self.packs.values()])
         places = [*([] if noted_in is None else [noted_in]), *writes]
         return {
             "base model": plans.describe_base(self.base),
@@ -169,8 +170,8 @@ class Measurement:
             "metric model": plans.describe_model(self.settings["metric_model"]),
             "photos": ", ".join(references) or "none given",
             "pictures": pictures,
-            "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
-            "time": estimate_time(self.base, pictures * steps, 2),
+            f"{model} runs": f"{pictures * steps} for single pictures, each with and without guidance",
+            "time": estimate_time(self.base, pictures * steps, 2, model=model),
             "writes": ", ".join(map(str, places)) or "nothing",
             **plans.plan_replacing(*writes, overwrite=overwrite),
         }
