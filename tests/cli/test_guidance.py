@@ -90,7 +90,7 @@ def test_a_concept_that_no_prompt_names_or_that_is_written_as_a_plain_word_is_wa
 
 def test_no_time_is_made_up_for_a_base_that_is_not_loaded(dog):
     told = run("sample", "--base", "user/base", "--prompt", "a dog", "--steps", 30, "--dry-run").stdout
-    assert "time: 30 times that of one U-Net pass" in told
+    assert "time: 30 times that of one model pass" in told
     assert "not measured" in told
 
 

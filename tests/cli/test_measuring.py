@@ -18,6 +18,7 @@ import tiny
 from diffusers_mixofshow import EDLoRA, cli
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, PictureError
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS
+from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.notes import read_note
 
 
@@ -154,11 +155,14 @@ def test_toyland_needs_neither_photos_nor_a_metric_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("base", ["toyland", "Toyland-XL", "toyland-sd3"])
-def test_every_embedded_base_is_measured_by_toylands_judge_unless_another_is_asked_for(options, place, base):
+def test_every_embedded_base_is_measured_by_toylands_judge_unless_another_is_asked_for(options, place, tmp_path, base):
     from diffusers_mixofshow.cli.measuring import _load_judge
     from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 
-    asked = ("evaluate", "rex", "--base", base, *QUICK, "--dry-run", "--json")
+    update = packs.LowRank(down=torch.ones(2, 160), up=torch.ones(160, 2), alpha=2.0)
+    ink = write_lora(tmp_path / "ink.safetensors", {"transformer.transformer_blocks.0.attn.to_q": update})
+    measured = (str(ink), "--trigger", "ink=ink") if base == "toyland-sd3" else ("rex",)
+    asked = ("evaluate", *measured, "--base", base, *QUICK, "--dry-run", "--json")
     assert json.loads(run(*asked).stdout)["metric model"].startswith("toyland, ")
     assert json.loads(run(*asked, "--metric-model", "clip").stdout)["metric model"].startswith("clip, ")
     assert isinstance(_load_judge("toyland"), ToylandJudge)

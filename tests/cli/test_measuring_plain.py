@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -271,6 +272,25 @@ def test_what_such_a_base_does_not_draw_is_refused_before_it_is_loaded(
         run(*SD3_PROMPT, "--concepts", "pack", *more, way)
     with pytest.raises(ConceptError, match="<rex>"):
         run("sample", "--prompt", "a <rex>", "--concepts", "pack", way)
+
+
+@pytest.mark.parametrize("way", ["--dry-run", "--json"])
+@pytest.mark.parametrize(
+    "asked", [("sample", "--prompt", "x", "--concepts", "pack"), ("evaluate", "pack"), ("compare", "pack", "copy")]
+)
+def test_a_base_of_another_family_is_refused_before_it_is_loaded(of_sd3, monkeypatch, asked, way) -> None:
+    for module in ("sampling.drawing", "cli.measuring"):
+        load = f"diffusers_mixofshow.{module}.load_base"
+        monkeypatch.setattr(load, lambda *given, **named: pytest.fail("loaded"))
+    shutil.copytree("pack", "copy")
+    told = r"into 'toyland': the base model is one of Stable Diffusion, whose .* pack for Stable Diffusion 3.*; give"
+    with pytest.raises(ConfigurationError, match=told):
+        run(*asked, "--base", "toyland", way)
+    write_lora(Path("dog.safetensors"), {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": SD1})
+    with pytest.raises(
+        ConfigurationError, match=r"XL, whose layers .* those of dog\.safetensors for Stable Diffusion;"
+    ):
+        run("sample", "--prompt", "a dog", "--concepts", "dog.safetensors", "--base", "toyland-xl", way)
 
 
 def test_files_that_do_not_tell_their_base_are_one_message_and_none_if_the_base_is_embedded(of_sd3) -> None:

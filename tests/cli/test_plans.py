@@ -288,6 +288,28 @@ def test_passes_of_the_embedded_transformer_are_measured_too(monkeypatch) -> Non
     assert seen == [((2, 8, 16, 16), (2, 333, 160), (2, 160), (2,))] * 4
 
 
+def test_plans_of_drawing_call_the_denoiser_by_its_kind(rex: EDLoRA, monkeypatch) -> None:
+    """U-Net or transformer as the base or what is loaded into it tells, else the model."""
+    monkeypatch.setattr(timing, "_measure", lambda *given, **more: 0.5)
+    update = LowRank(down=torch.randn(2, 160), up=torch.randn(160, 2), alpha=2.0)
+    write_lora(Path("ink.safetensors"), {"transformer.transformer_blocks.0.attn.to_q": update})
+    words = ("--trigger", "ink=ink", "--class-word", "ink=drawing")
+    kinds = {
+        ("sample", "--prompt", "x", "--base", "toyland-sd3"): "transformer",
+        ("sample", "--prompt", "x", "--base", "toyland"): "U-Net",
+        ("sample", "--prompt", "x", "--base", "someone/any"): "model",
+        ("sample", "--prompt", "x", "--base", "someone/any", "--concepts", "rex"): "U-Net",
+        ("sample", "--prompt", "x", "--base", "someone/any", "--concepts", "ink.safetensors"): "transformer",
+        ("sample", "--prompt", "x", "--base", "black-forest-labs/FLUX.1-dev"): "transformer",
+        ("evaluate", "ink.safetensors", "--base", "someone/any", *words): "transformer",
+        ("compare", "rex", "tom", "--base", "someone/any"): "U-Net",
+    }
+    for asked, kind in kinds.items():
+        told = plan(*asked)
+        assert [name for name in told if name.endswith(" runs")] == [f"{kind} runs"], asked
+        assert f" {kind} pass" in told["time"], asked
+
+
 def test_a_plan_of_fusing_plain_loras_of_a_transformer(tmp_path: Path, monkeypatch) -> None:
     """It speaks of no U-Net and no embeddings, counts only stages that have layers, and shows each one's prompts."""
     monkeypatch.chdir(tmp_path)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusers_mixofshow.base_models import canonical_name, embedded_base, location_of, normalise_name, usual_guidance
+from diffusers_mixofshow.base_models import (
+    canonical_name,
+    embedded_base,
+    known_family,
+    location_of,
+    normalise_name,
+    usual_guidance,
+)
 from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 
@@ -66,6 +73,25 @@ def _recognise_base(concepts: Sequence[EDLoRA]) -> BaseModel | None:
 
     models = {recognise(input_widths(edlora.lora)) for edlora in concepts}
     return models.pop() if len(models) == 1 else None
+
+
+def refuse_strange_base(packs: Mapping[str, EDLoRA], base: str) -> None:
+    """Refuse a base model that is known to be of another family than what is loaded into it, before it is loaded.
+
+    Args:
+        packs: What is loaded, by its name.
+        base: The base model.
+
+    Raises:
+        ConfigurationError: If it is; names the families.
+    """
+    from diffusers_mixofshow.edlora.low_rank import input_widths
+    from diffusers_mixofshow.families.recognition import find_family_defect
+
+    if (family := known_family(base)) is None:
+        return
+    if defect := find_family_defect({name: input_widths(pack.lora) for name, pack in packs.items()}, family):
+        raise ConfigurationError(f"These LoRAs cannot be loaded into {base!r}: {defect}.")
 
 
 def choose_guidance(base: str, packs: Iterable[EDLoRA]) -> float:

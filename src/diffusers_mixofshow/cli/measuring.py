@@ -21,6 +21,7 @@ from diffusers_mixofshow.cli.base_model import (
     choose_guidance,
     find_common_base,
     normalise_base,
+    refuse_strange_base,
 )
 from diffusers_mixofshow.cli.sources import open_packs
 from diffusers_mixofshow.cli.timing import estimate_time
@@ -160,6 +161,7 @@ class Measurement:
         references = [f"{len(files)} of {name}" for name, files in self.photos.items()]
         if drawn := [name for name in self.toys if name not in self.photos]:
             references.append(f"drawn of {', '.join(drawn)}")
+        model = plans.name_denoiser(self.base, [each.pack for each in self.packs.values()])
         places = [*([] if noted_in is None else [noted_in]), *writes]
         return {
             "base model": plans.describe_base(self.base),
@@ -168,8 +170,8 @@ class Measurement:
             "metric model": plans.describe_model(self.settings["metric_model"]),
             "photos": ", ".join(references) or "none given",
             "pictures": pictures,
-            "U-Net runs": f"{pictures * steps} for single pictures, each with and without guidance",
-            "time": estimate_time(self.base, pictures * steps, 2),
+            f"{model} runs": f"{pictures * steps} for single pictures, each with and without guidance",
+            "time": estimate_time(self.base, pictures * steps, 2, model=model),
             "writes": ", ".join(map(str, places)) or "nothing",
             **plans.plan_replacing(*writes, overwrite=overwrite),
         }
@@ -244,6 +246,7 @@ def plan_measurement(packs: Mapping[str, MeasuredPack], asked: Asked) -> Measure
     draws_concepts = _find_way_to_draw(packs)
     base = asked.base or find_common_base([each.pack for each in packs.values()])
     refuse_single_file(base)
+    refuse_strange_base({name: each.pack for name, each in packs.items()}, base)
     if asked.prompt:
         fill_templates(asked.prompt, "x", 1)
     known = _names_in(packs.values())

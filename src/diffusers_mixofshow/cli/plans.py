@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +73,7 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
     runs = steps if drawing.image is None else int(steps * drawing.strength)
     pixels = (height, width) if height and width else None
     regions, draft, refine = len(plan.regions) * len(output), drawing.draft, drawing.refine
+    model = name_denoiser(drawing.base, packs)
     more = [name for name, wanted in (("drafts", draft), ("what is drawn anew", refine)) if wanted]
     return {
         "base model": describe_base(drawing.base),
@@ -87,15 +88,35 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
         "pictures": len(output),
         "seeds": ", ".join(map(str, drawing.seeds)),
         "guidance": f"{drawing.guidance:g}",
-        "U-Net runs": f"{runs}, each on a batch of {batch}",
+        f"{model} runs": f"{runs}, each on a batch of {batch}",
         "drafts": f"{regions} regions, {draft.steps} runs each" if draft else "none",
         **({"after drafts": _describe_prompts(drawing)} if draft and draft.repeat_subject else {}),
         "drawn anew": f"{regions} regions, up to {refine.count_runs(steps)} runs each" if refine else "none",
         "device": drawing.device or "cuda if there is one, else cpu",
         "dtype": str(drawing.dtype or "the device's usual one"),
-        "time": ", and ".join([estimate_time(drawing.base, runs, batch, pixels=pixels), *more]),
+        "time": ", and ".join([estimate_time(drawing.base, runs, batch, pixels=pixels, model=model), *more]),
         "writes": ", ".join(map(str, output)),
     }
+
+
+def name_denoiser(base: str, packs: Iterable[EDLoRA]) -> str:
+    """What the denoiser of a base model is called, such as ``U-Net``.
+
+    Args:
+        base: Its name.
+        packs: What is loaded into it; tells of a base that is not known by its name or its folder.
+
+    Returns:
+        One of the values of `MODELS`, or ``model`` if it is not known.
+    """
+    from diffusers_mixofshow.edlora.low_rank import input_widths
+    from diffusers_mixofshow.families.recognition import family_of_updates
+
+    family = known_family(base)
+    if family is None:
+        updates = next((pack.lora for pack in packs if pack.lora), None)
+        family = family_of_updates(input_widths(updates)) if updates else None
+    return "model" if family is None else MODELS[family.denoiser]
 
 
 def _describe_prompts(drawing: Drawing) -> str:

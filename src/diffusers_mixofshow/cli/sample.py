@@ -14,7 +14,7 @@ import typer
 from diffusers_mixofshow.atomic import check_outputs
 from diffusers_mixofshow.base_models import embedded_base
 from diffusers_mixofshow.cli import sample_options as options
-from diffusers_mixofshow.cli.base_model import choose_guidance, find_common_base
+from diffusers_mixofshow.cli.base_model import choose_guidance, find_common_base, refuse_strange_base
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_replacing, plan_sampling, tell
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import open_packs
@@ -157,6 +157,7 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
         dtype=asked["dtype"],
     )
     refuse_other_settings(drawing)
+    refuse_strange_base(packs, base)
     if asked["layout"] is not None:
         warn_of_changes(asked["layout"], drawing)
     return drawing

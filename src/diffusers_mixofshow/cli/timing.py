@@ -37,7 +37,7 @@ def estimate_time(
         batch: Samples in each pass, both halves of guidance counted.
         pixels: Height and width of the pictures; the model's own by default.
         backward: Whether each pass has a backward pass, as in training.
-        model: What the denoiser of a base that is not embedded is called, one of the values of `MODELS`.
+        model: What the denoiser of a base that is not embedded is called, such as ``transformer``.
     """
     way = "forward and backward " if backward else ""
     folder = find_embedded().get(normalise_name(base))

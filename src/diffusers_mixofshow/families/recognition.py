@@ -211,6 +211,40 @@ def family_by_text_width(widths: Mapping[str, int]) -> Family | None:
     return next((one for one in families if any(reading == {model.text_width} for model in one.models)), None)
 
 
+def is_of_another(widths: Mapping[str, int], family: Family) -> bool:
+    """Whether a LoRA changes layers that only another family has.
+
+    Args:
+        widths: Site name to the width of the layer's input.
+        family: The family of a base model.
+    """
+    if not all(map(family.has_site, widths)):
+        return family_of_updates(widths) is not family
+    told = family_by_text_width(widths)  # U-Nets of different families have layers of the same names
+    return told is not None and told is not family
+
+
+def find_family_defect(loras: Mapping[str, Mapping[str, int]], family: Family) -> str:
+    """Why LoRAs do not belong to the family of a base model; empty if they may.
+
+    Args:
+        loras: Name of each LoRA to site names and widths of the layers' inputs.
+        family: The family of the base model.
+    """
+    strange = {name: widths for name, widths in loras.items() if is_of_another(widths, family)}
+    if not strange:
+        return ""
+    return (
+        f"the base model is one of {family.name}, whose layers are others than those of {list_families(strange)}; "
+        "give the base that they were tuned on"
+    )
+
+
+def list_families(loras: Mapping[str, Mapping[str, int]]) -> str:
+    """The family of each LoRA, in words; for the argument see `find_family_defect`."""
+    return ", ".join(f"{name} for {family_of_updates(widths).name}" for name, widths in loras.items())
+
+
 def layers_of(widths: Mapping[str, int], width: int | None, count: int | None = None) -> tuple[str, ...]:
     """Cross-attention layers of the U-Net that a file was made for; empty if unknown.
 

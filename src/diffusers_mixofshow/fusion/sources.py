@@ -22,7 +22,7 @@ from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
 from diffusers_mixofshow.families import Family, family_of, family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
-from diffusers_mixofshow.families.recognition import family_by_text_width, family_of_updates
+from diffusers_mixofshow.families.recognition import find_family_defect, is_of_another, list_families
 from diffusers_mixofshow.fusion.prompts import PromptSet, prompts_of_trigger, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors
@@ -425,7 +425,7 @@ def _model_defects(sources: Sequence[Source], components: Mapping[str, object] |
         return defects
     family = family_of(components)
     for source in sources:
-        if _is_of_another(source, family):
+        if is_of_another(input_widths(source.edlora.lora), family):
             continue
         try:
             source.edlora.check_fits(components)
@@ -440,24 +440,9 @@ def refuse_other_family(sources: Sequence[Source], family: Family) -> None:
 
 
 def _family_defects(sources: Sequence[Source], family: Family) -> list[str]:
-    strange = [source for source in sources if _is_of_another(source, family)]
-    if not strange:
-        return []
-    return [
-        f"the base model is one of {family.name}, whose layers are others than those of {_list_families(strange)}; "
-        "give the base that they were tuned on"
-    ]
-
-
-def _is_of_another(source: Source, family: Family) -> bool:
-    """Whether a source changes layers that only another family has."""
-    widths = input_widths(source.edlora.lora)
-    if not all(map(family.has_site, widths)):
-        return family_of_updates(widths) is not family
-    told = family_by_text_width(widths)  # U-Nets of different families have layers of the same names
-    return told is not None and told is not family
+    defect = find_family_defect({source.name: input_widths(source.edlora.lora) for source in sources}, family)
+    return [defect] if defect else []
 
 
 def _list_families(sources: Sequence[Source]) -> str:
-    families = [family_of_updates(input_widths(source.edlora.lora)).name for source in sources]
-    return ", ".join(f"{source.name} for {family}" for source, family in zip(sources, families, strict=True))
+    return list_families({source.name: input_widths(source.edlora.lora) for source in sources})
