@@ -189,7 +189,7 @@ def _tell_result(
     if heat_map is not None:
         typer.echo(f"Wrote {heat_map}")
     single = len(sources) == len(fused.concepts) == len(names)
-    for line in describe_next_of_pack(fused.concepts, output, sources if single else ()):
+    for line in describe_next_of_pack(fused, output, sources if single else ()):
         typer.echo(line)
 
 

@@ -5,28 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import join, quote
+from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.atomic import portable_name
-from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.base_models import find_size
 from diffusers_mixofshow.training import TrainingConfig
 
 
-def describe_next_of_pack(concepts: Sequence[Concept], output: Path, singles: Sequence[str]) -> list[str]:
+if TYPE_CHECKING:
+    from diffusers_mixofshow.edlora import EDLoRA
+
+
+def describe_next_of_pack(pack: EDLoRA, output: Path, singles: Sequence[str]) -> list[str]:
     """Lines with the commands that draw two concepts of a fused pack side by side, and measure what it keeps.
 
     Args:
-        concepts: The pack's; without two of them there is nothing to draw side by side, and no line.
-        output: The pack's folder.
+        pack: The pack; without two concepts there is nothing to draw side by side, and no line.
+        output: Its folder.
         singles: The sources, if each is one concept.
     """
-    if len(concepts) < 2:
+    if len(pack.concepts) < 2:
         return []
-    folder, (left, right, *_) = quote(str(output)), concepts
+    folder, (left, right, *_) = quote(str(output)), pack.concepts
+    height, width = find_size(pack.base_model) or (0, 0)
+    wide = f" --width {width * 3 // 2} --height {height}" if height else ""
+    place = "in a meadow"
+    prompt = f"a {left.class_word} and a {right.class_word} {place}"
     own = "".join(f" --own {quote(single)}" for single in singles)
     return [
         "Draw two of them, each in its half of the picture, and measure what the pack keeps of each:",
-        f'  mixofshow sample --concepts {folder} --prompt "a {left.class_word} and a {right.class_word}" --refine '
-        f'--region "0,0.2,0.5,1:a {left.placeholder}" --region "0.5,0.2,1,1:a {right.placeholder}" --output two.png',
+        f'  mixofshow sample --concepts {folder} --prompt "{prompt}"{wide} --refine'
+        f' --region "0,0.1,0.5,0.97:a {left.placeholder}, {place}"'
+        f' --region "0.5,0.1,1,0.97:a {right.placeholder}, {place}" --output two.png',
         f"  mixofshow evaluate {folder}{own}",
     ]
 
