@@ -156,7 +156,7 @@ def test_a_plan_is_of_the_settings_asked_for_and_tells_what_it_would_replace(
 
 
 def test_every_option_of_train_is_in_one_of_these_tests() -> None:
-    alone = {"photos", "--config", "--dry-run", "--json"}
+    alone = {"photos", "--config", "--dry-run", "--json", "--help-all"}
     alone |= {f"--{name.replace('_', '-')}" for name in RENAMED}  # tests/training/test_renamed.py
     tabled = named_in(*(tuple(option.split()) for option in SET))
     hidden = {each for each in options_of("train") if each.startswith("--no-")}

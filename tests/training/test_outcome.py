@@ -124,7 +124,8 @@ def test_what_on_step_interrupts_is_saved_and_what_it_breaks_is_not(
 def cells(sheet: Path, size: int) -> list[Image.Image]:
     """The last picture of every row of a sheet."""
     with Image.open(sheet) as opened:
-        return [opened.crop((opened.width - size - 4, top, opened.width - 4, top + size)) for top in (20, 56, 92)]
+        tops = [20 + row * (size + 4) for row in range(3)]
+        return [opened.crop((opened.width - size - 4, top, opened.width - 4, top + size)) for top in tops]
 
 
 def test_rows_of_a_sheet_are_what_the_pack_draws_at_their_strength(
@@ -144,7 +145,7 @@ def test_rows_of_a_sheet_are_what_the_pack_draws_at_their_strength(
     drawing.scheduler = DPMSolverMultistepScheduler.from_config(drawing.scheduler.config)
     drawing.set_progress_bar_config(disable=True)
     drawing.load_edlora(edlora)
-    for scale, cell in zip((0.0, 0.7, 1.0), cells(tmp_path / "validation" / "step-000003.png", 32), strict=True):
+    for scale, cell in zip((0.0, 0.7, 1.0), cells(tmp_path / "validation" / "step-000003.png", 192), strict=True):
         picture = drawing(
             "my <potter>, red",
             cross_attention_kwargs={"scale": scale},
@@ -154,6 +155,7 @@ def test_rows_of_a_sheet_are_what_the_pack_draws_at_their_strength(
             width=32,
             generator=torch.Generator().manual_seed(4),
         ).images[0]
+        picture = picture.resize((192, 192), Image.Resampling.LANCZOS)  # small pictures are enlarged on sheets
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(cell, dtype=int)).max() <= 3
     assert Path(tmp_path, "README.md").read_text().count("my <potter>, red (LoRA scale 0 and 0.7 and 1") > 0
 
@@ -165,7 +167,7 @@ def test_a_method_without_updates_has_one_row_and_draws_in_silence(
     EDLoRATrainer(config, pipeline).train()
     assert "(LoRA scale 1, from top to bottom)" in (tmp_path / "README.md").read_text()
     with Image.open(tmp_path / "validation" / "step-000002.png") as sheet:
-        assert sheet.height < 2 * 32
+        assert sheet.height < 2 * 192
     assert read_note(tmp_path / "validation" / "step-000002.png")["rows"].keys() == {"LoRA 1"}
     assert "20/20" not in capsys.readouterr().err
 
