@@ -310,7 +310,7 @@ def test_a_folder_of_sdxl_is_planned_and_tuned_as_any_other_base(
     Path("photos").mkdir()
     Image.linear_gradient("L").convert("RGB").save("photos/a.png")
     base = ["photos", "--concept", "potter", "--class-word", "m", "--base", "base", "--company", "0"]
-    assert "steps: 800 of 4 pictures at 1024 pixels" in run(*base, "--dry-run")
+    assert "steps: 800, each of 4 pictures at 1024 pixels, photos repeated" in run(*base, "--dry-run")
     small = ["--resolution", "32", "--steps", "1", "--batch-size", "1", "--num-validation-images", "0"]
     assert "Wrote the ED-LoRA of <potter> to potter" in run(*base, *small, "--no-save-statistics")
     assert "pooled.<potter1>" in EDLoRA.from_pretrained("potter").embeddings

@@ -146,7 +146,7 @@ def test_a_plan_is_of_the_settings_asked_for_and_tells_what_it_would_replace(
     assert told["concept"] == "<potter>, a man"
     assert told["photos"] == "2 with 1 different captions, 1 with a mask"
     assert told["method"] == "ed-lora, rank 2"
-    assert told["steps"] == "9 of 6 pictures at 64 pixels"
+    assert told["steps"] == "9, each of 6 pictures at 64 pixels, photos repeated"
     assert told["time"].startswith("18 times that of one U-Net pass forward and backward ")
     assert told["writes"] == "potter"
     assert "edlora.safetensors; asks for --overwrite" in told["replaces"]

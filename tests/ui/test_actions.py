@@ -188,6 +188,17 @@ def test_an_empty_name_is_told(studio: Studio) -> None:
         studio.open("")
 
 
+def test_names_can_be_read_over_wide_pictures_as_over_square_ones(studio: Studio) -> None:
+    """The page shows all pictures equally wide, so that a name's height is a share of the width."""
+    shares = []
+    for width in (64, 160):
+        canvas = to_value(Layout((Region("a dog in the snow", box=(0.0, 0.1, 0.5, 1.0)),)), width, 64)
+        seen = np.asarray(actions.draw_picture(studio, Session(), canvas, Wishes(**QUICK)).overlay.convert("RGB"))
+        label = (seen[:, 4:40] == 255).all(axis=2).mean(axis=1) > 0.2
+        shares.append(label.sum() / width)
+    assert shares[0] == pytest.approx(shares[1], rel=0.2)
+
+
 def test_a_picture_is_drawn_that_tells_how(studio: Studio, packs: dict[str, Path]) -> None:
     before = weights_of(studio)
     session = actions.load(studio, Session(), packs["rex"])

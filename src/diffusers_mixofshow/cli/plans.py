@@ -230,7 +230,7 @@ def plan_training(config: TrainingConfig) -> dict[str, Any]:
             pixels=(config.resolution, config.resolution),
             backward=True,
         ),
-        "steps": f"{config.total_steps} of {batch} pictures at {config.resolution} pixels",
+        "steps": f"{config.total_steps}, each of {batch} pictures at {config.resolution} pixels, photos repeated",
         "begins": f"after {checkpoint}" if checkpoint else "at its start",
         "writes": config.output_dir,
     }

@@ -324,7 +324,7 @@ def _draw_overlay(layout: Layout, picture: Image.Image, canvas: object) -> Image
         large,
         colours=read_colours(canvas) or ("#000000",),
         labels=read_names(canvas),
-        label_size=large.height / 26,
+        label_size=max(large.size) / 26,  # the page shows wide pictures smaller
         tinted=False,
     )
 

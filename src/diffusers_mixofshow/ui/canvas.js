@@ -382,11 +382,11 @@ function clicked(event) {
   } else if (button.dataset.concept) insert(row.querySelector('[data-field="prompt"]'), button.dataset.concept, index);
 }
 
-// Puts a concept's name where the caret is, in place of what was begun to be typed of it.
+// Puts a concept's name where the caret is, in place of what was begun to be typed of it; "a" before it where it is first.
 function insert(field, name, index) {
   const begun = field.value.slice(0, field.selectionStart).replace(/<[^<>\s]*$/, "");
   const rest = field.value.slice(field.selectionEnd);
-  const before = begun + (/[^\s(]$/.test(begun) ? " " : "");
+  const before = begun.trim() === "" ? "a " : begun + (/[^\s(]$/.test(begun) ? " " : "");
   const after = (/^[^\s,.;:!?)]/.test(rest) ? " " : "") + rest;
   field.value = before + name + after;
   field.focus();
