@@ -71,6 +71,11 @@ def sentences() -> list[Sentence]:
     return [
         Sentence(
             page=PAGE,
+            words="one tuning of seed 0, in {} s on two cores",
+            figures=(decimals(sum(content["seconds"].values()), 0),),
+        ),
+        Sentence(
+            page=PAGE,
             words="Gradient fusion keeps {} points more of the looks than the average ({} to {}), and {} more of the "
             "likeness ({} to {})",
             figures=(*ends(more["attributes"]), *ends(more["alignment"])),
