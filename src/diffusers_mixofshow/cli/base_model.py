@@ -50,13 +50,13 @@ def find_common_base(concepts: Sequence[EDLoRA]) -> str:
         ConfigurationError: If they differ, or there are none.
     """
     told = [edlora for edlora in concepts if edlora.base_model]
-    model = _recognise_base(concepts)
-    if not told and model is not None and embedded_base(model.id):  # no other base is like it
-        return model.id
     bases = {
         canonical_name(edlora.base_model): ", ".join(one.placeholder for one in edlora.concepts[:1]) for edlora in told
     }
     if len(bases) != 1:
+        model = _recognise_base(concepts)
+        if not bases and model is not None and embedded_base(model.id):  # no other base is like it
+            return model.id
         found = (
             ", ".join(f"{base} ({placeholder})" if placeholder else base for base, placeholder in bases.items())
             or "none"
