@@ -143,8 +143,12 @@ def test_a_number_that_a_box_cannot_have_leaves_it_as_it_was(seen: Any) -> None:
         field.send_keys(Keys.BACKSPACE, text)
         return field
 
-    said = lambda: one(seen, ".mos-live").text  # noqa: E731
-    width = lambda: one(seen, ".mos-box").get_attribute("aria-label")  # noqa: E731
+    def said() -> Any:
+        return one(seen, ".mos-live").text
+
+    def width() -> Any:
+        return one(seen, ".mos-box").get_attribute("aria-label")
+
     drag(seen, (0.1, 0.1), (0.6, 0.6))
     drawn, told_before = boxes(seen), width()
     write(seen, "Name of region 1", "dog")
