@@ -108,8 +108,10 @@ START_TOKEN = {
 
 SEEDS = tuple(f"retention-seed{seed}" for seed in range(3))
 """Records of three tunings of the same concepts."""
-XL_TUNINGS = ("retention-xl", "retention-xl-seed1")
+XL_TUNINGS = ("retention-xl", "retention-xl-seed1", "retention-xl-seed2")
 """Records of tunings of eight critters on `toyland-xl`; the first one has fourteen concepts as well."""
+TRANSFORMER_TUNINGS = ("transformer", "transformer-seed1", "transformer-seed2")
+"""Records of tunings of eight plain LoRAs on `toyland-sd3`."""
 FIVE_STEPS = tuple(f"retention-steps-seed{seed}" for seed in range(3))
 """Records of the same tunings, recorded in five steps."""
 
@@ -125,7 +127,7 @@ def tables() -> dict[str, str]:
         "methods, 30 concepts": methods(["retention-30"], "30"),
         "methods on Stable Diffusion XL, 8 concepts": methods(XL_TUNINGS, "8"),
         "methods on Stable Diffusion XL, 14 concepts": methods(["retention-xl"], "14"),
-        "methods on a transformer": methods(["transformer"], "8", alone="each concept's own LoRA"),
+        "methods on a transformer": methods(TRANSFORMER_TUNINGS, "8", alone="each concept's own LoRA"),
         "methods on a transformer, names not learnt": methods(
             ["transformer-names-not-learnt"], "8", alone="each concept's own LoRA"
         ),
@@ -628,14 +630,13 @@ def of_size() -> list[Sentence]:
 
 def of_readme() -> list[Sentence]:
     fourteen, eight = rows_of(SEEDS, "14"), rows_of(SEEDS, "8")
-    of_transformer = results_of("transformer")
-    of_xl = [rows_of(XL_TUNINGS, "8"), rows_of(XL_TUNINGS[:1], "14")]
+    of_transformer, of_xl = rows_of(TRANSFORMER_TUNINGS, "8"), rows_of(XL_TUNINGS, "8")
     return [
         Sentence(
             page="README.md",
             words="closed form {} %, SSR-Merge's form {} %, TIES {} %, average {} %: with nothing but the words",
             figures=tuple(
-                kept_percent([of_transformer[method]])[0] for method in ("closed-form", "ssr", "ties", "average")
+                kept_percent(of_transformer[method])[0] for method in ("closed-form", "ssr", "ties", "average")
             ),
         ),
         Sentence(
@@ -663,13 +664,11 @@ def of_readme() -> list[Sentence]:
         ),
         Sentence(
             page="README.md",
-            words="of the looks {} % of eight ({} tunings) and {} % of fourteen kept, average {} % and {} %; "
-            "with drafts",
+            words="of the looks {} % kept, average {} %, which is {} points less ({} to {}); three side by side",
             figures=(
-                kept_percent(of_xl[0]["closed-form"])[0],
-                str(len(XL_TUNINGS)),
-                kept_percent(of_xl[1]["closed-form"])[0],
-                *(kept_percent(results["average"])[0] for results in of_xl),
+                kept_percent(of_xl["closed-form"])[0],
+                kept_percent(of_xl["average"])[0],
+                *parts(of_xl["closed-form"], of_xl["average"], "attributes", percent),
             ),
         ),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from figures.reading import (
@@ -21,6 +21,7 @@ PAGE = "docs/benchmarks_regions.md"
 RUN, OTHER_TRIPLES = "toyland", "toyland-20261129-094422"
 ON_XL = "toyland-xl-regions"
 TUNINGS = tuple(f"toyland-tuning{seed}" for seed in range(3))
+XL_TUNINGS = (ON_XL, f"{ON_XL}-seed2")
 HEAD = ("right concept in its region", "right of all eight", "all right in a picture", "looks read right", "likeness")
 REFINED = "3, natural, drafts, refined"
 WAYS = {
@@ -68,7 +69,8 @@ def tables() -> dict[str, str]:
         "three in a picture": in_one_picture(run, WAYS),
         "five in a picture": in_one_picture(run, FIVE),
         "regions on Stable Diffusion XL": in_one_picture(record(ON_XL)["together"], WAYS | FIVE),
-        "three tunings": three_tunings(),
+        "three tunings": tunings_apart(TUNINGS),
+        "tunings on Stable Diffusion XL": tunings_apart(XL_TUNINGS),
         "other triples": other_triples(others),
         "confusion": confusion(others[REFINED]["found_of_all_fused"]),
         "random layouts": random_layouts(),
@@ -125,11 +127,11 @@ def in_one_picture(together: Mapping[str, Any], ways: Mapping[str, str]) -> str:
     return table(("", *HEAD), rows)
 
 
-def three_tunings() -> str:
-    """The ways that were run on each of three tunings, one row each."""
+def tunings_apart(tunings: Sequence[str]) -> str:
+    """The ways that were run on each of several tunings, one row each."""
     rows = []
     for way in ("3, one prompt", "3, natural", REFINED):
-        for number, name in enumerate(TUNINGS, 1):
+        for number, name in enumerate(tunings, 1):
             rows.append([f"{WAYS[way].strip('*')}: tuning {number}", *places_and_all(record(name)["together"][way])])
     return table(("", *HEAD), rows)
 
@@ -192,11 +194,16 @@ def isolation() -> str:
     return table(("", "right class", "right colour", "another region's colour"), rows)
 
 
+def right_in_tunings(tunings: Sequence[str], way: str) -> list[float]:
+    """Share of places with the right concept, of each tuning."""
+    return [record(name)["together"][way]["right"]["mean"] for name in tunings]
+
+
 def sentences() -> list[Sentence]:
     """Every sentence."""
     run, others = record(RUN), record(OTHER_TRIPLES)["together"]
     one, refined = (run["together"][way]["right"] for way in ("3, one prompt", REFINED))
-    right_of_tunings = [record(name)["together"][REFINED]["right"]["mean"] for name in TUNINGS]
+    right_of_tunings = right_in_tunings(TUNINGS, REFINED)
     shown = [percent(run["mean_identity"][method]["attributes"]) for method in ("single", "closed_form")]
     wrong = wrong_places(others[REFINED]["found_of_all_fused"])
     nono = record("training")["ablations"]["ED-LoRA"]["out"]["1"]["attributes"]
@@ -204,7 +211,7 @@ def sentences() -> list[Sentence]:
         record("isolation-3-things")["results"][way]["leaked"]["mean"]
         for way in ("regions, half weight", "regions, first half of the steps")
     ]
-    on_xl = record(ON_XL)
+    on_xl = [right_in_tunings(XL_TUNINGS, way) for way in (REFINED, "3, one prompt")]
     step = record("attention-toyland-1-cpu")["results"]["diffusers' pipeline, same LoRA"]["step_s"]
     return [
         Sentence(
@@ -219,12 +226,9 @@ def sentences() -> list[Sentence]:
         ),
         Sentence(
             page="README.md",
-            words="refining the right one is in its place in {} % ({} to {}), by one prompt in {} % ({} to {})",
-            figures=tuple(
-                percent(on_xl["together"][way]["right"][each])
-                for way in (REFINED, "3, one prompt")
-                for each in ("mean", "low", "high")
-            ),
+            words="three side by side, with drafts and refining the right one is in its place in {} to {} %, by one "
+            "prompt in {} to {} %",
+            figures=tuple(percent(end(shares)) for shares in on_xl for end in (min, max)),
         ),
         Sentence(page=PAGE, words="own ED-LoRA shows {} %, the pack {} %.", figures=tuple(shown)),
         Sentence(page=PAGE, words="With its own ED-LoRA alone, it shows {} % of its looks", figures=(percent(nono),)),
