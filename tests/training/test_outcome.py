@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -333,8 +332,7 @@ def test_a_tracker_that_is_not_installed_is_named(name: str, monkeypatch: pytest
 def test_curves_and_pictures_lie_in_the_output_folder(
     pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
 ) -> None:
-    for precision in ("bf16", "no"):  # a process has one state, which keeps the first
-        AcceleratorState._reset_state(reset_partial_state=True)
+    for precision in ("bf16", "no"):
         config = quick(photos, output_dir=tmp_path / "out", mixed_precision=precision)
         accelerator = EDLoRATrainer(config, pipeline)._make_accelerator()
         assert (Path(accelerator.project_dir), accelerator.mixed_precision) == (tmp_path / "out" / "logs", precision)

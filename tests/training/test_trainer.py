@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import nn
@@ -16,17 +17,17 @@ import tiny
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import ConfigurationError, TrainingDataError
+from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowWarning, TrainingDataError
 from diffusers_mixofshow.families.layers import adapted_layers, cross_attention_layers, embedding_layers
 from diffusers_mixofshow.lora import merged
-from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
+from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig, trainer
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
 from diffusers_mixofshow.training.config import LR_SCHEDULERS
 from diffusers_mixofshow.training.data import read_photos
 from diffusers_mixofshow.training.learner import Learner, initialise_embeddings
 from diffusers_mixofshow.training.loop import learning_rate_factor
 from diffusers_mixofshow.training.reader import TextReader, tokenize_for
-from short_training import quick, tensors
+from short_training import quick, same, tensors
 
 
 CAPTION = "a <TOK>"
@@ -309,3 +310,79 @@ def test_compiled_unet_learns_the_same(
     assert fingerprint(pipeline) == before
     for name, value in tensors(EDLoRATrainer(quick(photos), pipeline).train()).items():
         torch.testing.assert_close(value, compiled[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_sheet_that_cannot_be_written_loses_nothing(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "validation").write_text("a file where sheets' folder would be")
+    config = quick(photos, output_dir=tmp_path, num_validation_images=1, validation_steps=2)
+    with pytest.warns(MixOfShowWarning, match=r"validation sheet of step [23] could not be drawn or written"):
+        edlora = EDLoRATrainer(config, pipeline).train()
+    assert same(EDLoRA.from_pretrained(tmp_path), edlora)
+
+
+def test_the_result_is_saved_before_its_sheet_is_drawn(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "draw_rows", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        EDLoRATrainer(quick(photos, output_dir=tmp_path, num_validation_images=1), pipeline).train()
+    assert EDLoRA.from_pretrained(tmp_path).training["steps"] == 3
+
+
+def test_a_result_that_came_meanwhile_is_kept_and_ours_saved_beside_it(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "out-2").mkdir()
+
+    def write_another(_report: StepReport) -> None:
+        (out / "edlora.safetensors").write_bytes(b"another's")
+
+    config = quick(photos, output_dir=out, num_validation_images=1)
+    with pytest.warns(MixOfShowWarning, match=r"is there already, so the new ED-LoRA is saved to .*out-3\."):
+        edlora = EDLoRATrainer(config, pipeline, on_step=write_another).train()
+    assert (out / "edlora.safetensors").read_bytes() == b"another's"
+    assert same(EDLoRA.from_pretrained(tmp_path / "out-3"), edlora)
+    assert (tmp_path / "out-3" / "samples" / "0.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"validation_prompt": "a <TOK> next to <ron>", "num_validation_images": 1}, r"validation_prompt is .*<ron>"),
+        ({"class_prompt": "a photo of <ron>", "num_class_images": 1}, r"class_prompt is .*<ron>"),
+    ],
+)
+def test_prompts_with_unknown_names_are_refused_before_anything_is_drawn(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    classes = {"class_data_dir": tmp_path / "class"} if "class_prompt" in settings else {}
+    config = quick(photos, output_dir=tmp_path / "out", **settings, **classes)
+    with pytest.raises(ConceptError, match=told):
+        EDLoRATrainer(config, pipeline).train()
+    assert not (tmp_path / "class").exists()
+
+
+def test_a_process_trains_in_one_precision_after_another(
+    pipeline: StableDiffusionPipeline, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for precision in ("no", "bf16", "no"):
+        accelerator = EDLoRATrainer(quick(photos, mixed_precision=precision), pipeline)._make_accelerator()
+        assert accelerator.mixed_precision == precision
+    monkeypatch.setitem(AcceleratorState._shared_state, "num_processes", 2)  # those would wait for each other
+    with pytest.raises(ConfigurationError, match="accelerate refuses mixed_precision 'bf16' here"):
+        EDLoRATrainer(quick(photos, mixed_precision="bf16"), pipeline)._make_accelerator()
+
+
+def test_orders_of_tags_that_hide_the_concept_are_left_out(pipeline: StableDiffusionPipeline, photos: Path) -> None:
+    tags = ", ".join(f"tag {'a ' * 3}{number}" for number in range(12))
+    (photos / "0.txt").write_text(f"1girl, <TOK>, {tags}", encoding="utf-8")
+    EDLoRATrainer(quick(photos, tag_shuffles=8, company=0.0), pipeline).train()
+    (photos / "0.txt").write_text(f"{tags}, {'long ' * 40}, <TOK>".replace(", ", " "), encoding="utf-8")
+    with pytest.raises(TrainingDataError, match=r"In 1 captions .* name it earlier in 0\.png: tag"):
+        EDLoRATrainer(quick(photos, tag_shuffles=8, company=0.0), pipeline).train()

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 from PIL import Image
 
@@ -19,7 +22,14 @@ from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import TrainingDataError
+from diffusers_mixofshow.errors import (
+    ConfigurationError,
+    OverwriteError,
+    TrainingDataError,
+    first_line,
+    list_first,
+    warn,
+)
 from diffusers_mixofshow.families.layers import components_with_sites
 from diffusers_mixofshow.notes import write_with_note
 from diffusers_mixofshow.progress import progress, tell
@@ -61,13 +71,15 @@ from diffusers_mixofshow.training.statistics import record_statistics
 from diffusers_mixofshow.training.tracking import check_tracker, log_picture, track
 from diffusers_mixofshow.training.trained import initialise
 from diffusers_mixofshow.training.trial import Trial
-from diffusers_mixofshow.training.words import check_words
+from diffusers_mixofshow.training.words import check_prompts, check_words
 
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.training.base import TrainablePipeline
 
 
+_NAMED = 3
+"""How many captions an error lists before it says "and N more"."""
 _LEAST_SIDE = 192
 """Pixels of a side below which pictures are enlarged on sheets, to be seen without zooming in."""
 
@@ -113,6 +125,10 @@ class EDLoRATrainer:
                 loss diverges, the GPU has too little memory, or a checkpoint is of another training.
             MissingExtraError: If the optimiser's or tracker's package is not installed.
             OverwriteError: If the folder holds an earlier training, see `TrainingConfig.overwrite`.
+
+        Warns:
+            MixOfShowWarning: If a validation sheet cannot be drawn, or the folder was filled during the training, so
+                that the ED-LoRA is saved beside it.
         """
         config = self.config
         refuse_replacing(config)
@@ -129,25 +145,44 @@ class EDLoRATrainer:
             refuse_untrainable(self.pipeline, config)
             drawn = classes_of(name_of(self.pipeline))
             check_words(config.concept_to_learn, *tokenizers_of(self.pipeline), drawn=drawn)
+            check_prompts(config, tokenizers_of(self.pipeline))
             warn_of_small_pictures(self.pipeline, config)
             with borrow(self.pipeline):
-                tuning = _Tuning(config, self.pipeline, accelerator, self._on_step)
+                tuning = _Tuning(config, self.pipeline, accelerator, self._on_step, start)
                 edlora = tuning.run(photos, composed, make_optimizer)
-        edlora = replace(edlora, training={**edlora.training, "seconds": round(time.monotonic() - start, 1)})
-        replaces = config.overwrite or config.resume_from_checkpoint is not None
-        if config.output_dir is not None and accelerator.is_main_process:
-            edlora.save_pretrained(config.output_dir, samples=tuning.samples, overwrite=replaces)
-        accelerator.wait_for_everyone()
-        if config.output_dir is not None and config.save_statistics:
-            record_statistics(self.pipeline, Path(config.output_dir))
+        if tuning.saved_to is not None and config.save_statistics:
+            record_statistics(self.pipeline, tuning.saved_to)
         return edlora
 
     def _make_accelerator(self) -> Accelerator:
+        """Make the accelerator, also after a training of another precision or on another device in this process.
+
+        Raises:
+            ConfigurationError: If accelerate refuses, as another precision than that of several processes that run.
+        """
         config = self.config
+        _forget_other_state(config.mixed_precision, on_cpu=self._on_cpu)
         logs = None if config.output_dir is None else Path(config.output_dir) / "logs"
-        return Accelerator(
-            mixed_precision=config.mixed_precision, cpu=self._on_cpu, log_with=config.report_to, project_dir=logs
-        )
+        try:
+            return Accelerator(
+                mixed_precision=config.mixed_precision, cpu=self._on_cpu, log_with=config.report_to, project_dir=logs
+            )
+        except ValueError as error:
+            raise ConfigurationError(
+                f"accelerate refuses mixed_precision {config.mixed_precision!r} here ({first_line(error)}). Choose "
+                "another one, 'no' works everywhere, or start a new process."
+            ) from error
+
+
+def _forget_other_state(precision: str, *, on_cpu: bool) -> None:
+    """Reset accelerate's state if it is of this process alone, and of another precision or device.
+
+    accelerate keeps precision and device of the first training for all later ones of a process, such as a notebook's.
+    """
+    shared = PartialState._shared_state | AcceleratorState._shared_state
+    is_other = shared.get("_mixed_precision", precision) != precision or shared.get("_cpu", on_cpu) != on_cpu
+    if is_other and shared["num_processes"] == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class _Tuning:
@@ -159,11 +194,15 @@ class _Tuning:
         pipeline: TrainablePipeline,
         accelerator: Accelerator,
         on_step: Callable[[StepReport], None] | None,
+        start: float,
     ) -> None:
         self.config, self.pipeline, self.accelerator, self.on_step = config, pipeline, accelerator, on_step
+        self.start = start
         self.checkpoints: CheckpointFolder | None = None
         self.samples: dict[str, Image.Image] = {}
         """Caption to the last validation sheet, for the model card."""
+        self.saved_to: Path | None = None
+        """The folder of the saved ED-LoRA."""
         if config.output_dir is not None:
             self.checkpoints = CheckpointFolder(Path(config.output_dir), config.checkpoints_total_limit, accelerator)
 
@@ -171,8 +210,7 @@ class _Tuning:
         """Train on the photos and the pictures composed of them, from scratch or from a checkpoint."""
         config, pipeline = self.config, self.pipeline
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        _refuse_cut_captions(photos, pipeline, config)
-        pictures = [*photos, *_drop_cut_captions(composed, pipeline, config)]
+        pictures = [*_keep_whole_captions(photos, pipeline, config), *_drop_cut_captions(composed, pipeline, config)]
         tokenized, self.batches = self._read_data(pictures, scheduler.config.num_train_timesteps)
         self.photos = len(photos)
         with ExitStack() as stack:
@@ -202,9 +240,25 @@ class _Tuning:
             with track(self.accelerator, config):
                 self._take_steps()
                 self.trial.check()
-                if self.checkpoints is not None:
-                    self._draw_sheet(self.checkpoints.folder)
-            return self._make_edlora()
+                return self._finish()
+
+    def _finish(self) -> EDLoRA:
+        """Make the ED-LoRA, and save it before a sheet is drawn, which takes long and may fail; then add the sheet."""
+        edlora = self._make_edlora()
+        edlora = replace(edlora, training={**edlora.training, "seconds": round(time.monotonic() - self.start, 1)})
+        if self.checkpoints is None:
+            return edlora
+        replaces = self.config.overwrite or self.config.resume_from_checkpoint is not None
+        saved_to = [self.checkpoints.folder]
+        self.samples = {}
+        if self.accelerator.is_main_process:
+            saved_to = [_save(edlora, self.checkpoints.folder, overwrite=replaces)]
+        self.saved_to = Path(broadcast_object_list(saved_to)[0])
+        self._draw_sheet(self.checkpoints.folder)
+        if self.samples:
+            edlora.save_pretrained(self.saved_to, samples=self.samples, overwrite=True)
+        self.accelerator.wait_for_everyone()
+        return edlora
 
     def _read_data(self, photos: Sequence[Photo], timesteps: int) -> tuple[TokenizedTexts, RandomBatches]:
         """Tokenise captions, encode pictures, and make the batches, which each process draws with its own seed."""
@@ -272,21 +326,30 @@ class _Tuning:
             raise
 
     def _draw_sheet(self, folder: Path) -> None:
-        """Draw a validation sheet with the present parameters, in the main process alone."""
-        config = self.config
-        if config.num_validation_images and self.accelerator.is_main_process:
-            with self._swap_in_average(), self.accelerator.autocast():
-                rows = draw_rows(self.pipeline, self.trained, config)
-            step = self.loop.position.step
-            prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
-            enlarged = max(1, _LEAST_SIDE // config.resolution)
-            sheet = draw_labelled_sheet(rows, title=f"{prompt}, step {step}", scale=enlarged)
-            path = folder / "validation" / f"step-{step:06d}.png"
-            write_with_note(path, sheet, "PNG", *describe_sheet(self.pipeline, config, prompt, list(rows)))
-            scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
-            self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
-            log_picture(self.accelerator, sheet, step)
+        """Draw a validation sheet in the main process alone; a failure warns, as it must not end the training."""
+        if self.config.num_validation_images and self.accelerator.is_main_process:
+            try:
+                self._write_sheet(folder)
+            except Exception as error:
+                warn(
+                    f"The validation sheet of step {self.loop.position.step} could not be drawn or written "
+                    f"({first_line(error)}). What is learnt is unchanged; num_validation_images=0 draws no sheets."
+                )
         self.accelerator.wait_for_everyone()
+
+    def _write_sheet(self, folder: Path) -> None:
+        """Draw a validation sheet with the present parameters, and write it to its file and the tracker."""
+        config, step = self.config, self.loop.position.step
+        with self._swap_in_average(), self.accelerator.autocast():
+            rows = draw_rows(self.pipeline, self.trained, config)
+        prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
+        enlarged = max(1, _LEAST_SIDE // config.resolution)
+        sheet = draw_labelled_sheet(rows, title=f"{prompt}, step {step}", scale=enlarged)
+        path = folder / "validation" / f"step-{step:06d}.png"
+        write_with_note(path, sheet, "PNG", *describe_sheet(self.pipeline, config, prompt, list(rows)))
+        scales = " and ".join(f"{scale:g}" for scale in SCALES) if len(rows) > 1 else "1"
+        self.samples = {f"{prompt} (LoRA scale {scales}, from top to bottom)": sheet}
+        log_picture(self.accelerator, sheet, step)
 
     def _swap_in_average(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.swap_in()
@@ -350,25 +413,46 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _refuse_cut_captions(photos: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> None:
-    """Refuse captions whose concept tokens are beyond the text encoder's length, see `_find_cut_captions`."""
-    cut = [f"{photo.path.name}: {caption}" for photo, caption in _find_cut_captions(photos, pipeline, config)]
+def _save(edlora: EDLoRA, folder: Path, *, overwrite: bool) -> Path:
+    """Save the ED-LoRA, beside the folder if another one has come there during the training; return its folder."""
+    try:
+        edlora.save_pretrained(folder, overwrite=overwrite)
+    except OverwriteError as error:
+        folder = next(free for number in count(2) if not (free := Path(f"{folder.absolute()}-{number}")).exists())
+        warn(f"{first_line(error).partition(', and')[0]}, so the new ED-LoRA is saved to {folder}.")
+        edlora.save_pretrained(folder)
+    return folder
+
+
+def _keep_whole_captions(
+    photos: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig
+) -> Sequence[Photo]:
+    """Refuse captions whose concept tokens are beyond the text encoder's length, see `_find_cut_captions`.
+
+    Orders of shuffled tags that put them there are dropped; a photo is refused only if no order is left.
+    """
+    cut = _find_cut_captions(photos, pipeline, config)
+    if config.tag_shuffles:
+        kept = _drop_cut_captions(photos, pipeline, config)
+        left = {photo.path for photo in kept}
+        cut, photos = [(photo, caption) for photo, caption in cut if photo.path not in left], kept
     if cut:
         seen = min(words.model_max_length for words in tokenizers_of(pipeline))
+        named = list_first([f"{photo.path.name}: {caption}" for photo, caption in cut], _NAMED)
         raise TrainingDataError(
             f"The text encoder sees {seen} tokens. In {len(cut)} captions the concept, "
-            f"or a part of it, comes later and is cut off; name it earlier in {'; '.join(cut)}"
+            f"or a part of it, comes later and is cut off; name it earlier in {named}"
         )
+    return photos
 
 
-def _drop_cut_captions(composed: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> list[Photo]:
-    """Drop captions of composed pictures that name the concept too late, and pictures left without a caption."""
-    cut = {caption for _, caption in _find_cut_captions(composed, pipeline, config)}
+def _drop_cut_captions(photos: Sequence[Photo], pipeline: TrainablePipeline, config: TrainingConfig) -> list[Photo]:
+    """Drop captions that name the concept too late, and pictures left without a caption."""
+    cut = {caption for _, caption in _find_cut_captions(photos, pipeline, config)}
     kept = [
-        replace(picture, captions=tuple(caption for caption in picture.captions if caption not in cut))
-        for picture in composed
+        replace(photo, captions=tuple(caption for caption in photo.captions if caption not in cut)) for photo in photos
     ]
-    return [picture for picture in kept if picture.captions]
+    return [photo for photo in kept if photo.captions]
 
 
 def _find_cut_captions(

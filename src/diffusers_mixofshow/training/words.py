@@ -6,8 +6,11 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.concepts import Concept
+from diffusers_mixofshow.concepts import Concept, split_prompt
+from diffusers_mixofshow.conditioning.tokenize import list_bracketed_words
 from diffusers_mixofshow.errors import ConceptError, warn
+from diffusers_mixofshow.training.captions import CAPTION_SLOT
+from diffusers_mixofshow.training.config import TrainingConfig
 
 
 if TYPE_CHECKING:
@@ -62,6 +65,30 @@ def check_words(concept: Concept, *tokenizers: PreTrainedTokenizerBase, drawn: S
         warn(
             f"The base draws {', '.join(drawn)} alone, and no {concept.class_word!r}. Choose one of these class words."
         )
+
+
+def check_prompts(config: TrainingConfig, tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
+    """Check the prompts of pictures that are drawn during or before the training.
+
+    Args:
+        config: Its validation prompt may name the concept; the prompt of the class may not.
+        tokenizers: The base model's tokenizers, which may know bracketed words of their own.
+
+    Raises:
+        ConceptError: If a prompt has another bracketed word.
+    """
+    concept = config.concept_to_learn
+    told = config.validation_prompt.replace(CAPTION_SLOT, concept.placeholder)
+    prompts = {
+        "validation_prompt": (told if config.num_validation_images else "", [concept]),
+        "class_prompt": (config.class_prompt or "", []),
+    }
+    for name, (prompt, concepts) in prompts.items():
+        for tokenizer in tokenizers:
+            try:
+                split_prompt(prompt, concepts, also_known=list_bracketed_words(tokenizer))
+            except ConceptError as error:
+                raise ConceptError(f"{name} is {prompt!r}: {str(error).partition('. ')[0]}. Leave it out.") from error
 
 
 def _describe_pieces(concept: Concept, pieces: list[str], unknown: list[str], hint: str) -> str:
