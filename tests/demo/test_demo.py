@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from diffusers_mixofshow.demo import DemoSettings, run_demo
+from diffusers_mixofshow.demo import DemoSettings, run_demo, stages, tuning
 from diffusers_mixofshow.demo.fusing import fuse_all
 from diffusers_mixofshow.demo.photos import prepare_photos, read_photo_images
-from diffusers_mixofshow.demo.tuning import fingerprint, tune_all, tuning_config
+from diffusers_mixofshow.demo.tuning import ON_STEP, fingerprint, tune_all, tuning_config
 from diffusers_mixofshow.errors import ConfigurationError, OverwriteError, TrainingDataError
 from diffusers_mixofshow.notes import read_note
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
+from diffusers_mixofshow.progress import listen
 from diffusers_mixofshow.toyland.base import load_pipeline
 
 
@@ -71,6 +72,7 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     assert [name for name in beside if not (tmp_path / name).is_file()] == []
     assert len(beside) == 5
     report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["settings"]["folder"], report["settings"]["photos"]) == (tmp_path.name, None)
     assert list(report["seconds"]) == ["photos", "tuning", "fusion", "sampling", "measuring"]
     assert [f"{number}/6" in log.getvalue() for number in range(1, 8)] == [True] * 6 + [False]
     assert set(report["identity_retention"]) == {"average", "fused"}
@@ -185,3 +187,50 @@ def test_a_class_that_the_base_does_not_know_is_refused(tmp_path: Path) -> None:
     settings = DemoSettings(folder=tmp_path / "demo", photos=own, class_word="unicorn", photo_count=1)
     with pytest.raises(ConfigurationError, match="critter, dog, cat"):
         prepare_photos(settings)
+
+
+def test_folders_and_files_of_systems_are_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    concept = prepare_photos(settings)[0]
+    before = fingerprint(tuning_config(concept, settings))
+    for name in (".DS_Store", "Thumbs.db"):
+        (concept.folder / name).write_bytes(b"x")
+    assert fingerprint(tuning_config(concept, settings)) == before
+
+
+def test_every_training_setting_reaches_the_worker(tmp_path: Path) -> None:
+    given = tiny_settings(tmp_path)
+    settings = replace(given, tuning={**given.tuning, "latents_dir": tmp_path / "latents"}, workers=1)
+    tune_all(prepare_photos(settings), settings, lambda *_: None)
+    assert any((tmp_path / "latents").iterdir())
+
+
+def test_a_caption_of_several_lines_stays_one_caption(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    Image.new("RGB", (80, 64), "red").save(tmp_path / "own" / "a.png")
+    told = {"file_name": "a.png", "text": "a <TOK>\nin a meadow"}
+    (tmp_path / "own" / "metadata.jsonl").write_text(json.dumps(told))
+    settings = replace(tiny_settings(tmp_path / "demo"), photos=tmp_path / "own", class_word="dog")
+    (own,) = (concept for concept in prepare_photos(settings) if concept.name == "mine")
+    assert (own.folder / "a.txt").read_text() == "a <mine> in a meadow\n"
+
+
+def test_steps_are_counted_where_bars_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell_steps(_concepts: object, _settings: object, on_step: ON_STEP) -> dict[str, Path]:
+        for step in range(5):
+            on_step("bobo", step, 4, 0.0)
+        return {}
+
+    heard: list[int] = []
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(tuning, "tune_all", tell_steps)
+    settings = tiny_settings(tmp_path)
+    with listen(lambda _name, done, _total: heard.append(done)):
+        stages._tune(prepare_photos(settings), settings, stages._Stages(Console(file=io.StringIO())))
+    assert max(heard) == 4
+
+
+def test_no_workers_are_refused(tmp_path: Path) -> None:
+    for workers in (-1, 0):
+        with pytest.raises(ConfigurationError, match=f"workers is {workers}, expected at least 1"):
+            replace(tiny_settings(tmp_path), workers=workers)

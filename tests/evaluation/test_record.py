@@ -85,3 +85,28 @@ def test_a_run_tells_all_of_it_and_is_written_whole(tmp_path: Path) -> None:
     file = record.write(tmp_path / "new" / "x.json", {"a": [1]})
     assert file.read_text() == '{\n "a": [\n  1\n ]\n}\n'
     assert json.loads(file.read_text()) == {"a": [1]}
+
+
+def test_folders_behind_a_name_are_told_by_their_last_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [
+        "x",
+        "evaluate",
+        "--photos",
+        "rex=/home/me/photos/rex",
+        "--photos=tom=/home/me/tom",
+        "--record=/me/r.json",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    assert record.command() == "x evaluate --photos rex=rex --photos=tom=tom --record=r.json"
+
+
+def test_the_commit_of_a_users_own_repository_is_not_the_packages(tmp_path: Path) -> None:
+    site = tmp_path / ".venv" / "site-packages"
+    site.mkdir(parents=True)
+    (site / "module.py").touch()
+    (tmp_path / ".gitignore").write_text(".venv")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".gitignore")
+    git(tmp_path, "commit", "-qm", "thesis")
+    assert record.commit(site) is None
+    assert record.commit(tmp_path)

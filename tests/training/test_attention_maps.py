@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport
-from diffusers_mixofshow.training.attention_maps import record_attention
+from diffusers_mixofshow.training.attention_maps import AttentionRecord, record_attention
 from diffusers_mixofshow.training.losses import attention_outside, attention_to_mask
 from short_training import quick, same, tensors
 
@@ -99,3 +100,11 @@ def test_recomputed_activations_change_nothing(pipeline: StableDiffusionPipeline
 def test_full_identity_needs_the_regulariser(photos: Path) -> None:
     with pytest.raises(ConfigurationError, match="attn_reg_weight is 0"):
         quick(photos, reg_full_identity=True)
+
+
+def test_maps_have_the_size_of_the_unets_levels() -> None:
+    """Every halving rounds up, so that no map keeps the picture's exact shape."""
+    record = AttentionRecord({"layer": SimpleNamespace(heads=1)})
+    for size in ((36, 21), (18, 11), (9, 6), (5, 3), (3, 2), (2, 1), (1, 1)):
+        record.queries["layer"], record.keys["layer"] = torch.randn(1, size[0] * size[1], 8), torch.randn(1, 77, 8)
+        assert list(record.maps([1], 36, 21)) == [size]

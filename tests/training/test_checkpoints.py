@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning, OverwriteError
 from diffusers_mixofshow.training import EDLoRATrainer, StepReport, TrainingConfig
+from diffusers_mixofshow.training.checkpoints import list_checkpoints
+from diffusers_mixofshow.training.interruption import notice_interruption
 from diffusers_mixofshow.training.learner import Learner
 from families.pipelines import tiny_pipeline
 from short_training import quick, same
@@ -284,3 +287,30 @@ def test_going_on_needs_no_leave_but_where_another_training_lies(
     nothing_to_go_on_from = quick(photos, output_dir=tmp_path / "one", resume_from_checkpoint="latest")
     with pytest.raises(OverwriteError, match=r"unasked\. Choose another output_dir, or"):
         EDLoRATrainer(nothing_to_go_on_from, pipeline).train()
+
+
+def test_going_on_with_other_masks_for_the_regulariser_is_refused(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    settings = {"masked_loss": False, "attn_reg_weight": 0.5, "company": 0.0, "checkpointing_steps": 1}
+    config = quick(photos, output_dir=tmp_path / "out", resume_from_checkpoint="latest", **settings)
+    stopped_after(1, quick(photos, output_dir=tmp_path / "out", **settings), pipeline)
+    mask = photos / "masks" / "0.png"
+    Image.open(mask).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(mask)
+    with pytest.raises(ConfigurationError, match="the photos, captions or masks have changed"):
+        EDLoRATrainer(config, pipeline).train()
+    path = list_checkpoints(tmp_path / "out")[-1] / "state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"data": state["data"].partition(" ")[0]}, path)  # as earlier releases wrote it
+    EDLoRATrainer(config, pipeline).train()
+
+
+def test_signals_that_the_process_ignores_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with notice_interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGINT, before)

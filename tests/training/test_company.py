@@ -209,3 +209,17 @@ def test_training_sees_composed_pictures_and_counts_photos_alone(
     with_company, without = (EDLoRATrainer(quick(photos, company=share), pipeline).train() for share in (0.8, 0.0))
     assert with_company.training["photos"] == without.training["photos"] == 2
     assert not same(with_company, without)
+
+
+@pytest.mark.parametrize("called", ["<potter1> <potter2>", "<potter1><potter2>", "<potter1>"])
+def test_a_concept_called_by_its_tokens_is_named_twice_too(tmp_path: Path, called: str) -> None:
+    ours = compose_company([photo(caption=f"a photo of a {called} in a meadow")] * 6, quick(tmp_path, company=0.5))
+    theirs = compose_company([photo(caption="a photo of a <potter> in a meadow")] * 6, quick(tmp_path, company=0.5))
+    assert [composed.captions for composed in ours] == [composed.captions for composed in theirs]
+    assert all(composed.captions[0].count("<potter>") == 2 for composed in ours)
+
+
+def test_advice_about_a_data_set_of_the_hub_names_it(tmp_path: Path) -> None:
+    config = quick(tmp_path, company=0.5, instance_data_dir=None, dataset_name="user/cats")
+    with pytest.warns(MixOfShowWarning, match=r"masks FOLDER .* makes them, for a copy of user/cats in FOLDER"):
+        compose_company([photo(None)], config)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diffusers_mixofshow.errors import ConfigurationError
@@ -269,3 +270,47 @@ def test_one_text_is_a_list_of_one() -> None:
 def test_captions_of_photos_without_any_name_the_concept() -> None:
     with pytest.raises(ConfigurationError, match="'a man', which does not name the concept; write <TOK> or <potter>"):
         TrainingConfig(**NEEDED, instance_prompt=("a man", "a <potter>"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"max_grad_norm": float("inf")}, "max_grad_norm is inf, expected a finite number"),
+        ({"snr_gamma": float("inf")}, "snr_gamma is inf, expected a finite number"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808, expected below 2\*\*63"),
+        ({"preset": ["fast"]}, r"preset is \['fast'\], expected one of"),
+        ({"class_prompt": "a photo of a <TOK>"}, "class_prompt 'a photo of a <TOK>' names the concept"),
+        ({"class_prompt": "a <potter>"}, "class_prompt 'a <potter>' names the concept"),
+        (
+            {"method": "custom-diffusion", "learning_rate": 0, "embedding_learning_rate": 0},
+            "custom-diffusion learns embeddings and the U-Net's text keys and values, but",
+        ),
+    ],
+)
+def test_what_would_fail_late_is_refused(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        TrainingConfig.from_mapping(NEEDED | settings)
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    config = TrainingConfig(
+        **NEEDED, learning_rate=np.float32(0.5), lora_alpha=np.int64(4), noise_offset=np.float64(1)
+    )
+    assert json.dumps(config.as_record())
+    kinds = {type(value) for value in (config.learning_rate, config.lora_alpha, config.noise_offset)}
+    assert kinds == {float}
+    assert type(TrainingConfig(**NEEDED, lora_alpha=4).lora_alpha) is int  # as it is in records of today
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", f"rank = {'[' * 3000}"),
+        ("a.toml", f"rank = {'1' * 5000}"),
+        ("a.yaml", f"rank: {'[' * 3000}"),
+    ],
+)
+def test_files_that_no_parser_takes_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigurationError, match="is no valid"):
+        TrainingConfig.from_file(tmp_path / name)

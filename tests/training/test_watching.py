@@ -154,3 +154,26 @@ def test_embeddings_stand_still_once_they_are_long_enough(pipeline: StableDiffus
     assert set(norms[grown:]) == {norms[grown]}
     assert reports[-1].learning_rates["embeddings"] == 0.0
     assert reports[-1].learning_rates["unet"] > 0
+
+
+def test_missing_pictures_of_the_class_are_drawn_beside_those_in_train(
+    pipeline: StableDiffusionPipeline, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "men" / "train"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32), "green").save(folder / "own.png")
+    config = quick(photos, class_data_dir=tmp_path / "men", num_class_images=2)
+    EDLoRATrainer(config, pipeline).train()
+    assert sorted(path.name for path in folder.iterdir()) == ["class-0000.png", "own.png"]
+    assert list((tmp_path / "men").iterdir()) == [folder]
+
+
+def test_trackers_learn_no_private_folder(photos: Path, tmp_path: Path) -> None:
+    notebook = Notebook()
+    base = tmp_path / "private" / "base"
+    base.mkdir(parents=True)
+    with tracking.track(
+        Accelerator(cpu=True, log_with=notebook), quick(photos, pretrained_model_name_or_path=str(base))
+    ):
+        pass
+    assert notebook.settings["pretrained_model_name_or_path"] == "base"

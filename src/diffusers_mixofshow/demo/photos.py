@@ -68,7 +68,8 @@ def _copy_own(source: Path, class_word: str, folder: Path) -> DemoConcept:
         # Photos in different subfolders may have the same name.
         name = stem if stems.count(stem) == 1 else f"{photo.path.parent.name}-{stem}"
         ImageOps.fit(photo.image, size, Image.Resampling.LANCZOS).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text("\n".join(photo.captions) + "\n", encoding="utf-8")
+        captions = [" ".join(caption.split()) for caption in photo.captions]  # in the file, a line is a caption
+        (folder / f"{name}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
         if photo.mask is not None:
             ImageOps.fit(photo.mask, size, Image.Resampling.BOX).save(folder / "masks" / f"{name}.png")
     return DemoConcept(name=OWN_NAME, kind=concept.kind, class_word=class_word, folder=folder)

@@ -65,6 +65,8 @@ class DemoSettings:
             for name, minimum in least.items()
             if getattr(self, name) < minimum
         ]
+        if self.workers is not None and self.workers < 1:
+            defects.append(f"workers is {self.workers}, expected at least 1, or None for the number of cores")
         if len(self.concepts) < 2:
             defects.append(f"{len(self.concepts)} concepts cannot be fused, expected two or more")
         if (self.photos is None) != (self.class_word is None):

@@ -78,8 +78,8 @@ def run_demo(settings: DemoSettings, *, console: Console) -> Path:
 
 def _claim_folder(settings: DemoSettings) -> None:
     """Mark the folder as this demo's; refuse one with other content, or remove another demo's if that is allowed."""
-    folder, told = settings.folder, {name: _as_json(value) for name, value in asdict(settings).items()}
-    identity = json.dumps({name: told[name] for name in told if name not in _NO_MATTER}, sort_keys=True)
+    folder, told = settings.folder, asdict(settings)
+    identity = json.dumps({name: told[name] for name in told if name not in _NO_MATTER}, sort_keys=True, default=str)
     mark = folder / _MARK
     try:
         earlier = mark.read_text(encoding="utf-8") if mark.is_file() else None
@@ -115,9 +115,10 @@ def _tune(concepts: Sequence[DemoConcept], settings: DemoSettings, stages: _Stag
 
         def on_step(name: str, step: int, total: int, loss: float) -> None:
             with lock:  # each concept's thread calls this
+                before = sum(done.values())
                 done[name] = step
                 bar.set_postfix_str(", ".join(f"<{each}> {done[each]}/{totals[each]}" for each in done), refresh=False)
-                bar.update(sum(done.values()) - bar.n)
+                bar.update(sum(done.values()) - before)  # bar.n stays 0 where bars are off
 
         return tune_all(concepts, settings, on_step)
 
@@ -189,23 +190,21 @@ def _write_report(
 
     photos = {concept.name: read_photo_images(concept) for concept in concepts}
     report = _make_record(measures, settings, seconds)
-    (settings.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2, default=str) + "\n"
+    (settings.folder / "report.json").write_text(text, encoding="utf-8")
     return write_page(settings.folder / "index.html", concepts, photos, pictures, measures, report)
 
 
 def _make_record(measures: Measures, settings: DemoSettings, seconds: Mapping[str, float]) -> dict[str, Any]:
     from diffusers_mixofshow.evaluation import record
 
+    folders = {"folder": settings.folder, "photos": settings.photos}  # where they lie is private
     return {
         **record.run_info(Path(__file__).parent),
-        "settings": {name: _as_json(value) for name, value in asdict(settings).items()},
+        "settings": asdict(settings) | {name: path and path.resolve().name for name, path in folders.items()},
         "seconds": dict(seconds),
         **measures.as_record(),
     }
-
-
-def _as_json(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _print_summary(measures: Measures, stages: _Stages, console: Console) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.demo.settings import DemoConcept, DemoSettings
 from diffusers_mixofshow.errors import TrainingDataError
 from diffusers_mixofshow.training import TrainingConfig
+from diffusers_mixofshow.training.folders import is_hidden
 
 
 ON_STEP = Callable[[str, int, int, float], None]
@@ -43,7 +45,7 @@ def fingerprint(config: TrainingConfig) -> str:
     digest = hashlib.sha256(json.dumps(config.as_record(), sort_keys=True).encode())
     base = Path(location_of(config.pretrained_model_name_or_path))
     for folder in (Path(str(config.instance_data_dir)), *(base / part for part in _BASE_PARTS)):
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and not is_hidden(path.name)):
             digest.update(file.relative_to(folder).as_posix().encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -95,11 +97,7 @@ def _tune(name: str, config: TrainingConfig, on_step: ON_STEP, running: list[sub
     marker = Path(str(config.output_dir)) / _FINISHED
     marker.unlink(missing_ok=True)
     on_step(name, 0, config.total_steps, float("nan"))
-    settings = config.as_record() | {
-        "instance_data_dir": str(config.instance_data_dir),
-        "output_dir": str(config.output_dir),
-        "overwrite": True,  # an interrupted demo may have left files there
-    }
+    settings = asdict(config) | {"overwrite": True}  # an interrupted demo may have left files there
     log = Path(str(config.output_dir)) / "worker.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     process = _start_worker(settings, log)
@@ -127,7 +125,7 @@ def _start_worker(settings: Mapping[str, Any], log: Path) -> subprocess.Popen[st
             start_new_session=True,  # so that Ctrl-C reaches only the demo, which then ends its workers
         )
     if process.stdin is not None:
-        process.stdin.write(json.dumps(settings))
+        process.stdin.write(json.dumps(settings, default=str))
         process.stdin.close()
     return process
 

@@ -33,8 +33,12 @@ def machine() -> str:
 
 
 def command() -> str:
-    """The running command line; of the program and of absolute paths only the last part, as folders are private."""
-    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    """The running command line; of the program and of absolute paths only the last part, as folders are private.
+
+    A path may follow a name and ``=``, as in ``potter=/home/me/photos`` and ``--record=/home/me/record.json``.
+    """
+    parts = [word.rpartition("=") for word in sys.argv[1:]]
+    given = [start + mark + (Path(end).name if Path(end).is_absolute() else end) for start, mark, end in parts]
     return " ".join([Path(sys.argv[0]).name, *given])
 
 
@@ -60,8 +64,9 @@ def write(path: Path, content: Mapping[str, object]) -> Path:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit of a checkout, with ``+`` if tracked files differ from it; None outside a checkout."""
+    """The commit of a checkout, with ``+`` if tracked files differ from it; None for a folder that none tracks."""
     try:
+        _git(folder, "ls-files", "--error-unmatch", ".")  # an installed package may lie in its user's repository
         name = _git(folder, "rev-parse", "--short=12", "HEAD")
         return name + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

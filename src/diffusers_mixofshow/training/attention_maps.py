@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -75,7 +74,7 @@ def _make_hook(noted: dict[str, torch.Tensor], path: str) -> Callable[..., None]
 
 
 def _map_size(positions: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of a feature map with this many positions, each of which covers a square of latents."""
-    scale = math.sqrt(height * width / positions)
-    rows = max(1, round(height / scale))
-    return rows, positions // rows
+    """Height and width of a feature map with this many positions: the U-Net halves both at once, rounded up."""
+    while height * width > positions:
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width

@@ -234,6 +234,16 @@ def digest_data(photos: Sequence[CachedPhoto], captions: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def digest_conditions(photos: Sequence[CachedPhoto], config: TrainingConfig) -> str:
+    """SHA-256 of what else of the photos is learnt from: sizes, and masks that the attention regulariser reads."""
+    digest = hashlib.sha256()
+    for photo in photos:
+        digest.update(photo.sizes.contiguous().numpy().tobytes())
+        if photo.subject is not None and config.attn_reg_weight:
+            digest.update(photo.subject.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
     """Refuse to resume with other settings or data than the checkpoint's; warn of other learning rates.
 
@@ -243,7 +253,7 @@ def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[
         path: The checkpoint, for the message.
         state: What `CheckpointFolder.load` returned.
         settings: `TrainingConfig.as_identity` of this training.
-        data: `digest_data` of this training.
+        data: `digest_data` of this training, then `digest_conditions`, which older checkpoints lack.
 
     Raises:
         ConfigurationError: Lists everything that differs.
@@ -256,7 +266,7 @@ def check_same_training(path: Path, state: Mapping[str, Any], settings: Mapping[
     }
     rates = [name for name in changed if name in RATES and before.get(name) and settings.get(name)]
     defects = [text for name, text in changed.items() if name not in rates]
-    if state["data"] != data:
+    if not data.startswith(state["data"]):
         defects.append("the photos, captions or masks have changed")
     if defects:
         raise ConfigurationError(

@@ -7,6 +7,7 @@ prompt names it later, as it was never trained at a later position.
 from __future__ import annotations
 
 import random
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,13 +66,14 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
     if not config.company or config.kind == "scene":
         return []
     if not masked:
-        folder = shlex.quote(str(config.instance_data_dir))
+        folder = "FOLDER" if config.instance_data_dir is None else shlex.quote(str(config.instance_data_dir))
+        copy = f", for a copy of {config.dataset_name} in FOLDER" if config.dataset_name else ""
         warn(
             "No photo has a mask. Training works without masks; with them (masks/NAME.png, white is the concept, or "
             "photos that are cut out) pictures with the concept twice are composed, and it keeps its looks better "
-            f"beside others. `mixofshow masks {folder} --class-word {shlex.quote(config.class_word)}` makes them (it "
-            "downloads a model of 600 MB once), in Python make_masks; --company 0 (company=0) is training without "
-            "such pictures, which needs no masks."
+            f"beside others. `mixofshow masks {folder} --class-word {shlex.quote(config.class_word)}` makes "
+            f"them{copy} (it downloads a model of 600 MB once), in Python make_masks; --company 0 (company=0) is "
+            "training without such pictures, which needs no masks."
         )
         return []
     chance = random.Random(config.seed)
@@ -165,7 +167,9 @@ def _place_cutout(cutout: _Cutout, side: int, place: int, chance: random.Random)
 
 
 def _name_twice(caption: str, concept: Concept, chance: random.Random) -> str:
-    """Replace the caption's first mention of the concept by one of `WORDINGS`."""
+    """Replace the caption's first mention of the concept, also by its tokens, by one of `WORDINGS`."""
+    token = f"(?:{'|'.join(map(re.escape, concept.tokens))})"
+    caption = re.sub(rf"{token}(?:\s*{token})*", concept.placeholder, caption)
     called = concept.placeholder + chance.choice(("", f" {concept.class_word}"))
     together = chance.choice(WORDINGS)
     return replace_mention(

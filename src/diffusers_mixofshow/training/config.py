@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
@@ -86,6 +87,8 @@ _NOT_NEGATIVE = (
     "prior_loss_weight",
     "num_validation_images",
 )
+_SEEDS = 2**63
+"""A seed is below this: torch's generators take 64 bits, and some seeds are derived by adding to it."""
 _LARGEST_ON_EMBEDDED = 2
 """Largest resolution on an embedded base, as a multiple of its own."""
 _POSITIVE = ("lora_alpha", "max_grad_norm", "snr_gamma", "embedding_norm_threshold", "lr_power")
@@ -260,10 +263,12 @@ class TrainingConfig:
     save_statistics: bool = True
 
     def __post_init__(self) -> None:
-        """Report every defect at once, and spell the embedded base's name in lower case."""
+        """Report every defect at once, make numbers Python's own, and spell the embedded base's name in lower case."""
         defects = self._list_defects()
         if defects:
             raise ConfigurationError(_REFUSAL + "; ".join(defects))
+        for name, setting in settings_of(type(self)).items():
+            object.__setattr__(self, name, setting.to_plain(getattr(self, name)))
         object.__setattr__(self, "pretrained_model_name_or_path", normalise_name(self.pretrained_model_name_or_path))
 
     @classmethod
@@ -360,6 +365,12 @@ class TrainingConfig:
             (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
             (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
             (_POSITIVE, lambda value: value > 0, "above 0"),
+            (
+                (*_NOT_NEGATIVE, *_POSITIVE),
+                lambda value: value != math.inf,
+                "a finite number (for no limit a large one)",
+            ),
+            (("seed",), lambda value: value < _SEEDS, "below 2**63"),
         ]
         return [
             f"{name} is {value}, expected {expected}"
@@ -416,6 +427,16 @@ class TrainingConfig:
         method = METHODS.get(self.method)
         if method is not None and method.adapts == "nothing" and not self.embedding_learning_rate:
             defects.append(f"{self.method} learns embeddings alone, but embedding_learning_rate is 0")
+        of_text = self.learning_rate if self.text_kv_learning_rate is None else self.text_kv_learning_rate
+        if (
+            method is not None
+            and method.adapts == "text keys and values"
+            and not self.embedding_learning_rate + of_text
+        ):
+            defects.append(
+                f"{self.method} learns embeddings and the U-Net's text keys and values, but embedding_learning_rate "
+                "and learning_rate (or text_kv_learning_rate) are 0"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             defects.append(f"ema_decay is {self.ema_decay}, expected a number between 0 and 1")
         rates = {getattr(self, name) for name in RATES} - {0, None}
@@ -446,6 +467,8 @@ class TrainingConfig:
             concept = self.concept_to_learn
         except ConceptError as error:
             return [str(error)]
+        if self.class_prompt and (CAPTION_SLOT in self.class_prompt or mentions_concept(self.class_prompt, [concept])):
+            return [f"class_prompt {self.class_prompt!r} names the concept; write the plain class word there"]
         return [
             f"instance_prompt has {prompt!r}, which does not name the concept; write {CAPTION_SLOT} or "
             f"{concept.placeholder}"

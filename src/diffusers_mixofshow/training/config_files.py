@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers_mixofshow.errors import ConfigurationError, TextError
+from diffusers_mixofshow.errors import ConfigurationError, TextError, first_line
 from diffusers_mixofshow.texts import read_text
 from diffusers_mixofshow.training.renamed import use_new_names
 from diffusers_mixofshow.training.settings import Setting
@@ -38,8 +38,8 @@ def _from_toml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str,
     """Read TOML, which has no None: the text "none" stands for it."""
     try:
         settings = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{path} is no valid TOML ({error}).") from error
+    except (ValueError, RecursionError) as error:  # also numbers that are too long, and lists in lists without end
+        raise ConfigurationError(f"{path} is no valid TOML ({first_line(error)}).") from error
     settings = use_new_names(settings)
     return {
         name: None if value == "none" and name in known and known[name].can_be_none else value
@@ -59,7 +59,7 @@ def _from_yaml(text: str, path: Path, known: Mapping[str, Setting]) -> dict[str,
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
         settings = yaml.load(text, Loader=yaml.BaseLoader)  # BaseLoader makes texts, lists and dicts only
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
     if settings is None:
         return {}

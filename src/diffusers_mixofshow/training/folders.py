@@ -213,7 +213,7 @@ def _find_photo_folder(folder: Path) -> tuple[Path, list[str]]:
             "the Hub is named by dataset_name."
         )
     try:
-        entries = sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
+        entries = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
     except OSError as error:
         raise TrainingDataError(f"{folder} cannot be read ({error}). Check who may read it.") from error
     train = next((path for path in entries if path.name.lower() == _TRAIN and path.is_dir()), None)
@@ -225,7 +225,8 @@ def _find_photo_folder(folder: Path) -> tuple[Path, list[str]]:
     )
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or the operating system's own."""
     return name.startswith(".") or name.lower() in _SYSTEMS or name.lower().endswith(_BESIDE_DOWNLOADS)
 
 
@@ -242,9 +243,9 @@ def _list_visible_files(folder: Path) -> tuple[list[Path], list[str]]:
         defects.append(f"{Path(error.filename).relative_to(folder).as_posix()} cannot be read ({error.strerror})")
 
     for place, folders, names in os.walk(folder, onerror=note_error):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         links = [name for name in folders if Path(place, name).is_symlink()]
-        files += [Path(place, name) for name in (*names, *links) if not _is_hidden(name)]
+        files += [Path(place, name) for name in (*names, *links) if not is_hidden(name)]
     return sorted(files), defects
 
 

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 @dataclass
 class Interruption:
     """Whether the user wants the training to stop.
@@ -26,8 +29,9 @@ class Interruption:
 def notice_interruption() -> Iterator[Interruption]:
     """Record the first Ctrl-C or SIGTERM inside the block; a second one raises `KeyboardInterrupt` at once.
 
-    Afterwards the previous signal handlers are restored. In a thread other than the main one, where Python cannot set
-    handlers, nothing is recorded.
+    Afterwards the previous signal handlers are restored. A signal that the process ignores, as shells' background jobs
+    do, or that a library handles outside Python, is left alone. In a thread other than the main one, where Python
+    cannot set handlers, nothing is recorded.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -39,7 +43,8 @@ def notice_interruption() -> Iterator[Interruption]:
             raise KeyboardInterrupt
         interruption.requested = True
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [each for each in _SIGNALS if signal.getsignal(each) not in (signal.SIG_IGN, None)]
+    previous = {number: signal.signal(number, note) for number in heeded}
     try:
         yield interruption
     finally:

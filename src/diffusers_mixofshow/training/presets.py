@@ -110,8 +110,9 @@ def layer_presets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     given = dict(settings)
     preset = given.pop("preset", None)
     defects = []
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
         defects.append(f"preset is {preset!r}, expected one of {', '.join(PRESETS)}")
+        preset = None
     chosen = PRESETS.get(str(preset), {})
     base = str((chosen | given).get("pretrained_model_name_or_path"))
     embedded, on_sdxl = embedded_base(base), known_family(base) is STABLE_DIFFUSION_XL

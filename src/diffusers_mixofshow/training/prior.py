@@ -37,9 +37,12 @@ def read_class_pictures(pipeline: Any, config: TrainingConfig, *, drawing: bool)
         TrainingDataError: If a picture cannot be read; lists all of them.
     """
     folder = Path(str(config.class_data_dir))
-    present = list_folder(folder).photos if folder.is_dir() else []
-    if drawing and len(present) < config.num_class_images:
-        _draw(pipeline, config, folder, missing=config.num_class_images - len(present))
+    place, present = folder, 0
+    if folder.is_dir():
+        listing = list_folder(folder)
+        place, present = listing.folder, len(listing.photos)  # they may lie in a subfolder, train
+    if drawing and present < config.num_class_images:
+        _draw(pipeline, config, place, missing=config.num_class_images - present)
     listing = list_folder(folder)
     used, left = listing.photos[: config.num_class_images], listing.photos[config.num_class_images :]
     photos, defects, remarks = [], list(listing.defects), list(listing.remarks)

@@ -73,6 +73,12 @@ class Setting:
             return (value,) if isinstance(value, str) else tuple(value)
         return value
 
+    def to_plain(self, value: Any) -> Any:
+        """Convert a number of another library, such as NumPy, to Python's own, which JSON and checkpoints hold."""
+        if float in self.types and isinstance(value, Real) and not isinstance(value, int):
+            return float(value)
+        return value
+
     def from_text(self, text: str | Sequence[str]) -> Any:
         """Read a value from text, or from a list of texts if the setting is a list.
 

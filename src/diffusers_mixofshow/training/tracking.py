@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 from PIL import Image
 
+from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.errors import MissingExtraError
 from diffusers_mixofshow.training.config import TrainingConfig
 
@@ -39,7 +40,8 @@ def track(accelerator: Accelerator, config: TrainingConfig) -> Iterator[None]:
     if not accelerator.log_with:
         yield
         return
-    plain = {name: _to_scalar(value) for name, value in config.as_record().items()}
+    told = config.as_record() | {"pretrained_model_name_or_path": public_name(config.pretrained_model_name_or_path)}
+    plain = {name: _to_scalar(value) for name, value in told.items()}
     # wandb writes to the current folder by default, and needs an existing folder.
     folders = {"wandb": {"dir": _make_log_folder(accelerator)}} if config.report_to == "wandb" else {}
     accelerator.init_trackers(PROJECT, config=plain, init_kwargs=folders)

@@ -49,6 +49,7 @@ from diffusers_mixofshow.training.checkpoints import (
     check_same_training,
     check_space,
     check_writable,
+    digest_conditions,
     digest_data,
     find_start,
     refuse_replacing,
@@ -273,7 +274,8 @@ class _Tuning:
         captions += [""] if config.proportion_empty_prompts else []
         cached = cache_photos(photos, captions, self.pipeline.vae, config)
         prior = cache_photos(of_class, captions, self.pipeline.vae, replace(config, framing="crop"))
-        self.data = digest_data([*cached, *prior], captions)
+        encoded = [*cached, *prior]
+        self.data = f"{digest_data(encoded, captions)} {digest_conditions(encoded, config)}"
         seed = config.seed * accelerator.num_processes + accelerator.process_index
         generator = torch.Generator().manual_seed(seed)
         batches = RandomBatches(
