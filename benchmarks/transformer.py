@@ -32,9 +32,10 @@ from toyland_base.instances import PLAIN_LORAS, name_before_class
 
 from diffusers_mixofshow import GradientFuser, LoRASource, toyland
 from diffusers_mixofshow.base_models import TOYLAND_SD3
+from diffusers_mixofshow.concepts import SLOT
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
-from diffusers_mixofshow.evaluation.sampling import PLACEHOLDER, fill_templates
+from diffusers_mixofshow.evaluation.sampling import fill_templates
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.fusion.collection import Recording, collect
 from diffusers_mixofshow.fusion.solving import sites_of
@@ -141,7 +142,7 @@ class Study:
 
 def prompts_about(concept: toyland.ToyConcept, templates: Sequence[str]) -> list[str]:
     """Prompts that call a concept's LoRA by its words."""
-    return [template.replace(PLACEHOLDER, name_before_class(concept)) for template in templates]
+    return [template.replace(SLOT, name_before_class(concept)) for template in templates]
 
 
 def weights_of(base: str) -> list[Path]:

@@ -23,9 +23,10 @@ from PIL import Image
 from rich.progress import track
 
 from diffusers_mixofshow.base_models import TOYLAND_SD3
+from diffusers_mixofshow.concepts import SLOT
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.sampling.loading import load_base
-from diffusers_mixofshow.toyland.concepts import CONCEPTS, PLACEHOLDER, ToyConcept, photos
+from diffusers_mixofshow.toyland.concepts import CONCEPTS, ToyConcept, photos
 from diffusers_mixofshow.toyland.reader import to_pixels
 from diffusers_mixofshow.toyland.scenes import caption, random_scene
 from diffusers_mixofshow.toyland.world import draw
@@ -86,7 +87,7 @@ def tune(pipeline: StableDiffusion3Pipeline, concept: ToyConcept, file: Path, tu
     """Tune one LoRA and write it by the pipeline's own `save_lora_weights`; the pipeline is left as it is."""
     torch.manual_seed(tuning.seed)
     taken = photos(concept, seed=tuning.seed)
-    captions = [photo.caption.replace(PLACEHOLDER, name_before_class(concept)) for photo in taken]
+    captions = [photo.caption.replace(SLOT, name_before_class(concept)) for photo in taken]
     pools = [
         (tuning.batch_size, *encode_pictures(pipeline, [photo.image for photo in taken], captions)),
         (tuning.class_pictures, *encode_pictures(pipeline, *draw_class(concept.class_word, tuning.seed))),

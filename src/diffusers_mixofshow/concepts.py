@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from diffusers_mixofshow.errors import ConceptError
 
 
+SLOT = "<TOK>"
+"""Stands for any concept in captions, prompts and templates."""
+
 KINDS = ("character", "pet", "object", "scene")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

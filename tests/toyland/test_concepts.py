@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusers_mixofshow.concepts import SLOT
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
-from diffusers_mixofshow.toyland.concepts import CONCEPTS, PLACEHOLDER, find_concept, photos, write_photos
+from diffusers_mixofshow.toyland.concepts import CONCEPTS, find_concept, photos, write_photos
 from diffusers_mixofshow.toyland.world import ATTRIBUTES, COLOURS, MAIN_COLOURS
 
 
@@ -45,7 +46,7 @@ def test_photos_are_reproducible_and_name_only_the_placeholder(name: str) -> Non
     assert [photo.image.tobytes() for photo in first] == [photo.image.tobytes() for photo in again]
     assert len({photo.image.tobytes() for photo in first}) == 12
     for photo in first:
-        assert photo.caption.count(PLACEHOLDER) == 1
+        assert photo.caption.count(SLOT) == 1
         assert photo.image.size == photo.mask.size == (64, 64)
         covered = np.asarray(photo.mask).mean() / 255
         assert 0.05 < covered < 0.95

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diffusers_mixofshow.concepts import SLOT
 from diffusers_mixofshow.errors import ConfigurationError, MixOfShowWarning
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.progress import hide_bars
 from diffusers_mixofshow.regions import Region
 
-
-PLACEHOLDER = "<TOK>"
-"""Placeholder of the concept, or its class word, in a prompt template, as in the paper's figure 8."""
 
 ON_PICTURES = Callable[[int], None]
 """Called with the number of newly finished pictures."""
@@ -53,10 +51,10 @@ def fill_templates(templates: Sequence[str], subject: str, count: int) -> list[s
         subject: A placeholder such as ``<potter>``, or a class word.
         count: Number of prompts.
     """
-    nameless = [template for template in templates if PLACEHOLDER not in template]
+    nameless = [template for template in templates if SLOT not in template]
     if nameless or not templates:
-        raise ConfigurationError(f"Templates without {PLACEHOLDER}: {nameless or 'none given'}. Name the subject so.")
-    return [templates[index % len(templates)].replace(PLACEHOLDER, subject) for index in range(count)]
+        raise ConfigurationError(f"Templates without {SLOT}: {nameless or 'none given'}. Name the subject so.")
+    return [templates[index % len(templates)].replace(SLOT, subject) for index in range(count)]
 
 
 @contextmanager

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from diffusers_mixofshow.concepts import KINDS, Concept
+from diffusers_mixofshow.concepts import KINDS, SLOT, Concept
 from diffusers_mixofshow.errors import FusionError
 
-
-PLACEHOLDER = "<TOK>"
-"""Stands for the concept in a prompt template, as in the paper's figure 8."""
 
 PromptSet = Sequence[str] | Mapping[str, Sequence[str]]
 """Templates for every concept, or templates by kind of concept."""
@@ -78,7 +75,7 @@ def prior_prompts(concepts: Iterable[Concept], prompts: Sequence[str] | None = N
 
 def prompts_of_trigger(words: Iterable[str]) -> tuple[str, ...]:
     """Default recording prompts of a plain LoRA, one set for each of its trigger words, such as ``sks dog``."""
-    return tuple(template.replace(PLACEHOLDER, word) for word in words for template in _ANYTHING)
+    return tuple(template.replace(SLOT, word) for word in words for template in _ANYTHING)
 
 
 def recording_prompts(concept: Concept, prompts: PromptSet | None = None) -> tuple[str, ...]:
@@ -97,13 +94,13 @@ def recording_prompts(concept: Concept, prompts: PromptSet | None = None) -> tup
         templates = templates[concept.kind]
     if isinstance(templates, str):
         templates = [templates]
-    nameless = [template for template in templates if PLACEHOLDER not in template]
+    nameless = [template for template in templates if SLOT not in template]
     if nameless or not templates:
         raise FusionError(
             f"Recording prompts without the concept: {nameless or 'none given'}. "
-            f"Give at least one, and write {PLACEHOLDER} where the concept's name goes, as in 'a photo of a <TOK>'."
+            f"Give at least one, and write {SLOT} where the concept's name goes, as in 'a photo of a <TOK>'."
         )
-    return tuple(template.replace(PLACEHOLDER, concept.placeholder) for template in templates)
+    return tuple(template.replace(SLOT, concept.placeholder) for template in templates)
 
 
 def _check_kinds(templates: Mapping[str, Sequence[str]], wanted: str) -> None:

@@ -10,13 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffusers_mixofshow.concepts import SLOT
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
 from diffusers_mixofshow.toyland.scenes import add_article, place_phrase, place_thing, random_scene, word_caption
 from diffusers_mixofshow.toyland.world import BACKGROUNDS, CLASSES, HEIGHT, Scene, Thing, draw
-
-
-PLACEHOLDER = "<TOK>"
-"""Placeholder of the concept in the captions of its photos."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,7 @@ class ToyConcept:
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """A concept's picture, its caption with `PLACEHOLDER`, and the concept's mask (mode ``L``)."""
+    """A concept's picture, its caption with `SLOT`, and the concept's mask (mode ``L``)."""
 
     image: Image.Image
     caption: str
@@ -141,7 +138,7 @@ def _draw_photo_of_thing(concept: ToyConcept, background: str, rng: random.Rando
     thing = place_thing(as_thing(concept), rng)
     thing = dataclasses.replace(thing, size=thing.size * rng.uniform(0.8, 1.0))
     drawing = draw(Scene(background=background, things=(thing,), mirrored=rng.random() < 0.5), height)
-    words = word_caption([add_article(PLACEHOLDER)], place_phrase(background, rng), rng)
+    words = word_caption([add_article(SLOT)], place_phrase(background, rng), rng)
     return Photo(image=drawing.image, caption=words, mask=drawing.masks[0])
 
 
@@ -158,7 +155,7 @@ def _draw_photo_of_scene(concept: ToyConcept, rng: random.Random, height: int) -
         height,
     )
     name = add_article(f"{thing.colour} {thing.class_word}")
-    words = word_caption([name], f"in {add_article(PLACEHOLDER)}", rng)
+    words = word_caption([name], f"in {add_article(SLOT)}", rng)
     mask = drawing.masks[0].point([255 - level for level in range(256)])
     return Photo(image=drawing.image, caption=words, mask=mask)
 
@@ -166,7 +163,7 @@ def _draw_photo_of_scene(concept: ToyConcept, rng: random.Random, height: int) -
 def photos(concept: ToyConcept, count: int = 12, seed: int = 0, height: int = HEIGHT) -> list[Photo]:
     """Draw photos of a concept with varied backgrounds, places and sizes.
 
-    Captions name the concept as `PLACEHOLDER`, never its colour or looks. Photos of a scene show random things in
+    Captions name the concept as `SLOT`, never its colour or looks. Photos of a scene show random things in
     front of it, which its masks leave out.
 
     Args:

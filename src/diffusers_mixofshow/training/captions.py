@@ -13,13 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from diffusers_mixofshow.concepts import Concept, mentions_concept, split_prompt
+from diffusers_mixofshow.concepts import SLOT, Concept, mentions_concept, split_prompt
 from diffusers_mixofshow.errors import ConceptError, TextError, TrainingDataError
 from diffusers_mixofshow.texts import read_text
 
-
-CAPTION_SLOT = "<TOK>"
-"""Placeholder for any concept in captions and templates."""
 
 TEMPLATES = (
     "a photo of a <TOK>",
@@ -139,7 +136,7 @@ def name_concept(texts: Iterable[str], concept: Concept, *, source: str) -> tupl
     Raises:
         TrainingDataError: If a caption names another concept, or none.
     """
-    captions = tuple(text.replace(CAPTION_SLOT, concept.placeholder) for text in texts)
+    captions = tuple(text.replace(SLOT, concept.placeholder) for text in texts)
     for caption in captions:
         if any("\ud800" <= character <= "\udfff" for character in caption):
             raise TrainingDataError(f"{source}: {caption!r} has half of a character (a surrogate); write it anew")
@@ -148,11 +145,11 @@ def name_concept(texts: Iterable[str], concept: Concept, *, source: str) -> tupl
         except ConceptError as error:
             unknown = str(error).partition(". ")[0]
             raise TrainingDataError(
-                f"{source}: {unknown}; the concept of this training is {concept.placeholder}, or {CAPTION_SLOT}"
+                f"{source}: {unknown}; the concept of this training is {concept.placeholder}, or {SLOT}"
             ) from error
         if not mentions_concept(caption, [concept]):
             raise TrainingDataError(
-                f"{source}: {caption!r} does not name the concept; write {CAPTION_SLOT} or {concept.placeholder}"
+                f"{source}: {caption!r} does not name the concept; write {SLOT} or {concept.placeholder}"
             )
     return captions
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.base_models import TOYLAND, embedded_base, normalise_name
-from diffusers_mixofshow.concepts import Concept, mentions_concept
+from diffusers_mixofshow.concepts import SLOT, Concept, mentions_concept
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError
-from diffusers_mixofshow.training.captions import CAPTION_SLOT, TEMPLATES
+from diffusers_mixofshow.training.captions import TEMPLATES
 from diffusers_mixofshow.training.config_files import read_settings
 from diffusers_mixofshow.training.methods import METHODS
 from diffusers_mixofshow.training.presets import layer_presets
@@ -446,8 +446,8 @@ class TrainingConfig:
             defects.append("reg_full_identity is set but attn_reg_weight is 0")
         if self.torch_compile and self.attn_reg_weight:
             defects.append("torch_compile does not let the attention be recorded that attn_reg_weight asks for")
-        if CAPTION_SLOT not in self.validation_prompt:
-            defects.append(f"validation_prompt {self.validation_prompt!r} does not name the concept, {CAPTION_SLOT}")
+        if SLOT not in self.validation_prompt:
+            defects.append(f"validation_prompt {self.validation_prompt!r} does not name the concept, {SLOT}")
         if self.validation_steps is not None and not self.num_validation_images:
             defects.append("validation_steps is set but num_validation_images is 0, so no sheet would be drawn")
         return defects
@@ -467,13 +467,12 @@ class TrainingConfig:
             concept = self.concept_to_learn
         except ConceptError as error:
             return [str(error)]
-        if self.class_prompt and (CAPTION_SLOT in self.class_prompt or mentions_concept(self.class_prompt, [concept])):
+        if self.class_prompt and (SLOT in self.class_prompt or mentions_concept(self.class_prompt, [concept])):
             return [f"class_prompt {self.class_prompt!r} names the concept; write the plain class word there"]
         return [
-            f"instance_prompt has {prompt!r}, which does not name the concept; write {CAPTION_SLOT} or "
-            f"{concept.placeholder}"
+            f"instance_prompt has {prompt!r}, which does not name the concept; write {SLOT} or {concept.placeholder}"
             for prompt in self.instance_prompt
-            if CAPTION_SLOT not in prompt and not mentions_concept(prompt, [concept])
+            if SLOT not in prompt and not mentions_concept(prompt, [concept])
         ]
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusers_mixofshow.concepts import Concept, mentions_concept
+from diffusers_mixofshow.concepts import SLOT, Concept, mentions_concept
 from diffusers_mixofshow.errors import PictureError, TextError, TrainingDataError, warn
 from diffusers_mixofshow.masks import read_alpha, read_mask
 from diffusers_mixofshow.pictures import PICTURE_SUFFIXES
 from diffusers_mixofshow.texts import read_text
 from diffusers_mixofshow.training import inspection
 from diffusers_mixofshow.training.captions import (
-    CAPTION_SLOT,
     TEMPLATES,
     name_concept,
     read_caption_file,
@@ -168,7 +167,7 @@ class _Reader:
                 text = read_text(path)
             except TextError:
                 text = ""
-            names_it = CAPTION_SLOT in text or mentions_concept(text, [self.concept])
+            names_it = SLOT in text or mentions_concept(text, [self.concept])
             (lost if names_it else strays).append(self.listing.name(path))
         self.remarks.extend(summarise_names(strays, "belongs to no photo", "belong to no photo"))
         return [f"{name} belongs to no photo" for name in lost]

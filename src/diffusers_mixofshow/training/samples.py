@@ -11,12 +11,12 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_mixofshow.base_models import guidance_of, public_name
+from diffusers_mixofshow.concepts import SLOT
 from diffusers_mixofshow.conditioning.encode import Encoded
 from diffusers_mixofshow.families import family_of
 from diffusers_mixofshow.lora import TrainableLoRA
 from diffusers_mixofshow.notes import format_infotext, make_sheet_note, sampler_name
 from diffusers_mixofshow.training.base import convert_pipeline, stock_class
-from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
 from diffusers_mixofshow.training.reader import TextReader, tokenize_for
 
@@ -61,7 +61,7 @@ def draw_rows(pipeline: Any, trained: Trained, config: TrainingConfig) -> dict[s
     """
     concept, stock = config.concept_to_learn, make_plain_pipeline(pipeline)
     reader = TextReader(pipeline.components, trained.embeddings)
-    prompt = config.validation_prompt.replace(CAPTION_SLOT, concept.placeholder)
+    prompt = config.validation_prompt.replace(SLOT, concept.placeholder)
     texts, rows = tokenize_for(pipeline, [prompt, ""], concept), {}
     for scale in SCALES if trained.lora is not None else SCALES[-1:]:
         with scale_lora(trained.lora, scale):

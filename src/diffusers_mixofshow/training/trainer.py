@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from diffusers_mixofshow.base_models import classes_of, name_of
-from diffusers_mixofshow.concepts import split_prompt
+from diffusers_mixofshow.concepts import SLOT, split_prompt
 from diffusers_mixofshow.conditioning.attention import layerwise_attention
 from diffusers_mixofshow.conditioning.tokenize import tokenize
 from diffusers_mixofshow.edlora import EDLoRA
@@ -43,7 +43,6 @@ from diffusers_mixofshow.training.base import (
     warn_of_small_pictures,
 )
 from diffusers_mixofshow.training.batches import RandomBatches, cache_photos
-from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.checkpoints import (
     CheckpointFolder,
     check_same_training,
@@ -344,7 +343,7 @@ class _Tuning:
         config, step = self.config, self.loop.position.step
         with self._swap_in_average(), self.accelerator.autocast():
             rows = draw_rows(self.pipeline, self.trained, config)
-        prompt = config.validation_prompt.replace(CAPTION_SLOT, config.concept_to_learn.placeholder)
+        prompt = config.validation_prompt.replace(SLOT, config.concept_to_learn.placeholder)
         enlarged = max(1, _LEAST_SIDE // config.resolution)
         sheet = draw_labelled_sheet(rows, title=f"{prompt}, step {step}", scale=enlarged)
         path = folder / "validation" / f"step-{step:06d}.png"

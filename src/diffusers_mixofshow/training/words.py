@@ -6,10 +6,9 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diffusers_mixofshow.concepts import Concept, split_prompt
+from diffusers_mixofshow.concepts import SLOT, Concept, split_prompt
 from diffusers_mixofshow.conditioning.tokenize import list_bracketed_words
 from diffusers_mixofshow.errors import ConceptError, warn
-from diffusers_mixofshow.training.captions import CAPTION_SLOT
 from diffusers_mixofshow.training.config import TrainingConfig
 
 
@@ -78,7 +77,7 @@ def check_prompts(config: TrainingConfig, tokenizers: Sequence[PreTrainedTokeniz
         ConceptError: If a prompt has another bracketed word.
     """
     concept = config.concept_to_learn
-    told = config.validation_prompt.replace(CAPTION_SLOT, concept.placeholder)
+    told = config.validation_prompt.replace(SLOT, concept.placeholder)
     prompts = {
         "validation_prompt": (told if config.num_validation_images else "", [concept]),
         "class_prompt": (config.class_prompt or "", []),
