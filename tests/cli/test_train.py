@@ -314,3 +314,13 @@ def test_a_folder_of_sdxl_is_planned_and_tuned_as_any_other_base(
     small = ["--resolution", "32", "--steps", "1", "--batch-size", "1", "--num-validation-images", "0"]
     assert "Wrote the ED-LoRA of <potter> to potter" in run(*base, *small, "--no-save-statistics")
     assert "pooled.<potter1>" in EDLoRA.from_pretrained("potter").embeddings
+
+
+def test_the_folder_that_was_saved_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_beside(trainer: EDLoRATrainer) -> None:
+        trainer.saved_to = tmp_path / "out-2"
+
+    monkeypatch.setattr(EDLoRATrainer, "train", save_beside)
+    asked = ["--instance-data-dir", str(tmp_path), "--concept", "rex", "--class-word", "dog"]
+    result = CliRunner().invoke(cli.app, ["train", *asked, "--output", str(tmp_path / "out")])
+    assert f"Wrote the ED-LoRA of <rex> to {tmp_path / 'out-2'}\n" in result.output

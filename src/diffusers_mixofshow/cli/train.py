@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,7 +136,7 @@ def train(**given: Any) -> None:
             tell(plan_training(checked) | replaced, as_json=as_json)
             return
 
-        _run(checked)
+        checked = _run(checked)
     concept = checked.concept_to_learn
     if as_json:
         made = {"output": str(checked.output_dir), "concept": concept.placeholder, "class_word": concept.class_word}
@@ -147,16 +148,20 @@ def train(**given: Any) -> None:
         typer.echo("\n".join(describe_next(checked)))
 
 
-def _run(config: TrainingConfig) -> None:
-    """Train; after Ctrl-C tell how to go on."""
+def _run(config: TrainingConfig) -> TrainingConfig:
+    """Train; after Ctrl-C tell how to go on. Returns the settings, with the folder that the ED-LoRA was saved to."""
     from diffusers_mixofshow import EDLoRATrainer
 
+    trainer = EDLoRATrainer(config)
     try:
-        EDLoRATrainer(config).train()
+        trainer.train()
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of several processes one tells
             typer.echo("\n".join(describe_resumption(config, sys.argv[1:])), err=True)
         raise
+    if trainer.saved_to in (None, Path(str(config.output_dir))):
+        return config
+    return replace(config, output_dir=trainer.saved_to)  # another result had come to output_dir meanwhile
 
 
 def make_config(settings: Mapping[str, Any]) -> TrainingConfig:

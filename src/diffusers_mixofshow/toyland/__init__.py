@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.toyland.concepts import CONCEPTS, Photo, ToyConcept, photos, write_photos
     from diffusers_mixofshow.toyland.layout import draw_places, stand_in
     from diffusers_mixofshow.toyland.metric import MetricModel
-    from diffusers_mixofshow.toyland.scenes import caption, random_scene
+    from diffusers_mixofshow.toyland.scenes import caption, random_scene, residents
     from diffusers_mixofshow.toyland.world import Drawing, Scene, Thing, draw
 
 
@@ -61,6 +61,7 @@ __all__ = [
     "path",
     "photos",
     "random_scene",
+    "residents",
     "stand_in",
     "write_photos",
 ]

@@ -111,6 +111,8 @@ class EDLoRATrainer:
         self.config = config
         self.pipeline = pipeline
         """The given pipeline, or the one that `train` has loaded."""
+        self.saved_to: Path | None = None
+        """The folder that `train` has saved the ED-LoRA to."""
         self._on_cpu = pipeline is not None and pipeline.device.type == "cpu"
         self._on_step = on_step
 
@@ -150,8 +152,9 @@ class EDLoRATrainer:
             with borrow(self.pipeline):
                 tuning = _Tuning(config, self.pipeline, accelerator, self._on_step, start)
                 edlora = tuning.run(photos, composed, make_optimizer)
-        if tuning.saved_to is not None and config.save_statistics:
-            record_statistics(self.pipeline, tuning.saved_to)
+        self.saved_to = tuning.saved_to
+        if self.saved_to is not None and config.save_statistics:
+            record_statistics(self.pipeline, self.saved_to)
         return edlora
 
     def _make_accelerator(self) -> Accelerator:
