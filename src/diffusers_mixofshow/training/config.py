@@ -111,7 +111,8 @@ class TrainingConfig:
             several if it has several tokens.
         kind: One of ``character``, ``pet``, ``object``, ``scene``.
         pretrained_model_name_or_path: Base model: Hub id, folder, or ``toyland`` for the embedded base.
-        output_dir: Folder that receives the ED-LoRA; None does not save.
+        output_dir: Folder that receives the ED-LoRA; None does not save. The command line takes a folder named after
+            the concept where none is given.
         overwrite: Whether an earlier training in `output_dir` may be replaced: its ED-LoRA, checkpoints and sheets.
             Not needed to resume it from a checkpoint.
         seed: Seed of every random number of the tuning.
