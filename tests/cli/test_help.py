@@ -38,8 +38,10 @@ def test_every_option_has_a_sentence(verb: str) -> None:
 def test_fuse_tells_the_default_ridge() -> None:
     (told,) = (each.help for each in COMMANDS["fuse"].params if each.name == "ridge")
     own, in_stages = (Settings(in_stages=staged).ridge_of(1) for staged in (False, True))
+    most = round(Settings().ridge_of(10**6) / own)
     assert told.endswith(
-        f"(default: for each input feature of a layer {own:.1e}, sequential {in_stages:.1e}).".replace("e-0", "e-")
+        f"(default: for each input feature of a layer {own:.1e}, sequential {in_stages:.1e}; more than {most} features "
+        f"count as {most}).".replace("e-0", "e-")
     )
 
 

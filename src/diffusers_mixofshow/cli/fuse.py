@@ -82,7 +82,7 @@ RidgeText = Annotated[
     str | None,
     typer.Option(
         help="Weight of small updates against an exact fit, or 'auto' (default: for each input feature of a layer "
-        "2.5e-4, sequential 2.5e-5)."
+        "2.5e-4, sequential 2.5e-5; more than 1280 features count as 1280)."
     ),
 ]
 Prior = Annotated[

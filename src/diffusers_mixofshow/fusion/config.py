@@ -54,7 +54,7 @@ class FusionConfig:
         seeds: Every prompt is sampled once with each of them.
         ridge: Ridge penalty, as a fraction of the mean squared feature. ``auto`` holds out every fourth prompt while
             recording and chooses each layer's ridge by the error on them. Default: 2.5e-5 for each input feature of
-            the layer in stages, ten times that with each concept's own model.
+            the layer in stages, ten times that with each concept's own model; more than 1280 features count as 1280.
         prior: Weight of keeping the base's outputs on prompts without any concept, relative to all concepts together;
             0 records none. A higher weight changes prompts without concepts less, and keeps concepts less.
         prior_prompts: Prompts without concepts for `prior`; the concepts' class words are added. Default: see
