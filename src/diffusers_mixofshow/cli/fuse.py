@@ -71,7 +71,8 @@ Recorded = Annotated[
     Features,
     typer.Option(
         help="own: with each concept's own model; statistics beside the files are used, and written there. "
-        "sequential: in the paper's order, needs the base model. auto: own if all files have statistics beside them."
+        "sequential: in the paper's order, needs the base model. auto: own if all files have statistics beside them "
+        "and neither --base nor --prior is given."
     ),
 ]
 Solver = Annotated[
@@ -119,8 +120,9 @@ def fuse(
 ) -> None:
     """Fuse several ED-LoRAs, or plain LoRAs, into one file that holds all of them, without any photos.
 
-    If all have statistics beside them (edlora.statistics.safetensors), no model is loaded. Started by
-    `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
+    If all have statistics beside them (edlora.statistics.safetensors) and neither --base nor --prior is given, no
+    model is loaded. Started by `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of
+    the concepts.
 
     ED-LoRAs become one pack of their concepts; plain LoRAs alone one ordinary LoRA, which any program loads.
 

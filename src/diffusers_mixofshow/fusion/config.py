@@ -49,7 +49,7 @@ class FusionConfig:
             users will prompt: contexts that no prompt shows are not protected. Default: see `prompts`.
         steps: Denoising steps; of DPM-Solver for Stable Diffusion.
         guidance_scale: Guidance while recording; above 1 the conditional and the unconditional half are recorded.
-            None is the model's usual value: 7.5 for Stable Diffusion, 3 for Toyland.
+            None is the model's usual value: 7.5 for Stable Diffusion, 5 for SDXL, 3 for Toyland, of others their own.
         negative_prompt: Prompt of the unconditional half; None is the empty prompt.
         seeds: Every prompt is sampled once with each of them.
         ridge: Ridge penalty, as a fraction of the mean squared feature. ``auto`` holds out every fourth prompt while
