@@ -316,7 +316,7 @@ class TrainingConfig:
 
         The base is small, so that rates are larger and steps fewer than for Stable Diffusion. The loss counts the
         whole picture: with a loss on tight masks alone the concept spreads over the background, as nothing in the loss
-        says where it ends. One concept takes about a minute on a CPU core.
+        says where it ends. One concept takes some two minutes of a CPU core.
         """
         return cls.from_mapping({"preset": TOYLAND} | settings)
 
