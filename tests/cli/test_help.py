@@ -40,8 +40,8 @@ def test_fuse_tells_the_default_ridge() -> None:
     own, in_stages = (Settings(in_stages=staged).ridge_of(1) for staged in (False, True))
     most = round(Settings().ridge_of(10**6) / own)
     assert told.endswith(
-        f"(default: for each input feature of a layer {own:.1e}, sequential {in_stages:.1e}; more than {most} features "
-        f"count as {most}).".replace("e-0", "e-")
+        f"(default: for each input feature of a layer {own:.1e}, sequential {in_stages:.1e}; "
+        f"more than {most} features count as {most}).".replace("e-0", "e-")
     )
 
 
