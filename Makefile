@@ -1,4 +1,4 @@
-# Every target works on a fresh machine that has only Python 3.11 and pip.
+# Every target works on a fresh machine that has only make, Python 3.11 and pip.
 PYTHON ?= python3
 PINS ?= constraints/current.txt
 VENV ?= .venv
