@@ -76,7 +76,7 @@ def test_a_base_of_a_package_that_is_not_installed_is_known_but_not_found(monkey
     assert canonical_name(folder) == folder
     for load in (location_of, toyland.path):
         with pytest.raises(
-            MissingExtraError, match=r"'toyland-sd3' lies in a package .* 'diffusers-mixofshow\[bases\]'"
+            MissingExtraError, match=r"'toyland-sd3' lies in a package .* \"diffusers-mixofshow\[bases\]\""
         ):
             load("toyland-sd3")
 

@@ -269,7 +269,7 @@ def test_photos_of_phones_need_a_package_that_reads_them(
     (tmp_path / name).write_bytes(b"heif")
     source = FileContent(tmp_path / name) if as_content else tmp_path / name
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(PictureError, match=r"^it is HEIC, which needs pillow-heif \(pip install 'diffusers-mixofshow"):
+    with pytest.raises(PictureError, match=r'^it is HEIC, which needs pillow-heif \(pip install "diffusers-mixofshow'):
         read_image(source, called="it")
     asked = []
     photo = Image.new("RGB", (2, 2), (10, 20, 30))

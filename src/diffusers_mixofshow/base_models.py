@@ -103,7 +103,7 @@ def location_of(base_model: str) -> str:
     if folder is None:
         raise MissingExtraError(
             f"The base model {embedded.model.id!r} lies in a package of its own, which is not installed: pip install "
-            "'diffusers-mixofshow[bases]', or in a checkout pip install ./bases."
+            '"diffusers-mixofshow[bases]", or in a checkout pip install ./bases.'
         )
     return str(folder)
 

@@ -185,7 +185,7 @@ def _open(source: Path | BinaryIO, called: str) -> Image.Image:
         import pillow_heif
     except ImportError as error:
         raise PictureError(
-            f"{called} is HEIC, which needs pillow-heif (pip install 'diffusers-mixofshow[heic]'); or save it as JPEG"
+            f'{called} is HEIC, which needs pillow-heif (pip install "diffusers-mixofshow[heic]"); or save it as JPEG'
         ) from error
     opened: Image.Image = pillow_heif.open_heif(source).to_pillow()
     return opened

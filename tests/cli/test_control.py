@@ -78,7 +78,7 @@ def test_a_detector_looks_at_the_picture(photo, detectors):
     [
         ("zoe", "'zoe': zoe is not a valid"),
         ("dwpose", "this version of controlnet_aux cannot make it"),
-        ("mediapipe_face", "pip install 'mediapipe<"),
+        ("mediapipe_face", 'pip install "mediapipe<'),
         ("openpose", "not in the local cache"),
     ],
 )

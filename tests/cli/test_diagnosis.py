@@ -166,7 +166,7 @@ ROOM = "a Stable Diffusion 1.5 takes 5 GB; `hf cache prune` makes room"
 LOGIN = "`hf auth login`, for pushing and private repositories"
 ONLINE = "unset HF_HUB_OFFLINE to download"
 BUSY = "other programs keep it busy, so that everything may take {longer} times as long; wait or stop them"
-MEDIAPIPE = "pip install 'mediapipe<1', or uninstall mediapipe"
+MEDIAPIPE = 'pip install "mediapipe<1", or uninstall mediapipe'
 VISION = "uninstall torchvision, which is not needed here, or install it from the index of torch"
 FOUND: list[tuple[str, Patch, tuple[str, str, str]]] = [
     ("memory", memory(16, 3.5), ("ok", "3.5 of 16.0 GB free", "")),
@@ -333,4 +333,4 @@ def test_every_extra_that_a_user_may_want_is_told_with_what_it_is_for_and_those_
     for extra, finding in found.items():
         if finding.state != "ok":
             assert finding.remedy.startswith("for ")
-            assert finding.remedy.endswith(f": pip install 'diffusers-mixofshow[{extra}]'")
+            assert finding.remedy.endswith(f': pip install "diffusers-mixofshow[{extra}]"')

@@ -293,7 +293,7 @@ def test_doctor_says_how_to_mend(monkeypatch: pytest.MonkeyPatch):
     )
     found = {finding.name: finding for finding in diagnosis.diagnose()}
     assert found["torch"].state == found["no-such-package"].state == "problem"
-    assert "pip install 'torch>=99'" in found["torch"].remedy
+    assert 'pip install "torch>=99"' in found["torch"].remedy
     assert "x" not in found
 
 
@@ -306,8 +306,8 @@ def test_doctor_names_a_library_that_does_not_accept_the_installed_peft(library:
     assert result.exit_code == 1
     assert finding["state"] == "problem"
     assert re.fullmatch(r"[\d.]+ does not work beside peft [\d.]+, needs >=99.1", finding["found"])
-    assert "pip install 'peft>=99.1'" in finding["remedy"]
-    assert f"or another {library}: pip install '{library}" in finding["remedy"]
+    assert 'pip install "peft>=99.1"' in finding["remedy"]
+    assert f'or another {library}: pip install "{library}' in finding["remedy"]
 
 
 def test_doctor_names_a_library_whose_own_needs_are_not_met(monkeypatch: pytest.MonkeyPatch):
@@ -323,7 +323,7 @@ def test_doctor_names_a_library_whose_own_needs_are_not_met(monkeypatch: pytest.
 def test_doctor_breaks_no_command_in_two(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(diagnosis.metadata, "requires", lambda _: ["a-package-with-a-long-name>=1.2.3,<2.0.0"])
-    command = "pip install 'a-package-with-a-long-name<2.0.0,>=1.2.3'"
+    command = 'pip install "a-package-with-a-long-name<2.0.0,>=1.2.3"'
     assert f"\n  a-package-with-a-long-name: {command}\n" in run("doctor").stdout
 
 
@@ -339,7 +339,7 @@ def test_doctor_finds_every_extra_that_users_may_want(monkeypatch: pytest.Monkey
     )
     found = {finding.name: finding for finding in diagnosis.diagnose()}
     assert (found["extra heic"].state, found["extra heic"].found) == ("optional", "no-such-package not installed")
-    assert found["extra heic"].remedy == "for photos of iPhones (HEIC): pip install 'diffusers-mixofshow[heic]'"
+    assert found["extra heic"].remedy == 'for photos of iPhones (HEIC): pip install "diffusers-mixofshow[heic]"'
     assert "needs >=99" in found["extra wandb"].found
     assert found["extra wandb"].state == "note", "an extra that is too old is not the same as none"
 

@@ -9,4 +9,4 @@ from diffusers_mixofshow.cli import app
 
 def test_the_extra_is_printed_with_its_brackets() -> None:
     printed = CliRunner().invoke(app, ["ui", "--help"], env={"COLUMNS": "200"}).stdout
-    assert "pip install 'diffusers-mixofshow[ui]'" in printed
+    assert 'pip install "diffusers-mixofshow[ui]"' in printed

@@ -23,7 +23,7 @@ from diffusers_mixofshow.ui.session import Session, Studio
 
 def test_where_gradio_is_missing_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, studio: Studio) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'diffusers-mixofshow\[ui\]'"):
+    with pytest.raises(MissingExtraError, match=r'pip install "diffusers-mixofshow\[ui\]"'):
         page.build_page(studio)
 
 

@@ -117,7 +117,7 @@ def _check_needs(finding: Finding, ours: Requirement) -> Finding:
     if not (missing := [other for other in others if other.state == "problem"]):
         return finding
     found = "; ".join(f"{other.name} {other.found}" for other in missing)
-    remedy = f"{'; '.join(other.remedy for other in missing)}; or another {ours.name}: pip install '{ours}'"
+    remedy = f"{'; '.join(other.remedy for other in missing)}; or another {ours.name}: " + _spell_install(ours)
     return Finding(ours.name, "problem", f"{finding.found} does not work beside {found}", remedy)
 
 
@@ -154,8 +154,13 @@ def _applies(requirement: Requirement, *, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
+def _spell_install(wanted: object) -> str:
+    """The command that installs something; in double quotes, which every shell knows, Windows' too."""
+    return f'pip install "{wanted}"'
+
+
 def _check_version(name: str, wanted: SpecifierSet) -> Finding:
-    remedy = f"pip install '{name}{wanted}'"
+    remedy = _spell_install(f"{name}{wanted}")
     found = installed_version(name)
     if not found:
         return Finding(name, "problem", _ABSENT, remedy)
@@ -268,7 +273,7 @@ def _check_extras() -> Iterator[Finding]:
         found = {one.name: _check_version(one.name, one.specifier) for one in only}
         missing = {name: finding.found for name, finding in found.items() if finding.state == "problem"}
         if missing:
-            remedy = f"for {_SERVES[extra]}: pip install '{PACKAGE}[{extra}]'"
+            remedy = f"for {_SERVES[extra]}: " + _spell_install(f"{PACKAGE}[{extra}]")
             told = ", ".join(f"{name} {what}" for name, what in missing.items())
             is_absent = set(missing.values()) == {_ABSENT}
             yield Finding(f"extra {extra}", "optional" if is_absent else "note", told, remedy)
@@ -294,7 +299,7 @@ def _check_controlnet_aux() -> Finding:
     mediapipe = installed_version("mediapipe")
     if mediapipe and int(mediapipe.partition(".")[0]) >= 1:
         found = f"installed, but mediapipe {mediapipe} makes its import fail"
-        return Finding("controlnet_aux", "note", found, "pip install 'mediapipe<1', or uninstall mediapipe")
+        return Finding("controlnet_aux", "note", found, _spell_install("mediapipe<1") + ", or uninstall mediapipe")
     return Finding("controlnet_aux", "ok", installed_version("controlnet_aux") or "installed")
 
 

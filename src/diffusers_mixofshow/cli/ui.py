@@ -27,7 +27,7 @@ def ui(
 ) -> None:
     """Open a page to draw regions by hand, sample, fuse, and look into files.
 
-    Only this machine can reach it, unless --share is given. Needs Gradio: pip install 'diffusers-mixofshow\\[ui]'.
+    Only this machine can reach it, unless --share is given. Needs Gradio: pip install "diffusers-mixofshow\\[ui]".
 
     \b
     Example:

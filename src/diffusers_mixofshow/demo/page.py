@@ -100,5 +100,5 @@ def _commands(
         "own": "mixofshow demo --photos my-photos --class-word dog --output my-demo",
         "photographs": "mixofshow train my-photos --concept waldi --class-word dog --output waldi\n"
         'mixofshow sample --concepts waldi --prompt "a <waldi> in front of the Eiffel tower" --output paris.png',
-        "page": "pip install 'diffusers-mixofshow[ui]'\nmixofshow ui",
+        "page": 'pip install "diffusers-mixofshow[ui]"\nmixofshow ui',
     }

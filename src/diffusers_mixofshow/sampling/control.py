@@ -156,15 +156,15 @@ def _import_processor(detector: str) -> Any:
 
 def _suggest_remedy(error: Exception) -> str:
     if "mediapipe" in str(error):
-        return "Uninstall mediapipe, or install 'mediapipe<0.10.30'"
+        return 'Uninstall mediapipe, or install "mediapipe<0.10.30"'
     if "torchvision" in str(error):
         return "Install the torchvision that belongs to the installed torch (both for the CPU, or both for CUDA)"
-    return "Install it with pip install 'diffusers-mixofshow[controlnet]'"
+    return 'Install it with pip install "diffusers-mixofshow[controlnet]"'
 
 
 def _explain(error: Exception) -> str:
     if isinstance(error, NameError) and "mp_" in str(error):
-        return "it needs the package mediapipe, pip install 'mediapipe<0.10.30'"
+        return 'it needs the package mediapipe, pip install "mediapipe<0.10.30"'
     if isinstance(error, AttributeError):
         return f"this version of controlnet_aux cannot make it ({first_line(error)})"
     return first_line(error).rstrip(".")

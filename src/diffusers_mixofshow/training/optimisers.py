@@ -87,5 +87,5 @@ def _import(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"This optimizer needs {module.partition('.')[0]} ({error}): pip install 'diffusers-mixofshow[{extra}]'"
+            f'This optimizer needs {module.partition(".")[0]} ({error}): pip install "diffusers-mixofshow[{extra}]"'
         ) from error

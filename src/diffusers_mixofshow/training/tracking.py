@@ -30,7 +30,7 @@ def check_tracker(name: str | None) -> None:
     """
     if name is not None and not _IS_AVAILABLE[name]():
         raise MissingExtraError(
-            f"report_to is {name!r}, which is not installed: pip install 'diffusers-mixofshow[{name}]'"
+            f'report_to is {name!r}, which is not installed: pip install "diffusers-mixofshow[{name}]"'
         )
 
 

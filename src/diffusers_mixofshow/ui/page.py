@@ -96,7 +96,7 @@ def import_gradio() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             f"The page needs Gradio, which cannot be imported: {first_line(error)}. Install it with pip install "
-            "'diffusers-mixofshow[ui]'."
+            '"diffusers-mixofshow[ui]".'
         ) from error
     return gradio
 
