@@ -120,9 +120,8 @@ def fuse(
 ) -> None:
     """Fuse several ED-LoRAs, or plain LoRAs, into one file that holds all of them, without any photos.
 
-    If all have statistics beside them (edlora.statistics.safetensors) and neither --base nor --prior is given, no
-    model is loaded. Started by `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of
-    the concepts.
+    If all have statistics beside them (edlora.statistics.safetensors), no model is loaded, save for --base or --prior.
+    Started by `accelerate launch -m diffusers_mixofshow fuse ...`, each process records its share of the concepts.
 
     ED-LoRAs become one pack of their concepts; plain LoRAs alone one ordinary LoRA, which any program loads.
 

@@ -26,8 +26,8 @@ def path(base_model: str = TOYLAND) -> Path:
     """The folder of an embedded base's weights, in diffusers' layout.
 
     Args:
-        base_model: ``toyland``, ``toyland-xl`` for the Stable Diffusion XL, or ``toyland-sd3`` for the transformer that
-            plain LoRAs can be fused for.
+        base_model: ``toyland``; or of the extra ``bases`` ``toyland-xl``, a Stable Diffusion XL, or ``toyland-sd3``, a
+            transformer that plain LoRAs can be fused for.
 
     Raises:
         MissingExtraError: If the base lies in a package that is not installed.
