@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 import packs
 import tiny
-from diffusers_mixofshow import EDLoRA, cli
+from diffusers_mixofshow import EDLoRA, MixOfShowXLPipeline, cli
 from diffusers_mixofshow.cli.base_model import choose_guidance, read_layers
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.interop.checkpoint import refuse_single_file
+from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS, Control, add_controls
 from families.pipelines import tiny_pipeline
 
 
@@ -118,6 +119,23 @@ def test_concepts_tell_the_guidance_of_a_base_that_is_not_known_and_a_folder_its
 def test_what_does_not_go_together_is_told(sample, options, error, told):
     with pytest.raises(error, match=told):
         sample(*options, prompt="a dog")
+
+
+@pytest.mark.parametrize("base", [("--base", "base"), ("--concepts", "rex", "--base", "user/unknown")])
+@pytest.mark.parametrize(("option", "models"), [("--control", CONTROLNETS), ("--adapter", ADAPTERS)])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["done", "planned"])
+def test_a_control_without_a_model_is_refused_before_the_base_is_loaded(sample, base, option, models, more):
+    """Known by their detectors are models for Stable Diffusion 1.x alone."""
+    with pytest.raises(ConfigurationError) as error:
+        sample(*base, *more, option, "canny=photo.png", prompt="a dog")
+    assert f"; {models['canny']} would be taken" in str(error.value)
+    assert str(error.value).endswith("Name a model for Stable Diffusion XL: 'canny@MODEL=photo.png'.")
+
+
+def test_a_control_without_a_model_is_refused_for_a_base_that_only_its_weights_tell():
+    controls = [Control(name, CONTROLNETS[name], Path("photo.png")) for name in ("canny", "mlsd")]
+    with pytest.raises(ConfigurationError, match=r": 'canny@MODEL=photo\.png' and 'mlsd@MODEL=photo\.png'\.$"):
+        add_controls(MixOfShowXLPipeline(**tiny_pipeline("Stable Diffusion XL").components), controls)
 
 
 @pytest.mark.parametrize(

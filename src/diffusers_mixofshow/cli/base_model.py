@@ -21,7 +21,7 @@ from diffusers_mixofshow.errors import ConfigurationError, first_line
 
 if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
-    from diffusers_mixofshow.families import BaseModel
+    from diffusers_mixofshow.families import BaseModel, Family
 
 MOST_STEPS = 1000
 """Most denoising steps: the number of timesteps in training. Schedulers fail with more."""
@@ -96,6 +96,11 @@ def refuse_strange_base(packs: Mapping[str, EDLoRA], base: str) -> None:
 
 def choose_guidance(base: str, packs: Iterable[EDLoRA]) -> float:
     """Choose the guidance scale for a base model; of one that is not known, the packs tell the family."""
+    return usual_guidance(base, family_of_packs(packs))
+
+
+def family_of_packs(packs: Iterable[EDLoRA]) -> Family | None:
+    """The family of the base that packs are for, by their embeddings or, without any, their updates."""
     from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
     from diffusers_mixofshow.edlora.low_rank import input_widths
     from diffusers_mixofshow.families.recognition import family_of_updates
@@ -103,8 +108,8 @@ def choose_guidance(base: str, packs: Iterable[EDLoRA]) -> float:
     packs = list(packs)
     names = [name for pack in packs for name in pack.embeddings]
     if names:
-        return usual_guidance(base, family_of_embeddings(names))
-    return usual_guidance(base, family_of_updates(input_widths(packs[0].lora)) if packs else None)
+        return family_of_embeddings(names)
+    return family_of_updates(input_widths(packs[0].lora)) if packs else None
 
 
 def read_layers(name: str) -> tuple[str, ...]:

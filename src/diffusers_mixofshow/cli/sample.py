@@ -12,16 +12,21 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffusers_mixofshow.atomic import check_outputs
-from diffusers_mixofshow.base_models import embedded_base
+from diffusers_mixofshow.base_models import embedded_base, known_family
 from diffusers_mixofshow.cli import sample_options as options
-from diffusers_mixofshow.cli.base_model import choose_guidance, find_common_base, refuse_strange_base
+from diffusers_mixofshow.cli.base_model import (
+    choose_guidance,
+    family_of_packs,
+    find_common_base,
+    refuse_strange_base,
+)
 from diffusers_mixofshow.cli.plans import DryRun, Overwrite, plan_replacing, plan_sampling, tell
 from diffusers_mixofshow.cli.region_text import parse_isolation, parse_regions
 from diffusers_mixofshow.cli.sources import open_packs
 from diffusers_mixofshow.concepts import check_distinct, split_prompt
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.stable_diffusion import SD1
-from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS, parse_controls
+from diffusers_mixofshow.sampling.control import ADAPTERS, CONTROLNETS, parse_controls, refuse_other_models
 from diffusers_mixofshow.sampling.drawing import (
     GRAIN,
     Drawing,
@@ -158,6 +163,7 @@ def _read_drawing(asked: Mapping[str, Any]) -> Drawing:
     )
     refuse_other_settings(drawing)
     refuse_strange_base(packs, base)
+    refuse_other_models((*controls, *adapters), known_family(base) or family_of_packs(packs.values()))
     if asked["layout"] is not None:
         warn_of_changes(asked["layout"], drawing)
     return drawing

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_mixofshow.base_models import TOYLAND, dtype_argument, location_of
 from diffusers_mixofshow.errors import ConfigurationError, HubError, MissingExtraError, first_line
+from diffusers_mixofshow.families import Family, family_of
+from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
 
 
 if TYPE_CHECKING:
@@ -110,6 +112,28 @@ def parse_control(text: str, known: Mapping[str, str] = CONTROLNETS, *, called: 
     if defects:
         raise ConfigurationError(f"Control {text!r}: " + "; ".join(defects) + ".")
     return Control(detector, model or known[detector], Path(picture))
+
+
+def refuse_other_models(controls: Sequence[Control], family: Family | None) -> None:
+    """Refuse models for Stable Diffusion 1.x, which are taken where none is named, beside a base of SDXL.
+
+    Args:
+        controls: ControlNets or T2I-Adapters.
+        family: The base model's family; None if it is not known.
+
+    Raises:
+        ConfigurationError: Names all of them, and how to name other models.
+    """
+    if family is not STABLE_DIFFUSION_XL:
+        return
+    of_sd1 = {*CONTROLNETS.values(), *ADAPTERS.values()}
+    if unfit := [control for control in controls if control.model in of_sd1]:
+        models = " and ".join(dict.fromkeys(control.model for control in unfit))
+        named = " and ".join(f"'{control.detector}@MODEL={control.picture}'" for control in unfit)
+        raise ConfigurationError(
+            f"The base model is of {family.name}, for which no model is known that follows a picture; {models} would "
+            f"be taken, of Stable Diffusion 1.x. Name a model for {family.name}: {named}."
+        )
 
 
 def make_condition_image(control: Control, picture: Image.Image | None = None) -> Image.Image:
@@ -214,6 +238,7 @@ def _load_models(
     """Load the model of each control, to the pipeline's device and dtype."""
     from diffusers_mixofshow.edlora.models import load_model
 
+    refuse_other_models(controls, family_of(pipe.components))
     models = []
     for control in controls:
         try:
