@@ -522,7 +522,7 @@ def of_methods() -> list[Sentence]:
     whole, cut = ([eight[f"closed-form:sequential=false{more}"]] for more in ("", ",statistics_bytes=80000"))
     return [
         Sentence(
-            page=METHOD_PAGE,
+            page=PAGE,
             words="costs {} ({} to {}) of the looks and {} ({} to {}) of the alignment, for a fourteenth",
             figures=(*parts(whole, cut, "attributes"), *parts(whole, cut, "alignment")),
         ),
