@@ -33,6 +33,9 @@ from diffusers_mixofshow.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BESIDE = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/composlora/README.md")]
+BESIDE += [*sorted((ROOT / "bases").rglob("README.md")), ROOT / "src/diffusers_mixofshow/toyland/weights/README.md"]
+"""Pages whose code is not run, but whose links lead somewhere."""
 RUN_ELSEWHERE = {("gradient_fusion.md", "python"): "tests/fusion/test_documentation.py"}
 LANGUAGES = {"", "sh", "python", "toml", "html", "text"}
 
@@ -239,7 +242,7 @@ def anchors_of(page: Path) -> set[str]:
     return slugs | {*re.findall(r'<a id="([\w-]+)">', text)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
     missing = []
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
@@ -250,6 +253,11 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         elif not file.is_file() or (anchor and anchor not in anchors_of(file)):
             missing.append(target)
     assert missing == []
+
+
+def test_links_of_the_pages_beside_are_looked_at() -> None:
+    assert len(BESIDE) == 7
+    assert all(page.is_file() for page in BESIDE)
 
 
 def test_pictures_of_the_documentation_are_small() -> None:
