@@ -186,7 +186,7 @@ def test_options_of_the_result(place, monkeypatch, tmp_path) -> None:
     told = run(*asked).partition(f"Wrote the fused pack of <rex>, <tom> to {output}\n")[2].splitlines()
     assert told[0] == "Draw two of them, each in its half of the picture, and measure what the pack keeps of each:"
     assert told[1].startswith(f"  mixofshow sample --concepts {output} --prompt ")
-    assert all(f'--region "{place}:a <{name}>, in a meadow"' in told[1] for place, name in HALVES.items())
+    assert all(f"--region '{place}:a <{name}>, in a meadow'" in told[1] for place, name in HALVES.items())
     assert told[2:] == [f"  mixofshow evaluate {output} --own rex --own tom"]
     for line in told[1:]:
         program, verb, *given = shlex.split(line)

@@ -217,7 +217,7 @@ def test_what_to_do_next_can_be_pasted(
     written = ["Wrote the ED-LoRA of <rex> to my dogs/rex"]
     wanted = [
         "Draw it, measure it, or fuse it with another one in place of OTHER:",
-        "  mixofshow sample --concepts 'my dogs/rex' --prompt \"a <rex>\" --output rex.png",
+        "  mixofshow sample --concepts 'my dogs/rex' --prompt 'a <rex>' --output rex.png",
         "  mixofshow evaluate 'my dogs/rex' --photos 'rex=my photos'",
         "  mixofshow fuse 'my dogs/rex' OTHER --output fused",
     ]

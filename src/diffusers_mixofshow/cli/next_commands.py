@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import join, quote
+from shlex import join
 from typing import TYPE_CHECKING
 
 from diffusers_mixofshow.atomic import portable_name
@@ -26,33 +26,35 @@ def describe_next_of_pack(pack: EDLoRA, output: Path, singles: Sequence[str]) ->
     """
     if len(pack.concepts) < 2:
         return []
-    folder, (left, right, *_) = quote(str(output)), pack.concepts
+    left, right, *_ = pack.concepts
     height, width = find_size(pack.base_model) or (0, 0)
-    wide = f" --width {width * 3 // 2} --height {height}" if height else ""
+    wide = ("--width", width * 3 // 2, "--height", height) if height else ()
     place = "in a meadow"
     prompt = f"a {left.class_word} and a {right.class_word} {place}"
-    own = "".join(f" --own {quote(single)}" for single in singles)
+    halves = {"0,0.1,0.5,0.97": left.placeholder, "0.5,0.1,1,0.97": right.placeholder}
+    regions = [part for box, name in halves.items() for part in ("--region", f"{box}:a {name}, {place}")]
+    own = [part for single in singles for part in ("--own", single)]
     return [
         "Draw two of them, each in its half of the picture, and measure what the pack keeps of each:",
-        f'  mixofshow sample --concepts {folder} --prompt "{prompt}"{wide} --refine'
-        f' --region "0,0.1,0.5,0.97:a {left.placeholder}, {place}"'
-        f' --region "0.5,0.1,1,0.97:a {right.placeholder}, {place}" --output two.png',
-        f"  mixofshow evaluate {folder}{own}",
+        _spell(
+            "sample", "--concepts", output, "--prompt", prompt, *wide, "--refine", *regions, "--output", "two.png"
+        ),
+        _spell("evaluate", output, *own),
     ]
 
 
 def describe_next(config: TrainingConfig) -> list[str]:
     """Lines with where to look at what a training has written, and the commands that draw, measure and fuse it."""
-    folder, concept = quote(str(config.output_dir)), config.concept_to_learn
-    picture = portable_name(f"{concept.name}.png")
-    photos = "" if config.instance_data_dir is None else quote(f"{concept.name}={config.instance_data_dir}")
+    folder, concept = config.output_dir, config.concept_to_learn
+    picture, of_photos = portable_name(f"{concept.name}.png"), f"{concept.name}={config.instance_data_dir}"
+    photos = () if config.instance_data_dir is None else ("--photos", of_photos)
     sheets = sorted(Path(str(config.output_dir), "validation").glob("step-*.png"))
     return [
         *(f"Look at it, above by its words alone, below with all of its LoRA: {sheet}" for sheet in sheets[-1:]),
         "Draw it, measure it, or fuse it with another one in place of OTHER:",
-        f'  mixofshow sample --concepts {folder} --prompt "a {concept.placeholder}" --output {picture}',
-        f"  mixofshow evaluate {folder}{photos and f' --photos {photos}'}",
-        f"  mixofshow fuse {folder} OTHER --output fused",
+        _spell("sample", "--concepts", folder, "--prompt", f"a {concept.placeholder}", "--output", picture),
+        _spell("evaluate", folder, *photos),
+        _spell("fuse", folder, "OTHER", "--output", "fused"),
     ]
 
 
@@ -69,4 +71,9 @@ def describe_resumption(config: TrainingConfig, arguments: Sequence[str]) -> lis
     if not checkpoints:
         return ["There is no checkpoint to go on from."]
     more = [] if config.resume_from_checkpoint == LATEST else ["--resume-from-checkpoint", LATEST]
-    return [f"The checkpoint is {checkpoints[-1]}. Go on from it:", f"  {join(['mixofshow', *arguments, *more])}"]
+    return [f"The checkpoint is {checkpoints[-1]}. Go on from it:", _spell(*arguments, *more)]
+
+
+def _spell(*arguments: object) -> str:
+    """Spell a command so that a shell takes every argument as it is: class words of a pack come from strangers."""
+    return f"  {join(['mixofshow', *map(str, arguments)])}"
