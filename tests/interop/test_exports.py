@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 import packs
 import tiny
 from diffusers_mixofshow import toyland
+from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED
@@ -20,7 +22,7 @@ from diffusers_mixofshow.fusion import GradientFuser, LoRASource
 from diffusers_mixofshow.interop import convert, read_as_edlora
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.summary import summary_of_foreign
-from diffusers_mixofshow.interop.textual_inversion import mean_over_layers
+from diffusers_mixofshow.interop.textual_inversion import mean_over_layers, mean_vectors
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 
@@ -140,3 +142,22 @@ def test_how_to_use_sends_nobody_to_programs_that_load_nothing(tmp_path: Path):
     assert "models/" not in texts["diffusers"]
     assert "Not for A1111 and ComfyUI" in texts["diffusers"]
     assert "--to kohya" in texts["diffusers"]
+
+
+@pytest.mark.parametrize("base", ["toyland", "toyland-xl"])
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_the_lines_of_how_to_use_load_all_of_it_in_stock_diffusers(tmp_path: Path, monkeypatch, base: str, to: str):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(location_of(base))
+    pack = packs.random_pack(pipe.components, "rex", "bobo", base_model=base)
+    text = convert(pack, tmp_path, to).files[-1].read_text()
+    lines = [line.strip() for line in text.partition("diffusers:\n")[2].splitlines() if line.startswith("    ")]
+    assert lines[0].startswith("pipe.load_lora_weights(")
+    assert lines.pop() == 'pipe("photo of a <rex>")'
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines), {"pipe": pipe})
+    for word, vectors in mean_vectors(pack).items():
+        for number, encoder in {"": "clip_l", "_2": "clip_g"}.items():
+            if encoder in vectors:
+                tokenizer, model = (pipe.components[f"{part}{number}"] for part in ("tokenizer", "text_encoder"))
+                tokens = tokenizer.convert_tokens_to_ids([word, f"{word}_1"])
+                assert torch.equal(model.get_input_embeddings().weight[tokens], vectors[encoder].to(model.dtype))

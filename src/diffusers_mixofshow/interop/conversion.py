@@ -276,7 +276,8 @@ def _plan_lora(
     files: dict[Path, Callable[[], object]] = {file: partial(writer, file, lora, metadata)}
     if names:
         text = file.with_suffix(".txt") if file is path else path / INSTRUCTIONS
-        told = compose_instructions(file.name, names, lost, target)
+        encoders = {name: list(words.vectors[word]) for word, name in names.items()}
+        told = compose_instructions(file.name, encoders, lost, target)
         files |= _plan_words(file.parent / EMBEDDINGS, words)
         files[text] = partial(write_whole, text, told.encode())
     return files

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.interop.formats import Format
 
 
-def compose_instructions(lora_file: str, names: Mapping[str, str], lost: Sequence[str], target: Format) -> str:
+def compose_instructions(
+    lora_file: str, embeddings: Mapping[str, Collection[str]], lost: Sequence[str], target: Format
+) -> str:
     """Compose the instructions.
 
     Args:
         lora_file: Name of the LoRA file.
-        names: Word of every embedding to the name of its file, without extension.
+        embeddings: Name of every embedding's file, without extension, to the text encoders that it has vectors for.
         lost: What the conversion lost, each as a sentence.
         target: ``kohya`` or ``diffusers``.
     """
-    stem, (first, *_) = lora_file.removesuffix(".safetensors"), names.values()
-    loading = "\n".join(
-        f'    pipe.load_textual_inversion("embeddings/{name}.safetensors", token="<{name}>")'
-        for name in names.values()
-    )
+    stem, first = lora_file.removesuffix(".safetensors"), next(iter(embeddings))
+    lines = [line for name, encoders in embeddings.items() for line in _list_loading(name, encoders)]
+    loading = "\n".join(dict.fromkeys(lines))  # one import for all
     programs = _KOHYA if target is Format.KOHYA else _DIFFUSERS
-    unsaid = "\n".join(f"- {sentence}" for sentence in (*lost, *_ALWAYS[: len(names)]))
+    unsaid = "\n".join(f"- {sentence}" for sentence in (*lost, *_ALWAYS[: len(embeddings)]))
     return f"""\
-{stem}: {", ".join(names.values())}
+{stem}: {", ".join(embeddings)}
 Written by diffusers-mixofshow, https://arxiv.org/abs/2305.18292 (Mix-of-Show)
 
 HOW TO USE
@@ -34,6 +35,23 @@ A LoRA and one embedding for each concept belong together: without its embedding
 WHAT IS LOST HERE
 {unsaid}
 """
+
+
+def _list_loading(name: str, encoders: Collection[str]) -> list[str]:
+    """Lines of Python that load an embedding: diffusers takes one text encoder at a time."""
+    file = f"embeddings/{name}.safetensors"
+    if list(encoders) == [CLIP_L]:
+        return [f'    pipe.load_textual_inversion("{file}", token="<{name}>")']
+    return [
+        "    import safetensors.torch",
+        f'    embedding = safetensors.torch.load_file("{file}")',
+        *(
+            f'    pipe.load_textual_inversion(embedding["{encoder}"], token="<{name}>", '
+            f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number})"
+            for encoder, number in {CLIP_L: "", CLIP_G: "_2"}.items()
+            if encoder in encoders
+        ),
+    ]
 
 
 _IN_DIFFUSERS = """\

@@ -102,7 +102,8 @@ def write_textual_inversion(
     """Write one word's vectors as safetensors; the file appears whole or not at all.
 
     Vectors of a single text encoder are named after the word, which diffusers, A1111 and ComfyUI read; those of SDXL's
-    two are named ``clip_l`` and ``clip_g``, as all three expect. In A1111 and ComfyUI the word is the file's name.
+    two are named ``clip_l`` and ``clip_g``, as A1111 and ComfyUI expect, and as diffusers' training scripts write them;
+    of such a file diffusers loads one encoder's vectors at a time. In A1111 and ComfyUI the word is the file's name.
 
     Args:
         path: The file; its folder is created where it is missing.
