@@ -14,10 +14,14 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from diffusers_mixofshow.base_models import location_of
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import EDLoRAFormatError
+from diffusers_mixofshow.families import Family
 from diffusers_mixofshow.families.layers import linear_layers
-from diffusers_mixofshow.interop import lycoris, read_lora
+from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
+from diffusers_mixofshow.families.stable_diffusion import STABLE_DIFFUSION
+from diffusers_mixofshow.interop import convert, lycoris, read_lora
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.lycoris import HIGHEST_RANK
 from diffusers_mixofshow.interop.summary import summary_of_foreign
@@ -265,3 +269,36 @@ def test_a_small_file_does_not_become_gigabytes(tmp_path: Path, monkeypatch: pyt
     assert len(found.lora) == 3  # of 396 numbers each
     assert found.defects[0].startswith("LoHa")
     assert ": 8 (lora_unet_blocks_3_attn_gate.hada_w1_a, " in found.defects[0]
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+@pytest.mark.parametrize(
+    ("family", "to"),
+    [
+        (STABLE_DIFFUSION, "diffusers"),
+        (STABLE_DIFFUSION, "kohya"),
+        (STABLE_DIFFUSION_XL, "diffusers"),  # kohya's names of blocks are those of SDXL's size alone
+    ],
+    ids=["convolutions", "convolutions in kohya's names", "linear projections"],
+)
+def test_1_x_1_convolutions_stay_what_they_are(family: Family, to: str, method: str, tmp_path: Path) -> None:
+    """Neither method's matrices tell; stock diffusers refuses factors of the other kind."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(location_of(family.models[-1].id))
+    layers = {site: layer for site, layer in linear_layers(pipe.components).items() if site.startswith("unet.down")}
+    wanted = ("proj_in", "proj_out", "conv_shortcut", "attn2.to_k")
+    sites = {site: tuple(layer.weight.shape[:2]) for site, layer in layers.items() if site.endswith(wanted)}
+    tensors = {
+        f"lora_{site.replace('.', '_')}.{part}": tensor.contiguous()
+        for site, (out, width) in sites.items()
+        for part, tensor in (
+            loha(out, width, (1, 1)) if method == "loha" else lokr((2, 2), (out // 2, 1, width // 2))
+        ).items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    file = convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", to).files[0]
+    lora = read_lora(tmp_path / "x.safetensors")
+    for site, layer in layers.items():
+        if site in sites:
+            assert lora[site].convolution == isinstance(layer, nn.Conv2d), site
+    pipe.load_lora_weights(str(file))
+    assert pipe.get_list_adapters()["unet"]

@@ -17,6 +17,7 @@ SDXL = BaseModel(
     text_width=2048,
     embeddings={CLIP_L: 768, CLIP_G: 1280},
     other_ids=("stabilityai/stable-diffusion-xl-base-1.0",),
+    linear_projections=True,
     license="openrail++",
     guidance=5.0,
     resolution=1024,
@@ -36,6 +37,7 @@ EMBEDDED_XL = BaseModel(
         | {"up_blocks.0": (2, 1), "up_blocks.1": (2, 2)}
     ),
     id="toyland-xl",
+    linear_projections=True,
     license=EMBEDDED.license,
     guidance=EMBEDDED.guidance,
     least_resolution=96,

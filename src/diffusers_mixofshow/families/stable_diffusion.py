@@ -24,7 +24,14 @@ SD1 = BaseModel(
     license="creativeml-openrail-m",
     resolution=512,
 )
-SD2 = BaseModel(name="Stable Diffusion 2.x", kohya="sd_v2", text_width=1024, embeddings={CLIP_L: 1024}, layers=_LAYERS)
+SD2 = BaseModel(
+    name="Stable Diffusion 2.x",
+    kohya="sd_v2",
+    text_width=1024,
+    embeddings={CLIP_L: 1024},
+    layers=_LAYERS,
+    linear_projections=True,
+)
 EMBEDDED = BaseModel(
     name="Toyland, the base in diffusers-mixofshow",
     kohya="toyland",

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -41,6 +41,12 @@ def is_part(name: str) -> bool:
     """Whether a tensor belongs to LoHa, LoKr or a full difference, by its name."""
     match = _PART.fullmatch(name)
     return match is not None and match["part"] != "alpha"
+
+
+def list_products(tensors: Iterable[str]) -> set[str]:
+    """Names of the layers with tensors of LoHa or LoKr."""
+    matches = filter(None, map(_PART.fullmatch, tensors))
+    return {match["layer"] for match in matches if match["part"].startswith(("hada", "lokr"))}
 
 
 def convert_to_halves(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
