@@ -273,3 +273,9 @@ def test_a_copy_of_an_embedded_base_is_drawn_with_the_same_guidance(tmp_path: Pa
     (tmp_path / "copy" / part / "config.json").write_text(json.dumps(config | {"sample_size": 128}))
     others = {TOYLAND: 7.5, TOYLAND_XL: 5.0, TOYLAND_SD3: 7.0}
     assert usual_guidance(str(tmp_path / "copy")) == others[name]
+
+
+def test_a_path_that_cannot_be_looked_at_is_named_as_it_is() -> None:
+    error = make_loading_error("~nosuchuser/m", OSError("no"))
+    assert "'~nosuchuser/m' cannot be loaded. Expected" in str(error)
+    assert public_name("~nosuchuser/m") == "m"

@@ -150,11 +150,14 @@ def public_name(source: str) -> str:
     A path counts as one even if it no longer exists.
     """
     known = canonical_name(source)
-    path = Path(known).expanduser()
-    if known != source and not path.is_absolute():
+    if known != source and not Path(known).is_absolute():
         return known
-    if path.exists():
-        return path.resolve().name
+    try:
+        path = Path(known).expanduser()
+        if path.exists():
+            return path.resolve().name
+    except (OSError, RuntimeError, ValueError):  # no such user, or a folder that cannot be read
+        pass
     return PureWindowsPath(known).name if _LOCAL.match(known) else known
 
 
@@ -169,8 +172,43 @@ def known_family(base_model: str) -> Family | None:
     known = _find_known_base(base_model)
     if known is not None:
         return next(family for family in FAMILIES if known in family.models)
-    index = _read_configuration(Path(base_model, "model_index.json")) if base_model else {}
-    return family_of_index(index) if index else None
+    return family_of_index(_read_index(base_model))
+
+
+def require_family(base_model: str, index: Mapping[str, Any]) -> Family:
+    """The family of a pipeline that is not loaded yet.
+
+    Args:
+        base_model: Its name, for the error.
+        index: Content of its ``model_index.json``.
+
+    Raises:
+        ConfigurationError: If it is of no known family; names the class of its pipeline.
+    """
+    if (family := family_of_index(index)) is None:
+        known = ", ".join(one.name for one in FAMILIES)
+        raise ConfigurationError(
+            f"The base model {base_model!r} is a {_name_class(index)}, which is of no family that is known here. "
+            f"Expected one of {known}."
+        )
+    return family
+
+
+def find_strange_class(base_model: str) -> str:
+    """The class of a pipeline on this disk that is of no known family; empty for any other base model."""
+    index = _read_index(base_model)
+    return _name_class(index) if index and family_of_index(index) is None else ""
+
+
+def _name_class(index: Mapping[str, Any]) -> str:
+    """The class that a pipeline's index names, which is shown as it is only where it is a name."""
+    name = index.get("_class_name")
+    return name if isinstance(name, str) and name.isidentifier() else "pipeline without a class"
+
+
+def _read_index(base_model: str) -> dict[str, Any]:
+    """Read the ``model_index.json`` of a folder; empty if there is none."""
+    return _read_configuration(Path(base_model, "model_index.json")) if base_model else {}
 
 
 def base_model_of(base_model: str, components: Mapping[str, object]) -> BaseModel:
@@ -315,8 +353,12 @@ def _tuple_to_list(value: Any) -> Any:
 
 def _suggest_name(base_model: str) -> str:
     """Ask whether a similar name was meant, an embedded base or a folder beside; empty if none is similar."""
-    path = Path(base_model).expanduser()
-    folders = [entry for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    path = Path(base_model)
+    try:
+        path = path.expanduser()
+        folders = [entry for entry in path.parent.iterdir() if entry.is_dir()]
+    except (OSError, RuntimeError, ValueError):  # no such user, or a folder that cannot be listed
+        folders = []
     places = {folder.name: str(folder) for folder in folders} | {name: name for name in _EMBEDDED}
     near = [] if path.exists() else difflib.get_close_matches(path.name, places, n=1)
     return f" Did you mean {places[near[0]]!r}?" if near else ""

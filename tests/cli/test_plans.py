@@ -23,6 +23,10 @@ from diffusers_mixofshow.errors import MixOfShowWarning
 from diffusers_mixofshow.interop.lora_files import write_lora
 
 
+INDEX = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+"""Index of a pipeline of Stable Diffusion, as far as its family is told by it."""
+
+
 def plan(*arguments: object) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -111,7 +115,7 @@ def test_a_plan_says_the_pixels_of_a_base_that_is_known(tmp_path: Path, monkeypa
     for name, told in (("unet", {"sample_size": [24, 12]}), ("vae", {"block_out_channels": [8, 8, 8]})):
         Path("folder", name).mkdir(parents=True)
         Path("folder", name, "config.json").write_text(json.dumps(told))
-    Path("folder", "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    Path("folder", "model_index.json").write_text(json.dumps(INDEX))
     asked = ("sample", "--prompt", "a dog", "--base", base)
     assert plan(*asked)["size"] == f"{size} pixels, the model's own"
     assert plan(*asked, "--width", "128")["size"] == f"128 x {size.split()[-1]} pixels"
@@ -124,7 +128,7 @@ def test_a_plan_says_the_pixels_of_a_base_that_is_known(tmp_path: Path, monkeypa
 def test_a_size_that_cannot_be_read_is_not_told(tmp_path: Path, told: str) -> None:
     for name in ("unet", "vae"):
         (tmp_path / name).mkdir()
-    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    (tmp_path / "model_index.json").write_text(json.dumps(INDEX))
     (tmp_path / "unet" / "config.json").write_text(told)
     (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [8]}')
     assert find_size(str(tmp_path)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,16 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from diffusers_mixofshow import toyland
+from diffusers_mixofshow.base_models import known_family
+from diffusers_mixofshow.cli.diagnosis import check_base_model
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
+from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.clip import CLIP_G, CLIP_L
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.families.recognition import (
     BASE_MODELS,
     FAMILIES,
+    family_of_index,
     foreign_layers,
     layers_of,
     recognise,
@@ -25,6 +30,7 @@ from diffusers_mixofshow.families.sdxl import EMBEDDED_XL, SDXL
 from diffusers_mixofshow.families.stable_diffusion import EMBEDDED, SD1, SD2
 from diffusers_mixofshow.interop.foreign import read_foreign
 from diffusers_mixofshow.interop.summary import summary_of_foreign
+from diffusers_mixofshow.sampling.loading import load_base
 
 
 def lora(*sites: str, width: int = 8) -> dict[str, LowRank]:
@@ -173,3 +179,25 @@ def test_a_base_models_name_tells_which_transformer_is_meant() -> None:
     widths = input_widths(lora(f"{DOUBLE}.to_q", width=32))
     assert [one.name for one in transformers_with(widths, "Qwen/Qwen-Image")] == ["Qwen-Image"]
     assert len(transformers_with(widths, "somebody/else")) == 5
+
+
+FOREIGN = {
+    "PixArtSigmaPipeline": {"text_encoder": "T5EncoderModel", "transformer": "PixArtTransformer2DModel"},
+    "KandinskyV22Pipeline": {"unet": "UNet2DConditionModel", "movq": "VQModel"},
+    "Lumina2Pipeline": {"text_encoder": "Gemma2Model", "transformer": "Lumina2Transformer2DModel"},
+    "StableVideoDiffusionPipeline": {"unet": "UNetSpatioTemporalConditionModel"},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_pipeline_of_no_known_family_is_of_none_and_is_named_where_it_is_met(name, tmp_path, monkeypatch) -> None:
+    index = {"_class_name": name, **{part: ["library", kind] for part, kind in FOREIGN[name].items()}}
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.chdir(tmp_path)
+    assert family_of_index(index) is None
+    assert known_family(name) is None
+    finding = check_base_model(name)
+    assert (finding.state, finding.found) == ("problem", f"{name}: a {name}, of no family that is known here")
+    with pytest.raises(ConfigurationError, match=f"is a {name}, which is of no family that is known here"):
+        load_base(str(tmp_path / name), "cpu")

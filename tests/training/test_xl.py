@@ -265,7 +265,8 @@ def test_half_precision_and_other_families_are_refused(base: Any, tmp_path: Path
     expected = r"is of FLUX\.1, whose concepts are not tuned; expected one of Stable Diffusion, Stable Diffusion XL"
     with pytest.raises(ConfigurationError, match=f"This pipeline cannot be trained: it {expected}"):
         refuse_untrainable(other, config_of())
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    parts = {"transformer": ["diffusers", "FluxTransformer2DModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    index = {"_class_name": "FluxPipeline", **parts}
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     config = config_of(pretrained_model_name_or_path=str(tmp_path))
     for work in (load_base, plan_training):

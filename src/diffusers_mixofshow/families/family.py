@@ -71,7 +71,7 @@ class BaseModel:
         layers: The cross-attention layers in order down, mid, up; empty without cross-attention.
         id: Hub id of the default base model; empty if there is no obvious one.
         other_ids: Other Hub ids of the same model.
-        linear_projections: Whether ``proj_in`` and ``proj_out`` of its U-Net are linear layers, not 1 x 1 convolutions.
+        linear_projections: Whether its U-Net's ``proj_in`` and ``proj_out`` are linear layers, not 1 x 1 convolutions.
         license: Its licence, as the Hub spells it, inherited by models tuned on it; empty if unknown.
         guidance: Recommended guidance scale.
         resolution: Side in pixels of the pictures that it draws by default; 0 if only its configuration tells.

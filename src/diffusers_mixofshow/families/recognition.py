@@ -89,8 +89,8 @@ def _is_marked(denoiser: object, family: Family) -> bool:
     return bool(family.marks) and all(config.get(name) == value for name, value in family.marks.items())
 
 
-def family_of_index(index: Mapping[str, Any]) -> Family:
-    """The family of a pipeline that is not loaded yet.
+def family_of_index(index: Mapping[str, Any]) -> Family | None:
+    """The family of a pipeline that is not loaded yet; None if it has no known family's denoiser and text encoder.
 
     Args:
         index: Content of its ``model_index.json``: library and class of each component, which may be null.
@@ -100,11 +100,15 @@ def family_of_index(index: Mapping[str, Any]) -> Family:
         entry = index.get(component)
         return entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 else None
 
-    def fit(family: Family) -> tuple[bool, int]:
-        encoders = sum(class_of(encoder) is not None for encoder in family.text_encoders)
-        return class_of(family.denoiser) == family.denoiser_class, encoders
+    def count_encoders(family: Family) -> int:
+        return sum(class_of(encoder) is not None for encoder in family.text_encoders)
 
-    return max(FAMILIES, key=fit)
+    fitting = [
+        family
+        for family in FAMILIES
+        if class_of(family.denoiser) == family.denoiser_class and index.keys() & family.text_encoders.keys()
+    ]
+    return max(fitting, key=count_encoders, default=None)
 
 
 def family_of_denoiser(model: nn.Module) -> Family:
@@ -272,6 +276,6 @@ def _find_cross_attention(sites: Iterable[str]) -> Iterator[str]:
             yield f"{match[1]}.attn2"
 
 
-def _by_block_and_number(path: str) -> tuple[int, ...]:
+def _by_block_and_number(path: str) -> tuple[float, ...]:
     """Sort key: down, mid, up, then the numbers in the path."""
-    return (BLOCKS.index(path.partition(".")[0]), *(int(number) for number in re.findall(r"\.(\d+)", path)))
+    return (BLOCKS.index(path.partition(".")[0]), *(float(number) for number in re.findall(r"\.(\d+)", path)))

@@ -34,7 +34,7 @@ def refuse_other_checkpoints(pipeline_class: type, source: object) -> None:
 def refuse_other_index(pipeline_class: Any, name: str, source: str, hub: Mapping[str, Any]) -> None:
     """Raise if the index of a pipeline names another family, before gigabytes of its weights are downloaded.
 
-    An index that cannot be read is left to diffusers' own error.
+    An index that cannot be read, or is of no known family, is left to diffusers' own error.
 
     Args:
         pipeline_class: The class, which reads its index.
@@ -50,10 +50,12 @@ def refuse_other_index(pipeline_class: Any, name: str, source: str, hub: Mapping
     except OSError:
         return
     found, wanted = family_of_index(index), _family_of_class(pipeline_class)
+    if found is None:
+        return
     # Parts may be null, so that a family with more of them looks like one with fewer: only what is said counts.
     has_all_parts = {wanted.denoiser, *wanted.text_encoders} <= index.keys()
     has_others = found.text_encoders.keys() - wanted.text_encoders.keys()
-    if found.denoiser_class in (index.get(found.denoiser) or ()) and (has_others or not has_all_parts):
+    if has_others or not has_all_parts:
         _refuse(pipeline_class, name, found)
 
 

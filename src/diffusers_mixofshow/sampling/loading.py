@@ -12,10 +12,11 @@ from diffusers_mixofshow.base_models import (
     dtype_argument,
     embedded_base,
     list_devices,
+    require_family,
     spell_name,
 )
 from diffusers_mixofshow.errors import ConfigurationError, first_line
-from diffusers_mixofshow.families import CONCEPT_FAMILIES, family_of_index
+from diffusers_mixofshow.families import CONCEPT_FAMILIES
 from diffusers_mixofshow.progress import bar_settings
 from diffusers_mixofshow.sampling.other_families import make_refusal
 
@@ -73,13 +74,13 @@ def _choose_pipeline(place: str, options: Mapping[str, Any]) -> type[Any]:
     """Choose the pipeline of this package that draws concepts and regions with a base model.
 
     Raises:
-        ConfigurationError: If it is of a family with which they are not drawn.
+        ConfigurationError: If it is of a family with which they are not drawn, or of none that is known.
     """
     from diffusers import DiffusionPipeline
 
     from diffusers_mixofshow import pipelines
 
-    family = family_of_index(DiffusionPipeline.load_config(place, **options))
+    family = require_family(spell_name(place), DiffusionPipeline.load_config(place, **options))
     if family not in CONCEPT_FAMILIES:
         raise make_refusal(spell_name(place), family)
     kind: type[Any] = getattr(pipelines, family.concept_pipeline)

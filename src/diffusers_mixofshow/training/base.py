@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from diffusers_mixofshow.base_models import dtype_argument, embedded_base
+from diffusers_mixofshow.base_models import dtype_argument, embedded_base, require_family
 from diffusers_mixofshow.edlora import models
 from diffusers_mixofshow.errors import ConfigurationError, warn
-from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of, family_of_index
+from diffusers_mixofshow.families import CONCEPT_FAMILIES, Family, family_of
 from diffusers_mixofshow.families.layers import configured_size
 from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 from diffusers_mixofshow.lora import keep_gradient_flags
@@ -101,7 +101,7 @@ def _load(place: str, *, dtype: torch.dtype, **options: Any) -> Any:
     """Load a folder or cached repository as diffusers' pipeline of its family."""
     from diffusers import DiffusionPipeline
 
-    family = family_of_index(DiffusionPipeline.load_config(place, **options))
+    family = require_family(place, DiffusionPipeline.load_config(place, **options))
     refuse_other_families(f"The base model {place!r}", family)
     return stock_class(family).from_pretrained(place, **dtype_argument(dtype), **family.unmarked, **options)
 
