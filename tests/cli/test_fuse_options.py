@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import warnings
 from dataclasses import replace
@@ -19,7 +20,7 @@ import tiny
 from cli.commands import named_in, options_of
 from diffusers_mixofshow import EDLoRA, GradientFuser, MixOfShowPipeline, cli
 from diffusers_mixofshow.cli.fuse import Method
-from diffusers_mixofshow.errors import FusionError, OverwriteError
+from diffusers_mixofshow.errors import ConfigurationError, FusionError, OverwriteError
 from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.interop.lora_files import write_lora
 
@@ -215,3 +216,34 @@ def test_options_of_the_result(place, monkeypatch, tmp_path) -> None:
 def test_every_option_of_fuse_is_in_one_of_these_tests() -> None:
     alone = {"--output", "--keep-sources", "--heat-map", "--overwrite", "--dry-run", "--json", "--prompts", "--device"}
     assert named_in(*(options for options, _ in TABLE)) | alone | {"sources"} == options_of("fuse")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--prior", "nan"), "--prior must be a number of 0 or more, got nan"),
+        (("--prior", "-3"), "--prior must be a number of 0 or more, got -3"),
+        *(
+            (("--method", "average", *given), f"without effect: {given[0]}; --method average records no features")
+            for given in (("--prior", "0.1"), ("--ridge", "auto"), ("--features", "own"))
+        ),
+    ],
+    ids=" ".join,
+)
+def test_what_has_no_effect_on_a_method_is_refused(place, monkeypatch, tmp_path, options, said) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        run("rex", "tom", *options, "--output", str(tmp_path / "both"), "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('source = ["dog"]', "source 1: must be a table, got 'dog'"),
+        ('[[source]]\npath = "x"\nprompts = 5', "source 1: prompts must be list, got 5"),
+    ],
+)
+def test_a_list_of_sources_of_other_types_is_refused(tmp_path, text, said) -> None:
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        run(str(tmp_path / "s.toml"), "--output", str(tmp_path / "both"))

@@ -182,15 +182,18 @@ def _read_list(path: Path, *, recorded: bool) -> list[FusionSource | LoRASource]
     return [_make_source(table, path.parent, recorded=recorded) for table in tables]
 
 
-def _find_defects(table: dict[str, Any]) -> list[str]:
+def _find_defects(table: object) -> list[str]:
     """Find what is wrong with one table."""
+    if not isinstance(table, dict):
+        return [f"must be a table, got {table!r}"]
     defects = [f"unknown key {key!r}, expected {', '.join(_KINDS)}" for key in table if key not in _KINDS]
     defects += [
         f"{key} must be {' or '.join(kind.__name__ for kind in kinds)}, got {table[key]!r}"
         for key, kinds in _KINDS.items()
         if key in table and (not isinstance(table[key], kinds) or isinstance(table[key], bool))
     ]
-    if not all(isinstance(prompt, str) for prompt in table.get("prompts", [])):
+    prompts = table.get("prompts")
+    if isinstance(prompts, list) and not all(isinstance(prompt, str) for prompt in prompts):
         defects.append("prompts must be strings")
     if "path" not in table:
         defects.append("path is missing")
