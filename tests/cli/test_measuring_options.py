@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cli.commands import named_in, options_of
 from cli.test_measuring import place  # noqa: F401
 from diffusers_mixofshow import EDLoRA, MixOfShowPipeline, cli
-from diffusers_mixofshow.errors import OverwriteError
+from diffusers_mixofshow.errors import ConfigurationError, OverwriteError
 from diffusers_mixofshow.evaluation.prompts import GENERAL_PROMPTS
 from diffusers_mixofshow.notes import read_note
 
@@ -239,3 +239,11 @@ def test_every_option_of_both_verbs_is_in_one_of_these_tests(verb: str) -> None:
     alone |= {"--own", "--save", "source"} if verb == "evaluate" else {"sources"}
     alone |= {"--trigger"}  # of plain LoRAs, see test_measuring_plain.py
     assert named_in(GIVEN, PROMPTS, KINDS) | alone == options_of(verb)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_numbers_that_cannot_be_are_refused(verb: str) -> None:
+    with pytest.raises(ConfigurationError, match="Got --guidance nan; expected a number"):
+        run(verb, *VERBS[verb], "--guidance", "nan")
+    assert "--seed" in CliRunner().invoke(cli.app, [verb, *VERBS[verb], "--seed", str(10**22)]).stderr
+    assert "--seed" in CliRunner().invoke(cli.app, ["demo", "--seed", str(10**22)]).stderr

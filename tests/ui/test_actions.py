@@ -325,6 +325,7 @@ def test_the_largest_wishes() -> None:
     ("changes", "message"),
     [
         ({"prompt": " "}, "no prompt"),
+        ({"prompt": None}, "no prompt"),
         ({"steps": 0}, "0 steps"),
         ({"steps": 10_000}, "10000 steps"),
         ({"seed": 2**64}, "the seed"),
@@ -343,6 +344,8 @@ def test_wishes_that_cannot_be_are_refused(changes: dict, message: str) -> None:
         ({"seed": None}, r"^Seed is empty; expected a whole number\.$"),
         ({"steps": None}, r"^Steps is empty; expected a whole number\.$"),
         ({"guidance": None}, r"^Guidance is empty; expected a number\.$"),
+        ({"seed": 10**400}, r"^Seed is 1000*; expected a whole number\.$"),
+        ({"guidance": 10**400}, r"^Guidance is 1000*; expected a number\.$"),
         ({"seed": 1.5}, r"^Seed is 1\.5; expected a whole number\.$"),
         ({"steps": float("inf")}, r"^Steps is inf; expected a whole number\.$"),
         ({"guidance": "3"}, r"^Guidance is '3'; expected a number\.$"),

@@ -104,6 +104,7 @@ def test_every_canvas_that_python_sends_is_told_from_the_one_before() -> None:
         (canvas_of(BOX, width=60), "width of 60 pixels"),
         (canvas_of(BOX, width=0), "width of 0 pixels"),
         (canvas_of(BOX, width=1e400), "width of inf pixels"),
+        (canvas_of(BOX, width=10**400), f"width of {10**400} pixels"),
         (canvas_of(BOX, height=4096), "height of 4096 pixels"),
         (canvas_of(BOX, height="64"), "height of '64' pixels"),
         (canvas_of(BOX, height=None), "height of None pixels"),

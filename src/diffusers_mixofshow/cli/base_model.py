@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.edlora import EDLoRA
     from diffusers_mixofshow.families import BaseModel, Family
 
+LARGEST_SEED = 2**63 - 1
+"""Largest seed, and with a minus the smallest: torch takes numbers of 64 bits."""
 MOST_STEPS = 1000
 """Most denoising steps: the number of timesteps in training. Schedulers fail with more."""
 GUIDANCE_HELP = "Classifier-free guidance scale. (default: 7.5; SDXL: 5; toyland: 3)"

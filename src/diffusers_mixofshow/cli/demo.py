@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from diffusers_mixofshow.cli.base_model import LARGEST_SEED
 from diffusers_mixofshow.cli.plans import Overwrite
 
 
@@ -18,7 +19,7 @@ def demo(
         Path | None, typer.Option(help="Your own pictures of one concept, in place of a drawn one.")
     ] = None,
     class_word: Annotated[str | None, typer.Option(help="What your pictures show, e.g. dog.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of tuning and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=-LARGEST_SEED, max=LARGEST_SEED, help="Seed of tuning and sampling.")] = 0,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the demo's report.json.")] = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -17,6 +18,7 @@ from diffusers_mixofshow.base_models import TOYLAND, embedded_base, public_name
 from diffusers_mixofshow.cli import plans
 from diffusers_mixofshow.cli.base_model import (
     GUIDANCE_HELP,
+    LARGEST_SEED,
     MOST_STEPS,
     choose_guidance,
     find_common_base,
@@ -38,6 +40,14 @@ if TYPE_CHECKING:
     from diffusers_mixofshow.evaluation.packs import Evaluation, Reference, Row
     from diffusers_mixofshow.evaluation.plain import Measurable, MeasuredPack
     from diffusers_mixofshow.toyland import ToyConcept
+
+
+def _check_finite(value: float | None) -> float | None:
+    """Refuse a guidance scale that is no number; typer's callback."""
+    if value is not None and not math.isfinite(value):
+        raise ConfigurationError(f"Got --guidance {value}; expected a number such as 7.5.")
+    return value
+
 
 Photos = Annotated[
     list[str] | None,
@@ -82,8 +92,15 @@ MetricModel = Annotated[
 ]
 Count = Annotated[int, typer.Option(min=1, help="Number of pictures of each concept in each pack.")]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help=GUIDANCE_HELP)]
-Seed = Annotated[int, typer.Option(help="Seed of the first picture; the next has the next seed, in every pack.")]
+Guidance = Annotated[float | None, typer.Option(help=GUIDANCE_HELP, callback=_check_finite)]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=-LARGEST_SEED,
+        max=LARGEST_SEED,
+        help="Seed of the first picture; the next has the next seed, in every pack.",
+    ),
+]
 Sheet = Annotated[Path | None, typer.Option(help="PNG of the measured pictures, a row for each concept and pack.")]
 Record = Annotated[Path | None, typer.Option(help="JSON file for numbers, settings, versions and machine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print numbers and settings as JSON instead of a table.")]

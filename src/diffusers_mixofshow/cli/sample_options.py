@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from diffusers_mixofshow.cli.base_model import BASE_HELP, GUIDANCE_HELP, MOST_STEPS, normalise_base
+from diffusers_mixofshow.cli.base_model import BASE_HELP, GUIDANCE_HELP, LARGEST_SEED, MOST_STEPS, normalise_base
 from diffusers_mixofshow.sampling.control import ADAPTER_HELP, CONTROL_HELP
 from diffusers_mixofshow.sampling.drawing import GRAIN
 
@@ -18,7 +18,6 @@ _region_option = partial(typer.Option, rich_help_panel="Regions")
 _followed_option = partial(typer.Option, rich_help_panel="Pictures to start from and to follow")
 _setting_option = partial(typer.Option, rich_help_panel="Settings")
 _result_option = partial(typer.Option, rich_help_panel="Result")
-_LARGEST_SEED = 2**63 - 1
 
 
 class Dtype(StrEnum):
@@ -93,7 +92,7 @@ ControlScale = Annotated[
 Seed = Annotated[
     int,
     _setting_option(
-        min=-_LARGEST_SEED, max=_LARGEST_SEED, help="Seed of the first picture; the next has the next seed."
+        min=-LARGEST_SEED, max=LARGEST_SEED, help="Seed of the first picture; the next has the next seed."
     ),
 ]
 Steps = Annotated[int, _setting_option(min=1, max=MOST_STEPS, help="Denoising steps.")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +81,8 @@ class Wishes:
 
     def __post_init__(self) -> None:
         """Check the values, which any program may have sent instead of the page."""
-        defects = [] if self.prompt.strip() else ["no prompt; write what the whole picture shows"]
+        is_told = isinstance(self.prompt, str) and self.prompt.strip()
+        defects = [] if is_told else ["no prompt; write what the whole picture shows"]
         whole = isinstance(self.steps, int) and 1 <= self.steps <= MOST_STEPS
         defects += [] if whole else [f"{self.steps!r} steps; expected 1 to {MOST_STEPS}"]
         defects += [] if abs(self.seed) < 2**63 else [f"the seed {self.seed}; expected one of at most 63 bits"]
@@ -117,7 +117,11 @@ class Wishes:
 def _is_number(value: object, whole: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return not whole or (math.isfinite(value) and value == int(value))
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
+    return not whole or number.is_integer()
 
 
 @dataclass(frozen=True, kw_only=True)

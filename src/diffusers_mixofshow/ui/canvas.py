@@ -7,7 +7,6 @@ layout's file, and a ``colour`` to show.
 from __future__ import annotations
 
 import json
-import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -120,8 +119,8 @@ def _read_regions(value: object) -> Sequence[Mapping[str, Any]]:
 def _read_size(value: object) -> dict[str, int]:
     size: dict[str, Any] = {name: value.get(name) for name in _SIDES} if isinstance(value, Mapping) else {}
     for name, pixels in size.items():
-        whole = isinstance(pixels, int | float) and math.isfinite(pixels) and pixels == int(pixels)
-        if not whole or not GRAIN <= pixels <= MOST_PIXELS or pixels % GRAIN:
+        is_size = isinstance(pixels, int | float) and GRAIN <= pixels <= MOST_PIXELS and pixels % GRAIN == 0
+        if not is_size:
             raise RegionError(
                 f"The canvas has a {name} of {pixels!r} pixels; expected a multiple of {GRAIN} up to {MOST_PIXELS}."
             )
