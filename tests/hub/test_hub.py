@@ -16,8 +16,11 @@ from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.hub import is_repo_id, repo_name
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, HubError
+from diffusers_mixofshow.interop import convert
+from diffusers_mixofshow.interop.opening import read_any
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sampling.loading import load_base
+from hub.loopback import Repository
 
 
 def test_pushed_pack_comes_back_equal(loopback_hub, pack):
@@ -237,3 +240,14 @@ def test_tensors_arrive_in_their_dtype(loopback_hub, components):
     half = packs.random_pack(components, dtype=torch.float16)
     half.push_to_hub("me/half", token=loopback_hub.token)
     packs.assert_same_pack(EDLoRA.from_pretrained("me/half"), half)
+
+
+def test_embeddings_beside_a_plain_lora_are_fetched_with_it(loopback_hub, pack, tmp_path):
+    files = convert(pack, tmp_path / "out", "diffusers").files
+    content = {file.relative_to(tmp_path / "out").as_posix(): file.read_bytes() for file in files}
+    loopback_hub.repositories["me/plain"] = Repository()
+    loopback_hub.repositories["me/plain"].commit("main", "first", content)
+    found = read_any("me/plain")
+    assert list(found.vectors) == ["<rex>"]
+    assert found.missing == ""
+    assert {file.name for file in found.files} == {file.name for file in files if file.suffix == ".safetensors"}

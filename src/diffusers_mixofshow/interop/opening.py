@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,9 @@ from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
 from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
-from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming
+from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming, distinct_names
 from diffusers_mixofshow.interop.foreign import Foreign, read_foreign, to_edlora
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
+from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, PLAIN_NAME, list_companions
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG
 from diffusers_mixofshow.interop.trigger_words import find_trigger_words
@@ -161,13 +162,13 @@ def _read_from_hub(
 
 
 def _fetch(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]) -> Path:
-    """Download a file of a repository, and PEFT's settings if it is PEFT's."""
+    """Download a file of a repository, PEFT's settings if it is PEFT's, and the embeddings written beside it."""
     file = hub.download(repo_id, name, subfolder=subfolder, **where)
-    if name.startswith(_OF_PEFT):
-        try:
-            hub.download(repo_id, PEFT_CONFIG, subfolder=subfolder, **where)
-        except EDLoRANotFoundError:  # the reader reports the missing alpha
-            return file
+    words = distinct_names(list_companions(read_metadata(file))).values()
+    beside = [f"{EMBEDDINGS}/{word}.safetensors" for word in words]
+    for needed in [PEFT_CONFIG, *beside] if name.startswith(_OF_PEFT) else beside:
+        with suppress(EDLoRANotFoundError):  # the reader reports what is missing
+            hub.download(repo_id, needed, subfolder=subfolder, **where)
     return file
 
 
