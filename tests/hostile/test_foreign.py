@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import packs
 import tiny
@@ -48,3 +50,58 @@ def test_commands_to_be_pasted_hold_the_words_of_a_pack_as_plain_text(tmp_path):
     assert evaluate == ["mixofshow", "evaluate", "two; touch attacked", "--own", "$HOME"]
     for line in told[1:]:  # what the shell would run is one command, in which nothing is left to expand
         assert shlex.join(shlex.split(line)) == line.strip()
+
+
+EVIL = "\x1b]0;evil\x07"
+LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+
+
+def halves(layer: str = LAYER, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{layer}.lora_down.weight": torch.ones(4, 768), f"{layer}.lora_up.weight": torch.ones(320, 4), **more}
+
+
+def packed(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
+CONTENTS = {
+    "a base's name": lambda file: save_file(halves(), file, metadata={"ss_sd_model_name": EVIL}),
+    "a word": lambda file: save_file({f"<{EVIL}>": torch.ones(1, 768), "<b>": torch.ones(1, 768)}, file),
+    "a bundled word": lambda file: save_file(halves(**{f"bundle_emb.{EVIL}.clip_l": torch.ones(1, 768)}), file),
+    "a swollen tensor": lambda file: torch.save({EVIL: torch.zeros(1).expand(10**6)}, file.with_suffix(".pt")),
+    "a token": lambda file: torch.save(
+        {"params": {"new_concept_embedding": {f"<{EVIL}>": torch.ones(16, 768)}, "text_encoder": {}, "unet": {}}},
+        file.with_suffix(".pt"),
+    ),
+    "a complex alpha": lambda file: save_file(halves(**{f"{LAYER}.alpha": torch.tensor(1 + 1j)}), file),
+    "a number of 5000 digits": lambda file: save_file(
+        halves(f"lora_unet_input_blocks_{'9' * 5000}_1_transformer_blocks_0_attn2_to_k"), file
+    ),
+    "a block of 5000 digits": lambda file: save_file(
+        halves(f"lora_unet_down_blocks_{'9' * 5000}_attentions_0_transformer_blocks_0_attn2_to_k")
+        | {"bundle_emb.a.clip_l": torch.ones(1, 768)},
+        file,
+    ),
+}
+if hasattr(torch, "float4_e2m1fn_x2"):
+    CONTENTS |= {
+        "4 bits": lambda file: save_file(halves() | {f"{LAYER}.lora_down.weight": packed(4, 768)}, file),
+        "an alpha of 4 bits": lambda file: save_file(halves(**{f"{LAYER}.alpha": packed(1)}), file),
+        "a word of 4 bits": lambda file: save_file({"<x>": packed(1, 768)}, file),
+    }
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+@pytest.mark.parametrize("verb", ["inspect", "convert"])
+def test_no_content_breaks_a_command_or_the_terminal(case, verb, tmp_path, monkeypatch, capsys):
+    CONTENTS[case](tmp_path / "x.safetensors")
+    (file,) = tmp_path.iterdir()
+    more = (tmp_path / "out", "--to", "edlora") if verb == "convert" else ()
+    code = command_line(monkeypatch, verb, file, *more)
+    output = capsys.readouterr()
+    assert code in (0, 1, 2)
+    assert "Traceback" not in output.out + output.err
+    told = output.out + output.err
+    for colour in ("\x1b[31m", "\x1b[33m", "\x1b[0m"):
+        told = told.replace(colour, "")
+    assert not CONTROLS.search(told)

@@ -10,9 +10,13 @@ from safetensors.torch import load_file, save_file
 
 import packs
 import tiny
+from diffusers_mixofshow.edlora.low_rank import LowRank
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.interop import convert, read_as_edlora
 from diffusers_mixofshow.interop.concept_names import distinct_names, plain_name
 from diffusers_mixofshow.interop.foreign import read_foreign
+from diffusers_mixofshow.interop.lora_files import write_lora
+from diffusers_mixofshow.interop.original import write_original
 from diffusers_mixofshow.interop.summary import summary_of_foreign
 
 
@@ -100,3 +104,55 @@ def test_a_name_is_kept_where_it_is_nobody_elses(tmp_path: Path):
     assert [file.name for file in done.files] == ["rex.safetensors", "kit.safetensors"]
     assert not [sentence for sentence in done.lost if "called" in sentence]
     assert distinct_names([f"<{LONG}a>", f"<{LONG}b>"])[f"<{LONG}b>"] == f"{'x' * 62}-2"
+
+
+def test_a_lora_without_a_word_is_called_after_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    lora = packs.random_pack(tiny.components(), "rex").lora
+    write_lora(tmp_path / "x.safetensors", lora)
+    assert [file.name for file in convert("../x.safetensors", ".", "kohya").files] == ["here.safetensors"]
+
+
+def save_words(folder: Path, **words: str) -> Path:
+    folder.mkdir()
+    for number, (file, word) in enumerate(words.items()):
+        save_file({word: torch.full((1, 768), float(number))}, folder / f"{file.replace('_', '-')}.safetensors")
+    return folder
+
+
+def test_words_whose_numbered_tokens_would_be_another_word_are_read(tmp_path: Path):
+    found = read_as_edlora(save_words(tmp_path / "words", dog="<dog>", dog1="<dog1>"), base_model="x")
+    tokens = {concept.placeholder: concept.tokens for concept in found.concepts}
+    assert tokens == {"<dog>": ("<dog_1>",), "<dog1>": ("<dog11>",)}
+
+
+def test_a_word_in_two_files_is_refused_and_steps_beside_the_final_file_are_left_out(tmp_path: Path):
+    steps = {"emb-steps-500": "<dog>", "emb-steps-1000": "<dog>"}
+    with pytest.raises(EDLoRAFormatError, match=r"<dog> in 2 \(emb-steps-1000\.safetensors, emb-steps-500"):
+        read_foreign(save_words(tmp_path / "steps", **steps))
+    found = read_foreign(save_words(tmp_path / "done", **steps, emb="<dog>"))
+    assert [file.name for file in found.files] == ["emb.safetensors"]
+    assert found.vectors["<dog>"]["clip_l"].unique().tolist() == [2.0]
+
+
+def test_an_unknown_format_is_refused_with_those_that_there_are(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match=r"Got the format 'kohy'; expected one of edlora, .* mean kohya\?"):
+        convert(save_words(tmp_path / "words", dog="<dog>"), tmp_path / "out", "kohy")
+
+
+@pytest.mark.parametrize("block", ["mid_block.attentions.3", "down_blocks.x.attentions.0", "up_blocks.foo"])
+def test_a_block_that_sdxl_does_not_have_is_refused_in_kohyas_names(tmp_path: Path, block: str):
+    site = f"unet.{block}.transformer_blocks.0.attn2.to_k"
+    update = LowRank(down=torch.ones(4, 2048), up=torch.ones(320, 4), alpha=4.0)
+    write_lora(tmp_path / "x.safetensors", {site: update})
+    with pytest.raises(EDLoRAFormatError, match=f"The layer {site} has no name in kohya's files"):
+        convert(tmp_path / "x.safetensors", tmp_path / "out", "kohya")
+    assert not any((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_class_words_are_not_taken_for_the_authors_layout_which_has_no_place_for_them(tmp_path: Path):
+    pack = packs.random_pack(tiny.components(), "rex")
+    write_original(tmp_path / "rex.pth", pack)
+    with pytest.raises(ConfigurationError, match="without effect: class word; 'mix-of-show' has no place"):
+        convert(tmp_path / "rex.pth", tmp_path / "out", "mix-of-show", class_word="dog", base_model="a/b")

@@ -36,9 +36,7 @@ def describe_next_of_pack(pack: EDLoRA, output: Path, singles: Sequence[str]) ->
     own = [part for single in singles for part in ("--own", single)]
     return [
         "Draw two of them, each in its half of the picture, and measure what the pack keeps of each:",
-        _spell(
-            "sample", "--concepts", output, "--prompt", prompt, *wide, "--refine", *regions, "--output", "two.png"
-        ),
+        _spell("sample", "--concepts", output, "--prompt", prompt, *wide, "--refine", *regions, "--output", "two.png"),
         _spell("evaluate", output, *own),
     ]
 

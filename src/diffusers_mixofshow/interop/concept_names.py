@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from diffusers_mixofshow.atomic import portable_name
@@ -121,8 +121,16 @@ def name_words(
         group = groups.setdefault(names[word], [])
         group += [(word, number) for number in range(1, count + 1)]
     found: dict[Hashable, tuple[Concept, str]] = {}
+    taken = {f"<{name}>" for name in groups}
     for name, members in groups.items():
-        spelt = [f"<{name}{number}>" for number in range(1, len(members) + 1)]
+        spelt = _number_freely(name, len(members), taken)
+        taken |= {*spelt}
         concept = naming.concept(name, spelt, meanings.get(members[0][0]))
         found |= {member: (concept, token) for member, token in zip(members, spelt, strict=True)}
     return found
+
+
+def _number_freely(name: str, count: int, taken: Collection[str]) -> list[str]:
+    """Tokens ``<name1>``, ``<name2>``, ... with underscores before the number until none of them is taken."""
+    spelt = [f"<{name}{number}>" for number in range(1, count + 1)]
+    return spelt if {*spelt}.isdisjoint(taken) else _number_freely(f"{name}_", count, taken)

@@ -14,7 +14,7 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.embeddings import split_name
 from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
+from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError, suggest
 from diffusers_mixofshow.families.family import POOLED
 from diffusers_mixofshow.interop.concept_names import Meaning, Naming, distinct_names, plain_name
 from diffusers_mixofshow.interop.foreign import Foreign, default_base, to_edlora
@@ -95,7 +95,8 @@ def convert(
     Raises:
         EDLoRANotFoundError: If there is no such file.
         EDLoRAFormatError: If the source is defective, or the format cannot hold it; nothing is written then.
-        ConfigurationError: If an ED-LoRA is to be written to a file, or a name, class word or kind has no effect.
+        ConfigurationError: If there is no such format, an ED-LoRA is to be written to a file, or a name, class word or
+            kind has no effect.
         ConceptError: If the name or kind is malformed.
         OverwriteError: If one of the files exists; nothing is written then.
     """
@@ -127,7 +128,7 @@ def plan_conversion(
     overwrite: bool,
 ) -> Plan:
     """Plan what `convert` will write; raises the same errors."""
-    path, target = Path(output), Format(to)
+    path, target = Path(output), _read_format(to)
     if isinstance(content, Foreign):
         content.raise_if_defective()
     if target in (Format.EDLORA, Format.MIX_OF_SHOW):
@@ -139,6 +140,14 @@ def plan_conversion(
     return plan
 
 
+def _read_format(name: Format | str) -> Format:
+    if name not in {*Format}:
+        raise ConfigurationError(
+            f"Got the format {name!r}; expected one of {', '.join(Format)}.{suggest(name, Format)}"
+        )
+    return Format(name)
+
+
 def _refuse_idle(content: EDLoRA | Foreign, target: Format, naming: Naming) -> None:
     """Refuse a name, class word or kind that would change nothing in what is written."""
     given = {"name": naming.name, "class word": naming.class_word, "kind": naming.kind}
@@ -147,7 +156,7 @@ def _refuse_idle(content: EDLoRA | Foreign, target: Format, naming: Naming) -> N
         why = "an ED-LoRA keeps those that it has"
     elif not content.tokens and not content.vectors:
         why = "there is no concept in it"
-    elif target is Format.EDLORA or (content.tokens and naming.base_model):
+    elif target is Format.EDLORA or (content.tokens and naming.base_model and target is not Format.MIX_OF_SHOW):
         return
     else:
         why = f"{target.value!r} has no place for them"
@@ -270,7 +279,7 @@ def _plan_lora(
     names = distinct_names(words.vectors)
     of_kohya = target is Format.KOHYA
     writer = partial(write_kohya, base_model=base_model) if of_kohya else write_lora
-    usual = f"{'-'.join(names.values())[:80] or path.name}.safetensors" if of_kohya else PLAIN_NAME
+    usual = f"{'-'.join(names.values())[:80] or path.resolve().name}.safetensors" if of_kohya else PLAIN_NAME
     file = path if path.suffix == ".safetensors" else path / usual
     metadata = {**kept, **companions_metadata(names)}
     files: dict[Path, Callable[[], object]] = {file: partial(writer, file, lora, metadata)}
@@ -287,7 +296,8 @@ def _names_lost(words: Iterable[str]) -> tuple[str, ...]:
     """Words whose files need another name because it is taken; programs use the file name as the word."""
     changed = {word: name for word, name in distinct_names(words).items() if name != plain_name(word)}
     return tuple(
-        f"The name of {word}: its file is called {name}, as the usual name is taken." for word, name in changed.items()
+        f"The name of {word}: its file is called {name}, as the usual name is taken or reserved."
+        for word, name in changed.items()
     )
 
 

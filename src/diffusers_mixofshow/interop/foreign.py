@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
+from diffusers_mixofshow.edlora.defects import list_names, raise_if_any, sanitise
 from diffusers_mixofshow.edlora.embeddings import join_name
 from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.fusion_record import CARRIED, as_mapping, read_plain_record, record_of
@@ -35,6 +36,8 @@ from diffusers_mixofshow.interop.textual_inversion import Vectors, inversion_con
 from diffusers_mixofshow.interop.trigger_words import TOLD, find_trigger_words
 
 
+_STEP = re.compile(r"-steps-\d+(?=\.)")
+"""What diffusers' example puts after the name of a textual inversion that is not trained to its end."""
 _MOST_WORDS = 64
 """A textual-inversion file has at most this many tensors."""
 _ADAPTERS = tuple(
@@ -369,7 +372,19 @@ def _read_folder(folder: Path) -> Foreign:
         names = (path.relative_to(folder).as_posix() for part in (*bodies, *of_models) for path in part.files)
         raise EDLoRAFormatError(f"{folder} holds several LoRAs: {list_names(names)}. Give one of them.")
     words = [part for part in parts if part.kind is Kind.TEXTUAL_INVERSION]
+    _refuse_words_told_twice(folder, words)
     return _join([*bodies, *of_models, *words])
+
+
+def _refuse_words_told_twice(folder: Path, parts: Sequence[Foreign]) -> None:
+    """Refuse a word that several files have, such as those of several steps of a training."""
+    files: dict[str, list[str]] = {}
+    for part in parts:
+        for word in part.vectors:
+            files.setdefault(word, []).extend(path.relative_to(folder).as_posix() for path in part.files)
+    if twice := {word: names for word, names in files.items() if len(names) > 1}:
+        told = "; ".join(f"{sanitise(word)} in {list_names(names)}" for word, names in twice.items())
+        raise EDLoRAFormatError(f"{folder} holds several files of the same word: {told}. Give one of them alone.")
 
 
 def _files_in(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -377,7 +392,13 @@ def _files_in(folder: Path, patterns: Sequence[str]) -> list[Path]:
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     kept = [path for path in found if path.suffix != ".bin" or path.with_suffix(".safetensors") not in found]
     paths = sorted(within(folder, *path.relative_to(folder).parts) for path in kept)
-    return [path for path in paths if STATISTICS_KEY not in read_metadata(path)]  # statistics may lie beside any LoRA
+    final = {path.name for path in paths}
+    return [  # statistics may lie beside any LoRA, and files of earlier steps beside the final one
+        path
+        for path in paths
+        if STATISTICS_KEY not in read_metadata(path)
+        and not (_STEP.search(path.name) and _STEP.sub("", path.name) in final)
+    ]
 
 
 def _join(parts: Sequence[Foreign]) -> Foreign:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from diffusers_mixofshow.edlora import stock
-from diffusers_mixofshow.edlora.defects import content_defects, list_names
-from diffusers_mixofshow.edlora.low_rank import LowRank
-from diffusers_mixofshow.families.recognition import families_with, is_linear_site, is_only_original
-from diffusers_mixofshow.interop.lycoris import convert_to_halves
+from diffusers_mixofshow.edlora.defects import content_defects, is_showable, list_names
+from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
+from diffusers_mixofshow.families.recognition import families_with, is_linear_site, is_only_original, recognise
+from diffusers_mixofshow.interop.lycoris import convert_to_halves, list_products
 from diffusers_mixofshow.interop.names import Spelling, adapter_of, half_of, site_of, spelling_of
 from diffusers_mixofshow.interop.original_code import to_diffusers
 from diffusers_mixofshow.interop.other_kinds import OtherKind, other_base, other_kind, other_method
@@ -127,6 +127,7 @@ def content_of(
         metadata: Metadata of the file.
         path: The file, beside which PEFT's settings may lie.
     """
+    products = {site_of(layer) for layer in list_products(tensors)}
     tensors = convert_to_halves(tensors)
     settings = settings_in_header(metadata)
     if settings is None:
@@ -154,7 +155,7 @@ def content_of(
     of_diffusers_model = Spelling.ORIGINAL not in untold.values()  # in original names alpha is the rank
     defects += [_NOT_KNOWN] if Spelling.PEFT in untold.values() and of_diffusers_model else []
     defects += [f"{reason}: {list_names(names)}" for reason, names in found.refused.items()]
-    lora, misfits = to_diffusers(lora)
+    lora, misfits = to_diffusers(_mark_convolutions(lora, products))
     defects += [*misfits, *(content_defects((), {}, lora, ()) if lora else [])]
     if not lora and not defects:
         defects.append("none of its tensors belongs to a layer of a text encoder, U-Net or transformer")
@@ -184,15 +185,19 @@ def _sort(tensors: Mapping[str, torch.Tensor]) -> _Sorted:
             layer.halves[half[1]] = tensor
             layer.spelling = spelling_of(name)
             layer.adapters.add(adapter_of(name) or "")
-        elif name.endswith(".alpha") and tensor.numel() == 1:
-            found.layer(name.removesuffix(".alpha")).alpha = float(tensor)
-        elif embedding is not None and tensor.dim() in (1, 2) and tensor.numel() and tensor.is_floating_point():
+        elif name.endswith(".alpha") and tensor.numel() == 1 and not tensor.is_complex():
+            found.layer(name.removesuffix(".alpha")).alpha = float(to_working_dtype(tensor))
+        elif embedding is not None and is_showable(name) and _is_vectors(tensor):
             encoder = "clip_g" if embedding["vectors"] == "clip_g" else "clip_l"
             rows = to_working_dtype(tensor).reshape(-1, tensor.shape[-1])
             found.bundled.setdefault(embedding["name"], {})[encoder] = rows
         else:
             found.unknown.append(name)
     return found
+
+
+def _is_vectors(tensor: torch.Tensor) -> bool:
+    return tensor.dim() in (1, 2) and tensor.numel() > 0 and tensor.is_floating_point()
 
 
 def _settle_unknown(found: _Sorted) -> None:
@@ -283,6 +288,24 @@ def _make_update(site: str, layer: _Layer, settings: PeftSettings) -> tuple[LowR
     if alpha is None:
         alpha, origin = float(rank), _NOT_TOLD
     return LowRank.from_file(down, up, alpha), origin
+
+
+def _mark_convolutions(lora: Mapping[str, LowRank], products: Collection[str]) -> dict[str, LowRank]:
+    """Mark the 1 x 1 convolutions among the layers of LoHa and LoKr, whose matrices do not tell.
+
+    Args:
+        lora: Site name to update.
+        products: Sites whose updates were products of matrices in the file.
+    """
+    base = recognise(input_widths(lora))
+    are_linear = base is not None and base.linear_projections
+    names = ("conv_shortcut",) if are_linear else ("conv_shortcut", "proj_in", "proj_out")
+    return {
+        site: replace(update, convolution=True)
+        if site in products and site.startswith("unet.") and site.endswith(names)
+        else update
+        for site, update in lora.items()
+    }
 
 
 def _list_assumptions(untold: Mapping[str, Spelling], ranks: set[int], metadata: Mapping[str, str]) -> list[str]:

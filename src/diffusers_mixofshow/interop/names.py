@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 
+from diffusers_mixofshow.edlora.defects import sanitise
+from diffusers_mixofshow.errors import EDLoRAFormatError
 from diffusers_mixofshow.families import FAMILIES, Family
 from diffusers_mixofshow.families.layers import canonical_name
 from diffusers_mixofshow.families.original_code import insert_block_number
@@ -76,6 +78,11 @@ _LDM_LAYERS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("skip_connection",): ("conv_shortcut",),
     ("op",): ("conv",),
 }
+_NUMBER = re.compile(r"[0-9]{1,3}")
+_IN_LDM = re.compile(
+    r"unet\.(mid_block\.(attentions\.0|resnets\.[01])|(down|up)_blocks\.[0-9]{1,3}\.(attentions|resnets)\.[0-9]{1,3})\..+"
+)
+"""Sites that the original Stable Diffusion code has a name for."""
 _LDM_MIDDLE = {"0": ("resnets", "0"), "1": ("attentions", "0"), "2": ("resnets", "1")}
 
 
@@ -179,8 +186,16 @@ def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
         site: The layer, see `families.family`.
         several_text_encoders: Whether the model has two, as SDXL, which are numbered.
         ldm: Name the U-Net's blocks as in the original code, as kohya does for SDXL only.
+
+    Raises:
+        EDLoRAFormatError: If the original code has no such block.
     """
     component, _, path = site.partition(".")
+    if component == "unet" and ldm and not _IN_LDM.fullmatch(site):
+        raise EDLoRAFormatError(
+            f"The layer {sanitise(site)} has no name in kohya's files, as SDXL's U-Net has no such block. Convert "
+            "it to 'diffusers', or leave the layer out."
+        )
     if component == "unet":
         return "lora_unet_" + "_".join(_to_ldm(path.split(".")) if ldm else path.split("."))
     number = _NUMBERS[component] if several_text_encoders else ""
@@ -189,7 +204,7 @@ def kohya_name(site: str, *, several_text_encoders: bool, ldm: bool) -> str:
 
 def _to_diffusers(words: Sequence[str]) -> str:
     """Module path in diffusers; names of the original Stable Diffusion code are translated."""
-    if not words or words[0] not in _LDM_STAGES or len(words) < 3 or not words[1].isdecimal():
+    if len(words) < 3 or words[0] not in _LDM_STAGES or not _NUMBER.fullmatch(words[1]):
         return ".".join(words)
     stage, number, *rest = words
     if stage == "middle_block":

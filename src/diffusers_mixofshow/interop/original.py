@@ -19,7 +19,7 @@ import torch
 
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.defects import list_names
+from diffusers_mixofshow.edlora.defects import is_showable, list_names
 from diffusers_mixofshow.edlora.embeddings import split_name
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import EDLoRAFormatError
@@ -63,12 +63,16 @@ def original_content(content: Any) -> OriginalContent:
     defects = []
     if strange := [str(key) for key in params if key not in (*_EMBEDDINGS, *_COMPONENTS)]:
         defects.append(f"unknown entries: {list_names(strange)}")
-    tokens, misshapen = {}, []
+    tokens, misshapen, odd = {}, [], []
     for token, rows in {k: v for key in _EMBEDDINGS for k, v in _mapping(params.get(key)).items()}.items():
-        if isinstance(rows, torch.Tensor) and rows.dim() in (1, 2) and rows.numel() and rows.is_floating_point():
+        if not is_showable(str(token)):
+            odd.append(str(token))
+        elif isinstance(rows, torch.Tensor) and rows.dim() in (1, 2) and rows.numel() and rows.is_floating_point():
             tokens[str(token)] = to_working_dtype(rows.detach()).reshape(-1, rows.shape[-1]).contiguous()
         else:
             misshapen.append(str(token))
+    if odd:
+        defects.append(f"tokens with control characters: {list_names(odd)}")
     if misshapen:
         defects.append(f"embeddings not of shape (layers, dim): {list_names(misshapen)}")
     halves = {f"{part}.{name}": half for part in _COMPONENTS for name, half in _mapping(params.get(part)).items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.defects import list_names
+from diffusers_mixofshow.edlora.defects import list_names, sanitise
 from diffusers_mixofshow.edlora.embeddings import split_name
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.families import BaseModel
@@ -70,7 +70,7 @@ def origin_of_foreign(foreign: Foreign) -> dict[str, Any]:
     return {
         "kind": foreign.kind.value,
         "layout": foreign.layout,
-        "base_model": foreign.base_model or foreign.metadata.get("ss_sd_model_name", ""),
+        "base_model": foreign.base_model or sanitise(foreign.metadata.get("ss_sd_model_name", "")),
         "architecture": _architecture(foreign.made_for, foreign.lora),
         "base_by_layers": default_base(foreign),
     }
@@ -97,7 +97,7 @@ def summary_of_foreign(foreign: Foreign) -> dict[str, Any]:
         "trigger_words": list(words),
         "trigger_words_from": words,
         **_words_of_sources(read_training(foreign.metadata)),
-        "training": {key: foreign.metadata[key] for key in _TOLD if key in foreign.metadata},
+        "training": {key: sanitise(foreign.metadata[key]) for key in _TOLD if key in foreign.metadata},
         "notes": list(foreign.remarks),
         "problems": problems,
     }

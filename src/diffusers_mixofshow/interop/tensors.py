@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusers_mixofshow.edlora.defects import DTYPES
+from diffusers_mixofshow.edlora.defects import DTYPES, list_names
 from diffusers_mixofshow.edlora.reading import check_file, read_tensors, suggest_name
 from diffusers_mixofshow.edlora.signatures import guess_kind
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, first_line
@@ -28,9 +28,11 @@ def load_safetensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor
         EDLoRAFormatError: If it is not a safetensors file.
     """
     try:
-        return read_tensors(path)
+        metadata, tensors = read_tensors(path)
     except EDLoRANotFoundError as error:
         raise _not_found_error(path) from error
+    _refuse_packed(path, tensors.items())
+    return metadata, tensors
 
 
 def load_pickle(path: Path) -> Any:
@@ -56,9 +58,11 @@ def load_pickle(path: Path) -> Any:
             f"{path} cannot be read with weights_only=True ({_short(error)}). It is damaged, or holds Python objects "
             "beside tensors, which are never loaded; ask for it as safetensors."
         ) from error
-    if swollen := [name for name, tensor in _tensors(content) if not _is_plain(tensor, size)]:
+    tensors = _tensors(content)
+    _refuse_packed(path, tensors)
+    if swollen := [name for name, tensor in tensors if not _is_plain(tensor, size)]:
         raise EDLoRAFormatError(
-            f"{path}: tensors that are sparse, quantised or larger than the file itself: {', '.join(swollen[:6])}. "
+            f"{path}: tensors that are sparse, quantised or larger than the file itself: {list_names(swollen)}. "
             "Ask for it as safetensors."
         )
     return content
@@ -67,6 +71,15 @@ def load_pickle(path: Path) -> Any:
 def to_working_dtype(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in a dtype that supports arithmetic; 8-bit floats become float32, exactly."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype not in DTYPES else tensor
+
+
+def _refuse_packed(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse 4-bit floats, two to a byte, which torch cannot convert; older versions of torch cannot read them."""
+    if packed := [name for name, tensor in tensors if str(tensor.dtype).startswith("torch.float4")]:
+        raise EDLoRAFormatError(
+            f"{path}: tensors of packed 4-bit floats: {list_names(packed)}. Expected 8-bit floats or wider; ask for "
+            "it in float16."
+        )
 
 
 def _is_plain(tensor: torch.Tensor, size: int) -> bool:

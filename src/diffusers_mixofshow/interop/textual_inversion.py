@@ -102,7 +102,7 @@ def write_textual_inversion(
     """Write one word's vectors as safetensors; the file appears whole or not at all.
 
     Vectors of a single text encoder are named after the word, which diffusers, A1111 and ComfyUI read; those of SDXL's
-    two are named ``clip_l`` and ``clip_g``, as A1111 and ComfyUI expect, and as diffusers' training scripts write them;
+    two are named ``clip_l`` and ``clip_g``, as A1111 and ComfyUI expect and diffusers' training scripts write them;
     of such a file diffusers loads one encoder's vectors at a time. In A1111 and ComfyUI the word is the file's name.
 
     Args:
@@ -201,7 +201,7 @@ def _are_words(tensors: Mapping[str, object]) -> bool:
     bare_ones_may_be = len(tensors) == 1 or any(name.startswith("<") for name in tensors)
     widths = set()
     for name, value in tensors.items():
-        if not _is_vectors(value) or not _WORD.fullmatch(name) or other_kind(name):
+        if not _is_vectors(value) or not is_showable(name) or not _WORD.fullmatch(name) or other_kind(name):
             return False
         rows = value.reshape(-1, value.shape[-1])  # type: ignore[attr-defined]
         bare = bare_ones_may_be and not _NO_WORDS.fullmatch(name.lower()) and rows.shape[1] in _WIDTHS
