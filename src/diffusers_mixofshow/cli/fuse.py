@@ -150,8 +150,7 @@ def fuse(
         _warn_of_stages(gathered, kept=keep_sources, staged=base_model is not None and features is not Features.OWN)
     found = describe_sources(given, gathered, weight)
     if dry_run:
-        places = [output, *([] if heat_map is None else [heat_map])]
-        plan = _plan(gathered, base_model, features, places, method=method.value, max_rank=max_rank)
+        plan = _plan(gathered, base_model, features, (output, heat_map), method=method.value, max_rank=max_rank)
         tell({"sources": found} | plan | plan_replacing(*replaced, overwrite=overwrite), as_json=as_json)
         return
     if writes and not as_json:
@@ -300,13 +299,13 @@ def _has_statistics(source: Source) -> bool:
 
 
 def _plan(
-    gathered: Sequence[Source], base: str | None, features: Features, places: Sequence[Path], **solving: Any
+    gathered: Sequence[Source], base: str | None, features: Features, places: Sequence[Path | None], **solving: Any
 ) -> dict[str, Any]:
     from diffusers_mixofshow.fusion.solving import Settings
 
-    packs = [source.edlora for source in gathered]
+    packs, written = [source.edlora for source in gathered], [place for place in places if place is not None]
     names = [name for source in gathered for name in source.prompts]
-    return plan_fusion(packs, names, base, Settings(**solving), places, work=_count_work(gathered, features))
+    return plan_fusion(packs, names, base, Settings(**solving), written, work=_count_work(gathered, features))
 
 
 def _count_work(gathered: Sequence[Source], features: Features) -> tuple[int, int]:
