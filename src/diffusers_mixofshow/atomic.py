@@ -49,11 +49,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; then flush that file to the disk and rename it to `path`.
 
     A missing folder is made. A reader finds the old file or the new one, never a part, even after a power cut. If
     several processes write at once, the last rename wins. A symbolic link at `path` is replaced, not followed.
+
+    Args:
+        path: The file.
+        flush: Whether to flush, which is slow for large files; after a power cut one without may hold anything.
 
     Raises:
         FileWriteError: If there is no room or no permission, or a folder has that name; `path` is unchanged.
@@ -68,8 +72,9 @@ def replacing(path: Path) -> Iterator[Path]:
             if temporary.stat().st_mode != mode:  # safetensors makes files that only their owner may read
                 with suppress(OSError):  # some network folders do not let modes be set
                     temporary.chmod(mode)
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
+            if flush:
+                with temporary.open("rb+") as written:
+                    os.fsync(written.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -78,7 +83,8 @@ def replacing(path: Path) -> Iterator[Path]:
             f"{path} cannot be written: {error.strerror or error}. What stood there before is untouched. Make room, "
             "or choose a folder that you may write to."
         ) from error
-    _flush_folder(path.parent)
+    if flush:
+        _flush_folder(path.parent)
     _delete_leftovers(path)
 
 

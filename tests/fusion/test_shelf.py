@@ -1,6 +1,7 @@
 """What a fusion in stages keeps until it is done."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import packs
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.fusion.shelf import StageShelf
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
+from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,22 @@ def test_what_is_recorded_otherwise_is_recorded_again(tmp_path: Path, source: ED
         assert found.concepts["<rex>"].gram("layer").matrix()[0, 0] == number**2
         assert (found.digest, found.base_model) == (edlora.digest, edlora.base_model)
         assert len(list(tmp_path.glob(".*.stage.safetensors"))) == number
+
+
+def test_an_interrupted_fusion_goes_on_with_the_statistics_of_its_own_base_alone(passes: Any, tmp_path: Path) -> None:
+    """Pipelines that are built from components have no name, so that only their weights tell them apart."""
+    for seed, name in enumerate(("rex", "kit")):
+        packs.random_pack(tiny.components(), name, ranks=(1,), seed=seed).save_pretrained(tmp_path / name)
+    sources = [tmp_path / "rex", tmp_path / "kit"]
+
+    def fuse(seed: int, allowed: int) -> None:
+        pipe = MixOfShowPipeline(**tiny.components(seed=seed), requires_safety_checker=False)
+        passes.allow(allowed)
+        GradientFuser(pipe, steps=1, prompts=["<TOK>", "a <TOK>"], batch_size=2, ridge=0.1).fuse(sources)
+
+    with pytest.raises(KeyboardInterrupt):
+        fuse(0, 3)
+    fuse(1, 100)
+    assert passes.done == 6  # two sources in three stages
+    fuse(0, 100)
+    assert passes.done == 3

@@ -21,7 +21,7 @@ from diffusers_mixofshow.fusion.gram import Gram, sum_grams
 from diffusers_mixofshow.fusion.pack import FusedPack, fuse_recorded, pack_solution
 from diffusers_mixofshow.fusion.prompts import prior_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics
-from diffusers_mixofshow.fusion.shelf import StageShelf
+from diffusers_mixofshow.fusion.shelf import StageShelf, hash_base
 from diffusers_mixofshow.fusion.size import warn_of_full_rank
 from diffusers_mixofshow.fusion.solving import (
     MEASURED,
@@ -165,7 +165,8 @@ class GradientFuser:
         """The paper's order: each stage is recorded on a model with the fused layers of the stages before."""
         start, solution, mine = time.perf_counter(), Solution(), Team.current().share(sources)
         stages, hold_out = _stages(sources, self.recording), settings.ridge == "auto"
-        fusion = {**asdict(settings), "sources": [source.edlora.digest for source in sources]}
+        told_sources = [source.edlora.digest for source in sources]
+        fusion = {**asdict(settings), "base": hash_base(self._borrow()), "sources": told_sources}
         with StageShelf(fusion) as shelf:
             for number, (sites, recording) in enumerate(stages, 1):
                 of_all = f", stage {number} of {len(stages)}"

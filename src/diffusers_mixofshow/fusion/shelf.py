@@ -10,14 +10,18 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffusers_mixofshow.atomic import replacing
+from diffusers_mixofshow.base_models import name_of
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import FileWriteError, FusionError
+from diffusers_mixofshow.families.layers import linear_layers
+from diffusers_mixofshow.fusion.collection import FusablePipeline
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.statistics import GramStatistics
 
@@ -29,8 +33,8 @@ class StageShelf(ExitStack):
     was called.
 
     Args:
-        fusion: Settings and sources of the fusion, JSON values only. They are part of the hash, so that two fusions
-            of the same sources can run at the same time.
+        fusion: Settings, base and sources of the fusion, JSON values only. They are part of the hash, so that two
+            fusions of the same sources can run at the same time.
     """
 
     def __init__(self, fusion: Mapping[str, Any]) -> None:
@@ -82,21 +86,36 @@ class StageShelf(ExitStack):
         return self._temporary
 
 
+def hash_base(pipe: FusablePipeline) -> str:
+    """Hash of a base model: its name, and the shapes and sums of the weights of its linear layers.
+
+    Weights that are offloaded, or quantised in a form of their own, count by their shape alone.
+    """
+    digest = hashlib.sha256(name_of(pipe).encode())
+    for site, layer in linear_layers(pipe.components).items():
+        weight: Any = layer.weight
+        values = weight.data
+        known = type(values) is torch.Tensor and not values.is_meta
+        digest.update(f"{site} {values.dtype} {tuple(values.shape)} {_sum_bits(values) if known else ''}\n".encode())
+    return digest.hexdigest()
+
+
+def _sum_bits(values: torch.Tensor) -> int:
+    """Sum of a tensor's values read as integers, which no order of additions rounds."""
+    bits: torch.dtype = getattr(torch, f"int{8 * values.dtype.itemsize}")
+    return int(values.contiguous().view(bits).sum(dtype=torch.int64))
+
+
 def _write(path: Path, content: bytes) -> None:
-    """Write and rename without fsync, which is slow here; after a power cut the file is recorded again."""
-    unfinished = path.with_suffix(".tmp")
+    """Write without flushing, which is slow here; after a power cut the file is recorded again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        unfinished.rename(path)
-    except OSError as error:
+        with replacing(path, flush=False) as unfinished:
+            unfinished.write_bytes(content)
+    except FileWriteError as error:
         raise FusionError(
-            f"{path} cannot be written: {error.strerror or error}. Statistics of a fusion in stages need "
-            f"{len(content) // 2**20} MiB there; make room, or give GradientFuser another folder as statistics=."
+            f"{error} Statistics of a fusion in stages need {len(content) // 2**20} MiB there, or in another folder "
+            "that you give GradientFuser as statistics=."
         ) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
 
 
 def _load(path: Path) -> SourceStatistics | None:
