@@ -19,12 +19,13 @@ import packs
 import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
+from diffusers_mixofshow.edlora.file import PLAIN_NAME
 from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, MixOfShowWarning
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
 from diffusers_mixofshow.fusion.pack import read_plain_pack
 from diffusers_mixofshow.fusion.pack_sources import list_places
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sampling.loading import load_base
 

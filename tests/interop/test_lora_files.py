@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 import tiny
 from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.edlora.file import PLAIN_NAME
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
+from diffusers_mixofshow.interop.lora_files import read_lora, write_lora
 from diffusers_mixofshow.lora import low_rank_delta
 
 

@@ -12,7 +12,8 @@ import torch
 from benchmarks.toyland_base import plain_lora
 from benchmarks.toyland_base.plain_lora import Tuning, draw_class, encode_pictures, main, tune
 from diffusers_mixofshow import GradientFuser, LoRASource
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora
+from diffusers_mixofshow.edlora.file import PLAIN_NAME
+from diffusers_mixofshow.interop.lora_files import read_lora
 from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.toyland.concepts import CONCEPTS
 from diffusers_mixofshow.toyland.scenes import residents

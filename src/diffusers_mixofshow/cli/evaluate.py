@@ -125,8 +125,7 @@ def _find_folder(source: str) -> Path:
 
 def _resolve_folder(source: str) -> Path:
     """The folder that a pack is, or that its file lies in."""
-    from diffusers_mixofshow.edlora.file import FILE_NAME
-    from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
+    from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
 
     path = Path(source)
     return path.parent if path.name in (FILE_NAME, PLAIN_NAME) else path
@@ -134,10 +133,9 @@ def _resolve_folder(source: str) -> Path:
 
 def _read_carried(source: str, pack: MeasuredPack) -> dict[str, MeasuredPack]:
     """Read the ED-LoRAs and plain LoRAs inside a pack's folder, see `FusedPack.save_pretrained`; none without one."""
-    from diffusers_mixofshow.edlora.file import FILE_NAME
+    from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
     from diffusers_mixofshow.edlora.folder import SOURCES
     from diffusers_mixofshow.evaluation.plain import MeasuredPack, name_by_records
-    from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
     from diffusers_mixofshow.interop.opening import open_edlora
 
     folder = _resolve_folder(source)

@@ -209,9 +209,8 @@ def _refuse_unwritable(output: Path, heat_map: Path | None) -> None:
 
 def _find_replaced(output: Path, heat_map: Path | None, gathered: Sequence[Source], **allowed: bool) -> list[Path]:
     """Find the files and folders that are written, or removed as outdated; raises if they may not be replaced."""
-    from diffusers_mixofshow.edlora.file import FILE_NAME
+    from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
     from diffusers_mixofshow.fusion.pack_sources import find_replaced
-    from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 
     file_name = FILE_NAME if any(source.edlora.concepts for source in gathered) else PLAIN_NAME
     return find_replaced(output, file_name, gathered, *([] if heat_map is None else [heat_map]), **allowed)

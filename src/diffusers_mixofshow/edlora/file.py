@@ -30,6 +30,9 @@ from diffusers_mixofshow.families.layers import canonical_name
 
 FILE_NAME = "edlora.safetensors"
 
+PLAIN_NAME = "pytorch_lora_weights.safetensors"
+"""File name that diffusers' `load_lora_weights` looks for in a folder, and that of a pack of plain LoRAs alone."""
+
 STATISTICS_KEY = "edlora_statistics"
 """Header key of a file of fusion statistics, which lies beside its ED-LoRA."""
 

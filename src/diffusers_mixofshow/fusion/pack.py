@@ -14,7 +14,7 @@ import torch
 from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples, write_card, write_samples
-from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
 from diffusers_mixofshow.edlora.folder import remove
 from diffusers_mixofshow.edlora.fusion_record import read_plain_record, record_of, write_plain_record
 from diffusers_mixofshow.edlora.reading import read_metadata
@@ -42,7 +42,7 @@ from diffusers_mixofshow.fusion.solving import (
 from diffusers_mixofshow.fusion.sources import FusionInput, Source, gather, mutual_defects, warn_of_copies
 from diffusers_mixofshow.fusion.store import StatisticsStore
 from diffusers_mixofshow.fusion.team import Team
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora, write_lora
+from diffusers_mixofshow.interop.lora_files import read_lora, write_lora
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusers_mixofshow.atomic import portable_name, refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
+from diffusers_mixofshow.edlora.file import PLAIN_NAME
 from diffusers_mixofshow.edlora.folder import SOURCES, find_places, remove
 from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts, write_carried_record
 from diffusers_mixofshow.edlora.hub import is_repo_id
@@ -25,7 +26,7 @@ from diffusers_mixofshow.fusion.published import SourceStatistics, statistics_pa
 from diffusers_mixofshow.fusion.solving import Settings
 from diffusers_mixofshow.fusion.sources import NAME, Source, prompts_of_concepts, scale_updates
 from diffusers_mixofshow.fusion.store import statistics_beside
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.interop.opening import Opened, open_edlora
 
 

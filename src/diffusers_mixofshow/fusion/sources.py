@@ -16,6 +16,7 @@ from diffusers_mixofshow.base_models import canonical_name
 from diffusers_mixofshow.concepts import check_distinct
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
+from diffusers_mixofshow.edlora.file import PLAIN_NAME
 from diffusers_mixofshow.edlora.fusion_record import CARRIED, find_plain_prompts
 from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
@@ -26,7 +27,6 @@ from diffusers_mixofshow.families.recognition import find_family_defect, is_of_a
 from diffusers_mixofshow.fusion.prompts import PromptSet, prompts_of_trigger, recording_prompts
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.solvers import Factors
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME
 from diffusers_mixofshow.interop.opening import Opened, open_edlora
 
 

@@ -25,9 +25,6 @@ from diffusers_mixofshow.interop.original_code import Joined, to_original_code
 from diffusers_mixofshow.interop.tensors import PICKLES, load_safetensors
 
 
-PLAIN_NAME = "pytorch_lora_weights.safetensors"
-"""File name that diffusers' `load_lora_weights` looks for in a folder."""
-
 EMBEDDINGS = "embeddings"
 """Folder of textual-inversion files beside a LoRA file, named as in A1111 and ComfyUI."""
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.edlora import EDLoRA, hub
-from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
 from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
 from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming, distinct_names
 from diffusers_mixofshow.interop.foreign import Foreign, read_foreign, to_edlora
-from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, PLAIN_NAME, list_companions
+from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, list_companions
 from diffusers_mixofshow.interop.original import ORIGINAL_NAME
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG
 from diffusers_mixofshow.interop.trigger_words import find_trigger_words
