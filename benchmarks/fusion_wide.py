@@ -23,13 +23,13 @@ from fusion_files import fuse
 from safetensors.torch import save_file
 
 from diffusers_mixofshow.edlora import LowRank
-from diffusers_mixofshow.edlora.file import STATISTICS_KEY
+from diffusers_mixofshow.edlora.file import PLAIN_NAME, STATISTICS_KEY
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.families.flux1 import FLUX1
 from diffusers_mixofshow.fusion.gram import DenseGram
 from diffusers_mixofshow.fusion.published import DEFAULT_BYTES, SourceStatistics, statistics_path
 from diffusers_mixofshow.fusion.sources import LoRASource, gather
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, write_lora
+from diffusers_mixofshow.interop.lora_files import write_lora
 
 
 SOURCES, RANK, DIRECTIONS = 8, 16, 96

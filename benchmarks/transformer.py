@@ -33,6 +33,7 @@ from toyland_base.instances import PLAIN_LORAS, name_before_class
 from diffusers_mixofshow import GradientFuser, LoRASource, toyland
 from diffusers_mixofshow.base_models import TOYLAND_SD3
 from diffusers_mixofshow.concepts import SLOT
+from diffusers_mixofshow.edlora.file import PLAIN_NAME
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import fill_templates
@@ -41,7 +42,7 @@ from diffusers_mixofshow.fusion.collection import Recording, collect
 from diffusers_mixofshow.fusion.solving import sites_of
 from diffusers_mixofshow.fusion.sources import Source, gather
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
-from diffusers_mixofshow.interop.lora_files import PLAIN_NAME, read_lora
+from diffusers_mixofshow.interop.lora_files import read_lora
 from diffusers_mixofshow.progress import hide_bars
 from diffusers_mixofshow.sampling.loading import load_base
 

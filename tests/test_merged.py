@@ -85,3 +85,23 @@ def test_it_travels_over_the_hub_with_its_concepts(pack: EDLoRA, loopback_hub, t
     pack.push_to_hub("me/pair", merged=True, token=loopback_hub.token)
     pipe = MixOfShowPipeline.from_pretrained("me/pair", cache_dir=tmp_path / "cache")
     assert list(pipe.concepts) == ["<rex>", "<tom>"]
+
+
+def test_a_component_that_is_a_link_is_replaced_and_what_it_leads_to_stays(pack: EDLoRA, tmp_path: Path) -> None:
+    out, away = tmp_path / "out", tmp_path / "away"
+    pack.save_pretrained(out, merged=True)
+    (out / "unet").rename(away)
+    (out / "unet").symlink_to(away)
+    pack.save_pretrained(out, merged=True, overwrite=True)
+    assert (out / "unet").is_dir()
+    assert not (out / "unet").is_symlink()
+    assert any(away.iterdir())
+
+
+def test_parts_that_the_replaced_pipeline_alone_had_are_removed(pack: EDLoRA, tmp_path: Path) -> None:
+    pack.save_pretrained(tmp_path / "out", merged=True)
+    (tmp_path / "out" / "text_encoder_2").mkdir()
+    other = replace(pack, embeddings={token: rows + 1 for token, rows in pack.embeddings.items()})
+    other.save_pretrained(tmp_path / "out", merged=True, overwrite=True)
+    assert not (tmp_path / "out" / "text_encoder_2").exists()
+    assert (tmp_path / "out" / "text_encoder").is_dir()

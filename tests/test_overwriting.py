@@ -271,6 +271,25 @@ def test_a_pack_in_the_place_of_a_merged_pipeline_and_the_reverse(published: Pat
     assert list(pipe.concepts) == ["<kit>"]
 
 
+def test_what_no_pack_has_written_stays_whatever_its_name(published: Path, tmp_path: Path) -> None:
+    """A folder of a project, whose own sources and pictures have the names of a pack's."""
+    for name in ("sources/raw/model.safetensors", "samples/2024.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    EDLoRA.from_pretrained(published / "rex").save_pretrained(tmp_path)
+    EDLoRA.from_pretrained(published / "kit").save_pretrained(tmp_path, overwrite=True)
+    assert contents(tmp_path).items() >= before.items()
+
+
+def test_fewer_samples_leave_none_of_those_before(published: Path, tmp_path: Path) -> None:
+    rex, picture = EDLoRA.from_pretrained(published / "rex"), Image.new("RGB", (8, 8))
+    rex.save_pretrained(tmp_path, samples=dict.fromkeys(("a", "b", "c"), picture))
+    (tmp_path / "samples" / "7.png").write_text("mine")
+    rex.save_pretrained(tmp_path, samples={"a": picture}, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["0.png", "7.png"]
+
+
 def test_the_parts_of_a_pipeline_are_those_of_diffusers() -> None:
     of_both = [StableDiffusionPipeline, StableDiffusionXLPipeline]
     named = {name for each in of_both for name in inspect.signature(each.__init__).parameters}

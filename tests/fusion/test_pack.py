@@ -440,3 +440,54 @@ def test_a_source_may_be_left_out_or_turned_round_by_its_factor() -> None:
     for site, update in fused.lora.items():
         wanted = -2 * low_rank_delta(sources[1].lora[site])
         torch.testing.assert_close(low_rank_delta(update), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_changed_pack_keeps_how_it_was_recorded_and_that_it_has_a_prior(
+    pipe: MixOfShowPipeline, published: list[Path], tmp_path: Path
+) -> None:
+    """Its file holds no prior, without which another change would give something else."""
+    pair = GradientFuser(pipe, **RECORDED, prior=2.0, prior_prompts=["a photo"]).fuse(published[:2])
+    three = pair.add(published[2])
+    lost = pair.report.data.keys() - three.report.data.keys()
+    assert not lost
+    assert three.report.data["prior"] == 2.0
+    three.save_pretrained(tmp_path / "three", sources=True)
+    with pytest.raises(FusionError, match="with a prior that its file does not hold"):
+        FusedPack.from_pretrained(tmp_path / "three").remove("<zoe>")
+
+
+def test_a_pack_that_was_read_is_saved_in_its_own_dtype(published: list[Path], tmp_path: Path) -> None:
+    GradientFuser(dtype=torch.float32).fuse(published[:2]).save_pretrained(tmp_path / "full", sources=True)
+    FusedPack.from_pretrained(tmp_path / "full").save_pretrained(tmp_path / "again")
+    once, again = (EDLoRA.from_pretrained(tmp_path / name) for name in ("full", "again"))
+    assert once.digest == again.digest
+
+
+def test_sources_are_found_from_a_subfolder_and_from_the_file(published: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "several" / "packs" / "both"
+    GradientFuser().fuse(published[:2]).save_pretrained(folder, sources=True)
+    for pack in (
+        FusedPack.from_pretrained(tmp_path / "several", subfolder="packs/both"),
+        FusedPack.from_pretrained(folder / "edlora.safetensors"),
+    ):
+        assert all(source.statistics for source in pack.sources)
+        assert [source.name for source in pack.sources] == ["<rex>", "<kit>"]
+
+
+def test_sources_are_found_at_the_revision_and_with_the_token_of_the_pack(
+    loopback_hub: Any, published: list[Path], tmp_path: Path
+) -> None:
+    hub = {"token": loopback_hub.token, "revision": "old"}
+    pack = GradientFuser().fuse(published[:2])
+    pack.push_to_hub("me/both", sources=True, private=True, **hub)
+    read = FusedPack.from_pretrained("me/both", cache_dir=tmp_path / "cache", **hub)
+    assert all(source.statistics for source in read.sources)
+    same_deltas(read.remove("<kit>"), pack.remove("<kit>"))
+
+
+def test_concepts_of_one_source_have_one_weight(published: list[Path], tmp_path: Path) -> None:
+    GradientFuser().fuse(published[:2]).save_pretrained(tmp_path / "pair")
+    pack = GradientFuser().fuse([tmp_path / "pair", published[2]], method="average")
+    with pytest.raises(FusionError, match=r"<rex>\+<kit> is one source, which has one weight; got 5 and 2"):
+        pack.reweight({"<rex>": 5, "<kit>": 2})
+    assert [source.weight for source in pack.reweight({"<rex>": 5, "<kit>": 5}).sources] == [5, 1]

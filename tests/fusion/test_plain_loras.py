@@ -20,7 +20,7 @@ import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.file import PLAIN_NAME
-from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, MixOfShowWarning
+from diffusers_mixofshow.errors import EDLoRAFormatError, FileWriteError, FusionError, MixOfShowWarning
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
 from diffusers_mixofshow.fusion.pack import read_plain_pack
@@ -419,3 +419,50 @@ def test_the_code_on_the_card_of_a_plain_pack_runs_and_says_nothing(
     said = re.split(r"[\r\n]+", "".join(capfd.readouterr()))
     bar = re.compile(r"\d+%\|.*\| \d+/\d+ \[")  # its end may be cut to the width of the terminal
     assert [line for line in said if line.strip() and not bar.search(line)] == []
+
+
+def _pair(pipe: MixOfShowPipeline, folder: Path, scale: float = 1.0) -> FusedPack:
+    files = [_write(pipe, folder / f"{name}.safetensors", seed) for seed, name in enumerate(("ink", "oil"))]
+    return GradientFuser().fuse([LoRASource(file, ["x"], scale=scale) for file in files], method="average")
+
+
+def test_the_same_plain_pack_again_keeps_what_is_its_own(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    pack, out = _pair(pipe, tmp_path), tmp_path / "out"
+    pack.save_pretrained(out, samples={"ink": Image.new("RGB", (8, 8))})
+    (out / "pytorch_lora_weights.statistics.safetensors").write_bytes(b"recorded for hours")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    pack.save_pretrained(out, overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_stood_there_stays_where_a_plain_pack_cannot_be_written(
+    pipe: MixOfShowPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    _pair(pipe, tmp_path).save_pretrained(out, samples={"ink": Image.new("RGB", (8, 8))})
+    before = sorted(out.rglob("*"))
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise FileWriteError("no room")
+
+    monkeypatch.setattr("diffusers_mixofshow.fusion.pack.write_lora", full)
+    with pytest.raises(FileWriteError):
+        _pair(pipe, tmp_path, 0.5).save_pretrained(out, overwrite=True)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_lora_of_a_name_that_the_pack_has_is_not_added(pipe: MixOfShowPipeline, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = _write(pipe, tmp_path / "other" / "ink.safetensors", 5)
+    with pytest.raises(FusionError, match="LoRAs with the same name: ink"):
+        _pair(pipe, tmp_path).add(LoRASource(other, ["y"]))
+
+
+def test_the_card_of_layers_that_no_base_is_known_by_names_the_base_that_was_given(tmp_path: Path) -> None:
+    update = LowRank(down=torch.ones(2, 64), up=torch.ones(64, 2), alpha=2.0)
+    site = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    record = {"fusion": {"sources": []}}
+    FusedPack(
+        concepts=(), embeddings={}, lora={site: update}, base_model="toyland", layers=(), training=record
+    ).save_pretrained(tmp_path)
+    assert "guidance_scale=3)" in (tmp_path / "README.md").read_text(encoding="utf-8")

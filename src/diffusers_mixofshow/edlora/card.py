@@ -116,6 +116,7 @@ def _describe_plain(contents: Contents, location: str, samples: Mapping[str, str
     training, widths = contents["training"], input_widths(contents["lora"])
     prompts, model = find_prompts(training), recognise(widths)
     base_id = public_name(contents["base_model"]) or (model.id if model else "")
+    embedded = embedded_base(base_id)
     rows: list[tuple[str, ...]] = [("LoRA", "prompts that it was fused with")]
     rows += [(f"`{_code(name)}`", _list_prompts(texts)) for name, texts in prompts.items()]
     table, notes = _add_columns(rows, list(prompts), training)
@@ -126,8 +127,8 @@ def _describe_plain(contents: Contents, location: str, samples: Mapping[str, str
         samples=samples,
         base=family_of_updates(widths).name if model is None else model.name,
         base_id=base_id,
-        is_embedded=embedded_base(base_id) is not None,
-        guidance=None if model is None else model.guidance,
+        is_embedded=embedded is not None,
+        guidance=None if embedded is None else embedded.guidance,
         rank=_rank(contents),
         table=table,
         notes=notes,
@@ -160,10 +161,10 @@ def refresh_text(existing: str | None, card: ModelCard, *, anew: bool = False) -
         begin, heading, rest = written.split("\n\n", 2)
         written = "\n\n".join([begin, heading, _GALLERY, rest])
     body = _SECTION.sub(lambda _: written, text, count=1) if text.strip() else f"\n{written}\n"
-    try:
-        data = _join_metadata(ModelCard(existing, ignore_metadata_errors=True).data.to_dict(), card.data.to_dict())
-    except (ValueError, TypeError, yaml.YAMLError):  # metadata that the client cannot parse is never changed
+    there = _read_metadata(existing)
+    if there is None:  # metadata that the client cannot parse is never changed
         return existing
+    data = _join_metadata(there, card.data.to_dict())
     if anew and not card.data.get("widget"):
         data.pop("widget", None)
     return f"---\n{ModelCardData(**data).to_yaml()}\n---\n" + body
@@ -171,15 +172,25 @@ def refresh_text(existing: str | None, card: ModelCard, *, anew: bool = False) -
 
 def write_card(folder: Path, card: ModelCard, *, anew: bool = False) -> None:
     """Write or refresh README.md in a folder, see `refresh_text`."""
-    path = folder / CARD_NAME
-    existing = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    existing = _read_text(folder)
     text = refresh_text(existing, card, anew=anew)
     if text != existing:
-        write_whole(path, text.encode())
+        write_whole(folder / CARD_NAME, text.encode())
+
+
+def list_samples(folder: Path) -> list[Path]:
+    """Sample pictures in a folder that were written with its card; those that the card does not name are others'."""
+    widget = (_read_metadata(_read_text(folder) or "") or {}).get("widget")
+    shown = widget if isinstance(widget, list) else []
+    named = [as_mapping(as_mapping(entry).get("output")).get("url") for entry in shown]
+    numbered = (path for path in folder.glob("samples/*.png") if path.stem.isdigit())
+    return sorted(path for path in numbered if path.relative_to(folder).as_posix() in named)
 
 
 def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
-    """Write sample pictures as ``samples/0.png`` and so on, without their embedded metadata.
+    """Write sample pictures as ``samples/0.png`` and so on, without their embedded metadata, in place of earlier ones.
+
+    Without samples, earlier ones stay.
 
     Returns:
         Path relative to the folder, to prompt.
@@ -192,6 +203,9 @@ def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
         path = folder / "samples" / f"{number}.png"
         write_whole(path, _png(picture))
         paths[path.relative_to(folder).as_posix()] = prompt
+    for path in list_samples(folder) if samples else ():
+        if path.relative_to(folder).as_posix() not in paths:
+            path.unlink()
     return paths
 
 
@@ -240,6 +254,21 @@ def _templates() -> Environment:
     )
     environment.filters |= {"code": _code, "literal": repr, "prompt": _prompt}
     return environment
+
+
+def _read_text(folder: Path) -> str | None:
+    """Text of the card in a folder; None if there is none."""
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def _read_metadata(text: str) -> dict[str, Any] | None:
+    """Metadata of a card; None if the client cannot parse them."""
+    try:
+        data: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, yaml.YAMLError):
+        return None
+    return data
 
 
 def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:

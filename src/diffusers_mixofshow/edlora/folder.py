@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.card import list_samples
+from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
 from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
 
 
@@ -48,10 +49,15 @@ def find_places(folder: Path, file_name: str = FILE_NAME, *, merged: bool = Fals
 
 def find_beside(folder: Path, file_name: str) -> list[Path]:
     """What belongs to a pack in its folder besides its file: statistics, sources, sample pictures, merged pipeline."""
-    sources = [path for path in sorted(folder.glob(f"{SOURCES}/*")) if any(path.glob("*.safetensors"))]
-    samples = sorted(path for path in folder.glob("samples/*.png") if path.stem.isdigit())
+    sources = [path for path in sorted(folder.glob(f"{SOURCES}/*")) if _holds_pack(path)]
+    inside = [*sources, *list_samples(folder)] if _holds_pack(folder) else []
     found = [path for path in (folder / statistics_name(file_name),) if path.is_file()]
-    return [*found, *sources, *samples, *find_pipeline(folder)]
+    return [*found, *inside, *find_pipeline(folder)]
+
+
+def _holds_pack(folder: Path) -> bool:
+    """Whether a folder holds the file of a pack, or of a plain LoRA as packs carry them."""
+    return any((folder / name).exists() for name in (FILE_NAME, PLAIN_NAME))
 
 
 def remove(paths: Iterable[Path]) -> None:

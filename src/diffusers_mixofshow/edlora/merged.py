@@ -62,6 +62,8 @@ def replace_pipeline(pipeline: DiffusionPipeline, folder: Path) -> Iterator[Path
                 target = folder / written.name
                 if target.is_dir() and not target.is_symlink():
                     shutil.rmtree(target)
+                elif written.is_dir():  # a folder replaces neither a file nor a link
+                    target.unlink(missing_ok=True)
                 os.replace(written, target)
     except (OSError, SafetensorError) as error:
         if isinstance(error, MixOfShowError):

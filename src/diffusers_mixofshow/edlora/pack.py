@@ -107,8 +107,8 @@ class EDLoRA:
             OverwriteError: If the folder has a pack, or with `merged` a pipeline; see `overwrite`.
             FileWriteError: If the disk is full or the folder is not writable; existing files are kept.
         """
-        path = Path(folder) / file.FILE_NAME
-        refuse_overwriting(*pack_folder.find_places(path.parent, merged=merged), overwrite=overwrite)
+        path, written = Path(folder) / self._file_name, set()
+        refuse_overwriting(*pack_folder.find_places(path.parent, path.name, merged=merged), overwrite=overwrite)
         stale = self._stale(path.parent, merged=merged)
         if merged:
             pipeline = merged_pipeline.load_base(self.base_model, family_of_embeddings(self.embeddings).pipeline)
@@ -116,9 +116,10 @@ class EDLoRA:
             merged_pipeline.add_updates(pipeline, self.lora)
             with merged_pipeline.replace_pipeline(pipeline, path.parent) as temporary:
                 file.write(temporary / file.FILE_NAME, replace(self, lora={})._contents())
+                written = {path.with_name(part.name) for part in temporary.iterdir()}
         else:
-            file.write(path, self._contents())
-        pack_folder.remove(set(stale) - set(pack_folder.find_pipeline(path.parent) if merged else ()))
+            self._write(path)
+        pack_folder.remove(set(stale) - written)
         shown = card.write_samples(path.parent, samples or {})
         card.write_card(
             path.parent, self._card(public_name(os.fspath(folder)), merged, shown, license), anew=bool(stale)
@@ -304,9 +305,13 @@ class EDLoRA:
         for token, rows in sorted(self.embeddings.items()):
             feed(token, rows)
         for site, update in sorted(self.lora.items()):
-            feed(f"{site} {update.scaling!r} down", update.down)
+            feed(f"{site} {float(update.scaling)!r} down", update.down)
             feed(f"{site} up", update.up)
         return digest.hexdigest()
+
+    def _write(self, path: Path) -> None:
+        """Write the pack's file."""
+        file.write(path, self._contents())
 
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
         """Files that an earlier pack has left in a folder; empty if it is the same pack as this one."""

@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from diffusers_mixofshow.base_models import public_name
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.card import Samples, write_card, write_samples
+from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
-from diffusers_mixofshow.edlora.folder import remove
 from diffusers_mixofshow.edlora.fusion_record import read_plain_record, record_of, write_plain_record
 from diffusers_mixofshow.edlora.reading import read_metadata
-from diffusers_mixofshow.errors import FusionError, suggest, warn
+from diffusers_mixofshow.errors import FusionError, MixOfShowError, suggest, warn
+from diffusers_mixofshow.fusion.collection import Recording
 from diffusers_mixofshow.fusion.gram import Device, Gram
 from diffusers_mixofshow.fusion.pack_sources import (
     carry_all,
@@ -39,10 +38,21 @@ from diffusers_mixofshow.fusion.solving import (
     sites_of,
     solve,
 )
-from diffusers_mixofshow.fusion.sources import FusionInput, Source, gather, mutual_defects, warn_of_copies
+from diffusers_mixofshow.fusion.sources import (
+    FusionInput,
+    Source,
+    gather,
+    label_defects,
+    mutual_defects,
+    warn_of_copies,
+)
 from diffusers_mixofshow.fusion.store import StatisticsStore
 from diffusers_mixofshow.fusion.team import Team
 from diffusers_mixofshow.interop.lora_files import read_lora, write_lora
+
+
+_OF_RECORDING = (*(field.name for field in fields(Recording)), "prior", "recording_s")
+"""Entries of a report that tell how statistics were recorded, which stays as it was when a pack is changed."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -102,8 +112,6 @@ class FusedPack(EDLoRA):
             )
         if sources:
             carry_all(self.sources, Path(folder), self.base_model)
-        if not self.concepts:
-            return self._save_plain(Path(folder), samples or {}, license)
         written = self if merged else replace(self, lora={k: one.cast(self.dtype) for k, one in self.lora.items()})
         # overwrite=True: the folder now holds the carried sources
         return super(FusedPack, written).save_pretrained(
@@ -122,18 +130,18 @@ class FusedPack(EDLoRA):
         """Whether a folder holds this pack; one without concepts is there as a plain LoRA."""
         if self.concepts:
             return super()._is_in(folder, merged=merged)
-        there = read_plain_pack(folder)
-        return there is not None and there.digest == replace(self, **self._contents()).digest
+        try:
+            there = read_plain_pack(folder)
+        except MixOfShowError:  # broken
+            return False
+        return there is not None and there.digest == self.digest
 
-    def _save_plain(self, folder: Path, samples: Samples, license_id: str | None) -> Path:
-        """Write a pack of plain LoRAs alone as one plain LoRA, named as diffusers expects it, and its card."""
-        stale = self._stale(folder)
-        remove(stale)
-        record = write_plain_record(self.training, self.base_model)
-        path = write_lora(folder / PLAIN_NAME, self.lora, record, dtype=self.dtype)
-        shown = write_samples(folder, samples)
-        write_card(folder, self._card(public_name(os.fspath(folder)), False, shown, license_id), anew=bool(stale))
-        return path
+    def _write(self, path: Path) -> None:
+        """Write the pack's file; of plain LoRAs alone one plain LoRA, named as diffusers expects it."""
+        if self.concepts:
+            super()._write(path)
+        else:
+            write_lora(path, self.lora, write_plain_record(self.training, self.base_model))
 
     def push_to_hub(self, repo_id: str | None = None, **options: Any) -> str:
         """Upload the pack, see `EDLoRA.push_to_hub`; without any concept, a plain LoRA.
@@ -159,28 +167,35 @@ class FusedPack(EDLoRA):
         return super().push_to_hub(repo_id, **options)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> Self:
+    def from_pretrained(cls, source: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Self:
         """Read a pack together with its sources, so that it can be changed.
 
         Args:
             source: A folder, file or Hub id, see `EDLoRA.from_pretrained`.
-            hub: Passed to `EDLoRA.from_pretrained`.
+            subfolder: See `EDLoRA.from_pretrained`.
+            hub: The other arguments of `EDLoRA.from_pretrained`; all but the revision serve to read sources from
+                other repositories as well.
 
         Raises:
             FusionError: If it was not fused, or a source is neither carried nor unchanged on the Hub.
         """
-        plain = _plain_file(source)
-        pack = super().from_pretrained(source, **hub) if plain is None else cls._of_plain(plain)
+        plain = _plain_file(Path(source, subfolder or ""))
+        pack = super().from_pretrained(source, subfolder=subfolder, **hub) if plain is None else cls._of_plain(plain)
         settings, entries = read_record(FusionReport.of(pack).data)
-        places = list_places([entry["concepts"] for entry in entries])
-        found = [find_source(entry, source, *inside) for entry, inside in zip(entries, places, strict=True)]
-        return replace(pack, sources=tuple(found), settings=settings)
+        carrier = Path(source).parent if Path(source).is_file() else source
+        parts = [subfolder] if subfolder else []
+        found = []
+        for entry, places in zip(entries, list_places([entry["concepts"] for entry in entries]), strict=True):
+            inside = ["/".join([*parts, place]) for place in places]
+            found.append(find_source(entry, carrier, *inside, **hub))
+        return replace(pack, sources=tuple(found), settings=settings, dtype=_dtype_of(pack))
 
     @classmethod
     def _of_plain(cls, path: Path) -> Self:
         training, base_model = read_plain_record(read_metadata(path))
         lora = read_lora(path)
-        return cls(concepts=(), embeddings={}, lora=lora, base_model=base_model, layers=(), training=training)
+        pack = cls(concepts=(), embeddings={}, lora=lora, base_model=base_model, layers=(), training=training)
+        return replace(pack, dtype=_dtype_of(pack))
 
     @property
     def report(self) -> FusionReport:
@@ -229,12 +244,17 @@ class FusedPack(EDLoRA):
             weights: Placeholder to weight; other sources keep theirs.
 
         Raises:
-            FusionError: If a name is not in the pack, a weight is not above 0, or statistics are missing.
+            FusionError: If a name is not in the pack, a weight is not above 0, concepts of one source get different
+                weights, or statistics are missing.
         """
-        new = {self._source_of(name).name: weight for name, weight in weights.items()}
-        wrong = {name: weight for name, weight in new.items() if not 0 < weight < float("inf")}
+        wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
         if wrong:
             raise FusionError(f"Weights must be finite and above 0, got {wrong}.")
+        new: dict[str, float] = {}
+        for name, weight in weights.items():
+            whole = self._source_of(name).name
+            if new.setdefault(whole, weight) != weight:
+                raise FusionError(f"{whole} is one source, which has one weight; got {new[whole]:g} and {weight:g}.")
         return fuse_again(self, tuple(replace(one, weight=new.get(one.name, one.weight)) for one in self.sources))
 
     def _source_of(self, name: str) -> Source:
@@ -254,10 +274,7 @@ def read_plain_pack(source: str | os.PathLike[str]) -> FusedPack | None:
         source: Its folder or file.
     """
     path = _plain_file(source)
-    if path is None:
-        return None
-    pack = FusedPack._of_plain(path)
-    return replace(pack, dtype=next((update.down.dtype for update in pack.lora.values()), pack.dtype))
+    return None if path is None else FusedPack._of_plain(path)
 
 
 def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
@@ -272,7 +289,7 @@ def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
             "This pack was fused in stages, or with a prior that its file does not hold. It cannot be changed from "
             "statistics; fuse all sources anew, or with GradientFuser(pipe, sequential=False)."
         )
-    if defects := mutual_defects(sources):
+    if defects := [*mutual_defects(sources), *label_defects(sources)]:
         raise FusionError("The pack cannot be changed in this way: " + "; ".join(defects))
     missing = [source.name for source in sources if source.statistics is None]
     if missing and pack.settings.method in MEASURED:
@@ -281,7 +298,8 @@ def fuse_again(pack: FusedPack, sources: tuple[Source, ...]) -> FusedPack:
             f"{len(missing)} have none ({', '.join(missing)}). Fuse with "
             "GradientFuser(pipe, sequential=False), or all sources anew."
         )
-    changed = fuse_recorded(sources, pack.settings, {"sequential": False}, pack.prior, device=pack.device)
+    told = {key: record[key] for key in _OF_RECORDING if key in record}
+    changed = fuse_recorded(sources, pack.settings, {**told, "sequential": False}, pack.prior, device=pack.device)
     return replace(changed.name_base(pack.base_model), dtype=pack.dtype)
 
 
@@ -346,6 +364,11 @@ def _find_base(sources: Sequence[Source]) -> str:
         return of_concepts[0]
     named = {source.base_model for source in sources} - {""}
     return named.pop() if len(named) == 1 else ""
+
+
+def _dtype_of(pack: FusedPack) -> torch.dtype:
+    """Dtype of the updates of a pack that was read, so that it is saved again as it was."""
+    return next((update.down.dtype for update in pack.lora.values()), pack.dtype)
 
 
 def _plain_file(source: str | os.PathLike[str]) -> Path | None:

@@ -102,30 +102,31 @@ def _refuse_replacing(sources: Sequence[Source], places: Sequence[Path], *, carr
         )
 
 
-def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], *inside: str) -> Source:
+def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], *inside: str, **hub: Any) -> Source:
     """Find a source of a pack again: in the pack's folder or repository, or at its origin on the Hub.
 
     Args:
         entry: Its entry in the pack's report.
         carrier: Folder or Hub id of the pack.
         inside: Where it may be in there, see `list_places`.
+        hub: How to read from the Hub: `revision` of the pack, `token`, `cache_dir` and `local_files_only`.
 
     Raises:
         FusionError: If it is at neither place, or has changed.
     """
     origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # paths named in a file are never opened
     places = [
-        *((carrier, place, 1.0, None) for place in inside),
-        (origin, "", entry["scale"], entry.get("revision") or None),
+        *((carrier, 1.0, {**hub, "subfolder": place}) for place in inside),
+        (origin, entry["scale"], {**hub, "revision": entry.get("revision") or None}),
     ]
     changed = False
-    for location, part, scale, revision in places:
-        opened = _open_at(location, part, revision)
+    for location, scale, where in places:
+        opened = _open_at(location, **where)
         if opened is None:
             continue
         edlora = scale_updates(opened.edlora, scale)
         if edlora.digest == entry["digest"]:
-            path = statistics_beside(location, subfolder=part, revision=revision, file_name=opened.file.name)
+            path = statistics_beside(location, file_name=opened.file.name, **where)
             statistics = None if path is None else SourceStatistics.load(path)
             return Source(
                 edlora=edlora,
@@ -155,10 +156,10 @@ def _prompts_of(
     return {name: tuple(recorded.get(name, texts)) for name, texts in defaults.items()}
 
 
-def _open_at(location: str | os.PathLike[str], subfolder: str, revision: str | None) -> Opened | None:
+def _open_at(location: str | os.PathLike[str], **where: Any) -> Opened | None:
     """Open the file at a location; None if there is none."""
     try:
-        return open_edlora(location, subfolder=subfolder or None, revision=revision) if location else None
+        return open_edlora(location, **where) if location else None
     except EDLoRANotFoundError:
         return None
 
@@ -175,7 +176,7 @@ def leave_out_carried(found: Sequence[Path], folder: Path, sources: Sequence[Sou
 def _is_carried(source: Source, folder: Path) -> bool:
     """Whether a folder holds what `carry` writes of a source."""
     try:
-        opened = _open_at(folder, "", None)
+        opened = _open_at(folder)
     except MixOfShowError:
         return False
     return opened is not None and opened.edlora.digest == source.edlora.digest

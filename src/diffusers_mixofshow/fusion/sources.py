@@ -209,7 +209,7 @@ def gather(
         *_number_defects("weights", weights, len(sources), positive=True),
         *_number_defects("scales", scales, len(sources), positive=False),
         *mutual_defects(sources),
-        *_label_defects(sources),
+        *label_defects(sources),
         *_model_defects(unchecked, components),
     ]
     refuse_defects(defects)
@@ -343,7 +343,8 @@ def _prompts_of_words(lora: LoRASource, words: Sequence[str]) -> tuple[str, ...]
     return prompts
 
 
-def _label_defects(sources: Sequence[Source]) -> list[str]:
+def label_defects(sources: Sequence[Source]) -> list[str]:
+    """Why sources cannot be told apart, or not be kept in folders, by the names of the plain LoRAs among them."""
     labels = [name for source in sources for name in source.prompts or [""] if not name.startswith("<")]
     defects = []
     if twice := sorted({label for label in labels if labels.count(label) > 1}):

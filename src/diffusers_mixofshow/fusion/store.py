@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from diffusers_mixofshow.edlora.defects import list_names
 from diffusers_mixofshow.edlora.hub import download, is_repo_id
@@ -142,7 +143,7 @@ class StatisticsStore:
 
 
 def statistics_beside(
-    location: str | os.PathLike[str], *, file_name: str, subfolder: str = "", revision: str | None = None
+    location: str | os.PathLike[str], *, file_name: str, subfolder: str | None = None, **hub: Any
 ) -> Path | None:
     """The file of statistics beside a LoRA's file, if it exists; downloaded from the Hub if necessary.
 
@@ -150,14 +151,14 @@ def statistics_beside(
         location: Folder, file or Hub id.
         file_name: Name of the LoRA's file.
         subfolder: Folder within `location`.
-        revision: Branch, tag or commit of a Hub id.
+        hub: How to read a Hub id, see `hub.download`.
     """
     name = statistics_path(Path(file_name)).name
     if is_repo_id(location):
         try:
-            return download(str(location), name, revision=revision, subfolder=subfolder or None)
+            return download(str(location), name, subfolder=subfolder, **hub)
         except EDLoRANotFoundError:
             return None
-    path = Path(location, subfolder)
+    path = Path(location, subfolder or "")
     path = within(path, name) if path.is_dir() else statistics_path(path)
     return path if path.exists() else None

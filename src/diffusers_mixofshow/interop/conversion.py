@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.embeddings import split_name
-from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
 from diffusers_mixofshow.edlora.low_rank import LowRank
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError, suggest
 from diffusers_mixofshow.families.family import POOLED
@@ -22,7 +22,6 @@ from diffusers_mixofshow.interop.formats import Format
 from diffusers_mixofshow.interop.instructions import compose_instructions
 from diffusers_mixofshow.interop.lora_files import (
     EMBEDDINGS,
-    PLAIN_NAME,
     companions_metadata,
     transformer_of,
     write_kohya,
