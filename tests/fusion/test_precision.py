@@ -1,8 +1,12 @@
-"""Fused updates in half precision."""
+"""Fused updates in half precision, and products in full precision whatever the user has set."""
 
+from typing import Any
+
+import pytest
 import torch
 
 from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
 def _delta(update: LowRank) -> torch.Tensor:
@@ -30,3 +34,16 @@ def test_balancing_rounds_nothing_and_empty_rows_stay_empty() -> None:
 def test_updates_in_the_wanted_dtype_stay_as_they_are() -> None:
     update = LowRank(down=torch.ones(1, 2).half(), up=torch.ones(3, 1).half(), alpha=1.0)
     assert update.cast(torch.float16) is update
+
+
+def test_statistics_are_recorded_and_settings_stay_where_the_user_allows_rounded_products() -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("This torch has only the older setting.")
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        ConceptStatistics().add("layer", torch.empty(3, 4, device="meta"))
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before

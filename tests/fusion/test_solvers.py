@@ -392,3 +392,17 @@ def test_products_with_the_transpose_are_those_of_a_plain_product(rows: int) -> 
     found = multiply_by_transpose(values)
     torch.testing.assert_close(found, values @ values.T)
     assert torch.equal(found.triu(128), found.tril(-128).T)
+
+
+def test_weights_of_ties_are_where_the_updates_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device "meta" stands for a GPU, as one tensor on it cannot be multiplied by another on the CPU either."""
+    places = set()
+
+    def ties(deltas: list[torch.Tensor], weights: torch.Tensor, density: float) -> torch.Tensor:
+        places.update(one.device.type for one in (*deltas, weights))
+        return torch.ones(8, 8)
+
+    monkeypatch.setattr("peft.utils.merge_utils.ties", ties)
+    updates = [Factors(down=torch.ones(2, 8, device="meta"), up=torch.ones(8, 2, device="meta"))] * 2
+    merge_ties(updates, [0.5, 0.5])
+    assert places == {"meta"}

@@ -38,7 +38,10 @@ def merge_ties(updates: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """
     from peft.utils.merge_utils import ties
 
-    weights = len(shares) * torch.tensor(shares, dtype=torch.float64)  # ties() divides by how many updates agree
+    device = updates[0].down.device
+    weights = len(shares) * torch.tensor(
+        shares, dtype=torch.float64, device=device
+    )  # ties() divides by how many agree
     return _factorise(ties([update.delta.double() for update in updates], weights, density=TIES_DENSITY))
 
 

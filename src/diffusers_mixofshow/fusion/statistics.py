@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -139,10 +139,13 @@ def _exact_products(rows: torch.Tensor) -> Iterator[torch.Tensor]:
     if device == "cpu":
         yield rows.double()
         return
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul: Any = torch.backends.cuda.matmul
+    # Where there is a newer setting, reading the older one fails if the user has changed the newer one.
+    setting, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    users = getattr(matmul, setting)
+    setattr(matmul, setting, exact)
     try:
         with torch.autocast(device, enabled=False):
             yield rows.float()
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        setattr(matmul, setting, users)
