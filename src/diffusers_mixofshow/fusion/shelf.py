@@ -89,14 +89,14 @@ class StageShelf(ExitStack):
 def hash_base(pipe: FusablePipeline) -> str:
     """Hash of a base model: its name, and the shapes and sums of the weights of its linear layers.
 
-    Weights that are offloaded, or quantised in a form of their own, count by their shape alone.
+    Weights that are offloaded, or quantised in a form of their own, count by their shape alone, if they tell it.
     """
     digest = hashlib.sha256(name_of(pipe).encode())
     for site, layer in linear_layers(pipe.components).items():
-        weight: Any = layer.weight
-        values = weight.data
+        values: Any = getattr(layer.weight, "data", None)
+        told = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, torch.Tensor) else ""
         known = type(values) is torch.Tensor and not values.is_meta
-        digest.update(f"{site} {values.dtype} {tuple(values.shape)} {_sum_bits(values) if known else ''}\n".encode())
+        digest.update(f"{site} {told} {_sum_bits(values) if known else ''}\n".encode())
     return digest.hexdigest()
 
 
