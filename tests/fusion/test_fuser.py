@@ -362,8 +362,12 @@ def test_an_interrupted_fusion_in_stages_goes_on_where_it_stopped(
     [
         {"ridge": -1},
         {"max_rank": 0},
+        {"max_rank": 2.5},
         {"steps": 0},
         {"seeds": ()},
+        {"seeds": 3},
+        {"seeds": "12"},
+        {"seeds": (0.5,)},
         {"text_tokens": "some"},
         {"prior": -1},
         {"device": "abacus"},

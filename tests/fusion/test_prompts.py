@@ -7,7 +7,7 @@ import pytest
 
 from diffusers_mixofshow.concepts import KINDS, Concept
 from diffusers_mixofshow.errors import FusionError
-from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS, recording_prompts
+from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS, prior_prompts, recording_prompts
 
 
 EVALUATION = """A photo of <TOK> on the beach, small waves, detailed symmetric face, beautiful composition
@@ -56,3 +56,7 @@ def test_the_placeholder_goes_in() -> None:
 def test_prompts_that_record_nothing_of_the_concept_are_refused(prompts: object, message: str) -> None:
     with pytest.raises(FusionError, match=message):
         recording_prompts(Concept.from_name("rex", "dog", kind="pet"), prompts)  # type: ignore[arg-type]
+
+
+def test_one_text_is_one_prompt_of_the_prior() -> None:
+    assert prior_prompts([], "a dog") == prior_prompts([], ["a dog"]) == ("a dog",)

@@ -5,6 +5,7 @@ import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from diffusers_mixofshow.atomic import write_whole
 from diffusers_mixofshow.errors import FileWriteError, FusionError, OverwriteError
 from diffusers_mixofshow.fusion.compression import Spectrum, allocate_ranks
+from diffusers_mixofshow.fusion.config import FusionConfig
 from diffusers_mixofshow.fusion.gram import DenseGram
 from diffusers_mixofshow.fusion.published import DamagedStatisticsError, SourceStatistics, statistics_path
+from diffusers_mixofshow.fusion.sketch import WIDEST_MATRIX
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 
 
@@ -104,6 +107,22 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(FusionError, match=r"<rex> hold NaN or Inf at 1 inputs, first at one"):
         replace(_statistics(), concepts={"<rex>": concept}).save(tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [4, WIDEST_MATRIX + 1])
+def test_nan_is_named_at_layers_of_any_width(width: int) -> None:
+    concept = ConceptStatistics()
+    concept.add("one", torch.full((3, width), float("nan")))
+    with pytest.raises(FusionError, match=r"<rex> hold NaN or Inf at 1 inputs, first at one"):
+        replace(_statistics(), concepts={"<rex>": concept}).to_bytes("auto")
+
+
+@pytest.mark.parametrize("size", [0, -1, 5e4, "huge", float("nan")])
+def test_what_is_no_size_is_refused(size: Any) -> None:
+    with pytest.raises(FusionError, match="size of saved statistics must be"):
+        _statistics().to_bytes(size)
+    with pytest.raises(FusionError, match="size of saved statistics must be"):
+        FusionConfig(statistics_bytes=size)
 
 
 def test_what_is_no_file_of_statistics_is_named(tmp_path: Path) -> None:

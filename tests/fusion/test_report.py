@@ -68,6 +68,25 @@ def printed(report: FusionReport) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines]
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"residuals": [1], "overlaps": [2], "layers": 3, "max_rank": 4},
+        {"residuals": {"mean": {"a": 1, "b": {"fused": "x"}}, "layers": {"unet.x": 1}}},
+        {"residuals": {"mean": {"a": {"average": 0.5, "fused": 10**400}}, "layers": {"nowhere": {"b": {"fused": 1}}}}},
+        {"overlaps": {"a": 1, "a b": "x", "a b c": None}},
+        {"layers": {"unet.x": {"energy_kept": "x"}, "unet.y": 1}, "max_rank": 2},
+    ],
+)
+def test_what_has_a_wrong_form_in_a_strangers_record_is_skipped(data: dict[str, Any], tmp_path: Path) -> None:
+    report = FusionReport(data)
+    report.print(Console(file=StringIO()))
+    assert (report.poor, report.warnings, report.told_energy) == ((), (), "")
+    assert all(isinstance(value, float) for *_, value in report.conflicts)
+    if data.get("residuals") != [1] and "residuals" in data:
+        assert report.heat_map(tmp_path / "map.png").is_file()
+
+
 def test_the_table_has_a_mean_for_each_kind_of_layer(report: FusionReport) -> None:
     rows = printed(report)
     assert ["concept", "averaged", "fused", "cross k v", "cross q out", "other", "self", "text"] in rows

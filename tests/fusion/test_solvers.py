@@ -5,7 +5,7 @@ import torch
 
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.compression import Spectrum
-from diffusers_mixofshow.fusion.gram import DenseGram, Gram, multiply_by_transpose, sum_grams
+from diffusers_mixofshow.fusion.gram import DenseGram, Gram, GramFactor, multiply_by_transpose, sum_grams
 from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties, sum_updates
 from diffusers_mixofshow.fusion.ridge import CANDIDATES, choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
@@ -160,6 +160,15 @@ def test_residual_where_a_concept_changes_nothing() -> None:
 def test_features_that_are_not_finite_are_refused() -> None:
     with pytest.raises(FusionError, match="NaN"):
         DenseGram(torch.full((IN, IN), float("nan")).double()).inverse(1e-2)
+    with pytest.raises(FusionError, match="NaN"):
+        GramFactor(rows=torch.full((2, IN), float("nan")), tail=1.0).inverse(1e-2)
+
+
+def test_inputs_that_were_always_zero_change_nothing() -> None:
+    """Nothing is known of them, so that what is asked of them, products with zeros, is zero and not NaN."""
+    gram, nothing = DenseGram(torch.zeros(IN, IN).double()), torch.zeros(2, IN).double()
+    assert gram.inverse(1e-3).multiply(nothing).eq(0).all()
+    assert all(solved.eq(0).all() for solved in gram.solve(nothing, [1e-3, 1.0]))
 
 
 def _objective(delta: torch.Tensor, updates: list[Factors], features: list[torch.Tensor]) -> float:

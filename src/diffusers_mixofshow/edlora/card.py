@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,15 @@ from diffusers_mixofshow.base_models import embedded_base, license_of, public_na
 from diffusers_mixofshow.concepts import Concept
 from diffusers_mixofshow.edlora.embeddings import family_of_embeddings
 from diffusers_mixofshow.edlora.file import Contents
-from diffusers_mixofshow.edlora.fusion_record import as_mapping, find_members, find_prompts, list_entries, record_of
+from diffusers_mixofshow.edlora.fusion_record import (
+    as_mapping,
+    as_number,
+    find_mean_residuals,
+    find_members,
+    find_prompts,
+    list_entries,
+    record_of,
+)
 from diffusers_mixofshow.edlora.hub import REPO_ID
 from diffusers_mixofshow.edlora.low_rank import input_widths
 from diffusers_mixofshow.errors import ConfigurationError, PictureError
@@ -335,12 +342,13 @@ def _residual_columns(names: Iterable[str], training: Mapping[str, object]) -> t
         names: Placeholders of concepts, or names of plain LoRAs.
         training: The pack's record.
     """
-    residuals = _residuals(training)
-    measured = {place: pair for name, pair in residuals.items() for place in name.split("+")}
-    pairs = [measured.get(name) for name in names]
+    residuals = find_mean_residuals(record_of(training))
+    known = {name: pair for name, pair in residuals.items() if None not in pair.values()}
+    of_members = {place: pair for name, pair in known.items() for place in name.split("+")}
+    pairs = [(of_members | known).get(name) for name in names]  # a plain LoRA's own name may have a +
     if not any(pairs):
         return [], ""
-    lines = [("-", "-") if pair is None else (f"{pair[1]:.3f}", f"{pair[0]:.3f}") for pair in pairs]
+    lines = [("-", "-") if pair is None else (f"{pair['fused']:.3f}", f"{pair['average']:.3f}") for pair in pairs]
     note = (
         "The residual is the relative error in a concept's layer outputs: 0 is the concept's own model, 1 the base "
         "without it. It says little about identity; compare it with that of a plain weighted average, in the next "
@@ -381,11 +389,11 @@ def _look_up(entry: object, path: Sequence[str]) -> float | None:
     """Number under nested keys of an untrusted record; None if there is none."""
     for key in path:
         entry = as_mapping(entry).get(key)
-    return _number(entry)
+    return as_number(entry)
 
 
 def _count(value: object) -> str:
-    number = _number(value)
+    number = as_number(value)
     return "some" if number is None else f"{number:g}"
 
 
@@ -406,7 +414,7 @@ def _source_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     origin, commit = str(entry.get("origin", "")), str(entry.get("revision", ""))
     on_hub = REPO_ID.fullmatch(origin) is not None
     pinned = _COMMIT.fullmatch(commit) is not None
-    weight = _number(entry.get("weight"))
+    weight = as_number(entry.get("weight"))
     names = entry.get("concepts")
     return (
         ", ".join(f"`{_code(str(name))}`" for name in names) if isinstance(names, list) else "-",
@@ -415,22 +423,6 @@ def _source_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
         "-" if weight is None else f"{weight:.3g}",
         f"`{_code(str(entry.get('digest', ''))[:12])}`",
     )
-
-
-def _residuals(training: Mapping[str, object]) -> dict[str, tuple[float, float]]:
-    """Source to its mean relative residuals: weighted average, fused."""
-    residuals = record_of(training).get("residuals")
-    mean = residuals.get("mean") if isinstance(residuals, Mapping) else None
-    pairs = {}
-    for name, entry in mean.items() if isinstance(mean, Mapping) else ():
-        if isinstance(entry, Mapping):
-            pairs[str(name)] = (_number(entry.get("average")), _number(entry.get("fused")))
-    return {name: (one, other) for name, (one, other) in pairs.items() if one is not None and other is not None}
-
-
-def _number(value: object) -> float | None:
-    # float() fails for very long JSON integers.
-    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def _table(rows: Sequence[Iterable[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,33 @@ def find_members(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _keep_mappings(values: object) -> list[Mapping[str, Any]]:
     return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
+
+
+Residuals = dict[str, dict[str, float | None]]
+"""Source to its residual in the weighted average, ``average``, and after fusing, ``fused``; None if there is none."""
+
+
+def find_mean_residuals(record: Mapping[str, object]) -> Residuals:
+    """Each source's mean residual over layers, out of the record of a fusion; empty if none was measured."""
+    mean = as_mapping(as_mapping(record.get("residuals")).get("mean"))
+    return {str(name): _read_pair(entry) for name, entry in mean.items() if isinstance(entry, Mapping)}
+
+
+def find_layer_residuals(record: Mapping[str, object]) -> dict[str, Residuals]:
+    """Layer to the residual in it of each source that has a mean; empty if none was measured."""
+    layers = as_mapping(as_mapping(record.get("residuals")).get("layers"))
+    names = find_mean_residuals(record)
+    return {str(site): {name: _read_pair(as_mapping(of).get(name)) for name in names} for site, of in layers.items()}
+
+
+def _read_pair(entry: object) -> dict[str, float | None]:
+    return {key: as_number(as_mapping(entry).get(key)) for key in ("average", "fused")}
+
+
+def as_number(value: object) -> float | None:
+    """The value as a float if it is a number, else None."""
+    # float() fails for very long JSON integers.
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def find_prompts(training: Mapping[str, object]) -> dict[str, list[str]]:

@@ -72,6 +72,8 @@ class Recording:
             for name, value in counts.items()
             if not isinstance(value, Integral) or value < 1
         ]
+        if strange := [seed for seed in self.seeds if not isinstance(seed, Integral)]:
+            defects.append(f"seeds must be whole numbers, got {', '.join(map(repr, strange))}")
         if self.text_tokens not in get_args(TextTokens):
             known = ", ".join(map(repr, get_args(TextTokens)))
             defects.append(f"text_tokens must be one of {known}, got {self.text_tokens!r}")

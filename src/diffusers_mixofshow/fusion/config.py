@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypedDict
 
@@ -13,7 +13,7 @@ from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.collection import FusablePipeline, Recording, TextTokens
 from diffusers_mixofshow.fusion.gram import Device
 from diffusers_mixofshow.fusion.prompts import PromptSet
-from diffusers_mixofshow.fusion.published import MaxBytes
+from diffusers_mixofshow.fusion.published import MaxBytes, refuse_other_sizes
 from diffusers_mixofshow.fusion.solving import Ridge, Settings, check_device
 
 
@@ -103,6 +103,9 @@ class FusionConfig:
         """Check all settings."""
         if not 0 <= self.prior < float("inf"):
             raise FusionError(f"prior must be a number of 0 or more, got {self.prior}.")
+        if isinstance(self.seeds, str) or not isinstance(self.seeds, Iterable):
+            raise FusionError(f"seeds must be a list of whole numbers, such as [0, 1], got {self.seeds!r}.")
+        refuse_other_sizes(self.statistics_bytes)
         check_device(self.device)
         _ = self.recording, self.settings  # their constructors check their own fields
 

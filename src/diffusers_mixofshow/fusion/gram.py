@@ -148,15 +148,8 @@ class DenseGram(Gram):
         if ridge == 0:
             inverse = torch.linalg.pinv(damped, hermitian=True)
         else:
-            damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(torch.finfo(damped.dtype).tiny))
-            lower, failure = torch.linalg.cholesky_ex(damped)
-            if failure.item() or not lower.isfinite().all():
-                raise FusionError(
-                    f"The features' Gram matrix ({self.width} x {self.width}) cannot be inverted with ridge={ridge:g}."
-                    " Expected finite features and a ridge of 1e-12 or more; check the concepts for NaN or raise the "
-                    "ridge."
-                )
-            inverse = torch.cholesky_inverse(lower)
+            damped.diagonal().add_(_damp(damped.diagonal(), ridge))
+            inverse = torch.cholesky_inverse(_decompose(damped, self.width, ridge))
         condition = torch.linalg.matrix_norm(damped, ord=1) * torch.linalg.matrix_norm(inverse, ord=1)
         return Inverse(self, float(condition), lambda rows, image: (rows @ inverse,) * 2)
 
@@ -165,7 +158,7 @@ class DenseGram(Gram):
         values, vectors = self._spectrum
         turned = rows @ vectors
         for ridge in ridges:
-            yield turned / (values + ridge * values.mean()) @ vectors.T
+            yield turned / (values + _damp(values, ridge)) @ vectors.T
 
     @cached_property
     def _spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +209,7 @@ class GramFactor(Gram):
             return Inverse(self, float("inf"), lambda rows, image: (image @ inner @ inner @ factor, image @ inner))
         damped = self.core.clone()
         damped.diagonal().add_(damping)
-        lower = torch.linalg.cholesky(damped)
+        lower = _decompose(damped, self.width, ridge)
 
         def apply(rows: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             solved = torch.cholesky_solve(image.T, lower).T
@@ -237,6 +230,26 @@ class GramFactor(Gram):
     def _mean(self) -> float:
         """Mean of the diagonal."""
         return float(self.core.trace() / self.width) + self.tail
+
+
+def _damp(diagonal: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The ridge as a fraction of the mean of the diagonal; above 0 for inputs that were always zero, too."""
+    return (ridge * diagonal.mean()).clamp_min(torch.finfo(diagonal.dtype).tiny)
+
+
+def _decompose(damped: torch.Tensor, width: int, ridge: float) -> torch.Tensor:
+    """Cholesky's factor of a damped matrix of inputs of `width` features.
+
+    Raises:
+        FusionError: If it is numerically singular, or not finite.
+    """
+    lower, failure = torch.linalg.cholesky_ex(damped)
+    if failure.item() or not lower.isfinite().all():
+        raise FusionError(
+            f"The features' Gram matrix ({width} x {width}) cannot be inverted with ridge={ridge:g}. Expected finite "
+            "features and a ridge of 1e-12 or more; check the concepts for NaN or raise the ridge."
+        )
+    return lower
 
 
 def _largest_eigenvalue(matrix: torch.Tensor, steps: int = 30) -> float:

@@ -13,7 +13,12 @@ from diffusers_mixofshow.atomic import portable_name, refuse_overwriting
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.file import PLAIN_NAME
 from diffusers_mixofshow.edlora.folder import SOURCES, find_places, remove
-from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts, write_carried_record
+from diffusers_mixofshow.edlora.fusion_record import (
+    CARRIED,
+    find_plain_prompts,
+    find_prompts,
+    write_carried_record,
+)
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import (
     ConfigurationError,
@@ -151,7 +156,7 @@ def _prompts_of(
 ) -> dict[str, tuple[str, ...]]:
     """Prompts of a source that was found again: those of its statistics, else of its file, else the defaults."""
     recorded = find_plain_prompts(edlora.training)
-    recorded |= {} if statistics is None else statistics.recording.get("prompts", {})
+    recorded |= {} if statistics is None else find_prompts({CARRIED: statistics.recording.get("prompts")})
     defaults = prompts_of_concepts(edlora) | {name: () for name in names if not name.startswith("<")}
     return {name: tuple(recorded.get(name, texts)) for name, texts in defaults.items()}
 

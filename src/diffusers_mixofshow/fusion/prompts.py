@@ -69,6 +69,7 @@ PRIOR_PROMPTS = (
 
 def prior_prompts(concepts: Iterable[Concept], prompts: Sequence[str] | None = None) -> tuple[str, ...]:
     """Prompts to record the base with: the concepts' class words, and captions, by default `PRIOR_PROMPTS`."""
+    prompts = (prompts,) if isinstance(prompts, str) else prompts
     class_words = dict.fromkeys(f"a photo of a {concept.class_word}" for concept in concepts)
     return (*class_words, *(PRIOR_PROMPTS if prompts is None else prompts))
 

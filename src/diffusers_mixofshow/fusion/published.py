@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,8 +113,9 @@ class SourceStatistics:
             dtype: Dtype of full matrices.
 
         Raises:
-            FusionError: If a matrix holds NaN or Inf.
+            FusionError: If a matrix holds NaN or Inf, or `max_bytes` is no size.
         """
+        refuse_other_sizes(max_bytes)
         tensors: dict[str, torch.Tensor] = {}
         entries: dict[str, Any] = {}
         for placeholder, statistics in self.concepts.items():
@@ -338,13 +340,22 @@ def _measure_grams(
     return widths, not_finite
 
 
+def refuse_other_sizes(max_bytes: object) -> None:
+    """Raise a `FusionError` for what is no size of saved statistics."""
+    if max_bytes not in (None, "auto") and not (isinstance(max_bytes, Integral) and int(max_bytes) >= 1):
+        raise FusionError(
+            f"The size of saved statistics must be 'auto', None (in full) or a whole number of bytes of at least 1, "
+            f"such as 10_000_000, got {max_bytes!r}."
+        )
+
+
 def _shrink(
     statistics: GramStatistics, widths: Mapping[tuple[str, Part], int], max_bytes: int | Literal["auto"]
 ) -> dict[tuple[str, Part], GramFactor]:
     """Low-rank factors of all matrices within a budget; each matrix is decomposed once."""
     of_inputs = {name: width for (name, _), width in widths.items()}
     usual = max(DEFAULT_BYTES, _BYTES_A_FEATURE * sum(of_inputs.values()))
-    budget = max_bytes if isinstance(max_bytes, int) else usual
+    budget = usual if max_bytes == "auto" else int(max_bytes)
     known = most_rows(list(widths.values()), budget)
     spectra = {key: Spectrum.of(statistics.gram(*key), known) for key in widths}
     shares = {key: statistics.counts[key] / statistics.tokens(key[0]) for key in widths}

@@ -17,7 +17,16 @@ from rich.table import Table
 
 from diffusers_mixofshow.atomic import check_outputs, write_picture
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.edlora.fusion_record import CARRIED, list_members
+from diffusers_mixofshow.edlora.defects import sanitise
+from diffusers_mixofshow.edlora.fusion_record import (
+    CARRIED,
+    Residuals,
+    as_mapping,
+    as_number,
+    find_layer_residuals,
+    find_mean_residuals,
+    list_members,
+)
 from diffusers_mixofshow.edlora.hub import is_repo_id
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.families import family_of_sites
@@ -95,9 +104,9 @@ class FusionReport:
         return record
 
     @property
-    def residuals(self) -> Mapping[str, Mapping[str, float | None]]:
+    def residuals(self) -> Residuals:
         """Source to its mean relative residual over layers, ``average`` and ``fused``; empty if none was measured."""
-        return dict(self.data.get("residuals", {}).get("mean", {}))
+        return find_mean_residuals(self.data)
 
     @property
     def poor(self) -> tuple[str, ...]:
@@ -108,8 +117,9 @@ class FusionReport:
     @property
     def conflicts(self) -> tuple[tuple[str, str, float], ...]:
         """Pairs of sources with their mean overlap, 0 to 1, the largest first; see `solvers.overlaps`."""
-        pairs = [(*pair.split(" "), value) for pair, value in self.data.get("overlaps", {}).items()]
-        return tuple(sorted(((one, other, value) for one, other, value in pairs), key=lambda pair: -pair[2]))
+        found = [(*pair.partition(" ")[::2], as_number(value)) for pair, value in self._mapping("overlaps").items()]
+        pairs = [(one, other, value) for one, other, value in found if value is not None]
+        return tuple(sorted(pairs, key=lambda pair: -pair[2]))
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -147,7 +157,8 @@ class FusionReport:
     @property
     def told_energy(self) -> str:
         """How much of the updates is left where `max_rank` reduced them; empty if it reduced none."""
-        kept = {site: one["energy_kept"] for site, one in self.data.get("layers", {}).items() if "energy_kept" in one}
+        found = {site: as_number(as_mapping(one).get("energy_kept")) for site, one in self._mapping("layers").items()}
+        kept = {site: energy for site, energy in found.items() if energy is not None}
         if self.data.get("max_rank") is None or not kept:
             return ""
         least, mean = min(kept, key=lambda site: kept[site]), sum(kept.values()) / len(kept)
@@ -177,7 +188,7 @@ class FusionReport:
         columns, rows = self.table()
         table = Table(*columns, title=TITLE)
         for name, *numbers in rows:
-            table.add_row(escape(name), *numbers)
+            table.add_row(escape(sanitise(name)), *numbers)
         console.print(table)
         console.print(self.meaning, highlight=False, markup=False, soft_wrap=True)
         for told in self.told_overlaps:
@@ -217,8 +228,12 @@ class FusionReport:
         return dict(sorted(groups.items()))
 
     @property
-    def _layers(self) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
-        return dict(self.data.get("residuals", {}).get("layers", {}))
+    def _layers(self) -> dict[str, Residuals]:
+        return find_layer_residuals(self.data)
+
+    def _mapping(self, key: str) -> Mapping[str, Any]:
+        """An entry of the data, which may come out of a stranger's file; empty if it is no mapping."""
+        return as_mapping(self.data.get(key))
 
     def _mean(self, name: str, sites: Sequence[str]) -> str:
         known = [value for site in sites if (value := self._layers[site][name]["fused"]) is not None]

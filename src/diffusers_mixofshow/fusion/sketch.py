@@ -73,6 +73,8 @@ class GramSketch:
             raise RuntimeError("Nothing was added to this sketch.")
         eps = torch.finfo(self._image.dtype).eps
         image = self._image.cpu().double() / tokens
+        if not image.isfinite().all():
+            return GramFactor(rows=image.T)  # which is not finite either, and named where factors are written
         omega = self._omega(image)
         # The shift keeps the core positive definite despite rounding of Y; the eigenvalues are corrected for it below.
         shift = eps * self._width**0.5 * torch.linalg.matrix_norm(image, ord=2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Literal, get_args
 from zlib import crc32
 
@@ -94,8 +95,8 @@ class Settings:
             defects.append(f"ridge must be 'auto' or 0 or more, got {self.ridge!r}; usual values are 1e-3 to 1e-1")
         if self.method == "ssr" and self.ridge == "auto":
             defects.append("ridge 'auto' is for 'closed-form'; give 'ssr' a number, such as 1e-3")
-        if self.max_rank is not None and self.max_rank < 1:
-            defects.append(f"max_rank must be at least 1, got {self.max_rank}")
+        if self.max_rank is not None and not (isinstance(self.max_rank, Integral) and int(self.max_rank) >= 1):
+            defects.append(f"max_rank must be None or a whole number of at least 1, got {self.max_rank!r}")
         if defects:
             raise FusionError("Fusion settings: " + "; ".join(defects))
 
