@@ -8,11 +8,19 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
@@ -224,7 +232,70 @@ def by_hand_from_there(pipe, settings):
         found = halves[0] + 3.0 * (halves[1] - halves[0])
         random = {"generator": noise} if "Ancestral" in type(scheduler).__name__ else {}
         latents = scheduler.step(found, timestep, latents, **random).prev_sample
+        if isinstance(scheduler, PNDMScheduler):
+            scheduler.counter = 2  # it would take its first step again, which a call's timesteps hold twice
     return latents
+
+
+@pytest.mark.parametrize("until", [0.1, 0.5])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler,
+        PNDMScheduler,
+        DEISMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+        UniPCMultistepScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+        SASolverScheduler,
+        LCMScheduler,
+        TCDScheduler,
+    ],
+)
+def test_latents_are_as_noisy_as_the_unet_is_told(pipe, scheduler, until):
+    """A U-Net that predicts the noise of the call, or of the drafts, exactly: then none of it is left in the end."""
+    pipe.scheduler = scheduler.from_config({**pipe.scheduler.config, "skip_prk_steps": True})
+    told = []
+
+    def predict(_unet, inputs, _named, _output):
+        noisy, timestep = inputs[0], float(inputs[1])
+        alphas = pipe.scheduler.alphas_cumprod
+        low, part = int(timestep), timestep % 1
+        alpha = float(alphas[low] ** (1 - part) * alphas[min(low + 1, len(alphas) - 1)] ** part)
+        clean = 0.5  # in every cell, so that what else there is must be noise of this variance
+        noise = (noisy - alpha**0.5 * clean) / (1 - alpha) ** 0.5
+        told.append(float(noise[:, :, 1:-1, 1:-1].std()))
+        return (noise,)
+
+    hook = pipe.unet.register_forward_hook(predict, with_kwargs=True)
+    everywhere = [Region("a dog", box=(0, 0, 1, 1))]
+    drawn = draw(pipe, regions=everywhere, draft=Draft(until=until), num_inference_steps=8)
+    hook.remove()
+    assert 0.8 < min(told[-3:]) <= max(told[-3:]) < 1.2
+    torch.testing.assert_close(drawn, torch.full_like(drawn, 0.5), rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name"),
+    [
+        (lambda config: LMSDiscreteScheduler.from_config(config), "LMSDiscreteScheduler"),
+        (lambda config: PNDMScheduler.from_config(config, skip_prk_steps=False), "PNDMScheduler(skip_prk_steps=False)"),
+        (lambda _config: EDMEulerScheduler(), "EDMEulerScheduler"),
+    ],
+    ids=["LMS", "PNDM", "EDM"],
+)
+def test_schedulers_that_cannot_go_on_are_refused_before_the_first_step(pipe, scheduler, name):
+    if name.startswith("LMS"):
+        pytest.importorskip("scipy")
+    pipe.scheduler = scheduler(pipe.scheduler.config)
+    steps = []
+    with pytest.raises(RegionError, match=re.escape(f"cannot be put between two steps of {name}. Leave `draft` out")):
+        draw(pipe, regions=[RIGHT], draft=Draft(), callback_on_step_end=lambda *given: steps.append(given) or {})
+    assert not steps
 
 
 @pytest.mark.parametrize(
@@ -241,7 +312,7 @@ def by_hand_from_there(pipe, settings):
 )
 def test_every_scheduler_goes_on_as_if_it_began_there(pipe, scheduler):
     """The steps after the drafts do not depend on what schedulers remember of those before."""
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = scheduler.from_config({**pipe.scheduler.config, "skip_prk_steps": True})
     everywhere = [Region("a dog", box=(0, 0, 1, 1))]
     settings = {"regions": everywhere, "draft": PLAIN, "num_inference_steps": 6}
     first = draw(pipe, "one text", **settings)

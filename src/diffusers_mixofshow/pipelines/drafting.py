@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import LMSDiscreteScheduler, PNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_mixofshow.conditioning.passes import detach_from_calls, hook_passes
@@ -43,9 +44,10 @@ def insert_drafts(
         The drafts, whose `are_put_in` says afterwards whether they were put in.
 
     Raises:
-        RegionError: If the U-Net needs more than a text to draw.
+        RegionError: If the U-Net needs more than a text to draw, or the scheduler cannot go on from new latents.
     """
     _refuse_other_models(pipe)
+    _refuse_other_schedulers(pipe.scheduler)
     initial: list[Any] = []  # the scheduler as it was before the call's first step
 
     def keep_scheduler(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -58,10 +60,13 @@ def insert_drafts(
 
     def on_step_end(called: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         outputs = tensors if theirs is None else theirs(called, step, timestep, tensors)
-        if step + 1 == draft.first_step_after(called.num_timesteps, called.scheduler.order):
-            _forget_steps(called.scheduler, initial[0], step + 1)
+        begin = _choose_step(draft, called.num_timesteps, called.scheduler)
+        if step + 1 == begin:
+            _forget_steps(called.scheduler, initial[0], begin)
             latents = outputs.get("latents", tensors["latents"])
-            outputs = {**outputs, "latents": drafts.put_into(latents, step + 1)}
+            outputs = {**outputs, "latents": drafts.put_into(latents, begin)}
+        elif step == begin:
+            _skip_repeated_step(called.scheduler)
         return outputs
 
     arguments["callback_on_step_end"] = on_step_end
@@ -88,6 +93,26 @@ def _refuse_other_models(pipe: Any) -> None:
         raise RegionError("A draft does not see the pictures of an IP-Adapter. Leave `draft` out, or unload it.")
 
 
+def _refuse_other_schedulers(scheduler: Any) -> None:
+    """Raise for schedulers without a schedule in timesteps, and for those that go wrong without their history.
+
+    LMS takes its order from the number of the step, and PNDM after Runge-Kutta steps needs what these computed.
+    """
+    repeats = isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps
+    if repeats or isinstance(scheduler, LMSDiscreteScheduler) or not hasattr(scheduler, "alphas_cumprod"):
+        kind = f"{type(scheduler).__name__}(skip_prk_steps=False)" if repeats else type(scheduler).__name__
+        raise RegionError(
+            f"A draft cannot be put between two steps of {kind}. Leave `draft` out, or take another scheduler, such "
+            "as DPMSolverMultistepScheduler."
+        )
+
+
+def _choose_step(draft: Draft, steps: int, scheduler: Any) -> int:
+    """The step before which drafts are put in; not PNDM's second one, which takes the first one again."""
+    wanted = draft.first_step_after(steps, scheduler.order)
+    return max(wanted, 2) if isinstance(scheduler, PNDMScheduler) else wanted
+
+
 def _forget_steps(scheduler: Any, initial: Any, step: int) -> None:
     """Clear a multistep scheduler's history, which belongs to latents that drafts have replaced."""
     vars(scheduler).update(vars(initial))
@@ -95,6 +120,12 @@ def _forget_steps(scheduler: Any, initial: Any, step: int) -> None:
         # The copy was made in the first pass, after `scale_model_input`, in which some schedulers set the index.
         scheduler._step_index = None
         scheduler.set_begin_index(step)
+
+
+def _skip_repeated_step(scheduler: Any) -> None:
+    """Let PNDM go on after the step that follows the drafts; it would repeat it, as it does the first of a call."""
+    if isinstance(scheduler, PNDMScheduler):
+        scheduler.counter = 2
 
 
 @dataclass(frozen=True, eq=False)
