@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
+from diffusers import ModelMixin
 from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 
 from diffusers_mixofshow.base_models import dtype_argument, location_of, name_of
 from diffusers_mixofshow.concepts import Concept, check_distinct
@@ -55,16 +57,8 @@ _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 """Arguments of `from_pretrained` that say where a file of the Hub is found."""
 
 
-@contextmanager
-def _silence_cast_warnings() -> Iterator[None]:
-    """Silence diffusers, which warns of every cast, even to the dtype that a model already has."""
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+_keeps_dtypes: ContextVar[bool] = ContextVar("keeps_dtypes", default=False)
+"""Whether `EDLoRALoader.to` does nothing, as `from_pipe` of diffusers casts all components with it."""
 
 
 class EDLoRALoader:
@@ -155,20 +149,32 @@ class EDLoRALoader:
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """Make a pipeline of this class from the components of another one, loaded concepts included.
 
-        Takes what `DiffusionPipeline.from_pipe` takes. Without a dtype the components keep theirs, where diffusers
-        would cast them to float32, and the other pipeline with them. Both pipelines share the components: a concept
-        which one of them unloads loses its weight updates in the other one, too.
+        Takes what `DiffusionPipeline.from_pipe` takes. Without a dtype the components keep theirs, each its own, where
+        diffusers would cast them to float32, and the other pipeline with them; models that are given beside them are
+        cast to the U-Net's. Both pipelines share the components: a concept which one of them unloads loses its weight
+        updates in the other one, too.
         """
         if "dtype" in kwargs:
             kwargs |= dtype_argument(kwargs.pop("dtype"))
         if kwargs.keys() & {"dtype", "torch_dtype"}:
             made: Self = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         else:
-            with _silence_cast_warnings():
-                made = super().from_pipe(pipeline, **kwargs, **dtype_argument(pipeline.dtype))  # type: ignore[misc]
+            before = _keeps_dtypes.set(True)
+            try:
+                made = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+            finally:
+                _keeps_dtypes.reset(before)
+            wanted = (pipeline.components.get("unet") or pipeline).dtype
+            for part in kwargs.values():
+                if isinstance(part, ModelMixin | PreTrainedModel) and part.dtype != wanted:
+                    part.to(wanted)
         made._edloras = dict(getattr(pipeline, "_edloras", {}))
         made._in_weights = getattr(pipeline, "_in_weights", None)
         return made
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the pipeline as diffusers does."""
+        return self if _keeps_dtypes.get() else super().to(*args, **kwargs)  # type: ignore[misc]
 
     def load_edlora(
         self,
