@@ -282,16 +282,16 @@ def test_latents_are_as_noisy_as_the_unet_is_told(pipe, scheduler, until):
 @pytest.mark.parametrize(
     ("scheduler", "name"),
     [
-        (lambda config: LMSDiscreteScheduler.from_config(config), "LMSDiscreteScheduler"),
-        (lambda config: PNDMScheduler.from_config(config, skip_prk_steps=False), "PNDMScheduler(skip_prk_steps=False)"),
-        (lambda _config: EDMEulerScheduler(), "EDMEulerScheduler"),
+        (LMSDiscreteScheduler, "LMSDiscreteScheduler"),
+        (PNDMScheduler, "PNDMScheduler(skip_prk_steps=False)"),  # as it is by default
+        (EDMEulerScheduler, "EDMEulerScheduler"),
     ],
     ids=["LMS", "PNDM", "EDM"],
 )
 def test_schedulers_that_cannot_go_on_are_refused_before_the_first_step(pipe, scheduler, name):
     if name.startswith("LMS"):
         pytest.importorskip("scipy")
-    pipe.scheduler = scheduler(pipe.scheduler.config)
+    pipe.scheduler = scheduler()
     steps = []
     with pytest.raises(RegionError, match=re.escape(f"cannot be put between two steps of {name}. Leave `draft` out")):
         draw(pipe, regions=[RIGHT], draft=Draft(), callback_on_step_end=lambda *given: steps.append(given) or {})
@@ -657,3 +657,19 @@ def test_a_good_draft_is_not_remarked_upon(potter):
     with warnings.catch_warnings():
         warnings.simplefilter("error", MixOfShowWarning)
         draw(potter, regions=[LEFT, Region("the <potter>", box=(0.6, 0, 1, 1))], draft=Draft())
+
+
+def test_an_interrupted_call_is_not_told_that_it_has_a_single_step(potter):
+    def interrupt(called, _step, _timestep, tensors):
+        called._interrupt = True
+        return tensors
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MixOfShowWarning)
+        draw(potter, regions=[LEFT], draft=PLAIN, callback_on_step_end=interrupt)
+
+
+def test_negative_embeddings_are_told_to_have_no_effect_in_drafts(potter):
+    _, negative = potter.encode_prompt("a", potter.device, 1, True, "ugly")
+    with pytest.warns(MixOfShowWarning, match="`draft` does not read negative_prompt_embeds"):
+        draw(potter, regions=[LEFT], draft=PLAIN, negative_prompt_embeds=negative)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    MultiControlNetModel,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -336,3 +337,34 @@ def test_an_adapter_pipeline_has_all_that_it_is_made_of(components):
     with pytest.warns(MixOfShowWarning, match="strength of 0 has no effect") as told:
         made("x", image=picture(), num_inference_steps=1, output_type="latent", adapter_conditioning_scale=0.0)
     assert len(told) == 1
+
+
+def test_from_pipe_leaves_each_component_its_own_dtype(pipe):
+    """As with a VAE in float32 beside a U-Net in half precision, against black pictures."""
+    pipe.unet.to(torch.bfloat16)
+    before = {name: each.clone() for name, each in pipe.vae.state_dict().items()}
+    made = MixOfShowControlNetPipeline.from_pipe(pipe, controlnet=tiny.controlnet(pipe.unet).float())
+    assert (made.vae.dtype, made.unet.dtype, made.controlnet.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert all(torch.equal(each, before[name]) for name, each in pipe.vae.state_dict().items())
+    assert made.to(torch.float32).unet.dtype == torch.float32
+
+
+def test_a_controlnet_that_is_listed_twice_counts_each_step_once(pipe):
+    white = torch.ones(1, 3, 32, 32)
+    drawn = []
+    for same in (True, False):
+        nets = [tiny.controlnet(pipe.unet) for _ in range(2)]
+        nets = [nets[0]] * 2 if same else nets
+        control = MixOfShowControlNetPipeline.from_pipe(pipe, controlnet=MultiControlNetModel(nets))
+        regions = [Region("a dog", box=(0, 0, 0.5, 1), end=0.75)]
+        drawn.append(
+            control(
+                "two dogs",
+                image=[white, white],
+                regions=regions,
+                generator=torch.Generator().manual_seed(0),
+                num_inference_steps=4,
+                output_type="latent",
+            ).images
+        )
+    assert torch.equal(*drawn)

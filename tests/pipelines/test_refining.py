@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.pipelines import MixOfShowImg2ImgPipeline, refine_regions, refining
-from diffusers_mixofshow.regions import Region
+import tiny
+from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
+from diffusers_mixofshow.pipelines import MixOfShowImg2ImgPipeline, MixOfShowInpaintPipeline, refine_regions, refining
+from diffusers_mixofshow.regions import Refinement, Region
 
 
 SMALL = Region("a <potter>", box=(0.25, 0.25, 0.5, 0.75), negative_prompt="beard")
@@ -172,3 +174,83 @@ def test_without_regions_pictures_come_back_as_they_are(potter, images):
         assert all(one is not image for one, image in zip(found, images, strict=True))
     with pytest.raises(RegionError, match="1 lists of regions for 2 pictures"):
         _refine(potter, images, [[SMALL]])
+
+
+IN_CALL = {"height": 32, "width": 32, "num_inference_steps": 3, "guidance_scale": 3.0}
+CORNER = Region("a dog", box=(0, 0, 0.5, 0.5))
+
+
+def _draw(pipe, refine=None, **settings):
+    """The picture of a call, as whole numbers."""
+    generator = torch.Generator().manual_seed(0)
+    settings = {**IN_CALL, "regions": [CORNER], **settings}
+    return np.asarray(pipe("two dogs", refine=refine, generator=generator, **settings).images[0]).astype(int)
+
+
+def _count_passes(pipe):
+    """A list of the sizes of the batches that the U-Net has been given."""
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
+    return seen
+
+
+@pytest.mark.parametrize("kind", [Image.Image, np.ndarray, torch.Tensor])
+@pytest.mark.parametrize("padding", [None, 4])
+def test_what_an_inpainting_mask_protects_is_not_redrawn(pipe, images, kind, padding):
+    pipe = MixOfShowInpaintPipeline.from_pipe(pipe)
+    photo, mask = images[0].resize((32, 32)), np.zeros((32, 32), dtype=np.uint8)
+    mask[:, :8] = 255
+    if padding and kind is not Image.Image:
+        pytest.skip("diffusers crops pictures alone")
+    given = {"image": photo, "mask_image": Image.fromarray(mask), "padding_mask_crop": padding, "strength": 0.9}
+    if kind is not Image.Image:
+        given["image"] = torch.tensor(np.asarray(photo)).permute(2, 0, 1)[None] / 127.5 - 1
+        given["mask_image"] = mask[None] / 255 if kind is np.ndarray else torch.tensor(mask)[None] / 255
+    plain, refined = (_draw(pipe, refine, **given) for refine in (None, Refinement()))
+    changed = (plain != refined).any(axis=-1)
+    assert changed[:14, :8].any()
+    assert not changed[:, 8:].any()
+
+
+def test_an_inpainting_unet_is_refused_before_the_first_step(pipe, images):
+    pipe = MixOfShowInpaintPipeline.from_pipe(pipe)
+    pipe.unet.register_to_config(in_channels=9)
+    passes = _count_passes(pipe)
+    with pytest.raises(RegionError, match="a latent alone, of 4 channels; this one takes 9"):
+        _draw(pipe, Refinement(), image=images[0], mask_image=Image.new("L", images[0].size, 255))
+    with pytest.raises(RegionError, match="Leave `refine` out"):
+        _refine(pipe, images, [CORNER])
+    assert not passes
+
+
+def test_pictures_of_an_ip_adapter_are_seen_by_refining_too(pipe):
+    tiny.add_ip_adapter(pipe.unet)
+    plain, refined = (
+        _draw(pipe, refine, ip_adapter_image_embeds=[torch.ones(2, 1, 8)]) for refine in (None, Refinement())
+    )
+    other = _draw(pipe, Refinement(), ip_adapter_image_embeds=[-torch.ones(2, 1, 8)])
+    assert (plain != refined).any()
+    assert (other != refined).any()
+
+
+def test_a_region_is_redrawn_with_guidance_of_its_own(pipe, images):
+    own, other_region = (Region("a dog", box=SMALL.box, guidance_scale=scale) for scale in (9.0, None))
+    found, expected, other = (
+        np.asarray(_refine(pipe, images[:1], [region], guidance_scale=guidance)[0])
+        for region, guidance in ((own, 3.0), (other_region, 9.0), (other_region, 3.0))
+    )
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, other)
+
+
+def test_negative_embeddings_are_told_to_have_no_effect_in_refining(pipe):
+    _, negative = pipe.encode_prompt("a", pipe.device, 1, True, "ugly")
+    with pytest.warns(MixOfShowWarning, match="`refine` does not read negative_prompt_embeds"):
+        _draw(pipe, Refinement(), negative_prompt_embeds=negative)
+
+
+def test_refining_takes_half_the_steps_of_given_timesteps(pipe):
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    passes = _count_passes(pipe)
+    _draw(pipe, Refinement(strength=1.0), timesteps=[900, 700, 500, 400, 200, 1])
+    assert len(passes) == 6 + 3

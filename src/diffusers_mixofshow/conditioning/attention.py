@@ -115,6 +115,7 @@ def regional_attention(
     plans: RegionPlan | Sequence[RegionPlan],
     steps: Callable[[], int] | None = None,
     isolation: Isolation | None = None,
+    passes: int = 1,
 ) -> Iterator[Canvas]:
     """Blend the cross-attention of all contexts by the plan's weights (section 3.4 of the paper).
 
@@ -126,14 +127,15 @@ def regional_attention(
         denoiser: A U-Net or ControlNet.
         plans: The regions, of all pictures or of each picture. A batch of twice as many rows, for guidance, has the
             same pictures in both halves. Plans with fewer regions than others leave the last contexts unused.
-        steps: Returns how many times the denoiser will be called, for regions with a start or an end; called in the
-            first pass. Without it all regions always hold.
+        steps: Returns the number of denoising steps, for regions with a start or an end; called in the first pass.
+            Without it all regions always hold.
         isolation: Whether and where self-attention keeps the regions apart, too.
+        passes: How many times the denoiser is called in each step.
 
     Yields:
         The plans on the denoiser's feature maps.
     """
-    canvas = Canvas([plans] if isinstance(plans, RegionPlan) else plans, steps, isolation)
+    canvas = Canvas([plans] if isinstance(plans, RegionPlan) else plans, steps, isolation, passes)
 
     def hand_over(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         canvas.prepare_pass(inputs, named)

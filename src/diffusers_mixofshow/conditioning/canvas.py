@@ -140,8 +140,9 @@ class Canvas:
 
     Args:
         plans: One for all pictures, or one for each.
-        steps: Returns how many forward passes there will be, called in the first; without it all regions hold.
+        steps: Returns how many steps there will be, called in the first; without it all regions hold.
         isolation: Whether and where self-attention keeps the regions apart.
+        passes: Forward passes in each step.
     """
 
     def __init__(
@@ -149,13 +150,15 @@ class Canvas:
         plans: Sequence[RegionPlan],
         steps: Callable[[], int] | None = None,
         isolation: Isolation | None = None,
+        passes: int = 1,
     ) -> None:
         self.plans = list(plans)
         self.contexts = max(plan.contexts for plan in self.plans)
         self.size: tuple[int, int] | None = None
         self.device: torch.device | None = None
         self.dtype: torch.dtype | None = None
-        self.step = -1
+        self.step = 0
+        self._passes, self._passes_of_step = 0, passes
         self.steps: int | None = None
         self.isolation = isolation
         changes = any(plan.changes for plan in self.plans) or (isolation is not None and isolation.changes)
@@ -170,7 +173,8 @@ class Canvas:
         self.size, self.device, self.dtype = (height, width), sample.device, sample.dtype
         if self._ask_steps is not None:
             self.steps = self._ask_steps() if self.steps is None else self.steps
-            self.step += 1
+            self.step = self._passes // self._passes_of_step
+            self._passes += 1
         isolated = self.isolation is not None and self.isolation.holds(self.step, self.steps)
         key = (self.size, self._list_holding(), isolated, len(sample), sample.device, sample.dtype)
         if key not in self._known:

@@ -36,6 +36,18 @@ class InpaintedSampling(RefinedSampling):
         missing = [region for region, found in moved.items() if found is None]
         return seen if any(seen) else (), remark_on_cropped_regions(missing)
 
+    def _protect(
+        self, images: list[Image.Image], refined: list[Image.Image], arguments: Mapping[str, Any]
+    ) -> list[Image.Image]:
+        """Keep the call's own pictures where the mask is black."""
+        width, height = images[0].size
+        masks = self.mask_processor.preprocess(arguments["mask_image"], height=height, width=width)
+        drawn = [Image.fromarray((mask[0] * 255).byte().cpu().numpy()) for mask in masks]
+        return [
+            Image.composite(new, old, drawn[number % len(drawn)])
+            for number, (old, new) in enumerate(zip(images, refined, strict=True))
+        ]
+
     def _find_crop(self, arguments: Mapping[str, Any]) -> Crop | None:
         """The crop that diffusers will enlarge; None without `padding_mask_crop`, or where diffusers raises."""
         picture, mask, padding = (arguments.get(name) for name in ("image", "mask_image", "padding_mask_crop"))

@@ -29,7 +29,12 @@ from diffusers_mixofshow.pipelines.prompts import (
     XLPrompts,
     repeat_for_pictures,
 )
-from diffusers_mixofshow.pipelines.regional import RegionalSampling, check_kind, warn_of_idle_arguments
+from diffusers_mixofshow.pipelines.regional import (
+    RegionalSampling,
+    check_kind,
+    warn_of_idle_arguments,
+    warn_of_unread_embeddings,
+)
 from diffusers_mixofshow.pipelines.remarks import Regions, sort_regions
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
 from diffusers_mixofshow.regions.weights import coverage
@@ -38,7 +43,13 @@ from diffusers_mixofshow.regions.weights import coverage
 # Image sizes must be multiples of it, as StableDiffusionImg2ImgPipeline demands.
 _FACTOR = 8
 
-_ALSO_REFINED = ("guidance_scale", "clip_skip", "cross_attention_kwargs")
+_ALSO_REFINED = (
+    "guidance_scale",
+    "clip_skip",
+    "cross_attention_kwargs",
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+)
 """Arguments of a call that its refinement uses, too."""
 _NEGATIVES = ("negative_prompt", "negative_prompt_2")
 """Arguments with the negative prompt of each text encoder."""
@@ -67,7 +78,10 @@ class RefinedSampling(RegionalSampling):
         arguments.setdefault("guidance_scale", signature.parameters["guidance_scale"].default)
         if arguments.get("output_type", "pil") != "pil":
             raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
-        if not regions:
+        if regions:
+            _refuse_other_models(self.unet)
+            warn_of_unread_embeddings(arguments, "refine")
+        else:
             warn_of_idle_arguments(refine=refine)
         output = draw()
         found = sort_regions(regions, arguments, self.vae_scale_factor)
@@ -91,16 +105,23 @@ class RefinedSampling(RegionalSampling):
             images,
             regions,
             strength=refine.strength,
-            num_inference_steps=refine.choose_steps(arguments.get("num_inference_steps", 50)),
+            num_inference_steps=refine.choose_steps(_count_steps(arguments)),
             generator=arguments.get("generator"),
             batch_size=len(images),
             **negatives,
             **{name: arguments[name] for name in _ALSO_REFINED if name in arguments},
         )
+        refined = self._protect(images, refined, arguments)
         if isinstance(output, tuple):
             return (refined, *output[1:])
         output.images = refined
         return output
+
+    def _protect(
+        self, images: list[Image.Image], refined: list[Image.Image], arguments: Mapping[str, Any]
+    ) -> list[Image.Image]:
+        """Put back into refined pictures what the call may not change, here nothing."""
+        return refined
 
 
 class _ImageToImage(StableDiffusionPrompts, RegionalSampling, EDLoRALoader, StableDiffusionImg2ImgPipeline):
@@ -160,8 +181,10 @@ def refine_regions(
         New pictures, the same outside of the regions.
 
     Raises:
-        RegionError: If a list holds something that is no picture or no region; names every defect at once.
+        RegionError: If a list holds something that is no picture or no region; names every defect at once. Or if the
+            U-Net needs more than a text to draw.
     """
+    _refuse_other_models(pipe.unet)
     nested = any(isinstance(entry, list | tuple) for entry in regions)
     lists: list[Sequence[Any]] = list(regions) if nested else [regions] * len(images)  # type: ignore[arg-type]
     _check_entries(images, lists)
@@ -188,15 +211,15 @@ def _redraw(
     batch_size: int,
     call: dict[str, Any],
 ) -> dict[_Patch, Image.Image]:
-    """Enlarge and redraw every patch, in batches of one size that all have a negative prompt, or all have none."""
+    """Enlarge and redraw every patch, in batches of one size and guidance; all have a negative prompt, or none has."""
     drawn: dict[_Patch, Image.Image] = {}
     names = _NEGATIVES[: len(redraw._readings)]
     shared, generators = [call.pop(name, None) for name in names], call.pop("generator", None)
     negatives = {patch: _choose_negative(patch, shared, redraw._takes_zeros) for patch in patches}
-    kinds = {patch: (patch.size, negatives[patch] is None) for patch in patches}
+    kinds = {patch: (patch.size, negatives[patch] is None, patch.region.guidance_scale) for patch in patches}
     for kind in dict.fromkeys(kinds.values()):
         alike = [patch for patch in patches if kinds[patch] == kind]
-        size, without_negative = kind
+        size, without_negative, guidance = kind
         for start in range(0, len(alike), batch_size):
             batch = alike[start : start + batch_size]
             pictures = redraw(
@@ -209,10 +232,24 @@ def _redraw(
                 generator=[generators[patch.picture] for patch in batch]
                 if isinstance(generators, Sequence)
                 else generators,
-                **call,
+                **(call if guidance is None else {**call, "guidance_scale": guidance}),
             ).images
             drawn |= dict(zip(batch, pictures, strict=True))
     return drawn
+
+
+def _count_steps(arguments: Mapping[str, Any]) -> int:
+    """The steps of a call from noise: of its own timesteps or sigmas, where it has some."""
+    own = [given for name in ("timesteps", "sigmas") if (given := arguments.get(name)) is not None]
+    return len(own[0]) if own else arguments.get("num_inference_steps", 50)
+
+
+def _refuse_other_models(unet: Any) -> None:
+    if unet.config.in_channels != unet.config.out_channels:
+        raise RegionError(
+            f"Refining needs a U-Net whose input is a latent alone, of {unet.config.out_channels} channels; this one "
+            f"takes {unet.config.in_channels}, as those for inpainting do. Leave `refine` out, or take another base."
+        )
 
 
 def _check_entries(images: Sequence[object], regions: Sequence[Sequence[object]]) -> None:

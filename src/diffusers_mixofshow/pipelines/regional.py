@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -81,6 +82,8 @@ class RegionalSampling(LayerwisePrompts):
             )
         if not regions:
             warn_of_idle_arguments(isolation=isolation, draft=draft)
+        elif draft is not None:
+            warn_of_unread_embeddings(arguments, "draft")
         with separate_call(self, arguments), self._condition_call(regions, isolation, draft, arguments):
             return parent(*given.args, **given.kwargs)
 
@@ -144,7 +147,7 @@ class RegionalSampling(LayerwisePrompts):
                     pictures = repeat_for_pictures(drawn_alone, arguments)
                     drafts = stack.enter_context(insert_drafts(self, draft, pictures, self._canvas.shares, arguments))
                 yield
-            if drafts is not None and not drafts.are_put_in:
+            if drafts is not None and not drafts.are_put_in and self.num_timesteps == 1:  # not if it was interrupted
                 remarks.append("the draft has no effect in a call of a single step")
             if self._canvas is not None:
                 remarks += remark_on_layout(self._canvas)
@@ -157,8 +160,8 @@ class RegionalSampling(LayerwisePrompts):
         shared = [RegionPlan(own) for own in self._regions]
         plans = shared if len(shared) == 1 else repeat_for_pictures(shared, arguments)
         canvases = [
-            stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps, isolation))
-            for denoiser in self._denoisers()
+            stack.enter_context(regional_attention(denoiser, plans, lambda: self.num_timesteps, isolation, passes))
+            for denoiser, passes in Counter(self._list_denoisers()).items()
         ]
         stack.enter_context(regional_control(self._denoisers()[0], canvases[0]))
         return canvases[0]
@@ -198,9 +201,12 @@ class RegionalSampling(LayerwisePrompts):
 
     def _denoisers(self) -> list[Any]:
         """All models whose cross-attention sees the prompt, each once, the U-Net first."""
+        return list(dict.fromkeys(self._list_denoisers()))
+
+    def _list_denoisers(self) -> list[Any]:
+        """`_denoisers`, each as often as it runs in a step: a ControlNet may be listed for several pictures."""
         controlnet = self.components.get("controlnet")
-        nets = list(getattr(controlnet, "nets", [] if controlnet is None else [controlnet]))
-        return list(dict.fromkeys([self.unet, *nets]))
+        return [self.unet, *getattr(controlnet, "nets", [] if controlnet is None else [controlnet])]
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
@@ -215,6 +221,15 @@ def warn_of_idle_arguments(**given: object) -> None:
     if idle:
         verb = "has" if len(idle) == 1 else "have"
         warn(f"{' and '.join(idle)} {verb} no effect without regions.")
+
+
+def warn_of_unread_embeddings(arguments: Mapping[str, Any], name: str) -> None:
+    """Warn of negative embeddings in a call with an argument that lets regions be drawn alone, from texts."""
+    if arguments.get("negative_prompt_embeds") is not None:
+        warn(
+            f"`{name}` does not read negative_prompt_embeds: it draws regions that have no negative prompt of their "
+            "own without any. Give the call a negative_prompt in their place."
+        )
 
 
 def regional_signature(parent: type, doc: str = "") -> Callable[[_Pipeline], _Pipeline]:
