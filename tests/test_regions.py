@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.regions import Region, feature_grids, region_weights
+from diffusers_mixofshow.regions import Isolation, Layout, Region, feature_grids, region_weights
 from diffusers_mixofshow.regions.weights import resolves
 
 
@@ -203,3 +203,27 @@ def test_a_region_holds_for_whole_steps():
     assert [early.holds(step, 10) for step in range(10)] == [True] * 3 + [False] * 7
     late = Region("a", box=FULL, start=0.5)
     assert [late.holds(step, 5) for step in range(5)] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[0, 0, 0.5, 1], np.array([0, 0, 0.5, 1]), torch.tensor([0, 0, 0.5, 1]), (edge for edge in (0, 0, 0.5, 1))],
+    ids=["list", "array", "tensor", "generator"],
+)
+def test_a_box_of_any_kind_becomes_a_tuple_of_numbers(box, tmp_path):
+    region = Region("a dog", box=box)
+    assert region.box == (0, 0, 0.5, 1)
+    assert {type(edge) for edge in region.box} <= {int, float}
+    assert Layout.load(Layout([region]).save(tmp_path / "layout.json")).regions[0].box == region.box
+
+
+@pytest.mark.parametrize("box", ["0011", ["0", "0", "0.5", "1"]])
+def test_a_box_of_texts_is_refused(box):
+    with pytest.raises(RegionError, match="of texts; expected"):
+        Region("a dog", box=box)
+
+
+@pytest.mark.parametrize("scales", [4, "4", (), (3,), [0], None.__class__])
+def test_isolation_on_no_scales_is_refused(scales):
+    with pytest.raises(RegionError, match="expected powers of two"):
+        Isolation(scales=scales)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffusers_mixofshow.regions.region import Region, read_inside
+from diffusers_mixofshow.regions.region import Region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Crop:
 
     def _move_mask(self, region: Region, spans: list[tuple[tuple[float, float], tuple[float, float]]]) -> torch.Tensor:
         """Sample the mask at the centre of each pixel of the canvas, booleans of shape (height, width)."""
-        pixels = read_inside(region.mask)  # type: ignore[arg-type]
+        pixels = region.inside
         columns, rows = (_find_pixels(*spans[axis], self.canvas[axis], pixels.shape[1 - axis]) for axis in (0, 1))
         return pixels[rows][:, columns]
 

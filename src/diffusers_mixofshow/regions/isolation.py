@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +42,8 @@ class Isolation:
         ]
         if not defects and self.start >= self.end:
             defects.append(f"it never holds: start {self.start} is not below end {self.end}")
-        scales = () if self.scales is None else tuple(self.scales)
-        wrong = [scale for scale in scales if not isinstance(scale, int) or scale < 1 or scale & (scale - 1)]
-        if wrong or (self.scales is not None and not scales):
-            defects.append(f"its scales are {scales}; expected powers of two, such as (2, 4, 8)")
+        if self.scales is not None and not _are_powers_of_two(self.scales):
+            defects.append(f"its scales are {self.scales!r}; expected powers of two, such as (2, 4, 8)")
         if defects:
             raise RegionError("Isolation: " + "; ".join(defects) + ".")
 
@@ -61,6 +59,15 @@ class Isolation:
     def reaches(self, grid: tuple[int, int], latent: tuple[int, int]) -> bool:
         """Whether it holds on a feature map of this size."""
         return self.scales is None or 2 ** round(math.log2(latent[0] / grid[0])) in self.scales
+
+
+def _are_powers_of_two(scales: object) -> bool:
+    """Whether these are some powers of two, in a list or the like."""
+    return (
+        isinstance(scales, Sequence | Set)
+        and bool(scales)
+        and all(isinstance(scale, int) and scale > 0 and not scale & (scale - 1) for scale in scales)
+    )
 
 
 def group_positions(weights: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

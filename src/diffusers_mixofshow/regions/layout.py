@@ -20,7 +20,7 @@ from diffusers_mixofshow.atomic import check_outputs, encode_picture, write_whol
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.masks import load_mask
 from diffusers_mixofshow.regions.drawing import draw_regions
-from diffusers_mixofshow.regions.region import Region, read_inside
+from diffusers_mixofshow.regions.region import Region
 from diffusers_mixofshow.texts import read_text
 
 
@@ -198,7 +198,7 @@ def _describe(region: Region) -> dict[str, Any]:
     for field in dataclasses.fields(region):
         value = getattr(region, field.name)
         if field.name == "mask" and value is not None:
-            content = encode_picture(Image.fromarray(read_inside(value).numpy()), optimize=True)
+            content = encode_picture(Image.fromarray(region.inside.numpy()), optimize=True)
             described["mask"] = _PNG + base64.b64encode(content).decode("ascii")
         elif field.default is dataclasses.MISSING or value != field.default:
             described[field.name] = list(value) if field.name == "box" else value
@@ -218,8 +218,6 @@ def _read_region(number: int, described: object, folder: Path) -> Region:
             settings["mask"] = _read_mask(settings["mask"], folder)
         except (OSError, ValueError) as error:
             defects.append(f"the mask of region {number} cannot be read: {error}")
-    if isinstance(settings.get("box"), list):
-        settings["box"] = tuple(settings["box"])
     if defects:
         raise RegionError("; ".join(defects))
     return Region(**settings)

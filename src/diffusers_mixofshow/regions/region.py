@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,12 +78,25 @@ class Region:
             got = "neither" if self.box is None else "both"
             defects.append(f"it needs either a box or a mask, got {got}")
         if self.box is not None:
-            defects += _find_box_defects(self.box)
+            box, wrong = _read_box(self.box)
+            object.__setattr__(self, "box", box)
+            defects += wrong
         if self.mask is not None:
-            defects += _find_mask_defects(self.mask)
+            defects += self._find_mask_defects()
         defects += _find_setting_defects(self)
         if defects:
             raise RegionError(f"Region {self.prompt!r}: " + "; ".join(defects) + ".")
+
+    @cached_property
+    def inside(self) -> torch.Tensor:
+        """The mask, which the region must have, as booleans of shape (height, width)."""
+        return read_inside(self.mask)
+
+    def _find_mask_defects(self) -> list[str]:
+        try:
+            return [] if self.inside.any() else ["its mask has no pixel inside (above one half of its range)"]
+        except RegionError as error:
+            return [str(error)]
 
     def holds(self, step: int, steps: int) -> bool:
         """Whether the region holds at step 0, 1, ... of so many: if the whole step lies between start and end."""
@@ -124,14 +139,18 @@ def _find_setting_defects(region: Region) -> list[str]:
     return defects
 
 
-def _find_box_defects(box: Sequence[float]) -> list[str]:
+def _read_box(box: Iterable[Any]) -> tuple[Any, list[str]]:
+    """A box of any kind as a tuple of numbers of Python, and what is wrong with it."""
     expected = "expected (left, top, right, bottom) as fractions of the picture"
     try:
-        values = [float(edge) for edge in box]
+        edges = tuple(edge if isinstance(edge, str) or type(edge) in (int, float) else float(edge) for edge in box)
+        values = [float(edge) for edge in edges]
     except (TypeError, ValueError, OverflowError):
-        return [f"its box is {box!r}; {expected}"]
+        return box, [f"its box is {box!r}; {expected}"]
+    if any(isinstance(edge, str) for edge in edges):
+        return box, [f"its box is {box!r}, of texts; {expected}, as numbers"]
     if len(values) != 4:
-        return [f"its box has {len(values)} values; {expected}"]
+        return box, [f"its box has {len(values)} values; {expected}"]
     defects = []
     if not all(0 <= edge <= 1 for edge in values):
         defects.append(f"its box {tuple(values)} leaves [0, 1]; {expected}, not pixels")
@@ -140,18 +159,10 @@ def _find_box_defects(box: Sequence[float]) -> list[str]:
         defects.append(f"its box is empty: left {left} is not below right {right}")
     if not top < bottom:
         defects.append(f"its box is empty: top {top} is not below bottom {bottom}")
-    return defects
+    return edges, defects
 
 
-def _find_mask_defects(mask: Mask) -> list[str]:
-    try:
-        inside = read_inside(mask)
-    except RegionError as error:
-        return [str(error)]
-    return [] if inside.any() else ["its mask has no pixel inside (above one half of its range)"]
-
-
-def read_inside(mask: Mask) -> torch.Tensor:
+def read_inside(mask: Mask | None) -> torch.Tensor:
     """Read a mask of any kind as booleans, shape (height, width)."""
     if not isinstance(mask, Image.Image | np.ndarray | torch.Tensor):
         raise RegionError(f"its mask is a {type(mask).__name__}; expected a PIL image, an array or a tensor")

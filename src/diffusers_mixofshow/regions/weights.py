@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from diffusers_mixofshow.errors import RegionError
-from diffusers_mixofshow.regions.region import Region, read_inside
+from diffusers_mixofshow.regions.region import Region
 
 
 def region_weights(
@@ -102,13 +101,11 @@ def _find_cells(region: Region, height: int, width: int) -> torch.Tensor:
 
 def _mask_share(region: Region, height: int, width: int) -> torch.Tensor:
     """Part of each cell's area that is inside the mask."""
-    return functional.adaptive_avg_pool2d(_read_mask_pixels(region)[None, None], (height, width))[0, 0]
+    return _average_cells(region.inside, height, width)
 
 
-def _read_mask_pixels(region: Region) -> torch.Tensor:
-    if region.mask is None:
-        raise RegionError(f"Region {region.prompt!r} has neither a box nor a mask.")
-    return read_inside(region.mask).double()
+def _average_cells(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return functional.adaptive_avg_pool2d(pixels.double()[None, None], (height, width))[0, 0]
 
 
 def _centres(cells: int) -> torch.Tensor:
@@ -152,10 +149,14 @@ def _window_share(start: float, end: float, cells: int, window: float) -> torch.
 
 
 def _soft_mask(region: Region, height: int, width: int) -> torch.Tensor:
-    pixels = _read_mask_pixels(region)[None, None]
-    for axis, name in ((-2, "rows"), (-1, "columns")):
-        reach = round(region.feather * pixels.shape[axis] / 2)
-        along = (0, 0, reach, reach) if name == "rows" else (reach, reach, 0, 0)
-        window = (2 * reach + 1, 1) if name == "rows" else (1, 2 * reach + 1)
-        pixels = functional.avg_pool2d(functional.pad(pixels, along, mode="replicate"), window, stride=1)
-    return functional.adaptive_avg_pool2d(pixels, (height, width))[0, 0]
+    """The mask's share of a window around each pixel, by differences of sums of whole numbers, which are exact."""
+    counts, window = region.inside.long(), 1
+    for axis in (0, 1):
+        size = counts.shape[axis]
+        reach = round(region.feather * size / 2)
+        repeated = torch.arange(-reach, size + reach).clamp(0, size - 1)  # the pixel at the edge goes on beyond it
+        sums = counts.index_select(axis, repeated).cumsum(axis)
+        sums = torch.cat([torch.zeros_like(sums.narrow(axis, 0, 1)), sums], axis)
+        counts = sums.narrow(axis, 2 * reach + 1, size) - sums.narrow(axis, 0, size)
+        window *= 2 * reach + 1
+    return _average_cells(counts.double() / window, height, width)
