@@ -166,6 +166,8 @@ def test_names_by_which_we_and_strangers_know_a_place(tmp_path: Path, monkeypatc
         "~/gone": ("~/gone", "gone"),
         "file.safetensors": ("file.safetensors", "file.safetensors"),
         "user/name": ("user/name", "user/name"),
+        "clients/user/name": ("clients/user/name", "name"),
+        "clients\\name": ("clients\\name", "name"),
         "/gone/away": ("/gone/away", "away"),
         "../gone/away": ("../gone/away", "away"),
         "C:\\gone\\away": ("C:\\gone\\away", "away"),

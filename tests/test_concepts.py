@@ -133,3 +133,10 @@ def test_unknown_words_are_told_with_the_nearest_and_all_that_is_loaded() -> Non
 )
 def test_the_first_mention_is_replaced_with_article_and_class_word(text: str, written: str) -> None:
     assert replace_mention(text, [REX, KIT], lambda article, concept: f"[{article.strip()}|{concept.name}]") == written
+
+
+def test_a_name_in_capitals_may_be_another_concept():
+    concepts = [Concept.from_name("rex", "dog"), Concept.from_name("Rex", "man")]
+    for order in (concepts, concepts[::-1]):
+        for text in ("a <rex>", "a <Rex>"):
+            assert replace_mention(text, order, lambda _article, concept: concept.placeholder) == text[2:]

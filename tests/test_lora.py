@@ -13,7 +13,7 @@ from torch import nn
 
 import packs
 import tiny
-from diffusers_mixofshow.edlora import LowRank
+from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.low_rank import low_rank_delta
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError
 from diffusers_mixofshow.families.layers import adapted_layers
@@ -393,3 +393,23 @@ def test_an_adapter_is_the_packs_up_to_the_rounding_of_a_cast(flat, moved: float
         for half in (value for name, value in model.named_parameters() if ".lora_" in name):
             half.data.view(-1)[0] += moved * half.data.abs().max()
     assert bool(find_holders(flat, pack, "rex")) is same
+
+
+@pytest.mark.parametrize("size", [1e-4, 3e-6, 1e-6, 1e-8])
+def test_small_updates_are_found_in_half_precision(size):
+    """Below 6e-5 float16 has fixed steps of 6e-8, so that small numbers are rounded by more than large ones."""
+    components = tiny.components()
+    components["unet"].half()
+    components["text_encoder"].half()
+    random = torch.Generator().manual_seed(0)
+    lora = {
+        site: LowRank(
+            down=torch.randn(2, layer.in_features, generator=random),
+            up=torch.randn(layer.out_features, 2, generator=random) * size,
+            alpha=2.0,
+        )
+        for site, layer in adapted_layers(components).items()
+    }
+    pack = EDLoRA(concepts=(), embeddings={}, lora=lora, base_model="tiny", layers=())
+    inject(components, pack, "small")
+    assert find_holders(components, pack, "small") == {"unet", "text_encoder"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -325,3 +326,21 @@ def test_how_dark_a_picture_may_be(brightest: float, said: str) -> None:
         assert [remark.startswith("it is almost black: its values reach 0.0") for remark in remarks] == [True] * bool(
             said
         )  # fmt: skip
+
+
+def test_a_picture_without_pixels_is_told():
+    with pytest.raises(PictureError, match="it has no pixels: it is 0 x 5"):
+        read_picture(Image.new("L", (0, 5)), called="it")
+
+
+def test_a_damaged_tiff_is_told():
+    """Whatever byte of its tags is wrong."""
+    content = io.BytesIO()
+    Image.new("RGB", (12, 12)).save(content, "TIFF", compression="tiff_lzw")
+    for place in range(len(content.getvalue())):
+        for value in (0, 1, 255):
+            damaged = bytearray(content.getvalue())
+            damaged[place] = value
+            with contextlib.suppress(PictureError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read_picture(io.BytesIO(damaged), called="it")

@@ -342,3 +342,11 @@ def test_libraries_that_were_silenced_are_as_loud_as_before(shown: tuple[bool, b
         for each, (level, bars) in zip(libraries, before, strict=True):
             each.set_verbosity(level)
             (each.enable_progress_bar if bars else each.disable_progress_bar)()
+
+
+def test_a_program_without_a_console_has_no_bars(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress("some steps", 2) as bar:
+        bar.update(1)
+    announce("nothing")
+    tell("nothing")

@@ -64,6 +64,8 @@ _EMBEDDED = {
 _IN_CACHE = re.compile(r"/models--(?P<user>[^/]+?)--(?P<name>[^/]+)/snapshots/[0-9a-f]{40}$")
 _LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
 """Start of a text that must be a path, as no Hub id begins like that."""
+_HUB_ID = re.compile(r"[^/\\]+(/[^/\\]+)?")
+"""Name of a repository, with its owner or without; what has more parts, or others, is a path."""
 
 
 def normalise_name(base_model: str) -> str:
@@ -158,7 +160,7 @@ def public_name(source: str) -> str:
             return path.resolve().name
     except (OSError, RuntimeError, ValueError):  # no such user, or a folder that cannot be read
         pass
-    return PureWindowsPath(known).name if _LOCAL.match(known) else known
+    return known if _HUB_ID.fullmatch(known) and not _LOCAL.match(known) else PureWindowsPath(known).name
 
 
 def license_of(base_model: str) -> str:

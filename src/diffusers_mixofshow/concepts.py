@@ -149,18 +149,16 @@ def replace_mention(text: str, concepts: Iterable[Concept], write: Callable[[str
         write: Called with the article before the name (empty if there is none) and the concept; returns the text
             that replaces article, name and a class word behind it.
     """
-    found = [
-        (match, concept)
-        for concept in concepts
-        if (match := re.search(_mention_of(concept), text, re.IGNORECASE)) is not None
-    ]
+    found = [(match, concept) for concept in concepts if (match := _mention_of(concept).search(text))]
     if not found:
         return text
-    match, concept = min(found, key=lambda each: each[0].start())
+    # <Rex> may be a concept of its own beside <rex>; without one it is a mention of <rex>.
+    match, concept = min(found, key=lambda each: (each[0].start(), each[1].placeholder not in each[0][0]))
     return text[: match.start()] + write(match["article"] or "", concept) + text[match.end() :]
 
 
-def _mention_of(concept: Concept) -> str:
+def _mention_of(concept: Concept) -> re.Pattern[str]:
     """Pattern of a concept's placeholder, with an optional article before and class word behind."""
     class_word = rf"(?: {re.escape(concept.class_word)}\b)?"
-    return rf"(?P<article>\b(?:an?|the|one) )?{re.escape(concept.placeholder)}{class_word}"
+    placeholder = re.escape(concept.placeholder)
+    return re.compile(rf"(?P<article>\b(?:an?|the|one) )?{placeholder}{class_word}", re.IGNORECASE)

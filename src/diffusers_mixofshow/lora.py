@@ -439,7 +439,8 @@ def _is_filled_with(layer: object, adapter_name: str, update: LowRank) -> bool:
             return False
         if not present.is_meta:  # offloaded: nothing to compare
             wanted = expected.reshape(present.shape).to(present.device, torch.float32)
-            tolerance = _CAST * wanted.abs().max().item()
+            kind = torch.finfo(present.dtype)
+            tolerance = _CAST * wanted.abs().max().item() + kind.tiny * kind.eps  # the smallest number above 0
             if not torch.allclose(present.float(), wanted, rtol=0, atol=tolerance):
                 return False
     return True

@@ -51,7 +51,7 @@ class FileContent(io.BytesIO):
 Source = Path | BinaryIO | Image.Image
 """A picture's file, its bytes as an open file, or the picture itself."""
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError)
 _BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339
 """Numbers of TIFF's tags BitsPerSample, PhotometricInterpretation and SampleFormat."""
 _WHITE_IS_ZERO, _SIGNED = 0, 2
@@ -193,6 +193,8 @@ def _open(source: Path | BinaryIO, called: str) -> Image.Image:
 
 def _turn_upright(image: Image.Image, called: str) -> Opened:
     """Turn a picture upright by its EXIF data, and scale values of more than 8 bits to [0, 1]."""
+    if not all(image.size):
+        raise PictureError(f"{called} has no pixels: it is {image.width} x {image.height}")
     tags = getattr(image, "tag_v2", {})  # read before turning: the copy that Pillow turns has no TIFF tags
     white = _largest_value(image, tags)
     upright = ImageOps.exif_transpose(image)

@@ -70,7 +70,8 @@ def tell(text: str) -> None:
     """Print a line on standard error above any bars, also if these are switched off."""
     from tqdm.auto import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    if sys.stderr is not None:  # as in a program without a console
+        tqdm.write(text, file=sys.stderr)
 
 
 def bar_settings(pipe: object = None, *, shown: bool = True) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def is_off(pipe: object = None, *, shown: bool = True) -> bool:
     modules = (sys.modules.get(name) for name in _SWITCHES)
     return (
         not shown
+        or sys.stderr is None
         or os.environ.get(_TQDM_SWITCH, "") not in ("", _BUT_OURS)
         or os.environ.get("RANK", "0") != "0"
         or bool(getattr(pipe, "_progress_bar_config", {}).get("disable"))
@@ -126,7 +128,7 @@ def disable_foreign_bars() -> None:
 def _can_redraw() -> bool:
     """Whether standard error is a terminal or a notebook, where a bar can be drawn over itself."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return sys.stderr.isatty() or "IPKernelApp" in getattr(shell, "config", {})
+    return (sys.stderr is not None and sys.stderr.isatty()) or "IPKernelApp" in getattr(shell, "config", {})
 
 
 class _Heard:
