@@ -20,7 +20,7 @@ import tiny
 from cli.commands import named_in, options_of
 from diffusers_mixofshow import EDLoRA, GradientFuser, MixOfShowPipeline, cli
 from diffusers_mixofshow.cli.fuse import Method
-from diffusers_mixofshow.errors import ConfigurationError, FusionError, OverwriteError
+from diffusers_mixofshow.errors import ConfigurationError, FusionError, MixOfShowWarning, OverwriteError
 from diffusers_mixofshow.fusion.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.interop.lora_files import write_lora
 
@@ -223,17 +223,23 @@ def test_every_option_of_fuse_is_in_one_of_these_tests() -> None:
     [
         (("--prior", "nan"), "--prior must be a number of 0 or more, got nan"),
         (("--prior", "-3"), "--prior must be a number of 0 or more, got -3"),
-        *(
-            (("--method", "average", *given), f"without effect: {given[0]}; --method average records no features")
-            for given in (("--prior", "0.1"), ("--ridge", "auto"), ("--features", "own"))
-        ),
     ],
-    ids=" ".join,
 )
-def test_what_has_no_effect_on_a_method_is_refused(place, monkeypatch, tmp_path, options, said) -> None:
+def test_a_prior_that_is_no_weight_is_refused(place, monkeypatch, tmp_path, options, said) -> None:
     monkeypatch.chdir(place)
     with pytest.raises(ConfigurationError, match=re.escape(said)):
         run("rex", "tom", *options, "--output", str(tmp_path / "both"), "--dry-run")
+
+
+@pytest.mark.parametrize("given", [("--prior", "0.1"), ("--ridge", "auto"), ("--features", "own")], ids=" ".join)
+def test_what_has_no_effect_on_a_method_is_told(place, monkeypatch, tmp_path, given) -> None:
+    monkeypatch.chdir(place)
+    with pytest.warns(MixOfShowWarning, match=f"Without effect: {given[0]}; --method average records no features"):
+        CliRunner().invoke(
+            cli.app,
+            ["fuse", "rex", "tom", "--method", "average", *given, "--output", str(tmp_path / "both"), "--dry-run"],
+            catch_exceptions=False,
+        )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -215,7 +216,8 @@ def test_where_and_in_which_numbers_a_base_is_loaded(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "model_index.json").write_text("{}")
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **more: zeros(*size, **more))
     monkeypatch.setattr(MixOfShowPipeline, "from_pretrained", load)

@@ -135,7 +135,7 @@ def fuse(
     """
     from diffusers_mixofshow.fusion.solving import MEASURED, check_device
 
-    _refuse_idle_options(method, features, ridge, prior)
+    _check_options_of_recording(method, features, ridge, prior)
     settings = {"ridge": _parse_ridge(ridge), "max_rank": max_rank, "device": device}
     if not dry_run:  # a dry run may be on another machine
         check_device(device)
@@ -329,8 +329,8 @@ def _refuse_other_counts(weights: Sequence[float] | None, gathered: Sequence[Sou
         raise ConfigurationError(f"Got --weight {len(weights)} times for {len(gathered)} sources. Give one for each.")
 
 
-def _refuse_idle_options(method: Method, features: Features, ridge: str | None, prior: float) -> None:
-    """Refuse options of the recording of features for methods that record none, and a prior that is no weight."""
+def _check_options_of_recording(method: Method, features: Features, ridge: str | None, prior: float) -> None:
+    """Refuse a prior that is no weight, and warn of options of the recording for methods that record nothing."""
     from diffusers_mixofshow.fusion.solving import MEASURED
 
     if not 0 <= prior < math.inf:
@@ -338,9 +338,9 @@ def _refuse_idle_options(method: Method, features: Features, ridge: str | None, 
     given = {"--features": features is not Features.AUTO, "--ridge": ridge is not None, "--prior": prior != 0}
     idle = [option for option, is_given in given.items() if is_given]
     if idle and method.value not in MEASURED:
-        raise ConfigurationError(
-            f"Given, but without effect: {', '.join(idle)}; --method {method.value} records no features. Leave out "
-            f"what has none, or take a method that records them: {', '.join(MEASURED)}."
+        warn(
+            f"Without effect: {', '.join(idle)}; --method {method.value} records no features. Methods that do: "
+            f"{', '.join(MEASURED)}."
         )
 
 

@@ -106,7 +106,8 @@ def family_of_index(index: Mapping[str, Any]) -> Family | None:
     fitting = [
         family
         for family in FAMILIES
-        if class_of(family.denoiser) == family.denoiser_class and index.keys() & family.text_encoders.keys()
+        if class_of(family.denoiser) == family.denoiser_class
+        and (not family.text_encoders or index.keys() & family.text_encoders.keys())
     ]
     return max(fitting, key=count_encoders, default=None)
 
