@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,10 @@ import pytest
 # Read when torch is first imported, here and in every process that a test starts: on models this small several threads
 # only wait for each other, and on a busy machine for minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# Tests send Ctrl-C themselves: in background jobs of a shell it is ignored, and a training leaves what is ignored so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

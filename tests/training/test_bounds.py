@@ -414,17 +414,14 @@ def test_the_final_loss_is_the_mean_of_the_last_tenth(losses: list[float], mean:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_press_ends_at_once(number: signal.Signals) -> None:
     """SIGTERM is what `timeout` and the schedulers of clusters send."""
-    before = signal.signal(number, signal.default_int_handler)  # in a shell's background job SIGINT is ignored
-    try:
-        with pytest.raises(KeyboardInterrupt), notice_interruption() as interruption:  # noqa: PT012
-            assert (interruption.requested, interruption.everywhere) == (False, False)
-            os.kill(os.getpid(), number)
-            assert interruption.requested
-            assert not interruption.everywhere
-            os.kill(os.getpid(), number)
-        assert signal.getsignal(number) is signal.default_int_handler
-    finally:
-        signal.signal(number, before)
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), notice_interruption() as interruption:  # noqa: PT012
+        assert (interruption.requested, interruption.everywhere) == (False, False)
+        os.kill(os.getpid(), number)
+        assert interruption.requested
+        assert not interruption.everywhere
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is handler
 
 
 def test_outside_the_main_thread_nothing_is_noticed() -> None:
