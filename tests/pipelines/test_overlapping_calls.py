@@ -164,6 +164,35 @@ def test_threads_that_nobody_orders(calls):
     assert calls.left_behind() == {"AttnProcessor2_0"}
 
 
+def test_a_call_ends_while_another_begins_a_pass(calls):
+    # Torch looks up a pass's hooks before it runs them: the second call's pass has seen the hook of the first, which
+    # is removed meanwhile, together with torch's note that it takes named arguments.
+    unet, ended, begun = calls.components["unet"], threading.Event(), threading.Event()
+
+    def hold_pass(_unet, _inputs):
+        if threading.current_thread() is second:
+            begun.set()
+            assert ended.wait(60)
+
+    drawn = []
+    second = threading.Thread(target=lambda: drawn.append(calls.draw("plain")))
+
+    def begin_second():
+        if second.ident is None:
+            second.start()
+        assert begun.wait(60)
+
+    held = unet.register_forward_pre_hook(hold_pass)
+    try:
+        calls.assert_alone("regions", calls.draw("regions", _at_first_step(begin_second)))
+        ended.set()
+        second.join(60)
+    finally:
+        held.remove()
+    calls.assert_alone("plain", *drawn)
+    assert len(drawn) == 1 and calls.left_behind() == {"AttnProcessor2_0"}
+
+
 def test_prompts_are_encoded_by_many_threads_at_once(calls):
     # A fast tokenizer keeps its truncation as state, which a concept's prompt and a plain one want otherwise; a
     # LoRA's scale is the text encoder's.

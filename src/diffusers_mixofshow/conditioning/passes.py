@@ -60,10 +60,14 @@ def hook_passes(model: nn.Module, hook: PassHook) -> Iterator[None]:
     def run_hook(inputs: tuple[Any, ...], named: dict[str, Any]) -> _Arguments:
         return hook(inputs, named) if _call.get() is owner else (inputs, named)
 
+    def run_registered(
+        _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any] | None = None
+    ) -> _Arguments | None:
+        # Without named arguments, torch runs it in a pass of another call, begun while the hook was half set or removed.
+        return None if named is None else run_hook(inputs, named)
+
     if model._compiled_call_impl is None:
-        registered = model.register_forward_pre_hook(
-            lambda _model, inputs, named: run_hook(inputs, named), with_kwargs=True
-        )
+        registered = model.register_forward_pre_hook(run_registered, with_kwargs=True)
         try:
             yield
         finally:
