@@ -19,6 +19,7 @@ from diffusers_mixofshow import (
     MixOfShowPipeline,
 )
 from diffusers_mixofshow.errors import ConfigurationError
+from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.lora import merged, trainable
 from diffusers_mixofshow.regions import Isolation, Region
 from pipelines.conftest import SETTINGS
@@ -29,6 +30,12 @@ LEFT = Region("a <potter>", box=(0, 0, 0.5, 1), negative_prompt="beard")
 RIGHT = Region("a dog", box=(0.4, 0.2, 1, 1))
 
 
+def _random_texts(chunks):
+    """Embeddings of a text that is this many times as long as a prompt, and of a negative one."""
+    texts = torch.randn(2, 1, chunks * 77, 32, generator=torch.Generator().manual_seed(0))
+    return {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+
+
 class _Calls:
     """Pipelines of many kinds over one U-Net, each with a scheduler of its own, and what each draws alone."""
 
@@ -36,6 +43,7 @@ class _Calls:
         self.components = components
         control = {"controlnet": tiny.controlnet(components["unet"])}
         adapter = {"adapter": tiny.adapter()}
+        layers = len(cross_attention_layers(components["unet"]))
         kinds = {
             "concept": (MixOfShowPipeline, {}, {"prompt": "a <potter>"}),
             "regions": (MixOfShowPipeline, {}, {"prompt": "two", "regions": [LEFT, RIGHT]}),
@@ -48,6 +56,8 @@ class _Calls:
             "a pair": (MixOfShowPipeline, {}, {"prompt": ["a <potter>", "x"], "regions": [[LEFT], [RIGHT, LEFT]]}),
             "plain": (MixOfShowPipeline, {}, {"prompt": "a dog"}),
             "stock": (StableDiffusionPipeline, {}, {"prompt": "a dog"}),
+            "long text": (MixOfShowPipeline, {}, _random_texts(2)),
+            "stock, as long as a stack": (StableDiffusionPipeline, {}, _random_texts(layers)),
             "image": (MixOfShowImg2ImgPipeline, {}, {"prompt": "a <potter>", "image": PICTURE, "strength": 1.0}),
             "control": (MixOfShowControlNetPipeline, control, {"prompt": "two", "image": PICTURE, "regions": [LEFT]}),
             "scaled control": (
@@ -104,8 +114,17 @@ def _at_first_step(function):
     return at_step
 
 
-OUTER = ["concept", "regions", "isolated", "a pair", "plain", "image", "control", "scaled control"]
-INNER = ["concept", "other regions", "isolated", "plain", "stock", "scaled control", "control"]
+OUTER = ["concept", "regions", "isolated", "a pair", "plain", "image", "control", "scaled control", "long text"]
+INNER = [
+    "concept",
+    "other regions",
+    "isolated",
+    "plain",
+    "stock",
+    "scaled control",
+    "control",
+    "stock, as long as a stack",
+]
 
 
 @pytest.mark.parametrize("inner", INNER)
@@ -124,7 +143,12 @@ def test_a_call_inside_anothers_callback_and_in_a_thread_meanwhile(calls, outer,
 
 
 CROSSED = [("concept", "regions"), ("regions", "other regions"), ("regions", "stock"), ("isolated", "scaled control")]
-CROSSED += [("control", "a pair"), ("plain", "regions")]
+CROSSED += [
+    ("control", "a pair"),
+    ("plain", "regions"),
+    ("concept", "long text"),
+    ("regions", "stock, as long as a stack"),
+]
 
 
 @pytest.mark.parametrize(("first", "second"), CROSSED + [pair[::-1] for pair in CROSSED])
@@ -190,7 +214,8 @@ def test_a_call_ends_while_another_begins_a_pass(calls):
     finally:
         held.remove()
     calls.assert_alone("plain", *drawn)
-    assert len(drawn) == 1 and calls.left_behind() == {"AttnProcessor2_0"}
+    assert len(drawn) == 1
+    assert calls.left_behind() == {"AttnProcessor2_0"}
 
 
 def test_prompts_are_encoded_by_many_threads_at_once(calls):
@@ -209,8 +234,9 @@ def test_prompts_are_encoded_by_many_threads_at_once(calls):
             torch.testing.assert_close(encoded, alone[one])
 
 
+@pytest.mark.parametrize("inner", ["other regions", "long text"])
 @pytest.mark.parametrize("compiled", ["in place", "wrapped"])
-def test_compiled_denoisers_serve_overlapping_calls(calls, compiled):
+def test_compiled_denoisers_serve_overlapping_calls(calls, compiled, inner):
     unet = calls.components["unet"]
     try:
         if compiled == "in place":
@@ -218,9 +244,9 @@ def test_compiled_denoisers_serve_overlapping_calls(calls, compiled):
         else:
             calls.pipes["regions"].unet = torch.compile(unet, disable=True)
         before, drawn = unet._compiled_call_impl, []
-        outer = calls.draw("regions", _at_first_step(lambda: drawn.append(_in_thread(calls.draw, "other regions"))))
+        outer = calls.draw("regions", _at_first_step(lambda: drawn.append(_in_thread(calls.draw, inner))))
         calls.assert_alone("regions", outer)
-        calls.assert_alone("other regions", *drawn)
+        calls.assert_alone(inner, *drawn)
         assert unet._compiled_call_impl is before
     finally:
         unet._compiled_call_impl = None

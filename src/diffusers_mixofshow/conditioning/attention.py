@@ -10,8 +10,8 @@ values once for all steps, and each position attends to its own contexts alone. 
 IP-Adapter's, is run unchanged, once for each context at that context's positions.
 
 Calls that overlap, from threads or one inside another's callback, share the processors. These store nothing of a call:
-the contexts and their positions come with the arguments of each pass (see `passes`), and a pass without them runs as
-if there were no regions.
+what is its own comes with the arguments of each pass (see `passes`). A pass without contexts and their positions runs
+as if there were no regions, and a text that is not marked (see `_Marker`) is read whole by every layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from diffusers_mixofshow.conditioning.canvas import Canvas, Group, Placement, RegionPlan
-from diffusers_mixofshow.conditioning.passes import hook_passes
+from diffusers_mixofshow.conditioning.passes import PassArguments, hook_passes
 from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.families.clip import POSITIONS
 from diffusers_mixofshow.families.layers import cross_attention_layers, self_attention_layers
@@ -44,6 +44,10 @@ _Conditioning = torch.Tensor | tuple[torch.Tensor, object]
 _Processor = Callable[..., torch.Tensor]
 # The processors' argument that hands them a pass's regions.
 _CANVAS = "canvas"
+# The text among a denoiser's arguments: its name, and its number where it has none.
+_TEXT, _PLACE_OF_TEXT = "encoder_hidden_states", 2
+# Dimensions of a text that is not marked (see `_Marker`).
+_PLAIN = 3
 _lock = threading.Lock()
 _AnyWrapper = TypeVar("_AnyWrapper", bound="_Wrapper")
 
@@ -73,10 +77,11 @@ def layerwise_attention(
 
     Inside the block, the denoiser takes `encoder_hidden_states` of shape (batch, layers * tokens, dim), or
     (batch, tokens, dim) as before, and fewer rows than pictures once `SharedTexts` says which picture reads which
-    row. Afterwards its own processors are restored, unless another call still needs these.
+    row; in the passes of other calls, it takes what it takes without. Afterwards its own processors are restored,
+    unless another call still needs these.
 
     Args:
-        denoiser: A U-Net, or a ControlNet made from one.
+        denoiser: A U-Net, or a ControlNet made from one; where `torch.compile` has wrapped it, what is called.
         tokens: Tokens of one encoding.
         layers: The layers whose encodings the conditioning holds, in order (see `embedding_layers`); each
             cross-attention module reads that of its layer or its group. By default those of the denoiser itself. A
@@ -95,7 +100,30 @@ def layerwise_attention(
         shared = next((processor.shared for processor in processors), SharedTexts())
         for place, processor in zip(places, processors, strict=True):
             processor.cut_by(_Cut(place, len(names), tokens), shared)
-        yield shared
+        with hook_passes(denoiser, _Marker()):
+            yield shared
+
+
+class _Marker:
+    """Gives the text of a call's passes one more dimension, (batch, 1, tokens, dim): each layer cuts out its part.
+
+    A text that several passes share remains one tensor, as keys and values are kept for it.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> PassArguments:
+        if len(inputs) > _PLACE_OF_TEXT:
+            return (*inputs[:_PLACE_OF_TEXT], self._mark(inputs[_PLACE_OF_TEXT]), *inputs[_PLACE_OF_TEXT + 1 :]), named
+        return inputs, {**named, _TEXT: self._mark(named[_TEXT])}
+
+    def _mark(self, text: torch.Tensor) -> torch.Tensor:
+        last = self._last
+        if last is None or last[0] is not text:
+            last = text, text[:, None]
+            self._last = None if text.requires_grad else last  # which would keep what computed it
+        return last[1]
 
 
 def _find_layer(layers: Sequence[str], path: str) -> int:
@@ -137,7 +165,7 @@ def regional_attention(
     """
     canvas = Canvas([plans] if isinstance(plans, RegionPlan) else plans, steps, isolation, passes)
 
-    def hand_over(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hand_over(inputs: tuple[Any, ...], named: dict[str, Any]) -> PassArguments:
         canvas.prepare_pass(inputs, named)
         return inputs, {
             **named,
@@ -270,13 +298,14 @@ class _StackedProcessor(_Wrapper):
 
     def _cut_contexts(self, text: torch.Tensor, count: int) -> torch.Tensor:
         """This layer's part of every context, shape (batch, contexts, tokens, dim)."""
-        if text.shape[1] % count:
+        tokens = text.shape[-2]
+        if tokens % count:
             raise ConfigurationError(
-                f"The conditioning has {text.shape[1]} tokens; expected {count} contexts of equal length, the global"
+                f"The conditioning has {tokens} tokens; expected {count} contexts of equal length, the global"
                 f" prompt's and {count - 1} regions'."
             )
-        stacks = text.unflatten(1, (count, -1))
-        return stacks if self.cut is None else self.cut.apply(stacks)
+        stacks = text.reshape(len(text), count, tokens // count, text.shape[-1])
+        return stacks if self.cut is None or text.ndim == _PLAIN else self.cut.apply(stacks)
 
     def _attend(
         self,

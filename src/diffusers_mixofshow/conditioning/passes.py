@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-PassHook = Callable[[tuple[Any, ...], dict[str, Any]], _Arguments]
+PassArguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the named arguments of a pass."""
+PassHook = Callable[[tuple[Any, ...], dict[str, Any]], PassArguments]
 """Changes the positional and named arguments of a pass."""
 
 _call: ContextVar[object | None] = ContextVar("call", default=None)
@@ -57,13 +58,13 @@ def hook_passes(model: nn.Module, hook: PassHook) -> Iterator[None]:
     """
     owner = _call.get()
 
-    def run_hook(inputs: tuple[Any, ...], named: dict[str, Any]) -> _Arguments:
+    def run_hook(inputs: tuple[Any, ...], named: dict[str, Any]) -> PassArguments:
         return hook(inputs, named) if _call.get() is owner else (inputs, named)
 
     def run_registered(
         _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any] | None = None
-    ) -> _Arguments | None:
-        # Without named arguments, torch runs it in a pass of another call, begun while the hook was half set or removed.
+    ) -> PassArguments | None:
+        # Without named arguments, torch runs it in another call's pass, begun while the hook was half set or removed.
         return None if named is None else run_hook(inputs, named)
 
     if model._compiled_call_impl is None:

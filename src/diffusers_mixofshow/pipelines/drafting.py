@@ -12,7 +12,8 @@ import torch
 from diffusers import LMSDiscreteScheduler, PNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_mixofshow.conditioning.passes import detach_from_calls, hook_passes
+from diffusers_mixofshow.conditioning.attention import layerwise_attention
+from diffusers_mixofshow.conditioning.passes import hook_passes, start_call
 from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.regions import Draft, Region
@@ -194,7 +195,9 @@ class _Drafts:
             batch_size = max(1, latents.numel() // shape.numel())
             for start in range(0, len(alike), batch_size):
                 batch = alike[start : start + batch_size]
-                yield from zip(batch, detach_from_calls(self._draw)(batch, step), strict=True)
+                with start_call(), layerwise_attention(self.pipe.unet, self.pipe._tokens, self.pipe._layer_names):
+                    drawn = self._draw(batch, step)
+                yield from zip(batch, drawn, strict=True)
 
     def _draw(self, planned: Sequence[_Planned], step: int) -> torch.Tensor:
         """Draw the clean latents of drafts of one size, shape (drafts, channels, height, width), float32."""

@@ -218,7 +218,8 @@ class _Tuning:
         self.photos = len(photos)
         with ExitStack() as stack:
             self.trained = stack.enter_context(initialise(pipeline, config))
-            shared = stack.enter_context(layerwise_attention(pipeline.unet, layers=self.trained.layers))
+            denoiser = stack.enter_context(compile_model(pipeline.unet)) if config.torch_compile else pipeline.unet
+            shared = stack.enter_context(layerwise_attention(denoiser, layers=self.trained.layers))
             if self.trained.lora is not None:
                 stack.enter_context(speed_up_updates(self.trained.lora))
             if config.gradient_checkpointing:
@@ -235,7 +236,7 @@ class _Tuning:
                 scheduler=scheduler,
                 config=config,
                 shared=shared,
-                denoiser=stack.enter_context(compile_model(pipeline.unet)) if config.torch_compile else None,
+                denoiser=denoiser,
             )
             self.trial = Trial(learner, self.batches, self.accelerator, config)
             phases, position = self.trained.phases(config), self._resume()
