@@ -184,6 +184,9 @@ def test_a_base_models_name_tells_which_transformer_is_meant() -> None:
 FOREIGN = {
     "PixArtSigmaPipeline": {"text_encoder": "T5EncoderModel", "transformer": "PixArtTransformer2DModel"},
     "KandinskyV22Pipeline": {"unet": "UNet2DConditionModel", "movq": "VQModel"},
+    "IFPipeline": {"text_encoder": "T5EncoderModel", "unet": "UNet2DConditionModel"},
+    "KolorsPipeline": {"text_encoder": "ChatGLMModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"},
+    "AudioLDMPipeline": {"text_encoder": "ClapTextModelWithProjection", "unet": "UNet2DConditionModel"},
     "Lumina2Pipeline": {"text_encoder": "Gemma2Model", "transformer": "Lumina2Transformer2DModel"},
     "StableVideoDiffusionPipeline": {"unet": "UNetSpatioTemporalConditionModel"},
 }

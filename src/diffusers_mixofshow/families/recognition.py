@@ -30,6 +30,9 @@ _READS_STREAM = re.compile(r"transformer\..*\.(attn\.(to_[qkv]|add_[qkv]_proj)|a
 _READS_TEXT = re.compile(r".*\.attn2\.to_[kv]")
 """Cross-attention layers whose input width is the width of the text states."""
 
+_TEXT_ENCODERS = {"CLIPTextModel", "CLIPTextModelWithProjection", None}
+"""Classes of the text encoders that families adapt; None where a pipeline has none under this name."""
+
 FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFUSION,
     STABLE_DIFFUSION_XL,
@@ -103,11 +106,12 @@ def family_of_index(index: Mapping[str, Any]) -> Family | None:
     def count_encoders(family: Family) -> int:
         return sum(class_of(encoder) is not None for encoder in family.text_encoders)
 
+    def reads_them(family: Family) -> bool:
+        kinds = {class_of(encoder) for encoder in index.keys() & family.text_encoders.keys()}
+        return kinds <= _TEXT_ENCODERS and bool(kinds or not family.text_encoders)
+
     fitting = [
-        family
-        for family in FAMILIES
-        if class_of(family.denoiser) == family.denoiser_class
-        and (not family.text_encoders or index.keys() & family.text_encoders.keys())
+        family for family in FAMILIES if class_of(family.denoiser) == family.denoiser_class and reads_them(family)
     ]
     return max(fitting, key=count_encoders, default=None)
 
