@@ -314,6 +314,24 @@ def test_plans_of_drawing_call_the_denoiser_by_its_kind(rex: EDLoRA, monkeypatch
         assert f" {kind} pass" in told["time"], asked
 
 
+def test_plans_count_a_second_half_only_where_guidance_computes_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flux, z_image = "black-forest-labs/FLUX.1-dev", "Tongyi-MAI/Z-Image-Turbo"
+    for base, guidance, rows in (
+        (flux, 3.5, 1), (flux, 1, 1), (z_image, 0, 1), (z_image, 0.5, 2), ("Qwen/Qwen-Image", 1, 1),
+        ("Qwen/Qwen-Image", 4, 2), ("someone/any", 4, 2), ("someone/any", 1, 1),
+    ):  # fmt: skip
+        told = plan("sample", "--prompt", "x", "--base", base, "--guidance", guidance)
+        assert next(told[name] for name in told if name.endswith(" runs")) == f"20, each on a batch of {rows}", base
+    update = LowRank(down=torch.ones(2, 3072), up=torch.ones(3072, 2), alpha=2.0)
+    write_lora(tmp_path / "ink.safetensors", {"transformer.transformer_blocks.0.attn.to_q": update})
+    asked = ("evaluate", "ink.safetensors", "--base", flux, "--trigger", "ink=ink", "--class-word", "ink=drawing")
+    assert plan(*asked)["transformer runs"].endswith(" for single pictures")
+    assert plan(*asked[:3], "Qwen/Qwen-Image", *asked[4:])["transformer runs"].endswith(
+        "each with and without guidance"
+    )
+
+
 def test_a_plan_of_fusing_plain_loras_of_a_transformer(tmp_path: Path, monkeypatch) -> None:
     """It speaks of no U-Net and no embeddings, counts only stages that have layers, and shows each one's prompts."""
     monkeypatch.chdir(tmp_path)

@@ -161,6 +161,7 @@ def test_above_its_bound_guidance_draws_a_second_half(family: Family, pipe: Any,
     hook.remove()
     # FLUX.1 learnt what guidance gives, and reads its strength as a number.
     assert sum(rows) == (1 if family.name == "FLUX.1" else halves)
+    assert sum(rows) == family.count_halves(family.guidance_off + above)
 
 
 def test_the_call_takes_what_the_family_says(family: Family, pipe: Any) -> None:

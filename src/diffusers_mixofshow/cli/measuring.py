@@ -179,6 +179,7 @@ class Measurement:
         if drawn := [name for name in self.toys if name not in self.photos]:
             references.append(f"drawn of {', '.join(drawn)}")
         model = plans.name_denoiser(self.base, [each.pack for each in self.packs.values()])
+        halves = plans.count_halves(self.base, self.settings["guidance"])
         places = [*([] if noted_in is None else [noted_in]), *writes]
         return {
             "base model": plans.describe_base(self.base),
@@ -187,8 +188,9 @@ class Measurement:
             "metric model": plans.describe_model(self.settings["metric_model"]),
             "photos": ", ".join(references) or "none given",
             "pictures": pictures,
-            f"{model} runs": f"{pictures * steps} for single pictures, each with and without guidance",
-            "time": estimate_time(self.base, pictures * steps, 2, model=model),
+            f"{model} runs": f"{pictures * steps} for single pictures"
+            + (", each with and without guidance" if halves > 1 else ""),
+            "time": estimate_time(self.base, pictures * steps, halves, model=model),
             "writes": ", ".join(map(str, places)) or "nothing",
             **plans.plan_replacing(*writes, overwrite=overwrite),
         }

@@ -69,7 +69,7 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
     height, width = plan.height or own_height, plan.width or own_width
     size = f"{width or _OWN} x {height or _OWN} pixels" if width or height else _OWN
     size += f", {_OWN}" if own_height and not (plan.height or plan.width) else ""
-    batch = len(output) * (2 if drawing.guidance > 1 else 1)
+    batch = len(output) * count_halves(drawing.base, drawing.guidance)
     runs = steps if drawing.image is None else int(steps * drawing.strength)
     pixels = (height, width) if height and width else None
     regions, draft, refine = len(plan.regions) * len(output), drawing.draft, drawing.refine
@@ -97,6 +97,12 @@ def plan_sampling(drawing: Drawing, output: Sequence[Path]) -> dict[str, Any]:
         "time": ", and ".join([estimate_time(drawing.base, runs, batch, pixels=pixels, model=model), *more]),
         "writes": ", ".join(map(str, output)),
     }
+
+
+def count_halves(base: str, guidance: float) -> int:
+    """How many rows of a batch a picture takes at a guidance scale; a base that is not known counts as most do."""
+    family = known_family(base)
+    return (2 if guidance > 1 else 1) if family is None else family.count_halves(guidance)
 
 
 def name_denoiser(base: str, packs: Iterable[EDLoRA]) -> str:

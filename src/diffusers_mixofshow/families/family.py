@@ -136,6 +136,7 @@ class Family:
         sampler: Class of the diffusers scheduler to record with in few steps; empty: the pipeline's own.
         guidance_argument: Name of the pipeline's argument for the guidance scale.
         guidance_off: Up to this guidance scale, only the conditional half is computed.
+        guidance_learnt: Whether the denoiser reads the guidance scale as a number; no other half is computed then.
         takes_negative_prompt: Whether the pipeline accepts negative prompts.
         models: Its published base models.
         original: Name of a layer in the model's original code, with ``N`` for the block's number, to the layer.
@@ -166,10 +167,15 @@ class Family:
     sampler: str = ""
     guidance_argument: str = "guidance_scale"
     guidance_off: float = 1.0
+    guidance_learnt: bool = False
     takes_negative_prompt: bool = True
     original: Mapping[str, OriginalLayer] = field(default_factory=dict)
     also_called: Mapping[str, OriginalLayer] = field(default_factory=dict)
     shared_names: str = ""
+
+    def count_halves(self, guidance: float) -> int:
+        """How many rows of the denoiser's batch a picture takes at a guidance scale."""
+        return 2 if guidance > self.guidance_off and not self.guidance_learnt else 1
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -87,6 +87,7 @@ FLUX1 = Family(
             name="FLUX.1", kohya="flux1", id="black-forest-labs/FLUX.1-dev", guidance=3.5, stream_widths=(3072,)
         ),
     ),
+    guidance_learnt=True,
     takes_negative_prompt=False,
     original=_ORIGINAL,
     also_called=_OF_XLABS,
