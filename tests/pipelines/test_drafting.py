@@ -669,7 +669,15 @@ def test_an_interrupted_call_is_not_told_that_it_has_a_single_step(potter):
         draw(potter, regions=[LEFT], draft=PLAIN, callback_on_step_end=interrupt)
 
 
-def test_negative_embeddings_are_told_to_have_no_effect_in_drafts(potter):
-    _, negative = potter.encode_prompt("a", potter.device, 1, True, "ugly")
-    with pytest.warns(MixOfShowWarning, match="`draft` does not read negative_prompt_embeds"):
-        draw(potter, regions=[LEFT], draft=PLAIN, negative_prompt_embeds=negative)
+@pytest.mark.parametrize("layers", ["one encoding", "a stack"])
+def test_drafts_avoid_what_negative_embeddings_avoid(potter, layers):
+    own = Region("a dog", box=RIGHT.box, negative_prompt="beard")
+    texts = ["ugly", "blurred"]
+    positive = ["a <potter>", "x"] if layers == "a stack" else ["x", "y"]
+    _, negative = potter.encode_prompt(positive, potter.device, 1, True, texts)
+    call = {"prompt": ["two", "others"], "draft": PLAIN, "height": 32, "width": 32, "num_images_per_prompt": 2}
+    expected = draw(potter, regions=[LEFT, own], negative_prompt=texts, **call)
+    found = draw(potter, regions=[LEFT, own], negative_prompt_embeds=negative, **call)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    other = draw(potter, regions=[LEFT, own], negative_prompt_embeds=-negative, **call)
+    assert not torch.allclose(other, expected, atol=1e-3)

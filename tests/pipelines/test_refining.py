@@ -7,7 +7,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 import tiny
-from diffusers_mixofshow.errors import MixOfShowWarning, RegionError
+from diffusers_mixofshow.errors import RegionError
 from diffusers_mixofshow.pipelines import MixOfShowImg2ImgPipeline, MixOfShowInpaintPipeline, refine_regions, refining
 from diffusers_mixofshow.regions import Refinement, Region
 
@@ -243,10 +243,45 @@ def test_a_region_is_redrawn_with_guidance_of_its_own(pipe, images):
     assert not np.array_equal(found, other)
 
 
-def test_negative_embeddings_are_told_to_have_no_effect_in_refining(pipe):
+def test_refining_avoids_what_negative_embeddings_avoid(pipe):
+    own = Region("a cat", box=(0.6, 0.5, 1, 1), negative_prompt="beard")
     _, negative = pipe.encode_prompt("a", pipe.device, 1, True, "ugly")
-    with pytest.warns(MixOfShowWarning, match="`refine` does not read negative_prompt_embeds"):
-        _draw(pipe, Refinement(), negative_prompt_embeds=negative)
+    expected, found, other = (
+        _draw(pipe, Refinement(), regions=[CORNER, own], **given).astype(int)
+        for given in (
+            {"negative_prompt": "ugly"},
+            {"negative_prompt_embeds": negative},
+            {"negative_prompt_embeds": -negative},
+        )
+    )
+    assert abs(found - expected).max() <= 1
+    assert abs(other - expected).max() > 3
+
+
+@pytest.mark.parametrize("kind", ["list", "tensor"])
+def test_patches_see_their_parts_of_the_masks_of_an_ip_adapter(pipe, images, kind):
+    tiny.add_ip_adapter(pipe.unet)
+    left, corner = Region("a dog", box=(0.25, 0.25, 0.5, 0.75)), Region("a dog", box=(0.8, 0, 1, 0.25))
+    whole, half = torch.zeros(1, 1, 64, 80), torch.zeros(1, 1, 32, 32)
+    whole[..., 16:48, 14:30] = 1  # the patch around `left` is 32 cells wide from 14 on: its left half
+    half[..., :16] = 1
+    shown = 20 * torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def masked(mask, **arguments):
+        masks = {"ip_adapter_masks": [mask] if kind == "list" else mask}
+        return {"ip_adapter_image_embeds": [shown], "cross_attention_kwargs": masks, **arguments}
+
+    call = {"num_inference_steps": 2, "strength": 0.7, "size": 32}
+    noises = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    found = refine_regions(pipe, images, [left, corner], generator=noises, **masked(whole), **call)
+    for number, image in enumerate(images):
+        noise, wanted = torch.Generator().manual_seed(5 + number), image
+        for region, mask in ((left, half), (corner, torch.zeros(1, 1, 32, 32))):
+            wanted = _by_hand(pipe, image, wanted, region, noise, **masked(mask, **call))
+        assert np.abs(np.asarray(found[number]).astype(int) - np.asarray(wanted)).max() <= 2
+    noises = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    other = refine_regions(pipe, images, [left, corner], generator=noises, **masked(1 - whole), **call)
+    assert np.abs(np.asarray(found[0]).astype(int) - np.asarray(other[0])).max() > 5
 
 
 def test_refining_takes_half_the_steps_of_given_timesteps(pipe):

@@ -3,6 +3,7 @@
 import inspect
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -276,6 +277,23 @@ def test_drafts_avoid_what_the_second_encoder_alone_is_told_to(pipe, latents):
         expected = pipe.encode_prompt("a cat", negative_prompt=first, negative_prompt_2=second)
         assert torch.allclose(texts[row], expected[1][0], atol=1e-5)
         assert torch.allclose(vectors[row], expected[3][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("argument", [{"draft": Draft()}, {"refine": Refinement()}], ids=["drafts", "refining"])
+def test_negative_embeddings_with_their_vector_are_avoided_as_their_text_is(pipe, argument):
+    _, negative, _, vector = pipe.encode_prompt("a cat", negative_prompt="bad", negative_prompt_2="worse")
+    both = [Region("a cat", box=(0, 0, 0.3, 0.3)), Region("a dog", box=(0.6, 0.6, 1, 1), negative_prompt="beard")]
+    settings = {"num_inference_steps": 4, "height": 64, "width": 64, "guidance_scale": 30.0}
+    settings |= {"regions": both, **argument}
+
+    def drawn(**negatives):
+        generator = torch.Generator().manual_seed(0)
+        return np.asarray(pipe("x", generator=generator, **settings, **negatives).images[0]).astype(int)
+
+    expected = drawn(negative_prompt="bad", negative_prompt_2="worse")
+    found = drawn(negative_prompt_embeds=negative, negative_pooled_prompt_embeds=vector)
+    assert np.abs(found - expected).max() <= 1
+    assert np.abs(drawn(negative_prompt="bad") - expected).max() > 1
 
 
 def test_regions_drawn_anew_avoid_what_the_second_encoder_alone_is_told_to(pipe):

@@ -152,6 +152,7 @@ class _Drafts:
     ) -> None:
         self.pipe, self.draft, self.regions, self.weights = pipe, draft, regions, weights
         self.arguments = arguments
+        self.embeddings: dict[str, list[torch.Tensor]] = pipe._list_negative_embeddings(arguments)
         self.are_put_in = False
         self.multiple = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
@@ -190,21 +191,32 @@ class _Drafts:
         self, planned: Sequence[_Planned], latents: torch.Tensor, step: int
     ) -> Iterator[tuple[_Planned, torch.Tensor]]:
         """Draw drafts (channels, height, width), in batches of one size with no more cells than the call's latents."""
-        for shape in dict.fromkeys(each.noise.shape for each in planned):
-            alike = [each for each in planned if each.noise.shape == shape]
+        own = {each: self.regions[each.picture][each.number].negative_prompt is not None for each in planned}
+        kinds = {each: (each.noise.shape, bool(self.embeddings) and not own[each]) for each in planned}
+        for kind in dict.fromkeys(kinds.values()):
+            alike, (shape, reads_embeddings) = [each for each in planned if kinds[each] == kind], kind
             batch_size = max(1, latents.numel() // shape.numel())
             for start in range(0, len(alike), batch_size):
                 batch = alike[start : start + batch_size]
                 with start_call(), layerwise_attention(self.pipe.unet, self.pipe._tokens, self.pipe._layer_names):
-                    drawn = self._draw(batch, step)
+                    drawn = self._draw(batch, step, reads_embeddings=reads_embeddings)
                 yield from zip(batch, drawn, strict=True)
 
-    def _draw(self, planned: Sequence[_Planned], step: int) -> torch.Tensor:
-        """Draw the clean latents of drafts of one size, shape (drafts, channels, height, width), float32."""
+    def _draw(self, planned: Sequence[_Planned], step: int, *, reads_embeddings: bool) -> torch.Tensor:
+        """Draw the clean latents of drafts of one size, shape (drafts, channels, height, width), float32.
+
+        Args:
+            planned: The drafts.
+            step: The call's step before which they are put in.
+            reads_embeddings: Whether they read the call's negative embeddings, not a negative prompt.
+        """
         regions = [self.regions[each.picture][each.number] for each in planned]
         noise = torch.stack([each.noise for each in planned])
         guidance = torch.tensor([self._choose_guidance(region) for region in regions]).to(noise)
-        conditions = self._encode_conditions(regions, [each.picture for each in planned], noise.shape[-2:])
+        pictures = [each.picture for each in planned]
+        given = self.embeddings if reads_embeddings else {}
+        embeddings = {name: torch.stack([rows[picture] for picture in pictures]) for name, rows in given.items()}
+        conditions = self._encode_conditions(regions, pictures, embeddings, noise.shape[-2:])
         return self._denoise(noise, conditions, guidance[:, None, None, None], self._choose_timesteps(step))
 
     def _choose_timesteps(self, step: int) -> list[int]:
@@ -217,7 +229,11 @@ class _Drafts:
         return whole if region.guidance_scale is None or whole <= 1 else region.guidance_scale
 
     def _encode_conditions(
-        self, regions: Sequence[Region], pictures: Sequence[int], cells: Sequence[int]
+        self,
+        regions: Sequence[Region],
+        pictures: Sequence[int],
+        embeddings: Mapping[str, torch.Tensor],
+        cells: Sequence[int],
     ) -> dict[str, Any]:
         """The U-Net's arguments for regions; with guidance the rows of the negative prompts come first."""
         pipe, given = self.pipe, self.arguments
@@ -228,7 +244,7 @@ class _Drafts:
         height, width = (side * pipe.vae_scale_factor for side in cells)
         with pipe._hide_regions():
             conditions: dict[str, Any] = pipe._encode_conditions(
-                [region.prompt for region in regions], negatives, (height, width), given
+                [region.prompt for region in regions], negatives, embeddings, (height, width), given
             )
         return conditions
 

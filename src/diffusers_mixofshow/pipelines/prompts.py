@@ -180,6 +180,13 @@ class LayerwisePrompts(EDLoRALoader):
         of_prompts = self._read_side("negative_", {name: arguments.get(name) for name in names})
         return repeat_for_pictures(of_prompts, arguments)
 
+    def _list_negative_embeddings(self, arguments: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
+        """List the rows of the negative embeddings that a call was given, for every picture; empty without any."""
+        if arguments.get("negative_prompt_embeds") is None:
+            return {}
+        given = {name: arguments.get(name) for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds")}
+        return {name: repeat_for_pictures(list(rows), arguments) for name, rows in given.items() if rows is not None}
+
     def _choose_negative(self, region: Region, shared: Texts) -> Texts:
         """Choose a region's own negative prompt, which all text encoders read, or the one of its picture."""
         own = region.negative_prompt
@@ -321,22 +328,29 @@ class StableDiffusionPrompts(LayerwisePrompts):
         return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
 
     def _encode_conditions(
-        self, prompts: list[str], negatives: list[Texts], size: tuple[int, int], call: Mapping[str, Any]
+        self,
+        prompts: list[str],
+        negatives: list[Texts],
+        embeddings: Mapping[str, Any],
+        size: tuple[int, int],
+        call: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Encode texts that a call draws alone, as arguments of the U-Net; with guidance the negatives come first.
 
         Args:
             prompts: The texts.
             negatives: The negative prompt of each, see `_list_negatives`.
+            embeddings: Negative embeddings of all, which are read in place of these; may be empty.
             size: Height and width of the pictures in pixels.
             call: Arguments of the call.
         """
+        texts = {"negative_prompt": [negative[0] if negative else "" for negative in negatives]}
         text, avoided = self.encode_prompt(
             prompts,
             self._execution_device,
             1,
             self._guidance_scale > 1,
-            negative_prompt=[negative[0] if negative else "" for negative in negatives],
+            **(embeddings or texts),
             lora_scale=(self.cross_attention_kwargs or {}).get("scale"),
             clip_skip=call.get("clip_skip"),
         )
@@ -379,7 +393,12 @@ class XLPrompts(LayerwisePrompts):
         return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
 
     def _encode_conditions(
-        self, prompts: list[str], negatives: list[Texts], size: tuple[int, int], call: Mapping[str, Any]
+        self,
+        prompts: list[str],
+        negatives: list[Texts],
+        embeddings: Mapping[str, Any],
+        size: tuple[int, int],
+        call: Mapping[str, Any],
     ) -> dict[str, Any]:
         """See `StableDiffusionPrompts`; adds the pooled vectors and the sizes, which the U-Net of XL reads."""
         first, second = ([negative[number] if negative else "" for negative in negatives] for number in (0, 1))
@@ -387,14 +406,15 @@ class XLPrompts(LayerwisePrompts):
             prompts,
             num_images_per_prompt=1,
             do_classifier_free_guidance=self._guidance_scale > 1,
-            negative_prompt=first,
-            negative_prompt_2=second,
+            **(embeddings or {"negative_prompt": first, "negative_prompt_2": second}),
             lora_scale=(self.cross_attention_kwargs or {}).get("scale"),
             clip_skip=call.get("clip_skip"),
         )
         sizes = self._make_size_ids("", size, call, pooled).repeat(len(prompts), 1)
         if avoided is not None and avoided_pooled is not None:
-            given = torch.tensor([[negative is not None] for negative in negatives], device=text.device)
+            given = torch.tensor(
+                [[bool(embeddings) or negative is not None] for negative in negatives], device=text.device
+            )
             text = torch.cat([avoided * given[..., None], text])
             pooled = torch.cat([avoided_pooled * given, pooled])
             both = call.get("negative_original_size") is not None and call.get("negative_target_size") is not None

@@ -33,7 +33,6 @@ from diffusers_mixofshow.pipelines.regional import (
     RegionalSampling,
     check_kind,
     warn_of_idle_arguments,
-    warn_of_unread_embeddings,
 )
 from diffusers_mixofshow.pipelines.remarks import Regions, sort_regions
 from diffusers_mixofshow.regions import Draft, Isolation, Refinement, Region
@@ -53,6 +52,10 @@ _ALSO_REFINED = (
 """Arguments of a call that its refinement uses, too."""
 _NEGATIVES = ("negative_prompt", "negative_prompt_2")
 """Arguments with the negative prompt of each text encoder."""
+_NEGATIVE_EMBEDDINGS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Arguments that are given in place of these, each with a row for every picture."""
+_MASKS = "ip_adapter_masks"
+"""The entry of `cross_attention_kwargs` with masks of the whole picture."""
 
 
 class RefinedSampling(RegionalSampling):
@@ -80,7 +83,6 @@ class RefinedSampling(RegionalSampling):
             raise RegionError(f"`refine` needs pictures, but output_type is {arguments['output_type']!r}.")
         if regions:
             _refuse_other_models(self.unet)
-            warn_of_unread_embeddings(arguments, "refine")
         else:
             warn_of_idle_arguments(refine=refine)
         output = draw()
@@ -100,6 +102,7 @@ class RefinedSampling(RegionalSampling):
             name: [None if text is None else text[number] for text in texts]
             for number, name in enumerate(_NEGATIVES[: len(self._readings)])
         }
+        negatives |= self._list_negative_embeddings(arguments)
         refined = refine_regions(
             self,
             images,
@@ -175,7 +178,9 @@ def refine_regions(
         batch_size: How many crops of one size are drawn at once.
         generator: Source of the noise, one for all pictures or one for each.
         settings: Passed to image to image, e.g. `negative_prompt` (for regions that have none of their own; a text,
-            or one for each picture; with SDXL also `negative_prompt_2`), `num_inference_steps` and `guidance_scale`.
+            or one for each picture; with SDXL also `negative_prompt_2`; or `negative_prompt_embeds`, with a row for
+            each picture), `num_inference_steps` and `guidance_scale`. Of IP-Adapter masks of the whole picture, each
+            crop gets its part.
 
     Returns:
         New pictures, the same outside of the regions.
@@ -211,28 +216,32 @@ def _redraw(
     batch_size: int,
     call: dict[str, Any],
 ) -> dict[_Patch, Image.Image]:
-    """Enlarge and redraw every patch, in batches of one size and guidance; all have a negative prompt, or none has."""
+    """Enlarge and redraw every patch, in batches of one size, guidance and mask, with negatives of one kind."""
     drawn: dict[_Patch, Image.Image] = {}
     names = _NEGATIVES[: len(redraw._readings)]
     shared, generators = [call.pop(name, None) for name in names], call.pop("generator", None)
-    negatives = {patch: _choose_negative(patch, shared, redraw._takes_zeros) for patch in patches}
-    kinds = {patch: (patch.size, negatives[patch] is None, patch.region.guidance_scale) for patch in patches}
+    embeddings = {name: rows for name in _NEGATIVE_EMBEDDINGS if (rows := call.pop(name, None)) is not None}
+    negatives = {patch: _choose_negative(patch, shared, embeddings, redraw._takes_zeros) for patch in patches}
+    masked = (call.get("cross_attention_kwargs") or {}).get(_MASKS) is not None
+    places = {patch: (patch.box, images[patch.picture].size) if masked else None for patch in patches}
+    kinds = {
+        patch: (patch.size, type(negatives[patch]), patch.region.guidance_scale, places[patch]) for patch in patches
+    }
     for kind in dict.fromkeys(kinds.values()):
         alike = [patch for patch in patches if kinds[patch] == kind]
-        size, without_negative, guidance = kind
+        size, _, guidance, place = kind
+        settings = call if guidance is None else {**call, "guidance_scale": guidance}
+        settings = settings if place is None else _cut_masks(settings, *place, size)
         for start in range(0, len(alike), batch_size):
             batch = alike[start : start + batch_size]
             pictures = redraw(
                 [patch.region.prompt for patch in batch],
                 image=[_cut(images[patch.picture], patch.box).resize(size) for patch in batch],
-                **{
-                    name: None if without_negative else [own[number] for patch in batch if (own := negatives[patch])]
-                    for number, name in enumerate(names)
-                },
+                **_join_negatives(names, [negatives[patch] for patch in batch]),
                 generator=[generators[patch.picture] for patch in batch]
                 if isinstance(generators, Sequence)
                 else generators,
-                **(call if guidance is None else {**call, "guidance_scale": guidance}),
+                **settings,
             ).images
             drawn |= dict(zip(batch, pictures, strict=True))
     return drawn
@@ -264,21 +273,65 @@ def _check_entries(images: Sequence[object], regions: Sequence[Sequence[object]]
         raise RegionError("refine_regions: " + "; ".join(defects) + ".")
 
 
-def _choose_negative(patch: _Patch, shared: Sequence[str | Sequence[str | None] | None], takes_zeros: bool) -> Texts:
+def _choose_negative(
+    patch: _Patch,
+    shared: Sequence[str | Sequence[str | None] | None],
+    embeddings: Mapping[str, Sequence[torch.Tensor]],
+    takes_zeros: bool,
+) -> Texts | dict[str, torch.Tensor]:
     """Choose what each text encoder reads as a patch's negative prompt; None for zeros instead of an encoded text.
 
     Args:
         patch: The patch; a negative prompt of its region's own is read by all text encoders.
         shared: For each text encoder the negative prompt of all pictures, or one for each.
+        embeddings: Embeddings in place of these, one for each picture; may be empty.
         takes_zeros: Whether the pipeline takes zeros where there is no negative prompt.
     """
     own = patch.region.negative_prompt
+    if own is None and embeddings:
+        return {name: rows[patch.picture] for name, rows in embeddings.items()}
     given = [each if each is None or isinstance(each, str) else each[patch.picture] for each in shared]
     texts = given if own is None else [own] * len(shared)
     if texts[0] is None and takes_zeros:
         return None
     first = texts[0] or ""
     return tuple(first if text is None else text for text in texts)
+
+
+def _join_negatives(names: Sequence[str], own: Sequence[Any]) -> dict[str, Any]:
+    """Join the negatives of a batch, which are of one kind, to the arguments of a call."""
+    if isinstance(own[0], dict):
+        return {name: torch.stack([each[name] for each in own]) for name in own[0]}
+    return {name: own[0] and [each[number] for each in own] for number, name in enumerate(names)}
+
+
+def _cut_masks(
+    call: Mapping[str, Any], box: tuple[int, int, int, int], whole: tuple[int, int], size: tuple[int, int]
+) -> dict[str, Any]:
+    """The arguments of a call with the part of its IP-Adapter masks that a patch shows, at the patch's size.
+
+    Args:
+        call: The arguments; each mask is a tensor (..., height, width) of any size.
+        box: The patch in pixels, see `_cut`.
+        whole: Width and height of the picture.
+        size: Width and height at which the patch is redrawn.
+    """
+    left, top, right, bottom = box
+
+    def find(start: int, end: int, count: int, side: int, cells: int) -> torch.Tensor:
+        places = start + (torch.arange(count) + 0.5) * (end - start) / count
+        return (places * cells / side).floor().long().clamp(0, cells - 1)
+
+    def cut(mask: torch.Tensor | None) -> torch.Tensor | None:
+        if mask is None:
+            return None
+        rows = find(top, bottom, size[1], whole[1], mask.shape[-2])
+        columns = find(left, right, size[0], whole[0], mask.shape[-1])
+        return mask[..., rows[:, None], columns]
+
+    given = call["cross_attention_kwargs"]
+    masks = [cut(mask) for mask in given[_MASKS]] if isinstance(given[_MASKS], list) else cut(given[_MASKS])
+    return {**call, "cross_attention_kwargs": {**given, _MASKS: masks}}
 
 
 def _find_patch(number: int, image: Image.Image, region: Region, size: int, margin: float) -> _Patch | None:

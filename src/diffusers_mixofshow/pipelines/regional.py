@@ -82,8 +82,6 @@ class RegionalSampling(LayerwisePrompts):
             )
         if not regions:
             warn_of_idle_arguments(isolation=isolation, draft=draft)
-        elif draft is not None:
-            warn_of_unread_embeddings(arguments, "draft")
         with separate_call(self, arguments), self._condition_call(regions, isolation, draft, arguments):
             return parent(*given.args, **given.kwargs)
 
@@ -221,15 +219,6 @@ def warn_of_idle_arguments(**given: object) -> None:
     if idle:
         verb = "has" if len(idle) == 1 else "have"
         warn(f"{' and '.join(idle)} {verb} no effect without regions.")
-
-
-def warn_of_unread_embeddings(arguments: Mapping[str, Any], name: str) -> None:
-    """Warn of negative embeddings in a call with an argument that lets regions be drawn alone, from texts."""
-    if arguments.get("negative_prompt_embeds") is not None:
-        warn(
-            f"`{name}` does not read negative_prompt_embeds: it draws regions that have no negative prompt of their "
-            "own without any. Give the call a negative_prompt in their place."
-        )
 
 
 def regional_signature(parent: type, doc: str = "") -> Callable[[_Pipeline], _Pipeline]:
