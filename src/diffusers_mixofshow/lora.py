@@ -563,8 +563,14 @@ def loads_concepts(pipe: Any) -> bool:
 
 
 @contextmanager
-def loaded(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
+def loaded(pipe: Any, edlora: EDLoRA | None, scale: float = 1.0, name: str = _LOADED_ADAPTER) -> Iterator[None]:
     """Load an ED-LoRA or a plain LoRA, or nothing, into a pipeline inside the block.
+
+    Args:
+        pipe: A pipeline of this package, or one of diffusers' own for plain LoRAs.
+        edlora: What is loaded.
+        scale: Strength of the weight updates.
+        name: The adapter's name.
 
     Raises:
         ConfigurationError: If it has concepts, and the pipeline loads plain LoRAs alone.
@@ -573,9 +579,9 @@ def loaded(pipe: Any, edlora: EDLoRA | None) -> Iterator[None]:
         raise ConfigurationError(f"A {type(pipe).__name__} cannot load concepts; expected a pipeline of this package.")
     with ExitStack() as undo:
         if edlora is not None and loads_concepts(pipe):
-            pipe.load_edlora(edlora)
-            undo.callback(pipe.unload_edlora)
+            pipe.load_edlora(edlora, scale, name)
+            undo.callback(pipe.unload_edlora, name)
         elif edlora is not None:
-            inject(pipe.components, edlora, _LOADED_ADAPTER)
-            undo.callback(eject, pipe.components, _LOADED_ADAPTER)
+            inject(pipe.components, edlora, name, scale)
+            undo.callback(eject, pipe.components, name)
         yield

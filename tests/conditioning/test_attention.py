@@ -212,8 +212,8 @@ def test_a_full_region_is_the_prompt_itself_at_any_size(unet, layers, size):
 def test_weights_sum_to_one_and_need_no_rounding_leftovers():
     regions = [Region("a", box=(0, 0, 1, 1))] * 3
     weights = RegionPlan(regions).weights(4, 4)
-    assert torch.equal(weights[0], torch.zeros(16))
-    assert torch.allclose(RegionPlan([LEFT, *regions]).weights(4, 4).sum(0), torch.ones(16))
+    assert torch.equal(weights[0], torch.zeros(16, dtype=torch.float64))
+    assert torch.allclose(RegionPlan([LEFT, *regions]).weights(4, 4).sum(0), torch.ones(16, dtype=torch.float64))
 
 
 def _scale(unet):

@@ -37,9 +37,7 @@ class RegionPlan:
         """Whether some region holds only in a part of the steps."""
         return any(region.start > 0 or region.end < 1 for region in self.regions)
 
-    def weights(
-        self, height: int, width: int, step: int = 0, steps: int | None = None, dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
+    def weights(self, height: int, width: int, step: int = 0, steps: int | None = None) -> torch.Tensor:
         """Weights of all contexts on a feature map; they sum to 1 in each cell.
 
         Args:
@@ -47,10 +45,9 @@ class RegionPlan:
             width: Columns of the feature map.
             step: The denoising step, from 0.
             steps: Number of steps; without it all regions hold.
-            dtype: Type of the result; computed in float64.
 
         Returns:
-            Shape (contexts, height * width).
+            Shape (contexts, height * width), float64.
         """
         holding = tuple(steps is None or region.holds(step, steps) for region in self.regions)
         key = (height, width, holding)
@@ -60,7 +57,7 @@ class RegionPlan:
             shares[list(holding)] = region_weights(present, height, width, torch.float64).flatten(1)
             rest = 1 - shares.sum(dim=0, keepdim=True)
             self._known[key] = torch.cat([rest.where(rest > _ROUNDING, 0), shares])
-        return self._known[key].to(dtype)
+        return self._known[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +223,7 @@ class Canvas:
 
     def shares(self, height: int, width: int, step: int) -> list[torch.Tensor]:
         """The regions' weights at a step on a latent of this size: for each plan, of shape (regions, cells)."""
-        return [plan.weights(height, width, step, self.steps, torch.float64)[1:] for plan in self.plans]
+        return [plan.weights(height, width, step, self.steps)[1:] for plan in self.plans]
 
     def regions(self) -> list[Region]:
         """List the regions of all plans, each once."""
@@ -239,7 +236,7 @@ class Canvas:
         return tuple(region.holds(self.step, self.steps) for plan in self.plans for region in plan.regions)
 
     def _weights(self, plan: RegionPlan, grid: tuple[int, int]) -> torch.Tensor:
-        return plan.weights(*grid, self.step, self.steps, torch.float64)
+        return plan.weights(*grid, self.step, self.steps)
 
     def _sort_rows(self, rows: int) -> list[tuple[RegionPlan, slice | torch.Tensor]]:
         """Each different plan with its rows of a batch, which holds all pictures once, or several times in a row."""

@@ -41,11 +41,11 @@ _STEP = re.compile(r"-steps-\d+(?=\.)")
 _MOST_WORDS = 64
 """A textual-inversion file has at most this many tensors."""
 _ADAPTERS = tuple(
-    f"{stem}{end}" for stem in ("adapter_model", "pytorch_lora_weights") for end in (".safetensors", ".bin")
+    f"{stem}{end}" for stem in ("pytorch_lora_weights", "adapter_model") for end in (".safetensors", ".bin")
 )
-"""File names of an adapter's weights in PEFT and diffusers."""
-_CONCEPT_FILES = (FILE_NAME, *_ADAPTERS, ORIGINAL_NAME, "learned_embeds.safetensors", "learned_embeds.bin")
-"""File names by which a folder is known to hold a concept or a LoRA."""
+"""File names of an adapter's weights in diffusers and PEFT."""
+FOREIGN_NAMES = (*_ADAPTERS, ORIGINAL_NAME, "learned_embeds.safetensors", "learned_embeds.bin")
+"""File names of other programs by which a folder or repository is known to hold a concept or a LoRA."""
 
 
 class Kind(StrEnum):
@@ -362,7 +362,7 @@ def _read_folder(folder: Path) -> Foreign:
     paths = _files_in(folder, patterns)
     models = {model: _files_in(folder, [f"{model}/{name}" for name in _ADAPTERS]) for model in COMPONENTS}
     if not paths and not any(models.values()):
-        below = sorted({path.parent.name for name in _CONCEPT_FILES for path in folder.glob(f"*/{name}")})
+        below = sorted({path.parent.name for name in (FILE_NAME, *FOREIGN_NAMES) for path in folder.glob(f"*/{name}")})
         hint = f"Its subfolders do, give one of them: {list_names(below)}." if below else "Give the file itself."
         raise EDLoRANotFoundError(f"{folder} holds no LoRA, ED-LoRA or textual inversion. {hint}")
     parts = [_read_file(path) for path in paths]

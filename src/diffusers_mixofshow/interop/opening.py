@@ -13,30 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_mixofshow.edlora import EDLoRA, hub
-from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
+from diffusers_mixofshow.edlora.file import FILE_NAME
 from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
 from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming, distinct_names
-from diffusers_mixofshow.interop.foreign import Foreign, read_foreign, to_edlora
+from diffusers_mixofshow.interop.foreign import FOREIGN_NAMES, Foreign, read_foreign, to_edlora
 from diffusers_mixofshow.interop.lora_files import EMBEDDINGS, list_companions
-from diffusers_mixofshow.interop.original import ORIGINAL_NAME
 from diffusers_mixofshow.interop.peft_settings import PEFT_CONFIG
 from diffusers_mixofshow.interop.trigger_words import find_trigger_words
 
 
 _OF_PEFT = "adapter_model"
-_ON_THE_HUB = (
-    PLAIN_NAME,
-    "pytorch_lora_weights.bin",
-    f"{_OF_PEFT}.safetensors",
-    f"{_OF_PEFT}.bin",
-    ORIGINAL_NAME,
-    "learned_embeds.safetensors",
-    "learned_embeds.bin",
-)
-"""File names of other programs in a repository, in order of search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +132,7 @@ def _read(
 def _read_from_hub(
     repo_id: str, weight_name: str | None, subfolder: str | None, where: dict[str, Any]
 ) -> tuple[Path, EDLoRA | Foreign]:
-    """Read a repository's pack; without one, the given file or the first of `_ON_THE_HUB`."""
+    """Read a repository's pack; without one, the given file or the first of `FOREIGN_NAMES`."""
     if weight_name is None:
         try:
             file = _fetch(repo_id, FILE_NAME, subfolder, where)
@@ -152,7 +141,7 @@ def _read_from_hub(
             missing = error
     else:
         missing = EDLoRANotFoundError(f"The repository {repo_id!r} holds no {weight_name}.")
-    for name in _ON_THE_HUB if weight_name is None else (weight_name,):
+    for name in FOREIGN_NAMES if weight_name is None else (weight_name,):
         try:
             file = _fetch(repo_id, name, subfolder, where)
         except EDLoRANotFoundError:

@@ -43,7 +43,7 @@ from diffusers_mixofshow.lora import (
     remember_fused,
     subtract_fused,
 )
-from diffusers_mixofshow.pipelines.opening import LoadingRequest, read_own_concepts
+from diffusers_mixofshow.pipelines.opening import check_arguments, open_source, read_own_concepts
 from diffusers_mixofshow.pipelines.other_families import (
     refuse_other_checkpoints,
     refuse_other_families,
@@ -199,12 +199,12 @@ class EDLoRALoader:
             EDLoRAFormatError: If the file is defective, or made for another model.
             ConfigurationError: If the adapter name is taken or malformed, or an argument has a wrong type.
         """
-        request = LoadingRequest.from_arguments(source, scale, adapter_name, hub)
-        edlora, name = request.open(self.components)
+        strength, name = check_arguments(source, scale, adapter_name, hub)
+        edlora, name = open_source(source, name, self.components, hub)
         check_distinct([*self.concepts.values(), *edlora.concepts])
         self._refuse_words_of_tokenizer(edlora.concepts)
         check_name(self._edloras.keys(), name)  # `inject` misses names of packs that have embeddings alone
-        inject(self.components, edlora, name, request.scale)
+        inject(self.components, edlora, name, strength)
         if not edlora.base_model:  # other programs' files do not name it
             edlora = replace(edlora, base_model=name_of(self))
         loaded, taken = self._edloras, _list_words(edlora)
@@ -227,12 +227,12 @@ class EDLoRALoader:
             ConfigurationError: If the adapter name is a concept's, even of one that has embeddings alone; if
                 hotswapping would replace a concept's updates; or if another thread uses the model.
         """
-        if hotswap and adapter_name in self._edloras:
-            raise ConfigurationError(
-                f"hotswap=True would replace the weights of {adapter_name!r}, which belong to a concept's embeddings."
-                " Call unload_edlora() and load_edlora(), or name another adapter."
-            )
         if adapter_name in self._edloras:
+            if hotswap:
+                raise ConfigurationError(
+                    f"hotswap=True would replace the weights of {adapter_name!r}, which belong to a concept's"
+                    " embeddings. Call unload_edlora() and load_edlora(), or name another adapter."
+                )
             check_name(self._edloras.keys(), adapter_name)
         with self._reserve_models(), keep_active(self.components, self._edloras):
             super().load_lora_weights(  # type: ignore[misc]

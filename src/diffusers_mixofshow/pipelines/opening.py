@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +20,51 @@ from diffusers_mixofshow.interop.opening import open_edlora
 _WHERE = ("revision", "subfolder", "weight_name", "token", "cache_dir", "local_files_only")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadingRequest:
-    """The arguments of `load_edlora`, checked.
+def check_arguments(source: Any, scale: Any, adapter_name: Any, where: Mapping[str, Any]) -> tuple[float, str]:
+    """Check the arguments of `load_edlora`; a text in the place of the scale is the adapter's name.
 
     Args:
         source: Hub id, folder or file, or an ED-LoRA itself.
         scale: Strength of the weight updates.
-        adapter_name: The name that the user gave, or empty.
+        adapter_name: The name that the user gave.
         where: Arguments that say where to look on the Hub or in a folder.
+
+    Returns:
+        The scale, and the adapter's name or an empty text.
+
+    Raises:
+        ConfigurationError: If arguments have wrong types or unknown names; names all of them.
     """
+    if isinstance(scale, str) and adapter_name is None and not _is_number(scale):
+        scale, adapter_name = 1.0, scale
+    defects = []
+    if not isinstance(source, str | os.PathLike | EDLoRA):
+        defects.append(
+            f"the source is {_format(source)}; expected a Hub id, a folder, a file or an EDLoRA, one in each call"
+        )
+    if not _is_scale(scale):
+        defects.append(f"scale is {_format(scale)}; expected a number such as 0.8")
+    if not isinstance(adapter_name, str | None):
+        defects.append(f"adapter_name is {_format(adapter_name)}; expected a text")
+    if strange := [name for name in where if name not in _WHERE]:
+        defects.append(f"there is no argument {', '.join(strange)}; expected scale, adapter_name, {', '.join(_WHERE)}")
+    if defects:
+        raise ConfigurationError(f"load_edlora: {'; '.join(defects)}.")
+    return float(scale), adapter_name or ""
 
-    source: str | os.PathLike[str] | EDLoRA
-    scale: float
-    adapter_name: str
-    where: Mapping[str, Any]
 
-    @classmethod
-    def from_arguments(cls, source: Any, scale: Any, adapter_name: Any, where: Mapping[str, Any]) -> LoadingRequest:
-        """Check the arguments; a text in the place of the scale is the adapter's name.
-
-        Raises:
-            ConfigurationError: If arguments have wrong types or unknown names; names all of them.
-        """
-        if isinstance(scale, str) and adapter_name is None and not _is_number(scale):
-            scale, adapter_name = 1.0, scale
-        defects = []
-        if not isinstance(source, str | os.PathLike | EDLoRA):
-            defects.append(
-                f"the source is {_format(source)}; expected a Hub id, a folder, a file or an EDLoRA, one in each call"
-            )
-        if not _is_scale(scale):
-            defects.append(f"scale is {_format(scale)}; expected a number such as 0.8")
-        if not isinstance(adapter_name, str | None):
-            defects.append(f"adapter_name is {_format(adapter_name)}; expected a text")
-        if strange := [name for name in where if name not in _WHERE]:
-            defects.append(
-                f"there is no argument {', '.join(strange)}; expected scale, adapter_name, {', '.join(_WHERE)}"
-            )
-        if defects:
-            raise ConfigurationError(f"load_edlora: {'; '.join(defects)}.")
-        return cls(source=source, scale=float(scale), adapter_name=adapter_name or "", where=where)
-
-    def open(self, components: Mapping[str, object]) -> tuple[EDLoRA, str]:
-        """Open the ED-LoRA for ``pipeline.components``, and choose its adapter's name."""
-        if isinstance(self.source, EDLoRA):
-            return self.source, self.adapter_name or _make_adapter_name(self.source, "lora")
-        found = open_edlora(self.source, layers=embedding_layers(components), **self.where)
-        found.tell()
-        return found.edlora, self.adapter_name or _make_adapter_name(found.edlora, found.file.stem)
+def open_source(
+    source: str | os.PathLike[str] | EDLoRA,
+    adapter_name: str,
+    components: Mapping[str, object],
+    where: Mapping[str, Any],
+) -> tuple[EDLoRA, str]:
+    """Open the ED-LoRA for ``pipeline.components``, and choose its adapter's name; see `check_arguments`."""
+    if isinstance(source, EDLoRA):
+        return source, adapter_name or _make_adapter_name(source, "lora")
+    found = open_edlora(source, layers=embedding_layers(components), **where)
+    found.tell()
+    return found.edlora, adapter_name or _make_adapter_name(found.edlora, found.file.stem)
 
 
 def read_own_concepts(

@@ -34,14 +34,8 @@ Texts = tuple[str, ...] | None
 
 _Anything = TypeVar("_Anything")
 
-_lock = threading.RLock()
-
-
-@contextmanager
-def _take_turns() -> Iterator[None]:
-    """Encode in one thread at a time: fast tokenizers keep truncation as state, and text encoders the LoRA scale."""
-    with _lock:
-        yield
+_one_thread = threading.RLock()
+"""Held while prompts are encoded: fast tokenizers keep truncation as state, and text encoders the LoRA scale."""
 
 
 class LayerwisePrompts(EDLoRALoader):
@@ -302,7 +296,6 @@ class LayerwisePrompts(EDLoRALoader):
 class StableDiffusionPrompts(LayerwisePrompts):
     """Mixin for a pipeline of Stable Diffusion 1.x and 2.x: one text encoder."""
 
-    @_take_turns()
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -325,7 +318,8 @@ class StableDiffusionPrompts(LayerwisePrompts):
             ConceptError: If a prompt has a bracketed word that is not loaded.
         """
         arguments = {name: value for name, value in locals().items() if name not in _NO_ARGUMENTS}
-        return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
+        with _one_thread:
+            return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
 
     def _encode_conditions(
         self,
@@ -362,7 +356,6 @@ class XLPrompts(LayerwisePrompts):
 
     _get_add_time_ids: Callable[..., torch.Tensor]
 
-    @_take_turns()
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -390,7 +383,8 @@ class XLPrompts(LayerwisePrompts):
             ConceptError: If a prompt has a bracketed word that is not loaded.
         """
         arguments = {name: value for name, value in locals().items() if name not in _NO_ARGUMENTS}
-        return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
+        with _one_thread:
+            return super().encode_prompt(**self._encode_texts(arguments))  # type: ignore[misc]
 
     def _encode_conditions(
         self,

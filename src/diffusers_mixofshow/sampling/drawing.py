@@ -158,14 +158,11 @@ def draw(drawing: Drawing, pipe: Any = None) -> Drawn:
     """
     views = _prepare_views(drawing)  # before the base is loaded, as it may fail
     warn_of_strange_words(drawing)
+    other = find_other_family(drawing.base, drawing.packs.values()) if pipe is None else None
     if pipe is None:
-        other = find_other_family(drawing.base, drawing.packs.values())
         pipe = load_base(drawing.base, drawing.device, drawing.dtype, concepts=other is None)
-        if other is not None:
-            with _load_plain_loras(pipe, drawing):
-                return _describe_drawn(pipe, _draw_prompt(pipe, drawing))
     with _load_packs(pipe, drawing):
-        return _draw(pipe, drawing, views)
+        return _draw(pipe, drawing, views) if other is None else _describe_drawn(pipe, _draw_prompt(pipe, drawing))
 
 
 def refuse_other_settings(drawing: Drawing) -> None:
@@ -206,26 +203,11 @@ def warn_of_strange_words(drawing: Drawing) -> None:
 @contextmanager
 def _load_packs(pipe: Any, drawing: Drawing) -> Iterator[None]:
     """Load the packs inside the block; all are unloaded afterwards, also if one of them cannot be loaded."""
-    names: list[str] = []
-    try:
-        for pack, scale in zip(drawing.packs.values(), drawing.lora_scales, strict=True):
-            name = f"drawn_{len(names)}"
-            pipe.load_edlora(pack, scale, name)
-            names.append(name)
-        yield
-    finally:
-        pipe.unload_edlora(names)
+    from diffusers_mixofshow.lora import loaded
 
-
-@contextmanager
-def _load_plain_loras(pipe: Any, drawing: Drawing) -> Iterator[None]:
-    """Load the drawing's plain LoRAs into a pipeline of diffusers inside the block."""
-    from diffusers_mixofshow.lora import eject, inject
-
-    with ExitStack() as undo:
+    with ExitStack() as packs:
         for number, (pack, scale) in enumerate(zip(drawing.packs.values(), drawing.lora_scales, strict=True)):
-            inject(pipe.components, pack, f"drawn_{number}", scale)
-            undo.callback(eject, pipe.components, f"drawn_{number}")
+            packs.enter_context(loaded(pipe, pack, scale, f"drawn_{number}"))
         yield
 
 
