@@ -72,8 +72,9 @@ def compose_company(photos: Sequence[Photo], config: TrainingConfig) -> list[Pho
             "No photo has a mask. Training works without masks; with them (masks/NAME.png, white is the concept, or "
             "photos that are cut out) pictures with the concept twice are composed, and it keeps its looks better "
             f"beside others. `mixofshow masks {folder} --class-word {shlex.quote(config.class_word)}` makes "
-            f"them{copy} (it downloads a model of 600 MB once), in Python make_masks; --company 0 (company=0) is "
-            "training without such pictures, which needs no masks."
+            f"them{copy} (it downloads a model of 600 MB once), in Python make_masks, and any paint program does: a "
+            "picture of the photo's size, black with the concept in white; --company 0 (company=0) is training "
+            "without such pictures, which needs no masks."
         )
         return []
     chance = random.Random(config.seed)
