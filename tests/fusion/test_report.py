@@ -89,7 +89,8 @@ def test_what_has_a_wrong_form_in_a_strangers_record_is_skipped(data: dict[str, 
 
 def test_the_table_has_a_mean_for_each_kind_of_layer(report: FusionReport) -> None:
     rows = printed(report)
-    assert ["concept", "averaged", "fused", "cross k v", "cross q out", "other", "self", "text"] in rows
+    kinds = ("cross k v", "cross q out", "other", "self", "text")
+    assert ["concept", "averaged", "fused", *(f"fused: {kind}" for kind in kinds)] in rows
     assert ["<rex>", "0.500", "0.416", "0.500", "0.100", "0.900", "0.500", "0.000"] in rows
     assert ["<tom>", "0.500", "-", "0.750", "0.400", "0.600", "0.750", "-"] in rows
     (pairs,) = [row[0] for row in rows if "Largest overlaps" in row[0]]

@@ -198,7 +198,7 @@ EVALUATION = {
 def test_what_was_measured_stands_beside_the_residuals(fused, tmp_path):
     measured = dataclasses.replace(fused, training={**fused.training, "evaluation": EVALUATION})
     text = saved_card(measured, tmp_path).text
-    assert "| retention | image-alignment | text-alignment | residual, fused | averaged |" in text
+    assert "| retention | image-alignment | text-alignment | features lost, fused | features lost, averaged |" in text
     assert "| `<rex>` | dog | pet | `a <rex>` | 0.93 | 0.81 | 0.78 | 0.031 | 0.710 |" in text
     assert "| `<tom>` | dog | pet | `a <tom>` | - | - | 0.70 | - | - |" in text
     assert "12 pictures of each concept with `a/'clip'`" in text

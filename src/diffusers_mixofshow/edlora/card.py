@@ -350,11 +350,11 @@ def _residual_columns(names: Iterable[str], training: Mapping[str, object]) -> t
         return [], ""
     lines = [("-", "-") if pair is None else (f"{pair['fused']:.3f}", f"{pair['average']:.3f}") for pair in pairs]
     note = (
-        "The residual is the relative error in a concept's layer outputs: 0 is the concept's own model, 1 the base "
+        "What is lost is the relative error in a concept's layer outputs: 0 is the concept's own model, 1 the base "
         "without it. It says little about identity; compare it with that of a plain weighted average, in the next "
         "column."
     )
-    return [("residual, fused", "averaged"), *lines], note
+    return [("features lost, fused", "features lost, averaged"), *lines], note
 
 
 _MEASURES = {

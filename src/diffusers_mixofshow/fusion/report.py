@@ -44,9 +44,10 @@ A high residual alone says little: fusing eight critters of Toyland leaves 0.84 
 looks, because much of the residual is on features that all of them share.
 """
 
-TITLE = "Residual of features (0: its own model, 1: the base)"
+TITLE = "What each concept loses of its features if averaged, and as fused (0: nothing, 1: all of them)"
 _MEANING = (
-    "A residual is about features, not identity: compare 'fused' with 'averaged', what a weighted average leaves."
+    "The loss, or residual, is about features, not identity: compare 'fused' with 'averaged', what a weighted average "
+    "leaves."
 )
 _MEASURED = (
     "Around 0.6, concepts of 'mixofshow demo' keep nearly all of their looks, and eight of one class at 0.84 still "
@@ -145,7 +146,7 @@ class FusionReport:
             ]
             for name, mean in self.residuals.items()
         ]
-        return ["concept", "averaged", "fused", *groups], rows
+        return ["concept", "averaged", "fused", *(f"fused: {group}" for group in groups)], rows
 
     @property
     def meaning(self) -> str:
