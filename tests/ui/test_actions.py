@@ -414,6 +414,19 @@ def test_dropped_files_of_one_name_are_told_by_their_concepts(
     assert actions.tell_contents(studio, []) == ""
 
 
+def test_loaded_concepts_are_fused_as_their_files_are(studio: Studio, packs: dict[str, Path], tmp_path: Path) -> None:
+    session, _ = actions.load_files(studio, Session(), list(packs.values()))
+    plain = write_lora(tmp_path / "dog.safetensors", studio.open(packs["rex"]).edlora.lora)
+    names = actions.list_fusable(actions.load(studio, session, plain))
+    assert names == ["rex", "tom"]
+    fused = [
+        actions.fuse(studio, sources, "closed-form", [])
+        for sources in (list(packs.values()), actions.take_loaded(session, names))
+    ]
+    assert len({studio.open(files[1]).edlora.digest for files, _, _ in fused}) == 1
+    assert fused[0][1:] == fused[1][1:]
+
+
 def test_files_are_fused_with_the_report(studio: Studio, packs: dict[str, Path]) -> None:
     files, (headers, rows), meaning = actions.fuse(studio, list(packs.values()), "closed-form", [])
     assert [path.name for path in files] == ["README.md", "edlora.safetensors"]

@@ -97,6 +97,21 @@ def test_an_error_goes_when_the_user_tries_again(seen: Any) -> None:
     until(seen, lambda: not told(seen))
 
 
+def test_an_error_goes_by_itself_after_the_time_to_read_it(seen: Any) -> None:
+    one(seen, "#draw").click()
+    until(seen, lambda: told(seen))
+    begun = time.monotonic()
+    until(seen, lambda: not told(seen))
+    assert 5 < time.monotonic() - begun
+
+
+def test_what_is_loaded_is_offered_when_the_tab_for_fusing_is_opened(seen: Any, packs: dict[str, Path]) -> None:
+    one(seen, "input[type='file'][multiple]").send_keys(str(packs["rex"]))
+    until(seen, lambda: seen.find_elements("css selector", "[data-concept='<rex>']"))
+    open_tab(seen, "Fuse")
+    until(seen, lambda: [each for each in shown(seen, "label") if each.text == "rex"])
+
+
 @pytest.mark.skipif(
     Version(installed_version("gradio") or "0") < Version("6.31"),
     reason="Gradio 6.6 tells screen readers nothing; 6.31, which the suite pins, does",

@@ -228,6 +228,24 @@ def test_the_fused_pack_is_loaded_for_drawing(server: str, packs: dict[str, Path
     assert completions["props"]["concepts"] == ["<rex>", "<tom>"]
 
 
+def test_what_is_loaded_for_drawing_is_offered_for_fusing(server: str, packs: dict[str, Path]) -> None:
+    from gradio_client import handle_file
+
+    client = user(server)
+    assert not client.predict([], api_name="/list_loaded")["visible"]
+    client.predict([handle_file(packs["rex"])], api_name="/load_files")
+    for chosen in ([], ["rex"]):
+        offered = client.predict(chosen, api_name="/list_loaded")
+        assert (offered["choices"], offered["value"], offered["visible"]) == ([["rex", "rex"]], chosen, True)
+    table, _, _ = client.predict([handle_file(packs["tom"])], "", "sum", "", ["rex"], api_name="/fuse")
+    assert [row[0] for row in table["data"]] == ["<tom>", "<rex>"]
+    client.predict("rex", api_name="/unload")
+    with pytest.raises(Exception, match="rex is not loaded any more"):
+        client.predict([handle_file(packs["tom"])], "", "sum", "", ["rex"], api_name="/fuse")
+    offered = client.predict(["rex"], api_name="/list_loaded")
+    assert (offered["choices"], offered["value"], offered["visible"]) == ([], [], False)
+
+
 def test_a_card_is_shown_with_what_strangers_wrote_escaped(server: str, packs: dict[str, Path]) -> None:
     from gradio_client import handle_file
 
@@ -277,6 +295,7 @@ def test_an_error_marks_at_most_the_field_that_it_is_about(studio: Studio) -> No
         "save_layout": ["Layout (JSON)"],
         "read_layout": ["Load a layout (JSON) or a picture with its settings (PNG)"],
         "tell_contents": ["Drop files"],
+        "list_loaded": ["Drop files"],
         "fuse": [TITLE],
         "look_into_file": ["Drop a file"],
         "look": ["Facts"],
@@ -288,7 +307,7 @@ def test_how_a_call_goes_is_shown_where_it_is_seen(studio: Studio) -> None:
     config = page.build_page(studio).config
     seen = {part["id"] for part in config["components"] if part["props"].get("visible") is True}
     calls = [call for call in config["dependencies"] if call["api_visibility"] == "public"]
-    assert len(calls) == 11
+    assert len(calls) == 12
     assert all(seen.issuperset(call["show_progress_on"]) for call in calls)
 
 

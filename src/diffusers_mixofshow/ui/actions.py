@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
-from diffusers_mixofshow import Draft, GradientFuser, Isolation, Layout, Refinement
+from diffusers_mixofshow import Draft, EDLoRA, GradientFuser, Isolation, Layout, Refinement
 from diffusers_mixofshow.base_models import classes_of
 from diffusers_mixofshow.concepts import split_prompt
 from diffusers_mixofshow.conditioning.tokenize import list_bracketed_words
+from diffusers_mixofshow.edlora import hub
 from diffusers_mixofshow.errors import ConceptError, ConfigurationError, MixOfShowError, RegionError
 from diffusers_mixofshow.families.layers import default_size
 from diffusers_mixofshow.fusion import FusionSource, LoRASource
@@ -27,10 +28,6 @@ from diffusers_mixofshow.ui.canvas import MOST_PIXELS, call_regions, read_colour
 from diffusers_mixofshow.ui.conditions import SCALE, draw_condition, has_layout_condition
 from diffusers_mixofshow.ui.session import Session, Studio
 
-
-if TYPE_CHECKING:
-    from diffusers_mixofshow import EDLoRA
-    from diffusers_mixofshow.interop.opening import Opened
 
 MOST_STEPS = 200
 MOST_SOURCES = 16
@@ -208,6 +205,26 @@ def list_loaded(session: Session) -> list[list[str]]:
         concepts = [(concept.placeholder, concept.class_word) for concept in pack.concepts]
         rows += [[name, *words, pack.base_model] for words in concepts or [("(a plain LoRA)", "")]]
     return rows
+
+
+def list_fusable(session: Session) -> list[str]:
+    """List the names of loaded packs with concepts; a plain LoRA is fused by its file, which tells its triggers."""
+    return [name for name, pack in session.packs.items() if pack.concepts]
+
+
+def take_loaded(session: Session, names: Sequence[str]) -> list[str | EDLoRA]:
+    """Take loaded packs as sources for `fuse`; one of the Hub by its id, which the fused pack then names.
+
+    Args:
+        session: What is loaded.
+        names: Names of loaded packs.
+
+    Raises:
+        ConfigurationError: If one of them is not loaded any more.
+    """
+    if gone := [name for name in names if name not in session.packs]:
+        raise ConfigurationError(f"{', '.join(gone)} is not loaded any more. Choose again what to fuse.")
+    return [name if hub.is_repo_id(name) else session.packs[name] for name in names]
 
 
 def tell_contents(studio: Studio, files: Sequence[Path]) -> str:
@@ -389,13 +406,13 @@ def _select_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fuse(
-    studio: Studio, sources: Sequence[str | Path], method: str, trigger_prompts: Sequence[str]
+    studio: Studio, sources: Sequence[str | Path | EDLoRA], method: str, trigger_prompts: Sequence[str]
 ) -> tuple[list[Path], tuple[list[str], list[list[str]]], str]:
-    """Fuse several files or repositories.
+    """Fuse several files, repositories or loaded packs.
 
     Args:
         studio: Its base model records the features.
-        sources: See `Studio.open`.
+        sources: Loaded packs, or what `Studio.open` reads.
         method: One of `METHODS`.
         trigger_prompts: Prompts of each plain LoRA whose file does not name its trigger words, in the order of the
             sources, separated by ``|``; methods that use the updates alone need none.
@@ -409,14 +426,13 @@ def fuse(
     if not 2 <= len(sources) <= MOST_SOURCES:
         counted = f"{len(sources)} source{'' if len(sources) == 1 else 's'}"
         raise ConfigurationError(
-            f"Got {counted} to fuse, expected 2 to {MOST_SOURCES}: files, and names that are typed on a line each."
+            f"Got {counted} to fuse, expected 2 to {MOST_SOURCES}: files, what is loaded in the tab Draw, and names "
+            "that are typed on a line each."
         )
     if method not in METHODS:
         raise ConfigurationError(f"Got the method {method!r}, expected one of {', '.join(METHODS)}.")
-    opened = [(source, studio.open(source)) for source in sources]
     prompts = iter(trigger_prompts)
-    recorded = method in MEASURED
-    to_fuse = [_make_source(source, each, prompts, recorded=recorded) for source, each in opened]
+    to_fuse = [_make_source(studio, source, prompts, recorded=method in MEASURED) for source in sources]
     with studio.borrow() as pipe:
         fused = GradientFuser(pipe).fuse(to_fuse, method=method)  # type: ignore[arg-type]
     folder = studio.new_folder()
@@ -431,8 +447,11 @@ def fuse(
 
 
 def _make_source(
-    source: str | Path, opened: Opened, prompts: Iterator[str], *, recorded: bool
+    studio: Studio, source: str | Path | EDLoRA, prompts: Iterator[str], *, recorded: bool
 ) -> FusionSource | LoRASource:
+    if isinstance(source, EDLoRA):
+        return FusionSource(source)
+    opened = studio.open(source)
     if opened.edlora.concepts:
         return FusionSource(source, opened=opened)
     texts = [] if opened.tells_prompts else [one.strip() for one in next(prompts, "").split("|") if one.strip()]

@@ -125,8 +125,8 @@ def build_page(studio: Studio, borrow: Borrow = lambda function: function) -> An
         with gradio.Tabs() as tabs:
             with gradio.Tab("Draw", id=_DRAW):
                 drawing = _DrawTab(gradio, studio, borrow)
-            with gradio.Tab("Fuse"):
-                drawing.offer(_add_fuse_tab(gradio, studio, borrow), tabs)
+            with gradio.Tab("Fuse") as fusing:
+                drawing.offer(_add_fuse_tab(gradio, studio, borrow, drawing.session, fusing), tabs)
             with gradio.Tab("Look into a file"):
                 _add_file_tab(gradio, studio)
     return page.queue()
@@ -175,10 +175,11 @@ def _tell_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 result = function(*given)
             except MixOfShowError as error:
-                raise gradio.Error(_as_text(error), duration=None, print_exception=False) from error
+                told = _as_text(error)
+                raise gradio.Error(told, duration=_reading_time(told), print_exception=False) from error
         for each in caught:
             if issubclass(each.category, MixOfShowWarning):
-                gradio.Warning(_as_text(each.message))
+                _warn(each.message)
         return result
 
     return call
@@ -187,6 +188,16 @@ def _tell_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 def _as_text(message: object) -> str:
     """Word a message for the page and escape it: Gradio renders it as HTML, and it may quote texts of strangers."""
     return html.escape(actions.word_for_page(message, _list_upload_folders()), quote=False)
+
+
+def _warn(message: object) -> None:
+    told = _as_text(message)
+    import_gradio().Warning(told, duration=_reading_time(told))
+
+
+def _reading_time(text: str) -> float:
+    """Seconds for which a message stays: it covers fields, so that it has to go by itself, but not unread."""
+    return 8 + len(text) / 10
 
 
 def _list_upload_folders() -> list[Path]:
@@ -382,7 +393,7 @@ class _DrawTab:
         files = [Path(each) for each in sent or ()]
         loaded, refused = actions.load_files(self.studio, session or Session(), files)
         for message in refused:
-            self.gradio.Warning(_as_text(message), duration=None)
+            _warn(message)
         return self._show(loaded)
 
     def _load_fused(self, session: Session | None, files: Sequence[str] | None) -> tuple[Any, ...]:
@@ -417,10 +428,34 @@ def _list_sources(files: Sequence[str] | None, named: str) -> list[str | Path]:
     return [*(Path(each) for each in files or ()), *(line.strip() for line in named.splitlines() if line.strip())]
 
 
-def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
-    """Add the fields and results of fusing; returns the component with the fused pack's files."""
+def _offer_loaded(gradio: Any, session: Any, tab: Any, files: Any) -> Any:
+    """Add a field that offers what is loaded for drawing, anew whenever its tab is opened; returns it."""
+    offered = gradio.CheckboxGroup([], label="Loaded in the tab Draw", visible=False)
+
+    def list_loaded(session: Session | None, chosen: Sequence[str] | None) -> Any:
+        names = actions.list_fusable(session or Session())
+        return gradio.CheckboxGroup(
+            choices=names, value=[name for name in chosen or () if name in names], visible=bool(names)
+        )
+
+    shown = {"show_progress": "hidden", "show_progress_on": files}
+    _connect(tab.select, list_loaded, [session, offered], [offered], api_name="list_loaded", **shown)
+    return offered
+
+
+def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow, session: Any, tab: Any) -> Any:
+    """Add the fields and results of fusing; returns the component with the fused pack's files.
+
+    Args:
+        gradio: The module.
+        studio: The state that all users share.
+        borrow: See `build_page`.
+        session: The component with what the user has loaded for drawing.
+        tab: The tab that is filled.
+    """
     gradio.Markdown("Several concepts, or plain LoRAs, become one file. No photos are needed.")
     files = gradio.File(label="Drop files", file_count="multiple", file_types=_ENDINGS)
+    loaded = _offer_loaded(gradio, session, tab, files)
     contents = gradio.Textbox(label="In these files", interactive=False, visible=False)
     more = "Hub ids, folders or files, a line each" if studio.local else "Hub ids, a line each"
     named = gradio.Textbox(label=more, lines=2)
@@ -443,17 +478,24 @@ def _add_fuse_tab(gradio: Any, studio: Studio, borrow: Borrow) -> Any:
     progress = gradio.Progress()  # as a default, Gradio replaces it in each call by that call's own
 
     def fuse(
-        sent: Sequence[str] | None, typed: str, method: str, triggers: str, shown: Any = progress
+        sent: Sequence[str] | None,
+        typed: str,
+        method: str,
+        triggers: str,
+        session: Session | None,
+        chosen: Sequence[str],
+        shown: Any = progress,
     ) -> tuple[Any, ...]:
+        sources = [*_list_sources(sent, typed), *actions.take_loaded(session or Session(), chosen)]
         lines = [line.strip() for line in triggers.splitlines() if line.strip()]
         with listen(_show_on(shown)):
-            paths, (headers, rows), meaning = actions.fuse(studio, _list_sources(sent, typed), method, lines)
+            paths, (headers, rows), meaning = actions.fuse(studio, sources, method, lines)
         return {"headers": headers, "data": rows}, meaning, [str(path) for path in paths]
 
     _connect(
         go.click,
         borrow(fuse),
-        [files, named, method, prompts],
+        [files, named, method, prompts, session, loaded],
         [table, meaning, result],
         api_name="fuse",
         show_progress_on=table,
