@@ -15,7 +15,6 @@ from diffusers_mixofshow.toyland.world import (
     ATTRIBUTES,
     BACKGROUNDS,
     CLASSES,
-    EXTRA_VALUES,
     MAIN_COLOURS,
     Scene,
     Thing,
@@ -25,6 +24,21 @@ from diffusers_mixofshow.toyland.world import (
 
 UNKNOWN = -1
 """Label of an attribute that a picture does not show; the loss leaves it out."""
+_EXTRA_VALUES: dict[str, tuple[str, ...]] = {
+    "ear_shape": ("antenna",),
+    "ear_colour": ("cyan", "lime"),
+    "eyes": ("three",),
+    "eye_colour": ("red", "lime"),
+    "pattern": ("checks",),
+    "pattern_colour": ("cyan", "lime", "silver"),
+    "belly_colour": ("cyan", "lime", "silver"),
+    "hat_colour": ("cyan", "pink"),
+    "collar_colour": ("cyan", "pink"),
+    "flower_colour": ("cyan", "purple"),
+    "cushion_colour": ("cyan",),
+    "wings": ("wings",),
+}
+"""Hidden attribute to values that the base was not trained on; some concepts have them, and the reader knows them."""
 
 
 def attribute_vocabulary() -> dict[str, tuple[str, ...]]:
@@ -34,7 +48,7 @@ def attribute_vocabulary() -> dict[str, tuple[str, ...]]:
     for attributes in ATTRIBUTES.values():
         for name, choices in attributes.items():
             values.setdefault(name, []).extend(choices)
-    for name, choices in EXTRA_VALUES.items():
+    for name, choices in _EXTRA_VALUES.items():
         values.setdefault(name, ["none"]).extend(choices)
     return {name: tuple(dict.fromkeys(choices)) for name, choices in values.items()}
 
@@ -45,7 +59,7 @@ def _random_thing(rng: random.Random) -> Thing:
     colour = rng.choice(MAIN_COLOURS[class_word])
     attributes: dict[str, str] = {}
     for name, values in ATTRIBUTES[class_word].items():
-        extra = EXTRA_VALUES.get(name, ())
+        extra = _EXTRA_VALUES.get(name, ())
         choices = extra if extra and rng.random() < 0.33 else values
         attributes[name] = rng.choice([value for value in choices if name != "pattern_colour" or value != colour])
     if class_word == "critter" and rng.random() < 0.25:

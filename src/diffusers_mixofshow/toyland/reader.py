@@ -35,14 +35,13 @@ class ReaderNetwork(torch.nn.Module):
 
     Args:
         outputs: Total number of values over all attributes.
-        widths: Channels of the convolutions; every second one halves the resolution.
     """
 
-    def __init__(self, outputs: int, widths: Sequence[int] = (32, 48, 64, 96, 128, 128)) -> None:
+    def __init__(self, outputs: int) -> None:
         super().__init__()
         layers: list[torch.nn.Module] = []
         before = 3
-        for index, width in enumerate(widths):
+        for index, width in enumerate((32, 48, 64, 96, 128, 128)):  # every second one halves the resolution
             layers += [
                 torch.nn.Conv2d(before, width, 5 if index == 0 else 3, 2 - index % 2, 2 if index == 0 else 1),
                 torch.nn.GroupNorm(8, width),

@@ -88,22 +88,6 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Class to its hidden attributes, with the values in the base's training pictures."""
 
-EXTRA_VALUES: dict[str, tuple[str, ...]] = {
-    "ear_shape": ("antenna",),
-    "ear_colour": ("cyan", "lime"),
-    "eyes": ("three",),
-    "eye_colour": ("red", "lime"),
-    "pattern": ("checks",),
-    "pattern_colour": ("cyan", "lime", "silver"),
-    "belly_colour": ("cyan", "lime", "silver"),
-    "hat_colour": ("cyan", "pink"),
-    "collar_colour": ("cyan", "pink"),
-    "flower_colour": ("cyan", "purple"),
-    "cushion_colour": ("cyan",),
-    "wings": ("wings",),
-}
-"""Hidden attribute to values that the base was not trained on; some concepts have them, and the reader knows them."""
-
 CLASSES = tuple(ATTRIBUTES)
 BACKGROUNDS = ("meadow", "beach", "desert", "snow", "night", "room")
 
