@@ -42,7 +42,7 @@ from judging import is_colour, share_of_looks, subject_of
 from kept import Kept
 from PIL import Image
 from rich.console import Console
-from rivals import WITH_RIDGE, weights_as_features
+from rivals import UNSEEN_PROMPTS, WITH_RIDGE, weights_as_features
 from toyland_base.instances import random_instances
 
 from diffusers_mixofshow import toyland
@@ -52,7 +52,7 @@ from diffusers_mixofshow.demo.tuning import tune_all
 from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.evaluation import metrics, record
 from diffusers_mixofshow.evaluation.identity import Identity, Subject, mean_identity, measure_identity, retention
-from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS, UNSEEN_PROMPTS
+from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
 from diffusers_mixofshow.evaluation.sampling import Sampling, fill_templates, sample_pictures
 from diffusers_mixofshow.evaluation.toyland_judge import ToylandJudge
 from diffusers_mixofshow.families import BaseModel

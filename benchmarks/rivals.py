@@ -25,7 +25,7 @@ from recording_curve import HELD_OUT_SEED, Added, Recorder, residuals
 from diffusers_mixofshow import toyland
 from diffusers_mixofshow.evaluation import record
 from diffusers_mixofshow.evaluation.intervals import Interval
-from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS, UNSEEN_PROMPTS
+from diffusers_mixofshow.evaluation.prompts import RECORDING_PROMPTS
 from diffusers_mixofshow.fusion.solving import (
     METHODS,
     Ridge,
@@ -40,6 +40,15 @@ from diffusers_mixofshow.fusion.statistics import ConceptStatistics
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 
 
+UNSEEN_PROMPTS = (
+    "a <TOK> on the beach at night",
+    "a photo of a <TOK> in the desert at night",
+    "there is a <TOK> in the snow at night",
+    "a picture of a <TOK> in a meadow at night",
+    "a <TOK> in a room at night",
+)
+"""Prompts for measuring whose content is new: neither a prompt that fusion records nor a photo's caption has places by
+night."""
 WITH_RIDGE: dict[str, Ridge] = {
     "closed-form:ridge=0.1": 0.1,
     "ssr:own recording": 1e-3,  # as published: of the mean diagonal, one prompt and one step

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,9 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __file__ as benchmarks_file
+from diffusers_mixofshow import toyland
+from diffusers_mixofshow.evaluation.prompts import HELD_OUT_PROMPTS, RECORDING_PROMPTS
+from diffusers_mixofshow.sampling.vocabulary import warn_of_unknown_words
 
 
 @pytest.fixture
@@ -44,3 +49,24 @@ def test_a_method_is_told_with_its_settings(retention: ModuleType) -> None:
     assert retention.parsed("closed-form:ridge=auto,prior=0.1") == ("closed-form", {"ridge": "auto", "prior": 0.1})
     with pytest.raises(SystemExit, match="Unknown method 'median' in 'median:ridge=1'; expected closed-form, average"):
         retention.parsed("median:ridge=1")
+
+
+def test_unseen_prompts_differ_in_content_from_all_that_is_recorded_or_learnt(retention: ModuleType) -> None:
+    """They name other places and times together, whatever words stand between."""
+    words = {"meadow", "beach", "desert", "snow", "night", "room"}
+    things = [concept for concept in toyland.CONCEPTS.values() if concept.kind != "scene"]
+    of_each = [{photo.caption for photo in toyland.photos(concept)} for concept in things]
+    # Of the held-out prompts of fourteen concepts; the page of fusion's benchmarks tells this.
+    assert sum(len(captions & set(HELD_OUT_PROMPTS)) for captions in of_each[:14]) == 15
+    captions = set().union(*of_each)
+    seen = [words & {*re.findall(r"\w+", text)} for text in (*RECORDING_PROMPTS, *captions)]
+    assert {len(each) for each in seen} == {1}
+    new = [words & {*re.findall(r"\w+", text)} for text in retention.UNSEEN_PROMPTS]
+    assert [each for each in new if each in seen] == []
+    assert len({frozenset(each) for each in new}) == len(retention.UNSEEN_PROMPTS)
+
+
+def test_no_unseen_prompt_has_a_strange_word(retention: ModuleType) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unknown_words("toyland", retention.UNSEEN_PROMPTS)

@@ -30,16 +30,6 @@ HELD_OUT_PROMPTS = (
 )
 """Prompts for measuring: the backgrounds of `RECORDING_PROMPTS` in other wordings, some of them captions of photos."""
 
-UNSEEN_PROMPTS = (
-    "a <TOK> on the beach at night",
-    "a photo of a <TOK> in the desert at night",
-    "there is a <TOK> in the snow at night",
-    "a picture of a <TOK> in a meadow at night",
-    "a <TOK> in a room at night",
-)
-"""Prompts for measuring whose content is new: neither a prompt that fusion records nor a photo's caption has places by
-night."""
-
 HELD_OUT_SCENE_PROMPTS = (
     "a dog in a <TOK>",
     "a photo of a vase in a <TOK>",
