@@ -20,11 +20,19 @@ import tiny
 from diffusers_mixofshow import cli
 from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.file import PLAIN_NAME
-from diffusers_mixofshow.errors import EDLoRAFormatError, FileWriteError, FusionError, MixOfShowWarning
+from diffusers_mixofshow.edlora.hub import create
+from diffusers_mixofshow.errors import (
+    EDLoRAFormatError,
+    EDLoRANotFoundError,
+    FileWriteError,
+    FusionError,
+    MixOfShowWarning,
+)
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
 from diffusers_mixofshow.fusion.pack import read_plain_pack
 from diffusers_mixofshow.fusion.pack_sources import list_places
+from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sampling.loading import load_base
@@ -253,6 +261,53 @@ def test_a_plain_pack_goes_to_the_hub_and_comes_from_there(
     again = GradientFuser(pipe).fuse([LoRASource("me/both", ["sks"])], method="sum")
     assert again.lora.keys() == fused.lora.keys()
     assert list(again.report.data["prompts"]) == ["both"]
+
+
+def test_a_plain_pack_of_the_hub_is_read_with_its_sources(
+    loopback_hub: Any, pipe: MixOfShowPipeline, tmp_path: Path
+) -> None:
+    files = [_write(pipe, tmp_path / f"{name}.safetensors", seed) for seed, name in enumerate(("ink", "oil"))]
+    pack = _fuser(pipe, sequential=False, statistics=tmp_path / "kept").fuse([LoRASource(one, ["x"]) for one in files])
+    hub = {"token": loopback_hub.token, "revision": "old"}
+    pack.push_to_hub("me/both", sources=True, private=True, **hub)
+    pack.save_pretrained(tmp_path / "several" / "packs" / "both", sources=True)
+    _publish(loopback_hub, "me/several", tmp_path / "several")
+    for again in (
+        FusedPack.from_pretrained("me/both", **hub),
+        FusedPack.from_pretrained("me/several", subfolder="packs/both"),
+    ):
+        assert all(source.statistics for source in again.sources)
+        _same(again.remove("ink"), pack.remove("ink"))
+    _publish(loopback_hub, "me/style", write_lora(tmp_path / "style" / PLAIN_NAME, pack.lora).parent)
+    with pytest.raises(EDLoRANotFoundError, match=r"holds no ED-LoRA \(edlora\.safetensors\)"):
+        FusedPack.from_pretrained("me/style")
+
+
+def _publish(hub: Any, repo_id: str, folder: Path) -> None:
+    create(repo_id, token=hub.token, private=False, revision=None)
+    content = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.repositories[repo_id].commit("main", "files", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_there"), [(PLAIN_NAME, True), ("adapter_model.safetensors", True), (PLAIN_NAME, False)]
+)
+def test_statistics_of_a_plain_lora_are_found_again_on_the_hub(
+    loopback_hub: Any, pipe: MixOfShowPipeline, tmp_path: Path, name: str, is_there: bool
+) -> None:
+    """Beside the file that the repository has; before it has any, beside the one that packs of plain LoRAs have."""
+    path = _write(pipe, tmp_path / "repo" / name, 1)
+    source = LoRASource(path, ["sks"], name="style")
+    statistics = _fuser(pipe, sequential=False, statistics=tmp_path / "kept").record(source)
+    if is_there:
+        _publish(loopback_hub, "me/style", path.parent)
+    statistics.push_to_hub("me/style", token=loopback_hub.token)
+    if not is_there:
+        _publish(loopback_hub, "me/style", path.parent)
+    _same(
+        GradientFuser().fuse([replace(source, source="me/style")]),
+        GradientFuser().fuse([replace(source, statistics=statistics)]),
+    )
 
 
 def test_a_pack_never_leads_out_of_its_folder() -> None:

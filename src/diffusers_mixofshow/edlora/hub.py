@@ -193,6 +193,13 @@ def upload(
         return commit() if create_pr else _retry(commit)
 
 
+def list_files(repo_id: str, *, token: str | bool | None, revision: str | None) -> list[str]:
+    """Names of all files of a repository, with their folders."""
+    with _translate_errors(repo_id, revision, token):
+        found = _retry(lambda: HfApi(token=token).model_info(repo_id, revision=revision))
+        return [file.rfilename for file in found.siblings or ()]
+
+
 def read_file(repo_id: str, filename: str, commit: str, *, token: str | bool | None) -> str | None:
     """Text of a small file of a repository at a commit; None if there is no such file."""
     try:

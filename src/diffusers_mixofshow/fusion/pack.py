@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +16,9 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.card import Samples
 from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
 from diffusers_mixofshow.edlora.fusion_record import read_plain_record, record_of, write_plain_record
+from diffusers_mixofshow.edlora.hub import download, is_repo_id
 from diffusers_mixofshow.edlora.reading import read_metadata
-from diffusers_mixofshow.errors import FusionError, MixOfShowError, suggest, warn
+from diffusers_mixofshow.errors import EDLoRANotFoundError, FusionError, MixOfShowError, suggest, warn
 from diffusers_mixofshow.fusion.collection import Recording
 from diffusers_mixofshow.fusion.gram import Device, Gram
 from diffusers_mixofshow.fusion.pack_sources import (
@@ -179,8 +181,7 @@ class FusedPack(EDLoRA):
         Raises:
             FusionError: If it was not fused, or a source is neither carried nor unchanged on the Hub.
         """
-        plain = _plain_file(Path(source, subfolder or ""))
-        pack = super().from_pretrained(source, subfolder=subfolder, **hub) if plain is None else cls._of_plain(plain)
+        pack = cls._read(source, subfolder, **hub)
         settings, entries = read_record(FusionReport.of(pack).data)
         carrier = Path(source).parent if Path(source).is_file() else source
         parts = [subfolder] if subfolder else []
@@ -189,6 +190,21 @@ class FusedPack(EDLoRA):
             inside = ["/".join([*parts, place]) for place in places]
             found.append(find_source(entry, carrier, *inside, **hub))
         return replace(pack, sources=tuple(found), settings=settings, dtype=_dtype_of(pack))
+
+    @classmethod
+    def _read(cls, source: str | os.PathLike[str], subfolder: str | None, **hub: Any) -> Self:
+        """Read a pack without its sources, of ED-LoRAs or of plain LoRAs alone."""
+        if plain := _plain_file(Path(source, subfolder or "")):
+            return cls._of_plain(plain)
+        try:
+            return super().from_pretrained(source, subfolder=subfolder, **hub)
+        except EDLoRANotFoundError:
+            with suppress(EDLoRANotFoundError):
+                if is_repo_id(source):
+                    plain = _plain_file(download(str(source), PLAIN_NAME, subfolder=subfolder, **hub))
+            if plain is None:
+                raise
+            return cls._of_plain(plain)
 
     @classmethod
     def _of_plain(cls, path: Path) -> Self:

@@ -24,15 +24,16 @@ from safetensors.torch import save as serialize
 
 from diffusers_mixofshow.atomic import check_outputs, write_whole
 from diffusers_mixofshow.edlora.defects import WIDEST, list_names, sanitise
-from diffusers_mixofshow.edlora.file import FILE_NAME, STATISTICS_KEY
+from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME, STATISTICS_KEY
 from diffusers_mixofshow.edlora.folder import statistics_name
 from diffusers_mixofshow.edlora.header import decode
-from diffusers_mixofshow.edlora.hub import create, upload
+from diffusers_mixofshow.edlora.hub import create, list_files, upload
 from diffusers_mixofshow.edlora.reading import read_steadily
 from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError
 from diffusers_mixofshow.fusion.compression import Spectrum, allocate_ranks, most_rows
 from diffusers_mixofshow.fusion.gram import DenseGram, Gram, GramFactor
 from diffusers_mixofshow.fusion.statistics import PARTS, GramStatistics, Part
+from diffusers_mixofshow.interop.opening import choose_file
 
 
 FORMAT_VERSION = 1
@@ -179,10 +180,10 @@ class SourceStatistics:
             write_whole(path, _read_bytes(self.file, self.fingerprint))
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, revision: str | None = None) -> None:
-        """Upload the statistics beside the ED-LoRA of a repository, created where it is missing.
+        """Upload the statistics beside the ED-LoRA or plain LoRA of a repository, created where it is missing.
 
         Args:
-            repo_id: Repository of the ED-LoRA, see `EDLoRA.push_to_hub`.
+            repo_id: Repository of the LoRA, see `EDLoRA.push_to_hub`.
             token: By default the one of ``hf auth login``.
             revision: Branch to commit to; by default ``main``.
 
@@ -190,8 +191,12 @@ class SourceStatistics:
             HubError: If the Hub refuses or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.copy(statistics_path(Path(folder, FILE_NAME)))
+            written = Path(folder, "statistics")
+            self.copy(written)  # first, so that errors are raised before the repository is created
             repo_id, _ = create(repo_id, token=token, private=None, revision=revision)
+            usual = FILE_NAME if any(name.startswith("<") for name in self.concepts) else PLAIN_NAME
+            beside = choose_file(list_files(repo_id, token=token, revision=revision)) or usual
+            written.rename(statistics_path(Path(folder, beside)))
             upload(Path(folder), repo_id, token=token, revision=revision, message="Fusion statistics")
 
 

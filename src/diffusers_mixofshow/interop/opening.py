@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,6 +102,11 @@ def read_any(source: str | os.PathLike[str], **where: Any) -> EDLoRA | Foreign:
         MixOfShowError: See `open_edlora`.
     """
     return _read(source, **where)[1]
+
+
+def choose_file(names: Collection[str]) -> str | None:
+    """The file of a repository that `open_edlora` reads, of the names of all its files; None if there is none."""
+    return next((name for name in (FILE_NAME, *_ON_THE_HUB) if name in names), None)
 
 
 def is_ours(path: Path) -> bool:
