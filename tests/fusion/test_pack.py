@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -440,6 +441,30 @@ def test_a_source_may_be_left_out_or_turned_round_by_its_factor() -> None:
     for site, update in fused.lora.items():
         wanted = -2 * low_rank_delta(sources[1].lora[site])
         torch.testing.assert_close(low_rank_delta(update), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_sources_of_a_pack_may_be_given_any_other_factor(tmp_path: Path) -> None:
+    """As if they were read anew: from their own updates, not from those that were multiplied before."""
+    fresh = {name: concept(name, seed).save_pretrained(tmp_path / name).parent for seed, name in enumerate(NAMES)}
+    fuse = partial(GradientFuser().fuse, method="sum")
+    pack = fuse(list(fresh.values()), scales=[0, 0.3, 1])
+    again, anew = fuse(pack.sources, scales=[0.7, 0.7, 0.7]), fuse(list(fresh.values()), scales=[0.7, 0.7, 0.7])
+    assert [source.edlora.digest for source in again.sources] == [source.edlora.digest for source in anew.sources]
+    assert again.digest == anew.digest
+    assert fuse(again.sources, scales=[0, 0.3, 1]).digest == pack.digest
+
+
+def test_a_source_that_a_pack_carries_at_factor_0_keeps_it(tmp_path: Path) -> None:
+    sources = [concept("rex", 1), concept("kit", 2)]
+    pack = GradientFuser().fuse(sources, method="sum", scales=[0, 0.5])
+    pack.save_pretrained(tmp_path / "pack", sources=True)
+    carried = FusedPack.from_pretrained(tmp_path / "pack").sources
+    same_deltas(
+        GradientFuser().fuse(carried, method="sum", scales=[0, 2]),
+        GradientFuser().fuse(sources, method="sum", scales=[0, 2]),
+    )
+    with pytest.raises(FusionError, match=r"<rex> is known only with its updates multiplied by 0.*give its own file"):
+        GradientFuser().fuse(carried, method="sum", scales=[1, 1])
 
 
 def test_a_changed_pack_keeps_how_it_was_recorded_and_that_it_has_a_prior(

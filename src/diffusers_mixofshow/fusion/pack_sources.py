@@ -141,6 +141,7 @@ def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], *insi
                 origin=origin,
                 file=opened.file if location == origin else None,
                 statistics=statistics,
+                own=opened.edlora if location == origin else None,
             )
         changed = True
     fate = "has changed since" if changed else "cannot be found"

@@ -107,6 +107,7 @@ class Source:
         origin: Path or Hub id that it was read from; empty for an `EDLoRA` object.
         file: The file that it was read from, on this disk or in the Hub's cache; None for an `EDLoRA` object.
         statistics: Statistics that were recorded with its own LoRA.
+        own: The ED-LoRA before it was multiplied; None if only the product is known.
     """
 
     edlora: EDLoRA
@@ -116,6 +117,7 @@ class Source:
     origin: str = ""
     file: Path | None = None
     statistics: SourceStatistics | None = None
+    own: EDLoRA | None = field(default=None, repr=False, compare=False)
 
     @property
     def base_model(self) -> str:
@@ -145,9 +147,20 @@ class Source:
         return Factors.of(update).to("cpu")
 
     def rescale(self, scale: float, *, weight: float) -> Source:
-        """The source with this scale and weight, its updates multiplied accordingly."""
-        edlora = self.edlora if scale == self.scale else scale_updates(self.edlora, scale / self.scale)
-        return replace(self, edlora=edlora, weight=weight, scale=scale)
+        """The source with this scale and weight, its updates multiplied accordingly.
+
+        Raises:
+            FusionError: If its own updates are not known, but only their products with 0.
+        """
+        if scale == self.scale:
+            return replace(self, weight=weight)
+        if self.own is None and self.scale == 0:
+            raise FusionError(
+                f"{self.name} is known only with its updates multiplied by 0, as its pack carries it; a scale of "
+                f"{scale:g} needs the updates themselves. Keep the scale of 0, or give its own file instead."
+            )
+        own = self.own or scale_updates(self.edlora, 1 / self.scale)
+        return replace(self, edlora=scale_updates(own, scale), own=own, weight=weight, scale=scale)
 
     @property
     def misfits(self) -> list[str]:
