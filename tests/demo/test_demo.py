@@ -56,6 +56,7 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = tiny_settings(tmp_path)
+    settings = replace(settings, tuning={**settings.tuning, "latents_dir": str(tmp_path / "latents")})
     monkeypatch.setattr("diffusers_mixofshow.progress._SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setenv("TQDM_DISABLE", "others")  # as the command line does where bars cannot be drawn
     log = io.StringIO()
@@ -73,6 +74,8 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     assert len(beside) == 5
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["settings"]["folder"], report["settings"]["photos"]) == (tmp_path.name, None)
+    assert report["settings"]["tuning"]["latents_dir"] == "latents"
+    assert str(tmp_path) not in json.dumps(report["settings"])
     assert list(report["seconds"]) == ["photos", "tuning", "fusion", "sampling", "measuring"]
     assert [f"{number}/6" in log.getvalue() for number in range(1, 8)] == [True] * 6 + [False]
     assert set(report["identity_retention"]) == {"average", "fused"}

@@ -198,13 +198,23 @@ def _write_report(
 def _make_record(measures: Measures, settings: DemoSettings, seconds: Mapping[str, float]) -> dict[str, Any]:
     from diffusers_mixofshow.evaluation import record
 
-    folders = {"folder": settings.folder, "photos": settings.photos}  # where they lie is private
     return {
         **record.run_info(Path(__file__).parent),
-        "settings": asdict(settings) | {name: path and path.resolve().name for name, path in folders.items()},
+        "settings": _without_folders(asdict(settings)),
         "seconds": dict(seconds),
         **measures.as_record(),
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """Settings with only the last part of every path, as folders are private; of texts, absolute paths are such."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, Path) or (isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())):
+        return Path(value).resolve().name
+    return value
 
 
 def _print_summary(measures: Measures, stages: _Stages, console: Console) -> None:
