@@ -247,6 +247,13 @@ def test_what_has_no_effect_on_a_method_is_told(place, monkeypatch, tmp_path, gi
     [
         ('source = ["dog"]', "source 1: must be a table, got 'dog'"),
         ('[[source]]\npath = "x"\nprompts = 5', "source 1: prompts must be list, got 5"),
+        (
+            '[[source]]\npath = "x"\nweight = 0\nscale = nan\n[[source]]\npath = "y"\nweight = inf\n',
+            "s.toml: source 1: weight must be finite and above 0, got 0; source 1: scale must be finite, got nan; "
+            "source 2: weight must be finite and above 0, got inf.",
+        ),
+        ('[[source]]\npath = "x"\nscale = -inf\nweight = -2.5', "weight must be finite and above 0, got -2.5"),
+        (f'[[source]]\npath = "x"\nscale = {10**400}', "source 1: scale must be finite, got 1000"),
     ],
 )
 def test_a_list_of_sources_of_other_types_is_refused(tmp_path, text, said) -> None:

@@ -192,12 +192,25 @@ def _find_defects(table: object) -> list[str]:
         for key, kinds in _KINDS.items()
         if key in table and (not isinstance(table[key], kinds) or isinstance(table[key], bool))
     ]
+    defects += _find_wrong_numbers(table)
     prompts = table.get("prompts")
     if isinstance(prompts, list) and not all(isinstance(prompt, str) for prompt in prompts):
         defects.append("prompts must be strings")
     if "path" not in table:
         defects.append("path is missing")
     return defects
+
+
+def _find_wrong_numbers(table: dict[str, Any]) -> list[str]:
+    """Find a weight that is no share, and a scale that is no factor."""
+    from diffusers_mixofshow.edlora.fusion_record import as_number
+
+    numbers = {key: table[key] for key in ("weight", "scale") if type(table.get(key)) in _KINDS[key]}
+    return [
+        f"{key} must be finite{' and above 0' if key == 'weight' else ''}, got {value}"
+        for key, value in numbers.items()
+        if as_number(value) is None or (key == "weight" and value <= 0)
+    ]
 
 
 def _make_source(table: dict[str, Any], folder: Path, *, recorded: bool) -> FusionSource | LoRASource:
