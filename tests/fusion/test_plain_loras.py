@@ -32,7 +32,6 @@ from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion import FusedPack, FusionSource, GradientFuser, LoRASource
 from diffusers_mixofshow.fusion.pack import read_plain_pack
 from diffusers_mixofshow.fusion.pack_sources import list_places
-from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.interop.lora_files import write_lora
 from diffusers_mixofshow.pipelines import MixOfShowPipeline
 from diffusers_mixofshow.sampling.loading import load_base

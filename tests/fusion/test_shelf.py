@@ -9,7 +9,7 @@ import torch
 import packs
 import tiny
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import FusionError
+from diffusers_mixofshow.errors import FusionError, MixOfShowWarning
 from diffusers_mixofshow.fusion import GradientFuser
 from diffusers_mixofshow.fusion.shelf import StageShelf
 from diffusers_mixofshow.fusion.statistics import ConceptStatistics
@@ -52,7 +52,7 @@ def test_a_damaged_file_is_recorded_again(tmp_path: Path, source: EDLoRA) -> Non
     record = _Recorder()
     with StageShelf({}) as shelf:
         shelf.load_or_record(tmp_path, source, {}, record)
-        (file,) = tmp_path.iterdir()
+        (file,) = tmp_path.glob(".*.stage.safetensors")
         file.write_bytes(file.read_bytes()[:-9])
         shelf.load_or_record(tmp_path, source, {}, record)
     assert record.calls == 2
@@ -74,6 +74,18 @@ def test_nothing_half_written_is_left(tmp_path: Path, source: EDLoRA) -> None:
         with pytest.raises(FusionError, match="cannot be written"):
             shelf.load_or_record(tmp_path / "file", source, {}, _Recorder())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_fusions_of_the_same_at_once_do_not_take_each_others_files(tmp_path: Path, source: EDLoRA) -> None:
+    record, others = _Recorder(), _Recorder()
+    with StageShelf({}) as shelf, StageShelf({}) as other:
+        mine = shelf.load_or_record(tmp_path, source, {}, record)
+        with pytest.warns(MixOfShowWarning, match="Another fusion of the same sources is under way"):
+            theirs = other.load_or_record(tmp_path, source, {}, others)
+        shelf.clear()
+        assert torch.equal(theirs.concepts["<rex>"].gram("layer").matrix(), torch.ones(4, 4).double())
+        assert (record.calls, others.calls, mine.file != theirs.file) == (1, 1, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_somebody_has_removed_are_no_matter(tmp_path: Path, source: EDLoRA) -> None:

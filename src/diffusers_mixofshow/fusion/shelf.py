@@ -10,20 +10,25 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import WeakFileLock
 
 from diffusers_mixofshow.atomic import replacing
 from diffusers_mixofshow.base_models import name_of
 from diffusers_mixofshow.edlora import EDLoRA
-from diffusers_mixofshow.errors import FileWriteError, FusionError
+from diffusers_mixofshow.errors import FileWriteError, FusionError, warn
 from diffusers_mixofshow.families.layers import linear_layers
 from diffusers_mixofshow.fusion.collection import FusablePipeline
 from diffusers_mixofshow.fusion.published import SourceStatistics
 from diffusers_mixofshow.fusion.statistics import GramStatistics
+
+
+_PATIENCE = 0.1
+"""Seconds until a file that is locked counts as one of another fusion."""
 
 
 class StageShelf(ExitStack):
@@ -64,7 +69,8 @@ class StageShelf(ExitStack):
         """
         digest, recording = edlora.digest, {**recording, "fusion": self._fusion}
         key = hashlib.sha256(f"{digest} {json.dumps(recording, sort_keys=True)}".encode()).hexdigest()
-        path = (folder or self._own_folder()) / f".{key[:24]}.stage.safetensors"
+        name = f".{key[:24]}.stage.safetensors"
+        path = folder / name if folder is not None and self._claim(folder / name) else self._own_folder() / name
         self._files.append(path)
         found = _load(path)
         if found is not None and (found.digest, dict(found.recording)) == (digest, recording):
@@ -80,10 +86,42 @@ class StageShelf(ExitStack):
         for path in self._files:
             path.unlink(missing_ok=True)
 
+    def _claim(self, path: Path) -> bool:
+        """Keep a file for this fusion alone until the block ends; False if another fusion has it.
+
+        Raises:
+            FusionError: If nothing can be written there.
+        """
+        if path in self._files:
+            return True
+        lock = path.with_suffix(".lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.enter_context(WeakFileLock(lock, timeout=_PATIENCE))
+        except TimeoutError:
+            warn(
+                f"Another fusion of the same sources is under way, which keeps its statistics in {path.parent}. This "
+                "one records its own into a temporary folder, which is deleted at its end even if it is interrupted."
+            )
+            return False
+        except OSError as error:
+            raise FusionError(
+                f"{path.parent} cannot be written: {error.strerror or error}. Give GradientFuser another folder, "
+                "statistics='folder'."
+            ) from error
+        self.callback(_remove, lock)
+        return True
+
     def _own_folder(self) -> Path:
         if self._temporary is None:
             self._temporary = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="fusion-")))
         return self._temporary
+
+
+def _remove(lock: Path) -> None:
+    """Remove the file of a lock that is still held, where that is allowed; on Windows releasing removes it."""
+    with suppress(OSError):
+        lock.unlink()
 
 
 def hash_base(pipe: FusablePipeline) -> str:
