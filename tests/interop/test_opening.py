@@ -23,7 +23,7 @@ from diffusers_mixofshow.cli import app
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRAFormatError, EDLoRANotFoundError, FusionError
 from diffusers_mixofshow.fusion import FusedPack
 from diffusers_mixofshow.interop import convert, write_kohya, write_lora, write_original
-from diffusers_mixofshow.interop.opening import read_any
+from diffusers_mixofshow.interop.opening import open_edlora, read_any
 from diffusers_mixofshow.pipelines.publishing import join_packs
 from interop import foreign as files
 
@@ -357,6 +357,46 @@ def test_a_repository_of_another_program_is_loaded_and_fused(
     again = fused.save_pretrained(tmp_path / "pack").parent
     found = FusedPack.from_pretrained(again).sources[0]
     assert (found.edlora.digest, found.revision) == (fused.sources[0].edlora.digest, fused.sources[0].revision)
+
+
+@pytest.mark.parametrize("subfolder", [None, "of/two"])
+def test_embeddings_of_the_advanced_training_script_come_with_its_lora(
+    pipe: MixOfShowPipeline, rex: EDLoRA, tmp_path: Path, loopback_hub: Any, subfolder: str | None
+) -> None:
+    """From the Hub as from a folder, and from its cache when the Hub is not asked."""
+    folder = tmp_path / "repo" / (subfolder or "")
+    write_lora(folder / "pytorch_lora_weights.safetensors", rex.lora)
+    width = next(iter(rex.embeddings.values())).shape[1]
+    for name in ("rex_emb", "rex_emb_checkpoint_5", "other"):
+        save_file({"clip_l": torch.ones(2, width)}, folder / f"{name}.safetensors")
+    _published(loopback_hub, "me/rex", tmp_path / "repo")
+    for name in ("rex_emb_checkpoint_5", "other"):
+        (folder / f"{name}.safetensors").unlink()
+    expected = open_edlora(tmp_path / "repo", subfolder=subfolder).edlora
+    assert [concept.placeholder for concept in expected.concepts] == ["<rex>"]
+    for where in ({}, {"local_files_only": True}):
+        found = open_edlora("me/rex", subfolder=subfolder, **where)
+        assert found.edlora.digest == expected.digest
+        assert found.file.name == "pytorch_lora_weights.safetensors"
+    alone = open_edlora("me/rex", subfolder=subfolder, weight_name="pytorch_lora_weights.safetensors")
+    assert not alone.edlora.concepts
+
+
+def test_a_plain_lora_of_a_repository_is_fused_without_the_embeddings_beside_it(
+    pipe: MixOfShowPipeline, rex: EDLoRA, tmp_path: Path, loopback_hub: Any
+) -> None:
+    """As one of a folder is, and found again when the pack is changed."""
+    write_lora(tmp_path / "repo" / "pytorch_lora_weights.safetensors", rex.lora)
+    width = next(iter(rex.embeddings.values())).shape[1]
+    save_file({"clip_l": torch.ones(2, width)}, tmp_path / "repo" / "rex_emb.safetensors")
+    _published(loopback_hub, "me/rex", tmp_path / "repo")
+    packs = [
+        GradientFuser(pipe).fuse([LoRASource(source, ["x"], name="rex")], method="average")
+        for source in (tmp_path / "repo", "me/rex")
+    ]
+    assert packs[0].digest == packs[1].digest
+    again = packs[1].save_pretrained(tmp_path / "pack").parent
+    assert FusedPack.from_pretrained(again).sources[0].edlora.digest == packs[1].sources[0].edlora.digest
 
 
 def test_a_file_of_a_repository_or_folder_is_named(

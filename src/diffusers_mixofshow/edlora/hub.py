@@ -193,8 +193,12 @@ def upload(
         return commit() if create_pr else _retry(commit)
 
 
-def list_files(repo_id: str, *, token: str | bool | None, revision: str | None) -> list[str]:
-    """Names of all files of a repository, with their folders."""
+def list_files(
+    repo_id: str, *, token: str | bool | None, revision: str | None, local_files_only: bool = False
+) -> list[str]:
+    """Names of all files of a repository, with their folders; empty where only the cache is used, see `download`."""
+    if local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE or not is_reachable():
+        return []
     with _translate_errors(repo_id, revision, token):
         found = _retry(lambda: HfApi(token=token).model_info(repo_id, revision=revision))
         return [file.rfilename for file in found.siblings or ()]

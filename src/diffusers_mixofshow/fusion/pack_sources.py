@@ -120,13 +120,15 @@ def find_source(entry: Mapping[str, Any], carrier: str | os.PathLike[str], *insi
         FusionError: If it is at neither place, or has changed.
     """
     origin = entry["origin"] if is_repo_id(entry["origin"]) else ""  # paths named in a file are never opened
+    at_origin = {**hub, "revision": entry.get("revision") or None}
     places = [
-        *((carrier, 1.0, {**hub, "subfolder": place}) for place in inside),
-        (origin, entry["scale"], {**hub, "revision": entry.get("revision") or None}),
+        *((carrier, 1.0, None, {**hub, "subfolder": place}) for place in inside),
+        (origin, entry["scale"], None, at_origin),
+        (origin, entry["scale"], PLAIN_NAME, at_origin),  # without the embeddings beside it
     ]
     changed = False
-    for location, scale, where in places:
-        opened = _open_at(location, **where)
+    for location, scale, name, where in places:
+        opened = _open_at(location, weight_name=name, **where)
         if opened is None:
             continue
         edlora = scale_updates(opened.edlora, scale)

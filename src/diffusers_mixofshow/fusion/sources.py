@@ -18,9 +18,9 @@ from diffusers_mixofshow.edlora import EDLoRA
 from diffusers_mixofshow.edlora.defects import content_defects
 from diffusers_mixofshow.edlora.file import PLAIN_NAME
 from diffusers_mixofshow.edlora.fusion_record import CARRIED, find_plain_prompts
-from diffusers_mixofshow.edlora.hub import commit_of, is_repo_id
+from diffusers_mixofshow.edlora.hub import commit_of, download, is_repo_id
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
-from diffusers_mixofshow.errors import EDLoRAFormatError, FusionError, warn
+from diffusers_mixofshow.errors import EDLoRAFormatError, EDLoRANotFoundError, FusionError, warn
 from diffusers_mixofshow.families import Family, family_of, family_of_sites
 from diffusers_mixofshow.families.layers import cross_attention_layers
 from diffusers_mixofshow.families.recognition import find_family_defect, is_of_another, list_families
@@ -291,7 +291,7 @@ def _read(
     """Read one source; its weight and scale are not applied yet."""
     if isinstance(entry.source, EDLoRA):
         return Source(edlora=entry.source, prompts=_prompts_of_pack(entry.source, prompts, recorded))
-    plain = isinstance(entry, LoRASource) and Path(entry.source, PLAIN_NAME).is_file()
+    plain = isinstance(entry, LoRASource) and entry.opened is None and _holds_plain(entry.source)
     opened = entry.opened or open_edlora(entry.source, layers=layers, weight_name=PLAIN_NAME if plain else None)
     opened.tell()
     edlora, place = opened.edlora, os.fspath(entry.source)
@@ -306,6 +306,16 @@ def _read(
     else:
         own = _prompts_of_pack(edlora, prompts, recorded)
     return Source(edlora=edlora, prompts=own, origin=place, file=opened.file)
+
+
+def _holds_plain(source: str | os.PathLike[str]) -> bool:
+    """Whether a folder or a repository holds a plain LoRA under its usual name, perhaps with embeddings beside it."""
+    if not is_repo_id(source):
+        return Path(source, PLAIN_NAME).is_file()
+    try:
+        return download(str(source), PLAIN_NAME).is_file()
+    except EDLoRANotFoundError:
+        return False
 
 
 def prompts_of_concepts(edlora: EDLoRA, prompts: PromptSet | None = None) -> dict[str, tuple[str, ...]]:

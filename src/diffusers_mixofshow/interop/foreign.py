@@ -108,13 +108,14 @@ class Foreign:
         raise_if_any(self.defects, subject=subject, remedy="Expected a LoRA or embeddings of a supported base.")
 
 
-def read_foreign(source: str | os.PathLike[str]) -> Foreign:
+def read_foreign(source: str | os.PathLike[str], beside: Sequence[Path] = ()) -> Foreign:
     """Read a file of another program, or a folder with a LoRA and the embeddings that belong to it.
 
     For a plain LoRA written by this package, its embeddings in ``embeddings/`` beside it are read as well.
 
     Args:
         source: Safetensors, or ``.pth``, ``.pt``, ``.bin``, ``.ckpt``: pickles are read with ``weights_only=True``.
+        beside: Files of embeddings that belong to a file, in its folder.
 
     Raises:
         EDLoRANotFoundError: If there is no such file.
@@ -129,7 +130,7 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
         raise EDLoRAFormatError(
             f"{path} is an ED-LoRA of this package. Read it: EDLoRA.from_pretrained({str(path)!r})."
         )
-    found = _read_folder(path) if path.is_dir() else _read_with_companions(path)
+    found = _read_folder(path) if path.is_dir() else _read_with_companions(path, beside)
     names = distinct_names(list_companions(found.metadata))
     if lacking := [word for word, name in names.items() if not {word, name} & found.vectors.keys()]:
         told = (
@@ -142,12 +143,14 @@ def read_foreign(source: str | os.PathLike[str]) -> Foreign:
     return found
 
 
-def _read_with_companions(path: Path) -> Foreign:
+def _read_with_companions(path: Path, beside: Sequence[Path]) -> Foreign:
     found = _read_file(path)
     names = distinct_names(list_companions(found.metadata)).values()
-    beside = [path.with_name(EMBEDDINGS) / f"{name}.safetensors" for name in names]
-    there = [within(path.parent, EMBEDDINGS, file.name) for file in beside if file.is_file()]
-    return _join([found, *map(_read_file, there)]) if there else found
+    beside = [*beside, *(path.with_name(EMBEDDINGS) / f"{name}.safetensors" for name in names)]
+    there = [within(path.parent, *file.relative_to(path.parent).parts) for file in beside if file.is_file()]
+    words = [_read_file(file) for file in there]
+    _refuse_words_told_twice(path.parent, words)
+    return _join([found, *words])
 
 
 def _read_file(path: Path, component: str = "") -> Foreign:

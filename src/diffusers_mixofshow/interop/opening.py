@@ -10,11 +10,11 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffusers_mixofshow.edlora import EDLoRA, hub
-from diffusers_mixofshow.edlora.file import FILE_NAME
+from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
 from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
 from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
@@ -27,6 +27,7 @@ from diffusers_mixofshow.interop.trigger_words import find_trigger_words
 
 
 _OF_PEFT = "adapter_model"
+_OF_ADVANCED_SCRIPTS = "*_emb.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def read_any(source: str | os.PathLike[str], **where: Any) -> EDLoRA | Foreign:
 
 def choose_file(names: Collection[str]) -> str | None:
     """The file of a repository that `open_edlora` reads, of the names of all its files; None if there is none."""
-    return next((name for name in (FILE_NAME, *_ON_THE_HUB) if name in names), None)
+    return next((name for name in (FILE_NAME, *FOREIGN_NAMES) if name in names), None)
 
 
 def is_ours(path: Path) -> bool:
@@ -152,7 +153,10 @@ def _read_from_hub(
             file = _fetch(repo_id, name, subfolder, where)
         except EDLoRANotFoundError:
             continue
-        return file, EDLoRA.from_pretrained(file) if is_ours(file) else read_foreign(file)
+        if is_ours(file):
+            return file, EDLoRA.from_pretrained(file)
+        is_usual = weight_name is None and name == PLAIN_NAME
+        return file, read_foreign(file, _fetch_embeddings(repo_id, file.parent, subfolder, where) if is_usual else ())
     raise missing
 
 
@@ -165,6 +169,15 @@ def _fetch(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]
         with suppress(EDLoRANotFoundError):  # the reader reports what is missing
             hub.download(repo_id, needed, subfolder=subfolder, **where)
     return file
+
+
+def _fetch_embeddings(repo_id: str, folder: Path, subfolder: str | None, where: dict[str, Any]) -> list[Path]:
+    """Download the embeddings that diffusers' advanced training scripts put beside a LoRA; those in the cache's folder."""
+    asked = {key: value for key, value in where.items() if key != "cache_dir"}
+    for path in map(PurePosixPath, hub.list_files(repo_id, **{"token": None, "revision": None} | asked)):
+        if path.parent == PurePosixPath(subfolder or "") and path.match(_OF_ADVANCED_SCRIPTS):
+            hub.download(repo_id, path.name, subfolder=subfolder, **where)
+    return sorted(folder.glob(_OF_ADVANCED_SCRIPTS))
 
 
 def _pipeline_error(folder: Path) -> ConfigurationError:
