@@ -22,6 +22,7 @@ from diffusers_mixofshow.edlora import EDLoRA, LowRank
 from diffusers_mixofshow.edlora.file import PLAIN_NAME
 from diffusers_mixofshow.edlora.hub import create
 from diffusers_mixofshow.errors import (
+    ConfigurationError,
     EDLoRAFormatError,
     EDLoRANotFoundError,
     FileWriteError,
@@ -503,6 +504,25 @@ def test_what_stood_there_stays_where_a_plain_pack_cannot_be_written(
     with pytest.raises(FileWriteError):
         _pair(pipe, tmp_path, 0.5).save_pretrained(out, overwrite=True)
     assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "pack", "single"])
+def test_nothing_is_written_where_the_card_cannot_be_made(
+    pipe: MixOfShowPipeline, tmp_path: Path, kind: str, is_there: bool
+) -> None:
+    out, sources = tmp_path / "out", {"sources": True} if kind != "single" else {}
+    pack = concept = packs.random_pack(pipe.components, "rex", ranks=(2,))
+    if kind != "single":
+        pack = _pair(pipe, tmp_path) if kind == "plain" else GradientFuser().fuse([concept], method="average")
+    if is_there:
+        pack.save_pretrained(out, samples={"ink": Image.new("RGB", (8, 8))}, **sources)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    scaled = replace(pack, lora={site: replace(one, alpha=9 * one.alpha) for site, one in pack.lora.items()})
+    (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(ConfigurationError, match=r"no\.png"):
+        scaled.save_pretrained(out, samples={"x": tmp_path / "no.png"}, overwrite=True, **sources)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_lora_of_a_name_that_the_pack_has_is_not_added(pipe: MixOfShowPipeline, tmp_path: Path) -> None:

@@ -194,6 +194,20 @@ def list_samples(folder: Path) -> list[Path]:
     return sorted(path for path in numbered if path.relative_to(folder).as_posix() in named)
 
 
+def name_samples(samples: Samples) -> dict[str, str]:
+    """Path of each sample picture in the pack's folder, to its prompt."""
+    return {f"samples/{number}.png": prompt for number, prompt in enumerate(samples)}
+
+
+def read_samples(samples: Samples) -> dict[str, Image.Image]:
+    """Prompt to the picture it produced, without embedded metadata.
+
+    Raises:
+        ConfigurationError: If a picture cannot be read.
+    """
+    return {prompt: _read_picture(picture) for prompt, picture in samples.items()}
+
+
 def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
     """Write sample pictures as ``samples/0.png`` and so on, without their embedded metadata, in place of earlier ones.
 
@@ -205,11 +219,9 @@ def write_samples(folder: Path, samples: Samples) -> dict[str, str]:
     Raises:
         ConfigurationError: If a picture cannot be read.
     """
-    paths = {}
-    for number, (prompt, picture) in enumerate(samples.items()):
-        path = folder / "samples" / f"{number}.png"
-        write_whole(path, _png(picture))
-        paths[path.relative_to(folder).as_posix()] = prompt
+    paths, pictures = name_samples(samples), read_samples(samples)
+    for name, prompt in paths.items():
+        write_whole(folder / name, encode_picture(pictures[prompt]))
     for path in list_samples(folder) if samples else ():
         if path.relative_to(folder).as_posix() not in paths:
             path.unlink()
@@ -278,14 +290,14 @@ def _read_metadata(text: str) -> dict[str, Any] | None:
     return data
 
 
-def _png(picture: Image.Image | str | os.PathLike[str]) -> bytes:
+def _read_picture(picture: Image.Image | str | os.PathLike[str]) -> Image.Image:
     try:
         source = picture if isinstance(picture, Image.Image) else Path(picture)
         image = read_image(source, called=f"The sample picture {picture!r}")
     except PictureError as error:
         raise ConfigurationError(f"{error}.") from error
     image.info = {}
-    return encode_picture(image)
+    return image
 
 
 def _metadata(

@@ -57,17 +57,22 @@ class Contents(TypedDict):
     training: Mapping[str, object]
 
 
+def check(contents: Contents) -> None:
+    """Raise an `EDLoRAFormatError` that lists why a pack cannot be written, if there is any reason."""
+    found = defects.content_defects(contents["concepts"], contents["embeddings"], contents["lora"], contents["layers"])
+    found += [] if contents["concepts"] else ["it holds no concept"]
+    found += [] if header.is_text(contents["base_model"]) else ["its base model's id is too long or not printable"]
+    defects.raise_if_any(found, subject="This ED-LoRA cannot be saved", remedy="Nothing was written.")
+
+
 def write(path: Path, contents: Contents) -> None:
     """Write a pack; the file appears whole or not at all.
 
     Raises:
         EDLoRAFormatError: If the pack is inconsistent.
     """
+    check(contents)
     lora = contents["lora"]
-    found = defects.content_defects(contents["concepts"], contents["embeddings"], lora, contents["layers"])
-    found += [] if contents["concepts"] else ["it holds no concept"]
-    found += [] if header.is_text(contents["base_model"]) else ["its base model's id is too long or not printable"]
-    defects.raise_if_any(found, subject="This ED-LoRA cannot be saved", remedy="Nothing was written.")
     text = header.Header(
         concepts=contents["concepts"],
         base_model=contents["base_model"],

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from diffusers_mixofshow.atomic import find_existing, refuse_overwriting
 from diffusers_mixofshow.base_models import public_name
@@ -110,6 +111,7 @@ class EDLoRA:
         path, written = Path(folder) / self._file_name, set()
         refuse_overwriting(*pack_folder.find_places(path.parent, path.name, merged=merged), overwrite=overwrite)
         stale = self._stale(path.parent, merged=merged)
+        pictures = self._read_samples(samples, merged=merged, license_id=license)
         if merged:
             pipeline = merged_pipeline.load_base(self.base_model, family_of_embeddings(self.embeddings).pipeline)
             self.check_fits(pipeline.components)
@@ -120,7 +122,7 @@ class EDLoRA:
         else:
             self._write(path)
         pack_folder.remove(set(stale) - written)
-        shown = card.write_samples(path.parent, samples or {})
+        shown = card.write_samples(path.parent, pictures)
         card.write_card(
             path.parent, self._card(public_name(os.fspath(folder)), merged, shown, license), anew=bool(stale)
         )
@@ -312,6 +314,19 @@ class EDLoRA:
     def _write(self, path: Path) -> None:
         """Write the pack's file."""
         file.write(path, self._contents())
+
+    def _check(self) -> None:
+        """Raise an `EDLoRAFormatError` that lists why the pack's file cannot be written, if there is any reason."""
+        file.check(self._contents())
+
+    def _read_samples(
+        self, samples: card.Samples | None, *, merged: bool, license_id: str | None
+    ) -> dict[str, Image.Image]:
+        """Read the pictures of the card; raises, before anything is written, what makes the pack or its card fail."""
+        self._check()
+        pictures = card.read_samples(samples or {})
+        self._card("", merged, card.name_samples(pictures), license_id)
+        return pictures
 
     def _stale(self, folder: Path, *, merged: bool = False) -> list[Path]:
         """Files that an earlier pack has left in a folder; empty if it is the same pack as this one."""

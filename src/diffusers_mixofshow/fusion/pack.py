@@ -112,12 +112,13 @@ class FusedPack(EDLoRA):
                 "A pack without concepts is written as one plain LoRA; merged is for packs with concepts. Load it "
                 "with load_lora_weights() and use fuse_lora() instead."
             )
+        written = self if merged else replace(self, lora={k: one.cast(self.dtype) for k, one in self.lora.items()})
+        pictures = written._read_samples(samples, merged=merged, license_id=license)
         if sources:
             carry_all(self.sources, Path(folder), self.base_model)
-        written = self if merged else replace(self, lora={k: one.cast(self.dtype) for k, one in self.lora.items()})
         # overwrite=True: the folder now holds the carried sources
         return super(FusedPack, written).save_pretrained(
-            folder, merged=merged, samples=samples, license=license, overwrite=True
+            folder, merged=merged, samples=pictures, license=license, overwrite=True
         )
 
     @property
@@ -137,6 +138,11 @@ class FusedPack(EDLoRA):
         except MixOfShowError:  # broken
             return False
         return there is not None and there.digest == self.digest
+
+    def _check(self) -> None:
+        """See `EDLoRA._check`; a plain LoRA may be written with any updates."""
+        if self.concepts:
+            super()._check()
 
     def _write(self, path: Path) -> None:
         """Write the pack's file; of plain LoRAs alone one plain LoRA, named as diffusers expects it."""
