@@ -6,7 +6,7 @@ import torch
 from diffusers_mixofshow.errors import FusionError
 from diffusers_mixofshow.fusion.compression import Spectrum
 from diffusers_mixofshow.fusion.gram import DenseGram, Gram, GramFactor, multiply_by_transpose, sum_grams
-from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties, sum_updates
+from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties
 from diffusers_mixofshow.fusion.ridge import CANDIDATES, choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
@@ -232,7 +232,7 @@ def test_lbfgs_of_nothing_is_nothing() -> None:
 
 def test_recompression_is_the_nearest_of_its_rank() -> None:
     updates, _ = _concepts(4)
-    whole = sum_updates(updates)
+    whole = weighted_average(updates, [1.0] * len(updates))
     small, energy = truncate_rank(whole, 3)
     values = torch.linalg.svdvals(whole.delta)
     assert small.down.shape == (3, IN)
@@ -244,7 +244,7 @@ def test_merges_of_the_field_agree_with_their_definition() -> None:
     updates, _ = _concepts(3)
     shares = [0.5, 0.3, 0.2]
     deltas = [update.delta for update in updates]
-    torch.testing.assert_close(sum_updates(updates).delta, sum(deltas))
+    torch.testing.assert_close(weighted_average(updates, [1.0] * len(updates)).delta, sum(deltas))
     average = sum(share * delta for share, delta in zip(shares, deltas, strict=True))
     left, values, right = torch.linalg.svd(average)
     nearest = left[:, :RANK] * values[:RANK] @ right[:RANK]

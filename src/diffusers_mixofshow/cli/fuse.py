@@ -245,6 +245,7 @@ def _choose_base(
 ) -> str | None:
     """Choose the model to record features with; None for baselines, and if all sources have statistics."""
     from diffusers_mixofshow.fusion.solving import MEASURED
+    from diffusers_mixofshow.fusion.sources import refuse_other_family
     from diffusers_mixofshow.interop.checkpoint import refuse_single_file
 
     refuse_single_file(base or "")
@@ -254,16 +255,9 @@ def _choose_base(
     if all_have and base is None and not prior and features is not Features.SEQUENTIAL:
         return None
     chosen = base or find_common_base([source.edlora for source in gathered])
-    _refuse_strange_base(gathered, chosen)
-    return chosen
-
-
-def _refuse_strange_base(gathered: Sequence[Source], base: str) -> None:
-    """Refuse a base model that is known to be of another family than the sources, before it is loaded."""
-    from diffusers_mixofshow.fusion.sources import refuse_other_family
-
-    if (family := known_family(base)) is not None:
+    if (family := known_family(chosen)) is not None:  # refused before it is loaded
         refuse_other_family(gathered, family)
+    return chosen
 
 
 def _warn_of_idle_sources(gathered: Sequence[Source], *, used: bool) -> None:

@@ -201,7 +201,7 @@ class EDLoRA:
             )
         else:
             path = Path(source)
-            if reading.is_folder(path):
+            if os.path.isdir(path):  # False, too, for what is too long to be a path
                 path = reading.within(path, subfolder or "", file.FILE_NAME)
         return cls(**file.read(path))
 

@@ -52,14 +52,6 @@ def within(folder: Path, *names: str) -> Path:
     return path
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; False also for paths that the system rejects, such as too long ones."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
 def suggest_name(path: Path) -> str:
     """Suggest a similar name from the folder of a path that does not exist; empty if there is none."""
     try:

@@ -27,16 +27,11 @@ def adapter_metadata(lora: Mapping[str, LowRank]) -> dict[str, str]:
     Returns:
         One entry, or none.
     """
-    return _metadata({site: (update.rank, update.alpha) for site, update in lora.items()})
+    return metadata_of({site: (update.rank, update.alpha) for site, update in lora.items()})
 
 
-def metadata_of_ranks(ranks: Mapping[str, int]) -> dict[str, str]:
-    """`adapter_metadata` for updates whose alpha is the rank: site name to rank."""
-    return _metadata({site: (rank, float(rank)) for site, rank in ranks.items()})
-
-
-def _metadata(updates: Mapping[str, tuple[int, float]]) -> dict[str, str]:
-    """Compose the metadata from site name to (rank, alpha)."""
+def metadata_of(updates: Mapping[str, tuple[int, float]]) -> dict[str, str]:
+    """See `adapter_metadata`; `updates` is site name to (rank, alpha)."""
     if all(alpha == rank for rank, alpha in updates.values()) and len({rank for rank, _ in updates.values()}) <= 1:
         return {}
     values: dict[str, object] = {}

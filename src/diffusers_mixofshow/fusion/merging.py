@@ -20,15 +20,6 @@ DARE_DENSITY = 0.5
 """Share of each update's values that DARE keeps, scaled up by its inverse."""
 
 
-def sum_updates(updates: Sequence[Factors]) -> Factors:
-    """All updates at full strength: sum_i dW_i.
-
-    Args:
-        updates: One update per concept; factors (r_i, in_features) and (out_features, r_i).
-    """
-    return weighted_average(updates, [1.0] * len(updates))
-
-
 def merge_ties(updates: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """TIES: trim each update, elect a sign for each value, and average the values of that sign, weighted by share.
 

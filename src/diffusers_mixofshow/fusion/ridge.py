@@ -20,7 +20,6 @@ def choose_ridge(
     held_out_targets: torch.Tensor,
     held_out: Gram,
     fitted: Gram,
-    candidates: Sequence[float] = CANDIDATES,
 ) -> tuple[float, float]:
     """Pick the ridge whose closed form, fitted to some inputs, reproduces the outputs of held-out inputs best.
 
@@ -35,14 +34,13 @@ def choose_ridge(
         held_out_targets: T, of the held-out inputs.
         held_out: H, (in_features, in_features).
         fitted: sum_i G_i plus the prior, if any, (in_features, in_features).
-        candidates: Ridges to choose from, relative to the mean diagonal.
 
     Returns:
-        The ridge, and its squared error on the held-out inputs relative to that of the base.
+        The ridge, one of `CANDIDATES`, and its squared error on the held-out inputs relative to that of the base.
     """
     up = torch.cat([update.up.double() for update in updates], dim=1)
     inner, errors = up.T @ up, {}
-    for ridge, rows in zip(candidates, fitted.solve(targets, candidates), strict=True):
+    for ridge, rows in zip(CANDIDATES, fitted.solve(targets, CANDIDATES), strict=True):
         errors[ridge] = float((inner * (held_out.multiply(rows) @ rows.T - 2 * rows @ held_out_targets.T)).sum())
     best = min(errors, key=errors.__getitem__)
     blocks = held_out_targets.split([len(update.down) for update in updates])

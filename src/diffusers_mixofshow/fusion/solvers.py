@@ -21,6 +21,10 @@ LBFGS_TOLERANCE = 1e-16
 authors' code). torch's own defaults, 1e-9 and 1e-7, end it long before its steps are done."""
 
 
+LBFGS_HISTORY = 25
+"""Number of past steps from which the paper's solver estimates the curvature."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Factors:
     """A low-rank update ``up @ down`` of one layer's weight, all scaling included.
@@ -117,7 +121,7 @@ def weighted_average(updates: Sequence[Factors], weights: Sequence[float]) -> Fa
     return Factors(down=torch.cat(downs), up=_concatenate_ups(updates))
 
 
-def lbfgs(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, *, steps: int, history: int = 25) -> Factors:
+def lbfgs(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, *, steps: int) -> Factors:
     """The paper's solver (section 6.1): LBFGS with strong Wolfe line search from the base weights, stopped early.
 
     The objective needs no features: |dW_i X_i - D X_i|^2 summed over i is tr(D G D^T) - 2 tr(D R^T) + const, with
@@ -130,7 +134,6 @@ def lbfgs(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, *, step
         targets: See `target_rows`, (sum_i r_i, in_features).
         gram: G, (in_features, in_features).
         steps: LBFGS iterations at most; the paper takes 500 for text layers and text keys and values, 50 for the rest.
-        history: Number of past steps from which the curvature is estimated.
     """
     basis, mixing = torch.linalg.qr(_concatenate_ups(updates))  # (out, rank), (rank, sum r_i)
     target = mixing @ targets  # (rank, in)
@@ -141,7 +144,7 @@ def lbfgs(updates: Sequence[Factors], targets: torch.Tensor, gram: Gram, *, step
         [moving],
         lr=1,
         max_iter=steps,
-        history_size=history,
+        history_size=LBFGS_HISTORY,
         line_search_fn="strong_wolfe",
         tolerance_grad=LBFGS_TOLERANCE,
         tolerance_change=LBFGS_TOLERANCE,

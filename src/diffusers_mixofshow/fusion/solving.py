@@ -20,7 +20,7 @@ from diffusers_mixofshow.errors import FusionError, first_line
 from diffusers_mixofshow.families import Family, family_of_sites
 from diffusers_mixofshow.families.recognition import family_of_updates
 from diffusers_mixofshow.fusion.gram import Device, Gram, GramFactor, Inverse, sum_grams
-from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties, sum_updates
+from diffusers_mixofshow.fusion.merging import merge_dare, merge_svd, merge_ties
 from diffusers_mixofshow.fusion.ridge import choose_ridge
 from diffusers_mixofshow.fusion.solvers import (
     Factors,
@@ -457,7 +457,7 @@ SOLVERS: Mapping[str, Callable[[SharedInput, str, Sequence[Factors], Settings], 
     "lbfgs": _solve_lbfgs,
     "ssr": _solve_in_span,
     "average": lambda shared, site, updates, settings: (weighted_average(updates, shared.weights), {}),
-    "sum": lambda shared, site, updates, settings: (sum_updates(updates), {}),
+    "sum": lambda shared, site, updates, settings: (weighted_average(updates, [1.0] * len(updates)), {}),
     "ties": lambda shared, site, updates, settings: (merge_ties(updates, shared.weights), {}),
     "dare": lambda shared, site, updates, settings: (
         merge_dare(updates, shared.weights, seed=crc32(site.encode())),

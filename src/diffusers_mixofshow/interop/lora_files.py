@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +13,8 @@ from safetensors.torch import save_file
 from diffusers_mixofshow.atomic import replacing
 from diffusers_mixofshow.edlora import stock
 from diffusers_mixofshow.edlora.defects import list_names, raise_if_any
+from diffusers_mixofshow.edlora.fusion_record import as_mapping
+from diffusers_mixofshow.edlora.header import decode
 from diffusers_mixofshow.edlora.low_rank import LowRank, input_widths
 from diffusers_mixofshow.edlora.reading import PREFIX
 from diffusers_mixofshow.errors import EDLoRAFormatError, warn
@@ -81,7 +82,7 @@ def lora_content(path: Path) -> LoRAContent:
 
 def list_companions(metadata: Mapping[str, str]) -> list[str]:
     """Words whose embeddings this package wrote beside a LoRA file; empty for other files."""
-    words = _json_object(metadata.get(_COMPANIONS, "{}")).get("words")
+    words = as_mapping(decode(metadata.get(_COMPANIONS, ""))).get("words")
     return [word for word in words[:_MOST_COMPANIONS] if isinstance(word, str)] if isinstance(words, list) else []
 
 
@@ -203,7 +204,8 @@ def _write_for_transformer(
         for half, factor in zip(halves, update.in_file, strict=True):
             tensors[f"{name}.{half}.weight"] = factor
     told = {"ss_base_model_version": family.models[0].kohya}
-    return _write(path, tensors, {**metadata, **told, **stock.metadata_of_ranks(joined.ranks)})
+    shapes = {site: (rank, float(rank)) for site, rank in joined.ranks.items()}
+    return _write(path, tensors, {**metadata, **told, **stock.metadata_of(shapes)})
 
 
 def _equalise_alphas(lora: Mapping[str, LowRank]) -> Mapping[str, LowRank]:
@@ -237,11 +239,3 @@ def _scalar(alpha: float) -> torch.Tensor:
     """An alpha as a scalar tensor: float32 as in kohya's files, or float64 if float32 would round it."""
     exact = torch.tensor(alpha, dtype=torch.float64)
     return exact.float() if float(exact.float()) == alpha else exact
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}

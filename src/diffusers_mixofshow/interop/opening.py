@@ -17,7 +17,7 @@ from diffusers_mixofshow.edlora import EDLoRA, hub
 from diffusers_mixofshow.edlora.file import FILE_NAME, PLAIN_NAME
 from diffusers_mixofshow.edlora.fusion_record import find_plain_prompts
 from diffusers_mixofshow.edlora.merged import INDEX, has_concepts
-from diffusers_mixofshow.edlora.reading import identity, is_folder, read_metadata, within
+from diffusers_mixofshow.edlora.reading import identity, read_metadata, within
 from diffusers_mixofshow.errors import ConfigurationError, EDLoRANotFoundError, warn
 from diffusers_mixofshow.interop.concept_names import UNKNOWN_CLASS, Naming, distinct_names
 from diffusers_mixofshow.interop.foreign import FOREIGN_NAMES, Foreign, read_foreign, to_edlora
@@ -124,7 +124,7 @@ def _read(
     if hub.is_repo_id(source):
         return _read_from_hub(str(source), weight_name, subfolder, where)
     path = Path(source)
-    if is_folder(path):
+    if os.path.isdir(path):  # False, too, for what is too long to be a path
         path = within(path, *(name for name in (subfolder, weight_name) if name))
         if (path / INDEX).is_file() and not is_ours(path):
             raise _pipeline_error(path)
@@ -133,7 +133,7 @@ def _read(
     if identity(path) is not None and not is_ours(path):
         found = read_foreign(path)
         return found.files[0], found
-    return (path / FILE_NAME if is_folder(path) else path), EDLoRA.from_pretrained(path)
+    return (path / FILE_NAME if os.path.isdir(path) else path), EDLoRA.from_pretrained(path)
 
 
 def _read_from_hub(
@@ -172,9 +172,10 @@ def _fetch(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]
 
 
 def _fetch_embeddings(repo_id: str, folder: Path, subfolder: str | None, where: dict[str, Any]) -> list[Path]:
-    """Download the embeddings that diffusers' advanced training scripts put beside a LoRA; those in the cache's folder."""
-    asked = {key: value for key, value in where.items() if key != "cache_dir"}
-    for path in map(PurePosixPath, hub.list_files(repo_id, **{"token": None, "revision": None} | asked)):
+    """Download the embeddings that diffusers' advanced training scripts put beside a LoRA; returns those in a folder."""
+    asked = {"token": None, "revision": None} | where
+    asked.pop("cache_dir", None)
+    for path in map(PurePosixPath, hub.list_files(repo_id, **asked)):
         if path.parent == PurePosixPath(subfolder or "") and path.match(_OF_ADVANCED_SCRIPTS):
             hub.download(repo_id, path.name, subfolder=subfolder, **where)
     return sorted(folder.glob(_OF_ADVANCED_SCRIPTS))
