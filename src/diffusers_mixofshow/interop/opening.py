@@ -172,7 +172,7 @@ def _fetch(repo_id: str, name: str, subfolder: str | None, where: dict[str, Any]
 
 
 def _fetch_embeddings(repo_id: str, folder: Path, subfolder: str | None, where: dict[str, Any]) -> list[Path]:
-    """Download the embeddings that diffusers' advanced training scripts put beside a LoRA; returns those in a folder."""
+    """Download the embeddings that diffusers' advanced training scripts put beside a LoRA; returns those there."""
     asked = {"token": None, "revision": None} | where
     asked.pop("cache_dir", None)
     for path in map(PurePosixPath, hub.list_files(repo_id, **asked)):
