@@ -410,7 +410,9 @@ def test_fuse_reads_files_of_other_programs_once(
     )
     reads: list[str] = []
     read = foreign._read_with_companions
-    monkeypatch.setattr(foreign, "_read_with_companions", lambda path: (reads.append(path.name), read(path))[1])
+    monkeypatch.setattr(
+        foreign, "_read_with_companions", lambda path, beside: (reads.append(path.name), read(path, beside))[1]
+    )
     given = [str(tmp_path / "potter.pth"), str(lora), "--prompts", "sks dog"]
     options = ["--base", str(tiny_base), "--output", str(tmp_path / "both"), "--method", "average"]
     with pytest.warns(MixOfShowWarning, match="it has no class word for <potter>") as caught:
