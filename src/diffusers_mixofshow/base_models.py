@@ -312,7 +312,7 @@ def make_loading_error(base_model: str, error: Exception) -> ConfigurationError 
     """The error for a base model that cannot be found or read, with the first line of the reason."""
     kind = HubError if isinstance(error, HubError) else ConfigurationError
     return kind(
-        f"The base model {base_model!r} cannot be loaded.{_suggest_name(base_model)} Expected a Hub id, a folder of a "
+        f"The base model {base_model!r} cannot be loaded.{suggest_name(base_model)} Expected a Hub id, a folder of a "
         f"Stable Diffusion pipeline, or one of the package's own: {', '.join(map(repr, _EMBEDDED))}. "
         f"({first_line(error)}.)"
     )
@@ -353,7 +353,7 @@ def _tuple_to_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _suggest_name(base_model: str) -> str:
+def suggest_name(base_model: str) -> str:
     """Ask whether a similar name was meant, an embedded base or a folder beside; empty if none is similar."""
     path = Path(base_model)
     try:

@@ -53,6 +53,11 @@ def test_it_tells_what_is_known_of_a_base_model(tmp_path: Path, monkeypatch: pyt
         assert found in told.found
         assert remedy in told.remedy
         assert bool(remedy) == bool(told.remedy)
+    with monkeypatch.context() as without_extra:
+        without_extra.setitem(sys.modules, "diffusers_mixofshow_bases", None)
+        told = diagnosis.check_base_model("toyland-xl")
+    assert (told.state, told.remedy) == ("problem", 'pip install "diffusers-mixofshow[bases]"')
+    assert "which is not installed" in told.found
     monkeypatch.setattr(diagnosis, "diagnose", list)
     for name, code in (("xl.safetensors", 0), ("other.safetensors", 1)):
         result = CliRunner().invoke(cli.app, ["doctor", name, "--json"])

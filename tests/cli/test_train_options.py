@@ -143,6 +143,8 @@ def test_a_plan_is_of_the_settings_asked_for_and_tells_what_it_would_replace(
     more = ("--resolution", "64", "--rank", "2", "--company", "0", "--instance-prompt", "a <TOK>")
     told = json.loads(run(*asked, *sizes, *more))
     assert told["base model"] == "user/base, from the Hub or its cache"
+    misspelt = json.loads(run(*asked, "--base", "toylnd"))["base model"]
+    assert misspelt == "toylnd, from the Hub or its cache. Did you mean 'toyland'?"
     assert told["concept"] == "<potter>, a man"
     assert told["photos"] == "2 with 1 different captions, 1 with a mask"
     assert told["method"] == "ed-lora, rank 2"

@@ -33,6 +33,7 @@ def test_no_caption_and_no_prompt_of_ours_has_a_strange_word() -> None:
             for things in (1, 2, 3):
                 warn_of_unknown_words("toyland", [caption(random_scene(seed, things=things), seed)])
         warn_of_unknown_words("toyland", [*HELD_OUT_PROMPTS, *RECORDING_PROMPTS, *residents(), ""])
+        warn_of_unknown_words("toyland", ["two critters and a dog in a meadow"])  # of which one at least is drawn
         warn_of_unknown_words("stable-diffusion-v1-5/stable-diffusion-v1-5", ["a waterfall"])
 
 

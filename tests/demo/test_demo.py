@@ -190,6 +190,9 @@ def test_a_class_that_the_base_does_not_know_is_refused(tmp_path: Path) -> None:
     settings = DemoSettings(folder=tmp_path / "demo", photos=own, class_word="unicorn", photo_count=1)
     with pytest.raises(ConfigurationError, match="critter, dog, cat"):
         prepare_photos(settings)
+    with pytest.raises(ConfigurationError, match="critter, dog, cat"):
+        run_demo(settings, console=Console(quiet=True))
+    assert not settings.folder.exists()  # so that the next demo finds room there
 
 
 def test_folders_and_files_of_systems_are_no_part_of_the_fingerprint(tmp_path: Path) -> None:

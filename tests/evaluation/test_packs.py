@@ -92,6 +92,16 @@ def test_what_a_pack_keeps_is_held_against_the_own_ed_lora(pipe, packs):
     assert rows["<ruby>", CLASS_WORD].drift is None
 
 
+def test_the_mean_says_nothing_of_what_is_kept_where_tuning_one_concept_gained_nothing(pipe, packs):
+    blind = measured(pipe, packs, {}).pictures
+    worse = {"<ruby>": blind["<ruby>", "ruby"], "<azure>": blind["<azure>", CLASS_WORD]}  # azure's tuning leads away
+    references = {name: Reference(photos=photos) for name, photos in worse.items()}
+    rows = {(row.concept, row.pack): row for row in measured(pipe, packs, references).rows}
+    assert rows["<azure>", "both"].retention["alignment"] is None
+    assert rows["<ruby>", "both"].retention["alignment"] == 1.0
+    assert rows[MEAN, "both"].retention["alignment"] is None
+
+
 def test_without_the_own_ed_loras_nothing_is_said_of_retention(pipe, packs):
     photos = [photo.image for photo in toyland.photos(toyland.CONCEPTS["bobo"], count=2)]
     evaluation = measured(pipe, {"both": packs["both"]}, {"<ruby>": Reference(photos=photos)})

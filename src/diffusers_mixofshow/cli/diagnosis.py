@@ -76,8 +76,14 @@ def diagnose() -> list[Finding]:
 
 def check_base_model(name: str) -> Finding:
     """Tell what is known of a base model by its name, its folder or its file; nothing is loaded or downloaded."""
-    from diffusers_mixofshow.base_models import find_strange_class, known_family, normalise_name, usual_guidance
-    from diffusers_mixofshow.errors import MixOfShowError
+    from diffusers_mixofshow.base_models import (
+        find_strange_class,
+        known_family,
+        location_of,
+        normalise_name,
+        usual_guidance,
+    )
+    from diffusers_mixofshow.errors import MissingExtraError, MixOfShowError
     from diffusers_mixofshow.families import CONCEPT_FAMILIES, FAMILIES
     from diffusers_mixofshow.interop.checkpoint import describe_making_folder, family_of_checkpoint, is_checkpoint
 
@@ -96,6 +102,10 @@ def check_base_model(name: str) -> Finding:
         return Finding(
             what, "problem", f"{name}: a {kind}, of no family that is known here", f"take a base of {families}"
         )
+    try:
+        location_of(base)
+    except MissingExtraError as error:
+        return Finding(what, "problem", str(error), _spell_install(f"{PACKAGE}[bases]"))
     if known is None:
         remedy = f"its folder tells more: hf download {name} --local-dir FOLDER; mixofshow doctor FOLDER"
         return Finding(what, "note", f"{name}: neither an id that is known here nor a folder of a pipeline", remedy)

@@ -114,7 +114,8 @@ _MEANINGS = {
     "it hardly sees small parts, so look at pictures as well (--sheet)",
     "looks": "share of the concept's hidden looks that a network finds in pictures; 1 is all of them",
     "nearest": "share of pictures more like the concept's photos than like any other concept's; 1 is all of them",
-    "kept": "share of what the own ED-LoRA gains over 'class word' in 'image' that this pack keeps; 1 is all of it",
+    "kept": "share of what the own ED-LoRA gains over 'class word' in 'image' that this pack keeps; 1 is all of it, "
+    "- stands where it gains nothing: look whether its pictures show the concept at all",
     "looks kept": "the same of 'looks'",
     "drift": "how far pictures without the concept change; 0 is not at all, and less is better",
     "class word": "a row of the base alone, prompted with the class word: what there is without the concept",

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusers_mixofshow.atomic import find_existing
-from diffusers_mixofshow.base_models import classes_of, find_size, known_family, location_of, make_loading_error
+from diffusers_mixofshow.base_models import (
+    classes_of,
+    find_size,
+    known_family,
+    location_of,
+    make_loading_error,
+    suggest_name,
+)
 from diffusers_mixofshow.cli.timing import MODELS, estimate_time
 
 
@@ -283,7 +290,8 @@ def describe_base(base: str) -> str:
         refuse_missing_folder(location_of(base))
     except FileNotFoundError as error:
         raise make_loading_error(base, error) from error
-    return describe_model(base)
+    told, hint = describe_model(base), suggest_name(base)
+    return f"{told}.{hint}" if hint and known_family(base) is None else told
 
 
 def describe_model(name: str) -> str:

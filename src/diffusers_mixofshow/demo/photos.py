@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -14,7 +15,7 @@ from diffusers_mixofshow.errors import ConfigurationError
 from diffusers_mixofshow.evaluation.toyland_judge import hidden_attributes
 from diffusers_mixofshow.toyland.concepts import KIND_OF_CLASS, find_concept
 from diffusers_mixofshow.toyland.world import HEIGHT
-from diffusers_mixofshow.training.data import read_photos
+from diffusers_mixofshow.training.data import Photo, read_photos
 
 
 def prepare_photos(settings: DemoSettings) -> list[DemoConcept]:
@@ -24,11 +25,25 @@ def prepare_photos(settings: DemoSettings) -> list[DemoConcept]:
         ConfigurationError: If the base does not know the class of the user's photos.
         TrainingDataError: If the user's photos cannot be used.
     """
+    own = read_own(settings)
     concepts = [_draw_concept(name, settings) for name in settings.concepts]
-    if settings.photos is None or settings.class_word is None:
+    if own is None:
         return concepts
-    own = _copy_own(settings.photos, settings.class_word, settings.folder / "photos" / OWN_NAME)
-    return _replace_by_own(concepts, own)
+    return _replace_by_own(concepts, _copy_own(*own, settings.folder / "photos" / OWN_NAME))
+
+
+def read_own(settings: DemoSettings) -> tuple[Concept, list[Photo]] | None:
+    """Read the user's own concept and photos; None without any. Raises as `prepare_photos` does."""
+    if settings.photos is None or settings.class_word is None:
+        return None
+    class_word = settings.class_word.strip().lower()
+    if class_word not in KIND_OF_CLASS:
+        raise ConfigurationError(
+            f"The embedded base does not know what a {class_word!r} is. It knows: {', '.join(KIND_OF_CLASS)}. "
+            "For anything else, use `mixofshow train` with a Stable Diffusion base."
+        )
+    concept = Concept.from_name(OWN_NAME, class_word, kind=KIND_OF_CLASS[class_word])
+    return concept, read_photos(settings.photos, concept)
 
 
 def read_photo_images(concept: DemoConcept) -> list[Image.Image]:
@@ -50,16 +65,8 @@ def _draw_concept(name: str, settings: DemoSettings) -> DemoConcept:
     )
 
 
-def _copy_own(source: Path, class_word: str, folder: Path) -> DemoConcept:
+def _copy_own(concept: Concept, photos: Sequence[Photo], folder: Path) -> DemoConcept:
     """Copy the user's photos, cropped to Toyland's square, with their captions and masks."""
-    class_word = class_word.strip().lower()
-    if class_word not in KIND_OF_CLASS:
-        raise ConfigurationError(
-            f"The embedded base does not know what a {class_word!r} is. It knows: {', '.join(KIND_OF_CLASS)}. "
-            "For anything else, use `mixofshow train` with a Stable Diffusion base."
-        )
-    concept = Concept.from_name(OWN_NAME, class_word, kind=KIND_OF_CLASS[class_word])
-    photos = read_photos(source, concept)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "masks").mkdir(parents=True)
     size = (HEIGHT, HEIGHT)
@@ -72,7 +79,7 @@ def _copy_own(source: Path, class_word: str, folder: Path) -> DemoConcept:
         (folder / f"{name}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
         if photo.mask is not None:
             ImageOps.fit(photo.mask, size, Image.Resampling.BOX).save(folder / "masks" / f"{name}.png")
-    return DemoConcept(name=OWN_NAME, kind=concept.kind, class_word=class_word, folder=folder)
+    return DemoConcept(name=OWN_NAME, kind=concept.kind, class_word=concept.class_word, folder=folder)
 
 
 def _replace_by_own(concepts: list[DemoConcept], own: DemoConcept) -> list[DemoConcept]:

@@ -62,7 +62,10 @@ def run_demo(settings: DemoSettings, *, console: Console) -> Path:
     Returns:
         The page, ``folder/index.html``.
     """
+    from diffusers_mixofshow.demo.photos import read_own
+
     console.print("[dim]Starting ...[/dim]")
+    read_own(settings)  # what is wrong with them is said before anything is written
     _claim_folder(settings)
     stages = _Stages(console)
     concepts = _write_photos(settings, stages)

@@ -250,8 +250,24 @@ def _order_rows(packs: Mapping[str, MeasuredPack], bare: Mapping[str, Row], rows
         if len(names) > 1:
             own_mean = _average_rows([own[concept] for concept in names]) if own.keys() >= set(names) else None
             floor = _average_rows([bare[concept] for concept in names]) if bare.keys() >= set(names) else None
-            means.append(_add_retention(_average_rows([row for row in rows if row.pack == name]), own_mean, floor))
+            averaged = [row for row in ordered if row.pack == name]
+            means.append(_blank_undefined(_add_retention(_average_rows(averaged), own_mean, floor), averaged))
     return (*ordered, *means)
+
+
+def _blank_undefined(mean: Row, averaged: Sequence[Row]) -> Row:
+    """Leave no retention in a row of means where one of its concepts has none: tuning gained that one nothing."""
+    if mean.retention is None:
+        return mean
+    undefined = {
+        measure
+        for row in averaged
+        for measure, kept in (row.retention or {}).items()
+        if kept is None and getattr(row.identity, measure) is not None
+    }
+    return replace(
+        mean, retention={name: None if name in undefined else kept for name, kept in mean.retention.items()}
+    )
 
 
 def _add_retention(row: Row, own: Row | None, floor: Row | None) -> Row:

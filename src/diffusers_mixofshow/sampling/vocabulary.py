@@ -28,7 +28,8 @@ def warn_of_unknown_words(base: str, prompts: Sequence[str], names: Collection[s
     from diffusers_mixofshow.toyland.world import BACKGROUNDS
 
     words = re.findall(r"[^\W\d_]+", re.sub(r"<[^<>]*>", " ", " ".join(prompts)).lower())
-    strange = [f"'{word}'" for word in dict.fromkeys(words) if word not in caption_words() and word not in names]
+    shown = {*caption_words(), *names, *(f"{word}s" for word in known.classes)}  # of several it draws one at least
+    strange = [f"'{word}'" for word in dict.fromkeys(words) if word not in shown]
     if strange:
         warn(
             f"{known.id} was never shown {list_first(strange, _MOST_NAMED)}, which it cannot draw. It knows "
