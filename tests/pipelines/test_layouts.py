@@ -122,7 +122,7 @@ def test_strength_of_control_by_region(components, make_pack, kind):
         (
             "x",
             [_region(), Region("an old Man", box=RIGHT)],
-            ["'an old Man' without <potter>, which is a man: drawn by the base alone"],
+            ["'an old Man' without <potter>, which is a man: drawn as any man"],
         ),
         ("a <potter>", [Region("a dog", box=LEFT)], ["only the global prompt names a concept"]),
         ("x", [_region(box=(0.5, 0, 0.501, 1))], ["smaller than a cell", "16 x 16"]),

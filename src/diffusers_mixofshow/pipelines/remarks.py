@@ -86,8 +86,8 @@ def remark_on_texts(regions: Iterable[Region], prompts: Iterable[str], concepts:
         word = re.compile(rf"\b{re.escape(concept.class_word)}\b", re.IGNORECASE)
         if alike := [region for region in without if word.search(region.prompt)]:
             remarks.append(
-                f"{_name_regions(alike)} without {concept.placeholder}, which is a {concept.class_word}: drawn by the "
-                "base alone"
+                f"{_name_regions(alike)} without {concept.placeholder}, which is a {concept.class_word}: drawn as any "
+                f"{concept.class_word}"
             )
     if len(without) == len(regions) and any(mentions_concept(prompt, concepts) for prompt in prompts):
         remarks.append("only the global prompt names a concept, and it does not hold inside the regions")
