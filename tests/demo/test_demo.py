@@ -89,7 +89,7 @@ def test_the_whole_demo_and_again_from_what_is_finished(
     assert f"Right concept in its region: {regional:.0%} with regions, {unguided:.0%} without" in summary
     for method, kept in report["identity_retention"].items():
         looks, alike = ("-" if kept[name] is None else f"{kept[name]:.0%}" for name in ("attributes", "alignment"))
-        assert f"Identity kept by {method}: {looks} (attributes), {alike} (image alignment)" in summary
+        assert f"Identity kept by {method}: {looks} (looks), {alike} (like the photos)" in summary
     together, kiki = (read_note(tmp_path / "sheets" / f"{name}.png")["rows"] for name in ("together", "kiki"))
     (asked,) = together["with regions"]
     assert (

@@ -224,14 +224,14 @@ def _print_summary(measures: Measures, stages: _Stages, console: Console) -> Non
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.0%}"
 
-    table = Table("identity, mean over concepts", "image alignment", "attributes read", "nearest photos are its own")
+    table = Table("identity, mean over concepts", "like the photos", "looks read right", "nearest photos its own")
     for method, identity in measures.mean.items():
         table.add_row(method, f"{identity.alignment:.3f}", percent(identity.attributes), percent(identity.nearest))
     console.print(table)
     for method, kept in measures.retention.items():
         console.print(
-            f"Identity kept by {method}: {percent(kept['attributes'])} (attributes), "
-            f"{percent(kept['alignment'])} (image alignment)"
+            f"Identity kept by {method}: {percent(kept['attributes'])} (looks), "
+            f"{percent(kept['alignment'])} (like the photos)"
         )
     for name, measure in (("Right concept in its region", "regions"), ("Looks read right there", "looks")):
         shares = [percent(measures.regions[method][measure]) for method in ("regional", "unguided")]
