@@ -71,7 +71,9 @@ def readme(report: dict[str, Any], weights: Path) -> str:
     """The text of the README beside the weights: training, size and measured quality."""
     base, samples, threes = report["base"], report["samples"], report["threes"]
     stage, folder = STAGES[base], f"{FOLDER}/{base.replace('-', '_')}"
-    note = json.loads((weights / "training.json").read_text(encoding="utf-8"))[stage].get("note", "")
+    trained = json.loads((weights / "training.json").read_text(encoding="utf-8"))
+    note = trained[stage].get("note", "")
+    later = "".join(f", then with `--stage {name}`" for name in trained if name != stage)
     by_class = ", ".join(
         f"{name} {100 * value:.0f} %, {100 * samples['colour_right_by_class'][name]:.0f} %, "
         f"{100 * report['residents'][name]:.0f} %"
@@ -83,7 +85,7 @@ def readme(report: dict[str, Any], weights: Path) -> str:
         f"Written by `python -m benchmarks.toyland_base.bases_quality --base {base} --write-readme` in a checkout; do "
         "not edit.",
         f"{DESCRIPTIONS[base]} `torchrun --nproc_per_node 2 -m benchmarks.toyland_base.train --output DIR "
-        f"--start-from src/diffusers_mixofshow/toyland/weights --stage {stage} --{stage}-weights {folder}`.",
+        f"--start-from src/diffusers_mixofshow/toyland/weights --stage {stage} --{stage}-weights {folder}`{later}.",
         "",
         *list_training(weights / "training.json"),
         *([note] if note else []),

@@ -115,10 +115,14 @@ def write_pipeline(
 
 
 def copy_pipeline(output: Path, stage: str, weights: Path) -> None:
-    """Copy what a stage of a training folder wrote, and how it was trained, to the folder that is shipped."""
-    shutil.copytree(output / f"{stage}_pipeline", weights, dirs_exist_ok=True)
+    """Copy what a stage of a training folder wrote, and how it was trained, to the folder that is shipped.
+
+    Where a later stage, named after it, trained it on, that one's.
+    """
     stages = json.loads((output / "training.json").read_text(encoding="utf-8"))
-    (weights / "training.json").write_text(json.dumps({stage: stages[stage]}, indent=1), encoding="utf-8")
+    told = {name: record for name, record in stages.items() if name.partition("_")[0] == stage}
+    shutil.copytree(output / f"{list(told)[-1]}_pipeline", weights, dirs_exist_ok=True)
+    (weights / "training.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def export_metric_model(folder: Path, towers: torch.nn.Module) -> None:
@@ -152,6 +156,15 @@ def take_over(weights: Path, output: Path) -> None:
         shutil.copytree(weights / "layout_adapter", output / "layout_adapter")
     shutil.copytree(weights / "unet", output / "initial_unet")
     shutil.copy(weights / "training.json", output / "training.json")
+
+
+def take_over_xl(weights: Path, output: Path) -> None:
+    """Copy the third base's folder to a training folder, as if it had been trained there."""
+    shutil.copytree(weights, output / "xl_pipeline")
+    record = output / "training.json"
+    stages = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    stages["xl"] = json.loads((weights / "training.json").read_text(encoding="utf-8"))["xl"]
+    record.write_text(json.dumps(stages, indent=1), encoding="utf-8")
 
 
 def trained_unet(output: Path) -> Path:

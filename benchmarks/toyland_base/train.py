@@ -1,9 +1,9 @@
 """Train Toyland's bases from nothing: ``python -m benchmarks.toyland_base.train --output DIR``.
 
 The stages are the autoencoder, the text tower, the U-Net, the transformer (the second base, on the same autoencoder
-and texts), the Stable Diffusion XL (the third, grown from the first), the layout adapter, the attribute reader and the
-metric model. All of them checkpoint and continue with ``--resume``; ``torchrun --nproc_per_node 2 -m
-benchmarks.toyland_base.train ...`` with ``OMP_NUM_THREADS=1`` averages gradients over processes.
+and texts), the Stable Diffusion XL (the third, grown from the first), the names of residents for it, the layout
+adapter, the attribute reader and the metric model. All of them checkpoint and continue with ``--resume``; ``torchrun
+--nproc_per_node 2 -m benchmarks.toyland_base.train ...`` with ``OMP_NUM_THREADS=1`` averages gradients over processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import accelerate
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
@@ -58,12 +58,14 @@ from .export import (
     export_pipeline,
     export_reader,
     take_over,
+    take_over_xl,
     text_tower,
     trained_unet,
     write_pipeline,
 )
 from .latent_pool import LatentPool
 from .loop import LoopConfig, train_stage
+from .named import NamedPool
 from .optimiser import Muon
 from .reader import (
     UNKNOWN,
@@ -95,6 +97,7 @@ from .xl import (
     build_small_tower,
     build_xl_pipeline,
     fit_final_states,
+    freeze_unread,
     grow_tower,
     grow_unet,
     list_time_ids,
@@ -104,11 +107,15 @@ from .xl import (
 HELD_OUT_SEED = 900_000_000
 """Scenes with seeds from here on are never trained on."""
 
+_NAMES_SEED = 700_000_000
+"""Scenes of the stage that teaches names have seeds from here on."""
 _WIDE_SHARE = 1 / 4
 """Share of pictures of three things in the U-Net's training."""
 XL_SHARES = {"square": 0.65, "wide": 0.25, "enlarged": 0.1}
 """Shares of pictures in the third base's training: of one or two things, of three, and enlarged from the first's size,
 which the time ids tell."""
+XL_NAMES_SHARES = {"named": 0.55, "square": 0.2, "wide": 0.25}
+"""Those of the stage that teaches it names: of one resident called by name, of one or two things, and of three."""
 _TEXT_RATE = 0.2
 """Learning rate of the third base's text encoders, as a share of its U-Net's; at equal rates names are forgotten."""
 _UNTOLD_SHARE = 0.06
@@ -310,8 +317,6 @@ def train_xl(output: Path, config: LoopConfig, *, batch_size: int, pool_size: in
     final_states = fit_final_states(second, tokenizer)
     unet = grow_unet(UNet2DConditionModel.from_pretrained(trained_unet(output)).float(), final_states)
     objective = XLObjective(unet, build_small_tower(tokenizer), second.requires_grad_(True).train())
-    texts = [*objective.text_encoder.parameters(), *objective.text_encoder_2.parameters()]
-    groups = [{"params": objective.model.parameters()}, {"params": texts, "share": _TEXT_RATE}]
     pools = _encode_xl_pools(vae.to(device), accelerator.process_index * pool_size, pool_size, device)
     accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
     names, shares = list(XL_SHARES), torch.tensor(list(XL_SHARES.values()))
@@ -323,7 +328,7 @@ def train_xl(output: Path, config: LoopConfig, *, batch_size: int, pool_size: in
         timesteps = torch.randint(SCHEDULE["num_train_timesteps"], (count,), generator=generator)
         ids = list_time_ids(HEIGHT if name == "enlarged" else SIDE, clean.shape[-1] * 4)
         told = (torch.rand(count, generator=generator) > _UNTOLD_SHARE).float()
-        parts = (clean, noise, timesteps, token_ids, torch.tensor([ids] * count), told)
+        parts = (clean, noise, timesteps, token_ids, torch.tensor([ids] * count), told, torch.ones_like(clean[:, :1]))
         return tuple(part.to(device) for part in parts)
 
     def export(average: XLObjective) -> None:
@@ -335,8 +340,61 @@ def train_xl(output: Path, config: LoopConfig, *, batch_size: int, pool_size: in
         batch,
         config,
         accelerator=accelerator,
-        optimiser=_adam(groups, config),
+        optimiser=_adam_xl(objective, config),
         checkpoint=output / "checkpoints" / "xl.pt",
+        resume=resume,
+        on_checkpoint=export,
+    )
+
+
+def _adam_xl(objective: XLObjective, config: LoopConfig) -> torch.optim.Optimizer:
+    texts = [*objective.text_encoder.parameters(), *objective.text_encoder_2.parameters()]
+    return _adam([{"params": objective.model.parameters()}, {"params": texts, "share": _TEXT_RATE}], config)
+
+
+def train_xl_names(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
+    """Teach the third base what residents look like; writes ``output/xl_names_pipeline`` at every checkpoint."""
+    accelerator = joined_processes()
+    torch.manual_seed(config.seed)
+    device = accelerator.device
+    base = StableDiffusionXLPipeline.from_pretrained(output / "xl_pipeline", torch_dtype=torch.float32)
+    vae, tokenizer = base.vae.to(device), base.tokenizer
+    objective = XLObjective(base.unet, base.text_encoder, base.text_encoder_2).requires_grad_(True).train()
+    freeze_unread(objective.text_encoder)
+    sizes = {name: int(pool_size * share) for name, share in XL_NAMES_SHARES.items()}
+    first = _NAMES_SEED + accelerator.process_index * pool_size
+    named = NamedPool.encode(vae, range(first, first + sizes["named"]), device, SIDE)
+    pools = {
+        name: LatentPool.encode(vae, range(first, first + sizes[name]), things, device, SIDE)
+        for name, things in (("square", None), ("wide", 3))
+    }
+    accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
+    names, shares = list(XL_NAMES_SHARES), torch.tensor(list(XL_NAMES_SHARES.values()))
+
+    def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        name = names[int(torch.multinomial(shares, 1, generator=generator))]
+        count = max(1, batch_size * 2 // 3) if name == "wide" else batch_size
+        if name == "named":
+            clean, noise, token_ids, weights = named.batch(count, tokenizer, generator)
+        else:
+            _, clean, noise, token_ids = pools[name].batch(count, tokenizer, generator, uncaptioned=0.06)
+            weights = torch.ones_like(clean[:, :1])
+        timesteps = torch.randint(SCHEDULE["num_train_timesteps"], (count,), generator=generator)
+        ids = torch.tensor([list_time_ids(SIDE, clean.shape[-1] * 4)] * count)
+        told = (torch.rand(count, generator=generator) > _UNTOLD_SHARE).float()
+        return tuple(part.to(device) for part in (clean, noise, timesteps, token_ids, ids, told, weights))
+
+    def export(average: XLObjective) -> None:
+        pipeline = build_xl_pipeline(*copy.deepcopy((average, vae, tokenizer))).to("cpu")
+        write_pipeline(output / "xl_names_pipeline", pipeline, output / "xl_pipeline" / "tokenizer")
+
+    train_stage(
+        objective,
+        batch,
+        config,
+        accelerator=accelerator,
+        optimiser=_adam_xl(objective, config),
+        checkpoint=output / "checkpoints" / "xl_names.pt",
         resume=resume,
         on_checkpoint=export,
     )
@@ -530,6 +588,12 @@ STAGES: dict[str, Stage] = {
         pool_size=18000,
     ),
     "xl": Stage(train=train_xl, config=_LATER_BASE, batch_size=16, pool_size=18000),
+    "xl_names": Stage(
+        train=train_xl_names,
+        config=dataclasses.replace(_LATER_BASE, minutes=60, learning_rate=6e-4, warm_up_steps=100, decay_from=0.4),
+        batch_size=16,
+        pool_size=6000,
+    ),
     "layout": Stage(
         train=train_layout,
         config=LoopConfig(minutes=20, learning_rate=1e-3, decay_from=0.5),
@@ -581,6 +645,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--start-from", type=Path, metavar="WEIGHTS", help="take all parts over from here first; the U-Net trains on"
     )
+    parser.add_argument(
+        "--xl-start-from", type=Path, metavar="WEIGHTS", help="take the third base over from here first, for xl_names"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the stage's checkpoint")
     parser.add_argument("--batch-size", type=int, help="pictures a step on every process")
     parser.add_argument("--pool-size", type=int, help="pictures drawn in advance on every process")
@@ -599,6 +666,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     main_process = int(os.environ.get("RANK", "0")) == 0
     if options["start_from"] is not None and main_process and not (options["output"] / "initial_unet").exists():
         take_over(options["start_from"], options["output"])
+    if options["xl_start_from"] is not None and main_process and not (options["output"] / "xl_pipeline").exists():
+        take_over_xl(options["xl_start_from"], options["output"])
     joined_processes().wait_for_everyone()
     for name in chosen:
         config = dataclasses.replace(STAGES[name].config, **given)

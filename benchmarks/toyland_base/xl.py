@@ -34,10 +34,15 @@ _LAYERS = (1, 2, 1)
 def build_small_tower(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """An untrained first text encoder of two layers, of which the U-Net reads the first one's output."""
     model = CLIPTextModel(configure_small_encoder(tokenizer, heads=4, ratio=4))
+    freeze_unread(model)
+    return model
+
+
+def freeze_unread(model: CLIPTextModel) -> None:
+    """Leave out of training what comes after the penultimate layer's states, which nothing reads."""
     text_model = getattr(model, "text_model", model)
     for unread in (text_model.encoder.layers[-1], text_model.final_layer_norm):
         unread.requires_grad_(False)
-    return model
 
 
 @torch.no_grad()
@@ -139,10 +144,11 @@ class XLObjective(torch.nn.Module):
 
         Args:
             batch: Latents (n, 8, h, w), noise of the same shape, timesteps (n,), token ids (n, L), time ids (n, 6),
-                and 1 or 0 (n,): where 0, states and pooled vector are zeros, as the pipeline makes them of a
-                negative prompt that is not given.
+                1 or 0 (n,): where 0, states and pooled vector are zeros, as the pipeline makes them of a negative
+                prompt that is not given; and weights (n, 1, h, w): how much each place of a latent counts, relative
+                to the others of its picture.
         """
-        latents, noise, timesteps, token_ids, time_ids, told = batch
+        latents, noise, timesteps, token_ids, time_ids, told, weights = batch
         states, pooled = self.encode(token_ids)
         predicted = self.model(
             self._scheduler.add_noise(latents, noise, timesteps),
@@ -150,9 +156,9 @@ class XLObjective(torch.nn.Module):
             states * told[:, None, None],
             added_cond_kwargs={"text_embeds": pooled * told[:, None], "time_ids": time_ids},
         ).sample
-        error = (predicted - self._scheduler.get_velocity(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
-        weight = velocity_weight(self._scheduler.alphas_cumprod.to(latents.device)[timesteps])
-        return (weight * error).mean()
+        squares = (predicted - self._scheduler.get_velocity(latents, noise, timesteps)).square()
+        error = (weights * squares).mean(dim=(1, 2, 3)) / weights.mean(dim=(1, 2, 3))
+        return (velocity_weight(self._scheduler.alphas_cumprod.to(latents.device)[timesteps]) * error).mean()
 
 
 def build_xl_pipeline(

@@ -17,6 +17,7 @@ from benchmarks.toyland_base import train
 from benchmarks.toyland_base.autoencoder import build_autoencoder, reconstruct, render_pixels, whiten
 from benchmarks.toyland_base.denoiser import velocity_weight
 from benchmarks.toyland_base.loop import LoopConfig, _set_rates, learning_rate_factor
+from benchmarks.toyland_base.named import NamedPool, call_by_name
 from benchmarks.toyland_base.optimiser import orthogonalise
 from benchmarks.toyland_base.train import main
 from benchmarks.toyland_base.transformer import TEXT_TOKENS, FlowObjective, add_projection
@@ -33,7 +34,7 @@ from diffusers_mixofshow.conditioning.tokenize import tokenize_plain
 from diffusers_mixofshow.evaluation.record import commit
 from diffusers_mixofshow.sampling.loading import load_base
 from diffusers_mixofshow.toyland.base import load_layout_adapter, load_metric_model, load_pipeline, load_reader
-from diffusers_mixofshow.toyland.scenes import random_scene
+from diffusers_mixofshow.toyland.scenes import random_scene, residents
 from diffusers_mixofshow.toyland.world import draw
 
 
@@ -53,7 +54,7 @@ def _state(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every stage trained for a few steps, and its weights gathered."""
     folder = tmp_path_factory.mktemp("training")
-    for stage in ("autoencoder", "text", "unet", "transformer", "xl", "layout", "reader", "metric"):
+    for stage in ("autoencoder", "text", "unet", "transformer", "xl", "xl_names", "layout", "reader", "metric"):
         _run(folder, stage, 2)
     options = ("--weights", "--transformer-weights", "--xl-weights")
     gathered = [part for pair in zip(options, GATHERED, strict=True) for part in (pair[0], str(folder / pair[1]))]
@@ -122,8 +123,8 @@ def test_the_stable_diffusion_xl_is_trained_on_what_its_pipeline_reads(trained: 
     ids = pipeline._get_add_time_ids((64, 96), (0, 0), (96, 144), torch.float32, len(pooled[0]))
     assert ids.tolist() == [list_time_ids(64, 144)]
     told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    assert told["xl"]["settings"]["steps"] == 2
-    assert told.keys() == {"xl"}
+    assert told["xl"]["settings"]["steps"] == told["xl_names"]["settings"]["steps"] == 2
+    assert told.keys() == {"xl", "xl_names"}
 
 
 def test_a_grown_unet_predicts_what_the_first_bases_does() -> None:
@@ -248,10 +249,11 @@ def test_the_third_bases_texts_learn_slower_and_its_pictures_come_in_their_share
     kinds: Counter[str] = Counter()
     left_out = pictures = 0
     for seed in range(400):
-        clean, _, _, token_ids, ids, told = xl_stage["batch"](torch.Generator().manual_seed(seed))
+        clean, _, _, token_ids, ids, told, weights = xl_stage["batch"](torch.Generator().manual_seed(seed))
         kind = "wide" if clean.shape[-1] > 24 else "square" if ids.tolist() == [list_time_ids(96, 96)] * 6 else ""
         kinds[kind or "enlarged"] += 1
         assert ids[0].tolist() == list_time_ids(96 if kind else 64, clean.shape[-1] * 4)
+        assert torch.equal(weights, torch.ones_like(clean[:, :1]))
         assert len(clean) == len(token_ids) == len(told) == (4 if kind == "wide" else 6)
         left_out, pictures = left_out + int((told == 0).sum()), pictures + len(told)
     for kind, share in {"square": 0.65, "wide": 0.25, "enlarged": 0.1}.items():
@@ -273,17 +275,61 @@ def test_a_picture_whose_text_is_left_out_is_learnt_without_it() -> None:
     texts = tokenize_plain(["a red critter in a meadow", "a white cat at night"], pipeline.tokenizer)
     generator = torch.Generator().manual_seed(1)
     clean, noise = torch.randn(2, 1, 8, 24, 24, generator=generator)
+    at, ids = (torch.tensor([500]),), torch.tensor([list_time_ids(96, 96)])
     with torch.no_grad():
         losses = [
-            [
-                float(
-                    objective(
-                        (clean, noise, torch.tensor([500]), text[None], torch.tensor([list_time_ids(96, 96)]), told)
-                    )
-                )
-                for text in texts
-            ]
+            [float(objective((clean, noise, *at, text[None], ids, told, torch.ones(1, 1, 24, 24)))) for text in texts]
             for told in (torch.zeros(1), torch.ones(1))
         ]
     assert losses[0][0] == losses[0][1]
     assert losses[1][0] != losses[1][1]
+
+
+def test_a_resident_is_called_by_name_and_counts_more_than_what_is_beside_it() -> None:
+    base = load_pipeline()
+    pool = NamedPool.encode(base.vae, range(700_000_000, 700_000_040), torch.device("cpu"), 96)
+    assert {len(scene.things) for scene in pool.scenes} == {1}
+    assert {scene.things[0].class_word for scene in pool.scenes} == {"critter", "dog", "cat"}
+    for seed, scene in enumerate(pool.scenes):
+        (thing,) = scene.things
+        resident = residents()[thing.name]
+        assert (thing.colour, thing.attributes) == (resident.colour, resident.attributes)
+        assert thing.name in call_by_name(scene, seed).split()
+    clean, noise, token_ids, weights = pool.batch(5, base.tokenizer, torch.Generator().manual_seed(0))
+    assert clean.shape == noise.shape == (5, 8, 24, 24)
+    assert token_ids.shape == (5, 77)
+    assert weights.shape == (5, 1, 24, 24)
+    assert weights.min() == 1
+    assert weights.max() == 5
+    assert weights.mean() < 3
+
+
+def test_an_error_counts_by_the_weight_of_its_place() -> None:
+    pipeline = load_base("toyland-xl", "cpu", "float32")
+    objective = XLObjective(pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2).eval()
+    text = tokenize_plain(["a red critter in a meadow"], pipeline.tokenizer)
+    clean, noise = torch.randn(2, 1, 8, 24, 24, generator=torch.Generator().manual_seed(1))
+    ids, left = torch.tensor([list_time_ids(96, 96)]), torch.zeros(1, 1, 24, 24)
+    left[..., :12] = 1
+
+    def lose(weights: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(objective((clean, noise, torch.tensor([500]), text, ids, torch.ones(1), weights)))
+
+    whole = lose(torch.ones(1, 1, 24, 24))
+    assert lose(torch.full((1, 1, 24, 24), 5.0)) == pytest.approx(whole)
+    assert (lose(left) + lose(1 - left)) / 2 == pytest.approx(whole)
+    assert lose(left) != pytest.approx(whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_names_are_taught_on_top_of_the_third_base(trained: Path, tmp_path: Path) -> None:
+    weights = trained / THIRD
+    _run(tmp_path, "xl_names", 1, "--learning-rate", "0", "--xl-start-from", str(weights))
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model"):
+        now = load_file(tmp_path / "xl_names_pipeline" / f"{part}.safetensors")
+        for name, value in load_file(weights / f"{part}.safetensors").items():
+            torch.testing.assert_close(now[name], value, msg=name)
+    record = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
+    assert list(record) == ["xl", "xl_names"]
+    assert record["xl"] == json.loads((weights / "training.json").read_text(encoding="utf-8"))["xl"]
