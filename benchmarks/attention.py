@@ -88,7 +88,8 @@ class AuthorsProcessor:
     def __call__(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: object
     ) -> torch.Tensor:
-        stacks = encoder_hidden_states.unflatten(1, (1 + len(self.regions), self.layers, -1))[:, :, self.layer]
+        texts = encoder_hidden_states.flatten(1, -2)  # a call with concepts hands over (batch, 1, tokens, dim)
+        stacks = texts.unflatten(1, (1 + len(self.regions), self.layers, -1))[:, :, self.layer]
         shrink = math.isqrt(math.prod(self.size) // hidden_states.shape[1])
         grid = (self.size[0] // shrink, self.size[1] // shrink)
         if grid not in self.places:

@@ -436,7 +436,7 @@ def test_a_plain_pack_has_a_card_that_says_how_to_call_what_is_in_it(
         "instance_prompt: sks dog",
         "| `one` | `sks dog`, `a sks dog on grass`, `sks <! -- dog`, ... |",
         "| `two` | `ink 'style'` |",
-        "residual, fused",
+        "features lost, fused",
         "pipe.load_lora_weights('out', weight_name=",
         "pipe('sks dog')",
         "a private file",
