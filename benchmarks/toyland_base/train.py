@@ -16,7 +16,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,37 +319,62 @@ def train_xl(output: Path, config: LoopConfig, *, batch_size: int, pool_size: in
     objective = XLObjective(unet, build_small_tower(tokenizer), second.requires_grad_(True).train())
     pools = _encode_xl_pools(vae.to(device), accelerator.process_index * pool_size, pool_size, device)
     accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
-    names, shares = list(XL_SHARES), torch.tensor(list(XL_SHARES.values()))
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        name = names[int(torch.multinomial(shares, 1, generator=generator))]
-        count = max(1, batch_size * 2 // 3) if name == "wide" else batch_size
-        _, clean, noise, token_ids = pools[name].batch(count, tokenizer, generator, uncaptioned=0.06)
-        timesteps = torch.randint(SCHEDULE["num_train_timesteps"], (count,), generator=generator)
-        ids = list_time_ids(HEIGHT if name == "enlarged" else SIDE, clean.shape[-1] * 4)
-        told = (torch.rand(count, generator=generator) > _UNTOLD_SHARE).float()
-        parts = (clean, noise, timesteps, token_ids, torch.tensor([ids] * count), told, torch.ones_like(clean[:, :1]))
-        return tuple(part.to(device) for part in parts)
+        return _batch_of_xl(pools, XL_SHARES, batch_size, tokenizer, generator, device)
 
     def export(average: XLObjective) -> None:
         pipeline = build_xl_pipeline(*copy.deepcopy((average, vae, tokenizer))).to("cpu")
         write_pipeline(output / "xl_pipeline", pipeline, output / "tokenizer")
 
+    _train_xl_stage(objective, batch, config, accelerator, output / "checkpoints" / "xl.pt", resume, export)
+
+
+def _batch_of_xl(
+    pools: Mapping[str, LatentPool | NamedPool],
+    shares: Mapping[str, float],
+    batch_size: int,
+    tokenizer: CLIPTokenizer,
+    generator: torch.Generator,
+    device: torch.device,
+) -> tuple[torch.Tensor, ...]:
+    """A batch of `XLObjective`, all of one kind of pictures, which is drawn by its share."""
+    name = list(shares)[int(torch.multinomial(torch.tensor(list(shares.values())), 1, generator=generator))]
+    count, pool = max(1, batch_size * 2 // 3) if name == "wide" else batch_size, pools[name]
+    if isinstance(pool, NamedPool):
+        clean, noise, token_ids, weights = pool.batch(count, tokenizer, generator)
+    else:
+        _, clean, noise, token_ids = pool.batch(count, tokenizer, generator, uncaptioned=0.06)
+        weights = torch.ones_like(clean[:, :1])
+    timesteps = torch.randint(SCHEDULE["num_train_timesteps"], (count,), generator=generator)
+    ids = list_time_ids(HEIGHT if name == "enlarged" else SIDE, clean.shape[-1] * 4)
+    told = (torch.rand(count, generator=generator) > _UNTOLD_SHARE).float()
+    parts = (clean, noise, timesteps, token_ids, torch.tensor([ids] * count), told, weights)
+    return tuple(part.to(device) for part in parts)
+
+
+def _train_xl_stage(
+    objective: XLObjective,
+    batch: Callable[[torch.Generator], Any],
+    config: LoopConfig,
+    accelerator: accelerate.Accelerator,
+    checkpoint: Path,
+    resume: bool,
+    export: Callable[[XLObjective], None],
+) -> None:
+    """Run the loop with text encoders that learn slower than the U-Net."""
+    texts = [*objective.text_encoder.parameters(), *objective.text_encoder_2.parameters()]
+    groups = [{"params": objective.model.parameters()}, {"params": texts, "share": _TEXT_RATE}]
     train_stage(
         objective,
         batch,
         config,
         accelerator=accelerator,
-        optimiser=_adam_xl(objective, config),
-        checkpoint=output / "checkpoints" / "xl.pt",
+        optimiser=_adam(groups, config),
+        checkpoint=checkpoint,
         resume=resume,
         on_checkpoint=export,
     )
-
-
-def _adam_xl(objective: XLObjective, config: LoopConfig) -> torch.optim.Optimizer:
-    texts = [*objective.text_encoder.parameters(), *objective.text_encoder_2.parameters()]
-    return _adam([{"params": objective.model.parameters()}, {"params": texts, "share": _TEXT_RATE}], config)
 
 
 def train_xl_names(output: Path, config: LoopConfig, *, batch_size: int, pool_size: int, resume: bool) -> None:
@@ -363,41 +388,21 @@ def train_xl_names(output: Path, config: LoopConfig, *, batch_size: int, pool_si
     freeze_unread(objective.text_encoder)
     sizes = {name: int(pool_size * share) for name, share in XL_NAMES_SHARES.items()}
     first = _NAMES_SEED + accelerator.process_index * pool_size
-    named = NamedPool.encode(vae, range(first, first + sizes["named"]), device, SIDE)
-    pools = {
-        name: LatentPool.encode(vae, range(first, first + sizes[name]), things, device, SIDE)
-        for name, things in (("square", None), ("wide", 3))
+    pools: dict[str, LatentPool | NamedPool] = {
+        "named": NamedPool.encode(vae, range(first, first + sizes["named"]), device, SIDE),
+        "square": LatentPool.encode(vae, range(first, first + sizes["square"]), None, device, SIDE),
+        "wide": LatentPool.encode(vae, range(first, first + sizes["wide"]), 3, device, SIDE),
     }
     accelerator.print(f"encoded {pool_size} pictures on each process", flush=True)
-    names, shares = list(XL_NAMES_SHARES), torch.tensor(list(XL_NAMES_SHARES.values()))
 
     def batch(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        name = names[int(torch.multinomial(shares, 1, generator=generator))]
-        count = max(1, batch_size * 2 // 3) if name == "wide" else batch_size
-        if name == "named":
-            clean, noise, token_ids, weights = named.batch(count, tokenizer, generator)
-        else:
-            _, clean, noise, token_ids = pools[name].batch(count, tokenizer, generator, uncaptioned=0.06)
-            weights = torch.ones_like(clean[:, :1])
-        timesteps = torch.randint(SCHEDULE["num_train_timesteps"], (count,), generator=generator)
-        ids = torch.tensor([list_time_ids(SIDE, clean.shape[-1] * 4)] * count)
-        told = (torch.rand(count, generator=generator) > _UNTOLD_SHARE).float()
-        return tuple(part.to(device) for part in (clean, noise, timesteps, token_ids, ids, told, weights))
+        return _batch_of_xl(pools, XL_NAMES_SHARES, batch_size, tokenizer, generator, device)
 
     def export(average: XLObjective) -> None:
         pipeline = build_xl_pipeline(*copy.deepcopy((average, vae, tokenizer))).to("cpu")
         write_pipeline(output / "xl_names_pipeline", pipeline, output / "xl_pipeline" / "tokenizer")
 
-    train_stage(
-        objective,
-        batch,
-        config,
-        accelerator=accelerator,
-        optimiser=_adam_xl(objective, config),
-        checkpoint=output / "checkpoints" / "xl_names.pt",
-        resume=resume,
-        on_checkpoint=export,
-    )
+    _train_xl_stage(objective, batch, config, accelerator, output / "checkpoints" / "xl_names.pt", resume, export)
 
 
 def _encode_xl_pools(vae: AutoencoderKL, first: int, size: int, device: torch.device) -> dict[str, LatentPool]:

@@ -290,8 +290,8 @@ def describe_base(base: str) -> str:
         refuse_missing_folder(location_of(base))
     except FileNotFoundError as error:
         raise make_loading_error(base, error) from error
-    told, hint = describe_model(base), suggest_name(base)
-    return f"{told}.{hint}" if hint and known_family(base) is None else told
+    told, hint = describe_model(base), "" if known_family(base) else suggest_name(base)
+    return f"{told}.{hint}" if hint else told
 
 
 def describe_model(name: str) -> str:

@@ -32,6 +32,9 @@ _NO_ARGUMENTS = ("self", "__class__")
 Texts = tuple[str, ...] | None
 """What each text encoder reads of one prompt; None where the pipeline takes zeros instead of an encoded text."""
 
+NEGATIVE_EMBEDDINGS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Arguments of a call in place of its negative prompts, each with a row for every prompt; the second is SDXL's."""
+
 _Anything = TypeVar("_Anything")
 
 _one_thread = threading.RLock()
@@ -178,7 +181,7 @@ class LayerwisePrompts(EDLoRALoader):
         """List the rows of the negative embeddings that a call was given, for every picture; empty without any."""
         if arguments.get("negative_prompt_embeds") is None:
             return {}
-        given = {name: arguments.get(name) for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds")}
+        given = {name: arguments.get(name) for name in NEGATIVE_EMBEDDINGS}
         return {name: repeat_for_pictures(list(rows), arguments) for name, rows in given.items() if rows is not None}
 
     def _choose_negative(self, region: Region, shared: Texts) -> Texts:

@@ -24,6 +24,7 @@ from diffusers_mixofshow.families.sdxl import STABLE_DIFFUSION_XL
 from diffusers_mixofshow.pictures import read_image
 from diffusers_mixofshow.pipelines.loader import EDLoRALoader
 from diffusers_mixofshow.pipelines.prompts import (
+    NEGATIVE_EMBEDDINGS,
     StableDiffusionPrompts,
     Texts,
     XLPrompts,
@@ -52,8 +53,6 @@ _ALSO_REFINED = (
 """Arguments of a call that its refinement uses, too."""
 _NEGATIVES = ("negative_prompt", "negative_prompt_2")
 """Arguments with the negative prompt of each text encoder."""
-_NEGATIVE_EMBEDDINGS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
-"""Arguments that are given in place of these, each with a row for every picture."""
 _MASKS = "ip_adapter_masks"
 """The entry of `cross_attention_kwargs` with masks of the whole picture."""
 
@@ -220,7 +219,7 @@ def _redraw(
     drawn: dict[_Patch, Image.Image] = {}
     names = _NEGATIVES[: len(redraw._readings)]
     shared, generators = [call.pop(name, None) for name in names], call.pop("generator", None)
-    embeddings = {name: rows for name in _NEGATIVE_EMBEDDINGS if (rows := call.pop(name, None)) is not None}
+    embeddings = {name: rows for name in NEGATIVE_EMBEDDINGS if (rows := call.pop(name, None)) is not None}
     negatives = {patch: _choose_negative(patch, shared, embeddings, redraw._takes_zeros) for patch in patches}
     masked = (call.get("cross_attention_kwargs") or {}).get(_MASKS) is not None
     places = {patch: (patch.box, images[patch.picture].size) if masked else None for patch in patches}
